@@ -1,0 +1,57 @@
+"""INT8 inference benchmarks as pytest tests.
+
+The public names are loaded when they are first used, so that importing this package, as pytest
+does at every start, does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_int8bench.attention import FlashSDPA
+    from pytest_int8bench.compilation import compile_for_a100
+    from pytest_int8bench.params import RunParams
+    from pytest_int8bench.quantize import apply_int8_quant, coverage, is_transformer_linear
+    from pytest_int8bench.results import Result
+    from pytest_int8bench.sweep import SWEEPS
+    from pytest_int8bench.workloads import Evaluation, Workload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SWEEPS",
+    "Evaluation",
+    "FlashSDPA",
+    "Result",
+    "RunParams",
+    "Workload",
+    "apply_int8_quant",
+    "compile_for_a100",
+    "coverage",
+    "is_transformer_linear",
+]
+
+_HOME = {
+    "SWEEPS": "sweep",
+    "Evaluation": "workloads",
+    "FlashSDPA": "attention",
+    "Result": "results",
+    "RunParams": "params",
+    "Workload": "workloads",
+    "apply_int8_quant": "quantize",
+    "compile_for_a100": "compilation",
+    "coverage": "quantize",
+    "is_transformer_linear": "quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,129 @@
+"""Which kernels ran, and for how long: the proof of what a result is labelled."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from pytest_int8bench.attention import attention_kernel
+from pytest_int8bench.params import RunParams
+
+# Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
+# and the CPU's operators. cuBLAS names its Hopper kernels by the types of A, B and the output.
+_INT8_PRODUCT = re.compile(
+    r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
+    r"|triton_(tem|mm)\w*int_mm|_weight_int8pack_mm|qlinear",
+    re.IGNORECASE,
+)
+
+
+class EvidenceError(AssertionError):
+    """The kernels that ran contradict the label of the result."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel (CUDA) or operator (CPU) and its time in one forward."""
+
+    name: str
+    seconds: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one profiled forward showed."""
+
+    kernels: tuple[Kernel, ...]
+    """The longest first. On a CPU, fused kernels of Inductor count as their graph."""
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all kernels."""
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def int8_products(self) -> tuple[Kernel, ...]:
+        """The matrix products on INT8 operands."""
+        return tuple(kernel for kernel in self.kernels if _INT8_PRODUCT.search(kernel.name))
+
+    @property
+    def int8_time_share(self) -> float:
+        """Share of device time in matrix products on INT8 operands, 0 to 1."""
+        return sum(kernel.seconds for kernel in self.int8_products) / self.total_s
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The attention backend that ran, or None where no kernel of one is known."""
+        return attention_kernel(kernel.name for kernel in self.kernels)
+
+    def top(self, count: int = 8) -> str:
+        """Return the longest kernels as one line."""
+        return ", ".join(f"{k.name[:80]} {k.seconds * 1e6:.0f} us" for k in self.kernels[:count])
+
+
+def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence:
+    """Profile one call of ``run`` and return the kernels it ran.
+
+    Raises:
+        EvidenceError: if the profiler saw none.
+    """
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=activities) as profiler:
+            run()
+            if on_cuda:
+                torch.cuda.synchronize(device)
+        rows: Sequence[Any] = profiler.key_averages()
+    kernels = []
+    for row in rows:
+        is_device = row.device_type == DeviceType.CUDA
+        if is_device != on_cuda or row.is_user_annotation:
+            continue
+        micros = row.self_device_time_total if on_cuda else row.self_cpu_time_total
+        kernels.append(Kernel(row.key, micros / 1e6, row.count))
+    kernels = [kernel for kernel in kernels if kernel.seconds > 0]
+    if not kernels:
+        raise EvidenceError(f"the profiler saw no kernel on {device}: there is no evidence")
+    return Evidence(tuple(sorted(kernels, key=lambda kernel: -kernel.seconds)))
+
+
+def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, int]) -> None:
+    """Compare the labels of ``params`` with the kernels that ran.
+
+    Args:
+        evidence: one profiled forward of the model.
+        params: the point that the model was built for.
+        int8_stored: quantized layers that store INT8 weights, and quantized layers in all.
+
+    Raises:
+        EvidenceError: for W8A8 without an INT8 product, W8 without INT8 weights, a baseline with
+            an INT8 product, or another attention backend than asked for.
+    """
+    label = params.run_name
+    products = evidence.int8_products
+    if params.int8_enabled and (int8_stored[0] < int8_stored[1] or int8_stored[1] == 0):
+        raise EvidenceError(
+            f"{label}: {int8_stored[0]} of {int8_stored[1]} quantized layers store INT8 weights"
+        )
+    if params.int8_enabled and params.int8_mode == "w8a8" and not products:
+        raise EvidenceError(
+            f"{label} is labelled W8A8, but no INT8 product ran; kernels: {evidence.top()}"
+        )
+    if not params.int8_enabled and products:
+        raise EvidenceError(f"{label} is a baseline, but {products[0].name} ran")
+    ran = evidence.attention_kernel
+    if params.attention != "auto" and ran not in (None, params.attention):
+        raise EvidenceError(
+            f"{label} asked for {params.attention} attention, but {ran} ran; "
+            f"kernels: {evidence.top()}"
+        )

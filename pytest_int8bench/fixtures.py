@@ -1,0 +1,170 @@
+"""The ``int8_*`` fixtures: views of one pool of models per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_int8bench import clock
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.state import STATE, State, marker_changes
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_int8bench.compilation import CompiledModel
+    from pytest_int8bench.measure import Plan, Run
+    from pytest_int8bench.models import Model
+    from pytest_int8bench.results import Result
+    from pytest_int8bench.workloads import Workload
+
+
+def _state(request: pytest.FixtureRequest) -> State:
+    return request.config.stash[STATE]
+
+
+@pytest.fixture
+def int8_params(request: pytest.FixtureRequest) -> RunParams:
+    """The point of this test, a RunParams: one for each point of the sweep and INT8 mode."""
+    state = _state(request)
+    if not hasattr(request, "param"):
+        pytest.fail("int8_params has no point: parametrize it, or let the plugin do so", False)
+    params = RunParams.from_run_name(request.param)
+    changes = {**state.settings.changes, **marker_changes(request.node)[0]}
+    return params.replace(**{k: v for k, v in changes.items() if k in state.measuring_fields})
+
+
+@pytest.fixture
+def int8_workload(request: pytest.FixtureRequest) -> Workload:
+    """What to measure. Override it, at any scope, to bring a model of your own."""
+    name = marker_changes(request.node)[1]
+    try:
+        return _state(request).workload(name)
+    except ValueError as error:
+        pytest.fail(f"int8 workload: {error}", pytrace=False)
+
+
+@pytest.fixture
+def _int8_point(
+    request: pytest.FixtureRequest, int8_params: RunParams, int8_workload: Workload
+) -> tuple[Workload, RunParams]:
+    """The point, after a look at whether it can be run at all."""
+    from pytest_int8bench.models import DeviceError, find_device
+
+    _state(request).note_point(request.node, int8_params, int8_workload.name)
+    reason = int8_params.impossible_reason()
+    if reason is None and int8_workload.impossible_reason is not None:
+        reason = int8_workload.impossible_reason(int8_params)
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        int8_workload.with_axes(int8_params)
+        find_device(int8_params)
+        _state(request).pool()
+    except (DeviceError, ValueError) as error:
+        pytest.fail(str(error), pytrace=False)
+    return int8_workload, int8_params
+
+
+def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams) -> Model:
+    return _state(request).pool().get(workload, params)
+
+
+@pytest.fixture
+def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]) -> Any:
+    """The inputs of one batch, on the device, in the model's dtype."""
+    return _state(request).pool().batch(*_int8_point)
+
+
+@pytest.fixture
+def int8_baseline(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
+) -> CompiledModel:
+    """The BF16 (or FP32) twin, compiled: call it like the model."""
+    workload, params = _int8_point
+    return _model(request, workload, params.baseline()).compiled
+
+
+@pytest.fixture
+def int8_quantized(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
+) -> torch.nn.Module:
+    """The quantized model, eager."""
+    return _model(request, *_int8_point).eager
+
+
+@pytest.fixture
+def int8_model(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
+) -> CompiledModel:
+    """The quantized model, compiled: call it like the model."""
+    return _model(request, *_int8_point).compiled
+
+
+@pytest.fixture
+def int8_throughput(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams], _int8_benchmark: Any
+) -> Callable[[], Result]:
+    """A callable that builds, compiles, warms up, measures and records this test's point, and
+    returns its Result."""
+    workload, params = _int8_point
+    benchmark = _int8_benchmark
+    state = _state(request)
+
+    def measure() -> Result:
+        if benchmark.disabled:
+            # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
+            benchmark.pedantic(_model(request, workload, params).run)
+            pytest.skip("ran once, not measured: pytest-benchmark is disabled")
+        result = state.throughput().measure(
+            workload,
+            params,
+            lambda run, plan: _pedantic(benchmark, run, plan),
+            nodeid=request.node.nodeid,
+        )
+        if result.oom:
+            benchmark.skipped = True  # there is no timing to warn about
+        else:
+            benchmark.extra_info.update(_extra_info(result))
+        state.record(result)
+        return result
+
+    return measure
+
+
+def _pedantic(benchmark: Any, run: Run, plan: Plan) -> list[float]:
+    from pytest_int8bench.measure import ClockError
+
+    benchmark.pedantic(run, rounds=plan.rounds, iterations=plan.iterations)
+    if benchmark.stats.options["timer"] is not clock.synchronized_perf_counter:
+        raise ClockError(
+            "the benchmark ran with a timer that does not wait for the device: "
+            f"{benchmark.stats.options['timer']!r}"
+        )
+    return list(benchmark.stats.stats.data)
+
+
+_NOT_EXTRA = ("nodeid", "status", "gpu_before", "gpu_after", "kernels")
+
+
+def _extra_info(result: Result) -> dict[str, Any]:
+    values = result.to_dict()
+    return {name: value for name, value in values.items() if name not in _NOT_EXTRA}
+
+
+class WithBenchmark:
+    """Fixtures for when pytest-benchmark is active."""
+
+    @pytest.fixture
+    def _int8_benchmark(self, benchmark: Any) -> Any:
+        return benchmark
+
+
+class WithoutBenchmark:
+    """Fixtures for when pytest-benchmark is turned off or missing."""
+
+    @pytest.fixture
+    def _int8_benchmark(self) -> Any:
+        pytest.skip("not measured: int8_throughput needs pytest-benchmark, which is not active")

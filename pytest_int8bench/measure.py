@@ -1,0 +1,264 @@
+"""How long a batch takes: warm-up, how many rounds, speedup, peak memory, out of memory.
+
+Nothing here knows pytest. A ``run`` is a callable without arguments that submits one batch; a
+``timer`` returns seconds with all submitted work done
+(:func:`pytest_int8bench.clock.synchronized_perf_counter`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import quantile_test
+
+Run = Callable[[], object]
+Timer = Callable[[], float]
+
+#: Part of a round that its two synchronizations may cost.
+MAX_SYNC_SHARE = 0.001
+#: Standard error of the median, relative to it, that the rounds aim at.
+TARGET_STANDARD_ERROR = 0.005
+#: A warm-up is over when the medians of two successive windows of calls differ by less.
+STEADY_CHANGE = 0.02
+STEADY_WINDOW = 3
+PILOT_BATCHES = 5
+MIN_ROUNDS = 5
+MIN_PAIRS, MAX_PAIRS = 8, 40
+# The standard error of the median of n normal values is sqrt(pi/2) sigma / sqrt(n).
+_MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)
+
+
+class ClockError(RuntimeError):
+    """The timer that ran is not the one that waits for the device."""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What it took until batch times were steady."""
+
+    calls: int
+    seconds: float
+    steady: bool
+    """False if time ran out first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often a batch is run."""
+
+    rounds: int
+    iterations: int
+    """Batches per round."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per batch over the rounds of a measurement."""
+
+    median_s: float
+    p95_s: float
+    """95th percentile of the rounds; a round is the mean of its iterations."""
+    standard_error: float
+    """Estimated standard error of the median, relative to it."""
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster the candidate is: median ratio of alternating blocks."""
+
+    ratio: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+    pairs: int
+
+
+def time_once(run: Run, timer: Timer) -> float:
+    """Return the seconds of one batch."""
+    start = timer()
+    run()
+    return timer() - start
+
+
+def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
+    """Run batches until their times are steady, for ``max_s`` seconds at most.
+
+    At least two windows of three calls are run, however long they take: CUDA graphs are recorded
+    at the second call and first replayed at the third.
+    """
+    times: list[float] = []
+    while True:
+        times.append(time_once(run, timer))
+        if len(times) < 2 * STEADY_WINDOW:
+            continue
+        before = statistics.median(times[-2 * STEADY_WINDOW : -STEADY_WINDOW])
+        after = statistics.median(times[-STEADY_WINDOW:])
+        if abs(after - before) <= STEADY_CHANGE * before:
+            return WarmUp(len(times), sum(times), steady=True)
+        if sum(times) >= max_s:
+            return WarmUp(len(times), sum(times), steady=False)
+
+
+def synchronization_cost(timer: Timer) -> float:
+    """Return the seconds of one reading of ``timer`` with nothing to wait for."""
+    readings = [timer() for _ in range(21)]
+    return statistics.median(b - a for a, b in itertools.pairwise(readings))
+
+
+def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
+    """Time a few rounds and plan the measurement; see :func:`plan`."""
+    sync_s = synchronization_cost(timer)
+    iterations = iterations_for(time_once(run, timer), sync_s)
+    times = []
+    for _ in range(PILOT_BATCHES):
+        start = timer()
+        for _ in range(iterations):
+            run()
+        times.append((timer() - start) / iterations)
+    return plan(times, sync_s=sync_s, interval_s=interval_s, min_batches=min_batches)
+
+
+def iterations_for(batch_s: float, sync_s: float) -> int:
+    """Return the batches per round at which two synchronizations cost under 0.1 %."""
+    return max(1, math.ceil(2 * sync_s / (MAX_SYNC_SHARE * max(batch_s, 1e-9))))
+
+
+def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batches: int) -> Plan:
+    """Plan a measurement from pilot times.
+
+    Args:
+        times: seconds per batch of the pilot's rounds.
+        sync_s: seconds of one synchronization.
+        interval_s: seconds that all rounds together may take.
+        min_batches: batches to run at least, also where they take longer than ``interval_s``.
+
+    Returns:
+        Iterations such that the synchronizations of a round cost under 0.1 % of it, and rounds
+        such that the standard error of the median comes under 0.5 % where ``interval_s``
+        allows.
+    """
+    median = statistics.median(times)
+    iterations = iterations_for(median, sync_s)
+    wanted = math.ceil((_MEDIAN_EFFICIENCY * spread(times) / TARGET_STANDARD_ERROR) ** 2)
+    affordable = math.floor(interval_s / (iterations * max(median, 1e-9)))
+    at_least = math.ceil(min_batches / iterations)
+    # A pilot of five rounds may look too calm: where time allows, take more than it asks for.
+    rounds = max(wanted, 4 * MIN_ROUNDS)
+    return Plan(max(min(rounds, affordable), at_least, MIN_ROUNDS), iterations)
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return the standard deviation of ``times`` relative to their median, by the median
+    absolute deviation, so that one disturbed round does not count."""
+    median = statistics.median(times)
+    deviation = statistics.median(abs(t - median) for t in times)
+    return 1.4826 * deviation / max(median, 1e-9)
+
+
+def summarize(round_times: Sequence[float]) -> Timing:
+    """Summarize seconds per batch, one value a round."""
+    return Timing(
+        median_s=statistics.median(round_times),
+        p95_s=float(np.percentile(round_times, 95)),
+        standard_error=_MEDIAN_EFFICIENCY * spread(round_times) / math.sqrt(len(round_times)),
+    )
+
+
+def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: float) -> Speedup:
+    """Alternate blocks of ``baseline`` and ``candidate`` and compare them.
+
+    The order within a pair alternates too, so that drift cancels. Both must be compiled.
+
+    Args:
+        baseline: one batch of the baseline.
+        candidate: one batch of the candidate.
+        timer: a timer that waits for the device.
+        interval_s: seconds that all pairs together may take, down to eight pairs.
+
+    Returns:
+        The median of the pairs' ratios, with its exact distribution-free 95 % interval
+        (``scipy.stats.quantile_test``). It holds for this process; the difference between
+        processes is not in it.
+    """
+    sync_s = synchronization_cost(timer)
+    times = {run: time_once(run, timer) for run in (baseline, candidate)}  # last warm-up
+    times = {run: time_once(run, timer) for run in (baseline, candidate)}
+    iterations = {run: iterations_for(seconds, sync_s) for run, seconds in times.items()}
+    pair_s = sum(times[run] * iterations[run] for run in times)
+    pairs = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
+    pairs += pairs % 2
+    ratios = []
+    for index in range(pairs):
+        order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
+        block = {}
+        for run in order:
+            start = timer()
+            for _ in range(iterations[run]):
+                run()
+            block[run] = (timer() - start) / iterations[run]
+        ratios.append(block[baseline] / block[candidate])
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    return Speedup(statistics.median(ratios), float(interval.low), float(interval.high), pairs)
+
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Watch the peak of allocated bytes on ``device``; the yielded callable returns it.
+
+    It returns None on a CPU, where it is not measured.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: torch.cuda.max_memory_allocated(device)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return the bytes that tensors hold on ``device``; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+_OOM_TEXT = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_ALLOC_FAILED|DefaultCPUAllocator: .*allocate",
+    re.DOTALL,
+)
+_REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+)\s*([KMG]?i?B|bytes)")
+_UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def oom_of(error: BaseException) -> BaseException | None:
+    """Return the out-of-memory error that ``error`` is or was raised from, or None."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, torch.OutOfMemoryError | MemoryError):
+            return current
+        if isinstance(current, RuntimeError) and _OOM_TEXT.search(str(current)):
+            return current
+        inner = getattr(current, "inner_exception", None)
+        current = inner or current.__cause__ or current.__context__
+    return None
+
+
+def requested_bytes(error: BaseException) -> int | None:
+    """Return the bytes whose allocation failed, if the message says so."""
+    match = _REQUEST.search(str(error))
+    if match is None or match[2] not in _UNITS:
+        return None
+    return round(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,252 @@
+"""Command line and ini options, read once into a frozen ``Settings``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.params import (
+    INT8_MODES,
+    RunParams,
+    parse_bool,
+    parse_extra,
+    parse_field,
+)
+from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
+from pytest_int8bench.workloads.names import check_reference, check_workload_name
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "smoke": {
+        "model_size": "nano",
+        "image_size": 16,
+        "num_timesteps": 3,
+        "batch_size": 4,
+        "compile_mode": "default",
+        "gpu_type": "cpu",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    """None makes a flag."""
+    repeatable: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--int8-" + self.name
+
+    @property
+    def dest(self) -> str:
+        return "int8_" + self.name.replace("-", "_")
+
+    def read(self, config: pytest.Config) -> Any:
+        """Return the command line's value, else the ini file's, else None."""
+        value = config.getoption(self.dest)
+        if value not in (None, []):
+            return value
+        ini = config.getini(self.dest)
+        return ini if ini not in ("", [], None) else None
+
+    def source(self, config: pytest.Config) -> str:
+        """Return how the user wrote this option, for error messages."""
+        return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option(
+            "mode",
+            "INT8 modes by comma: w8a8 (weights and dynamic activations), w8 (weights only) or "
+            "off (BF16 only). Default: w8a8",
+            "MODES",
+        ),
+        Option("smoothquant", "Apply SmoothQuant after a calibration pass. Default: off"),
+        Option(
+            "sweep",
+            f"Sweep keys by comma, one axis at a time: {', '.join(SWEEPS)}. Default: none",
+            "KEYS",
+        ),
+        Option(
+            "cross-product", "Sweep all combinations instead of one axis at a time. Default: off"
+        ),
+        Option(
+            "set",
+            "Set a RunParams field, e.g. batch_size=64, or an axis of your workload, "
+            "extra.NAME=VALUE. Repeatable; commas in VALUE sweep it",
+            "NAME=VALUE",
+            repeatable=True,
+        ),
+        Option(
+            "preset",
+            "Where the parameters start: seed (base, batch 128, image 64, max-autotune, CUDA), "
+            "smoke (nano, batch 4, image 16, 3 timesteps, compile mode default, CPU) or auto "
+            "(seed with CUDA, else smoke). Default: auto",
+            "NAME",
+        ),
+        Option(
+            "workload",
+            "What to measure: olmoearth, module:callable or path.py:callable returning a "
+            "Workload. Default: olmoearth",
+            "NAME",
+        ),
+        Option(
+            "filter",
+            "module:callable that takes (module, name) and says which layers to quantize. "
+            "Default: attention projections and MLP layers",
+            "REFERENCE",
+        ),
+        Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
+    )
+}
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register every option and its ini value."""
+    group = parser.getgroup("int8bench", "INT8 inference benchmarks")
+    for option in OPTIONS.values():
+        kind: dict[str, Any] = {"dest": option.dest, "help": option.help, "default": None}
+        if option.metavar is None:
+            group.addoption(option.flag, action="store_true", **kind)
+        else:
+            action = "append" if option.repeatable else "store"
+            group.addoption(option.flag, action=action, metavar=option.metavar, **kind)
+        ini_type: Any = "linelist" if option.repeatable else "string"
+        parser.addini(option.dest, f"Same as {option.flag}", type=ini_type, default=None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, checked."""
+
+    preset: str = "auto"
+    """``auto``, ``seed`` or ``smoke``."""
+    modes: tuple[str, ...] = ("w8a8",)
+    """INT8 modes to run, ``off`` among them."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """RunParams fields set to one value; ``extra.NAME`` for axes of the workload."""
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    """RunParams fields to sweep, with their values."""
+    cross_product: bool = False
+    workload: str = "olmoearth"
+    filter: str | None = None
+    baseline: bool = True
+    """Add BF16 twins and measure the speedup."""
+
+    def resolved_preset(self, cuda_available: Callable[[], bool]) -> str:
+        """Return the preset's name, ``auto`` decided by ``cuda_available``."""
+        if self.preset != "auto":
+            return self.preset
+        return "seed" if cuda_available() else "smoke"
+
+    def default_params(self, preset: str) -> RunParams:
+        """Return the point that all others are changed from."""
+        changes = {k: v for k, v in self.changes.items() if not k.startswith("extra.")}
+        extra = {k.removeprefix("extra."): v for k, v in self.changes.items() if k not in changes}
+        return RunParams(**{**PRESETS[preset], **changes, "extra": extra})
+
+    def points(self, preset: str) -> list[RunParams]:
+        """Return the points to run, without BF16 twins."""
+        return expand_modes(
+            self.default_params(preset), self.modes, self.axes, cross_product=self.cross_product
+        )
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """Read and check all options.
+
+    Raises:
+        pytest.UsageError: one line that names option, rule and value.
+    """
+    values: dict[str, Any] = {}
+    for option in OPTIONS.values():
+        raw = option.read(config)
+        if raw is None:
+            continue
+        try:
+            values |= _READERS[option.name](raw)
+        except ValueError as error:
+            raise pytest.UsageError(f"{option.source(config)}: {error}") from None
+    if values.pop("smoothquant", False):
+        values["changes"] = {"int8_smoothquant": True, **values.get("changes", {})}
+    # The sweep's axes come first, as they were named first in the documentation's examples;
+    # an axis of --int8-set replaces the sweep key's values.
+    values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
+    return Settings(**values)
+
+
+def _read_modes(text: str) -> dict[str, Any]:
+    valid = (*INT8_MODES, "off")
+    modes = _split(text)
+    for mode in modes:
+        if mode not in valid:
+            raise ValueError(f"must be one or more of {', '.join(valid)} by comma, got {mode!r}")
+    return {"modes": tuple(dict.fromkeys(modes))}
+
+
+def _read_set(items: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    axes: dict[str, list[Any]] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise ValueError(f"must be NAME=VALUE, got {item!r}")
+        if name in ("int8_enabled", "int8_mode"):
+            raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
+        if name.startswith("extra."):
+            RunParams(extra={name.removeprefix("extra."): True})
+            parsed: list[Any] = [parse_extra(part) for part in _split(text)]
+        else:
+            parsed = [parse_field(name, part) for part in _split(text)]
+        changes.pop(name, None)
+        axes.pop(name, None)
+        if len(parsed) == 1:
+            changes[name] = parsed[0]
+        else:
+            axes[name] = parsed
+    return {"changes": changes, "axes": axes}
+
+
+def _read_preset(text: str) -> dict[str, Any]:
+    if text not in ("auto", *PRESETS):
+        raise ValueError(f"must be one of auto, {', '.join(PRESETS)}, got {text!r}")
+    return {"preset": text}
+
+
+def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, Any]]:
+    def read(value: bool | str) -> dict[str, Any]:
+        given = parse_bool(value) if isinstance(value, str) else value
+        return {name: on} if given else {}
+
+    return read
+
+
+def _split(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"must not have an empty item, got {text!r}")
+    return parts
+
+
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "mode": _read_modes,
+    "smoothquant": _read_flag("smoothquant"),
+    "sweep": lambda text: {"sweep": axes_of(_split(text))},
+    "cross-product": _read_flag("cross_product"),
+    "set": _read_set,
+    "preset": _read_preset,
+    "workload": lambda text: {"workload": check_workload_name(text)},
+    "filter": lambda text: {"filter": check_reference(text)},
+    "no-baseline": _read_flag("baseline", on=False),
+}

@@ -1,0 +1,437 @@
+"""The parameters of one run: a frozen dataclass, its name, and its environment variables.
+
+A run name is the human-readable identity of a point, is used as pytest id, and can be read
+back::
+
+    >>> p = RunParams(int8_enabled=True)
+    >>> p.run_name
+    'base_cuda_bf16_int8_w8a8_max-autotune_s2_is64_ps4_ts12_bs128'
+    >>> RunParams.from_run_name(p.run_name) == p
+    True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+from urllib.parse import quote, unquote
+
+Scalar: TypeAlias = str | int | float | bool
+
+MODEL_SIZES = ("nano", "tiny", "small", "base", "large")
+DEVICES = ("cuda", "cpu")
+INT8_MODES = ("w8a8", "w8")
+COMPILE_MODES = (
+    "default",
+    "reduce-overhead",
+    "max-autotune",
+    "max-autotune-no-cudagraphs",
+    "off",
+)
+ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "auto")
+INT8_BACKENDS = ("torchao", "fused", "auto")
+FEEDS = ("device", "host")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model_size": MODEL_SIZES,
+    "gpu_type": DEVICES,
+    "int8_mode": INT8_MODES,
+    "compile_mode": COMPILE_MODES,
+    "attention": ATTENTION_BACKENDS,
+    "int8_backend": INT8_BACKENDS,
+    "feed": FEEDS,
+}
+
+#: Fields that say how to measure or report. They never enter names, ids or model identity.
+MEASURING_FIELDS = (
+    "benchmark_interval_s",
+    "min_batches_per_interval",
+    "profiler_enabled",
+    "wandb_enabled",
+)
+
+#: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
+ENV_PREFIX = "INT8BENCH_"
+
+_EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
+
+
+class FrozenDict(Mapping[str, Scalar]):
+    """A hashable, ordered-by-key mapping; equality also compares the types of the values."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, values: Mapping[str, Scalar] | None = None) -> None:
+        self._items: dict[str, Scalar] = dict(sorted((values or {}).items()))
+
+    def _typed(self) -> tuple[tuple[str, str, Scalar], ...]:
+        return tuple((k, type(v).__name__, v) for k, v in self._items.items())
+
+    def __getitem__(self, key: str) -> Scalar:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._typed())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FrozenDict):
+            return self._typed() == other._typed()
+        if isinstance(other, Mapping):
+            return self == FrozenDict(other)
+        return NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParams:
+    """One point of a benchmark.
+
+    A field that is wrong by itself raises ``ValueError`` naming field, rule and value. A
+    combination that cannot be run is told by :meth:`impossible_reason`, so that a sweep can
+    hold it and skip it.
+    """
+
+    model_size: str = "base"
+    """OlmoEarth model size: ``nano``, ``tiny``, ``small``, ``base`` or ``large``."""
+    use_s1: bool = False
+    """Feed Sentinel-1 (2 bands)."""
+    use_s2: bool = True
+    """Feed Sentinel-2 L2A (12 bands)."""
+    use_landsat: bool = False
+    """Feed Landsat (11 bands)."""
+    image_size: int = 64
+    """Image height and width in pixels of 10 m."""
+    patch_size: int = 4
+    """Patch height and width in pixels."""
+    num_timesteps: int = 12
+    """Images per location."""
+    batch_size: int = 128
+    """Samples per forward."""
+    gpu_type: str = "cuda"
+    """Device type: ``cuda`` or ``cpu``."""
+    bf16: bool = True
+    """BF16 weights and activations; FP32 otherwise."""
+    int8_enabled: bool = False
+    """Quantize the linear layers to INT8."""
+    int8_mode: str = "w8a8"
+    """``w8a8`` (weights and dynamic activations) or ``w8`` (weights only)."""
+    int8_smoothquant: bool = False
+    """Move activation outliers into the weights first, after a calibration pass."""
+    compile_mode: str = "max-autotune"
+    """torch.compile mode, or ``off`` for eager."""
+    compile_fullgraph: bool = True
+    """Require the model to compile as one graph."""
+    model_version: str = "v1"
+    """OlmoEarth version; v1 makes three tokens where v1.1 and later make one (Sentinel-2)."""
+    attention: str = "flash"
+    """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math`` or ``auto``."""
+    int8_backend: str = "auto"
+    """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
+    feed: str = "device"
+    """``device``: inputs stay on the device; ``host``: each batch is copied from pinned memory."""
+    extra: Mapping[str, Scalar] = field(default_factory=FrozenDict)
+    """Axes of a user's workload, by name."""
+    benchmark_interval_s: float = 10.0
+    """Seconds that the timed rounds of one point may take."""
+    min_batches_per_interval: int = 10
+    """Batches measured at least, also where they take longer than the interval."""
+    profiler_enabled: bool = False
+    """Write a profile of one forward."""
+    wandb_enabled: bool = False
+    """Report to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            if spec.name != "extra":
+                object.__setattr__(self, spec.name, _checked(spec.name, getattr(self, spec.name)))
+        object.__setattr__(self, "extra", _checked_extra(self.extra))
+
+    # -- changing -------------------------------------------------------------------------
+
+    def replace(self, **changes: Any) -> RunParams:
+        """Return a copy with ``changes``; an unknown name or a bad value is a ``ValueError``."""
+        for name in changes:
+            if name not in FIELD_TYPES and name != "extra":
+                raise ValueError(
+                    f"unknown RunParams field {name!r}; fields are {', '.join(FIELD_TYPES)}, extra"
+                )
+        return dataclasses.replace(self, **changes)
+
+    def baseline(self) -> RunParams:
+        """Return the BF16 (or FP32) twin: the same point with every INT8 field at its default."""
+        return self.replace(**{name: _DEFAULTS[name] for name in FIELD_TYPES if name in _INT8})
+
+    def identity(self) -> RunParams:
+        """Return the point with its measuring fields at their defaults: what a model depends on."""
+        return self.replace(**{name: _DEFAULTS[name] for name in MEASURING_FIELDS})
+
+    # -- reading --------------------------------------------------------------------------
+
+    def impossible_reason(self) -> str | None:
+        """Say why this combination of fields cannot be run, or return None."""
+        if not (self.use_s1 or self.use_s2 or self.use_landsat):
+            return "no modality: use_s1, use_s2 and use_landsat are all false"
+        if self.image_size < self.patch_size:
+            return f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
+        if self.image_size % self.patch_size:
+            return f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+        on_cuda = self.gpu_type == "cuda"
+        if self.attention in ("cudnn", "efficient") and not on_cuda:
+            return f"attention={self.attention} exists on CUDA only, gpu_type={self.gpu_type}"
+        if self.attention in ("flash", "cudnn") and on_cuda and not self.bf16:
+            return f"{self.attention} attention takes 16-bit inputs only, bf16=False"
+        if self.int8_smoothquant and not self.int8_enabled:
+            return "int8_smoothquant=True without int8_enabled has nothing to smooth"
+        if self.int8_backend == "fused" and self.int8_enabled:
+            return "int8_backend=fused is not part of this version; use torchao or auto"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, for JSON."""
+        values = {name: getattr(self, name) for name in FIELD_TYPES}
+        return {**values, "extra": dict(self.extra)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunParams:
+        """Read what :meth:`to_dict` wrote."""
+        return cls().replace(**values)
+
+    # -- names ----------------------------------------------------------------------------
+
+    @property
+    def run_name(self) -> str:
+        """The name of the point. Only fields outside the fixed part that differ are appended."""
+        fixed = [
+            self.model_size,
+            self.gpu_type,
+            "bf16" if self.bf16 else None,
+            f"int8_{self.int8_mode}" if self.int8_enabled else None,
+            "smoothq" if self.int8_enabled and self.int8_smoothquant else None,
+            self.compile_mode if self.int8_enabled else None,
+            "s1" if self.use_s1 else None,
+            "s2" if self.use_s2 else None,
+            "ls" if self.use_landsat else None,
+            f"is{self.image_size}",
+            f"ps{self.patch_size}",
+            f"ts{self.num_timesteps}",
+            f"bs{self.batch_size}",
+        ]
+        said = {"int8_mode", "int8_smoothquant", "compile_mode"} if self.int8_enabled else set()
+        appended = [
+            f"{name}-{_escape(_to_text(getattr(self, name)))}"
+            for name in _APPENDED
+            if name not in said and getattr(self, name) != _DEFAULTS[name]
+        ]
+        extra = [f"extra.{k}-{_escape(_extra_text(v))}" for k, v in self.extra.items()]
+        return "_".join([item for item in fixed if item] + appended + extra)
+
+    @classmethod
+    def from_run_name(cls, name: str) -> RunParams:
+        """Read a run name; measuring fields get their defaults.
+
+        Raises:
+            ValueError: if ``name`` is not a run name.
+        """
+        match = _RUN_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"not a run name: {name!r}")
+        values: dict[str, Any] = {
+            "model_size": match["model_size"],
+            "gpu_type": match["gpu_type"],
+            "bf16": match["bf16"] is not None,
+            "use_s1": match["s1"] is not None,
+            "use_s2": match["s2"] is not None,
+            "use_landsat": match["ls"] is not None,
+            "image_size": int(match["image_size"]),
+            "patch_size": int(match["patch_size"]),
+            "num_timesteps": int(match["num_timesteps"]),
+            "batch_size": int(match["batch_size"]),
+        }
+        if match["int8_mode"]:
+            values |= {
+                "int8_enabled": True,
+                "int8_mode": match["int8_mode"],
+                "int8_smoothquant": match["smoothq"] is not None,
+                "compile_mode": match["compile_mode"],
+            }
+        extra: dict[str, Scalar] = {}
+        for key, text in _APPENDED_ITEM.findall(match["appended"]):
+            text = unquote(text)
+            if key.startswith("extra."):
+                extra[key.removeprefix("extra.")] = parse_extra(text)
+            else:
+                values[key] = parse_field(key, text)
+        return cls(**values, extra=extra)
+
+    # -- environment ----------------------------------------------------------------------
+
+    def to_env_vars(self) -> dict[str, str]:
+        """Return every field as environment variables (``INT8BENCH_BATCH_SIZE=128`` …)."""
+        values = {name: _to_text(getattr(self, name)) for name in FIELD_TYPES}
+        values["extra"] = json.dumps(dict(self.extra))
+        return {ENV_PREFIX + name.upper(): text for name, text in values.items()}
+
+    @classmethod
+    def from_env_vars(cls, environ: Mapping[str, str] | None = None) -> RunParams:
+        """Read what :meth:`to_env_vars` wrote; a variable that is absent gives the default.
+
+        Args:
+            environ: the variables; ``os.environ`` by default.
+
+        Raises:
+            ValueError: naming the variable, if a value cannot be read.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for name in FIELD_TYPES:
+            if (text := environ.get(ENV_PREFIX + name.upper())) is not None:
+                values[name] = parse_field(name, text)
+        if (text := environ.get(ENV_PREFIX + "EXTRA")) is not None:
+            try:
+                values["extra"] = json.loads(text)
+            except ValueError:
+                raise ValueError(f"{ENV_PREFIX}EXTRA must be a JSON object, got {text!r}") from None
+        return cls(**values)
+
+
+#: Name -> type of each RunParams field but ``extra``, in order.
+FIELD_TYPES: dict[str, type] = {
+    spec.name: {"str": str, "int": int, "float": float, "bool": bool}[cast("str", spec.type)]
+    for spec in dataclasses.fields(RunParams)
+    if spec.name != "extra"
+}
+_DEFAULTS: dict[str, Any] = {
+    spec.name: spec.default for spec in dataclasses.fields(RunParams) if spec.name != "extra"
+}
+_INT8 = {name for name in FIELD_TYPES if name.startswith("int8_")}
+_APPENDED = (
+    "int8_mode",
+    "int8_smoothquant",
+    "compile_mode",
+    "compile_fullgraph",
+    "model_version",
+    "attention",
+    "int8_backend",
+    "feed",
+)
+_APPENDED_ITEM = re.compile(
+    rf"_({'|'.join(_APPENDED)}|extra\.{_EXTRA_NAME.pattern.replace('(', '(?:')})-([^_]*)"
+)
+_RUN_NAME = re.compile(
+    rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
+    r"(?P<bf16>_bf16)?"
+    rf"(?:_int8_(?P<int8_mode>{'|'.join(INT8_MODES)})(?P<smoothq>_smoothq)?"
+    rf"_(?P<compile_mode>{'|'.join(COMPILE_MODES)}))?"
+    r"(?P<s1>_s1)?(?P<s2>_s2)?(?P<ls>_ls)?"
+    r"_is(?P<image_size>\d+)_ps(?P<patch_size>\d+)_ts(?P<num_timesteps>\d+)_bs(?P<batch_size>\d+)"
+    rf"(?P<appended>(?:{_APPENDED_ITEM.pattern.replace('_(', '_(?:', 1).replace('-([^', '-(?:[^')})*)"
+)
+
+
+def parse_field(name: str, text: str) -> Scalar:
+    """Read the value of RunParams field ``name`` from ``text``.
+
+    Raises:
+        ValueError: naming field, rule and value.
+    """
+    if name not in FIELD_TYPES:
+        raise ValueError(
+            f"unknown RunParams field {name!r}; fields are {', '.join(FIELD_TYPES)}, extra.NAME"
+        )
+    kind = FIELD_TYPES[name]
+    value: Any = text
+    if kind is bool:
+        try:
+            value = parse_bool(text)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    elif kind is not str:
+        try:
+            value = kind(text.strip())
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} must be {noun}, got {text!r}") from None
+    return _checked(name, value)
+
+
+def parse_bool(text: str) -> bool:
+    """Read ``true``/``false``, ``1``/``0``, ``yes``/``no`` or ``on``/``off``.
+
+    Raises:
+        ValueError: saying rule and value.
+    """
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    try:
+        return words[text.strip().lower()]
+    except KeyError:
+        raise ValueError(f"must be true or false, got {text!r}") from None
+
+
+def parse_extra(text: str) -> Scalar:
+    """Read the value of an ``extra`` axis: ``true``, ``12``, ``0.5``, or text (``"12"`` quoted)."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | float | bool) else text
+
+
+def _extra_text(value: Scalar) -> str:
+    if isinstance(value, str) and parse_extra(value) == value and value:
+        return value
+    return json.dumps(value)
+
+
+def _to_text(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _escape(text: str) -> str:
+    """Percent-encode what separates items of a run name or disturbs a pytest id or a shell."""
+    return quote(text, safe=".,+=-").replace("_", "%5F")
+
+
+def _checked(name: str, value: Any) -> Scalar:
+    """Return ``value`` if it is right for field ``name``, else raise ``ValueError``."""
+    kind = FIELD_TYPES[name]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        noun = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+        raise ValueError(f"{name} must be {noun[kind]}, got {value!r}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+    if name == "model_version" and not re.fullmatch(r"v\d+(\.\d+)*", value):
+        raise ValueError(f"model_version must look like v1 or v1.2, got {value!r}")
+    if kind is int and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if kind is float and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return cast("Scalar", value)
+
+
+def _checked_extra(extra: Any) -> FrozenDict:
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"extra must be a mapping of names to values, got {extra!r}")
+    for key, value in extra.items():
+        if not isinstance(key, str) or not _EXTRA_NAME.fullmatch(key):
+            raise ValueError(f"extra names must be identifiers such as seq_len, got {key!r}")
+        if not isinstance(value, str | int | float | bool):
+            raise ValueError(f"extra.{key} must be str, int, float or bool, got {value!r}")
+        if isinstance(value, float) and value - value != 0:
+            raise ValueError(f"extra.{key} must be finite, got {value!r}")
+    return FrozenDict(extra)

@@ -1,0 +1,407 @@
+"""INT8 quantization of linear layers through torchao, and what it covered."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchao.core.config import AOBaseConfig
+from torchao.prototype.smoothquant import SmoothQuantConfig
+from torchao.prototype.smoothquant.core import SmoothQuantObservedLinear
+from torchao.quantization import (
+    FqnToConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+from torchao.utils import TorchAOBaseTensor, should_reduce_range
+
+from pytest_int8bench.params import INT8_MODES
+
+if TYPE_CHECKING:
+    from pytest_int8bench.workloads import FilterFn
+
+#: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
+CUDA_MULTIPLE = 8
+
+
+class QuantizationError(ValueError):
+    """Nothing could be quantized, or a layer could not."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer and what became of it."""
+
+    name: str
+    parameters: int
+    """Number of weights and biases."""
+    reason: str | None = None
+    """Why the layer was left out; None if it was converted."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What :func:`apply_int8_quant` did to a model."""
+
+    mode: str
+    """``w8a8``, ``w8``, or ``custom`` for a configuration of the user's."""
+    layers: tuple[Layer, ...]
+    """Every linear layer of the model, in order."""
+    total_parameters: int
+    """All parameters of the model, outside linear layers too."""
+
+    @property
+    def converted(self) -> tuple[Layer, ...]:
+        """The layers that are INT8 now."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def left_out(self) -> tuple[Layer, ...]:
+        """The layers that are not, with reasons."""
+        return tuple(layer for layer in self.layers if layer.reason is not None)
+
+    @property
+    def converted_parameters(self) -> int:
+        """Number of parameters of the converted layers."""
+        return sum(layer.parameters for layer in self.converted)
+
+    def __str__(self) -> str:
+        share = self.converted_parameters / max(self.total_parameters, 1)
+        text = (
+            f"{len(self.converted)} of {len(self.layers)} linear layers in INT8 ({self.mode}), "
+            f"{self.converted_parameters:,} of {self.total_parameters:,} parameters ({share:.1%})"
+        )
+        reasons: dict[str, int] = {}
+        for layer in self.left_out:
+            reasons[str(layer.reason)] = reasons.get(str(layer.reason), 0) + 1
+        if reasons:
+            text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "mode": self.mode,
+            "converted_layers": len(self.converted),
+            "linear_layers": len(self.layers),
+            "converted_parameters": self.converted_parameters,
+            "total_parameters": self.total_parameters,
+            "left_out": {layer.name: layer.reason for layer in self.left_out},
+        }
+
+
+_coverages: weakref.WeakKeyDictionary[nn.Module, Coverage] = weakref.WeakKeyDictionary()
+
+_ATTENTION = re.compile(
+    r"(q|k|v|o|qkv|kv|q_proj|k_proj|v_proj|o_proj|out_proj|proj|out|to_q|to_k|to_v|to_out|to_qkv"
+    r"|query|key|value|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn|c_proj"
+    r"|att_in|att_out|wq|wk|wv|wo|wqkv|dense)"
+)
+_MLP = re.compile(
+    r"(fc_?\d|w_?\d|w12|lin\d|linear_?\d|up_proj|down_proj|gate_proj|gate_up_proj|wi(_\d)?|c_fc|dense\w*)"
+)
+_MLP_PARENT = re.compile(r"(mlp|ffn|ff|feed_?forward|intermediate)")
+_KEPT = re.compile(
+    r".*(embed|norm|head|classifier|pooler|logits|score|project_and_aggregate|tokenizer).*"
+    r"|ln(_?\w)?|stem|fc_norm|patchify",
+    re.IGNORECASE,
+)
+
+
+def is_transformer_linear(module: nn.Module, name: str) -> bool:
+    """The default filter: attention projections and MLP layers of a transformer.
+
+    Goes by the module's type and dotted name. Embeddings, norms, heads, classifiers and poolers
+    stay as they are.
+
+    Args:
+        module: any module of the model.
+        name: its dotted name, as in ``model.named_modules()``.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    parts = name.split(".")
+    if any(_KEPT.fullmatch(part) for part in parts):
+        return False
+    leaf, parents = parts[-1], parts[:-1]
+    while leaf.isdigit() and parents:  # nn.Sequential, such as to_out.0 or mlp.2
+        leaf, parents = parents[-1], parents[:-1]
+    return bool(
+        _ATTENTION.fullmatch(leaf)
+        or _MLP.fullmatch(leaf)
+        or any(_MLP_PARENT.fullmatch(part) for part in (*parents, leaf))
+    )
+
+
+class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
+    """INT8 weight whose product is dequantize, then the 16-bit product of the device's library.
+
+    torchao's own weight-only product is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
+    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
+    196608x768x768 product that cuBLAS does in 0.32 ms (H200, torch 2.11).
+    """
+
+
+@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)
+@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)
+def _dequantized_linear(
+    func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    activation, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if weight.act_pre_scale is not None:
+        activation = activation * weight.act_pre_scale
+    return nn.functional.linear(activation, weight.dequantize(activation.dtype), bias)
+
+
+def apply_int8_quant(
+    model: nn.Module,
+    *,
+    mode: str = "w8a8",
+    filter_fn: FilterFn | None = None,
+    smoothquant: bool = False,
+    calibration: Iterable[Any] | None = None,
+    alpha: float = 0.5,
+    quant_config: Any = None,
+) -> nn.Module:
+    """Quantize the linear layers of ``model`` to INT8, in place.
+
+    Weights get one symmetric scale per output channel, activations (``w8a8``) one per row,
+    computed at run time. Settings of Inductor are left alone.
+
+    Args:
+        model: a model in ``eval`` mode, on its device, with real BF16 (or FP32) weights.
+        mode: ``w8a8`` (weights and dynamic activations) or ``w8`` (weights only).
+        filter_fn: ``filter_fn(module, name)`` says which layers to quantize;
+            :func:`is_transformer_linear` by default.
+        smoothquant: first move outliers of the activations into the weights (SmoothQuant,
+            arXiv:2211.10438), with one factor per input channel measured on ``calibration``.
+        calibration: inputs of the model, each a tensor, a tuple of positional arguments or a
+            mapping of keyword arguments. Needed with ``smoothquant``.
+        alpha: SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights).
+        quant_config: any torchao ``AOBaseConfig`` or ``FqnToConfig`` instead of the mode's own.
+            With ``FqnToConfig`` the configuration itself says which layers, not ``filter_fn``.
+
+    Returns:
+        ``model``. :func:`coverage` tells what was converted.
+
+    Raises:
+        ValueError: for an unknown mode, or ``smoothquant`` without ``calibration``.
+        QuantizationError: if no layer was converted, or one has a shape that the kernels
+            cannot take.
+    """
+    if mode not in INT8_MODES:
+        raise ValueError(f"mode must be one of {', '.join(INT8_MODES)}, got {mode!r}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
+    if smoothquant and calibration is None:
+        raise ValueError("smoothquant=True needs calibration, an iterable of inputs; got None")
+    if quant_config is not None and not isinstance(quant_config, AOBaseConfig | FqnToConfig):
+        raise ValueError(
+            f"quant_config must be a torchao AOBaseConfig or FqnToConfig, got {quant_config!r}"
+        )
+    if already := [name for name, module in model.named_modules() if _is_quantized(module)]:
+        raise QuantizationError(f"the model is quantized already ({already[0]} is)")
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(quant_config, FqnToConfig):
+        if smoothquant:
+            raise ValueError("smoothquant=True does not go with FqnToConfig")
+        layers = _select(model, lambda module, name: True, check_shapes=False)
+        quantize_(model, quant_config, filter_fn=None)
+        layers = _recheck(model, layers, "not named by FqnToConfig")
+    else:
+        layers = _select(
+            model, filter_fn or is_transformer_linear, check_shapes=quant_config is None
+        )
+        chosen = {layer.name for layer in layers if layer.reason is None}
+        if not chosen:
+            raise QuantizationError(_nothing_converted(layers))
+        config = quant_config if quant_config is not None else _config(model, mode)
+        if smoothquant:
+            assert calibration is not None
+            _smooth_and_quantize(model, config, chosen, calibration, alpha)
+        else:
+            quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+        layers = _recheck(model, layers, "left as it is by the configuration")
+    if all(layer.reason is not None for layer in layers):
+        raise QuantizationError(_nothing_converted(layers))
+    if mode == "w8" and quant_config is None:
+        _dequantize_on_cuda(model)
+    _coverages[model] = Coverage(
+        "custom" if quant_config is not None else mode, tuple(layers), total
+    )
+    return model
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Return which linear layers of ``model`` are INT8, and why the others are not.
+
+    Works on the return value of :func:`apply_int8_quant` or ``compile_for_a100``, and on models
+    that torchao quantized elsewhere.
+    """
+    inner = getattr(model, "model", None)
+    if model not in _coverages and isinstance(inner, nn.Module):
+        return coverage(inner)
+    if model in _coverages:
+        return _coverages[model]
+    layers = _recheck(model, _select(model, lambda *_: True, check_shapes=False), "not quantized")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Coverage("custom", tuple(layers), total)
+
+
+def int8_storage(model: nn.Module) -> tuple[int, int]:
+    """Return how many quantized linear layers store INT8 weights, and how many there are."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and _is_quantized(m)]
+    stored = [
+        weight
+        for weight in weights
+        if getattr(getattr(weight, "qdata", None), "dtype", None) == torch.int8
+    ]
+    return len(stored), len(weights)
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call ``model`` with inputs as a workload or a calibration gives them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
+
+
+def _select(model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool) -> list[Layer]:
+    """Return every linear layer of ``model``, those that are not to be converted with reason."""
+    attention_parts = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part in module.modules()
+    }
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            weights = [module.in_proj_weight, module.q_proj_weight, module.k_proj_weight]
+            weights += [module.v_proj_weight, module.in_proj_bias]
+            count = sum(weight.numel() for weight in weights if weight is not None)
+            layers.append(Layer(f"{name}.in_proj", count, "type: inside nn.MultiheadAttention"))
+        if not isinstance(module, nn.Linear):
+            continue
+        reason = None
+        if id(module) in attention_parts or isinstance(module, NonDynamicallyQuantizableLinear):
+            reason = "type: inside nn.MultiheadAttention"
+        elif not filter_fn(module, name):
+            reason = "filtered"
+        elif check_shapes:
+            reason = _shape_reason(module)
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        layers.append(Layer(name, count, reason))
+    return layers
+
+
+def _shape_reason(module: nn.Linear) -> str | None:
+    if module.weight.device.type != "cuda":
+        return None
+    rows, columns = module.weight.shape
+    if rows % CUDA_MULTIPLE or columns % CUDA_MULTIPLE:
+        return f"shape: {columns}x{rows} is not a multiple of {CUDA_MULTIPLE} (CUDA INT8 product)"
+    return None
+
+
+def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
+    """Believe the model, not the plan: a layer counts as converted if its weight is."""
+    modules = dict(model.named_modules())
+    return [
+        Layer(layer.name, layer.parameters, reason)
+        if layer.reason is None and not _is_quantized(modules[layer.name])
+        else layer
+        for layer in layers
+    ]
+
+
+def _nothing_converted(layers: list[Layer]) -> str:
+    if not layers:
+        return "no layer was converted to INT8: the model has no linear layers"
+    reasons = sorted({str(layer.reason) for layer in layers})
+    names = ", ".join(layer.name for layer in layers[:3])
+    return (
+        f"no layer was converted to INT8: {len(layers)} linear layers ({names} …), "
+        f"left out because: {'; '.join(reasons)}"
+    )
+
+
+def _config(model: nn.Module, mode: str) -> Any:
+    # set_inductor_config=True would change Inductor for the whole process, baseline included.
+    if mode == "w8":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    devices = {parameter.device for parameter in model.parameters()}
+    return Int8DynamicActivationInt8WeightConfig(
+        set_inductor_config=False,
+        # Without VNNI the CPU's INT8 product saturates in 16 bits.
+        reduce_range=any(should_reduce_range(device) for device in devices),
+    )
+
+
+def _smooth_and_quantize(
+    model: nn.Module, config: Any, chosen: set[str], calibration: Iterable[Any], alpha: float
+) -> None:
+    def step(name: str) -> Any:
+        # The running observer keeps one maximum per channel; the default one keeps every input.
+        return SmoothQuantConfig(config, step=name, alpha=alpha, use_running_absmax=True)
+
+    quantize_(model, step("prepare"), filter_fn=lambda module, name: name in chosen)
+    observed = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SmoothQuantObservedLinear)
+    }
+    # The observer takes contiguous inputs only.
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        for module in observed.values()
+    ]
+    try:
+        with torch.no_grad():
+            for inputs in calibration:
+                call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unseen = [name for name, module in observed.items() if module.obs.x_abs_max is None]
+    if unseen:
+        raise QuantizationError(
+            f"calibration never reached {len(unseen)} of {len(observed)} layers, "
+            f"{unseen[0]} first: it must have at least one batch that runs every layer"
+        )
+    quantize_(
+        model,
+        step("convert"),
+        filter_fn=lambda module, name: isinstance(module, SmoothQuantObservedLinear),
+    )
+
+
+def _dequantize_on_cuda(model: nn.Module) -> None:
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or type(module.weight) is not Int8Tensor:
+            continue
+        weight = module.weight
+        if weight.device.type != "cuda":
+            continue
+        tensors, context = weight.__tensor_flatten__()
+        inner = {name: getattr(weight, name) for name in tensors}
+        changed = DequantizedInt8Tensor.__tensor_unflatten__(
+            inner, context, weight.shape, weight.stride()
+        )
+        module.weight = nn.Parameter(changed, requires_grad=False)

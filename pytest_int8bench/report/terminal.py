@@ -1,0 +1,108 @@
+"""The table at the end of a session."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pytest_int8bench.environment import describe
+from pytest_int8bench.results import Result, Saved
+
+_MISSING = "-"
+
+
+def render(saved: Saved, *, width: int | None, color: bool) -> str:
+    """Return the table, the points without figures, and the machine as text.
+
+    Args:
+        saved: what to show.
+        width: columns of the terminal; None for as wide as the table needs.
+        color: use ANSI colors.
+    """
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=width or 1000,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        no_color=not color,
+        highlight=False,
+        legacy_windows=False,
+    )
+    measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
+    if measured:
+        console.print(_table(measured, saved))
+    for result in saved.results:
+        for line in _remarks(result):
+            console.print(Text(line, overflow="fold"))
+    console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _table(results: list[Result], saved: Saved) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    columns: dict[str, Callable[[Result], str]] = {
+        "run": lambda r: r.run_name,
+        "samples/s": lambda r: _number(r.samples_per_s),
+        "tokens/s": lambda r: _number(r.tokens_per_s),
+        "km²/s": lambda r: _number(r.square_km_per_s),
+        "ms/batch": lambda r: _number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
+        "peak MiB": lambda r: _number(r.peak_memory_bytes and r.peak_memory_bytes / 2**20),
+        "compile s": lambda r: _number(r.compile_s),
+        "INT8 time": lambda r: (
+            _MISSING if r.int8_time_share is None else f"{r.int8_time_share:.0%}"
+        ),
+        "attention": lambda r: r.attention_kernel or _MISSING,
+        "speedup [95 %]": _speedup,
+    }
+    workloads = {result.workload for result in results}
+    if workloads != {"olmoearth"}:
+        columns = {"workload": lambda r: r.workload, **columns}
+    for name in columns:
+        left = name in ("run", "workload", "attention")
+        table.add_column(
+            name,
+            justify="left" if left else "right",
+            no_wrap=name != "run",
+            overflow="fold",
+            min_width=20 if name == "run" else None,
+        )
+    for result in results:
+        cells = [show(result) for show in columns.values()]
+        if result.oom:
+            cells[list(columns).index("samples/s")] = "OOM"
+        table.add_row(*cells, style=None if result.status == "ok" else "red")
+    return table
+
+
+def _speedup(result: Result) -> str:
+    if result.speedup is None:
+        return _MISSING
+    if result.speedup_low is None or result.speedup_high is None:
+        return f"{result.speedup:.2f}x (apart)"
+    return f"{result.speedup:.2f}x [{result.speedup_low:.2f}, {result.speedup_high:.2f}]"
+
+
+def _remarks(result: Result) -> list[str]:
+    """Return what the reader must know about a point beyond its row."""
+    lines = []
+    if result.status != "ok" or result.reason:
+        mark = "note" if result.status == "ok" else result.status
+        lines.append(f"{mark}: {result.run_name}: {result.reason or 'no reason given'}")
+    if result.throttled:
+        lines.append(f"throttled: {result.run_name}: {', '.join(result.throttled)}")
+    if result.steady is False:
+        lines.append(f"unsteady: {result.run_name}: batch times had not settled after warm-up")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    """Return three significant digits at least, thousands separated; a dash for nothing."""
+    if value is None:
+        return _MISSING
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 4
+    return f"{value:,.{digits}f}"

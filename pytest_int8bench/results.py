@@ -1,0 +1,235 @@
+"""What is saved: results, the journal they are written to at once, and the JSON block.
+
+pytest-benchmark's JSON gets a top-level ``int8bench`` object::
+
+    {"schema": 1, "environment": {...}, "results": [...], "accuracy": [...]}
+
+``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`, ``results`` every
+finished point (:class:`Result`), whatever its status, and ``accuracy`` every verdict. The journal
+holds the same records as JSON lines, the first one being the header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
+
+
+class SchemaError(ValueError):
+    """A file that is not ours, is damaged, or was written by a newer version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished point. A quantity that was not measured is None."""
+
+    nodeid: str
+    """pytest node id; with ``workload`` the identity across commits."""
+    workload: str
+    run_name: str
+    params: dict[str, Any]
+    status: str = "ok"
+    """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
+    reason: str | None = None
+    """Why the point is not ``ok``, or what its reader should know."""
+    requested_bytes: int | None = None
+    """Allocation that failed, with status ``oom``."""
+
+    samples_per_s: float | None = None
+    """Samples over the median batch time."""
+    tokens_per_s: float | None = None
+    pixels_per_s: float | None = None
+    """Pixels of 10 m; a location counts once for all its timesteps."""
+    square_km_per_s: float | None = None
+    batch_time_s: float | None = None
+    """Median over the rounds."""
+    batch_time_p95_s: float | None = None
+    batch_time_standard_error: float | None = None
+    """Estimated standard error of the median, relative to it."""
+    rounds: int | None = None
+    iterations: int | None = None
+    """Batches per round."""
+    peak_memory_bytes: int | None = None
+    """Peak of this model alone: weights, inputs, activations. None on a CPU."""
+    compile_s: float | None = None
+    """The first call, compiling included; None in compile mode ``off``."""
+    warm_up_s: float | None = None
+    steady: bool | None = None
+    """False if batch times had not settled when the warm-up's time ran out."""
+
+    speedup: float | None = None
+    """Baseline time over candidate time."""
+    speedup_low: float | None = None
+    """Lower end of the 95 % interval."""
+    speedup_high: float | None = None
+    speedup_method: str | None = None
+    """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
+
+    int8_backend: str | None = None
+    """The backend that ``auto`` chose."""
+    int8_time_share: float | None = None
+    """Share of device time in INT8 matrix products, 0 to 1."""
+    attention_kernel: str | None = None
+    """The attention backend that ran."""
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    coverage: dict[str, Any] | None = None
+    """What was quantized; see ``quantize.Coverage.to_dict``."""
+    gpu_before: dict[str, Any] | None = None
+    """Clock, temperature, power and throttle reasons before the rounds."""
+    gpu_after: dict[str, Any] | None = None
+    throttled: list[str] = field(default_factory=list)
+    """Reasons for which the GPU ran slower than it could."""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+
+    @property
+    def oom(self) -> bool:
+        """The point ran out of memory, which is a result."""
+        return self.status == "oom"
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What stays the same across commits: node id and workload name."""
+        return (self.nodeid, self.workload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, and ``oom``."""
+        return {**dataclasses.asdict(self), "oom": self.oom}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is not a result.
+        """
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except (TypeError, ValueError) as error:
+            raise SchemaError(f"not a result: {error}") from None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds."""
+
+    environment: dict[str, Any]
+    results: list[Result]
+    accuracy: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ``int8bench`` object of the JSON."""
+        return {
+            "schema": SCHEMA,
+            "environment": self.environment,
+            "results": [result.to_dict() for result in self.results],
+            "accuracy": self.accuracy,
+        }
+
+
+class Journal:
+    """Appends each result to a file at once, so that no crash loses a finished one.
+
+    A later result of the same node replaces the earlier one for readers.
+    """
+
+    def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
+        self.path = path
+        self.environment = dict(environment)
+        self._results: list[Result] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write({"int8bench": {"schema": SCHEMA, "environment": self.environment}})
+
+    @property
+    def results(self) -> list[Result]:
+        """The latest result of each node, in the order they finished."""
+        return latest(self._results)
+
+    def append(self, result: Result) -> None:
+        """Write ``result`` to disk."""
+        self._results.append(result)
+        self._write(result.to_dict())
+
+    def saved(self) -> Saved:
+        """Return what the JSON is to hold."""
+        return Saved(self.environment, self.results, [])
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def latest(results: Iterable[Result]) -> list[Result]:
+    """Keep the last result of each node and workload."""
+    found: dict[tuple[str, str], Result] = {}
+    for result in results:
+        found.pop(result.identity, None)
+        found[result.identity] = result
+    return list(found.values())
+
+
+def read(path: Path) -> Saved:
+    """Read a JSON file of pytest-benchmark with our block, or a journal.
+
+    Raises:
+        SchemaError: one line, if the file is not ours or from a newer version.
+        OSError: if it cannot be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return _read_journal(path, text)
+    if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
+        return _read_journal(path, text)  # a journal with its header only
+    block = data.get("int8bench") if isinstance(data, dict) else None
+    if not isinstance(block, dict):
+        raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
+    _check_schema(path, block)
+    try:
+        results = [Result.from_dict(item) for item in block["results"]]
+        return Saved(block["environment"], results, block["accuracy"])
+    except KeyError as error:
+        raise SchemaError(f"{path}: the int8bench block has no {error}") from None
+
+
+def _read_journal(path: Path, text: str) -> Saved:
+    lines = text.splitlines()
+    records: list[Any] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            # A kill in the middle of a write leaves half a last line.
+            if number < len(lines) or not records:
+                raise SchemaError(f"{path} is neither JSON nor a journal (line {number})") from None
+    header = records[0].get("int8bench") if records and isinstance(records[0], dict) else None
+    if not isinstance(header, dict):
+        raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
+    _check_schema(path, header)
+    return Saved(header["environment"], latest(map(Result.from_dict, records[1:])), [])
+
+
+def _check_schema(path: Path, block: Mapping[str, Any]) -> None:
+    schema = block.get("schema")
+    if not isinstance(schema, int):
+        raise SchemaError(f"{path}: schema must be a whole number, got {schema!r}")
+    if schema > SCHEMA:
+        raise SchemaError(
+            f"{path} has schema {schema}, this version reads up to {SCHEMA}: "
+            "update pytest-int8bench"
+        )

@@ -1,0 +1,237 @@
+"""Measuring one point: from a pool of models to a ``Result``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.environment import gpu_state, throttled
+from pytest_int8bench.evidence import check_labels, profile_forward
+from pytest_int8bench.measure import (
+    Plan,
+    Run,
+    Speedup,
+    Timer,
+    measure_speedup,
+    oom_of,
+    pilot,
+    requested_bytes,
+    summarize,
+)
+from pytest_int8bench.models import Model, ModelPool, Ready
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantize import coverage, int8_storage
+from pytest_int8bench.results import Result
+from pytest_int8bench.workloads import UNITS, Workload
+
+#: Runs a plan and returns seconds per batch, one value a round.
+TimeRounds = Callable[[Run, Plan], list[float]]
+
+KERNELS_KEPT = 20
+
+
+class OutputError(AssertionError):
+    """Baseline and candidate do not give the same kind of output."""
+
+
+class Throughput:
+    """Measures points on one pool, and remembers the baselines' times.
+
+    Args:
+        pool: where the models come from.
+        with_baseline: measure the speedup against the BF16 twin.
+        timer: a timer that waits for the device.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        *,
+        with_baseline: bool = True,
+        timer: Timer = synchronized_perf_counter,
+    ) -> None:
+        self._pool = pool
+        self._with_baseline = with_baseline
+        self._timer = timer
+        self._baseline_s: dict[tuple[str, RunParams], float] = {}
+        self._baseline_oom: set[tuple[str, RunParams]] = set()
+
+    def measure(
+        self, workload: Workload, params: RunParams, time_rounds: TimeRounds, *, nodeid: str
+    ) -> Result:
+        """Measure one point. Running out of memory is a result, every other error is raised.
+
+        Args:
+            workload: what to measure.
+            params: the point.
+            time_rounds: runs the rounds, e.g. through pytest-benchmark.
+            nodeid: identity of the result.
+
+        Raises:
+            EvidenceError: if the kernels that ran contradict the labels.
+            OutputError: if the candidate's output differs from the baseline's in shape or dtype.
+            CompileError: if something was compiled while the clock ran.
+        """
+        common: dict[str, Any] = {
+            "nodeid": nodeid,
+            "workload": workload.name,
+            "run_name": params.run_name,
+            "params": params.to_dict(),
+        }
+        try:
+            return Result(**common, **self._measure(workload, params, time_rounds))
+        except Exception as error:
+            oom = oom_of(error)
+            if oom is None:
+                raise
+            asked = requested_bytes(oom)
+            if not params.int8_enabled:
+                self._baseline_oom.add((workload.name, params.identity()))
+        # Outside of the except block, where the traceback no longer holds the tensors.
+        self._pool.clear()
+        reason = "out of memory" + (f": tried to allocate {asked / 2**30:.2f} GiB" if asked else "")
+        return Result(
+            **common, status="oom", reason=reason, requested_bytes=asked, int8_backend=None
+        )
+
+    def _measure(
+        self, workload: Workload, params: RunParams, time_rounds: TimeRounds
+    ) -> dict[str, Any]:
+        baseline, note = self._ready_baseline(workload, params)
+        try:
+            model = self._pool.get(workload, params)
+            ready = model.ready(self._timer)
+        except Exception as error:
+            if baseline is None or oom_of(error) is None:
+                raise
+            model = None
+        if model is None:  # both do not fit: once more, alone
+            baseline, note = None, "baseline and candidate do not fit in memory together"
+            self._pool.evict("candidate")
+            self._pool.evict("baseline")
+            model = self._pool.get(workload, params)
+            ready = model.ready(self._timer)
+        if baseline is not None:
+            _compare_outputs(baseline.ready(self._timer), ready, params)
+
+        plan = pilot(
+            model.run,
+            self._timer,
+            interval_s=params.benchmark_interval_s,
+            min_batches=params.min_batches_per_interval,
+        )
+        before = gpu_state()
+        with model.compiled.no_compilation():
+            times = time_rounds(model.run, plan)
+        after = gpu_state()
+        timing = summarize(times)
+        values: dict[str, Any] = {
+            "batch_time_s": timing.median_s,
+            "batch_time_p95_s": timing.p95_s,
+            "batch_time_standard_error": timing.standard_error,
+            "rounds": len(times),
+            "iterations": plan.iterations,
+            "peak_memory_bytes": ready.peak_memory_bytes,
+            "compile_s": ready.compile_s,
+            "warm_up_s": ready.warm_up.seconds,
+            "steady": ready.warm_up.steady,
+            "gpu_before": before,
+            "gpu_after": after,
+            "throttled": sorted({*throttled(before), *throttled(after)}),
+            **_rates(model, ready, timing.median_s),
+        }
+        if params.int8_enabled:
+            values |= self._speedup(workload, params, baseline, model, timing.median_s)
+            values["coverage"] = coverage(model.eager).to_dict()
+            values["int8_backend"] = (
+                "torchao" if params.int8_backend == "auto" else params.int8_backend
+            )
+        else:
+            self._baseline_s[workload.name, params.identity()] = timing.median_s
+        if note:
+            values["reason"] = note
+        return values | _evidence(model)
+
+    def _ready_baseline(
+        self, workload: Workload, params: RunParams
+    ) -> tuple[Model | None, str | None]:
+        """Return the twin, compiled and warm, or None and why there is none."""
+        if not (self._with_baseline and params.int8_enabled):
+            return None, None
+        twin = params.baseline()
+        if (workload.name, twin.identity()) in self._baseline_oom:
+            return None, "the baseline ran out of memory"
+        try:
+            baseline = self._pool.get(workload, twin)
+            baseline.ready(self._timer)
+            return baseline, None
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+        self._baseline_oom.add((workload.name, twin.identity()))
+        self._pool.clear()
+        return None, "the baseline ran out of memory"
+
+    def _speedup(
+        self,
+        workload: Workload,
+        params: RunParams,
+        baseline: Model | None,
+        candidate: Model,
+        candidate_s: float,
+    ) -> dict[str, Any]:
+        if baseline is not None:
+            with candidate.compiled.no_compilation():
+                speedup: Speedup = measure_speedup(
+                    baseline.run,
+                    candidate.run,
+                    self._timer,
+                    interval_s=params.benchmark_interval_s,
+                )
+            return {
+                "speedup": speedup.ratio,
+                "speedup_low": speedup.low,
+                "speedup_high": speedup.high,
+                "speedup_method": "interleaved",
+            }
+        apart = self._baseline_s.get((workload.name, params.baseline().identity()))
+        if apart is None or not self._with_baseline:
+            return {}
+        return {"speedup": apart / candidate_s, "speedup_method": "separate"}
+
+
+def _rates(model: Model, ready: Ready, batch_s: float) -> dict[str, float]:
+    units = dict(model.workload.units(model.workload.with_axes(model.params)))
+    unknown = set(units) - set(UNITS)
+    if unknown or "samples" not in units:
+        raise ValueError(
+            f"workload {model.workload.name!r}: units must give samples, and may give "
+            f"{', '.join(UNITS[1:])}; got {', '.join(units) or 'nothing'}"
+        )
+    if ready.tokens is not None:
+        units["tokens"] = ready.tokens
+    return {f"{unit}_per_s": count / batch_s for unit, count in units.items()}
+
+
+def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> None:
+    if baseline.outputs != candidate.outputs:
+        raise OutputError(
+            f"{params.run_name}: outputs of baseline and candidate differ in shape or dtype: "
+            f"{baseline.outputs} against {candidate.outputs}"
+        )
+    if baseline.finite and not candidate.finite:
+        raise OutputError(f"{params.run_name}: the candidate's output holds NaN or infinity")
+
+
+def _evidence(model: Model) -> dict[str, Any]:
+    evidence = profile_forward(model.run, model.device)
+    check_labels(evidence, model.params, int8_storage(model.eager))
+    return {
+        "int8_time_share": evidence.int8_time_share,
+        "attention_kernel": evidence.attention_kernel,
+        "kernels": [
+            {"name": kernel.name, "seconds": kernel.seconds, "calls": kernel.calls}
+            for kernel in evidence.kernels[:KERNELS_KEPT]
+        ],
+    }

@@ -1,0 +1,92 @@
+"""What is measured: a model, its inputs, and what one batch of them counts for.
+
+A workload of your own is a fixture in a conftest; all callables are called with positional
+arguments::
+
+    @pytest.fixture(scope="session")
+    def int8_workload():
+        return Workload(
+            name="mlp",
+            build=lambda p: MyModel(),
+            inputs=lambda p, device: (torch.randn(p.batch_size, 64, device=device),),
+        )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytest_int8bench.params import RunParams, Scalar
+
+if TYPE_CHECKING:
+    import torch
+
+    FilterFn: TypeAlias = Callable[[torch.nn.Module, str], bool]
+    Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+#: Units that :attr:`Workload.units` may count, each per batch.
+UNITS = ("samples", "tokens", "pixels", "square_km")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How good a model is: one score per sample."""
+
+    metric: str
+    """Name of the metric, e.g. ``top1``."""
+    scores: Callable[..., Any]
+    """``scores(forward)`` returns one score per sample, or ``(ids, scores)``."""
+
+
+def _samples(params: RunParams) -> dict[str, float]:
+    return {"samples": params.batch_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model and the inputs it is measured on."""
+
+    name: str
+    """Part of the identity of every result."""
+    build: Callable[[RunParams], torch.nn.Module]
+    """Return the FP32 model for a point, on the CPU or any device. The random number
+    generators are seeded before the call, so that random weights repeat."""
+    inputs: Callable[[RunParams, torch.device], Inputs]
+    """Return the inputs of one batch on the device: a tuple for positional arguments, or a
+    mapping for keyword arguments. Floating inputs are cast to the model's dtype."""
+    units: Callable[[RunParams], Mapping[str, float]] = _samples
+    """Return what one batch counts for: any of ``samples``, ``tokens``, ``pixels`` and
+    ``square_km``."""
+    tokens: Callable[[Any], int] | None = None
+    """Count the tokens of one batch from the model's output, instead of in ``units``."""
+    evaluation: Evaluation | None = None
+    """How to judge accuracy."""
+    filter_fn: FilterFn | None = None
+    """``filter_fn(module, name)`` says which linear layers to quantize."""
+    quant_config: Any = None
+    """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, instead of the mode's own."""
+    calibration: Callable[[RunParams, torch.device], Any] | None = None
+    """Return an iterable of inputs for SmoothQuant; the measured batch by default."""
+    keep_fp32: FilterFn | None = None
+    """``keep_fp32(module, name)`` says which modules stay in FP32 with ``bf16=True``."""
+    impossible_reason: Callable[[RunParams], str | None] | None = None
+    """Say why this workload cannot run at a point (the point is skipped), or return None."""
+    axes: Mapping[str, Scalar] = field(default_factory=dict)
+    """Axes of this workload and their defaults, set as ``--int8-set extra.NAME=VALUE`` and read
+    as ``p.extra[NAME]``."""
+
+    def with_axes(self, params: RunParams) -> RunParams:
+        """Return ``params`` as the workload's callables see it: with the defaults of its axes.
+
+        Raises:
+            ValueError: if ``params`` sets an axis that the workload does not declare.
+        """
+        for name in params.extra:
+            if name not in self.axes:
+                declared = ", ".join(self.axes) or "none"
+                raise ValueError(
+                    f"extra.{name} is not an axis of workload {self.name!r}; its axes: {declared}"
+                )
+        return params.replace(extra={**self.axes, **params.extra})

@@ -1,0 +1,90 @@
+"""Workloads and callables by name: checked when options are read, loaded when a test is set up."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.workloads import Workload
+
+_REFERENCE = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)")
+
+
+def check_reference(text: str) -> str:
+    """Return ``text`` if it looks like ``module:callable`` or ``path.py:callable``.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not _REFERENCE.fullmatch(text):
+        raise ValueError(f"must be module:callable or path.py:callable, got {text!r}")
+    return text
+
+
+def check_workload_name(text: str) -> str:
+    """Return ``text`` if it may name a workload.
+
+    Raises:
+        ValueError: if it may not.
+    """
+    if text != "olmoearth" and not _REFERENCE.fullmatch(text):
+        raise ValueError(f"must be olmoearth, module:callable or path.py:callable, got {text!r}")
+    return text
+
+
+def load_object(reference: str, root: Path) -> Any:
+    """Import what ``module:callable`` or ``path.py:callable`` names.
+
+    Args:
+        reference: checked by :func:`check_reference`.
+        root: folder that relative paths start from.
+
+    Raises:
+        ValueError: one line, if there is no such file, module or name.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    assert match is not None, reference
+    module_name, name = match["module"], match["name"]
+    if module_name.endswith(".py"):
+        path = root / module_name
+        if not path.is_file():
+            raise ValueError(f"{reference}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        target: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(target)
+    else:
+        try:
+            target = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{reference}: {error}") from None
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise ValueError(f"{reference}: {module_name} has no {name!r}")
+        target = getattr(target, part)
+    return target
+
+
+def load_workload(name: str, root: Path) -> Workload:
+    """Return the workload that ``name`` says.
+
+    Raises:
+        ValueError: one line, if it cannot be had.
+    """
+    if name == "olmoearth":
+        try:
+            from pytest_int8bench.workloads.olmoearth import olmoearth
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"olmoearth needs pip install 'pytest-int8bench[olmoearth]' ({error})"
+            ) from None
+        return olmoearth()
+    target = load_object(name, root)
+    workload = target() if callable(target) else target
+    if not isinstance(workload, Workload):
+        raise ValueError(f"{name} must give a pytest_int8bench.Workload, got {workload!r}")
+    return workload

@@ -1,0 +1,166 @@
+"""OlmoEarth encoders, as ``olmoearth_pretrain_minimal`` builds them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from olmoearth_pretrain_minimal import OlmoEarthPretrain_v1
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import Modality
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.datatypes import (
+    MaskedOlmoEarthSample,
+)
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.workloads import Workload
+
+#: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
+VERSION_SIZES = {
+    "v1": ("nano", "tiny", "base", "large"),
+    "v1.1": ("nano", "tiny", "base"),
+    "v1.2": ("nano", "tiny", "small", "base"),
+    "v1.3": ("base",),
+}
+PIXEL_M = 10
+INPUT_SEED = 0
+
+
+def olmoearth() -> Workload:
+    """Return the workload of OlmoEarth encoders with random weights and random inputs."""
+    return Workload(
+        name="olmoearth",
+        build=build,
+        inputs=inputs,
+        units=units,
+        tokens=count_tokens,
+        keep_fp32=_is_patch_embedding,
+        impossible_reason=_impossible_reason,
+    )
+
+
+class OlmoEarthEncoder(torch.nn.Module):
+    """An OlmoEarth encoder that takes plain tensors, in ``fast_pass`` (no masked tokens).
+
+    Args:
+        encoder: the package's encoder.
+        modalities: names of the modalities that are fed, in the order of the inputs.
+        patch_size: patch height and width in pixels.
+    """
+
+    def __init__(
+        self, encoder: torch.nn.Module, modalities: tuple[str, ...], patch_size: int
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.modalities = modalities
+        self.patch_size = patch_size
+
+    def forward(self, timestamps: torch.Tensor, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode one batch.
+
+        Args:
+            timestamps: (batch, timesteps, 3) day, month from 0, year.
+            tensors: data (batch, height, width, timesteps, bands) and mask (batch, height,
+                width, timesteps, band groups) of each modality in turn.
+
+        Returns:
+            modality -> tokens (batch, rows, columns, timesteps, band groups, channels).
+        """
+        fields = {}
+        for index, name in enumerate(self.modalities):
+            fields[name] = tensors[2 * index]
+            fields[f"{name}_mask"] = tensors[2 * index + 1]
+        sample = MaskedOlmoEarthSample(timestamps=timestamps, **fields)
+        output = self.encoder(sample, patch_size=self.patch_size, fast_pass=True)
+        tokens = output["tokens_and_masks"]
+        return {name: getattr(tokens, name) for name in self.modalities}
+
+
+class _Fp32PatchEmbeddings(torch.nn.Module):
+    """Patch embeddings in FP32 inside a BF16 encoder: on the CPU, their antialiased resize has
+    no BF16 kernel."""
+
+    def __init__(self, patch_embeddings: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch_embeddings = patch_embeddings
+        self.dtype = dtype
+
+    def forward(self, sample: Any, patch_size: int) -> dict[str, torch.Tensor]:
+        fields = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in sample.as_dict(return_none=False).items()
+        }
+        tokens = self.patch_embeddings(type(sample)(**fields), patch_size)
+        return {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tokens.items()
+        }
+
+
+def build(params: RunParams) -> OlmoEarthEncoder:
+    """Build the encoder of ``params`` with random weights."""
+    model = OlmoEarthPretrain_v1(
+        model_size=params.model_size,
+        model_version=params.model_version,
+        max_patch_size=max(8, params.patch_size),
+        max_sequence_length=max(12, params.num_timesteps),
+    ).model
+    encoder = model.encoder
+    if params.bf16 and params.gpu_type == "cpu":
+        encoder.patch_embeddings = _Fp32PatchEmbeddings(encoder.patch_embeddings, torch.bfloat16)
+    return OlmoEarthEncoder(encoder, modalities(params), params.patch_size)
+
+
+def modalities(params: RunParams) -> tuple[str, ...]:
+    """Return the package's names of the modalities that ``params`` feeds."""
+    names = {"sentinel2_l2a": params.use_s2, "sentinel1": params.use_s1}
+    names["landsat"] = params.use_landsat
+    return tuple(name for name, used in names.items() if used)
+
+
+def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return random normalized images, seeded, and a year of monthly timestamps."""
+    generator = torch.Generator(device).manual_seed(INPUT_SEED)
+    dtype = torch.bfloat16 if params.bf16 else torch.float32
+    shape = (params.batch_size, params.image_size, params.image_size, params.num_timesteps)
+    months = torch.arange(params.num_timesteps, device=device)
+    stamps = torch.stack([torch.ones_like(months), months % 12, 2020 + months // 12], dim=-1)
+    tensors = [stamps.expand(params.batch_size, -1, -1).contiguous()]
+    for name in modalities(params):
+        spec = Modality.get(name)
+        bands = (*shape, spec.num_bands)
+        tensors.append(torch.randn(bands, generator=generator, device=device, dtype=dtype))
+        # 0 says that the encoder sees the token (MaskValue.ONLINE_ENCODER).
+        groups = (*shape, len(spec.band_sets))
+        tensors.append(torch.zeros(groups, device=device, dtype=torch.uint8))
+    return tuple(tensors)
+
+
+def units(params: RunParams) -> dict[str, float]:
+    """Return samples, 10 m pixels and km² of one batch; a location counts once for all its
+    timesteps."""
+    pixels = params.batch_size * params.image_size**2
+    return {
+        "samples": params.batch_size,
+        "pixels": pixels,
+        "square_km": pixels * (PIXEL_M / 1000) ** 2,
+    }
+
+
+def count_tokens(output: dict[str, torch.Tensor]) -> int:
+    """Count the tokens of all modalities in the output."""
+    return sum(math.prod(tokens.shape[:-1]) for tokens in output.values())
+
+
+def _impossible_reason(params: RunParams) -> str | None:
+    sizes = VERSION_SIZES.get(params.model_version)
+    if sizes is None:
+        return f"OlmoEarth has no version {params.model_version}; it has {', '.join(VERSION_SIZES)}"
+    if params.model_size not in sizes:
+        return f"OlmoEarth {params.model_version} has no size {params.model_size}"
+    return None
+
+
+def _is_patch_embedding(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, _Fp32PatchEmbeddings)
