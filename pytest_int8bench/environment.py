@@ -153,5 +153,5 @@ def _git(root: Path) -> tuple[str | None, bool | None]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain") if commit else None
     return commit, None if status is None else bool(status)

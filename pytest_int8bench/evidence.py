@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pytest_int8bench.attention import attention_kernel
 from pytest_int8bench.params import RunParams
 
 # Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
-# and the CPU's operators. cuBLAS names its Hopper kernels by the types of A, B and the output.
+# and the CPU's operators.
+# Inductor's pointwise and reduction kernels carry the names of the operators they were fused
+# around; only its templates (triton_tem, triton_mm) are products themselves.
+_FUSED_AROUND = re.compile(r"triton_(poi|red|per|for)_")
 _INT8_PRODUCT = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
     r"|triton_(tem|mm)\w*int_mm|_weight_int8pack_mm|qlinear",
@@ -52,7 +54,7 @@ class Evidence:
     @property
     def int8_products(self) -> tuple[Kernel, ...]:
         """The matrix products on INT8 operands."""
-        return tuple(kernel for kernel in self.kernels if _INT8_PRODUCT.search(kernel.name))
+        return tuple(k for k in self._own_names if _INT8_PRODUCT.search(k.name))
 
     @property
     def int8_time_share(self) -> float:
@@ -62,7 +64,11 @@ class Evidence:
     @property
     def attention_kernel(self) -> str | None:
         """The attention backend that ran, or None where no kernel of one is known."""
-        return attention_kernel(kernel.name for kernel in self.kernels)
+        return attention_kernel(kernel.name for kernel in self._own_names)
+
+    @property
+    def _own_names(self) -> tuple[Kernel, ...]:
+        return tuple(k for k in self.kernels if not _FUSED_AROUND.match(k.name))
 
     def top(self, count: int = 8) -> str:
         """Return the longest kernels as one line."""
@@ -86,7 +92,7 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
         rows: Sequence[Any] = profiler.key_averages()
     kernels = []
     for row in rows:
-        is_device = row.device_type == DeviceType.CUDA
+        is_device = row.device_type.name == "CUDA"
         if is_device != on_cuda or row.is_user_annotation:
             continue
         micros = row.self_device_time_total if on_cuda else row.self_cpu_time_total

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_int8bench import clock
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.state import STATE, State, marker_changes
+from pytest_int8bench.session import STATE, State, marker_changes
 
 if TYPE_CHECKING:
     import torch

@@ -29,8 +29,12 @@ TARGET_STANDARD_ERROR = 0.005
 #: A warm-up is over when the medians of two successive windows of calls differ by less.
 STEADY_CHANGE = 0.02
 STEADY_WINDOW = 3
-PILOT_BATCHES = 5
+#: A pilot takes this part of the interval, and this many rounds at least and at most.
+PILOT_SHARE = 0.1
+MIN_PILOT_ROUNDS, MAX_PILOT_ROUNDS = 5, 50
+#: Rounds to measure at least, and seconds where the interval allows: a pilot may look too calm.
 MIN_ROUNDS = 5
+CALM_ROUNDS, CALM_S = 20, 1.0
 MIN_PAIRS, MAX_PAIRS = 8, 40
 # The standard error of the median of n normal values is sqrt(pi/2) sigma / sqrt(n).
 _MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)
@@ -84,9 +88,15 @@ class Speedup:
 
 def time_once(run: Run, timer: Timer) -> float:
     """Return the seconds of one batch."""
+    return time_block(run, timer, 1)
+
+
+def time_block(run: Run, timer: Timer, iterations: int) -> float:
+    """Return the seconds per batch of ``iterations`` batches."""
     start = timer()
-    run()
-    return timer() - start
+    for _ in range(iterations):
+        run()
+    return (timer() - start) / iterations
 
 
 def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
@@ -115,15 +125,16 @@ def synchronization_cost(timer: Timer) -> float:
 
 
 def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
-    """Time a few rounds and plan the measurement; see :func:`plan`."""
+    """Time some rounds and plan the measurement; see :func:`plan`."""
     sync_s = synchronization_cost(timer)
     iterations = iterations_for(time_once(run, timer), sync_s)
-    times = []
-    for _ in range(PILOT_BATCHES):
-        start = timer()
-        for _ in range(iterations):
-            run()
-        times.append((timer() - start) / iterations)
+    times: list[float] = []
+    spent = 0.0
+    while len(times) < MIN_PILOT_ROUNDS or (
+        len(times) < MAX_PILOT_ROUNDS and spent < PILOT_SHARE * interval_s
+    ):
+        times.append(time_block(run, timer, iterations))
+        spent += times[-1] * iterations
     return plan(times, sync_s=sync_s, interval_s=interval_s, min_batches=min_batches)
 
 
@@ -149,10 +160,10 @@ def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batche
     median = statistics.median(times)
     iterations = iterations_for(median, sync_s)
     wanted = math.ceil((_MEDIAN_EFFICIENCY * spread(times) / TARGET_STANDARD_ERROR) ** 2)
-    affordable = math.floor(interval_s / (iterations * max(median, 1e-9)))
+    round_s = iterations * max(median, 1e-9)
+    affordable = math.floor(interval_s / round_s)
     at_least = math.ceil(min_batches / iterations)
-    # A pilot of five rounds may look too calm: where time allows, take more than it asks for.
-    rounds = max(wanted, 4 * MIN_ROUNDS)
+    rounds = max(wanted, CALM_ROUNDS, math.ceil(CALM_S / round_s))
     return Plan(max(min(rounds, affordable), at_least, MIN_ROUNDS), iterations)
 
 
@@ -201,10 +212,7 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
         order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
         block = {}
         for run in order:
-            start = timer()
-            for _ in range(iterations[run]):
-                run()
-            block[run] = (timer() - start) / iterations[run]
+            block[run] = time_block(run, timer, iterations[run])
         ratios.append(block[baseline] / block[candidate])
     interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
     return Speedup(statistics.median(ratios), float(interval.low), float(interval.high), pairs)

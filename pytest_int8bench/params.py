@@ -58,7 +58,7 @@ MEASURING_FIELDS = (
 #: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
 ENV_PREFIX = "INT8BENCH_"
 
-_EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
+_EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 
 
 class FrozenDict(Mapping[str, Scalar]):
@@ -327,9 +327,8 @@ _APPENDED = (
     "int8_backend",
     "feed",
 )
-_APPENDED_ITEM = re.compile(
-    rf"_({'|'.join(_APPENDED)}|extra\.{_EXTRA_NAME.pattern.replace('(', '(?:')})-([^_]*)"
-)
+_APPENDED_NAMES = "|".join([*_APPENDED, rf"extra\.{_EXTRA_NAME.pattern}"])
+_APPENDED_ITEM = re.compile(rf"_({_APPENDED_NAMES})-([^_]*)")
 _RUN_NAME = re.compile(
     rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
     r"(?P<bf16>_bf16)?"
@@ -337,11 +336,11 @@ _RUN_NAME = re.compile(
     rf"_(?P<compile_mode>{'|'.join(COMPILE_MODES)}))?"
     r"(?P<s1>_s1)?(?P<s2>_s2)?(?P<ls>_ls)?"
     r"_is(?P<image_size>\d+)_ps(?P<patch_size>\d+)_ts(?P<num_timesteps>\d+)_bs(?P<batch_size>\d+)"
-    rf"(?P<appended>(?:{_APPENDED_ITEM.pattern.replace('_(', '_(?:', 1).replace('-([^', '-(?:[^')})*)"
+    rf"(?P<appended>(?:_(?:{_APPENDED_NAMES})-[^_]*)*)"
 )
 
 
-def parse_field(name: str, text: str) -> Scalar:
+def parse_field(name: str, text: str) -> Any:
     """Read the value of RunParams field ``name`` from ``text``.
 
     Raises:
@@ -405,9 +404,9 @@ def _escape(text: str) -> str:
     return quote(text, safe=".,+=-").replace("_", "%5F")
 
 
-def _checked(name: str, value: Any) -> Scalar:
+def _checked(name: str, value: Any) -> Any:
     """Return ``value`` if it is right for field ``name``, else raise ``ValueError``."""
-    kind = FIELD_TYPES[name]
+    kind: Any = FIELD_TYPES[name]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -421,7 +420,7 @@ def _checked(name: str, value: Any) -> Scalar:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
     if kind is float and not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return cast("Scalar", value)
+    return value
 
 
 def _checked_extra(extra: Any) -> FrozenDict:

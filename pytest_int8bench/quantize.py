@@ -150,8 +150,8 @@ class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
     """
 
 
-@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)
-@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)
+@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
+@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
 def _dequantized_linear(
     func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
@@ -396,7 +396,7 @@ def _dequantize_on_cuda(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, nn.Linear) or type(module.weight) is not Int8Tensor:
             continue
-        weight = module.weight
+        weight: Any = module.weight
         if weight.device.type != "cuda":
             continue
         tensors, context = weight.__tensor_flatten__()

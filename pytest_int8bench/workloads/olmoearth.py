@@ -100,7 +100,7 @@ class _Fp32PatchEmbeddings(torch.nn.Module):
 
 def build(params: RunParams) -> OlmoEarthEncoder:
     """Build the encoder of ``params`` with random weights."""
-    model = OlmoEarthPretrain_v1(
+    model: Any = OlmoEarthPretrain_v1(
         model_size=params.model_size,
         model_version=params.model_version,
         max_patch_size=max(8, params.patch_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 STATE = pytest.StashKey["State"]()
 JOURNAL_FOLDER = Path(".benchmarks") / "int8bench"
+_MAX_REASON = 500
 
 
 class State:
@@ -143,3 +145,94 @@ def _cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
+    """Write the point of ``item`` to the journal if it was skipped or failed.
+
+    A point that was measured is written when it is; if its test fails after that, for instance
+    by an assertion of its own, its result is written again as ``failed``.
+    """
+    point = state.points_of.get(item.nodeid)
+    if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
+        return
+    from pytest_int8bench.results import Result
+
+    workload, params = point
+    status = "failed" if report.failed else "skipped"
+    reason = _reason(report)
+    measured = (
+        [r for r in state.journal.results if r.nodeid == item.nodeid] if state.journal else []
+    )
+    if measured:
+        if measured[0].status == "ok":
+            state.record(dataclasses.replace(measured[0], status=status, reason=reason))
+        return
+    state.record(
+        Result(
+            nodeid=item.nodeid,
+            workload=workload,
+            run_name=params.run_name,
+            params=params.to_dict(),
+            status=status,
+            reason=reason,
+        )
+    )
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Return what happened, in one line."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        text = report.longrepr[2].removeprefix("Skipped: ")
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = crash.message if crash is not None else str(report.longrepr)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return first[:_MAX_REASON]
+
+
+def save_without_timings(config: pytest.Config, state: State) -> None:
+    """Save a session in which nothing was timed (all out of memory, skipped, accuracy only):
+    pytest-benchmark writes no file then."""
+    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    if state.journal is None or benchmarks is None or benchmarks.benchmarks:
+        return
+    name = benchmarks.save or benchmarks.autosave
+    if not (name or benchmarks.json):
+        return
+    hook = config.hook
+    commit = hook.pytest_benchmark_generate_commit_info(config=config)
+    hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
+    output = hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=[],
+        include_data=False,
+        machine_info=benchmarks.get_machine_info(),
+        commit_info=commit,
+    )
+    hook.pytest_benchmark_update_json(config=config, benchmarks=[], output_json=output)
+    if benchmarks.json:
+        benchmarks.save_json(output)
+    if name:
+        benchmarks.storage.save(output, name)
+
+
+def where_saved(config: pytest.Config, state: State) -> list[str]:
+    """Return lines that say where the session's results are."""
+    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    saved = []
+    if benchmarks is not None:
+        if benchmarks.json:
+            saved.append(str(benchmarks.json))
+        if benchmarks.save or benchmarks.autosave:
+            saved.append(str(benchmarks.storage.location))
+    assert state.journal is not None
+    journal = state.journal.path
+    if journal.is_relative_to(Path.cwd()):
+        journal = journal.relative_to(Path.cwd())
+    return [
+        f"saved: {', '.join(saved)}"
+        if saved
+        else "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH",
+        f"journal: {journal}",
+    ]

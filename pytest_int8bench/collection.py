@@ -1,0 +1,81 @@
+"""Collected tests: which have points, their benchmark markers, and the order they run in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_int8bench import clock
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.session import marker_changes
+
+
+def has_points(metafunc: pytest.Metafunc) -> bool:
+    """Say whether a test brings its own points, by parametrize or by a fixture."""
+    for marker in metafunc.definition.iter_markers("parametrize"):
+        names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
+        names = names.split(",") if isinstance(names, str) else names
+        if "int8_params" in [name.strip() for name in names]:
+            return True
+    defined = metafunc._arg2fixturedefs.get("int8_params", ())
+    if defined and defined[-1].func.__module__ != "pytest_int8bench.fixtures":
+        return True
+    return any("int8_params" in call.params for call in metafunc._calls)
+
+
+def merge_benchmark_markers(items: list[pytest.Item]) -> None:
+    """Give tests of throughput the synchronizing timer, and keep their own benchmark options:
+    pytest-benchmark reads the closest marker only."""
+    for item in items:
+        if "int8_throughput" not in getattr(item, "fixturenames", ()):
+            continue
+        merged: dict[str, Any] = {}
+        for marker in reversed(list(item.iter_markers("benchmark"))):
+            merged |= marker.kwargs
+        merged["timer"] = clock.synchronized_perf_counter
+        item.add_marker(pytest.mark.benchmark(**merged), append=False)
+
+
+def sort_by_model(items: list[pytest.Item]) -> None:
+    """Bring tests of the same models together, baselines first, so that each model is built and
+    compiled once and at most one baseline and one candidate are on the device.
+
+    Tests without points keep their places.
+    """
+    groups: dict[object, int] = {}
+    keyed: list[tuple[int, tuple[int, int], pytest.Item]] = []
+    for index, item in enumerate(items):
+        params = _params_of(item)
+        if params is None:
+            continue
+        defined = _fixture_definitions(item).get("int8_workload", ())
+        where = defined[-1].baseid if defined else ""
+        try:
+            marked = marker_changes(item)[1]
+        except ValueError:
+            marked = None
+        family = (where, marked, params.baseline())
+        first = groups.setdefault(family, len(groups))
+        member = groups.setdefault((family, params), len(groups)) if params.int8_enabled else -1
+        keyed.append((index, (first, member), item))
+    slots = [index for index, _, _ in keyed]
+    ordered = sorted(keyed, key=lambda entry: entry[1])
+    for slot, (_, _, item) in zip(slots, ordered, strict=True):
+        items[slot] = item
+
+
+def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
+    info = getattr(item, "_fixtureinfo", None)
+    return info.name2fixturedefs if info is not None else {}
+
+
+def _params_of(item: pytest.Item) -> RunParams | None:
+    callspec = getattr(item, "callspec", None)
+    value = callspec.params.get("int8_params") if callspec is not None else None
+    if isinstance(value, RunParams):
+        return value
+    try:
+        return RunParams.from_run_name(value) if isinstance(value, str) else None
+    except ValueError:
+        return None

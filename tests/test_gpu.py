@@ -1,0 +1,167 @@
+"""What only a CUDA device can show. Marked ``gpu``; skipped with a reason without one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench import Result, RunParams, Workload, apply_int8_quant, coverage
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.compilation import compile_for_a100
+from pytest_int8bench.evidence import profile_forward
+from pytest_int8bench.measure import Plan, Run, allocated_bytes
+from pytest_int8bench.models import ModelPool
+from pytest_int8bench.quantize import QuantizationError
+from pytest_int8bench.throughput import Throughput
+from pytest_int8bench.workloads.names import load_workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DIM = 256
+POINT = RunParams(
+    model_size="nano",
+    image_size=16,
+    num_timesteps=3,
+    batch_size=16,
+    compile_mode="default",
+    model_version="v1.2",
+    benchmark_interval_s=0.2,
+)
+
+
+class Block(nn.Module):
+    """One transformer block with heads of 64 channels."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, dim // 64, 64)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+        return x + self.mlp(x)
+
+
+def toy(tokens: int = 128) -> Workload:
+    return Workload(
+        name="toy",
+        build=lambda p: Block(),
+        inputs=lambda p, device: (torch.randn(p.batch_size, tokens, DIM, device=device),),
+    )
+
+
+def time_rounds(run: Run, plan: Plan) -> list[float]:
+    times = []
+    for _ in range(plan.rounds):
+        start = synchronized_perf_counter()
+        for _ in range(plan.iterations):
+            run()
+        times.append((synchronized_perf_counter() - start) / plan.iterations)
+    return times
+
+
+def measure(workload: Workload, *points: RunParams) -> list[Result]:
+    throughput = Throughput(ModelPool())
+    return [throughput.measure(workload, p, time_rounds, nodeid=p.run_name) for p in points]
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8"])
+def test_encoder_measures_with_evidence(mode: str) -> None:
+    candidate = POINT.replace(int8_enabled=True, int8_mode=mode)
+    workload = load_workload("olmoearth", Path())
+    baseline, result = measure(workload, candidate.baseline(), candidate)
+    assert baseline.int8_time_share == 0
+    assert (result.int8_time_share or 0) > 0 if mode == "w8a8" else result.int8_time_share == 0
+    assert baseline.attention_kernel == result.attention_kernel == "flash"
+    assert result.speedup_method == "interleaved"
+    names = [kernel["name"] for kernel in result.kernels]
+    assert not [name for name in names if "int8pack" in name]
+
+
+def test_the_attention_backend_asked_for_runs_also_with_warm_caches() -> None:
+    model = Block().to("cuda", torch.bfloat16).eval()
+    x = torch.randn(8, 128, DIM, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):  # the second time, every compiler cache on disk is warm
+        for attention in ("flash", "cudnn", "efficient"):
+            torch._dynamo.reset()
+            compiled = compile_for_a100(model, mode="default", attention=attention)
+            compiled(x)
+            evidence = profile_forward(lambda run=compiled: run(x), torch.device("cuda"))
+            assert evidence.attention_kernel == attention, evidence.top()
+
+
+def test_cuda_graphs_and_host_feed_measure() -> None:
+    graphs = POINT.replace(int8_enabled=True, compile_mode="reduce-overhead")
+    host = POINT.replace(int8_enabled=True, feed="host")
+    for result in measure(toy(), graphs, host):
+        assert result.status == "ok"
+        assert (result.speedup_low or 0) <= (result.speedup or 0) <= (result.speedup_high or 0)
+
+
+def test_out_of_memory_is_a_result_and_later_points_go_on() -> None:
+    small = POINT.replace(int8_enabled=True, batch_size=16)
+    huge = small.replace(batch_size=1 << 23)
+    before, oom, after = measure(toy(), small, huge, small)
+    assert [r.status for r in (before, oom, after)] == ["ok", "oom", "ok"]
+    assert (oom.requested_bytes or 0) > 2**30
+    assert after.peak_memory_bytes == pytest.approx(before.peak_memory_bytes, rel=0.05)
+    assert after.speedup is not None
+
+
+def test_peak_memory_is_of_this_model_alone() -> None:
+    ballast = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    workload = Workload(
+        name="linear",
+        build=lambda p: nn.Sequential(nn.Linear(4096, 4096, bias=False)),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 4096, device=device),),
+        filter_fn=lambda module, name: True,
+    )
+    (result,) = measure(workload, POINT.replace(batch_size=4096, compile_mode="off"))
+    least = 3 * 4096 * 4096 * 2  # weights, inputs and outputs in BF16
+    assert least <= (result.peak_memory_bytes or 0) <= 1.5 * least
+    assert allocated_bytes(torch.device("cuda")) >= ballast.nbytes
+
+
+def test_shapes_that_the_int8_product_cannot_take_are_said() -> None:
+    model = nn.Sequential()
+    model.add_module("fc1", nn.Linear(64, 100))
+    model.add_module("fc2", nn.Linear(100, 64))
+    model.add_module("fc3", nn.Linear(64, 64))
+    apply_int8_quant(model.to("cuda", torch.bfloat16).eval())
+    reasons = {layer.name: layer.reason for layer in coverage(model).layers}
+    assert reasons == {
+        "fc1": "shape: 64x100 is not a multiple of 8 (CUDA INT8 product)",
+        "fc2": "shape: 100x64 is not a multiple of 8 (CUDA INT8 product)",
+        "fc3": None,
+    }
+    few = POINT.replace(int8_enabled=True, batch_size=1, compile_mode="off")
+    with pytest.raises(QuantizationError, match="more than 16 rows in a product, got 8"):
+        measure(toy(tokens=8), few)
+
+
+def test_tf32_and_settings_are_restored() -> None:
+    before = torch.get_float32_matmul_precision()
+    model: Any = compile_for_a100(nn.Linear(64, 64).cuda().eval(), mode="off", attention="auto")
+    model(torch.randn(32, 64, device="cuda"))
+    assert torch.get_float32_matmul_precision() == before
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_smoothquant_measures() -> None:
+    (result,) = measure(toy(), POINT.replace(int8_enabled=True, int8_smoothquant=True))
+    assert result.status == "ok"
+    assert dataclasses.asdict(result)["coverage"]["converted_layers"] == 4
