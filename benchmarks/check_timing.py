@@ -10,8 +10,10 @@ difference is over 1 %.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from torch.utils.benchmark import Timer
 
 from pytest_int8bench.clock import synchronize, synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
-from pytest_int8bench.measure import iterations_for, pilot, summarize, synchronization_cost
+from pytest_int8bench.measure import pilot, summarize, time_block
 from pytest_int8bench.session import STATE
 
 LIMIT = 0.01
-REPETITIONS = 5
+REPETITIONS = 3
+#: Seconds of a bare loop, and of ``torch.utils.benchmark.Timer``.
+SECONDS = 2.0
 
 
 class Check:
@@ -41,11 +45,10 @@ class Check:
         if not results or results[-1].nodeid != item.nodeid or results[-1].batch_time_s is None:
             return
         model = state.pool().get(item.funcargs["int8_workload"], item.funcargs["int8_params"])
-        sync_s = synchronization_cost(synchronized_perf_counter)
-        count = max(10, iterations_for(results[-1].batch_time_s, sync_s))
+        count = max(10, math.ceil(SECONDS / results[-1].batch_time_s))
         product, loop, timer = [], [], []
         for _ in range(REPETITIONS):
-            product.append(_product(model, count))
+            product.append(_product(model.run, model.params.benchmark_interval_s))
             loop.append(_bare_loop(model.run, count))
             timer.append(_torch_timer(model.run, count))
         reported = statistics.median(product)
@@ -54,21 +57,15 @@ class Check:
         self.rows.append((results[-1].run_name, reported, off_loop, off_timer))
 
 
-def _product(model: Any, count: int) -> float:
-    """Time ``model`` the way the plugin does, with about ``count`` batches."""
-    plan = pilot(model.run, synchronized_perf_counter, interval_s=1e-3, min_batches=count)
-    times = []
-    for _ in range(plan.rounds):
-        start = synchronized_perf_counter()
-        for _ in range(plan.iterations):
-            model.run()
-        times.append((synchronized_perf_counter() - start) / plan.iterations)
+def _product(run: Any, interval_s: float) -> float:
+    """Time a model the way the plugin does."""
+    plan = pilot(run, synchronized_perf_counter, interval_s=interval_s, min_batches=10)
+    rounds = range(plan.rounds)
+    times = [time_block(run, synchronized_perf_counter, plan.iterations) for _ in rounds]
     return summarize(times).median_s
 
 
 def _bare_loop(run: Any, count: int) -> float:
-    import time
-
     synchronize()
     start = time.perf_counter()
     for _ in range(count):

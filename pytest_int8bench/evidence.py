@@ -122,8 +122,11 @@ def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, 
             f"{label}: {int8_stored[0]} of {int8_stored[1]} quantized layers store INT8 weights"
         )
     if params.int8_enabled and params.int8_mode == "w8a8" and not products:
+        hint = ""
+        if params.gpu_type == "cuda":
+            hint = " (on CUDA, products of 16 rows or fewer run in floating point)"
         raise EvidenceError(
-            f"{label} is labelled W8A8, but no INT8 product ran; kernels: {evidence.top()}"
+            f"{label} is labelled W8A8, but no INT8 product ran{hint}; kernels: {evidence.top()}"
         )
     if not params.int8_enabled and products:
         raise EvidenceError(f"{label} is a baseline, but {products[0].name} ran")

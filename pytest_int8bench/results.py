@@ -57,6 +57,9 @@ class Result:
     rounds: int | None = None
     iterations: int | None = None
     """Batches per round."""
+    synchronization_share: float | None = None
+    """Part of ``batch_time_s`` that is waiting for the host at the start of a round, estimated;
+    over 0.005 the interval was too short for long rounds."""
     peak_memory_bytes: int | None = None
     """Peak of this model alone: weights, inputs, activations. None on a CPU."""
     compile_s: float | None = None

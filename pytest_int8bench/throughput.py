@@ -16,6 +16,7 @@ from pytest_int8bench.measure import (
     measure_speedup,
     oom_of,
     pilot,
+    release,
     requested_bytes,
     summarize,
 )
@@ -82,13 +83,12 @@ class Throughput:
         try:
             return Result(**common, **self._measure(workload, params, time_rounds))
         except Exception as error:
-            oom = oom_of(error)
-            if oom is None:
+            if oom_of(error) is None:
                 raise
-            asked = requested_bytes(oom)
-            if not params.int8_enabled:
-                self._baseline_oom.add((workload.name, params.identity()))
-        # Outside of the except block, where the traceback no longer holds the tensors.
+            asked = requested_bytes(error)
+            release(error)
+        if not params.int8_enabled:
+            self._baseline_oom.add((workload.name, params.identity()))
         self._pool.clear()
         reason = "out of memory" + (f": tried to allocate {asked / 2**30:.2f} GiB" if asked else "")
         return Result(
@@ -105,6 +105,7 @@ class Throughput:
         except Exception as error:
             if baseline is None or oom_of(error) is None:
                 raise
+            release(error)
             model = None
         if model is None:  # both do not fit: once more, alone
             baseline, note = None, "baseline and candidate do not fit in memory together"
@@ -132,6 +133,7 @@ class Throughput:
             "batch_time_standard_error": timing.standard_error,
             "rounds": len(times),
             "iterations": plan.iterations,
+            "synchronization_share": plan.synchronization_share,
             "peak_memory_bytes": ready.peak_memory_bytes,
             "compile_s": ready.compile_s,
             "warm_up_s": ready.warm_up.seconds,
@@ -169,6 +171,7 @@ class Throughput:
         except Exception as error:
             if oom_of(error) is None:
                 raise
+            release(error)
         self._baseline_oom.add((workload.name, twin.identity()))
         self._pool.clear()
         return None, "the baseline ran out of memory"

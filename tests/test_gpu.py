@@ -13,7 +13,7 @@ from torch import nn
 from pytest_int8bench import Result, RunParams, Workload, apply_int8_quant, coverage
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import compile_for_a100
-from pytest_int8bench.evidence import profile_forward
+from pytest_int8bench.evidence import EvidenceError, profile_forward
 from pytest_int8bench.measure import Plan, Run, allocated_bytes
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import QuantizationError
@@ -148,8 +148,12 @@ def test_shapes_that_the_int8_product_cannot_take_are_said() -> None:
         "fc2": "shape: 100x64 is not a multiple of 8 (CUDA INT8 product)",
         "fc3": None,
     }
-    few = POINT.replace(int8_enabled=True, batch_size=1, compile_mode="off")
-    with pytest.raises(QuantizationError, match="more than 16 rows in a product, got 8"):
+
+
+@pytest.mark.parametrize("compile_mode", ["off", "default"])
+def test_too_few_rows_for_the_int8_product_are_said(compile_mode: str) -> None:
+    few = POINT.replace(int8_enabled=True, batch_size=1, compile_mode=compile_mode)
+    with pytest.raises((QuantizationError, EvidenceError), match="16 rows"):
         measure(toy(tokens=8), few)
 
 

@@ -13,6 +13,7 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.results import Result, Saved
 
 _MISSING = "-"
+MAX_SYNCHRONIZATION_SHARE = 0.005
 
 
 def render(saved: Saved, *, width: int | None, color: bool) -> str:
@@ -39,6 +40,8 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     for result in saved.results:
         for line in _remarks(result):
             console.print(Text(line, overflow="fold"))
+    if line := _short_rounds(saved.results):
+        console.print(Text(line, overflow="fold"))
     console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
@@ -98,6 +101,19 @@ def _remarks(result: Result) -> list[str]:
     if result.steady is False:
         lines.append(f"unsteady: {result.run_name}: batch times had not settled after warm-up")
     return lines
+
+
+def _short_rounds(results: list[Result]) -> str | None:
+    shares = {r.run_name: r.synchronization_share or 0 for r in results}
+    short = {name: share for name, share in shares.items() if share > MAX_SYNCHRONIZATION_SHARE}
+    if not short:
+        return None
+    worst = max(short, key=lambda name: short[name])
+    return (
+        f"short rounds: in {len(short)} of {len(results)} points over "
+        f"{MAX_SYNCHRONIZATION_SHARE:.1%} of the batch time is the host starting a round, at most "
+        f"{short[worst]:.1%} ({worst}); raise benchmark_interval_s"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,175 @@
+"""FlashSDPA allows one attention backend; attention_kernel says which one ran."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_int8bench.attention import FlashSDPA, attention_kernel, sdpa_backends
+from pytest_int8bench.params import ATTENTION_BACKENDS
+
+ALL = {"flash", "efficient", "math", "cudnn"}
+
+
+def enabled() -> set[str]:
+    backends = torch.backends.cuda
+    flags = {
+        "flash": backends.flash_sdp_enabled(),
+        "efficient": backends.mem_efficient_sdp_enabled(),
+        "math": backends.math_sdp_enabled(),
+        "cudnn": backends.cudnn_sdp_enabled(),
+    }
+    return {name for name, on in flags.items() if on}
+
+
+@pytest.mark.parametrize(
+    ("attention", "allowed"),
+    [
+        ("flash", {"flash"}),
+        ("cudnn", {"cudnn"}),
+        ("efficient", {"efficient"}),
+        ("math", {"math"}),
+        ("auto", ALL),
+    ],
+)
+def test_one_backend_is_allowed_inside_and_the_old_ones_after(
+    attention: str, allowed: set[str]
+) -> None:
+    before = enabled()
+    with FlashSDPA(attention):
+        assert enabled() == allowed
+    assert enabled() == before
+
+
+def test_flash_is_the_default() -> None:
+    with FlashSDPA() as context:
+        assert enabled() == {"flash"}
+    assert context.attention == "flash"
+
+
+def test_settings_from_outside_come_back() -> None:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlashSDPA("flash"):
+            assert enabled() == {"flash"}
+        assert enabled() == {"math"}
+
+
+def test_state_comes_back_after_an_exception() -> None:
+    before = enabled()
+    with pytest.raises(KeyError), FlashSDPA("math"):
+        raise KeyError
+    assert enabled() == before
+
+
+def test_different_ones_nest() -> None:
+    with FlashSDPA("flash"):
+        with FlashSDPA("math"):
+            assert enabled() == {"math"}
+        assert enabled() == {"flash"}
+
+
+def test_one_object_may_be_entered_again_and_nested_in_itself() -> None:
+    before = enabled()
+    flash, math = FlashSDPA("flash"), FlashSDPA("math")
+    for _ in range(2):
+        with flash:
+            with math, flash:
+                assert enabled() == {"flash"}
+            assert enabled() == {"flash"}
+        assert enabled() == before
+
+
+def test_a_backend_that_cannot_take_the_inputs_raises() -> None:
+    query = torch.randn(1, 2, 8, 16)
+    # On the CPU, flash attention does not take a mask that needs a gradient.
+    mask = torch.zeros(8, 8, requires_grad=True)
+    assert scaled_dot_product_attention(query, query, query, mask).shape == query.shape
+    with (
+        FlashSDPA("flash"),
+        pytest.warns(UserWarning, match="Flash attention kernel not used"),
+        pytest.raises(RuntimeError, match="No available kernel"),
+    ):
+        scaled_dot_product_attention(query, query, query, mask)
+
+
+def test_every_name_that_parameters_take_has_backends() -> None:
+    assert all(sdpa_backends(name) for name in ATTENTION_BACKENDS)
+
+
+@pytest.mark.parametrize("make", [FlashSDPA, sdpa_backends])
+def test_an_unknown_backend_is_refused(make: type[FlashSDPA]) -> None:
+    message = "attention must be one of flash, cudnn, efficient, math, auto, got 'xformers'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make("xformers")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel"),
+    [
+        (
+            "flash",
+            (
+                "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, "
+                "false, false, cutlass::bfloat16_t>, false, false>(pytorch_flash::Flash_fwd_params)"
+            ),
+        ),
+        ("flash", "void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<64>>"),
+        ("flash", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        ("flash", "aten::_scaled_dot_product_flash_attention"),
+        (
+            "cudnn",
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1",
+        ),
+        (
+            "cudnn",
+            "cudnn_generated_fort_native_sdpa_sm80_flash_fprop_f16_knob_3_64x64x64_4x1x1_kernel0_0",
+        ),
+        ("cudnn", "aten::_scaled_dot_product_cudnn_attention"),
+        ("efficient", "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::Params)"),
+        ("efficient", "aten::_scaled_dot_product_efficient_attention"),
+        ("math", "aten::_scaled_dot_product_attention_math"),
+        (
+            "math",
+            (
+                "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, c10::BFloat16, "
+                "float, 6, false, false>(c10::BFloat16*, c10::BFloat16 const*, int, int, int)"
+            ),
+        ),
+        (
+            "math",
+            "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>",
+        ),
+    ],
+)
+def test_a_kernel_tells_its_backend(backend: str, kernel: str) -> None:
+    others = ["nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "aten::addmm", "triton_poi_fused_gelu_0"]
+    assert attention_kernel([*others, kernel]) == backend
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "aten::scaled_dot_product_attention",  # the front of every backend
+        "aten::mm",
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN",
+        "triton_red_fused_native_layer_norm_2",
+        # Named after the operators they were fused around.
+        "triton_poi_fused__scaled_dot_product_flash_attention__to_copy_add_clone",
+        "triton_poi_fused__scaled_dot_product_cudnn_attention_transpose_1",
+        "triton_poi_fused__scaled_dot_product_efficient_attention_view_3",
+    ],
+)
+def test_a_kernel_that_is_no_attention_tells_nothing(kernel: str) -> None:
+    assert attention_kernel([kernel]) is None
+
+
+def test_a_fused_backend_wins_over_the_softmax_of_other_layers() -> None:
+    softmax = "void (anonymous namespace)::softmax_warp_forward<float, float, float, 5, false>"
+    assert attention_kernel([softmax, "pytorch_flash::flash_fwd_kernel<64>"]) == "flash"
+
+
+def test_no_kernels_tell_nothing() -> None:
+    assert attention_kernel([]) is None

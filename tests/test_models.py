@@ -1,0 +1,528 @@
+"""Building models, their inputs, and which of them the pool holds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.models import (
+    DeviceError,
+    Model,
+    ModelPool,
+    build_eager,
+    find_device,
+    map_tensors,
+    tensors_of,
+)
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantize import QuantizationError, coverage
+from pytest_int8bench.workloads import Workload
+
+CPU = torch.device("cpu")
+BF16 = RunParams(
+    gpu_type="cpu", compile_mode="off", batch_size=4, model_size="nano", benchmark_interval_s=0.01
+)
+FP32 = BF16.replace(bf16=False)
+W8A8 = BF16.replace(int8_enabled=True)
+W8 = BF16.replace(int8_enabled=True, int8_mode="w8")
+
+
+class Toy(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.fc1 = nn.Linear(16, width)
+        self.fc2 = nn.Linear(width, 16)
+        self.register_buffer("shift", torch.rand(16))
+        self.register_buffer("index", torch.arange(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(self.norm(x) + self.shift))
+
+
+def toy_inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+    return (torch.randn(p.batch_size, 16, device=device),)
+
+
+def make_workload(**changes: Any) -> Workload:
+    return Workload(**{"name": "toy", "build": lambda p: Toy(), "inputs": toy_inputs, **changes})
+
+
+class Counting:
+    """A workload that counts how often its model is built."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.built = 0
+        self.workload = make_workload(build=self.build, **changes)
+
+    def build(self, p: RunParams) -> nn.Module:
+        self.built += 1
+        return Toy()
+
+
+# -- building -----------------------------------------------------------------------------------
+
+
+def test_weights_repeat_and_the_generator_of_the_process_is_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = build_eager(make_workload(), BF16, CPU)
+    assert torch.equal(torch.rand(3), expected)
+    second = build_eager(make_workload(), BF16, CPU)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_a_model_is_built_for_inference() -> None:
+    model = build_eager(make_workload(), BF16, CPU)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_bf16_weights_and_buffers_are_bf16() -> None:
+    model = build_eager(make_workload(), BF16, CPU)
+    plain = build_eager(make_workload(), FP32, CPU)
+    for name, tensor in plain.state_dict().items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == torch.float32
+            tensor = tensor.to(torch.bfloat16)
+        assert torch.equal(model.state_dict()[name], tensor)
+        assert model.state_dict()[name].dtype == tensor.dtype
+    assert isinstance(model.fc1.weight, nn.Parameter)
+
+
+def test_modules_kept_in_fp32_are_not_rounded() -> None:
+    workload = make_workload(keep_fp32=lambda module, name: name == "norm")
+    model = build_eager(workload, BF16, CPU)
+    plain = build_eager(workload, FP32, CPU)
+    for name, tensor in plain.norm.state_dict().items():
+        assert torch.equal(model.norm.state_dict()[name], tensor)
+        assert model.norm.state_dict()[name].dtype == tensor.dtype
+    assert model.fc1.weight.dtype == torch.bfloat16
+    assert model.shift.dtype == torch.bfloat16
+
+
+def test_the_parts_of_a_kept_module_are_kept_too() -> None:
+    workload = make_workload(
+        build=lambda p: nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16)),
+        keep_fp32=lambda module, name: name == "0",
+    )
+    model = build_eager(workload, BF16, CPU)
+    assert model[0][0].weight.dtype == torch.float32
+    assert model[1].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("built", [None, Toy])
+def test_build_must_return_a_module(built: Any) -> None:
+    message = f"workload 'toy': build must return a torch.nn.Module, got {built!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build_eager(make_workload(build=lambda p: built), BF16, CPU)
+
+
+def test_callables_see_the_axes_of_the_workload() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def build(p: RunParams) -> nn.Module:
+        seen.append(dict(p.extra))
+        return Toy()
+
+    def inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+        seen.append(dict(p.extra))
+        return toy_inputs(p, device)
+
+    workload = make_workload(build=build, inputs=inputs, axes={"width": 16, "depth": 2})
+    ModelPool().get(workload, BF16.replace(extra={"width": 8}))
+    assert seen == [{"width": 8, "depth": 2}] * 2
+
+
+def test_the_device_must_be_there() -> None:
+    assert find_device(BF16) == CPU
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    cuda = BF16.replace(gpu_type="cuda")
+    message = (
+        "gpu_type=cuda, but torch sees no CUDA device; "
+        "use --int8-preset=smoke or --int8-set gpu_type=cpu"
+    )
+    counting = Counting()
+    for ask in (find_device, lambda p: ModelPool().get(counting.workload, p)):
+        with pytest.raises(DeviceError, match=f"^{re.escape(message)}$"):
+            ask(cuda)
+    assert counting.built == 0
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "dtype"), [(BF16, torch.bfloat16), (FP32, torch.float32)], ids=["bf16", "fp32"]
+)
+def test_floating_inputs_are_cast_and_others_are_not(params: RunParams, dtype: torch.dtype) -> None:
+    def inputs(p: RunParams, device: torch.device) -> dict[str, Any]:
+        return {
+            "x": torch.randn(p.batch_size, 16, dtype=torch.float64),
+            "mask": torch.ones(p.batch_size, dtype=torch.bool),
+            "ids": torch.arange(p.batch_size),
+            "scale": 2.0,
+        }
+
+    batch = ModelPool().batch(make_workload(inputs=inputs), params)
+    assert batch["x"].dtype == dtype
+    assert batch["mask"].dtype == torch.bool
+    assert batch["ids"].dtype == torch.int64
+    assert batch["scale"] == 2.0
+
+
+def test_inputs_repeat_and_are_shared_by_baseline_and_candidate() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    batch = pool.batch(workload, W8A8)
+    assert pool.batch(workload, BF16) is batch
+    assert pool.get(workload, BF16).inputs is batch
+    assert pool.get(workload, W8A8).inputs is batch
+    assert torch.equal(ModelPool().batch(workload, BF16)[0], batch[0])
+    other = pool.batch(workload, BF16.replace(batch_size=2))
+    assert other[0].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [(torch.ones(2), "Tensor"), (None, "NoneType"), ((1, 2), "tuple"), ({}, "dict")],
+)
+def test_inputs_must_be_a_tuple_or_mapping_with_tensors(returned: Any, kind: str) -> None:
+    message = f"workload 'toy': inputs must return a tuple or a mapping with tensors, got {kind}"
+    workload = make_workload(inputs=lambda p, device: returned)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ModelPool().batch(workload, BF16)
+
+
+def test_inputs_fed_from_the_host_give_the_same_output() -> None:
+    workload = make_workload()
+    host = BF16.replace(feed="host")
+    assert torch.equal(ModelPool().get(workload, host).run(), ModelPool().get(workload, BF16).run())
+
+
+# -- tensors in containers ----------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclasses.dataclass
+class Record:
+    tensor: Any
+    other: Any = None
+
+
+A, B = torch.zeros(1), torch.ones(2)
+CONTAINERS: list[Any] = [
+    pytest.param(lambda a, b: (a, b), id="tuple"),
+    pytest.param(lambda a, b: [a, b], id="list"),
+    pytest.param(lambda a, b: {"a": a, "n": 1, "b": b}, id="dict"),
+    pytest.param(lambda a, b: Pair(a, b), id="namedtuple"),
+    pytest.param(lambda a, b: Record(a, b), id="dataclass"),
+    pytest.param(lambda a, b: [{"a": (a,)}, "text", None, Pair(1, [b])], id="nested"),
+    pytest.param(lambda a, b: (Record({"a": a}), b), id="dataclass in tuple"),
+]
+
+
+@pytest.mark.parametrize("wrap", CONTAINERS)
+def test_tensors_are_found_in_order(wrap: Callable[[Any, Any], Any]) -> None:
+    found = list(tensors_of(wrap(A, B)))
+    assert len(found) == 2
+    assert found[0] is A
+    assert found[1] is B
+
+
+@pytest.mark.parametrize("wrap", CONTAINERS)
+def test_tensors_are_changed_where_they_are(wrap: Callable[[Any, Any], Any]) -> None:
+    names = {id(A): "a", id(B): "b"}
+    assert map_tensors(lambda tensor: names[id(tensor)], wrap(A, B)) == wrap("a", "b")
+
+
+def test_a_tensor_is_its_own_container() -> None:
+    assert list(tensors_of(A)) == [A]
+    assert map_tensors(lambda tensor: tensor + 1, A).item() == 1
+    assert list(tensors_of("text")) == []
+
+
+def test_a_type_is_no_container() -> None:
+    assert list(tensors_of(Record)) == []
+    assert map_tensors(lambda tensor: tensor, Record) is Record
+
+
+# -- getting ready ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrap", "outputs"),
+    [
+        (lambda x: x, (((4, 16), torch.bfloat16),)),
+        (lambda x: (x, x[:1].float()), (((4, 16), torch.bfloat16), ((1, 16), torch.float32))),
+        (lambda x: {"x": x, "n": 3}, (((4, 16), torch.bfloat16),)),
+        (lambda x: Record(x, x.argmax(-1)), (((4, 16), torch.bfloat16), ((4,), torch.int64))),
+    ],
+    ids=["tensor", "tuple", "dict", "dataclass"],
+)
+def test_ready_describes_the_outputs(wrap: Callable[[torch.Tensor], Any], outputs: Any) -> None:
+    class Wrapped(Toy):
+        def forward(self, x: torch.Tensor) -> Any:
+            return wrap(super().forward(x))
+
+    workload = make_workload(build=lambda p: Wrapped())
+    model = ModelPool().get(workload, BF16)
+    ready = model.ready()
+    assert ready.outputs == outputs
+    assert ready.finite is True
+    assert ready.tokens is None
+    assert ready.compile_s is None
+    assert ready.peak_memory_bytes is None
+    assert ready.warm_up.calls >= 6
+    assert model.ready() is ready
+
+
+def test_ready_counts_tokens_from_the_output() -> None:
+    workload = make_workload(tokens=lambda output: output.shape[0] * 7)
+    assert ModelPool().get(workload, BF16).ready().tokens == 28
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_ready_sees_values_that_are_not_finite(bad: float) -> None:
+    class Broken(Toy):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), x * bad
+
+    assert ModelPool().get(make_workload(build=lambda p: Broken()), BF16).ready().finite is False
+
+
+def test_a_model_that_returns_no_tensor_is_an_error() -> None:
+    class Nothing(Toy):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"count": 3}
+
+    model = ModelPool().get(make_workload(build=lambda p: Nothing()), BF16)
+    with pytest.raises(ValueError, match=r"^workload 'toy': the model returned no tensor$"):
+        model.ready()
+
+
+def test_too_few_rows_for_the_cuda_product_say_what_to_do() -> None:
+    class Few(Toy):
+        def forward(self, x: torch.Tensor) -> Any:
+            raise RuntimeError("self.size(0) needs to be greater than 16, but got 4")
+
+    model = ModelPool().get(make_workload(build=lambda p: Few()), BF16)
+    message = (
+        "W8A8 on CUDA takes more than 16 rows in a product, got 4: "
+        "use a larger batch, or int8_mode w8"
+    )
+    with pytest.raises(QuantizationError, match=f"^{re.escape(message)}$"):
+        model.ready()
+
+
+# -- the pool -----------------------------------------------------------------------------------
+
+
+def test_a_point_is_built_once() -> None:
+    counting = Counting()
+    pool = ModelPool()
+    baseline = pool.get(counting.workload, BF16)
+    assert pool.get(counting.workload, BF16) is baseline
+    # How long to measure is no part of a model.
+    assert pool.get(counting.workload, BF16.replace(benchmark_interval_s=3.0)) is baseline
+    candidate = pool.get(counting.workload, W8A8)
+    assert pool.get(counting.workload, W8A8) is candidate
+    assert pool.get(counting.workload, BF16) is baseline
+    # The candidate is quantized from a copy of the baseline.
+    assert counting.built == 1
+
+
+def test_a_candidate_has_the_exact_weights_of_its_baseline() -> None:
+    count = 0
+
+    def build(p: RunParams) -> nn.Module:
+        nonlocal count
+        count += 1
+        torch.manual_seed(count)  # does not repeat itself
+        return Toy()
+
+    class Holder:
+        """Keeps the counter out of the closure that identifies the workload."""
+
+        def __call__(self, p: RunParams) -> nn.Module:
+            return build(p)
+
+    workload = make_workload(build=Holder(), filter_fn=lambda module, name: name == "fc1")
+    pool = ModelPool()
+    baseline = pool.get(workload, BF16)
+    weights = copy.deepcopy(baseline.eager.state_dict())
+    for point in (W8A8, W8):
+        candidate = pool.get(workload, point)
+        assert torch.equal(candidate.eager.fc2.weight, weights["fc2.weight"])
+        assert [layer.name for layer in coverage(candidate.eager).converted] == ["fc1"]
+    # The baseline is not quantized with its copies.
+    assert coverage(baseline.eager).converted == ()
+    assert pool.get(workload, BF16) is baseline
+    for name, tensor in baseline.eager.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_at_most_one_baseline_and_one_candidate_are_held() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    alive: weakref.WeakSet[Model] = weakref.WeakSet()
+    for batch_size in (1, 2):
+        for point in (BF16, W8A8, W8):
+            alive.add(pool.get(workload, point.replace(batch_size=batch_size)))
+            gc.collect()
+            held = sorted(model.params.int8_enabled for model in alive)
+            assert held in ([False], [False, True])
+            assert {model.params.batch_size for model in alive} == {batch_size}
+    pool.clear()
+    gc.collect()
+    assert len(alive) == 0
+
+
+def test_a_new_baseline_drops_the_models_of_the_old_one() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    old = [weakref.ref(pool.get(workload, point)) for point in (BF16, W8A8)]
+    pool.get(workload, BF16.replace(batch_size=2))
+    gc.collect()
+    assert [ref() for ref in old] == [None, None]
+
+
+def test_a_baseline_after_its_candidate_keeps_the_candidate() -> None:
+    counting = Counting()
+    pool = ModelPool()
+    candidate = pool.get(counting.workload, W8A8)
+    baseline = pool.get(counting.workload, BF16)
+    assert pool.get(counting.workload, W8A8) is candidate
+    assert pool.get(counting.workload, BF16) is baseline
+    assert counting.built == 2
+    assert torch.equal(candidate.eager.norm.weight, baseline.eager.norm.weight)
+
+
+def test_a_candidate_of_another_baseline_drops_both() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    old = [weakref.ref(pool.get(workload, point)) for point in (BF16, W8A8)]
+    pool.get(workload, W8A8.replace(batch_size=2))
+    gc.collect()
+    assert [ref() for ref in old] == [None, None]
+
+
+def test_evicting_frees_one_model() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    baseline, candidate = (weakref.ref(pool.get(workload, point)) for point in (BF16, W8A8))
+    pool.evict("candidate")
+    assert candidate() is None
+    assert baseline() is not None
+    pool.evict("candidate")  # again does nothing
+
+
+def test_the_filter_of_the_session_goes_before_the_workloads() -> None:
+    workload = make_workload(filter_fn=lambda module, name: name == "fc1")
+    pool = ModelPool(lambda module, name: name == "fc2")
+    covered = coverage(pool.get(workload, W8A8).eager)
+    assert [layer.name for layer in covered.converted] == ["fc2"]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "batch"])
+def test_smoothquant_calibrates_on_the_workloads_inputs_or_the_batch(own: bool) -> None:
+    asked: list[RunParams] = []
+
+    def calibration(p: RunParams, device: torch.device) -> list[Any]:
+        asked.append(p)
+        return [(torch.full((2, 16), 3.0, dtype=torch.bfloat16),)]
+
+    workload = make_workload(calibration=calibration if own else None)
+    point = W8A8.replace(int8_smoothquant=True)
+    model = ModelPool().get(workload, point)
+    assert model.eager.fc1.weight.act_pre_scale is not None
+    assert asked == ([point] if own else [])
+
+
+# -- which workloads are one --------------------------------------------------------------------
+
+
+def remake(**changes: Any) -> Workload:
+    """As a function-scoped fixture does: everything new, nothing different."""
+    return Workload(
+        name="toy",
+        build=lambda p: Toy(),
+        inputs=lambda p, device: (torch.ones(p.batch_size, 16),),
+        units=lambda p: {"samples": p.batch_size},
+        **changes,
+    )
+
+
+def test_a_workload_made_again_is_the_same() -> None:
+    pool = ModelPool()
+    assert pool.get(remake(), BF16) is pool.get(remake(), BF16)
+    assert pool.batch(remake(), BF16) is pool.batch(remake(), BF16)
+
+
+def test_a_workload_with_axes_made_again_is_the_same() -> None:
+    pool = ModelPool()
+    assert pool.get(remake(axes={"width": 3}), BF16) is pool.get(remake(axes={"width": 3}), BF16)
+
+
+# What the workloads below share, so that they differ in one thing only.
+AXES: dict[str, Any] = {}
+
+
+def test_other_closures_make_another_workload() -> None:
+    def wide(width: int) -> Workload:
+        return make_workload(build=lambda p: Toy(width), axes=AXES)
+
+    pool = ModelPool()
+    narrow = pool.get(wide(16), BF16)
+    assert narrow.eager.fc1.out_features == 16
+    assert pool.get(wide(32), BF16).eager.fc1.out_features == 32
+
+
+def test_other_defaults_make_another_workload() -> None:
+    def positional(width: int) -> Workload:
+        return make_workload(build=lambda p, width=width: Toy(width), axes=AXES)
+
+    def keyword(width: int) -> Workload:
+        return make_workload(build=lambda p, *, width=width: Toy(width), axes=AXES)
+
+    for make in (positional, keyword):
+        pool = ModelPool()
+        assert pool.get(make(16), BF16).eager.fc1.out_features == 16
+        assert pool.get(make(32), BF16).eager.fc1.out_features == 32
+
+
+def test_the_same_text_in_two_files_makes_two_workloads() -> None:
+    """Two conftests that differ in a constant of the module only."""
+
+    def load(width: int) -> Workload:
+        namespace: dict[str, Any] = {"Toy": Toy, "WIDTH": width}
+        exec(compile("build = lambda p: Toy(WIDTH)", "conftest.py", "exec"), namespace)
+        return make_workload(build=namespace["build"], axes=AXES)
+
+    pool = ModelPool()
+    assert pool.get(load(16), BF16).eager.fc1.out_features == 16
+    assert pool.get(load(32), BF16).eager.fc1.out_features == 32
+
+
+def test_another_name_makes_another_workload() -> None:
+    counting = Counting()
+    other = dataclasses.replace(counting.workload, name="other")
+    pool = ModelPool()
+    assert pool.get(counting.workload, BF16) is not pool.get(other, BF16)
+    assert counting.built == 2

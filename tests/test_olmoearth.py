@@ -1,0 +1,203 @@
+"""The workload of OlmoEarth encoders."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+package = pytest.importorskip(
+    "olmoearth_pretrain_minimal.olmoearth_pretrain_v1.olmoearth_pretrain_v1"
+)
+
+from pytest_int8bench.compilation import compile_for_a100  # noqa: E402
+from pytest_int8bench.models import ModelPool, build_eager  # noqa: E402
+from pytest_int8bench.params import RunParams  # noqa: E402
+from pytest_int8bench.quantize import coverage  # noqa: E402
+from pytest_int8bench.workloads import Workload  # noqa: E402
+from pytest_int8bench.workloads.names import load_workload  # noqa: E402
+from pytest_int8bench.workloads.olmoearth import VERSION_SIZES  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = RunParams(
+    model_size="nano",
+    gpu_type="cpu",
+    compile_mode="off",
+    image_size=8,
+    num_timesteps=2,
+    batch_size=2,
+    benchmark_interval_s=0.01,
+)
+# Tokens of a Sentinel-2 image of v1: 2 x 2 patches, 2 timesteps, 3 band groups, 2 samples.
+V1_S2_TOKENS = 2 * 2 * 2 * 3 * 2
+GROUPS = {
+    "v1": {"s2": 3, "s1": 1, "landsat": 2},
+    "v1.1": {"s2": 1, "s1": 1, "landsat": 1},
+    "v1.2": {"s2": 1, "s1": 1, "landsat": 1},
+}
+MIXES = [mix for mix in itertools.product([True, False], repeat=3) if any(mix)]
+
+
+@pytest.fixture
+def workload() -> Workload:
+    return load_workload("olmoearth", Path())
+
+
+def test_versions_and_sizes_are_those_of_the_package() -> None:
+    supported = {
+        "v1": package.V1_SUPPORTED_SIZES,
+        "v1.1": package.V1_1_SUPPORTED_SIZES,
+        "v1.2": package.V1_2_SUPPORTED_SIZES,
+        "v1.3": package.V1_3_SUPPORTED_SIZES,
+    }
+    assert {version: set(sizes) for version, sizes in VERSION_SIZES.items()} == {
+        version: set(sizes) for version, sizes in supported.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "size"),
+    [
+        (version, size)
+        for version, sizes in VERSION_SIZES.items()
+        for size in sizes
+        if size in ("nano", "tiny")
+    ],
+)
+def test_every_version_runs(workload: Workload, version: str, size: str) -> None:
+    params = SMALL.replace(model_version=version, model_size=size)
+    assert workload.impossible_reason(params) is None
+    ready = ModelPool().get(workload, params).ready()
+    channels = {"nano": 128, "tiny": 192}[size]
+    groups = GROUPS[version]["s2"]
+    assert ready.outputs == (((2, 2, 2, 2, groups, channels), torch.bfloat16),)
+    assert ready.finite is True
+
+
+@pytest.mark.parametrize("version", list(GROUPS))
+@pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
+def test_every_mix_of_modalities_runs_in_bf16(
+    workload: Workload, version: str, s2: bool, s1: bool, landsat: bool
+) -> None:
+    params = SMALL.replace(model_version=version, use_s2=s2, use_s1=s1, use_landsat=landsat)
+    model = ModelPool().get(workload, params)
+    used = {
+        name: GROUPS[version][name]
+        for name, on in (("s2", s2), ("s1", s1), ("landsat", landsat))
+        if on
+    }
+    names = {"s2": "sentinel2_l2a", "s1": "sentinel1", "landsat": "landsat"}
+    assert list(model.run()) == [names[name] for name in used]
+    ready = model.ready()
+    assert ready.finite is True
+    assert {dtype for _, dtype in ready.outputs} == {torch.bfloat16}
+    assert ready.tokens == 2 * 2 * 2 * 2 * sum(used.values())
+
+
+def test_v1_makes_three_tokens_where_later_versions_make_one(workload: Workload) -> None:
+    tokens = {
+        version: ModelPool().get(workload, SMALL.replace(model_version=version)).ready().tokens
+        for version in ("v1", "v1.1", "v1.2")
+    }
+    assert tokens == {"v1": V1_S2_TOKENS, "v1.1": V1_S2_TOKENS // 3, "v1.2": V1_S2_TOKENS // 3}
+
+
+def test_bf16_is_close_to_fp32(workload: Workload) -> None:
+    half = ModelPool().get(workload, SMALL)
+    full = ModelPool().get(workload, SMALL.replace(bf16=False))
+    assert half.eager.encoder.blocks[0].attn.q.weight.dtype == torch.bfloat16
+    reference = full.run()["sentinel2_l2a"]
+    assert reference.dtype == torch.float32
+    error = (half.run()["sentinel2_l2a"].float() - reference).norm() / reference.norm()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("version", list(GROUPS))
+def test_all_of_attention_and_mlp_is_quantized_and_nothing_else(
+    workload: Workload, version: str
+) -> None:
+    params = SMALL.replace(model_version=version, int8_enabled=True)
+    model = ModelPool().get(workload, params)
+    leaves = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    assert [layer.name for layer in coverage(model.eager).converted] == [
+        f"encoder.blocks.{block}.{leaf}" for block in range(4) for leaf in leaves
+    ]
+    assert model.ready().finite is True
+
+
+def test_units_count_a_location_once(workload: Workload) -> None:
+    params = RunParams(batch_size=128, image_size=64, num_timesteps=12)
+    assert workload.units(params) == pytest.approx(
+        {"samples": 128, "pixels": 128 * 64 * 64, "square_km": 128 * 0.64 * 0.64}
+    )
+
+
+def test_inputs_repeat(workload: Workload) -> None:
+    first, second = (workload.inputs(SMALL, CPU) for _ in range(2))
+    assert len(first) == len(second) == 3
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_inputs_have_a_year_of_months_and_no_masked_token(workload: Workload) -> None:
+    params = SMALL.replace(num_timesteps=13, use_s1=True)
+    timestamps, s2, s2_mask, s1, s1_mask = workload.inputs(params, CPU)
+    assert timestamps.shape == (2, 13, 3)
+    assert timestamps[0, :, 1].tolist() == [*range(12), 0]
+    assert timestamps[1, :, 2].tolist() == [2020] * 12 + [2021]
+    assert (s2.shape, s2.dtype) == ((2, 8, 8, 13, 12), torch.bfloat16)
+    assert (s1.shape, s1.dtype) == ((2, 8, 8, 13, 2), torch.bfloat16)
+    assert s2_mask.shape == (2, 8, 8, 13, 3)
+    assert s1_mask.shape == (2, 8, 8, 13, 1)
+    assert not s2_mask.any()
+    assert not s1_mask.any()
+
+
+def test_more_than_a_year_of_images_runs(workload: Workload) -> None:
+    ready = ModelPool().get(workload, SMALL.replace(num_timesteps=13)).ready()
+    assert ready.tokens == V1_S2_TOKENS // 2 * 13
+    assert ready.finite is True
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 8])
+def test_every_patch_size_runs(workload: Workload, patch_size: int) -> None:
+    params = SMALL.replace(patch_size=patch_size, model_version="v1.2", batch_size=1)
+    ready = ModelPool().get(workload, params).ready()
+    assert ready.tokens == (8 // patch_size) ** 2 * 2
+    assert ready.finite is True
+
+
+def test_weights_repeat_between_builds(workload: Workload) -> None:
+    first, second = (build_eager(workload, SMALL, CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_version": "v1", "model_size": "small"}, "OlmoEarth v1 has no size small"),
+        ({"model_version": "v1.1", "model_size": "large"}, "OlmoEarth v1.1 has no size large"),
+        ({"model_version": "v1.3", "model_size": "nano"}, "OlmoEarth v1.3 has no size nano"),
+        (
+            {"model_version": "v9"},
+            "OlmoEarth has no version v9; it has v1, v1.1, v1.2, v1.3",
+        ),
+    ],
+)
+def test_what_does_not_exist_has_a_reason(
+    workload: Workload, changes: dict[str, str], reason: str
+) -> None:
+    assert workload.impossible_reason(SMALL.replace(**changes)) == reason
+
+
+@pytest.mark.slow
+def test_a_whole_encoder_compiles_as_one_graph(workload: Workload) -> None:
+    model = ModelPool().get(workload, SMALL)
+    compiled = compile_for_a100(model.eager, mode="default", fullgraph=True)
+    reference = model.run()["sentinel2_l2a"].float()
+    output = compiled(*model.inputs)["sentinel2_l2a"].float()
+    assert (output - reference).norm() / reference.norm() < 0.02
+    with compiled.no_compilation():
+        compiled(*model.inputs)

@@ -1,0 +1,425 @@
+"""Command line and ini options, and what the plugin costs a suite that does not use it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.options import OPTIONS, PRESETS, Settings, read_settings
+from pytest_int8bench.params import FIELD_TYPES, RunParams
+from pytest_int8bench.sweep import SWEEPS
+
+W8A8 = RunParams(int8_enabled=True)
+FIELDS = ", ".join(FIELD_TYPES)
+NAMES = "must be olmoearth, module:callable or path.py:callable, got "
+REFERENCE = "must be module:callable or path.py:callable, got "
+
+# Option -> bad value -> what is said about it.
+BAD_VALUES: dict[str, dict[str, str]] = {
+    "mode": {
+        "w4": "must be one or more of w8a8, w8, off by comma, got 'w4'",
+        "w8,W8A8": "must be one or more of w8a8, w8, off by comma, got 'W8A8'",
+        "w8,": "must not have an empty item, got 'w8,'",
+    },
+    "sweep": {
+        "batch,size": f"unknown sweep key 'size'; keys are {', '.join(SWEEPS)}",
+        "batch,,time": "must not have an empty item, got 'batch,,time'",
+    },
+    "set": {
+        "batch_size": "must be NAME=VALUE, got 'batch_size'",
+        "=4": "must be NAME=VALUE, got '=4'",
+        "batch_size=": "must not have an empty item, got ''",
+        "batch_size=4,": "must not have an empty item, got '4,'",
+        "batch_size=0": "batch_size must be at least 1, got 0",
+        "batch_size=4,x": "batch_size must be a whole number, got 'x'",
+        "batch_size=1.5": "batch_size must be a whole number, got '1.5'",
+        "bf16=maybe": "bf16 must be true or false, got 'maybe'",
+        "benchmark_interval_s=soon": "benchmark_interval_s must be a number, got 'soon'",
+        "benchmark_interval_s=-1": (
+            "benchmark_interval_s must be a finite number above 0, got -1.0"
+        ),
+        "model_size=huge": ("model_size must be one of nano, tiny, small, base, large, got 'huge'"),
+        "model_version=1": "model_version must look like v1 or v1.2, got '1'",
+        "batch=4": f"unknown RunParams field 'batch'; fields are {FIELDS}, extra.NAME",
+        "extra=4": f"unknown RunParams field 'extra'; fields are {FIELDS}, extra.NAME",
+        "extra.1x=4": "extra names must be identifiers such as seq_len, got '1x'",
+        "extra.x=NaN": "extra.x must be finite, got nan",
+        "extra.x=1,Infinity": "extra.x must be finite, got inf",
+        "int8_mode=w8": "int8_mode is set by --int8-mode, got 'int8_mode=w8'",
+        "int8_enabled=true": "int8_enabled is set by --int8-mode, got 'int8_enabled=true'",
+    },
+    "preset": {"fast": "must be one of auto, seed, smoke, got 'fast'"},
+    "workload": {
+        "digit": NAMES + "'digit'",
+        "a:": NAMES + "'a:'",
+        "my-module:f": NAMES + "'my-module:f'",
+        "module:1f": NAMES + "'module:1f'",
+    },
+    "filter": {"olmoearth": REFERENCE + "'olmoearth'", ":f": REFERENCE + "':f'"},
+}
+# Flags take a value in the ini file only.
+BAD_FLAGS = {
+    name: {"maybe": "must be true or false, got 'maybe'"}
+    for name in ("smoothquant", "cross-product", "no-baseline")
+}
+CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
+FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
+ONE_EACH = [(name, *next(iter(bad.items()))) for name, bad in BAD_VALUES.items()]
+
+
+def settings_of(pytester: pytest.Pytester, *args: str, ini: str = "") -> Settings:
+    pytester.makeini(f"[pytest]\n{ini}")
+    return read_settings(pytester.parseconfig(*args))
+
+
+def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
+    """Run pytest without Hypothesis' plugin, which loads Hypothesis."""
+    return pytester.runpytest_subprocess("-p", "no:hypothesispytest", *args)
+
+
+def test_all_options_have_bad_values() -> None:
+    assert {*BAD_VALUES, *BAD_FLAGS} == set(OPTIONS)
+
+
+# -- bad values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "text", "why"), CASES)
+def test_bad_value_on_the_command_line(
+    pytester: pytest.Pytester, name: str, text: str, why: str
+) -> None:
+    with pytest.raises(pytest.UsageError, match=rf"^{re.escape(f'--int8-{name}: {why}')}$"):
+        settings_of(pytester, f"--int8-{name}={text}")
+
+
+@pytest.mark.parametrize(("name", "text", "why"), CASES + FLAG_CASES)
+def test_bad_value_in_the_ini_file(
+    pytester: pytest.Pytester, name: str, text: str, why: str
+) -> None:
+    stem = f"int8_{name.replace('-', '_')}"
+    with pytest.raises(pytest.UsageError, match=rf"^{re.escape(f'{stem}: {why}')}$"):
+        settings_of(pytester, ini=f"{stem} = {text}")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_VALUES if name not in ("set", "workload")])
+def test_empty_value_on_the_command_line(pytester: pytest.Pytester, name: str) -> None:
+    with pytest.raises(pytest.UsageError, match=rf"^--int8-{name}: .*, got ''$"):
+        settings_of(pytester, f"--int8-{name}=")
+
+
+@pytest.mark.parametrize(("name", "text", "why"), ONE_EACH)
+def test_bad_option_is_one_line_and_exit_4(
+    pytester: pytest.Pytester, name: str, text: str, why: str
+) -> None:
+    result = run(pytester, f"--int8-{name}={text}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [f"ERROR: --int8-{name}: {why}"]
+    assert result.outlines == []
+
+
+@pytest.mark.parametrize(("name", "text", "why"), ONE_EACH + FLAG_CASES)
+def test_bad_ini_value_is_one_line_and_exit_4(
+    pytester: pytest.Pytester, name: str, text: str, why: str
+) -> None:
+    stem = f"int8_{name.replace('-', '_')}"
+    pytester.makeini(f"[pytest]\n{stem} = {text}")
+    result = run(pytester)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [f"ERROR: {stem}: {why}"]
+    assert result.outlines == []
+
+
+# -- good values ------------------------------------------------------------------------------
+
+
+def test_defaults(pytester: pytest.Pytester) -> None:
+    settings = settings_of(pytester)
+    assert settings == Settings(
+        preset="auto",
+        modes=("w8a8",),
+        changes={},
+        axes={},
+        cross_product=False,
+        workload="olmoearth",
+        filter=None,
+        baseline=True,
+    )
+    assert settings.points("seed") == [W8A8]
+
+
+EVERYTHING = Settings(
+    preset="smoke",
+    modes=("w8", "off"),
+    changes={"int8_smoothquant": True, "batch_size": 8, "extra.act": "relu"},
+    axes={"num_timesteps": [1, 2, 4, 6, 8, 12], "image_size": [16, 32], "extra.width": [1, 2.5]},
+    cross_product=True,
+    workload="pkg.mod:make.it",
+    filter="filters/mine.py:keep",
+    baseline=False,
+)
+
+
+def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
+    settings = settings_of(
+        pytester,
+        "--int8-mode=w8, off,w8",
+        "--int8-smoothquant",
+        "--int8-sweep=time",
+        "--int8-cross-product",
+        "--int8-set=batch_size=8",
+        "--int8-set",
+        "image_size = 16, 32",
+        "--int8-set=extra.width=1,2.5",
+        "--int8-set=extra.act=relu",
+        "--int8-preset=smoke",
+        "--int8-workload=pkg.mod:make.it",
+        "--int8-filter=filters/mine.py:keep",
+        "--int8-no-baseline",
+    )
+    assert settings == EVERYTHING
+
+
+INI = """
+    int8_mode = w8, off,w8
+    int8_smoothquant = true
+    int8_sweep = time
+    int8_cross_product = yes
+    int8_set =
+        batch_size=8
+        image_size = 16, 32
+        extra.width=1,2.5
+        extra.act=relu
+    int8_preset = smoke
+    int8_workload = pkg.mod:make.it
+    int8_filter = filters/mine.py:keep
+    int8_no_baseline = 1
+"""
+
+
+def test_every_option_in_the_ini_file(pytester: pytest.Pytester) -> None:
+    assert settings_of(pytester, ini=INI.replace("\n    ", "\n")) == EVERYTHING
+
+
+def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
+    settings = settings_of(
+        pytester,
+        "--int8-mode=w8a8",
+        "--int8-sweep=batch",
+        "--int8-set=patch_size=2",
+        "--int8-preset=seed",
+        "--int8-workload=olmoearth",
+        "--int8-filter=a:b",
+        ini=INI.replace("\n    ", "\n"),
+    )
+    assert settings == Settings(
+        preset="seed",
+        modes=("w8a8",),
+        changes={"int8_smoothquant": True, "patch_size": 2},
+        axes=SWEEPS["batch"],
+        cross_product=True,
+        workload="olmoearth",
+        filter="a:b",
+        baseline=False,
+    )
+
+
+def test_a_bad_ini_value_does_not_count_where_the_command_line_wins(
+    pytester: pytest.Pytester,
+) -> None:
+    assert settings_of(pytester, "--int8-mode=w8", ini="int8_mode = w4").modes == ("w8",)
+
+
+def test_flags_of_the_ini_file_can_be_false(pytester: pytest.Pytester) -> None:
+    ini = "int8_smoothquant = off\nint8_cross_product = no\nint8_no_baseline = false"
+    assert settings_of(pytester, ini=ini) == Settings()
+
+
+def test_the_last_set_wins(pytester: pytest.Pytester) -> None:
+    one, several = "--int8-set=batch_size=4", "--int8-set=batch_size=4,8"
+    assert settings_of(pytester, several, one).changes == {"batch_size": 4}
+    assert settings_of(pytester, several, one).axes == {}
+    assert settings_of(pytester, one, several).changes == {}
+    assert settings_of(pytester, one, several).axes == {"batch_size": [4, 8]}
+
+
+def test_set_replaces_the_values_of_a_sweep_key(pytester: pytest.Pytester) -> None:
+    settings = settings_of(pytester, "--int8-sweep=batch,time", "--int8-set=batch_size=3,5")
+    assert list(settings.axes) == ["batch_size", "num_timesteps"]
+    assert settings.axes["batch_size"] == [3, 5]
+
+
+def test_a_set_smoothquant_wins_over_the_flag(pytester: pytest.Pytester) -> None:
+    settings = settings_of(pytester, "--int8-smoothquant", "--int8-set=int8_smoothquant=false")
+    assert settings.changes == {"int8_smoothquant": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("12", 12), ("0.5", 0.5), ("true", True), ('"12"', "12"), ("relu", "relu")],
+)
+def test_axes_of_a_workload_keep_their_types(
+    pytester: pytest.Pytester, text: str, value: Any
+) -> None:
+    settings = settings_of(pytester, f"--int8-set=extra.x={text}")
+    assert settings.default_params("seed").extra == {"x": value}
+
+
+# -- points -----------------------------------------------------------------------------------
+
+
+def test_presets() -> None:
+    assert Settings().default_params("seed") == RunParams()
+    assert Settings().default_params("smoke") == RunParams(
+        model_size="nano",
+        image_size=16,
+        num_timesteps=3,
+        batch_size=4,
+        compile_mode="default",
+        gpu_type="cpu",
+    )
+    assert set(PRESETS) == {"seed", "smoke"}
+
+
+def test_auto_preset_looks_at_the_device() -> None:
+    assert Settings().resolved_preset(lambda: True) == "seed"
+    assert Settings().resolved_preset(lambda: False) == "smoke"
+
+
+@pytest.mark.parametrize("preset", ["seed", "smoke"])
+def test_a_named_preset_does_not(preset: str) -> None:
+    def never() -> bool:
+        raise AssertionError("the device was looked at")
+
+    assert Settings(preset=preset).resolved_preset(never) == preset
+
+
+def test_changes_win_over_the_preset() -> None:
+    changes = {"batch_size": 2, "gpu_type": "cuda", "extra.width": 8}
+    params = Settings(changes=changes).default_params("smoke")
+    assert (params.batch_size, params.gpu_type, params.model_size) == (2, "cuda", "nano")
+    assert params.extra == {"width": 8}
+
+
+def test_points_are_modes_times_axes() -> None:
+    axes = {"batch_size": [1, 2], "num_timesteps": [6]}
+    settings = Settings(modes=("w8", "off"), axes=axes)
+    assert [(p.int8_enabled, p.batch_size, p.num_timesteps) for p in settings.points("seed")] == [
+        (True, 1, 12),
+        (True, 2, 12),
+        (True, 128, 6),
+        (False, 1, 12),
+        (False, 2, 12),
+        (False, 128, 6),
+    ]
+    crossed = Settings(modes=("w8", "off"), axes=axes, cross_product=True).points("seed")
+    assert [(p.int8_enabled, p.batch_size, p.num_timesteps) for p in crossed] == [
+        (True, 1, 6),
+        (True, 2, 6),
+        (False, 1, 6),
+        (False, 2, 6),
+    ]
+
+
+# -- help -------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "mode": "w8a8",
+    "smoothquant": "off",
+    "sweep": "none",
+    "cross-product": "off",
+    "set": "none",
+    "preset": "auto",
+    "workload": "olmoearth",
+    "filter": "attention projections and MLP layers",
+    "no-baseline": "off",
+}
+
+
+@pytest.fixture
+def help_text(pytester: pytest.Pytester) -> str:
+    """The help with its line breaks taken out."""
+    result = run(pytester, "--help")
+    assert result.ret == pytest.ExitCode.OK
+    return " ".join(" ".join(result.outlines).split())
+
+
+def test_help_lists_options_with_defaults(help_text: str) -> None:
+    assert set(DEFAULTS) == set(OPTIONS)
+    found = {}
+    for name, option in OPTIONS.items():
+        flag = option.flag if option.metavar is None else f"{option.flag}={option.metavar}"
+        entry = help_text.partition(f" {flag} {option.help} ")
+        assert entry[1], flag
+        found[name] = option.help.rpartition("Default: ")[2]
+    assert found == DEFAULTS
+
+
+def test_help_lists_ini_values(help_text: str) -> None:
+    for option in OPTIONS.values():
+        kind = "linelist" if option.repeatable else "string"
+        assert f" {option.dest} ({kind}): Same as {option.flag} " in help_text
+
+
+def test_markers_show_int8(pytester: pytest.Pytester) -> None:
+    result = run(pytester, "--markers")
+    assert result.ret == pytest.ExitCode.OK
+    line = "@pytest.mark.int8(**overrides): set RunParams fields "
+    assert sum(text.startswith(line) for text in result.outlines) == 1
+
+
+# -- lazy imports -----------------------------------------------------------------------------
+
+HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml")
+CONFTEST = f"""
+import sys
+from pathlib import Path
+
+def pytest_unconfigure(config):
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    ours = ["pytest_int8bench.plugin"] if "pytest_int8bench.plugin" in sys.modules else []
+    Path("loaded.txt").write_text(" ".join(ours + heavy))
+"""
+UNRELATED = """
+import pytest
+
+@pytest.mark.parametrize("x", [1, 2])
+def test_unrelated(x, tmp_path, benchmark):
+    benchmark.pedantic(lambda: x)
+"""
+
+
+def loaded(pytester: pytest.Pytester, *args: str) -> list[str]:
+    """Return the heavy modules, and our own, that a run had loaded at its end."""
+    pytester.makeconftest(CONFTEST)
+    result = run(pytester, *args)
+    assert result.ret == pytest.ExitCode.OK
+    return Path("loaded.txt").read_text().split()
+
+
+@pytest.mark.parametrize("args", [(), ("--help",), ("--markers",), ("--collect-only",)])
+def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple[str, ...]) -> None:
+    pytester.makepyfile(UNRELATED)
+    theirs = loaded(pytester, *args, "-p", "no:int8bench")
+    assert "pytest_int8bench.plugin" not in theirs
+    assert set(loaded(pytester, *args)) - set(theirs) == {"pytest_int8bench.plugin"}
+
+
+def test_options_load_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_unrelated(): pass")
+    args = ["--int8-mode=w8", "--int8-sweep=all", "--int8-workload=olmoearth", "--int8-filter=a:b"]
+    assert loaded(pytester, *args) == ["pytest_int8bench.plugin"]
+
+
+def test_collecting_points_of_a_named_preset_loads_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_throughput(int8_throughput): pass")
+    assert loaded(pytester, "--collect-only", "--int8-preset=seed", "--int8-sweep=all") == [
+        "pytest_int8bench.plugin"
+    ]
+
+
+def test_the_check_of_loaded_modules_can_fail(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import torch\ndef test_torch(): pass")
+    assert {"pytest_int8bench.plugin", "torch"} <= set(loaded(pytester))

@@ -1,0 +1,630 @@
+"""apply_int8_quant: which layers, how exact, what is reported, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torchao.quantization import (
+    FqnToConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+from pytest_int8bench.compilation import compile_for_a100
+from pytest_int8bench.quantize import (
+    DequantizedInt8Tensor,
+    Layer,
+    QuantizationError,
+    apply_int8_quant,
+    call,
+    coverage,
+    int8_storage,
+    is_transformer_linear,
+)
+
+DIM = 64
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(DIM, DIM)
+        self.k = nn.Linear(DIM, DIM)
+        self.v = nn.Linear(DIM, DIM)
+        self.proj = nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k)]
+        parts.append(self.v(x).unflatten(-1, (4, -1)).transpose(1, 2))
+        return self.proj(scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(DIM, 2 * DIM)
+        self.fc2 = nn.Linear(2 * DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class Transformer(nn.Module):
+    """Embedding, one block, head: of 8 linear layers the default filter takes 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(8, DIM)
+        self.norm = nn.LayerNorm(DIM)
+        self.attn = Attention()
+        self.mlp = Mlp()
+        self.head = nn.Linear(DIM, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(x)
+        x = x + self.attn(self.norm(x))
+        return self.head(x + self.mlp(self.norm(x)))
+
+
+CONVERTED = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer().eval().requires_grad_(False).to(torch.bfloat16)
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 32, 8, generator=generator).to(torch.bfloat16)
+
+
+def sqnr_db(reference: torch.Tensor, output: torch.Tensor) -> float:
+    reference, output = reference.double(), output.double()
+    noise = (reference - output).square().sum()
+    return (10 * torch.log10(reference.square().sum() / noise)).item()
+
+
+# -- the default filter -------------------------------------------------------------------------
+
+OLMOEARTH = [f"encoder.blocks.0.attn.{leaf}" for leaf in ("q", "k", "v", "proj")] + [
+    "encoder.blocks.11.mlp.fc1",
+    "encoder.blocks.11.mlp.fc2",
+]
+TIMM = ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+BERT = [
+    "bert.encoder.layer.0.attention.self.query",
+    "bert.encoder.layer.0.attention.self.key",
+    "bert.encoder.layer.0.attention.self.value",
+    "bert.encoder.layer.0.attention.output.dense",
+    "bert.encoder.layer.0.intermediate.dense",
+    "bert.encoder.layer.0.output.dense",
+]
+HF_VIT = [
+    "vit.encoder.layer.3.attention.attention.query",
+    "vit.encoder.layer.3.attention.output.dense",
+]
+DISTILBERT = [
+    "distilbert.transformer.layer.0.attention.q_lin",
+    "distilbert.transformer.layer.0.attention.out_lin",
+    "distilbert.transformer.layer.0.ffn.lin1",
+    "distilbert.transformer.layer.0.ffn.lin2",
+]
+LLAMA = [
+    *(f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkvo"),
+    *(f"model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")),
+]
+T5 = [
+    *(f"encoder.block.0.layer.0.SelfAttention.{leaf}" for leaf in "qkvo"),
+    "encoder.block.0.layer.1.DenseReluDense.wi",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0",
+    "encoder.block.0.layer.1.DenseReluDense.wo",
+]
+FALCON = [
+    "transformer.h.0.self_attention.query_key_value",
+    "transformer.h.0.self_attention.dense",
+    "transformer.h.0.mlp.dense_h_to_4h",
+    "transformer.h.0.mlp.dense_4h_to_h",
+]
+SEGMENT = [
+    "image_encoder.blocks.0.attn.qkv",
+    "image_encoder.blocks.0.mlp.lin1",
+    "image_encoder.blocks.0.mlp.lin2",
+    "mask_decoder.transformer.layers.0.self_attn.q_proj",
+    "blocks.0.mlp.w_1",
+    "blocks.0.mlp.w_2",
+    "blocks.0.mlp.w_3",
+    "blocks.0.mlp.w12",
+    "blocks.0.mlp.w3",
+]
+OTHERS = [
+    "layers.0.linear1",  # nn.TransformerEncoderLayer
+    "layers.0.linear2",
+    "layers.0.attn.to_q",  # diffusers
+    "layers.0.attn.to_out.0",
+    "layers.0.ff.net.0.proj",
+    "layers.0.mlp.0",  # nn.Sequential
+    "layers.0.feed_forward.2",
+    "decoder.layers.0.fc1",  # OPT
+    "layers.0.block_sparse_moe.experts.3.w1",  # Mixtral
+]
+KEPT = [
+    "patch_embed.proj",
+    "encoder.patch_embeddings.sentinel2_l2a.proj",
+    "bert.embeddings.word_embeddings",
+    "embeddings.patch_embeddings.projection",
+    "encoder.composite_encodings.channel_embed",
+    "tokenizer.proj",
+    "head",
+    "head.fc",
+    "lm_head",
+    "classifier",
+    "classifier.out_proj",
+    "pre_classifier",
+    "bert.pooler.dense",
+    "encoder.project_and_aggregate.projection.0",
+    "mask_decoder.iou_prediction_head.layers.0",
+    "blocks.0.attn.q_norm",
+    "blocks.0.attn.k_norm",
+    "blocks.0.norm1",
+    "fc_norm",
+    "ln_f",
+    "logits",
+    "score",
+    "model.layers.0.router",
+    "",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*OLMOEARTH, *TIMM, *BERT, *HF_VIT, *DISTILBERT, *LLAMA, *T5, *FALCON, *SEGMENT, *OTHERS],
+)
+def test_the_default_filter_takes_projections_and_mlp_layers(name: str) -> None:
+    assert is_transformer_linear(nn.Linear(8, 8), name) is True
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_default_filter_leaves_embeddings_norms_and_heads(name: str) -> None:
+    assert is_transformer_linear(nn.Linear(8, 8), name) is False
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.multihead_attn.q_proj", "layers.0.multi_head_attention.out_proj"]
+)
+def test_an_attention_of_many_heads_is_no_head(name: str) -> None:
+    assert is_transformer_linear(nn.Linear(8, 8), name) is True
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Conv2d(3, 8, 4), nn.Embedding(8, 8)])
+def test_the_default_filter_takes_linear_layers_only(module: nn.Module) -> None:
+    assert is_transformer_linear(module, "blocks.0.attn.q") is False
+
+
+# -- quantizing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "least_db"), [("w8a8", 25), ("w8", 35)])
+def test_a_transformer_is_quantized_in_place_and_stays_close(
+    model: Transformer, batch: torch.Tensor, mode: str, least_db: float
+) -> None:
+    with torch.no_grad():
+        before = model(batch)
+        returned = apply_int8_quant(model, mode=mode)
+        after = model(batch)
+
+    assert returned is model
+    assert after.dtype == torch.bfloat16
+    assert not torch.equal(after, before)
+    assert sqnr_db(before, after) > least_db
+    for name in CONVERTED:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Int8Tensor)
+        assert weight.qdata.dtype == torch.int8
+        assert weight.shape == weight.qdata.shape
+        # One scale per output channel.
+        assert weight.scale.numel() == weight.shape[0]
+    for name in ("patch_embed", "head"):
+        assert type(model.get_submodule(name).weight) is nn.Parameter
+    assert int8_storage(model) == (6, 6)
+
+
+def test_only_w8a8_quantizes_activations(model: Transformer) -> None:
+    weight_only = apply_int8_quant(copy.deepcopy(model), mode="w8")
+    dynamic = apply_int8_quant(model, mode="w8a8")
+    assert weight_only.attn.q.weight.act_quant_kwargs is None
+    assert dynamic.attn.q.weight.act_quant_kwargs is not None
+
+
+def test_coverage_counts_layers_and_parameters(model: Transformer) -> None:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    covered = coverage(apply_int8_quant(model))
+
+    attention = 4 * (DIM * DIM + DIM)
+    mlp = 2 * (2 * DIM * DIM) + 2 * DIM + DIM
+    assert [layer.name for layer in covered.converted] == CONVERTED
+    assert covered.converted_parameters == attention + mlp
+    assert covered.total_parameters == total
+    assert covered.left_out == (
+        Layer("patch_embed", 9 * DIM, "filtered"),
+        Layer("head", (DIM + 1) * 16, "filtered"),
+    )
+    assert covered.to_dict() == {
+        "mode": "w8a8",
+        "converted_layers": 6,
+        "linear_layers": 8,
+        "converted_parameters": attention + mlp,
+        "total_parameters": total,
+        "left_out": {"patch_embed": "filtered", "head": "filtered"},
+    }
+    share = (attention + mlp) / total
+    assert str(covered) == (
+        f"6 of 8 linear layers in INT8 (w8a8), {attention + mlp:,} of {total:,} parameters "
+        f"({share:.1%}); left out: 2 filtered"
+    )
+
+
+def test_coverage_says_what_multihead_attention_keeps() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "fc1": nn.Linear(16, 16)})
+    covered = coverage(apply_int8_quant(model.eval()))
+    inside = "type: inside nn.MultiheadAttention"
+    assert covered.layers == (
+        Layer("attn.in_proj", 3 * 16 * 16 + 3 * 16, inside),
+        Layer("attn.out_proj", 16 * 16 + 16, inside),
+        Layer("fc1", 16 * 16 + 16),
+    )
+
+
+def test_coverage_of_a_compiled_model_is_that_of_its_model(model: Transformer) -> None:
+    apply_int8_quant(model, mode="w8")
+    assert coverage(compile_for_a100(model, mode="off")) is coverage(model)
+
+
+def test_coverage_reads_a_model_that_torchao_quantized(model: Transformer) -> None:
+    quantize_(
+        model,
+        Int8WeightOnlyConfig(set_inductor_config=False),
+        filter_fn=lambda module, name: name == "mlp.fc1",
+    )
+    covered = coverage(model)
+    assert covered.mode == "custom"
+    assert [layer.name for layer in covered.converted] == ["mlp.fc1"]
+    assert {layer.reason for layer in covered.left_out} == {"not quantized"}
+
+
+def test_coverage_of_a_model_with_an_attribute_named_model(model: Transformer) -> None:
+    class CausalLM(nn.Module):
+        """As Hugging Face's: the body is ``model``, the head beside it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.lm_head = nn.Linear(16, 8, dtype=torch.bfloat16)
+
+    whole = CausalLM()
+    quantize_(
+        whole,
+        Int8WeightOnlyConfig(set_inductor_config=False),
+        filter_fn=lambda module, name: name == "lm_head",
+    )
+    covered = coverage(whole)
+    assert [layer.name for layer in covered.converted] == ["lm_head"]
+    assert covered.layers[0].name == "model.patch_embed"
+    assert len(covered.layers) == 9
+
+
+def test_a_custom_filter_composes_with_the_default_one(model: Transformer) -> None:
+    def custom_filter(module: nn.Module, name: str) -> bool:
+        if "patch_embed" in name:
+            return False
+        if "head" in name or "classifier" in name:
+            return False
+        if name.endswith("fc2"):
+            return False
+        return is_transformer_linear(module, name)
+
+    apply_int8_quant(model, mode="w8a8", filter_fn=custom_filter, smoothquant=False)
+    assert [layer.name for layer in coverage(model).converted] == CONVERTED[:-1]
+
+
+def test_a_custom_filter_may_take_what_the_default_one_leaves(model: Transformer) -> None:
+    apply_int8_quant(model, mode="w8", filter_fn=lambda module, name: name == "head")
+    assert [layer.name for layer in coverage(model).converted] == ["head"]
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8"])
+def test_settings_of_inductor_and_torch_are_left_alone(model: Transformer, mode: str) -> None:
+    import torch._inductor.config as inductor
+
+    def settings() -> tuple[Any, ...]:
+        return (
+            inductor.get_config_copy(),
+            torch.get_float32_matmul_precision(),
+            torch._dynamo.config.get_config_copy(),
+            torch.get_rng_state().tolist(),
+        )
+
+    before = settings()
+    apply_int8_quant(model, mode=mode)
+    assert settings() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layers_that_the_cuda_product_cannot_take_are_left_out_with_their_shape() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(64, 64), "fc2": nn.Linear(64, 20)})
+    covered = coverage(apply_int8_quant(model.to("cuda", torch.bfloat16)))
+    assert covered.layers == (
+        Layer("fc1", 65 * 64),
+        Layer("fc2", 65 * 20, "shape: 64x20 is not a multiple of 8 (CUDA INT8 product)"),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_w8_on_cuda_dequantizes(model: Transformer, batch: torch.Tensor) -> None:
+    model, batch = model.cuda(), batch.cuda()
+    with torch.no_grad():
+        before = model(batch)
+        apply_int8_quant(model, mode="w8")
+        assert sqnr_db(before, model(batch)) > 35
+    assert {type(model.get_submodule(name).weight) for name in CONVERTED} == {DequantizedInt8Tensor}
+    assert int8_storage(model) == (6, 6)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(model, filter_fn=lambda module, name: False)
+    assert str(caught.value) == (
+        "no layer was converted to INT8: 8 linear layers (patch_embed, attn.q, attn.k …), "
+        "left out because: filtered"
+    )
+    assert int8_storage(model) == (0, 0)
+
+
+def test_a_model_without_linear_layers_is_an_error() -> None:
+    with pytest.raises(
+        QuantizationError,
+        match=r"^no layer was converted to INT8: the model has no linear layers$",
+    ):
+        apply_int8_quant(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "w4"}, "mode must be one of w8a8, w8, got 'w4'"),
+        ({"alpha": 1.5}, "alpha must be from 0 to 1, got 1.5"),
+        ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
+        (
+            {"smoothquant": True},
+            "smoothquant=True needs calibration, an iterable of inputs; got None",
+        ),
+        (
+            {"quant_config": "int8"},
+            "quant_config must be a torchao AOBaseConfig or FqnToConfig, got 'int8'",
+        ),
+        (
+            {
+                "quant_config": FqnToConfig(
+                    {"mlp.fc1": Int8WeightOnlyConfig(set_inductor_config=False)}
+                ),
+                "smoothquant": True,
+                "calibration": [],
+            },
+            "smoothquant=True does not go with FqnToConfig",
+        ),
+    ],
+    ids=["mode", "alpha-high", "alpha-low", "no-calibration", "config", "fqn-smoothquant"],
+)
+def test_a_bad_argument_is_refused_and_nothing_is_touched(
+    model: Transformer, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        apply_int8_quant(model, **arguments)
+    assert int8_storage(model) == (0, 0)
+
+
+def test_a_model_is_not_quantized_twice(model: Transformer) -> None:
+    apply_int8_quant(model)
+    with pytest.raises(QuantizationError, match=r"^the model is quantized already \(attn\.q is\)$"):
+        apply_int8_quant(model, mode="w8")
+
+
+def test_calibration_without_a_batch_is_an_error(model: Transformer) -> None:
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(model, smoothquant=True, calibration=[])
+    assert str(caught.value) == (
+        "calibration never reached 6 of 6 layers, attn.q first: "
+        "it must have at least one batch that runs every layer"
+    )
+
+
+def test_calibration_that_misses_a_layer_names_it(batch: torch.Tensor) -> None:
+    class Skips(Transformer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attn(self.patch_embed(x))
+
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(
+            Skips().eval().to(torch.bfloat16), smoothquant=True, calibration=[(batch,)]
+        )
+    assert str(caught.value) == (
+        "calibration never reached 2 of 6 layers, mlp.fc1 first: "
+        "it must have at least one batch that runs every layer"
+    )
+
+
+# -- SmoothQuant --------------------------------------------------------------------------------
+
+OUTLIERS = [3, 17, 40]
+
+
+class Outliers(nn.Module):
+    """One layer whose input is far larger in three channels than in the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(DIM, DIM)
+        gain = torch.ones(DIM)
+        gain[OUTLIERS] = 50.0
+        self.register_buffer("gain", gain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc1(x * self.gain)
+
+
+class Transposed(Outliers):
+    """The same, with a non-contiguous input of the layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = (x * self.gain).transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert not turned.is_contiguous()
+        return self.fc1(turned)
+
+
+@pytest.mark.parametrize("kind", [Outliers, Transposed])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x}],
+    ids=["tensor", "tuple", "list", "mapping"],
+)
+def test_smoothquant_helps_against_outliers(
+    kind: type[Outliers], wrap: Callable[[torch.Tensor], Any]
+) -> None:
+    torch.manual_seed(0)
+    model = kind().eval().requires_grad_(False).to(torch.bfloat16)
+    x = torch.randn(256, DIM).to(torch.bfloat16)
+    seen = torch.randn(256, DIM).to(torch.bfloat16)
+    with torch.no_grad():
+        reference = model(x)
+        plain = apply_int8_quant(copy.deepcopy(model))(x)
+        smooth = apply_int8_quant(
+            copy.deepcopy(model), smoothquant=True, calibration=iter([wrap(seen)])
+        )
+        assert sqnr_db(reference, smooth(x)) > sqnr_db(reference, plain) + 4
+    assert type(smooth.fc1) is nn.Linear
+    # Outlier channels are scaled down before the product, and the weights up.
+    scale = smooth.fc1.weight.act_pre_scale.float().flatten()
+    assert set(scale.topk(len(OUTLIERS), largest=False).indices.tolist()) == set(OUTLIERS)
+    assert smooth.fc1._forward_pre_hooks == {}
+
+
+def test_alpha_says_how_much_moves_into_the_weights() -> None:
+    torch.manual_seed(0)
+    model = Outliers().eval().requires_grad_(False).to(torch.bfloat16)
+    x = torch.randn(256, DIM).to(torch.bfloat16)
+    spans = []
+    for alpha in (0.25, 0.5, 0.75):
+        smooth = apply_int8_quant(
+            copy.deepcopy(model), smoothquant=True, calibration=[x], alpha=alpha
+        )
+        scale = smooth.fc1.weight.act_pre_scale.float()
+        spans.append((scale.max() / scale.min()).item())
+    assert spans[0] < spans[1] < spans[2]
+
+
+# -- configurations of torchao ------------------------------------------------------------------
+
+
+def test_another_configuration_is_applied_to_the_filtered_layers(model: Transformer) -> None:
+    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    covered = coverage(apply_int8_quant(model, mode="w8", quant_config=config))
+    assert covered.mode == "custom"
+    assert [layer.name for layer in covered.converted] == CONVERTED
+    # The configuration counts, not the mode.
+    assert model.mlp.fc1.weight.act_quant_kwargs is not None
+
+
+def test_fqn_to_config_says_itself_which_layers(model: Transformer) -> None:
+    weight_only = Int8WeightOnlyConfig(set_inductor_config=False)
+    dynamic = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    config = FqnToConfig({"mlp.fc1": weight_only, "head": dynamic})
+    covered = coverage(apply_int8_quant(model, quant_config=config))
+    assert [layer.name for layer in covered.converted] == ["mlp.fc1", "head"]
+    assert {layer.reason for layer in covered.left_out} == {"not named by FqnToConfig"}
+    assert model.mlp.fc1.weight.act_quant_kwargs is None
+    assert model.head.weight.act_quant_kwargs is not None
+
+
+def test_fqn_to_config_that_names_no_layer_is_an_error(model: Transformer) -> None:
+    config = FqnToConfig({"nothing": Int8WeightOnlyConfig(set_inductor_config=False)})
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(model, quant_config=config)
+    assert str(caught.value).endswith("left out because: not named by FqnToConfig")
+
+
+# -- weight-only products -----------------------------------------------------------------------
+
+
+def dequantized(weight: Int8Tensor) -> DequantizedInt8Tensor:
+    names, context = weight.__tensor_flatten__()
+    parts = {name: getattr(weight, name) for name in names}
+    return DequantizedInt8Tensor.__tensor_unflatten__(parts, context, weight.shape, weight.stride())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_a_dequantized_product_is_dequantize_then_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.ModuleDict({"fc1": nn.Linear(DIM, 32, bias=bias, dtype=torch.bfloat16)})
+    apply_int8_quant(layer.requires_grad_(False), mode="w8")
+    fc1 = layer["fc1"]
+    x = torch.randn(8, DIM).to(torch.bfloat16)
+    expected = linear(x, fc1.weight.dequantize(torch.bfloat16), fc1.bias)
+
+    weight = dequantized(fc1.weight)
+    assert torch.equal(linear(x, weight, fc1.bias), expected)
+    assert torch.equal(linear(x, weight, bias=fc1.bias), expected)
+    assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_a_dequantized_product_after_smoothquant_scales_its_input() -> None:
+    torch.manual_seed(0)
+    model = Outliers().eval().requires_grad_(False).to(torch.bfloat16)
+    x = torch.randn(64, DIM).to(torch.bfloat16)
+    apply_int8_quant(model, mode="w8", smoothquant=True, calibration=[x])
+    weight, bias = model.fc1.weight, model.fc1.bias
+    assert weight.act_pre_scale is not None
+    expected = linear(x * weight.act_pre_scale, weight.dequantize(torch.bfloat16), bias)
+    assert torch.equal(linear(x, dequantized(weight), bias), expected)
+
+
+def test_a_dequantized_product_compiles_to_a_product_of_the_library() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    layer = nn.ModuleDict({"fc1": nn.Linear(DIM, 32, dtype=torch.bfloat16)}).requires_grad_(False)
+    apply_int8_quant(layer, mode="w8")
+    fc1 = layer["fc1"]
+    fc1.weight = nn.Parameter(dequantized(fc1.weight), requires_grad=False)
+    x = torch.randn(32, DIM).to(torch.bfloat16)
+    with torch.inference_mode():
+        expected = fc1(x)
+        output, [code] = run_and_get_code(torch.compile(fc1, fullgraph=True), x)
+    assert "_weight_int8pack_mm" not in code
+    assert sqnr_db(expected, output) > 35
+
+
+# -- calling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [((1, 2), (1, 2)), ([1, 2], (1, 2)), ({"b": 1, "a": 2}, (2, 1)), (1, (1, 0))],
+)
+def test_inputs_are_passed_as_they_are_given(inputs: Any, expected: tuple[int, int]) -> None:
+    assert call(lambda a, b=0: (a, b), inputs) == expected

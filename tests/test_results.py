@@ -1,0 +1,320 @@
+"""Results, the journal, and what a reader refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import (
+    SCHEMA,
+    STATUSES,
+    Journal,
+    Result,
+    Saved,
+    SchemaError,
+    latest,
+    read,
+)
+
+POINT = RunParams(int8_enabled=True, extra={"act": "relu"})
+ENVIRONMENT = {"gpu": None, "packages": {"torch": "2.11.0"}, "cpu": "Zen ☃"}
+
+
+def result_of(nodeid: str = "test_a.py::test[x]", **values: Any) -> Result:
+    return Result(
+        nodeid=nodeid,
+        **{
+            "workload": "olmoearth",
+            "run_name": POINT.run_name,
+            "params": POINT.to_dict(),
+            **values,
+        },
+    )
+
+
+MEASURED = result_of(
+    samples_per_s=1000.5,
+    batch_time_s=0.128,
+    rounds=20,
+    steady=True,
+    speedup=1.5,
+    speedup_low=1.4,
+    speedup_high=1.6,
+    kernels=[{"name": "int8_gemm", "seconds": 0.1, "calls": 3}],
+    coverage={"quantized": ["blocks.0.attn.q"], "share": 0.9},
+    throttled=["power brake"],
+)
+
+# -- results ----------------------------------------------------------------------------------
+
+text = st.text(max_size=8)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.one_of(text, st.integers(-(2**60), 2**60), numbers, st.booleans(), st.none())
+objects = st.dictionaries(text, scalars, max_size=3)
+BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
+    "str": text,
+    "str | None": st.none() | text,
+    "int | None": st.none() | st.integers(0, 2**60),
+    "float | None": st.none() | numbers,
+    "bool | None": st.none() | st.booleans(),
+    "dict[str, Any]": objects,
+    "dict[str, Any] | None": st.none() | objects,
+    "list[dict[str, Any]]": st.lists(objects, max_size=2),
+    "list[str]": st.lists(text, max_size=2),
+}
+RESULT_VALUES = {
+    spec.name: st.sampled_from(STATUSES) if spec.name == "status" else BY_TYPE[str(spec.type)]
+    for spec in dataclasses.fields(Result)
+}
+results = st.builds(Result, **RESULT_VALUES)
+
+
+@given(results)
+def test_result_round_trip_through_json(result: Result) -> None:
+    values = json.loads(json.dumps(result.to_dict()))
+    assert Result.from_dict(values) == result
+    assert values["oom"] is (result.status == "oom")
+
+
+@given(st.lists(results, max_size=4))
+def test_journal_round_trip(written: list[Result]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "new" / "run.jsonl", ENVIRONMENT)
+        for result in written:
+            journal.append(result)
+        saved = read(journal.path)
+    assert saved == Saved(ENVIRONMENT, latest(written), [])
+    assert saved == journal.saved()
+    assert saved.results == journal.results
+
+
+@given(st.lists(results, max_size=4))
+def test_json_round_trip(written: list[Result]) -> None:
+    verdicts = [{"nodeid": "test_a.py::test_accuracy", "verdict": "PASS"}]
+    saved = Saved(ENVIRONMENT, written, verdicts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "0001_run.json"
+        path.write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}, indent=4))
+        assert read(path) == saved
+
+
+def test_unknown_fields_are_left_out() -> None:
+    assert Result.from_dict({**MEASURED.to_dict(), "joules_per_sample": 0.1}) == MEASURED
+
+
+def test_nothing_is_measured_by_default() -> None:
+    result = result_of()
+    given_fields = {"nodeid", "workload", "run_name", "params", "status", "oom"}
+    others = {name: value for name, value in result.to_dict().items() if name not in given_fields}
+    assert others.pop("kernels") == []
+    assert others.pop("throttled") == []
+    assert set(others.values()) == {None}
+    assert result.status == "ok"
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_oom_is_a_status(status: str) -> None:
+    assert result_of(status=status).oom is (status == "oom")
+
+
+BAD_STATUS = "status must be one of ok, oom, skipped, failed, accuracy-failed, got 'fine'"
+
+
+def test_bad_status() -> None:
+    with pytest.raises(ValueError, match=rf"^{BAD_STATUS}$"):
+        result_of(status="fine")
+    with pytest.raises(SchemaError, match=rf"^not a result: {BAD_STATUS}$"):
+        Result.from_dict({**MEASURED.to_dict(), "status": "fine"})
+
+
+def test_a_result_needs_its_identity() -> None:
+    with pytest.raises(SchemaError, match=r"^not a result: .*missing 4 required keyword-only"):
+        Result.from_dict({"status": "ok"})
+
+
+# -- later results ----------------------------------------------------------------------------
+
+
+def test_the_later_result_of_an_identity_wins() -> None:
+    first, other, again = result_of("a"), result_of("b"), result_of("a", status="failed")
+    elsewhere = result_of("a", workload="vit")
+    assert latest([first, other, elsewhere, again]) == [other, elsewhere, again]
+
+
+def test_the_run_name_is_not_the_identity(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
+    journal.append(result_of("a", run_name="one", samples_per_s=1.0))
+    journal.append(result_of("a", run_name="two", samples_per_s=2.0))
+    assert [r.run_name for r in journal.results] == ["two"]
+    assert [r.run_name for r in read(journal.path).results] == ["two"]
+    # Nothing is taken back from the file.
+    assert len(journal.path.read_text().splitlines()) == 3
+
+
+def test_each_result_is_on_disk_at_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
+    assert read(journal.path) == Saved(ENVIRONMENT, [], [])
+    for count in (1, 2):
+        journal.append(result_of(str(count)))
+        assert len(read(journal.path).results) == count
+
+
+# -- damaged files ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journal_path(tmp_path: Path) -> Path:
+    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
+    for result in (MEASURED, result_of("b"), result_of("c", reason="naïve ☃\u2028x")):
+        journal.append(result)
+    return journal.path
+
+
+def refused(path: Path) -> str:
+    """Return what is said about ``path``, without its name."""
+    with pytest.raises(SchemaError) as info:
+        read(path)
+    message = str(info.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message.replace(str(path), "FILE")
+
+
+def test_every_torn_end_keeps_the_earlier_results(journal_path: Path) -> None:
+    whole = read(journal_path).results
+    assert len(whole) == 3
+    lines = journal_path.read_bytes().splitlines(keepends=True)
+    head, last = b"".join(lines[:-1]), lines[-1]
+    for length in (1, 2, len(last) // 2, len(last) - 2):
+        journal_path.write_bytes(head + last[:length])
+        assert read(journal_path).results == whole[:-1]
+    journal_path.write_bytes(head + last.rstrip(b"\n"))
+    assert read(journal_path).results == whole
+
+
+def test_a_torn_line_in_the_middle_is_refused(journal_path: Path) -> None:
+    lines = journal_path.read_text().splitlines()
+    lines[1] = lines[1][:40]
+    journal_path.write_text("\n".join(lines) + "\n")
+    assert refused(journal_path) == "FILE is neither JSON nor a journal (line 2)"
+
+
+def test_a_torn_header_is_refused(journal_path: Path) -> None:
+    journal_path.write_text(journal_path.read_text()[:20])
+    assert refused(journal_path) == "FILE is neither JSON nor a journal (line 1)"
+
+
+def test_a_journal_line_that_is_no_result_is_refused(journal_path: Path) -> None:
+    with journal_path.open("a") as file:
+        file.write('{"nodeid": "d"}\n')
+    with pytest.raises(SchemaError, match=r"not a result: .*missing 3 required"):
+        read(journal_path)
+
+
+@pytest.mark.parametrize("record", ["5", "null", "[]", '"text"'])
+def test_a_journal_line_that_is_no_object_is_refused(journal_path: Path, record: str) -> None:
+    with journal_path.open("a") as file:
+        file.write(record + "\n")
+    with pytest.raises(SchemaError, match="not a result"):
+        read(journal_path)
+
+
+# -- foreign files ----------------------------------------------------------------------------
+
+NO_BLOCK = "FILE has no int8bench block: it was not saved by pytest-int8bench"
+NO_HEADER = "FILE is not a journal of pytest-int8bench: it has no header"
+NEWER = "FILE has schema 2, this version reads up to 1: update pytest-int8bench"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", NO_HEADER),
+        ("hello\n", "FILE is neither JSON nor a journal (line 1)"),
+        ('{"benchmarks": [], "version": "5.1.0"}', NO_BLOCK),
+        ('{"benchmarks": [], "int8bench": 5}', NO_BLOCK),
+        ("[1]", NO_BLOCK),
+        ("5", NO_BLOCK),
+        ('{"a": 1}\n{"b": 2}\n', NO_HEADER),
+        ("[1]\n[2]\n", NO_HEADER),
+        ('{"int8bench": 1}\n', NO_HEADER),
+        ('{"int8bench": {"schema": 2, "environment": {}}}\n', NEWER),
+        ('{"int8bench": {"schema": 2, "environment": {}}}\n{"later": 1}\n', NEWER),
+        ('{"benchmarks": [], "int8bench": {"schema": 2}}', NEWER),
+        ('{"benchmarks": [], "int8bench": {}}', "FILE: schema must be a whole number, got None"),
+        (
+            '{"benchmarks": [], "int8bench": {"schema": "1"}}',
+            "FILE: schema must be a whole number, got '1'",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert refused(path) == message
+
+
+@pytest.mark.parametrize("name", ["environment", "results", "accuracy"])
+def test_an_incomplete_block_is_refused(tmp_path: Path, name: str) -> None:
+    block = Saved(ENVIRONMENT, [MEASURED], []).to_dict()
+    del block[name]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    assert refused(path) == f"FILE: the int8bench block has no '{name}'"
+
+
+def test_a_header_without_environment_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps({"int8bench": {"schema": SCHEMA}}) + "\n")
+    assert "has no 'environment'" in refused(path)
+
+
+@pytest.mark.parametrize("value", [5, [5], None, [None], "text"])
+def test_results_of_another_kind_are_refused(tmp_path: Path, value: Any) -> None:
+    block = {**Saved(ENVIRONMENT, [], []).to_dict(), "results": value}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    with pytest.raises(SchemaError):
+        read(path)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b"\x80\x81\x00")
+    assert refused(path)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape("nothing.json")):
+        read(tmp_path / "nothing.json")
+
+
+def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
+    failed = result_of("b", status="failed", reason="boom")
+    block = Saved(ENVIRONMENT, [MEASURED, failed], [{"verdict": "FAIL"}]).to_dict()
+    assert set(block) == {"schema", "environment", "results", "accuracy"}
+    assert block["schema"] == SCHEMA == 1
+    data = {
+        "machine_info": {"node": "host"},
+        "commit_info": {"id": "abc"},
+        "benchmarks": [{"name": "test[x]", "extra_info": {"speedup": 1.5}, "stats": {"min": 1}}],
+        "datetime": "2025-01-01T00:00:00",
+        "version": "5.1.0",
+        "int8bench": block,
+    }
+    path = tmp_path / "0001_run.json"
+    path.write_text(json.dumps(data, indent=4))
+    saved = read(path)
+    assert saved.environment == ENVIRONMENT
+    assert saved.results == [MEASURED, failed]
+    assert saved.accuracy == [{"verdict": "FAIL"}]
+    assert RunParams.from_dict(saved.results[0].params) == POINT

@@ -1,0 +1,348 @@
+"""Sweep keys and the points they expand to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.sweep import SWEEPS, axes_of, expand, expand_modes, unique, with_baselines
+
+SMOKE = RunParams(gpu_type="cpu", model_size="nano", image_size=16, num_timesteps=3, batch_size=4)
+
+# Values of each field that a sweep may name, some of them impossible together.
+AXES: dict[str, list[Any]] = {
+    "batch_size": [1, 2, 4, 128],
+    "image_size": [1, 16, 64],
+    "model_size": ["nano", "base", "large"],
+    "bf16": [True, False],
+    "int8_enabled": [True, False],
+    "int8_mode": ["w8a8", "w8"],
+    "int8_smoothquant": [True, False],
+    "compile_mode": ["default", "off"],
+    "extra.width": [1, 1.0, "1", True],
+}
+axes_strategy = st.lists(st.sampled_from(sorted(AXES)), unique=True, max_size=4).flatmap(
+    lambda names: st.fixed_dictionaries(
+        {name: st.lists(st.sampled_from(AXES[name]), min_size=1, max_size=5) for name in names}
+    )
+)
+defaults = st.sampled_from(
+    [
+        RunParams(),
+        SMOKE,
+        RunParams(int8_enabled=True, int8_mode="w8", int8_smoothquant=True),
+        RunParams(extra={"width": 1, "depth": 2}),
+    ]
+)
+modes_strategy = st.lists(st.sampled_from(["w8a8", "w8", "off"]), min_size=1, max_size=4)
+
+
+def field_of(point: RunParams, name: str) -> tuple[type, Any]:
+    """Return a field or axis with its type: 1, 1.0 and True are three values."""
+    if name.startswith("extra."):
+        value = point.extra.get(name.removeprefix("extra."))
+    else:
+        value = getattr(point, name)
+    return type(value), value
+
+
+def typed(values: list[Any]) -> set[tuple[type, Any]]:
+    return {(type(value), value) for value in values}
+
+
+# -- keys -------------------------------------------------------------------------------------
+
+
+def test_sweep_keys() -> None:
+    expected: dict[str, dict[str, list[Any]]] = {
+        "batch": {
+            "batch_size": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192],
+        },
+        "image": {"image_size": [1, 2, 4, 8, 16, 32, 64, 128]},
+        "patch": {"patch_size": [1, 2, 4, 8]},
+        "time": {"num_timesteps": [1, 2, 4, 6, 8, 12]},
+        "use_s1": {"use_s1": [True, False]},
+        "use_s2": {"use_s2": [True, False]},
+        "use_landsat": {"use_landsat": [True, False]},
+        "bf16": {"bf16": [True, False]},
+        "model_size": {"model_size": ["nano", "tiny", "base", "large"]},
+        "int8_enabled": {"int8_enabled": [True, False]},
+        "int8_mode": {"int8_mode": ["w8a8", "w8"]},
+        "int8_smoothquant": {"int8_smoothquant": [True, False]},
+        "compile_mode": {"compile_mode": ["default", "reduce-overhead", "max-autotune"]},
+        "attention": {"attention": ["flash", "cudnn", "efficient", "math", "auto"]},
+        "int8_backend": {"int8_backend": ["torchao", "fused"]},
+    }
+    assert {key: axis for key, axis in SWEEPS.items() if key != "all"} == expected
+    assert list(SWEEPS) == [*expected, "all"]
+
+
+def test_all_is_every_axis_in_order() -> None:
+    others = [axis for key, axis in SWEEPS.items() if key != "all"]
+    assert list(SWEEPS["all"].items()) == [item for axis in others for item in axis.items()]
+
+
+@pytest.mark.parametrize("key", sorted(set(SWEEPS) - {"all"}))
+def test_each_key_gives_its_values_in_order(key: str) -> None:
+    ((name, values),) = SWEEPS[key].items()
+    default = RunParams(int8_enabled=True)
+    points = expand(default, axes_of([key]))
+    assert [getattr(point, name) for point in points] == values
+    assert {point.replace(**{name: getattr(default, name)}) for point in points} == {default}
+
+
+def test_axes_of_keeps_the_order_of_the_keys() -> None:
+    assert list(axes_of(["time", "batch", "int8_mode"])) == [
+        "num_timesteps",
+        "batch_size",
+        "int8_mode",
+    ]
+    assert axes_of([]) == {}
+
+
+def test_unknown_key() -> None:
+    with pytest.raises(ValueError, match=r"^unknown sweep key 'batch_size'; keys are ") as info:
+        axes_of(["batch", "batch_size"])
+    assert str(info.value) == (
+        "unknown sweep key 'batch_size'; keys are batch, image, patch, time, use_s1, use_s2, "
+        "use_landsat, bf16, model_size, int8_enabled, int8_mode, int8_smoothquant, compile_mode, "
+        "attention, int8_backend, all"
+    )
+
+
+# -- expand -----------------------------------------------------------------------------------
+
+
+def test_no_axis_gives_the_default() -> None:
+    assert expand(SMOKE, {}) == [SMOKE]
+    assert expand(SMOKE, {}, cross_product=True) == [SMOKE]
+
+
+def test_one_axis_at_a_time() -> None:
+    points = expand(RunParams(), {"batch_size": [64, 256], "image_size": [32, 128]})
+    assert points == [
+        RunParams(batch_size=64),
+        RunParams(batch_size=256),
+        RunParams(image_size=32),
+        RunParams(image_size=128),
+    ]
+
+
+def test_cross_product_of_the_documented_example() -> None:
+    points = expand(
+        RunParams(),
+        {"int8_enabled": [True, False], "batch_size": [64, 128, 256]},
+        cross_product=True,
+    )
+    assert [(p.int8_enabled, p.batch_size) for p in points] == [
+        (True, 64),
+        (True, 128),
+        (True, 256),
+        (False, 64),
+        (False, 128),
+        (False, 256),
+    ]
+
+
+def test_the_default_point_of_several_axes_folds() -> None:
+    axes = axes_of(["batch", "image", "time"])
+    points = expand(RunParams(), axes)
+    # 14 + 8 + 6 values, and the default is among those of each axis.
+    assert len(points) == 14 + 8 + 6 - 2
+    assert points.index(RunParams()) == 7
+
+
+def test_all_counts() -> None:
+    # 60 values; 14 axes hold the default (int8_backend does not), which comes once.
+    assert sum(map(len, SWEEPS["all"].values())) == 60
+    assert len(expand(RunParams(), SWEEPS["all"])) == 60 - 13
+
+
+def test_an_axis_of_a_workload_keeps_the_other_axes() -> None:
+    default = RunParams(extra={"width": 1, "depth": 2})
+    assert expand(default, {"extra.width": [1, 8], "extra.act": ["relu"]}) == [
+        default,
+        default.replace(extra={"width": 8, "depth": 2}),
+        default.replace(extra={"width": 1, "depth": 2, "act": "relu"}),
+    ]
+
+
+def test_impossible_points_are_kept() -> None:
+    points = expand(RunParams(), axes_of(["image"]))
+    assert [p.image_size for p in points if p.impossible_reason()] == [1, 2]
+
+
+@given(defaults, axes_strategy)
+def test_one_axis_at_a_time_counts(default: RunParams, axes: dict[str, list[Any]]) -> None:
+    points = expand(default, axes)
+    changed = sum(len(typed(v) - {field_of(default, name)}) for name, v in axes.items())
+    at_default = any(field_of(default, name) in typed(v) for name, v in axes.items())
+    assert len(points) == changed + (at_default or not axes)
+
+
+@given(defaults, axes_strategy)
+def test_cross_product_counts(default: RunParams, axes: dict[str, list[Any]]) -> None:
+    points = expand(default, axes, cross_product=True)
+    assert len(points) == math.prod(len(typed(values)) for values in axes.values())
+
+
+@given(defaults, axes_strategy, st.booleans())
+def test_points_and_names_are_unique_and_their_order_is_stable(
+    default: RunParams, axes: dict[str, list[Any]], cross_product: bool
+) -> None:
+    points = expand(default, axes, cross_product=cross_product)
+    assert len(set(points)) == len(points)
+    assert len({point.run_name for point in points}) == len(points)
+    assert expand(default, dict(axes), cross_product=cross_product) == points
+
+
+@given(defaults, axes_strategy)
+def test_points_take_their_values_from_the_axes(
+    default: RunParams, axes: dict[str, list[Any]]
+) -> None:
+    for point in expand(default, axes):
+        differs = [name for name in axes if field_of(point, name) != field_of(default, name)]
+        assert len(differs) <= 1
+    for point in expand(default, axes, cross_product=True):
+        assert all(field_of(point, name) in typed(v) for name, v in axes.items())
+
+
+@pytest.mark.parametrize("cross_product", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"batch_size": []}, r"^sweep over batch_size must be a list of values, got \[\]$"),
+        ({"int8_mode": "w8"}, r"^sweep over int8_mode must be a list of values, got 'w8'$"),
+        ({"batch_size": 4}, r"^sweep over batch_size must be a list of values, got 4$"),
+        ({"batch_size": {4}}, r"^sweep over batch_size must be a list of values, got \{4\}$"),
+        ({"batch": [4]}, r"^unknown RunParams field 'batch'; fields are model_size, "),
+        ({"batch_size": [4, 0]}, r"^batch_size must be at least 1, got 0$"),
+        ({"int8_mode": ["w8", "w4"]}, r"^int8_mode must be one of w8a8, w8, got 'w4'$"),
+        ({"extra.1x": [4]}, r"^extra names must be identifiers such as seq_len, got '1x'$"),
+        ({"extra.x": [None]}, r"^extra\.x must be str, int, float or bool, got None$"),
+    ],
+)
+def test_bad_axes(axes: dict[str, Any], message: str, cross_product: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand(RunParams(), axes, cross_product=cross_product)
+
+
+# -- modes ------------------------------------------------------------------------------------
+
+
+def test_a_mode_turns_int8_on() -> None:
+    assert expand_modes(SMOKE, ["w8a8"], {}) == [SMOKE.replace(int8_enabled=True)]
+    assert expand_modes(SMOKE, ["w8"], {}) == [SMOKE.replace(int8_enabled=True, int8_mode="w8")]
+
+
+def test_off_is_the_baseline() -> None:
+    default = SMOKE.replace(int8_enabled=True, int8_mode="w8", int8_smoothquant=True)
+    assert expand_modes(default, ["off"], {}) == [SMOKE]
+
+
+def test_modes_multiply_without_a_cross_product() -> None:
+    points = expand_modes(SMOKE, ["w8a8", "w8", "off"], {"batch_size": [1, 2], "bf16": [False]})
+    assert [(p.int8_enabled and p.int8_mode, p.batch_size, p.bf16) for p in points] == [
+        ("w8a8", 1, True),
+        ("w8a8", 2, True),
+        ("w8a8", 4, False),
+        ("w8", 1, True),
+        ("w8", 2, True),
+        ("w8", 4, False),
+        (False, 1, True),
+        (False, 2, True),
+        (False, 4, False),
+    ]
+
+
+def test_a_mode_given_twice_counts_once() -> None:
+    points = expand_modes(SMOKE, ["w8", "w8a8", "w8"], {})
+    assert [point.int8_mode for point in points] == ["w8", "w8a8"]
+
+
+def test_a_swept_mode_folds_with_the_modes() -> None:
+    points = expand_modes(SMOKE, ["w8a8", "w8"], axes_of(["int8_mode"]))
+    assert [point.int8_mode for point in points] == ["w8a8", "w8"]
+
+
+def test_int8_settings_fold_where_int8_is_off() -> None:
+    axes = axes_of(["int8_mode", "int8_smoothquant", "int8_backend"])
+    assert expand_modes(SMOKE, ["off"], axes) == [SMOKE]
+    assert expand_modes(SMOKE, ["off"], axes, cross_product=True) == [SMOKE]
+
+
+def test_int8_swept_off_is_one_baseline_for_all_modes() -> None:
+    points = expand_modes(SMOKE, ["w8a8", "w8"], axes_of(["int8_enabled"]))
+    assert points == [
+        SMOKE.replace(int8_enabled=True),
+        SMOKE,
+        SMOKE.replace(int8_enabled=True, int8_mode="w8"),
+    ]
+
+
+def test_a_bad_mode() -> None:
+    with pytest.raises(ValueError, match=r"^int8_mode must be one of w8a8, w8, got 'w4'$"):
+        expand_modes(SMOKE, ["w4"], {})
+
+
+@given(defaults, modes_strategy, axes_strategy, st.booleans())
+def test_points_without_int8_are_plain_baselines(
+    default: RunParams, modes: list[str], axes: dict[str, list[Any]], cross_product: bool
+) -> None:
+    points = expand_modes(default, modes, axes, cross_product=cross_product)
+    assert all(point == point.baseline() for point in points if not point.int8_enabled)
+    assert len({point.run_name for point in points}) == len(points)
+
+
+@given(defaults, modes_strategy, axes_strategy, st.booleans())
+def test_modes_multiply(
+    default: RunParams, modes: list[str], axes: dict[str, list[Any]], cross_product: bool
+) -> None:
+    others = {name: axis for name, axis in axes.items() if not name.startswith("int8_")}
+    points = expand_modes(default, modes, others, cross_product=cross_product)
+    counts = [
+        len(expand_modes(default, [mode], others, cross_product=cross_product)) for mode in modes
+    ]
+    assert len(set(counts)) == 1
+    assert len(points) == len(set(modes)) * counts[0]
+
+
+# -- baselines --------------------------------------------------------------------------------
+
+
+def test_each_baseline_comes_once_and_before_its_points() -> None:
+    points = expand_modes(SMOKE, ["w8a8", "w8"], {"batch_size": [1, 2]})
+    both = with_baselines(points)
+    assert [(p.int8_enabled and p.int8_mode, p.batch_size) for p in both] == [
+        (False, 1),
+        ("w8a8", 1),
+        (False, 2),
+        ("w8a8", 2),
+        ("w8", 1),
+        ("w8", 2),
+    ]
+
+
+@given(defaults, modes_strategy, axes_strategy, st.booleans())
+def test_baselines_are_added_and_nothing_is_lost(
+    default: RunParams, modes: list[str], axes: dict[str, list[Any]], cross_product: bool
+) -> None:
+    points = expand_modes(default, modes, axes, cross_product=cross_product)
+    both = with_baselines(points)
+    assert set(both) == set(points) | {point.baseline() for point in points}
+    assert len(set(both)) == len(both)
+    assert [p for p in both if p.int8_enabled] == [p for p in points if p.int8_enabled]
+    assert all(both.index(p.baseline()) < both.index(p) for p in both if p.int8_enabled)
+
+
+@given(st.lists(st.builds(RunParams, batch_size=st.integers(1, 4))))
+def test_unique_keeps_the_first_of_each(points: list[RunParams]) -> None:
+    kept = unique(iter(points))
+    assert set(kept) == set(points)
+    assert len(kept) == len(set(points))
+    assert kept == sorted(kept, key=points.index)

@@ -1,0 +1,259 @@
+"""The table at the end of a session."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.report.terminal import render
+from pytest_int8bench.results import Result, Saved
+
+NAME = RunParams(int8_enabled=True).run_name
+CPU: dict[str, Any] = {
+    "gpu": None,
+    "cuda": None,
+    "cpu": "EPYC",
+    "cpu_threads": 8,
+    "packages": {"torch": "2.11.0", "triton": None, "torchao": "0.18.0"},
+}
+GPU = {**CPU, "gpu": {"name": "A100"}, "cuda": "12.8"}
+MEASURED: dict[str, Any] = {
+    "samples_per_s": 1234.6,
+    "tokens_per_s": 2345678.0,
+    "square_km_per_s": 505.7,
+    "batch_time_s": 0.1037,
+    "peak_memory_bytes": 3 * 2**30,
+    "compile_s": 61.24,
+    "int8_time_share": 0.421,
+    "attention_kernel": "efficient",
+    "speedup": 1.846,
+    "speedup_low": 1.8,
+    "speedup_high": 1.904,
+}
+FIGURES = ["1,235", "2,345,678", "506", "104", "3,072", "61.2", "42%", "efficient"]
+HEADER = (
+    "run samples/s tokens/s km²/s ms/batch peak MiB compile s INT8 time attention speedup [95 %]"
+)
+
+
+def result_of(**values: Any) -> Result:
+    identity = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "run_name": NAME}
+    return Result(**{**identity, "params": {}, **values})
+
+
+def lines_of(
+    *results: Result,
+    width: int | None = None,
+    color: bool = False,
+    environment: dict[str, Any] = CPU,
+) -> list[str]:
+    """Return the lines with each run of spaces made one."""
+    text = render(Saved(environment, list(results), []), width=width, color=color)
+    assert text.endswith("\n")
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+def test_a_measured_point() -> None:
+    assert lines_of(result_of(**MEASURED), environment=GPU) == [
+        HEADER,
+        " ".join([NAME, *FIGURES, "1.85x [1.80, 1.90]"]),
+        "A100, CUDA 12.8, torch 2.11.0, torchao 0.18.0",
+    ]
+
+
+def test_columns_line_up() -> None:
+    text = render(Saved(CPU, [result_of(**MEASURED)], []), width=None, color=False)
+    header, row = text.splitlines()[:2]
+    for title, figure in (("samples/s", "1,235"), ("peak MiB", "3,072"), ("INT8 time", "42%")):
+        assert header.index(title) + len(title) == row.index(figure) + len(figure)
+    assert header.index("attention") == row.index("efficient")
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    row = lines_of(result_of(samples_per_s=5.0))[1]
+    assert row == f"{NAME} 5.00 - - - - - - - -"
+
+
+@pytest.mark.parametrize(
+    "left_out", sorted(set(MEASURED) - {"samples_per_s", "speedup_low", "speedup_high"})
+)
+def test_one_missing_figure_is_one_dash(left_out: str) -> None:
+    row = lines_of(result_of(**{**MEASURED, left_out: None}))[1].removeprefix(NAME)
+    assert row.split().count("-") == 1
+
+
+def test_a_point_that_was_not_timed_has_no_row() -> None:
+    assert HEADER not in lines_of(result_of(**{**MEASURED, "samples_per_s": None}))
+
+
+def test_out_of_memory() -> None:
+    oom = result_of(
+        status="oom", requested_bytes=2**34, reason="out of memory: tried to allocate 16.00 GiB"
+    )
+    assert lines_of(oom) == [
+        HEADER,
+        f"{NAME} OOM - - - - - - - -",
+        f"oom: {NAME}: out of memory: tried to allocate 16.00 GiB",
+        "EPYC, 8 threads, torch 2.11.0, torchao 0.18.0",
+    ]
+
+
+def test_a_speedup_without_interval_is_marked() -> None:
+    apart = {**MEASURED, "speedup_low": None, "speedup_high": None, "speedup_method": "separate"}
+    assert lines_of(result_of(**apart))[1].endswith(" efficient 1.85x (apart)")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1234567.8, "1,234,568"),
+        (123.45, "123"),
+        (12.345, "12.3"),
+        (1.2345, "1.23"),
+        (0.12345, "0.1235"),
+        (0.012345, "0.0123"),
+    ],
+)
+def test_figures_have_three_digits(value: float, shown: str) -> None:
+    assert lines_of(result_of(samples_per_s=value))[1] == f"{NAME} {shown} - - - - - - - -"
+
+
+@pytest.mark.parametrize("value", [0.0012345, 0.000012345])
+def test_small_figures_have_three_digits(value: float) -> None:
+    shown = lines_of(result_of(samples_per_s=value))[1].removeprefix(NAME).split()[0]
+    assert float(shown) == pytest.approx(value, rel=0.005)
+
+
+def test_rows_keep_their_order() -> None:
+    names = [RunParams(batch_size=size).run_name for size in (8, 1, 4)]
+    lines = lines_of(*(result_of(run_name=name, samples_per_s=1.0) for name in names))
+    assert [line.split()[0] for line in lines[1:4]] == names
+
+
+# -- the workload's column --------------------------------------------------------------------
+
+
+def test_no_workload_column_for_olmoearth_alone() -> None:
+    assert lines_of(result_of(**MEASURED))[0] == HEADER
+
+
+def test_workload_column() -> None:
+    lines = lines_of(result_of(**MEASURED), result_of(workload="vit", run_name="other", **MEASURED))
+    assert lines[0] == f"workload {HEADER}"
+    assert lines[1].startswith(f"olmoearth {NAME} 1,235 ")
+    assert lines[2].startswith("vit other 1,235 ")
+
+
+@pytest.mark.parametrize("name", ["vit[large]", "vit[/large]", "a:b", ":smile:", "[red]x"])
+def test_workload_names_are_shown_as_they_are(name: str) -> None:
+    assert lines_of(result_of(workload=name, **MEASURED))[1].startswith(f"{name} {NAME} 1,235 ")
+
+
+# -- remarks ----------------------------------------------------------------------------------
+
+
+def test_points_without_figures_are_remarks_only() -> None:
+    lines = lines_of(
+        result_of(status="skipped", reason="no modality"),
+        result_of(status="failed", reason="boom [red] :smile:"),
+        result_of(status="failed"),
+    )
+    assert lines == [
+        f"skipped: {NAME}: no modality",
+        f"failed: {NAME}: boom [red] :smile:",
+        f"failed: {NAME}: no reason given",
+        "EPYC, 8 threads, torch 2.11.0, torchao 0.18.0",
+    ]
+
+
+def test_a_failed_point_keeps_its_figures() -> None:
+    lines = lines_of(result_of(status="failed", reason="assert 1 > 2", **MEASURED))
+    assert lines[1].startswith(f"{NAME} 1,235 ")
+    assert lines[2] == f"failed: {NAME}: assert 1 > 2"
+
+
+def test_remarks_on_a_measured_point() -> None:
+    lines = lines_of(
+        result_of(
+            **MEASURED,
+            reason="baseline and candidate do not fit in memory together",
+            steady=False,
+            throttled=["power brake", "thermal (hardware)"],
+        )
+    )
+    assert lines[2:-1] == [
+        f"note: {NAME}: baseline and candidate do not fit in memory together",
+        f"throttled: {NAME}: power brake, thermal (hardware)",
+        f"unsteady: {NAME}: batch times had not settled after warm-up",
+    ]
+
+
+def test_remark_on_short_rounds() -> None:
+    lines = lines_of(result_of(**MEASURED, synchronization_share=0.0123))
+    assert lines[2:-1] == [
+        f"short rounds: {NAME}: about 1.2% of the batch time is the host starting a round; "
+        "raise benchmark_interval_s"
+    ]
+    assert len(lines_of(result_of(**MEASURED, synchronization_share=0.005))) == 3
+
+
+@pytest.mark.parametrize("steady", [True, None])
+def test_no_remark_where_there_is_nothing_to_say(steady: bool | None) -> None:
+    assert len(lines_of(result_of(**MEASURED, steady=steady))) == 3
+
+
+def test_no_results() -> None:
+    assert lines_of() == ["EPYC, 8 threads, torch 2.11.0, torchao 0.18.0"]
+
+
+# -- width and color --------------------------------------------------------------------------
+
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def test_no_color_has_no_escapes() -> None:
+    saved = Saved(CPU, [result_of(status="oom"), result_of(**MEASURED)], [])
+    for width in (None, 120):
+        assert "\x1b" not in render(saved, width=width, color=False)
+
+
+def test_color_changes_nothing_but_color() -> None:
+    saved = Saved(CPU, [result_of(status="oom"), result_of(**MEASURED)], [])
+    colored = render(saved, width=120, color=True)
+    assert "\x1b[31m" in colored
+    stripped = [line.rstrip() for line in ESCAPE.sub("", colored).splitlines()]
+    assert stripped == render(saved, width=120, color=False).splitlines()
+
+
+@pytest.mark.parametrize("width", [None, 200, 140, 120, 100, 80, 60])
+def test_no_width_costs_a_figure(width: int | None) -> None:
+    saved = Saved(CPU, [result_of(workload="vit", **MEASURED)], [])
+    text = render(saved, width=width, color=False)
+    for shown in ["workload", "vit", *FIGURES, "1.85x", "[1.80,", "1.90]"]:
+        assert re.search(rf"(?<!\S){re.escape(shown)}(?!\S)", text), shown
+    assert "base_cuda" in text
+    for title in ("samples/s", "tokens/s", "km²/s", "ms/batch", "peak MiB", "compile s"):
+        assert title in text
+
+
+def test_a_folded_run_name_can_be_put_together() -> None:
+    text = render(Saved(CPU, [result_of(**MEASURED)], []), width=120, color=False)
+    lines = text.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    assert "".join(line.split()[0] for line in lines[1:-1]) == NAME
+    assert NAME not in text
+
+
+def test_long_remarks_fold_and_lose_nothing() -> None:
+    reason = " ".join(f"word{n}" for n in range(60))
+    text = render(
+        Saved(CPU, [result_of(status="failed", reason=reason)], []), width=50, color=False
+    )
+    assert all(len(line) <= 50 for line in text.splitlines())
+    assert "".join(f"failed: {NAME}: {reason}".split()) in "".join(text.split())

@@ -1,0 +1,319 @@
+"""Measuring points: what a result holds, and what running out of memory does to it."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.evidence import EvidenceError
+from pytest_int8bench.measure import Plan, Run, time_block
+from pytest_int8bench.models import ModelPool
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import Result
+from pytest_int8bench.throughput import OutputError, Throughput
+from pytest_int8bench.workloads import Workload
+
+BF16 = RunParams(
+    gpu_type="cpu",
+    compile_mode="off",
+    batch_size=32,
+    model_size="nano",
+    benchmark_interval_s=0.05,
+)
+W8A8 = BF16.replace(int8_enabled=True)
+W8 = BF16.replace(int8_enabled=True, int8_mode="w8")
+ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(32, 64)
+        self.fc2 = nn.Linear(64, 32)
+
+    @property
+    def quantized(self) -> bool:
+        return type(self.fc1.weight) is not nn.Parameter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+def toy_inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+    return (torch.randn(p.batch_size, 32, device=device),)
+
+
+def make_workload(model: Callable[[], nn.Module] = Toy, **changes: Any) -> Workload:
+    return Workload(**{"name": "toy", "build": lambda p: model(), "inputs": toy_inputs, **changes})
+
+
+def time_rounds(run: Run, plan: Plan) -> list[float]:
+    return [time_block(run, synchronized_perf_counter, plan.iterations) for _ in range(plan.rounds)]
+
+
+@pytest.fixture
+def throughput() -> Throughput:
+    return Throughput(ModelPool())
+
+
+def measure(throughput: Throughput, workload: Workload, params: RunParams) -> Result:
+    return throughput.measure(workload, params, time_rounds, nodeid="test_it.py::test_it")
+
+
+# -- what a result holds ------------------------------------------------------------------------
+
+
+def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> None:
+    workload = make_workload(
+        units=lambda p: {"samples": 32, "tokens": 320, "pixels": 640, "square_km": 0.5}
+    )
+    result = measure(throughput, workload, BF16)
+
+    assert (result.status, result.reason, result.oom) == ("ok", None, False)
+    assert (result.nodeid, result.workload) == ("test_it.py::test_it", "toy")
+    assert (result.run_name, result.params) == (BF16.run_name, BF16.to_dict())
+    assert result.samples_per_s == pytest.approx(32 / result.batch_time_s)
+    assert result.tokens_per_s == pytest.approx(10 * result.samples_per_s)
+    assert result.pixels_per_s == pytest.approx(20 * result.samples_per_s)
+    assert result.square_km_per_s == pytest.approx(result.samples_per_s / 64)
+    assert 0 < result.batch_time_s <= result.batch_time_p95_s
+    assert result.batch_time_standard_error >= 0
+    assert result.rounds >= 5
+    assert result.rounds * result.iterations >= BF16.min_batches_per_interval
+    assert result.warm_up_s > 0
+    assert result.steady in (True, False)
+    assert "aten::addmm" in [kernel["name"] for kernel in result.kernels]
+    assert set(result.kernels[0]) == {"name", "seconds", "calls"}
+    assert result.int8_time_share == 0
+    assert (result.speedup, result.speedup_method, result.coverage) == (None, None, None)
+    assert (result.int8_backend, result.attention_kernel) == (None, None)
+    # Nothing to compile, and memory is not measured on a CPU.
+    assert (result.compile_s, result.peak_memory_bytes) == (None, None)
+
+
+@pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
+def test_a_candidate_is_compared_with_its_baseline(
+    throughput: Throughput, params: RunParams
+) -> None:
+    result = measure(throughput, make_workload(), params)
+    assert (result.status, result.reason) == ("ok", None)
+    assert 0 < result.speedup_low <= result.speedup <= result.speedup_high
+    assert result.speedup_method == "interleaved"
+    assert result.int8_backend == "torchao"
+    assert result.coverage["mode"] == params.int8_mode
+    assert result.coverage["converted_layers"] == 2
+    assert (result.int8_time_share > 0) is (params is W8A8)
+    assert (result.tokens_per_s, result.pixels_per_s) == (None, None)
+    assert Result.from_dict(result.to_dict()) == result
+
+
+def test_the_median_of_the_rounds_counts(throughput: Throughput) -> None:
+    planned: list[Plan] = []
+
+    def told(run: Run, plan: Plan) -> list[float]:
+        planned.append(plan)
+        run()
+        return [0.5, 0.25, 4.0]
+
+    result = throughput.measure(make_workload(), BF16, told, nodeid="a")
+    assert result.batch_time_s == 0.5
+    assert result.samples_per_s == 64
+    assert (result.rounds, result.iterations) == (3, planned[0].iterations)
+
+
+def test_tokens_are_counted_from_the_output(throughput: Throughput) -> None:
+    workload = make_workload(tokens=lambda output: 5 * output.shape[0])
+    result = measure(throughput, workload, BF16)
+    assert result.tokens_per_s == pytest.approx(5 * result.samples_per_s)
+
+
+def test_without_baselines_there_is_no_speedup() -> None:
+    built = []
+
+    class Counted(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            built.append(self)
+
+    throughput = Throughput(ModelPool(), with_baseline=False)
+    workload = make_workload(Counted)
+    result = measure(throughput, workload, W8A8)
+    assert (result.status, result.speedup, result.speedup_method) == ("ok", None, None)
+    assert len(built) == 1
+    measure(throughput, workload, BF16)
+    assert measure(throughput, workload, W8A8).speedup is None
+
+
+# -- out of memory ------------------------------------------------------------------------------
+
+
+class CandidateRunsOut(Toy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantized:
+            raise torch.OutOfMemoryError(ASKED)
+        return super().forward(x)
+
+
+class BaselineRunsOut(Toy):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.quantized:
+            raise torch.OutOfMemoryError(ASKED)
+        return super().forward(x)
+
+
+def two_do_not_fit() -> type[Toy]:
+    """Return a model that runs out of memory where two that ran are alive."""
+    alive: weakref.WeakSet[Toy] = weakref.WeakSet()
+
+    class OneFits(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            alive.add(self)
+            if len(alive) > 1:
+                raise torch.OutOfMemoryError(ASKED)
+            return super().forward(x)
+
+    return OneFits
+
+
+def check_oom(result: Result, params: RunParams) -> None:
+    assert (result.status, result.oom) == ("oom", True)
+    assert result.reason == "out of memory: tried to allocate 2.00 GiB"
+    assert result.requested_bytes == 2 * 2**30
+    assert (result.run_name, result.params) == (params.run_name, params.to_dict())
+    assert (result.samples_per_s, result.batch_time_s, result.speedup) == (None, None, None)
+
+
+def test_a_candidate_that_runs_out_of_memory_is_a_result(throughput: Throughput) -> None:
+    workload = make_workload(CandidateRunsOut)
+    assert measure(throughput, workload, BF16).status == "ok"
+    check_oom(measure(throughput, workload, W8A8), W8A8)
+    assert measure(throughput, workload, BF16).status == "ok"
+    assert measure(throughput, make_workload(name="other"), W8A8).speedup > 0
+
+
+def test_a_baseline_that_runs_out_of_memory_is_a_result(throughput: Throughput) -> None:
+    workload = make_workload(BaselineRunsOut)
+    check_oom(measure(throughput, workload, BF16), BF16)
+    result = measure(throughput, workload, W8A8)
+    assert (result.status, result.reason) == ("ok", "the baseline ran out of memory")
+    assert result.samples_per_s > 0
+    assert (result.speedup, result.speedup_method) == (None, None)
+
+
+def test_a_baseline_that_runs_out_of_memory_beside_no_test_of_its_own(
+    throughput: Throughput,
+) -> None:
+    result = measure(throughput, make_workload(BaselineRunsOut), W8A8)
+    assert (result.status, result.reason) == ("ok", "the baseline ran out of memory")
+    assert result.speedup is None
+
+
+def test_two_that_do_not_fit_together_are_measured_apart(throughput: Throughput) -> None:
+    workload = make_workload(two_do_not_fit())
+    baseline = measure(throughput, workload, BF16)
+    result = measure(throughput, workload, W8A8)
+    assert (baseline.status, result.status) == ("ok", "ok")
+    assert result.reason == "baseline and candidate do not fit in memory together"
+    assert result.speedup == pytest.approx(baseline.batch_time_s / result.batch_time_s)
+    assert result.speedup_method == "separate"
+    assert (result.speedup_low, result.speedup_high) == (None, None)
+
+
+def test_the_next_candidate_after_two_that_did_not_fit_is_measured_apart_too(
+    throughput: Throughput,
+) -> None:
+    workload = make_workload(two_do_not_fit())
+    measure(throughput, workload, BF16)
+    measure(throughput, workload, W8A8)
+    result = measure(throughput, workload, W8)
+    assert result.status == "ok"
+    # The baseline fits; it is the candidate from before that it does not fit beside.
+    assert result.reason == "baseline and candidate do not fit in memory together"
+    assert result.speedup_method == "separate"
+
+
+def test_two_that_do_not_fit_without_a_time_of_the_baseline_have_no_speedup(
+    throughput: Throughput,
+) -> None:
+    result = measure(throughput, make_workload(two_do_not_fit()), W8A8)
+    assert result.reason == "baseline and candidate do not fit in memory together"
+    assert (result.status, result.speedup) == ("ok", None)
+
+
+def test_running_out_of_memory_while_the_clock_runs_is_a_result(throughput: Throughput) -> None:
+    def fail(run: Run, plan: Plan) -> list[float]:
+        raise torch.OutOfMemoryError(ASKED)
+
+    result = throughput.measure(make_workload(), BF16, fail, nodeid="a")
+    check_oom(result, BF16)
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+def test_other_errors_are_raised_and_the_next_point_works(throughput: Throughput) -> None:
+    class Fails(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.quantized:
+                raise KeyError("mine")
+            return super().forward(x)
+
+    workload = make_workload(Fails)
+    with pytest.raises(KeyError, match="mine"):
+        measure(throughput, workload, W8A8)
+    assert measure(throughput, workload, BF16).status == "ok"
+
+
+def test_outputs_of_another_dtype_are_an_error(throughput: Throughput) -> None:
+    class Widens(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x)
+            return output.float() if self.quantized else output
+
+    message = (
+        f"{W8A8.run_name}: outputs of baseline and candidate differ in shape or dtype: "
+        "(((32, 32), torch.bfloat16),) against (((32, 32), torch.float32),)"
+    )
+    with pytest.raises(OutputError, match=f"^{re.escape(message)}$"):
+        measure(throughput, make_workload(Widens), W8A8)
+
+
+def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> None:
+    class Overflows(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (float("nan") if self.quantized else 1)
+
+    message = f"{W8A8.run_name}: the candidate's output holds NaN or infinity"
+    with pytest.raises(OutputError, match=f"^{re.escape(message)}$"):
+        measure(throughput, make_workload(Overflows), W8A8)
+
+
+def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput) -> None:
+    class Skips(Toy):
+        """Has INT8 weights and computes without them."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 product ran; "):
+        measure(throughput, make_workload(Skips), W8A8)
+
+
+@pytest.mark.parametrize(
+    ("units", "got"),
+    [({"samples": 1, "frames": 2}, "samples, frames"), ({"tokens": 1}, "tokens"), ({}, "nothing")],
+)
+def test_units_must_be_known(throughput: Throughput, units: dict[str, float], got: str) -> None:
+    message = (
+        "workload 'toy': units must give samples, and may give tokens, pixels, square_km; "
+        f"got {got}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        measure(throughput, make_workload(units=lambda p: units), BF16)
