@@ -46,17 +46,13 @@ def fingerprint(root: Path) -> dict[str, Any]:
 
 def describe(environment: dict[str, Any]) -> str:
     """Return the machine and the versions as one line."""
-    packages = environment["packages"]
-    gpu = environment["gpu"]
-    where = (
-        f"{gpu['name']}, CUDA {environment['cuda']}"
-        if gpu
-        else f"{environment['cpu']}, {environment['cpu_threads']} threads"
-    )
-    versions = [
-        f"{name} {packages[name]}" for name in ("torch", "triton", "torchao") if packages[name]
-    ]
-    return ", ".join([where, *versions])
+    packages = environment.get("packages") or {}
+    if gpu := environment.get("gpu"):
+        parts = [gpu.get("name"), f"CUDA {environment.get('cuda')}"]
+    else:
+        parts = [environment.get("cpu"), f"{environment.get('cpu_threads')} threads"]
+    parts += [f"{name} {packages.get(name)}" for name in ("torch", "triton", "torchao")]
+    return ", ".join(part for part in parts if part and "None" not in part)
 
 
 def gpu_state() -> dict[str, Any] | None:

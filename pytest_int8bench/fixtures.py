@@ -40,10 +40,12 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
 def int8_workload(request: pytest.FixtureRequest) -> Workload:
     """What to measure. Override it, at any scope, to bring a model of your own."""
     name = marker_changes(request.node)[1]
+    problem = None
     try:
         return _state(request).workload(name)
     except ValueError as error:
-        pytest.fail(f"int8 workload: {error}", pytrace=False)
+        problem = f"int8 workload: {error}"
+    pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
 
 
 @pytest.fixture
@@ -59,12 +61,15 @@ def _int8_point(
         reason = int8_workload.impossible_reason(int8_params)
     if reason is not None:
         pytest.skip(reason)
+    problem = None
     try:
         int8_workload.with_axes(int8_params)
         find_device(int8_params)
         _state(request).pool()
     except (DeviceError, ValueError) as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    if problem is not None:
+        pytest.fail(problem, pytrace=False)
     return int8_workload, int8_params
 
 

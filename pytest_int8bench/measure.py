@@ -223,21 +223,22 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
         (``scipy.stats.quantile_test``). It holds for this process; the difference between
         processes is not in it.
     """
-    costs = {run: synchronization_cost(run, timer) for run in (baseline, candidate)}
-    iterations = {
-        run: iterations_for(batch_s, sync_s, max_round_s=interval_s / MIN_PAIRS / 2)
-        for run, (batch_s, sync_s) in costs.items()
-    }
-    pair_s = sum(costs[run][0] * iterations[run] for run in costs)
+    runs = (baseline, candidate)
+    costs = [synchronization_cost(run, timer) for run in runs]
+    # Both sides average over the same number of batches: means of unequal numbers of skewed times
+    # have unequal medians.
+    iterations = max(
+        iterations_for(batch_s, sync_s, max_round_s=interval_s / MIN_PAIRS / 2)
+        for batch_s, sync_s in costs
+    )
+    pair_s = iterations * sum(batch_s for batch_s, _ in costs)
     pairs = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
     pairs += pairs % 2
     ratios = []
     for index in range(pairs):
-        order = (baseline, candidate) if index % 2 == 0 else (candidate, baseline)
-        block = {}
-        for run in order:
-            block[run] = time_block(run, timer, iterations[run])
-        ratios.append(block[baseline] / block[candidate])
+        order = (0, 1) if index % 2 == 0 else (1, 0)
+        block = {side: time_block(runs[side], timer, iterations) for side in order}
+        ratios.append(block[0] / block[1])
     interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
     return Speedup(statistics.median(ratios), float(interval.low), float(interval.high), pairs)
 
@@ -284,14 +285,19 @@ def oom_of(error: BaseException) -> BaseException | None:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error`` and what it was raised from; torch.compile wraps errors its own way."""
+    """Yield ``error`` and what it was raised from; torch.compile keeps that in a field of its
+    own."""
     seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
         seen.add(id(current))
         yield current
-        inner = getattr(current, "inner_exception", None)
-        current = inner or current.__cause__ or current.__context__
+        if not current.__suppress_context__:
+            waiting.append(current.__context__)
+        waiting += [current.__cause__, getattr(current, "inner_exception", None)]
 
 
 def release(error: BaseException) -> None:

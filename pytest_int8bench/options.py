@@ -83,7 +83,7 @@ OPTIONS = {
         Option(
             "set",
             "Set a RunParams field, e.g. batch_size=64, or an axis of your workload, "
-            "extra.NAME=VALUE. Repeatable; commas in VALUE sweep it",
+            "extra.NAME=VALUE. Repeatable; commas in VALUE sweep it. Default: none",
             "NAME=VALUE",
             repeatable=True,
         ),
@@ -205,8 +205,9 @@ def _read_set(items: list[str]) -> dict[str, Any]:
         if name in ("int8_enabled", "int8_mode"):
             raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
         if name.startswith("extra."):
-            RunParams(extra={name.removeprefix("extra."): True})
             parsed: list[Any] = [parse_extra(part) for part in _split(text)]
+            for value in parsed:
+                RunParams(extra={name.removeprefix("extra."): value})
         else:
             parsed = [parse_field(name, part) for part in _split(text)]
         changes.pop(name, None)

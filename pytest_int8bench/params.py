@@ -296,14 +296,14 @@ class RunParams:
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
-        for name in FIELD_TYPES:
-            if (text := environ.get(ENV_PREFIX + name.upper())) is not None:
-                values[name] = parse_field(name, text)
-        if (text := environ.get(ENV_PREFIX + "EXTRA")) is not None:
+        for name in (*FIELD_TYPES, "extra"):
+            variable = ENV_PREFIX + name.upper()
+            if (text := environ.get(variable)) is None:
+                continue
             try:
-                values["extra"] = json.loads(text)
-            except ValueError:
-                raise ValueError(f"{ENV_PREFIX}EXTRA must be a JSON object, got {text!r}") from None
+                values[name] = _parse_extras(text) if name == "extra" else parse_field(name, text)
+            except ValueError as error:
+                raise ValueError(f"{variable}: {error}") from None
         return cls(**values)
 
 
@@ -380,11 +380,18 @@ def parse_bool(text: str) -> bool:
         raise ValueError(f"must be true or false, got {text!r}") from None
 
 
+def _parse_extras(text: str) -> FrozenDict:
+    try:
+        return _checked_extra(json.loads(text))
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"must be a JSON object, got {text!r}") from None
+
+
 def parse_extra(text: str) -> Scalar:
     """Read the value of an ``extra`` axis: ``true``, ``12``, ``0.5``, or text (``"12"`` quoted)."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, str | int | float | bool) else text
 
@@ -407,8 +414,11 @@ def _escape(text: str) -> str:
 def _checked(name: str, value: Any) -> Any:
     """Return ``value`` if it is right for field ``name``, else raise ``ValueError``."""
     kind: Any = FIELD_TYPES[name]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if kind is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            value = float("inf")
     if type(value) is not kind:
         noun = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
         raise ValueError(f"{name} must be {noun[kind]}, got {value!r}")
@@ -429,8 +439,17 @@ def _checked_extra(extra: Any) -> FrozenDict:
     for key, value in extra.items():
         if not isinstance(key, str) or not _EXTRA_NAME.fullmatch(key):
             raise ValueError(f"extra names must be identifiers such as seq_len, got {key!r}")
-        if not isinstance(value, str | int | float | bool):
+        # Exactly these: a subclass would not come back from a name.
+        if type(value) not in (str, int, float, bool):
             raise ValueError(f"extra.{key} must be str, int, float or bool, got {value!r}")
         if isinstance(value, float) and value - value != 0:
             raise ValueError(f"extra.{key} must be finite, got {value!r}")
-    return FrozenDict(extra)
+        if isinstance(value, str) and _has_surrogates(value):
+            raise ValueError(f"extra.{key} must be text that UTF-8 can hold, got {value!r}")
+    return FrozenDict(
+        {key: 0.0 if value == 0 and type(value) is float else value for key, value in extra.items()}
+    )
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -117,6 +117,8 @@ class Result:
         Raises:
             SchemaError: if ``values`` is not a result.
         """
+        if not isinstance(values, Mapping):
+            raise SchemaError(f"not a result: {values!r}")
         names = {spec.name for spec in dataclasses.fields(cls)}
         try:
             return cls(**{name: value for name, value in values.items() if name in names})
@@ -149,10 +151,12 @@ class Journal:
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
+        """Start a journal; raises ``FileExistsError`` rather than write into another one."""
         self.path = path
         self.environment = dict(environment)
         self._results: list[Result] = []
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
         self._write({"int8bench": {"schema": SCHEMA, "environment": self.environment}})
 
     @property
@@ -192,7 +196,10 @@ def read(path: Path) -> Saved:
         SchemaError: one line, if the file is not ours or from a newer version.
         OSError: if it cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SchemaError(f"{path} is not UTF-8 text: {error}") from None
     try:
         data = json.loads(text)
     except ValueError:
@@ -203,11 +210,11 @@ def read(path: Path) -> Saved:
     if not isinstance(block, dict):
         raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
     _check_schema(path, block)
-    try:
-        results = [Result.from_dict(item) for item in block["results"]]
-        return Saved(block["environment"], results, block["accuracy"])
-    except KeyError as error:
-        raise SchemaError(f"{path}: the int8bench block has no {error}") from None
+    for name in ("results", "accuracy"):
+        if not isinstance(block.get(name), list):
+            raise SchemaError(f"{path}: {name} must be a list, got {block.get(name)!r}")
+    results = [Result.from_dict(item) for item in block["results"]]
+    return Saved(_environment(path, block), results, block["accuracy"])
 
 
 def _read_journal(path: Path, text: str) -> Saved:
@@ -224,7 +231,14 @@ def _read_journal(path: Path, text: str) -> Saved:
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
     _check_schema(path, header)
-    return Saved(header["environment"], latest(map(Result.from_dict, records[1:])), [])
+    return Saved(_environment(path, header), latest(map(Result.from_dict, records[1:])), [])
+
+
+def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:
+    environment = block.get("environment")
+    if not isinstance(environment, dict):
+        raise SchemaError(f"{path}: environment must be an object, got {environment!r}")
+    return environment
 
 
 def _check_schema(path: Path, block: Mapping[str, Any]) -> None:

@@ -83,6 +83,8 @@ class State:
             filter_fn = None
             if self.settings.filter is not None:
                 filter_fn = load_object(self.settings.filter, self.invocation)
+                if not callable(filter_fn):
+                    raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
             self._pool = ModelPool(filter_fn)
         return self._pool
 
@@ -103,7 +105,9 @@ class State:
             folder = self.root / JOURNAL_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".gitignore").write_text("*\n")
-            name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            # Two sessions in one process may start within a second.
+            name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
             self.journal = Journal(folder / name, fingerprint(self.root))
         self.journal.append(result)
 
@@ -187,6 +191,7 @@ def _reason(report: pytest.TestReport) -> str:
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
         text = crash.message if crash is not None else str(report.longrepr)
+    text = text.removeprefix("Failed: ")
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return first[:_MAX_REASON]
 

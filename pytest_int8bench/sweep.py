@@ -94,8 +94,9 @@ def expand_modes(
             if mode == "off"
             else default.replace(int8_enabled=True, int8_mode=mode)
         )
-        points += expand(start, axes, cross_product=cross_product)
-    return unique(point if point.int8_enabled else point.baseline() for point in points)
+        expanded = expand(start, axes, cross_product=cross_product)
+        points += [p if p.int8_enabled and mode != "off" else p.baseline() for p in expanded]
+    return unique(points)
 
 
 def with_baselines(points: Iterable[RunParams]) -> list[RunParams]:

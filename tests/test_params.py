@@ -480,7 +480,7 @@ def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
             "soon",
             "benchmark_interval_s must be a number, got 'soon'",
         ),
-        ("INT8BENCH_EXTRA", "{", "INT8BENCH_EXTRA must be a JSON object, got '{'"),
+        ("INT8BENCH_EXTRA", "{", "INT8BENCH_EXTRA: must be a JSON object, got '{'"),
     ],
 )
 def test_rejected_variables(name: str, text: str, message: str) -> None:

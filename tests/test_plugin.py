@@ -189,7 +189,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     saved = load(project.path / "out.json")
     block = saved["int8bench"]
     assert block["schema"] == 1
-    assert block["environment"]["torch"] == torch.__version__
+    assert block["environment"]["packages"]["torch"] == torch.__version__
     assert block["accuracy"] == []
     measured = [
         f"{test}[{name}]"
@@ -325,7 +325,7 @@ def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Py
     result.stdout.fnmatch_lines(
         [
             "int8bench: preset seed (as asked)*",
-            "_ ERROR at setup of test_throughput*base_cuda_bf16_s2_is64_ps4_ts12_bs128] _*",
+            "*_ ERROR at setup of test_throughput*base_cuda_bf16_s2_is64_ps4_ts12_bs128] _*",
             (
                 "gpu_type=cuda, but torch sees no CUDA device; "
                 "use --int8-preset=smoke or --int8-set gpu_type=cpu"
@@ -417,13 +417,13 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
     result.assert_outcomes(errors=4)
     result.stdout.fnmatch_lines(
         [
-            "_ ERROR collecting test_key.py _*",
+            "*_ ERROR collecting test_key.py _*",
             "@pytest.mark.int8: unknown key 'batchsize'; keys are workload, model_size, *, extra",
-            "_ ERROR collecting test_position.py _*",
+            "*_ ERROR collecting test_position.py _*",
             "@pytest.mark.int8 takes keywords only, got 8",
-            "_ ERROR collecting test_value.py _*",
+            "*_ ERROR collecting test_value.py _*",
             "batch_size must be at least 1, got 0",
-            "_ ERROR collecting test_workload.py _*",
+            "*_ ERROR collecting test_workload.py _*",
             "must be olmoearth, module:callable or path.py:callable, got 'nothing'",
         ]
     )

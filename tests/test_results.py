@@ -263,19 +263,21 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
     assert refused(path) == message
 
 
-@pytest.mark.parametrize("name", ["environment", "results", "accuracy"])
-def test_an_incomplete_block_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("environment", "an object"), ("results", "a list"), ("accuracy", "a list")]
+)
+def test_an_incomplete_block_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     block = Saved(ENVIRONMENT, [MEASURED], []).to_dict()
     del block[name]
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
-    assert refused(path) == f"FILE: the int8bench block has no '{name}'"
+    assert refused(path) == f"FILE: {name} must be {kind}, got None"
 
 
 def test_a_header_without_environment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps({"int8bench": {"schema": SCHEMA}}) + "\n")
-    assert "has no 'environment'" in refused(path)
+    assert refused(path) == "FILE: environment must be an object, got None"
 
 
 @pytest.mark.parametrize("value", [5, [5], None, [None], "text"])

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.results import Result, Saved
 
 _MISSING = "-"
+_WIDE = 1000
 MAX_SYNCHRONIZATION_SHARE = 0.005
 
 
@@ -25,28 +27,36 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         color: use ANSI colors.
     """
     stream = io.StringIO()
-    console = Console(
+    measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
+    if measured:
+        table = _table(measured)
+        wide = _console(stream, _WIDE, color)
+        # A figure that is cut reads like another figure: rather too wide than that.
+        least = Measurement.get(wide, wide.options, table).minimum
+        _console(stream, max(width or _WIDE, least), color).print(table)
+    console = _console(stream, width or _WIDE, color)
+    for result in saved.results:
+        for line in _remarks(result):
+            console.print(Text(line, overflow="fold"))
+    if short := _short_rounds(saved.results):
+        console.print(Text(short, overflow="fold"))
+    console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _console(stream: io.StringIO, width: int, color: bool) -> Console:
+    return Console(
         file=stream,
-        width=width or 1000,
+        width=width,
         force_terminal=color,
         color_system="standard" if color else None,
         no_color=not color,
         highlight=False,
         legacy_windows=False,
     )
-    measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
-    if measured:
-        console.print(_table(measured, saved))
-    for result in saved.results:
-        for line in _remarks(result):
-            console.print(Text(line, overflow="fold"))
-    if line := _short_rounds(saved.results):
-        console.print(Text(line, overflow="fold"))
-    console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def _table(results: list[Result], saved: Saved) -> Table:
+def _table(results: list[Result]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     columns: dict[str, Callable[[Result], str]] = {
         "run": lambda r: r.run_name,
@@ -78,7 +88,7 @@ def _table(results: list[Result], saved: Saved) -> Table:
         cells = [show(result) for show in columns.values()]
         if result.oom:
             cells[list(columns).index("samples/s")] = "OOM"
-        table.add_row(*cells, style=None if result.status == "ok" else "red")
+        table.add_row(*map(Text, cells), style=None if result.status == "ok" else "red")
     return table
 
 
@@ -120,5 +130,7 @@ def _number(value: float | None) -> str:
     """Return three significant digits at least, thousands separated; a dash for nothing."""
     if value is None:
         return _MISSING
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 4
+    if 0 < abs(value) < 1:
+        return f"{value:.3g}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"

@@ -1,0 +1,119 @@
+"""The public names, the layering of the modules, and the examples of the documentation."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pytest_int8bench
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pytest_int8bench"
+EDGE = {"plugin", "fixtures", "options", "collection", "session"}
+
+
+def test_public_names_are_these_and_resolve() -> None:
+    assert sorted(pytest_int8bench.__all__) == [
+        "Evaluation",
+        "FlashSDPA",
+        "Result",
+        "RunParams",
+        "SWEEPS",
+        "Workload",
+        "apply_int8_quant",
+        "compile_for_a100",
+        "coverage",
+        "is_transformer_linear",
+    ]
+    for name in pytest_int8bench.__all__:
+        assert getattr(pytest_int8bench, name) is not None
+        assert name in dir(pytest_int8bench)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'pytest_int8bench' has no attribute 'nope'"):
+        importlib.import_module("pytest_int8bench").nope  # noqa: B018
+
+
+def test_the_package_itself_loads_no_torch() -> None:
+    code = "import sys, pytest_int8bench, pytest_int8bench.plugin; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_modules_import_inwards_only(path: Path) -> None:
+    module = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    imported = imports_of(path)
+    top = {name.split(".")[0] for name in imported}
+    if module not in EDGE:
+        assert "pytest" not in top
+        edge = {f"pytest_int8bench.{name}" for name in EDGE}
+        assert not imported & edge
+    if module != "quantize":
+        assert "torchao" not in top
+    if module != "workloads/olmoearth":
+        assert "olmoearth_pretrain_minimal" not in top
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_example_of_a_model_runs(pytester: pytest.Pytester) -> None:
+    conftest, tests, _ = blocks(ROOT / "README.md", "python")
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(tests)
+    result = pytester.runpytest_subprocess(
+        "--int8-preset=smoke",
+        "--int8-set=compile_mode=off",
+        "--int8-set=benchmark_interval_s=0.05",
+    )
+    # Throughput of the BF16 twin and of the candidate, and the shapes of the candidate.
+    result.assert_outcomes(passed=3)
+
+
+def test_readme_example_from_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = blocks(ROOT / "README.md", "python")[2]
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("2 of ")
+    import torch
+
+    fast = names["fast"]
+    assert callable(fast)
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    assert fast(x).shape == (32, 10)
+
+
+def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
+    (setup,) = blocks(ROOT / "README.md", "bash")
+    first, second = setup.strip().splitlines()
+    assert first.endswith("&& pytest benchmarks --int8-mode=w8a8")
+    assert second.endswith("&& pytest")
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_lists_every_option() -> None:
+    from pytest_int8bench.options import OPTIONS
+
+    table = (ROOT / "README.md").read_text()
+    for option in OPTIONS.values():
+        assert f"| `{option.flag}" in table
