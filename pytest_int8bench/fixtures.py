@@ -123,12 +123,17 @@ def int8_throughput(
             # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
             benchmark.pedantic(_model(request, workload, params).run)
             pytest.skip("ran once, not measured: pytest-benchmark is disabled")
-        result = state.throughput().measure(
-            workload,
-            params,
-            lambda run, plan: _pedantic(benchmark, run, plan),
-            nodeid=request.node.nodeid,
-        )
+        try:
+            result = state.throughput().measure(
+                workload,
+                params,
+                lambda run, plan: _pedantic(benchmark, run, plan),
+                nodeid=request.node.nodeid,
+            )
+        except BaseException:
+            # A timing whose labels the kernels contradict must not be saved as a baseline.
+            benchmark.has_error = True
+            raise
         if result.oom:
             benchmark.skipped = True  # there is no timing to warn about
         else:

@@ -122,6 +122,44 @@ def test_out_of_memory_is_a_result_and_later_points_go_on() -> None:
     assert after.speedup is not None
 
 
+class Greedy(nn.Module):
+    """Holds 4 GiB and then asks for more than any device has, at large batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1000:
+            held = torch.zeros(4 << 30, dtype=torch.uint8, device=x.device)
+            x = x + torch.zeros(1 << 44, dtype=torch.uint8, device=x.device)[:1] + held[:1]
+        return self.fc1(x)
+
+
+def test_out_of_memory_in_a_forward_leaves_clean_memory() -> None:
+    workload = Workload(
+        name="greedy",
+        build=lambda p: Greedy(),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 64, device=device),),
+    )
+    before = allocated_bytes(torch.device("cuda"))
+    small = POINT.replace(compile_mode="off", batch_size=32)
+    oom, after = measure(workload, small.replace(batch_size=2000), small)
+    assert oom.oom
+    assert oom.requested_bytes == 1 << 44
+    assert 0 < (after.peak_memory_bytes or 0) < 1 << 20
+    assert allocated_bytes(torch.device("cuda")) - before < 1 << 20
+
+
+def test_max_autotune_is_labelled_int8_by_its_kernels() -> None:
+    candidate = POINT.replace(int8_enabled=True, compile_mode="max-autotune-no-cudagraphs")
+    throughput = Throughput(ModelPool(), with_baseline=False)
+    result = throughput.measure(toy(), candidate, time_rounds, nodeid="autotuned")
+    assert result.status == "ok"
+    assert (result.int8_time_share or 0) > 0
+    print(*(k["name"] for k in result.kernels), sep="\n")
+
+
 def test_peak_memory_is_of_this_model_alone() -> None:
     ballast = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     workload = Workload(
