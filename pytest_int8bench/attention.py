@@ -32,6 +32,15 @@ _KERNELS = {
     "math": re.compile(r"_scaled_dot_product_attention_math|softmax_warp_forward|SoftMaxForward"),
 }
 
+# Inductor's pointwise and reduction kernels carry the names of the operators they were fused
+# around.
+_FUSED_AROUND = re.compile(r"triton_(poi|red|per|for)_")
+
+
+def own_names(kernels: Iterable[str]) -> list[str]:
+    """Return the kernels whose names say what they do themselves."""
+    return [name for name in kernels if not _FUSED_AROUND.match(name)]
+
 
 def sdpa_backends(attention: str) -> list[SDPBackend]:
     """Return the backends that ``attention`` allows.
@@ -79,7 +88,7 @@ def attention_kernel(kernels: Iterable[str]) -> str | None:
 
     A fused backend wins over ``math``, whose softmax kernels other layers use as well.
     """
-    names = list(kernels)
+    names = own_names(kernels)
     for backend, pattern in _KERNELS.items():
         if any(pattern.search(name) for name in names):
             return backend

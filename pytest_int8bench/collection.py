@@ -24,9 +24,11 @@ def has_points(metafunc: pytest.Metafunc) -> bool:
     return any("int8_params" in call.params for call in metafunc._calls)
 
 
-def merge_benchmark_markers(items: list[pytest.Item]) -> None:
+def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give tests of throughput the synchronizing timer, and keep their own benchmark options:
     pytest-benchmark reads the closest marker only."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        return
     for item in items:
         if "int8_throughput" not in getattr(item, "fixturenames", ()):
             continue

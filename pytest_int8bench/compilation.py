@@ -13,7 +13,7 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 
-from pytest_int8bench.attention import FlashSDPA
+from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.params import COMPILE_MODES
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
@@ -155,6 +155,7 @@ def compile_for_a100(
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"mode must be one of {', '.join(COMPILE_MODES)}, got {mode!r}")
+    sdpa_backends(attention)
     return CompiledModel(
         model,
         fullgraph=fullgraph,

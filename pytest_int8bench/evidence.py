@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pytest_int8bench.attention import attention_kernel
+from pytest_int8bench.attention import attention_kernel, own_names
 from pytest_int8bench.params import RunParams
 
 # Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
 # and the CPU's operators.
-# Inductor's pointwise and reduction kernels carry the names of the operators they were fused
-# around; only its templates (triton_tem, triton_mm) are products themselves.
-_FUSED_AROUND = re.compile(r"triton_(poi|red|per|for)_")
 _INT8_PRODUCT = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
     r"|triton_(tem|mm)\w*int_mm|_weight_int8pack_mm|qlinear",
     re.IGNORECASE,
 )
+
+# Time of the host around a compiled graph, which the CPU's profile lists among the operators.
+_HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
 
 
 class EvidenceError(AssertionError):
@@ -54,7 +54,8 @@ class Evidence:
     @property
     def int8_products(self) -> tuple[Kernel, ...]:
         """The matrix products on INT8 operands."""
-        return tuple(k for k in self._own_names if _INT8_PRODUCT.search(k.name))
+        names = set(filter(_INT8_PRODUCT.search, own_names(k.name for k in self.kernels)))
+        return tuple(kernel for kernel in self.kernels if kernel.name in names)
 
     @property
     def int8_time_share(self) -> float:
@@ -64,11 +65,7 @@ class Evidence:
     @property
     def attention_kernel(self) -> str | None:
         """The attention backend that ran, or None where no kernel of one is known."""
-        return attention_kernel(kernel.name for kernel in self._own_names)
-
-    @property
-    def _own_names(self) -> tuple[Kernel, ...]:
-        return tuple(k for k in self.kernels if not _FUSED_AROUND.match(k.name))
+        return attention_kernel(kernel.name for kernel in self.kernels)
 
     def top(self, count: int = 8) -> str:
         """Return the longest kernels as one line."""
@@ -93,7 +90,7 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
     kernels = []
     for row in rows:
         is_device = row.device_type.name == "CUDA"
-        if is_device != on_cuda or row.is_user_annotation:
+        if is_device != on_cuda or row.is_user_annotation or _HOST.match(row.key):
             continue
         micros = row.self_device_time_total if on_cuda else row.self_cpu_time_total
         kernels.append(Kernel(row.key, micros / 1e6, row.count))

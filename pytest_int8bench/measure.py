@@ -133,10 +133,12 @@ def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
     single = min(time_block(run, timer, 1) for _ in range(2))
     count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50)
     block = time_block(run, timer, count) * count
-    batch_s = max((block - single) / (count - 1), 1e-9)
+    # One more, so that a stall before the block does not pass for the cost of a synchronization.
+    single = min(single, time_block(run, timer, 1))
+    added_s = max((count * single - block) / (count - 1), 0.0)
     reading = [timer() for _ in range(3)]
     read_s = min(b - a for a, b in itertools.pairwise(reading))
-    return min(batch_s, single), max((single - batch_s) / 2, read_s)
+    return max(block / count - added_s / count, 1e-9), max(added_s / 2, read_s)
 
 
 def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:

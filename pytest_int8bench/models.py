@@ -155,9 +155,9 @@ class ModelPool:
             torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
         """
         role = "candidate" if params.int8_enabled else "baseline"
-        key = self._key(workload, params)
+        key = self.key(workload, params)
         if self._keys.get(role) != key:
-            twin = self._key(workload, params.baseline())
+            twin = self.key(workload, params.baseline())
             for held, (kept_workload, kept) in list(self._keys.items()):
                 if held == role or (kept_workload, kept.baseline()) != twin:
                     self.evict(held)
@@ -172,7 +172,7 @@ class ModelPool:
 
     def batch(self, workload: Workload, params: RunParams) -> Any:
         """Return the inputs of ``params``, shared by baseline and candidate."""
-        key = self._key(workload, params.baseline())
+        key = self.key(workload, params.baseline())
         if self._inputs is None or self._inputs[0] != key:
             self._inputs = None
             self._inputs = (key, _make_inputs(workload, params, find_device(params)))
@@ -191,7 +191,13 @@ class ModelPool:
         self._keys.clear()
         free_memory()
 
-    def _key(self, workload: Workload, params: RunParams) -> tuple[Any, RunParams]:
+    def evict_other_candidate(self, workload: Workload, params: RunParams) -> None:
+        """Drop the candidate unless it is that of ``params``: it would only be in the way."""
+        if "candidate" in self._keys and self._keys["candidate"] != self.key(workload, params):
+            self.evict("candidate")
+
+    def key(self, workload: Workload, params: RunParams) -> tuple[Any, RunParams]:
+        """Return what the models of two tests have in common if they are the same."""
         if not any(workload is seen for seen in self._seen):
             self._seen.append(workload)
         parts = (getattr(workload, spec.name) for spec in dataclasses.fields(workload))
@@ -231,12 +237,26 @@ class ModelPool:
 def _part_key(part: Any) -> Any:
     """Return what two parts of a workload have in common if they do the same.
 
-    A function-scoped fixture makes its lambdas anew for each test; they share their code.
+    A function-scoped fixture makes its lambdas and mappings anew for each test: they are
+    compared by what they hold, a function by its code and what it refers to.
     """
     if isinstance(part, types.FunctionType):
-        cells = tuple(id(cell.cell_contents) for cell in part.__closure__ or ())
-        return (part.__code__, tuple(map(id, part.__defaults__ or ())), cells)
-    return id(part) if part is not None else None
+        values = [cell.cell_contents for cell in part.__closure__ or ()]
+        values += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        # Code compares equal across files; the globals say which file it is in.
+        return (part.__code__, id(part.__globals__), tuple(map(_value_key, values)))
+    if isinstance(part, Mapping):
+        return tuple((key, _part_key(value)) for key, value in part.items())
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        values = [getattr(part, spec.name) for spec in dataclasses.fields(part)]
+        return (type(part), *map(_part_key, values))
+    return _value_key(part)
+
+
+def _value_key(value: Any) -> Any:
+    if value is None or isinstance(value, str | bytes | int | float):
+        return (type(value), value)
+    return id(value)
 
 
 def find_device(params: RunParams) -> torch.device:
@@ -337,7 +357,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return ``value`` with ``change`` applied to each tensor of its sequences and mappings."""
+    """Return ``value`` with ``change`` applied to each tensor that :func:`tensors_of` finds."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -345,4 +365,7 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> A
     if isinstance(value, list | tuple):
         changed = [map_tensors(change, item) for item in value]
         return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **map_tensors(change, fields))
     return value

@@ -45,11 +45,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "int8_params" not in metafunc.fixturenames or has_points(metafunc):
         return
     state = metafunc.config.stash[STATE]
+    problem, points = None, []
     try:
         changes, _ = marker_changes(metafunc.definition)
         points = state.points(changes, twins="int8_throughput" in metafunc.fixturenames)
     except ValueError as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    if problem is not None:
+        pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
     # Names, not objects: pytest-benchmark saves parameters as JSON.
     names = [point.run_name for point in points]
     metafunc.parametrize("int8_params", names, ids=names, indirect=True)
@@ -61,7 +64,7 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    merge_benchmark_markers(items)
+    merge_benchmark_markers(config, items)
     sort_by_model(items)
 
 

@@ -110,8 +110,10 @@ _MLP = re.compile(
 )
 _MLP_PARENT = re.compile(r"(mlp|ffn|ff|feed_?forward|intermediate)")
 _KEPT = re.compile(
-    r".*(embed|norm|head|classifier|pooler|logits|score|project_and_aggregate|tokenizer).*"
-    r"|ln(_?\w)?|stem|fc_norm|patchify",
+    r"(?!multi_?head)(\w*_)?heads?(_\w+)?"
+    r"|(\w+_)?embed(s|ding|dings)?(_(tokens|proj|layer|layers|positions|in|out))?|\w+_embedder"
+    r"|.*(norm|classifier|pooler|logits|score|project_and_aggregate|tokenizer).*"
+    r"|ln(_?\w)?|stem|patchify",
     re.IGNORECASE,
 )
 
@@ -248,11 +250,9 @@ def coverage(model: nn.Module) -> Coverage:
     Works on the return value of :func:`apply_int8_quant` or ``compile_for_a100``, and on models
     that torchao quantized elsewhere.
     """
-    inner = getattr(model, "model", None)
-    if model not in _coverages and isinstance(inner, nn.Module):
-        return coverage(inner)
-    if model in _coverages:
-        return _coverages[model]
+    for known in (model, getattr(model, "model", None)):
+        if isinstance(known, nn.Module) and known in _coverages:
+            return _coverages[known]
     layers = _recheck(model, _select(model, lambda *_: True, check_shapes=False), "not quantized")
     total = sum(parameter.numel() for parameter in model.parameters())
     return Coverage("custom", tuple(layers), total)

@@ -55,8 +55,8 @@ class Throughput:
         self._pool = pool
         self._with_baseline = with_baseline
         self._timer = timer
-        self._baseline_s: dict[tuple[str, RunParams], float] = {}
-        self._baseline_oom: set[tuple[str, RunParams]] = set()
+        self._baseline_s: dict[tuple[Any, RunParams], float] = {}
+        self._baseline_oom: set[tuple[Any, RunParams]] = set()
 
     def measure(
         self, workload: Workload, params: RunParams, time_rounds: TimeRounds, *, nodeid: str
@@ -88,7 +88,7 @@ class Throughput:
             asked = requested_bytes(error)
             release(error)
         if not params.int8_enabled:
-            self._baseline_oom.add((workload.name, params.identity()))
+            self._baseline_oom.add(self._pool.key(workload, params))
         self._pool.clear()
         reason = "out of memory" + (f": tried to allocate {asked / 2**30:.2f} GiB" if asked else "")
         return Result(
@@ -115,6 +115,7 @@ class Throughput:
             ready = model.ready(self._timer)
         if baseline is not None:
             _compare_outputs(baseline.ready(self._timer), ready, params)
+        units = _units(model, ready)
 
         plan = pilot(
             model.run,
@@ -141,7 +142,7 @@ class Throughput:
             "gpu_before": before,
             "gpu_after": after,
             "throttled": sorted({*throttled(before), *throttled(after)}),
-            **_rates(model, ready, timing.median_s),
+            **{f"{unit}_per_s": count / timing.median_s for unit, count in units.items()},
         }
         if params.int8_enabled:
             values |= self._speedup(workload, params, baseline, model, timing.median_s)
@@ -150,7 +151,7 @@ class Throughput:
                 "torchao" if params.int8_backend == "auto" else params.int8_backend
             )
         else:
-            self._baseline_s[workload.name, params.identity()] = timing.median_s
+            self._baseline_s[self._pool.key(workload, params)] = timing.median_s
         if note:
             values["reason"] = note
         return values | _evidence(model)
@@ -162,8 +163,9 @@ class Throughput:
         if not (self._with_baseline and params.int8_enabled):
             return None, None
         twin = params.baseline()
-        if (workload.name, twin.identity()) in self._baseline_oom:
+        if self._pool.key(workload, twin) in self._baseline_oom:
             return None, "the baseline ran out of memory"
+        self._pool.evict_other_candidate(workload, params)
         try:
             baseline = self._pool.get(workload, twin)
             baseline.ready(self._timer)
@@ -172,7 +174,7 @@ class Throughput:
             if oom_of(error) is None:
                 raise
             release(error)
-        self._baseline_oom.add((workload.name, twin.identity()))
+        self._baseline_oom.add(self._pool.key(workload, twin))
         self._pool.clear()
         return None, "the baseline ran out of memory"
 
@@ -198,13 +200,14 @@ class Throughput:
                 "speedup_high": speedup.high,
                 "speedup_method": "interleaved",
             }
-        apart = self._baseline_s.get((workload.name, params.baseline().identity()))
+        apart = self._baseline_s.get(self._pool.key(workload, params.baseline()))
         if apart is None or not self._with_baseline:
             return {}
         return {"speedup": apart / candidate_s, "speedup_method": "separate"}
 
 
-def _rates(model: Model, ready: Ready, batch_s: float) -> dict[str, float]:
+def _units(model: Model, ready: Ready) -> dict[str, float]:
+    """Return what one batch counts for."""
     units = dict(model.workload.units(model.workload.with_axes(model.params)))
     unknown = set(units) - set(UNITS)
     if unknown or "samples" not in units:
@@ -214,7 +217,7 @@ def _rates(model: Model, ready: Ready, batch_s: float) -> dict[str, float]:
         )
     if ready.tokens is not None:
         units["tokens"] = ready.tokens
-    return {f"{unit}_per_s": count / batch_s for unit, count in units.items()}
+    return units
 
 
 def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> None:

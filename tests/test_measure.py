@@ -140,6 +140,23 @@ def test_synchronization_cost(batch_s: float) -> None:
     assert found == pytest.approx((batch_s, 2e-5), rel=1e-3)
 
 
+def test_stalls_do_not_make_endless_rounds() -> None:
+    """Two stalls of 30 ms, then batches of 0.5 ms: rounds must stay within the interval."""
+    clock = FakeClock()
+    run = clock.run(itertools.chain([0.03, 0.03], itertools.repeat(5e-4)))
+    batch_s, sync_s = synchronization_cost(run, clock.timer)
+    assert batch_s == pytest.approx(5e-4)
+    assert sync_s == 0
+    stalled = FakeClock()
+    found = pilot(
+        stalled.run(itertools.chain([0.03, 0.03], itertools.repeat(5e-4))),
+        stalled.timer,
+        interval_s=10,
+        min_batches=10,
+    )
+    assert found.iterations * found.rounds * 5e-4 <= 10
+
+
 @given(st.floats(1e-7, 100), st.floats(0, 1e-2))
 def test_two_synchronizations_cost_a_thousandth(batch_s: float, sync_s: float) -> None:
     iterations = iterations_for(batch_s, sync_s)
