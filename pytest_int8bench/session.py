@@ -228,7 +228,9 @@ def where_saved(config: pytest.Config, state: State) -> list[str]:
     saved = []
     if benchmarks is not None:
         if benchmarks.json:
-            saved.append(str(benchmarks.json))
+            # An open file before pytest-benchmark 5.3, a path since.
+            is_path = isinstance(benchmarks.json, str | Path)
+            saved.append(str(benchmarks.json if is_path else benchmarks.json.name))
         if benchmarks.save or benchmarks.autosave:
             saved.append(str(benchmarks.storage.location))
     assert state.journal is not None
