@@ -29,7 +29,8 @@ _KERNELS = {
     "flash": re.compile(r"flash_fwd|pytorch_flash|_scaled_dot_product_flash_attention"),
     "cudnn": re.compile(r"cudnn.*(sdpa|attention|fmha)|_scaled_dot_product_cudnn", re.IGNORECASE),
     "efficient": re.compile(r"fmha_cutlass|_scaled_dot_product_efficient|AttentionKernel<"),
-    "math": re.compile(r"_scaled_dot_product_attention_math|softmax_warp_forward|SoftMaxForward"),
+    # On CUDA, math attention is products and a softmax like those of other layers.
+    "math": re.compile(r"_scaled_dot_product_attention_math"),
 }
 
 # Inductor's pointwise and reduction kernels carry the names of the operators they were fused
@@ -84,10 +85,7 @@ class FlashSDPA:
 
 
 def attention_kernel(kernels: Iterable[str]) -> str | None:
-    """Return the backend whose kernels are among ``kernels``, or None if no kernel is known.
-
-    A fused backend wins over ``math``, whose softmax kernels other layers use as well.
-    """
+    """Return the backend whose kernels are among ``kernels``, or None if no kernel is known."""
     names = own_names(kernels)
     for backend, pattern in _KERNELS.items():
         if any(pattern.search(name) for name in names):

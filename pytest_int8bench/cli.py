@@ -28,7 +28,7 @@ def _show(path: Path) -> int:
 
     try:
         saved = read(path)
-    except (OSError, UnicodeDecodeError, SchemaError) as error:
+    except (OSError, SchemaError) as error:
         print(f"int8bench: {error}", file=sys.stderr)
         return 2
     is_terminal = sys.stdout.isatty()

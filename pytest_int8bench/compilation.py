@@ -14,7 +14,9 @@ import torch._dynamo
 import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
+from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.params import COMPILE_MODES
+from pytest_int8bench.tensors import map_tensors
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
 # after which calls silently run eagerly.
@@ -27,6 +29,9 @@ _LOGGING = {
     logging.Logger.warning,
     logging.Logger.error,
 }
+
+#: Modes in which Inductor records CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 _serial = itertools.count()
 
@@ -42,6 +47,9 @@ class CompiledModel(torch.nn.Module):
         model: the model that was given.
         mode: the torch.compile mode, or ``off``.
         attention: the attention backend allowed on every call.
+        first_call_s: seconds of the first call, compiling included; None before it, and in mode
+            ``off``.
+        cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
     """
 
     def __init__(
@@ -68,18 +76,42 @@ class CompiledModel(torch.nn.Module):
             if mode == "off"
             else torch.compile(entry, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
         )
-        self._ran = False
+        self._entered = 0
+        self.first_call_s: float | None = None
+        self.cuda_graphs_skipped = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._entered:
+            return self._call(*args, **kwargs)
         with self.settings():
-            if self._ran or self.mode == "off":
-                return self._entry(*args, **kwargs)
-            before = graphs_compiled()
-            output = self._entry(*args, **kwargs)
-            if graphs_compiled() == before:
-                raise CompileError("torch.compile made no graph: the model ran eagerly")
-            self._ran = True
-            return output
+            output = self._call(*args, **kwargs)
+        if self.mode in CUDA_GRAPH_MODES:
+            output = map_tensors(torch.Tensor.clone, output)
+        return output
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self.first_call_s is not None or self.mode == "off":
+            return self._entry(*args, **kwargs)
+        graphs, skips = graphs_compiled(), graphs_skipped()
+        start = synchronized_perf_counter()
+        output = self._entry(*args, **kwargs)
+        seconds = synchronized_perf_counter() - start
+        if graphs_compiled() == graphs:
+            raise CompileError("torch.compile made no graph: the model ran eagerly")
+        self.first_call_s = seconds
+        self.cuda_graphs_skipped = graphs_skipped() > skips
+        return output
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter the settings once for many calls, which then cost what the graph costs. With
+        CUDA graphs, each call inside overwrites the outputs of the last one."""
+        with self.settings():
+            self._entered += 1
+            try:
+                yield
+            finally:
+                self._entered -= 1
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -148,7 +180,8 @@ def compile_for_a100(
 
     Returns:
         A module to call like ``model``. With CUDA graphs (``reduce-overhead``,
-        ``max-autotune``) each call overwrites the outputs of the last one.
+        ``max-autotune``) outputs are copied out of the graph, so that the next call does not
+        overwrite them.
 
     Raises:
         ValueError: for an unknown mode or attention backend.
@@ -165,6 +198,11 @@ def compile_for_a100(
         autocast_dtype=autocast_dtype,
         dynamic=dynamic,
     )
+
+
+def graphs_skipped() -> int:
+    """Return how often Inductor did without CUDA graphs that were asked for."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
 
 
 def graphs_compiled() -> int:

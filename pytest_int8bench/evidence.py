@@ -18,7 +18,7 @@ from pytest_int8bench.params import RunParams
 # and the CPU's operators.
 _INT8_PRODUCT = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
-    r"|triton_(tem|mm)\w*int_mm|_weight_int8pack_mm|qlinear",
+    r"|triton_(tem|mm)\w*int_mm|qlinear",
     re.IGNORECASE,
 )
 
@@ -109,8 +109,8 @@ def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, 
         int8_stored: quantized layers that store INT8 weights, and quantized layers in all.
 
     Raises:
-        EvidenceError: for W8A8 without an INT8 product, W8 without INT8 weights, a baseline with
-            an INT8 product, or another attention backend than asked for.
+        EvidenceError: for W8A8 without an INT8 product, W8 without INT8 weights or with an
+            INT8 product, a baseline with either, or another attention backend than asked for.
     """
     label = params.run_name
     products = evidence.int8_products
@@ -125,8 +125,12 @@ def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, 
         raise EvidenceError(
             f"{label} is labelled W8A8, but no INT8 product ran{hint}; kernels: {evidence.top()}"
         )
+    if params.int8_enabled and params.int8_mode == "w8" and products:
+        raise EvidenceError(f"{label} is labelled W8, but {products[0].name} ran")
     if not params.int8_enabled and products:
         raise EvidenceError(f"{label} is a baseline, but {products[0].name} ran")
+    if not params.int8_enabled and int8_stored[1]:
+        raise EvidenceError(f"{label} is a baseline, but {int8_stored[1]} layers are quantized")
     ran = evidence.attention_kernel
     if params.attention != "auto" and ran not in (None, params.attention):
         raise EvidenceError(

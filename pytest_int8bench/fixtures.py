@@ -31,6 +31,8 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
     state = _state(request)
     if not hasattr(request, "param"):
         pytest.fail("int8_params has no point: parametrize it, or let the plugin do so", False)
+    if isinstance(request.param, RunParams):
+        return request.param
     params = RunParams.from_run_name(request.param)
     changes = {**state.settings.changes, **marker_changes(request.node)[0]}
     return params.replace(**{k: v for k, v in changes.items() if k in state.measuring_fields})
@@ -56,14 +58,19 @@ def _int8_point(
     from pytest_int8bench.models import DeviceError, find_device
 
     _state(request).note_point(request.node, int8_params, int8_workload.name)
-    reason = int8_params.impossible_reason()
-    if reason is None and int8_workload.impossible_reason is not None:
-        reason = int8_workload.impossible_reason(int8_params)
-    if reason is not None:
-        pytest.skip(reason)
     problem = None
     try:
-        int8_workload.with_axes(int8_params)
+        seen = int8_workload.with_axes(int8_params)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        pytest.fail(problem, pytrace=False)
+    reason = int8_params.impossible_reason()
+    if reason is None and int8_workload.impossible_reason is not None:
+        reason = int8_workload.impossible_reason(seen)
+    if reason is not None:
+        pytest.skip(reason)
+    try:
         find_device(int8_params)
         _state(request).pool()
     except (DeviceError, ValueError) as error:
@@ -80,7 +87,11 @@ def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams
 @pytest.fixture
 def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]) -> Any:
     """The inputs of one batch, on the device, in the model's dtype."""
-    return _state(request).pool().batch(*_int8_point)
+    from pytest_int8bench.models import find_device
+    from pytest_int8bench.tensors import map_tensors
+
+    device = find_device(_int8_point[1])
+    return map_tensors(lambda t: t.to(device), _state(request).pool().batch(*_int8_point))
 
 
 @pytest.fixture
@@ -123,20 +134,13 @@ def int8_throughput(
             # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
             benchmark.pedantic(_model(request, workload, params).run)
             pytest.skip("ran once, not measured: pytest-benchmark is disabled")
-        try:
-            result = state.throughput().measure(
-                workload,
-                params,
-                lambda run, plan: _pedantic(benchmark, run, plan),
-                nodeid=request.node.nodeid,
-            )
-        except BaseException:
-            # A timing whose labels the kernels contradict must not be saved as a baseline.
-            benchmark.has_error = True
-            raise
-        if result.oom:
-            benchmark.skipped = True  # there is no timing to warn about
-        else:
+        result = state.throughput().measure(
+            workload,
+            params,
+            lambda run, plan: _pedantic(benchmark, run, plan),
+            nodeid=request.node.nodeid,
+        )
+        if not result.oom:
             benchmark.extra_info.update(_extra_info(result))
         state.record(result)
         return result

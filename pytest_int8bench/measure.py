@@ -229,11 +229,11 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
     costs = [synchronization_cost(run, timer) for run in runs]
     # Both sides average over the same number of batches: means of unequal numbers of skewed times
     # have unequal medians.
-    iterations = max(
-        iterations_for(batch_s, sync_s, max_round_s=interval_s / MIN_PAIRS / 2)
-        for batch_s, sync_s in costs
-    )
-    pair_s = iterations * sum(batch_s for batch_s, _ in costs)
+    both_s = sum(batch_s for batch_s, _ in costs)
+    fitting = math.floor(interval_s / MIN_PAIRS / both_s)
+    wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
+    iterations = max(1, min(wanted, fitting))
+    pair_s = iterations * both_s
     pairs = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
     pairs += pairs % 2
     ratios = []

@@ -7,7 +7,9 @@ import dataclasses
 import gc
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ import torch
 from torch import nn
 
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.compilation import CompiledModel, compile_for_a100
+from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
+from pytest_int8bench.evidence import Evidence, check_labels, profile_forward
 from pytest_int8bench.measure import (
     Timer,
     WarmUp,
@@ -25,12 +28,13 @@ from pytest_int8bench.measure import (
     warm_up,
 )
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import QuantizationError, apply_int8_quant, call
+from pytest_int8bench.quantize import QuantizationError, apply_int8_quant, call, int8_storage
+from pytest_int8bench.tensors import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from pytest_int8bench.workloads import FilterFn, Workload
 
-WEIGHT_SEED = 0
+SEED = 0
 _TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
 
 
@@ -50,6 +54,8 @@ class Ready:
     """Shape and dtype of each output tensor."""
     finite: bool
     """No output holds NaN or infinity."""
+    cuda_graphs_skipped: bool = False
+    """The compile mode asks for CUDA graphs, and Inductor did without."""
 
 
 class Model:
@@ -63,14 +69,14 @@ class Model:
         inputs: Any,
         *,
         device: torch.device,
-        other_bytes: int,
+        weight_bytes: int,
     ) -> None:
         self.workload = workload
         self.params = params
         self.eager = eager
         self.inputs = inputs
         self.device = device
-        self._other_bytes = other_bytes
+        self._weight_bytes = weight_bytes
         self.compiled: CompiledModel = compile_for_a100(
             eager,
             fullgraph=params.compile_fullgraph,
@@ -78,6 +84,7 @@ class Model:
             attention=params.attention,
         )
         self._ready: Ready | None = None
+        self._evidence: Evidence | None = None
 
     def run(self) -> Any:
         """Submit one batch and return the output. With ``feed=host`` the inputs are copied to
@@ -86,6 +93,18 @@ class Model:
         if self.params.feed == "host":
             inputs = map_tensors(lambda t: t.to(self.device, non_blocking=True), inputs)
         return call(self.compiled, inputs)
+
+    def evidence(self) -> Evidence:
+        """Profile one forward, once, and compare the labels of the point with the kernels.
+
+        Raises:
+            EvidenceError: if they contradict.
+        """
+        if self._evidence is None:
+            evidence = profile_forward(self.run, self.device)
+            check_labels(evidence, self.params, int8_storage(self.eager))
+            self._evidence = evidence
+        return self._evidence
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
         """Compile and warm up, once.
@@ -96,7 +115,8 @@ class Model:
         """
         if self._ready is None:
             try:
-                self._ready = self._get_ready(timer)
+                with self.compiled.entered():
+                    self._ready = self._get_ready(timer)
             except Exception as error:
                 if match := _TOO_FEW_ROWS.search(str(error)):
                     raise QuantizationError(
@@ -107,10 +127,10 @@ class Model:
         return self._ready
 
     def _get_ready(self, timer: Timer) -> Ready:
-        start = timer()
+        on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device == self.device)
+        other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self.run()
-        first_call_s = timer() - start
-        tokens = self.workload.tokens(output) if self.workload.tokens else None
+        tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         tensors = list(tensors_of(output))
         if not tensors:
             raise ValueError(f"workload {self.workload.name!r}: the model returned no tensor")
@@ -119,16 +139,18 @@ class Model:
         del output, tensors
         # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
         # call records the graph and with it allocates what each replay uses.
+        skips = graphs_skipped()
         with peak_memory(self.device) as peak:
             warm = warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
             peak_bytes = peak()
         return Ready(
-            compile_s=None if self.params.compile_mode == "off" else first_call_s,
+            compile_s=self.compiled.first_call_s,
             warm_up=warm,
-            peak_memory_bytes=None if peak_bytes is None else peak_bytes - self._other_bytes,
+            peak_memory_bytes=None if peak_bytes is None else peak_bytes - other_bytes,
             tokens=tokens,
             outputs=outputs,
             finite=finite,
+            cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
         )
 
 
@@ -146,6 +168,7 @@ class ModelPool:
         self._inputs: tuple[tuple[Any, RunParams], Any] | None = None
         # Keys hold ids of what workloads refer to; kept alive, an id is not used again.
         self._seen: list[Workload] = []
+        self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def get(self, workload: Workload, params: RunParams) -> Model:
         """Return the model of ``params``: a candidate if ``int8_enabled``, else a baseline.
@@ -206,23 +229,17 @@ class ModelPool:
     def _build(self, workload: Workload, params: RunParams) -> Model:
         device = find_device(params)
         inputs = self.batch(workload, params)
-        on_device = sum(t.nbytes for t in tensors_of(inputs) if t.device.type == device.type)
-        other_bytes = allocated_bytes(device) - (on_device if device.type == "cuda" else 0)
+        before = allocated_bytes(device)
         baseline = self._models.get("baseline")
-        seen = workload.with_axes(params)
         if params.int8_enabled and baseline is not None:
             # The very weights of the baseline, also where build does not repeat itself.
             eager = copy.deepcopy(baseline.eager)
         else:
-            eager = build_eager(workload, params, device)
+            eager = build_eager(workload, params, device, built=self._built)
         if params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
-                calibration = (
-                    workload.calibration(seen, device)
-                    if workload.calibration
-                    else [map_tensors(lambda t: t.to(device), inputs)]
-                )
+                calibration = _calibration(workload, params, inputs, device)
             apply_int8_quant(
                 eager,
                 mode=params.int8_mode,
@@ -231,7 +248,8 @@ class ModelPool:
                 calibration=calibration,
                 quant_config=workload.quant_config,
             )
-        return Model(workload, params, eager, inputs, device=device, other_bytes=other_bytes)
+        weight_bytes = allocated_bytes(device) - before
+        return Model(workload, params, eager, inputs, device=device, weight_bytes=weight_bytes)
 
 
 def _part_key(part: Any) -> Any:
@@ -273,35 +291,62 @@ def find_device(params: RunParams) -> torch.device:
     return torch.device(params.gpu_type)
 
 
-def build_eager(workload: Workload, params: RunParams, device: torch.device) -> nn.Module:
+def build_eager(
+    workload: Workload,
+    params: RunParams,
+    device: torch.device,
+    *,
+    built: weakref.WeakSet[nn.Module] | None = None,
+) -> nn.Module:
     """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
     ``params``.
 
-    With ``bf16`` every floating weight and buffer is BF16 but those of modules that
-    ``workload.keep_fp32`` names.
+    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. Modules that
+    ``workload.keep_fp32`` names are FP32 in both cases.
+
+    Args:
+        workload: what to build.
+        params: the point to build it for.
+        device: where it is moved to.
+        built: modules that were built before; the new one is added.
 
     Raises:
-        ValueError: if ``workload.build`` returns something else than a module.
+        ValueError: if ``workload.build`` returns no module, or one that it returned before.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(WEIGHT_SEED)
+    with _seeded(device):
         model = workload.build(workload.with_axes(params))
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"workload {workload.name!r}: build must return a torch.nn.Module, got {model!r}"
         )
+    if built is not None:
+        if model in built:
+            # It is cast, moved and perhaps quantized by now.
+            raise ValueError(
+                f"workload {workload.name!r}: build must return a new module each time, got one "
+                "that it returned before; return copy.deepcopy(model)"
+            )
+        built.add(model)
     model.eval().requires_grad_(False)
-    if params.bf16:
-        kept = {
-            id(part)
-            for name, module in model.named_modules()
-            if workload.keep_fp32 and workload.keep_fp32(module, name)
-            for part in module.modules()
-        }
-        for module in model.modules():
-            if id(module) not in kept:
-                _cast(module, torch.bfloat16)
+    kept = {
+        id(part)
+        for name, module in model.named_modules()
+        if workload.keep_fp32 and workload.keep_fp32(module, name)
+        for part in module.modules()
+    }
+    for module in model.modules():
+        low = params.bf16 and id(module) not in kept
+        _cast(module, torch.bfloat16 if low else torch.float32)
     return model.to(device)
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seed torch's random number generators, and put them back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(SEED)
+        yield
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -314,24 +359,35 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _make_inputs(workload: Workload, params: RunParams, device: torch.device) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(WEIGHT_SEED)
+    with _seeded(device):
         inputs = workload.inputs(workload.with_axes(params), device)
     if not isinstance(inputs, tuple | list | Mapping) or not list(tensors_of(inputs)):
         raise ValueError(
             f"workload {workload.name!r}: inputs must return a tuple or a mapping with tensors, "
             f"got {type(inputs).__name__}"
         )
+    if params.feed == "device":
+        return _placed(inputs, params, device)
+    host = _placed(inputs, params, torch.device("cpu"))
+    return map_tensors(lambda t: t.pin_memory(), host) if device.type == "cuda" else host
+
+
+def _calibration(
+    workload: Workload, params: RunParams, inputs: Any, device: torch.device
+) -> list[Any]:
+    if workload.calibration is None:
+        return [_placed(inputs, params, device)]
+    with _seeded(device):
+        batches = workload.calibration(workload.with_axes(params), device)
+        return [_placed(batch, params, device) for batch in batches]
+
+
+def _placed(inputs: Any, params: RunParams, device: torch.device) -> Any:
+    """Return ``inputs`` on ``device``, floating tensors in the model's dtype."""
     dtype = torch.bfloat16 if params.bf16 else torch.float32
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if params.feed == "device":
-            return tensor.to(device)
-        host = tensor.cpu()
-        return host.pin_memory() if device.type == "cuda" else host
-
-    return map_tensors(place, inputs)
+    return map_tensors(
+        lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device), inputs
+    )
 
 
 def free_memory() -> None:
@@ -339,33 +395,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a tensor, sequence, mapping or dataclass, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for spec in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, spec.name))
-
-
-def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return ``value`` with ``change`` applied to each tensor that :func:`tensors_of` finds."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(change, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        changed = [map_tensors(change, item) for item in value]
-        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **map_tensors(change, fields))
-    return value

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_int8bench.params import (
     INT8_MODES,
+    MEASURING_FIELDS,
     RunParams,
     parse_bool,
     parse_extra,
@@ -204,12 +205,16 @@ def _read_set(items: list[str]) -> dict[str, Any]:
             raise ValueError(f"must be NAME=VALUE, got {item!r}")
         if name in ("int8_enabled", "int8_mode"):
             raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
+        if name in ("profiler_enabled", "wandb_enabled"):
+            raise ValueError(f"{name} has no effect in this version, got {item!r}")
         if name.startswith("extra."):
             parsed: list[Any] = [parse_extra(part) for part in _split(text)]
             for value in parsed:
                 RunParams(extra={name.removeprefix("extra."): value})
         else:
             parsed = [parse_field(name, part) for part in _split(text)]
+        if name in MEASURING_FIELDS and len(parsed) > 1:
+            raise ValueError(f"{name} is no part of a run's name and cannot be swept, got {item!r}")
         changes.pop(name, None)
         axes.pop(name, None)
         if len(parsed) == 1:

@@ -149,9 +149,9 @@ class RunParams:
     min_batches_per_interval: int = 10
     """Batches measured at least, also where they take longer than the interval."""
     profiler_enabled: bool = False
-    """Write a profile of one forward."""
+    """Write a profile of one forward. Nothing reads it in this version."""
     wandb_enabled: bool = False
-    """Report to Weights & Biases."""
+    """Report to Weights & Biases. Nothing reads it in this version."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -195,6 +195,8 @@ class RunParams:
             return f"{self.attention} attention takes 16-bit inputs only, bf16=False"
         if self.int8_smoothquant and not self.int8_enabled:
             return "int8_smoothquant=True without int8_enabled has nothing to smooth"
+        if self.feed == "host" and not on_cuda:
+            return f"feed=host has no device to copy to, gpu_type={self.gpu_type}"
         if self.int8_backend == "fused" and self.int8_enabled:
             return "int8_backend=fused is not part of this version; use torchao or auto"
         return None

@@ -75,10 +75,10 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     why = "chosen by auto" if state.settings.preset == "auto" else "as asked"
     found = {"seed": "CUDA is available", "smoke": "no CUDA device"}
     why += f": {found[state.preset]}" if state.settings.preset == "auto" else ""
-    return f"int8bench: preset {state.preset} ({why}), workload {state.settings.workload}"
+    return f"int8bench: preset {state.preset} ({why})"
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:

@@ -222,7 +222,9 @@ def apply_int8_quant(
         layers = _recheck(model, layers, "not named by FqnToConfig")
     else:
         layers = _select(
-            model, filter_fn or is_transformer_linear, check_shapes=quant_config is None
+            model,
+            filter_fn or is_transformer_linear,
+            check_shapes=mode == "w8a8" and quant_config is None,
         )
         chosen = {layer.name for layer in layers if layer.reason is None}
         if not chosen:

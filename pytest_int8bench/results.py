@@ -67,6 +67,8 @@ class Result:
     warm_up_s: float | None = None
     steady: bool | None = None
     """False if batch times had not settled when the warm-up's time ran out."""
+    cuda_graphs_skipped: bool | None = None
+    """The compile mode asks for CUDA graphs, and Inductor did without."""
 
     speedup: float | None = None
     """Baseline time over candidate time."""
@@ -150,13 +152,18 @@ class Journal:
     A later result of the same node replaces the earlier one for readers.
     """
 
-    def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
-        """Start a journal; raises ``FileExistsError`` rather than write into another one."""
+    def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:
+        """Start a journal in a new file; None keeps the results in memory only.
+
+        Raises:
+            OSError: if the file cannot be made, ``FileExistsError`` if it is there already.
+        """
         self.path = path
         self.environment = dict(environment)
         self._results: list[Result] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
         self._write({"int8bench": {"schema": SCHEMA, "environment": self.environment}})
 
     @property
@@ -167,13 +174,15 @@ class Journal:
     def append(self, result: Result) -> None:
         """Write ``result`` to disk."""
         self._results.append(result)
-        self._write(result.to_dict())
+        self._write(result.to_dict())  # what cannot be written is still in ``results``
 
     def saved(self) -> Saved:
         """Return what the JSON is to hold."""
         return Saved(self.environment, self.results, [])
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,10 @@ class State:
         """
         if self._preset is None:
             self._preset = self.settings.resolved_preset(_cuda_available)
-        points = [p.replace(**changes) for p in self.settings.points(self._preset)]
+        points = [
+            p.replace(**{**changes, "extra": {**p.extra, **changes.get("extra", {})}})
+            for p in self.settings.points(self._preset)
+        ]
         points = unique(p if p.int8_enabled else p.baseline() for p in points)
         return with_baselines(points) if twins and self.settings.baseline else points
 
@@ -97,19 +101,30 @@ class State:
         return self._throughput
 
     def record(self, result: Result) -> None:
-        """Write ``result`` to the journal, at once."""
-        if self.journal is None:
-            from pytest_int8bench.environment import fingerprint
-            from pytest_int8bench.results import Journal
+        """Write ``result`` to the journal, at once. Where that fails, the result is kept in
+        memory and the session warned."""
+        try:
+            if self.journal is None:
+                self.journal = self._start_journal()
+            self.journal.append(result)
+        except OSError as error:
+            warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
 
-            folder = self.root / JOURNAL_FOLDER
+    def _start_journal(self) -> Journal:
+        from pytest_int8bench.environment import fingerprint
+        from pytest_int8bench.results import Journal
+
+        environment = fingerprint(self.root)
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        folder = self.root / JOURNAL_FOLDER
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".gitignore").write_text("*\n")
-            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             # Two sessions in one process may start within a second.
-            name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
-            self.journal = Journal(folder / name, fingerprint(self.root))
-        self.journal.append(result)
+            return Journal(folder / f"{stamp}-{os.getpid()}-{id(self):x}.jsonl", environment)
+        except OSError as error:
+            warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
+            return Journal(None, environment)
 
     def close(self) -> None:
         """Free the models."""
@@ -139,6 +154,8 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
                     f"@pytest.mark.int8: unknown key {key!r}; "
                     f"keys are workload, {', '.join(FIELD_TYPES)}, extra"
                 )
+            elif key == "extra" and isinstance(value, dict):
+                changes["extra"] = {**changes.get("extra", {}), **value}
             else:
                 changes[key] = value
     RunParams().replace(**changes)  # says what is wrong with a value
@@ -157,6 +174,7 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
     A point that was measured is written when it is; if its test fails after that, for instance
     by an assertion of its own, its result is written again as ``failed``.
     """
+    _tell_benchmark(state, item, report)
     point = state.points_of.get(item.nodeid)
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
@@ -165,9 +183,7 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
     workload, params = point
     status = "failed" if report.failed else "skipped"
     reason = _reason(report)
-    measured = (
-        [r for r in state.journal.results if r.nodeid == item.nodeid] if state.journal else []
-    )
+    measured = _results_of(state, item)
     if measured:
         if measured[0].status == "ok":
             state.record(dataclasses.replace(measured[0], status=status, reason=reason))
@@ -182,6 +198,22 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
             reason=reason,
         )
     )
+
+
+def _results_of(state: State, item: pytest.Item) -> list[Result]:
+    return [r for r in state.journal.results if r.nodeid == item.nodeid] if state.journal else []
+
+
+def _tell_benchmark(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
+    """Keep timings of failed tests out of pytest-benchmark's file, where they would pass for
+    baselines, and its warning about unused benchmarks from points that ran out of memory."""
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if benchmark is None or item.nodeid not in state.points_of:
+        return
+    if report.failed:
+        benchmark.has_error = True
+    if any(result.oom for result in _results_of(state, item)):
+        benchmark.skipped = True
 
 
 def _reason(report: pytest.TestReport) -> str:
@@ -233,13 +265,12 @@ def where_saved(config: pytest.Config, state: State) -> list[str]:
             saved.append(str(benchmarks.json if is_path else benchmarks.json.name))
         if benchmarks.save or benchmarks.autosave:
             saved.append(str(benchmarks.storage.location))
-    assert state.journal is not None
-    journal = state.journal.path
-    if journal.is_relative_to(Path.cwd()):
+    journal = state.journal.path if state.journal else None
+    if journal is not None and journal.is_relative_to(Path.cwd()):
         journal = journal.relative_to(Path.cwd())
     return [
         f"saved: {', '.join(saved)}"
         if saved
         else "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH",
-        f"journal: {journal}",
+        f"journal: {journal or 'none, see the warnings'}",
     ]

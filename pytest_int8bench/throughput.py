@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state, throttled
-from pytest_int8bench.evidence import check_labels, profile_forward
 from pytest_int8bench.measure import (
     Plan,
     Run,
@@ -22,7 +22,7 @@ from pytest_int8bench.measure import (
 )
 from pytest_int8bench.models import Model, ModelPool, Ready
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import coverage, int8_storage
+from pytest_int8bench.quantize import coverage
 from pytest_int8bench.results import Result
 from pytest_int8bench.workloads import UNITS, Workload
 
@@ -117,15 +117,16 @@ class Throughput:
             _compare_outputs(baseline.ready(self._timer), ready, params)
         units = _units(model, ready)
 
-        plan = pilot(
-            model.run,
-            self._timer,
-            interval_s=params.benchmark_interval_s,
-            min_batches=params.min_batches_per_interval,
-        )
         before = gpu_state()
-        with model.compiled.no_compilation():
-            times = time_rounds(model.run, plan)
+        with model.compiled.entered():
+            plan = pilot(
+                model.run,
+                self._timer,
+                interval_s=params.benchmark_interval_s,
+                min_batches=params.min_batches_per_interval,
+            )
+            with model.compiled.no_compilation():
+                times = time_rounds(model.run, plan)
         after = gpu_state()
         timing = summarize(times)
         values: dict[str, Any] = {
@@ -139,22 +140,26 @@ class Throughput:
             "compile_s": ready.compile_s,
             "warm_up_s": ready.warm_up.seconds,
             "steady": ready.warm_up.steady,
+            "cuda_graphs_skipped": ready.cuda_graphs_skipped,
             "gpu_before": before,
             "gpu_after": after,
             "throttled": sorted({*throttled(before), *throttled(after)}),
             **{f"{unit}_per_s": count / timing.median_s for unit, count in units.items()},
         }
         if params.int8_enabled:
-            values |= self._speedup(workload, params, baseline, model, timing.median_s)
+            speedup, problem = self._speedup(workload, params, baseline, model, timing.median_s)
+            values |= speedup
+            note = note or problem
             values["coverage"] = coverage(model.eager).to_dict()
             values["int8_backend"] = (
                 "torchao" if params.int8_backend == "auto" else params.int8_backend
             )
-        else:
+            if baseline is not None and problem is None:
+                baseline.evidence()
+        values |= _evidence(model)
+        if not params.int8_enabled:
             self._baseline_s[self._pool.key(workload, params)] = timing.median_s
-        if note:
-            values["reason"] = note
-        return values | _evidence(model)
+        return values | ({"reason": note} if note else {})
 
     def _ready_baseline(
         self, workload: Workload, params: RunParams
@@ -185,39 +190,56 @@ class Throughput:
         baseline: Model | None,
         candidate: Model,
         candidate_s: float,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], str | None]:
+        """Return the speedup, and what the reader should know about it."""
+        problem = None
         if baseline is not None:
-            with candidate.compiled.no_compilation():
-                speedup: Speedup = measure_speedup(
-                    baseline.run,
-                    candidate.run,
-                    self._timer,
-                    interval_s=params.benchmark_interval_s,
-                )
-            return {
-                "speedup": speedup.ratio,
-                "speedup_low": speedup.low,
-                "speedup_high": speedup.high,
-                "speedup_method": "interleaved",
-            }
+            try:
+                speedup = self._interleave(baseline, candidate, params.benchmark_interval_s)
+            except Exception as error:
+                if oom_of(error) is None:
+                    raise
+                release(error)
+                problem = "baseline and candidate do not fit in memory together"
+            else:
+                return {
+                    "speedup": speedup.ratio,
+                    "speedup_low": speedup.low,
+                    "speedup_high": speedup.high,
+                    "speedup_method": "interleaved",
+                }, None
+            self._pool.evict("baseline")
         apart = self._baseline_s.get(self._pool.key(workload, params.baseline()))
         if apart is None or not self._with_baseline:
-            return {}
-        return {"speedup": apart / candidate_s, "speedup_method": "separate"}
+            return {}, problem
+        return {"speedup": apart / candidate_s, "speedup_method": "separate"}, problem
+
+    def _interleave(self, baseline: Model, candidate: Model, interval_s: float) -> Speedup:
+        with (
+            baseline.compiled.entered(),
+            candidate.compiled.entered(),
+            candidate.compiled.no_compilation(),
+        ):
+            return measure_speedup(baseline.run, candidate.run, self._timer, interval_s=interval_s)
 
 
 def _units(model: Model, ready: Ready) -> dict[str, float]:
     """Return what one batch counts for."""
     units = dict(model.workload.units(model.workload.with_axes(model.params)))
+    if ready.tokens is not None:
+        units["tokens"] = ready.tokens
     unknown = set(units) - set(UNITS)
     if unknown or "samples" not in units:
         raise ValueError(
             f"workload {model.workload.name!r}: units must give samples, and may give "
             f"{', '.join(UNITS[1:])}; got {', '.join(units) or 'nothing'}"
         )
-    if ready.tokens is not None:
-        units["tokens"] = ready.tokens
-    return units
+    for unit, count in units.items():
+        if not 0 < float(count) < math.inf:
+            raise ValueError(
+                f"workload {model.workload.name!r}: {unit} must be a number above 0, got {count!r}"
+            )
+    return {unit: float(count) for unit, count in units.items()}
 
 
 def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> None:
@@ -231,8 +253,7 @@ def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> No
 
 
 def _evidence(model: Model) -> dict[str, Any]:
-    evidence = profile_forward(model.run, model.device)
-    check_labels(evidence, model.params, int8_storage(model.eager))
+    evidence = model.evidence()
     return {
         "int8_time_share": evidence.int8_time_share,
         "attention_kernel": evidence.attention_kernel,

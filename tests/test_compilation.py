@@ -14,7 +14,12 @@ import torch._functorch.config
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pytest_int8bench.compilation import CompileError, compile_for_a100, graphs_compiled
+from pytest_int8bench.compilation import (
+    CompiledModel,
+    CompileError,
+    compile_for_a100,
+    graphs_compiled,
+)
 from pytest_int8bench.evidence import profile_forward
 
 CPU = torch.device("cpu")
@@ -283,3 +288,26 @@ def test_two_attention_backends_run_two_kernels_also_from_a_warm_cache(
     torch._dynamo.reset()  # nothing in memory, the caches on disk are warm
     assert runs_flash("math") is False
     assert runs_flash("flash") is True
+
+
+def test_outputs_of_cuda_graph_modes_are_the_callers_own() -> None:
+    model = nn.Linear(4, 4).eval()
+    x = torch.randn(2, 4)
+    outputs = compile_for_a100(model, mode="reduce-overhead")(x)
+    assert not outputs.is_inference()  # copied outside of inference mode
+    torch.testing.assert_close(outputs, model(x))
+
+
+def test_settings_are_entered_once_for_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="off")
+    entered = []
+    settings = CompiledModel.settings
+    monkeypatch.setattr(CompiledModel, "settings", lambda self: entered.append(1) or settings(self))
+    with compiled.entered():
+        assert torch.is_inference_mode_enabled()
+        for _ in range(3):
+            compiled(torch.randn(2, 4))
+    assert len(entered) == 1
+    assert not torch.is_inference_mode_enabled()
+    compiled(torch.randn(2, 4))
+    assert len(entered) == 2

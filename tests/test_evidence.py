@@ -44,7 +44,6 @@ def ran(*names: str) -> Evidence:
         GEMM_INT8,
         "cutlass_80_tensorop_i16832gemm_s8_256x128_64x3_tn_align16",
         "aten::_int_mm",
-        "aten::_weight_int8pack_mm",
         "sm90_xmma_gemm_i8i8_i8i32_i32_tn_n_tilesize128x128x64_warpgroupsize1x1x1",
         "sm80_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x64_stage3_igemm",
         "ampere_int8_i16832gemm_int8_128x128_ldg16_stages_64x3_tn",
@@ -175,6 +174,27 @@ def test_labels_that_agree_pass(
             f"{BF16.run_name} is a baseline, but {GEMM_INT8} ran",
         ),
         (
+            BF16,
+            ran(GEMM_BF16),
+            (1, 1),
+            f"{BF16.run_name} is a baseline, but 1 layers are quantized",
+        ),
+        (
+            W8,
+            ran(GEMM_INT8),
+            (24, 24),
+            f"{W8.run_name} is labelled W8, but {GEMM_INT8} ran",
+        ),
+        (
+            W8A8,
+            ran("aten::_weight_int8pack_mm"),  # INT8 weights, 16-bit activations
+            (24, 24),
+            (
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                "kernels: aten::_weight_int8pack_mm 1000 us"
+            ),
+        ),
+        (
             BF16.replace(attention="cudnn"),
             ran(FLASH),
             (0, 0),
@@ -193,7 +213,18 @@ def test_labels_that_agree_pass(
             ),
         ),
     ],
-    ids=["no-product", "only-fused", "storage", "no-layer", "baseline", "attention", "math"],
+    ids=[
+        "no-product",
+        "only-fused",
+        "storage",
+        "no-layer",
+        "baseline",
+        "baseline-quantized",
+        "w8-product",
+        "w8a8-packed",
+        "attention",
+        "math",
+    ],
 )
 def test_labels_that_contradict_the_kernels_are_errors(
     params: RunParams, evidence: Evidence, stored: tuple[int, int], message: str

@@ -526,3 +526,46 @@ def test_another_name_makes_another_workload() -> None:
     pool = ModelPool()
     assert pool.get(counting.workload, BF16) is not pool.get(other, BF16)
     assert counting.built == 2
+
+
+def test_build_must_return_a_new_module_each_time() -> None:
+    kept = Toy()
+    pool = ModelPool()
+    workload = make_workload(build=lambda p: kept)
+    pool.get(workload, BF16)
+    message = (
+        "workload 'toy': build must return a new module each time, got one that it returned "
+        "before; return copy.deepcopy(model)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pool.get(workload, BF16.replace(batch_size=BF16.batch_size + 1))
+
+
+def test_without_bf16_every_model_is_fp32() -> None:
+    workload = make_workload(build=lambda p: Toy().half())
+    model = build_eager(workload, BF16.replace(bf16=False), CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_calibration_is_cast_and_seeded() -> None:
+    seen = []
+
+    def calibration(p: RunParams, device: torch.device) -> Any:
+        seen.append(torch.rand(1).item())
+        return [toy_inputs(p, device)]  # FP32
+
+    workload = make_workload(calibration=calibration)
+    params = BF16.replace(int8_enabled=True, int8_smoothquant=True)
+    for _ in range(2):
+        ModelPool().get(workload, params)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_the_compile_time_is_that_of_the_first_call_whoever_makes_it() -> None:
+    pool = ModelPool()
+    model = pool.get(make_workload(), BF16.replace(compile_mode="default"))
+    model.run()
+    first = model.compiled.first_call_s
+    assert first is not None
+    assert model.ready().compile_s == first

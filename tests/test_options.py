@@ -48,6 +48,13 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "extra.1x=4": "extra names must be identifiers such as seq_len, got '1x'",
         "extra.x=NaN": "extra.x must be finite, got nan",
         "extra.x=1,Infinity": "extra.x must be finite, got inf",
+        "benchmark_interval_s=1,5": (
+            "benchmark_interval_s is no part of a run's name and cannot be swept, "
+            "got 'benchmark_interval_s=1,5'"
+        ),
+        "profiler_enabled=true": (
+            "profiler_enabled has no effect in this version, got 'profiler_enabled=true'"
+        ),
         "int8_mode=w8": "int8_mode is set by --int8-mode, got 'int8_mode=w8'",
         "int8_enabled=true": "int8_enabled is set by --int8-mode, got 'int8_enabled=true'",
     },

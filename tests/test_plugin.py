@@ -271,10 +271,10 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
         [
             f"SKIPPED [[]1]*: {reason}",
             f"toy * {name.format(6)} * OOM *",
-            f"oom: {name.format(6)}: out of memory: tried to allocate 2.00 GiB",
-            f"failed: {name.format(5)}: ValueError: five is too many",
-            f"failed: {name.format(4)}: AssertionError: too slow",
-            f"skipped: {impossible}: {reason}",
+            f"oom: toy: {name.format(6)}: out of memory: tried to allocate 2.00 GiB",
+            f"failed: toy: {name.format(5)}: ValueError: five is too many",
+            f"failed: toy: {name.format(4)}: AssertionError: too slow",
+            f"skipped: toy: {impossible}: {reason}",
             "E * ValueError: five is too many",
             axis,
         ]
@@ -297,11 +297,18 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     assert found[node.format("sizes", name.format(6))].requested_bytes == 2 * 2**30
     assert found[node.format("impossible", impossible)].reason == reason
     assert read(project.path / "out.json").results == list(found.values())
+    # A failed test's timing would pass for a baseline in pytest-benchmark's own comparison.
+    timed = {entry["fullname"] for entry in load(project.path / "out.json")["benchmarks"]}
+    assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
 
 def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(
-        *SMOKE, "--int8-set=batch_size=6", "--benchmark-json=out.json", "--benchmark-autosave"
+        *SMOKE,
+        "--int8-set=batch_size=6",
+        "--benchmark-json=out.json",
+        "--benchmark-autosave",
+        "-Werror:Benchmark fixture was not used",
     )
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2)
@@ -484,7 +491,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=2, errors=2)
     result.stdout.fnmatch_lines_random(
         [
-            "int8bench: preset smoke (as asked), workload toy.py:make",
+            "int8bench: preset smoke (as asked)",
             "int8 workload: nowhere.py:make: there is no file *nowhere.py",
             "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
@@ -587,3 +594,33 @@ def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["E * fixture 'int8_throughput' not found"])
     result.stdout.no_fnmatch_line("*int8bench:*")
     assert not (project.path / ".benchmarks" / "int8bench").exists()
+
+
+def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_one="""
+        import pytest
+
+        from pytest_int8bench import RunParams
+
+        START = RunParams(
+            model_size="nano", gpu_type="cpu", image_size=16, compile_mode="off", batch_size=4
+        )
+
+
+        @pytest.mark.parametrize("int8_params", [START], indirect=True)
+        @pytest.mark.parametrize("other", [1])
+        def test_one(int8_throughput, other):
+            assert int8_throughput().samples_per_s > 0
+        """
+    )
+    (project.path / ".benchmarks").write_text("in the way")
+    result = project.runpytest_subprocess(*SMOKE)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(
+        [
+            "*int8bench: no journal: *",
+            "toy *_ts12_bs4_compile_mode-off * flash *",
+            "journal: none, see the warnings",
+        ]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pytest_int8bench.evidence import EvidenceError
 from pytest_int8bench.measure import Plan, Run, time_block
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantize import QuantizationError, apply_int8_quant
 from pytest_int8bench.results import Result
 from pytest_int8bench.throughput import OutputError, Throughput
 from pytest_int8bench.workloads import Workload
@@ -317,3 +319,49 @@ def test_units_must_be_known(throughput: Throughput, units: dict[str, float], go
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         measure(throughput, make_workload(units=lambda p: units), BF16)
+
+
+def test_units_may_be_tensors_and_come_out_as_numbers(throughput: Throughput) -> None:
+    workload = make_workload(units=lambda p: {"samples": torch.tensor(p.batch_size)})
+    result = measure(throughput, workload, BF16)
+    assert type(result.samples_per_s) is float
+    json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize("count", [0, -1, float("inf"), float("nan")])
+def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
+    workload = make_workload(units=lambda p: {"samples": count})
+    message = f"workload 'toy': samples must be a number above 0, got {count!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        measure(throughput, workload, BF16)
+
+
+def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
+    """The twin's labels are checked also where it has no test of its own."""
+
+    def build(p: RunParams) -> nn.Module:
+        return Toy() if p.int8_enabled else apply_int8_quant(Toy().eval(), mode="w8")
+
+    throughput_apart = Throughput(ModelPool())
+    with pytest.raises((EvidenceError, QuantizationError)):
+        measure(throughput_apart, make_workload(build=build), BF16.replace(int8_enabled=True))
+
+
+def test_running_out_of_memory_in_the_speedup_keeps_the_measurement(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = make_workload()
+    baseline = measure(throughput, workload, BF16)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr("pytest_int8bench.throughput.measure_speedup", full)
+    result = measure(throughput, workload, BF16.replace(int8_enabled=True))
+    assert result.status == "ok"
+    assert result.speedup_method == "separate"
+    assert result.reason == "baseline and candidate do not fit in memory together"
+    assert result.speedup is not None
+    assert result.samples_per_s is not None
+    assert baseline.samples_per_s is not None
+    assert result.speedup == pytest.approx(result.samples_per_s / baseline.samples_per_s)

@@ -38,6 +38,9 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     for result in saved.results:
         for line in _remarks(result):
             console.print(Text(line, overflow="fold"))
+    versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
+    if named := sorted(version for version in versions if version):
+        console.print(Text(f"OlmoEarth {', '.join(named)}", style="dim"))
     if short := _short_rounds(saved.results):
         console.print(Text(short, overflow="fold"))
     console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
@@ -103,26 +106,35 @@ def _speedup(result: Result) -> str:
 def _remarks(result: Result) -> list[str]:
     """Return what the reader must know about a point beyond its row."""
     lines = []
+    name = _label(result)
     if result.status != "ok" or result.reason:
         mark = "note" if result.status == "ok" else result.status
-        lines.append(f"{mark}: {result.run_name}: {result.reason or 'no reason given'}")
+        lines.append(f"{mark}: {name}: {result.reason or 'no reason given'}")
     if result.throttled:
-        lines.append(f"throttled: {result.run_name}: {', '.join(result.throttled)}")
+        lines.append(f"throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
-        lines.append(f"unsteady: {result.run_name}: batch times had not settled after warm-up")
+        lines.append(f"unsteady: {name}: batch times had not settled after warm-up")
+    if result.cuda_graphs_skipped:
+        lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
     return lines
 
 
+def _label(result: Result) -> str:
+    """Return the run name, with the workload where it is not the default one."""
+    if result.workload == "olmoearth":
+        return result.run_name
+    return f"{result.workload}: {result.run_name}"
+
+
 def _short_rounds(results: list[Result]) -> str | None:
-    shares = {r.run_name: r.synchronization_share or 0 for r in results}
-    short = {name: share for name, share in shares.items() if share > MAX_SYNCHRONIZATION_SHARE}
+    short = [r for r in results if (r.synchronization_share or 0) > MAX_SYNCHRONIZATION_SHARE]
     if not short:
         return None
-    worst = max(short, key=lambda name: short[name])
+    worst = max(short, key=lambda result: result.synchronization_share or 0)
     return (
         f"short rounds: in {len(short)} of {len(results)} points over "
         f"{MAX_SYNCHRONIZATION_SHARE:.1%} of the batch time is the host starting a round, at most "
-        f"{short[worst]:.1%} ({worst}); raise benchmark_interval_s"
+        f"{worst.synchronization_share:.1%} ({_label(worst)}); raise benchmark_interval_s"
     )
 
 

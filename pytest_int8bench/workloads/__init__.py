@@ -51,8 +51,8 @@ class Workload:
     name: str
     """Part of the identity of every result."""
     build: Callable[[RunParams], torch.nn.Module]
-    """Return the FP32 model for a point, on the CPU or any device. The random number
-    generators are seeded before the call, so that random weights repeat."""
+    """Return a new model for a point, on the CPU or any device; it is cast and moved. torch's
+    random number generators are seeded before the call, so that random weights repeat."""
     inputs: Callable[[RunParams, torch.device], Inputs]
     """Return the inputs of one batch on the device: a tuple for positional arguments, or a
     mapping for keyword arguments. Floating inputs are cast to the model's dtype."""
@@ -62,13 +62,15 @@ class Workload:
     tokens: Callable[[Any], int] | None = None
     """Count the tokens of one batch from the model's output, instead of in ``units``."""
     evaluation: Evaluation | None = None
-    """How to judge accuracy."""
+    """How to judge accuracy. Throughput does not need it, and nothing else reads it in this
+    version."""
     filter_fn: FilterFn | None = None
     """``filter_fn(module, name)`` says which linear layers to quantize."""
     quant_config: Any = None
     """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, instead of the mode's own."""
     calibration: Callable[[RunParams, torch.device], Any] | None = None
-    """Return an iterable of inputs for SmoothQuant; the measured batch by default."""
+    """Return an iterable of inputs for SmoothQuant, cast and moved like those of ``inputs``; the
+    measured batch by default."""
     keep_fp32: FilterFn | None = None
     """``keep_fp32(module, name)`` says which modules stay in FP32 with ``bf16=True``."""
     impossible_reason: Callable[[RunParams], str | None] | None = None
