@@ -101,7 +101,8 @@ class Model:
             EvidenceError: if they contradict.
         """
         if self._evidence is None:
-            evidence = profile_forward(self.run, self.device)
+            with self.compiled.entered():
+                evidence = profile_forward(self.run, self.device)
             check_labels(evidence, self.params, int8_storage(self.eager))
             self._evidence = evidence
         return self._evidence
@@ -127,7 +128,8 @@ class Model:
         return self._ready
 
     def _get_ready(self, timer: Timer) -> Ready:
-        on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device == self.device)
+        kind = self.device.type
+        on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device.type == kind)
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self.run()
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
@@ -343,7 +345,7 @@ def build_eager(
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
     """Seed torch's random number generators, and put them back afterwards."""
-    devices = [device] if device.type == "cuda" else []
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         yield
