@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -569,3 +570,18 @@ def test_the_compile_time_is_that_of_the_first_call_whoever_makes_it() -> None:
     first = model.compiled.first_call_s
     assert first is not None
     assert model.ready().compile_s == first
+
+
+def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated device: 1000 bytes of others, the inputs, then the weights, then a peak."""
+    weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
+    allocated = iter([1000 + inputs, 1000 + inputs + weights, 1000 + inputs + weights])
+    monkeypatch.setattr("pytest_int8bench.models.allocated_bytes", lambda device: next(allocated))
+
+    @contextlib.contextmanager
+    def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+        yield lambda: 1000 + inputs + weights + activations
+
+    monkeypatch.setattr("pytest_int8bench.models.peak_memory", peak_memory)
+    ready = ModelPool().get(make_workload(), BF16).ready()
+    assert ready.peak_memory_bytes == weights + inputs + activations
