@@ -250,6 +250,7 @@ class ModelPool:
                 calibration=calibration,
                 quant_config=workload.quant_config,
             )
+        free_memory()  # the weights that were quantized, and SmoothQuant's observers
         weight_bytes = allocated_bytes(device) - before
         return Model(workload, params, eager, inputs, device=device, weight_bytes=weight_bytes)
 
