@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_int8bench import clock
-from pytest_int8bench.params import RunParams
+from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, marker_changes
 
 if TYPE_CHECKING:
@@ -28,14 +28,13 @@ def _state(request: pytest.FixtureRequest) -> State:
 @pytest.fixture
 def int8_params(request: pytest.FixtureRequest) -> RunParams:
     """The point of this test, a RunParams: one for each point of the sweep and INT8 mode."""
-    state = _state(request)
     if not hasattr(request, "param"):
         pytest.fail("int8_params has no point: parametrize it, or let the plugin do so", False)
     if isinstance(request.param, RunParams):
         return request.param
     params = RunParams.from_run_name(request.param)
-    changes = {**state.settings.changes, **marker_changes(request.node)[0]}
-    return params.replace(**{k: v for k, v in changes.items() if k in state.measuring_fields})
+    changes = {**_state(request).settings.changes, **marker_changes(request.node)[0]}
+    return params.replace(**{k: v for k, v in changes.items() if k in MEASURING_FIELDS})
 
 
 @pytest.fixture

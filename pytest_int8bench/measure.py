@@ -111,16 +111,18 @@ def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
     at the second call and first replayed at the third.
     """
     times: list[float] = []
+    spent = 0.0
     while True:
         times.append(time_once(run, timer))
+        spent += times[-1]
         if len(times) < 2 * STEADY_WINDOW:
             continue
         before = statistics.median(times[-2 * STEADY_WINDOW : -STEADY_WINDOW])
         after = statistics.median(times[-STEADY_WINDOW:])
         if abs(after - before) <= STEADY_CHANGE * before:
-            return WarmUp(len(times), sum(times), steady=True)
-        if sum(times) >= max_s:
-            return WarmUp(len(times), sum(times), steady=False)
+            return WarmUp(len(times), spent, steady=True)
+        if spent >= max_s:
+            return WarmUp(len(times), spent, steady=False)
 
 
 def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
@@ -130,15 +132,15 @@ def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
     a running pipeline the host is ahead and that time is hidden. For INT8 weights of torchao
     it came to 3.7 ms a batch (H200, torch 2.11): the bare clock reading is not the cost.
     """
-    single = min(time_block(run, timer, 1) for _ in range(2))
+    single = min(time_once(run, timer) for _ in range(2))
     count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50)
     block = time_block(run, timer, count) * count
     # One more, so that a stall before the block does not pass for the cost of a synchronization.
-    single = min(single, time_block(run, timer, 1))
+    single = min(single, time_once(run, timer))
     added_s = max((count * single - block) / (count - 1), 0.0)
     reading = [timer() for _ in range(3)]
     read_s = min(b - a for a, b in itertools.pairwise(reading))
-    return max(block / count - added_s / count, 1e-9), max(added_s / 2, read_s)
+    return max((block - added_s) / count, 1e-9), max(added_s / 2, read_s)
 
 
 def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
@@ -227,10 +229,10 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
     """
     runs = (baseline, candidate)
     costs = [synchronization_cost(run, timer) for run in runs]
-    # Both sides average over the same number of batches: means of unequal numbers of skewed times
-    # have unequal medians.
     both_s = sum(batch_s for batch_s, _ in costs)
     fitting = math.floor(interval_s / MIN_PAIRS / both_s)
+    # Both sides average over the same number of batches: means of unequal numbers of skewed times
+    # have unequal medians.
     wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
     iterations = max(1, min(wanted, fitting))
     pair_s = iterations * both_s

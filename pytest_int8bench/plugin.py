@@ -72,9 +72,10 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     state = config.stash[STATE]
     if state.preset is None:
         return None
-    why = "chosen by auto" if state.settings.preset == "auto" else "as asked"
-    found = {"seed": "CUDA is available", "smoke": "no CUDA device"}
-    why += f": {found[state.preset]}" if state.settings.preset == "auto" else ""
+    why = "as asked"
+    if state.settings.preset == "auto":
+        found = {"seed": "CUDA is available", "smoke": "no CUDA device"}
+        why = f"chosen by auto: {found[state.preset]}"
     return f"int8bench: preset {state.preset} ({why})"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_int8bench.options import Settings
-from pytest_int8bench.params import FIELD_TYPES, MEASURING_FIELDS, RunParams
+from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
 from pytest_int8bench.workloads.names import check_workload_name, load_object, load_workload
 
@@ -29,8 +29,6 @@ _MAX_REASON = 500
 
 class State:
     """Everything of one session. Nothing heavy is imported before it is used."""
-
-    measuring_fields = MEASURING_FIELDS
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings

@@ -93,9 +93,7 @@ class Throughput:
             self._baseline_oom.add(self._pool.key(workload, params))
         self._pool.clear()
         reason = "out of memory" + (f": tried to allocate {asked / 2**30:.2f} GiB" if asked else "")
-        return Result(
-            **common, status="oom", reason=reason, requested_bytes=asked, int8_backend=None
-        )
+        return Result(**common, status="oom", reason=reason, requested_bytes=asked)
 
     def _measure(
         self, workload: Workload, params: RunParams, time_rounds: TimeRounds
