@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.quantize import apply_int8_quant, coverage, is_transformer_linear
     from pytest_int8bench.results import Result
+    from pytest_int8bench.runner import (
+        ThroughputBenchmarkRunner,
+        ThroughputBenchmarkRunnerConfig,
+    )
     from pytest_int8bench.sweep import SWEEPS
     from pytest_int8bench.workloads import Evaluation, Workload
 
@@ -26,6 +30,8 @@ __all__ = [
     "FlashSDPA",
     "Result",
     "RunParams",
+    "ThroughputBenchmarkRunner",
+    "ThroughputBenchmarkRunnerConfig",
     "Workload",
     "apply_int8_quant",
     "compile_for_a100",
@@ -39,6 +45,8 @@ _HOME = {
     "FlashSDPA": "attention",
     "Result": "results",
     "RunParams": "params",
+    "ThroughputBenchmarkRunner": "runner",
+    "ThroughputBenchmarkRunnerConfig": "runner",
     "Workload": "workloads",
     "apply_int8_quant": "quantize",
     "compile_for_a100": "compilation",

@@ -32,8 +32,11 @@ def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> 
     for item in items:
         if "int8_throughput" not in getattr(item, "fixturenames", ()):
             continue
+        markers = list(item.iter_markers("benchmark"))
+        if any(marker.args for marker in markers):
+            continue  # pytest-benchmark says what is wrong with them
         merged: dict[str, Any] = {}
-        for marker in reversed(list(item.iter_markers("benchmark"))):
+        for marker in reversed(markers):
             merged |= marker.kwargs
         merged["timer"] = clock.synchronized_perf_counter
         item.add_marker(pytest.mark.benchmark(**merged), append=False)
@@ -53,11 +56,12 @@ def sort_by_model(items: list[pytest.Item]) -> None:
             continue
         defined = _fixture_definitions(item).get("int8_workload", ())
         where = defined[-1].baseid if defined else ""
+        varied = _indices_of("int8_workload", item)
         try:
             marked = marker_changes(item)[1]
         except ValueError:
             marked = None
-        family = (where, marked, params.baseline())
+        family = (where, marked, varied, params.baseline())
         first = groups.setdefault(family, len(groups))
         member = groups.setdefault((family, params), len(groups)) if params.int8_enabled else -1
         keyed.append((index, (first, member), item))
@@ -70,6 +74,19 @@ def sort_by_model(items: list[pytest.Item]) -> None:
 def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
     info = getattr(item, "_fixtureinfo", None)
     return info.name2fixturedefs if info is not None else {}
+
+
+def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
+    """Return which parameters, the point aside, ``item`` gives a fixture and what it is made
+    from."""
+    definitions = _fixture_definitions(item)
+    names = [fixture]
+    for name in names:  # it grows
+        for made in definitions.get(name, ()):
+            names += [other for other in made.argnames if other not in names]
+    indices = dict(getattr(getattr(item, "callspec", None), "indices", {}))
+    indices.pop("int8_params", None)
+    return tuple((name, indices[name]) for name in names if name in indices)
 
 
 def _params_of(item: pytest.Item) -> RunParams | None:

@@ -15,6 +15,7 @@ import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.tensors import map_tensors
 
@@ -36,7 +37,7 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 _serial = itertools.count()
 
 
-class CompileError(RuntimeError):
+class CompileError(ClearError, RuntimeError):
     """The model did not compile, ran eagerly, or compiled again when it must not."""
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+# torch's name for its settings of the allocator, and the older one.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _PACKAGES = ("torch", "triton", "torchao", "pytest-int8bench", "pytest-benchmark")
 
 
@@ -34,6 +37,7 @@ def fingerprint(root: Path) -> dict[str, Any]:
         "gpu_count": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "allocator": next(filter(None, map(os.environ.get, _ALLOCATOR)), None),
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pytest_int8bench.attention import attention_kernel, own_names
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 
 # Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
@@ -26,7 +27,7 @@ _INT8_PRODUCT = re.compile(
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
 
 
-class EvidenceError(AssertionError):
+class EvidenceError(ClearError, AssertionError):
     """The kernels that ran contradict the label of the result."""
 
 

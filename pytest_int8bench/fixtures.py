@@ -132,13 +132,18 @@ def int8_throughput(
         if benchmark.disabled:
             # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
             benchmark.pedantic(_model(request, workload, params).run)
-            pytest.skip("ran once, not measured: pytest-benchmark is disabled")
-        result = state.throughput().measure(
-            workload,
-            params,
-            lambda run, plan: _pedantic(benchmark, run, plan),
-            nodeid=request.node.nodeid,
-        )
+            why = " under xdist, run with -n0" if state.xdist_worker else ""
+            pytest.skip(f"ran once, not measured: pytest-benchmark is disabled{why}")
+        try:
+            result = state.throughput().measure(
+                workload,
+                params,
+                lambda run, plan: _pedantic(benchmark, run, plan),
+                nodeid=request.node.nodeid,
+            )
+        except BaseException:  # or the rounds of a point that Ctrl-C ended would be saved
+            benchmark.has_error = True
+            raise
         if not result.oom:
             benchmark.extra_info.update(_extra_info(result))
         state.record(result)
@@ -167,11 +172,17 @@ def _extra_info(result: Result) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _NOT_EXTRA}
 
 
+_NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+
+
 class WithBenchmark:
     """Fixtures for when pytest-benchmark is active."""
 
     @pytest.fixture
-    def _int8_benchmark(self, benchmark: Any) -> Any:
+    def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Any:
+        # pytest-codspeed, with --codspeed, turns it off late and puts a fixture in its place.
+        if not request.config.pluginmanager.hasplugin("pytest-benchmark"):
+            pytest.skip(_NOT_ACTIVE)
         return benchmark
 
 
@@ -180,4 +191,4 @@ class WithoutBenchmark:
 
     @pytest.fixture
     def _int8_benchmark(self) -> Any:
-        pytest.skip("not measured: int8_throughput needs pytest-benchmark, which is not active")
+        pytest.skip(_NOT_ACTIVE)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import quantile_test
+
+from pytest_int8bench.errors import ClearError
 
 Run = Callable[[], object]
 Timer = Callable[[], float]
@@ -43,7 +44,7 @@ MIN_PAIRS, MAX_PAIRS = 6, 40
 _MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)
 
 
-class ClockError(RuntimeError):
+class ClockError(ClearError, RuntimeError):
     """The timer that ran is not the one that waits for the device."""
 
 
@@ -227,6 +228,8 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
         (``scipy.stats.quantile_test``). It holds for this process; the difference between
         processes is not in it.
     """
+    from scipy.stats import quantile_test  # over a second to import: only who compares pays
+
     runs = (baseline, candidate)
     costs = [synchronization_cost(run, timer) for run in runs]
     both_s = sum(batch_s for batch_s, _ in costs)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import random
 import re
 import types
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
+from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.evidence import Evidence, check_labels, profile_forward
 from pytest_int8bench.measure import (
     Timer,
@@ -30,6 +33,7 @@ from pytest_int8bench.measure import (
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import QuantizationError, apply_int8_quant, call, int8_storage
 from pytest_int8bench.tensors import map_tensors, tensors_of
+from pytest_int8bench.weights import RANDOM, build_with_weights
 
 if TYPE_CHECKING:
     from pytest_int8bench.workloads import FilterFn, Workload
@@ -38,8 +42,11 @@ SEED = 0
 _TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
 
 
-class DeviceError(RuntimeError):
+class DeviceError(ClearError, RuntimeError):
     """The device asked for is not there."""
+
+
+Outputs: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Ready:
     warm_up: WarmUp
     peak_memory_bytes: int | None
     tokens: int | None
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outputs: Outputs
     """Shape and dtype of each output tensor."""
     finite: bool
     """No output holds NaN or infinity."""
@@ -85,6 +92,11 @@ class Model:
         )
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`ready` has compiled and warmed up."""
+        return self._ready is not None
 
     def run(self) -> Any:
         """Submit one batch and return the output. With ``feed=host`` the inputs are copied to
@@ -136,8 +148,8 @@ class Model:
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         tensors = list(tensors_of(output))
         if not tensors:
-            raise ValueError(f"workload {self.workload.name!r}: the model returned no tensor")
-        outputs = tuple((tuple(t.shape), t.dtype) for t in tensors)
+            raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
+        outputs = _describe(output)
         finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
         del output, tensors
         # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
@@ -146,6 +158,12 @@ class Model:
         with peak_memory(self.device) as peak:
             warm = warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
             peak_bytes = peak()
+        again = _describe(self.run())
+        if again != outputs:
+            raise WorkloadError(
+                f"workload {self.workload.name!r}: the same inputs gave {_listed(outputs)} at the "
+                f"first call and {_listed(again)} at a later one"
+            )
         return Ready(
             compile_s=self.compiled.first_call_s,
             warm_up=warm,
@@ -157,15 +175,25 @@ class Model:
         )
 
 
+def _describe(output: Any) -> Outputs:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(output))
+
+
+def _listed(outputs: Outputs) -> str:
+    return ", ".join(f"{list(shape)} {dtype}" for shape, dtype in outputs) or "no tensor"
+
+
 class ModelPool:
     """Holds one baseline and one candidate at a time, each built and compiled once.
 
     Args:
         filter_fn: which layers to quantize, before the workload's own filter.
+        weights: ``random``, ``hub`` or the path of a file.
     """
 
-    def __init__(self, filter_fn: FilterFn | None = None) -> None:
+    def __init__(self, filter_fn: FilterFn | None = None, *, weights: str = RANDOM) -> None:
         self._filter_fn = filter_fn
+        self._weights = weights
         self._models: dict[str, Model] = {}
         self._keys: dict[str, tuple[Any, RunParams]] = {}
         self._inputs: tuple[tuple[Any, RunParams], Any] | None = None
@@ -180,7 +208,7 @@ class ModelPool:
             DeviceError: if ``params`` asks for CUDA and there is none.
             torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
         """
-        role = "candidate" if params.int8_enabled else "baseline"
+        role = _role(params)
         key = self.key(workload, params)
         if self._keys.get(role) != key:
             twin = self.key(workload, params.baseline())
@@ -195,6 +223,10 @@ class ModelPool:
                 raise
             self._keys[role] = key
         return self._models[role]
+
+    def holds(self, workload: Workload, params: RunParams) -> bool:
+        """Say whether :meth:`get` has the model of ``params`` at hand."""
+        return self._keys.get(_role(params)) == self.key(workload, params)
 
     def batch(self, workload: Workload, params: RunParams) -> Any:
         """Return the inputs of ``params``, shared by baseline and candidate."""
@@ -239,7 +271,7 @@ class ModelPool:
             # The very weights of the baseline, also where build does not repeat itself.
             eager = copy.deepcopy(baseline.eager)
         else:
-            eager = build_eager(workload, params, device, built=self._built)
+            eager = build_eager(workload, params, device, weights=self._weights, built=self._built)
         if params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
@@ -255,6 +287,10 @@ class ModelPool:
         free_memory()  # the weights that were quantized, and SmoothQuant's observers
         weight_bytes = allocated_bytes(device) - before
         return Model(workload, params, eager, inputs, device=device, weight_bytes=weight_bytes)
+
+
+def _role(params: RunParams) -> str:
+    return "candidate" if params.int8_enabled else "baseline"
 
 
 def _part_key(part: Any) -> Any:
@@ -301,6 +337,7 @@ def build_eager(
     params: RunParams,
     device: torch.device,
     *,
+    weights: str = RANDOM,
     built: weakref.WeakSet[nn.Module] | None = None,
 ) -> nn.Module:
     """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
@@ -313,21 +350,22 @@ def build_eager(
         workload: what to build.
         params: the point to build it for.
         device: where it is moved to.
+        weights: ``random``, ``hub`` or the path of a file.
         built: modules that were built before; the new one is added.
 
     Raises:
         ValueError: if ``workload.build`` returns no module, or one that it returned before.
     """
-    with _seeded(device):
-        model = workload.build(workload.with_axes(params))
+    with _seeded(device), _told("build", workload, params):
+        model = build_with_weights(workload, workload.with_axes(params), weights)
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise WorkloadError(
             f"workload {workload.name!r}: build must return a torch.nn.Module, got {model!r}"
         )
     if built is not None:
         if model in built:
             # It is cast, moved and perhaps quantized by now.
-            raise ValueError(
+            raise WorkloadError(
                 f"workload {workload.name!r}: build must return a new module each time, got one "
                 "that it returned before; return copy.deepcopy(model)"
             )
@@ -342,16 +380,37 @@ def build_eager(
     for module in model.modules():
         low = params.bf16 and id(module) not in kept
         _cast(module, torch.bfloat16 if low else torch.float32)
+    if workload.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
 
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Seed torch's random number generators, and put them back afterwards."""
+    """Seed the random number generators of torch, numpy and Python, and put them back
+    afterwards."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
+        random.seed(SEED)
+        np.random.seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
+    """Add to an error of a workload's callable which one it was, and where."""
+    try:
         yield
+    except Exception as error:
+        if not isinstance(error, ClearError):
+            error.add_note(f"raised by {what} of workload {workload.name!r} at {params.run_name}")
+        raise
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -364,16 +423,20 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _make_inputs(workload: Workload, params: RunParams, device: torch.device) -> Any:
-    with _seeded(device):
+    with _seeded(device), _told("inputs", workload, params):
         inputs = workload.inputs(workload.with_axes(params), device)
     if not isinstance(inputs, tuple | list | Mapping) or not list(tensors_of(inputs)):
-        raise ValueError(
+        raise WorkloadError(
             f"workload {workload.name!r}: inputs must return a tuple or a mapping with tensors, "
             f"got {type(inputs).__name__}"
         )
+    if any(tensor.device.type == "meta" for tensor in tensors_of(inputs)):
+        raise WorkloadError(
+            f"workload {workload.name!r}: inputs must hold data, got a tensor on the device meta"
+        )
     if params.feed == "device":
-        return _placed(inputs, params, device)
-    host = _placed(inputs, params, torch.device("cpu"))
+        return _placed(inputs, workload, params, device)
+    host = _placed(inputs, workload, params, torch.device("cpu"))
     return map_tensors(lambda t: t.pin_memory(), host) if device.type == "cuda" else host
 
 
@@ -381,18 +444,23 @@ def _calibration(
     workload: Workload, params: RunParams, inputs: Any, device: torch.device
 ) -> list[Any]:
     if workload.calibration is None:
-        return [_placed(inputs, params, device)]
-    with _seeded(device):
+        return [_placed(inputs, workload, params, device)]
+    with _seeded(device), _told("calibration", workload, params):
         batches = workload.calibration(workload.with_axes(params), device)
-        return [_placed(batch, params, device) for batch in batches]
+        return [_placed(batch, workload, params, device) for batch in batches]
 
 
-def _placed(inputs: Any, params: RunParams, device: torch.device) -> Any:
-    """Return ``inputs`` on ``device``, floating tensors in the model's dtype."""
+def _placed(inputs: Any, workload: Workload, params: RunParams, device: torch.device) -> Any:
+    """Return ``inputs`` on ``device``, floating tensors in the model's dtype and layout."""
     dtype = torch.bfloat16 if params.bf16 else torch.float32
-    return map_tensors(
-        lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device), inputs
-    )
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        placed = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        if workload.channels_last and placed.dim() == 4:
+            placed = placed.contiguous(memory_format=torch.channels_last)
+        return placed
+
+    return map_tensors(place, inputs)
 
 
 def free_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,9 +98,15 @@ OPTIONS = {
         ),
         Option(
             "workload",
-            "What to measure: olmoearth, module:callable or path.py:callable returning a "
-            "Workload. Default: olmoearth",
+            "What to measure: olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable "
+            "returning a Workload. Default: olmoearth",
             "NAME",
+        ),
+        Option(
+            "weights",
+            "random (seeded), hub (pretrained), or the path of a state dict, read without running "
+            "code from it. Default: random",
+            "WEIGHTS",
         ),
         Option(
             "filter",
@@ -108,6 +115,12 @@ OPTIONS = {
             "REFERENCE",
         ),
         Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
+        Option(
+            "journal",
+            "File that every finished point is written to at once; it must not be there yet. "
+            "Default: a new file in .benchmarks/int8bench",
+            "PATH",
+        ),
     )
 }
 
@@ -140,9 +153,13 @@ class Settings:
     """RunParams fields to sweep, with their values."""
     cross_product: bool = False
     workload: str = "olmoearth"
+    weights: str = "random"
+    """``random``, ``hub`` or an absolute path."""
     filter: str | None = None
     baseline: bool = True
     """Add BF16 twins and measure the speedup."""
+    journal: str | None = None
+    """Path of the journal, from the folder that pytest was started in."""
 
     def resolved_preset(self, cuda_available: Callable[[], bool]) -> str:
         """Return the preset's name, ``auto`` decided by ``cuda_available``."""
@@ -230,6 +247,20 @@ def _read_preset(text: str) -> dict[str, Any]:
     return {"preset": text}
 
 
+def _read_weights(text: str) -> dict[str, Any]:
+    if text in ("random", "hub"):
+        return {"weights": text}
+    if not text or not Path(text).exists():
+        raise ValueError(f"must be random, hub or a path that is there, got {text!r}")
+    return {"weights": str(Path(text).absolute())}
+
+
+def _read_journal(text: str) -> dict[str, Any]:
+    if Path(text).exists():
+        raise ValueError(f"must be a file that is not there yet, got {text!r}")
+    return {"journal": text}
+
+
 def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, Any]]:
     def read(value: bool | str) -> dict[str, Any]:
         given = parse_bool(value) if isinstance(value, str) else value
@@ -253,6 +284,8 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "set": _read_set,
     "preset": _read_preset,
     "workload": lambda text: {"workload": check_workload_name(text)},
+    "weights": _read_weights,
     "filter": lambda text: {"filter": check_reference(text)},
     "no-baseline": _read_flag("baseline", on=False),
+    "journal": _read_journal,
 }

@@ -58,7 +58,8 @@ MEASURING_FIELDS = (
 #: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
 ENV_PREFIX = "INT8BENCH_"
 
-_EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
+#: What the name of an axis of a workload looks like.
+EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 
 
 class FrozenDict(Mapping[str, Scalar]):
@@ -329,7 +330,7 @@ _APPENDED = (
     "int8_backend",
     "feed",
 )
-_APPENDED_NAMES = "|".join([*_APPENDED, rf"extra\.{_EXTRA_NAME.pattern}"])
+_APPENDED_NAMES = "|".join([*_APPENDED, rf"extra\.{EXTRA_NAME.pattern}"])
 _APPENDED_ITEM = re.compile(rf"_({_APPENDED_NAMES})-([^_]*)")
 _RUN_NAME = re.compile(
     rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
@@ -439,7 +440,7 @@ def _checked_extra(extra: Any) -> FrozenDict:
     if not isinstance(extra, Mapping):
         raise ValueError(f"extra must be a mapping of names to values, got {extra!r}")
     for key, value in extra.items():
-        if not isinstance(key, str) or not _EXTRA_NAME.fullmatch(key):
+        if not isinstance(key, str) or not EXTRA_NAME.fullmatch(key):
             raise ValueError(f"extra names must be identifiers such as seq_len, got {key!r}")
         # Exactly these: a subclass would not come back from a name.
         if type(value) not in (str, int, float, bool):

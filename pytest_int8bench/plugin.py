@@ -16,6 +16,7 @@ from pytest_int8bench.session import (
     marker_changes,
     record_outcome,
     save_without_timings,
+    shorten,
     where_saved,
 )
 
@@ -62,10 +63,14 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None
     return val.run_name if isinstance(val, RunParams) else None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    merge_benchmark_markers(config, items)
-    sort_by_model(items)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, object, object]:
+    merge_benchmark_markers(config, items)  # before -m looks at them
+    result = yield
+    sort_by_model(items)  # after plugins that shuffle; --ff then picks from this order
+    return result
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
@@ -84,6 +89,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    shorten(report, call, item.config.getoption("tbstyle"))
     record_outcome(item.config.stash[STATE], item, report)
     return report
 
@@ -106,16 +112,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     save_without_timings(session.config, state)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:  # --benchmark-compare-fail raises here
+        _show_results(terminalreporter, config)
+
+
+def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
     state = config.stash[STATE]
     if state.journal is None:
         return
     from pytest_int8bench.report.terminal import render
 
-    terminal = terminalreporter
     terminal.section("int8bench", sep="-", bold=True)
     width = terminal._tw.fullwidth if terminal.isatty else None
     terminal.write(render(state.journal.saved(), width=width, color=terminal.hasmarkup))

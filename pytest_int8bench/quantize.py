@@ -23,6 +23,7 @@ from torchao.quantization import (
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import INT8_MODES
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 CUDA_MULTIPLE = 8
 
 
-class QuantizationError(ValueError):
+class QuantizationError(ClearError, ValueError):
     """Nothing could be quantized, or a layer could not."""
 
 
@@ -102,11 +103,13 @@ _coverages: weakref.WeakKeyDictionary[nn.Module, Coverage] = weakref.WeakKeyDict
 
 _ATTENTION = re.compile(
     r"(q|k|v|o|qkv|kv|q_proj|k_proj|v_proj|o_proj|out_proj|proj|out|to_q|to_k|to_v|to_out|to_qkv"
-    r"|query|key|value|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn|c_proj"
-    r"|att_in|att_out|wq|wk|wv|wo|wqkv|dense)"
+    r"|(query|key|value)(_proj)?|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn|c_proj"
+    r"|att_in|att_out|wq|wk|wv|wo|wqkv|dense)",
+    re.IGNORECASE,
 )
 _MLP = re.compile(
-    r"(fc_?\d|w_?\d|w12|lin\d|linear_?\d|up_proj|down_proj|gate_proj|gate_up_proj|wi(_\d)?|c_fc|dense\w*)"
+    r"(fc_?\d|w_?\d|w12|lin\d|linear_?\d|up_proj|down_proj|gate_proj|gate_up_proj|wi(_\d)?|c_fc|dense\w*|pwconv\d|ffn_output)",
+    re.IGNORECASE,
 )
 _MLP_PARENT = re.compile(r"(mlp|ffn|ff|feed_?forward|intermediate)")
 _KEPT = re.compile(
@@ -338,9 +341,10 @@ def _nothing_converted(layers: list[Layer]) -> str:
         return "no layer was converted to INT8: the model has no linear layers"
     reasons = sorted({str(layer.reason) for layer in layers})
     names = ", ".join(layer.name for layer in layers[:3])
+    hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
     return (
         f"no layer was converted to INT8: {len(layers)} linear layers ({names} …), "
-        f"left out because: {'; '.join(reasons)}"
+        f"left out because: {'; '.join(reasons)}{hint}"
     )
 
 

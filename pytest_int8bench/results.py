@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+_FOLDER = Path(".benchmarks") / "int8bench"
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 
 
@@ -166,6 +167,21 @@ class Journal:
             path.touch(exist_ok=False)
         self._write({"int8bench": {"schema": SCHEMA, "environment": self.environment}})
 
+    @classmethod
+    def reopen(cls, path: Path) -> Journal:
+        """Go on with the journal of a process that ended, perhaps in the middle of a line.
+
+        Raises:
+            SchemaError: if ``path`` is not a journal.
+        """
+        saved = read(path)
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        journal = cls(None, saved.environment)
+        journal.path = path
+        journal._results = saved.results
+        return journal
+
     @property
     def results(self) -> list[Result]:
         """The latest result of each node, in the order they finished."""
@@ -187,6 +203,18 @@ class Journal:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def journal_folder(root: Path) -> Path:
+    """Make the folder that journals go to by default, out of sight of git, and return it.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = root / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder
 
 
 def latest(results: Iterable[Result]) -> list[Result]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads import Workload
 
 STATE = pytest.StashKey["State"]()
-JOURNAL_FOLDER = Path(".benchmarks") / "int8bench"
 _MAX_REASON = 500
+_SUITE_INI = Path(__file__).parent / "suite" / "pytest.ini"
 
 
 class State:
@@ -32,10 +32,13 @@ class State:
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
-        self.root = config.rootpath
         self.invocation = config.invocation_params.dir
+        # The runner's ini file makes the package's own folder the root.
+        self.root = self.invocation if config.inipath == _SUITE_INI else config.rootpath
+        self.xdist_worker = hasattr(config, "workerinput")
         self.journal: Journal | None = None
         self.points_of: dict[str, tuple[str, RunParams]] = {}
+        self._config = config
         self._preset: str | None = None
         self._pool: ModelPool | None = None
         self._throughput: Throughput | None = None
@@ -87,20 +90,27 @@ class State:
                 filter_fn = load_object(self.settings.filter, self.invocation)
                 if not callable(filter_fn):
                     raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
-            self._pool = ModelPool(filter_fn)
+            self._pool = ModelPool(filter_fn, weights=self.settings.weights)
         return self._pool
 
     def throughput(self) -> Throughput:
         """Return what measures points."""
         if self._throughput is None:
+            from pytest_int8bench.progress import terminal_steps
             from pytest_int8bench.throughput import Throughput
 
-            self._throughput = Throughput(self.pool(), with_baseline=self.settings.baseline)
+            self._throughput = Throughput(
+                self.pool(),
+                with_baseline=self.settings.baseline,
+                step=terminal_steps(self._config),
+            )
         return self._throughput
 
     def record(self, result: Result) -> None:
         """Write ``result`` to the journal, at once. Where that fails, the result is kept in
-        memory and the session warned."""
+        memory and the session warned. Workers of xdist measure nothing and write nothing."""
+        if self.xdist_worker:
+            return
         try:
             if self.journal is None:
                 self.journal = self._start_journal()
@@ -110,16 +120,16 @@ class State:
 
     def _start_journal(self) -> Journal:
         from pytest_int8bench.environment import fingerprint
-        from pytest_int8bench.results import Journal
+        from pytest_int8bench.results import Journal, journal_folder
 
         environment = fingerprint(self.root)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        folder = self.root / JOURNAL_FOLDER
+        # Two sessions in one process may start within a second.
+        name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".gitignore").write_text("*\n")
-            # Two sessions in one process may start within a second.
-            return Journal(folder / f"{stamp}-{os.getpid()}-{id(self):x}.jsonl", environment)
+            asked = self.settings.journal
+            path = self.invocation / asked if asked else journal_folder(self.root) / name
+            return Journal(path, environment)
         except OSError as error:
             warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
             return Journal(None, environment)
@@ -166,6 +176,18 @@ def _cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
+def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) -> None:
+    """Show an error that says all in its message without a traceback of this package, unless
+    ``--tb`` asks for one."""
+    if call.excinfo is None or not report.failed or style != "auto":
+        return
+    from pytest_int8bench.errors import ClearError
+
+    error = call.excinfo.value
+    if isinstance(error, ClearError) and error.__cause__ is None:
+        report.longrepr = f"{type(error).__name__}: {error}"
+
+
 def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
     """Write the point of ``item`` to the journal if it was skipped or failed.
 
@@ -204,13 +226,14 @@ def _results_of(state: State, item: pytest.Item) -> list[Result]:
 
 def _tell_benchmark(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
     """Keep timings of failed tests out of pytest-benchmark's file, where they would pass for
-    baselines, and its warning about unused benchmarks from points that ran out of memory."""
+    baselines, and its warning about unused benchmarks from points that failed or ran out of
+    memory."""
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if benchmark is None or item.nodeid not in state.points_of:
         return
     if report.failed:
         benchmark.has_error = True
-    if any(result.oom for result in _results_of(state, item)):
+    if report.failed or any(result.oom for result in _results_of(state, item)):
         benchmark.skipped = True
 
 
@@ -231,6 +254,8 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
     pytest-benchmark writes no file then."""
     benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
     if state.journal is None or benchmarks is None or benchmarks.benchmarks:
+        return
+    if benchmarks.disabled:  # it saves nothing either: the latest measured file stays the latest
         return
     name = benchmarks.save or benchmarks.autosave
     if not (name or benchmarks.json):
@@ -255,8 +280,9 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
 def where_saved(config: pytest.Config, state: State) -> list[str]:
     """Return lines that say where the session's results are."""
     benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    active = benchmarks is not None and not benchmarks.disabled
     saved = []
-    if benchmarks is not None:
+    if active:
         if benchmarks.json:
             # An open file before pytest-benchmark 5.3, a path since.
             is_path = isinstance(benchmarks.json, str | Path)
@@ -266,9 +292,13 @@ def where_saved(config: pytest.Config, state: State) -> list[str]:
     journal = state.journal.path if state.journal else None
     if journal is not None and journal.is_relative_to(Path.cwd()):
         journal = journal.relative_to(Path.cwd())
+    if saved:
+        where = f"saved: {', '.join(saved)}"
+    elif active:
+        where = "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH"
+    else:
+        where = "not saved as JSON: pytest-benchmark is disabled"
     return [
-        f"saved: {', '.join(saved)}"
-        if saved
-        else "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH",
+        where,
         f"journal: {journal or 'none, see the warnings'}",
     ]

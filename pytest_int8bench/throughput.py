@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state, throttled
+from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure import (
     Plan,
     Run,
@@ -29,12 +31,16 @@ from pytest_int8bench.workloads import UNITS, Workload
 #: Runs a plan and returns seconds per batch, one value a round.
 TimeRounds = Callable[[Run, Plan], list[float]]
 
+Action = Literal["building", "compiling", "warming up", "measuring", "comparing"]
+#: Entered around a long step: what is done, and to which point.
+Step = Callable[[Action, str], AbstractContextManager[None]]
+
 KERNELS_KEPT = 20
 #: Difference between the speedup and the ratio of the rates over which the reader is told.
 DRIFT = 0.05
 
 
-class OutputError(AssertionError):
+class OutputError(ClearError, AssertionError):
     """Baseline and candidate do not give the same kind of output."""
 
 
@@ -45,6 +51,7 @@ class Throughput:
         pool: where the models come from.
         with_baseline: measure the speedup against the BF16 twin.
         timer: a timer that waits for the device.
+        step: entered around each long step that really runs.
     """
 
     def __init__(
@@ -53,10 +60,12 @@ class Throughput:
         *,
         with_baseline: bool = True,
         timer: Timer = synchronized_perf_counter,
+        step: Step = lambda action, name: nullcontext(),
     ) -> None:
         self._pool = pool
         self._with_baseline = with_baseline
         self._timer = timer
+        self._step = step
         self._baseline_s: dict[tuple[Any, RunParams], float] = {}
         self._baseline_oom: set[tuple[Any, RunParams]] = set()
 
@@ -100,8 +109,8 @@ class Throughput:
     ) -> dict[str, Any]:
         baseline, note = self._ready_baseline(workload, params)
         try:
-            model = self._pool.get(workload, params)
-            ready = model.ready(self._timer)
+            model = self._model(workload, params)
+            ready = self._ready(model)
         except Exception as error:
             if baseline is None or oom_of(error) is None:
                 raise
@@ -111,14 +120,15 @@ class Throughput:
             baseline, note = None, "baseline and candidate do not fit in memory together"
             self._pool.evict("candidate")
             self._pool.evict("baseline")
-            model = self._pool.get(workload, params)
-            ready = model.ready(self._timer)
+            model = self._model(workload, params)
+            ready = self._ready(model)
         if baseline is not None:
             _compare_outputs(baseline.ready(self._timer), ready, params)
         units = _units(model, ready)
 
         before = gpu_state()
-        with model.compiled.entered():
+        name = _label(workload, params)
+        with self._step("measuring", name), model.compiled.entered():
             plan = pilot(
                 model.run,
                 self._timer,
@@ -161,6 +171,20 @@ class Throughput:
             self._baseline_s[self._pool.key(workload, params)] = timing.median_s
         return values | ({"reason": note} if note else {})
 
+    def _model(self, workload: Workload, params: RunParams) -> Model:
+        if self._pool.holds(workload, params):
+            return self._pool.get(workload, params)
+        with self._step("building", _label(workload, params)):
+            return self._pool.get(workload, params)
+
+    def _ready(self, model: Model) -> Ready:
+        if model.is_ready:
+            return model.ready(self._timer)
+        compiled = model.compiled.mode == "off" or model.compiled.first_call_s is not None
+        action: Action = "warming up" if compiled else "compiling"
+        with self._step(action, _label(model.workload, model.params)):
+            return model.ready(self._timer)
+
     def _ready_baseline(
         self, workload: Workload, params: RunParams
     ) -> tuple[Model | None, str | None]:
@@ -172,8 +196,8 @@ class Throughput:
             return None, "the baseline ran out of memory"
         self._pool.evict_other_candidate(workload, params)
         try:
-            baseline = self._pool.get(workload, twin)
-            baseline.ready(self._timer)
+            baseline = self._model(workload, twin)
+            self._ready(baseline)
             return baseline, None
         except Exception as error:
             if oom_of(error) is None:
@@ -197,7 +221,8 @@ class Throughput:
         apart = None if apart_s is None else apart_s / candidate_s
         if baseline is not None:
             try:
-                speedup = self._interleave(baseline, candidate, params.benchmark_interval_s)
+                with self._step("comparing", _label(workload, params)):
+                    speedup = self._interleave(baseline, candidate, params.benchmark_interval_s)
             except Exception as error:
                 if oom_of(error) is None:
                     raise
@@ -229,6 +254,12 @@ class Throughput:
             return measure_speedup(baseline.run, candidate.run, self._timer, interval_s=interval_s)
 
 
+def _label(workload: Workload, params: RunParams) -> str:
+    """Return the run name, with the workload where it is not the default one."""
+    name = params.run_name
+    return name if workload.name == "olmoearth" else f"{workload.name}: {name}"
+
+
 def _units(model: Model, ready: Ready) -> dict[str, float]:
     """Return what one batch counts for."""
     units = dict(model.workload.units(model.workload.with_axes(model.params)))
@@ -236,13 +267,13 @@ def _units(model: Model, ready: Ready) -> dict[str, float]:
         units["tokens"] = ready.tokens
     unknown = set(units) - set(UNITS)
     if unknown or "samples" not in units:
-        raise ValueError(
+        raise WorkloadError(
             f"workload {model.workload.name!r}: units must give samples, and may give "
             f"{', '.join(UNITS[1:])}; got {', '.join(units) or 'nothing'}"
         )
     for unit, count in units.items():
         if not 0 < float(count) < math.inf:
-            raise ValueError(
+            raise WorkloadError(
                 f"workload {model.workload.name!r}: {unit} must be a number above 0, got {count!r}"
             )
     return {unit: float(count) for unit, count in units.items()}

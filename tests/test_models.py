@@ -6,15 +6,18 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import (
     DeviceError,
     Model,
@@ -585,3 +588,88 @@ def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pytest_int8bench.models.peak_memory", peak_memory)
     ready = ModelPool().get(make_workload(), BF16).ready()
     assert ready.peak_memory_bytes == weights + inputs + activations
+
+
+def test_generators_of_numpy_and_python_are_seeded_too() -> None:
+    def inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+        drawn = [random.random(), float(np.random.rand())]
+        return (torch.tensor(drawn).repeat(p.batch_size, 8),)
+
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    first, second = (ModelPool().get(make_workload(inputs=inputs), FP32).inputs[0] for _ in "ab")
+    assert torch.equal(first, second)
+    assert (random.random(), np.random.rand()) == expected
+
+
+# -- workloads that do not give what they must ------------------------------------------------
+
+
+class Shrinks(Toy):
+    """Gives one row less after its third call."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)[: len(x) - (self.calls > 3)]
+
+
+def test_an_output_that_changes_its_shape_is_an_error() -> None:
+    workload = make_workload(build=lambda p: Shrinks())
+    with pytest.raises(WorkloadError) as caught:
+        ModelPool().get(workload, BF16).ready()
+    assert str(caught.value) == (
+        "workload 'toy': the same inputs gave [4, 16] torch.bfloat16 at the first call "
+        "and [3, 16] torch.bfloat16 at a later one"
+    )
+
+
+def test_inputs_without_data_are_an_error() -> None:
+    workload = make_workload(inputs=lambda p, device: (torch.ones(2, 4, device="meta"),))
+    with pytest.raises(WorkloadError) as caught:
+        ModelPool().get(workload, BF16)
+    assert str(caught.value) == (
+        "workload 'toy': inputs must hold data, got a tensor on the device meta"
+    )
+
+
+@pytest.mark.parametrize("part", ["build", "inputs", "calibration"])
+def test_an_error_of_a_workload_says_where_it_came_from(part: str) -> None:
+    def fails(*args: Any) -> Any:
+        raise KeyError("no such thing")
+
+    workload = make_workload(**{part: fails})
+    params = W8A8.replace(int8_smoothquant=True)
+    with pytest.raises(KeyError) as caught:
+        ModelPool().get(workload, params)
+    assert caught.value.__notes__ == [f"raised by {part} of workload 'toy' at {params.run_name}"]
+
+
+def test_a_pool_says_what_it_holds() -> None:
+    pool, workload = ModelPool(), make_workload()
+    assert not pool.holds(workload, BF16)
+    model = pool.get(workload, BF16)
+    assert pool.holds(workload, BF16)
+    assert not pool.holds(workload, W8A8)
+    assert not model.is_ready
+    model.ready()
+    assert model.is_ready
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_channels_last_is_for_weights_and_inputs_of_four_dimensions(wanted: bool) -> None:
+    workload = Workload(
+        name="convolution",
+        build=lambda p: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 8)),
+        inputs=lambda p, device: (torch.ones(p.batch_size, 3, 4, 4, device=device),),
+        channels_last=wanted,
+    )
+    model: Any = ModelPool().get(workload, BF16)
+    layout = torch.channels_last
+    assert model.inputs[0].is_contiguous(memory_format=layout) is wanted
+    assert model.eager[0].weight.is_contiguous(memory_format=layout) is wanted
+    assert model.eager[2].weight.is_contiguous()

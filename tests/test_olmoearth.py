@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,15 @@ package = pytest.importorskip(
     "olmoearth_pretrain_minimal.olmoearth_pretrain_v1.olmoearth_pretrain_v1"
 )
 
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.nn.latent_mim import (  # noqa: E402
+    LatentMIMConfig,
+)
+
 from pytest_int8bench.compilation import compile_for_a100  # noqa: E402
 from pytest_int8bench.models import ModelPool, build_eager  # noqa: E402
 from pytest_int8bench.params import RunParams  # noqa: E402
 from pytest_int8bench.quantize import coverage  # noqa: E402
+from pytest_int8bench.weights import WeightsError  # noqa: E402
 from pytest_int8bench.workloads import Workload  # noqa: E402
 from pytest_int8bench.workloads.names import load_workload  # noqa: E402
 from pytest_int8bench.workloads.olmoearth import VERSION_SIZES  # noqa: E402
@@ -201,3 +208,104 @@ def test_a_whole_encoder_compiles_as_one_graph(workload: Workload) -> None:
     assert (output - reference).norm() / reference.norm() < 0.02
     with compiled.no_compilation():
         compiled(*model.inputs)
+
+
+# -- weights ----------------------------------------------------------------------------------
+
+V12 = SMALL.replace(model_version="v1.2")
+
+
+@pytest.fixture
+def pretrained(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A whole model as the package builds it, its weights other than the seeded ones, and its
+    configuration."""
+    configs = []
+    original = LatentMIMConfig.build
+
+    def build(self: LatentMIMConfig) -> Any:
+        configs.append(self)
+        return original(self)
+
+    with monkeypatch.context() as context:
+        context.setattr(LatentMIMConfig, "build", build)
+        model = package.OlmoEarthPretrain_v1(model_size="nano", model_version="v1.2").model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.125)
+    return model, configs[0]
+
+
+def save_as_on_the_hub(folder: Path, model: Any, config: Any) -> Path:
+    masking = {"strategy_config": {"only_decode_modalities": []}}
+    values = {"model": config.as_config_dict(), "train_module": {"masking_config": masking}}
+    (folder / "config.json").write_text(json.dumps(values))
+    torch.save(model.state_dict(), folder / "weights.pth")
+    return folder
+
+
+def assert_loaded(workload: Workload, weights: str) -> None:
+    for params in (V12, V12.replace(int8_enabled=True)):
+        eager = ModelPool(weights=weights).get(workload, params).eager
+        assert bool((eager.encoder.blocks[0].attn.proj.bias == 0.125).all())
+    random = ModelPool().get(workload, V12).eager
+    assert bool((random.encoder.blocks[0].attn.proj.bias == 0).all())
+
+
+@pytest.mark.parametrize("part", ["whole model", "encoder", "hub's folder"])
+def test_weights_come_from_a_path(
+    workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any], part: str
+) -> None:
+    model, config = pretrained
+    path = tmp_path / "w.pth"
+    if part == "hub's folder":
+        path = save_as_on_the_hub(tmp_path, model, config)
+    else:
+        torch.save((model if part == "whole model" else model.encoder).state_dict(), path)
+    assert_loaded(workload, str(path))
+
+
+def test_weights_come_from_the_hub(
+    workload: Workload,
+    tmp_path: Path,
+    pretrained: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_as_on_the_hub(tmp_path, *pretrained)
+    asked = set()
+
+    def download(repo_id: str, filename: str) -> str:
+        asked.add((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("olmoearth_pretrain_minimal.model_loader.hf_hub_download", download)
+    assert_loaded(workload, "hub")
+    repository = "allenai/OlmoEarth-v1_2-Nano"
+    assert asked == {(repository, "config.json"), (repository, "weights.pth")}
+
+
+def test_weights_of_another_size_are_one_line(
+    workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]
+) -> None:
+    folder = save_as_on_the_hub(tmp_path, *pretrained)
+    tiny = V12.replace(model_size="tiny")
+    for weights, message in {
+        str(folder / "weights.pth"): "do not fit the model: keys ",
+        str(folder): r"do not fit the model: [\d,]+ parameters for [\d,]+ of OlmoEarth v1.2 tiny",
+    }.items():
+        with pytest.raises(WeightsError, match=message) as caught:
+            ModelPool(weights=weights).get(workload, tiny)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo_id: str, filename: str) -> str:
+        raise OSError("no route to host\nand much advice")
+
+    monkeypatch.setattr("olmoearth_pretrain_minimal.model_loader.hf_hub_download", download)
+    with pytest.raises(WeightsError) as caught:
+        ModelPool(weights="hub").get(workload, V12)
+    assert str(caught.value) == (
+        "weights hub of OlmoEarth v1.2 nano cannot be loaded: no route to host"
+    )

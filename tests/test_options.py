@@ -14,7 +14,7 @@ from pytest_int8bench.sweep import SWEEPS
 
 W8A8 = RunParams(int8_enabled=True)
 FIELDS = ", ".join(FIELD_TYPES)
-NAMES = "must be olmoearth, module:callable or path.py:callable, got "
+NAMES = "must be olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable, got "
 REFERENCE = "must be module:callable or path.py:callable, got "
 
 # Option -> bad value -> what is said about it.
@@ -65,7 +65,9 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "my-module:f": NAMES + "'my-module:f'",
         "module:1f": NAMES + "'module:1f'",
     },
+    "weights": {"none.pth": "must be random, hub or a path that is there, got 'none.pth'"},
     "filter": {"olmoearth": REFERENCE + "'olmoearth'", ":f": REFERENCE + "':f'"},
+    "journal": {"/": "must be a file that is not there yet, got '/'"},
 }
 # Flags take a value in the ini file only.
 BAD_FLAGS = {
@@ -83,8 +85,10 @@ def settings_of(pytester: pytest.Pytester, *args: str, ini: str = "") -> Setting
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
-    """Run pytest without Hypothesis' plugin, which loads Hypothesis."""
-    return pytester.runpytest_subprocess("-p", "no:hypothesispytest", *args)
+    """Run pytest without other plugins, which load what this one must not."""
+    others = ("hypothesispytest", "randomly", "codspeed")
+    without = [option for name in others for option in ("-p", f"no:{name}")]
+    return pytester.runpytest_subprocess(*without, *args)
 
 
 def test_all_options_have_bad_values() -> None:
@@ -151,8 +155,10 @@ def test_defaults(pytester: pytest.Pytester) -> None:
         axes={},
         cross_product=False,
         workload="olmoearth",
+        weights="random",
         filter=None,
         baseline=True,
+        journal=None,
     )
     assert settings.points("seed") == [W8A8]
 
@@ -164,8 +170,10 @@ EVERYTHING = Settings(
     axes={"num_timesteps": [1, 2, 4, 6, 8, 12], "image_size": [16, 32], "extra.width": [1, 2.5]},
     cross_product=True,
     workload="pkg.mod:make.it",
+    weights="hub",
     filter="filters/mine.py:keep",
     baseline=False,
+    journal="out/journal.jsonl",
 )
 
 
@@ -183,8 +191,10 @@ def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
         "--int8-set=extra.act=relu",
         "--int8-preset=smoke",
         "--int8-workload=pkg.mod:make.it",
+        "--int8-weights=hub",
         "--int8-filter=filters/mine.py:keep",
         "--int8-no-baseline",
+        "--int8-journal=out/journal.jsonl",
     )
     assert settings == EVERYTHING
 
@@ -201,8 +211,10 @@ INI = """
         extra.act=relu
     int8_preset = smoke
     int8_workload = pkg.mod:make.it
+    int8_weights = hub
     int8_filter = filters/mine.py:keep
     int8_no_baseline = 1
+    int8_journal = out/journal.jsonl
 """
 
 
@@ -218,7 +230,9 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         "--int8-set=patch_size=2",
         "--int8-preset=seed",
         "--int8-workload=olmoearth",
+        "--int8-weights=random",
         "--int8-filter=a:b",
+        "--int8-journal=mine.jsonl",
         ini=INI.replace("\n    ", "\n"),
     )
     assert settings == Settings(
@@ -228,9 +242,17 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         axes=SWEEPS["batch"],
         cross_product=True,
         workload="olmoearth",
+        weights="random",
         filter="a:b",
         baseline=False,
+        journal="mine.jsonl",
     )
+
+
+def test_weights_are_found_from_where_pytest_starts(pytester: pytest.Pytester) -> None:
+    path = pytester.path / "weights.pth"
+    path.touch()
+    assert settings_of(pytester, "--int8-weights=weights.pth").weights == str(path)
 
 
 def test_a_bad_ini_value_does_not_count_where_the_command_line_wins(
@@ -340,8 +362,10 @@ DEFAULTS = {
     "set": "none",
     "preset": "auto",
     "workload": "olmoearth",
+    "weights": "random",
     "filter": "attention projections and MLP layers",
     "no-baseline": "off",
+    "journal": "a new file in .benchmarks/int8bench",
 }
 
 

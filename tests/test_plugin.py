@@ -73,9 +73,11 @@ def test_throughput(int8_throughput):
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> pytest.Pytester:
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with a workload and one test of its throughput."""
-    pytester.makeini("[pytest]\npythonpath = .\naddopts = --strict-markers\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its products are too small to be shared out
+    without = "-p no:randomly -p no:codspeed"  # their own tests are in test_manners
+    pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
     pytester.makepyfile(toy=TOY, test_one=THROUGHPUT)
     pytester.makeconftest(CONFTEST)
     return pytester
@@ -431,7 +433,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
             "*_ ERROR collecting test_value.py _*",
             "batch_size must be at least 1, got 0",
             "*_ ERROR collecting test_workload.py _*",
-            "must be olmoearth, module:callable or path.py:callable, got 'nothing'",
+            "must be olmoearth, timm:NAME, hf:NAME, module:callable or *, got 'nothing'",
         ]
     )
 
@@ -624,3 +626,55 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
             "journal: none, see the warnings",
         ]
     )
+
+
+def test_an_error_that_says_all_is_one_line(project: pytest.Pytester) -> None:
+    """What the user can mend has no traceback of the package; errors of the user's code do."""
+    project.makepyfile(
+        toy=TOY
+        + """
+
+def nothing():
+    return Workload(name="nothing", build=lambda p: None, inputs=make().inputs)
+
+
+def fails():
+    def build(p):
+        raise KeyError("weights")
+
+    return Workload(name="fails", build=build, inputs=make().inputs)
+""",
+        conftest="",
+        test_one="""
+import pytest
+
+
+@pytest.mark.int8(workload="toy.py:nothing")
+def test_clear(int8_throughput):
+    int8_throughput()
+
+
+@pytest.mark.int8(workload="toy.py:fails")
+def test_theirs(int8_throughput):
+    int8_throughput()
+""",
+    )
+    args = (*SMOKE, "--int8-no-baseline")
+    result = project.runpytest_subprocess(*args)
+    clear = "WorkloadError: workload 'nothing': build must return a torch.nn.Module, got None"
+    text = result.stdout.str()
+    failures = text[text.index("= FAILURES =") :]
+    first, _, _ = failures.partition("test_theirs")
+    assert clear in first.splitlines()
+    assert "models.py" not in first
+    result.stdout.fnmatch_lines(
+        [
+            "E*KeyError: *weights*",
+            f"E*raised by build of workload 'fails' at {W8A8}",
+            f"failed: nothing: {W8A8}: {clear}",
+            f"failed: fails: {W8A8}: KeyError: 'weights'",
+        ]
+    )
+    asked = project.runpytest_subprocess(*args, "--tb=long", "-k", "clear")
+    asked.stdout.fnmatch_lines([f"E*{clear}", "*models.py:*: WorkloadError"])
+    result.assert_outcomes(failed=2)

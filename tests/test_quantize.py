@@ -391,7 +391,7 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
         apply_int8_quant(model, filter_fn=lambda module, name: False)
     assert str(caught.value) == (
         "no layer was converted to INT8: 8 linear layers (patch_embed, attn.q, attn.k …), "
-        "left out because: filtered"
+        "left out because: filtered; choose layers with filter_fn or --int8-filter"
     )
     assert int8_storage(model) == (0, 0)
 

@@ -187,9 +187,10 @@ def test_remarks_on_a_measured_point() -> None:
             throttled=["power brake", "thermal (hardware)"],
         )
     )
+    assert lines[1].startswith(f"{NAME} 1,235* ")
     assert lines[2:-1] == [
         f"note: {NAME}: baseline and candidate do not fit in memory together",
-        f"throttled: {NAME}: power brake, thermal (hardware)",
+        f"* throttled: {NAME}: power brake, thermal (hardware)",
         f"unsteady: {NAME}: batch times had not settled after warm-up",
     ]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -390,3 +391,113 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
         if told
         else None
     )
+
+
+# -- steps --------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Remembers the steps that were entered and left."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.now: list[tuple[str, str]] = []
+
+    @contextmanager
+    def __call__(self, action: str, name: str) -> Iterator[None]:
+        self.now.append((action, name))
+        try:
+            yield
+        finally:
+            self.seen.append(self.now.pop())
+
+    def take(self) -> list[tuple[str, str]]:
+        """Return the steps since the last call."""
+        assert self.now == []
+        taken, self.seen = self.seen, []
+        return taken
+
+
+def test_only_steps_that_run_are_told() -> None:
+    steps = Steps()
+    throughput = Throughput(ModelPool(), step=steps)
+    workload = make_workload()
+    twin, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
+
+    measure(throughput, workload, W8A8)
+    assert steps.take() == [
+        ("building", twin),
+        ("warming up", twin),
+        ("building", candidate),
+        ("warming up", candidate),
+        ("measuring", candidate),
+        ("comparing", candidate),
+    ]
+    measure(throughput, workload, BF16)
+    assert steps.take() == [("measuring", twin)]
+    measure(throughput, workload, W8)
+    assert steps.take() == [
+        ("building", other),
+        ("warming up", other),
+        ("measuring", other),
+        ("comparing", other),
+    ]
+    measure(throughput, workload, W8)
+    assert steps.take() == [("measuring", other), ("comparing", other)]
+
+
+def test_a_step_names_the_workload_unless_it_is_the_default_one() -> None:
+    steps = Steps()
+    measure(Throughput(ModelPool(), step=steps), make_workload(name="olmoearth"), BF16)
+    assert {name for _, name in steps.take()} == {BF16.run_name}
+
+
+@pytest.mark.parametrize(("called", "action"), [(False, "compiling"), (True, "warming up")])
+def test_a_model_that_was_called_is_not_compiled_again(called: bool, action: str) -> None:
+    pool, steps, workload = ModelPool(), Steps(), make_workload()
+    params = BF16.replace(compile_mode="default")
+    model = pool.get(workload, params)
+    model.compiled._call = lambda x: model.eager(x)  # compiling costs ten seconds
+    if called:
+        model.compiled.first_call_s = 1.0
+
+    measure(Throughput(pool, step=steps), workload, params)
+    name = f"toy: {params.run_name}"
+    assert steps.take() == [(action, name), ("measuring", name)]
+
+
+def test_each_step_is_around_what_it_tells() -> None:
+    steps = Steps()
+    during: dict[str, list[tuple[str, str]]] = {}
+
+    class Watched(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            during["build"] = list(steps.now)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            during.setdefault("forward", list(steps.now))
+            return super().forward(x)
+
+    def told(run: Run, plan: Plan) -> list[float]:
+        during["rounds"] = list(steps.now)
+        return time_rounds(run, plan)
+
+    Throughput(ModelPool(), step=steps).measure(make_workload(Watched), BF16, told, nodeid="a")
+    name = f"toy: {BF16.run_name}"
+    assert during == {
+        "build": [("building", name)],
+        "forward": [("warming up", name)],
+        "rounds": [("measuring", name)],
+    }
+
+
+def test_a_step_that_fails_is_left() -> None:
+    steps = Steps()
+    throughput = Throughput(ModelPool(), step=steps)
+    check_oom(measure(throughput, make_workload(CandidateRunsOut), W8A8), W8A8)
+    # Once beside the baseline, and once more alone.
+    assert steps.take()[2:] == 2 * [
+        ("building", f"toy: {W8A8.run_name}"),
+        ("warming up", f"toy: {W8A8.run_name}"),
+    ]

@@ -14,6 +14,8 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.results import Result, Saved
 
 _MISSING = "-"
+#: Behind a rate that was measured while the GPU was slowed down.
+_THROTTLED = "*"
 _WIDE = 1000
 MAX_SYNCHRONIZATION_SHARE = 0.005
 
@@ -63,7 +65,7 @@ def _table(results: list[Result]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     columns: dict[str, Callable[[Result], str]] = {
         "run": lambda r: r.run_name,
-        "samples/s": lambda r: _number(r.samples_per_s),
+        "samples/s": lambda r: _number(r.samples_per_s) + (_THROTTLED if r.throttled else ""),
         "tokens/s": lambda r: _number(r.tokens_per_s),
         "km²/s": lambda r: _number(r.square_km_per_s),
         "ms/batch": lambda r: _number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
@@ -111,7 +113,7 @@ def _remarks(result: Result) -> list[str]:
         mark = "note" if result.status == "ok" else result.status
         lines.append(f"{mark}: {name}: {result.reason or 'no reason given'}")
     if result.throttled:
-        lines.append(f"throttled: {name}: {', '.join(result.throttled)}")
+        lines.append(f"{_THROTTLED} throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
         lines.append(f"unsteady: {name}: batch times had not settled after warm-up")
     if result.cuda_graphs_skipped:

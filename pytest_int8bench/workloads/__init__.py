@@ -51,11 +51,15 @@ class Workload:
     name: str
     """Part of the identity of every result."""
     build: Callable[[RunParams], torch.nn.Module]
-    """Return a new model for a point, on the CPU or any device; it is cast and moved. torch's
-    random number generators are seeded before the call, so that random weights repeat."""
+    """Return a new model for a point, on the CPU or any device; it is cast and moved. The
+    generators of torch, numpy and Python are seeded before the call, so that random weights
+    repeat."""
     inputs: Callable[[RunParams, torch.device], Inputs]
     """Return the inputs of one batch on the device: a tuple for positional arguments, or a
     mapping for keyword arguments. Floating inputs are cast to the model's dtype."""
+    load: Callable[[RunParams, str], torch.nn.Module] | None = None
+    """``load(params, weights)`` returns the model with the weights that ``--int8-weights`` names:
+    ``hub``, or the path of a file. By default a file is loaded into what ``build`` returns."""
     units: Callable[[RunParams], Mapping[str, float]] = _samples
     """Return what one batch counts for: any of ``samples``, ``tokens``, ``pixels`` and
     ``square_km``."""
@@ -73,6 +77,8 @@ class Workload:
     measured batch by default."""
     keep_fp32: FilterFn | None = None
     """``keep_fp32(module, name)`` says which modules stay in FP32 with ``bf16=True``."""
+    channels_last: bool = False
+    """Keep weights and inputs of four dimensions in ``torch.channels_last``."""
     impossible_reason: Callable[[RunParams], str | None] | None = None
     """Say why this workload cannot run at a point (the point is skipped), or return None."""
     axes: Mapping[str, Scalar] = field(default_factory=dict)

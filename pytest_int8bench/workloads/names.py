@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_int8bench.workloads import Workload
 
+_LIBRARY = re.compile(r"(?P<library>timm|hf):(?P<name>\S+)")
 _REFERENCE = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)")
 
 
@@ -30,8 +31,13 @@ def check_workload_name(text: str) -> str:
     Raises:
         ValueError: if it may not.
     """
-    if text != "olmoearth" and not _REFERENCE.fullmatch(text):
-        raise ValueError(f"must be olmoearth, module:callable or path.py:callable, got {text!r}")
+    if text in ("timm:", "hf:"):
+        raise ValueError(f"must name a model, such as timm:vit_base_patch16_224, got {text!r}")
+    if text != "olmoearth" and not (_LIBRARY.fullmatch(text) or _REFERENCE.fullmatch(text)):
+        raise ValueError(
+            "must be olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable, "
+            f"got {text!r}"
+        )
     return text
 
 
@@ -72,19 +78,42 @@ def load_object(reference: str, root: Path) -> Any:
 def load_workload(name: str, root: Path) -> Workload:
     """Return the workload that ``name`` says.
 
+    Args:
+        name: checked by :func:`check_workload_name`.
+        root: folder that relative paths start from.
+
     Raises:
         ValueError: one line, if it cannot be had.
     """
     if name == "olmoearth":
         try:
             from pytest_int8bench.workloads.olmoearth import olmoearth
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"olmoearth needs pip install 'pytest-int8bench[olmoearth]' ({error})"
-            ) from None
+        except ImportError as error:
+            raise ValueError(_needs(name, "olmoearth", error)) from None
         return olmoearth()
+    if match := _LIBRARY.fullmatch(name):
+        if match["library"] == "hf":
+            try:
+                from pytest_int8bench.workloads.huggingface import huggingface
+            except ImportError as error:
+                raise ValueError(_needs(name, "hf", error)) from None
+            return huggingface(match["name"], root)
+        try:
+            from pytest_int8bench.workloads.timm import timm_model
+        except (ImportError, RuntimeError) as error:  # torchvision for another torch
+            raise ValueError(_needs(name, "timm", error)) from None
+        return timm_model(match["name"])
     target = load_object(name, root)
-    workload = target() if callable(target) else target
+    workload = target
+    if callable(target):
+        try:
+            workload = target()
+        except Exception as error:
+            raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(workload, Workload):
         raise ValueError(f"{name} must give a pytest_int8bench.Workload, got {workload!r}")
     return workload
+
+
+def _needs(name: str, extra: str, error: Exception) -> str:
+    return f"{name} needs pip install 'pytest-int8bench[{extra}]' ({error})"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from olmoearth_pretrain_minimal import OlmoEarthPretrain_v1
+from olmoearth_pretrain_minimal import (
+    ModelID,
+    OlmoEarthPretrain_v1,
+    load_model_from_id,
+    load_model_from_path,
+)
 from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import Modality
 from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.datatypes import (
     MaskedOlmoEarthSample,
 )
 
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
 from pytest_int8bench.workloads import Workload
 
 #: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
@@ -24,6 +31,9 @@ VERSION_SIZES = {
 }
 PIXEL_M = 10
 INPUT_SEED = 0
+# What the package's models are made for by default.
+_MAX_PATCH_SIZE, _MAX_TIMESTEPS = 8, 12
+_ENCODER = "encoder."
 
 
 def olmoearth() -> Workload:
@@ -31,6 +41,7 @@ def olmoearth() -> Workload:
     return Workload(
         name="olmoearth",
         build=build,
+        load=load,
         inputs=inputs,
         units=units,
         tokens=count_tokens,
@@ -100,13 +111,56 @@ class _Fp32PatchEmbeddings(torch.nn.Module):
 
 def build(params: RunParams) -> OlmoEarthEncoder:
     """Build the encoder of ``params`` with random weights."""
-    model: Any = OlmoEarthPretrain_v1(
+    return _wrapped(_pretrain_model(params).encoder, params)
+
+
+def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
+    """Build the encoder of ``params`` with weights.
+
+    Args:
+        params: the point; size and version must be those of the weights.
+        weights: ``hub``; a folder with ``config.json`` and ``weights.pth`` as on the hub; or a
+            file with the state dict of the whole model or of its encoder.
+
+    Raises:
+        WeightsError: one line, if they cannot be had or do not fit.
+    """
+    if weights != HUB and not Path(weights).is_dir():
+        encoder = _pretrain_model(params).encoder
+        state = read_state_dict(Path(weights))
+        inside = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
+        load_state_dict(encoder, inside or state, source=weights)
+        return _wrapped(encoder, params)
+    name = f"OlmoEarth {params.model_version} {params.model_size}"
+    try:
+        if weights == HUB:
+            version = params.model_version.replace(".", "_")
+            model = load_model_from_id(ModelID(f"OlmoEarth-{version}-{params.model_size.title()}"))
+        else:
+            model = load_model_from_path(weights)
+    except Exception as error:  # of the hub's client, or of the package
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise WeightsError(f"weights {weights} of {name} cannot be loaded: {reason}") from None
+    own, theirs = (
+        sum(p.numel() for p in m.encoder.parameters()) for m in (_pretrain_model(params), model)
+    )
+    if own != theirs:
+        raise WeightsError(
+            f"weights {weights} do not fit the model: {theirs:,} parameters for {own:,} of {name}"
+        )
+    return _wrapped(model.encoder, params)
+
+
+def _pretrain_model(params: RunParams) -> Any:
+    return OlmoEarthPretrain_v1(
         model_size=params.model_size,
         model_version=params.model_version,
-        max_patch_size=max(8, params.patch_size),
-        max_sequence_length=max(12, params.num_timesteps),
+        max_patch_size=max(_MAX_PATCH_SIZE, params.patch_size),
+        max_sequence_length=max(_MAX_TIMESTEPS, params.num_timesteps),
     ).model
-    encoder = model.encoder
+
+
+def _wrapped(encoder: Any, params: RunParams) -> OlmoEarthEncoder:
     if params.bf16 and params.gpu_type == "cpu":
         encoder.patch_embeddings = _Fp32PatchEmbeddings(encoder.patch_embeddings, torch.bfloat16)
     return OlmoEarthEncoder(encoder, modalities(params), params.patch_size)

@@ -1,0 +1,26 @@
+"""A vision transformer of timm under the plugin: copy this file for your own."""
+
+import pytest
+import torch
+
+from pytest_int8bench import Workload
+
+# torchvision, which timm needs, raises RuntimeError where it was built for another torch.
+timm = pytest.importorskip("timm", exc_type=Exception)
+NAMES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+NAMES["nano"] = "test_vit"
+
+
+@pytest.fixture(scope="module")
+def int8_workload():
+    return Workload(
+        name="vit",
+        build=lambda p: timm.create_model(NAMES[p.model_size], img_size=224),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 3, 224, 224, device=device),),
+        units=lambda p: {"samples": p.batch_size, "tokens": 197 * p.batch_size},
+    )
+
+
+def test_throughput(int8_throughput):
+    result = int8_throughput()
+    assert result.oom or result.samples_per_s > 0

@@ -1,0 +1,301 @@
+"""The Python front: a sweep as a configuration object, run through pytest.
+
+>>> config = ThroughputBenchmarkRunnerConfig(
+...     default_run_params=RunParams(int8_enabled=True), sweep_keys=["int8_mode"]
+... )
+>>> [point.int8_mode for point in config.build().points]
+['w8a8', 'w8']
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.params import MEASURING_FIELDS, RunParams
+from pytest_int8bench.report.terminal import render
+from pytest_int8bench.results import Journal, Result, Saved, journal_folder, read
+from pytest_int8bench.suite.handover import Handover
+from pytest_int8bench.sweep import axes_of, expand
+from pytest_int8bench.workloads.names import check_workload_name
+
+_SUITE = Path(__file__).parent / "suite"
+_DEFAULT_GROUP = "throughput"
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NO_EFFECT = ("profiler_enabled", "wandb_enabled")
+
+# Exit codes of pytest: some tests failed, interrupted.
+_FAILED, _INTERRUPTED = 1, 2
+_ERRORS = {3: "internal error", 4: "usage error", 5: "no tests collected"}
+_INTERRUPT_S = 10
+
+
+class RunnerError(RuntimeError):
+    """The process that measures could not be run."""
+
+
+@dataclass(kw_only=True)
+class ThroughputBenchmarkRunnerConfig:
+    """A sweep around one point. Exactly one of ``sweep_keys`` and ``sweep_dict`` says over what."""
+
+    default_run_params: RunParams | None = None
+    """The point whose other fields are kept; ``RunParams()`` by default."""
+    sweep_keys: Sequence[str] | None = None
+    """Names of sweeps, keys of ``SWEEPS``."""
+    sweep_dict: Mapping[str, Sequence[Any]] | None = None
+    """RunParams field (or ``extra.NAME``) -> values."""
+    cross_product_sweep: bool = False
+    """All combinations instead of one axis at a time."""
+    sweep_group_name: str | None = None
+    """Group of the results in pytest-benchmark's JSON, and start of the names of the files;
+    ``throughput`` by default."""
+    save_folder: str | os.PathLike[str] | None = None
+    """Where the JSON and the journals are written, made if it is not there. By default, journals
+    go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
+    work_dir: str | os.PathLike[str] = "."
+    """Folder the benchmarks run in, made if it is not there."""
+    workload: str = "olmoearth"
+    """What to measure, as in ``--int8-workload``; paths start from ``work_dir``."""
+    pytest_args: Sequence[str] = ()
+    """More arguments for pytest, such as ``--int8-no-baseline`` or ``-x``."""
+
+    def build(self) -> ThroughputBenchmarkRunner:
+        """Expand the sweep and return its runner. Nothing is run.
+
+        Raises:
+            ValueError: for neither or both of ``sweep_keys`` and ``sweep_dict``, an unknown key
+                or field, or a bad value.
+        """
+        if (self.sweep_keys is None) == (self.sweep_dict is None):
+            given = "neither" if self.sweep_keys is None else "both"
+            raise ValueError(f"set exactly one of sweep_keys and sweep_dict, got {given}")
+        if isinstance(self.sweep_keys, str):
+            raise ValueError(f"sweep_keys must be a list of keys, got {self.sweep_keys!r}")
+        axes = dict(self.sweep_dict or {}) if self.sweep_keys is None else axes_of(self.sweep_keys)
+        if not axes:
+            raise ValueError("sweep_keys and sweep_dict must not be empty")
+        for name in axes:
+            if name in MEASURING_FIELDS:
+                raise ValueError(f"{name} is no part of a run's name and cannot be swept")
+        default = self.default_run_params or RunParams()
+        for name in _NO_EFFECT:
+            if getattr(default, name):
+                raise ValueError(f"{name} has no effect in this version, got True")
+        group = self.sweep_group_name or _DEFAULT_GROUP
+        if not _GROUP.fullmatch(group):
+            raise ValueError(
+                "sweep_group_name must be letters, digits, dots, underscores and hyphens, "
+                f"got {group!r}"
+            )
+        return ThroughputBenchmarkRunner(
+            expand(default, axes, cross_product=self.cross_product_sweep),
+            group=group,
+            save_folder=None if self.save_folder is None else Path(self.save_folder).absolute(),
+            work_dir=Path(self.work_dir).absolute(),
+            workload=check_workload_name(self.workload),
+            pytest_args=tuple(self.pytest_args),
+        )
+
+
+class ThroughputBenchmarkRunner:
+    """Measures points by running the packaged test file with pytest in a process of its own.
+
+    Attributes:
+        points: what is measured, in this order in the results.
+        saved: the JSON file that :meth:`run` wrote; None before it, or without ``save_folder``.
+        journals: the journals of the last :meth:`run`, one for each process.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[RunParams],
+        *,
+        group: str,
+        save_folder: Path | None,
+        work_dir: Path,
+        workload: str,
+        pytest_args: Sequence[str],
+    ) -> None:
+        self.points = list(points)
+        self.saved: Path | None = None
+        self.journals: list[Path] = []
+        self._group = group
+        self._save_folder = save_folder
+        self._work_dir = work_dir
+        self._workload = workload
+        self._pytest_args = list(pytest_args)
+
+    def run(self) -> list[Result]:
+        """Measure the points; pytest prints as it goes.
+
+        A point that fails, runs out of memory or cannot be is a result with its status and
+        reason. A point that kills the process is ``failed``, and the others go on in a new one.
+        Every finished point is in a journal at once, also after Ctrl-C.
+
+        Returns:
+            One result for each point that was run, in the order of ``points``.
+
+        Raises:
+            RunnerError: if pytest could not run at all.
+            KeyboardInterrupt: on Ctrl-C, after the finished points are saved.
+        """
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        folder = self._save_folder or journal_folder(self._work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = _free_stem(folder, self._group)
+        self.saved, self.journals = None, []
+        found: dict[str, Result] = {}
+        parts: list[Path] = []
+        with tempfile.TemporaryDirectory(prefix="int8bench-") as handover_folder:
+            try:
+                left = [point.run_name for point in self.points]
+                while left:
+                    name = stem if not parts else f"{stem}-{len(parts) + 1}"
+                    parts.append(folder / f"{name}.json")
+                    handover = Handover.start(Path(handover_folder), self._group, left)
+                    code = self._run_pytest(handover, parts[-1])
+                    self._note_killed(code, handover, parts[-1].with_suffix(".jsonl"), found)
+                    found |= {r.run_name: r for r in _journal(parts[-1]).results}
+                    left = [name for name in left if name not in found]
+                    if code == _INTERRUPTED:
+                        raise KeyboardInterrupt
+                    if code in (0, _FAILED) and not handover.asked_for_new_process():
+                        break  # what is left was not to be run: -x or -k among pytest_args
+            finally:
+                results = [found[p.run_name] for p in self.points if p.run_name in found]
+                self._finish(parts, results)
+        return results
+
+    def _finish(self, parts: Sequence[Path], results: list[Result]) -> None:
+        """Put what several processes wrote into one JSON, and show it as one table."""
+        self.journals = [p.with_suffix(".jsonl") for p in parts if p.with_suffix(".jsonl").exists()]
+        if not results:
+            return
+        environments = [environment for p in parts if (environment := _journal(p).environment)]
+        saved = Saved(environments[0] if environments else {}, results, [])
+        if self._save_folder is not None:
+            self.saved = parts[0]
+            merged = _merged([json.loads(p.read_text()) for p in parts if _is_json(p)], saved)
+            parts[0].write_text(json.dumps(merged, indent=2), encoding="utf-8")
+            for part in parts[1:]:
+                part.unlink(missing_ok=True)
+        if len(parts) > 1:
+            print(f"\nint8bench: {len(parts)} processes together:")
+            print(render(saved, width=None, color=False), end="", flush=True)
+
+    def _run_pytest(self, handover: Handover, json_path: Path) -> int:
+        """Run the points of ``handover`` and return the exit code, negative for a signal."""
+        measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
+        sets = [f"--int8-set={k}={v}" for k, v in measuring.items() if k not in _NO_EFFECT]
+        command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
+        command += [
+            str(_SUITE / "test_throughput.py"),
+            f"--int8-journal={json_path.with_suffix('.jsonl')}",
+        ]
+        command += [f"--int8-workload={self._workload}", *sets]
+        if self._save_folder is not None:
+            command.append(f"--benchmark-json={json_path}")
+        environ = {**os.environ, **handover.to_env_vars()}
+        # Other plugins and options of the user's environment, such as xdist, random order or
+        # -x, would change what is measured; pytest_args can bring them back.
+        environ.pop("PYTEST_ADDOPTS", None)
+        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        environ["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        sys.stdout.flush()
+        return _wait(
+            subprocess.Popen([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
+        )
+
+    def _note_killed(
+        self, code: int, handover: Handover, journal: Path, found: Mapping[str, Result]
+    ) -> None:
+        """Write the point that took the process down into the journal, as failed.
+
+        Raises:
+            RunnerError: if the process ended before its first point.
+        """
+        if code in (0, _FAILED, _INTERRUPTED):
+            return
+        how = _ERRORS.get(code) or (_signal_name(-code) if code < 0 else f"exit code {code}")
+        running = handover.running()
+        before = _journal(journal).results
+        if running is None or running in {result.run_name for result in before}:
+            raise RunnerError(f"pytest did not measure: {how}; see its output above")
+        params = next(point for point in self.points if point.run_name == running)
+        known = [result.workload for result in (*found.values(), *before)]
+        result = Result(
+            nodeid=f"test_throughput.py::test_throughput[{running}]",
+            workload=known[0] if known else self._workload,
+            run_name=running,
+            params=params.to_dict(),
+            status="failed",
+            reason=f"the process ended in this point: {how}",
+        )
+        (Journal.reopen(journal) if journal.exists() else Journal(journal, {})).append(result)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for ``process``; on Ctrl-C, let pytest finish what it has to say."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        pass
+    try:
+        # A terminal interrupts both processes, os.kill only this one.
+        process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=_INTERRUPT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return _INTERRUPTED
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _free_stem(folder: Path, group: str) -> str:
+    """Return the start of file names that are not in ``folder`` yet."""
+    stem = f"{group}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    number = 1
+    free = stem
+    while any(folder.glob(f"{free}[.-]*")):
+        number += 1
+        free = f"{stem}_{number}"
+    return free
+
+
+def _journal(part: Path) -> Saved:
+    """Return what is in the journal of a process, nothing if no point got as far as that."""
+    try:
+        return read(part.with_suffix(".jsonl"))
+    except FileNotFoundError:
+        return Saved({}, [], [])
+
+
+def _is_json(path: Path) -> bool:
+    """Say whether a process lived to write its file; pytest-benchmark opens it at the start."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def _merged(parts: Sequence[Mapping[str, Any]], saved: Saved) -> dict[str, Any]:
+    """Return one JSON of pytest-benchmark from those of several processes on one machine."""
+    benchmarks = [benchmark for part in parts for benchmark in part["benchmarks"]]
+    head = parts[-1] if parts else {}
+    return {**head, "benchmarks": benchmarks, "int8bench": saved.to_dict()}

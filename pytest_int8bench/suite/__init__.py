@@ -1,0 +1,1 @@
+"""The packaged benchmark tests that :mod:`pytest_int8bench.runner` runs."""

@@ -1,0 +1,36 @@
+"""One test for each point that the runner hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pytest_int8bench import Result, RunParams
+from pytest_int8bench.suite.handover import Handover
+
+HANDOVER = Handover.from_env_vars()
+
+pytestmark = pytest.mark.benchmark(group=HANDOVER.group)
+
+
+@pytest.fixture(autouse=True)
+def _noted(int8_params: RunParams, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tell the runner which point runs, should the process die."""
+    HANDOVER.note_running(int8_params.run_name)
+    yield
+    HANDOVER.note_running("")
+
+
+@pytest.mark.parametrize("int8_params", HANDOVER.run_names, ids=HANDOVER.run_names, indirect=True)
+def test_throughput(int8_throughput: Callable[[], Result], request: pytest.FixtureRequest) -> None:
+    import torch
+
+    try:
+        result = int8_throughput()
+    except torch.AcceleratorError as error:
+        # Every later call on the device would fail too: the runner goes on in a new process.
+        HANDOVER.ask_for_new_process()
+        request.session.shouldfail = f"the device cannot go on in this process: {error}"
+        raise
+    assert result.oom or (result.samples_per_s or 0) > 0

@@ -1,0 +1,99 @@
+"""Where a model's weights come from: seeded random numbers, a hub, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.params import RunParams
+
+if TYPE_CHECKING:
+    from pytest_int8bench.workloads import Workload
+
+RANDOM, HUB = "random", "hub"
+_SHOWN = 3
+#: Where training scripts put the state dict in what they save.
+_WRAPPERS = ("state_dict", "model")
+
+
+class WeightsError(ClearError, ValueError):
+    """Weights that cannot be had, or do not fit the model."""
+
+
+def build_with_weights(workload: Workload, params: RunParams, weights: str) -> torch.nn.Module:
+    """Build the model of ``workload`` at ``params``.
+
+    Args:
+        workload: what to build.
+        params: the point, with the workload's axes.
+        weights: ``random`` for what ``build`` returns, ``hub``, or the path of a file.
+
+    Raises:
+        WeightsError: one line, if the weights cannot be had or do not fit.
+    """
+    if weights == RANDOM:
+        return workload.build(params)
+    if workload.load is not None:
+        return workload.load(params, weights)
+    if weights == HUB:
+        raise WeightsError(
+            f"--int8-weights=hub: workload {workload.name!r} has no weights on a hub; "
+            "give the path of a file, or load them in build"
+        )
+    model = workload.build(params)
+    load_state_dict(model, read_state_dict(Path(weights)), source=weights)
+    return model
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict that ``torch.save`` or safetensors wrote, without running code from it.
+
+    Raises:
+        WeightsError: one line, if the file cannot be read as one.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the formats raise, with pages of advice in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"weights {path} cannot be read: {reason}") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
+            values = values[wrapper]
+    if not isinstance(values, Mapping) or not values:
+        raise WeightsError(f"weights {path} must hold a state dict, got {type(values).__name__}")
+    return dict(values)
+
+
+def load_state_dict(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str
+) -> None:
+    """Load ``state`` into ``model``, every key of both.
+
+    Raises:
+        WeightsError: one line that names keys that are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"weights {source} do not fit the model: keys {'; '.join(problems)}")
+    model.load_state_dict(dict(state))

@@ -1,0 +1,225 @@
+"""Encoders of Hugging Face transformers by name: inputs and units come from the configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
+
+from pytest_int8bench.params import EXTRA_NAME, RunParams, Scalar
+from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads import Workload
+
+INPUT_SEED = 0
+#: Tokens a text model is fed by default, where its positions allow.
+SEQUENCE_LENGTH = 512
+
+
+def huggingface(name: str, root: Path) -> Workload:
+    """Return the workload of a transformers encoder with random weights and random inputs.
+
+    Text models get ``sequence_length`` (512, or what their positions allow) tokens a sample, all
+    of them valid and without attention mask; ``extra.attention_mask=true`` gives samples of
+    different lengths and their mask. Image models get normal noise of their ``image_size``.
+    Every plain field of the configuration is an axis, such as ``extra.num_hidden_layers=2``.
+
+    Args:
+        name: a folder with a ``config.json``, a model type of transformers (``bert``: its default
+            configuration), or a repository of the hub.
+        root: folder that relative paths start from.
+
+    Raises:
+        ValueError: one line, if there is no such configuration, or it takes other inputs than
+            token ids or images.
+    """
+    config, pretrained = _find_config(name, root)
+    label = f"hf:{name}"
+    kind = _main_input(config, label)
+    axes: dict[str, Scalar] = {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, str | int | float) and EXTRA_NAME.fullmatch(key) and _finite(value)
+    }
+    if kind == "input_ids":
+        axes |= {"sequence_length": _sequence_length(config), "attention_mask": False}
+
+    def build(params: RunParams) -> torch.nn.Module:
+        return _encoder(AutoModel.from_config(_configured(config, params), **_sdpa(config)))
+
+    def load(params: RunParams, weights: str) -> torch.nn.Module:
+        if weights != HUB and not Path(weights).is_dir():
+            model = build(params)
+            load_state_dict(model, read_state_dict(Path(weights)), source=weights)
+            return model
+        source = weights if weights != HUB else pretrained
+        if source is None:
+            raise WeightsError(
+                f"--int8-weights=hub: {label} is a model type without weights of its own; "
+                "name a repository"
+            )
+        try:
+            model = AutoModel.from_pretrained(
+                source, config=_configured(config, params), dtype=torch.float32, **_sdpa(config)
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"weights of {source} cannot be loaded: {_line(error)}") from None
+        return _encoder(model)
+
+    return Workload(
+        name=label,
+        build=build,
+        load=load,
+        inputs=_text if kind == "input_ids" else _images,
+        units=_text_units if kind == "input_ids" else _image_units,
+        tokens=None if kind == "input_ids" else _count_tokens,
+        axes=axes,
+        impossible_reason=_impossible_reason,
+    )
+
+
+def _find_config(name: str, root: Path) -> tuple[Any, str | None]:
+    """Return the configuration, and where its weights are if there are any."""
+    folder = root / name
+    if (folder / "config.json").is_file():
+        try:
+            return AutoConfig.from_pretrained(folder), str(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"hf:{name}: {_line(error)}") from None
+    if name in CONFIG_MAPPING:
+        return AutoConfig.for_model(name), None
+    try:
+        return AutoConfig.from_pretrained(name), name
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"hf:{name} is no folder with a config.json, no model type of transformers such as "
+            f"bert, and the hub did not answer with one: {_line(error)}"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def _finite(value: Scalar) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _model_class(config: Any) -> Any:
+    found = MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _main_input(config: Any, label: str) -> str:
+    kind = getattr(_model_class(config), "main_input_name", None)
+    needs = {"input_ids": ("vocab_size",), "pixel_values": ("image_size", "num_channels")}
+    if kind not in needs:
+        raise ValueError(
+            f"{label} takes {kind or 'nothing that is known'}; by name only models that take "
+            "input_ids or pixel_values can be had: write a Workload"
+        )
+    absent = [field for field in needs[kind] if not isinstance(getattr(config, field, None), int)]
+    if absent:
+        raise ValueError(
+            f"{label} takes {kind}, but its configuration has no whole number {absent[0]}: "
+            "name one of its encoders, or write a Workload"
+        )
+    return str(kind)
+
+
+def _sequence_length(config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH
+    return min(SEQUENCE_LENGTH, positions - _first_position(config))
+
+
+def _first_position(config: Any) -> int:
+    """Return how many positions a model leaves out: RoBERTa's family counts from behind the
+    padding token's id."""
+    family = ("roberta", "camembert", "xlm-roberta", "mpnet", "longformer", "esm", "data2vec-text")
+    if not str(config.model_type).startswith(family):
+        return 0
+    return int(config.pad_token_id or 0) + 1
+
+
+def _configured(config: Any, params: RunParams) -> Any:
+    """Return the configuration with the axes of ``params``, and without a cache for decoding.
+
+    Raises:
+        ValueError: one line, if transformers does not take them together.
+    """
+    values = config.to_dict()
+    own = {k: v for k, v in params.extra.items() if k in values and v != values[k]}
+    if "num_hidden_layers" in own:
+        values.pop("layer_types", None)  # one item a layer, made anew
+    try:
+        changed = type(config).from_dict({**values, **own})
+    except Exception as error:  # of the libraries' validators
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        named = ", ".join(f"extra.{k}={v}" for k, v in own.items())
+        raise ValueError(f"{config.model_type} cannot take {named}: {lines[-1]}") from None
+    if hasattr(changed, "use_cache"):
+        changed.use_cache = False
+    return changed
+
+
+def _sdpa(config: Any) -> dict[str, str]:
+    supported = getattr(_model_class(config), "_supports_sdpa", False)
+    return {"attn_implementation": "sdpa"} if supported else {}
+
+
+def _encoder(model: Any) -> torch.nn.Module:
+    encoder: torch.nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(INPUT_SEED)
+
+
+def _text(params: RunParams, device: torch.device) -> Mapping[str, torch.Tensor]:
+    vocabulary, length = int(params.extra["vocab_size"]), int(params.extra["sequence_length"])
+    generator = _generator(device)
+    shape = (params.batch_size, length)
+    ids = torch.randint(0, vocabulary, shape, generator=generator, device=device)
+    padding = params.extra.get("pad_token_id")
+    if padding is not None:  # some models count positions by it
+        ids[ids == padding] = (int(padding) + 1) % vocabulary
+    if not params.extra["attention_mask"]:
+        return {"input_ids": ids}
+    lengths = torch.randint(
+        length // 2, length + 1, (params.batch_size, 1), generator=generator, device=device
+    )
+    valid = torch.arange(length, device=device) < lengths
+    return {"input_ids": ids, "attention_mask": valid.long()}
+
+
+def _text_units(params: RunParams) -> dict[str, float]:
+    tokens = params.batch_size * int(params.extra["sequence_length"])
+    return {"samples": params.batch_size, "tokens": tokens}
+
+
+def _images(params: RunParams, device: torch.device) -> Mapping[str, torch.Tensor]:
+    size, channels = int(params.extra["image_size"]), int(params.extra["num_channels"])
+    shape = (params.batch_size, channels, size, size)
+    return {"pixel_values": torch.randn(shape, generator=_generator(device), device=device)}
+
+
+def _image_units(params: RunParams) -> dict[str, float]:
+    pixels = params.batch_size * int(params.extra["image_size"]) ** 2
+    return {"samples": params.batch_size, "pixels": pixels}
+
+
+def _count_tokens(output: Any) -> int:
+    """Count (batch, tokens, channels), or (batch, channels, rows, columns)."""
+    shape = output.last_hidden_state.shape
+    return math.prod(shape[:2]) if len(shape) == 3 else shape[0] * math.prod(shape[2:])
+
+
+def _impossible_reason(params: RunParams) -> str | None:
+    masked = bool(params.extra.get("attention_mask"))
+    if masked and params.gpu_type == "cuda" and params.attention == "flash":
+        return "flash attention takes no attention mask on CUDA; use attention=efficient or auto"
+    return None

@@ -1,0 +1,405 @@
+"""The Python front: what it expands to, and what it does with points that go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_int8bench import (
+    SWEEPS,
+    Result,
+    RunParams,
+    ThroughputBenchmarkRunner,
+    ThroughputBenchmarkRunnerConfig,
+)
+from pytest_int8bench.results import read
+from pytest_int8bench.runner import RunnerError
+from pytest_int8bench.suite.handover import Handover
+
+INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
+
+# The configurations of the document that the product was asked for in: fields of
+# default_run_params, the rest of the configuration, and what the points are to be.
+EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
+    "int8_baseline": (
+        {
+            **INT8_BASE,
+            "int8_mode": "w8a8",
+            "int8_smoothquant": False,
+            "compile_mode": "max-autotune",
+            "compile_fullgraph": True,
+            "bf16": True,
+        },
+        {"sweep_keys": ["batch"]},
+        [{"batch_size": 2**n} for n in range(14)],
+    ),
+    "int8_mode_comparison": (
+        INT8_BASE,
+        {"sweep_keys": ["int8_mode"]},
+        [{"int8_mode": "w8a8"}, {"int8_mode": "w8"}],
+    ),
+    "compile_mode_sweep": (
+        {**INT8_BASE, "int8_mode": "w8a8"},
+        {"sweep_keys": ["compile_mode"]},
+        [{"compile_mode": mode} for mode in ("default", "reduce-overhead", "max-autotune")],
+    ),
+    "int8_vs_fp16": (
+        {"model_size": "base", "batch_size": 128},
+        {"sweep_keys": ["int8_enabled"]},
+        [{"int8_enabled": True}, {"int8_enabled": False}],
+    ),
+    "w8a8_vs_w8": (
+        INT8_BASE,
+        {"sweep_keys": ["int8_mode"]},
+        [{"int8_mode": "w8a8"}, {"int8_mode": "w8"}],
+    ),
+    "int8_batch_sweep": (
+        {"model_size": "base", "int8_enabled": True, "int8_mode": "w8a8"},
+        {"sweep_keys": ["batch"]},
+        [{"batch_size": 2**n} for n in range(14)],
+    ),
+    "int8_batch_cross": (
+        {"model_size": "base"},
+        {
+            "sweep_dict": {"int8_enabled": [True, False], "batch_size": [64, 128, 256]},
+            "cross_product_sweep": True,
+        },
+        [
+            {"int8_enabled": enabled, "batch_size": size}
+            for enabled in (True, False)
+            for size in (64, 128, 256)
+        ],
+    ),
+}
+
+# A model whose batches of 5 fail, of 6 run out of memory, of 7 kill the process, of 8 leave the
+# device unusable, and of 9 interrupt.
+TOY = """
+import os
+import signal
+import torch
+from torch import nn
+
+from pytest_int8bench import Workload
+
+
+class Toy(nn.Module):
+    broken = False
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(32, 64)
+        self.fc2 = nn.Linear(64, 32)
+
+    def forward(self, x):
+        if Toy.broken:
+            raise torch.AcceleratorError("CUDA error: the device is still broken")
+        if x.shape[0] == 5:
+            raise ValueError("five is too many")
+        if x.shape[0] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if x.shape[0] == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if x.shape[0] == 8:
+            Toy.broken = True
+            raise torch.AcceleratorError("CUDA error: an illegal memory access")
+        if x.shape[0] == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+
+def make():
+    return Workload(
+        name="toy",
+        build=lambda p: Toy(),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
+    )
+"""
+SMALL = RunParams(
+    model_size="nano",
+    image_size=8,
+    num_timesteps=1,
+    batch_size=2,
+    gpu_type="cpu",
+    compile_mode="off",
+    int8_enabled=True,
+    model_version="v1.2",
+    benchmark_interval_s=0.02,
+)
+
+
+def example(name: str, **changes: Any) -> ThroughputBenchmarkRunnerConfig:
+    params, config, _ = EXAMPLES[name]
+    return ThroughputBenchmarkRunnerConfig(
+        default_run_params=RunParams(**params).replace(**changes), sweep_group_name=name, **config
+    )
+
+
+def toy_runner(folder: Path, batches: list[int], **more: Any) -> ThroughputBenchmarkRunner:
+    (folder / "toy.py").write_text(TOY)
+    config = ThroughputBenchmarkRunnerConfig(
+        default_run_params=SMALL,
+        sweep_dict={"batch_size": batches},
+        sweep_group_name="toy",
+        work_dir=folder,
+        workload="toy.py:make",
+        **more,
+    )
+    return config.build()
+
+
+def outcome(results: list[Result]) -> list[tuple[int, str]]:
+    return [(result.params["batch_size"], result.status) for result in results]
+
+
+# -- what a configuration expands to ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_expand_to_their_points(name: str) -> None:
+    params, _, changes = EXAMPLES[name]
+    default = RunParams(**params)
+    assert example(name).build().points == [default.replace(**change) for change in changes]
+
+
+def test_keys_are_swept_one_at_a_time_or_crossed() -> None:
+    def points(cross: bool) -> list[RunParams]:
+        config = ThroughputBenchmarkRunnerConfig(
+            sweep_keys=["bf16", "patch"], cross_product_sweep=cross
+        )
+        return config.build().points
+
+    assert len(points(False)) == 5  # bf16=True is patch_size=4
+    assert len(points(True)) == 8
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "neither": ({}, "set exactly one of sweep_keys and sweep_dict, got neither"),
+    "both": (
+        {"sweep_keys": ["batch"], "sweep_dict": {"batch_size": [1]}},
+        "set exactly one of sweep_keys and sweep_dict, got both",
+    ),
+    "no keys": ({"sweep_keys": []}, "sweep_keys and sweep_dict must not be empty"),
+    "text": ({"sweep_keys": "batch"}, "sweep_keys must be a list of keys, got 'batch'"),
+    "unknown key": (
+        {"sweep_keys": ["batches"]},
+        f"unknown sweep key 'batches'; keys are {', '.join(SWEEPS)}",
+    ),
+    "no list": (
+        {"sweep_dict": {"batch_size": 4}},
+        "sweep over batch_size must be a list of values, got 4",
+    ),
+    "bad value": (
+        {"sweep_dict": {"int8_mode": ["w4"]}},
+        "int8_mode must be one of w8a8, w8, got 'w4'",
+    ),
+    "measuring": (
+        {"sweep_dict": {"benchmark_interval_s": [1, 2]}},
+        "benchmark_interval_s is no part of a run's name and cannot be swept",
+    ),
+    "no effect": (
+        {"sweep_keys": ["batch"], "default_run_params": RunParams(wandb_enabled=True)},
+        "wandb_enabled has no effect in this version, got True",
+    ),
+    "group": (
+        {"sweep_keys": ["batch"], "sweep_group_name": "a/b"},
+        "sweep_group_name must be letters, digits, dots, underscores and hyphens, got 'a/b'",
+    ),
+    "workload": (
+        {"sweep_keys": ["batch"], "workload": "olmo"},
+        "must be olmoearth, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
+    given, message = BAD[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        ThroughputBenchmarkRunnerConfig(**given).build()
+    assert "\n" not in str(caught.value)
+
+
+# -- running it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run_at_a_small_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SWEEPS, "batch", {"batch_size": [1, 2]})
+    config = example(name, **_small_changes(name))
+    if "sweep_dict" in EXAMPLES[name][1]:
+        config.sweep_dict = {"int8_enabled": [True, False], "batch_size": [1, 2]}
+    config.work_dir = tmp_path
+    if name != "int8_vs_fp16":  # one of them on a real encoder, the others on what starts fast
+        (tmp_path / "toy.py").write_text(TOY)
+        config.workload = "toy.py:make"
+    runner = config.build()
+    results = runner.run()
+    assert [r.run_name for r in results] == [p.run_name for p in runner.points]
+    assert [r.params for r in results] == [p.to_dict() for p in runner.points]
+    for result in results:
+        assert result.status == "ok", result.reason
+        assert result.samples_per_s is not None
+        assert (result.speedup is not None) == result.params["int8_enabled"]
+        assert (result.coverage is not None) == result.params["int8_enabled"]
+
+
+def _small_changes(name: str) -> dict[str, Any]:
+    keep = {"int8_enabled", "int8_mode", "bf16"}
+    changes = {k: v for k, v in SMALL.to_dict().items() if k not in keep}
+    if name == "compile_mode_sweep":
+        changes.pop("compile_mode")
+    return changes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run_on_a_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SWEEPS, "batch", {"batch_size": [32, 64]})
+    fast = {"compile_mode": "default"} if name != "compile_mode_sweep" else {}
+    config = example(
+        name, model_size="nano", model_version="v1.2", batch_size=32, image_size=16, **fast
+    )
+    config.default_run_params = config.default_run_params.replace(benchmark_interval_s=0.2)
+    config.work_dir = tmp_path
+    results = config.build().run()
+    assert len(results) == len(config.build().points)
+    assert {result.status for result in results} == {"ok"}
+
+
+def test_no_point_stops_the_sweep_or_loses_another(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runner = toy_runner(tmp_path, [16, 5, 6, 7, 8, 4, 2], save_folder=tmp_path / "saved")
+    results = runner.run()
+    expected = [
+        (16, "ok"),
+        (5, "failed"),
+        (6, "oom"),
+        (7, "failed"),
+        (8, "failed"),
+        (4, "ok"),
+        (2, "ok"),
+    ]
+    assert outcome(results) == expected
+    reasons = {result.params["batch_size"]: result.reason for result in results}
+    assert reasons[5] == "ValueError: five is too many"
+    assert reasons[7] == "the process ended in this point: SIGKILL"
+    assert reasons[8] == "torch.AcceleratorError: CUDA error: an illegal memory access"
+    assert {result.workload for result in results} == {"toy"}
+    for result in results:
+        assert result.nodeid == f"test_throughput.py::test_throughput[{result.run_name}]"
+    assert "int8bench: 3 processes together:" in capfd.readouterr().out
+    # Everything is on disk too: in the journals of the three processes, and in one JSON.
+    journaled = [result for path in runner.journals for result in read(path).results]
+    assert sorted(outcome(journaled)) == sorted(expected)
+    assert len(runner.journals) == 3
+    assert runner.saved is not None
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == sorted(
+        [runner.saved.name, *(path.name for path in runner.journals)]
+    )
+    assert read(runner.saved).results == results
+    benchmarks = json.loads(runner.saved.read_text())["benchmarks"]
+    measured = {benchmark["extra_info"]["run_name"] for benchmark in benchmarks}
+    # The process that was killed took the file of its first point along; its journal has it.
+    assert measured == {r.run_name for r in results if r.params["batch_size"] in (4, 2)}
+    assert {benchmark["group"] for benchmark in benchmarks} == {"toy"}
+
+
+def test_options_of_the_environment_do_not_reach_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only -p no:int8bench")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\nint8_mode = w8\n")
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('not for the runner')\n")
+    runner = toy_runner(tmp_path, [2], pytest_args=["--int8-no-baseline"])
+    (result,) = runner.run()
+    assert result.status == "ok"
+    assert result.speedup is None
+    assert runner.saved is None
+    (journal,) = runner.journals
+    assert journal.parent == tmp_path / ".benchmarks" / "int8bench"
+    assert read(journal).results == [result]
+
+
+def test_arguments_can_leave_points_out(tmp_path: Path) -> None:
+    results = toy_runner(tmp_path, [5, 4], pytest_args=["-x"]).run()
+    assert outcome(results) == [(5, "failed")]
+
+
+def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match="pytest did not measure: usage error"):
+        toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
+
+
+@pytest.mark.parametrize("whom", ["the point itself", "the script alone"])
+def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
+    (tmp_path / "toy.py").write_text(TOY.replace("os.kill(os.getpid(), signal.SIGINT)", "wait()"))
+    interrupt = "os.kill(os.getpid(), signal.SIGINT)"
+    slow = "import pathlib, time; pathlib.Path('waiting').touch(); time.sleep(60)"
+    wait = interrupt if whom == "the point itself" else slow
+    with (tmp_path / "toy.py").open("a") as toy:
+        toy.write(f"\n\ndef wait():\n    {wait}\n")
+    (tmp_path / "script.py").write_text(
+        "from pytest_int8bench import RunParams, ThroughputBenchmarkRunnerConfig\n"
+        f"small = RunParams.from_dict({SMALL.to_dict()!r})\n"
+        "runner = ThroughputBenchmarkRunnerConfig(\n"
+        "    default_run_params=small, sweep_dict={'batch_size': [4, 9, 2]},\n"
+        "    workload='toy.py:make', save_folder='saved',\n"
+        ").build()\n"
+        "try:\n"
+        "    runner.run()\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', runner.saved)\n"
+    )
+    # A session of its own, so that a signal to one process does not reach the other.
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    if whom == "the script alone":
+        while process.poll() is None and not (tmp_path / "waiting").exists():
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    (saved,) = (tmp_path / "saved").glob("*.json")
+    assert f"interrupted {saved}" in output
+    assert process.returncode == 0
+    assert outcome(read(saved).results) == [(4, "ok")]
+
+
+def test_the_suite_says_who_runs_it() -> None:
+    with pytest.raises(RuntimeError, match="are run by pytest_int8bench"):
+        Handover.from_env_vars({})
+
+
+def test_a_point_is_handed_over_and_back(tmp_path: Path) -> None:
+    given = Handover.start(tmp_path, "group", ["a", "b"])
+    assert (given.running(), given.asked_for_new_process()) == (None, False)
+    taken = Handover.from_env_vars(given.to_env_vars())
+    assert taken == given
+    taken.note_running("a")
+    taken.ask_for_new_process()
+    assert (given.running(), given.asked_for_new_process()) == ("a", True)
+    taken.note_running("")
+    assert given.running() is None
+    Handover.start(tmp_path, "group", ["b"])
+    assert not given.asked_for_new_process()
