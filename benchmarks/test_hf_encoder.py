@@ -10,6 +10,8 @@ CONFIGS = {
     "nano": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     "base": {},
 }
+# Compiled, older transformers makes a mask for this model, which flash attention does not take.
+pytestmark = pytest.mark.int8(attention="auto")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,6 @@ def int8_workload():
         build=lambda p: transformers.BertModel(transformers.BertConfig(**CONFIGS[p.model_size])),
         inputs=lambda p, device: (torch.randint(1, 30_000, (p.batch_size, 128), device=device),),
         units=lambda p: {"samples": p.batch_size, "tokens": 128 * p.batch_size},
-        impossible_reason=lambda p: None if p.model_size in CONFIGS else "no such size here",
     )
 
 

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads import FilterFn, Workload
 
 SEED = 0
+_NO_KERNEL = "No available kernel"
 _TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
+
+
+class AttentionError(ClearError, RuntimeError):
+    """The attention backend asked for does not take what the model asks of it."""
 
 
 class DeviceError(ClearError, RuntimeError):
@@ -124,6 +129,7 @@ class Model:
 
         Raises:
             QuantizationError: if the INT8 product cannot take the shapes.
+            AttentionError: if the attention backend cannot take the model's attention.
             torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
         """
         if self._ready is None:
@@ -136,6 +142,12 @@ class Model:
                         f"W8A8 on CUDA takes more than 16 rows in a product, got {match[1]}: "
                         "use a larger batch, or int8_mode w8"
                     ) from error
+                if _NO_KERNEL in str(error):
+                    raise AttentionError(
+                        f"attention={self.params.attention} cannot run the attention of workload "
+                        f"{self.workload.name!r} on {self.device.type} (masks, head sizes and "
+                        "dtypes differ by backend): use attention=auto, efficient or math"
+                    ) from None
                 raise
         return self._ready
 

@@ -81,6 +81,9 @@ class Result:
 
     int8_backend: str | None = None
     """The backend that ``auto`` chose."""
+    device_time_s: float | None = None
+    """Seconds of all kernels of one forward; None on a CPU. Well under ``batch_time_s``, the GPU
+    waits for the host."""
     int8_time_share: float | None = None
     """Share of device time in INT8 matrix products, 0 to 1."""
     attention_kernel: str | None = None

@@ -205,10 +205,10 @@ class ThroughputBenchmarkRunner:
         command += [f"--int8-workload={self._workload}", *sets]
         if self._save_folder is not None:
             command.append(f"--benchmark-json={json_path}")
-        environ = {**os.environ, **handover.to_env_vars()}
         # Other plugins and options of the user's environment, such as xdist, random order or
         # -x, would change what is measured; pytest_args can bring them back.
-        environ.pop("PYTEST_ADDOPTS", None)
+        environ = {name: value for name, value in os.environ.items() if not _is_pytests(name)}
+        environ |= handover.to_env_vars()
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         environ["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         sys.stdout.flush()
@@ -242,6 +242,10 @@ class ThroughputBenchmarkRunner:
             reason=f"the process ended in this point: {how}",
         )
         (Journal.reopen(journal) if journal.exists() else Journal(journal, {})).append(result)
+
+
+def _is_pytests(variable: str) -> bool:
+    return variable == "PYTEST_ADDOPTS" or variable.startswith("PYTEST_XDIST_")
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -292,6 +292,7 @@ def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> No
 def _evidence(model: Model) -> dict[str, Any]:
     evidence = model.evidence()
     return {
+        "device_time_s": evidence.total_s if model.device.type == "cuda" else None,
         "int8_time_share": evidence.int8_time_share,
         "attention_kernel": evidence.attention_kernel,
         "kernels": [

@@ -196,3 +196,40 @@ def test_a_folder_that_is_damaged_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hf:model: ") as caught:
         workload("model", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "masked"),
+    [
+        ("bert", {}, False),
+        ("bert", {"attention_mask": True}, True),
+        ("roberta", {}, False),
+        ("qwen2", {"num_key_value_heads": 2}, False),  # causal, without a mask
+        ("modernbert", {"sequence_length": 40, "local_attention": 8}, True),  # a window
+    ],
+)
+def test_compiled_attention_has_no_mask_it_does_not_need(
+    name: str, extra: dict[str, Any], masked: bool
+) -> None:
+    """Flash attention on CUDA takes none."""
+    loaded = workload(name)
+    fields = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    seen = loaded.with_axes(
+        POINT.replace(extra={**fields, "num_hidden_layers": 2, "sequence_length": 16, **extra})
+    )
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        attention = nn.functional.scaled_dot_product_attention
+        calls.extend(node for node in graph.graph.nodes if node.target is attention)
+        return graph.forward
+
+    model = loaded.build(seen).eval()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        compiled(**loaded.inputs(seen, CPU))
+    masks = [node.kwargs.get("attn_mask") for node in calls]
+    assert len(masks) == 2
+    assert any(mask is not None for mask in masks) is masked
+    assert {bool(node.kwargs["is_causal"]) for node in calls} == {name == "qwen2"}

@@ -105,8 +105,7 @@ def test_model(int8_model, int8_batch):
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its model."""
-    for name in ("PYTEST_XDIST_WORKER", "CODSPEED_ENV"):
-        monkeypatch.delenv(name, raising=False)  # of a plugin around these tests
+    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for other tests' processes
     pytester.makeini("[pytest]\npythonpath = .\naddopts = --strict-markers\nmarkers =\n    slow\n")
     pytester.makepyfile(toy=TOY, test_one=THROUGHPUT, test_two=MODEL)

@@ -19,6 +19,7 @@ from torch import nn
 
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import (
+    AttentionError,
     DeviceError,
     Model,
     ModelPool,
@@ -673,3 +674,16 @@ def test_channels_last_is_for_weights_and_inputs_of_four_dimensions(wanted: bool
     assert model.inputs[0].is_contiguous(memory_format=layout) is wanted
     assert model.eager[0].weight.is_contiguous(memory_format=layout) is wanted
     assert model.eager[2].weight.is_contiguous()
+
+
+def test_an_attention_backend_that_cannot_is_one_line() -> None:
+    class Refuses(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+    with pytest.raises(AttentionError) as caught:
+        ModelPool().get(make_workload(build=lambda p: Refuses()), BF16).ready()
+    assert str(caught.value) == (
+        "attention=flash cannot run the attention of workload 'toy' on cpu (masks, head sizes and "
+        "dtypes differ by backend): use attention=auto, efficient or math"
+    )

@@ -122,7 +122,7 @@ def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
     (setup,) = blocks(ROOT / "README.md", "bash")
     first, second = setup.strip().splitlines()
     assert first.endswith("&& pytest benchmarks --int8-mode=w8a8")
-    assert second.endswith("&& pytest")
+    assert second.endswith("&& pytest -n 2")
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 

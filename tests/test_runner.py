@@ -234,13 +234,33 @@ def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
 def test_the_examples_run_at_a_small_size(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SWEEPS, "batch", {"batch_size": [1, 2]})
-    config = example(name, **_small_changes(name))
-    if "sweep_dict" in EXAMPLES[name][1]:
-        config.sweep_dict = {"int8_enabled": [True, False], "batch_size": [1, 2]}
+    batches = {"cpu": [1, 2], "cuda": [32, 64]}[device]
+    monkeypatch.setitem(SWEEPS, "batch", {"batch_size": batches})
+    small = {k: v for k, v in SMALL.to_dict().items() if not k.startswith("int8_")}
+    small |= {"gpu_type": device, "batch_size": batches[0]}
+    if name == "compile_mode_sweep":
+        small.pop("compile_mode")
+    elif device == "cuda":
+        small["compile_mode"] = "default"
+    config = example(name, **small)
+    if config.sweep_dict is not None:
+        config.sweep_dict = {"int8_enabled": [True, False], "batch_size": batches}
     config.work_dir = tmp_path
     if name != "int8_vs_fp16":  # one of them on a real encoder, the others on what starts fast
         (tmp_path / "toy.py").write_text(TOY)
@@ -254,32 +274,6 @@ def test_the_examples_run_at_a_small_size(
         assert result.samples_per_s is not None
         assert (result.speedup is not None) == result.params["int8_enabled"]
         assert (result.coverage is not None) == result.params["int8_enabled"]
-
-
-def _small_changes(name: str) -> dict[str, Any]:
-    keep = {"int8_enabled", "int8_mode", "bf16"}
-    changes = {k: v for k, v in SMALL.to_dict().items() if k not in keep}
-    if name == "compile_mode_sweep":
-        changes.pop("compile_mode")
-    return changes
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_run_on_a_gpu(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SWEEPS, "batch", {"batch_size": [32, 64]})
-    fast = {"compile_mode": "default"} if name != "compile_mode_sweep" else {}
-    config = example(
-        name, model_size="nano", model_version="v1.2", batch_size=32, image_size=16, **fast
-    )
-    config.default_run_params = config.default_run_params.replace(benchmark_interval_s=0.2)
-    config.work_dir = tmp_path
-    results = config.build().run()
-    assert len(results) == len(config.build().points)
-    assert {result.status for result in results} == {"ok"}
 
 
 def test_no_point_stops_the_sweep_or_loses_another(
@@ -325,6 +319,7 @@ def test_options_of_the_environment_do_not_reach_the_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only -p no:int8bench")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")  # pytest-benchmark turns itself off
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\nint8_mode = w8\n")
     (tmp_path / "conftest.py").write_text("raise RuntimeError('not for the runner')\n")
     runner = toy_runner(tmp_path, [2], pytest_args=["--int8-no-baseline"])
@@ -356,7 +351,10 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
     with (tmp_path / "toy.py").open("a") as toy:
         toy.write(f"\n\ndef wait():\n    {wait}\n")
     (tmp_path / "script.py").write_text(
+        "import signal\n"
         "from pytest_int8bench import RunParams, ThroughputBenchmarkRunnerConfig\n"
+        # A shell has its background processes ignore it, and they hand that on.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"small = RunParams.from_dict({SMALL.to_dict()!r})\n"
         "runner = ThroughputBenchmarkRunnerConfig(\n"
         "    default_run_params=small, sweep_dict={'batch_size': [4, 9, 2]},\n"

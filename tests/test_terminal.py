@@ -195,6 +195,20 @@ def test_remarks_on_a_measured_point() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("device_time_s", "told"), [(0.02, True), (0.079, True), (0.081, False), (0.11, False)]
+)
+def test_a_gpu_that_waits_for_the_host_is_said(device_time_s: float, told: bool) -> None:
+    lines = lines_of(result_of(**{**MEASURED, "batch_time_s": 0.1, "device_time_s": device_time_s}))
+    remark = (
+        f"host-bound: {NAME}: kernels run in {device_time_s * 10:.0%} of the batch time, the GPU "
+        "waits for the host in the rest; use a larger batch or CUDA graphs "
+        "(compile_mode=reduce-overhead)"
+    )
+    assert (remark in lines) is told
+    assert any("host-bound" in line for line in lines) is told
+
+
 def test_one_remark_on_the_short_rounds_of_all_points() -> None:
     shares = {"a": 0.0123, "b": 0.0061, "c": 0.005, "d": None}
     lines = lines_of(

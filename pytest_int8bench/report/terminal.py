@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
 from rich.console import Console
@@ -18,6 +19,8 @@ _MISSING = "-"
 _THROTTLED = "*"
 _WIDE = 1000
 MAX_SYNCHRONIZATION_SHARE = 0.005
+#: Part of the batch time that kernels run in, under which the reader is told.
+HOST_BOUND = 0.8
 
 
 def render(saved: Saved, *, width: int | None, color: bool) -> str:
@@ -116,6 +119,12 @@ def _remarks(result: Result) -> list[str]:
         lines.append(f"{_THROTTLED} throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
         lines.append(f"unsteady: {name}: batch times had not settled after warm-up")
+    busy = (result.device_time_s or 0) / (result.batch_time_s or math.inf)
+    if 0 < busy < HOST_BOUND:
+        lines.append(
+            f"host-bound: {name}: kernels run in {busy:.0%} of the batch time, the GPU waits for "
+            "the host in the rest; use a larger batch or CUDA graphs (compile_mode=reduce-overhead)"
+        )
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
     return lines

@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pytest_int8bench.params import EXTRA_NAME, RunParams, Scalar
 from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
 from pytest_int8bench.workloads import Workload
 
 INPUT_SEED = 0
+# transformers makes masks for those attentions only that it has a way to make them for.
+_UNMASKED = "int8bench_unmasked"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 #: Tokens a text model is fed by default, where its positions allow.
 SEQUENCE_LENGTH = 512
 
@@ -48,7 +58,8 @@ def huggingface(name: str, root: Path) -> Workload:
         axes |= {"sequence_length": _sequence_length(config), "attention_mask": False}
 
     def build(params: RunParams) -> torch.nn.Module:
-        return _encoder(AutoModel.from_config(_configured(config, params), **_sdpa(config)))
+        attention = _attention(config, params)
+        return _encoder(AutoModel.from_config(_configured(config, params), **attention))
 
     def load(params: RunParams, weights: str) -> torch.nn.Module:
         if weights != HUB and not Path(weights).is_dir():
@@ -63,7 +74,10 @@ def huggingface(name: str, root: Path) -> Workload:
             )
         try:
             model = AutoModel.from_pretrained(
-                source, config=_configured(config, params), dtype=torch.float32, **_sdpa(config)
+                source,
+                config=_configured(config, params),
+                dtype=torch.float32,
+                **_attention(config, params),
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise WeightsError(f"weights of {source} cannot be loaded: {_line(error)}") from None
@@ -165,9 +179,19 @@ def _configured(config: Any, params: RunParams) -> Any:
     return changed
 
 
-def _sdpa(config: Any) -> dict[str, str]:
-    supported = getattr(_model_class(config), "_supports_sdpa", False)
-    return {"attn_implementation": "sdpa"} if supported else {}
+def _attention(config: Any, params: RunParams) -> dict[str, str]:
+    """Return the attention to build a model with: torch's, and without a mask of ones where
+    every token is valid. Flash attention on CUDA takes no mask at all."""
+    model = _model_class(config)
+    if not getattr(model, "_supports_sdpa", False):
+        return {}
+    # A window is a mask too, and part of the model.
+    local = any("full" not in kind for kind in getattr(config, "layer_types", None) or ())
+    windowed = local or getattr(config, "sliding_window", None) is not None
+    masked = windowed or bool(params.extra.get("attention_mask"))
+    if masked or not getattr(model, "_supports_attention_backend", False):
+        return {"attn_implementation": "sdpa"}
+    return {"attn_implementation": _UNMASKED}
 
 
 def _encoder(model: Any) -> torch.nn.Module:
