@@ -31,7 +31,13 @@ from pytest_int8bench.measure import (
     warm_up,
 )
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import QuantizationError, apply_int8_quant, call, int8_storage
+from pytest_int8bench.quantize import (
+    QuantizationError,
+    apply_int8_quant,
+    call,
+    int8_storage,
+    is_quantized,
+)
 from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.weights import RANDOM, build_with_weights
 
@@ -279,12 +285,18 @@ class ModelPool:
         free_memory()  # what earlier tests left, or its end would count against these weights
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
-        if params.int8_enabled and baseline is not None:
+        if params.int8_enabled and baseline is not None and not workload.prequantized:
             # The very weights of the baseline, also where build does not repeat itself.
             eager = copy.deepcopy(baseline.eager)
         else:
             eager = build_eager(workload, params, device, weights=self._weights, built=self._built)
-        if params.int8_enabled:
+        if params.int8_enabled and workload.prequantized:
+            if not any(map(is_quantized, eager.modules())):
+                raise QuantizationError(
+                    f"workload {workload.name!r} is prequantized, but build returned a model "
+                    f"without a layer that torchao quantized at {params.run_name}"
+                )
+        elif params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
                 calibration = _calibration(workload, params, inputs, device)
@@ -391,7 +403,8 @@ def build_eager(
     }
     for module in model.modules():
         low = params.bf16 and id(module) not in kept
-        _cast(module, torch.bfloat16 if low else torch.float32)
+        if not is_quantized(module):
+            _cast(module, torch.bfloat16 if low else torch.float32)
     if workload.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)

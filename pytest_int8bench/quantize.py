@@ -213,7 +213,7 @@ def apply_int8_quant(
         raise ValueError(
             f"quant_config must be a torchao AOBaseConfig or FqnToConfig, got {quant_config!r}"
         )
-    if already := [name for name, module in model.named_modules() if _is_quantized(module)]:
+    if already := [name for name, module in model.named_modules() if is_quantized(module)]:
         raise QuantizationError(f"the model is quantized already ({already[0]} is)")
 
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -265,7 +265,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 def int8_storage(model: nn.Module) -> tuple[int, int]:
     """Return how many quantized linear layers store INT8 weights, and how many there are."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and _is_quantized(m)]
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and is_quantized(m)]
     stored = [
         weight
         for weight in weights
@@ -283,7 +283,8 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     return model(inputs)
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
+    """Say whether ``module`` is a linear layer that torchao quantized."""
     return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
 
 
@@ -330,7 +331,7 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
     modules = dict(model.named_modules())
     return [
         Layer(layer.name, layer.parameters, reason)
-        if layer.reason is None and not _is_quantized(modules[layer.name])
+        if layer.reason is None and not is_quantized(modules[layer.name])
         else layer
         for layer in layers
     ]

@@ -164,9 +164,16 @@ class ThroughputBenchmarkRunner:
                     parts.append(folder / f"{name}.json")
                     handover = Handover.start(Path(handover_folder), self._group, left)
                     code = self._run_pytest(handover, parts[-1])
-                    self._note_killed(code, handover, parts[-1].with_suffix(".jsonl"), found)
-                    found |= {r.run_name: r for r in _journal(parts[-1]).results}
+                    measured = {r.run_name: r for r in _journal(parts[-1]).results}
+                    found |= measured
                     left = [name for name in left if name not in found]
+                    if code not in (0, _FAILED, _INTERRUPTED) and left:
+                        if handover.running() in left:
+                            killed = self._note_killed(code, handover, parts[-1], found)
+                            found[killed.run_name] = killed
+                            left.remove(killed.run_name)
+                        elif not measured:
+                            raise RunnerError(f"pytest did not measure: {_ending(code)}")
                     if code == _INTERRUPTED:
                         raise KeyboardInterrupt
                     if code in (0, _FAILED) and not handover.asked_for_new_process():
@@ -217,31 +224,21 @@ class ThroughputBenchmarkRunner:
         )
 
     def _note_killed(
-        self, code: int, handover: Handover, journal: Path, found: Mapping[str, Result]
-    ) -> None:
-        """Write the point that took the process down into the journal, as failed.
-
-        Raises:
-            RunnerError: if the process ended before its first point.
-        """
-        if code in (0, _FAILED, _INTERRUPTED):
-            return
-        how = _ERRORS.get(code) or (_signal_name(-code) if code < 0 else f"exit code {code}")
-        running = handover.running()
-        before = _journal(journal).results
-        if running is None or running in {result.run_name for result in before}:
-            raise RunnerError(f"pytest did not measure: {how}; see its output above")
-        params = next(point for point in self.points if point.run_name == running)
-        known = [result.workload for result in (*found.values(), *before)]
+        self, code: int, handover: Handover, part: Path, found: Mapping[str, Result]
+    ) -> Result:
+        """Write the point that took the process down into its journal, as failed."""
+        params = next(p for p in self.points if p.run_name == handover.running())
         result = Result(
-            nodeid=f"test_throughput.py::test_throughput[{running}]",
-            workload=known[0] if known else self._workload,
-            run_name=running,
+            nodeid=f"test_throughput.py::test_throughput[{params.run_name}]",
+            workload=next((known.workload for known in found.values()), self._workload),
+            run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
-            reason=f"the process ended in this point: {how}",
+            reason=f"the process ended in this point: {_ending(code)}",
         )
-        (Journal.reopen(journal) if journal.exists() else Journal(journal, {})).append(result)
+        path = part.with_suffix(".jsonl")
+        (Journal.reopen(path) if path.exists() else Journal(path, {})).append(result)
+        return result
 
 
 def _is_pytests(variable: str) -> bool:
@@ -267,11 +264,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     return _INTERRUPTED
 
 
-def _signal_name(number: int) -> str:
+def _ending(code: int) -> str:
+    """Return how a process ended that did not finish its tests."""
+    if code >= 0:
+        return _ERRORS.get(code, f"exit code {code}")
     try:
-        return signal.Signals(number).name
+        return signal.Signals(-code).name
     except ValueError:
-        return f"signal {number}"
+        return f"signal {-code}"
 
 
 def _free_stem(folder: Path, group: str) -> str:

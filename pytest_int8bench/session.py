@@ -42,7 +42,7 @@ class State:
         self._preset: str | None = None
         self._pool: ModelPool | None = None
         self._throughput: Throughput | None = None
-        self._workloads: dict[str, Workload] = {}
+        self._workloads: dict[str, Workload | ValueError] = {}
 
     # -- points -----------------------------------------------------------------------------
 
@@ -77,8 +77,14 @@ class State:
         """Return the workload of the settings, or of a test's marker."""
         name = name or self.settings.workload
         if name not in self._workloads:
-            self._workloads[name] = load_workload(name, self.invocation)
-        return self._workloads[name]
+            try:
+                self._workloads[name] = load_workload(name, self.invocation)
+            except ValueError as error:  # kept: a hub that does not answer takes its time
+                self._workloads[name] = error
+        found = self._workloads[name]
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
     def pool(self) -> ModelPool:
         """Return the session's models."""

@@ -29,7 +29,12 @@ from pytest_int8bench.models import (
     tensors_of,
 )
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import QuantizationError, coverage
+from pytest_int8bench.quantize import (
+    QuantizationError,
+    apply_int8_quant,
+    coverage,
+    int8_storage,
+)
 from pytest_int8bench.workloads import Workload
 
 CPU = torch.device("cpu")
@@ -604,6 +609,33 @@ def test_generators_of_numpy_and_python_are_seeded_too() -> None:
     first, second = (ModelPool().get(make_workload(inputs=inputs), FP32).inputs[0] for _ in "ab")
     assert torch.equal(first, second)
     assert (random.random(), np.random.rand()) == expected
+
+
+# -- models that are quantized already --------------------------------------------------------
+
+
+def test_a_model_that_is_quantized_already_is_measured_as_it_is() -> None:
+    def build(p: RunParams) -> nn.Module:
+        model = Toy().bfloat16()
+        return apply_int8_quant(model, mode=p.int8_mode) if p.int8_enabled else model
+
+    workload, pool = make_workload(build=build, prequantized=True), ModelPool()
+    baseline = pool.get(workload, BF16)
+    candidate = pool.get(workload, W8A8)
+    assert int8_storage(baseline.eager) == (0, 0)
+    assert int8_storage(candidate.eager) == (2, 2)
+    assert len(coverage(candidate.eager).converted) == 2
+    assert candidate.ready().outputs == baseline.ready().outputs
+    candidate.evidence()
+
+
+def test_a_prequantized_workload_must_quantize() -> None:
+    with pytest.raises(QuantizationError) as caught:
+        ModelPool().get(make_workload(prequantized=True), W8A8)
+    assert str(caught.value) == (
+        "workload 'toy' is prequantized, but build returned a model without a layer that torchao "
+        f"quantized at {W8A8.run_name}"
+    )
 
 
 # -- workloads that do not give what they must ------------------------------------------------

@@ -628,6 +628,16 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     )
 
 
+def test_a_workload_that_cannot_be_had_is_asked_for_once(project: pytest.Pytester) -> None:
+    """A hub that does not answer takes its time."""
+    asks = "open('asked', 'a').write('x'); raise OSError('no route')"
+    project.makepyfile(toy=f"def make():\n    {asks}\n", conftest="")
+    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=toy.py:make")
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(2 * ["int8 workload: toy.py:make raised OSError: no route"])
+    assert (project.path / "asked").read_text() == "x"
+
+
 def test_an_error_that_says_all_is_one_line(project: pytest.Pytester) -> None:
     """What the user can mend has no traceback of the package; errors of the user's code do."""
     project.makepyfile(

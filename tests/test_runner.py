@@ -337,6 +337,13 @@ def test_arguments_can_leave_points_out(tmp_path: Path) -> None:
     assert outcome(results) == [(5, "failed")]
 
 
+def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None:
+    runner = toy_runner(tmp_path, [2, 4])
+    dying = "\nimport atexit\natexit.register(os.kill, os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "toy.py").write_text(TOY + dying)
+    assert outcome(runner.run()) == [(2, "ok"), (4, "ok")]
+
+
 def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match="pytest did not measure: usage error"):
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()

@@ -26,11 +26,14 @@ def _noted(int8_params: RunParams, request: pytest.FixtureRequest) -> Iterator[N
 def test_throughput(int8_throughput: Callable[[], Result], request: pytest.FixtureRequest) -> None:
     import torch
 
+    from pytest_int8bench.measure import chain_of
+
     try:
         result = int8_throughput()
-    except torch.AcceleratorError as error:
-        # Every later call on the device would fail too: the runner goes on in a new process.
-        HANDOVER.ask_for_new_process()
-        request.session.shouldfail = f"the device cannot go on in this process: {error}"
+    except Exception as error:
+        if any(isinstance(cause, torch.AcceleratorError) for cause in chain_of(error)):
+            # Every later call on the device would fail too: the runner goes on in a new process.
+            HANDOVER.ask_for_new_process()
+            request.session.shouldfail = f"the device cannot go on in this process: {error}"
         raise
     assert result.oom or (result.samples_per_s or 0) > 0

@@ -72,6 +72,10 @@ class Workload:
     """``filter_fn(module, name)`` says which linear layers to quantize."""
     quant_config: Any = None
     """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, instead of the mode's own."""
+    prequantized: bool = False
+    """``build`` returns a model that torchao quantized already where ``p.int8_enabled``, such as
+    one from a checkpoint: nothing is quantized here. Its baseline is what ``build`` returns
+    elsewhere, with weights of its own."""
     calibration: Callable[[RunParams, torch.device], Any] | None = None
     """Return an iterable of inputs for SmoothQuant, cast and moved like those of ``inputs``; the
     measured batch by default."""
