@@ -2,28 +2,28 @@
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from pytest_int8bench import Workload
 
-transformers = pytest.importorskip("transformers")
-CONFIGS = {
-    "nano": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "base": {},
-}
-# Compiled, older transformers makes a mask for this model, which flash attention does not take.
-pytestmark = pytest.mark.int8(attention="auto")
+SIZES = {"nano": (2, 2), "tiny": (4, 4), "small": (4, 8), "base": (12, 12), "large": (24, 16)}
+
+
+def build(p):
+    layers, heads = SIZES[p.model_size]
+    widths = {"hidden_size": 64 * heads, "intermediate_size": 256 * heads}
+    return BertModel(BertConfig(num_hidden_layers=layers, num_attention_heads=heads, **widths))
 
 
 @pytest.fixture(scope="module")
 def int8_workload():
-    return Workload(
-        name="bert",
-        build=lambda p: transformers.BertModel(transformers.BertConfig(**CONFIGS[p.model_size])),
-        inputs=lambda p, device: (torch.randint(1, 30_000, (p.batch_size, 128), device=device),),
-        units=lambda p: {"samples": p.batch_size, "tokens": 128 * p.batch_size},
-    )
+    def inputs(p, device):
+        return (torch.randint(1, 30_000, (p.batch_size, 128), device=device),)
+
+    return Workload(name="bert", build=build, inputs=inputs)
 
 
+# Compiled, older transformers makes a mask for this model, which flash attention does not take.
+@pytest.mark.int8(attention="auto")
 def test_throughput(int8_throughput):
-    result = int8_throughput()
-    assert result.oom or result.samples_per_s > 0
+    assert int8_throughput().status in ("ok", "oom")

@@ -51,7 +51,7 @@ def sort_by_model(items: list[pytest.Item]) -> None:
     groups: dict[object, int] = {}
     keyed: list[tuple[int, tuple[int, int], pytest.Item]] = []
     for index, item in enumerate(items):
-        params = _params_of(item)
+        params = params_of(item)
         if params is None:
             continue
         defined = _fixture_definitions(item).get("int8_workload", ())
@@ -89,7 +89,8 @@ def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
     return tuple((name, indices[name]) for name in names if name in indices)
 
 
-def _params_of(item: pytest.Item) -> RunParams | None:
+def params_of(item: pytest.Item) -> RunParams | None:
+    """Return the point that ``item`` is parametrized with, if it is."""
     callspec = getattr(item, "callspec", None)
     value = callspec.params.get("int8_params") if callspec is not None else None
     if isinstance(value, RunParams):

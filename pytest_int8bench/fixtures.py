@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_int8bench import clock
+from pytest_int8bench.collection import params_of
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, marker_changes
 
@@ -40,12 +41,14 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
 @pytest.fixture
 def int8_workload(request: pytest.FixtureRequest) -> Workload:
     """What to measure. Override it, at any scope, to bring a model of your own."""
-    name = marker_changes(request.node)[1]
+    state, name = _state(request), marker_changes(request.node)[1]
     problem = None
     try:
-        return _state(request).workload(name)
+        return state.workload(name)
     except ValueError as error:
         problem = f"int8 workload: {error}"
+        if (params := params_of(request.node)) is not None:
+            state.note_point(request.node, params, name or state.settings.workload)
     pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
 
 
@@ -65,6 +68,8 @@ def _int8_point(
     if problem is not None:
         pytest.fail(problem, pytrace=False)
     reason = int8_params.impossible_reason()
+    if reason is None and int8_workload.prequantized and int8_params.int8_smoothquant:
+        reason = f"workload {int8_workload.name!r} is prequantized: SmoothQuant comes too late"
     if reason is None and int8_workload.impossible_reason is not None:
         reason = int8_workload.impossible_reason(seen)
     if reason is not None:

@@ -10,7 +10,7 @@ import re
 import types
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -492,4 +492,5 @@ def free_memory() -> None:
     """Give back memory of models that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(torch.AcceleratorError):  # a device that failed frees nothing
+            torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from pytest_int8bench.params import (
     parse_field,
 )
 from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
-from pytest_int8bench.workloads.names import check_reference, check_workload_name
+from pytest_int8bench.workloads.names import check_fields, check_reference, check_workload_name
 
 PRESETS: dict[str, dict[str, Any]] = {
     "seed": {},
@@ -104,8 +104,8 @@ OPTIONS = {
         ),
         Option(
             "weights",
-            "random (seeded), hub (pretrained), or the path of a state dict, read without running "
-            "code from it. Default: random",
+            "random (seeded), hub (pretrained), or a path: a state dict, read without running code "
+            "from it, or for olmoearth and hf:NAME a folder as on the hub. Default: random",
             "WEIGHTS",
         ),
         Option(
@@ -200,6 +200,10 @@ def read_settings(config: pytest.Config) -> Settings:
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
+    try:
+        check_fields(values.get("workload", ""), (*values.get("changes", ()), *values["axes"]))
+    except ValueError as error:
+        raise pytest.UsageError(f"--int8-workload: {error}") from None
     return Settings(**values)
 
 

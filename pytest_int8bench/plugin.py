@@ -108,8 +108,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state = session.config.stash.get(STATE, None)
     if state is None:
         return
-    state.close()
     save_without_timings(session.config, state)
+    state.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -179,7 +179,13 @@ class Journal:
         """
         saved = read(path)
         text = path.read_text(encoding="utf-8")
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        whole, _, last = text.rpartition("\n")
+        try:
+            json.loads(last)
+        except ValueError:
+            path.write_text(f"{whole}\n", encoding="utf-8")
+        else:  # only the end of its line is missing
+            path.write_text(f"{text}\n", encoding="utf-8")
         journal = cls(None, saved.environment)
         journal.path = path
         journal._results = saved.results

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -19,24 +21,32 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.report.terminal import render
-from pytest_int8bench.results import Journal, Result, Saved, journal_folder, read
+from pytest_int8bench.results import Journal, Result, Saved, SchemaError, journal_folder, read
 from pytest_int8bench.suite.handover import Handover
 from pytest_int8bench.sweep import axes_of, expand
-from pytest_int8bench.workloads.names import check_workload_name
+from pytest_int8bench.workloads.names import check_fields, check_workload_name
 
 _SUITE = Path(__file__).parent / "suite"
 _DEFAULT_GROUP = "throughput"
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NO_EFFECT = ("profiler_enabled", "wandb_enabled")
 
-# Exit codes of pytest: some tests failed, interrupted.
-_FAILED, _INTERRUPTED = 1, 2
-_ERRORS = {3: "internal error", 4: "usage error", 5: "no tests collected"}
+# Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
+_FAILED, _INTERRUPTED, _NONE = 1, 2, 5
+_ERRORS = {
+    0: "no test ran",
+    _FAILED: "every test failed before its point was known",
+    _INTERRUPTED: "the tests could not be collected",
+    3: "internal error",
+    4: "usage error",
+    _NONE: "no tests collected",
+}
 _INTERRUPT_S = 10
 
 
@@ -60,8 +70,9 @@ class ThroughputBenchmarkRunnerConfig:
     """Group of the results in pytest-benchmark's JSON, and start of the names of the files;
     ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
-    """Where the JSON and the journals are written, made if it is not there. By default, journals
-    go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
+    """Where the JSON and the journals are written, made if it is not there. Of a process that was
+    killed, the JSON has the results, but not the rounds. By default, journals go to
+    ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
     work_dir: str | os.PathLike[str] = "."
     """Folder the benchmarks run in, made if it is not there."""
     workload: str = "olmoearth"
@@ -97,6 +108,9 @@ class ThroughputBenchmarkRunnerConfig:
                 "sweep_group_name must be letters, digits, dots, underscores and hyphens, "
                 f"got {group!r}"
             )
+        if any(argument.startswith("--benchmark-json") for argument in self.pytest_args):
+            raise ValueError("pytest_args must not hold --benchmark-json; set save_folder")
+        check_fields(self.workload, axes)
         return ThroughputBenchmarkRunner(
             expand(default, axes, cross_product=self.cross_product_sweep),
             group=group,
@@ -167,18 +181,23 @@ class ThroughputBenchmarkRunner:
                     measured = {r.run_name: r for r in _journal(parts[-1]).results}
                     found |= measured
                     left = [name for name in left if name not in found]
-                    if code not in (0, _FAILED, _INTERRUPTED) and left:
-                        if handover.running() in left:
-                            killed = self._note_killed(code, handover, parts[-1], found)
-                            found[killed.run_name] = killed
-                            left.remove(killed.run_name)
-                        elif not measured:
-                            raise RunnerError(f"pytest did not measure: {_ending(code)}")
+                    running = handover.running()
+                    if code not in (0, _FAILED, _INTERRUPTED) and running in left:
+                        found[running] = self._note_killed(code, handover, parts[-1])
+                        left.remove(running)
+                    elif left and not measured and not running and not (found and code == _NONE):
+                        raise RunnerError(
+                            f"pytest measured nothing: {_ending(code)}; see its output above"
+                        )
                     if code == _INTERRUPTED:
                         raise KeyboardInterrupt
+                    if code == _NONE:
+                        break
                     if code in (0, _FAILED) and not handover.asked_for_new_process():
                         break  # what is left was not to be run: -x or -k among pytest_args
             finally:
+                for part in parts:  # also what an interrupt left unread
+                    found = {r.run_name: r for r in _journal(part).results} | found
                 results = [found[p.run_name] for p in self.points if p.run_name in found]
                 self._finish(parts, results)
         return results
@@ -217,20 +236,18 @@ class ThroughputBenchmarkRunner:
         environ = {name: value for name, value in os.environ.items() if not _is_pytests(name)}
         environ |= handover.to_env_vars()
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        environ["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         sys.stdout.flush()
         return _wait(
             subprocess.Popen([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
         )
 
-    def _note_killed(
-        self, code: int, handover: Handover, part: Path, found: Mapping[str, Result]
-    ) -> Result:
+    def _note_killed(self, code: int, handover: Handover, part: Path) -> Result:
         """Write the point that took the process down into its journal, as failed."""
         params = next(p for p in self.points if p.run_name == handover.running())
         result = Result(
             nodeid=f"test_throughput.py::test_throughput[{params.run_name}]",
-            workload=next((known.workload for known in found.values()), self._workload),
+            workload=handover.workload() or self._workload,
             run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
@@ -242,7 +259,8 @@ class ThroughputBenchmarkRunner:
 
 
 def _is_pytests(variable: str) -> bool:
-    return variable == "PYTEST_ADDOPTS" or variable.startswith("PYTEST_XDIST_")
+    own = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+    return variable in own or variable.startswith("PYTEST_XDIST_")
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -252,13 +270,15 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     except KeyboardInterrupt:
         pass
     try:
-        # A terminal interrupts both processes, os.kill only this one.
-        process.wait(timeout=1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A terminal interrupts both processes, os.kill only this one.
+            process.wait(timeout=1)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=_INTERRUPT_S)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=_INTERRUPT_S)
-    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also at a second Ctrl-C
         process.kill()
         process.wait()
     return _INTERRUPTED
@@ -289,7 +309,7 @@ def _journal(part: Path) -> Saved:
     """Return what is in the journal of a process, nothing if no point got as far as that."""
     try:
         return read(part.with_suffix(".jsonl"))
-    except FileNotFoundError:
+    except (FileNotFoundError, SchemaError):  # a full disk leaves a file without a header
         return Saved({}, [], [])
 
 
@@ -298,8 +318,16 @@ def _is_json(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def _head() -> dict[str, Any]:
+    """Return what pytest-benchmark wants to find around benchmarks, for when no process lived to
+    write it."""
+    now = datetime.now(UTC).isoformat()
+    version = importlib.metadata.version("pytest-benchmark")
+    return {"machine_info": {}, "commit_info": {}, "datetime": now, "version": version}
+
+
 def _merged(parts: Sequence[Mapping[str, Any]], saved: Saved) -> dict[str, Any]:
     """Return one JSON of pytest-benchmark from those of several processes on one machine."""
     benchmarks = [benchmark for part in parts for benchmark in part["benchmarks"]]
-    head = parts[-1] if parts else {}
+    head = parts[-1] if parts else _head()
     return {**head, "benchmarks": benchmarks, "int8bench": saved.to_dict()}

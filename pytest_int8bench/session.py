@@ -191,7 +191,8 @@ def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) 
 
     error = call.excinfo.value
     if isinstance(error, ClearError) and error.__cause__ is None:
-        report.longrepr = f"{type(error).__name__}: {error}"
+        notes = getattr(error, "__notes__", [])
+        report.longrepr = "\n".join([f"{type(error).__name__}: {error}", *notes])
 
 
 def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -> None:

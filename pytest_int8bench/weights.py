@@ -69,6 +69,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             values = values[wrapper]
     if not isinstance(values, Mapping) or not values:
         raise WeightsError(f"weights {path} must hold a state dict, got {type(values).__name__}")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise WeightsError(
+                f"weights {path} must hold a state dict of tensors by name, got "
+                f"{type(value).__name__} under {name!r}"
+            )
     return dict(values)
 
 

@@ -74,7 +74,10 @@ def test_the_default_filter_knows_the_layers(name: str, converted: int, left_out
     assert set(linears) - chosen == left_out
 
 
-@pytest.mark.parametrize(("name", "length"), [("bert", 512), ("roberta", 510), ("t5", 512)])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("bert", 512), ("roberta", 510), ("ibert", 510), ("luke", 510), ("t5", 512)],
+)
 def test_the_sequence_is_as_long_as_positions_allow(name: str, length: int) -> None:
     assert workload(name).axes["sequence_length"] == length
 
@@ -171,6 +174,28 @@ def test_weights_that_do_not_fit_are_one_line(bert_folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_must_have_every_layer(bert_folder: Path) -> None:
+    loaded, deeper = workload("bert", bert_folder.parent), {"num_hidden_layers": 2}
+    with pytest.raises(WeightsError, match=r"do not fit the model: 16 keys are missing") as caught:
+        ModelPool(weights="hub").get(loaded, POINT.replace(extra=deeper))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_one_line(bert_folder: Path) -> None:
+    (bert_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(WeightsError, match="cannot be loaded: ") as caught:
+        ModelPool(weights="hub").get(workload("bert", bert_folder.parent), POINT)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_tokens_than_positions_are_impossible() -> None:
+    loaded = workload("roberta")
+    assert loaded.impossible_reason is not None
+    reason = "sequence_length=511 is more than the 510 positions of hf:roberta"
+    assert loaded.impossible_reason(POINT.replace(extra={"sequence_length": 511})) == reason
+    assert loaded.impossible_reason(POINT.replace(extra={"sequence_length": 510})) is None
+
+
 def test_a_model_type_has_no_weights_on_the_hub() -> None:
     with pytest.raises(WeightsError, match="hf:bert is a model type without weights of its own"):
         ModelPool(weights="hub").get(workload("bert"), point())
@@ -233,3 +258,22 @@ def test_compiled_attention_has_no_mask_it_does_not_need(
     assert len(masks) == 2
     assert any(mask is not None for mask in masks) is masked
     assert {bool(node.kwargs["is_causal"]) for node in calls} == {name == "qwen2"}
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "electra", "llama", "olmo2", "qwen2", "qwen3", "doge"]
+)
+def test_leaving_the_mask_out_changes_nothing(name: str) -> None:
+    loaded = workload(name)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sequence_length": 16}
+    small |= {"n_layers": 2, "dim": 32, "n_heads": 2, "hidden_dim": 64}  # DistilBERT's names
+    own = {key: value for key, value in small.items() if key in loaded.axes}
+    seen = loaded.with_axes(POINT.replace(extra=own))
+    model: Any = loaded.build(seen).eval()
+    assert ("unmasked" in model.config._attn_implementation) == (name != "doge")
+    with torch.inference_mode():
+        ours = model(**loaded.inputs(seen, CPU)).last_hidden_state
+        model.set_attn_implementation("sdpa")
+        theirs = model(**loaded.inputs(seen, CPU)).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=1e-5)

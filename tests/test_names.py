@@ -10,6 +10,7 @@ import pytest
 
 from pytest_int8bench import Workload
 from pytest_int8bench.workloads.names import (
+    check_fields,
     check_reference,
     check_workload_name,
     load_object,
@@ -105,6 +106,15 @@ def test_what_cannot_be_loaded_is_one_line(folder: Path, reference: str, message
     with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
         load_workload(reference, folder)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_that_a_library_does_not_read_are_refused() -> None:
+    message = "^patch_size is OlmoEarth's and does nothing for timm:vit_base; its own axes are "
+    with pytest.raises(ValueError, match=message):
+        check_fields("timm:vit_base", ["batch_size", "patch_size"])
+    check_fields("timm:vit_base", ["batch_size", "extra.image_size", "attention"])
+    check_fields("olmoearth", ["patch_size"])
+    check_fields("a.b:c", ["patch_size"])
 
 
 def test_any_object_can_be_loaded(folder: Path) -> None:

@@ -249,6 +249,18 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
     )
 
 
+@pytest.mark.parametrize("option", ["--int8-set=image_size=32", "--int8-sweep=image"])
+def test_fields_that_a_library_does_not_read_are_refused(
+    pytester: pytest.Pytester, option: str
+) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, option, "--int8-workload=hf:bert")
+    assert str(caught.value) == (
+        "--int8-workload: image_size is OlmoEarth's and does nothing for hf:bert; "
+        "its own axes are extra.NAME=VALUE"
+    )
+
+
 def test_weights_are_found_from_where_pytest_starts(pytester: pytest.Pytester) -> None:
     path = pytester.path / "weights.pth"
     path.touch()

@@ -320,3 +320,18 @@ def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
     assert saved.results == [MEASURED, failed]
     assert saved.accuracy == [{"verdict": "FAIL"}]
     assert RunParams.from_dict(saved.results[0].params) == POINT
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"nodeid": "half'])
+def test_a_journal_goes_on_after_its_process_ended(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = dataclasses.replace(MEASURED, nodeid="first")
+    Journal(path, {"commit": "abc"}).append(first)
+    path.write_text(path.read_text().rstrip("\n") + end)
+    journal = Journal.reopen(path)
+    assert journal.results == [first]
+    second = dataclasses.replace(MEASURED, nodeid="second")
+    journal.append(second)
+    saved = read(path)
+    assert saved.environment == {"commit": "abc"}
+    assert saved.results == journal.results == [first, second]

@@ -152,8 +152,7 @@ def toy_runner(folder: Path, batches: list[int], **more: Any) -> ThroughputBench
         sweep_dict={"batch_size": batches},
         sweep_group_name="toy",
         work_dir=folder,
-        workload="toy.py:make",
-        **more,
+        **{"workload": "toy.py:make", **more},
     )
     return config.build()
 
@@ -214,6 +213,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "group": (
         {"sweep_keys": ["batch"], "sweep_group_name": "a/b"},
         "sweep_group_name must be letters, digits, dots, underscores and hyphens, got 'a/b'",
+    ),
+    "json": (
+        {"sweep_keys": ["batch"], "pytest_args": ["--benchmark-json=mine.json"]},
+        "pytest_args must not hold --benchmark-json; set save_folder",
+    ),
+    "field of OlmoEarth": (
+        {"sweep_keys": ["image"], "workload": "hf:bert"},
+        "image_size is OlmoEarth's and does nothing for hf:bert; its own axes are extra.NAME=VALUE",
     ),
     "workload": (
         {"sweep_keys": ["batch"], "workload": "olmo"},
@@ -344,8 +351,39 @@ def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None
     assert outcome(runner.run()) == [(2, "ok"), (4, "ok")]
 
 
+def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None:
+    runner = toy_runner(tmp_path, [2, 4], workload="toy.py:none")
+    results = runner.run()
+    assert outcome(results) == [(2, "failed"), (4, "failed")]
+    reasons = {result.reason for result in results}
+    assert reasons == {"int8 workload: toy.py:none: toy.py has no 'none'"}
+
+
+def test_points_that_are_left_out_stay_out_after_a_killed_one(tmp_path: Path) -> None:
+    runner = toy_runner(tmp_path, [4, 7, 2], pytest_args=["-k", "bs4 or bs7"])
+    assert outcome(runner.run()) == [(4, "ok"), (7, "failed")]
+
+
+def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path) -> None:
+    runner = toy_runner(tmp_path, [7], save_folder=tmp_path / "saved")
+    (result,) = runner.run()
+    assert (result.workload, result.status) == ("toy", "failed")
+    assert runner.saved is not None
+    assert read(runner.saved).results == [result]
+    saved = json.loads(runner.saved.read_text())
+    assert saved["benchmarks"] == []
+    assert {"machine_info", "commit_info", "datetime", "version"} <= set(saved)
+
+
+def test_what_cannot_be_collected_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    runner = toy_runner(tmp_path, [2], pytest_args=["test_broken.py"])
+    with pytest.raises(RunnerError, match="measured nothing: the tests could not be collected"):
+        runner.run()
+
+
 def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunnerError, match="pytest did not measure: usage error"):
+    with pytest.raises(RunnerError, match="pytest measured nothing: usage error"):
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
 
 

@@ -107,6 +107,18 @@ def test_a_file_that_is_no_state_dict(tmp_path: Path) -> None:
     assert str(caught.value) == f"weights {path} must hold a state dict, got list"
 
 
+@pytest.mark.parametrize(
+    ("values", "got"), [({0: torch.ones(1)}, "Tensor under 0"), ({"step": 3}, "int under 'step'")]
+)
+def test_a_state_dict_has_tensors_by_name(tmp_path: Path, values: object, got: str) -> None:
+    path = saved(tmp_path, values)
+    with pytest.raises(WeightsError) as caught:
+        read_state_dict(path)
+    assert str(caught.value) == (
+        f"weights {path} must hold a state dict of tensors by name, got {got}"
+    )
+
+
 class Code:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('code from a file ran')",))

@@ -55,7 +55,15 @@ class Handover:
 
     def running(self) -> str | None:
         """Return the point that was running last, None if there was none."""
-        return (self._running.read_text() if self._running.exists() else "") or None
+        return _text(self._running)
+
+    def note_workload(self, name: str) -> None:
+        """Write down the name of the workload, which is known when it is loaded."""
+        self._workload.write_text(name)
+
+    def workload(self) -> str | None:
+        """Return the name of the workload, None if it was not loaded."""
+        return _text(self._workload)
 
     def ask_for_new_process(self) -> None:
         """Say that the points that are left need a new process."""
@@ -74,5 +82,13 @@ class Handover:
         return self.folder / "running"
 
     @property
+    def _workload(self) -> Path:
+        return self.folder / "workload"
+
+    @property
     def _again(self) -> Path:
         return self.folder / "again"
+
+
+def _text(path: Path) -> str | None:
+    return (path.read_text() if path.exists() else "") or None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pytest_int8bench import Result, RunParams
+from pytest_int8bench import Result, RunParams, Workload
 from pytest_int8bench.suite.handover import Handover
 
 HANDOVER = Handover.from_env_vars()
@@ -23,11 +23,16 @@ def _noted(int8_params: RunParams, request: pytest.FixtureRequest) -> Iterator[N
 
 
 @pytest.mark.parametrize("int8_params", HANDOVER.run_names, ids=HANDOVER.run_names, indirect=True)
-def test_throughput(int8_throughput: Callable[[], Result], request: pytest.FixtureRequest) -> None:
+def test_throughput(
+    int8_workload: Workload,
+    int8_throughput: Callable[[], Result],
+    request: pytest.FixtureRequest,
+) -> None:
     import torch
 
     from pytest_int8bench.measure import chain_of
 
+    HANDOVER.note_workload(int8_workload.name)
     try:
         result = int8_throughput()
     except Exception as error:

@@ -59,7 +59,8 @@ class Workload:
     mapping for keyword arguments. Floating inputs are cast to the model's dtype."""
     load: Callable[[RunParams, str], torch.nn.Module] | None = None
     """``load(params, weights)`` returns the model with the weights that ``--int8-weights`` names:
-    ``hub``, or the path of a file. By default a file is loaded into what ``build`` returns."""
+    ``hub``, or the path of a file or folder. By default a file is loaded into what ``build``
+    returns."""
     units: Callable[[RunParams], Mapping[str, float]] = _samples
     """Return what one batch counts for: any of ``samples``, ``tokens``, ``pixels`` and
     ``square_km``."""
@@ -74,8 +75,8 @@ class Workload:
     """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, instead of the mode's own."""
     prequantized: bool = False
     """``build`` returns a model that torchao quantized already where ``p.int8_enabled``, such as
-    one from a checkpoint: nothing is quantized here. Its baseline is what ``build`` returns
-    elsewhere, with weights of its own."""
+    one from a checkpoint, in ``p.int8_mode``: nothing is quantized here. Its baseline is what
+    ``build`` returns elsewhere, with weights of its own."""
     calibration: Callable[[RunParams, torch.device], Any] | None = None
     """Return an iterable of inputs for SmoothQuant, cast and moved like those of ``inputs``; the
     measured batch by default."""

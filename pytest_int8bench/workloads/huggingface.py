@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_st
 from pytest_int8bench.workloads import Workload
 
 INPUT_SEED = 0
+# Decoders whose masks say no more than that attention is causal.
+_CAUSAL = ("llama", "olmo2", "qwen2", "qwen3")
+# Model types of RoBERTa's family.
+_OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer"),
+    *("luke", "markuplm", "mluke", "mpnet", "roberta", "xlm-roberta"),
+)
 # transformers makes masks for those attentions only that it has a way to make them for.
 _UNMASKED = "int8bench_unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
@@ -34,8 +42,9 @@ def huggingface(name: str, root: Path) -> Workload:
 
     Text models get ``sequence_length`` (512, or what their positions allow) tokens a sample, all
     of them valid and without attention mask; ``extra.attention_mask=true`` gives samples of
-    different lengths and their mask. Image models get normal noise of their ``image_size``.
-    Every plain field of the configuration is an axis, such as ``extra.num_hidden_layers=2``.
+    different lengths and their mask; tokens count the padding too. Image models get normal noise
+    of their ``image_size``. Every plain field of the configuration is an axis, such as
+    ``extra.num_hidden_layers=2``.
 
     Args:
         name: a folder with a ``config.json``, a model type of transformers (``bert``: its default
@@ -57,6 +66,14 @@ def huggingface(name: str, root: Path) -> Workload:
     if kind == "input_ids":
         axes |= {"sequence_length": _sequence_length(config), "attention_mask": False}
 
+    positions = _positions(config)
+
+    def impossible_reason(params: RunParams) -> str | None:
+        length = params.extra.get("sequence_length")
+        if positions and length and int(length) > positions:
+            return f"sequence_length={length} is more than the {positions} positions of {label}"
+        return _mask_reason(params)
+
     def build(params: RunParams) -> torch.nn.Module:
         attention = _attention(config, params)
         return _encoder(AutoModel.from_config(_configured(config, params), **attention))
@@ -73,14 +90,23 @@ def huggingface(name: str, root: Path) -> Workload:
                 "name a repository"
             )
         try:
-            model = AutoModel.from_pretrained(
+            model, loaded = AutoModel.from_pretrained(
                 source,
                 config=_configured(config, params),
                 dtype=torch.float32,
+                output_loading_info=True,
                 **_attention(config, params),
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of the hub's client, or of safetensors
             raise WeightsError(f"weights of {source} cannot be loaded: {_line(error)}") from None
+        # Many checkpoints have no pooler, which only classifiers use.
+        lacking = [str(k) for k in loaded["missing_keys"] if "pooler" not in str(k)]
+        lacking += [str(key) for key in loaded["mismatched_keys"]]
+        if lacking:
+            raise WeightsError(
+                f"weights of {source} do not fit the model: {len(lacking)} keys are missing or of "
+                f"another shape ({', '.join(sorted(lacking)[:3])} …)"
+            )
         return _encoder(model)
 
     return Workload(
@@ -91,7 +117,7 @@ def huggingface(name: str, root: Path) -> Workload:
         units=_text_units if kind == "input_ids" else _image_units,
         tokens=None if kind == "input_ids" else _count_tokens,
         axes=axes,
-        impossible_reason=_impossible_reason,
+        impossible_reason=impossible_reason,
     )
 
 
@@ -145,15 +171,19 @@ def _main_input(config: Any, label: str) -> str:
 
 
 def _sequence_length(config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH
-    return min(SEQUENCE_LENGTH, positions - _first_position(config))
+    return min(SEQUENCE_LENGTH, _positions(config) or SEQUENCE_LENGTH)
+
+
+def _positions(config: Any) -> int | None:
+    """Return how many tokens a model has positions for, None for any number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if not positions else int(positions) - _first_position(config)
 
 
 def _first_position(config: Any) -> int:
     """Return how many positions a model leaves out: RoBERTa's family counts from behind the
     padding token's id."""
-    family = ("roberta", "camembert", "xlm-roberta", "mpnet", "longformer", "esm", "data2vec-text")
-    if not str(config.model_type).startswith(family):
+    if not str(config.model_type).startswith(_OFFSET_POSITIONS):
         return 0
     return int(config.pad_token_id or 0) + 1
 
@@ -185,10 +215,13 @@ def _attention(config: Any, params: RunParams) -> dict[str, str]:
     model = _model_class(config)
     if not getattr(model, "_supports_sdpa", False):
         return {}
-    # A window is a mask too, and part of the model.
+    # Only where all that a mask says is which tokens are valid: a window, or what a model adds of
+    # its own, is part of the model.
+    plain = hasattr(sys.modules[model.__module__], "create_bidirectional_mask")
+    plain = plain or config.model_type in _CAUSAL
     local = any("full" not in kind for kind in getattr(config, "layer_types", None) or ())
     windowed = local or getattr(config, "sliding_window", None) is not None
-    masked = windowed or bool(params.extra.get("attention_mask"))
+    masked = not plain or windowed or bool(params.extra.get("attention_mask"))
     if masked or not getattr(model, "_supports_attention_backend", False):
         return {"attn_implementation": "sdpa"}
     return {"attn_implementation": _UNMASKED}
@@ -242,7 +275,7 @@ def _count_tokens(output: Any) -> int:
     return math.prod(shape[:2]) if len(shape) == 3 else shape[0] * math.prod(shape[2:])
 
 
-def _impossible_reason(params: RunParams) -> str | None:
+def _mask_reason(params: RunParams) -> str | None:
     masked = bool(params.extra.get("attention_mask"))
     if masked and params.gpu_type == "cuda" and params.attention == "flash":
         return "flash attention takes no attention mask on CUDA; use attention=efficient or auto"

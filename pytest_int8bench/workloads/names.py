@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.workloads import Workload
 
+#: RunParams fields that models of a library do not read.
+OLMOEARTH_FIELDS = (
+    *("model_size", "model_version", "image_size", "patch_size", "num_timesteps"),
+    *("use_s1", "use_s2", "use_landsat"),
+)
 _LIBRARY = re.compile(r"(?P<library>timm|hf):(?P<name>\S+)")
 _REFERENCE = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)")
 
@@ -39,6 +45,20 @@ def check_workload_name(text: str) -> str:
             f"got {text!r}"
         )
     return text
+
+
+def check_fields(workload: str, fields: Iterable[str]) -> None:
+    """Refuse fields that would label a model without changing it.
+
+    Raises:
+        ValueError: for a field of OlmoEarth with a model of timm or transformers.
+    """
+    for field in fields:
+        if field in OLMOEARTH_FIELDS and _LIBRARY.fullmatch(workload):
+            raise ValueError(
+                f"{field} is OlmoEarth's and does nothing for {workload}; "
+                "its own axes are extra.NAME=VALUE"
+            )
 
 
 def load_object(reference: str, root: Path) -> Any:

@@ -41,9 +41,11 @@ def timm_model(name: str) -> Workload:
     classifiers = shell.pretrained_cfg.get("classifier") or ()
     heads = {classifiers} if isinstance(classifiers, str) else set(classifiers)
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in shell.modules())
-    embedding = getattr(shell, "patch_embed", None)
+    embedding: Any = getattr(shell, "patch_embed", None)
     sized = hasattr(embedding, "img_size")
-    patch = getattr(embedding, "patch_size", None) if hasattr(shell, "num_prefix_tokens") else None
+    # Pixels a token, also behind the convolutions of a hybrid.
+    patched = hasattr(shell, "num_prefix_tokens") and hasattr(embedding, "feat_ratio")
+    patch = embedding.feat_ratio(as_scalar=False) if patched else None
     prefix = getattr(shell, "num_prefix_tokens", 0)
     del shell
 
