@@ -498,8 +498,12 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
             "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
     )
-    baseline, candidate = journal(project).values()
+    baseline, candidate, missing, other = journal(project).values()
     assert (baseline.workload, candidate.workload) == ("toy", "toy")
+    # Points whose workload cannot be had are results too.
+    assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
+    assert {missing.status, other.status} == {"failed"}
+    assert (missing.reason or "").startswith("int8 workload: nowhere.py:make: there is no file ")
     assert candidate.coverage["converted_layers"] == 1
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
 
