@@ -9,3 +9,10 @@ class ClearError(Exception):
 
 class WorkloadError(ClearError, ValueError):
     """A workload that does not give what it must."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message of another library, without the pages of advice after
+    it; the error's name where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)

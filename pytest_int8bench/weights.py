@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_int8bench.errors import ClearError
+from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.params import RunParams
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             return dict(load_file(path))
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the formats raise, with pages of advice in it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"weights {path} cannot be read: {reason}") from None
+        raise WeightsError(f"weights {path} cannot be read: {first_line(error)}") from None
     for wrapper in _WRAPPERS:
         if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
             values = values[wrapper]

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import EXTRA_NAME, RunParams, Scalar
 from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
 from pytest_int8bench.workloads import Workload
@@ -98,7 +99,9 @@ def huggingface(name: str, root: Path) -> Workload:
                 **_attention(config, params),
             )
         except Exception as error:  # of the hub's client, or of safetensors
-            raise WeightsError(f"weights of {source} cannot be loaded: {_line(error)}") from None
+            raise WeightsError(
+                f"weights of {source} cannot be loaded: {first_line(error)}"
+            ) from None
         # Many checkpoints have no pooler, which only classifiers use.
         lacking = [str(k) for k in loaded["missing_keys"] if "pooler" not in str(k)]
         lacking += [str(key) for key in loaded["mismatched_keys"]]
@@ -128,7 +131,7 @@ def _find_config(name: str, root: Path) -> tuple[Any, str | None]:
         try:
             return AutoConfig.from_pretrained(folder), str(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"hf:{name}: {_line(error)}") from None
+            raise ValueError(f"hf:{name}: {first_line(error)}") from None
     if name in CONFIG_MAPPING:
         return AutoConfig.for_model(name), None
     try:
@@ -136,12 +139,8 @@ def _find_config(name: str, root: Path) -> tuple[Any, str | None]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"hf:{name} is no folder with a config.json, no model type of transformers such as "
-            f"bert, and the hub did not answer with one: {_line(error)}"
+            f"bert, and the hub did not answer with one: {first_line(error)}"
         ) from None
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def _finite(value: Scalar) -> bool:

@@ -18,6 +18,7 @@ from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.datatypes import (
     MaskedOlmoEarthSample,
 )
 
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
 from pytest_int8bench.workloads import Workload
@@ -139,8 +140,9 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
         else:
             model = load_model_from_path(weights)
     except Exception as error:  # of the hub's client, or of the package
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise WeightsError(f"weights {weights} of {name} cannot be loaded: {reason}") from None
+        raise WeightsError(
+            f"weights {weights} of {name} cannot be loaded: {first_line(error)}"
+        ) from None
     own, theirs = (
         sum(p.numel() for p in m.encoder.parameters()) for m in (_pretrain_model(params), model)
     )

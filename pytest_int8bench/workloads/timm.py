@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import is_transformer_linear
 from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
@@ -63,8 +64,9 @@ def timm_model(name: str) -> Workload:
             try:
                 return create(params, pretrained=True)
             except Exception as error:  # the hub's client raises errors of its own
-                reason = (str(error).strip() or repr(error)).splitlines()[0]
-                raise WeightsError(f"weights of timm:{name} cannot be loaded: {reason}") from None
+                raise WeightsError(
+                    f"weights of timm:{name} cannot be loaded: {first_line(error)}"
+                ) from None
         model = create(params)
         load_state_dict(model, read_state_dict(Path(weights)), source=weights)
         return model
