@@ -12,6 +12,7 @@ import pytest
 from pytest_int8bench.params import (
     INT8_MODES,
     MEASURING_FIELDS,
+    NO_EFFECT_FIELDS,
     RunParams,
     parse_bool,
     parse_extra,
@@ -226,7 +227,7 @@ def _read_set(items: list[str]) -> dict[str, Any]:
             raise ValueError(f"must be NAME=VALUE, got {item!r}")
         if name in ("int8_enabled", "int8_mode"):
             raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
-        if name in ("profiler_enabled", "wandb_enabled"):
+        if name in NO_EFFECT_FIELDS:
             raise ValueError(f"{name} has no effect in this version, got {item!r}")
         if name.startswith("extra."):
             parsed: list[Any] = [parse_extra(part) for part in _split(text)]

@@ -55,6 +55,9 @@ MEASURING_FIELDS = (
     "wandb_enabled",
 )
 
+#: Fields of the original that nothing reads in this version: setting one is refused.
+NO_EFFECT_FIELDS = ("profiler_enabled", "wandb_enabled")
+
 #: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
 ENV_PREFIX = "INT8BENCH_"
 

@@ -28,6 +28,11 @@ class SchemaError(ValueError):
     """A file that is not ours, is damaged, or was written by a newer version."""
 
 
+def point_label(workload: str, run_name: str) -> str:
+    """Return the run name, with the workload where it is not the default one."""
+    return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One finished point. A quantity that was not measured is None."""

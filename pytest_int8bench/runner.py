@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.params import MEASURING_FIELDS, RunParams
+from pytest_int8bench.params import MEASURING_FIELDS, NO_EFFECT_FIELDS, RunParams
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results import Journal, Result, Saved, SchemaError, journal_folder, read
 from pytest_int8bench.suite.handover import Handover
@@ -35,7 +35,6 @@ from pytest_int8bench.workloads.names import check_fields, check_workload_name
 _SUITE = Path(__file__).parent / "suite"
 _DEFAULT_GROUP = "throughput"
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NO_EFFECT = ("profiler_enabled", "wandb_enabled")
 
 # Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
 _FAILED, _INTERRUPTED, _NONE = 1, 2, 5
@@ -99,7 +98,7 @@ class ThroughputBenchmarkRunnerConfig:
             if name in MEASURING_FIELDS:
                 raise ValueError(f"{name} is no part of a run's name and cannot be swept")
         default = self.default_run_params or RunParams()
-        for name in _NO_EFFECT:
+        for name in NO_EFFECT_FIELDS:
             if getattr(default, name):
                 raise ValueError(f"{name} has no effect in this version, got True")
         group = self.sweep_group_name or _DEFAULT_GROUP
@@ -191,9 +190,7 @@ class ThroughputBenchmarkRunner:
                         )
                     if code == _INTERRUPTED:
                         raise KeyboardInterrupt
-                    if code == _NONE:
-                        break
-                    if code in (0, _FAILED) and not handover.asked_for_new_process():
+                    if code in (0, _FAILED, _NONE) and not handover.asked_for_new_process():
                         break  # what is left was not to be run: -x or -k among pytest_args
             finally:
                 for part in parts:  # also what an interrupt left unread
@@ -222,7 +219,7 @@ class ThroughputBenchmarkRunner:
     def _run_pytest(self, handover: Handover, json_path: Path) -> int:
         """Run the points of ``handover`` and return the exit code, negative for a signal."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
-        sets = [f"--int8-set={k}={v}" for k, v in measuring.items() if k not in _NO_EFFECT]
+        sets = [f"--int8-set={k}={v}" for k, v in measuring.items() if k not in NO_EFFECT_FIELDS]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
         command += [
             str(_SUITE / "test_throughput.py"),

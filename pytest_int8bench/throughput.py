@@ -25,7 +25,7 @@ from pytest_int8bench.measure import (
 from pytest_int8bench.models import Model, ModelPool, Ready
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import coverage
-from pytest_int8bench.results import Result
+from pytest_int8bench.results import Result, point_label
 from pytest_int8bench.workloads import UNITS, Workload
 
 #: Runs a plan and returns seconds per batch, one value a round.
@@ -255,9 +255,7 @@ class Throughput:
 
 
 def _label(workload: Workload, params: RunParams) -> str:
-    """Return the run name, with the workload where it is not the default one."""
-    name = params.run_name
-    return name if workload.name == "olmoearth" else f"{workload.name}: {name}"
+    return point_label(workload.name, params.run_name)
 
 
 def _units(model: Model, ready: Ready) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.results import Result, Saved
+from pytest_int8bench.results import Result, Saved, point_label
 
 _MISSING = "-"
 #: Behind a rate that was measured while the GPU was slowed down.
@@ -131,10 +131,7 @@ def _remarks(result: Result) -> list[str]:
 
 
 def _label(result: Result) -> str:
-    """Return the run name, with the workload where it is not the default one."""
-    if result.workload == "olmoearth":
-        return result.run_name
-    return f"{result.workload}: {result.run_name}"
+    return point_label(result.workload, result.run_name)
 
 
 def _short_rounds(results: list[Result]) -> str | None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.benchmark(group=HANDOVER.group)
 
 
 @pytest.fixture(autouse=True)
-def _noted(int8_params: RunParams, request: pytest.FixtureRequest) -> Iterator[None]:
+def _noted(int8_params: RunParams) -> Iterator[None]:
     """Tell the runner which point runs, should the process die."""
     HANDOVER.note_running(int8_params.run_name)
     yield
