@@ -12,13 +12,35 @@ import pytest_int8bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 if a file cannot be read."""
+    """Run the command; returns the exit code: 0, 2 if a file cannot be read, or pytest's."""
     parser = argparse.ArgumentParser(prog="int8bench", description="INT8 inference benchmarks.")
     parser.add_argument("--version", action="version", version=pytest_int8bench.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the table of a saved JSON file or a journal")
     show.add_argument("file", type=Path, help="JSON of pytest-benchmark, or a journal (.jsonl)")
-    arguments = parser.parse_args(argv)
+    scan = commands.add_parser(
+        "sensitivity",
+        help="quantize one layer at a time and rank the layers by what that loses",
+        description="Quantize one layer, or block, at a time and rank them by the SQNR of the "
+        "model's outputs, worst first. The cost is linear in their number. Every other option "
+        "is the plugin's: --int8-workload, --int8-mode, --int8-set, --int8-weights …",
+    )
+    scan.add_argument(
+        "--by", choices=("layer", "block"), default="layer", help="what is quantized at a time"
+    )
+    scan.add_argument(
+        "--metric",
+        action="store_true",
+        help="rank by the drop of the workload's metric on its samples for selection",
+    )
+    scan.add_argument("--json", type=Path, help="file to save the table in")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "sensitivity":
+        from pytest_int8bench.suite.sensitivity import run
+
+        return run(by=arguments.by, metric=arguments.metric, json=arguments.json, pytest_args=rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _show(arguments.file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pytest_int8bench import clock
 from pytest_int8bench.collection import params_of
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, marker_changes
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.compilation import CompiledModel
     from pytest_int8bench.measure import Plan, Run
     from pytest_int8bench.models import Model
-    from pytest_int8bench.results import Result
+    from pytest_int8bench.results import Accuracy, Result, Sensitivity
     from pytest_int8bench.workloads import Workload
 
 
@@ -76,12 +78,12 @@ def _int8_point(
         pytest.skip(reason)
     try:
         find_device(int8_params)
-        _state(request).pool()
+        workload = _state(request).filtered(int8_workload)
     except (DeviceError, ValueError) as error:
         problem = str(error)
     if problem is not None:
         pytest.fail(problem, pytrace=False)
-    return int8_workload, int8_params
+    return workload, int8_params
 
 
 def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams) -> Model:
@@ -151,10 +153,99 @@ def int8_throughput(
             raise
         if not result.oom:
             benchmark.extra_info.update(_extra_info(result))
-        state.record(result)
-        return result
+        marked = state.marked(result)
+        if marked is not result:
+            benchmark.has_error = True
+        state.record(marked)
+        return marked
 
     return measure
+
+
+@pytest.fixture
+def int8_guardrail(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
+) -> Callable[..., list[Accuracy]]:
+    """A callable that holds this test's point to its baseline's accuracy, records the verdicts and
+    returns them. It fails the test if accuracy dropped by more than ``--int8-max-drop``, or by
+    more than its own ``max_drop``, such as ``int8_guardrail(max_drop="0.5%")``. With random
+    weights only a comparison of outputs can fail it."""
+    workload, params = _int8_point
+    state = _state(request)
+
+    def check(max_drop: str | None = None) -> list[Accuracy]:
+        from pytest_int8bench.accuracy.guardrail import AccuracyError
+        from pytest_int8bench.accuracy.limit import Limit
+        from pytest_int8bench.accuracy.text import message
+        from pytest_int8bench.measure import oom_of, release
+
+        if not params.int8_enabled:
+            pytest.skip("nothing to compare: the point is a baseline")
+        if state.xdist_worker:
+            pytest.skip("not judged: under xdist, run with -n0")
+        limit = Limit.parse(max_drop or state.settings.max_drop)
+        problem = None
+        try:
+            verdicts = state.guardrail().check(
+                workload, params, nodeid=request.node.nodeid, limit=limit
+            )
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+            problem = f"not judged: out of memory: {first_line(error)}"
+            release(error)
+        if problem is not None:
+            state.pool().clear()
+            pytest.skip(problem)
+        for verdict in verdicts:
+            state.record(verdict)
+        if state.settings.remedy:
+            verdicts = state.remedied(workload, params, verdicts, limit)
+        judged = [v for v in verdicts if not v.is_pipeline_check]
+        failed = [v for v in judged if v.outcome == "FAIL"]
+        undecided = [v for v in judged if v.outcome == "INCONCLUSIVE"]
+        action = state.settings.inconclusive
+        if failed or (undecided and action == "fail"):
+            text = message([*failed, *undecided], remedied=state.settings.remedy)
+            state.note_accuracy_failed(workload.name, params, text.splitlines()[0])
+            raise AccuracyError(text)
+        if undecided:
+            text = message(undecided, remedied=False)
+            if action == "skip":
+                pytest.skip(text.splitlines()[0])
+            warnings.warn(text, stacklevel=2)
+        return verdicts
+
+    return check
+
+
+@pytest.fixture
+def int8_sensitivity(
+    request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
+) -> Callable[..., Sensitivity]:
+    """A callable that quantizes one layer at a time (``by="block"``: one block), ranks them by the
+    SQNR of the outputs, or with ``metric=True`` by the drop of the workload's metric, records the
+    table and returns it."""
+    workload, params = _int8_point
+    state = _state(request)
+
+    def scan(by: str = "layer", metric: bool = False) -> Sensitivity:
+        from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+        from pytest_int8bench.progress import say
+
+        if not params.int8_enabled:
+            pytest.skip("nothing to quantize: the point is a baseline")
+        if state.xdist_worker:
+            pytest.skip("not measured: under xdist, run with -n0")
+        found = SensitivityScan(state.guardrail(), workload, params, by=by).run(
+            nodeid=request.node.nodeid,
+            metric=metric,
+            tell=lambda text: say(request.config, f"sensitivity of {params.run_name}: {text}"),
+        )
+        state.record(found)
+        return found
+
+    return scan
 
 
 def _pedantic(benchmark: Any, run: Run, plan: Plan) -> list[float]:

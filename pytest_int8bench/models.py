@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.weights import RANDOM, build_with_weights
 
 if TYPE_CHECKING:
-    from pytest_int8bench.workloads import FilterFn, Workload
+    from pytest_int8bench.workloads import Workload
 
 SEED = 0
 _NO_KERNEL = "No available kernel"
@@ -160,7 +160,7 @@ class Model:
     def _get_ready(self, timer: Timer) -> Ready:
         kind = self.device.type
         on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device.type == kind)
-        free_memory()
+        _settle(self.device)
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self.run()
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
@@ -201,20 +201,39 @@ def _listed(outputs: Outputs) -> str:
     return ", ".join(f"{list(shape)} {dtype}" for shape, dtype in outputs) or "no tensor"
 
 
+#: Parts of a workload that a baseline has nothing to do with.
+_QUANTIZATION_PARTS = (
+    "filter_fn",
+    "quant_config",
+    "calibration",
+    "smoothquant_alpha",
+)
+
+
+class Key(NamedTuple):
+    """What the models of two tests have in common if they are the same."""
+
+    workload: tuple[Any, ...]
+    quantization: tuple[Any, ...]
+    params: RunParams
+
+    def twin(self) -> Key:
+        """Return the key of the baseline."""
+        return Key(self.workload, (), self.params.baseline())
+
+
 class ModelPool:
     """Holds one baseline and one candidate at a time, each built and compiled once.
 
     Args:
-        filter_fn: which layers to quantize, before the workload's own filter.
         weights: ``random``, ``hub`` or the path of a file.
     """
 
-    def __init__(self, filter_fn: FilterFn | None = None, *, weights: str = RANDOM) -> None:
-        self._filter_fn = filter_fn
-        self._weights = weights
+    def __init__(self, *, weights: str = RANDOM) -> None:
+        self.weights = weights
         self._models: dict[str, Model] = {}
-        self._keys: dict[str, tuple[Any, RunParams]] = {}
-        self._inputs: tuple[tuple[Any, RunParams], Any] | None = None
+        self._keys: dict[str, Key] = {}
+        self._inputs: tuple[Key, Any] | None = None
         # Keys hold ids of what workloads refer to; kept alive, an id is not used again.
         self._seen: list[Workload] = []
         self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -229,12 +248,12 @@ class ModelPool:
         role = _role(params)
         key = self.key(workload, params)
         if self._keys.get(role) != key:
-            twin = self.key(workload, params.baseline())
-            for held, (kept_workload, kept) in list(self._keys.items()):
-                if held == role or (kept_workload, kept.baseline()) != twin:
+            for held, kept in list(self._keys.items()):
+                if held == role or kept.twin() != key.twin():
                     self.evict(held)
             try:
-                self._models[role] = self._build(workload, params)
+                inputs = self.batch(workload, params)
+                self._models[role] = self._build(workload, params, inputs)
             except Exception as error:
                 if oom_of(error):
                     free_memory()
@@ -272,24 +291,38 @@ class ModelPool:
         if "candidate" in self._keys and self._keys["candidate"] != self.key(workload, params):
             self.evict("candidate")
 
-    def key(self, workload: Workload, params: RunParams) -> tuple[Any, RunParams]:
+    def key(self, workload: Workload, params: RunParams) -> Key:
         """Return what the models of two tests have in common if they are the same."""
         if not any(workload is seen for seen in self._seen):
             self._seen.append(workload)
-        parts = (getattr(workload, spec.name) for spec in dataclasses.fields(workload))
-        return (workload.name, *map(_part_key, parts)), params.identity()
+        parts = {
+            spec.name: part_key(getattr(workload, spec.name))
+            for spec in dataclasses.fields(workload)
+            if spec.name != "evaluation"
+        }
+        quantization = tuple(parts.pop(name) for name in _QUANTIZATION_PARTS)
+        return Key(
+            (workload.name, *parts.values()),
+            quantization if params.int8_enabled else (),
+            params.identity(),
+        )
 
-    def _build(self, workload: Workload, params: RunParams) -> Model:
+    def variant(self, workload: Workload, params: RunParams) -> Model:
+        """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
+        it: for a look at one of many ways to quantize."""
+        baseline = self.get(workload, params.baseline())
+        return self._build(workload, params.replace(compile_mode="off"), baseline.inputs)
+
+    def _build(self, workload: Workload, params: RunParams, inputs: Any) -> Model:
         device = find_device(params)
-        inputs = self.batch(workload, params)
-        free_memory()  # what earlier tests left, or its end would count against these weights
+        _settle(device)  # what earlier tests left, or its end would count against these weights
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
         if params.int8_enabled and baseline is not None and not workload.prequantized:
             # The very weights of the baseline, also where build does not repeat itself.
             eager = copy.deepcopy(baseline.eager)
         else:
-            eager = build_eager(workload, params, device, weights=self._weights, built=self._built)
+            eager = build_eager(workload, params, device, weights=self.weights, built=self._built)
         if params.int8_enabled and workload.prequantized:
             if not any(map(is_quantized, eager.modules())):
                 raise QuantizationError(
@@ -299,16 +332,17 @@ class ModelPool:
         elif params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
-                calibration = _calibration(workload, params, inputs, device)
+                calibration = calibration_inputs(workload, params, inputs, device)
             apply_int8_quant(
                 eager,
                 mode=params.int8_mode,
-                filter_fn=self._filter_fn or workload.filter_fn,
+                filter_fn=workload.filter_fn,
                 smoothquant=params.int8_smoothquant,
                 calibration=calibration,
+                alpha=workload.smoothquant_alpha,
                 quant_config=workload.quant_config,
             )
-        free_memory()  # the weights that were quantized, and SmoothQuant's observers
+        _settle(device)  # the weights that were quantized
         weight_bytes = allocated_bytes(device) - before
         return Model(workload, params, eager, inputs, device=device, weight_bytes=weight_bytes)
 
@@ -317,7 +351,7 @@ def _role(params: RunParams) -> str:
     return "candidate" if params.int8_enabled else "baseline"
 
 
-def _part_key(part: Any) -> Any:
+def part_key(part: Any) -> Any:
     """Return what two parts of a workload have in common if they do the same.
 
     A function-scoped fixture makes its lambdas and mappings anew for each test: they are
@@ -329,10 +363,12 @@ def _part_key(part: Any) -> Any:
         # Code compares equal across files; the globals say which file it is in.
         return (part.__code__, id(part.__globals__), tuple(map(_value_key, values)))
     if isinstance(part, Mapping):
-        return tuple((key, _part_key(value)) for key, value in part.items())
+        return tuple((key, part_key(value)) for key, value in part.items())
+    if isinstance(part, list | tuple):
+        return (type(part), *map(part_key, part))
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         values = [getattr(part, spec.name) for spec in dataclasses.fields(part)]
-        return (type(part), *map(_part_key, values))
+        return (type(part), *map(part_key, values))
     return _value_key(part)
 
 
@@ -465,9 +501,10 @@ def _make_inputs(workload: Workload, params: RunParams, device: torch.device) ->
     return map_tensors(lambda t: t.pin_memory(), host) if device.type == "cuda" else host
 
 
-def _calibration(
+def calibration_inputs(
     workload: Workload, params: RunParams, inputs: Any, device: torch.device
 ) -> list[Any]:
+    """Return the batches that SmoothQuant is calibrated on: the workload's own, or ``inputs``."""
     if workload.calibration is None:
         return [_placed(inputs, workload, params, device)]
     with _seeded(device), _told("calibration", workload, params):
@@ -486,6 +523,12 @@ def _placed(inputs: Any, workload: Workload, params: RunParams, device: torch.de
         return placed
 
     return map_tensors(place, inputs)
+
+
+def _settle(device: torch.device) -> None:
+    """Free what nothing refers to, where allocated bytes are read: it takes a while."""
+    if device.type == "cuda":
+        free_memory()
 
 
 def free_memory() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.params import (
     INT8_MODES,
     MEASURING_FIELDS,
@@ -19,8 +20,14 @@ from pytest_int8bench.params import (
     parse_field,
 )
 from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
-from pytest_int8bench.workloads.names import check_fields, check_reference, check_workload_name
+from pytest_int8bench.workloads.names import (
+    OLMOEARTH,
+    check_fields,
+    check_reference,
+    check_workload_name,
+)
 
+INCONCLUSIVE = ("fail", "warn", "skip")
 PRESETS: dict[str, dict[str, Any]] = {
     "seed": {},
     "smoke": {
@@ -99,8 +106,8 @@ OPTIONS = {
         ),
         Option(
             "workload",
-            "What to measure: olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable "
-            "returning a Workload. Default: olmoearth",
+            "What to measure: olmoearth, digits, timm:NAME, hf:NAME, module:callable or "
+            "path.py:callable returning a Workload. Default: olmoearth",
             "NAME",
         ),
         Option(
@@ -117,6 +124,29 @@ OPTIONS = {
         ),
         Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
         Option(
+            "max-drop",
+            "Largest drop of a metric against BF16 that an accuracy test passes: 1% of the "
+            "baseline's metric (relative) or 1pp (absolute). Default: 1%",
+            "LIMIT",
+        ),
+        Option(
+            "inconclusive",
+            "What an accuracy test does when its samples cannot decide: fail, warn or skip. "
+            "Default: fail",
+            "ACTION",
+        ),
+        Option(
+            "eval-data",
+            "Labelled images for OlmoEarth's accuracy: a folder with a folder of 13-band GeoTIFFs "
+            "for each class, as EuroSAT. Default: generated scenes",
+            "PATH",
+        ),
+        Option(
+            "remedy",
+            "When accuracy dropped too much, try SmoothQuant, BF16 for the worst layers, and W8, "
+            "and print what passes. Default: off",
+        ),
+        Option(
             "journal",
             "File that every finished point is written to at once; it must not be there yet. "
             "Default: a new file in .benchmarks/int8bench",
@@ -130,7 +160,8 @@ def add_options(parser: pytest.Parser) -> None:
     """Register every option and its ini value."""
     group = parser.getgroup("int8bench", "INT8 inference benchmarks")
     for option in OPTIONS.values():
-        kind: dict[str, Any] = {"dest": option.dest, "help": option.help, "default": None}
+        text = option.help.replace("%", "%%")
+        kind: dict[str, Any] = {"dest": option.dest, "help": text, "default": None}
         if option.metavar is None:
             group.addoption(option.flag, action="store_true", **kind)
         else:
@@ -159,6 +190,13 @@ class Settings:
     filter: str | None = None
     baseline: bool = True
     """Add BF16 twins and measure the speedup."""
+    max_drop: str = "1%"
+    """Largest drop of a metric, ``1%`` relative or ``1pp`` absolute."""
+    inconclusive: str = "fail"
+    """``fail``, ``warn`` or ``skip``."""
+    eval_data: Path | None = None
+    """Absolute path of a folder of labelled images."""
+    remedy: bool = False
     journal: str | None = None
     """Path of the journal, from the folder that pytest was started in."""
 
@@ -198,6 +236,10 @@ def read_settings(config: pytest.Config) -> Settings:
             raise pytest.UsageError(f"{option.source(config)}: {error}") from None
     if values.pop("smoothquant", False):
         values["changes"] = {"int8_smoothquant": True, **values.get("changes", {})}
+    if "eval_data" in values and values.get("workload", OLMOEARTH) != OLMOEARTH:
+        raise pytest.UsageError(
+            f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+        )
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
@@ -260,6 +302,22 @@ def _read_weights(text: str) -> dict[str, Any]:
     return {"weights": str(Path(text).absolute())}
 
 
+def _read_max_drop(text: str) -> dict[str, Any]:
+    return {"max_drop": str(Limit.parse(text))}
+
+
+def _read_inconclusive(text: str) -> dict[str, Any]:
+    if text not in INCONCLUSIVE:
+        raise ValueError(f"must be one of {', '.join(INCONCLUSIVE)}, got {text!r}")
+    return {"inconclusive": text}
+
+
+def _read_eval_data(text: str) -> dict[str, Any]:
+    if not text or not Path(text).is_dir():
+        raise ValueError(f"must be a folder that is there, got {text!r}")
+    return {"eval_data": Path(text).absolute()}
+
+
 def _read_journal(text: str) -> dict[str, Any]:
     if Path(text).exists():
         raise ValueError(f"must be a file that is not there yet, got {text!r}")
@@ -292,5 +350,9 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "weights": _read_weights,
     "filter": lambda text: {"filter": check_reference(text)},
     "no-baseline": _read_flag("baseline", on=False),
+    "max-drop": _read_max_drop,
+    "inconclusive": _read_inconclusive,
+    "eval-data": _read_eval_data,
+    "remedy": _read_flag("remedy"),
     "journal": _read_journal,
 }

@@ -42,6 +42,12 @@ def terminal_steps(config: pytest.Config, clock: Callable[[], float] = time.mono
     return terminal.live if _is_live(config) else terminal.plain
 
 
+def say(config: pytest.Config, text: str) -> None:
+    """Write a line at once, past pytest's capturing; not with ``-q``."""
+    if config.get_verbosity() >= 0 and config.pluginmanager.hasplugin("terminalreporter"):
+        _Terminal(config, time.monotonic).say(text)
+
+
 def _is_live(config: pytest.Config) -> bool:
     """Return whether the output is a terminal on which nothing is printed while a test runs."""
     plugins = config.pluginmanager
@@ -65,6 +71,11 @@ class _Terminal:
         self._writer = config.get_terminal_writer()
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._clock = clock
+
+    def say(self, text: str) -> None:
+        """Write a line below the one that pytest has begun, and begin that again."""
+        begun = self._writer._current_line
+        self._write(("\n" if begun else "") + f"int8bench: {text}\n{begun}")
 
     def plain(self, action: Action, name: str) -> AbstractContextManager[None]:
         """Write one line for a step that is worth it."""

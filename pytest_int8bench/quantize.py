@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
-from torchao.prototype.smoothquant import SmoothQuantConfig
-from torchao.prototype.smoothquant.core import SmoothQuantObservedLinear
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -23,18 +22,15 @@ from torchao.quantization import (
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
-from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import INT8_MODES
+from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
+from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
 
 if TYPE_CHECKING:
     from pytest_int8bench.workloads import FilterFn
 
 #: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
 CUDA_MULTIPLE = 8
-
-
-class QuantizationError(ClearError, ValueError):
-    """Nothing could be quantized, or a layer could not."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,10 @@ class Coverage:
     """Every linear layer of the model, in order."""
     total_parameters: int
     """All parameters of the model, outside linear layers too."""
+    smoothed_folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """SmoothQuant: norm -> the layers whose inputs it scales, at no cost."""
+    smoothed_runtime: tuple[str, ...] = ()
+    """SmoothQuant: the layers whose inputs are multiplied at run time."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -85,6 +85,12 @@ class Coverage:
             reasons[str(layer.reason)] = reasons.get(str(layer.reason), 0) + 1
         if reasons:
             text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        if self.smoothed_folded or self.smoothed_runtime:
+            folded = sum(map(len, self.smoothed_folded.values()))
+            text += (
+                f"; SmoothQuant: {folded} layers folded into norms, "
+                f"{len(self.smoothed_runtime)} scaled at run time"
+            )
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +102,8 @@ class Coverage:
             "converted_parameters": self.converted_parameters,
             "total_parameters": self.total_parameters,
             "left_out": {layer.name: layer.reason for layer in self.left_out},
+            "smoothed_folded": {norm: list(names) for norm, names in self.smoothed_folded.items()},
+            "smoothed_runtime": list(self.smoothed_runtime),
         }
 
 
@@ -188,7 +196,9 @@ def apply_int8_quant(
         filter_fn: ``filter_fn(module, name)`` says which layers to quantize;
             :func:`is_transformer_linear` by default.
         smoothquant: first move outliers of the activations into the weights (SmoothQuant,
-            arXiv:2211.10438), with one factor per input channel measured on ``calibration``.
+            arXiv:2211.10438), with one factor per input channel measured on ``calibration``, in
+            the norm before a layer where it can be, else at run time. See
+            :func:`~pytest_int8bench.smoothquant.plan_smoothing`.
         calibration: inputs of the model, each a tensor, a tuple of positional arguments or a
             mapping of keyword arguments. Needed with ``smoothquant``.
         alpha: SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights).
@@ -200,8 +210,9 @@ def apply_int8_quant(
 
     Raises:
         ValueError: for an unknown mode, or ``smoothquant`` without ``calibration``.
-        QuantizationError: if no layer was converted, or one has a shape that the kernels
-            cannot take.
+        QuantizationError: if no layer was converted, one has a shape that the kernels cannot
+            take, or SmoothQuant cannot be calibrated or does not go with ``quant_config``. The
+            latter two leave the model as it was.
     """
     if mode not in INT8_MODES:
         raise ValueError(f"mode must be one of {', '.join(INT8_MODES)}, got {mode!r}")
@@ -213,10 +224,17 @@ def apply_int8_quant(
         raise ValueError(
             f"quant_config must be a torchao AOBaseConfig or FqnToConfig, got {quant_config!r}"
         )
+    if smoothquant and getattr(quant_config, "act_quant_scale", None) is not None:
+        raise ValueError(
+            f"smoothquant=True does not go with {type(quant_config).__name__}: "
+            "its act_quant_scale is that of inputs before smoothing"
+        )
     if already := [name for name, module in model.named_modules() if is_quantized(module)]:
         raise QuantizationError(f"the model is quantized already ({already[0]} is)")
 
     total = sum(parameter.numel() for parameter in model.parameters())
+    smoothing = Smoothing({}, {})
+    runtime: tuple[str, ...] = ()
     if isinstance(quant_config, FqnToConfig):
         if smoothquant:
             raise ValueError("smoothquant=True does not go with FqnToConfig")
@@ -235,16 +253,22 @@ def apply_int8_quant(
         config = quant_config if quant_config is not None else _config(model, mode)
         if smoothquant:
             assert calibration is not None
-            _smooth_and_quantize(model, config, chosen, calibration, alpha)
-        else:
-            quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+            smoothing = plan_smoothing(model, chosen, calibration, call=call, alpha=alpha)
+            _check_takes_scale(model, smoothing, config)
+            smoothing.apply(model)
+        quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+        runtime = _scale_at_run_time(model, smoothing)
         layers = _recheck(model, layers, "left as it is by the configuration")
     if all(layer.reason is not None for layer in layers):
         raise QuantizationError(_nothing_converted(layers))
     if mode == "w8" and quant_config is None:
         _dequantize_on_cuda(model)
     _coverages[model] = Coverage(
-        "custom" if quant_config is not None else mode, tuple(layers), total
+        "custom" if quant_config is not None else mode,
+        tuple(layers),
+        total,
+        smoothing.folded,
+        runtime,
     )
     return model
 
@@ -361,42 +385,37 @@ def _config(model: nn.Module, mode: str) -> Any:
     )
 
 
-def _smooth_and_quantize(
-    model: nn.Module, config: Any, chosen: set[str], calibration: Iterable[Any], alpha: float
-) -> None:
-    def step(name: str) -> Any:
-        # The running observer keeps one maximum per channel; the default one keeps every input.
-        return SmoothQuantConfig(config, step=name, alpha=alpha, use_running_absmax=True)
+def _check_takes_scale(model: nn.Module, smoothing: Smoothing, config: Any) -> None:
+    """Raise before anything is changed if layers are to be scaled at run time and the
+    configuration's tensor has no place for it. It says so only once there is one."""
+    for name in smoothing.runtime:
+        sample = nn.Sequential(copy.deepcopy(model.get_submodule(name)))
+        quantize_(sample, config)
+        if is_quantized(sample[0]):
+            if not hasattr(sample[0].weight, "act_pre_scale"):
+                raise QuantizationError(
+                    f"smoothquant=True does not go with {type(config).__name__}: "
+                    f"its {type(sample[0].weight).__name__} cannot scale the input of {name} at "
+                    "run time, and there is no norm that could"
+                )
+            return
 
-    quantize_(model, step("prepare"), filter_fn=lambda module, name: name in chosen)
-    observed = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SmoothQuantObservedLinear)
-    }
-    # The observer takes contiguous inputs only.
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-        for module in observed.values()
-    ]
-    try:
-        with torch.no_grad():
-            for inputs in calibration:
-                call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    unseen = [name for name, module in observed.items() if module.obs.x_abs_max is None]
-    if unseen:
-        raise QuantizationError(
-            f"calibration never reached {len(unseen)} of {len(observed)} layers, "
-            f"{unseen[0]} first: it must have at least one batch that runs every layer"
-        )
-    quantize_(
-        model,
-        step("convert"),
-        filter_fn=lambda module, name: isinstance(module, SmoothQuantObservedLinear),
-    )
+
+def _scale_at_run_time(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...]:
+    """Have the weights scale the inputs of their layers; return which do.
+
+    A layer that the configuration left as it is gets its old weight back.
+    """
+    scaled = []
+    for name, inverse in smoothing.runtime.items():
+        layer: Any = model.get_submodule(name)
+        if is_quantized(layer):
+            # In the weight's dtype: an FP32 factor would turn a BF16 input into FP32.
+            layer.weight.act_pre_scale = inverse.to(layer.weight.dtype)
+            scaled.append(name)
+        else:
+            multiply_parameter(layer, "weight", inverse)
+    return tuple(scaled)
 
 
 def _dequantize_on_cuda(model: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 pytest-benchmark's JSON gets a top-level ``int8bench`` object::
 
-    {"schema": 1, "environment": {...}, "results": [...], "accuracy": [...]}
+    {"schema": 1, "environment": {...}, "results": [...], "accuracy": [...], "sensitivity": [...]}
 
 ``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`, ``results`` every
-finished point (:class:`Result`), whatever its status, and ``accuracy`` every verdict. The journal
-holds the same records as JSON lines, the first one being the header.
+finished point (:class:`Result`), whatever its status, ``accuracy`` every verdict
+(:class:`Accuracy`) and ``sensitivity`` every table of layers (:class:`Sensitivity`). The journal
+holds the same records as JSON lines, the first one being the header; verdicts and tables are
+wrapped in an object that names their kind.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SCHEMA = 1
+_ACCURACY, _SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
 _FOLDER = Path(".benchmarks") / "int8bench"
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
+#: Metric of a comparison without labels.
+NO_LABELS = "outputs"
+OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
 
 
 class SchemaError(ValueError):
@@ -128,13 +134,117 @@ class Result:
         Raises:
             SchemaError: if ``values`` is not a result.
         """
-        if not isinstance(values, Mapping):
-            raise SchemaError(f"not a result: {values!r}")
-        names = {spec.name for spec in dataclasses.fields(cls)}
-        try:
-            return cls(**{name: value for name, value in values.items() if name in names})
-        except (TypeError, ValueError) as error:
-            raise SchemaError(f"not a result: {error}") from None
+        return _from_dict(cls, values, "a result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """One verdict: a metric of a candidate against its baseline's."""
+
+    nodeid: str
+    workload: str
+    run_name: str
+    params: dict[str, Any]
+    metric: str
+    """Name of the metric; ``outputs`` where there are no labels."""
+    outcome: str
+    """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
+    reason: str | None = None
+    """What its reader should know: why a comparison without labels failed, the next step."""
+    random_weights: bool = False
+    """The model is not trained: the verdict only checks that the pipeline works."""
+    samples: int
+    baseline: float | None = None
+    """The baseline's metric."""
+    candidate: float | None = None
+    limit: str | None = None
+    """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
+    drop: float | None = None
+    """In the limit's terms: a share of the baseline's metric, or a difference of both."""
+    drop_low: float | None = None
+    """One-sided 95 % bounds of the drop."""
+    drop_high: float | None = None
+    lost: int | None = None
+    """Samples whose score got worse."""
+    gained: int | None = None
+    needed: int | None = None
+    """Samples that would decide, with ``INCONCLUSIVE``."""
+    method: str | None = None
+    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
+    distance: dict[str, Any] | None = None
+    """Without labels: how far the outputs are from the baseline's."""
+    floor: dict[str, Any] | None = None
+    """Without labels: the same for the eager baseline, the noise floor."""
+    remedies: list[dict[str, Any]] = field(default_factory=list)
+    """What ``--int8-remedy`` tried, and what came of it."""
+    seconds: float | None = None
+    """Time that the scores took, compiling aside; with the first candidate of a baseline, that of
+    the baseline's too. Evaluations that share outputs pay for them once."""
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+
+    @property
+    def is_pipeline_check(self) -> bool:
+        """A metric of random weights shows that the evaluation works, and judges nothing."""
+        return self.random_weights and self.metric != NO_LABELS
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What stays the same across commits: node id, workload name and metric."""
+        return (self.nodeid, self.workload, self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Accuracy:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is not a verdict.
+        """
+        return _from_dict(cls, values, "a verdict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What each layer, or block, of a model costs when it alone is quantized."""
+
+    nodeid: str
+    workload: str
+    run_name: str
+    params: dict[str, Any]
+    by: str
+    """``layer`` or ``block``."""
+    metric: str | None = None
+    """Metric of ``drop``; None where only SQNR was measured."""
+    samples: int
+    """Samples that the metric, or else the SQNR, was measured on."""
+    layers: list[dict[str, Any]]
+    """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
+    outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
+    seconds: float | None = None
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What stays the same across commits: node id and workload name."""
+        return (self.nodeid, self.workload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is not such a table.
+        """
+        return _from_dict(cls, values, "a table of layers")
 
 
 @dataclass(frozen=True)
@@ -143,7 +253,8 @@ class Saved:
 
     environment: dict[str, Any]
     results: list[Result]
-    accuracy: list[dict[str, Any]]
+    accuracy: list[Accuracy] = field(default_factory=list)
+    sensitivity: list[Sensitivity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``int8bench`` object of the JSON."""
@@ -151,14 +262,18 @@ class Saved:
             "schema": SCHEMA,
             "environment": self.environment,
             "results": [result.to_dict() for result in self.results],
-            "accuracy": self.accuracy,
+            "accuracy": [verdict.to_dict() for verdict in self.accuracy],
+            "sensitivity": [table.to_dict() for table in self.sensitivity],
         }
 
 
-class Journal:
-    """Appends each result to a file at once, so that no crash loses a finished one.
+_Record = TypeVar("_Record", Result, Accuracy, Sensitivity)
 
-    A later result of the same node replaces the earlier one for readers.
+
+class Journal:
+    """Appends each record to a file at once, so that no crash loses a finished one.
+
+    A later record of the same identity replaces the earlier one for readers.
     """
 
     def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:
@@ -170,6 +285,8 @@ class Journal:
         self.path = path
         self.environment = dict(environment)
         self._results: list[Result] = []
+        self._accuracy: list[Accuracy] = []
+        self._sensitivity: list[Sensitivity] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
@@ -194,6 +311,8 @@ class Journal:
         journal = cls(None, saved.environment)
         journal.path = path
         journal._results = saved.results
+        journal._accuracy = saved.accuracy
+        journal._sensitivity = saved.sensitivity
         return journal
 
     @property
@@ -201,14 +320,27 @@ class Journal:
         """The latest result of each node, in the order they finished."""
         return latest(self._results)
 
-    def append(self, result: Result) -> None:
-        """Write ``result`` to disk."""
-        self._results.append(result)
-        self._write(result.to_dict())  # what cannot be written is still in ``results``
+    @property
+    def accuracy(self) -> list[Accuracy]:
+        """The latest verdict of each node and metric, in the order they finished."""
+        return latest(self._accuracy)
+
+    def append(self, record: Result | Accuracy | Sensitivity) -> None:
+        """Write ``record`` to disk."""
+        # What cannot be written is still kept.
+        if isinstance(record, Result):
+            self._results.append(record)
+            self._write(record.to_dict())
+        elif isinstance(record, Accuracy):
+            self._accuracy.append(record)
+            self._write({_ACCURACY: record.to_dict()})
+        else:
+            self._sensitivity.append(record)
+            self._write({_SENSITIVITY: record.to_dict()})
 
     def saved(self) -> Saved:
         """Return what the JSON is to hold."""
-        return Saved(self.environment, self.results, [])
+        return Saved(self.environment, self.results, self.accuracy, latest(self._sensitivity))
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.path is None:
@@ -231,12 +363,12 @@ def journal_folder(root: Path) -> Path:
     return folder
 
 
-def latest(results: Iterable[Result]) -> list[Result]:
-    """Keep the last result of each node and workload."""
-    found: dict[tuple[str, str], Result] = {}
-    for result in results:
-        found.pop(result.identity, None)
-        found[result.identity] = result
+def latest(records: Iterable[_Record]) -> list[_Record]:
+    """Keep the last record of each identity."""
+    found: dict[tuple[str, ...], _Record] = {}
+    for record in records:
+        found.pop(record.identity, None)
+        found[record.identity] = record
     return list(found.values())
 
 
@@ -264,8 +396,12 @@ def read(path: Path) -> Saved:
     for name in ("results", "accuracy"):
         if not isinstance(block.get(name), list):
             raise SchemaError(f"{path}: {name} must be a list, got {block.get(name)!r}")
-    results = [Result.from_dict(item) for item in block["results"]]
-    return Saved(_environment(path, block), results, block["accuracy"])
+    return Saved(
+        _environment(path, block),
+        [Result.from_dict(item) for item in block["results"]],
+        [Accuracy.from_dict(item) for item in block["accuracy"]],
+        [Sensitivity.from_dict(item) for item in block.get("sensitivity", [])],
+    )
 
 
 def _read_journal(path: Path, text: str) -> Saved:
@@ -282,7 +418,32 @@ def _read_journal(path: Path, text: str) -> Saved:
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
     _check_schema(path, header)
-    return Saved(_environment(path, header), latest(map(Result.from_dict, records[1:])), [])
+    kept: dict[str, list[Any]] = {_ACCURACY: [], _SENSITIVITY: [], "results": []}
+    for record in records[1:]:
+        [kind] = record if isinstance(record, dict) and len(record) == 1 else ["results"]
+        if kind in (_ACCURACY, _SENSITIVITY):
+            kept[kind].append(record[kind])
+        else:
+            kept["results"].append(record)
+    return Saved(
+        _environment(path, header),
+        latest(map(Result.from_dict, kept["results"])),
+        latest(map(Accuracy.from_dict, kept[_ACCURACY])),
+        latest(map(Sensitivity.from_dict, kept[_SENSITIVITY])),
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _from_dict(cls: type[_T], values: Any, what: str) -> _T:
+    if not isinstance(values, Mapping):
+        raise SchemaError(f"not {what}: {values!r}")
+    names = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    try:
+        return cls(**{name: value for name, value in values.items() if name in names})
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"not {what}: {error}") from None
 
 
 def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:

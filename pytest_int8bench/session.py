@@ -17,8 +17,10 @@ from pytest_int8bench.sweep import unique, with_baselines
 from pytest_int8bench.workloads.names import check_workload_name, load_object, load_workload
 
 if TYPE_CHECKING:
+    from pytest_int8bench.accuracy.guardrail import Guardrail
+    from pytest_int8bench.accuracy.limit import Limit
     from pytest_int8bench.models import ModelPool
-    from pytest_int8bench.results import Journal, Result
+    from pytest_int8bench.results import Accuracy, Journal, Result, Sensitivity
     from pytest_int8bench.throughput import Throughput
     from pytest_int8bench.workloads import Workload
 
@@ -41,7 +43,10 @@ class State:
         self._config = config
         self._preset: str | None = None
         self._pool: ModelPool | None = None
+        self._filter: Any = None
         self._throughput: Throughput | None = None
+        self._guardrail: Guardrail | None = None
+        self._accuracy_failed: dict[tuple[str, str], str] = {}
         self._workloads: dict[str, Workload | ValueError] = {}
 
     # -- points -----------------------------------------------------------------------------
@@ -78,7 +83,9 @@ class State:
         name = name or self.settings.workload
         if name not in self._workloads:
             try:
-                self._workloads[name] = load_workload(name, self.invocation)
+                self._workloads[name] = load_workload(
+                    name, self.invocation, eval_data=self.settings.eval_data
+                )
             except ValueError as error:  # kept: a hub that does not answer takes its time
                 self._workloads[name] = error
         found = self._workloads[name]
@@ -91,13 +98,22 @@ class State:
         if self._pool is None:
             from pytest_int8bench.models import ModelPool
 
-            filter_fn = None
-            if self.settings.filter is not None:
-                filter_fn = load_object(self.settings.filter, self.invocation)
-                if not callable(filter_fn):
-                    raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
-            self._pool = ModelPool(filter_fn, weights=self.settings.weights)
+            self._pool = ModelPool(weights=self.settings.weights)
         return self._pool
+
+    def filtered(self, workload: Workload) -> Workload:
+        """Return ``workload`` with the filter of the settings, which goes before its own.
+
+        Raises:
+            ValueError: one line, if there is no such callable.
+        """
+        if self.settings.filter is None:
+            return workload
+        if self._filter is None:
+            self._filter = load_object(self.settings.filter, self.invocation)
+            if not callable(self._filter):
+                raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
+        return dataclasses.replace(workload, filter_fn=self._filter)
 
     def throughput(self) -> Throughput:
         """Return what measures points."""
@@ -112,15 +128,59 @@ class State:
             )
         return self._throughput
 
-    def record(self, result: Result) -> None:
-        """Write ``result`` to the journal, at once. Where that fails, the result is kept in
-        memory and the session warned. Workers of xdist measure nothing and write nothing."""
+    def guardrail(self) -> Guardrail:
+        """Return what judges accuracy."""
+        if self._guardrail is None:
+            from pytest_int8bench.accuracy.guardrail import Guardrail
+            from pytest_int8bench.accuracy.limit import Limit
+            from pytest_int8bench.progress import terminal_steps
+
+            self._guardrail = Guardrail(
+                self.pool(), Limit.parse(self.settings.max_drop), step=terminal_steps(self._config)
+            )
+        return self._guardrail
+
+    def remedied(
+        self, workload: Workload, params: RunParams, verdicts: list[Accuracy], limit: Limit
+    ) -> list[Accuracy]:
+        """Try remedies for the metrics that failed. Return ``verdicts`` with what was tried."""
+        from pytest_int8bench.accuracy.remedies import Remedies
+        from pytest_int8bench.results import NO_LABELS
+
+        remedies = Remedies(self.guardrail(), limit)
+        found = []
+        for index, verdict in enumerate(verdicts):  # those of labels come first
+            found.append(verdict)
+            if verdict.outcome == "FAIL" and verdict.metric != NO_LABELS:
+                found[-1] = remedies.walk(workload, params, index, verdict)
+                self.record(found[-1])
+        return found
+
+    def note_accuracy_failed(self, workload: str, params: RunParams, reason: str) -> None:
+        """Mark the timing of a point whose accuracy test failed, also one yet to be measured."""
+        self._accuracy_failed[workload, params.run_name] = reason
+        for result in self.journal.results if self.journal else []:
+            marked = self.marked(result)
+            if marked is not result:
+                self.record(marked)
+                leave_out(self._config, result.nodeid)
+
+    def marked(self, result: Result) -> Result:
+        """Return ``result``, as ``accuracy-failed`` if it is one of a point that failed so."""
+        reason = self._accuracy_failed.get((result.workload, result.run_name))
+        if reason is None or result.status != "ok":
+            return result
+        return dataclasses.replace(result, status="accuracy-failed", reason=reason)
+
+    def record(self, record: Result | Accuracy | Sensitivity) -> None:
+        """Write ``record`` to the journal, at once. Where that fails, it is kept in memory and the
+        session warned. Workers of xdist measure nothing and write nothing."""
         if self.xdist_worker:
             return
         try:
             if self.journal is None:
                 self.journal = self._start_journal()
-            self.journal.append(result)
+            self.journal.append(record)
         except OSError as error:
             warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
 
@@ -210,6 +270,8 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
     workload, params = point
     status = "failed" if report.failed else "skipped"
     reason = _reason(report)
+    if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
+        return  # the verdict says it
     measured = _results_of(state, item)
     if measured:
         if measured[0].status == "ok":
@@ -229,6 +291,15 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
 
 def _results_of(state: State, item: pytest.Item) -> list[Result]:
     return [r for r in state.journal.results if r.nodeid == item.nodeid] if state.journal else []
+
+
+def leave_out(config: pytest.Config, nodeid: str) -> None:
+    """Keep the timing of a test out of pytest-benchmark's file, where it would pass for a
+    baseline."""
+    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    for found in benchmarks.benchmarks if benchmarks is not None else []:
+        if found.fullname == nodeid:
+            found.fixture.has_error = True
 
 
 def _tell_benchmark(state: State, item: pytest.Item, report: pytest.TestReport) -> None:

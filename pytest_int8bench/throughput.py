@@ -22,7 +22,7 @@ from pytest_int8bench.measure import (
     requested_bytes,
     summarize,
 )
-from pytest_int8bench.models import Model, ModelPool, Ready
+from pytest_int8bench.models import Key, Model, ModelPool, Ready
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import coverage
 from pytest_int8bench.results import Result, point_label
@@ -31,7 +31,9 @@ from pytest_int8bench.workloads import UNITS, Workload
 #: Runs a plan and returns seconds per batch, one value a round.
 TimeRounds = Callable[[Run, Plan], list[float]]
 
-Action = Literal["building", "compiling", "warming up", "measuring", "comparing"]
+Action = Literal[
+    "building", "compiling", "warming up", "measuring", "comparing", "evaluating", "trying"
+]
 #: Entered around a long step: what is done, and to which point.
 Step = Callable[[Action, str], AbstractContextManager[None]]
 
@@ -66,8 +68,8 @@ class Throughput:
         self._with_baseline = with_baseline
         self._timer = timer
         self._step = step
-        self._baseline_s: dict[tuple[Any, RunParams], float] = {}
-        self._baseline_oom: set[tuple[Any, RunParams]] = set()
+        self._baseline_s: dict[Key, float] = {}
+        self._baseline_oom: set[Key] = set()
 
     def measure(
         self, workload: Workload, params: RunParams, time_rounds: TimeRounds, *, nodeid: str
@@ -109,8 +111,8 @@ class Throughput:
     ) -> dict[str, Any]:
         baseline, note = self._ready_baseline(workload, params)
         try:
-            model = self._model(workload, params)
-            ready = self._ready(model)
+            model = built(self._pool, workload, params, self._step)
+            ready = warmed(model, self._timer, self._step)
         except Exception as error:
             if baseline is None or oom_of(error) is None:
                 raise
@@ -120,8 +122,8 @@ class Throughput:
             baseline, note = None, "baseline and candidate do not fit in memory together"
             self._pool.evict("candidate")
             self._pool.evict("baseline")
-            model = self._model(workload, params)
-            ready = self._ready(model)
+            model = built(self._pool, workload, params, self._step)
+            ready = warmed(model, self._timer, self._step)
         if baseline is not None:
             _compare_outputs(baseline.ready(self._timer), ready, params)
         units = _units(model, ready)
@@ -171,20 +173,6 @@ class Throughput:
             self._baseline_s[self._pool.key(workload, params)] = timing.median_s
         return values | ({"reason": note} if note else {})
 
-    def _model(self, workload: Workload, params: RunParams) -> Model:
-        if self._pool.holds(workload, params):
-            return self._pool.get(workload, params)
-        with self._step("building", _label(workload, params)):
-            return self._pool.get(workload, params)
-
-    def _ready(self, model: Model) -> Ready:
-        if model.is_ready:
-            return model.ready(self._timer)
-        compiled = model.compiled.mode == "off" or model.compiled.first_call_s is not None
-        action: Action = "warming up" if compiled else "compiling"
-        with self._step(action, _label(model.workload, model.params)):
-            return model.ready(self._timer)
-
     def _ready_baseline(
         self, workload: Workload, params: RunParams
     ) -> tuple[Model | None, str | None]:
@@ -196,8 +184,8 @@ class Throughput:
             return None, "the baseline ran out of memory"
         self._pool.evict_other_candidate(workload, params)
         try:
-            baseline = self._model(workload, twin)
-            self._ready(baseline)
+            baseline = built(self._pool, workload, twin, self._step)
+            warmed(baseline, self._timer, self._step)
             return baseline, None
         except Exception as error:
             if oom_of(error) is None:
@@ -222,7 +210,9 @@ class Throughput:
         if baseline is not None:
             try:
                 with self._step("comparing", _label(workload, params)):
-                    speedup = self._interleave(baseline, candidate, params.benchmark_interval_s)
+                    speedup = interleave(
+                        baseline, candidate, self._timer, params.benchmark_interval_s
+                    )
             except Exception as error:
                 if oom_of(error) is None:
                     raise
@@ -245,13 +235,37 @@ class Throughput:
             return {}, problem
         return {"speedup": apart, "speedup_method": "separate"}, problem
 
-    def _interleave(self, baseline: Model, candidate: Model, interval_s: float) -> Speedup:
-        with (
-            baseline.compiled.entered(),
-            candidate.compiled.entered(),
-            candidate.compiled.no_compilation(),
-        ):
-            return measure_speedup(baseline.run, candidate.run, self._timer, interval_s=interval_s)
+
+def built(pool: ModelPool, workload: Workload, params: RunParams, step: Step) -> Model:
+    """Return the pool's model of ``params``, and say so where it has to be built."""
+    if pool.holds(workload, params):
+        return pool.get(workload, params)
+    with step("building", _label(workload, params)):
+        return pool.get(workload, params)
+
+
+def warmed(model: Model, timer: Timer, step: Step) -> Ready:
+    """Compile and warm up, and say so where that has not been done."""
+    if model.is_ready:
+        return model.ready(timer)
+    compiled = model.compiled.mode == "off" or model.compiled.first_call_s is not None
+    action: Action = "warming up" if compiled else "compiling"
+    with step(action, _label(model.workload, model.params)):
+        return model.ready(timer)
+
+
+def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: float) -> Speedup:
+    """Measure the speedup of two models that are ready, in alternating blocks.
+
+    Raises:
+        CompileError: if something was compiled while the clock ran.
+    """
+    with (
+        baseline.compiled.entered(),
+        candidate.compiled.entered(),
+        candidate.compiled.no_compilation(),
+    ):
+        return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
 
 
 def _label(workload: Workload, params: RunParams) -> str:

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from pytest_int8bench import Result, RunParams, Workload
+from pytest_int8bench.accuracy.guardrail import Guardrail
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.evidence import EvidenceError, profile_forward
@@ -193,3 +196,38 @@ def test_smoothquant_measures() -> None:
     (result,) = measure(toy(), POINT.replace(int8_enabled=True, int8_smoothquant=True))
     assert result.status == "ok"
     assert dataclasses.asdict(result)["coverage"]["converted_layers"] == 4
+
+
+@pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
+def test_trained_digits_pass_compiled(compile_mode: str) -> None:
+    point = RunParams(
+        model_size="nano", batch_size=128, compile_mode=compile_mode, int8_enabled=True
+    )
+    guardrail = Guardrail(ModelPool(), Limit.parse("1%"))
+    workload = load_workload("digits", Path())
+    for params in (point, point.replace(int8_smoothquant=True), point.replace(int8_mode="w8")):
+        [verdict] = guardrail.check(workload, params, nodeid=params.run_name)
+        # 797 samples in batches of 128: the last one is partial.
+        assert (verdict.outcome, verdict.samples) == ("PASS", 797)
+        assert verdict.baseline > 0.97
+
+
+def test_scenes_of_olmoearth_are_judged_and_marked_as_a_pipeline_check() -> None:
+    params = POINT.replace(model_version="v1.2", num_timesteps=3, int8_enabled=True)
+    guardrail = Guardrail(ModelPool(), Limit.parse("1%"))
+    verdicts = guardrail.check(load_workload("olmoearth", Path()), params, nodeid="a")
+    assert [v.metric for v in verdicts] == ["knn20 top1", "linear probe top1", "outputs"]
+    assert [v.is_pipeline_check for v in verdicts] == [True, True, False]
+    assert verdicts[2].outcome == "proxy-ok"
+    for verdict in verdicts[:2]:
+        assert verdict.samples == 3000
+        assert 0.8 <= verdict.baseline <= 0.98
+
+
+def test_layers_are_ranked_on_the_device() -> None:
+    workload = load_workload("digits", Path())
+    point = RunParams(model_size="nano", batch_size=128, compile_mode="off", int8_enabled=True)
+    scan = SensitivityScan(Guardrail(ModelPool(), Limit.parse("1%")), workload, point)
+    table = scan.run(nodeid="a", metric=True)
+    assert len(table.layers) == 16
+    assert all(20 < row["sqnr_db"] < 80 for row in table.layers)

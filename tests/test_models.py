@@ -443,11 +443,28 @@ def test_evicting_frees_one_model() -> None:
     pool.evict("candidate")  # again does nothing
 
 
-def test_the_filter_of_the_session_goes_before_the_workloads() -> None:
-    workload = make_workload(filter_fn=lambda module, name: name == "fc1")
-    pool = ModelPool(lambda module, name: name == "fc2")
-    covered = coverage(pool.get(workload, W8A8).eager)
-    assert [layer.name for layer in covered.converted] == ["fc2"]
+def test_a_baseline_has_nothing_to_do_with_how_candidates_are_quantized() -> None:
+    pool = ModelPool()
+    one, other = (
+        make_workload(filter_fn=lambda module, name, kept=kept: name == kept)
+        for kept in ("fc1", "fc2")
+    )
+    baseline = pool.get(one, W8A8.baseline())
+    first = pool.get(one, W8A8)
+    assert pool.get(other, W8A8) is not first
+    assert [layer.name for layer in coverage(pool.get(other, W8A8).eager).converted] == ["fc2"]
+    assert pool.get(other, W8A8.baseline()) is baseline
+
+
+def test_a_variant_has_the_baselines_weights_and_is_not_kept() -> None:
+    pool, workload = ModelPool(), make_workload()
+    kept = pool.get(workload, W8A8)
+    variant = pool.variant(workload, W8A8.replace(int8_mode="w8"))
+    assert coverage(variant.eager).mode == "w8"
+    assert variant.params.compile_mode == "off"
+    assert pool.get(workload, W8A8) is kept
+    own, baseline = variant.eager.fc1.bias, pool.get(workload, W8A8.baseline()).eager.fc1.bias
+    assert torch.equal(own, baseline)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "batch"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,18 +16,24 @@ package = pytest.importorskip(
     "olmoearth_pretrain_minimal.olmoearth_pretrain_v1.olmoearth_pretrain_v1"
 )
 
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.data import normalize  # noqa: E402
 from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.nn.latent_mim import (  # noqa: E402
     LatentMIMConfig,
 )
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import (  # noqa: E402
+    Modality,
+)
 
 from pytest_int8bench.compilation import compile_for_a100  # noqa: E402
-from pytest_int8bench.models import ModelPool, build_eager  # noqa: E402
+from pytest_int8bench.errors import WorkloadError  # noqa: E402
+from pytest_int8bench.models import ModelPool, build_eager, part_key  # noqa: E402
 from pytest_int8bench.params import RunParams  # noqa: E402
 from pytest_int8bench.quantize import coverage  # noqa: E402
 from pytest_int8bench.weights import WeightsError  # noqa: E402
-from pytest_int8bench.workloads import Workload  # noqa: E402
+from pytest_int8bench.workloads import Workload, geotiff, scenes  # noqa: E402
+from pytest_int8bench.workloads import olmoearth as module  # noqa: E402
 from pytest_int8bench.workloads.names import load_workload  # noqa: E402
-from pytest_int8bench.workloads.olmoearth import VERSION_SIZES  # noqa: E402
+from pytest_int8bench.workloads.olmoearth import VERSION_SIZES, olmoearth  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = RunParams(
@@ -308,4 +316,174 @@ def test_a_hub_that_does_not_answer_is_one_line(
         ModelPool(weights="hub").get(workload, V12)
     assert str(caught.value) == (
         "weights hub of OlmoEarth v1.2 nano cannot be loaded: no route to host"
+    )
+
+
+# -- labelled accuracy ------------------------------------------------------------------------
+
+METRICS = ["knn20 top1", "linear probe top1"]
+
+
+@pytest.mark.parametrize("version", list(VERSION_SIZES))
+def test_normalization_is_that_of_the_package(version: str) -> None:
+    name = {"v1": "NormalizerV1"}.get(version, f"NormalizerV1_{version[-1]}")
+    pixels = np.random.default_rng(0).uniform(0, 10_000, (2, 3, 3, 2, 12)).astype(np.float32)
+    expected = getattr(normalize, name)().normalize(Modality.SENTINEL2_L2A, pixels)
+    ours = module.normalize(torch.from_numpy(pixels), version)
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bands_of_scenes_are_in_the_order_of_the_package() -> None:
+    assert list(scenes.BANDS) == Modality.SENTINEL2_L2A.band_order
+    assert Modality.SENTINEL2_L2A.name == module._SENTINEL2
+
+
+def test_embeddings_are_means_of_tokens_then_of_modalities() -> None:
+    one, two = torch.zeros(2, 1, 1, 2, 3, 4), torch.ones(2, 5, 5, 2, 1, 4)
+    one[1, 0, 0, 1, 2] = 6.0  # one token of six
+    embeddings = module.mean_tokens({"one": one, "two": two})
+    assert embeddings.tolist() == [[0.5] * 4, [1.0] * 4]
+
+
+@pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
+def test_only_sentinel2_alone_has_labels(
+    workload: Workload, s2: bool, s1: bool, landsat: bool
+) -> None:
+    params = SMALL.replace(use_s2=s2, use_s1=s1, use_landsat=landsat)
+    found = workload.evaluation(params)
+    batches = workload.calibration(params, CPU)
+    if (s2, s1, landsat) == (True, False, False):
+        assert [evaluation.metric for evaluation in found] == METRICS
+        assert len(batches) == 4
+    else:
+        assert found is None
+        [batch] = batches
+        for mine, measured in zip(batch, workload.inputs(params, CPU), strict=True):
+            assert torch.equal(mine, measured)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(2, 2), (128, 32)])
+def test_calibration_is_on_train_scenes(workload: Workload, batch_size: int, expected: int) -> None:
+    params = SMALL.replace(batch_size=batch_size, num_timesteps=3)
+    batches = workload.calibration(params, CPU)
+    assert len(batches) == 4
+    for index, (timestamps, data, mask) in enumerate(batches):
+        rows = range(index * expected, (index + 1) * expected)
+        assert torch.equal(
+            data, module.normalize(scenes.scene_batch(rows, "train", 8, 3), params.model_version)
+        )
+        assert timestamps.shape == (expected, 3, 3)
+        assert timestamps[-1].tolist() == [[1, 2, 2020], [1, 6, 2020], [1, 10, 2020]]
+        assert (mask.shape, mask.dtype) == ((expected, 8, 8, 3, 3), torch.uint8)
+        assert not mask.any()
+
+
+def test_scenes_are_given_as_the_measured_inputs_are(workload: Workload) -> None:
+    for mine, measured in zip(
+        workload.calibration(SMALL, CPU)[0], workload.inputs(SMALL, CPU), strict=True
+    ):
+        assert mine.shape == measured.shape
+        assert mine.is_contiguous()
+        # Only floating inputs are cast.
+        assert mine.dtype == measured.dtype or mine.is_floating_point()
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"train": 110, "selection": 10, "certification": 60}
+    monkeypatch.setattr(scenes, "SIZES", sizes)
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_a_random_encoder_tells_scenes_apart(workload: Workload) -> None:
+    params = SMALL.replace(bf16=False, batch_size=25, num_timesteps=1)
+    model = build_eager(workload, params, CPU)
+
+    @torch.inference_mode()
+    def forward(timestamps: Any, data: Any, mask: Any) -> dict[str, torch.Tensor]:
+        output: dict[str, torch.Tensor] = model(timestamps, data, mask)
+        return output
+
+    for evaluation in workload.evaluation(params):
+        ids, scores = evaluation.scores(forward, evaluation.fit(forward))
+        assert list(ids) == list(range(60))
+        assert 0.6 < scores.mean() <= 1  # 0.1 by chance
+
+
+def test_workloads_of_the_same_images_are_the_same() -> None:
+    pool, params = ModelPool(), SMALL.replace(int8_enabled=True)
+
+    def keys(path: Path | None) -> Any:
+        # Calibration is part of the candidate's.
+        workload = olmoearth(path)
+        return pool.key(workload, params), part_key(workload.evaluation)
+
+    none, one, two = (keys(path) for path in (None, Path("a"), Path("b")))
+    assert keys(None) == none
+    assert keys(Path("a")) == one
+    for index in (0, 1):
+        assert len({none[index], one[index], two[index]}) == 3
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    rasterio = pytest.importorskip("rasterio")
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(["Forest", "River"]):
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            pixels = rng.normal(1000 + 1500 * index, 50, (13, 10, 10)).astype(np.uint16)
+            pixels[12] = 4321  # B8A
+            with (
+                warnings.catch_warnings(action="ignore"),
+                rasterio.open(
+                    tmp_path / name / f"{number:02}.tif",
+                    "w",
+                    driver="GTiff",
+                    height=10,
+                    width=10,
+                    count=13,
+                    dtype="uint16",
+                ) as file,
+            ):
+                file.write(pixels)
+    return tmp_path
+
+
+def test_a_folder_of_images_takes_the_place_of_scenes(images: Path) -> None:
+    workload = load_workload("olmoearth", Path(), eval_data=images)
+    found = workload.evaluation(SMALL)
+    assert [evaluation.metric for evaluation in found] == METRICS
+
+    def forward(timestamps: Any, data: Any, mask: Any) -> dict[str, torch.Tensor]:
+        assert data.shape[1:] == (8, 8, 2, 12)
+        assert torch.equal(data[:, :, :, 0], data[:, :, :, 1])
+        assert timestamps[0].tolist() == [[1, geotiff.MONTH, 2020]] * 2
+        assert mask.shape == (*data.shape[:-1], 3)
+        assert not mask.any()
+        return {"sentinel2_l2a": data.unsqueeze(4)}
+
+    for evaluation in found:
+        ids, scores = evaluation.scores(forward, evaluation.fit(forward))
+        assert len(ids) == len(set(ids)) == 44
+        assert {name.split("/")[0] for name in ids} == {"Forest", "River"}
+        assert scores.tolist() == [1.0] * 44
+
+
+def test_calibration_is_on_train_images_of_the_folder(images: Path) -> None:
+    batches = olmoearth(images).calibration(SMALL, CPU)
+    assert [len(data) for _, data, _ in batches] == [2] * 4
+    raw = torch.full((1, 12), 4321.0)
+    b8a = scenes.BANDS.index("B8A")
+    expected = module.normalize(raw, SMALL.model_version)[0, b8a]
+    for _, data, _ in batches:
+        assert (data[..., b8a] == expected).all()
+
+
+def test_images_smaller_than_the_point_are_one_line(images: Path) -> None:
+    with pytest.raises(WorkloadError) as caught:
+        olmoearth(images).evaluation(SMALL.replace(image_size=16))
+    assert str(caught.value) == (
+        f"images in {images} must be 16x16 or larger (image_size=16), got 10x10"
     )

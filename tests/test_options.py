@@ -14,9 +14,10 @@ from pytest_int8bench.sweep import SWEEPS
 
 W8A8 = RunParams(int8_enabled=True)
 FIELDS = ", ".join(FIELD_TYPES)
-NAMES = "must be olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable, got "
+NAMES = "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or path.py:callable, got "
 REFERENCE = "must be module:callable or path.py:callable, got "
 
+PERCENTAGE = "must be a percentage such as 1% (relative) or 1pp (absolute)"
 # Option -> bad value -> what is said about it.
 BAD_VALUES: dict[str, dict[str, str]] = {
     "mode": {
@@ -67,12 +68,20 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     },
     "weights": {"none.pth": "must be random, hub or a path that is there, got 'none.pth'"},
     "filter": {"olmoearth": REFERENCE + "'olmoearth'", ":f": REFERENCE + "':f'"},
+    "max-drop": {
+        "1": f"{PERCENTAGE}, got '1'",
+        "-1%": f"{PERCENTAGE}, got '-1%'",
+        "101%": "must be over 0 and at most 100, got '101%'",
+        "0pp": "must be over 0 and at most 100, got '0pp'",
+    },
+    "inconclusive": {"pass": "must be one of fail, warn, skip, got 'pass'"},
+    "eval-data": {"nowhere": "must be a folder that is there, got 'nowhere'"},
     "journal": {"/": "must be a file that is not there yet, got '/'"},
 }
 # Flags take a value in the ini file only.
 BAD_FLAGS = {
     name: {"maybe": "must be true or false, got 'maybe'"}
-    for name in ("smoothquant", "cross-product", "no-baseline")
+    for name in ("smoothquant", "cross-product", "no-baseline", "remedy")
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
 FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
@@ -377,6 +386,10 @@ DEFAULTS = {
     "weights": "random",
     "filter": "attention projections and MLP layers",
     "no-baseline": "off",
+    "max-drop": "1%",
+    "inconclusive": "fail",
+    "eval-data": "generated scenes",
+    "remedy": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
 

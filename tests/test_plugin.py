@@ -433,7 +433,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
             "*_ ERROR collecting test_value.py _*",
             "batch_size must be at least 1, got 0",
             "*_ ERROR collecting test_workload.py _*",
-            "must be olmoearth, timm:NAME, hf:NAME, module:callable or *, got 'nothing'",
+            "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or *, got 'nothing'",
         ]
     )
 

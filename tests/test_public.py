@@ -98,7 +98,7 @@ def test_readme_example_of_a_model_runs(pytester: pytest.Pytester) -> None:
 
 
 def test_readme_example_from_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = blocks(ROOT / "README.md", "python")[2]
+    example = blocks(ROOT / "README.md", "python")[3]
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert capsys.readouterr().out.startswith("2 of ")
@@ -111,11 +111,29 @@ def test_readme_example_from_python_runs(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_readme_example_of_a_sweep_builds() -> None:
-    example = blocks(ROOT / "README.md", "python")[3]
+    example = blocks(ROOT / "README.md", "python")[4]
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     points = [(p.int8_mode, p.batch_size) for p in names["runner"].points]  # type: ignore[attr-defined]
     assert points == [("w8a8", 64), ("w8a8", 128), ("w8", 64), ("w8", 128)]
+
+
+def test_examples_of_accuracy_run(pytester: pytest.Pytester) -> None:
+    test, example = blocks(ROOT / "docs" / "accuracy.md", "python")
+    assert "def test_accuracy(int8_guardrail):" in (ROOT / "README.md").read_text()
+    conftest, *_ = blocks(ROOT / "README.md", "python")
+    # The workload of the README with the evaluation of the docs, and as many outputs as classes.
+    with_evaluation = conftest.replace(
+        'name="encoder-layer",', 'name="encoder-layer", evaluation=evaluation,'
+    ).replace("torch.nn.Linear(1024, 256)", "torch.nn.Linear(1024, 10)")
+    pytester.makeconftest(example + with_evaluation)
+    pytester.makepyfile(test)
+    result = pytester.runpytest_subprocess(
+        "--int8-preset=smoke",
+        "--int8-set=compile_mode=off",
+        "--int8-max-drop=5pp",
+    )
+    result.assert_outcomes(passed=1)
 
 
 def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:

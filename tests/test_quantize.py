@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
     Int8Tensor,
     Int8WeightOnlyConfig,
     quantize_,
 )
+from torchao.quantization.transform_module import register_quantize_module_handler
+from torchao.utils import TorchAOBaseTensor
 
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.quantize import (
@@ -267,6 +272,8 @@ def test_coverage_counts_layers_and_parameters(model: Transformer) -> None:
         "converted_parameters": attention + mlp,
         "total_parameters": total,
         "left_out": {"patch_embed": "filtered", "head": "filtered"},
+        "smoothed_folded": {},
+        "smoothed_runtime": [],
     }
     share = (attention + mlp) / total
     assert str(covered) == (
@@ -428,8 +435,22 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
             },
             "smoothquant=True does not go with FqnToConfig",
         ),
+        (
+            {
+                "quant_config": Int8StaticActivationInt8WeightConfig(torch.ones(1)),
+                "smoothquant": True,
+                "calibration": [],
+            },
+            (
+                "smoothquant=True does not go with Int8StaticActivationInt8WeightConfig: "
+                "its act_quant_scale is that of inputs before smoothing"
+            ),
+        ),
     ],
-    ids=["mode", "alpha-high", "alpha-low", "no-calibration", "config", "fqn-smoothquant"],
+    ids=[
+        *("mode", "alpha-high", "alpha-low", "no-calibration", "config"),
+        *("fqn-smoothquant", "static-smoothquant"),
+    ],
 )
 def test_a_bad_argument_is_refused_and_nothing_is_touched(
     model: Transformer, arguments: dict[str, Any], message: str
@@ -497,17 +518,37 @@ class Transposed(Outliers):
         return self.fc1(turned)
 
 
-@pytest.mark.parametrize("kind", [Outliers, Transposed])
+class Normed(nn.Module):
+    """The same from a norm, which can take the scale: into three layers of different weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.q, self.k, self.v = (nn.Linear(DIM, DIM) for _ in range(3))
+        with torch.no_grad():
+            self.norm.weight[OUTLIERS] = 50.0
+            self.k.weight.mul_(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return torch.cat([self.q(h), 10 * self.k(h), self.v(h)], -1)
+
+
+def made(kind: type[nn.Module], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval().requires_grad_(False).to(dtype)
+
+
+@pytest.mark.parametrize("kind", [Outliers, Transposed, Normed])
 @pytest.mark.parametrize(
     "wrap",
     [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x}],
     ids=["tensor", "tuple", "list", "mapping"],
 )
 def test_smoothquant_helps_against_outliers(
-    kind: type[Outliers], wrap: Callable[[torch.Tensor], Any]
+    kind: type[nn.Module], wrap: Callable[[torch.Tensor], Any]
 ) -> None:
-    torch.manual_seed(0)
-    model = kind().eval().requires_grad_(False).to(torch.bfloat16)
+    model = made(kind)
     x = torch.randn(256, DIM).to(torch.bfloat16)
     seen = torch.randn(256, DIM).to(torch.bfloat16)
     with torch.no_grad():
@@ -517,11 +558,80 @@ def test_smoothquant_helps_against_outliers(
             copy.deepcopy(model), smoothquant=True, calibration=iter([wrap(seen)])
         )
         assert sqnr_db(reference, smooth(x)) > sqnr_db(reference, plain) + 4
-    assert type(smooth.fc1) is nn.Linear
-    # Outlier channels are scaled down before the product, and the weights up.
-    scale = smooth.fc1.weight.act_pre_scale.float().flatten()
+    assert not any(module._forward_pre_hooks for module in smooth.modules())
+
+
+def test_outlier_channels_are_scaled_down_before_the_product() -> None:
+    x = torch.randn(256, DIM).to(torch.bfloat16)
+    model = apply_int8_quant(made(Outliers), smoothquant=True, calibration=[x])
+    assert type(model.fc1) is nn.Linear
+    scale = model.fc1.weight.act_pre_scale
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (DIM,))
     assert set(scale.topk(len(OUTLIERS), largest=False).indices.tolist()) == set(OUTLIERS)
-    assert smooth.fc1._forward_pre_hooks == {}
+
+    model = apply_int8_quant(made(Normed), smoothquant=True, calibration=[x])
+    assert [layer.weight.act_pre_scale for layer in (model.q, model.k, model.v)] == [None] * 3
+    assert model.norm.weight[OUTLIERS].max() < 20
+
+
+@pytest.mark.parametrize("kind", [Outliers, Normed])
+def test_smoothing_does_not_harm_where_only_weights_are_quantized(kind: type[nn.Module]) -> None:
+    model = made(kind)
+    x = torch.randn(256, DIM).to(torch.bfloat16)
+    with torch.no_grad():
+        reference = model(x)
+        smooth = apply_int8_quant(model, mode="w8", smoothquant=True, calibration=[x])
+        assert sqnr_db(reference, smooth(x)) > 40
+
+
+def test_coverage_says_what_smoothquant_did(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    covered = coverage(apply_int8_quant(model, smoothquant=True, calibration=[batch]))
+    # The one norm of both branches: all that reads it is quantized.
+    assert covered.smoothed_folded == {"norm": ("attn.q", "attn.k", "attn.v", "mlp.fc1")}
+    assert covered.smoothed_runtime == ("attn.proj", "mlp.fc2")
+    assert covered.to_dict()["smoothed_folded"] == {
+        "norm": ["attn.q", "attn.k", "attn.v", "mlp.fc1"]
+    }
+    assert covered.to_dict()["smoothed_runtime"] == ["attn.proj", "mlp.fc2"]
+    assert str(covered).endswith(
+        "left out: 2 filtered; SmoothQuant: 4 layers folded into norms, 2 scaled at run time"
+    )
+
+
+def test_the_scale_goes_where_the_weight_goes(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    apply_int8_quant(model, smoothquant=True, calibration=[batch])
+    with torch.no_grad():
+        expected = model(batch)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(batch), expected)
+        for moved in (twin.to("cpu"), copy.deepcopy(twin).to("meta")):
+            weight = moved.mlp.fc2.weight
+            assert weight.act_pre_scale.device == weight.device
+            assert "act_pre_scale" in weight.__tensor_flatten__()[0]
+        fresh = made(Transformer)
+        fresh.load_state_dict(model.state_dict(), assign=True)
+        assert torch.equal(fresh(batch), expected)
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8"])
+def test_a_smoothed_model_compiles_to_one_graph(mode: str) -> None:
+    model = made(Outliers)
+    x = torch.randn(32, DIM).to(torch.bfloat16)
+    apply_int8_quant(model, mode=mode, smoothquant=True, calibration=[x])
+    with torch.inference_mode():
+        compiled = torch.compile(model, fullgraph=True)(x)
+        assert sqnr_db(model(x), compiled) > 40
+
+
+def test_a_calibration_that_raises_leaves_the_model_as_it_was(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        apply_int8_quant(model, smoothquant=True, calibration=[batch, batch[..., 1:]])
+    assert int8_storage(model) == (0, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_alpha_says_how_much_moves_into_the_weights() -> None:
@@ -548,6 +658,80 @@ def test_another_configuration_is_applied_to_the_filtered_layers(model: Transfor
     assert [layer.name for layer in covered.converted] == CONVERTED
     # The configuration counts, not the mode.
     assert model.mlp.fc1.weight.act_quant_kwargs is not None
+
+
+@dataclass
+class Partly(AOBaseConfig):
+    """Quantizes square weights only, to a tensor with or without a place for the scale."""
+
+    scales: bool = True
+
+
+class NoScale(TorchAOBaseTensor):
+    tensor_data_names = ("qdata",)
+    tensor_attribute_names = ()
+
+    def __new__(cls, qdata: torch.Tensor) -> NoScale:
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=qdata.dtype)
+
+    def __init__(self, qdata: torch.Tensor) -> None:
+        super().__init__()
+        self.qdata = qdata
+
+
+@register_quantize_module_handler(Partly)
+def _quantize_partly(module: nn.Module, config: Partly) -> nn.Module:
+    if module.in_features != module.out_features:
+        return module
+    if config.scales:
+        quantize_(module, Int8WeightOnlyConfig(set_inductor_config=False))
+    else:
+        module.weight = nn.Parameter(NoScale(module.weight.detach()), requires_grad=False)
+    return module
+
+
+def test_smoothquant_takes_another_configuration(batch: torch.Tensor) -> None:
+    config = Int8WeightOnlyConfig(set_inductor_config=False)
+    model = made(Transformer)
+    with torch.no_grad():
+        reference = model(batch)
+        apply_int8_quant(model, quant_config=config, smoothquant=True, calibration=[batch])
+        assert sqnr_db(reference, model(batch)) > 35
+    assert coverage(model).smoothed_runtime == ("attn.proj", "mlp.fc2")
+
+
+def test_a_layer_that_the_configuration_leaves_is_not_scaled(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    with torch.no_grad():
+        reference, weight = model(batch), model.mlp.fc2.weight.clone()
+        apply_int8_quant(model, quant_config=Partly(), smoothquant=True, calibration=[batch])
+        assert sqnr_db(reference, model(batch)) > 35
+    assert torch.equal(model.mlp.fc2.weight, weight)
+    # fc1 is not INT8 either, but fed by a norm that divides.
+    assert [layer.name for layer in coverage(model).converted] == CONVERTED[:4]
+    assert coverage(model).smoothed_folded == {"norm": ("attn.q", "attn.k", "attn.v", "mlp.fc1")}
+    assert coverage(model).smoothed_runtime == ("attn.proj",)
+
+
+def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(
+            model, quant_config=Partly(scales=False), smoothquant=True, calibration=[batch]
+        )
+    assert str(caught.value) == (
+        "smoothquant=True does not go with Partly: its NoScale cannot scale the input of "
+        "attn.proj at run time, and there is no norm that could"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_configuration_without_a_place_for_the_scale_will_do_for_norms() -> None:
+    model = made(Normed)
+    x = torch.randn(8, DIM).to(torch.bfloat16)
+    apply_int8_quant(model, quant_config=Partly(scales=False), smoothquant=True, calibration=[x])
+    assert coverage(model).smoothed_folded == {"norm": ("q", "k", "v")}
 
 
 def test_fqn_to_config_says_itself_which_layers(model: Transformer) -> None:

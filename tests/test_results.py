@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import (
+    OUTCOMES,
     SCHEMA,
     STATUSES,
+    Accuracy,
     Journal,
     Result,
     Saved,
     SchemaError,
+    Sensitivity,
     latest,
     read,
 )
@@ -54,6 +57,13 @@ MEASURED = result_of(
     throttled=["power brake"],
 )
 
+
+def verdict_of(**values: Any) -> Accuracy:
+    point = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "run_name": "x"}
+    judged = {"metric": "top1", "outcome": "PASS", "samples": 100}
+    return Accuracy(**{**point, "params": {}, **judged, **values})
+
+
 # -- results ----------------------------------------------------------------------------------
 
 text = st.text(max_size=8)
@@ -71,11 +81,18 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "list[dict[str, Any]]": st.lists(objects, max_size=2),
     "list[str]": st.lists(text, max_size=2),
 }
-RESULT_VALUES = {
-    spec.name: st.sampled_from(STATUSES) if spec.name == "status" else BY_TYPE[str(spec.type)]
-    for spec in dataclasses.fields(Result)
-}
-results = st.builds(Result, **RESULT_VALUES)
+BY_NAME = {"status": st.sampled_from(STATUSES), "outcome": st.sampled_from(OUTCOMES)}
+
+
+def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
+    types = {**BY_TYPE, "int": st.integers(0, 2**60), "bool": st.booleans()}
+    fields = dataclasses.fields(kind)
+    return st.builds(kind, **{f.name: BY_NAME.get(f.name, types[str(f.type)]) for f in fields})
+
+
+results = any_of(Result)
+verdicts = any_of(Accuracy)
+tables = any_of(Sensitivity)
 
 
 @given(results)
@@ -85,26 +102,57 @@ def test_result_round_trip_through_json(result: Result) -> None:
     assert values["oom"] is (result.status == "oom")
 
 
-@given(st.lists(results, max_size=4))
-def test_journal_round_trip(written: list[Result]) -> None:
+@given(st.lists(results | verdicts | tables, max_size=6))
+def test_journal_round_trip(written: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "new" / "run.jsonl", ENVIRONMENT)
-        for result in written:
-            journal.append(result)
+        for record in written:
+            journal.append(record)
         saved = read(journal.path)
-    assert saved == Saved(ENVIRONMENT, latest(written), [])
-    assert saved == journal.saved()
+        reopened = Journal.reopen(journal.path).saved()
+    kinds = (Result, Accuracy, Sensitivity)
+    assert saved == Saved(
+        ENVIRONMENT, *(latest([r for r in written if isinstance(r, kind)]) for kind in kinds)
+    )
+    assert saved == journal.saved() == reopened
     assert saved.results == journal.results
+    assert saved.accuracy == journal.accuracy
 
 
-@given(st.lists(results, max_size=4))
-def test_json_round_trip(written: list[Result]) -> None:
-    verdicts = [{"nodeid": "test_a.py::test_accuracy", "verdict": "PASS"}]
-    saved = Saved(ENVIRONMENT, written, verdicts)
+@given(st.lists(results, max_size=4), st.lists(verdicts, max_size=2), st.lists(tables, max_size=2))
+def test_json_round_trip(
+    written: list[Result], judged: list[Accuracy], scanned: list[Sensitivity]
+) -> None:
+    saved = Saved(ENVIRONMENT, written, judged, scanned)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "0001_run.json"
         path.write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}, indent=4))
         assert read(path) == saved
+
+
+def test_files_without_tables_of_layers_are_read(tmp_path: Path) -> None:
+    block = Saved(ENVIRONMENT, [MEASURED]).to_dict()
+    del block["sensitivity"]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    assert read(path) == Saved(ENVIRONMENT, [MEASURED])
+
+
+def test_an_outcome_is_one_of_those_known() -> None:
+    with pytest.raises(
+        ValueError, match=r"^outcome must be one of PASS, FAIL, INCONCLUSIVE, proxy-ok, got 'OK'$"
+    ):
+        verdict_of(outcome="OK")
+    with pytest.raises(SchemaError, match=r"^not a verdict: .*missing"):
+        Accuracy.from_dict({"outcome": "PASS"})
+    with pytest.raises(SchemaError, match=r"^not a table of layers: 5$"):
+        Sensitivity.from_dict(5)
+
+
+def test_a_metric_of_random_weights_is_a_pipeline_check() -> None:
+    assert verdict_of(random_weights=True).is_pipeline_check
+    assert not verdict_of().is_pipeline_check
+    assert not verdict_of(random_weights=True, metric="outputs").is_pipeline_check
 
 
 def test_unknown_fields_are_left_out() -> None:
@@ -302,8 +350,8 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
     failed = result_of("b", status="failed", reason="boom")
-    block = Saved(ENVIRONMENT, [MEASURED, failed], [{"verdict": "FAIL"}]).to_dict()
-    assert set(block) == {"schema", "environment", "results", "accuracy"}
+    block = Saved(ENVIRONMENT, [MEASURED, failed], [verdict_of(outcome="FAIL")]).to_dict()
+    assert set(block) == {"schema", "environment", "results", "accuracy", "sensitivity"}
     assert block["schema"] == SCHEMA == 1
     data = {
         "machine_info": {"node": "host"},
@@ -318,7 +366,7 @@ def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
     saved = read(path)
     assert saved.environment == ENVIRONMENT
     assert saved.results == [MEASURED, failed]
-    assert saved.accuracy == [{"verdict": "FAIL"}]
+    assert saved.accuracy == [verdict_of(outcome="FAIL")]
     assert RunParams.from_dict(saved.results[0].params) == POINT
 
 

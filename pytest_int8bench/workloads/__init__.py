@@ -14,7 +14,7 @@ arguments::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,12 +32,31 @@ UNITS = ("samples", "tokens", "pixels", "square_km")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a model is: one score per sample."""
+    """How good a model is, sample by sample. Higher scores are better.
+
+    The ``forward`` that its callables get takes what the model takes, with any number of samples:
+    it moves tensors to the device, casts floating inputs to the model's dtype, cuts them into
+    batches of the compiled shape, and returns floating outputs as FP32 copies.
+    """
 
     metric: str
     """Name of the metric, e.g. ``top1``."""
     scores: Callable[..., Any]
-    """``scores(forward)`` returns one score per sample, or ``(ids, scores)``."""
+    """``scores(forward)`` returns one score per sample, or ``(ids, scores)`` so that the order of
+    the samples can be checked; with ``fit``, ``scores(forward, fitted)``. It is called once with
+    the baseline's forward and once with the candidate's."""
+    fit: Callable[..., Any] | None = None
+    """``fit(forward)`` is called once, with the baseline's forward; what it returns, such as a
+    classifier fitted on embeddings, is the second argument of ``scores`` and ``selection``."""
+    selection: Callable[..., Any] | None = None
+    """As ``scores``, on other samples: what remedies are chosen on, before ``scores`` certifies
+    them. Without it, the samples of ``scores`` are split in half for that."""
+    aggregate: Callable[[Any], float] | None = None
+    """For a metric that is no mean over samples, such as mIoU or F1: ``aggregate(rows)`` computes
+    it from the rows that ``scores`` returns, one per image (samples x anything), such as confusion
+    counts. The image is the sampling unit."""
+    worst: float = 0.0
+    """The lowest score that a sample can get; not used with ``aggregate``."""
 
 
 def _samples(params: RunParams) -> dict[str, float]:
@@ -66,9 +85,10 @@ class Workload:
     ``square_km``."""
     tokens: Callable[[Any], int] | None = None
     """Count the tokens of one batch from the model's output, instead of in ``units``."""
-    evaluation: Evaluation | None = None
-    """How to judge accuracy. Throughput does not need it, and nothing else reads it in this
-    version."""
+    evaluation: Evaluation | Sequence[Evaluation] | Callable[[RunParams], Any] | None = None
+    """How to judge accuracy: an evaluation, several of them (each must pass), or a callable that
+    returns either for a point. Without one, outputs are compared with the baseline's, which can
+    fail a model but not pass it."""
     filter_fn: FilterFn | None = None
     """``filter_fn(module, name)`` says which linear layers to quantize."""
     quant_config: Any = None
@@ -80,6 +100,8 @@ class Workload:
     calibration: Callable[[RunParams, torch.device], Any] | None = None
     """Return an iterable of inputs for SmoothQuant, cast and moved like those of ``inputs``; the
     measured batch by default."""
+    smoothquant_alpha: float = 0.5
+    """SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights)."""
     keep_fp32: FilterFn | None = None
     """``keep_fp32(module, name)`` says which modules stay in FP32 with ``bf16=True``."""
     channels_last: bool = False

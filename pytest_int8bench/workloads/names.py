@@ -16,6 +16,7 @@ OLMOEARTH_FIELDS = (
     *("model_size", "model_version", "image_size", "patch_size", "num_timesteps"),
     *("use_s1", "use_s2", "use_landsat"),
 )
+OLMOEARTH, DIGITS = "olmoearth", "digits"
 _LIBRARY = re.compile(r"(?P<library>timm|hf):(?P<name>\S+)")
 _REFERENCE = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)")
 
@@ -39,9 +40,10 @@ def check_workload_name(text: str) -> str:
     """
     if text in ("timm:", "hf:"):
         raise ValueError(f"must name a model, such as timm:vit_base_patch16_224, got {text!r}")
-    if text != "olmoearth" and not (_LIBRARY.fullmatch(text) or _REFERENCE.fullmatch(text)):
+    known = text in (OLMOEARTH, DIGITS)
+    if not known and not (_LIBRARY.fullmatch(text) or _REFERENCE.fullmatch(text)):
         raise ValueError(
-            "must be olmoearth, timm:NAME, hf:NAME, module:callable or path.py:callable, "
+            "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or path.py:callable, "
             f"got {text!r}"
         )
     return text
@@ -51,14 +53,12 @@ def check_fields(workload: str, fields: Iterable[str]) -> None:
     """Refuse fields that would label a model without changing it.
 
     Raises:
-        ValueError: for a field of OlmoEarth with a model of timm or transformers.
+        ValueError: for a field of OlmoEarth with digits or a model of timm or transformers.
     """
     for field in fields:
-        if field in OLMOEARTH_FIELDS and _LIBRARY.fullmatch(workload):
-            raise ValueError(
-                f"{field} is OlmoEarth's and does nothing for {workload}; "
-                "its own axes are extra.NAME=VALUE"
-            )
+        if field in OLMOEARTH_FIELDS and (workload == DIGITS or _LIBRARY.fullmatch(workload)):
+            own = "" if workload == DIGITS else "; its own axes are extra.NAME=VALUE"
+            raise ValueError(f"{field} is OlmoEarth's and does nothing for {workload}{own}")
 
 
 def load_object(reference: str, root: Path) -> Any:
@@ -95,22 +95,29 @@ def load_object(reference: str, root: Path) -> Any:
     return target
 
 
-def load_workload(name: str, root: Path) -> Workload:
+def load_workload(name: str, root: Path, *, eval_data: Path | None = None) -> Workload:
     """Return the workload that ``name`` says.
 
     Args:
         name: checked by :func:`check_workload_name`.
         root: folder that relative paths start from.
+        eval_data: folder of labelled images for OlmoEarth.
 
     Raises:
         ValueError: one line, if it cannot be had.
     """
-    if name == "olmoearth":
+    if name == OLMOEARTH:
         try:
             from pytest_int8bench.workloads.olmoearth import olmoearth
         except ImportError as error:
             raise ValueError(_needs(name, "olmoearth", error)) from None
-        return olmoearth()
+        return olmoearth(eval_data)
+    if name == DIGITS:
+        try:
+            from pytest_int8bench.workloads.digits import digits
+        except ImportError as error:
+            raise ValueError(_needs(name, "eval", error)) from None
+        return digits()
     if match := _LIBRARY.fullmatch(name):
         if match["library"] == "hf":
             try:

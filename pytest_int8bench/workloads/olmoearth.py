@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from olmoearth_pretrain_minimal import (
     ModelID,
@@ -13,15 +16,22 @@ from olmoearth_pretrain_minimal import (
     load_model_from_id,
     load_model_from_path,
 )
+from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.data.normalize import (
+    NormalizerV1,
+    NormalizerV1_1,
+    NormalizerV1_2,
+    NormalizerV1_3,
+)
 from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import Modality
 from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.datatypes import (
     MaskedOlmoEarthSample,
 )
 
+from pytest_int8bench.accuracy.embeddings import Split, embedding_evaluations
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.weights import HUB, WeightsError, load_state_dict, read_state_dict
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads import Evaluation, Workload, geotiff, scenes
 
 #: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
 VERSION_SIZES = {
@@ -35,10 +45,28 @@ INPUT_SEED = 0
 # What the package's models are made for by default.
 _MAX_PATCH_SIZE, _MAX_TIMESTEPS = 8, 12
 _ENCODER = "encoder."
+_SENTINEL2 = "sentinel2_l2a"
+_NORMALIZERS = {
+    "v1": NormalizerV1,
+    "v1.1": NormalizerV1_1,
+    "v1.2": NormalizerV1_2,
+    "v1.3": NormalizerV1_3,
+}
+# Of SmoothQuant, which runs the model eagerly, with every activation in memory.
+_CALIBRATION_BATCHES, _CALIBRATION_BATCH = 4, 32
 
 
-def olmoearth() -> Workload:
-    """Return the workload of OlmoEarth encoders with random weights and random inputs."""
+def olmoearth(eval_data: Path | None = None) -> Workload:
+    """Return the workload of OlmoEarth encoders with random weights and random inputs.
+
+    Args:
+        eval_data: folder of labelled images ``CLASS/*.tif`` (see
+            :mod:`~pytest_int8bench.workloads.geotiff`) to judge accuracy and calibrate
+            SmoothQuant on, instead of the GENERATED scenes of
+            :mod:`~pytest_int8bench.workloads.scenes`.
+    """
+    # Text, so that two workloads of one folder are seen to be the same.
+    folder = None if eval_data is None else str(eval_data)
     return Workload(
         name="olmoearth",
         build=build,
@@ -46,6 +74,8 @@ def olmoearth() -> Workload:
         inputs=inputs,
         units=units,
         tokens=count_tokens,
+        evaluation=lambda params: evaluations(params, folder),
+        calibration=lambda params, device: calibration(params, device, folder),
         keep_fp32=_is_patch_embedding,
         impossible_reason=_impossible_reason,
     )
@@ -170,7 +200,7 @@ def _wrapped(encoder: Any, params: RunParams) -> OlmoEarthEncoder:
 
 def modalities(params: RunParams) -> tuple[str, ...]:
     """Return the package's names of the modalities that ``params`` feeds."""
-    names = {"sentinel2_l2a": params.use_s2, "sentinel1": params.use_s1}
+    names = {_SENTINEL2: params.use_s2, "sentinel1": params.use_s1}
     names["landsat"] = params.use_landsat
     return tuple(name for name, used in names.items() if used)
 
@@ -180,9 +210,7 @@ def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator(device).manual_seed(INPUT_SEED)
     dtype = torch.bfloat16 if params.bf16 else torch.float32
     shape = (params.batch_size, params.image_size, params.image_size, params.num_timesteps)
-    months = torch.arange(params.num_timesteps, device=device)
-    stamps = torch.stack([torch.ones_like(months), months % 12, 2020 + months // 12], dim=-1)
-    tensors = [stamps.expand(params.batch_size, -1, -1).contiguous()]
+    tensors = [_timestamps(params.batch_size, range(params.num_timesteps), device)]
     for name in modalities(params):
         spec = Modality.get(name)
         bands = (*shape, spec.num_bands)
@@ -191,6 +219,13 @@ def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
         groups = (*shape, len(spec.band_sets))
         tensors.append(torch.zeros(groups, device=device, dtype=torch.uint8))
     return tuple(tensors)
+
+
+def _timestamps(batch_size: int, months: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return (batch, timesteps, 3): the first days of months that count from January 2020."""
+    month = torch.tensor(months, device=device)
+    stamps = torch.stack([torch.ones_like(month), month % 12, 2020 + month // 12], dim=-1)
+    return stamps.expand(batch_size, -1, -1).contiguous()
 
 
 def units(params: RunParams) -> dict[str, float]:
@@ -207,6 +242,102 @@ def units(params: RunParams) -> dict[str, float]:
 def count_tokens(output: dict[str, torch.Tensor]) -> int:
     """Count the tokens of all modalities in the output."""
     return sum(math.prod(tokens.shape[:-1]) for tokens in output.values())
+
+
+def evaluations(
+    params: RunParams, folder: str | None = None
+) -> tuple[Evaluation, Evaluation] | None:
+    """Return how accuracy is judged at a point: a kNN and a linear probe on frozen embeddings.
+
+    Args:
+        params: the point.
+        folder: labelled images; generated scenes without it.
+
+    Returns:
+        The evaluations; None where ``params`` does not feed Sentinel-2 alone, which is all that
+        there are labels for.
+
+    Raises:
+        WorkloadError: one line, if the folder's images cannot be had or are too small.
+    """
+    if modalities(params) != (_SENTINEL2,):
+        return None
+    train, selection, certification = (_split(params, name, folder) for name in scenes.SIZES)
+    return embedding_evaluations(train, selection, certification, mean_tokens)
+
+
+def calibration(
+    params: RunParams, device: torch.device, folder: str | None = None
+) -> list[tuple[torch.Tensor, ...]]:
+    """Return batches for SmoothQuant: of the train split of :func:`evaluations` where there is
+    one, else the measured inputs."""
+    if modalities(params) != (_SENTINEL2,):
+        return [inputs(params, device)]
+    size = min(params.batch_size, _CALIBRATION_BATCH)
+    point = params.replace(batch_size=size)
+    return list(_split(point, "train", folder, most=_CALIBRATION_BATCHES * size).batches())
+
+
+def mean_tokens(output: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return embeddings (batch, channels): the mean of the tokens of each modality, and of the
+    modalities."""
+    means = [tokens.flatten(1, -2).mean(1) for tokens in output.values()]
+    return torch.stack(means).mean(0)
+
+
+def normalize(pixels: torch.Tensor, model_version: str) -> torch.Tensor:
+    """Normalize Sentinel-2 digital numbers (..., 12) as the package does, on their device, in
+    place. Values must be there: NaN stays NaN."""
+    scale, offset = _normalization(model_version)
+    return pixels.mul_(scale.to(pixels.device)).add_(offset.to(pixels.device))
+
+
+@functools.cache
+def _normalization(model_version: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and offset (12,) of each band: what the package's normalizer, which is linear,
+    does to 0 and 1."""
+    bands = Modality.SENTINEL2_L2A
+    ends = np.stack([np.zeros(bands.num_bands), np.ones(bands.num_bands)])
+    offset, end = _NORMALIZERS[model_version]().normalize(bands, ends)
+    return torch.from_numpy(end - offset).float(), torch.from_numpy(offset).float()
+
+
+def _split(params: RunParams, name: str, folder: str | None, most: int | None = None) -> Split:
+    """Return a split, or its first ``most`` samples, in batches of the point's size on its
+    device."""
+    device = torch.device(params.gpu_type)
+    if folder is None:
+        labels = scenes.labels(scenes.SIZES[name])[:most]
+        months = scenes.months(params.num_timesteps).tolist()
+        ids = None
+
+        def pixels(rows: range) -> torch.Tensor:
+            return scenes.scene_batch(
+                rows, name, params.image_size, params.num_timesteps, device=device
+            )
+
+    else:
+        images = geotiff.find_images(Path(folder))
+        images.check_size(params.image_size)
+        positions = images.split(name)[:most]
+        labels = images.labels[positions]
+        months = [geotiff.MONTH] * params.num_timesteps
+        ids = images.ids(positions)
+
+        def pixels(rows: range) -> torch.Tensor:
+            chosen = positions[rows.start : rows.stop]
+            once = torch.from_numpy(images.read(chosen, params.image_size)).to(device)
+            return once.unsqueeze(3).repeat(1, 1, 1, params.num_timesteps, 1)
+
+    def batches() -> Iterator[tuple[torch.Tensor, ...]]:
+        for start in range(0, len(labels), params.batch_size):
+            rows = range(start, min(start + params.batch_size, len(labels)))
+            data = normalize(pixels(rows), params.model_version)
+            groups = len(Modality.SENTINEL2_L2A.band_sets)
+            mask = torch.zeros((*data.shape[:-1], groups), device=device, dtype=torch.uint8)
+            yield _timestamps(len(rows), months, device), data, mask
+
+    return Split(labels, batches, ids)
 
 
 def _impossible_reason(params: RunParams) -> str | None:

@@ -1,0 +1,1 @@
+"""Accuracy of a quantized model against its baseline."""

@@ -1,0 +1,182 @@
+"""Frozen embeddings judged by a kNN and a linear probe.
+
+The classifiers are fitted on the baseline's embeddings alone, and then judge the baseline's and
+the candidate's: a deployed classifier does not know that the encoder in front of it was
+quantized. Embeddings are standardized with the statistics of the baseline's train embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.workloads import Evaluation
+
+Forward: TypeAlias = Callable[..., Any]
+Scores: TypeAlias = tuple[Sequence[Any], NDArray[np.float64]]
+
+# With hundreds of dimensions and as many samples, scikit-learn's own 1.0 follows dimensions that
+# hardly vary: of 10, 1, 0.1, 0.01 and 0.001, this told most scenes of the selection split apart
+# (BF16 OlmoEarth nano, v1 and v1.2, random weights).
+_PROBE_C = 0.1
+_PROBE_ITERATIONS = 5000
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled samples."""
+
+    labels: NDArray[np.int64]
+    """(samples,) class of each sample."""
+    batches: Callable[[], Iterable[tuple[Any, ...]]]
+    """Return the samples anew, in the order of the labels: the model's inputs, batch by batch."""
+    ids: Sequence[Any] | None = None
+    """Names of the samples, unique in the split; their positions by default."""
+
+
+def embedding_evaluations(
+    train: Split,
+    selection: Split,
+    certification: Split,
+    embed: Callable[[Any], Any],
+    *,
+    neighbours: int = 20,
+) -> tuple[Evaluation, Evaluation]:
+    """Return a kNN (cosine) and a linear probe (logistic regression), each 0 or 1 a sample.
+
+    The embeddings of a split by one forward are computed once for both: a forward must stay that
+    of the same model.
+
+    Args:
+        train: what the classifiers are fitted on, embedded by the baseline.
+        selection: what ``Evaluation.selection`` scores.
+        certification: what ``Evaluation.scores`` scores.
+        embed: takes what a forward returns; returns (batch, dimensions).
+        neighbours: of the kNN.
+
+    Raises:
+        WorkloadError: one line, here for an empty split, for fewer train samples than neighbours
+            or for one class only in train; from the evaluations for embeddings that are not
+            finite or not as many as labels, or where scikit-learn is missing.
+    """
+    splits = {"train": train, "selection": selection, "certification": certification}
+    for name, split in splits.items():
+        if len(split.labels) == 0:
+            raise WorkloadError(f"the {name} split must have at least 1 sample, got 0")
+    if len(train.labels) < neighbours:
+        raise WorkloadError(
+            f"the train split must have at least {neighbours} samples for a kNN of {neighbours}, "
+            f"got {len(train.labels)}"
+        )
+    classes = np.unique(train.labels)
+    if len(classes) < 2:
+        raise WorkloadError(
+            f"the train split must have at least 2 classes, got only class {classes[0]}"
+        )
+    embeddings = _Embeddings(splits, embed)
+    return (
+        _evaluation(f"knn{neighbours} top1", embeddings, lambda: _knn(neighbours)),
+        _evaluation("linear probe top1", embeddings, _probe),
+    )
+
+
+class _Embeddings:
+    """The embeddings of the splits, computed once by each forward for as long as it lives."""
+
+    def __init__(self, splits: Mapping[str, Split], embed: Callable[[Any], Any]) -> None:
+        self.splits = splits
+        self._embed = embed
+        self._known: WeakKeyDictionary[Forward, dict[str, NDArray[np.float32]]] = (
+            WeakKeyDictionary()
+        )
+
+    def of(self, name: str, forward: Forward) -> NDArray[np.float32]:
+        """Return (samples, dimensions) of the split ``name``."""
+        try:
+            known = self._known.setdefault(forward, {})
+        except TypeError:  # neither every callable has weak references nor a hash
+            known = {}
+        if name not in known:
+            known[name] = self._compute(name, forward)
+        return known[name]
+
+    def _compute(self, name: str, forward: Forward) -> NDArray[np.float32]:
+        split = self.splits[name]
+        parts = [_array(self._embed(forward(*batch))) for batch in split.batches()]
+        count = sum(len(part) for part in parts)
+        if count != len(split.labels):
+            raise WorkloadError(
+                f"the {name} split must have one embedding per label, "
+                f"got {count} embeddings for {len(split.labels)} labels"
+            )
+        embeddings = np.concatenate(parts)
+        bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
+        if bad:
+            raise WorkloadError(
+                f"embeddings must be finite, got NaN or infinity in {bad} of {count} samples "
+                f"of the {name} split"
+            )
+        return embeddings
+
+
+def _evaluation(
+    metric: str, embeddings: _Embeddings, make_classifier: Callable[[], Any]
+) -> Evaluation:
+    def fit(forward: Forward) -> Any:
+        train = embeddings.splits["train"]
+        return make_classifier().fit(embeddings.of("train", forward), train.labels)
+
+    def score(name: str, forward: Forward, fitted: Any) -> Scores:
+        split = embeddings.splits[name]
+        predicted = fitted.predict(embeddings.of(name, forward))
+        ids = range(len(split.labels)) if split.ids is None else split.ids
+        return ids, (predicted == split.labels).astype(np.float64)
+
+    return Evaluation(
+        metric=metric,
+        fit=fit,
+        scores=lambda forward, fitted: score("certification", forward, fitted),
+        selection=lambda forward, fitted: score("selection", forward, fitted),
+    )
+
+
+def _knn(neighbours: int) -> Any:
+    _check_sklearn()
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return _standardized(KNeighborsClassifier(n_neighbors=neighbours, metric="cosine"))
+
+
+def _probe() -> Any:
+    _check_sklearn()
+    from sklearn.linear_model import LogisticRegression
+
+    return _standardized(LogisticRegression(C=_PROBE_C, max_iter=_PROBE_ITERATIONS))
+
+
+def _standardized(classifier: Any) -> Any:
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), classifier)
+
+
+def _check_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise WorkloadError(
+            f"kNN and linear probe need pip install 'pytest-int8bench[eval]' ({error})"
+        ) from None
+
+
+def _array(embeddings: Any) -> NDArray[np.float32]:
+    if hasattr(embeddings, "detach"):  # a tensor, on any device
+        embeddings = embeddings.detach().float().cpu().numpy()
+    return np.asarray(embeddings, dtype=np.float32)

@@ -1,0 +1,425 @@
+"""Holding a candidate's accuracy against its baseline's."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from pytest_int8bench.accuracy.forward import Forward
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.proxy import Distance, distance, problem
+from pytest_int8bench.accuracy.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.measure import Timer, oom_of, release
+from pytest_int8bench.models import Key, Model, ModelPool, part_key
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantize import call
+from pytest_int8bench.results import NO_LABELS, Accuracy, point_label
+from pytest_int8bench.tensors import map_tensors, tensors_of
+from pytest_int8bench.throughput import Step, built, warmed
+from pytest_int8bench.weights import RANDOM
+from pytest_int8bench.workloads import Evaluation, Workload
+
+#: Numbers of an output that are compared without labels, at most.
+MAX_COMPARED = 1 << 26
+#: What the evaluations of two tests have in common if they are the same.
+_Key: TypeAlias = tuple[Key, Any]
+
+
+class AccuracyError(ClearError, AssertionError):
+    """A candidate lost too much, or it cannot be excluded that it did."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score per sample, or with ``aggregate`` one row per image."""
+
+    ids: np.ndarray[Any, Any] | None
+    values: np.ndarray[Any, Any]
+
+
+class Guardrail:
+    """Scores the models of one pool; the baseline's scores are computed once.
+
+    Args:
+        pool: where the models come from.
+        limit: the largest drop that passes.
+        timer: a timer that waits for the device.
+        step: entered around each long step.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        limit: Limit,
+        *,
+        timer: Timer = synchronized_perf_counter,
+        step: Step = lambda action, name: nullcontext(),
+    ) -> None:
+        self.pool = pool
+        self.limit = limit
+        self._timer = timer
+        self._step = step
+        self._evaluations: dict[_Key, list[Evaluation]] = {}
+        self._baselines: dict[tuple[_Key, int, bool], Scores] = {}
+        self._fitted: dict[tuple[_Key, int], Any] = {}
+        self._scoring_s = 0.0
+        # One for each model, so that evaluations of the same outputs can share them.
+        self._forwards: weakref.WeakKeyDictionary[Model, Forward] = weakref.WeakKeyDictionary()
+
+    def check(
+        self, workload: Workload, params: RunParams, *, nodeid: str, limit: Limit | None = None
+    ) -> list[Accuracy]:
+        """Judge the candidate of ``params``, compiled, against its baseline, compiled.
+
+        Returns:
+            One verdict for each evaluation of the workload. Without labels, and with random
+            weights, one of a comparison of outputs, which can fail a model and not pass it.
+
+        Raises:
+            ValueError: if ``params`` is a baseline.
+            EvidenceError: if the kernels that ran contradict the label of the candidate.
+            ScoreError: one line, if the scores cannot be judged.
+            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+        """
+        if not params.int8_enabled:
+            raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")
+        common: dict[str, Any] = {
+            "nodeid": nodeid,
+            "workload": workload.name,
+            "run_name": params.run_name,
+            "params": params.to_dict(),
+            "random_weights": has_random_weights(workload, self.pool.weights),
+        }
+        evaluations = self.evaluations(workload, params)
+        compared = not evaluations or common["random_weights"]
+        # While the baseline is there: it may have to make room.
+        outputs = self._baseline_outputs(workload, params) if compared else None
+        verdicts = []
+        for index, evaluation in enumerate(evaluations):
+            before_s = self._scoring_s
+            verdict = self.judge(workload, params, index, limit=limit)
+            verdicts.append(
+                Accuracy(
+                    **common,
+                    **_fields(verdict, evaluation.metric),
+                    reason=next_step(workload, params) if verdict.outcome == "FAIL" else None,
+                    seconds=self._scoring_s - before_s,
+                )
+            )
+        candidate = self.candidate(workload, params)
+        if outputs is not None:
+            verdicts.append(Accuracy(**common, **_compared(candidate, *outputs)))
+        candidate.evidence()
+        return verdicts
+
+    def evaluations(self, workload: Workload, params: RunParams) -> list[Evaluation]:
+        """Return how the workload is judged at a point; an empty list for not at all.
+
+        Raises:
+            WorkloadError: if the workload gives anything else.
+        """
+        key = self._key(workload, params)
+        if key not in self._evaluations:
+            given: Any = workload.evaluation
+            if callable(given):
+                given = given(workload.with_axes(params.baseline()))
+            given = [] if given is None else given
+            found = [given] if isinstance(given, Evaluation) else given
+            if not isinstance(found, Sequence) or not all(
+                isinstance(item, Evaluation) for item in found
+            ):
+                raise WorkloadError(
+                    f"workload {workload.name!r}: evaluation must be an Evaluation, several, or "
+                    f"None, got {given!r}"
+                )
+            self._evaluations[key] = list(found)
+        return self._evaluations[key]
+
+    def judge(
+        self,
+        workload: Workload,
+        params: RunParams,
+        index: int,
+        *,
+        limit: Limit | None = None,
+    ) -> Verdict:
+        """Return the verdict of one evaluation on the compiled models."""
+        reference = self.baseline_scores(workload, params, index)
+        candidate = self.candidate(workload, params)
+        scores = self.scores(candidate, index)
+        return judged(
+            self.evaluations(workload, params)[index], reference, scores, limit or self.limit
+        )
+
+    def baseline_scores(
+        self, workload: Workload, params: RunParams, index: int, *, selection: bool = False
+    ) -> Scores:
+        """Return the baseline's scores, computed once."""
+        key = self._key(workload, params)
+        if (key, index, selection) not in self._baselines:
+            self.pool.evict_other_candidate(workload, params)
+            baseline = self.ready(workload, params.baseline())
+            self._baselines[key, index, selection] = self.scores(
+                baseline, index, selection=selection
+            )
+        return self._baselines[key, index, selection]
+
+    def scores(self, model: Model, index: int, *, selection: bool = False) -> Scores:
+        """Return the scores of a model that is ready.
+
+        Args:
+            model: the model.
+            index: which evaluation of its workload.
+            selection: on the samples that remedies are chosen on.
+        """
+        workload, params = model.workload, model.params
+        evaluation = self.evaluations(workload, params)[index]
+        forward = self._forwards.setdefault(model, Forward(model))
+        score = evaluation.scores
+        if selection and evaluation.selection is not None:
+            score = evaluation.selection
+        arguments: tuple[Any, ...] = (forward,)
+        key = (self._key(workload, params), index)
+        start = time.perf_counter()
+        with self._step("evaluating", point_label(workload.name, params.run_name)):
+            if evaluation.fit is not None:
+                if key not in self._fitted:
+                    if params.int8_enabled:
+                        raise WorkloadError(
+                            f"workload {workload.name!r}: the baseline must be scored first"
+                        )
+                    self._fitted[key] = evaluation.fit(forward)
+                arguments = (forward, self._fitted[key])
+            try:
+                found = _scores(score(*arguments), evaluation.metric)
+            except Exception as error:
+                if not isinstance(error, ClearError) and oom_of(error) is None:
+                    error.add_note(
+                        f"raised by evaluation {evaluation.metric!r} of workload "
+                        f"{workload.name!r} at {params.run_name}"
+                    )
+                raise
+        self._scoring_s += time.perf_counter() - start
+        return found
+
+    def _key(self, workload: Workload, params: RunParams) -> _Key:
+        return self.pool.key(workload, params).twin(), part_key(workload.evaluation)
+
+    def candidate(self, workload: Workload, params: RunParams) -> Model:
+        """Return the candidate, ready; without the baseline where both do not fit in memory."""
+        try:
+            return self.ready(workload, params)
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+            release(error)
+        # Both do not fit: the baseline's scores are there already.
+        self.pool.evict("candidate")
+        self.pool.evict("baseline")
+        return self.ready(workload, params)
+
+    def ready(self, workload: Workload, params: RunParams) -> Model:
+        """Return a model, compiled and warm."""
+        model = built(self.pool, workload, params, self._step)
+        warmed(model, self._timer, self._step)
+        return model
+
+    def _baseline_outputs(self, workload: Workload, params: RunParams) -> tuple[Any, Distance]:
+        """Return the compiled baseline's outputs, and how far the eager baseline's are from them:
+        the noise floor."""
+        baseline = self.ready(workload, params.baseline())
+        outputs = _outputs(baseline)
+        with baseline.compiled.settings():
+            eager = call(baseline.eager, _on_device(baseline.inputs, baseline.device))
+        return outputs, distance(outputs, _first(eager))
+
+
+def _compared(candidate: Model, reference: Any, floor: Distance) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = distance(reference, _outputs(candidate))
+    why = problem(found, floor)
+    return {
+        "metric": NO_LABELS,
+        "outcome": "FAIL" if why else "proxy-ok",
+        "reason": why,
+        "samples": found.samples,
+        "distance": found.to_dict(),
+        "floor": floor.to_dict(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _outputs(model: Model) -> Any:
+    """Return the outputs for the workload's own batch."""
+    return _first(call(Forward(model), model.inputs))
+
+
+def _first(outputs: Any) -> Any:
+    """Return the outputs of as many samples as are compared; encoders return gigabytes."""
+    each = [t[0].numel() for t in tensors_of(outputs) if t.dim() > 0 and len(t)]
+    samples = max(1, MAX_COMPARED // max(1, sum(each)))
+    return map_tensors(lambda t: t[:samples] if t.dim() > 0 else t, outputs)
+
+
+def judged(
+    evaluation: Evaluation,
+    reference: Scores,
+    candidate: Scores,
+    limit: Limit,
+    *,
+    alpha: float = ALPHA,
+    rows: np.ndarray[Any, Any] | None = None,
+) -> Verdict:
+    """Judge the scores of one evaluation.
+
+    Args:
+        evaluation: where they are from.
+        reference: the baseline's.
+        candidate: the candidate's, of the same samples in the same order.
+        limit: the largest drop that passes.
+        alpha: level of each one-sided bound.
+        rows: indices of the samples to judge, all by default.
+
+    Raises:
+        ScoreError: one line, if the samples are not the same or cannot be judged.
+    """
+    before, after = _paired(evaluation.metric, reference, candidate, rows)
+    return judge(
+        before,
+        after,
+        limit,
+        alpha=alpha,
+        aggregate=evaluation.aggregate,
+        worst=evaluation.worst,
+        metric=evaluation.metric,
+    )
+
+
+def seen_drop(
+    evaluation: Evaluation,
+    reference: Scores,
+    candidate: Scores,
+    limit: Limit,
+    *,
+    rows: np.ndarray[Any, Any] | None = None,
+) -> tuple[float, int]:
+    """Return the drop as seen, in the limit's terms, and the number of samples; for a choice
+    between candidates, not for a verdict. Arguments are those of :func:`judged`.
+
+    Raises:
+        ScoreError: one line, if the samples are not the same, or the baseline's metric is not
+            above 0 with a relative limit.
+    """
+    before, after = _paired(evaluation.metric, reference, candidate, rows)
+    metric = evaluation.aggregate or np.mean
+    base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
+    if limit.relative and base <= 0:
+        raise ScoreError(f"{evaluation.metric}: must be over 0 for the baseline, got {base:g}")
+    return (drop / base if limit.relative else drop), len(before)
+
+
+def _paired(
+    metric: str, reference: Scores, candidate: Scores, rows: np.ndarray[Any, Any] | None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    _check_ids(metric, reference.ids, candidate.ids)
+    before, after = reference.values, candidate.values
+    if len(before) != len(after):
+        raise ScoreError(
+            f"{metric}: both models must score the same samples, got {len(before)} scores for the "
+            f"baseline and {len(after)} for the candidate"
+        )
+    return (before, after) if rows is None else (before[rows], after[rows])
+
+
+def has_random_weights(workload: Workload, weights: str) -> bool:
+    """Say whether the model is one of a library that was not trained. What a workload of the
+    user's builds is theirs to know."""
+    return weights == RANDOM and workload.load is not None
+
+
+def next_step(workload: Workload, params: RunParams) -> str:
+    """Return what to try when accuracy dropped too much."""
+    if workload.quant_config is not None or workload.prequantized:
+        step = "keep the layers that `int8bench sensitivity` ranks first in BF16"
+    elif params.int8_mode == "w8a8" and not params.int8_smoothquant:
+        step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"
+    elif params.int8_mode == "w8a8":
+        step = "weights only (--int8-mode=w8, int8_mode='w8')"
+    else:
+        step = (
+            "a filter that keeps the worst layers in BF16, often the first and last "
+            "(--int8-filter, filter_fn); `int8bench sensitivity` ranks them"
+        )
+    return f"next step: {step}"
+
+
+def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "outcome": verdict.outcome,
+        "samples": verdict.samples,
+        "baseline": verdict.reference,
+        "candidate": verdict.candidate,
+        "limit": str(verdict.limit),
+        "drop": verdict.drop,
+        "drop_low": verdict.drop_low,
+        "drop_high": verdict.drop_high,
+        "lost": verdict.lost,
+        "gained": verdict.gained,
+        "needed": verdict.needed,
+        "method": verdict.method,
+    }
+
+
+def _scores(given: Any, metric: str) -> Scores:
+    ids = None
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise ScoreError(
+                f"{metric}: scores must return one score per sample or (ids, scores), got a tuple "
+                f"of {len(given)}"
+            )
+        ids, given = np.asarray(_array(given[0])), given[1]
+    try:
+        values = np.asarray(_array(given), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}") from None
+    if ids is not None and len(ids) != len(values):
+        raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
+    return Scores(ids, values)
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()
+    return value
+
+
+def _check_ids(metric: str, reference: Any, candidate: Any) -> None:
+    if (reference is None) != (candidate is None):
+        raise ScoreError(f"{metric}: scores gave ids for one model and none for the other")
+    if reference is None or len(reference) != len(candidate):
+        return  # other lengths are said by the judge
+    if len(set(reference.tolist())) != len(reference):
+        raise ScoreError(f"{metric}: scores gave an id more than once")
+    differing = np.flatnonzero(reference != candidate)
+    if len(differing):
+        at = differing[0]
+        raise ScoreError(
+            f"{metric}: samples must come in the same order for both models: sample {at} is "
+            f"{reference[at]} for the baseline and {candidate[at]} for the candidate"
+        )
+
+
+def _on_device(inputs: Any, device: torch.device) -> Any:
+    return map_tensors(lambda tensor: tensor.to(device), inputs)

@@ -1,0 +1,38 @@
+"""How far a metric may drop."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|pp)\s*")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest drop of a metric that passes."""
+
+    value: float
+    """0.01 for ``1%`` as for ``1pp``."""
+    relative: bool
+    """A share of the baseline's metric, else a difference of both."""
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """Read ``1%`` (relative) or ``1pp`` (absolute).
+
+        Raises:
+            ValueError: one line, for anything else.
+        """
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"must be a percentage such as 1% (relative) or 1pp (absolute), got {text!r}"
+            )
+        percent = float(match[1])
+        if not 0 < percent <= 100:
+            raise ValueError(f"must be over 0 and at most 100, got {text!r}")
+        return cls(percent / 100, relative=match[2] == "%")
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:g}{'%' if self.relative else 'pp'}"

@@ -1,0 +1,274 @@
+"""What to do about a drop: SmoothQuant, BF16 for the worst layers, weights only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pytest_int8bench.accuracy.guardrail import Guardrail, judged, seen_drop
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+from pytest_int8bench.accuracy.verdict import ALPHA
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.measure import oom_of, release
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantize import is_transformer_linear
+from pytest_int8bench.results import Accuracy
+from pytest_int8bench.throughput import interleave
+from pytest_int8bench.workloads import Workload
+
+SMOOTHQUANT, WORST_LAYERS, WEIGHTS_ONLY = (
+    "SmoothQuant",
+    "BF16 for the worst layers",
+    "weights only",
+)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+#: Certified at most; each at this part of the level, so that the best of them is no lucky one.
+RUNGS = 3
+#: Part of the limit that a selection of layers must stay within, for it is measured on few samples.
+MARGIN = 0.5
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to quantize, and how it did on the samples for selection."""
+
+    workload: Workload
+    params: RunParams
+    rung: str
+    setting: str
+    configuration: str
+    """What to paste."""
+    ordered: bool = False
+    """The first of its rung that is good enough is the best one: those after it cost more."""
+    drop: float = math.inf
+    """Drop on the samples for selection, in the limit's terms; infinite if it was not tried."""
+    samples: int | None = None
+    problem: str | None = None
+    """Why it could not be tried."""
+
+
+class Remedies:
+    """Walks a ladder of remedies: chooses on one split of the samples, certifies on another.
+
+    Args:
+        guardrail: where models and scores come from.
+        limit: the largest drop that passes.
+    """
+
+    def __init__(self, guardrail: Guardrail, limit: Limit) -> None:
+        self._guardrail = guardrail
+        self._limit = limit
+
+    def walk(
+        self, workload: Workload, params: RunParams, index: int, verdict: Accuracy
+    ) -> Accuracy:
+        """Return ``verdict`` with what was tried, until something passes.
+
+        Args:
+            workload: what failed.
+            params: where it failed.
+            index: which evaluation of the workload failed.
+            verdict: that evaluation's.
+        """
+        tried: list[dict[str, Any]] = []
+        rungs = {
+            SMOOTHQUANT: self._smoothquant,
+            WORST_LAYERS: self._without_worst_layers,
+            WEIGHTS_ONLY: self._weights_only,
+        }
+        for name, rung in rungs.items():
+            try:
+                tried += self._climb(rung(workload, params), index)
+            except Exception as error:
+                tried.append(_row(Trial(workload, params, name, "", "", problem=_expected(error))))
+            if any(row["outcome"] == "PASS" for row in tried):
+                break
+        return dataclasses.replace(verdict, remedies=tried)
+
+    def _climb(self, trials: Iterator[Trial], index: int) -> Iterator[dict[str, Any]]:
+        """Try a rung's trials, and certify the best of them."""
+        found = []
+        for trial in trials:
+            found.append(self._select(trial, index))
+            if trial.ordered and found[-1].drop <= MARGIN * self._limit.value:
+                break
+        best = min(found, key=lambda trial: trial.drop, default=None)
+        for trial in found:
+            row = _row(trial)
+            if trial is best and trial.drop <= self._limit.value:
+                row |= self._certify(trial, index)
+            yield row
+
+    # -- the ladder -------------------------------------------------------------------------
+
+    def _smoothquant(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        if params.int8_mode != "w8a8" or not _is_ours(workload):
+            return
+        for alpha in ALPHAS:
+            yield Trial(
+                dataclasses.replace(workload, smoothquant_alpha=alpha),
+                params.replace(int8_smoothquant=True),
+                rung=SMOOTHQUANT,
+                setting=f"alpha={alpha:g}",
+                configuration=(
+                    f"Workload(..., smoothquant_alpha={alpha:g})  # and --int8-smoothquant"
+                ),
+            )
+
+    def _without_worst_layers(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        if not _is_ours(workload):
+            return
+        scan = SensitivityScan(self._guardrail, workload, params)
+        ranked = [row["name"] for row in scan.run(nodeid="").layers]
+        count = 1
+        while count <= len(ranked) // 2:
+            kept = frozenset(ranked[:count])
+            yield Trial(
+                _without(workload, kept),
+                params,
+                rung=WORST_LAYERS,
+                setting=", ".join(sorted(kept)),
+                configuration=filter_text(sorted(kept), own=workload.filter_fn is not None),
+                ordered=True,
+            )
+            count *= 2
+
+    def _weights_only(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        if params.int8_mode != "w8" and _is_ours(workload):
+            yield Trial(
+                workload,
+                params.replace(int8_mode="w8", int8_smoothquant=False),
+                rung=WEIGHTS_ONLY,
+                setting="w8",
+                configuration="--int8-mode=w8",
+            )
+
+    # -- judging ----------------------------------------------------------------------------
+
+    def _select(self, trial: Trial, index: int) -> Trial:
+        guardrail = self._guardrail
+        evaluation = guardrail.evaluations(trial.workload, trial.params)[index]
+        split = evaluation.selection is not None
+        try:
+            reference = guardrail.baseline_scores(
+                trial.workload, trial.params, index, selection=split
+            )
+            model = guardrail.pool.variant(trial.workload, trial.params)
+            scores = guardrail.scores(model, index, selection=split)
+            rows = None if split else _halves(len(reference.values))[0]
+            drop, samples = seen_drop(evaluation, reference, scores, self._limit, rows=rows)
+        except Exception as error:
+            return dataclasses.replace(trial, problem=_expected(error))
+        return dataclasses.replace(trial, drop=drop, samples=samples)
+
+    def _certify(self, trial: Trial, index: int) -> dict[str, Any]:
+        """Judge the compiled model on the other samples, and measure what it costs."""
+        guardrail, workload, params = self._guardrail, trial.workload, trial.params
+        evaluation = guardrail.evaluations(workload, params)[index]
+        try:
+            reference = guardrail.baseline_scores(workload, params, index)
+            candidate = guardrail.candidate(workload, params)
+            scores = guardrail.scores(candidate, index)
+            rows = None
+            if evaluation.selection is None:
+                rows = _halves(len(reference.values))[1]
+            verdict = judged(
+                evaluation, reference, scores, self._limit, alpha=ALPHA / RUNGS, rows=rows
+            )
+            candidate.evidence()
+        except Exception as error:
+            return {"problem": _expected(error)}
+        values = {
+            "outcome": verdict.outcome,
+            "drop": verdict.drop,
+            "drop_low": verdict.drop_low,
+            "drop_high": verdict.drop_high,
+            "samples": verdict.samples,
+            "needed": verdict.needed,
+        }
+        return values | self._speedup(workload, params)
+
+    def _speedup(self, workload: Workload, params: RunParams) -> dict[str, float]:
+        try:
+            baseline = self._guardrail.ready(workload, params.baseline())
+            candidate = self._guardrail.ready(workload, params)
+            speedup = interleave(
+                baseline, candidate, synchronized_perf_counter, params.benchmark_interval_s
+            )
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+            release(error)
+            return {}
+        return {
+            "speedup": speedup.ratio,
+            "speedup_low": speedup.low,
+            "speedup_high": speedup.high,
+        }
+
+
+def filter_text(kept: list[str], *, own: bool) -> str:
+    """Return Python source of a ``filter_fn`` that leaves layers in BF16.
+
+    Args:
+        kept: names of the layers.
+        own: the workload has a filter already, which stays in force.
+    """
+    base = "your_filter" if own else "is_transformer_linear"
+    lines = [] if own else ["from pytest_int8bench import is_transformer_linear", ""]
+    lines += [
+        "IN_BF16 = {",
+        *[f"    {name!r}," for name in kept],
+        "}",
+        "",
+        "def filter_fn(module, name):",
+        f"    return name not in IN_BF16 and {base}(module, name)",
+    ]
+    return "\n".join(lines)
+
+
+def _expected(error: Exception) -> str:
+    """Return in one line why something cannot be tried; raise what is no reason."""
+    if not isinstance(error, ClearError) and oom_of(error) is None:
+        raise error
+    text = first_line(error)
+    release(error)
+    return text
+
+
+def _is_ours(workload: Workload) -> bool:
+    """Say whether the plugin chooses how the workload is quantized."""
+    return workload.quant_config is None and not workload.prequantized
+
+
+def _without(workload: Workload, kept: frozenset[str]) -> Workload:
+    base = workload.filter_fn or is_transformer_linear
+    return dataclasses.replace(
+        workload, filter_fn=lambda module, name: name not in kept and base(module, name)
+    )
+
+
+def _halves(samples: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Split samples at random, always in the same way."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(samples)
+    return np.sort(order[: samples // 2]), np.sort(order[samples // 2 :])
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    return {
+        "rung": trial.rung,
+        "setting": trial.setting,
+        "configuration": trial.configuration,
+        "selection_drop": trial.drop if trial.samples else None,
+        "selection_samples": trial.samples,
+        "problem": trial.problem,
+        "outcome": None,
+    }

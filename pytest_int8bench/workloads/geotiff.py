@@ -1,0 +1,167 @@
+"""A folder of labelled Sentinel-2 images as EuroSAT has them: ``FOLDER/CLASS/*.tif``, 13 bands.
+
+An image is one moment. A model of several timesteps gets it repeated, all in :data:`MONTH`, so
+that seasons do not help here. EuroSAT's reflectances are those at the top of the atmosphere (L1C),
+while OlmoEarth was trained on the surface's (L2A).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_int8bench.errors import WorkloadError, first_line
+from pytest_int8bench.workloads.scenes import BANDS
+
+#: Bands of a file, in EuroSAT's order; B10 (cirrus) is not among OlmoEarth's.
+FILE_BANDS = (
+    *("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12"),
+    "B8A",
+)
+#: Share of each class in each split.
+SHARES = {"train": 0.30, "selection": 0.15, "certification": 0.55}
+#: So many images of each class at least, or a split would have none of it.
+LEAST_IMAGES = 10
+#: June, counted from 0 for January: the files do not say when they were taken.
+MONTH = 5
+
+_SPLIT_SEED = 0
+_SUFFIXES = (".tif", ".tiff")
+_BAND_INDICES = [FILE_BANDS.index(band) + 1 for band in BANDS]  # rasterio counts from 1
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of a folder that are read when asked for."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    """Names of the folders of the classes, sorted."""
+    paths: tuple[Path, ...]
+    """Files, sorted by class and name."""
+    labels: NDArray[np.int64]
+    """(images,) indices in ``classes``."""
+    size: tuple[int, int]
+    """Height and width in pixels of the first image, and so of all."""
+
+    def split(self, name: str) -> NDArray[np.int64]:
+        """Return the positions of a split's images, a key of :data:`SHARES`.
+
+        Each class is shuffled (seeded) and cut by the shares, and the classes are shuffled
+        together: the splits are disjoint and always the same for the same files.
+        """
+        rng = np.random.default_rng(_SPLIT_SEED)
+        edges = np.cumsum([0.0, *SHARES.values()])
+        which = list(SHARES).index(name)
+        parts = []
+        for label in range(len(self.classes)):
+            members = rng.permutation(np.flatnonzero(self.labels == label))
+            first, last = (round(float(e) * len(members)) for e in edges[which : which + 2])
+            parts.append(members[first:last])
+        return rng.permutation(np.concatenate(parts))
+
+    def ids(self, positions: Iterable[int]) -> list[str]:
+        """Return the names ``CLASS/FILE`` of images."""
+        return [self.paths[i].relative_to(self.folder).as_posix() for i in positions]
+
+    def read(self, positions: Iterable[int], image_size: int) -> NDArray[np.float32]:
+        """Read images and crop them around their centres.
+
+        Returns:
+            (images, height, width, bands) digital numbers; bands as in
+            :data:`~pytest_int8bench.workloads.scenes.BANDS`.
+
+        Raises:
+            WorkloadError: one line, if a file cannot be read, is not as the first one, or is
+                smaller than ``image_size``.
+        """
+        self.check_size(image_size)
+        top, left = ((side - image_size) // 2 for side in self.size)
+        images = []
+        for position in positions:
+            path = self.paths[position]
+            pixels = _read(path)
+            if pixels.shape[:2] != self.size:
+                raise WorkloadError(
+                    f"images must all be of one size: {path} is {_size(pixels.shape[:2])}, "
+                    f"{self.paths[0]} is {_size(self.size)}"
+                )
+            images.append(pixels[top : top + image_size, left : left + image_size])
+        return np.stack(images).astype(np.float32)
+
+    def check_size(self, image_size: int) -> None:
+        """Raise ``WorkloadError`` if images are smaller than ``image_size``."""
+        if min(self.size) < image_size:
+            raise WorkloadError(
+                f"images in {self.folder} must be {image_size}x{image_size} or larger "
+                f"(image_size={image_size}), got {_size(self.size)}"
+            )
+
+
+def find_images(folder: Path) -> Images:
+    """Find the images of a folder ``FOLDER/CLASS/*.tif`` and read the first one.
+
+    Raises:
+        WorkloadError: one line, if there is no such folder, it has fewer than two classes, a class
+            has fewer than :data:`LEAST_IMAGES` images, the first image cannot be read or has
+            other than 13 bands, or rasterio is missing.
+    """
+    if not folder.is_dir():
+        raise WorkloadError(f"the folder of labelled images {folder} does not exist")
+    found = {
+        part.name: sorted(p for p in part.iterdir() if p.suffix.lower() in _SUFFIXES)
+        for part in sorted(folder.iterdir())
+        if part.is_dir()
+    }
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        raise WorkloadError(f"{folder} must hold images as CLASS/*.tif, got none")
+    if len(found) < 2:
+        raise WorkloadError(
+            f"{folder} must have at least 2 classes (folders with *.tif), got only {min(found)}"
+        )
+    for name, group in found.items():
+        if len(group) < LEAST_IMAGES:
+            raise WorkloadError(
+                f"each class in {folder} must have at least {LEAST_IMAGES} images, "
+                f"got {len(group)} of {name}"
+            )
+    paths = tuple(path for group in found.values() for path in group)
+    labels = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
+    height, width = _read(paths[0]).shape[:2]
+    return Images(folder, tuple(found), paths, labels, (height, width))
+
+
+def _read(path: Path) -> NDArray[Any]:
+    """Return (height, width, bands) of a file."""
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning
+    except ImportError as error:
+        raise WorkloadError(
+            f"GeoTIFF images need pip install 'pytest-int8bench[eval]' ({error})"
+        ) from None
+    with warnings.catch_warnings():
+        # Where an image lies does not matter here.
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        try:
+            with rasterio.open(path) as file:
+                count = file.count
+                pixels = file.read(_BAND_INDICES) if count == len(FILE_BANDS) else None
+        except Exception as error:  # of rasterio or of GDAL
+            raise WorkloadError(f"image {path} cannot be read: {first_line(error)}") from None
+    if pixels is None:
+        raise WorkloadError(
+            f"image {path} must have {len(FILE_BANDS)} bands ({', '.join(FILE_BANDS)}), got {count}"
+        )
+    return np.moveaxis(np.asarray(pixels), 0, -1)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,287 @@
+"""Accuracy tests as a user sees them: ``int8_guardrail`` and ``int8_sensitivity`` under pytest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.cli import main
+from pytest_int8bench.results import Saved, read
+
+SMOKE = (
+    "--int8-preset=smoke",
+    "--int8-set=compile_mode=off",
+    "--int8-set=benchmark_interval_s=0.05",
+)
+BF16 = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4_compile_mode-off"
+W8A8 = "nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs4"
+
+# A model whose scores are made up: the candidate gets LOST samples of SAMPLES wrong that the
+# baseline gets right.
+TOY = """
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from pytest_int8bench import Evaluation, Workload
+
+SAMPLES, LOST = int(os.environ.get("SAMPLES", "1000")), int(os.environ.get("LOST", "0"))
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(32, 64)
+        self.fc2 = nn.Linear(64, 32)
+
+    def forward(self, x):
+        if x.shape[0] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+def scores(forward):
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    exact = nn.functional.normalize(forward(x), dim=1)
+    right = np.ones(SAMPLES)
+    right[: SAMPLES // 10] = 0
+    if hasattr(scores, "baseline") and not torch.equal(exact, scores.baseline):
+        right[SAMPLES - LOST :] = 0
+    scores.baseline = getattr(scores, "baseline", exact)
+    return np.arange(SAMPLES), right
+
+
+def make():
+    return Workload(
+        name="toy",
+        build=lambda p: Toy(),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
+        evaluation=Evaluation(metric="top1", scores=scores),
+    )
+"""
+CONFTEST = """
+import pytest
+
+
+@pytest.fixture(scope="session")
+def int8_workload():
+    import toy
+
+    return toy.make()
+"""
+ACCURACY = """
+def test_accuracy(int8_guardrail):
+    int8_guardrail()
+"""
+THROUGHPUT = """
+def test_throughput(int8_throughput):
+    int8_throughput()
+"""
+LOST = 18  # of 900 right ones: 2 %
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project with a workload, a test of its throughput and one of its accuracy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    without = "-p no:randomly -p no:codspeed"
+    pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
+    pytester.makepyfile(toy=TOY, test_accuracy=ACCURACY, test_throughput=THROUGHPUT)
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def run(project: pytest.Pytester, *args: str) -> tuple[pytest.RunResult, Saved | None]:
+    path = project.path / "out.json"
+    path.unlink(missing_ok=True)
+    result = project.runpytest_subprocess(*SMOKE, f"--benchmark-json={path}", *args)
+    return result, read(path) if path.exists() else None
+
+
+def timed(path: Path) -> list[str]:
+    """The tests in pytest-benchmark's own part of the file."""
+    data: dict[str, Any] = json.loads(path.read_text())
+    return [benchmark["name"] for benchmark in data["benchmarks"]]
+
+
+def test_a_model_that_lost_nothing_passes_along_with_its_throughput(
+    project: pytest.Pytester,
+) -> None:
+    result, saved = run(project)
+    result.assert_outcomes(passed=3)  # the baseline's throughput too, but not its accuracy
+    [verdict] = saved.accuracy
+    assert verdict.nodeid == f"test_accuracy.py::test_accuracy[{W8A8}]"
+    assert (verdict.outcome, verdict.samples, verdict.limit) == ("PASS", 1000, "1%")
+    assert [r.status for r in saved.results] == ["ok", "ok"]
+    out = result.stdout.str()
+    assert "accuracy" in out
+    row = next(line.split() for line in result.outlines if line.endswith("PASS"))
+    assert row[:6] == ["toy", W8A8, "top1", "1,000", "0.9000", "0.9000"]
+    assert row[-3:] == ["0/0", "1%", "PASS"]
+    [journal] = (project.path / ".benchmarks" / "int8bench").glob("*.jsonl")
+    assert read(journal).accuracy == saved.accuracy
+    assert main(["show", str(project.path / "out.json")]) == 0
+
+
+@pytest.mark.parametrize("first", ["test_accuracy.py", "test_throughput.py"])
+def test_a_drop_of_two_percent_fails_and_marks_the_timing(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setenv("LOST", str(LOST))
+    second = {"test_accuracy.py", "test_throughput.py"} - {first}
+    result, saved = run(project, first, *second)
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 2.00% [[]1.*%, *], limit 1%",
+            "  BF16 0.9000, INT8 0.8820, 1000 samples: 18 got worse, 0 better *",
+            "  next step: SmoothQuant (--int8-smoothquant, int8_smoothquant=True)",
+            "--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8",
+        ]
+    )
+    assert "guardrail.py" not in result.stdout.str()  # no traceback of the plugin
+    [verdict] = saved.accuracy
+    assert verdict.outcome == "FAIL"
+    by_run = {r.run_name: r for r in saved.results}
+    assert by_run[BF16].status == "ok"
+    assert by_run[W8A8].status == "accuracy-failed"
+    assert by_run[W8A8].reason.startswith(f"FAIL: toy: {W8A8}: top1 dropped by 2.00%")
+    assert by_run[W8A8].samples_per_s > 0  # measured, and kept
+    assert timed(project.path / "out.json") == [f"test_throughput[{BF16}]"]  # no baseline for all
+    assert any(line.startswith("accuracy-failed: toy: ") for line in result.outlines)
+
+
+def test_too_few_samples_are_inconclusive(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMPLES", "40")
+    result, saved = run(project, "test_accuracy.py")
+    result.assert_outcomes(failed=1)
+    needed = saved.accuracy[0].needed
+    assert needed > 40
+    result.stdout.fnmatch_lines(
+        [
+            f"AccuracyError: INCONCLUSIVE: toy: {W8A8}: top1 dropped by 0.00% *",
+            f"  40 samples cannot decide it: about {needed:,} would",
+        ]
+    )
+    warned, _ = run(project, "test_accuracy.py", "--int8-inconclusive=warn")
+    warned.assert_outcomes(passed=1, warnings=1)
+    warned.stdout.fnmatch_lines([f"*INCONCLUSIVE: toy: {W8A8}: top1 dropped by 0.00%*"])
+    skipped, saved = run(project, "test_accuracy.py", "-rs", "--int8-inconclusive=skip")
+    skipped.assert_outcomes(skipped=1)
+    skipped.stdout.fnmatch_lines(["SKIPPED*INCONCLUSIVE: toy: *"])
+    assert saved.accuracy[0].outcome == "INCONCLUSIVE"
+
+
+def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST", str(LOST))
+    (project.path / "toy.py").write_text(
+        TOY.replace('name="toy",', 'name="toy", load=lambda p, weights: Toy(),')
+    )
+    result, saved = run(project, "test_accuracy.py")
+    result.assert_outcomes(passed=1)
+    assert [v.outcome for v in saved.accuracy] == ["FAIL", "proxy-ok"]
+    row = next(line.split() for line in result.outlines if "dropped" not in line and "top1" in line)
+    assert row[-1] == "FAIL*"
+    result.stdout.fnmatch_lines(["[*] pipeline check: the weights are random, so the verdict *"])
+    # A model whose one channel takes the whole range of a row, and no part in the output.
+    broken = "nn.init.constant_(self.fc1.bias[:1], 1e5); nn.init.zeros_(self.fc2.weight[:, :1])"
+    (project.path / "toy.py").write_text(
+        TOY.replace('name="toy",', 'name="toy", load=lambda p, weights: Toy(),').replace(
+            "self.fc2 = nn.Linear(64, 32)\n",
+            f"self.fc2 = nn.Linear(64, 32, bias=False)\n        with torch.no_grad(): {broken}\n",
+        )
+    )
+    result, saved = run(project, "test_accuracy.py")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"AccuracyError: FAIL: toy: {W8A8}: SQNR * dB is under 10 dB"])
+
+
+def test_the_limit_is_the_sessions_or_the_tests(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST", str(LOST))
+    project.makepyfile(
+        test_own="def test_own(int8_guardrail):\n    int8_guardrail(max_drop='20%')\n"
+    )
+    result, saved = run(project, "test_accuracy.py", "test_own.py", "--int8-max-drop=10pp")
+    result.assert_outcomes(passed=2)
+    assert [v.limit for v in saved.accuracy] == ["10pp", "20%"]
+
+
+def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_accuracy="""
+        import pytest
+
+
+        @pytest.mark.int8(int8_enabled=False)
+        def test_baseline(int8_guardrail):
+            int8_guardrail()
+
+
+        @pytest.mark.int8(batch_size=6)
+        def test_memory(int8_guardrail):
+            int8_guardrail()
+        """
+    )
+    result, saved = run(project, "test_accuracy.py", "-rs")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*nothing to compare: the point is a baseline",
+            "*not judged: out of memory: CUDA out of memory. Tried to *",
+        ]
+    )
+    assert saved.accuracy == []
+    result, _ = run(project, "test_accuracy.py", "-n1", "-rs", "-k", "memory")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*not judged: under xdist, run with -n0"])
+
+
+def test_accuracy_needs_no_benchmarks(project: pytest.Pytester) -> None:
+    result = project.runpytest_subprocess(*SMOKE, "-p", "no:benchmark", "test_accuracy.py")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*PASS"])
+
+
+def test_layers_are_ranked_in_a_test_and_by_the_command(
+    project: pytest.Pytester, capfd: pytest.CaptureFixture[str]
+) -> None:
+    project.makepyfile(
+        test_layers="""
+        def test_layers(int8_sensitivity):
+            found = int8_sensitivity(metric=True)
+            assert {row["name"] for row in found.layers} == {"fc1", "fc2"}
+        """
+    )
+    result, saved = run(project, "test_layers.py")
+    result.assert_outcomes(passed=1)
+    [table] = saved.sensitivity
+    assert (table.by, table.metric, table.samples) == ("layer", "top1", 1000)
+    assert table.layers[0]["sqnr_db"] <= table.layers[1]["sqnr_db"]
+    assert {row["drop"] for row in table.layers} == {0.0}
+    result.stdout.fnmatch_lines(
+        [
+            f"int8bench: sensitivity of {W8A8}: 2 layers, one pass each: about * s*",
+            f"toy: {W8A8}, 1,000 samples",
+            "INT8 in one layer alone SQNR dB top1 drop worse/better",
+            "fc? * 0.00pp * 0/0",
+        ]
+    )
+    command = Path(sys.executable).with_name("int8bench")
+    args = ("--int8-workload=toy.py:make", "--by=block", f"--json={project.path / 'layers.json'}")
+    done = project.run(command, "sensitivity", *args, *SMOKE)
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["INT8 in one block alone SQNR dB", "fc? *"])
+    [table] = read(project.path / "layers.json").sensitivity
+    assert (table.by, table.metric, len(table.layers)) == ("block", None, 2)
