@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scan.add_argument(
         "--metric",
         action="store_true",
-        help="rank by the drop of the workload's metric on its samples for selection",
+        help="rank by the drop of the workload's metric (on its samples for selection, if any)",
     )
     scan.add_argument("--json", type=Path, help="file to save the table in")
     arguments, rest = parser.parse_known_args(argv)

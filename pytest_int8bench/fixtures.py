@@ -17,6 +17,7 @@ from pytest_int8bench.session import STATE, State, marker_changes
 if TYPE_CHECKING:
     import torch
 
+    from pytest_int8bench.accuracy.limit import Limit
     from pytest_int8bench.compilation import CompiledModel
     from pytest_int8bench.measure import Plan, Run
     from pytest_int8bench.models import Model
@@ -175,40 +176,45 @@ def int8_guardrail(
 
     def check(max_drop: str | None = None) -> list[Accuracy]:
         from pytest_int8bench.accuracy.guardrail import AccuracyError
-        from pytest_int8bench.accuracy.limit import Limit
-        from pytest_int8bench.accuracy.text import message
+        from pytest_int8bench.accuracy.text import describe, message
         from pytest_int8bench.measure import oom_of, release
 
         if not params.int8_enabled:
             pytest.skip("nothing to compare: the point is a baseline")
         if state.xdist_worker:
             pytest.skip("not judged: under xdist, run with -n0")
-        limit = Limit.parse(max_drop or state.settings.max_drop)
+        limit = _limit(max_drop or state.settings.max_drop)
+        action = state.settings.inconclusive
+        verdicts: list[Accuracy] = []
+
+        def keep(verdict: Accuracy) -> None:
+            verdicts.append(verdict)
+            state.record(verdict)
+            if _fails(verdict, action):  # at once: whatever comes after may be interrupted
+                state.note_accuracy_failed(workload.name, params, describe(verdict)[0])
+
         problem = None
         try:
-            verdicts = state.guardrail().check(
-                workload, params, nodeid=request.node.nodeid, limit=limit
+            state.guardrail().check(
+                workload, params, nodeid=request.node.nodeid, limit=limit, record=keep
             )
         except Exception as error:
             if oom_of(error) is None:
+                why = f"not judged: {type(error).__name__}: {first_line(error)}"
+                state.note_accuracy_failed(workload.name, params, why)
                 raise
             problem = f"not judged: out of memory: {first_line(error)}"
             release(error)
         if problem is not None:
             state.pool().clear()
-            pytest.skip(problem)
-        for verdict in verdicts:
-            state.record(verdict)
-        if state.settings.remedy:
+        if state.settings.remedy and problem is None:
             verdicts = state.remedied(workload, params, verdicts, limit)
-        judged = [v for v in verdicts if not v.is_pipeline_check]
-        failed = [v for v in judged if v.outcome == "FAIL"]
-        undecided = [v for v in judged if v.outcome == "INCONCLUSIVE"]
-        action = state.settings.inconclusive
-        if failed or (undecided and action == "fail"):
-            text = message([*failed, *undecided], remedied=state.settings.remedy)
-            state.note_accuracy_failed(workload.name, params, text.splitlines()[0])
-            raise AccuracyError(text)
+        if failing := [verdict for verdict in verdicts if _fails(verdict, action)]:
+            text = message(failing, remedied=state.settings.remedy)
+            raise AccuracyError(f"{text}\n{problem}" if problem else text)
+        if problem is not None:
+            pytest.skip(problem)
+        undecided = [v for v in verdicts if _fails(v, "fail")]
         if undecided:
             text = message(undecided, remedied=False)
             if action == "skip":
@@ -217,6 +223,24 @@ def int8_guardrail(
         return verdicts
 
     return check
+
+
+def _limit(text: str) -> Limit:
+    from pytest_int8bench.accuracy.limit import Limit
+
+    problem = None
+    try:
+        return Limit.parse(text)
+    except ValueError as error:
+        problem = f"int8_guardrail: max_drop {error}"
+    pytest.fail(problem, pytrace=False)
+
+
+def _fails(verdict: Accuracy, inconclusive: str) -> bool:
+    if verdict.is_pipeline_check:
+        return False
+    undecided = verdict.outcome == "INCONCLUSIVE"
+    return verdict.outcome == "FAIL" or (undecided and inconclusive == "fail")
 
 
 @pytest.fixture
@@ -231,19 +255,28 @@ def int8_sensitivity(
 
     def scan(by: str = "layer", metric: bool = False) -> Sensitivity:
         from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+        from pytest_int8bench.measure import oom_of, release
         from pytest_int8bench.progress import say
 
         if not params.int8_enabled:
             pytest.skip("nothing to quantize: the point is a baseline")
         if state.xdist_worker:
             pytest.skip("not measured: under xdist, run with -n0")
-        found = SensitivityScan(state.guardrail(), workload, params, by=by).run(
-            nodeid=request.node.nodeid,
-            metric=metric,
-            tell=lambda text: say(request.config, f"sensitivity of {params.run_name}: {text}"),
-        )
-        state.record(found)
-        return found
+        problem = None
+        try:
+            return SensitivityScan(state.guardrail(), workload, params, by=by).run(
+                nodeid=request.node.nodeid,
+                metric=metric,
+                tell=lambda text: say(request.config, f"sensitivity of {params.run_name}: {text}"),
+                record=state.record,
+            )
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+            problem = f"not finished: out of memory: {first_line(error)}"
+            release(error)
+        state.pool().clear()
+        pytest.skip(problem)
 
     return scan
 

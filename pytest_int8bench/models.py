@@ -311,7 +311,9 @@ class ModelPool:
         """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
         it: for a look at one of many ways to quantize."""
         baseline = self.get(workload, params.baseline())
-        return self._build(workload, params.replace(compile_mode="off"), baseline.inputs)
+        model = self._build(workload, params.replace(compile_mode="off"), baseline.inputs)
+        model.params = params  # whose evaluations and baseline are the point's
+        return model
 
     def _build(self, workload: Workload, params: RunParams, inputs: Any) -> Model:
         device = find_device(params)

@@ -145,15 +145,21 @@ class State:
     ) -> list[Accuracy]:
         """Try remedies for the metrics that failed. Return ``verdicts`` with what was tried."""
         from pytest_int8bench.accuracy.remedies import Remedies
+        from pytest_int8bench.progress import say
         from pytest_int8bench.results import NO_LABELS
 
-        remedies = Remedies(self.guardrail(), limit)
+        remedies = Remedies(
+            self.guardrail(),
+            limit,
+            record=self.record,
+            tell=lambda text: say(self._config, f"remedies for {params.run_name}: {text}"),
+        )
         found = []
         for index, verdict in enumerate(verdicts):  # those of labels come first
+            to_mend = verdict.outcome == "FAIL" and verdict.metric != NO_LABELS
+            if to_mend and not verdict.is_pipeline_check:
+                verdict = remedies.walk(workload, params, index, verdict)
             found.append(verdict)
-            if verdict.outcome == "FAIL" and verdict.metric != NO_LABELS:
-                found[-1] = remedies.walk(workload, params, index, verdict)
-                self.record(found[-1])
         return found
 
     def note_accuracy_failed(self, workload: str, params: RunParams, reason: str) -> None:
@@ -270,13 +276,13 @@ def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -
     workload, params = point
     status = "failed" if report.failed else "skipped"
     reason = _reason(report)
-    if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
-        return  # the verdict says it
     measured = _results_of(state, item)
     if measured:
-        if measured[0].status == "ok":
+        if measured[0].status == "ok" and report.failed:
             state.record(dataclasses.replace(measured[0], status=status, reason=reason))
         return
+    if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
+        return  # the verdict says it
     state.record(
         Result(
             nodeid=item.nodeid,

@@ -31,9 +31,7 @@ from pytest_int8bench.workloads import UNITS, Workload
 #: Runs a plan and returns seconds per batch, one value a round.
 TimeRounds = Callable[[Run, Plan], list[float]]
 
-Action = Literal[
-    "building", "compiling", "warming up", "measuring", "comparing", "evaluating", "trying"
-]
+Action = Literal["building", "compiling", "warming up", "measuring", "comparing", "evaluating"]
 #: Entered around a long step: what is done, and to which point.
 Step = Callable[[Action, str], AbstractContextManager[None]]
 

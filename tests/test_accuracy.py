@@ -218,6 +218,47 @@ def test_the_limit_is_the_sessions_or_the_tests(
     assert [v.limit for v in saved.accuracy] == ["10pp", "20%"]
 
 
+def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        toy=TOY.replace("return np.arange(SAMPLES), right", "return next(SCORES)(right)").replace(
+            "class Toy",
+            "SCORES = iter([lambda right: right, lambda right: right * np.nan])\n\n\nclass Toy",
+        ),
+        test_accuracy="""
+        def test_throughput(int8_throughput):
+            int8_throughput()
+
+
+        def test_accuracy(int8_guardrail):
+            int8_guardrail()
+
+
+        def test_limit(int8_guardrail):
+            int8_guardrail(max_drop="5")
+
+
+        def test_both(int8_throughput, int8_guardrail):
+            int8_throughput()
+            int8_guardrail()
+        """,
+    )
+    result, saved = run(project, "test_accuracy.py", "-k", "test_")
+    result.stdout.fnmatch_lines(
+        ["ScoreError: top1: scores must be finite, the candidate has 1000 that are not"]
+    )
+    result.stdout.fnmatch_lines(
+        ["int8_guardrail: max_drop must be a percentage such as 1% (relative) or 1pp (absolute)*"]
+    )
+    statuses = {r.nodeid.partition("::")[2]: r.status for r in saved.results}
+    assert statuses[f"test_throughput[{W8A8}]"] == "accuracy-failed"
+    # A baseline that was measured stays so, though it has nothing to be compared with.
+    assert statuses[f"test_both[{BF16}]"] == "ok"
+    assert statuses[f"test_throughput[{BF16}]"] == "ok"
+    names = timed(project.path / "out.json")
+    assert f"test_both[{BF16}]" in names
+    assert not [name for name in names if W8A8 in name]
+
+
 def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_accuracy="""
@@ -272,7 +313,7 @@ def test_layers_are_ranked_in_a_test_and_by_the_command(
     assert {row["drop"] for row in table.layers} == {0.0}
     result.stdout.fnmatch_lines(
         [
-            f"int8bench: sensitivity of {W8A8}: 2 layers, one pass each: about * s*",
+            f"int8bench: sensitivity of {W8A8}: 2 layers, * s for the first: about * s",
             f"toy: {W8A8}, 1,000 samples",
             "INT8 in one layer alone SQNR dB top1 drop worse/better",
             "fc? * 0.00pp * 0/0",

@@ -114,6 +114,10 @@ BAD = {
         (X, TABLE, INDEX[:5]),
         "the tensors of forward differ in their number of samples: 6, 2, 5",
     ),
+    "one kept": (
+        (X, TABLE, INDEX[:4]),
+        "the tensors of forward differ in their number of samples: 6, 2, 4",
+    ),
     "none": ((X[:0], TABLE, INDEX[:0]), "forward needs one sample at least, got 0"),
 }
 

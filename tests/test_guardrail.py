@@ -14,6 +14,7 @@ from torch import nn
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail, next_step
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.accuracy.text import describe, message
 from pytest_int8bench.accuracy.verdict import ScoreError
 from pytest_int8bench.errors import WorkloadError
@@ -228,7 +229,7 @@ def test_evaluations_share_the_forward_of_a_model() -> None:
         return flips(lost=0)(forward)
 
     check([Evaluation(metric=name, scores=scores) for name in ("a", "b")])
-    assert [seen.index(forward) for forward in seen] == [0, 1, 0, 1]
+    assert [seen.index(forward) for forward in seen] == [0, 0, 2, 2]
 
 
 def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +246,73 @@ def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPa
     workload = make_workload(Evaluation(metric="top1", scores=flips(lost=0)))
     [found] = Guardrail(pool, ONE_PERCENT).check(workload, W8A8, nodeid="a")
     assert (found.outcome, len(refused)) == ("PASS", 1)
+
+
+def test_several_evaluations_are_scored_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ModelPool()
+    build = pool._build
+
+    def tight(workload: Workload, params: RunParams, inputs: Any) -> Any:
+        if pool._models:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(workload, params, inputs)
+
+    monkeypatch.setattr(pool, "_build", tight)
+    pair = [Evaluation(metric=name, scores=flips(lost=0)) for name in ("a", "b")]
+    found = Guardrail(pool, ONE_PERCENT).check(make_workload(pair), W8A8, nodeid="a")
+    assert [verdict.outcome for verdict in found] == ["PASS", "PASS"]
+
+
+def test_verdicts_are_recorded_as_they_come() -> None:
+    def fails(forward: Forward) -> Any:
+        if is_candidate(forward):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flips(lost=0)(forward)
+
+    pair = [
+        Evaluation(metric="first", scores=flips(lost=200)),
+        Evaluation(metric="second", scores=fails),
+    ]
+    kept: list[Accuracy] = []
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    with pytest.raises(torch.OutOfMemoryError):
+        guardrail.check(make_workload(pair), W8A8, nodeid="a", record=kept.append)
+    assert [(verdict.metric, verdict.outcome) for verdict in kept] == [("first", "FAIL")]
+
+
+def test_scores_may_be_written_to_again() -> None:
+    buffer = np.zeros(SAMPLES)
+
+    def scores(forward: Forward) -> Any:
+        buffer[:] = flips(lost=200)(forward)
+        return buffer
+
+    [found] = check(Evaluation(metric="top1", scores=scores))
+    assert (found.outcome, found.lost) == ("FAIL", 200)
+
+
+@pytest.mark.parametrize("compile_mode", ["default", "off"])
+def test_variants_are_scored_with_what_was_fitted(
+    compile_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))  # as it is
+    monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
+    asked: list[RunParams] = []
+
+    def evaluation(p: RunParams) -> Evaluation:
+        asked.append(p)
+        return Evaluation(
+            metric="top1",
+            scores=lambda forward, fitted: flips(lost=0)(forward),
+            fit=lambda forward: "probe",
+        )
+
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    scan = SensitivityScan(
+        guardrail, make_workload(evaluation), W8A8.replace(compile_mode=compile_mode)
+    )
+    assert len(scan.run(nodeid="a", metric=True).layers) == 2
+    assert len(asked) == 1
 
 
 def test_long_steps_are_said() -> None:
@@ -338,6 +406,11 @@ BAD = {
     "three": (
         by_role((IDS, GOOD, GOOD), GOOD),
         r"top1: scores must return one score per sample or \(ids, scores\), got a tuple of 3",
+    ),
+    "a number": (by_role(0.9, 0.9), "top1: scores must be one per sample, got the number 0.9"),
+    "ids of ids": (
+        by_role((list(zip(IDS, IDS, strict=True)), GOOD), GOOD),
+        "top1: ids must be a list of names or numbers, got ",
     ),
     "text": (by_role("good", "bad"), "top1: scores must be numbers, got str"),
     "not finite": (

@@ -461,7 +461,7 @@ def test_a_variant_has_the_baselines_weights_and_is_not_kept() -> None:
     kept = pool.get(workload, W8A8)
     variant = pool.variant(workload, W8A8.replace(int8_mode="w8"))
     assert coverage(variant.eager).mode == "w8"
-    assert variant.params.compile_mode == "off"
+    assert variant.compiled.mode == "off"
     assert pool.get(workload, W8A8) is kept
     own, baseline = variant.eager.fc1.bias, pool.get(workload, W8A8.baseline()).eager.fc1.bias
     assert torch.equal(own, baseline)

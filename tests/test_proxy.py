@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pytest_int8bench.accuracy.proxy import Distance, distance, problem
+from pytest_int8bench.accuracy.proxy import Distance, OutputsError, distance, problem
 
 SAMPLES = 64
 LOGITS = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,14 @@ def test_what_cannot_be_said_is_none() -> None:
     tokens = torch.randn(4, 7, 3)
     found = distance(tokens, tokens + 0.01)
     assert (found.top1_agreement, found.knn_agreement) == (None, None)
-    assert distance(LOGITS.argmax(1), LOGITS.argmax(1)).samples == 0  # no floating output
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    classes = LOGITS.argmax(1)
+    with pytest.raises(OutputsError, match=r"^without labels, outputs are compared, and the model"):
+        distance(classes, classes)
+    with pytest.raises(OutputsError, match=r"^the baseline's outputs are NaN or infinite through"):
+        distance(LOGITS * math.nan, LOGITS)
 
 
 def far(**changes: object) -> Distance:

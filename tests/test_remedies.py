@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import coverage
-from pytest_int8bench.results import Accuracy
+from pytest_int8bench.results import Accuracy, Sensitivity
 from pytest_int8bench.workloads import Evaluation, Workload
 
 WIDTH, CLASSES, SAMPLES = 32, 4, 3000
@@ -216,9 +217,11 @@ def test_layers_are_ranked_by_what_they_lose() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     told: list[str] = []
     scan = SensitivityScan(guardrail, make_workload(spike={1: 40.0}), W8A8)
-    table = scan.run(nodeid="a", tell=told.append)
-    assert len(told) == 1
-    assert told[0].startswith("8 layers, one pass each: about ")
+    kept: list[Sensitivity] = []
+    table = scan.run(nodeid="a", tell=told.append, record=kept.append)
+    assert re.fullmatch(r"8 layers, \d+\.\d s for the first: about \d+ s", *told)
+    assert [len(part.layers) for part in kept] == [*range(1, 9)]
+    assert kept[-1] == table
     assert table.layers[0]["name"] == "blocks.1.fc2"
     assert len(table.layers) == 8
     sqnr = [row["sqnr_db"] for row in table.layers]

@@ -48,6 +48,8 @@ class Forward:
         Raises:
             WorkloadError: one line, if the inputs are not like those of the workload.
         """
+        if args and kwargs:
+            raise self._error("forward takes positions or keywords, as inputs gives them, not both")
         given: Any = kwargs or args
         if isinstance(given, dict) and isinstance(self._model.inputs, Mapping):
             given = {k: given[k] for k in self._model.inputs if k in given} | given
@@ -85,7 +87,10 @@ class Forward:
         differing = {(len(like), len(t)) for t, like in pairs if t.shape != like.shape}
         if not differing:
             return 0, None
-        if len(differing) > 1:
+        [(batch, _), *_] = differing
+        # One that kept its size though its like counts samples does not belong to the others.
+        kept = any(t.shape == like.shape and len(like) == batch for t, like in pairs if t.dim())
+        if len(differing) > 1 or kept:
             raise self._error(
                 "the tensors of forward differ in their number of samples: "
                 + ", ".join(str(len(tensor)) for tensor, _ in pairs)

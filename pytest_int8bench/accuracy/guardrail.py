@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -67,7 +69,7 @@ class Guardrail:
         self.pool = pool
         self.limit = limit
         self._timer = timer
-        self._step = step
+        self.step = step
         self._evaluations: dict[_Key, list[Evaluation]] = {}
         self._baselines: dict[tuple[_Key, int, bool], Scores] = {}
         self._fitted: dict[tuple[_Key, int], Any] = {}
@@ -76,9 +78,22 @@ class Guardrail:
         self._forwards: weakref.WeakKeyDictionary[Model, Forward] = weakref.WeakKeyDictionary()
 
     def check(
-        self, workload: Workload, params: RunParams, *, nodeid: str, limit: Limit | None = None
+        self,
+        workload: Workload,
+        params: RunParams,
+        *,
+        nodeid: str,
+        limit: Limit | None = None,
+        record: Callable[[Accuracy], None] = lambda verdict: None,
     ) -> list[Accuracy]:
         """Judge the candidate of ``params``, compiled, against its baseline, compiled.
+
+        Args:
+            workload: what to judge.
+            params: the point of the candidate.
+            nodeid: identity of the verdicts.
+            limit: the largest drop that passes, instead of that of the guardrail.
+            record: called with each verdict as soon as it is there.
 
         Returns:
             One verdict for each evaluation of the workload. Without labels, and with random
@@ -101,25 +116,36 @@ class Guardrail:
         }
         evaluations = self.evaluations(workload, params)
         compared = not evaluations or common["random_weights"]
-        # While the baseline is there: it may have to make room.
+        verdicts: list[Accuracy] = []
+
+        def add(**values: Any) -> None:
+            verdicts.append(Accuracy(**common, **values))
+            record(verdicts[-1])
+
+        # All of the baseline first: it may have to make room for the candidate.
         outputs = self._baseline_outputs(workload, params) if compared else None
-        verdicts = []
+        spent_s = [
+            self._spent_s(partial(self.baseline_scores, workload, params, index))
+            for index in range(len(evaluations))
+        ]
+        candidate = self.candidate(workload, params)
+        candidate.evidence()
         for index, evaluation in enumerate(evaluations):
             before_s = self._scoring_s
             verdict = self.judge(workload, params, index, limit=limit)
-            verdicts.append(
-                Accuracy(
-                    **common,
-                    **_fields(verdict, evaluation.metric),
-                    reason=next_step(workload, params) if verdict.outcome == "FAIL" else None,
-                    seconds=self._scoring_s - before_s,
-                )
+            add(
+                **_fields(verdict, evaluation.metric),
+                reason=next_step(workload, params) if verdict.outcome == "FAIL" else None,
+                seconds=spent_s[index] + self._scoring_s - before_s,
             )
-        candidate = self.candidate(workload, params)
         if outputs is not None:
-            verdicts.append(Accuracy(**common, **_compared(candidate, *outputs)))
-        candidate.evidence()
+            add(**_compared(candidate, *outputs))
         return verdicts
+
+    def _spent_s(self, score: Callable[[], Any]) -> float:
+        before_s = self._scoring_s
+        score()
+        return self._scoring_s - before_s
 
     def evaluations(self, workload: Workload, params: RunParams) -> list[Evaluation]:
         """Return how the workload is judged at a point; an empty list for not at all.
@@ -165,6 +191,7 @@ class Guardrail:
     ) -> Scores:
         """Return the baseline's scores, computed once."""
         key = self._key(workload, params)
+        selection = selection and self.evaluations(workload, params)[index].selection is not None
         if (key, index, selection) not in self._baselines:
             self.pool.evict_other_candidate(workload, params)
             baseline = self.ready(workload, params.baseline())
@@ -179,7 +206,7 @@ class Guardrail:
         Args:
             model: the model.
             index: which evaluation of its workload.
-            selection: on the samples that remedies are chosen on.
+            selection: on the samples that remedies are chosen on, where the evaluation has some.
         """
         workload, params = model.workload, model.params
         evaluation = self.evaluations(workload, params)[index]
@@ -190,16 +217,13 @@ class Guardrail:
         arguments: tuple[Any, ...] = (forward,)
         key = (self._key(workload, params), index)
         start = time.perf_counter()
-        with self._step("evaluating", point_label(workload.name, params.run_name)):
-            if evaluation.fit is not None:
-                if key not in self._fitted:
-                    if params.int8_enabled:
-                        raise WorkloadError(
-                            f"workload {workload.name!r}: the baseline must be scored first"
-                        )
-                    self._fitted[key] = evaluation.fit(forward)
-                arguments = (forward, self._fitted[key])
+        with self.step("evaluating", point_label(workload.name, params.run_name)):
             try:
+                if evaluation.fit is not None:
+                    if key not in self._fitted:
+                        assert not params.int8_enabled, "the baseline is scored first"
+                        self._fitted[key] = evaluation.fit(forward)
+                    arguments = (forward, self._fitted[key])
                 found = _scores(score(*arguments), evaluation.metric)
             except Exception as error:
                 if not isinstance(error, ClearError) and oom_of(error) is None:
@@ -229,13 +253,14 @@ class Guardrail:
 
     def ready(self, workload: Workload, params: RunParams) -> Model:
         """Return a model, compiled and warm."""
-        model = built(self.pool, workload, params, self._step)
-        warmed(model, self._timer, self._step)
+        model = built(self.pool, workload, params, self.step)
+        warmed(model, self._timer, self.step)
         return model
 
     def _baseline_outputs(self, workload: Workload, params: RunParams) -> tuple[Any, Distance]:
         """Return the compiled baseline's outputs, and how far the eager baseline's are from them:
         the noise floor."""
+        self.pool.evict_other_candidate(workload, params)
         baseline = self.ready(workload, params.baseline())
         outputs = _outputs(baseline)
         with baseline.compiled.settings():
@@ -267,7 +292,8 @@ def _first(outputs: Any) -> Any:
     """Return the outputs of as many samples as are compared; encoders return gigabytes."""
     each = [t[0].numel() for t in tensors_of(outputs) if t.dim() > 0 and len(t)]
     samples = max(1, MAX_COMPARED // max(1, sum(each)))
-    return map_tensors(lambda t: t[:samples] if t.dim() > 0 else t, outputs)
+    # Copies: a view would keep all of it.
+    return map_tensors(lambda t: t[:samples].clone() if t.dim() > 0 else t, outputs)
 
 
 def judged(
@@ -322,6 +348,8 @@ def seen_drop(
     before, after = _paired(evaluation.metric, reference, candidate, rows)
     metric = evaluation.aggregate or np.mean
     base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
+    if not math.isfinite(drop):
+        raise ScoreError(f"{evaluation.metric}: scores must be finite, got a drop of {drop}")
     if limit.relative and base <= 0:
         raise ScoreError(f"{evaluation.metric}: must be over 0 for the baseline, got {base:g}")
     return (drop / base if limit.relative else drop), len(before)
@@ -388,14 +416,23 @@ def _scores(given: Any, metric: str) -> Scores:
                 f"{metric}: scores must return one score per sample or (ids, scores), got a tuple "
                 f"of {len(given)}"
             )
-        ids, given = np.asarray(_array(given[0])), given[1]
+        ids, given = _ids(given[0], metric), given[1]
     try:
-        values = np.asarray(_array(given), dtype=np.float64)
+        values = np.array(_array(given), dtype=np.float64)  # a copy: it may be used again
     except (TypeError, ValueError):
         raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}") from None
+    if values.ndim == 0:
+        raise ScoreError(f"{metric}: scores must be one per sample, got the number {values:g}")
     if ids is not None and len(ids) != len(values):
         raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
     return Scores(ids, values)
+
+
+def _ids(given: Any, metric: str) -> np.ndarray[Any, Any]:
+    ids = np.array(_array(given))
+    if ids.ndim != 1:
+        raise ScoreError(f"{metric}: ids must be a list of names or numbers, got {given!r:.40}")
+    return ids
 
 
 def _array(value: Any) -> Any:

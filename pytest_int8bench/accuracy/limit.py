@@ -24,7 +24,7 @@ class Limit:
         Raises:
             ValueError: one line, for anything else.
         """
-        match = _TEXT.fullmatch(text)
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(
                 f"must be a percentage such as 1% (relative) or 1pp (absolute), got {text!r}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.tensors import tensors_of
 
 #: Noise of a tenth of the signal's power.
@@ -48,14 +49,28 @@ class Distance:
         return values
 
 
+class OutputsError(ClearError, ValueError):
+    """Outputs that cannot be compared."""
+
+
 def distance(reference: Any, output: Any) -> Distance:
     """Compare the outputs of two models for the same batch.
 
     Args:
         reference: outputs with tensors, samples in their first dimension.
         output: outputs of the same shapes.
+
+    Raises:
+        OutputsError: one line, if there is nothing to compare.
     """
     ours, theirs = _rows(reference), _rows(output)
+    if ours.numel() == 0:
+        raise OutputsError(
+            "without labels, outputs are compared, and the model returns no floating tensor with "
+            "samples in its first dimension: give the workload an evaluation"
+        )
+    if not torch.isfinite(ours).any():
+        raise OutputsError("the baseline's outputs are NaN or infinite throughout")
     # inf - inf is NaN: what is not finite in both is left out of the figures.
     both = torch.isfinite(ours) & torch.isfinite(theirs)
     finite = bool((torch.isfinite(theirs) | ~torch.isfinite(ours)).all())
@@ -65,7 +80,8 @@ def distance(reference: Any, output: Any) -> Distance:
     logits = next(_floating(reference), None)
     top1 = None
     if logits is not None and logits.dim() == 2 and logits.shape[1] > 1:
-        same = logits.argmax(1) == next(_floating(output)).argmax(1)
+        finite_logits = next(_floating(output)).nan_to_num(nan=-math.inf)
+        same = logits.nan_to_num(nan=-math.inf).argmax(1) == finite_logits.argmax(1)
         top1 = float(same.double().mean())
     neighbours = None
     if len(a) >= MIN_NEIGHBOUR_SAMPLES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from pytest_int8bench.accuracy.guardrail import Guardrail, judged, seen_drop
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.accuracy.verdict import ALPHA
+from pytest_int8bench.accuracy.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.measure import oom_of, release
@@ -61,11 +61,22 @@ class Remedies:
     Args:
         guardrail: where models and scores come from.
         limit: the largest drop that passes.
+        record: called with the verdict after each rung.
+        tell: called with what is going to take long.
     """
 
-    def __init__(self, guardrail: Guardrail, limit: Limit) -> None:
+    def __init__(
+        self,
+        guardrail: Guardrail,
+        limit: Limit,
+        *,
+        record: Callable[[Accuracy], None] = lambda verdict: None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._guardrail = guardrail
         self._limit = limit
+        self._record = record
+        self._tell = tell
 
     def walk(
         self, workload: Workload, params: RunParams, index: int, verdict: Accuracy
@@ -89,14 +100,17 @@ class Remedies:
                 tried += self._climb(rung(workload, params), index)
             except Exception as error:
                 tried.append(_row(Trial(workload, params, name, "", "", problem=_expected(error))))
+            verdict = dataclasses.replace(verdict, remedies=list(tried))
+            self._record(verdict)
             if any(row["outcome"] == "PASS" for row in tried):
                 break
-        return dataclasses.replace(verdict, remedies=tried)
+        return verdict
 
     def _climb(self, trials: Iterator[Trial], index: int) -> Iterator[dict[str, Any]]:
         """Try a rung's trials, and certify the best of them."""
         found = []
         for trial in trials:
+            self._tell(f"trying {trial.rung} ({trial.setting})")
             found.append(self._select(trial, index))
             if trial.ordered and found[-1].drop <= MARGIN * self._limit.value:
                 break
@@ -127,7 +141,7 @@ class Remedies:
         if not _is_ours(workload):
             return
         scan = SensitivityScan(self._guardrail, workload, params)
-        ranked = [row["name"] for row in scan.run(nodeid="").layers]
+        ranked = [row["name"] for row in scan.run(nodeid="", tell=self._tell).layers]
         count = 1
         while count <= len(ranked) // 2:
             kept = frozenset(ranked[:count])
@@ -170,23 +184,19 @@ class Remedies:
         return dataclasses.replace(trial, drop=drop, samples=samples)
 
     def _certify(self, trial: Trial, index: int) -> dict[str, Any]:
-        """Judge the compiled model on the other samples, and measure what it costs."""
+        """Judge the compiled model on the other samples, by every metric of the workload, and
+        measure what it costs."""
         guardrail, workload, params = self._guardrail, trial.workload, trial.params
-        evaluation = guardrail.evaluations(workload, params)[index]
         try:
-            reference = guardrail.baseline_scores(workload, params, index)
-            candidate = guardrail.candidate(workload, params)
-            scores = guardrail.scores(candidate, index)
-            rows = None
-            if evaluation.selection is None:
-                rows = _halves(len(reference.values))[1]
-            verdict = judged(
-                evaluation, reference, scores, self._limit, alpha=ALPHA / RUNGS, rows=rows
-            )
-            candidate.evidence()
+            verdicts = [
+                self._judge(trial, number)
+                for number in range(len(guardrail.evaluations(workload, params)))
+            ]
+            guardrail.candidate(workload, params).evidence()
         except Exception as error:
             return {"problem": _expected(error)}
-        values = {
+        verdict = verdicts[index]
+        row: dict[str, Any] = {
             "outcome": verdict.outcome,
             "drop": verdict.drop,
             "drop_low": verdict.drop_low,
@@ -194,20 +204,37 @@ class Remedies:
             "samples": verdict.samples,
             "needed": verdict.needed,
         }
-        return values | self._speedup(workload, params)
+        for number, other in enumerate(verdicts):
+            if row["outcome"] == "PASS" and other.outcome != "PASS":
+                metric = guardrail.evaluations(workload, params)[number].metric
+                row |= {"outcome": other.outcome, "problem": f"{metric}: {other.outcome}"}
+        return row | self._speedup(workload, params)
 
-    def _speedup(self, workload: Workload, params: RunParams) -> dict[str, float]:
+    def _judge(self, trial: Trial, index: int) -> Verdict:
+        guardrail, workload, params = self._guardrail, trial.workload, trial.params
+        evaluation = guardrail.evaluations(workload, params)[index]
+        reference = guardrail.baseline_scores(workload, params, index)
+        scores = guardrail.scores(guardrail.candidate(workload, params), index)
+        chosen_on = evaluation.selection is None
+        return judged(
+            evaluation,
+            reference,
+            scores,
+            self._limit,
+            alpha=ALPHA / RUNGS,
+            rows=_halves(len(reference.values))[1] if chosen_on else None,
+        )
+
+    def _speedup(self, workload: Workload, params: RunParams) -> dict[str, Any]:
         try:
-            baseline = self._guardrail.ready(workload, params.baseline())
-            candidate = self._guardrail.ready(workload, params)
             speedup = interleave(
-                baseline, candidate, synchronized_perf_counter, params.benchmark_interval_s
+                self._guardrail.ready(workload, params.baseline()),
+                self._guardrail.ready(workload, params),
+                synchronized_perf_counter,
+                params.benchmark_interval_s,
             )
         except Exception as error:
-            if oom_of(error) is None:
-                raise
-            release(error)
-            return {}
+            return {"speed_problem": _expected(error)}
         return {
             "speedup": speedup.ratio,
             "speedup_low": speedup.low,

@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from pytest_int8bench.accuracy.guardrail import Guardrail, Scores
+from pytest_int8bench.accuracy.proxy import OutputsError
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import Model, ModelPool, calibration_inputs
 from pytest_int8bench.params import RunParams
@@ -56,14 +58,20 @@ class SensitivityScan:
         self.groups: dict[str, tuple[str, ...]] = grouped(names, by)
 
     def run(
-        self, *, nodeid: str, metric: bool = False, tell: Callable[[str], None] = lambda text: None
+        self,
+        *,
+        nodeid: str,
+        metric: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+        record: Callable[[Sensitivity], None] = lambda table: None,
     ) -> Sensitivity:
         """Measure every group.
 
         Args:
             nodeid: identity of the table.
             metric: score each on the samples for selection too, which takes longer.
-            tell: called with what it is going to cost, before it does.
+            tell: called with what the groups are going to cost.
+            record: called with the table after each group.
 
         Raises:
             WorkloadError: for ``metric`` where the workload has no labels.
@@ -77,28 +85,10 @@ class SensitivityScan:
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
-        begun = time.perf_counter()
         reference = [_eager(baseline, batch) for batch in batches]
         scores = self._scores() if metric else None
-        once_s = time.perf_counter() - begun
-        tell(
-            f"{len(self.groups)} {self._by}s, one pass each: about "
-            f"{len(self.groups) * once_s:.0f} s if a pass takes as long as the baseline's"
-        )
-        rows = []
-        for name, layers in self.groups.items():
-            model = self._pool.variant(self._only(layers), self._params)
-            row: dict[str, Any] = {
-                "name": name,
-                "layers": list(layers),
-                "sqnr_db": _sqnr_db(reference, [_eager(model, batch) for batch in batches]),
-            }
-            if scores is not None:
-                row |= self._loss(model, scores)
-            rows.append(row)
-            del model
-        samples = sum(_samples(batch) for batch in reference)
-        return Sensitivity(
+        samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
+        table = Sensitivity(
             nodeid=nodeid,
             workload=self._workload.name,
             run_name=self._params.run_name,
@@ -106,9 +96,43 @@ class SensitivityScan:
             by=self._by,
             metric=evaluations[0].metric if metric else None,
             samples=len(scores.values) if scores is not None else samples,
-            layers=sorted(rows, key=_badness, reverse=True),
-            seconds=time.perf_counter() - start,
+            layers=[],
         )
+        for count, (name, layers) in enumerate(self.groups.items()):
+            begun = time.perf_counter()
+            row = self._row(name, layers, batches, reference, scores)
+            table = dataclasses.replace(
+                table,
+                layers=sorted([*table.layers, row], key=_badness, reverse=True),
+                seconds=time.perf_counter() - start,
+            )
+            record(table)
+            if count == 0:
+                each_s = time.perf_counter() - begun
+                number = len(self.groups)
+                kind = self._by if number == 1 else f"{self._by}s"
+                tell(
+                    f"{number} {kind}, {each_s:.1f} s for the first: about {number * each_s:.0f} s"
+                )
+        return table
+
+    def _row(
+        self,
+        name: str,
+        layers: tuple[str, ...],
+        batches: Sequence[Any],
+        reference: Sequence[list[torch.Tensor]],
+        scores: Scores | None,
+    ) -> dict[str, Any]:
+        """Return what one group loses, when it alone is quantized."""
+        model = self._pool.variant(self._only(layers), self._params)
+        signal = noise = 0.0
+        for batch, ours in zip(batches, reference, strict=True):
+            for a, b in zip(ours, _eager(model, batch), strict=True):
+                signal += float(a.square().sum(dtype=torch.float64))
+                noise += float((a - b).square().sum(dtype=torch.float64))
+        row = {"name": name, "layers": list(layers), "sqnr_db": _sqnr_db(signal, noise)}
+        return row if scores is None else row | self._loss(model, scores)
 
     def _only(self, layers: Collection[str]) -> Workload:
         chosen = frozenset(layers)
@@ -152,28 +176,19 @@ def _block(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
-def _eager(model: Model, batch: Any) -> Any:
+def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.settings():
-        return [t.double() for t in tensors_of(call(model.eager, batch)) if t.is_floating_point()]
+        return [t.float() for t in tensors_of(call(model.eager, batch)) if t.is_floating_point()]
 
 
-def _sqnr_db(reference: list[Any], outputs: list[Any]) -> float | None:
-    """Return power of the reference over power of the difference, over all batches, in dB; None
-    for equal outputs."""
-    signal = noise = 0.0
-    for ours, theirs in zip(reference, outputs, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            signal += float(a.square().sum())
-            noise += float((a - b).square().sum())
-    if not math.isfinite(noise):
-        return -math.inf
+def _sqnr_db(signal: float, noise: float) -> float | None:
+    """Return the power of the reference over that of the difference in dB; None for equal
+    outputs."""
+    if not math.isfinite(signal + noise):
+        raise OutputsError("the outputs hold NaN or infinity: layers cannot be ranked")
     return None if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-
-
-def _samples(outputs: Any) -> int:
-    return len(outputs[0]) if outputs and outputs[0].dim() else 0
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float]:
     sqnr = row["sqnr_db"]
-    return (row.get("drop", 0.0), math.inf * -1 if sqnr is None else -sqnr)
+    return (row.get("drop", 0.0), -math.inf if sqnr is None else -sqnr)

@@ -74,7 +74,7 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
             f"    {row['outcome']}: drop {row['drop']:.2%} [{row['drop_low']:.2%}, "
             f"{row['drop_high']:.2%}] on {row['samples']} others"
         )
-        lines[-1] += f", {_cost(row)}"
+        lines[-1] += f", {_cost(row)}" + (f"; {row['problem']}" if row["problem"] else "")
     passed = [row for row in tried if row["outcome"] == "PASS"]
     for row in passed:
         lines.append("  remedy:")
@@ -86,7 +86,7 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cost(row: Mapping[str, Any]) -> str:
     if row.get("speedup") is None:
-        return "speed not measured: it does not fit in memory together with its baseline"
+        return f"speed not measured: {row.get('speed_problem')}"
     low, high = row["speedup_low"], row["speedup_high"]
     return f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}] the speed of BF16"
 

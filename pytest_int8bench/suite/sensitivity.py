@@ -36,6 +36,7 @@ def run(*, by: str, metric: bool, json: Path | None, pytest_args: Sequence[str])
     arguments = [
         f"-c={_SUITE / 'pytest.ini'}",
         "--no-header",
+        "--int8-set=compile_mode=off",  # layers run eagerly; the user's own comes later and wins
         str(_SUITE / "test_sensitivity.py"),
         *([f"--benchmark-json={json}"] if json is not None else []),
         *pytest_args,
