@@ -218,6 +218,27 @@ def test_the_limit_is_the_sessions_or_the_tests(
     assert [v.limit for v in saved.accuracy] == ["10pp", "20%"]
 
 
+def test_remedies_are_walked_on_request(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOST", str(LOST))
+    result, saved = run(project, "test_accuracy.py", "--int8-remedy", "-k", W8A8)
+    result.assert_outcomes(failed=1)
+    # Of this workload every INT8 model loses 2 %.
+    result.stdout.fnmatch_lines(
+        [
+            f"int8bench: remedies for {W8A8}: trying SmoothQuant (alpha=0.3)",
+            f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 2.00% *",
+            "  tried SmoothQuant (alpha=0.3): drop 2.* on 500 samples for selection",
+            "  tried BF16 for the worst layers (fc?): drop 2.* on 500 samples for selection",
+            "  tried weights only (w8): drop 2.* on 500 samples for selection",
+            "  remedy: none of these passes",
+        ]
+    )
+    [verdict] = saved.accuracy
+    assert [row["outcome"] for row in verdict.remedies] == [None] * 8
+
+
 def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
     project.makepyfile(
         toy=TOY.replace("return np.arange(SAMPLES), right", "return next(SCORES)(right)").replace(
@@ -323,6 +344,7 @@ def test_layers_are_ranked_in_a_test_and_by_the_command(
     args = ("--int8-workload=toy.py:make", "--by=block", f"--json={project.path / 'layers.json'}")
     done = project.run(command, "sensitivity", *args, *SMOKE)
     assert done.ret == 0
+    assert "warnings summary" not in done.stdout.str()
     done.stdout.fnmatch_lines(["INT8 in one block alone SQNR dB", "fc? *"])
     [table] = read(project.path / "layers.json").sensitivity
     assert (table.by, table.metric, len(table.layers)) == ("block", None, 2)

@@ -16,7 +16,7 @@ class _Scan:
     def __init__(self, by: str, metric: bool) -> None:
         self._asked = {"by": by, "metric": metric}
 
-    @pytest.fixture(scope="session")
+    @pytest.fixture
     def int8_scan(self) -> dict[str, object]:
         return self._asked
 
@@ -36,6 +36,7 @@ def run(*, by: str, metric: bool, json: Path | None, pytest_args: Sequence[str])
     arguments = [
         f"-c={_SUITE / 'pytest.ini'}",
         "--no-header",
+        "-W=ignore::pytest.PytestAssertRewriteWarning",  # this package is loaded already
         "--int8-set=compile_mode=off",  # layers run eagerly; the user's own comes later and wins
         str(_SUITE / "test_sensitivity.py"),
         *([f"--benchmark-json={json}"] if json is not None else []),
