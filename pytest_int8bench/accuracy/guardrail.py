@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.proxy import Distance, distance, problem
-from pytest_int8bench.accuracy.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.accuracy.scores import Scores, judged, read_scores
+from pytest_int8bench.accuracy.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure import Timer, oom_of, release
@@ -38,14 +36,6 @@ _Key: TypeAlias = tuple[Key, Any]
 
 class AccuracyError(ClearError, AssertionError):
     """A candidate lost too much, or it cannot be excluded that it did."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One score per sample, or with ``aggregate`` one row per image."""
-
-    ids: np.ndarray[Any, Any] | None
-    values: np.ndarray[Any, Any]
 
 
 class Guardrail:
@@ -224,7 +214,7 @@ class Guardrail:
                         assert not params.int8_enabled, "the baseline is scored first"
                         self._fitted[key] = evaluation.fit(forward)
                     arguments = (forward, self._fitted[key])
-                found = _scores(score(*arguments), evaluation.metric)
+                found = read_scores(score(*arguments), evaluation.metric)
             except Exception as error:
                 if not isinstance(error, ClearError) and oom_of(error) is None:
                     error.add_note(
@@ -296,78 +286,6 @@ def _first(outputs: Any) -> Any:
     return map_tensors(lambda t: t[:samples].clone() if t.dim() > 0 else t, outputs)
 
 
-def judged(
-    evaluation: Evaluation,
-    reference: Scores,
-    candidate: Scores,
-    limit: Limit,
-    *,
-    alpha: float = ALPHA,
-    rows: np.ndarray[Any, Any] | None = None,
-) -> Verdict:
-    """Judge the scores of one evaluation.
-
-    Args:
-        evaluation: where they are from.
-        reference: the baseline's.
-        candidate: the candidate's, of the same samples in the same order.
-        limit: the largest drop that passes.
-        alpha: level of each one-sided bound.
-        rows: indices of the samples to judge, all by default.
-
-    Raises:
-        ScoreError: one line, if the samples are not the same or cannot be judged.
-    """
-    before, after = _paired(evaluation.metric, reference, candidate, rows)
-    return judge(
-        before,
-        after,
-        limit,
-        alpha=alpha,
-        aggregate=evaluation.aggregate,
-        worst=evaluation.worst,
-        metric=evaluation.metric,
-    )
-
-
-def seen_drop(
-    evaluation: Evaluation,
-    reference: Scores,
-    candidate: Scores,
-    limit: Limit,
-    *,
-    rows: np.ndarray[Any, Any] | None = None,
-) -> tuple[float, int]:
-    """Return the drop as seen, in the limit's terms, and the number of samples; for a choice
-    between candidates, not for a verdict. Arguments are those of :func:`judged`.
-
-    Raises:
-        ScoreError: one line, if the samples are not the same, or the baseline's metric is not
-            above 0 with a relative limit.
-    """
-    before, after = _paired(evaluation.metric, reference, candidate, rows)
-    metric = evaluation.aggregate or np.mean
-    base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
-    if not math.isfinite(drop):
-        raise ScoreError(f"{evaluation.metric}: scores must be finite, got a drop of {drop}")
-    if limit.relative and base <= 0:
-        raise ScoreError(f"{evaluation.metric}: must be over 0 for the baseline, got {base:g}")
-    return (drop / base if limit.relative else drop), len(before)
-
-
-def _paired(
-    metric: str, reference: Scores, candidate: Scores, rows: np.ndarray[Any, Any] | None
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    _check_ids(metric, reference.ids, candidate.ids)
-    before, after = reference.values, candidate.values
-    if len(before) != len(after):
-        raise ScoreError(
-            f"{metric}: both models must score the same samples, got {len(before)} scores for the "
-            f"baseline and {len(after)} for the candidate"
-        )
-    return (before, after) if rows is None else (before[rows], after[rows])
-
-
 def has_random_weights(workload: Workload, weights: str) -> bool:
     """Say whether the model is one of a library that was not trained. What a workload of the
     user's builds is theirs to know."""
@@ -406,56 +324,6 @@ def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
         "needed": verdict.needed,
         "method": verdict.method,
     }
-
-
-def _scores(given: Any, metric: str) -> Scores:
-    ids = None
-    if isinstance(given, tuple):
-        if len(given) != 2:
-            raise ScoreError(
-                f"{metric}: scores must return one score per sample or (ids, scores), got a tuple "
-                f"of {len(given)}"
-            )
-        ids, given = _ids(given[0], metric), given[1]
-    try:
-        values = np.array(_array(given), dtype=np.float64)  # a copy: it may be used again
-    except (TypeError, ValueError):
-        raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}") from None
-    if values.ndim == 0:
-        raise ScoreError(f"{metric}: scores must be one per sample, got the number {values:g}")
-    if ids is not None and len(ids) != len(values):
-        raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
-    return Scores(ids, values)
-
-
-def _ids(given: Any, metric: str) -> np.ndarray[Any, Any]:
-    ids = np.array(_array(given))
-    if ids.ndim != 1:
-        raise ScoreError(f"{metric}: ids must be a list of names or numbers, got {given!r:.40}")
-    return ids
-
-
-def _array(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.is_floating_point() else value).numpy()
-    return value
-
-
-def _check_ids(metric: str, reference: Any, candidate: Any) -> None:
-    if (reference is None) != (candidate is None):
-        raise ScoreError(f"{metric}: scores gave ids for one model and none for the other")
-    if reference is None or len(reference) != len(candidate):
-        return  # other lengths are said by the judge
-    if len(set(reference.tolist())) != len(reference):
-        raise ScoreError(f"{metric}: scores gave an id more than once")
-    differing = np.flatnonzero(reference != candidate)
-    if len(differing):
-        at = differing[0]
-        raise ScoreError(
-            f"{metric}: samples must come in the same order for both models: sample {at} is "
-            f"{reference[at]} for the baseline and {candidate[at]} for the candidate"
-        )
 
 
 def _on_device(inputs: Any, device: torch.device) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pytest_int8bench.accuracy.guardrail import Guardrail, judged, seen_drop
+from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.scores import judged, seen_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.accuracy.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytest_int8bench.accuracy.guardrail import Guardrail, Scores
+from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.proxy import OutputsError
+from pytest_int8bench.accuracy.scores import Scores
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import Model, ModelPool, calibration_inputs
 from pytest_int8bench.params import RunParams

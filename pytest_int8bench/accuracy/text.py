@@ -35,13 +35,14 @@ def describe(verdict: Accuracy) -> list[str]:
         f"{100 * (value or 0):.2f}{unit}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
+    dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
     lines = [
         (
             f"{verdict.outcome}: {name}: {verdict.metric} dropped by {drop} [{low}, {high}], "
             f"limit {verdict.limit}{check}"
         ),
         (
-            f"  BF16 {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
+            f"  {dtype} {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
             f"samples: {verdict.lost} got worse, {verdict.gained} better (one-sided 95 % bounds)"
         ),
     ]
@@ -88,7 +89,7 @@ def _cost(row: Mapping[str, Any]) -> str:
     if row.get("speedup") is None:
         return f"speed not measured: {row.get('speed_problem')}"
     low, high = row["speedup_low"], row["speedup_high"]
-    return f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}] the speed of BF16"
+    return f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}] the speed of the baseline"
 
 
 def describe_distance(verdict: Accuracy) -> str:

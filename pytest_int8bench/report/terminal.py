@@ -117,7 +117,7 @@ def _accuracy_table(verdicts: list[Accuracy]) -> Table:
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
         "samples": lambda v: f"{v.samples:,}",
-        "BF16": lambda v: _score(v.baseline),
+        "baseline": lambda v: _score(v.baseline),
         "INT8": lambda v: _score(v.candidate),
         "drop [one-sided 95 %]": _drop,
         "worse/better": lambda v: f"{v.lost}/{v.gained}",

@@ -1,0 +1,149 @@
+"""What evaluations return: read, checked that both models scored the same samples, judged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.workloads import Evaluation
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score per sample, or with ``aggregate`` one row per image."""
+
+    ids: np.ndarray[Any, Any] | None
+    values: np.ndarray[Any, Any]
+
+
+def read_scores(given: Any, metric: str) -> Scores:
+    """Read what ``Evaluation.scores`` returned: one score per sample, or ``(ids, scores)``.
+
+    Raises:
+        ScoreError: one line, if it is anything else.
+    """
+    ids = None
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise ScoreError(
+                f"{metric}: scores must return one score per sample or (ids, scores), got a tuple "
+                f"of {len(given)}"
+            )
+        ids, given = _ids(given[0], metric), given[1]
+    try:
+        values = np.array(_array(given), dtype=np.float64)  # a copy: it may be used again
+    except (TypeError, ValueError):
+        raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}") from None
+    if values.ndim == 0:
+        raise ScoreError(f"{metric}: scores must be one per sample, got the number {values:g}")
+    if ids is not None and len(ids) != len(values):
+        raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
+    return Scores(ids, values)
+
+
+def _ids(given: Any, metric: str) -> np.ndarray[Any, Any]:
+    ids = np.array(_array(given))
+    if ids.ndim != 1:
+        raise ScoreError(f"{metric}: ids must be a list of names or numbers, got {given!r:.40}")
+    return ids
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()
+    return value
+
+
+def _check_ids(metric: str, reference: Any, candidate: Any) -> None:
+    if (reference is None) != (candidate is None):
+        raise ScoreError(f"{metric}: scores gave ids for one model and none for the other")
+    if reference is None or len(reference) != len(candidate):
+        return  # other lengths are said by the judge
+    if len(set(reference.tolist())) != len(reference):
+        raise ScoreError(f"{metric}: scores gave an id more than once")
+    differing = np.flatnonzero(reference != candidate)
+    if len(differing):
+        at = differing[0]
+        raise ScoreError(
+            f"{metric}: samples must come in the same order for both models: sample {at} is "
+            f"{reference[at]} for the baseline and {candidate[at]} for the candidate"
+        )
+
+
+def judged(
+    evaluation: Evaluation,
+    reference: Scores,
+    candidate: Scores,
+    limit: Limit,
+    *,
+    alpha: float = ALPHA,
+    rows: np.ndarray[Any, Any] | None = None,
+) -> Verdict:
+    """Judge the scores of one evaluation.
+
+    Args:
+        evaluation: where they are from.
+        reference: the baseline's.
+        candidate: the candidate's, of the same samples in the same order.
+        limit: the largest drop that passes.
+        alpha: level of each one-sided bound.
+        rows: indices of the samples to judge, all by default.
+
+    Raises:
+        ScoreError: one line, if the samples are not the same or cannot be judged.
+    """
+    before, after = _paired(evaluation.metric, reference, candidate, rows)
+    return judge(
+        before,
+        after,
+        limit,
+        alpha=alpha,
+        aggregate=evaluation.aggregate,
+        worst=evaluation.worst,
+        metric=evaluation.metric,
+    )
+
+
+def seen_drop(
+    evaluation: Evaluation,
+    reference: Scores,
+    candidate: Scores,
+    limit: Limit,
+    *,
+    rows: np.ndarray[Any, Any] | None = None,
+) -> tuple[float, int]:
+    """Return the drop as seen, in the limit's terms, and the number of samples; for a choice
+    between candidates, not for a verdict. Arguments are those of :func:`judged`.
+
+    Raises:
+        ScoreError: one line, if the samples are not the same, or the baseline's metric is not
+            above 0 with a relative limit.
+    """
+    before, after = _paired(evaluation.metric, reference, candidate, rows)
+    metric = evaluation.aggregate or np.mean
+    base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
+    if not math.isfinite(drop):
+        raise ScoreError(f"{evaluation.metric}: scores must be finite, got a drop of {drop}")
+    if limit.relative and base <= 0:
+        raise ScoreError(f"{evaluation.metric}: must be over 0 for the baseline, got {base:g}")
+    return (drop / base if limit.relative else drop), len(before)
+
+
+def _paired(
+    metric: str, reference: Scores, candidate: Scores, rows: np.ndarray[Any, Any] | None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    _check_ids(metric, reference.ids, candidate.ids)
+    before, after = reference.values, candidate.values
+    if len(before) != len(after):
+        raise ScoreError(
+            f"{metric}: both models must score the same samples, got {len(before)} scores for the "
+            f"baseline and {len(after)} for the candidate"
+        )
+    return (before, after) if rows is None else (before[rows], after[rows])
