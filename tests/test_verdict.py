@@ -694,7 +694,7 @@ GOOD = [0.5, 0.6, 0.7]
             GOOD,
             GOOD[:2],
             {},
-            "iou: reference and candidate must score the same samples, got shapes (3,) and (2,)",
+            "iou: baseline and candidate must score the same samples, got shapes (3,) and (2,)",
         ),
         (
             GOOD,
@@ -706,9 +706,9 @@ GOOD = [0.5, 0.6, 0.7]
             [math.nan, 0.5, 0.5],
             GOOD,
             {},
-            "iou: scores must be finite, the reference has 1 that are not",
+            "iou: scores must be finite, the baseline has 1 that are not",
         ),
-        (["a", "b"], GOOD, {}, "iou: scores must be numbers, the reference has <U1"),
+        (["a", "b"], GOOD, {}, "iou: scores must be numbers, the baseline has <U1"),
         ([0.5], [0.5], {}, "iou: needs at least 2 samples, got 1"),
         (0.5, 0.5, {}, "iou: needs at least 2 samples, got 1"),
         (
@@ -727,7 +727,7 @@ GOOD = [0.5, 0.6, 0.7]
             [0.0, 0.0, 0.0],
             [1.0, 0.0, 0.0],
             {},
-            "iou: a relative limit (1%) needs a reference metric over 0, got 0",
+            "iou: a relative limit (1%) needs a baseline metric over 0, got 0",
         ),
         (
             GOOD,
@@ -739,7 +739,7 @@ GOOD = [0.5, 0.6, 0.7]
             GOOD,
             GOOD,
             {"worst": 0.55},
-            "iou: scores must be at least 0.55, the reference has 0.5",
+            "iou: scores must be at least 0.55, the baseline has 0.5",
         ),
         (
             GOOD,
@@ -769,7 +769,7 @@ GOOD = [0.5, 0.6, 0.7]
             [0.5, [0.5]],
             GOOD,
             {},
-            "iou: the reference's scores are not an array: setting an array element with a ",
+            "iou: the baseline's scores are not an array: setting an array element with a ",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def judge(
         test, method, metrics, moved = _jackknifed(pairs, limit, alpha, aggregate, metric)
     if limit.relative and metrics[0] <= 0:
         raise ScoreError(
-            f"{metric}: a relative limit ({limit}) needs a reference metric over 0, "
+            f"{metric}: a relative limit ({limit}) needs a baseline metric over 0, "
             f"got {metrics[0]:g}"
         )
     drop = (metrics[0] - metrics[1]) / (metrics[0] if limit.relative else 1.0)
@@ -168,7 +168,7 @@ def _pairs(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both models' scores as arrays of the same shape with finite numbers."""
     arrays = []
-    for name, scores in (("reference", reference), ("candidate", candidate)):
+    for name, scores in (("baseline", reference), ("candidate", candidate)):
         try:
             array = np.asarray(scores)
         except (TypeError, ValueError) as error:
@@ -181,7 +181,7 @@ def _pairs(
     first, second = arrays
     if first.shape != second.shape:
         raise ScoreError(
-            f"{metric}: reference and candidate must score the same samples, "
+            f"{metric}: baseline and candidate must score the same samples, "
             f"got shapes {first.shape} and {second.shape}"
         )
     if first.ndim == 0 or len(first) < 2:
@@ -201,7 +201,7 @@ def _plain(
             f"{metric}: needs one score per sample or an aggregate, got shape {pairs[0].shape}"
         )
     reference, candidate = (array.astype(np.float64) for array in pairs)
-    for name, scores in (("reference", reference), ("candidate", candidate)):
+    for name, scores in (("baseline", reference), ("candidate", candidate)):
         if scores.min() < worst:
             raise ScoreError(
                 f"{metric}: scores must be at least {worst:g}, the {name} has {scores.min():g}"
