@@ -183,7 +183,7 @@ def int8_guardrail(
             pytest.skip("nothing to compare: the point is a baseline")
         if state.xdist_worker:
             pytest.skip("not judged: under xdist, run with -n0")
-        limit = _limit(max_drop or state.settings.max_drop)
+        limit = _limit(max_drop) if max_drop else state.settings.max_drop
         action = state.settings.inconclusive
         verdicts: list[Accuracy] = []
 

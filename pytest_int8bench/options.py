@@ -190,8 +190,8 @@ class Settings:
     filter: str | None = None
     baseline: bool = True
     """Add BF16 twins and measure the speedup."""
-    max_drop: str = "1%"
-    """Largest drop of a metric, ``1%`` relative or ``1pp`` absolute."""
+    max_drop: Limit = field(default_factory=lambda: Limit.parse("1%"))
+    """Largest drop of a metric."""
     inconclusive: str = "fail"
     """``fail``, ``warn`` or ``skip``."""
     eval_data: Path | None = None
@@ -303,7 +303,7 @@ def _read_weights(text: str) -> dict[str, Any]:
 
 
 def _read_max_drop(text: str) -> dict[str, Any]:
-    return {"max_drop": str(Limit.parse(text))}
+    return {"max_drop": Limit.parse(text)}
 
 
 def _read_inconclusive(text: str) -> dict[str, Any]:

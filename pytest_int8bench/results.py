@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 SCHEMA = 1
 _ACCURACY, _SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
@@ -40,14 +40,49 @@ def point_label(workload: str, run_name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One finished point. A quantity that was not measured is None."""
+class Record:
+    """What is saved of one test at one point."""
+
+    KIND: ClassVar[str]
+    """What it is called in errors."""
 
     nodeid: str
     """pytest node id; with ``workload`` the identity across commits."""
     workload: str
     run_name: str
     params: dict[str, Any]
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What stays the same across commits: node id and workload name."""
+        return (self.nodeid, self.workload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is nothing of this kind.
+        """
+        if not isinstance(values, Mapping):
+            raise SchemaError(f"not {cls.KIND}: {values!r}")
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except (TypeError, ValueError) as error:
+            raise SchemaError(f"not {cls.KIND}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Record):
+    """One finished point. A quantity that was not measured is None."""
+
+    KIND = "a result"
+
     status: str = "ok"
     """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
     reason: str | None = None
@@ -118,33 +153,17 @@ class Result:
         """The point ran out of memory, which is a result."""
         return self.status == "oom"
 
-    @property
-    def identity(self) -> tuple[str, str]:
-        """What stays the same across commits: node id and workload name."""
-        return (self.nodeid, self.workload)
-
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, and ``oom``."""
-        return {**dataclasses.asdict(self), "oom": self.oom}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Result:
-        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
-
-        Raises:
-            SchemaError: if ``values`` is not a result.
-        """
-        return _from_dict(cls, values, "a result")
+        return {**super().to_dict(), "oom": self.oom}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accuracy:
+class Accuracy(Record):
     """One verdict: a metric of a candidate against its baseline's."""
 
-    nodeid: str
-    workload: str
-    run_name: str
-    params: dict[str, Any]
+    KIND = "a verdict"
+
     metric: str
     """Name of the metric; ``outputs`` where there are no labels."""
     outcome: str
@@ -191,32 +210,17 @@ class Accuracy:
         return self.random_weights and self.metric != NO_LABELS
 
     @property
-    def identity(self) -> tuple[str, str, str]:
+    def identity(self) -> tuple[str, ...]:
         """What stays the same across commits: node id, workload name and metric."""
         return (self.nodeid, self.workload, self.metric)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Accuracy:
-        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
-
-        Raises:
-            SchemaError: if ``values`` is not a verdict.
-        """
-        return _from_dict(cls, values, "a verdict")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Sensitivity:
+class Sensitivity(Record):
     """What each layer, or block, of a model costs when it alone is quantized."""
 
-    nodeid: str
-    workload: str
-    run_name: str
-    params: dict[str, Any]
+    KIND = "a table of layers"
+
     by: str
     """``layer`` or ``block``."""
     metric: str | None = None
@@ -227,24 +231,6 @@ class Sensitivity:
     """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
     outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
     seconds: float | None = None
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        """What stays the same across commits: node id and workload name."""
-        return (self.nodeid, self.workload)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
-        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
-
-        Raises:
-            SchemaError: if ``values`` is not such a table.
-        """
-        return _from_dict(cls, values, "a table of layers")
 
 
 @dataclass(frozen=True)
@@ -267,7 +253,7 @@ class Saved:
         }
 
 
-_Record = TypeVar("_Record", Result, Accuracy, Sensitivity)
+_Record = TypeVar("_Record", bound=Record)
 
 
 class Journal:
@@ -431,19 +417,6 @@ def _read_journal(path: Path, text: str) -> Saved:
         latest(map(Accuracy.from_dict, kept[_ACCURACY])),
         latest(map(Sensitivity.from_dict, kept[_SENSITIVITY])),
     )
-
-
-_T = TypeVar("_T")
-
-
-def _from_dict(cls: type[_T], values: Any, what: str) -> _T:
-    if not isinstance(values, Mapping):
-        raise SchemaError(f"not {what}: {values!r}")
-    names = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    try:
-        return cls(**{name: value for name, value in values.items() if name in names})
-    except (TypeError, ValueError) as error:
-        raise SchemaError(f"not {what}: {error}") from None
 
 
 def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:

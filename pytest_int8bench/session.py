@@ -132,11 +132,10 @@ class State:
         """Return what judges accuracy."""
         if self._guardrail is None:
             from pytest_int8bench.accuracy.guardrail import Guardrail
-            from pytest_int8bench.accuracy.limit import Limit
             from pytest_int8bench.progress import terminal_steps
 
             self._guardrail = Guardrail(
-                self.pool(), Limit.parse(self.settings.max_drop), step=terminal_steps(self._config)
+                self.pool(), self.settings.max_drop, step=terminal_steps(self._config)
             )
         return self._guardrail
 

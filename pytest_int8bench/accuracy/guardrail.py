@@ -294,7 +294,7 @@ def has_random_weights(workload: Workload, weights: str) -> bool:
 
 def next_step(workload: Workload, params: RunParams) -> str:
     """Return what to try when accuracy dropped too much."""
-    if workload.quant_config is not None or workload.prequantized:
+    if workload.brings_quantization:
         step = "keep the layers that `int8bench sensitivity` ranks first in BF16"
     elif params.int8_mode == "w8a8" and not params.int8_smoothquant:
         step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"

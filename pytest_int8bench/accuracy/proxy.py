@@ -76,7 +76,7 @@ def distance(reference: Any, output: Any) -> Distance:
     finite = bool((torch.isfinite(theirs) | ~torch.isfinite(ours)).all())
     a, b = ours.where(both, 0.0), theirs.where(both, 0.0)
     signal, noise = float(a.square().sum()), float((a - b).square().sum())
-    sqnr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    sqnr = sqnr_db(signal, noise)
     logits = next(_floating(reference), None)
     top1 = None
     if logits is not None and logits.dim() == 2 and logits.shape[1] > 1:
@@ -92,6 +92,12 @@ def distance(reference: Any, output: Any) -> Distance:
         neighbours = sum(shared) / (NEIGHBOURS * len(shared))
     cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean())
     return Distance(len(a), finite, cosine, sqnr, top1, neighbours)
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Return the power of a reference over that of the difference from it, in dB; infinite for
+    equal outputs."""
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def problem(candidate: Distance, floor: Distance) -> str | None:

@@ -125,7 +125,7 @@ class Remedies:
     # -- the ladder -------------------------------------------------------------------------
 
     def _smoothquant(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
-        if params.int8_mode != "w8a8" or not _is_ours(workload):
+        if params.int8_mode != "w8a8" or workload.brings_quantization:
             return
         for alpha in ALPHAS:
             yield Trial(
@@ -139,7 +139,7 @@ class Remedies:
             )
 
     def _without_worst_layers(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
-        if not _is_ours(workload):
+        if workload.brings_quantization:
             return
         scan = SensitivityScan(self._guardrail, workload, params)
         ranked = [row["name"] for row in scan.run(nodeid="", tell=self._tell).layers]
@@ -157,7 +157,7 @@ class Remedies:
             count *= 2
 
     def _weights_only(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
-        if params.int8_mode != "w8" and _is_ours(workload):
+        if params.int8_mode != "w8" and not workload.brings_quantization:
             yield Trial(
                 workload,
                 params.replace(int8_mode="w8", int8_smoothquant=False),
@@ -171,14 +171,13 @@ class Remedies:
     def _select(self, trial: Trial, index: int) -> Trial:
         guardrail = self._guardrail
         evaluation = guardrail.evaluations(trial.workload, trial.params)[index]
-        split = evaluation.selection is not None
         try:
             reference = guardrail.baseline_scores(
-                trial.workload, trial.params, index, selection=split
+                trial.workload, trial.params, index, selection=True
             )
             model = guardrail.pool.variant(trial.workload, trial.params)
-            scores = guardrail.scores(model, index, selection=split)
-            rows = None if split else _halves(len(reference.values))[0]
+            scores = guardrail.scores(model, index, selection=True)
+            rows = None if evaluation.selection else _halves(len(reference.values))[0]
             drop, samples = seen_drop(evaluation, reference, scores, self._limit, rows=rows)
         except Exception as error:
             return dataclasses.replace(trial, problem=_expected(error))
@@ -216,14 +215,13 @@ class Remedies:
         evaluation = guardrail.evaluations(workload, params)[index]
         reference = guardrail.baseline_scores(workload, params, index)
         scores = guardrail.scores(guardrail.candidate(workload, params), index)
-        chosen_on = evaluation.selection is None
         return judged(
             evaluation,
             reference,
             scores,
             self._limit,
             alpha=ALPHA / RUNGS,
-            rows=_halves(len(reference.values))[1] if chosen_on else None,
+            rows=None if evaluation.selection else _halves(len(reference.values))[1],
         )
 
     def _speedup(self, workload: Workload, params: RunParams) -> dict[str, Any]:
@@ -270,11 +268,6 @@ def _expected(error: Exception) -> str:
     text = first_line(error)
     release(error)
     return text
-
-
-def _is_ours(workload: Workload) -> bool:
-    """Say whether the plugin chooses how the workload is quantized."""
-    return workload.quant_config is None and not workload.prequantized
 
 
 def _without(workload: Workload, kept: frozenset[str]) -> Workload:

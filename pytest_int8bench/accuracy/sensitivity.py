@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
-from pytest_int8bench.accuracy.proxy import OutputsError
-from pytest_int8bench.accuracy.scores import Scores
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.proxy import OutputsError, sqnr_db
+from pytest_int8bench.accuracy.scores import Scores, seen_drop
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import Model, ModelPool, calibration_inputs
 from pytest_int8bench.params import RunParams
@@ -23,6 +23,7 @@ from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads import Workload
 
 BY = ("layer", "block")
+_POINTS = Limit(1.0, relative=False)  # drops are differences here
 
 
 class SensitivityScan:
@@ -44,7 +45,7 @@ class SensitivityScan:
     ) -> None:
         if by not in BY:
             raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
-        if workload.prequantized or workload.quant_config is not None:
+        if workload.brings_quantization:
             raise WorkloadError(
                 f"workload {workload.name!r} brings its own quantization: its layers cannot be "
                 "quantized one at a time"
@@ -132,7 +133,10 @@ class SensitivityScan:
             for a, b in zip(ours, _eager(model, batch), strict=True):
                 signal += float(a.square().sum(dtype=torch.float64))
                 noise += float((a - b).square().sum(dtype=torch.float64))
-        row = {"name": name, "layers": list(layers), "sqnr_db": _sqnr_db(signal, noise)}
+        if not math.isfinite(signal + noise):
+            raise OutputsError("the outputs hold NaN or infinity: layers cannot be ranked")
+        row: dict[str, Any] = {"name": name, "layers": list(layers)}
+        row["sqnr_db"] = sqnr_db(signal, noise) if noise else None  # JSON has no infinity
         return row if scores is None else row | self._loss(model, scores)
 
     def _only(self, layers: Collection[str]) -> Workload:
@@ -145,8 +149,7 @@ class SensitivityScan:
     def _loss(self, model: Model, reference: Scores) -> dict[str, Any]:
         evaluation = self._guardrail.evaluations(self._workload, self._params)[0]
         scores = self._guardrail.scores(model, 0, selection=True)
-        metric = evaluation.aggregate or np.mean
-        drop = float(metric(reference.values)) - float(metric(scores.values))
+        drop, _ = seen_drop(evaluation, reference, scores, _POINTS)
         worse = reference.values > scores.values
         better = reference.values < scores.values
         return {
@@ -180,14 +183,6 @@ def _block(name: str) -> str:
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.settings():
         return [t.float() for t in tensors_of(call(model.eager, batch)) if t.is_floating_point()]
-
-
-def _sqnr_db(signal: float, noise: float) -> float | None:
-    """Return the power of the reference over that of the difference in dB; None for equal
-    outputs."""
-    if not math.isfinite(signal + noise):
-        raise OutputsError("the outputs hold NaN or infinity: layers cannot be ranked")
-    return None if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float]:

@@ -112,6 +112,11 @@ class Workload:
     """Axes of this workload and their defaults, set as ``--int8-set extra.NAME=VALUE`` and read
     as ``p.extra[NAME]``."""
 
+    @property
+    def brings_quantization(self) -> bool:
+        """The workload itself says how its layers are quantized, not the mode of the point."""
+        return self.prequantized or self.quant_config is not None
+
     def with_axes(self, params: RunParams) -> RunParams:
         """Return ``params`` as the workload's callables see it: with the defaults of its axes.
 
