@@ -189,6 +189,12 @@ def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
     assert next_step(make_workload(), params).startswith(f"next step: {step}")
 
 
+def test_the_next_step_of_a_workload_that_quantizes_itself_is_its_own() -> None:
+    # Its layers cannot be ranked one at a time.
+    own = "next step: leave more layers in BF16 where the workload itself quantizes"
+    assert next_step(make_workload(prequantized=True), W8A8) == own
+
+
 # -- what is run --------------------------------------------------------------------------------
 
 

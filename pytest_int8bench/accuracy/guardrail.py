@@ -295,7 +295,7 @@ def has_random_weights(workload: Workload, weights: str) -> bool:
 def next_step(workload: Workload, params: RunParams) -> str:
     """Return what to try when accuracy dropped too much."""
     if workload.brings_quantization:
-        step = "keep the layers that `int8bench sensitivity` ranks first in BF16"
+        step = "leave more layers in BF16 where the workload itself quantizes"
     elif params.int8_mode == "w8a8" and not params.int8_smoothquant:
         step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"
     elif params.int8_mode == "w8a8":
