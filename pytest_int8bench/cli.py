@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest_int8bench
+from pytest_int8bench.gate.commands import add_ab, add_compare, run_ab, run_compare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 if a file cannot be read, or pytest's."""
+    """Run the command; returns the exit code: 0, 1 if something regressed, 2 if a file cannot be
+    read or something could not be compared, or pytest's."""
     parser = argparse.ArgumentParser(prog="int8bench", description="INT8 inference benchmarks.")
     parser.add_argument("--version", action="version", version=pytest_int8bench.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -34,14 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="rank by the drop of the workload's metric (on its samples for selection, if any)",
     )
     scan.add_argument("--json", type=Path, help="file to save the table in")
-    arguments, rest = parser.parse_known_args(argv)
+    add_compare(commands)
+    add_ab(commands)
+    given, for_pytest = _split(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(given)
+    if for_pytest and arguments.command != "ab":
+        rest += ["--", *for_pytest]
     if arguments.command == "sensitivity":
         from pytest_int8bench.suite.sensitivity import run
 
         return run(by=arguments.by, metric=arguments.metric, json=arguments.json, pytest_args=rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _show(arguments.file)
+    if arguments.command == "ab":
+        return run_ab(arguments, for_pytest)
+    return run_compare(arguments) if arguments.command == "compare" else _show(arguments.file)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments before and after the first ``--``."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
 
 
 def _show(path: Path) -> int:

@@ -24,6 +24,18 @@ def has_points(metafunc: pytest.Metafunc) -> bool:
     return any("int8_params" in call.params for call in metafunc._calls)
 
 
+def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is no test of throughput."""
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        is_throughput = "int8_throughput" in getattr(item, "fixturenames", ())
+        (kept if is_throughput else others).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
 def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give tests of throughput the synchronizing timer, and keep their own benchmark options:
     pytest-benchmark reads the closest marker only."""

@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,39 @@ def fingerprint(root: Path) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "commit": commit,
         "dirty": dirty,
+    }
+
+
+#: What may differ between results that are compared.
+MAY_DIFFER = ("commit", "dirty")
+
+
+def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two fingerprints and must not: name -> both values.
+
+    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None.
+    """
+    before, after = _flat(base), _flat(new)
+    return {
+        name: (before[name], after[name])
+        for name in FINGERPRINT_NAMES
+        if name not in MAY_DIFFER and before[name] != after[name]
+    }
+
+
+_GPU_NAMES = ("compute_capability", "sm_count", "memory_bytes", "driver", "power_limit_w", "mig")
+_OWN_NAMES = ("gpu_count", "cuda", "cudnn", "allocator", "python", "system", "cpu", "cpu_threads")
+#: Everything that identifies machine and software, by the names that users allow to differ.
+FINGERPRINT_NAMES = ("gpu", *_GPU_NAMES, *_OWN_NAMES, *_PACKAGES, *MAY_DIFFER)
+
+
+def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
+    gpu, packages = environment.get("gpu") or {}, environment.get("packages") or {}
+    return {
+        "gpu": gpu.get("name"),
+        **{name: gpu.get(name) for name in _GPU_NAMES},
+        **{name: environment.get(name) for name in (*_OWN_NAMES, *MAY_DIFFER)},
+        **{name: packages.get(name) for name in _PACKAGES},
     }
 
 
@@ -90,10 +125,21 @@ def _nvml(uuid: str) -> dict[str, Any]:
         pynvml.nvmlInit()
     except Exception:  # NVML is missing, or refuses (containers, WSL): nothing to read
         return {}
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU") else f"GPU-{uuid}")
-    except pynvml.NVMLError:
+    # torch leaves out which of the two a UUID is of.
+    candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
+    for candidate in candidates:
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(candidate)
+            break
+        except pynvml.NVMLError:
+            continue
+    else:
         return {}
+    instance = None
+    with suppress(pynvml.NVMLError):
+        if pynvml.nvmlDeviceIsMigDeviceHandle(handle):
+            # Driver, clocks and power are those of the whole GPU.
+            instance, handle = handle, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
 
     def read(function: Any, *args: Any) -> Any:
         try:
@@ -113,7 +159,9 @@ def _nvml(uuid: str) -> dict[str, Any]:
     return {
         "driver": driver.decode() if isinstance(driver, bytes) else driver,
         "power_limit_w": None if milliwatts is None else milliwatts / 1000,
-        "mig": None if mig is None else bool(mig[0]),
+        "mig": (
+            _MIG_STATES.get(mig and mig[0]) if instance is None else _mig_profile(pynvml, instance)
+        ),
         "state": {
             "sm_clock_mhz": read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
             "temperature_c": read(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
@@ -123,6 +171,20 @@ def _nvml(uuid: str) -> dict[str, Any]:
             ],
         },
     }
+
+
+#: By NVML's current mode: without an instance of its own a process sees the whole GPU, or none.
+_MIG_STATES = {0: "off", 1: "on"}
+
+
+def _mig_profile(pynvml: Any, instance: Any) -> str:
+    """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``."""
+    try:
+        name = pynvml.nvmlDeviceGetName(instance)
+    except pynvml.NVMLError:
+        return "on"
+    name = name.decode() if isinstance(name, bytes) else name
+    return name.rpartition(" MIG ")[2] if " MIG " in name else "on"
 
 
 def _version(package: str) -> str | None:

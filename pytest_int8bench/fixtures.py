@@ -11,8 +11,9 @@ import pytest
 from pytest_int8bench import clock
 from pytest_int8bench.collection import params_of
 from pytest_int8bench.errors import first_line
+from pytest_int8bench.options import LEAN
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
-from pytest_int8bench.session import STATE, State, marker_changes
+from pytest_int8bench.session import STATE, State, check_compared, marker_changes
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,10 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
     if isinstance(request.param, RunParams):
         return request.param
     params = RunParams.from_run_name(request.param)
-    changes = {**_state(request).settings.changes, **marker_changes(request.node)[0]}
+    settings = _state(request).settings
+    changes = {**settings.changes, **marker_changes(request.node)[0]}
+    if settings.lean:
+        changes = {**LEAN, **changes}
     return params.replace(**{k: v for k, v in changes.items() if k in MEASURING_FIELDS})
 
 
@@ -138,10 +142,16 @@ def int8_throughput(
 
     def measure() -> Result:
         if benchmark.disabled:
+            from pytest_int8bench.results import NOT_MEASURED
+
             # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
             benchmark.pedantic(_model(request, workload, params).run)
             why = " under xdist, run with -n0" if state.xdist_worker else ""
-            pytest.skip(f"ran once, not measured: pytest-benchmark is disabled{why}")
+            pytest.skip(f"{NOT_MEASURED}: pytest-benchmark is disabled{why}")
+        check_compared(request.config, state)
+        gate = state.gate()
+        if gate is not None:
+            gate.check_machine(state.environment())
         try:
             result = state.throughput().measure(
                 workload,
@@ -158,6 +168,8 @@ def int8_throughput(
         if marked is not result:
             benchmark.has_error = True
         state.record(marked)
+        if gate is not None:
+            gate.judge(marked, state.environment())
         return marked
 
     return measure

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.gate.files import find_side
+from pytest_int8bench.gate.limits import (
+    METRICS,
+    Rules,
+    check_allow,
+    find_pyproject,
+    parse_limit,
+    read_rules,
+)
 from pytest_int8bench.params import (
     INT8_MODES,
     MEASURING_FIELDS,
@@ -39,6 +48,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gpu_type": "cpu",
     },
 }
+
+#: What ``--int8-lean`` starts from: two seconds of one process vary less than two processes do.
+LEAN: dict[str, Any] = {"benchmark_interval_s": 2.0}
+
+
+#: Folder that pytest-benchmark saves in, from the folder that pytest is started in.
+STORAGE = Path(".benchmarks")
 
 
 @dataclass(frozen=True)
@@ -147,6 +163,41 @@ OPTIONS = {
             "and print what passes. Default: off",
         ),
         Option(
+            "compare",
+            "Fail each point that got worse than in a saved file of the same machine and software: "
+            "a file, a folder, or a number of pytest-benchmark such as 0003. Repeatable: several "
+            "runs of the base show the noise. Default: none",
+            "BASE",
+            repeatable=True,
+        ),
+        *(
+            Option(
+                metric.option,
+                f"With --int8-compare, largest {metric.help}: a percentage, or off. Default: "
+                + ("off" if metric.limit is None else f"{metric.limit:.0%}"),
+                "LIMIT",
+            )
+            for metric in METRICS.values()
+        ),
+        Option(
+            "allow",
+            "Part of the fingerprint that may differ from a file that is compared with, such as "
+            "driver; or throttled. Repeatable. Default: none",
+            "NAME",
+            repeatable=True,
+        ),
+        Option(
+            "allow-missing",
+            "With --int8-compare, points of the base that are not measured do not count. "
+            "Default: off",
+        ),
+        Option(
+            "lean",
+            "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
+            "kernels, 2 s a point unless benchmark_interval_s is set; for int8bench ab. "
+            "Default: off",
+        ),
+        Option(
             "journal",
             "File that every finished point is written to at once; it must not be there yet. "
             "Default: a new file in .benchmarks/int8bench",
@@ -197,6 +248,13 @@ class Settings:
     eval_data: Path | None = None
     """Absolute path of a folder of labelled images."""
     remedy: bool = False
+    compare: tuple[Path, ...] = ()
+    """Saved files to hold each point to."""
+    rules: Rules = field(default_factory=Rules)
+    """Limits of that comparison, those of ``pyproject.toml`` among them, and what may differ from
+    a file that is compared with."""
+    lean: bool = False
+    """Measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
     """Path of the journal, from the folder that pytest was started in."""
 
@@ -210,7 +268,8 @@ class Settings:
         """Return the point that all others are changed from."""
         changes = {k: v for k, v in self.changes.items() if not k.startswith("extra.")}
         extra = {k.removeprefix("extra."): v for k, v in self.changes.items() if k not in changes}
-        return RunParams(**{**PRESETS[preset], **changes, "extra": extra})
+        start = {**PRESETS[preset], **(LEAN if self.lean else {})}
+        return RunParams(**{**start, **changes, "extra": extra})
 
     def points(self, preset: str) -> list[RunParams]:
         """Return the points to run, without BF16 twins."""
@@ -240,6 +299,10 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(
             f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
         )
+    values["rules"] = _read_rules(config, values)
+    if values.get("lean"):
+        _check_measuring(config, OPTIONS["lean"].flag)
+        values["baseline"] = False
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
@@ -248,6 +311,54 @@ def read_settings(config: pytest.Config) -> Settings:
     except ValueError as error:
         raise pytest.UsageError(f"--int8-workload: {error}") from None
     return Settings(**values)
+
+
+def _read_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
+    """Take the options of the gate out of ``values``; return the rules they make."""
+    limits = {name: values.pop(name) for name in METRICS if name in values}
+    allow = values.pop("allow", frozenset())
+    allow_missing = values.pop("allow_missing", False)
+    if not values.get("compare"):
+        for name in limits:
+            option = OPTIONS[METRICS[name].option]
+            raise pytest.UsageError(f"{option.source(config)}: needs --int8-compare")
+        if allow_missing:
+            option = OPTIONS["allow-missing"]
+            raise pytest.UsageError(f"{option.source(config)}: needs --int8-compare")
+        return Rules(allow=allow)
+    _check_measuring(config, OPTIONS["compare"].flag)
+    target = config.getoption("benchmark_json", None)
+    if target is not None:
+        # An open file before pytest-benchmark 5.3, a path since.
+        path = Path(target if isinstance(target, str | Path) else target.name)
+        if path.resolve() in {base.resolve() for base in values["compare"]}:
+            raise pytest.UsageError(
+                f"--benchmark-json: {path} is compared with (--int8-compare), and not overwritten"
+            )
+    try:
+        rules = read_rules(find_pyproject(config.rootpath))
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--int8-compare: {error}") from None
+    return replace(
+        rules,
+        limits={**rules.limits, **limits},
+        allow=rules.allow | allow,
+        allow_missing=rules.allow_missing or allow_missing,
+    )
+
+
+def _check_measuring(config: pytest.Config, flag: str) -> None:
+    """Refuse options under which nothing is measured, so that everything would pass."""
+    obstacles = {
+        "-p no:benchmark": not config.pluginmanager.hasplugin("benchmark"),
+        "pytest-xdist (-n)": config.getoption("dist", "no") != "no",
+        "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
+        "--benchmark-disable": config.getoption("benchmark_disable", False),
+        "--benchmark-skip": config.getoption("benchmark_skip", False),
+    }
+    for obstacle, is_there in obstacles.items():
+        if is_there:
+            raise pytest.UsageError(f"{flag}: nothing is measured with {obstacle}")
 
 
 def _read_modes(text: str) -> dict[str, Any]:
@@ -332,6 +443,10 @@ def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, An
     return read
 
 
+def _limit_reader(metric: str) -> Callable[[str], dict[str, Any]]:
+    return lambda text: {metric: parse_limit(text)}
+
+
 def _split(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
@@ -354,5 +469,10 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "inconclusive": _read_inconclusive,
     "eval-data": _read_eval_data,
     "remedy": _read_flag("remedy"),
+    "compare": lambda items: {"compare": tuple(find_side(items, STORAGE))},
+    **{metric.option: _limit_reader(metric.name) for metric in METRICS.values()},
+    "allow": lambda items: {"allow": check_allow(items)},
+    "allow-missing": _read_flag("allow_missing"),
+    "lean": _read_flag("lean"),
     "journal": _read_journal,
 }

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
 
 from pytest_int8bench import fixtures, options
-from pytest_int8bench.collection import has_points, merge_benchmark_markers, sort_by_model
+from pytest_int8bench.collection import (
+    has_points,
+    leave_out_other_tests,
+    merge_benchmark_markers,
+    sort_by_model,
+)
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.session import (
     STATE,
     State,
+    gate_problems,
     marker_changes,
     record_outcome,
     save_without_timings,
@@ -33,6 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
     config.stash[STATE] = State(config, options.read_settings(config))
+    try:
+        config.stash[STATE].open_gate()
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--int8-compare: {error}") from None
     manager = config.pluginmanager
     manager.register(fixtures, "int8bench-fixtures")
     active = manager.hasplugin("benchmark")
@@ -67,6 +77,10 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
+    state = config.stash[STATE]
+    if state.settings.lean:
+        leave_out_other_tests(config, items)
+    state.collected |= {item.nodeid for item in items}
     merge_benchmark_markers(config, items)  # before -m looks at them
     result = yield
     sort_by_model(items)  # after plugins that shuffle; --ff then picks from this order
@@ -103,11 +117,27 @@ def pytest_benchmark_update_json(
         output_json["int8bench"] = journal.saved().to_dict()
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash[STATE].deselected |= {item.nodeid for item in items}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, compared_benchmark: dict[str, Any]
+) -> None:
+    # Ours needs torch, which is not loaded before a test does.
+    block = compared_benchmark.get("int8bench") or {}
+    config.stash[STATE].compared_with.append(block.get("environment"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     state = session.config.stash.get(STATE, None)
     if state is None:
         return
+    if session.exitstatus == pytest.ExitCode.OK and gate_problems(session.config, state):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     save_without_timings(session.config, state)
     state.close()
 
@@ -120,6 +150,7 @@ def pytest_terminal_summary(
         return (yield)
     finally:  # --benchmark-compare-fail raises here
         _show_results(terminalreporter, config)
+        _show_gate(terminalreporter, config)
 
 
 def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -133,3 +164,15 @@ def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> N
     terminal.write(render(state.journal.saved(), width=width, color=terminal.hasmarkup))
     for line in where_saved(config, state):
         terminal.write_line(line)
+
+
+def _show_gate(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
+    state = config.stash[STATE]
+    gate = state.gate()
+    if gate is None or config.option.collectonly:
+        return
+    terminal.section("int8bench gate", sep="-", bold=True)
+    for line in gate.summary():
+        terminal.write_line(line)
+    for line in gate_problems(config, state):
+        terminal.write_line(line, red=True)

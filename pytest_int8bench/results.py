@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: Metric of a comparison without labels.
 NO_LABELS = "outputs"
 OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
+#: Start of the reason of a test that ran where pytest-benchmark is disabled.
+NOT_MEASURED = "ran once, not measured"
+_POSITIVE = ("samples_per_s", "batch_time_s", "batch_time_p95_s", "peak_memory_bytes", "compile_s")
 
 
 class SchemaError(ValueError):
@@ -37,6 +42,10 @@ class SchemaError(ValueError):
 def point_label(workload: str, run_name: str) -> str:
     """Return the run name, with the workload where it is not the default one."""
     return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,11 @@ class Record:
     workload: str
     run_name: str
     params: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("nodeid", "workload", "run_name"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {value!r}")
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -145,8 +159,22 @@ class Result(Record):
     """Reasons for which the GPU ran slower than it could."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        if self.reason is not None and not isinstance(self.reason, str):
+            raise ValueError(f"reason must be a text, got {self.reason!r}")
+        if not isinstance(self.throttled, list):
+            raise ValueError(f"throttled must be a list, got {self.throttled!r}")
+
+    @property
+    def is_disabled(self) -> bool:
+        """The test ran without a clock, because pytest-benchmark was turned off."""
+        return self.status == "skipped" and (self.reason or "").startswith(NOT_MEASURED)
 
     @property
     def oom(self) -> bool:
@@ -201,6 +229,7 @@ class Accuracy(Record):
     the baseline's too. Evaluations that share outputs pay for them once."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.outcome not in OUTCOMES:
             raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
 
@@ -369,10 +398,12 @@ def read(path: Path) -> Saved:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SchemaError(f"{path} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise SchemaError(f"{path} is empty")
     try:
         data = json.loads(text)
-    except ValueError:
-        return _read_journal(path, text)
+    except json.JSONDecodeError as error:
+        return _read_journal(path, text, error)
     if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
         return _read_journal(path, text)  # a journal with its header only
     block = data.get("int8bench") if isinstance(data, dict) else None
@@ -384,23 +415,25 @@ def read(path: Path) -> Saved:
             raise SchemaError(f"{path}: {name} must be a list, got {block.get(name)!r}")
     return Saved(
         _environment(path, block),
-        [Result.from_dict(item) for item in block["results"]],
-        [Accuracy.from_dict(item) for item in block["accuracy"]],
-        [Sensitivity.from_dict(item) for item in block.get("sensitivity", [])],
+        _records(path, Result, block["results"]),
+        _records(path, Accuracy, block["accuracy"]),
+        _records(path, Sensitivity, block.get("sensitivity", [])),
     )
 
 
-def _read_journal(path: Path, text: str) -> Saved:
+def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
     lines = text.splitlines()
     records: list[Any] = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError:
+            if error is not None and not records:
+                raise SchemaError(_no_json(path, text, error)) from None
             # A kill in the middle of a write leaves half a last line.
-            if number < len(lines) or not records:
+            if number < len(lines):
                 raise SchemaError(f"{path} is neither JSON nor a journal (line {number})") from None
-    header = records[0].get("int8bench") if records and isinstance(records[0], dict) else None
+    header = records[0].get("int8bench") if isinstance(records[0], dict) else None
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
     _check_schema(path, header)
@@ -413,16 +446,51 @@ def _read_journal(path: Path, text: str) -> Saved:
             kept["results"].append(record)
     return Saved(
         _environment(path, header),
-        latest(map(Result.from_dict, kept["results"])),
-        latest(map(Accuracy.from_dict, kept[_ACCURACY])),
-        latest(map(Sensitivity.from_dict, kept[_SENSITIVITY])),
+        _records(path, Result, kept["results"], again=True),
+        _records(path, Accuracy, kept[_ACCURACY], again=True),
+        _records(path, Sensitivity, kept[_SENSITIVITY], again=True),
     )
+
+
+def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    if not text.lstrip().startswith("{"):
+        return f"{path} is neither JSON nor a journal (line 1)"
+    end = text.rstrip()
+    is_cut = error.pos >= len(end) or not end.endswith("}")
+    is_cut |= error.msg.startswith("Unterminated")
+    what = "it is cut off" if is_cut else error.msg
+    return f"{path} is not JSON: {what} (line {error.lineno}, column {error.colno})"
+
+
+def _records(
+    path: Path, kind: type[_Record], values: list[Any], *, again: bool = False
+) -> list[_Record]:
+    """Read records; with ``again``, later ones of the same identity replace earlier ones, which is
+    an error without."""
+    found: list[_Record] = []
+    for value in values:
+        try:
+            found.append(kind.from_dict(value))
+        except SchemaError as error:
+            nodeid = value.get("nodeid") if isinstance(value, dict) else None
+            where = f"{path}: {nodeid}" if nodeid else str(path)
+            raise SchemaError(f"{where}: {error}") from None
+    kept = latest(found)
+    if not again and len(kept) < len(found):
+        count = Counter(record.identity for record in found)
+        [(identity, times)] = count.most_common(1)
+        raise SchemaError(f"{path} holds {kind.KIND} {times} times: {', '.join(identity)}")
+    return kept
 
 
 def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:
     environment = block.get("environment")
     if not isinstance(environment, dict):
         raise SchemaError(f"{path}: environment must be an object, got {environment!r}")
+    for name in ("gpu", "packages"):
+        part = environment.get(name)
+        if part is not None and not isinstance(part, dict):
+            raise SchemaError(f"{path}: environment.{name} must be an object, got {part!r}")
     return environment
 
 

@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import MEASURING_FIELDS, NO_EFFECT_FIELDS, RunParams
+from pytest_int8bench.processes import (
+    FAILED,
+    INTERRUPTED,
+    NO_TESTS,
+    ending,
+    is_pytests,
+    wait,
+)
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results import Journal, Result, Saved, SchemaError, journal_folder, read
 from pytest_int8bench.suite.handover import Handover
@@ -35,18 +41,6 @@ from pytest_int8bench.workloads.names import check_fields, check_workload_name
 _SUITE = Path(__file__).parent / "suite"
 _DEFAULT_GROUP = "throughput"
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-# Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
-_FAILED, _INTERRUPTED, _NONE = 1, 2, 5
-_ERRORS = {
-    0: "no test ran",
-    _FAILED: "every test failed before its point was known",
-    _INTERRUPTED: "the tests could not be collected",
-    3: "internal error",
-    4: "usage error",
-    _NONE: "no tests collected",
-}
-_INTERRUPT_S = 10
 
 
 class RunnerError(RuntimeError):
@@ -181,16 +175,16 @@ class ThroughputBenchmarkRunner:
                     found |= measured
                     left = [name for name in left if name not in found]
                     running = handover.running()
-                    if code not in (0, _FAILED, _INTERRUPTED) and running in left:
+                    if code not in (0, FAILED, INTERRUPTED) and running in left:
                         found[running] = self._note_killed(code, handover, parts[-1])
                         left.remove(running)
-                    elif left and not measured and not running and not (found and code == _NONE):
+                    elif left and not measured and not running and not (found and code == NO_TESTS):
                         raise RunnerError(
-                            f"pytest measured nothing: {_ending(code)}; see its output above"
+                            f"pytest measured nothing: {ending(code)}; see its output above"
                         )
-                    if code == _INTERRUPTED:
+                    if code == INTERRUPTED:
                         raise KeyboardInterrupt
-                    if code in (0, _FAILED, _NONE) and not handover.asked_for_new_process():
+                    if code in (0, FAILED, NO_TESTS) and not handover.asked_for_new_process():
                         break  # what is left was not to be run: -x or -k among pytest_args
             finally:
                 for part in parts:  # also what an interrupt left unread
@@ -230,12 +224,12 @@ class ThroughputBenchmarkRunner:
             command.append(f"--benchmark-json={json_path}")
         # Other plugins and options of the user's environment, such as xdist, random order or
         # -x, would change what is measured; pytest_args can bring them back.
-        environ = {name: value for name, value in os.environ.items() if not _is_pytests(name)}
+        environ = {name: value for name, value in os.environ.items() if not is_pytests(name)}
         environ |= handover.to_env_vars()
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         sys.stdout.flush()
-        return _wait(
+        return wait(
             subprocess.Popen([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
         )
 
@@ -248,47 +242,11 @@ class ThroughputBenchmarkRunner:
             run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
-            reason=f"the process ended in this point: {_ending(code)}",
+            reason=f"the process ended in this point: {ending(code)}",
         )
         path = part.with_suffix(".jsonl")
         (Journal.reopen(path) if path.exists() else Journal(path, {})).append(result)
         return result
-
-
-def _is_pytests(variable: str) -> bool:
-    own = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
-    return variable in own or variable.startswith("PYTEST_XDIST_")
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for ``process``; on Ctrl-C, let pytest finish what it has to say."""
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        pass
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # A terminal interrupts both processes, os.kill only this one.
-            process.wait(timeout=1)
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=_INTERRUPT_S)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:  # also at a second Ctrl-C
-        process.kill()
-        process.wait()
-    return _INTERRUPTED
-
-
-def _ending(code: int) -> str:
-    """Return how a process ended that did not finish its tests."""
-    if code >= 0:
-        return _ERRORS.get(code, f"exit code {code}")
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
 
 
 def _free_stem(folder: Path, group: str) -> str:

@@ -19,6 +19,7 @@ from pytest_int8bench.workloads.names import check_workload_name, load_object, l
 if TYPE_CHECKING:
     from pytest_int8bench.accuracy.guardrail import Guardrail
     from pytest_int8bench.accuracy.limit import Limit
+    from pytest_int8bench.gate.insession import SessionGate
     from pytest_int8bench.models import ModelPool
     from pytest_int8bench.results import Accuracy, Journal, Result, Sensitivity
     from pytest_int8bench.throughput import Throughput
@@ -40,12 +41,20 @@ class State:
         self.xdist_worker = hasattr(config, "workerinput")
         self.journal: Journal | None = None
         self.points_of: dict[str, tuple[str, RunParams]] = {}
+        self.compared_with: list[dict[str, Any] | None] = []
+        """Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
+        self.collected: set[str] = set()
+        """Node ids of all tests that were found."""
+        self.deselected: set[str] = set()
+        """Those among them that are not to be run."""
         self._config = config
         self._preset: str | None = None
         self._pool: ModelPool | None = None
         self._filter: Any = None
         self._throughput: Throughput | None = None
         self._guardrail: Guardrail | None = None
+        self._gate: SessionGate | None = None
+        self._environment: dict[str, Any] | None = None
         self._accuracy_failed: dict[tuple[str, str], str] = {}
         self._workloads: dict[str, Workload | ValueError] = {}
 
@@ -124,9 +133,36 @@ class State:
             self._throughput = Throughput(
                 self.pool(),
                 with_baseline=self.settings.baseline,
+                with_evidence=not self.settings.lean,
                 step=terminal_steps(self._config),
             )
         return self._throughput
+
+    def environment(self) -> dict[str, Any]:
+        """Return the fingerprint of machine and software."""
+        if self._environment is None:
+            from pytest_int8bench.environment import fingerprint
+
+            self._environment = fingerprint(self.root)
+        return self._environment
+
+    def gate(self) -> SessionGate | None:
+        """Return what holds points to ``--int8-compare``, None without that option."""
+        return self._gate
+
+    def open_gate(self) -> None:
+        """Read the files of ``--int8-compare``, if it is given.
+
+        Raises:
+            ValueError: one line, if one is damaged or not ours.
+            OSError: if one cannot be read.
+        """
+        if not self.settings.compare or self.xdist_worker:
+            return
+        from pytest_int8bench.gate.files import read_runs
+        from pytest_int8bench.gate.insession import SessionGate
+
+        self._gate = SessionGate(read_runs(self.settings.compare), self.settings.rules)
 
     def guardrail(self) -> Guardrail:
         """Return what judges accuracy."""
@@ -190,10 +226,9 @@ class State:
             warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
 
     def _start_journal(self) -> Journal:
-        from pytest_int8bench.environment import fingerprint
         from pytest_int8bench.results import Journal, journal_folder
 
-        environment = fingerprint(self.root)
+        environment = self.environment()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         # Two sessions in one process may start within a second.
         name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
@@ -358,6 +393,50 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
         benchmarks.save_json(output)
     if name:
         benchmarks.storage.save(output, name)
+
+
+def gate_problems(config: pytest.Config, state: State) -> list[str]:
+    """Return what ``--int8-compare`` must not let pass silently, a line each."""
+    gate = state.gate()
+    if gate is None or config.option.collectonly:
+        return []
+    by_node = any("::" in argument for argument in config.args)
+    start = config.invocation_params.dir
+    asked = [(start / argument).resolve() for argument in config.args]
+
+    def is_gone(file: str) -> bool:
+        path = (config.rootpath / file).resolve()
+        return not path.exists() and any(path.is_relative_to(folder) for folder in asked)
+
+    return gate.problems(state.collected, state.deselected, by_node=by_node, is_gone=is_gone)
+
+
+def check_compared(config: pytest.Config, state: State) -> None:
+    """Say if a file of ``--benchmark-compare`` was measured on another machine or software, of
+    which pytest-benchmark knows a part only.
+
+    Raises:
+        IncomparableError: with ``--benchmark-compare-fail``, whose verdict would mean nothing.
+    """
+    from pytest_int8bench.environment import differences
+    from pytest_int8bench.gate.insession import IncomparableError
+
+    for base in state.compared_with:
+        if base is None:
+            problem = "was not saved by pytest-int8bench, so the machine is unknown"
+        else:
+            allowed = state.settings.rules.allow
+            found = differences(base, state.environment())
+            listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
+            if not listed:
+                continue
+            problem = f"was measured on another machine or software: {', '.join(listed)}"
+        text = f"the file that is compared with {problem}; see --int8-allow"
+        if config.getoption("benchmark_compare_fail"):
+            raise IncomparableError(f"--benchmark-compare-fail: {text}")
+        warnings.warn(f"int8bench: {text}", stacklevel=2)
+        state.compared_with = []  # said once
+        return
 
 
 def where_saved(config: pytest.Config, state: State) -> list[str]:

@@ -50,6 +50,7 @@ class Throughput:
     Args:
         pool: where the models come from.
         with_baseline: measure the speedup against the BF16 twin.
+        with_evidence: look at the kernels that ran, and hold the labels to them.
         timer: a timer that waits for the device.
         step: entered around each long step that really runs.
     """
@@ -59,11 +60,13 @@ class Throughput:
         pool: ModelPool,
         *,
         with_baseline: bool = True,
+        with_evidence: bool = True,
         timer: Timer = synchronized_perf_counter,
         step: Step = lambda action, name: nullcontext(),
     ) -> None:
         self._pool = pool
         self._with_baseline = with_baseline
+        self._with_evidence = with_evidence
         self._timer = timer
         self._step = step
         self._baseline_s: dict[Key, float] = {}
@@ -166,7 +169,8 @@ class Throughput:
             )
             if baseline is not None and values.get("speedup_method") == "interleaved":
                 baseline.evidence()
-        values |= _evidence(model)
+        if self._with_evidence:
+            values |= _evidence(model)
         if not params.int8_enabled:
             self._baseline_s[self._pool.key(workload, params)] = timing.median_s
         return values | ({"reason": note} if note else {})

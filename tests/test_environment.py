@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import types
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 from pytest_int8bench import environment
-from pytest_int8bench.environment import describe, fingerprint, gpu_state, throttled
+from pytest_int8bench.environment import (
+    FINGERPRINT_NAMES,
+    MAY_DIFFER,
+    describe,
+    differences,
+    fingerprint,
+    gpu_state,
+    throttled,
+)
 
 
 def git(folder: Path, *args: str) -> str:
@@ -55,6 +64,73 @@ def test_the_allocator_is_as_the_user_set_it(
     assert fingerprint(tmp_path)["allocator"] == "expandable_segments:True"
 
 
+# -- what differs -----------------------------------------------------------------------------
+
+MACHINE: dict[str, Any] = {
+    "gpu": {
+        "name": "A100",
+        "compute_capability": "8.0",
+        "sm_count": 108,
+        "memory_bytes": 80 << 30,
+        "driver": "580.1",
+        "power_limit_w": 400.0,
+        "mig": "off",
+    },
+    "gpu_count": 1,
+    "cuda": "13.0",
+    "cudnn": 91000,
+    "allocator": None,
+    "python": "3.11.9",
+    "system": "Linux x86_64",
+    "cpu": "EPYC",
+    "cpu_threads": 8,
+    "packages": {
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "torchao": "0.18.0",
+        "pytest-int8bench": "0.1.0",
+        "pytest-benchmark": "5.1.0",
+    },
+    "commit": "abc",
+    "dirty": False,
+}
+
+
+def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
+    found = fingerprint(tmp_path)
+    assert set(found) == set(MACHINE)
+    assert set(found["packages"]) == set(MACHINE["packages"])
+    values = {**MACHINE, **MACHINE["gpu"], **MACHINE["packages"], "gpu": MACHINE["gpu"]["name"]}
+    del values["packages"], values["name"]
+    assert set(FINGERPRINT_NAMES) == set(values)
+    assert len(FINGERPRINT_NAMES) == len(values)
+    assert MAY_DIFFER == ("commit", "dirty")
+
+
+@pytest.mark.parametrize("name", FINGERPRINT_NAMES)
+def test_each_difference_is_found_by_its_name(name: str) -> None:
+    changed = copy.deepcopy(MACHINE)
+    part = next((p for p in (changed["gpu"], changed["packages"]) if name in p), changed)
+    if name == "gpu":
+        part, key = changed["gpu"], "name"
+    else:
+        key = name
+    before, part[key] = part[key], "another"
+    expected = {} if name in MAY_DIFFER else {name: (before, "another")}
+    assert differences(MACHINE, changed) == expected
+    assert differences(changed, MACHINE) == {n: (b, a) for n, (a, b) in expected.items()}
+
+
+def test_what_a_fingerprint_does_not_hold_differs_from_what_it_holds() -> None:
+    assert differences(MACHINE, copy.deepcopy(MACHINE)) == differences({}, {"gpu": None}) == {}
+    without = {**MACHINE, "gpu": None}
+    assert differences(MACHINE, without) == {
+        name: (MACHINE["gpu"]["name" if name == "gpu" else name], None)
+        for name in FINGERPRINT_NAMES[:7]
+    }
+    assert set(differences({}, MACHINE)) == {*FINGERPRINT_NAMES} - {*MAY_DIFFER, "allocator"}
+
+
 # -- the GPU, simulated -----------------------------------------------------------------------
 
 
@@ -69,9 +145,17 @@ class FakeNvml(types.ModuleType):
     NVML_CLOCK_SM = 1
     NVML_TEMPERATURE_GPU = 0
 
-    def __init__(self, reasons: int = 0, refuses: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        reasons: int = 0,
+        refuses: tuple[str, ...] = (),
+        mig: int = 0,
+        instance: str | bytes | None = None,
+    ) -> None:
         super().__init__("pynvml")
         self.reasons = reasons
+        self.mig = mig
+        self.instance = instance
         self.refuses = refuses
         self.asked: list[str] = []
 
@@ -85,7 +169,21 @@ class FakeNvml(types.ModuleType):
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         self.asked.append(uuid)
+        if self.instance is not None and not uuid.startswith("MIG"):
+            raise NVMLError(uuid)
+        return "handle" if self.instance is None else "instance"
+
+    def nvmlDeviceIsMigDeviceHandle(self, handle: str) -> bool:
+        return bool(self.answer("is mig", handle == "instance"))
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
+        assert handle == "instance"
         return "handle"
+
+    def nvmlDeviceGetName(self, handle: str) -> str | bytes:
+        assert handle == "instance"
+        assert self.instance is not None
+        return self.answer("name", self.instance)
 
     def nvmlSystemGetDriverVersion(self) -> bytes:
         return b"580.1"
@@ -94,13 +192,15 @@ class FakeNvml(types.ModuleType):
         return int(self.answer("reasons", self.reasons))
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
+        assert handle == "handle"  # the whole GPU's: an instance has none
         return int(self.answer("limit", 700_000))
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return int(self.answer("usage", 294_590))
 
     def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
-        return list(self.answer("mig", [0, 0]))
+        assert handle == "handle"
+        return list(self.answer("mig", [self.mig, 0]))
 
     def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
         return int(self.answer("clock", 1980))
@@ -147,7 +247,54 @@ def test_the_fingerprint_describes_the_gpu(gpu: pytest.MonkeyPatch, tmp_path: Pa
         "memory_bytes": 80 << 30,
         "driver": "580.1",
         "power_limit_w": 700.0,
-        "mig": False,
+        "mig": "off",
+    }
+
+
+@pytest.mark.parametrize(
+    ("nvml", "mig"),
+    [
+        (FakeNvml(), "off"),
+        (FakeNvml(mig=1), "on"),
+        (FakeNvml(refuses=("mig",)), None),
+        (FakeNvml(refuses=("is mig",)), "off"),  # an old driver
+        (FakeNvml(mig=1, instance="NVIDIA A100-SXM4-80GB MIG 1g.10gb"), "1g.10gb"),
+        (FakeNvml(mig=1, instance=b"NVIDIA H200 MIG 3g.71gb+me"), "3g.71gb+me"),
+        (FakeNvml(mig=1, instance="NVIDIA A100"), "on"),
+        (FakeNvml(mig=1, instance="NVIDIA A100 MIG 1g.10gb", refuses=("name",)), "on"),
+    ],
+)
+def test_the_profile_of_a_mig_instance_is_part_of_the_fingerprint(
+    gpu: pytest.MonkeyPatch, tmp_path: Path, nvml: FakeNvml, mig: str | None
+) -> None:
+    use(gpu, nvml)
+    found = fingerprint(tmp_path)["gpu"]
+    assert (found["mig"], found["driver"], found["power_limit_w"]) == (mig, "580.1", 700.0)
+    # torch leaves out which of the two a UUID is of.
+    assert nvml.asked == ["GPU-1-2-3", "MIG-1-2-3"][: 1 if nvml.instance is None else 2]
+
+
+def test_a_uuid_that_says_what_it_is_of_is_asked_for_alone(
+    gpu: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    properties = torch.cuda.get_device_properties(0)
+    gpu.setattr(properties, "uuid", "MIG-7-8-9")
+    nvml = use(gpu, FakeNvml(mig=1, instance="NVIDIA A100 MIG 2g.20gb"))
+    assert fingerprint(tmp_path)["gpu"]["mig"] == "2g.20gb"
+    assert nvml.asked == ["MIG-7-8-9"]
+
+
+def test_a_gpu_that_nvml_does_not_know_has_the_rest_of_its_fingerprint(
+    gpu: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvml = use(gpu, FakeNvml())
+    gpu.setattr(nvml, "nvmlDeviceGetHandleByUUID", lambda uuid: nvml.answer("uuid", None))
+    nvml.refuses = ("uuid",)
+    assert fingerprint(tmp_path)["gpu"] == {
+        "name": "Fake A100",
+        "compute_capability": "8.0",
+        "sm_count": 108,
+        "memory_bytes": 80 << 30,
     }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pytest_int8bench.gate.limits import ALLOWABLE, METRICS, Rules
 from pytest_int8bench.options import OPTIONS, PRESETS, Settings, read_settings
 from pytest_int8bench.params import FIELD_TYPES, RunParams
+from pytest_int8bench.results import Saved
 from pytest_int8bench.sweep import SWEEPS
 
 W8A8 = RunParams(int8_enabled=True)
@@ -76,16 +79,33 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     },
     "inconclusive": {"pass": "must be one of fail, warn, skip, got 'pass'"},
     "eval-data": {"nowhere": "must be a folder that is there, got 'nowhere'"},
+    "compare": {
+        "nowhere.json": "nowhere.json is not there",
+        "0007": ".benchmarks holds no file with number 0007",
+    },
+    **{
+        metric.option: {
+            "5": "must be a percentage such as 5%, or off, got '5'",
+            "-5%": "must be a percentage such as 5%, or off, got '-5%'",
+        }
+        for metric in METRICS.values()
+    },
+    "allow": {
+        "gpus": f"must be one of {', '.join(ALLOWABLE)}, got 'gpus'",
+        "commit": "commit may always differ",
+    },
     "journal": {"/": "must be a file that is not there yet, got '/'"},
 }
 # Flags take a value in the ini file only.
 BAD_FLAGS = {
     name: {"maybe": "must be true or false, got 'maybe'"}
-    for name in ("smoothquant", "cross-product", "no-baseline", "remedy")
+    for name in ("smoothquant", "cross-product", "no-baseline", "remedy", "allow-missing", "lean")
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
 FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
-ONE_EACH = [(name, *next(iter(bad.items()))) for name, bad in BAD_VALUES.items()]
+# Each costs a process: one limit stands for all.
+LIMITS = [metric.option for metric in METRICS.values()][1:]
+ONE_EACH = [(n, *next(iter(bad.items()))) for n, bad in BAD_VALUES.items() if n not in LIMITS]
 
 
 def settings_of(pytester: pytest.Pytester, *args: str, ini: str = "") -> Settings:
@@ -317,6 +337,141 @@ def test_axes_of_a_workload_keep_their_types(
     assert settings.default_params("seed").extra == {"x": value}
 
 
+# -- the gate ---------------------------------------------------------------------------------
+
+TABLE = """
+[tool.int8bench.gate]
+max-slowdown = "15%"
+max-p95-growth = "20%"
+allow = ["driver"]
+runs = { "*_bs1" = { max-slowdown = "30%" } }
+"""
+
+
+@pytest.fixture
+def base(pytester: pytest.Pytester) -> Path:
+    path = pytester.path / "base.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": Saved({}, []).to_dict()}))
+    return path
+
+
+def test_the_gate_is_off_by_default(pytester: pytest.Pytester) -> None:
+    pytester.makepyprojecttoml(TABLE.replace("15%", "bad"))  # not even read
+    settings = settings_of(pytester)
+    assert (settings.compare, settings.rules, settings.lean) == ((), Rules(), False)
+
+
+def test_limits_of_the_command_line_go_before_the_tables(
+    pytester: pytest.Pytester, base: Path
+) -> None:
+    runs = (("*_bs1", {"throughput": 0.3}),)
+    pytester.makepyprojecttoml(TABLE)
+    settings = settings_of(pytester, "--int8-compare=base.json")
+    assert settings.compare == (Path("base.json"),)
+    assert settings.rules == Rules(
+        limits={"throughput": 0.15, "p95": 0.2}, runs=runs, allow=frozenset({"driver"})
+    )
+    settings = settings_of(
+        pytester,
+        "--int8-compare=base.json",
+        "--int8-max-slowdown=7%",
+        "--int8-max-memory-growth=off",
+        "--int8-allow=cuda",
+        "--int8-allow=cudnn",
+        "--int8-allow-missing",
+        ini="int8_max_slowdown = 9%\nint8_max_compile_growth = 50%",
+    )
+    assert settings.rules == Rules(
+        limits={"throughput": 0.07, "p95": 0.2, "memory": None, "compile": 0.5},
+        runs=runs,
+        allow=frozenset({"driver", "cuda", "cudnn"}),
+        allow_missing=True,
+    )
+
+
+def test_a_bad_table_is_refused(pytester: pytest.Pytester, base: Path) -> None:
+    path = pytester.makepyprojecttoml(TABLE.replace("15%", "15"))
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, "--int8-compare=base.json")
+    assert str(caught.value) == (
+        f"--int8-compare: {path}: tool.int8bench.gate: max-slowdown: must be a percentage such as "
+        "5%, or off, got '15'"
+    )
+
+
+def test_files_to_compare_with_are_found(pytester: pytest.Pytester, base: Path) -> None:
+    stored = pytester.path / ".benchmarks" / "Linux" / "0003_run.json"
+    stored.parent.mkdir(parents=True)
+    base.rename(stored)
+    relative = stored.relative_to(pytester.path)
+    assert settings_of(pytester, "--int8-compare=0003").compare == (relative,)
+    ini = "int8_compare =\n    .benchmarks/Linux"
+    assert settings_of(pytester, ini=ini).compare == (relative,)
+    twice = ("--int8-compare=0003", f"--int8-compare={relative}")
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, *twice)
+    assert str(caught.value) == (
+        f"--int8-compare: a file is given twice for one side: {relative}, {relative}"
+    )
+
+
+@pytest.mark.parametrize(
+    "option", [*(f"max-{name}=5%" for name in ("slowdown", "memory-growth")), "allow-missing"]
+)
+def test_limits_need_something_to_compare_with(pytester: pytest.Pytester, option: str) -> None:
+    name, _, value = option.partition("=")
+    with pytest.raises(pytest.UsageError, match=rf"^--int8-{name}: needs --int8-compare$"):
+        settings_of(pytester, f"--int8-{option}")
+    dest = f"int8_{name.replace('-', '_')}"
+    with pytest.raises(pytest.UsageError, match=rf"^{dest}: needs --int8-compare$"):
+        settings_of(pytester, ini=f"{dest} = {value or 'yes'}")
+
+
+def test_allowed_names_also_count_for_pytest_benchmarks_comparison(
+    pytester: pytest.Pytester,
+) -> None:
+    assert settings_of(pytester, "--int8-allow=driver").rules == Rules(allow=frozenset({"driver"}))
+
+
+@pytest.mark.parametrize("option", ["--int8-compare=base.json", "--int8-lean"])
+@pytest.mark.parametrize(
+    ("obstacle", "name"),
+    [
+        ("-pno:benchmark", "-p no:benchmark"),
+        ("--benchmark-disable", "--benchmark-disable"),
+        ("--benchmark-skip", "--benchmark-skip"),
+    ],
+)
+def test_options_under_which_nothing_is_measured_are_refused(
+    pytester: pytest.Pytester, base: Path, option: str, obstacle: str, name: str
+) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, option, obstacle)
+    flag = option.partition("=")[0]
+    assert str(caught.value) == f"{flag}: nothing is measured with {name}"
+
+
+def test_other_plugins_under_which_nothing_is_measured_are_refused(
+    pytester: pytest.Pytester, base: Path
+) -> None:
+    for option, name in (("codspeed", "--codspeed"), ("dist=load", "pytest-xdist (-n)")):
+        config = pytester.parseconfig("--int8-compare=base.json")
+        dest, _, value = option.partition("=")
+        setattr(config.option, dest, value or True)
+        with pytest.raises(pytest.UsageError) as caught:
+            read_settings(config)
+        assert str(caught.value) == f"--int8-compare: nothing is measured with {name}"
+
+
+def test_lean_measures_two_seconds_without_baselines(pytester: pytest.Pytester) -> None:
+    settings = settings_of(pytester, "--int8-lean")
+    assert (settings.lean, settings.baseline) == (True, False)
+    assert settings.default_params("smoke").benchmark_interval_s == 2.0
+    settings = settings_of(pytester, "--int8-lean", "--int8-set=benchmark_interval_s=0.5")
+    assert settings.default_params("smoke").benchmark_interval_s == 0.5
+    assert Settings().default_params("smoke").benchmark_interval_s == 10.0
+
+
 # -- points -----------------------------------------------------------------------------------
 
 
@@ -390,6 +545,15 @@ DEFAULTS = {
     "inconclusive": "fail",
     "eval-data": "generated scenes",
     "remedy": "off",
+    "compare": "none",
+    "max-slowdown": "5%",
+    "max-batch-time-growth": "off",
+    "max-p95-growth": "off",
+    "max-memory-growth": "5%",
+    "max-compile-growth": "off",
+    "allow": "none",
+    "allow-missing": "off",
+    "lean": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
 

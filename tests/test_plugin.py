@@ -467,6 +467,42 @@ def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> 
 # -- which workload -----------------------------------------------------------------------------
 
 
+def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_one="""
+        import pytest
+
+
+        @pytest.mark.int8(benchmark_interval_s=0.05)
+        def test_throughput(int8_throughput, int8_params):
+            assert int8_params.benchmark_interval_s == 0.05
+            int8_throughput()
+
+
+        def test_interval(int8_throughput, int8_params):
+            assert int8_params.benchmark_interval_s == 2.0
+
+
+        def test_model(int8_model):
+            pass
+
+
+        def test_plain():
+            pass
+        """
+    )
+    lean = ("--int8-preset=smoke", "--int8-set=compile_mode=off", "--int8-lean")
+    result = project.runpytest_subprocess(*lean, "-Wignore:Benchmark fixture was not used")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=2, deselected=2)
+    [(nodeid, measured)] = journal(project).items()
+    assert nodeid == f"test_one.py::test_throughput[{W8A8}]"
+    assert measured.samples_per_s is not None
+    assert (measured.speedup, measured.int8_time_share, measured.kernels) == (None, None, [])
+    # What was quantized is still said: that costs nothing.
+    assert measured.coverage is not None
+
+
 def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     (project.path / "conftest.py").unlink()
     project.makepyfile(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import (
+    NOT_MEASURED,
     OUTCOMES,
     SCHEMA,
     STATUSES,
@@ -64,6 +65,13 @@ def verdict_of(**values: Any) -> Accuracy:
     return Accuracy(**{**point, "params": {}, **judged, **values})
 
 
+def table_of(**values: Any) -> Sensitivity:
+    point = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "run_name": "x"}
+    return Sensitivity(
+        **{**point, "params": {}, "by": "layer", "samples": 8, "layers": [], **values}
+    )
+
+
 # -- results ----------------------------------------------------------------------------------
 
 text = st.text(max_size=8)
@@ -81,7 +89,13 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "list[dict[str, Any]]": st.lists(objects, max_size=2),
     "list[str]": st.lists(text, max_size=2),
 }
-BY_NAME = {"status": st.sampled_from(STATUSES), "outcome": st.sampled_from(OUTCOMES)}
+positive = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+BY_NAME = {
+    "status": st.sampled_from(STATUSES),
+    "outcome": st.sampled_from(OUTCOMES),
+    **dict.fromkeys(("samples_per_s", "batch_time_s", "batch_time_p95_s", "compile_s"), positive),
+    "peak_memory_bytes": st.none() | st.integers(1, 2**60),
+}
 
 
 def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
@@ -119,7 +133,11 @@ def test_journal_round_trip(written: list[Any]) -> None:
     assert saved.accuracy == journal.accuracy
 
 
-@given(st.lists(results, max_size=4), st.lists(verdicts, max_size=2), st.lists(tables, max_size=2))
+def lists_of(kind: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+    return st.lists(kind, max_size=4, unique_by=lambda record: record.identity)
+
+
+@given(lists_of(results), lists_of(verdicts), lists_of(tables))
 def test_json_round_trip(
     written: list[Result], judged: list[Accuracy], scanned: list[Sensitivity]
 ) -> None:
@@ -182,6 +200,47 @@ def test_bad_status() -> None:
         result_of(status="fine")
     with pytest.raises(SchemaError, match=rf"^not a result: {BAD_STATUS}$"):
         Result.from_dict({**MEASURED.to_dict(), "status": "fine"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["samples_per_s", "batch_time_s", "batch_time_p95_s", "peak_memory_bytes", "compile_s"],
+)
+@pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
+def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
+    why = re.escape(f"{name} must be a number above 0, got {value!r}")
+    with pytest.raises(ValueError, match=rf"^{why}$"):
+        result_of(**{name: value})
+    with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
+        Result.from_dict({**MEASURED.to_dict(), name: value})
+    assert getattr(result_of(**{name: None}), name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("nodeid", 5, "nodeid must be a text, got 5"),
+        ("workload", None, "workload must be a text, got None"),
+        ("run_name", ["x"], "run_name must be a text, got ['x']"),
+        ("reason", 5, "reason must be a text, got 5"),
+        ("throttled", None, "throttled must be a list, got None"),
+    ],
+)
+def test_other_kinds_of_values_are_refused(name: str, value: Any, why: str) -> None:
+    with pytest.raises(SchemaError, match=rf"^not a result: {re.escape(why)}$"):
+        Result.from_dict({**MEASURED.to_dict(), name: value})
+    if name in ("nodeid", "workload", "run_name"):
+        for record in (verdict_of(), table_of()):
+            with pytest.raises(SchemaError, match=rf"^not a (verdict|table of layers): {why[:8]}"):
+                type(record).from_dict({**record.to_dict(), name: value})
+
+
+def test_a_test_that_ran_without_a_clock_is_disabled() -> None:
+    reason = f"{NOT_MEASURED}: pytest-benchmark is disabled"
+    assert result_of(status="skipped", reason=reason).is_disabled
+    assert not result_of(status="failed", reason=reason).is_disabled
+    assert not result_of(status="skipped", reason="no GPU").is_disabled
+    assert not result_of(status="skipped").is_disabled
 
 
 def test_a_result_needs_its_identity() -> None:
@@ -258,7 +317,7 @@ def test_a_torn_line_in_the_middle_is_refused(journal_path: Path) -> None:
 
 def test_a_torn_header_is_refused(journal_path: Path) -> None:
     journal_path.write_text(journal_path.read_text()[:20])
-    assert refused(journal_path) == "FILE is neither JSON nor a journal (line 1)"
+    assert refused(journal_path) == "FILE is not JSON: it is cut off (line 1, column 16)"
 
 
 def test_a_journal_line_that_is_no_result_is_refused(journal_path: Path) -> None:
@@ -280,13 +339,21 @@ def test_a_journal_line_that_is_no_object_is_refused(journal_path: Path, record:
 
 NO_BLOCK = "FILE has no int8bench block: it was not saved by pytest-int8bench"
 NO_HEADER = "FILE is not a journal of pytest-int8bench: it has no header"
+QUOTES = "Expecting property name enclosed in double quotes"
+CUT_OFF = "FILE is not JSON: it is cut off (line 1, column 45)"
 NEWER = "FILE has schema 2, this version reads up to 1: update pytest-int8bench"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", NO_HEADER),
+        ("", "FILE is empty"),
+        (" \n\n", "FILE is empty"),
+        ("{'a': 1}", f"FILE is not JSON: {QUOTES} (line 1, column 2)"),
+        ('{\n"a": [1,\n', "FILE is not JSON: it is cut off (line 3, column 1)"),
+        ('{"a": "b', "FILE is not JSON: it is cut off (line 1, column 7)"),
+        ('{"a": "{b}', "FILE is not JSON: it is cut off (line 1, column 7)"),
+        ('{"benchmarks": [], "int8bench": {"schema": 1', CUT_OFF),
         ("hello\n", "FILE is neither JSON nor a journal (line 1)"),
         ('{"benchmarks": [], "version": "5.1.0"}', NO_BLOCK),
         ('{"benchmarks": [], "int8bench": 5}', NO_BLOCK),
@@ -311,6 +378,17 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
     assert refused(path) == message
 
 
+def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    block = Saved(ENVIRONMENT, [MEASURED], [verdict_of()]).to_dict()
+    whole = json.dumps({"benchmarks": [], "int8bench": block}, indent=1)
+    path = tmp_path / "run.json"
+    for length in range(1, len(whole)):
+        path.write_text(whole[:length])
+        assert re.fullmatch(
+            r"FILE is not JSON: it is cut off \(line \d+, column \d+\)", refused(path)
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("environment", "an object"), ("results", "a list"), ("accuracy", "a list")]
 )
@@ -326,6 +404,46 @@ def test_a_header_without_environment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps({"int8bench": {"schema": SCHEMA}}) + "\n")
     assert refused(path) == "FILE: environment must be an object, got None"
+
+
+@pytest.mark.parametrize(
+    ("records", "kind", "identity"),
+    [
+        (([result_of("a"), result_of("b"), result_of("a")], []), "a result", "a, olmoearth"),
+        (([], [verdict_of()] * 3), "a verdict", "test_a.py::test[x], olmoearth, top1"),
+    ],
+)
+def test_an_identity_is_saved_once(tmp_path: Path, records: Any, kind: str, identity: str) -> None:
+    path = tmp_path / "run.json"
+    saved = Saved(ENVIRONMENT, *records)
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}))
+    times = 3 if records[1] else 2
+    assert refused(path) == f"FILE holds {kind} {times} times: {identity}"
+
+
+def test_errors_name_the_test_of_a_damaged_result(tmp_path: Path) -> None:
+    block = Saved(ENVIRONMENT, [MEASURED]).to_dict()
+    block["results"].append({**result_of("b").to_dict(), "batch_time_s": -1})
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    why = "not a result: batch_time_s must be a number above 0, got -1"
+    assert refused(path) == f"FILE: b: {why}"
+    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
+    with journal.path.open("a") as file:
+        file.write(json.dumps(block["results"][1]) + "\n")
+    assert refused(journal.path) == f"FILE: b: {why}"
+
+
+@pytest.mark.parametrize("name", ["gpu", "packages"])
+def test_parts_of_the_fingerprint_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.json"
+    for value in ("A100", [], 5):
+        block = Saved({**ENVIRONMENT, name: value}, []).to_dict()
+        path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+        assert refused(path) == f"FILE: environment.{name} must be an object, got {value!r}"
+    block = Saved({**ENVIRONMENT, name: None}, []).to_dict()
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    assert read(path).environment[name] is None
 
 
 @pytest.mark.parametrize("value", [5, [5], None, [None], "text"])

@@ -16,7 +16,7 @@ from torch import nn
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.evidence import EvidenceError
 from pytest_int8bench.measure import Plan, Run, Speedup, time_block
-from pytest_int8bench.models import ModelPool
+from pytest_int8bench.models import Model, ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import QuantizationError, apply_int8_quant
 from pytest_int8bench.results import Result
@@ -307,6 +307,20 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
 
     with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 product ran; "):
         measure(throughput, make_workload(Skips), W8A8)
+
+
+def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(model: Model) -> None:
+        raise AssertionError("the kernels were looked at")
+
+    monkeypatch.setattr(Model, "evidence", look)
+    result = measure(
+        Throughput(ModelPool(), with_baseline=False, with_evidence=False), make_workload(), W8A8
+    )
+    assert (result.status, result.int8_time_share, result.kernels) == ("ok", None, [])
+    assert result.coverage is not None
+    with pytest.raises(AssertionError, match="looked at"):
+        measure(Throughput(ModelPool(), with_baseline=False), make_workload(), W8A8)
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
 from pytest_int8bench.environment import describe
+from pytest_int8bench.report.tables import MISSING, Grid, number, paragraphs
 from pytest_int8bench.results import Accuracy, Result, Saved, Sensitivity, point_label
 
-_MISSING = "-"
 #: Behind a rate that was measured while the GPU was slowed down.
 _THROTTLED = "*"
 #: Behind a verdict on a model with random weights.
@@ -24,7 +18,6 @@ _PIPELINE_CHECK = (
     f"{_PIPELINE} pipeline check: the weights are random, so the verdict says nothing about a "
     "trained model and fails no test; see --int8-weights"
 )
-_WIDE = 1000
 MAX_SYNCHRONIZATION_SHARE = 0.005
 #: Part of the batch time that kernels run in, under which the reader is told.
 HOST_BOUND = 0.8
@@ -38,81 +31,62 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         width: columns of the terminal; None for as wide as the table needs.
         color: use ANSI colors.
     """
-    stream = io.StringIO()
     measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
-    tables: list[Table] = [_table(measured)] if measured else []
-    titles: dict[int, str] = {}
+    tables: list[tuple[str | None, Grid]] = [(None, _table(measured))] if measured else []
     if judged := [v for v in saved.accuracy if v.limit is not None]:
-        tables.append(_accuracy_table(judged))
-    for scan in saved.sensitivity:
-        titles[len(tables)] = f"{_label(scan)}, {scan.samples:,} samples"
-        tables.append(_sensitivity_table(scan))
-    for index, table in enumerate(tables):
-        stream.write("\n" if index else "")
-        if index in titles:
-            _console(stream, width or _WIDE, color).print(Text(titles[index], overflow="fold"))
-        wide = _console(stream, _WIDE, color)
-        # A figure that is cut reads like another figure: rather too wide than that.
-        least = Measurement.get(wide, wide.options, table).minimum
-        _console(stream, max(width or _WIDE, least), color).print(table)
-    console = _console(stream, width or _WIDE, color)
+        tables.append((None, _accuracy_table(judged)))
+    tables += [
+        (f"{_label(scan)}, {scan.samples:,} samples", _sensitivity_table(scan))
+        for scan in saved.sensitivity
+    ]
+
+    def fold(*texts: str, style: str | None = None) -> str:
+        return paragraphs(texts, width=width, color=color, style=style)
+
+    parts = []
+    for title, table in tables:
+        parts.append(fold(*([title] if title else [])) + table.text(width=width, color=color))
+    text = "\n".join(parts)
     for verdict in saved.accuracy:
-        for line in _verdict_remarks(verdict):
-            console.print(Text(line, overflow="fold"))
+        text += fold(*_verdict_remarks(verdict))
     if any(verdict.is_pipeline_check for verdict in saved.accuracy):
-        console.print(Text(_PIPELINE_CHECK, overflow="fold"))
+        text += fold(_PIPELINE_CHECK)
     for result in saved.results:
-        for line in _remarks(result):
-            console.print(Text(line, overflow="fold"))
+        text += fold(*_remarks(result))
     versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
     if named := sorted(version for version in versions if version):
-        console.print(Text(f"OlmoEarth {', '.join(named)}", style="dim"))
+        text += fold(f"OlmoEarth {', '.join(named)}", style="dim")
     if short := _short_rounds(saved.results):
-        console.print(Text(short, overflow="fold"))
-    console.print(Text(describe(saved.environment), style="dim", overflow="fold"))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+        text += fold(short)
+    return text + fold(describe(saved.environment), style="dim")
 
 
-def _console(stream: io.StringIO, width: int, color: bool) -> Console:
-    return Console(
-        file=stream,
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        no_color=not color,
-        highlight=False,
-        legacy_windows=False,
-    )
-
-
-def _table(results: list[Result]) -> Table:
+def _table(results: list[Result]) -> Grid:
     columns: dict[str, Callable[[Result], str]] = {
         "run": lambda r: r.run_name,
-        "samples/s": lambda r: _number(r.samples_per_s) + (_THROTTLED if r.throttled else ""),
-        "tokens/s": lambda r: _number(r.tokens_per_s),
-        "km²/s": lambda r: _number(r.square_km_per_s),
-        "ms/batch": lambda r: _number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
-        "peak MiB": lambda r: _number(r.peak_memory_bytes and r.peak_memory_bytes / 2**20),
-        "compile s": lambda r: _number(r.compile_s),
-        "INT8 time": lambda r: (
-            _MISSING if r.int8_time_share is None else f"{r.int8_time_share:.0%}"
-        ),
-        "attention": lambda r: r.attention_kernel or _MISSING,
+        "samples/s": lambda r: number(r.samples_per_s) + (_THROTTLED if r.throttled else ""),
+        "tokens/s": lambda r: number(r.tokens_per_s),
+        "km²/s": lambda r: number(r.square_km_per_s),
+        "ms/batch": lambda r: number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
+        "peak MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / 2**20),
+        "compile s": lambda r: number(r.compile_s),
+        "INT8 time": lambda r: MISSING if r.int8_time_share is None else f"{r.int8_time_share:.0%}",
+        "attention": lambda r: r.attention_kernel or MISSING,
         "speedup [95 %]": _speedup,
     }
     workloads = {result.workload for result in results}
     if workloads != {"olmoearth"}:
         columns = {"workload": lambda r: r.workload, **columns}
-    table = _columns(columns, name="run", left=("workload", "attention"))
+    rows = []
     for result in results:
         cells = [show(result) for show in columns.values()]
         if result.oom:
             cells[list(columns).index("samples/s")] = "OOM"
-        table.add_row(*map(Text, cells), style=None if result.status == "ok" else "red")
-    return table
+        rows.append((cells, None if result.status == "ok" else "red"))
+    return _grid([*columns], rows, name="run", left=("workload", "attention"))
 
 
-def _accuracy_table(verdicts: list[Accuracy]) -> Table:
+def _accuracy_table(verdicts: list[Accuracy]) -> Grid:
     columns: dict[str, Callable[[Accuracy], str]] = {
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
@@ -121,16 +95,13 @@ def _accuracy_table(verdicts: list[Accuracy]) -> Table:
         "INT8": lambda v: _score(v.candidate),
         "drop [one-sided 95 %]": _drop,
         "worse/better": lambda v: f"{v.lost}/{v.gained}",
-        "limit": lambda v: v.limit or _MISSING,
+        "limit": lambda v: v.limit or MISSING,
         "verdict": lambda v: v.outcome + (_PIPELINE if v.is_pipeline_check else ""),
     }
     if {verdict.workload for verdict in verdicts} != {"olmoearth"}:
         columns = {"workload": lambda v: v.workload, **columns}
-    table = _columns(columns, name="accuracy", left=("workload", "metric", "verdict"))
-    for verdict in verdicts:
-        cells = [Text(show(verdict)) for show in columns.values()]
-        table.add_row(*cells, style=_style(verdict))
-    return table
+    rows = [([show(v) for show in columns.values()], _style(v)) for v in verdicts]
+    return _grid([*columns], rows, name="accuracy", left=("workload", "metric", "verdict"))
 
 
 def _style(verdict: Accuracy) -> str | None:
@@ -140,7 +111,7 @@ def _style(verdict: Accuracy) -> str | None:
 
 
 def _score(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.4f}"
+    return MISSING if value is None else f"{value:.4f}"
 
 
 def _drop(verdict: Accuracy) -> str:
@@ -160,37 +131,37 @@ def _verdict_remarks(verdict: Accuracy) -> list[str]:
     return describe(verdict)
 
 
-def _sensitivity_table(found: Sensitivity) -> Table:
+def _sensitivity_table(found: Sensitivity) -> Grid:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         f"INT8 in one {found.by} alone": lambda row: str(row["name"]),
-        "SQNR dB": lambda row: _MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+        "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
     }
     if found.metric is not None:
         columns[f"{found.metric} drop"] = lambda row: f"{100 * row['drop']:.2f}pp"
         columns["worse/better"] = lambda row: f"{row['lost']}/{row['gained']}"
-    table = _columns(columns, name=next(iter(columns)), left=())
-    for row in found.layers:
-        table.add_row(*[Text(show(row)) for show in columns.values()])
-    return table
+    rows = [([show(row) for show in columns.values()], None) for row in found.layers]
+    return _grid([*columns], rows, name=next(iter(columns)), left=())
 
 
-def _columns(columns: Iterable[str], *, name: str, left: Sequence[str]) -> Table:
-    """Return a table without rows, whose column ``name`` may be folded and no other."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(
-            column,
-            justify="left" if column in (name, *left) else "right",
-            no_wrap=column != name,
-            overflow="fold",
-            min_width=20 if column == name else None,
-        )
-    return table
+def _grid(
+    columns: Sequence[str],
+    rows: Sequence[tuple[list[str], str | None]],
+    *,
+    name: str,
+    left: Sequence[str],
+) -> Grid:
+    return Grid(
+        columns=columns,
+        rows=[cells for cells, _ in rows],
+        styles=[style for _, style in rows],
+        name=name,
+        left=left,
+    )
 
 
 def _speedup(result: Result) -> str:
     if result.speedup is None:
-        return _MISSING
+        return MISSING
     if result.speedup_low is None or result.speedup_high is None:
         return f"{result.speedup:.2f}x (apart)"
     return f"{result.speedup:.2f}x [{result.speedup_low:.2f}, {result.speedup_high:.2f}]"
@@ -232,13 +203,3 @@ def _short_rounds(results: list[Result]) -> str | None:
         f"{MAX_SYNCHRONIZATION_SHARE:.1%} of the batch time is the host starting a round, at most "
         f"{worst.synchronization_share:.1%} ({_label(worst)}); raise benchmark_interval_s"
     )
-
-
-def _number(value: float | None) -> str:
-    """Return three significant digits at least, thousands separated; a dash for nothing."""
-    if value is None:
-        return _MISSING
-    if 0 < abs(value) < 1:
-        return f"{value:.3g}"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"

@@ -1,0 +1,1 @@
+"""Comparing commits: saved files, and two revisions measured in alternation."""

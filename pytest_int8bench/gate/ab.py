@@ -1,0 +1,675 @@
+"""Two revisions on one machine: fresh processes in alternation, screening, and verdicts.
+
+Everything that is measured goes to a journal at once, so that the same command goes on where an
+interrupted one ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pytest_int8bench.environment import differences
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.compare import PASSES, REGRESSES, UNDECIDED
+from pytest_int8bench.gate.design import Design, Judged, Screened, judge, screen
+from pytest_int8bench.gate.side import Measured, Side
+from pytest_int8bench.gate.worktrees import Revision, has_submodules, worktrees
+from pytest_int8bench.results import Result, journal_folder
+
+SCHEMA = 1
+WARM_UP, SCREENING, VERDICT = "warm-up", "screening", "verdict"
+BASE, NEW = "base", "new"
+#: Who runs in a block, in this order. In screening the order alternates; in the verdict stage two
+#: processes of the base bracket the new revision.
+ORDERS = {SCREENING: ((BASE, NEW), (NEW, BASE)), VERDICT: ((BASE, NEW, BASE),)}
+_KEPT_CACHES = 6
+_WARM = "warm"  # file in a cache: what a process compiles is in it, or need not be compiled
+
+Identity = tuple[str, str]
+
+
+class AbError(ClearError, RuntimeError):
+    """A comparison that cannot be made, or not with this budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared, and how."""
+
+    root: Path
+    """Top level of the user's working tree."""
+    folder: Path
+    """Folder, in ``root``, that the command was given in."""
+    base: Revision
+    new: Revision
+    pytest_args: tuple[str, ...] = ()
+    design: Design = field(default_factory=Design)
+    install: str | None = None
+    """Shell command that builds or installs a side's packages."""
+    budget_s: float | None = None
+    retries: int = 3
+    """Blocks in which the GPU was slowed down by heat that are measured again, all together."""
+    allow_missing: bool = False
+
+    @property
+    def key(self) -> str:
+        """What makes two commands the same comparison."""
+        parts = [self.base.commit, self.new.commit, *self.pytest_args, str(self.install)]
+        parts += [str(self.folder.relative_to(self.root)), sys.executable, str(asdict(self.design))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbRun:
+    """One run of both revisions."""
+
+    nodeid: str
+    workload: str
+    run_name: str
+    outcome: str
+    """``PASS``, ``FAIL``, ``INCONCLUSIVE``, or why it was not compared: ``oom``, ``missing``,
+    ``new``, ``failed``, ``skipped``, ``disabled``."""
+    exit_code: int
+    reason: str | None = None
+    base_s: float | None = None
+    """Seconds per batch, median over all processes of the last stage."""
+    new_s: float | None = None
+    screened: Screened | None = None
+    judged: Judged | None = None
+    """None if screening cleared it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbResult:
+    """What came out."""
+
+    plan: Plan
+    environment: Mapping[str, Any]
+    """Fingerprint of the machine."""
+    runs: tuple[AbRun, ...]
+    processes: int
+    """Measuring processes that were run, also by commands that were interrupted."""
+    seconds: float
+    """Wall time of those."""
+    notes: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """No run was compared."""
+        return not any(run.screened or run.judged for run in self.runs)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a run is slower; else 2 if one is undecided or could not be compared, or nothing
+        was; else 0."""
+        codes = {run.exit_code for run in self.runs}
+        if REGRESSES in codes:
+            return REGRESSES
+        return UNDECIDED if self.is_empty or UNDECIDED in codes else PASSES
+
+
+def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
+    """Compare two revisions.
+
+    Args:
+        plan: what to compare.
+        tell: called with a line for each thing that happens.
+
+    Raises:
+        ClearError: one line, if the comparison cannot be made. What was measured is kept.
+    """
+    plan.design.check(runs=1)
+    folder = journal_folder(plan.root) / "ab"
+    folder.mkdir(exist_ok=True)
+    with _locked(folder), AbJournal.open(folder, plan, tell) as journal:
+        revisions = {BASE: plan.base, NEW: plan.new}
+        if plan.base.commit == plan.new.commit:
+            journal.notes.append("both are the same commit: this checks the machine")
+        with worktrees(plan.root, revisions) as trees:
+            sides = {key: _side(plan, folder, journal, key, trees[key]) for key in revisions}
+            result = _Experiment(plan, sides, journal, tell).run()
+        _prune_caches(folder / "cache")
+        journal.finish()
+        return result
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AbError(
+            f"another int8bench ab runs in {folder}: two would disturb each other"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _side(plan: Plan, folder: Path, journal: AbJournal, key: str, tree: Path) -> Side:
+    revision = {BASE: plan.base, NEW: plan.new}[key]
+    if has_submodules(tree):
+        journal.notes.append(f"{revision.label}: submodules are not checked out; see --install")
+    cache = folder / "cache" / f"{key}-{revision.commit[:12]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    os.utime(cache)
+    here = tree / plan.folder.relative_to(plan.root)
+    if not here.is_dir():
+        raise AbError(f"{revision.label} has no folder {plan.folder.relative_to(plan.root)}")
+    return Side(
+        revision=revision,
+        root=plan.root,
+        tree=tree,
+        folder=here,
+        site=tree.parent / f"site-{key}",
+        cache=cache,
+        log=journal.path.with_suffix(".log"),
+    )
+
+
+def _prune_caches(folder: Path) -> None:
+    """Remove the caches that were not used for the longest."""
+    caches = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for cache in caches[:-_KEPT_CACHES]:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+# -- the journal ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process that measured."""
+
+    stage: str
+    block: int
+    attempt: int
+    position: int
+    """In the block's order."""
+    side: str
+    seconds: float
+    results: tuple[Result, ...]
+
+    def by_identity(self) -> dict[Identity, Result]:
+        """Return the results by node id and workload."""
+        return {(result.nodeid, result.workload): result for result in self.results}
+
+
+class AbJournal:
+    """Keeps each finished process on disk at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment: dict[str, Any] | None = None
+        self.processes: list[Process] = []
+        self.notes: list[str] = []
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, plan: Plan, tell: Callable[[str], None]) -> Iterator[AbJournal]:
+        """Go on with the journal of an interrupted comparison, or start a new one."""
+        found = sorted(folder.glob(f"{plan.key}-*.jsonl"), key=lambda path: path.stem)
+        journal = cls(found[-1]) if found else None
+        if journal is None or not journal._read():
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            number = sum(stamp in path.name for path in found)
+            journal = cls(folder / f"{plan.key}-{stamp}{f'-{number}' if number else ''}.jsonl")
+            journal._write({"int8bench_ab": {"schema": SCHEMA, **_described(plan)}})
+        elif journal.processes:
+            tell(f"going on with {len(journal.processes)} processes of {journal.path}")
+        try:
+            yield journal
+        except BaseException:
+            if journal.processes:
+                tell(
+                    f"{len(journal.processes)} processes are in {journal.path}: the same command "
+                    "goes on from there"
+                )
+            raise
+
+    def _read(self) -> bool:
+        """Read what an earlier command wrote; return whether it can be gone on with.
+
+        Raises:
+            AbError: if the file is damaged.
+        """
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:  # half a line, of a process that was killed
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if "finished" in record:
+                    return False
+                if "environment" in record:
+                    self.environment = record["environment"]
+                elif number > 1:
+                    results = tuple(map(Result.from_dict, record.pop("results")))
+                    self.processes.append(Process(**record, results=results))
+                elif record["int8bench_ab"]["schema"] != SCHEMA:
+                    return False  # of another version: it stays there, and a new one is begun
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise AbError(
+                    f"{self.path} is damaged (line {number}): remove it to begin anew"
+                ) from None
+        return bool(whole)
+
+    def add(self, process: Process, environment: dict[str, Any]) -> None:
+        """Keep a finished process."""
+        if self.environment is None:
+            self.environment = environment
+            self._write({"environment": environment})
+        self.processes.append(process)
+        record = {name: getattr(process, name) for name in process.__dataclass_fields__}
+        self._write({**record, "results": [result.to_dict() for result in process.results]})
+
+    def finish(self) -> None:
+        """Note that the comparison is over: the same command starts a new one."""
+        self._write({"finished": True})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise AbError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {
+        "base": plan.base.commit,
+        "new": plan.new.commit,
+        "pytest_args": list(plan.pytest_args),
+        "install": plan.install,
+        "design": asdict(plan.design),
+    }
+
+
+# -- the experiment -------------------------------------------------------------------------
+
+
+class _Experiment:
+    def __init__(
+        self,
+        plan: Plan,
+        sides: Mapping[str, Side],
+        journal: AbJournal,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._sides = sides
+        self._journal = journal
+        self._tell = tell
+        self._start = time.monotonic()
+        self._notes = journal.notes
+        self._hot = 0
+        """Blocks in which the GPU was slowed down."""
+
+    def run(self) -> AbResult:
+        if self._plan.install is not None:
+            for side in self._sides.values():
+                self._tell(f"installing {side.revision.label}")
+                side.install(self._plan.install)
+        warm = {key: self._warm_up(key) for key in self._sides}
+        found = _match(warm[BASE], warm[NEW], allow_missing=self._plan.allow_missing)
+        compared = [identity for identity, run in found.items() if run is None]
+        screened: dict[Identity, AbRun] = {}
+        if compared:
+            self._plan.design.check(len(compared))
+            self._estimate(len(compared))
+            screened = self._screen(compared)
+            flagged = [i for i, run in screened.items() if run.screened and run.screened.flagged]
+            if flagged:
+                screened |= self._judge(flagged, screened)
+        runs = [run or screened[identity] for identity, run in found.items()]
+        processes = self._journal.processes
+        return AbResult(
+            plan=self._plan,
+            environment=self._journal.environment or {},
+            runs=tuple(runs),
+            processes=len(processes),
+            seconds=sum(process.seconds for process in processes),
+            notes=tuple(self._notes),
+        )
+
+    # -- stages -------------------------------------------------------------------------------
+
+    def _warm_up(self, key: str) -> Process:
+        """Fill the compile cache, and see what there is to measure."""
+        is_warm = self._sides[key].cache / _WARM
+        for process in self._journal.processes:
+            if process.stage == WARM_UP and process.side == key and is_warm.exists():
+                return process
+        measured = self._measure(WARM_UP, 0, 0, 0, key, None)
+        is_warm.touch()
+        return measured
+
+    def _screen(self, compared: Sequence[Identity]) -> dict[Identity, AbRun]:
+        blocks = self._blocks(SCREENING, self._plan.design.screening_blocks, compared)
+        times, broken = _times(SCREENING, blocks, compared)
+        kept = [identity for identity in compared if identity not in broken]
+        before, after = _arrays(times, kept, 2)
+        outcomes = screen(before, after, self._plan.design) if kept else []
+        found = {identity: self._broken(identity, broken[identity]) for identity in broken}
+        for identity, screened in zip(kept, outcomes, strict=True):
+            found[identity] = self._entry(
+                identity, times[identity], "PASS", PASSES, screened=screened
+            )
+        return {identity: found[identity] for identity in compared}
+
+    def _judge(
+        self, flagged: Sequence[Identity], screened: Mapping[Identity, AbRun]
+    ) -> dict[Identity, AbRun]:
+        names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
+        self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
+        blocks = self._blocks(VERDICT, self._plan.design.verdict_blocks, flagged)
+        times, broken = _times(VERDICT, blocks, flagged)
+        kept = [identity for identity in flagged if identity not in broken]
+        before, after, again = _arrays(times, kept, 3)
+        outcomes = judge(before, after, again, self._plan.design) if kept else []
+        found = {identity: self._broken(identity, broken[identity]) for identity in broken}
+        codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": UNDECIDED}
+        for identity, judged in zip(kept, outcomes, strict=True):
+            found[identity] = self._entry(
+                identity,
+                times[identity],
+                judged.outcome,
+                codes[judged.outcome],
+                screened=screened[identity].screened,
+                judged=judged,
+                reason=judged.reason,
+            )
+        return found
+
+    def _blocks(
+        self, stage: str, count: int, identities: Sequence[Identity]
+    ) -> list[list[Process]]:
+        """Measure the blocks that are not in the journal; return all that count."""
+        only = sorted({nodeid for nodeid, _ in identities}) if stage == VERDICT else None
+        # What verdicts were begun on must not change any more, also with more --retries.
+        is_closed = stage == SCREENING and any(
+            process.stage == VERDICT for process in self._journal.processes
+        )
+        is_over = False
+        found: list[list[Process]] = []
+        for block in range(count):
+            order = ORDERS[stage][block % len(ORDERS[stage])]
+            for attempt in itertools.count():
+                processes = self._recorded(stage, block, attempt)
+                if not processes:
+                    if is_over or not self._affordable(len(order)):
+                        is_over = True
+                        break
+                    processes = [
+                        self._measure(stage, block, attempt, position, key, only, count)
+                        for position, key in enumerate(order)
+                    ]
+                if len(processes) < len(order):
+                    continue  # half a block, of a command that was interrupted, is measured anew
+                heat = ", ".join(sorted({h for p in processes for h in _heat(p, identities)}))
+                if not heat:
+                    found.append(processes)
+                    break
+                self._hot += 1
+                again = self._recorded(stage, block, attempt + 1)
+                if self._hot > self._plan.retries or (is_closed and not again):
+                    self._notes.append(
+                        f"{stage} block {block + 1} is left out: the GPU was slowed down ({heat})"
+                    )
+                    break
+                if not again:
+                    self._tell(
+                        f"{stage} {block + 1}/{count}: the GPU was slowed down ({heat}): the block "
+                        "is measured again"
+                    )
+        if is_over:
+            self._notes.append(f"--budget: {stage} ended after {len(found)} of {count} blocks")
+        return found
+
+    def _recorded(self, stage: str, block: int, attempt: int) -> list[Process]:
+        """Return what the journal has of a block, whole or not."""
+        return [
+            process
+            for process in self._journal.processes
+            if (process.stage, process.block, process.attempt) == (stage, block, attempt)
+        ]
+
+    # -- one process --------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        stage: str,
+        block: int,
+        attempt: int,
+        position: int,
+        key: str,
+        only: Sequence[str] | None,
+        count: int = 1,
+    ) -> Process:
+        side = self._sides[key]
+        measured: Measured = side.measure(self._plan.pytest_args, only)
+        self._check_machine(measured.environment, side)
+        process = Process(
+            stage=stage,
+            block=block,
+            attempt=attempt,
+            position=position,
+            side=key,
+            seconds=measured.seconds,
+            results=tuple(measured.results),
+        )
+        self._journal.add(process, measured.environment)
+        where = f" {block + 1}/{count}" if stage != WARM_UP else ""
+        self._tell(f"{stage}{where}: {key} {side.revision.label}, {measured.seconds:.0f} s")
+        return process
+
+    def _check_machine(self, environment: Mapping[str, Any], side: Side) -> None:
+        first = self._journal.environment
+        if first is None:
+            return
+        if found := differences(first, environment):
+            listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in found.items())
+            begun = {self._sides[process.side].tree for process in self._journal.processes}
+            if side.tree not in begun:
+                raise AbError(
+                    f"{side.revision.label} runs with other software, or on another machine, than "
+                    f"the base: {listed}; only the project's own code may differ"
+                )
+            raise AbError(
+                f"machine or software changed since the comparison began: {listed}; remove "
+                f"{self._journal.path} to begin anew"
+            )
+
+    # -- time ---------------------------------------------------------------------------------
+
+    def _process_s(self) -> float:
+        """Estimate the wall time of one process."""
+        later = [p.seconds for p in self._journal.processes if p.stage != WARM_UP]
+        if later:
+            return sum(later) / len(later)
+        first = [
+            max(p.seconds - sum(r.compile_s or 0.0 for r in p.results), 1.0)
+            for p in self._journal.processes
+        ]
+        return sum(first) / len(first)
+
+    def _estimate(self, runs: int) -> None:
+        design, each = self._plan.design, self._process_s()
+        screening = 2 * design.screening_blocks * each
+        verdict = 3 * design.verdict_blocks * each
+        self._tell(
+            f"{runs} run(s), about {duration(each)} a process: screening in "
+            f"{duration(screening)}; then verdicts on what it flags, in at most "
+            f"{duration(verdict)} more"
+        )
+        budget = self._plan.budget_s
+        done = any(p.stage == SCREENING for p in self._journal.processes)
+        if budget is not None and not done and self._spent() + screening > budget:
+            raise AbError(
+                f"--budget {duration(budget)}: screening alone needs about "
+                f"{duration(screening)}, after {duration(self._spent())} for warming up"
+            )
+
+    def _spent(self) -> float:
+        return time.monotonic() - self._start
+
+    def _affordable(self, processes: int) -> bool:
+        budget = self._plan.budget_s
+        return budget is None or self._spent() + processes * self._process_s() <= budget
+
+    # -- entries ------------------------------------------------------------------------------
+
+    def _entry(
+        self,
+        identity: Identity,
+        times: Sequence[Sequence[float]],
+        outcome: str,
+        exit_code: int,
+        **values: Any,
+    ) -> AbRun:
+        base = [
+            block[position] for block in times for position in range(len(block)) if position != 1
+        ]
+        return AbRun(
+            nodeid=identity[0],
+            workload=identity[1],
+            run_name=self._name(identity),
+            outcome=outcome,
+            exit_code=exit_code,
+            base_s=_median(base),
+            new_s=_median([block[1] for block in times]),
+            **values,
+        )
+
+    def _broken(self, identity: Identity, reason: str) -> AbRun:
+        return AbRun(
+            nodeid=identity[0],
+            workload=identity[1],
+            run_name=self._name(identity),
+            outcome="failed",
+            exit_code=UNDECIDED,
+            reason=reason,
+        )
+
+    def _name(self, identity: Identity) -> str:
+        return next(
+            result.run_name
+            for process in self._journal.processes
+            for key, result in process.by_identity().items()
+            if key == identity
+        )
+
+
+def _match(base: Process, new: Process, *, allow_missing: bool) -> dict[Identity, AbRun | None]:
+    """Return the runs of both sides; None for those that can be compared."""
+    before, after = base.by_identity(), new.by_identity()
+    found: dict[Identity, AbRun | None] = {}
+    for identity in dict.fromkeys((*before, *after)):
+        old, now = before.get(identity), after.get(identity)
+        known = now or old
+        assert known is not None
+        outcome, code, reason = _unmatched(old, now, allow_missing=allow_missing)
+        if outcome is None:
+            found[identity] = None
+            continue
+        found[identity] = AbRun(
+            nodeid=known.nodeid,
+            workload=known.workload,
+            run_name=known.run_name,
+            outcome=outcome,
+            exit_code=code,
+            reason=reason,
+        )
+    return found
+
+
+def _unmatched(
+    old: Result | None, now: Result | None, *, allow_missing: bool
+) -> tuple[str | None, int, str | None]:
+    """Return outcome, exit code and reason of a run that both sides do not have measured."""
+    lost = PASSES if allow_missing else UNDECIDED
+    if now is None:
+        assert old is not None
+        code = PASSES if old.status == "skipped" else lost
+        return "missing", code, "not in the new revision"
+    if now.oom:
+        if old is not None and old.oom:
+            return "oom", PASSES, f"as in the base: {now.reason}"
+        return "oom", REGRESSES if old else PASSES, now.reason
+    if now.status == "skipped":
+        was = old is None or old.status == "skipped"
+        return "disabled" if now.is_disabled else "skipped", PASSES if was else lost, now.reason
+    if now.status != "ok":
+        return "failed", UNDECIDED, now.reason
+    if old is None or old.status != "ok":
+        return "new", PASSES, f"was {old.status}: {old.reason}" if old else "not in the base"
+    return None, PASSES, None
+
+
+def _times(
+    stage: str, blocks: Sequence[Sequence[Process]], identities: Sequence[Identity]
+) -> tuple[dict[Identity, list[tuple[float, ...]]], dict[Identity, str]]:
+    """Return seconds per batch for each run and block, base first and second, then the base again;
+    and why runs have none."""
+    times: dict[Identity, list[tuple[float, ...]]] = {identity: [] for identity in identities}
+    broken: dict[Identity, str] = {}
+    for processes in blocks:
+        ordered = sorted(processes, key=lambda p: p.position)
+        if stage == SCREENING:
+            ordered.sort(key=lambda p: p.side != BASE)
+        found = [process.by_identity() for process in ordered]
+        for identity in identities:
+            results = [results.get(identity) for results in found]
+            values = [r.batch_time_s for r in results if r is not None and r.status == "ok"]
+            seconds = tuple(value for value in values if value is not None)
+            if len(seconds) < len(ordered):
+                bad = [r for r in results if r is not None and r.status != "ok"]
+                why = f"{bad[0].status}: {bad[0].reason}" if bad else "not measured"
+                broken.setdefault(identity, f"in a process of the {stage}: {why}")
+            times[identity].append(seconds)
+    return times, broken
+
+
+def _arrays(
+    times: Mapping[Identity, Sequence[tuple[float, ...]]], kept: Sequence[Identity], count: int
+) -> list[list[list[float]]]:
+    return [
+        [[block[position] for block in times[identity]] for identity in kept]
+        for position in range(count)
+    ]
+
+
+def _heat(process: Process, identities: Sequence[Identity]) -> Iterator[str]:
+    for identity, result in process.by_identity().items():
+        if identity in identities:
+            yield from result.throttled
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

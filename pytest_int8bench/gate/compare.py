@@ -1,0 +1,539 @@
+"""Saved runs of two commits, metric by metric.
+
+A saved file is one process. What differs by no more than the noise floor between processes is the
+same; where several files are given for a side, the floor is learned from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pytest_int8bench.environment import differences
+from pytest_int8bench.gate.files import Run
+from pytest_int8bench.gate.limits import METRICS, THROTTLED, Metric, Rules
+from pytest_int8bench.results import Accuracy, Record, Result
+
+Identity = tuple[str, ...]
+
+#: Outcomes of a run, in the order in which they are counted.
+REGRESSED, IMPROVED, SAME, NEW, MISSING = "regressed", "improved", "same", "new", "missing"
+OOM, FAILED, ACCURACY_FAILED = "oom", "failed", "accuracy-failed"
+SKIPPED, DISABLED, INCOMPARABLE = "skipped", "disabled", "incomparable"
+OUTCOMES = (
+    REGRESSED,
+    IMPROVED,
+    SAME,
+    NEW,
+    MISSING,
+    OOM,
+    FAILED,
+    ACCURACY_FAILED,
+    SKIPPED,
+    DISABLED,
+    INCOMPARABLE,
+)
+#: Outcomes of one metric beside those: worse by no more than the limit, and without a limit.
+WITHIN, NOT_JUDGED = "within limit", "not judged"
+#: Outcome of a verdict that was PASS, where it does not count as regressed.
+UNDECIDED_NOW = "inconclusive"
+
+#: Exit codes: what a run or verdict adds to that of the comparison.
+PASSES, REGRESSES, UNDECIDED = 0, 1, 2
+
+_LEVEL = 0.05
+#: Floors that are learned are not below this: files hold rounded figures.
+_LEAST_FLOOR = 0.001
+#: Logs of absurd files, whose exponential would not be finite.
+_WIDEST = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One metric of one run."""
+
+    metric: str
+    growth: float
+    """By how much the cost grew, relative: 0.05 is 5 % worse, below 0 is better."""
+    limit: float | None
+    floor: float
+    """Noise between processes: a growth of no more is no difference."""
+    learned: bool
+    """The floor comes from the files given, not from the metric's default or the rules."""
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One run, or one verdict, of both sides."""
+
+    nodeid: str
+    workload: str
+    run_name: str
+    outcome: str
+    exit_code: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunChange(Compared):
+    """One run of both sides."""
+
+    base: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> median over the files of the base, in the unit of the field of ``Result``."""
+    new: Mapping[str, float] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    """Of the metrics that both sides have; empty where the run could not be compared."""
+
+    def change(self, metric: str) -> Change | None:
+        """Return the change of ``metric``, None where a side does not have it."""
+        return next((change for change in self.changes if change.metric == metric), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictChange(Compared):
+    """One accuracy verdict of both sides."""
+
+    metric: str
+    base: str | None
+    """Outcome of the base's verdict."""
+    new: str | None
+    is_pipeline_check: bool = False
+    """The weights are random: it judges nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The files of one side."""
+
+    files: tuple[str, ...]
+    environment: Mapping[str, Any]
+    """Fingerprint of the first file."""
+    commits: tuple[str, ...]
+    """In the order of the files; ``unknown`` where there is no repository."""
+    dirty: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that differs between two sides."""
+
+    base: Side
+    new: Side
+    differences: Mapping[str, tuple[Any, Any]]
+    """Names of the fingerprint that differ and are not allowed to: base's and new's value."""
+    allowed: Mapping[str, tuple[Any, Any]]
+    """Names that differ and are allowed to."""
+    runs: tuple[RunChange, ...]
+    accuracy: tuple[VerdictChange, ...]
+    notes: tuple[str, ...] = ()
+    """What its reader should know."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Outcome -> number of runs."""
+
+    @property
+    def compared(self) -> int:
+        """Number of runs and verdicts that both sides have."""
+        measured = sum(bool(run.changes) for run in self.runs)
+        judged = (v for v in self.accuracy if not v.is_pipeline_check)
+        return measured + sum(bool(v.base and v.new) for v in judged)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if anything regressed; else 2 if anything could not be compared; else 0."""
+        codes = {entry.exit_code for entry in (*self.runs, *self.accuracy)}
+        if REGRESSES in codes:
+            return REGRESSES
+        nothing = not self.compared
+        return UNDECIDED if nothing or self.differences or UNDECIDED in codes else PASSES
+
+
+def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison:
+    """Compare two sides, each of one file or more.
+
+    A metric regressed if its cost grew by more than its limit, and by more than the noise floor.
+    Several values of a side are taken at their median.
+    """
+    found = _differences(base, new)
+    blocking = {name: values for name, values in found.items() if name not in rules.allow}
+    before = _by_identity(result for run in base for result in run.saved.results)
+    after = _by_identity(result for run in new for result in run.saved.results)
+    floors = _Floors(before, after, rules)
+    why = f"measured on another machine or software: {', '.join(blocking)}" if blocking else None
+    runs = tuple(
+        _compare_run(before.get(identity, []), after.get(identity, []), rules, floors, why)
+        for identity in dict.fromkeys((*before, *after))
+    )
+    verdicts_before = _by_identity(v for run in base for v in run.saved.accuracy)
+    verdicts_after = _by_identity(v for run in new for v in run.saved.accuracy)
+    accuracy = tuple(
+        _compare_verdict(
+            verdicts_before.get(identity, []),
+            verdicts_after.get(identity, []),
+            rules,
+            why,
+        )
+        for identity in dict.fromkeys((*verdicts_before, *verdicts_after))
+    )
+    count = Counter(run.outcome for run in runs)
+    return Comparison(
+        base=_side(base),
+        new=_side(new),
+        differences=blocking,
+        allowed={name: values for name, values in found.items() if name in rules.allow},
+        runs=runs,
+        accuracy=accuracy,
+        notes=tuple(_notes(base, new, runs, rules)),
+        counts={outcome: count[outcome] for outcome in OUTCOMES if count[outcome]},
+    )
+
+
+# -- sides ----------------------------------------------------------------------------------
+
+
+def _side(runs: Sequence[Run]) -> Side:
+    environments = [run.saved.environment for run in runs]
+    return Side(
+        files=tuple(str(run.path) for run in runs),
+        environment=environments[0],
+        commits=tuple(str(e.get("commit") or "unknown") for e in environments),
+        dirty=any(bool(e.get("dirty")) for e in environments),
+    )
+
+
+def _differences(base: Sequence[Run], new: Sequence[Run]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs from the first file's fingerprint in any other one."""
+    first, *others = [run.saved.environment for run in (*base, *new)]
+    found: dict[str, tuple[Any, Any]] = {}
+    for environment in others:
+        found = {**differences(first, environment), **found}
+    return found
+
+
+_Record = TypeVar("_Record", bound=Record)
+
+
+def _by_identity(records: Iterable[_Record]) -> dict[Identity, list[_Record]]:
+    found: dict[Identity, list[_Record]] = {}
+    for record in records:
+        found.setdefault(record.identity, []).append(record)
+    return found
+
+
+# -- noise ----------------------------------------------------------------------------------
+
+
+class _Floors:
+    """Noise between processes, for each metric, from what the files of a side differ by.
+
+    The standard deviation of the log values inside a side is pooled over all runs of a metric; a
+    run that is noisier than that has its own. The floor is the half-width of the two-sided 95 %
+    interval (Student's t) of the difference of both sides' means.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[Identity, list[Result]],
+        new: Mapping[Identity, list[Result]],
+        rules: Rules,
+    ) -> None:
+        self._rules = rules
+        self._pooled: dict[str, tuple[float, int]] = {}
+        for metric in METRICS.values():
+            parts = [
+                _scatter(values)
+                for side in (base, new)
+                for results in side.values()
+                if len(values := _values(_usable(results), metric)) > 1
+            ]
+            freedom = sum(freedom for _, freedom in parts)
+            if freedom:
+                self._pooled[metric.name] = (sum(squares for squares, _ in parts), freedom)
+
+    def floor(
+        self, metric: Metric, base: Sequence[float], new: Sequence[float]
+    ) -> tuple[float, bool]:
+        """Return the floor for a run with these values, and whether it was learned."""
+        if metric.name in self._rules.floors:
+            return self._rules.floors[metric.name], False
+        if metric.name not in self._pooled:
+            return metric.floor, False
+        from scipy.stats import t
+
+        squares, freedom = self._pooled[metric.name]
+        own = [_scatter(values) for values in (base, new) if len(values) > 1]
+        own_freedom = sum(part for _, part in own)
+        own_variance = sum(part for part, _ in own) / own_freedom if own_freedom else 0.0
+        deviation = math.sqrt(max(squares / freedom, own_variance))
+        width = float(t.ppf(1 - _LEVEL / 2, freedom)) * deviation
+        width *= math.sqrt(1 / len(base) + 1 / len(new))
+        return max(math.expm1(min(width, _WIDEST)), _LEAST_FLOOR), True
+
+
+def _scatter(values: Sequence[float]) -> tuple[float, int]:
+    """Return the sum of squares of the logs around their mean, and its degrees of freedom."""
+    logs = [math.log(value) for value in values]
+    mean = statistics.fmean(logs)
+    return sum((log - mean) ** 2 for log in logs), len(logs) - 1
+
+
+def _values(results: Iterable[Result], metric: Metric) -> list[float]:
+    found = (getattr(result, metric.field) for result in results)
+    return [float(value) for value in found if value is not None]
+
+
+def _medians(results: Sequence[Result]) -> dict[str, float]:
+    found = {metric.name: _values(_usable(results), metric) for metric in METRICS.values()}
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+def _usable(results: Iterable[Result]) -> list[Result]:
+    """Return what was measured; throttled ones only where there are no others."""
+    measured = [result for result in results if result.status == "ok" and result.batch_time_s]
+    return [result for result in measured if not result.throttled] or measured
+
+
+# -- one run --------------------------------------------------------------------------------
+
+# A side with several files has the worst status of them, if it is the new one.
+_WORST = ("accuracy-failed", "oom", "failed", "skipped")
+
+
+def _status(results: Sequence[Result], *, worst: bool) -> str:
+    statuses = [result.status for result in results]
+    if not worst and "ok" in statuses:
+        return "ok"
+    return next((status for status in _WORST if status in statuses), "ok")
+
+
+def _compare_run(
+    base: list[Result], new: list[Result], rules: Rules, floors: _Floors, why: str | None
+) -> RunChange:
+    known = (new or base)[0]
+    common: dict[str, Any] = {
+        "nodeid": known.nodeid,
+        "workload": known.workload,
+        "run_name": known.run_name,
+        "base": _medians(base),
+        "new": _medians(new),
+    }
+
+    def entry(outcome: str, exit_code: int, reason: str | None = None) -> RunChange:
+        return RunChange(**common, outcome=outcome, exit_code=exit_code, reason=reason)
+
+    lost = PASSES if rules.allow_missing else UNDECIDED
+    before = _status(base, worst=False) if base else None
+    if not new:
+        if before == "skipped":
+            return entry(MISSING, PASSES, f"was skipped: {_reason(base, 'skipped')}")
+        return entry(MISSING, lost, "not in the new run")
+    after = _status(new, worst=True)
+    reason = _reason(new, after)
+    if after == "accuracy-failed":
+        if before == "accuracy-failed":
+            return entry(ACCURACY_FAILED, UNDECIDED, f"as in the base: {reason}")
+        return entry(ACCURACY_FAILED, REGRESSES, reason)
+    if after == "oom":
+        if before == "oom":
+            return entry(OOM, PASSES, f"as in the base: {reason}")
+        if base and why is not None:  # memory of another size, perhaps
+            return entry(OOM, UNDECIDED, f"{reason}; {why}")
+        return entry(OOM, REGRESSES if base else PASSES, reason)
+    if after == "failed":
+        return entry(FAILED, UNDECIDED, reason)
+    if after == "skipped":
+        outcome = DISABLED if all(result.is_disabled for result in new) else SKIPPED
+        return entry(outcome, PASSES if before in (None, "skipped") else lost, reason)
+    if before != "ok":
+        was = f"was {before}: {_reason(base, before)}" if before else None
+        return entry(NEW, PASSES, was or "not in the base")
+    if why is not None:
+        return entry(INCOMPARABLE, UNDECIDED, why)
+    if names := {result.run_name for result in (*base, *new)} - {known.run_name}:
+        return entry(INCOMPARABLE, UNDECIDED, f"another point: {', '.join(sorted(names))}")
+    return _measured(common, _usable(base), _usable(new), rules, floors)
+
+
+def _measured(
+    common: dict[str, Any],
+    base: list[Result],
+    new: list[Result],
+    rules: Rules,
+    floors: _Floors,
+) -> RunChange:
+    if not base or not new:
+        return RunChange(
+            **common, outcome=INCOMPARABLE, exit_code=UNDECIDED, reason="has no batch time"
+        )
+    heat = sorted({reason for result in (*base, *new) for reason in result.throttled})
+    is_hot = bool(heat) and THROTTLED not in rules.allow
+    changes = []
+    for metric in METRICS.values():
+        before, after = _values(base, metric), _values(new, metric)
+        if before and after:
+            limit = rules.limit(metric.name, common["run_name"], common["nodeid"])
+            change = _change(metric, before, after, limit, floors)
+            if is_hot and metric.depends_on_clocks:
+                # Neither a slowdown nor its absence is evidence then.
+                change = dataclasses.replace(change, outcome=NOT_JUDGED)
+            changes.append(change)
+    judged = {change.outcome for change in changes}
+    if is_hot and REGRESSED not in judged:
+        return RunChange(
+            **common,
+            outcome=INCOMPARABLE,
+            exit_code=UNDECIDED,
+            reason=f"measured while the GPU was slowed down: {', '.join(heat)}",
+            changes=tuple(changes),
+        )
+    outcome = next((o for o in (REGRESSED, IMPROVED) if o in judged), SAME)
+    return RunChange(
+        **common,
+        outcome=outcome,
+        exit_code=REGRESSES if outcome == REGRESSED else PASSES,
+        reason="; ".join(_over(change) for change in changes if change.outcome == REGRESSED)
+        or None,
+        changes=tuple(changes),
+    )
+
+
+def _change(
+    metric: Metric,
+    base: Sequence[float],
+    new: Sequence[float],
+    limit: float | None,
+    floors: _Floors,
+) -> Change:
+    growth = metric.growth(statistics.median(base), statistics.median(new))
+    floor, learned = floors.floor(metric, base, new)
+    if limit is None:
+        outcome = NOT_JUDGED
+    elif abs(growth) <= floor:
+        outcome = SAME
+    elif growth < 0:
+        outcome = IMPROVED
+    else:
+        outcome = REGRESSED if growth > limit else WITHIN
+    return Change(
+        metric=metric.name,
+        growth=growth,
+        limit=limit,
+        floor=floor,
+        learned=learned,
+        outcome=outcome,
+    )
+
+
+def _over(change: Change) -> str:
+    return (
+        f"{METRICS[change.metric].option}: {change.growth:+.1%}, limit {change.limit:.1%}"
+        f" (noise floor {change.floor:.1%})"
+    )
+
+
+def _reason(results: Sequence[Result], status: str) -> str:
+    found = (result.reason for result in results if result.status == status)
+    return next(filter(None, found), "no reason given")
+
+
+# -- verdicts -------------------------------------------------------------------------------
+
+_WORST_VERDICT = ("FAIL", "INCONCLUSIVE", "proxy-ok", "PASS")
+
+
+def _compare_verdict(
+    base: list[Accuracy], new: list[Accuracy], rules: Rules, why: str | None
+) -> VerdictChange:
+    known = (new or base)[0]
+    # What random weights gave is no baseline, and nothing to judge.
+    trained = [verdict for verdict in base if not verdict.is_pipeline_check]
+    judged = [verdict for verdict in new if not verdict.is_pipeline_check]
+    is_check = not judged and bool(new or not trained)
+    outcome: str
+    reason: str | None
+    if is_check and trained:
+        code = PASSES if rules.allow_missing else UNDECIDED
+        outcome, reason = MISSING, "its weights are random now: it is a pipeline check"
+    elif is_check:
+        outcome, code, reason = NOT_JUDGED, PASSES, "pipeline check: the weights are random"
+    else:
+        outcome, code, reason = _judge_verdict(trained, judged, rules)
+        if why is not None and trained and judged and code != REGRESSES:
+            outcome, code, reason = INCOMPARABLE, UNDECIDED, why
+    return VerdictChange(
+        nodeid=known.nodeid,
+        workload=known.workload,
+        run_name=known.run_name,
+        metric=known.metric,
+        base=_worst(trained or (base if is_check else [])),
+        new=_worst(judged or new),
+        outcome=outcome,
+        exit_code=code,
+        reason=reason,
+        is_pipeline_check=is_check,
+    )
+
+
+def _judge_verdict(
+    base: list[Accuracy], new: list[Accuracy], rules: Rules
+) -> tuple[str, int, str | None]:
+    before, after = _worst(base), _worst(new)
+    if after is None:
+        code = PASSES if rules.allow_missing else UNDECIDED
+        return MISSING, code, "not in the new run"
+    reason = next((v.reason for v in new if v.outcome == after and v.reason), None)
+    if after == "FAIL":
+        if before == "FAIL":
+            return ACCURACY_FAILED, PASSES, "as in the base"
+        return REGRESSED, REGRESSES, reason
+    if before is None:
+        return NEW, PASSES, "not in the base"
+    if (was := _limits(base)) != (now := _limits(new)):
+        reason = f"the limit was {was} and is {now}"
+    if before == after:
+        return SAME, PASSES, reason
+    if after == "INCONCLUSIVE" and before == "PASS":
+        if rules.fail_on_inconclusive:
+            return REGRESSED, REGRESSES, "its samples do not decide any more"
+        return UNDECIDED_NOW, PASSES, "its samples do not decide any more"
+    better = _WORST_VERDICT.index(after) > _WORST_VERDICT.index(before)
+    return IMPROVED if better else SAME, PASSES, reason
+
+
+def _limits(verdicts: Sequence[Accuracy]) -> str:
+    return " or ".join(sorted({str(verdict.limit) for verdict in verdicts}))
+
+
+def _worst(verdicts: Sequence[Accuracy]) -> str | None:
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return next((outcome for outcome in _WORST_VERDICT if outcome in outcomes), None)
+
+
+# -- notes ----------------------------------------------------------------------------------
+
+
+def _notes(
+    base: Sequence[Run], new: Sequence[Run], runs: Sequence[RunChange], rules: Rules
+) -> list[str]:
+    notes = []
+    for name, side in (("base", base), ("new", new)):
+        if any(run.saved.environment.get("dirty") for run in side):
+            notes.append(f"the {name} was measured with uncommitted changes")
+    tight: dict[str, Change] = {}
+    for change in (change for run in runs for change in run.changes):
+        if change.limit is not None and change.limit < change.floor:
+            tight.setdefault(change.metric, change)
+    for change in tight.values():
+        how_many = "more" if change.learned else "several"
+        notes.append(
+            f"{METRICS[change.metric].option} {change.limit:.1%} is under the noise floor of "
+            f"{change.floor:.1%}, which decides: give {how_many} files a side, or use int8bench ab"
+        )
+    names = [(run.run_name, run.nodeid) for run in runs]
+    notes += [f"no run matches {pattern!r} in pyproject.toml" for pattern in rules.unmatched(names)]
+    return notes

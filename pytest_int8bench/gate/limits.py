@@ -1,0 +1,284 @@
+"""How much worse a metric may get: limits, noise floors, and the table in ``pyproject.toml``::
+
+[tool.int8bench.gate]
+max-slowdown = "5%"
+allow = ["driver"]
+
+[tool.int8bench.gate.runs."*_bs1"]  # run names or node ids, as in a shell
+max-slowdown = "15%"
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.environment import FINGERPRINT_NAMES, MAY_DIFFER
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared of a run, as a growth of cost: 0.05 means 5 % worse."""
+
+    name: str
+    field: str
+    """Field of ``Result``."""
+    option: str
+    """Name of its limit, on the command line and in ``pyproject.toml``."""
+    help: str
+    limit: float | None
+    """Largest growth that passes, relative; None judges nothing."""
+    floor: float
+    """Relative difference of two processes of equal code that is taken for noise where only one
+    file a side is given."""
+    is_rate: bool = False
+    """Higher is better, and the cost is the time that one takes."""
+    depends_on_clocks: bool = True
+    """A GPU that is slowed down by heat changes it."""
+
+    def growth(self, base: float, new: float) -> float:
+        """Return by how much the cost grew, relative to the base's."""
+        return (base / new if self.is_rate else new / base) - 1
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "throughput",
+            "samples_per_s",
+            "max-slowdown",
+            "growth of the median time of a sample",
+            limit=0.05,
+            floor=0.02,
+            is_rate=True,
+        ),
+        Metric(
+            "batch-time",
+            "batch_time_s",
+            "max-batch-time-growth",
+            "growth of the median time of a batch; the slowdown, as long as batches keep their "
+            "samples",
+            limit=None,
+            floor=0.02,
+        ),
+        Metric(
+            "p95",
+            "batch_time_p95_s",
+            "max-p95-growth",
+            "growth of the 95th percentile of the batch time",
+            limit=None,
+            floor=0.05,
+        ),
+        Metric(
+            "memory",
+            "peak_memory_bytes",
+            "max-memory-growth",
+            "growth of the model's peak memory (CUDA only)",
+            limit=0.05,
+            floor=0.01,
+            depends_on_clocks=False,
+        ),
+        Metric(
+            "compile",
+            "compile_s",
+            "max-compile-growth",
+            "growth of the first call's time; it depends on whether the compile cache was warm",
+            limit=None,
+            floor=0.3,
+        ),
+    )
+}
+
+#: What may be allowed to differ: names of the fingerprint, and a GPU that was slowed down by heat.
+THROTTLED = "throttled"
+ALLOWABLE = (*(name for name in FINGERPRINT_NAMES if name not in MAY_DIFFER), THROTTLED)
+
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+def parse_share(text: str) -> float:
+    """Read a percentage, such as ``5%``, as a share.
+
+    Raises:
+        ValueError: naming the rule and the value.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"must be a percentage such as 5%, got {text!r}")
+    return float(match[1]) / 100
+
+
+def parse_limit(text: str) -> float | None:
+    """Read a limit: a percentage, or ``off``, which is None.
+
+    Raises:
+        ValueError: naming the rule and the value.
+    """
+    if text.strip() == "off":
+        return None
+    try:
+        return parse_share(text)
+    except ValueError:
+        raise ValueError(f"must be a percentage such as 5%, or off, got {text!r}") from None
+
+
+def parse_floor(text: str) -> tuple[str, float]:
+    """Read a noise floor, such as ``throughput=3%``: the metric's name and a share.
+
+    Raises:
+        ValueError: naming the rule and the value.
+    """
+    name, equals, share = text.partition("=")
+    if not equals or name.strip() not in METRICS:
+        raise ValueError(
+            f"must be METRIC=PERCENTAGE with a metric of {', '.join(METRICS)}, got {text!r}"
+        )
+    return name.strip(), parse_share(share)
+
+
+def check_allow(names: Iterable[str]) -> frozenset[str]:
+    """Return names that may differ.
+
+    Raises:
+        ValueError: naming the rule and the value, if one is no name of the fingerprint.
+    """
+    found = frozenset(names)
+    for name in sorted(found):
+        if name in MAY_DIFFER:
+            raise ValueError(f"{name} may always differ")
+        if name not in ALLOWABLE:
+            raise ValueError(f"must be one of {', '.join(ALLOWABLE)}, got {name!r}")
+    return found
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a comparison lets pass."""
+
+    limits: Mapping[str, float | None] = field(default_factory=dict)
+    """Metric -> largest growth, relative; None judges nothing. What is not named keeps its
+    default."""
+    runs: tuple[tuple[str, Mapping[str, float | None]], ...] = ()
+    """Pattern of run names or node ids -> limits that go before all others; the last match wins."""
+    floors: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> noise floor, in place of the default and of what the files show."""
+    allow: frozenset[str] = frozenset()
+    """Names of the fingerprint that may differ, and ``throttled``."""
+    allow_missing: bool = False
+    """Runs that are gone, or skipped now, are listed only."""
+    fail_on_inconclusive: bool = False
+    """A verdict that was PASS and is INCONCLUSIVE counts as a regression."""
+
+    def limit(self, metric: str, *names: str) -> float | None:
+        """Return the limit of ``metric`` for the run that goes by ``names``."""
+        found = self.limits.get(metric, METRICS[metric].limit)
+        for pattern, limits in self.runs:
+            if metric in limits and _matches(pattern, names):
+                found = limits[metric]
+        return found
+
+    def unmatched(self, runs: Iterable[tuple[str, ...]]) -> list[str]:
+        """Return the patterns that none of ``runs`` matches, each given by its names."""
+        known = list(runs)
+        return [
+            pattern for pattern, _ in self.runs if not any(_matches(pattern, run) for run in known)
+        ]
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    # Node ids hold brackets, which a pattern takes for a set of characters.
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
+
+
+_TABLE = "tool.int8bench.gate"
+_OPTIONS = {metric.option: metric for metric in METRICS.values()}
+_FLAGS = {"allow-missing": "allow_missing", "fail-on-inconclusive": "fail_on_inconclusive"}
+_KEYS = (*_OPTIONS, "noise-floor", "allow", *_FLAGS, "runs")
+
+
+def find_pyproject(folder: Path) -> Path | None:
+    """Return the ``pyproject.toml`` of ``folder`` or of the closest folder above it."""
+    candidates = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_rules(path: Path | None) -> Rules:
+    """Read the rules in a ``pyproject.toml``; the defaults where it has none.
+
+    Raises:
+        ValueError: one line that names file, key, rule and value.
+        OSError: if the file cannot be read.
+    """
+    if path is None:
+        return Rules()
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    table: Any = document
+    for key in _TABLE.split("."):
+        table = table.get(key, {}) if isinstance(table, dict) else {}
+    try:
+        return _rules(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_TABLE}: {error}") from None
+
+
+def _rules(table: Any) -> Rules:
+    _check_keys(table, _KEYS)
+    values: dict[str, Any] = {}
+    for key, name in _FLAGS.items():
+        if key in table:
+            if not isinstance(table[key], bool):
+                raise ValueError(f"{key} must be true or false, got {table[key]!r}")
+            values[name] = table[key]
+    allow = table.get("allow", [])
+    if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
+        raise ValueError(f"allow must be a list of names, got {allow!r}")
+    try:
+        values["allow"] = check_allow(allow)
+    except ValueError as error:
+        raise ValueError(f"allow: {error}") from None
+    floors = table.get("noise-floor", {})
+    if not isinstance(floors, dict):
+        raise ValueError(f"noise-floor must be a table of metrics, got {floors!r}")
+    try:
+        values["floors"] = dict(parse_floor(f"{name}={share}") for name, share in floors.items())
+    except ValueError as error:
+        raise ValueError(f"noise-floor: {error}") from None
+    runs = table.get("runs", {})
+    if not isinstance(runs, dict):
+        raise ValueError(f"runs must be a table of patterns, got {runs!r}")
+    patterns = []
+    for pattern, limits in runs.items():
+        try:
+            _check_keys(limits, tuple(_OPTIONS))
+            patterns.append((pattern, _limits(limits)))
+        except ValueError as error:
+            raise ValueError(f"runs.{pattern!r}: {error}") from None
+    return Rules(limits=_limits(table), runs=tuple(patterns), **values)
+
+
+def _check_keys(table: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(table, dict):
+        raise ValueError(f"must be a table, got {table!r}")
+    for key in table:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; keys are {', '.join(known)}")
+
+
+def _limits(table: Mapping[str, Any]) -> dict[str, float | None]:
+    found = {}
+    for option, metric in _OPTIONS.items():
+        if option in table:
+            try:
+                found[metric.name] = parse_limit(str(table[option]))
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from None
+    return found

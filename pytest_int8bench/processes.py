@@ -1,0 +1,75 @@
+"""Processes of pytest: their environment, waiting for them, and how they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+
+# Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
+FAILED, INTERRUPTED, NO_TESTS = 1, 2, 5
+_ERRORS = {
+    0: "no test ran",
+    FAILED: "every test failed before its point was known",
+    INTERRUPTED: "the tests could not be collected",
+    3: "internal error",
+    4: "usage error",
+    NO_TESTS: "no tests collected",
+}
+_INTERRUPT_S = 10
+
+
+def is_pytests(variable: str) -> bool:
+    """Say whether an environment variable is of the pytest around, and none of a new one's."""
+    own = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+    return variable in own or variable.startswith("PYTEST_XDIST_")
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for ``process`` and return its exit code, negative for a signal; on Ctrl-C, let pytest
+    finish what it has to say, and return pytest's code for that."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        stop(process)
+        return INTERRUPTED
+
+
+def stop(process: subprocess.Popen[bytes], *, group: bool = False) -> None:
+    """Interrupt ``process``, give it time to finish what it has to say, then kill it.
+
+    Args:
+        process: what to stop; it may have ended.
+        group: it was started in a session of its own, which ends as a whole.
+    """
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A terminal interrupts both processes, os.kill only this one.
+            process.wait(timeout=0 if group else 1)
+        if process.poll() is None:
+            _signal(process, signal.SIGINT, group)
+            process.wait(timeout=_INTERRUPT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also at a second Ctrl-C
+        _signal(process, signal.SIGKILL, group)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals, group: bool) -> None:
+    if not group:
+        process.send_signal(number)
+        return
+    with contextlib.suppress(ProcessLookupError):  # nobody is left in it
+        os.killpg(process.pid, number)
+
+
+def ending(code: int) -> str:
+    """Return how a process ended that did not finish its tests."""
+    if code >= 0:
+        return _ERRORS.get(code, f"exit code {code}")
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

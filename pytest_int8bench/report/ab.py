@@ -1,0 +1,157 @@
+"""An A/B of two revisions as text, Markdown, JSON and JUnit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pytest_int8bench.environment import describe
+from pytest_int8bench.gate.ab import SCHEMA, AbResult, AbRun, duration
+from pytest_int8bench.gate.compare import PASSES, REGRESSES
+from pytest_int8bench.gate.design import Estimate
+from pytest_int8bench.report.junit import Case
+from pytest_int8bench.report.tables import MISSING, Grid, Page, number
+from pytest_int8bench.results import point_label
+
+_TITLE = "int8bench ab"
+_HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}
+_STATUSES = {PASSES: "passed", REGRESSES: "failure"}
+
+
+def page(result: AbResult) -> Page:
+    """Return the report that people read."""
+    count = Counter(run.outcome for run in result.runs)
+    listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "no run"
+    return Page(
+        title=_TITLE,
+        headline=f"{_HEADLINES[result.exit_code]} ({listed})",
+        grids=[_table(result)] if result.runs else [],
+        remarks=[
+            *(["nothing was compared"] if result.is_empty else []),
+            *(f"{run.outcome}: {_name(run)}: {run.reason}" for run in result.runs if run.reason),
+            *(f"note: {note}" for note in result.notes),
+        ],
+        footer=_footer(result),
+    )
+
+
+def to_dict(result: AbResult) -> dict[str, Any]:
+    """Return the result as plain values, under ``int8bench_ab``."""
+    plan = result.plan
+    return {
+        "int8bench_ab": {
+            "schema": SCHEMA,
+            "exit_code": result.exit_code,
+            "base": dataclasses.asdict(plan.base),
+            "new": dataclasses.asdict(plan.new),
+            "pytest_args": list(plan.pytest_args),
+            "install": plan.install,
+            "design": dataclasses.asdict(plan.design),
+            "environment": dict(result.environment),
+            "processes": result.processes,
+            "seconds": result.seconds,
+            "runs": [_finite(dataclasses.asdict(run)) for run in result.runs],
+            "notes": list(result.notes),
+        }
+    }
+
+
+def cases(result: AbResult) -> list[Case]:
+    """Return one JUnit case for each run."""
+    found = []
+    for run in result.runs:
+        status = _STATUSES.get(run.exit_code, "error")
+        if status == "passed" and run.outcome != "PASS":
+            status = "skipped"
+        message = f"{run.outcome}: {run.reason}" if run.reason else run.outcome
+        estimate = _estimate(run)
+        if estimate is not None:
+            message += f" (slowdown {_interval(estimate)})"
+        found.append(Case(classname=run.nodeid, name=_name(run), status=status, message=message))
+    if result.is_empty:  # skipped cases alone would look like a success
+        found.append(
+            Case(classname=_TITLE, name="compared", status="error", message="nothing was compared")
+        )
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values without infinities, which JSON does not know: None instead."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(result: AbResult) -> Grid:
+    columns: dict[str, Callable[[AbRun], str]] = {
+        "run": _name,
+        "ms/batch": _times,
+        "slowdown [95 %, one-sided]": lambda run: _interval(_estimate(run)),
+        "noise": lambda run: MISSING if (e := _estimate(run)) is None else f"{e.noise:.1%}",
+        "blocks": _blocks,
+        "p": lambda run: MISSING if run.judged is None else f"{run.judged.p_holm:.2g}",
+        "base again": lambda run: _interval(run.judged.control if run.judged else None),
+        "verdict": lambda run: run.outcome,
+    }
+    level = result.plan.design.level
+    shown = {name.replace("95", f"{100 * (1 - level):g}"): show for name, show in columns.items()}
+    return Grid(
+        columns=[*shown],
+        rows=[[show(run) for show in shown.values()] for run in result.runs],
+        styles=[_style(run) for run in result.runs],
+        name="run",
+        left=("verdict",),
+    )
+
+
+def _estimate(run: AbRun) -> Estimate | None:
+    if run.judged is not None:
+        return run.judged.estimate
+    return run.screened.estimate if run.screened is not None else None
+
+
+def _times(run: AbRun) -> str:
+    if run.base_s is None or run.new_s is None:
+        return MISSING
+    return f"{number(run.base_s * 1e3)} -> {number(run.new_s * 1e3)}"
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return MISSING
+    low, high = (f"{100 * share:+.1f}" for share in (estimate.low, estimate.high))
+    return f"{100 * estimate.slowdown:+.1f}% [{low}, {high}]"
+
+
+def _blocks(run: AbRun) -> str:
+    estimates = [run.screened and run.screened.estimate, run.judged and run.judged.estimate]
+    return " + ".join(str(e.blocks) for e in estimates if e) or MISSING
+
+
+def _style(run: AbRun) -> str | None:
+    if run.exit_code == REGRESSES:
+        return "red"
+    if run.exit_code != PASSES:
+        return "yellow"
+    return None if run.outcome == "PASS" else "dim"
+
+
+def _name(run: AbRun) -> str:
+    return point_label(run.workload, run.run_name)
+
+
+def _footer(result: AbResult) -> list[str]:
+    plan, design = result.plan, result.plan.design
+    what = (
+        f"base: {plan.base.label}; new: {plan.new.label}; {result.processes} processes, "
+        f"{duration(result.seconds)}"
+    )
+    how = (
+        f"FAIL: shown to be slower by over {design.margin:.1%} (one-sided t test of log ratios, "
+        f"family-wise error {design.level:.0%} by Holm); PASS: a slowdown of "
+        f"{design.max_slowdown:.1%} is excluded"
+    )
+    return [what, how, describe(dict(result.environment))]

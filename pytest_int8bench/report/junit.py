@@ -1,0 +1,51 @@
+"""JUnit XML, as CI servers read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+STATUSES = ("passed", "failure", "error", "skipped")
+# What XML 1.0 cannot hold.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One test case."""
+
+    classname: str
+    name: str
+    status: str
+    """One of :data:`STATUSES`."""
+    message: str = ""
+
+
+def to_xml(suite: str, cases: Sequence[Case]) -> str:
+    """Return a file with one test suite."""
+    count = {status: sum(case.status == status for case in cases) for status in STATUSES}
+    root = ElementTree.Element("testsuites")
+    element = ElementTree.SubElement(
+        root,
+        "testsuite",
+        name=suite,
+        tests=str(len(cases)),
+        failures=str(count["failure"]),
+        errors=str(count["error"]),
+        skipped=str(count["skipped"]),
+    )
+    for case in cases:
+        entry = ElementTree.SubElement(
+            element, "testcase", classname=_clean(case.classname), name=_clean(case.name)
+        )
+        if case.status != "passed":
+            ElementTree.SubElement(entry, case.status, message=_clean(case.message))
+    ElementTree.indent(root)
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+def _clean(text: str) -> str:
+    return _FORBIDDEN.sub("?", text)
