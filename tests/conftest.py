@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads of torch would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What is started in the background, or by nohup, ignores these, and so would the processes that
+# tests start and interrupt.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(autouse=True)
