@@ -76,6 +76,8 @@ class Timing:
     median_s: float
     p95_s: float
     """95th percentile of the rounds; a round is the mean of its iterations."""
+    min_s: float
+    """The fastest round."""
     standard_error: float
     """Estimated standard error of the median, relative to it."""
 
@@ -208,6 +210,7 @@ def summarize(round_times: Sequence[float]) -> Timing:
     return Timing(
         median_s=statistics.median(round_times),
         p95_s=float(np.percentile(round_times, 95)),
+        min_s=min(round_times),
         standard_error=_MEDIAN_EFFICIENCY * spread(round_times) / math.sqrt(len(round_times)),
     )
 

@@ -145,6 +145,7 @@ class Throughput:
         values: dict[str, Any] = {
             "batch_time_s": timing.median_s,
             "batch_time_p95_s": timing.p95_s,
+            "batch_time_min_s": timing.min_s,
             "batch_time_standard_error": timing.standard_error,
             "rounds": len(times),
             "iterations": plan.iterations,

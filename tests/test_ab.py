@@ -192,6 +192,43 @@ def test_what_screening_flags_is_judged_by_fresh_blocks_of_it_alone(
     assert result.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("statistic", "gpu", "used"),
+    [
+        ("auto", None, "fastest"),
+        ("auto", {"name": "A100"}, "median"),
+        ("median", None, "median"),
+        ("fastest", {"name": "A100"}, "fastest"),
+    ],
+)
+def test_what_stands_for_a_process(
+    machine: Machine, compare: Compare, statistic: str, gpu: dict[str, str] | None, used: str
+) -> None:
+    # The medians are far slower in every other process, the fastest rounds are not.
+    machine.environment = lambda number: {**ENVIRONMENT, "gpu": gpu}
+    machine.change = lambda number, key, name: {
+        "batch_time_s": 0.01 * (1 + number % 2),
+        "batch_time_min_s": 0.008,
+    }
+    result = compare(statistic=statistic)
+    assert result.statistic == used
+    run = only_run(result)
+    assert (run.outcome, run.judged is None) == (
+        ("PASS", True) if used == "fastest" else (run.outcome, False)
+    )
+    assert (run.base_s == 0.008) == (used == "fastest")
+
+
+def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Compare) -> None:
+    # Of a revision with an older plugin.
+    machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
+    assert compare().statistic == "median"
+    with pytest.raises(
+        AbError, match="^--statistic fastest: a revision's pytest-int8bench is too old to save it$"
+    ):
+        compare(statistic="fastest")
+
+
 def test_the_blocks_of_screening_do_not_enter_the_verdict(
     machine: Machine, compare: Compare
 ) -> None:

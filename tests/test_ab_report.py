@@ -107,6 +107,7 @@ def result(*runs: AbRun, notes: tuple[str, ...] = (), **plan: Any) -> AbResult:
         runs=runs,
         processes=28,
         seconds=250.0,
+        statistic="median",
         notes=notes,
     )
 
@@ -116,6 +117,12 @@ def text_of(found: AbResult) -> str:
 
 
 # -- text -------------------------------------------------------------------------------------
+
+
+def test_the_fastest_round_is_named() -> None:
+    found = dataclasses.replace(result(CLEARED), statistic="fastest")
+    assert " ".join(text_of(found).split()).startswith("run ms/batch, fastest slowdown ")
+    assert to_dict(found)["int8bench_ab"]["statistic"] == "fastest"
 
 
 def test_the_report_as_text() -> None:

@@ -296,6 +296,7 @@ def test_summarize() -> None:
     timing = summarize([1.0, 2.0, 3.0, 4.0, 5.0])
     assert timing.median_s == 3.0
     assert timing.p95_s == pytest.approx(4.8)
+    assert timing.min_s == 1.0
     # Median absolute deviation 1, relative to 3.
     sigma = 1.4826 / 3
     assert timing.standard_error == pytest.approx(math.sqrt(math.pi / 2) * sigma / math.sqrt(5))

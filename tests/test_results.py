@@ -93,7 +93,10 @@ positive = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=F
 BY_NAME = {
     "status": st.sampled_from(STATUSES),
     "outcome": st.sampled_from(OUTCOMES),
-    **dict.fromkeys(("samples_per_s", "batch_time_s", "batch_time_p95_s", "compile_s"), positive),
+    **dict.fromkeys(
+        ("samples_per_s", "batch_time_s", "batch_time_p95_s", "batch_time_min_s", "compile_s"),
+        positive,
+    ),
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),
 }
 
@@ -204,7 +207,14 @@ def test_bad_status() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["samples_per_s", "batch_time_s", "batch_time_p95_s", "peak_memory_bytes", "compile_s"],
+    [
+        "samples_per_s",
+        "batch_time_s",
+        "batch_time_p95_s",
+        "batch_time_min_s",
+        "peak_memory_bytes",
+        "compile_s",
+    ],
 )
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
 def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:

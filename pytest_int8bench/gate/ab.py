@@ -39,6 +39,11 @@ ORDERS = {SCREENING: ((BASE, NEW), (NEW, BASE)), VERDICT: ((BASE, NEW, BASE),)}
 _KEPT_CACHES = 6
 _WARM = "warm"  # file in a cache: what a process compiles is in it, or need not be compiled
 
+#: What stands for a process, and the field of ``Result`` that holds it.
+MEDIAN, FASTEST = "median", "fastest"
+FIELDS = {MEDIAN: "batch_time_s", FASTEST: "batch_time_min_s"}
+AUTO = "auto"
+
 Identity = tuple[str, str]
 
 
@@ -64,6 +69,9 @@ class Plan:
     retries: int = 3
     """Blocks in which the GPU was slowed down by heat that are measured again, all together."""
     allow_missing: bool = False
+    statistic: str = AUTO
+    """``median`` or ``fastest`` round of a process. ``auto``: the fastest without a GPU, where
+    other load can only add to a time; else the median, for clocks vary both ways."""
 
     @property
     def key(self) -> str:
@@ -86,7 +94,7 @@ class AbRun:
     exit_code: int
     reason: str | None = None
     base_s: float | None = None
-    """Seconds per batch, median over all processes of the last stage."""
+    """Seconds per batch, median of all processes of the last stage."""
     new_s: float | None = None
     screened: Screened | None = None
     judged: Judged | None = None
@@ -105,6 +113,8 @@ class AbResult:
     """Measuring processes that were run, also by commands that were interrupted."""
     seconds: float
     """Wall time of those."""
+    statistic: str
+    """What stands for a process: ``median`` or ``fastest`` round."""
     notes: tuple[str, ...]
 
     @property
@@ -321,6 +331,7 @@ class _Experiment:
         self._tell = tell
         self._start = time.monotonic()
         self._notes = journal.notes
+        self._statistic = MEDIAN
         self._hot = 0
         """Blocks in which the GPU was slowed down."""
 
@@ -335,6 +346,7 @@ class _Experiment:
         screened: dict[Identity, AbRun] = {}
         if compared:
             self._plan.design.check(len(compared))
+            self._statistic = self._choose_statistic([*warm.values()], compared)
             self._estimate(len(compared))
             screened = self._screen(compared)
             flagged = [i for i, run in screened.items() if run.screened and run.screened.flagged]
@@ -348,8 +360,30 @@ class _Experiment:
             runs=tuple(runs),
             processes=len(processes),
             seconds=sum(process.seconds for process in processes),
+            statistic=self._statistic,
             notes=tuple(self._notes),
         )
+
+    def _choose_statistic(self, processes: Sequence[Process], compared: Sequence[Identity]) -> str:
+        """Return what stands for a process.
+
+        Raises:
+            AbError: if a revision's plugin is too old to say what is asked for.
+        """
+        has_fastest = all(
+            process.by_identity()[identity].batch_time_min_s is not None
+            for process in processes
+            for identity in compared
+        )
+        asked = self._plan.statistic
+        if asked == FASTEST and not has_fastest:
+            raise AbError(
+                "--statistic fastest: a revision's pytest-int8bench is too old to save it"
+            )
+        if asked != AUTO:
+            return asked
+        gpu = (self._journal.environment or {}).get("gpu")
+        return FASTEST if gpu is None and has_fastest else MEDIAN
 
     # -- stages -------------------------------------------------------------------------------
 
@@ -365,7 +399,7 @@ class _Experiment:
 
     def _screen(self, compared: Sequence[Identity]) -> dict[Identity, AbRun]:
         blocks = self._blocks(SCREENING, self._plan.design.screening_blocks, compared)
-        times, broken = _times(SCREENING, blocks, compared)
+        times, broken = _times(SCREENING, blocks, compared, FIELDS[self._statistic])
         kept = [identity for identity in compared if identity not in broken]
         before, after = _arrays(times, kept, 2)
         outcomes = screen(before, after, self._plan.design) if kept else []
@@ -382,7 +416,7 @@ class _Experiment:
         names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
         self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
         blocks = self._blocks(VERDICT, self._plan.design.verdict_blocks, flagged)
-        times, broken = _times(VERDICT, blocks, flagged)
+        times, broken = _times(VERDICT, blocks, flagged, FIELDS[self._statistic])
         kept = [identity for identity in flagged if identity not in broken]
         before, after, again = _arrays(times, kept, 3)
         outcomes = judge(before, after, again, self._plan.design) if kept else []
@@ -626,7 +660,10 @@ def _unmatched(
 
 
 def _times(
-    stage: str, blocks: Sequence[Sequence[Process]], identities: Sequence[Identity]
+    stage: str,
+    blocks: Sequence[Sequence[Process]],
+    identities: Sequence[Identity],
+    field_name: str,
 ) -> tuple[dict[Identity, list[tuple[float, ...]]], dict[Identity, str]]:
     """Return seconds per batch for each run and block, base first and second, then the base again;
     and why runs have none."""
@@ -639,7 +676,8 @@ def _times(
         found = [process.by_identity() for process in ordered]
         for identity in identities:
             results = [results.get(identity) for results in found]
-            values = [r.batch_time_s for r in results if r is not None and r.status == "ok"]
+            measured = [r for r in results if r is not None and r.status == "ok"]
+            values = [getattr(result, field_name) for result in measured]
             seconds = tuple(value for value in values if value is not None)
             if len(seconds) < len(ordered):
                 bad = [r for r in results if r is not None and r.status != "ok"]

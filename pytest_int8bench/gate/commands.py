@@ -175,6 +175,13 @@ def add_ab(commands: Any) -> None:
         f"{design.verdict_blocks})",
     )
     parser.add_argument(
+        "--statistic",
+        choices=("auto", "median", "fastest"),
+        default="auto",
+        help="what stands for a process: its median or its fastest round (default: auto, the "
+        "fastest without a GPU, where other load can only add to a time, else the median)",
+    )
+    parser.add_argument(
         "--retries",
         type=int,
         default=3,
@@ -274,6 +281,7 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
             budget_s=arguments.budget,
             retries=arguments.retries,
             allow_missing=arguments.allow_missing,
+            statistic=arguments.statistic,
         )
         result = ab.run(plan, tell)
     except (ClearError, OSError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.gate.ab import SCHEMA, AbResult, AbRun, duration
+from pytest_int8bench.gate.ab import FASTEST, MEDIAN, SCHEMA, AbResult, AbRun, duration
 from pytest_int8bench.gate.compare import PASSES, REGRESSES
 from pytest_int8bench.gate.design import Estimate
 from pytest_int8bench.report.junit import Case
@@ -18,6 +18,7 @@ from pytest_int8bench.results import point_label
 
 _TITLE = "int8bench ab"
 _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}
+_HEADERS = {MEDIAN: "ms/batch", FASTEST: "ms/batch, fastest"}
 _STATUSES = {PASSES: "passed", REGRESSES: "failure"}
 
 
@@ -51,6 +52,7 @@ def to_dict(result: AbResult) -> dict[str, Any]:
             "install": plan.install,
             "design": dataclasses.asdict(plan.design),
             "environment": dict(result.environment),
+            "statistic": result.statistic,
             "processes": result.processes,
             "seconds": result.seconds,
             "runs": [_finite(dataclasses.asdict(run)) for run in result.runs],
@@ -88,7 +90,7 @@ def _finite(value: Any) -> Any:
 def _table(result: AbResult) -> Grid:
     columns: dict[str, Callable[[AbRun], str]] = {
         "run": _name,
-        "ms/batch": _times,
+        _HEADERS[result.statistic]: _times,
         "slowdown [95 %, one-sided]": lambda run: _interval(_estimate(run)),
         "noise": lambda run: MISSING if (e := _estimate(run)) is None else f"{e.noise:.1%}",
         "blocks": _blocks,
