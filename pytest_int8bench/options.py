@@ -315,16 +315,17 @@ def read_settings(config: pytest.Config) -> Settings:
 
 def _read_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
     """Take the options of the gate out of ``values``; return the rules they make."""
+    if values.get("lean"):
+        values.pop("compare", None)  # of an ini file: two revisions are compared, not with a file
     limits = {name: values.pop(name) for name in METRICS if name in values}
     allow = values.pop("allow", frozenset())
     allow_missing = values.pop("allow_missing", False)
     if not values.get("compare"):
-        for name in limits:
-            option = OPTIONS[METRICS[name].option]
-            raise pytest.UsageError(f"{option.source(config)}: needs --int8-compare")
-        if allow_missing:
-            option = OPTIONS["allow-missing"]
-            raise pytest.UsageError(f"{option.source(config)}: needs --int8-compare")
+        given = [METRICS[name].option for name in limits]
+        for name in (*given, *(["allow-missing"] if allow_missing else [])):
+            # In an ini file they wait for the option.
+            if (option := OPTIONS[name]).source(config) == option.flag:
+                raise pytest.UsageError(f"{option.flag}: needs --int8-compare")
         return Rules(allow=allow)
     _check_measuring(config, OPTIONS["compare"].flag)
     target = config.getoption("benchmark_json", None)
@@ -353,7 +354,8 @@ def _check_measuring(config: pytest.Config, flag: str) -> None:
         "-p no:benchmark": not config.pluginmanager.hasplugin("benchmark"),
         "pytest-xdist (-n)": config.getoption("dist", "no") != "no",
         "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
-        "--benchmark-disable": config.getoption("benchmark_disable", False),
+        "--benchmark-disable": config.getoption("benchmark_disable", False)
+        and not config.getoption("benchmark_enable", False),
         "--benchmark-skip": config.getoption("benchmark_skip", False),
     }
     for obstacle, is_there in obstacles.items():

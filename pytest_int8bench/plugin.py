@@ -12,6 +12,7 @@ from pytest_int8bench.collection import (
     has_points,
     leave_out_other_tests,
     merge_benchmark_markers,
+    params_of,
     sort_by_model,
 )
 from pytest_int8bench.params import RunParams
@@ -104,7 +105,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     shorten(report, call, item.config.getoption("tbstyle"))
-    record_outcome(item.config.stash[STATE], item, report)
+    record_outcome(item.config.stash[STATE], item, report, params_of(item))
     return report
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,8 +51,11 @@ def point_label(workload: str, run_name: str) -> str:
     return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_positive(value: object) -> bool:
+    """Say whether ``value`` is a number above 0 that a float can hold with all its digits."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return sys.float_info.min <= value <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +176,14 @@ class Result(Record):
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not _is_positive(value):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
         if self.reason is not None and not isinstance(self.reason, str):
             raise ValueError(f"reason must be a text, got {self.reason!r}")
-        if not isinstance(self.throttled, list):
-            raise ValueError(f"throttled must be a list, got {self.throttled!r}")
+        if not isinstance(self.throttled, list) or not all(
+            isinstance(reason, str) for reason in self.throttled
+        ):
+            raise ValueError(f"throttled must be a list of texts, got {self.throttled!r}")
 
     @property
     def is_disabled(self) -> bool:
@@ -239,6 +244,8 @@ class Accuracy(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.metric, str):
+            raise ValueError(f"metric must be a text, got {self.metric!r}")
         if self.outcome not in OUTCOMES:
             raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
 
@@ -413,6 +420,8 @@ def read(path: Path) -> Saved:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         return _read_journal(path, text, error)
+    except (RecursionError, ValueError) as error:  # ValueError: thousands of digits
+        raise SchemaError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
         return _read_journal(path, text)  # a journal with its header only
     block = data.get("int8bench") if isinstance(data, dict) else None

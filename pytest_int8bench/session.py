@@ -295,14 +295,19 @@ def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) 
         report.longrepr = "\n".join([f"{type(error).__name__}: {error}", *notes])
 
 
-def record_outcome(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
-    """Write the point of ``item`` to the journal if it was skipped or failed.
+def record_outcome(
+    state: State, item: pytest.Item, report: pytest.TestReport, params: RunParams | None
+) -> None:
+    """Write the point of ``item`` to the journal if it was skipped or failed; ``params`` are those
+    it was parametrized with.
 
     A point that was measured is written when it is; if its test fails after that, for instance
     by an assertion of its own, its result is written again as ``failed``.
     """
     _tell_benchmark(state, item, report)
     point = state.points_of.get(item.nodeid)
+    if point is None and report.failed and params is not None:
+        point = (state.settings.workload, params)  # it failed before its workload was known
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
     from pytest_int8bench.results import Result

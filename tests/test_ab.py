@@ -224,7 +224,7 @@ def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Co
     machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
     assert compare().statistic == "median"
     with pytest.raises(
-        AbError, match="^--statistic fastest: a revision's pytest-int8bench is too old to save it$"
+        AbError, match=r"^--statistic fastest: a revision's pytest-int8bench is too old to save it$"
     ):
         compare(statistic="fastest")
 
@@ -361,6 +361,7 @@ DISABLED = {"status": "skipped", "reason": f"{NOT_MEASURED}: off", "batch_time_s
         (OOM, OK, "new", 0, "was oom: 2 GiB asked for"),
         (OK, OOM, "oom", 1, "2 GiB asked for"),
         (OOM, OOM, "oom", 0, "as in the base: 2 GiB asked for"),
+        (FAILED, OOM, "oom", 2, "2 GiB asked for"),
         (None, OOM, "oom", 0, "2 GiB asked for"),
         (OK, FAILED, "failed", 2, "broken"),
         (None, FAILED, "failed", 2, "broken"),
@@ -387,7 +388,8 @@ def test_a_run_that_both_sides_do_not_have_measured(
     assert (run.outcome, run.exit_code, run.reason) == (outcome, exit_code, reason)
     assert (run.nodeid, run.workload) == (nodeid("y"), "toy")
     assert result.exit_code == exit_code
-    assert len(machine.calls) == 10
+    # Where one side alone ran out of memory, it is measured again.
+    assert len(machine.calls) == (11 if OOM in (old, new) and OK in (old, new) else 10)
 
 
 @pytest.mark.parametrize("new", [None, SKIPPED, DISABLED])
@@ -418,6 +420,63 @@ def test_nothing_compared_is_no_success(
     assert result.is_empty
     assert machine.calls == WARMING
     assert not any("screening" in line for line in machine.said)
+
+
+def test_memory_that_only_compiling_takes_is_no_verdict(machine: Machine, compare: Compare) -> None:
+    # The third process is the new side's second warm-up.
+    machine.change = lambda number, key, name: OOM if number == 1 else {}
+    result = compare()
+    assert (only_run(result).outcome, result.exit_code) == ("PASS", 0)
+    assert machine.calls == ["base", "new", "new", *SCREENING]
+    assert "new ran out of memory while it compiled: once more" in machine.said
+
+
+def test_the_new_side_starts_from_what_was_compiled_for_the_base(
+    machine: Machine, compare: Compare
+) -> None:
+    """Or autotuning would choose other kernels for the same code."""
+
+    def environment(number: int) -> dict[str, Any]:
+        if number == 0:
+            (machine.sides["base"].cache / "chosen").write_text("x")
+        if number == 1:
+            assert (machine.sides["new"].cache / "chosen").read_text() == "x"
+        return ENVIRONMENT
+
+    machine.environment = environment
+    compare()
+    (machine.sides["base"].cache / "chosen").write_text("y")
+    compare()  # both are warm now, and stay as they are
+    assert (machine.sides["new"].cache / "chosen").read_text() == "x"
+
+
+def test_what_is_measured_otherwise_is_another_comparison(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(root=root, folder=root, base=BASE, new=NEW)
+    keys = {plan.key, dataclasses.replace(plan, statistic="median").key}
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--int8-mode=w8")
+    keys.add(plan.key)
+    assert len(keys) == 3
+
+
+def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compare) -> None:
+    noise = random.Random(0)
+    machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
+    assert only_run(compare()).outcome == "INCONCLUSIVE"
+    machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
+    result = compare(allow_inconclusive=True)
+    assert (only_run(result).outcome, result.exit_code) == ("INCONCLUSIVE", 0)
+
+
+def test_a_budget_knows_that_few_runs_take_less_time(machine: Machine, compare: Compare) -> None:
+    machine.times["slow"] = (0.02, 0.0216)
+    # All but a second of a process is the run that screening clears.
+    machine.change = lambda number, key, name: {"compile_s": 7.0} if name == "x" else {}
+    result = compare(budget_s=10 * PROCESS_S + 3.5)
+    assert result.notes == ("--budget: verdict ended after 1 of 6 blocks",)
+    assert compare(budget_s=1e6).notes == ()  # and the same command goes on
+    assert machine.calls == WARMING + SCREENING + VERDICT
 
 
 def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare: Compare) -> None:
@@ -977,8 +1036,9 @@ def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root:
         for key in ("base", "new"):
             os.utime(machine.sides[key].cache, (index, index))
     caches = machine.sides["new"].cache.parent
-    names = {f"base-{n}" for n in (2, 3, 4)} | {f"new-{n + 1}" for n in (2, 3, 4)}
-    assert {path.name[: path.name.index("-") + 2] for path in caches.iterdir()} == names
+    names = {f"base-{n}" for n in ("2" * 12, "3" * 12, "4" * 12)}
+    names |= {f"new-{str(n) * 12}-{str(n + 1) * 12}" for n in (2, 3, 4)}
+    assert {path.name for path in caches.iterdir()} == names
 
 
 # -- designs and time -------------------------------------------------------------------------

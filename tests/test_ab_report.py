@@ -260,6 +260,7 @@ def test_the_report_as_json() -> None:
         "install": "make",
         "design": dataclasses.asdict(Design()),
         "environment": ENVIRONMENT,
+        "statistic": "median",
         "processes": 28,
         "seconds": 250.0,
         "notes": ["a note"],

@@ -282,7 +282,7 @@ def with_result(**values: Any) -> str:
         ),
         (
             with_result(throttled=None),
-            f"{BAD} throttled must be a list, got None",
+            f"{BAD} throttled must be a list of texts, got None",
         ),
         (
             json.dumps({"benchmarks": [], "int8bench": TWICE}),

@@ -422,9 +422,9 @@ def test_limits_need_something_to_compare_with(pytester: pytest.Pytester, option
     name, _, value = option.partition("=")
     with pytest.raises(pytest.UsageError, match=rf"^--int8-{name}: needs --int8-compare$"):
         settings_of(pytester, f"--int8-{option}")
-    dest = f"int8_{name.replace('-', '_')}"
-    with pytest.raises(pytest.UsageError, match=rf"^{dest}: needs --int8-compare$"):
-        settings_of(pytester, ini=f"{dest} = {value or 'yes'}")
+    # In an ini file it waits for the option.
+    ini = f"int8_{name.replace('-', '_')} = {value or 'yes'}"
+    assert settings_of(pytester, ini=ini).rules == Rules()
 
 
 def test_allowed_names_also_count_for_pytest_benchmarks_comparison(
@@ -461,6 +461,19 @@ def test_other_plugins_under_which_nothing_is_measured_are_refused(
         with pytest.raises(pytest.UsageError) as caught:
             read_settings(config)
         assert str(caught.value) == f"--int8-compare: nothing is measured with {name}"
+
+
+def test_lean_compares_with_no_file(pytester: pytest.Pytester) -> None:
+    (pytester.path / "base.json").touch()
+    ini = "int8_compare = base.json\nint8_max_slowdown = 3%"
+    assert settings_of(pytester, ini=ini).rules.limits == {"throughput": 0.03}
+    settings = settings_of(pytester, "--int8-lean", ini=ini)
+    assert (settings.compare, settings.rules) == ((), Rules())
+
+
+def test_benchmark_enable_goes_before_benchmark_disable(pytester: pytest.Pytester) -> None:
+    options = ("--benchmark-disable", "--benchmark-enable")
+    assert settings_of(pytester, "--int8-lean", *options).lean
 
 
 def test_lean_measures_two_seconds_without_baselines(pytester: pytest.Pytester) -> None:

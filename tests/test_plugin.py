@@ -678,6 +678,27 @@ def test_a_workload_that_cannot_be_had_is_asked_for_once(project: pytest.Pyteste
     assert (project.path / "asked").read_text() == "x"
 
 
+def test_a_point_whose_workload_fails_is_not_forgotten(project: pytest.Pytester) -> None:
+    project.makeconftest(
+        """
+        import pytest
+
+
+        @pytest.fixture
+        def int8_workload():
+            raise RuntimeError("no weights")
+        """
+    )
+    result = project.runpytest_subprocess(*SMOKE, "--int8-no-baseline")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    [found] = journal(project).values()
+    assert (found.run_name, found.status, found.reason) == (
+        W8A8,
+        "failed",
+        "RuntimeError: no weights",
+    )
+
+
 def test_an_error_that_says_all_is_one_line(project: pytest.Pytester) -> None:
     """What the user can mend has no traceback of the package; errors of the user's code do."""
     project.makepyfile(

@@ -164,30 +164,36 @@ def run(project: Path, job: str, name: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_push_is_compared_with_the_last_good_one(project: Path) -> None:
+def test_a_push_is_compared_with_the_last_good_one(project: Path, tmp_path: Path) -> None:
     measure = steps("main")["Measure"]["run"]
     assert steps("pull-request")["Is it INT8, is it accurate"]["run"] == measure
     code, out = run(project, "main", "Measure")
     assert code == 0, out
-    code, out = run(project, "main", "Nothing to compare with")
-    assert out == "::warning::no earlier run on main: this one becomes the baseline\n"
-    assert run(project, "main", "Make it the baseline") == (0, "")
-    baseline = project / "int8bench-main.json"
+    summary = tmp_path / "summary.md"
+    runner = {"HOME": str(tmp_path), "BASELINES": "b/r", "GITHUB_STEP_SUMMARY": str(summary)}
+    baseline = tmp_path / "b" / "r" / "main.json"
+    compare = "Compare with the last good run"
+    code, out = run(project, "main", compare, **runner)
+    assert (code, out) == (2, f"int8bench compare: {baseline} is not there\n")
+    assert run(project, "main", "Make it the baseline", **runner) == (0, "")
     saved = json.loads(baseline.read_text())
-    summary = project / "summary.json"
 
-    for factor, expected in ((10, (0, "improved")), (0.1, (1, "regressed"))):
+    for factor, expected, outcome in ((10, 0, "improved"), (0.1, 1, "regressed")):
         scaled = json.loads(json.dumps(saved))
         for result in scaled["int8bench"]["results"]:
             result["batch_time_s"] *= factor
             result["samples_per_s"] /= factor
         baseline.write_text(json.dumps(scaled))
-        environ = {"GITHUB_STEP_SUMMARY": str(summary)}
-        code, out = run(project, "main", "Compare with the last run", **environ)
-        assert (code, f"2 {expected[1]}" in out) == (expected[0], True), out
+        code, out = run(project, "main", compare, **runner)
+        assert (code, f"2 {outcome}" in out) == (expected, True), out
         compared = json.loads((project / "compare.json").read_text())["int8bench_compare"]
-        assert compared["counts"] == {expected[1]: 2}
+        assert compared["counts"] == {outcome: 2}
     assert summary.read_text().count("## int8bench compare: ") == 2
+
+
+def test_code_of_a_fork_is_refused_aloud(project: Path) -> None:
+    code, out = run(project, "fork", "Code of forks does not run on our machine")
+    assert (code, out.startswith("::error::not measured")) == (1, True)
 
 
 def test_a_pull_request_is_compared_with_its_merge_base(project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "list[dict[str, Any]]": st.lists(objects, max_size=2),
     "list[str]": st.lists(text, max_size=2),
 }
-positive = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+positive = st.none() | st.floats(min_value=sys.float_info.min, allow_infinity=False)
 BY_NAME = {
     "status": st.sampled_from(STATUSES),
     "outcome": st.sampled_from(OUTCOMES),
@@ -233,7 +234,7 @@ def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
         ("workload", None, "workload must be a text, got None"),
         ("run_name", ["x"], "run_name must be a text, got ['x']"),
         ("reason", 5, "reason must be a text, got 5"),
-        ("throttled", None, "throttled must be a list, got None"),
+        ("throttled", None, "throttled must be a list of texts, got None"),
     ],
 )
 def test_other_kinds_of_values_are_refused(name: str, value: Any, why: str) -> None:

@@ -69,6 +69,8 @@ class Plan:
     retries: int = 3
     """Blocks in which the GPU was slowed down by heat that are measured again, all together."""
     allow_missing: bool = False
+    allow_inconclusive: bool = False
+    """What its blocks cannot decide does not count."""
     statistic: str = AUTO
     """``median`` or ``fastest`` round of a process. ``auto``: the fastest without a GPU, where
     other load can only add to a time; else the median, for clocks vary both ways."""
@@ -77,6 +79,7 @@ class Plan:
     def key(self) -> str:
         """What makes two commands the same comparison."""
         parts = [self.base.commit, self.new.commit, *self.pytest_args, str(self.install)]
+        parts += [self.statistic, os.environ.get("PYTEST_ADDOPTS", "")]
         parts += [str(self.folder.relative_to(self.root)), sys.executable, str(asdict(self.design))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -151,9 +154,11 @@ def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
             journal.notes.append("both are the same commit: this checks the machine")
         with worktrees(plan.root, revisions) as trees:
             sides = {key: _side(plan, folder, journal, key, trees[key]) for key in revisions}
-            result = _Experiment(plan, sides, journal, tell).run()
+            experiment = _Experiment(plan, sides, journal, tell)
+            result = experiment.run()
         _prune_caches(folder / "cache")
-        journal.finish()
+        if not experiment.is_cut_short:
+            journal.finish()
         return result
 
 
@@ -176,7 +181,9 @@ def _side(plan: Plan, folder: Path, journal: AbJournal, key: str, tree: Path) ->
     revision = {BASE: plan.base, NEW: plan.new}[key]
     if has_submodules(tree):
         journal.notes.append(f"{revision.label}: submodules are not checked out; see --install")
-    cache = folder / "cache" / f"{key}-{revision.commit[:12]}"
+    # Both commits for the new one, which starts from the base's.
+    commits = [plan.base.commit[:12], *([revision.commit[:12]] if key == NEW else [])]
+    cache = folder / "cache" / "-".join([key, *commits])
     cache.mkdir(parents=True, exist_ok=True)
     os.utime(cache)
     here = tree / plan.folder.relative_to(plan.root)
@@ -332,6 +339,10 @@ class _Experiment:
         self._start = time.monotonic()
         self._notes = journal.notes
         self._statistic = MEDIAN
+        self._compiled: set[str] = set()
+        """Sides that began with a cold cache."""
+        self.is_cut_short = False
+        """The budget ended it: the same command, with more time, goes on."""
         self._hot = 0
         """Blocks in which the GPU was slowed down."""
 
@@ -341,13 +352,14 @@ class _Experiment:
                 self._tell(f"installing {side.revision.label}")
                 side.install(self._plan.install)
         warm = {key: self._warm_up(key) for key in self._sides}
+        self._spare_compilers(warm)
         found = _match(warm[BASE], warm[NEW], allow_missing=self._plan.allow_missing)
         compared = [identity for identity, run in found.items() if run is None]
         screened: dict[Identity, AbRun] = {}
         if compared:
             self._plan.design.check(len(compared))
             self._statistic = self._choose_statistic([*warm.values()], compared)
-            self._estimate(len(compared))
+            self._estimate(compared)
             screened = self._screen(compared)
             flagged = [i for i, run in screened.items() if run.screened and run.screened.flagged]
             if flagged:
@@ -389,13 +401,32 @@ class _Experiment:
 
     def _warm_up(self, key: str) -> Process:
         """Fill the compile cache, and see what there is to measure."""
-        is_warm = self._sides[key].cache / _WARM
-        for process in self._journal.processes:
-            if process.stage == WARM_UP and process.side == key and is_warm.exists():
+        cache = self._sides[key].cache
+        is_warm = cache / _WARM
+        was_warm = is_warm.exists()
+        for process in reversed(self._journal.processes):
+            if process.stage == WARM_UP and process.side == key and was_warm:
                 return process
+        if key == NEW and not was_warm:
+            # Autotuning chooses between kernels by their times, once for all processes of a side:
+            # where the code is the same, both sides must run what was chosen for the base.
+            shutil.copytree(self._sides[BASE].cache, cache, dirs_exist_ok=True)
+            is_warm.unlink(missing_ok=True)
         measured = self._measure(WARM_UP, 0, 0, 0, key, None)
         is_warm.touch()
+        if not was_warm:
+            self._compiled.add(key)
         return measured
+
+    def _spare_compilers(self, warm: dict[str, Process]) -> None:
+        """Measure a side again that ran out of memory while it compiled, where the other one did
+        not: autotuning takes memory that later processes do not need."""
+        for key, other in ((BASE, NEW), (NEW, BASE)):
+            fits = {i for i, result in warm[other].by_identity().items() if result.status == "ok"}
+            ooms = {i for i, result in warm[key].by_identity().items() if result.oom}
+            if key in self._compiled and fits & ooms:
+                self._tell(f"{key} ran out of memory while it compiled: once more")
+                warm[key] = self._measure(WARM_UP, 0, 1, 0, key, None)
 
     def _screen(self, compared: Sequence[Identity]) -> dict[Identity, AbRun]:
         blocks = self._blocks(SCREENING, self._plan.design.screening_blocks, compared)
@@ -421,7 +452,8 @@ class _Experiment:
         before, after, again = _arrays(times, kept, 3)
         outcomes = judge(before, after, again, self._plan.design) if kept else []
         found = {identity: self._broken(identity, broken[identity]) for identity in broken}
-        codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": UNDECIDED}
+        undecided = PASSES if self._plan.allow_inconclusive else UNDECIDED
+        codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": undecided}
         for identity, judged in zip(kept, outcomes, strict=True):
             found[identity] = self._entry(
                 identity,
@@ -450,7 +482,8 @@ class _Experiment:
             for attempt in itertools.count():
                 processes = self._recorded(stage, block, attempt)
                 if not processes:
-                    if is_over or not self._affordable(len(order)):
+                    is_over |= is_closed
+                    if is_over or not self._affordable(len(order), stage, identities):
                         is_over = True
                         break
                     processes = [
@@ -475,8 +508,9 @@ class _Experiment:
                         f"{stage} {block + 1}/{count}: the GPU was slowed down ({heat}): the block "
                         "is measured again"
                     )
-        if is_over:
+        if is_over and len(found) < count:
             self._notes.append(f"--budget: {stage} ended after {len(found)} of {count} blocks")
+            self.is_cut_short = True
         return found
 
     def _recorded(self, stage: str, block: int, attempt: int) -> list[Process]:
@@ -535,19 +569,23 @@ class _Experiment:
 
     # -- time ---------------------------------------------------------------------------------
 
-    def _process_s(self) -> float:
-        """Estimate the wall time of one process."""
-        later = [p.seconds for p in self._journal.processes if p.stage != WARM_UP]
-        if later:
-            return sum(later) / len(later)
+    def _process_s(self, stage: str, identities: Sequence[Identity]) -> float:
+        """Estimate the wall time of one process of a stage that measures these runs."""
+        own = [p.seconds for p in self._journal.processes if p.stage == stage]
+        if own:
+            return statistics.fmean(own)
+        screening = [p for p in self._journal.processes if p.stage == SCREENING]
+        if screening:  # the runs that are left out take no time
+            return statistics.fmean(_without(process, identities) for process in screening)
         first = [
             max(p.seconds - sum(r.compile_s or 0.0 for r in p.results), 1.0)
             for p in self._journal.processes
         ]
-        return sum(first) / len(first)
+        return statistics.fmean(first)
 
-    def _estimate(self, runs: int) -> None:
-        design, each = self._plan.design, self._process_s()
+    def _estimate(self, compared: Sequence[Identity]) -> None:
+        runs = len(compared)
+        design, each = self._plan.design, self._process_s(SCREENING, compared)
         screening = 2 * design.screening_blocks * each
         verdict = 3 * design.verdict_blocks * each
         self._tell(
@@ -566,9 +604,11 @@ class _Experiment:
     def _spent(self) -> float:
         return time.monotonic() - self._start
 
-    def _affordable(self, processes: int) -> bool:
+    def _affordable(self, processes: int, stage: str, identities: Sequence[Identity]) -> bool:
         budget = self._plan.budget_s
-        return budget is None or self._spent() + processes * self._process_s() <= budget
+        if budget is None:
+            return True
+        return self._spent() + processes * self._process_s(stage, identities) <= budget
 
     # -- entries ------------------------------------------------------------------------------
 
@@ -648,7 +688,9 @@ def _unmatched(
     if now.oom:
         if old is not None and old.oom:
             return "oom", PASSES, f"as in the base: {now.reason}"
-        return "oom", REGRESSES if old else PASSES, now.reason
+        if old is None:
+            return "oom", PASSES, now.reason
+        return "oom", REGRESSES if old.status == "ok" else UNDECIDED, now.reason
     if now.status == "skipped":
         was = old is None or old.status == "skipped"
         return "disabled" if now.is_disabled else "skipped", PASSES if was else lost, now.reason
@@ -694,6 +736,18 @@ def _arrays(
         [[block[position] for block in times[identity]] for identity in kept]
         for position in range(count)
     ]
+
+
+def _without(process: Process, identities: Sequence[Identity]) -> float:
+    """Return the wall time of a process, less that of runs other than these."""
+    others = sum(
+        (result.compile_s or 0.0)
+        + (result.warm_up_s or 0.0)
+        + (result.rounds or 0) * (result.iterations or 0) * (result.batch_time_s or 0.0)
+        for identity, result in process.by_identity().items()
+        if identity not in identities
+    )
+    return max(process.seconds - others, 1.0)
 
 
 def _heat(process: Process, identities: Sequence[Identity]) -> Iterator[str]:

@@ -200,6 +200,11 @@ def add_ab(commands: Any) -> None:
         action="store_true",
         help="runs of the base that the new revision does not have do not count",
     )
+    parser.add_argument(
+        "--allow-inconclusive",
+        action="store_true",
+        help="what the blocks cannot decide does not count; it is still listed",
+    )
     add_outputs(parser)
 
 
@@ -281,6 +286,7 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
             budget_s=arguments.budget,
             retries=arguments.retries,
             allow_missing=arguments.allow_missing,
+            allow_inconclusive=arguments.allow_inconclusive,
             statistic=arguments.statistic,
         )
         result = ab.run(plan, tell)

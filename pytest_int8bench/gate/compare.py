@@ -343,6 +343,8 @@ def _compare_run(
             return entry(OOM, PASSES, f"as in the base: {reason}")
         if base and why is not None:  # memory of another size, perhaps
             return entry(OOM, UNDECIDED, f"{reason}; {why}")
+        if base and before not in ("ok", "accuracy-failed"):
+            return entry(OOM, UNDECIDED, f"{reason}; was {before}: {_reason(base, str(before))}")
         return entry(OOM, REGRESSES if base else PASSES, reason)
     if after == "failed":
         return entry(FAILED, UNDECIDED, reason)

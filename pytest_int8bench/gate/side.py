@@ -26,7 +26,11 @@ from pytest_int8bench.suite.side_files import SideFiles
 
 _PLUGIN = "pytest_int8bench.suite.side"
 # What the two sides must not share.
-_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+_CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCH_EXTENSIONS_DIR": "extensions",
+}
 _INSTALLED = ("site-packages", "dist-packages")
 _CODE = (".py", ".so", ".pyd")
 _PROJECTS = ("pyproject.toml", "*/pyproject.toml", "*/*/pyproject.toml")
@@ -165,7 +169,8 @@ class Side:
         code: weights that are not committed, a virtual environment."""
         if any(part in path.parts for part in _INSTALLED):
             return True
-        return path.is_file() and path.suffix != ".py" and not moved.exists()
+        # Code that is not committed is refused when it is loaded.
+        return path.exists() and path.suffix != ".py" and not moved.exists()
 
     def _failure(self, what: str, code: int, begin: int) -> str:
         text = self._printed(begin)

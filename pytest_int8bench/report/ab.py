@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from pytest_int8bench.gate.ab import FASTEST, MEDIAN, SCHEMA, AbResult, AbRun, d
 from pytest_int8bench.gate.compare import PASSES, REGRESSES
 from pytest_int8bench.gate.design import Estimate
 from pytest_int8bench.report.junit import Case
-from pytest_int8bench.report.tables import MISSING, Grid, Page, number
+from pytest_int8bench.report.tables import MISSING, Grid, Page, finite, number
 from pytest_int8bench.results import point_label
 
 _TITLE = "int8bench ab"
@@ -55,7 +54,7 @@ def to_dict(result: AbResult) -> dict[str, Any]:
             "statistic": result.statistic,
             "processes": result.processes,
             "seconds": result.seconds,
-            "runs": [_finite(dataclasses.asdict(run)) for run in result.runs],
+            "runs": [finite(dataclasses.asdict(run)) for run in result.runs],
             "notes": list(result.notes),
         }
     }
@@ -78,13 +77,6 @@ def cases(result: AbResult) -> list[Case]:
             Case(classname=_TITLE, name="compared", status="error", message="nothing was compared")
         )
     return found
-
-
-def _finite(value: Any) -> Any:
-    """Return plain values without infinities, which JSON does not know: None instead."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(result: AbResult) -> Grid:

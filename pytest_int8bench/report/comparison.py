@@ -28,7 +28,7 @@ from pytest_int8bench.gate.compare import (
 from pytest_int8bench.gate.limits import METRICS
 from pytest_int8bench.report.junit import Case
 from pytest_int8bench.report.tables import MISSING as NOTHING
-from pytest_int8bench.report.tables import Grid, Page, number
+from pytest_int8bench.report.tables import Grid, Page, finite, number
 from pytest_int8bench.results import point_label
 
 SCHEMA = 1
@@ -68,7 +68,7 @@ def page(comparison: Comparison) -> Page:
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, under ``int8bench_compare``."""
-    values = dataclasses.asdict(comparison)
+    values = finite(dataclasses.asdict(comparison))
     return {"int8bench_compare": {"schema": SCHEMA, "exit_code": comparison.exit_code, **values}}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -62,6 +64,15 @@ def paragraphs(
         _printed(Text(text, overflow="fold", style=style or ""), width or _WIDE, color)
         for text in texts
     )
+
+
+def finite(value: Any) -> Any:
+    """Return plain values without infinities, which JSON does not know: None instead."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:
