@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from pytest_int8bench.gate.limits import METRICS, read_rules
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "docs" / "int8-gate.yml"
@@ -111,10 +114,23 @@ def test_the_recipe_sets_up_as_the_readme_does() -> None:
         assert f"\n{install.removeprefix('.venv/bin/')} && pytest" in readme
 
 
-def test_the_documentation_explains_the_recipe() -> None:
+def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "gate.md").read_text()
     assert "(int8-gate.yml)" in text
     assert "docs/gate.md" in (ROOT / "README.md").read_text()
+    for metric in METRICS.values():
+        limit = "off" if metric.limit is None else f"{metric.limit:.0%}".replace("%", " %")
+        floor = f"{metric.floor:.0%}".replace("%", " %")
+        assert re.search(
+            rf"^\| `{metric.name}`.* `--{metric.option}` \| {limit} \| {floor} \|$", text, re.M
+        )
+    example = tmp_path / "pyproject.toml"
+    [(toml)] = re.findall(r"^```toml\n(.*?)^```$", text, re.M | re.S)
+    example.write_text(toml)
+    rules = read_rules(example)
+    assert rules.limit("throughput", "base_bs1") == 0.15
+    assert rules.limit("throughput", "base_bs8") == 0.03
+    assert rules.floors == {"throughput": 0.015}
 
 
 @pytest.fixture
