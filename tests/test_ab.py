@@ -17,8 +17,9 @@ import pytest
 from filelock import FileLock
 
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.gate import ab
-from pytest_int8bench.gate.ab import AbError, AbResult, AbRun, Plan
+from pytest_int8bench.gate import ab, ab_journal
+from pytest_int8bench.gate.ab import AbResult, AbRun, Plan
+from pytest_int8bench.gate.ab_journal import AbError
 from pytest_int8bench.gate.design import Design, DesignError
 from pytest_int8bench.gate.side import Measured, Side
 from pytest_int8bench.gate.worktrees import Revision
@@ -123,7 +124,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         gmtime=lambda: machine.now,
         strftime=lambda form, now: f"{now:.0f}",
     )
-    monkeypatch.setattr(ab, "time", clock)
+    for module in (ab, ab_journal):
+        monkeypatch.setattr(module, "time", clock)
     return machine
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -23,14 +22,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pytest_int8bench.environment import differences
-from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.ab_journal import AbError, AbJournal, Identity, Process
 from pytest_int8bench.gate.compare import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.gate.design import Design, Judged, Screened, judge, screen
 from pytest_int8bench.gate.side import Measured, Side
 from pytest_int8bench.gate.worktrees import Revision, has_submodules, worktrees
 from pytest_int8bench.results import Result, journal_folder
 
-SCHEMA = 1
 WARM_UP, SCREENING, VERDICT = "warm-up", "screening", "verdict"
 BASE, NEW = "base", "new"
 #: Who runs in a block, in this order. In screening the order alternates; in the verdict stage two
@@ -43,12 +41,6 @@ _WARM = "warm"  # file in a cache: what a process compiles is in it, or need not
 MEDIAN, FASTEST = "median", "fastest"
 FIELDS = {MEDIAN: "batch_time_s", FASTEST: "batch_time_min_s"}
 AUTO = "auto"
-
-Identity = tuple[str, str]
-
-
-class AbError(ClearError, RuntimeError):
-    """A comparison that cannot be made, or not with this budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +74,16 @@ class Plan:
         parts += [self.statistic, os.environ.get("PYTEST_ADDOPTS", "")]
         parts += [str(self.folder.relative_to(self.root)), sys.executable, str(asdict(self.design))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is compared, as plain values."""
+        return {
+            "base": self.base.commit,
+            "new": self.new.commit,
+            "pytest_args": list(self.pytest_args),
+            "install": self.install,
+            "design": asdict(self.design),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
     plan.design.check(runs=1)
     folder = journal_folder(plan.root) / "ab"
     folder.mkdir(exist_ok=True)
-    with _locked(folder), AbJournal.open(folder, plan, tell) as journal:
+    with _locked(folder), AbJournal.open(folder, plan.key, plan.to_dict(), tell) as journal:
         revisions = {BASE: plan.base, NEW: plan.new}
         if plan.base.commit == plan.new.commit:
             journal.notes.append("both are the same commit: this checks the machine")
@@ -205,120 +207,6 @@ def _prune_caches(folder: Path) -> None:
     caches = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     for cache in caches[:-_KEPT_CACHES]:
         shutil.rmtree(cache, ignore_errors=True)
-
-
-# -- the journal ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """One process that measured."""
-
-    stage: str
-    block: int
-    attempt: int
-    position: int
-    """In the block's order."""
-    side: str
-    seconds: float
-    results: tuple[Result, ...]
-
-    def by_identity(self) -> dict[Identity, Result]:
-        """Return the results by node id and workload."""
-        return {(result.nodeid, result.workload): result for result in self.results}
-
-
-class AbJournal:
-    """Keeps each finished process on disk at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.environment: dict[str, Any] | None = None
-        self.processes: list[Process] = []
-        self.notes: list[str] = []
-
-    @classmethod
-    @contextmanager
-    def open(cls, folder: Path, plan: Plan, tell: Callable[[str], None]) -> Iterator[AbJournal]:
-        """Go on with the journal of an interrupted comparison, or start a new one."""
-        found = sorted(folder.glob(f"{plan.key}-*.jsonl"), key=lambda path: path.stem)
-        journal = cls(found[-1]) if found else None
-        if journal is None or not journal._read():
-            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            number = sum(stamp in path.name for path in found)
-            journal = cls(folder / f"{plan.key}-{stamp}{f'-{number}' if number else ''}.jsonl")
-            journal._write({"int8bench_ab": {"schema": SCHEMA, **_described(plan)}})
-        elif journal.processes:
-            tell(f"going on with {len(journal.processes)} processes of {journal.path}")
-        try:
-            yield journal
-        except BaseException:
-            if journal.processes:
-                tell(
-                    f"{len(journal.processes)} processes are in {journal.path}: the same command "
-                    "goes on from there"
-                )
-            raise
-
-    def _read(self) -> bool:
-        """Read what an earlier command wrote; return whether it can be gone on with.
-
-        Raises:
-            AbError: if the file is damaged.
-        """
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:  # half a line, of a process that was killed
-            os.truncate(self.path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                if "finished" in record:
-                    return False
-                if "environment" in record:
-                    self.environment = record["environment"]
-                elif number > 1:
-                    results = tuple(map(Result.from_dict, record.pop("results")))
-                    self.processes.append(Process(**record, results=results))
-                elif record["int8bench_ab"]["schema"] != SCHEMA:
-                    return False  # of another version: it stays there, and a new one is begun
-            except (ValueError, TypeError, LookupError, AttributeError):
-                raise AbError(
-                    f"{self.path} is damaged (line {number}): remove it to begin anew"
-                ) from None
-        return bool(whole)
-
-    def add(self, process: Process, environment: dict[str, Any]) -> None:
-        """Keep a finished process."""
-        if self.environment is None:
-            self.environment = environment
-            self._write({"environment": environment})
-        self.processes.append(process)
-        record = {name: getattr(process, name) for name in process.__dataclass_fields__}
-        self._write({**record, "results": [result.to_dict() for result in process.results]})
-
-    def finish(self) -> None:
-        """Note that the comparison is over: the same command starts a new one."""
-        self._write({"finished": True})
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise AbError(f"{self.path} cannot be written: {error.strerror}") from None
-
-
-def _described(plan: Plan) -> dict[str, Any]:
-    return {
-        "base": plan.base.commit,
-        "new": plan.new.commit,
-        "pytest_args": list(plan.pytest_args),
-        "install": plan.install,
-        "design": asdict(plan.design),
-    }
 
 
 # -- the experiment -------------------------------------------------------------------------

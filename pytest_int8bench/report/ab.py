@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.gate.ab import FASTEST, MEDIAN, SCHEMA, AbResult, AbRun, duration
+from pytest_int8bench.gate.ab import FASTEST, MEDIAN, AbResult, AbRun, duration
+from pytest_int8bench.gate.ab_journal import SCHEMA
 from pytest_int8bench.gate.compare import PASSES, REGRESSES
 from pytest_int8bench.gate.design import Estimate
 from pytest_int8bench.report.junit import Case
