@@ -16,6 +16,8 @@ import torch._functorch.config
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.fused.graph import inductor_with_fusion
+from pytest_int8bench.fused.modules import Int8Linear
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.tensors import map_tensors
 
@@ -75,7 +77,7 @@ class CompiledModel(torch.nn.Module):
         self._entry: Callable[..., Any] = (
             entry
             if mode == "off"
-            else torch.compile(entry, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
+            else _compile(entry, model, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
         )
         self._entered = 0
         self.first_call_s: float | None = None
@@ -209,6 +211,22 @@ def graphs_skipped() -> int:
 def graphs_compiled() -> int:
     """Return how many graphs this process has compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _compile(
+    entry: Callable[..., Any],
+    model: torch.nn.Module,
+    *,
+    fullgraph: bool,
+    mode: str,
+    dynamic: bool | None,
+) -> Callable[..., Any]:
+    """Compile ``entry`` with Inductor; where ``model`` has layers of the fused backend, with what
+    stands around them joined first."""
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        backend = inductor_with_fusion(mode, dynamic)
+        return torch.compile(entry, fullgraph=fullgraph, backend=backend, dynamic=dynamic)
+    return torch.compile(entry, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
 
 
 def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:

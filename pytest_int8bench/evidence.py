@@ -16,12 +16,13 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 
 # Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
-# and the CPU's operators.
+# the kernels of the fused backend, and the CPU's operators.
 _INT8_PRODUCT = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
-    r"|triton_(tem|mm)\w*int_mm|qlinear",
+    r"|triton_(tem|mm)\w*int_mm|qlinear|int8_product",
     re.IGNORECASE,
 )
+_FUSED_PRODUCT = re.compile(r"int8_product_(tma|pointers)")
 
 # Time of the host around a compiled graph, which the CPU's profile lists among the operators.
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
@@ -101,17 +102,21 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
     return Evidence(tuple(sorted(kernels, key=lambda kernel: -kernel.seconds)))
 
 
-def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, int]) -> None:
+def check_labels(
+    evidence: Evidence, params: RunParams, int8_stored: tuple[int, int], *, fused: bool = False
+) -> None:
     """Compare the labels of ``params`` with the kernels that ran.
 
     Args:
         evidence: one profiled forward of the model.
         params: the point that the model was built for.
         int8_stored: quantized layers that store INT8 weights, and quantized layers in all.
+        fused: layers of the model are on the fused backend.
 
     Raises:
         EvidenceError: for W8A8 without an INT8 product, W8 without INT8 weights or with an
-            INT8 product, a baseline with either, or another attention backend than asked for.
+            INT8 product, a baseline with either, the fused backend without its kernels or its
+            kernels without it, or another attention backend than asked for.
     """
     label = params.run_name
     products = evidence.int8_products
@@ -132,6 +137,15 @@ def check_labels(evidence: Evidence, params: RunParams, int8_stored: tuple[int, 
         raise EvidenceError(f"{label} is a baseline, but {products[0].name} ran")
     if not params.int8_enabled and int8_stored[1]:
         raise EvidenceError(f"{label} is a baseline, but {int8_stored[1]} layers are quantized")
+    ours = [kernel for kernel in products if _FUSED_PRODUCT.search(kernel.name)]
+    if fused != bool(ours):
+        backend, ran_there = (
+            ("fused", "none of its kernels") if fused else ("torchao", ours[0].name)
+        )
+        raise EvidenceError(
+            f"{label} is labelled int8_backend={backend}, but {ran_there} ran; "
+            f"kernels: {evidence.top()}"
+        )
     ran = evidence.attention_kernel
     if params.attention != "auto" and ran not in (None, params.attention):
         raise EvidenceError(

@@ -35,6 +35,7 @@ from pytest_int8bench.quantize import (
     QuantizationError,
     apply_int8_quant,
     call,
+    coverage,
     int8_storage,
     is_quantized,
 )
@@ -126,7 +127,8 @@ class Model:
         if self._evidence is None:
             with self.compiled.entered():
                 evidence = profile_forward(self.run, self.device)
-            check_labels(evidence, self.params, int8_storage(self.eager))
+            fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"
+            check_labels(evidence, self.params, int8_storage(self.eager), fused=fused)
             self._evidence = evidence
         return self._evidence
 
@@ -343,6 +345,7 @@ class ModelPool:
                 calibration=calibration,
                 alpha=workload.smoothquant_alpha,
                 quant_config=workload.quant_config,
+                backend=params.int8_backend,
             )
         _settle(device)  # the weights that were quantized
         weight_bytes = allocated_bytes(device) - before

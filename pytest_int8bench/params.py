@@ -202,7 +202,10 @@ class RunParams:
         if self.feed == "host" and not on_cuda:
             return f"feed=host has no device to copy to, gpu_type={self.gpu_type}"
         if self.int8_backend == "fused" and self.int8_enabled:
-            return "int8_backend=fused is not part of this version; use torchao or auto"
+            if self.int8_mode != "w8a8":
+                return f"int8_backend=fused runs w8a8, int8_mode={self.int8_mode}"
+            if not on_cuda:
+                return f"int8_backend=fused runs on CUDA only, gpu_type={self.gpu_type}"
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""INT8 quantization of linear layers through torchao, and what it covered."""
+"""INT8 quantization of linear layers through torchao, what it covered, and what runs it."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,11 +21,14 @@ from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8Tensor,
     Int8WeightOnlyConfig,
+    MappingType,
+    PerRow,
     quantize_,
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
-from pytest_int8bench.params import INT8_MODES
+from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
+from pytest_int8bench.params import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
 from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
 
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
 
 #: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
 CUDA_MULTIPLE = 8
+#: Compute capability from which Triton's INT8 product runs on tensor cores.
+FUSED_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class Layer:
     """Number of weights and biases."""
     reason: str | None = None
     """Why the layer was left out; None if it was converted."""
+    fused: bool = False
+    """It runs on the fused kernels, not on torchao's."""
+    fallback: str | None = None
+    """Why a converted layer does not, where it was to."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +86,28 @@ class Coverage:
         """Number of parameters of the converted layers."""
         return sum(layer.parameters for layer in self.converted)
 
+    @property
+    def fused(self) -> tuple[Layer, ...]:
+        """The converted layers that run on the fused kernels."""
+        return tuple(layer for layer in self.converted if layer.fused)
+
+    @property
+    def backend(self) -> str:
+        """``fused`` if a layer runs on the fused kernels, else ``torchao``."""
+        return "fused" if self.fused else "torchao"
+
     def __str__(self) -> str:
         share = self.converted_parameters / max(self.total_parameters, 1)
         text = (
             f"{len(self.converted)} of {len(self.layers)} linear layers in INT8 ({self.mode}), "
             f"{self.converted_parameters:,} of {self.total_parameters:,} parameters ({share:.1%})"
         )
-        reasons: dict[str, int] = {}
-        for layer in self.left_out:
-            reasons[str(layer.reason)] = reasons.get(str(layer.reason), 0) + 1
-        if reasons:
+        if reasons := Counter(str(layer.reason) for layer in self.left_out):
             text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        if self.fused:
+            text += f"; {len(self.fused)} on fused kernels"
+        if falls := Counter(layer.fallback for layer in self.converted if layer.fallback):
+            text += "; on torchao's: " + ", ".join(f"{n} {reason}" for reason, n in falls.items())
         if self.smoothed_folded or self.smoothed_runtime:
             folded = sum(map(len, self.smoothed_folded.values()))
             text += (
@@ -102,6 +125,8 @@ class Coverage:
             "converted_parameters": self.converted_parameters,
             "total_parameters": self.total_parameters,
             "left_out": {layer.name: layer.reason for layer in self.left_out},
+            "fused_layers": len(self.fused),
+            "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
             "smoothed_folded": {norm: list(names) for norm, names in self.smoothed_folded.items()},
             "smoothed_runtime": list(self.smoothed_runtime),
         }
@@ -184,6 +209,7 @@ def apply_int8_quant(
     calibration: Iterable[Any] | None = None,
     alpha: float = 0.5,
     quant_config: Any = None,
+    backend: str = "auto",
 ) -> nn.Module:
     """Quantize the linear layers of ``model`` to INT8, in place.
 
@@ -204,16 +230,21 @@ def apply_int8_quant(
         alpha: SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights).
         quant_config: any torchao ``AOBaseConfig`` or ``FqnToConfig`` instead of the mode's own.
             With ``FqnToConfig`` the configuration itself says which layers, not ``filter_fn``.
+        backend: what runs W8A8 layers: ``torchao``, ``fused`` (our kernels, layer by layer where
+            they fit, with torchao's weights and scales), or ``auto``: ``fused`` where
+            :func:`fused_problem` knows nothing against it.
 
     Returns:
         ``model``. :func:`coverage` tells what was converted.
 
     Raises:
-        ValueError: for an unknown mode, or ``smoothquant`` without ``calibration``.
+        ValueError: for an unknown mode or backend, or ``smoothquant`` without ``calibration``.
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
-            take, or SmoothQuant cannot be calibrated or does not go with ``quant_config``. The
-            latter two leave the model as it was.
+            take, ``backend="fused"`` fits no layer, or SmoothQuant cannot be calibrated or does
+            not go with ``quant_config``. The latter two leave the model as it was.
     """
+    if backend not in INT8_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(INT8_BACKENDS)}, got {backend!r}")
     if mode not in INT8_MODES:
         raise ValueError(f"mode must be one of {', '.join(INT8_MODES)}, got {mode!r}")
     if not 0 <= alpha <= 1:
@@ -263,6 +294,7 @@ def apply_int8_quant(
         raise QuantizationError(_nothing_converted(layers))
     if mode == "w8" and quant_config is None:
         _dequantize_on_cuda(model)
+    layers = _fuse(model, layers, mode if quant_config is None else "w8a8", backend)
     _coverages[model] = Coverage(
         "custom" if quant_config is not None else mode,
         tuple(layers),
@@ -289,12 +321,9 @@ def coverage(model: nn.Module) -> Coverage:
 
 def int8_storage(model: nn.Module) -> tuple[int, int]:
     """Return how many quantized linear layers store INT8 weights, and how many there are."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and is_quantized(m)]
-    stored = [
-        weight
-        for weight in weights
-        if getattr(getattr(weight, "qdata", None), "dtype", None) == torch.int8
-    ]
+    weights: list[Any] = [module.weight for module in model.modules() if is_quantized(module)]
+    # torchao's tensor says the dtype that it stands for; what it stores is its qdata.
+    stored = [weight for weight in weights if getattr(weight, "qdata", weight).dtype == torch.int8]
     return len(stored), len(weights)
 
 
@@ -309,7 +338,96 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Say whether ``module`` is a linear layer that torchao quantized."""
+    if isinstance(module, Int8Linear):
+        return True
     return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
+
+
+def fused_problem(mode: str, device: torch.device) -> str | None:
+    """Say why no layer can run on the fused kernels here, or return None."""
+    if mode != "w8a8":
+        return f"the fused kernels run W8A8, not {mode}"
+    if device.type != "cuda":
+        return f"the fused kernels run on CUDA, not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FUSED_CAPABILITY:
+        return f"the fused kernels need sm80 or later, this is sm{capability[0]}{capability[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "the fused kernels need Triton, which is not installed"
+    return None
+
+
+def _fuse(model: nn.Module, layers: list[Layer], mode: str, backend: str) -> list[Layer]:
+    """Put the fused kernels' layers in the place of torchao's, where they fit."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if backend == "torchao":
+        return layers
+    if problem := fused_problem(mode, device):
+        if backend == "fused":
+            raise QuantizationError(f"int8_backend=fused: {problem}")
+        return layers
+    lowered, layers = lower(model, layers)
+    if backend == "fused" and not lowered:
+        reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
+        raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
+    return layers
+
+
+def lower(model: nn.Module, layers: Iterable[Layer]) -> tuple[int, list[Layer]]:
+    """Replace the converted layers that torchao quantized as the fused kernels need it.
+
+    Args:
+        model: quantized; changed in place.
+        layers: its linear layers.
+
+    Returns:
+        How many were replaced, and the layers with what runs them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, Quantized] = {}
+    told = []
+    for layer in layers:
+        if layer.reason is None:
+            parent = modules[layer.name.rpartition(".")[0]]
+            tensors = _plain(modules[layer.name], parent)
+            if isinstance(tensors, str):
+                layer = dataclasses.replace(layer, fallback=tensors)
+            else:
+                plain[layer.name] = tensors
+                layer = dataclasses.replace(layer, fused=True)
+        told.append(layer)
+    replace_linears(model, plain)
+    return len(plain), told
+
+
+def _plain(module: Any, parent: nn.Module) -> Quantized | str:
+    """Return the tensors of a layer that the fused kernels can run, or why they cannot."""
+    weight = module.weight
+    if type(weight) is not Int8Tensor:
+        return f"weight: {type(weight).__name__}"
+    if type(module).forward is not nn.Linear.forward:
+        return f"type: {type(module).__name__} has a forward of its own"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "type: inside nn.TransformerEncoderLayer"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "type: has forward hooks"
+    dynamic = weight.act_quant_kwargs
+    if dynamic is None:
+        return "activations: not quantized"
+    if weight.act_quant_scale is not None or not isinstance(dynamic.granularity, PerRow):
+        return "activations: scale not per row"
+    if dynamic.mapping_type != MappingType.SYMMETRIC or dynamic.granularity.dim != -1:
+        return "activations: not symmetric per row"
+    if weight.scale.numel() != weight.shape[0]:
+        return "weight: scale not per output channel"
+    if weight.zero_point is not None and bool(weight.zero_point.any()):
+        return "weight: not symmetric"
+    return Quantized(
+        weight.qdata.contiguous(),
+        weight.scale.reshape(-1).float(),
+        module.bias,
+        weight.act_pre_scale,
+    )
 
 
 def _select(model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool) -> list[Layer]:
@@ -327,14 +445,14 @@ def _select(model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool) -> lis
             weights += [module.v_proj_weight, module.in_proj_bias]
             count = sum(weight.numel() for weight in weights if weight is not None)
             layers.append(Layer(f"{name}.in_proj", count, "type: inside nn.MultiheadAttention"))
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | Int8Linear):
             continue
         reason = None
         if id(module) in attention_parts or isinstance(module, NonDynamicallyQuantizableLinear):
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
-        elif check_shapes:
+        elif check_shapes and isinstance(module, nn.Linear):
             reason = _shape_reason(module)
         count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         layers.append(Layer(name, count, reason))
@@ -353,12 +471,16 @@ def _shape_reason(module: nn.Linear) -> str | None:
 def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
     """Believe the model, not the plan: a layer counts as converted if its weight is."""
     modules = dict(model.named_modules())
-    return [
-        Layer(layer.name, layer.parameters, reason)
-        if layer.reason is None and not is_quantized(modules[layer.name])
-        else layer
-        for layer in layers
-    ]
+    told = []
+    for layer in layers:
+        if layer.reason is None:
+            module = modules[layer.name]
+            if is_quantized(module):
+                layer = dataclasses.replace(layer, fused=isinstance(module, Int8Linear))
+            else:
+                layer = dataclasses.replace(layer, reason=reason)
+        told.append(layer)
+    return told
 
 
 def _nothing_converted(layers: list[Layer]) -> str:

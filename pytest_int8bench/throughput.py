@@ -164,10 +164,9 @@ class Throughput:
             speedup, problem = self._speedup(workload, params, baseline, model, timing.median_s)
             values |= speedup
             note = note or problem
-            values["coverage"] = coverage(model.eager).to_dict()
-            values["int8_backend"] = (
-                "torchao" if params.int8_backend == "auto" else params.int8_backend
-            )
+            covered = coverage(model.eager)
+            values["coverage"] = covered.to_dict()
+            values["int8_backend"] = covered.backend
             if baseline is not None and values.get("speedup_method") == "interleaved":
                 baseline.evidence()
         if self._with_evidence:

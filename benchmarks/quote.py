@@ -1,0 +1,267 @@
+"""The figures that the documentation quotes: BF16, torchao's INT8 written by hand, and ours.
+
+    python benchmarks/quote.py [--points NAMES] [--variants NAMES] [--json FILE]
+
+Blocks and whole encoders of OlmoEarth with random weights, compiled, on one CUDA device. Each
+variant runs in a process of its own with an empty compile cache, because torchao's defaults change
+Inductor for the whole process; ``torchao-*`` is what its documentation tells a user to write. The
+time of a batch is the median over rounds; speedups are against the faster of the BF16 variants.
+``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_int8bench import RunParams, apply_int8_quant, compile_for_a100
+from pytest_int8bench.attention import FlashSDPA
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.environment import describe, fingerprint
+from pytest_int8bench.evidence import profile_forward
+from pytest_int8bench.measure import pilot, summarize, time_block
+from pytest_int8bench.models import build_eager
+from pytest_int8bench.workloads.olmoearth import olmoearth
+
+SECONDS = 2.0
+ENCODER = RunParams(model_version="v1.2")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: a block, or an encoder."""
+
+    name: str
+    params: RunParams
+    tokens: int | None = None
+    """Tokens of a sample, for a block; None for an encoder."""
+
+    @property
+    def mode(self) -> str:
+        """CUDA graphs where the host would decide, on all sides."""
+        return "reduce-overhead" if self.params.image_size == 16 else "default"
+
+
+BASE, LARGE = RunParams(model_size="base"), RunParams(model_size="large")
+POINTS = (
+    Point("encoder-128", ENCODER.replace(batch_size=128)),
+    Point("base-64x3072", BASE.replace(batch_size=64), 3072),
+    Point("base-4096x48", BASE.replace(batch_size=4096), 48),
+    Point("large-32x3072", LARGE.replace(batch_size=32), 3072),
+    Point("large-4096x48", LARGE.replace(batch_size=4096), 48),
+    *(
+        Point(f"encoder16-{batch}", ENCODER.replace(image_size=16, batch_size=batch))
+        for batch in (1, 8, 32)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model is made fast."""
+
+    name: str
+    attention: str
+    quantize: Callable[[nn.Module], object] | None = None
+    by_hand: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def _torchao(config: str) -> Callable[[nn.Module], object]:
+    def quantize(model: nn.Module) -> None:
+        import torchao.quantization as ao
+
+        ao.quantize_(model, getattr(ao, config)())
+
+    return quantize
+
+
+def _ours(mode: str, backend: str) -> Callable[[nn.Module], object]:
+    return lambda model: apply_int8_quant(model, mode=mode, backend=backend)
+
+
+VARIANTS = (
+    Variant("bf16-flash", "flash"),
+    Variant("bf16-cudnn", "cudnn"),
+    Variant("fused", "cudnn", _ours("w8a8", "fused")),
+    Variant("fused-flash", "flash", _ours("w8a8", "fused")),
+    Variant(
+        "fused-sm80",
+        "cudnn",
+        _ours("w8a8", "fused"),
+        environment=(("INT8BENCH_PRODUCT", "pointers"), ("DISABLE_MMA_V3", "1")),
+    ),
+    Variant("w8", "cudnn", _ours("w8", "auto")),
+    Variant(
+        "torchao-w8a8", "flash", _torchao("Int8DynamicActivationInt8WeightConfig"), by_hand=True
+    ),
+    Variant("torchao-w8", "flash", _torchao("Int8WeightOnlyConfig"), by_hand=True),
+)
+
+
+def model_and_inputs(point: Point) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Return the eager BF16 model of a point, and one batch."""
+    device = torch.device("cuda")
+    params = point.params
+    if point.tokens is None:
+        workload = olmoearth()
+        eager = build_eager(workload, params, device)
+        return eager, tuple(workload.inputs(params, device))
+    from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.nn.attention import Block
+
+    width, heads = {"base": (768, 12), "large": (1024, 16)}[params.model_size]
+    torch.manual_seed(0)
+    block = Block(width, heads, qkv_bias=True).to(device, torch.bfloat16).eval()
+    shape = (params.batch_size, point.tokens, width)
+    batch = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    return block.requires_grad_(False), (batch,)
+
+
+def measure(point: Point, variant: Variant) -> dict[str, Any]:
+    """Build, compile and time one variant of a point."""
+    eager, inputs = model_and_inputs(point)
+    if variant.quantize is not None:
+        variant.quantize(eager)
+    weight_bytes = _weight_bytes(eager)
+    if variant.by_hand:
+        compiled = torch.compile(eager, mode=None if point.mode == "default" else point.mode)
+        settings: Any = FlashSDPA(variant.attention)
+    else:
+        compiled = compile_for_a100(eager, mode=point.mode, attention=variant.attention)
+        settings = compiled.entered()
+
+    def run() -> Any:
+        return compiled(*inputs)
+
+    timer = synchronized_perf_counter
+    with torch.inference_mode(), settings:
+        start = timer()
+        run()
+        compile_s = timer() - start
+        time_block(run, timer, 2)
+        plan = pilot(run, timer, interval_s=SECONDS, min_batches=3)
+        times = [time_block(run, timer, plan.iterations) for _ in range(plan.rounds)]
+        evidence = profile_forward(run, torch.device("cuda"))
+    return {
+        "point": point.name,
+        "variant": variant.name,
+        "batch_time_s": summarize(times).median_s,
+        "rounds": len(times),
+        "iterations": plan.iterations,
+        "compile_s": compile_s,
+        "weight_bytes": weight_bytes,
+        "int8_time_share": evidence.int8_time_share,
+        "attention_kernel": evidence.attention_kernel,
+        "kernels": [(k.name[:100], k.seconds, k.calls) for k in evidence.kernels[:12]],
+    }
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    total = 0
+    for parameter in model.parameters():
+        held: Any = parameter
+        names = held.__tensor_flatten__()[0] if hasattr(held, "__tensor_flatten__") else None
+        parts = [held] if names is None else [getattr(held, name) for name in names]
+        total += sum(part.nbytes for part in parts)
+    return total
+
+
+def _child(variant: Variant, points: list[Point], out: Path) -> None:
+    for point in points:
+        try:
+            record = measure(point, variant)
+        except Exception as error:
+            record = {"point": point.name, "variant": variant.name, "error": repr(error)[:300]}
+        with out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of times and speedups."""
+    by_point: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        by_point.setdefault(record["point"], {})[record["variant"]] = record
+    names = [v.name for v in VARIANTS if any(v.name in row for row in by_point.values())]
+    lines = ["| point | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for point, row in by_point.items():
+        best = min(
+            (
+                r["batch_time_s"]
+                for n, r in row.items()
+                if n.startswith("bf16") and "error" not in r
+            ),
+            default=None,
+        )
+        cells = []
+        for name in names:
+            record = row.get(name)
+            if record is None:
+                cells.append("–")
+            elif "error" in record:
+                cells.append("failed")
+            else:
+                seconds = record["batch_time_s"]
+                ratio = "" if best is None else f" ({best / seconds:.3g}x)"
+                cells.append(f"{seconds * 1e3:.4g} ms{ratio}, compile {record['compile_s']:.1f} s")
+        lines.append(f"| {point} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the variants and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--points", default=",".join(p.name for p in POINTS), help="by comma")
+    parser.add_argument("--variants", default=",".join(v.name for v in VARIANTS), help="by comma")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    points = _chosen(parser, "--points", args.points, {p.name: p for p in POINTS})
+    variants = _chosen(parser, "--variants", args.variants, {v.name: v for v in VARIANTS})
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
+    if args.child:
+        _child(variants[0], points, Path(args.child))
+        return 0
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "records.jsonl"
+        for variant in variants:
+            environment = os.environ | dict(variant.environment)
+            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{variant.name}"
+            command = [sys.executable, __file__, "--child", str(out)]
+            command += ["--variants", variant.name, "--points", ",".join(p.name for p in points)]
+            subprocess.run(command, env=environment, check=False)
+            if out.exists():
+                records = [json.loads(line) for line in out.read_text().splitlines()]
+            machine = fingerprint(Path.cwd())
+            if args.json:
+                args.json.write_text(json.dumps({"environment": machine, "records": records}))
+    print(describe(machine))
+    print(table(records))
+    return 0
+
+
+def _chosen(
+    parser: argparse.ArgumentParser, option: str, given: str, known: dict[str, Any]
+) -> list[Any]:
+    unknown = [name for name in given.split(",") if name not in known]
+    if unknown:
+        parser.error(f"{option} must be of {', '.join(known)}, got {unknown[0]!r}")
+    return [known[name] for name in given.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2 @@
+"""The fused INT8 backend: Triton kernels, the operators around them, and the rewriting of models
+so that they run."""

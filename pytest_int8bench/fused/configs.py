@@ -1,0 +1,250 @@
+"""Which tile sizes the kernels run with: a small measured table, and tuning where it is silent."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+#: Environment variable that forces a product kernel: ``tma`` or ``pointers`` (that of sm80).
+KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
+#: Environment variable with the folder where tuning is kept.
+CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
+PRODUCTS = ("tma", "pointers")
+_FILE = "int8-products.json"
+
+
+@dataclass(frozen=True)
+class Product:
+    """How the INT8 product is cut into tiles."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    programs_per_sm: int = 1
+    """TMA only: programs that stay on a multiprocessor."""
+    parts: int = 1
+    """TMA only: parts in which a tile is stored."""
+    flatten: bool = True
+    """TMA only: load for the next tile while one is stored."""
+    early: bool = False
+    """TMA only: load the residual before the product, into registers."""
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows are cut for :func:`kernels.quantize_rows`."""
+
+    rows: int
+    block: int
+    chunks: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product: rows, columns, depth, and what its epilogue moves."""
+
+    m: int
+    n: int
+    k: int
+    out_bytes: int
+    """Bytes of an element of the output."""
+    residual: bool
+
+    @property
+    def key(self) -> str:
+        """The problem as text; near sizes of M are one."""
+        m = 1 << max(self.m - 1, 0).bit_length()
+        return f"{m}x{self.n}x{self.k}:{self.out_bytes}:{'r' if self.residual else '-'}"
+
+
+# Measured on an H200 (132 multiprocessors), Triton 3.6, for widths of 768 and 1024. Two programs
+# of one multiprocessor beat one with larger tiles: one stores while the other multiplies.
+_WIDE = Product(128, 128, 128, 4, 3, programs_per_sm=2, parts=2, group=4)
+_WIDE_SHALLOW = Product(128, 128, 64, 4, 3, programs_per_sm=3, parts=4, group=4)
+_RESIDUAL = Product(128, 128, 128, 8, 3, programs_per_sm=2, parts=4, group=4)
+_RESIDUAL_DEEP = Product(
+    128, 128, 128, 4, 3, programs_per_sm=2, parts=2, group=4, flatten=False, early=True
+)
+_RESIDUAL_WAVE = Product(128, 128, 128, 4, 3, programs_per_sm=2, parts=2, group=4, flatten=False)
+_MIDDLE = Product(64, 128, 128, 4, 4, programs_per_sm=2, parts=2)
+_SMALL = Product(64, 64, 128, 4, 4, programs_per_sm=4, flatten=False)
+_SMALL_DEEP = Product(64, 64, 256, 4, 3, programs_per_sm=2, flatten=False)
+_TINY = Product(64, 32, 256, 4, 3, programs_per_sm=4, flatten=False)
+
+TMA_CANDIDATES = (
+    _WIDE,
+    _WIDE_SHALLOW,
+    _RESIDUAL,
+    _RESIDUAL_DEEP,
+    _RESIDUAL_WAVE,
+    _MIDDLE,
+    _SMALL,
+    _SMALL_DEEP,
+    _TINY,
+)
+# Chosen to fit 99 KiB of shared memory (sm86, sm89) as well as 163 KiB (sm80).
+POINTER_CANDIDATES = (
+    Product(128, 128, 64, 4, 4, group=8),
+    Product(128, 128, 128, 4, 3, group=8),
+    Product(128, 256, 64, 8, 3, group=8),
+    Product(128, 64, 128, 4, 3, group=8),
+    Product(64, 128, 128, 4, 3, group=8),
+    Product(64, 64, 128, 4, 4, group=8),
+    Product(64, 32, 128, 4, 4, group=8),
+    Product(32, 32, 128, 4, 4, group=8),
+)
+
+
+def product_kernel(device: torch.device) -> str:
+    """Return ``tma`` where the device has it (sm90 and later), else ``pointers``.
+
+    Raises:
+        ValueError: if ``INT8BENCH_PRODUCT`` is set to something else.
+    """
+    forced = os.environ.get(KERNEL_VARIABLE)
+    if forced:
+        if forced not in PRODUCTS:
+            raise ValueError(
+                f"{KERNEL_VARIABLE} must be one of {', '.join(PRODUCTS)}, got {forced!r}"
+            )
+        return forced
+    return "tma" if _capability(device)[0] >= 9 else "pointers"
+
+
+def product(
+    problem: Problem,
+    kernel: str,
+    device: torch.device,
+    time: Callable[[Product], float] | None,
+) -> Product:
+    """Return the tiles for a problem: from the table, else what tuning once found fastest.
+
+    Args:
+        problem: the product.
+        kernel: ``tma`` or ``pointers``.
+        device: where it runs.
+        time: runs the product with given tiles and returns seconds, infinite if they do not fit;
+            None where nothing can be timed now, as while a CUDA graph is recorded.
+    """
+    if kernel == "tma" and _capability(device) == (9, 0):
+        return _hopper(problem, _multiprocessors(device))
+    candidates = TMA_CANDIDATES if kernel == "tma" else POINTER_CANDIDATES
+    known = _tuned(kernel, device)
+    found = known.get(problem.key)
+    if found is None:
+        if time is None:
+            return _untuned(problem, candidates, _multiprocessors(device))
+        found = min(candidates, key=time)
+        known[problem.key] = found
+        _save(kernel, device, known)
+    return found
+
+
+def rows(m: int, k: int, multiprocessors: int) -> Rows:
+    """Return how to cut ``m`` rows of ``k`` columns."""
+    few = m < 16 * multiprocessors
+    if k <= 1536:
+        count, warps = (1, 2) if few else (4, 2)
+    else:
+        count, warps = 1, min(max(4, (k + 1023) // 1024), 32)
+        warps = 1 << (warps - 1).bit_length()
+    largest = 512 if 1536 < k < 4096 else 2048
+    block = min(k & -k, largest)
+    # Many small pieces cost more than lanes that are masked.
+    if k // block > 16:
+        block = 1 << (k - 1).bit_length()
+    return Rows(count, block, -(-k // block), warps)
+
+
+def _hopper(problem: Problem, multiprocessors: int) -> Product:
+    """Return the tiles by how many there are for each multiprocessor; within 7 % of the fastest
+    of the candidates on the shapes measured, 192 to 196,608 rows."""
+    wide = -(-problem.m // 128) * -(-problem.n // 128) / multiprocessors
+    small = -(-problem.m // 64) * -(-problem.n // 64) / multiprocessors
+    if problem.residual or problem.out_bytes > 2:
+        if wide >= 3:
+            return _RESIDUAL if problem.k < 2048 or problem.out_bytes > 2 else _RESIDUAL_DEEP
+        if 1.2 <= wide <= 2:  # all at once
+            return _RESIDUAL_WAVE
+        if wide > 2:
+            return _MIDDLE
+    elif wide >= 1.5:
+        return _WIDE_SHALLOW if 2 < wide <= 3 else _WIDE
+    if small >= 2:
+        return _SMALL
+    return _SMALL_DEEP if small >= 0.6 else _TINY
+
+
+def _untuned(problem: Problem, candidates: tuple[Product, ...], multiprocessors: int) -> Product:
+    """Return the largest tiles that give every multiprocessor one."""
+    for tile in sorted(candidates, key=lambda c: -c.bm * c.bn):
+        if -(-problem.m // tile.bm) * -(-problem.n // tile.bn) >= multiprocessors:
+            return tile
+    return min(candidates, key=lambda c: c.bm * c.bn)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+multiprocessors = _multiprocessors
+
+
+def tuning_file() -> Path:
+    """Return the file that tuning is kept in."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder) / _FILE
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "pytest-int8bench" / _FILE
+
+
+def _section(kernel: str, device: torch.device) -> str:
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {kernel}"
+
+
+@functools.cache
+def _tuned(kernel: str, device: torch.device) -> dict[str, Product]:
+    """Return what is known of a device; the dictionary is kept and grows."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        saved = json.loads(tuning_file().read_text())[_section(kernel, device)]
+        return {key: Product(**value) for key, value in saved.items()}
+    return {}
+
+
+def _save(kernel: str, device: torch.device, known: dict[str, Product]) -> None:
+    """Write what is known, whole or not at all; without it the next process tunes again."""
+    path = tuning_file()
+    everything = {}
+    with suppress(OSError, ValueError):
+        everything = json.loads(path.read_text())
+    if not isinstance(everything, dict):
+        everything = {}
+    everything[_section(kernel, device)] = {key: asdict(tile) for key, tile in known.items()}
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(everything, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)

@@ -1,0 +1,279 @@
+"""Joining the fused operators with what stands around them, in the graph that Dynamo made.
+
+A norm or an activation in front of a linear layer becomes part of the pass that quantizes its
+rows, layers that share an input become one product, and a layer scale and a residual behind a
+layer become part of the product. The patterns are those of the graph, not of a model: whatever
+does not fit stays as it is, and runs as it did.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from pytest_int8bench.fused import operators as operators  # registers them
+
+# An fx.Node, whose arguments are typed as anything that a graph can hold.
+Node: TypeAlias = Any
+
+_QUANTIZE = torch.ops.int8bench.quantize_rows.default
+_LINEAR = torch.ops.int8bench.linear.default
+# Positions in the operators' arguments.
+_X, _FACTOR, _KEEP = 0, 7, 8
+_WEIGHTS, _SCALES, _BIASES, _GAMMA, _RESIDUAL, _DTYPE = 2, 3, 4, 5, 6, 7
+
+_ADD = (operator.add, torch.add)
+_MULTIPLY = (operator.mul, torch.mul)
+_MUTATING = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_GELU = torch._C._nn.gelu
+_ACTIVATIONS: dict[Any, str] = {
+    F.silu: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+def fuse(module: fx.GraphModule) -> fx.GraphModule:
+    """Join operators in the graph of ``module``, and in those of the regions it calls, in place."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule) and _has_linear(part.graph):
+            graph = part.graph
+            _drop_inactive_dropout(graph)
+            _share_quantization(graph)
+            _join_products(graph)
+            _absorb_scale_and_residual(graph)
+            _absorb_norms_and_activations(graph)
+            graph.eliminate_dead_code()
+            graph.lint()
+            part.recompile()
+    return module
+
+
+def inductor_with_fusion(mode: str, dynamic: bool | None) -> Callable[..., Any]:
+    """Return a backend of ``torch.compile``: :func:`fuse`, then Inductor in ``mode``."""
+    inductor = torch._TorchCompileInductorWrapper(mode, None, dynamic)
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        return inductor(fuse(module), inputs)
+
+    return backend
+
+
+def _has_linear(graph: fx.Graph) -> bool:
+    return any(node.target is _LINEAR for node in graph.nodes)
+
+
+def _drop_inactive_dropout(graph: fx.Graph) -> None:
+    """Take out dropout that does nothing in ``eval`` mode: it stands between operators."""
+    for node in list(graph.nodes):
+        if node.target is not F.dropout:
+            continue
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+        probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        if not training or probability == 0:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _share_quantization(graph: fx.Graph) -> None:
+    """Quantize an input that several layers take once."""
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in list(graph.nodes):
+        if node.target is _QUANTIZE:
+            kept = first.setdefault(node.args, node)
+            if kept is not node and _nothing_mutated(kept, node):
+                _replace_outputs(node, kept)
+
+
+def _replace_outputs(node: Node, kept: Node) -> None:
+    """Use the outputs of ``kept`` for those of ``node``."""
+    mine = {user.args[1]: user for user in kept.users}
+    for user in list(node.users):
+        same = mine.get(user.args[1])
+        if same is None:
+            user.replace_input_with(node, kept)
+        else:
+            user.replace_all_uses_with(same)
+            user.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _join_products(graph: fx.Graph) -> None:
+    """Make layers of one input one product, and split its output."""
+    groups: dict[tuple[Any, ...], list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is _LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
+            groups.setdefault((*node.args[:2], node.args[_DTYPE]), []).append(node)
+    for nodes in groups.values():
+        if len(nodes) < 2:
+            continue
+        sizes = [_value(weight).shape[0] for node in nodes for weight in node.args[_WEIGHTS]]
+        lists = [
+            [item for node in nodes for item in node.args[position]]
+            for position in (_WEIGHTS, _SCALES, _BIASES)
+        ]
+        operands = [item for part in lists for item in part if isinstance(item, fx.Node)]
+        if not all(operand < nodes[0] for operand in operands):
+            continue
+        with graph.inserting_before(nodes[0]):
+            args = (*nodes[0].args[:2], *lists, None, None, nodes[0].args[_DTYPE])
+            whole = graph.call_function(_LINEAR, args)
+            parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
+            columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
+        for node, column in zip(nodes, columns, strict=True):
+            column.meta = dict(node.meta)
+            node.replace_all_uses_with(column)
+            graph.erase_node(node)
+
+
+def _absorb_scale_and_residual(graph: fx.Graph) -> None:
+    """Let products multiply with a layer scale and add a residual."""
+    for node in list(graph.nodes):
+        if node.target is not _LINEAR:
+            continue
+        user = _only_user(node)
+        if user is not None and user.target in _MULTIPLY and not user.kwargs:
+            gamma = _other(user, node)
+            if _is_row_of(gamma, node) and _same_dtype(user, node):
+                node = _replaced(graph, user, node, _GAMMA, gamma)
+                user = _only_user(node)
+        if user is not None and user.target in _ADD and not user.kwargs:
+            residual = _other(user, node)
+            if _alike(residual, node) and _same_dtype(user, node):
+                _replaced(graph, user, node, _RESIDUAL, residual)
+
+
+def _replaced(graph: fx.Graph, user: Node, node: Node, position: int, value: Node) -> Node:
+    """Replace ``user`` of the product ``node`` by a product with one argument changed."""
+    args = list(node.args)
+    args[position] = value
+    with graph.inserting_before(user):
+        product = graph.call_function(_LINEAR, tuple(args))
+    product.meta = dict(user.meta)
+    user.replace_all_uses_with(product)
+    graph.erase_node(user)
+    graph.erase_node(node)
+    return product
+
+
+def _absorb_norms_and_activations(graph: fx.Graph) -> None:
+    """Let the pass that quantizes rows normalize or activate them first."""
+    for node in list(graph.nodes):
+        if node.target is not _QUANTIZE or not isinstance(node.args[_X], fx.Node):
+            continue
+        source = node.args[_X]
+        others = [user for user in source.users if user is not node]
+        before = _norm(source)
+        if before is None and not others:
+            before = _activation(source)
+        if before is None or not _nothing_mutated(source, node):
+            continue
+        if not all(node < user for user in others):
+            continue  # something reads the row before it is quantized
+        with graph.inserting_before(node):
+            joined = graph.call_function(_QUANTIZE, (*before, node.args[_FACTOR], bool(others)))
+            kept = graph.call_function(operator.getitem, (joined, 2)) if others else None
+        for user in list(node.users):
+            user.replace_input_with(node, joined)
+        graph.erase_node(node)
+        if kept is not None:
+            kept.meta = dict(source.meta)
+            source.replace_all_uses_with(kept)
+        graph.erase_node(source)
+
+
+def _norm(node: Node) -> tuple[Any, ...] | None:
+    """Return the first arguments of ``quantize_rows`` for a norm over the last dimension."""
+    if node.op != "call_function" or node.target not in (F.layer_norm, F.rms_norm):
+        return None
+    given = dict(zip(("input", "normalized_shape", "weight"), node.args, strict=False))
+    layer = node.target is F.layer_norm
+    rest = ("bias", "eps") if layer else ("eps",)
+    given |= dict(zip(rest, node.args[3:], strict=False)) | node.kwargs
+    x = given["input"]
+    if len(given["normalized_shape"]) != 1 or not _same_dtype(x, node):
+        return None
+    eps = given.get("eps", 1e-5 if layer else None)
+    if eps is None:
+        eps = torch.finfo(_value(x).dtype).eps
+    weight, bias = given.get("weight"), given.get("bias")
+    return (x, "layer" if layer else "rms", "none", None, weight, bias, float(eps))
+
+
+def _activation(node: Node) -> tuple[Any, ...] | None:
+    """Return the first arguments of ``quantize_rows`` for an activation, also one that is
+    multiplied with a gate."""
+    if node.op != "call_function":
+        return None
+    if node.target in _MULTIPLY and not node.kwargs:
+        for side in (0, 1):
+            source, gate = node.args[side], node.args[1 - side]
+            if not isinstance(source, fx.Node) or not isinstance(gate, fx.Node):
+                return None
+            name = _activation_name(source)
+            if name is not None and _only_user(source) is node and _alike(gate, source):
+                return (source.args[0], "none", name, gate, None, None, 0.0)
+        return None
+    name = _activation_name(node)
+    return None if name is None else (node.args[0], "none", name, None, None, None, 0.0)
+
+
+def _activation_name(node: Node) -> str | None:
+    if node.target is _GELU:
+        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        return "gelu_tanh" if kind == "tanh" else "gelu"
+    inplace = node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False)
+    return None if inplace else _ACTIVATIONS.get(node.target)
+
+
+def _nothing_mutated(start: Node, end: Node) -> bool:
+    """Say whether no operator between two nodes writes to a tensor: what is read at ``start`` may
+    then be read at ``end``."""
+    node = start.next
+    while node is not end:
+        name = getattr(node.target, "__name__", str(node.target))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or node.kwargs.get("inplace") or node.target in _MUTATING:
+            return False
+        node = node.next
+    return True
+
+
+def _only_user(node: Node) -> Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _other(user: Node, node: Node) -> Any:
+    """Return the other operand of ``user``; ``node`` itself where it is both."""
+    left, right = user.args
+    return right if left is node else left
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Say whether two nodes are tensors of one shape and dtype."""
+    if one is other:
+        return False
+    a, b = _value(one), _value(other)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def _same_dtype(one: Any, other: Any) -> bool:
+    a, b = _value(one), _value(other)
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype
+
+
+def _is_row_of(vector: Any, node: Node) -> bool:
+    value = _value(vector)
+    return isinstance(value, torch.Tensor) and value.shape == _value(node).shape[-1:]

@@ -1,0 +1,85 @@
+"""What the operators of the fused backend compute, in plain torch.
+
+It is what they run on devices without Triton kernels, and what the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+#: Half the range of INT8: the largest value of a row becomes this, as in torchao.
+HALF_RANGE = 127.5
+_TINY = 1e-36
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    norm: str,
+    activation: str,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    factor: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return INT8 values and shape (..., K), FP32 scales (...), and the FP32 rows before
+    ``factor``; the arguments are those of :func:`operators.quantize_rows`."""
+    rows = activated(x.float(), activation)
+    if gate is not None:
+        rows = rows * gate.float()
+    shape = x.shape[-1:]
+    w, b = (None if part is None else part.float() for part in (weight, bias))
+    if norm == "layer":
+        rows = F.layer_norm(rows, shape, w, b, eps)
+    elif norm == "rms":
+        rows = F.rms_norm(rows, shape, w, eps)
+    kept = rows
+    if factor is not None:
+        rows = rows * factor.float()
+    peak = rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    scale = torch.where(peak > _TINY, peak / HALF_RANGE, torch.zeros_like(peak))
+    scale = torch.where(peak.isfinite(), scale, torch.full_like(peak, torch.nan))
+    inverse = torch.where(scale > 0, HALF_RANGE / peak, torch.zeros_like(peak))
+    levels = torch.nan_to_num((rows * inverse.unsqueeze(-1)).round(), 0, 127, -128)
+    return levels.clamp(-128, 127).to(torch.int8), scale, kept
+
+
+def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return ``x`` after an activation of :data:`operators.ACTIVATIONS`."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return x
+
+
+def linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the product of INT8 rows with the joined weights; the arguments are those of
+    :func:`operators.linear`. Sums are exact: INT8 products in FP64."""
+    parts = []
+    for weight, weight_scale, bias in zip(weights, weight_scales, biases, strict=True):
+        product = (q.double() @ weight.double().T).float()
+        part = product * scale.unsqueeze(-1) * weight_scale
+        parts.append(part if bias is None else part + bias.float())
+    out = torch.cat(parts, -1)
+    if gamma is not None:
+        out = out * gamma.float()
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(dtype)
