@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pytest_int8bench.ceiling import LinearCall, linear_calls
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
 from pytest_int8bench.errors import ClearError, WorkloadError
@@ -104,6 +105,7 @@ class Model:
         )
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
+        self._linear_calls: tuple[LinearCall, ...] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -131,6 +133,14 @@ class Model:
             check_labels(evidence, self.params, int8_storage(self.eager), fused=fused)
             self._evidence = evidence
         return self._evidence
+
+    def linear_calls(self) -> tuple[LinearCall, ...]:
+        """Run one eager forward, once, and return what its linear layers were called with."""
+        if self._linear_calls is None:
+            inputs = map_tensors(lambda t: t.to(self.device), self.inputs)
+            with self.compiled.settings():
+                self._linear_calls = linear_calls(self.eager, lambda: call(self.eager, inputs))
+        return self._linear_calls
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
         """Compile and warm up, once.

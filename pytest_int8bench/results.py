@@ -39,6 +39,7 @@ _POSITIVE = (
     "batch_time_min_s",
     "peak_memory_bytes",
     "compile_s",
+    "ceiling_speedup",
 )
 
 
@@ -162,6 +163,20 @@ class Result(Record):
     """The attention backend that ran."""
     kernels: list[dict[str, Any]] = field(default_factory=list)
     """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    device_breakdown: dict[str, Any] | None = None
+    """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
+    ``rest``; None on a CPU."""
+    ceiling_speedup: float | None = None
+    """What INT8 could bring at most at this point; None on a CPU, and where it is not known."""
+    ceiling_reached: float | None = None
+    """Part of that gain that ``speedup`` reached: 0 for none, below 0 where INT8 is slower; None
+    where there is no gain to be had."""
+    ceiling: dict[str, Any] | None = None
+    """What ``ceiling_speedup`` comes from: ``baseline`` (its ``device_breakdown``),
+    ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
+    times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
+    and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
+    ``bytes_per_s``. Or ``problem``: why there is none."""
     coverage: dict[str, Any] | None = None
     """What was quantized; see ``quantize.Coverage.to_dict``."""
     gpu_before: dict[str, Any] | None = None

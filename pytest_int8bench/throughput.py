@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
+
+from pytest_int8bench.breakdown import break_down, shortest_s
+from pytest_int8bench.ceiling import find_ceiling, quantized_calls, reached
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state, throttled
-from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.errors import ClearError, WorkloadError, first_line
 from pytest_int8bench.measure import (
     Plan,
     Run,
@@ -22,9 +27,10 @@ from pytest_int8bench.measure import (
     requested_bytes,
     summarize,
 )
-from pytest_int8bench.models import Key, Model, ModelPool, Ready
+from pytest_int8bench.models import Key, Model, ModelPool, Ready, free_memory
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import coverage
+from pytest_int8bench.rates import measure_rates
 from pytest_int8bench.results import Result, point_label
 from pytest_int8bench.workloads import UNITS, Workload
 
@@ -38,6 +44,8 @@ Step = Callable[[Action, str], AbstractContextManager[None]]
 KERNELS_KEPT = 20
 #: Difference between the speedup and the ratio of the rates over which the reader is told.
 DRIFT = 0.05
+#: Devices whose profile lists kernels. On a CPU, what Inductor fused is one graph.
+WITH_KERNELS = ("cuda",)
 
 
 class OutputError(ClearError, AssertionError):
@@ -171,6 +179,8 @@ class Throughput:
                 baseline.evidence()
         if self._with_evidence:
             values |= _evidence(model)
+            if baseline is not None and values.get("speedup_method") == "interleaved":
+                values |= _ceiling(baseline, model, values["speedup"], self._timer)
         if not params.int8_enabled:
             self._baseline_s[self._pool.key(workload, params)] = timing.median_s
         return values | ({"reason": note} if note else {})
@@ -305,6 +315,7 @@ def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> No
 
 def _evidence(model: Model) -> dict[str, Any]:
     evidence = model.evidence()
+    with_kernels = model.device.type in WITH_KERNELS
     return {
         "device_time_s": evidence.total_s if model.device.type == "cuda" else None,
         "int8_time_share": evidence.int8_time_share,
@@ -313,4 +324,47 @@ def _evidence(model: Model) -> dict[str, Any]:
             {"name": kernel.name, "seconds": kernel.seconds, "calls": kernel.calls}
             for kernel in evidence.kernels[:KERNELS_KEPT]
         ],
+        "device_breakdown": break_down(evidence).to_dict() if with_kernels else None,
+    }
+
+
+def _ceiling(baseline: Model, candidate: Model, speedup: float, timer: Timer) -> dict[str, Any]:
+    """Return what INT8 could bring at most, or why that is not known."""
+    if baseline.device.type not in WITH_KERNELS:
+        return {}
+    try:
+        found = _find_ceiling(baseline, candidate, timer)
+    except Exception as error:  # whatever it is, the measurement is there
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, ClearError):
+            problem = first_line(error)
+        release(error)
+    else:
+        return {**found, "ceiling_reached": reached(speedup, found["ceiling_speedup"])}
+    free_memory()
+    return {"ceiling": {"problem": problem}}
+
+
+def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> dict[str, Any]:
+    evidence, mode = baseline.evidence(), candidate.params.int8_mode
+    dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
+    calls = baseline.linear_calls()
+    converted = {layer.name for layer in coverage(candidate.eager).converted}
+    sizes = {call.size for call in quantized_calls(calls, converted)}
+    with baseline.compiled.settings():
+        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=mode == "w8a8")
+    split = break_down(evidence)
+    ceiling = find_ceiling(
+        split,
+        calls,
+        converted,
+        rates,
+        mode=mode,
+        element_bytes=dtype.itemsize,
+        shortest_s=shortest_s(evidence),
+    )
+    values = dataclasses.asdict(ceiling)
+    return {
+        "ceiling_speedup": values.pop("speedup"),
+        "ceiling": {"baseline": split.to_dict(), **values},
     }

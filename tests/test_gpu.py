@@ -107,6 +107,40 @@ def test_the_attention_backend_asked_for_runs_also_with_warm_caches() -> None:
             assert evidence.attention_kernel == attention, evidence.top()
 
 
+@pytest.mark.parametrize("mode", ["w8a8", "w8"])
+def test_a_point_has_its_breakdown_and_its_ceiling(mode: str) -> None:
+    candidate = POINT.replace(int8_enabled=True, int8_mode=mode)
+    baseline, result = measure(toy(), candidate.baseline(), candidate)
+    for measured in (baseline, result):
+        split = measured.device_breakdown
+        assert split is not None
+        assert sum(split.values()) == pytest.approx(measured.device_time_s)
+        assert split["attention"] > 0
+        assert split["rest"] > 0
+    assert (
+        baseline.device_breakdown["int8_products"]
+        == 0
+        < baseline.device_breakdown["other_products"]
+    )
+    assert (result.device_breakdown["int8_products"] > 0) is (mode == "w8a8")
+    assert (baseline.ceiling, baseline.ceiling_speedup) == (None, None)
+
+    basis = result.ceiling
+    assert basis is not None
+    assert "problem" not in basis, basis
+    assert basis["quantized_share"] == 1.0  # the toy has no other linear layer
+    # An INT8 product that is slower than BF16's is a ceiling below 1, and not a wrong one.
+    assert 0.5 < basis["products_speedup"] <= result.ceiling_speedup < 4
+    assert 0.25 < basis["product_ratio"] < 4
+    if mode == "w8":
+        assert 1 <= result.ceiling_speedup < 2
+    assert (result.ceiling_reached is None) is (result.ceiling_speedup <= 1)
+    # No GPU does less than 1 TFLOP/s or 50 GB/s, or more than 10,000 and 50,000.
+    assert 1e12 < basis["float_ops_per_s"] < 1e16
+    assert 5e10 < basis["bytes_per_s"] < 5e13
+    print(result.ceiling_speedup, result.ceiling_reached, basis)
+
+
 def test_cuda_graphs_and_host_feed_measure() -> None:
     graphs = POINT.replace(int8_enabled=True, compile_mode="reduce-overhead")
     host = POINT.replace(int8_enabled=True, feed="host")

@@ -95,7 +95,14 @@ BY_NAME = {
     "status": st.sampled_from(STATUSES),
     "outcome": st.sampled_from(OUTCOMES),
     **dict.fromkeys(
-        ("samples_per_s", "batch_time_s", "batch_time_p95_s", "batch_time_min_s", "compile_s"),
+        (
+            "samples_per_s",
+            "batch_time_s",
+            "batch_time_p95_s",
+            "batch_time_min_s",
+            "compile_s",
+            "ceiling_speedup",
+        ),
         positive,
     ),
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),

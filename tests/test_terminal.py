@@ -209,6 +209,75 @@ def test_a_gpu_that_waits_for_the_host_is_said(device_time_s: float, told: bool)
     assert any("host-bound" in line for line in lines) is told
 
 
+CEILING: dict[str, Any] = {
+    "ceiling_speedup": 1.47,
+    "ceiling_reached": 0.784,
+    "ceiling": {
+        "baseline": {"int8_products": 0.0, "other_products": 3.8, "attention": 3.8, "rest": 2.4},
+        "products_speedup": 1.154,
+        "product_ratio": 1.54,
+        "quantized_share": 0.982,
+        "float_ops_per_s": 7e14,
+        "int8_ops_per_s": 1.1e15,
+        "bytes_per_s": 4.3e12,
+    },
+}
+SHOWN = (
+    "ceiling: {name}: INT8 could bring at most 1.47x here, 1.15x by its products alone (products "
+    "38%, attention 38%, rest 24% of the {dtype} kernels' time; 98% of the products are quantized, "
+    "and could run 1.54x as fast)"
+)
+
+
+def ceiling_line(**values: Any) -> str:
+    """Return the remark without what all of them say."""
+    result = result_of(**{**MEASURED, **CEILING, **values})
+    [line] = [line for line in lines_of(result) if line.startswith("ceiling: ")]
+    start = SHOWN.format(name=NAME, dtype="BF16" if result.params.get("bf16", True) else "FP32")
+    assert line.startswith(start)
+    return line.removeprefix(start)
+
+
+def test_the_ceiling_is_said() -> None:
+    assert ceiling_line() == ": 78% of that gain reached"
+
+
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [
+        ({"ceiling_reached": 1.2}, ": 120% of that gain reached"),
+        ({"ceiling_reached": 0.0}, ": none of that gain reached"),
+        ({"ceiling_reached": -0.4}, ": none of that gain reached"),
+        ({"ceiling_reached": None}, ""),
+        ({"params": {"bf16": False}}, ": 78% of that gain reached"),
+        (
+            {"params": {"attention": "math"}},
+            ": 78% of that gain reached; the products of math attention count as those of layers",
+        ),
+    ],
+    ids=["over", "nothing", "slower", "no-gain", "fp32", "math"],
+)
+def test_how_much_of_the_ceiling_was_reached(values: dict[str, Any], end: str) -> None:
+    assert ceiling_line(**values) == end
+
+
+@pytest.mark.parametrize(("batch_time_s", "told"), [(9.0, True), (6.0, False)])
+def test_a_ceiling_of_kernels_that_wait_for_the_host_is_said(
+    batch_time_s: float, told: bool
+) -> None:
+    # The baseline's kernels take 10 s, and its batches 1.846 times as long as the candidate's.
+    end = ": 78% of that gain reached"
+    if told:
+        end += "; that is of the kernels, which run in 60% of the BF16 batch time"
+    assert ceiling_line(batch_time_s=batch_time_s) == end
+
+
+def test_a_ceiling_that_is_not_known_is_said() -> None:
+    result = result_of(**MEASURED, ceiling={"problem": "OutOfMemoryError: CUDA out of memory."})
+    remark = f"ceiling: {NAME}: not known: OutOfMemoryError: CUDA out of memory."
+    assert lines_of(result)[2:-1] == [remark]
+
+
 def test_one_remark_on_the_short_rounds_of_all_points() -> None:
     shares = {"a": 0.0123, "b": 0.0061, "c": 0.005, "d": None}
     lines = lines_of(

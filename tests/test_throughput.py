@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from pytest_int8bench import throughput as throughput_module
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.evidence import EvidenceError
-from pytest_int8bench.measure import Plan, Run, Speedup, time_block
+from pytest_int8bench.evidence import Evidence, EvidenceError, Kernel
+from pytest_int8bench.measure import Plan, Run, Speedup, Timer, time_block
 from pytest_int8bench.models import Model, ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import QuantizationError, apply_int8_quant
+from pytest_int8bench.rates import RateError, Rates, Size
 from pytest_int8bench.results import Result
 from pytest_int8bench.throughput import OutputError, Throughput
 from pytest_int8bench.workloads import Workload
@@ -405,6 +407,133 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
         if told
         else None
     )
+
+
+# -- the ceiling --------------------------------------------------------------------------------
+
+PRODUCT, INT8, ATTENTION = "nvjet_tst_TNN", "triton_tem_fused__int_mm_1", "flash_fwd_kernel"
+PROFILES = {  # 6 s of products, 3 s of attention and 1 s of the rest
+    False: Evidence((Kernel(PRODUCT, 6.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 1.0, 10))),
+    True: Evidence((Kernel(INT8, 3.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 2.0, 20))),
+}
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have kernels of a GPU seen, products twice as fast in INT8, and a speedup of 1.25."""
+
+    def measure_rates(
+        sizes: set[Size], device: torch.device, dtype: torch.dtype, timer: Timer, *, with_int8: bool
+    ) -> Rates:
+        assert sizes == {Size(32, 64), Size(64, 32)}
+        assert dtype == torch.bfloat16
+        int8 = dict.fromkeys(sizes, 2e12) if with_int8 else {}
+        return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30)
+
+    monkeypatch.setattr(throughput_module, "WITH_KERNELS", ("cpu",))
+    monkeypatch.setattr(throughput_module, "measure_rates", measure_rates)
+    monkeypatch.setattr(Model, "evidence", lambda self: PROFILES[self.params.int8_enabled])
+    monkeypatch.setattr(
+        throughput_module, "measure_speedup", lambda *args, **kwargs: Speedup(1.25, 1.2, 1.3, 6)
+    )
+
+
+def test_a_candidate_has_a_ceiling(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    result = measure(throughput, make_workload(), W8A8)
+    assert result.device_breakdown == {
+        "int8_products": 3.0,
+        "other_products": 0.0,
+        "attention": 3.0,
+        "rest": 2.0,
+    }
+    # Two passes of 0.1 s, the shortest kernel, are left of the rest.
+    assert result.ceiling_speedup == pytest.approx(10 / (3 + 3 + 0.2))
+    assert result.ceiling_reached == pytest.approx(0.25 / (10 / 6.2 - 1))
+    assert result.ceiling == {
+        "baseline": {"int8_products": 0.0, "other_products": 6.0, "attention": 3.0, "rest": 1.0},
+        "products_speedup": pytest.approx(10 / 7),
+        "product_ratio": pytest.approx(2.0),
+        "quantized_share": 1.0,
+        "float_ops_per_s": pytest.approx(1e12),
+        "int8_ops_per_s": pytest.approx(2e12),
+        "bytes_per_s": 1e30,
+    }
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_weights_alone_have_no_gain_at_many_rows(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    result = measure(throughput, make_workload(), W8)
+    assert (result.ceiling_speedup, result.ceiling_reached) == (1.0, None)
+    assert result.ceiling["int8_ops_per_s"] is None
+
+
+def test_layers_that_stay_in_bf16_count_against_the_ceiling(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(
+        throughput_module,
+        "measure_rates",
+        lambda sizes, *args, **kwargs: Rates(
+            dict.fromkeys(sizes, 1e12), dict.fromkeys(sizes, 2e12), 1e30
+        ),
+    )
+    workload = make_workload(filter_fn=lambda module, name: name == "fc1")
+    result = measure(throughput, workload, W8A8)
+    assert result.ceiling["quantized_share"] == pytest.approx(0.5)
+    assert result.ceiling["products_speedup"] == pytest.approx(10 / 8.5)
+
+
+def test_a_baseline_has_a_breakdown_and_no_ceiling(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    result = measure(throughput, make_workload(), BF16)
+    assert result.device_breakdown["other_products"] == 6.0
+    assert (result.ceiling, result.ceiling_speedup, result.ceiling_reached) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (RateError("no INT8 product takes 3x5"), "no INT8 product takes 3x5"),
+        (torch.OutOfMemoryError(f"{ASKED}\nmore"), f"OutOfMemoryError: {ASKED}"),
+        (KeyError("mine"), "KeyError: 'mine'"),
+    ],
+    ids=["rate", "oom", "other"],
+)
+def test_a_ceiling_that_is_not_known_loses_no_measurement(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch, error: Exception, problem: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(throughput_module, "measure_rates", fail)
+    result = measure(throughput, make_workload(), W8A8)
+    assert (result.status, result.speedup, result.reason) == ("ok", 1.25, None)
+    assert (result.ceiling_speedup, result.ceiling_reached) == (None, None)
+    assert result.ceiling == {"problem": problem}
+    assert result.device_breakdown is not None
+
+
+def test_a_cpu_has_neither_breakdown_nor_ceiling(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(), W8A8)
+    assert (result.device_breakdown, result.ceiling, result.ceiling_speedup) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"with_baseline": False}, {"with_evidence": False}], ids=["alone", "lean"]
+)
+def test_without_baseline_or_evidence_there_is_no_ceiling(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]
+) -> None:
+    on_a_gpu(monkeypatch)
+    result = measure(Throughput(ModelPool(), **changes), make_workload(), W8A8)
+    assert (result.status, result.ceiling, result.ceiling_speedup) == ("ok", None, None)
 
 
 # -- steps --------------------------------------------------------------------------------------

@@ -184,9 +184,41 @@ def _remarks(result: Result) -> list[str]:
             f"host-bound: {name}: kernels run in {busy:.0%} of the batch time, the GPU waits for "
             "the host in the rest; use a larger batch or CUDA graphs (compile_mode=reduce-overhead)"
         )
+    lines += _ceiling(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
     return lines
+
+
+def _ceiling(result: Result) -> list[str]:
+    """Return what INT8 could bring at most at a point, and how much of it was reached."""
+    basis = result.ceiling or {}
+    if problem := basis.get("problem"):
+        return [f"ceiling: {_label(result)}: not known: {problem}"]
+    split = basis.get("baseline")
+    if result.ceiling_speedup is None or not isinstance(split, dict):
+        return []
+    total_s = sum(split.values())
+    products_s = split["int8_products"] + split["other_products"]
+    shares = f"products {products_s / total_s:.0%}, attention {split['attention'] / total_s:.0%}"
+    dtype = "BF16" if result.params.get("bf16", True) else "FP32"
+    text = (
+        f"INT8 could bring at most {result.ceiling_speedup:.2f}x here, "
+        f"{basis['products_speedup']:.2f}x by its products alone "
+        f"({shares}, rest {split['rest'] / total_s:.0%} of the {dtype} kernels' time; "
+        f"{basis['quantized_share']:.0%} of the products are quantized, and could run "
+        f"{basis['product_ratio']:.2f}x as fast)"
+    )
+    if result.ceiling_reached is not None:
+        part = max(result.ceiling_reached, 0.0)
+        text += f": {part:.0%} of that gain reached" if part else ": none of that gain reached"
+    if result.speedup and result.batch_time_s:
+        busy = total_s / (result.speedup * result.batch_time_s)
+        if busy < HOST_BOUND:
+            text += f"; that is of the kernels, which run in {busy:.0%} of the {dtype} batch time"
+    if result.params.get("attention") == "math":
+        text += "; the products of math attention count as those of layers"
+    return [f"ceiling: {_label(result)}: {text}"]
 
 
 def _label(record: Result | Accuracy | Sensitivity) -> str:
