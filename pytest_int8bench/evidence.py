@@ -24,6 +24,10 @@ _INT8_PRODUCT = re.compile(
 )
 _FUSED_PRODUCT = re.compile(r"int8_product_(tma|pointers)")
 
+# Copies between host and device, such as those that feed the next batch while this one computes:
+# no work of the model.
+_TRANSFER = re.compile(r"Memcpy (HtoD|DtoH)")
+
 # Time of the host around a compiled graph, which the CPU's profile lists among the operators.
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
 
@@ -75,7 +79,8 @@ class Evidence:
 
 
 def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence:
-    """Profile one call of ``run`` and return the kernels it ran.
+    """Profile one call of ``run`` and return the kernels it ran; copies from and to the host are
+    left out.
 
     Raises:
         EvidenceError: if the profiler saw none.
@@ -93,6 +98,8 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
     for row in rows:
         is_device = row.device_type.name == "CUDA"
         if is_device != on_cuda or row.is_user_annotation or _HOST.match(row.key):
+            continue
+        if _TRANSFER.match(row.key):
             continue
         micros = row.self_device_time_total if on_cuda else row.self_cpu_time_total
         kernels.append(Kernel(row.key, micros / 1e6, row.count))

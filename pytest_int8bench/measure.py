@@ -216,9 +216,7 @@ def summarize(round_times: Sequence[float]) -> Timing:
 
 
 def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: float) -> Speedup:
-    """Alternate blocks of ``baseline`` and ``candidate`` and compare them.
-
-    The order within a pair alternates too, so that drift cancels. Both must be compiled.
+    """Alternate blocks of ``baseline`` and ``candidate`` and compare them; see :func:`alternate`.
 
     Args:
         baseline: one batch of the baseline.
@@ -233,7 +231,25 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
     """
     from scipy.stats import quantile_test  # over a second to import: only who compares pays
 
-    runs = (baseline, candidate)
+    pairs = alternate(baseline, candidate, timer, interval_s=interval_s)
+    ratios = [first / second for first, second in pairs]
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    low, high = float(interval.low), float(interval.high)
+    return Speedup(statistics.median(ratios), low, high, len(pairs))
+
+
+def alternate(
+    first: Run, second: Run, timer: Timer, *, interval_s: float
+) -> list[tuple[float, float]]:
+    """Run alternating blocks of ``first`` and ``second``.
+
+    The order within a pair alternates too, so that drift cancels. Both must be compiled.
+
+    Returns:
+        Seconds per batch of both, one pair a block; six pairs at least, also where they take
+        longer than ``interval_s``.
+    """
+    runs = (first, second)
     costs = [synchronization_cost(run, timer) for run in runs]
     both_s = sum(batch_s for batch_s, _ in costs)
     fitting = math.floor(interval_s / MIN_PAIRS / both_s)
@@ -242,15 +258,14 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
     wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
     iterations = max(1, min(wanted, fitting))
     pair_s = iterations * both_s
-    pairs = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
-    pairs += pairs % 2
-    ratios = []
-    for index in range(pairs):
+    count = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
+    count += count % 2
+    pairs = []
+    for index in range(count):
         order = (0, 1) if index % 2 == 0 else (1, 0)
         block = {side: time_block(runs[side], timer, iterations) for side in order}
-        ratios.append(block[0] / block[1])
-    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
-    return Speedup(statistics.median(ratios), float(interval.low), float(interval.high), pairs)
+        pairs.append((block[0], block[1]))
+    return pairs
 
 
 # -- memory ---------------------------------------------------------------------------------

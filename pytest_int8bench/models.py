@@ -23,6 +23,7 @@ from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.evidence import Evidence, check_labels, profile_forward
+from pytest_int8bench.feed import HostFeed
 from pytest_int8bench.measure import (
     Timer,
     WarmUp,
@@ -90,12 +91,15 @@ class Model:
         *,
         device: torch.device,
         weight_bytes: int,
+        feed: HostFeed | None = None,
     ) -> None:
         self.workload = workload
         self.params = params
         self.eager = eager
         self.inputs = inputs
         self.device = device
+        self.feed = feed
+        """Where the batches come from with ``feed=host``."""
         self._weight_bytes = weight_bytes
         self.compiled: CompiledModel = compile_for_a100(
             eager,
@@ -113,12 +117,13 @@ class Model:
         return self._ready is not None
 
     def run(self) -> Any:
-        """Submit one batch and return the output. With ``feed=host`` the inputs are copied to
-        the device first."""
-        inputs = self.inputs
-        if self.params.feed == "host":
-            inputs = map_tensors(lambda t: t.to(self.device, non_blocking=True), inputs)
-        return call(self.compiled, inputs)
+        """Submit one batch and return the output. With ``feed=host`` it comes from the host, and
+        the next one is on its way meanwhile."""
+        return call(self.compiled, self.inputs if self.feed is None else next(self.feed))
+
+    def run_again(self) -> Any:
+        """Submit the batch of the last :meth:`run` once more, which is on the device."""
+        return call(self.compiled, self.inputs if self.feed is None else self.feed.current)
 
     def evidence(self) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.
@@ -172,6 +177,9 @@ class Model:
     def _get_ready(self, timer: Timer) -> Ready:
         kind = self.device.type
         on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device.type == kind)
+        if self.feed is not None:
+            self.feed.open()
+            on_device = self.feed.nbytes
         _settle(self.device)
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self.run()
@@ -287,16 +295,23 @@ class ModelPool:
 
     def evict(self, role: str) -> None:
         """Drop the ``baseline`` or the ``candidate`` and free its memory."""
-        self._models.pop(role, None)
-        self._keys.pop(role, None)
+        self._drop(role)
         free_memory()
 
     def clear(self) -> None:
         """Drop everything."""
         self._inputs = None
-        self._models.clear()
-        self._keys.clear()
+        for role in list(self._models):
+            self._drop(role)
         free_memory()
+
+    def _drop(self, role: str) -> None:
+        """Drop a model, and end what fed it alone."""
+        self._keys.pop(role, None)
+        dropped = self._models.pop(role, None)
+        feed = None if dropped is None else dropped.feed
+        if feed is not None and all(model.feed is not feed for model in self._models.values()):
+            feed.close()
 
     def evict_other_candidate(self, workload: Workload, params: RunParams) -> None:
         """Drop the candidate unless it is that of ``params``: it would only be in the way."""
@@ -359,7 +374,25 @@ class ModelPool:
             )
         _settle(device)  # the weights that were quantized
         weight_bytes = allocated_bytes(device) - before
-        return Model(workload, params, eager, inputs, device=device, weight_bytes=weight_bytes)
+        return Model(
+            workload,
+            params,
+            eager,
+            inputs,
+            device=device,
+            weight_bytes=weight_bytes,
+            feed=self._feed(params, inputs, device),
+        )
+
+    def _feed(self, params: RunParams, inputs: Any, device: torch.device) -> HostFeed | None:
+        """Return what feeds a model from the host: one feed for baseline and candidate, so that
+        both get the same batches from the same processes."""
+        if params.feed != "host":
+            return None
+        for model in self._models.values():
+            if model.feed is not None and model.inputs is inputs:
+                return model.feed
+        return HostFeed(inputs, device, samples=params.batch_size)
 
 
 def _role(params: RunParams) -> str:
@@ -512,8 +545,8 @@ def _make_inputs(workload: Workload, params: RunParams, device: torch.device) ->
         )
     if params.feed == "device":
         return _placed(inputs, workload, params, device)
-    host = _placed(inputs, workload, params, torch.device("cpu"))
-    return map_tensors(lambda t: t.pin_memory(), host) if device.type == "cuda" else host
+    # Dense, as what arrives on the device: other strides would compile anew.
+    return map_tensors(torch.clone, _placed(inputs, workload, params, torch.device("cpu")))
 
 
 def calibration_inputs(

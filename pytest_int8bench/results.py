@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 SCHEMA = 1
 _ACCURACY, _SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
@@ -40,7 +40,9 @@ _POSITIVE = (
     "peak_memory_bytes",
     "compile_s",
     "ceiling_speedup",
+    "feed_copy_s",
 )
+_NUMBERS = ("feed_exposed_s", "feed_wait_s")
 
 
 class SchemaError(ValueError):
@@ -54,9 +56,14 @@ def point_label(workload: str, run_name: str) -> str:
 
 def _is_positive(value: object) -> bool:
     """Say whether ``value`` is a number above 0 that a float can hold with all its digits."""
+    return _is_number(value) and value >= sys.float_info.min
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Say whether ``value`` is a number that a float can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return sys.float_info.min <= value <= sys.float_info.max
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +151,17 @@ class Result(Record):
     cuda_graphs_skipped: bool | None = None
     """The compile mode asks for CUDA graphs, and Inductor did without."""
 
+    feed_workers: int | None = None
+    """Processes that load batches with ``feed=host``; 0 where the main process does. None with
+    ``feed=device``, as are the next three."""
+    feed_copy_s: float | None = None
+    """Copying one batch from pinned memory to the device, with nothing beside it."""
+    feed_exposed_s: float | None = None
+    """What a batch takes longer than with its inputs on the device already: the part of feeding
+    that compute does not hide, measured in alternation. Below 0 it is noise."""
+    feed_wait_s: float | None = None
+    """Per batch, what the host waited for the loader; without workers, what loading took it."""
+
     speedup: float | None = None
     """Baseline time over candidate time."""
     speedup_low: float | None = None
@@ -193,6 +211,10 @@ class Result(Record):
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.reason is not None and not isinstance(self.reason, str):
             raise ValueError(f"reason must be a text, got {self.reason!r}")
         if not isinstance(self.throttled, list) or not all(

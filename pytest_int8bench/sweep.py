@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pytest_int8bench.params import ATTENTION_BACKENDS, RunParams
+from pytest_int8bench.params import ATTENTION_BACKENDS, FEEDS, RunParams
 
 #: Sweep key -> {RunParams field: values}.
 SWEEPS: dict[str, dict[str, list[Any]]] = {
@@ -25,6 +25,7 @@ SWEEPS: dict[str, dict[str, list[Any]]] = {
     "compile_mode": {"compile_mode": ["default", "reduce-overhead", "max-autotune"]},
     "attention": {"attention": list(ATTENTION_BACKENDS)},
     "int8_backend": {"int8_backend": ["torchao", "fused"]},
+    "feed": {"feed": list(FEEDS)},
 }
 SWEEPS["all"] = {name: values for axis in SWEEPS.values() for name, values in axis.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -20,12 +21,14 @@ from pytest_int8bench.measure import (
     Run,
     Speedup,
     Timer,
+    alternate,
     measure_speedup,
     oom_of,
     pilot,
     release,
     requested_bytes,
     summarize,
+    synchronization_cost,
 )
 from pytest_int8bench.models import Key, Model, ModelPool, Ready, free_memory
 from pytest_int8bench.params import RunParams
@@ -146,8 +149,10 @@ class Throughput:
                 interval_s=params.benchmark_interval_s,
                 min_batches=params.min_batches_per_interval,
             )
+            feeding = _Feeding(model)
             with model.compiled.no_compilation():
                 times = time_rounds(model.run, plan)
+            feed = feeding.waited()
         after = gpu_state()
         timing = summarize(times)
         values: dict[str, Any] = {
@@ -167,7 +172,11 @@ class Throughput:
             "gpu_after": after,
             "throttled": sorted({*throttled(before), *throttled(after)}),
             **{f"{unit}_per_s": count / timing.median_s for unit, count in units.items()},
+            **feed,
         }
+        if feed and self._with_evidence:
+            with self._step("comparing", name):
+                values |= feeding.compared(self._timer, params.benchmark_interval_s)
         if params.int8_enabled:
             speedup, problem = self._speedup(workload, params, baseline, model, timing.median_s)
             values |= speedup
@@ -278,6 +287,42 @@ def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: floa
         candidate.compiled.no_compilation(),
     ):
         return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+
+
+class _Feeding:
+    """What feeding a model from the host costs. Nothing is known of one that is not.
+
+    Made when the clock is about to start.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        if model.feed is not None:
+            self._batches, self._wait_s = model.feed.batches, model.feed.wait_s
+
+    def waited(self) -> dict[str, Any]:
+        """Return how long the host waited for the loader, per batch since the start."""
+        feed = self._model.feed
+        if feed is None:
+            return {}
+        wait_s = (feed.wait_s - self._wait_s) / max(feed.batches - self._batches, 1)
+        return {"feed_workers": feed.workers, "feed_wait_s": wait_s}
+
+    def compared(self, timer: Timer, interval_s: float) -> dict[str, Any]:
+        """Return how long a copy takes alone, and how much longer a batch takes from the host than
+        one that is on the device, in alternating blocks.
+
+        Raises:
+            CompileError: if something was compiled while the clock ran.
+        """
+        feed, compiled = self._model.feed, self._model.compiled
+        if feed is None:
+            return {}
+        copy_s, _ = synchronization_cost(feed.copy_again, timer)
+        with compiled.entered(), compiled.no_compilation():
+            pairs = alternate(self._model.run, self._model.run_again, timer, interval_s=interval_s)
+        fed_s, resident_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+        return {"feed_copy_s": copy_s, "feed_exposed_s": fed_s - resident_s}
 
 
 def _label(workload: Workload, params: RunParams) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +263,39 @@ def test_a_profile_of_a_bf16_layer_shows_none() -> None:
     assert "aten::addmm" in [kernel.name for kernel in evidence.kernels]
     assert evidence.int8_products == ()
     check_labels(evidence, BF16, (0, 0))
+
+
+def test_copies_from_and_to_the_host_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated profile of a device."""
+    names = {
+        "Memcpy HtoD (Pinned -> Device)": 500.0,
+        "Memcpy DtoH (Device -> Pageable)": 50.0,
+        "Memcpy DtoD (Device -> Device)": 10.0,
+        GEMM_INT8: 30.0,
+    }
+    rows = [
+        SimpleNamespace(
+            key=name,
+            device_type=SimpleNamespace(name="CUDA"),
+            is_user_annotation=False,
+            self_device_time_total=micros,
+            count=1,
+        )
+        for name, micros in names.items()
+    ]
+    profiler = SimpleNamespace(key_averages=lambda: rows)
+    monkeypatch.setattr(
+        "pytest_int8bench.evidence.profile", lambda **_: contextlib.nullcontext(profiler)
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    evidence = profile_forward(lambda: None, torch.device("cuda"))
+    # A copy within the device is work of the model.
+    assert [kernel.name for kernel in evidence.kernels] == [
+        GEMM_INT8,
+        "Memcpy DtoD (Device -> Device)",
+    ]
+    assert evidence.total_s == pytest.approx(40e-6)
+    assert evidence.int8_time_share == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("backend", ["flash", "math"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.evidence import EvidenceError, profile_forward
+from pytest_int8bench.feed import HostFeed
 from pytest_int8bench.measure import Plan, Run, allocated_bytes
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import QuantizationError
@@ -147,6 +149,64 @@ def test_cuda_graphs_and_host_feed_measure() -> None:
     for result in measure(toy(), graphs, host):
         assert result.status == "ok"
         assert (result.speedup_low or 0) <= (result.speedup or 0) <= (result.speedup_high or 0)
+
+
+def test_batches_from_the_host_arrive_whole_while_the_device_computes() -> None:
+    samples = 64
+    inputs = (torch.randint(0, 1000, (samples, 1 << 16)), torch.arange(samples))
+    feed = HostFeed(inputs, torch.device("cuda"), samples=samples)
+    expected = [[t.roll(k, 0).cuda() for t in inputs] for k in range(feed.variants)]
+    whole = torch.ones((), dtype=torch.bool, device="cuda")
+    for index in range(200):
+        batch = next(feed)
+        for _ in range(2):  # read twice, with time for a copy that comes too early
+            torch.cuda._sleep(1_000_000)
+            for got, wanted in zip(batch, expected[index % feed.variants], strict=True):
+                whole &= (got == wanted).all()
+    assert bool(whole)
+    assert feed.nbytes == 2 * sum(t.nbytes for t in inputs)
+    children = len(multiprocessing.active_children())
+    feed.close()
+    assert len(multiprocessing.active_children()) == children - (feed.workers or 0)
+
+
+@pytest.mark.parametrize("compile_mode", ["off", "default", "reduce-overhead"])
+def test_batches_from_the_host_give_the_outputs_of_resident_ones(compile_mode: str) -> None:
+    pool = ModelPool()
+    point = POINT.replace(int8_enabled=True, feed="host", compile_mode=compile_mode)
+    model = pool.get(toy(), point)
+    model.ready()
+    feed = model.feed
+    assert feed is not None
+    resident = [[t.roll(k, 0).cuda() for t in model.inputs] for k in range(feed.variants)]
+    with model.compiled.entered(), model.compiled.no_compilation():
+        equal = torch.ones((), dtype=torch.bool, device="cuda")
+        for _ in range(100):
+            index = feed.batches - 1  # one is always ahead
+            fed, again = model.run().clone(), model.run_again().clone()
+            expected = model.compiled(*resident[index % feed.variants])
+            equal &= (fed == expected).all() & (again == expected).all()
+        assert bool(equal)
+    pool.clear()
+    assert feed.nbytes == 0
+
+
+def test_feeding_from_the_host_is_measured() -> None:
+    host = POINT.replace(feed="host")
+    graphs = host.replace(compile_mode="reduce-overhead", int8_enabled=True)
+    device = POINT.replace(compile_mode="reduce-overhead", int8_enabled=True)
+    for result in measure(toy(), host, graphs):
+        assert result.feed_workers is not None
+        assert (result.feed_copy_s or 0) > 0
+        assert (result.feed_wait_s or 0) > 0
+        assert (result.feed_exposed_s or 0) < (result.batch_time_s or 0)
+        assert result.attention_kernel == "flash"
+        names = [kernel["name"] for kernel in result.kernels]
+        assert not [name for name in names if name.startswith("Memcpy HtoD")]
+        print(result.run_name, result.feed_workers, result.batch_time_s)
+        print(result.feed_copy_s, result.feed_exposed_s, result.feed_wait_s)
+    [resident] = measure(toy(), device)
+    assert resident.feed_copy_s is resident.feed_exposed_s is resident.feed_wait_s is None
 
 
 def test_out_of_memory_is_a_result_and_later_points_go_on() -> None:

@@ -22,6 +22,7 @@ from pytest_int8bench.measure import (
     TARGET_STANDARD_ERROR,
     Run,
     allocated_bytes,
+    alternate,
     iterations_for,
     measure_speedup,
     oom_of,
@@ -347,6 +348,12 @@ def test_blocks_alternate_and_so_does_their_order() -> None:
     before = log[: len(log) - 2 * speedup.pairs]
     assert before.count("A") == before.count("B") >= 1
     assert "".join(log[len(before) :]) == "ABBA" * (speedup.pairs // 2)
+
+
+def test_the_times_of_alternating_blocks_come_in_pairs() -> None:
+    clock = FakeClock()
+    pairs = alternate(clock.run(0.25), clock.run(0.125), clock.timer, interval_s=1.0)
+    assert pairs == [(0.25, 0.125)] * MIN_PAIRS
 
 
 def test_blocks_hide_their_synchronizations() -> None:

@@ -67,6 +67,12 @@ def make_workload(**changes: Any) -> Workload:
     return Workload(**{"name": "toy", "build": lambda p: Toy(), "inputs": toy_inputs, **changes})
 
 
+@pytest.fixture(autouse=True)
+def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fed from the host is loaded by this process, whatever the machine."""
+    monkeypatch.setattr("pytest_int8bench.feed._cpus", lambda: 1)
+
+
 class Counting:
     """A workload that counts how often its model is built."""
 
@@ -219,7 +225,56 @@ def test_inputs_must_be_a_tuple_or_mapping_with_tensors(returned: Any, kind: str
 def test_inputs_fed_from_the_host_give_the_same_output() -> None:
     workload = make_workload()
     host = BF16.replace(feed="host")
-    assert torch.equal(ModelPool().get(workload, host).run(), ModelPool().get(workload, BF16).run())
+    fed, resident = ModelPool().get(workload, host), ModelPool().get(workload, BF16)
+    expected = resident.run()
+    assert torch.equal(resident.run_again(), expected)
+    assert torch.equal(fed.run(), expected)
+    assert torch.equal(fed.run_again(), expected)
+    # The next batch has the same rows in another order.
+    assert torch.allclose(fed.run(), expected.roll(1, 0), atol=1e-2)
+    assert not torch.equal(fed.run_again(), expected)
+
+
+def test_one_feed_serves_baseline_and_candidate_until_both_are_dropped() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    baseline, candidate = (pool.get(workload, p.replace(feed="host")) for p in (BF16, W8A8))
+    feed = baseline.feed
+    assert feed is not None
+    assert candidate.feed is feed
+    assert pool.variant(workload, candidate.params).feed is feed
+    assert feed.nbytes == 0  # nothing starts before it is needed
+    baseline.run()
+    candidate.run()
+    batch_bytes = sum(t.nbytes for t in baseline.inputs)
+    assert (feed.batches, feed.nbytes) == (3, 2 * batch_bytes)
+    pool.evict("candidate")
+    assert feed.nbytes == 2 * batch_bytes
+    pool.clear()
+    assert feed.nbytes == 0
+
+
+def test_inputs_on_the_host_have_the_strides_of_what_arrives() -> None:
+    workload = make_workload(
+        inputs=lambda p, device: (torch.randn(p.batch_size, 32)[:, :16], torch.zeros(1).expand(4))
+    )
+    model = ModelPool().get(workload, FP32.replace(feed="host"))
+    assert model.feed is not None
+    arrived = next(model.feed)
+    assert [t.stride() for t in arrived] == [t.stride() for t in model.inputs] == [(16, 1), (1,)]
+
+
+def test_other_inputs_have_another_feed() -> None:
+    workload = make_workload()
+    pool = ModelPool()
+    host = BF16.replace(feed="host")
+    first = pool.get(workload, host)
+    first.run()
+    second = pool.get(workload, host.replace(batch_size=2))
+    assert first.feed is not None
+    assert second.feed is not first.feed
+    assert first.feed.nbytes == 0
+    assert pool.get(workload, BF16).feed is None
 
 
 # -- tensors in containers ----------------------------------------------------------------------
@@ -611,6 +666,21 @@ def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pytest_int8bench.models.peak_memory", peak_memory)
     ready = ModelPool().get(make_workload(), BF16).ready()
     assert ready.peak_memory_bytes == weights + inputs + activations
+
+
+def test_peak_memory_holds_both_batches_of_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
+    held = 1000 + weights
+    allocated = iter([1000, held, held + 2 * inputs])
+    monkeypatch.setattr("pytest_int8bench.models.allocated_bytes", lambda device: next(allocated))
+
+    @contextlib.contextmanager
+    def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+        yield lambda: held + 2 * inputs + activations
+
+    monkeypatch.setattr("pytest_int8bench.models.peak_memory", peak_memory)
+    ready = ModelPool().get(make_workload(), BF16.replace(feed="host")).ready()
+    assert ready.peak_memory_bytes == weights + 2 * inputs + activations
 
 
 def test_generators_of_numpy_and_python_are_seeded_too() -> None:

@@ -102,6 +102,7 @@ BY_NAME = {
             "batch_time_min_s",
             "compile_s",
             "ceiling_speedup",
+            "feed_copy_s",
         ),
         positive,
     ),
@@ -222,6 +223,7 @@ def test_bad_status() -> None:
         "batch_time_min_s",
         "peak_memory_bytes",
         "compile_s",
+        "feed_copy_s",
     ],
 )
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
@@ -232,6 +234,16 @@ def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
     with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
         Result.from_dict({**MEASURED.to_dict(), name: value})
     assert getattr(result_of(**{name: None}), name) is None
+
+
+@pytest.mark.parametrize("name", ["feed_exposed_s", "feed_wait_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), "1", True, 10**400])
+def test_differences_are_numbers(name: str, value: Any) -> None:
+    why = re.escape(f"{name} must be a number, got {value!r}")
+    with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
+        Result.from_dict({**MEASURED.to_dict(), name: value})
+    for good in (None, 0, -1.5, 2.5):
+        assert getattr(result_of(**{name: good}), name) == good
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_sweep_keys() -> None:
         "compile_mode": {"compile_mode": ["default", "reduce-overhead", "max-autotune"]},
         "attention": {"attention": ["flash", "cudnn", "efficient", "math", "auto"]},
         "int8_backend": {"int8_backend": ["torchao", "fused"]},
+        "feed": {"feed": ["device", "host"]},
     }
     assert {key: axis for key, axis in SWEEPS.items() if key != "all"} == expected
     assert list(SWEEPS) == [*expected, "all"]
@@ -111,7 +112,7 @@ def test_unknown_key() -> None:
     assert str(info.value) == (
         "unknown sweep key 'batch_size'; keys are batch, image, patch, time, use_s1, use_s2, "
         "use_landsat, bf16, model_size, int8_enabled, int8_mode, int8_smoothquant, compile_mode, "
-        "attention, int8_backend, all"
+        "attention, int8_backend, feed, all"
     )
 
 
@@ -158,9 +159,9 @@ def test_the_default_point_of_several_axes_folds() -> None:
 
 
 def test_all_counts() -> None:
-    # 60 values; 14 axes hold the default (int8_backend does not), which comes once.
-    assert sum(map(len, SWEEPS["all"].values())) == 60
-    assert len(expand(RunParams(), SWEEPS["all"])) == 60 - 13
+    # 62 values; 15 axes hold the default (int8_backend does not), which comes once.
+    assert sum(map(len, SWEEPS["all"].values())) == 62
+    assert len(expand(RunParams(), SWEEPS["all"])) == 62 - 14
 
 
 def test_an_axis_of_a_workload_keeps_the_other_axes() -> None:

@@ -278,6 +278,91 @@ def test_a_ceiling_that_is_not_known_is_said() -> None:
     assert lines_of(result)[2:-1] == [remark]
 
 
+COPYING = f"{NAME}: copying a batch from the host takes 3.00 ms"
+LONGER = "a batch takes {} ms longer than one that is on the device"
+
+
+@pytest.mark.parametrize(
+    ("exposed_s", "wait_s", "workers", "remark"),
+    [
+        (
+            0.0004,
+            0.00001,
+            4,
+            f"host feed: {COPYING}, 2.60 ms of it hidden behind the compute and 0.4 ms not",
+        ),
+        (
+            0.0,
+            0.0,
+            4,
+            f"host feed: {COPYING}, 3.00 ms of it hidden behind the compute and 0.00 ms not",
+        ),
+        (
+            -0.00025,
+            0.00001,
+            4,
+            (
+                f"host feed: {COPYING}, all of it hidden behind the compute (the part that is not "
+                "came out at -0.25 ms: noise)"
+            ),
+        ),
+        (0.004, 0.001, 4, f"host feed: {COPYING}, none of it hidden: {LONGER.format('4.00')}"),
+        (
+            0.03,
+            0.029,
+            4,
+            (
+                f"data-bound: {COPYING}, but {LONGER.format('30.0')}: the host waits 29.0 ms for "
+                "the loader (4 workers), which is the limit"
+            ),
+        ),
+        (
+            0.03,
+            0.03,
+            0,
+            (
+                f"data-bound: {COPYING}, but {LONGER.format('30.0')}: the host waits 30.0 ms for "
+                "the loader (the main process), which is the limit"
+            ),
+        ),
+        # Loading without workers, beside what the device has to do.
+        (
+            0.0015,
+            0.03,
+            0,
+            f"host feed: {COPYING}, 1.50 ms of it hidden behind the compute and 1.50 ms not",
+        ),
+    ],
+    ids=["part", "nothing", "noise", "all", "loader", "main process", "beside"],
+)
+def test_what_of_the_copies_is_hidden(
+    exposed_s: float, wait_s: float, workers: int, remark: str
+) -> None:
+    lines = lines_of(
+        result_of(
+            **{**MEASURED, "batch_time_s": 0.1},
+            feed_workers=workers,
+            feed_copy_s=0.003,
+            feed_exposed_s=exposed_s,
+            feed_wait_s=wait_s,
+        )
+    )
+    assert lines[2:-1] == [remark]
+
+
+def test_nothing_is_said_of_copies_that_were_not_compared() -> None:
+    assert len(lines_of(result_of(**MEASURED, feed_workers=4, feed_wait_s=0.05))) == 3
+
+
+def test_waiting_for_data_is_not_waiting_for_the_host() -> None:
+    fed = {**MEASURED, "batch_time_s": 0.1, "device_time_s": 0.045, "feed_copy_s": 0.05}
+    slow, host = (
+        lines_of(result_of(**fed, feed_wait_s=0.0, feed_exposed_s=s)) for s in (0.05, 0.01)
+    )
+    assert not any(line.startswith("host-bound") for line in slow)
+    assert any(line.startswith(f"host-bound: {NAME}: kernels run in 50% ") for line in host)
+
+
 def test_one_remark_on_the_short_rounds_of_all_points() -> None:
     shares = {"a": 0.0123, "b": 0.0061, "c": 0.005, "d": None}
     lines = lines_of(

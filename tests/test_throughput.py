@@ -63,6 +63,12 @@ def time_rounds(run: Run, plan: Plan) -> list[float]:
     return [time_block(run, synchronized_perf_counter, plan.iterations) for _ in range(plan.rounds)]
 
 
+@pytest.fixture(autouse=True)
+def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fed from the host is loaded by this process, whatever the machine."""
+    monkeypatch.setattr("pytest_int8bench.feed._cpus", lambda: 1)
+
+
 @pytest.fixture
 def throughput() -> Throughput:
     return Throughput(ModelPool())
@@ -117,6 +123,76 @@ def test_a_candidate_is_compared_with_its_baseline(
     assert (result.int8_time_share > 0) is (params is W8A8)
     assert (result.tokens_per_s, result.pixels_per_s) == (None, None)
     assert Result.from_dict(result.to_dict()) == result
+
+
+@pytest.mark.parametrize("params", [BF16, W8A8], ids=["bf16", "w8a8"])
+def test_feeding_from_the_host_is_measured(throughput: Throughput, params: RunParams) -> None:
+    result = measure(throughput, make_workload(), params.replace(feed="host"))
+    assert (result.status, result.reason) == ("ok", None)
+    assert result.feed_workers == 0
+    assert result.feed_copy_s > 0
+    assert result.feed_wait_s > 0
+    assert abs(result.feed_exposed_s) < 1
+    assert (result.speedup is not None) is params.int8_enabled
+    assert Result.from_dict(result.to_dict()) == result
+
+
+def test_inputs_on_the_device_have_no_feed(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(), BF16)
+    assert result.feed_workers is result.feed_copy_s is result.feed_wait_s is None
+    assert result.feed_exposed_s is None
+
+
+def test_the_wait_for_the_loader_is_that_of_the_rounds(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulated feed: a batch takes 3 s from the host, 2 s on the device, and a copy 0.5 s."""
+    now = 0.0
+
+    class Feed:
+        batches, wait_s, workers, nbytes, current = 0, 0.0, 3, 0, ()
+
+        def copy_again(self) -> None:
+            nonlocal now
+            now += 0.5
+
+    feed = Feed()
+
+    def run(self: Model) -> torch.Tensor:
+        nonlocal now
+        now += 3.0
+        feed.batches += 1
+        feed.wait_s += 0.25
+        return torch.zeros(1)
+
+    def run_again(self: Model) -> torch.Tensor:
+        nonlocal now
+        now += 2.0
+        return torch.zeros(1)
+
+    def rounds(run: Run, plan: Plan) -> list[float]:
+        feed.wait_s += 10  # in the rounds alone
+        for _ in range(5):
+            run()
+        return [3.0]
+
+    model = throughput._pool.get(make_workload(), BF16)
+    model.ready()
+    model.feed = feed  # type: ignore[assignment]
+    monkeypatch.setattr(Model, "run", run)
+    monkeypatch.setattr(Model, "run_again", run_again)
+    simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
+    monkeypatch.setattr("pytest_int8bench.throughput._evidence", lambda model: {})
+    result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
+    assert result.feed_workers == 3
+    assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
+    assert result.feed_copy_s == pytest.approx(0.5)
+    assert result.feed_exposed_s == pytest.approx(1.0)
+    # Without a look at the kernels, nothing is run but the rounds.
+    lean = Throughput(throughput._pool, with_evidence=False, timer=lambda: now)
+    result = lean.measure(make_workload(), BF16, rounds, nodeid="a")
+    assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
+    assert (result.feed_copy_s, result.feed_exposed_s) == (None, None)
 
 
 def test_the_median_of_the_rounds_counts(throughput: Throughput) -> None:

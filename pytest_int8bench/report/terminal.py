@@ -21,6 +21,8 @@ _PIPELINE_CHECK = (
 MAX_SYNCHRONIZATION_SHARE = 0.005
 #: Part of the batch time that kernels run in, under which the reader is told.
 HOST_BOUND = 0.8
+#: Part of the batch time that feeding from the host may add before its cause is looked for.
+FEED_BOUND = 0.02
 
 
 def render(saved: Saved, *, width: int | None, color: bool) -> str:
@@ -178,7 +180,9 @@ def _remarks(result: Result) -> list[str]:
         lines.append(f"{_THROTTLED} throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
         lines.append(f"unsteady: {name}: batch times had not settled after warm-up")
-    busy = (result.device_time_s or 0) / (result.batch_time_s or math.inf)
+    # Waiting for data is told apart.
+    fed_s = max(result.feed_exposed_s or 0, 0)
+    busy = (result.device_time_s or 0) / max((result.batch_time_s or math.inf) - fed_s, 1e-9)
     if 0 < busy < HOST_BOUND:
         lines.append(
             f"host-bound: {name}: kernels run in {busy:.0%} of the batch time, the GPU waits for "
@@ -187,6 +191,8 @@ def _remarks(result: Result) -> list[str]:
     lines += _ceiling(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
+    if (feeding := _feeding(result)) is not None:
+        lines.append(feeding)
     return lines
 
 
@@ -219,6 +225,33 @@ def _ceiling(result: Result) -> list[str]:
     if result.params.get("attention") == "math":
         text += "; the products of math attention count as those of layers"
     return [f"ceiling: {_label(result)}: {text}"]
+
+
+def _feeding(result: Result) -> str | None:
+    """Return what of feeding from the host is hidden behind the compute, and what is not."""
+    copy_s, exposed_s = result.feed_copy_s, result.feed_exposed_s
+    if copy_s is None or exposed_s is None:
+        return None
+    wait_s, batch_s = result.feed_wait_s or 0, result.batch_time_s or math.inf
+    copy, exposed, hidden, wait = (
+        f"{number(seconds * 1e3)} ms" for seconds in (copy_s, exposed_s, copy_s - exposed_s, wait_s)
+    )
+    copying = f"{_label(result)}: copying a batch from the host takes {copy}"
+    longer = f"a batch takes {exposed} longer than one that is on the device"
+    if exposed_s > FEED_BOUND * batch_s and wait_s >= exposed_s / 2:
+        loader = f"{result.feed_workers} workers" if result.feed_workers else "the main process"
+        return (
+            f"data-bound: {copying}, but {longer}: the host waits {wait} for the loader "
+            f"({loader}), which is the limit"
+        )
+    if exposed_s < 0:
+        return (
+            f"host feed: {copying}, all of it hidden behind the compute (the part that is not came "
+            f"out at {exposed}: noise)"
+        )
+    if exposed_s > copy_s:
+        return f"host feed: {copying}, none of it hidden: {longer}"
+    return f"host feed: {copying}, {hidden} of it hidden behind the compute and {exposed} not"
 
 
 def _label(record: Result | Accuracy | Sensitivity) -> str:

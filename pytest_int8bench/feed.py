@@ -1,0 +1,386 @@
+"""Batches that come from the host: a DataLoader, pinned memory, and copies behind the compute."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.tensors import map_tensors
+
+#: Batches that each worker makes ahead.
+PREFETCH = 2
+#: One worker for so many CPUs, none on two or fewer: the main process would wait for it.
+CPUS_PER_WORKER, MAX_WORKERS = 4, 4
+#: Different batches that are handed out in turn, and bytes that they may take together.
+MAX_VARIANTS, VARIANT_BYTES = 4, 1 << 30
+#: Part of the free shared memory that batches on their way may take.
+SHARED_PART = 0.5
+# Tensors of one batch travel in one block of memory; each starts at a multiple of this.
+_ALIGNMENT = 64
+_SHARED_MEMORY = "/dev/shm"
+
+
+class FeedError(ClearError, RuntimeError):
+    """The batches do not come."""
+
+
+class HostFeed:
+    """Hands out batches on a device that come from the host, forever.
+
+    A DataLoader makes each batch anew from the workload's inputs, in worker processes, and pins
+    its memory. From there it is copied into one of two fixed sets of tensors on the device: while
+    the model reads one set, the other one is filled, on a stream of its own. So shapes, dtypes,
+    strides and addresses repeat, and nothing compiles again.
+
+    Whole batches travel, not samples: collating would measure Python, and no workload has to say
+    which of its tensors hold samples. Batch ``n`` is the inputs with their rows moved on by ``n``
+    modulo :attr:`variants` if each tensor has a row for each sample, else the inputs as they are.
+
+    A batch may be read until the next one is asked for, by work submitted to the stream that was
+    current when it was handed out. Iterating starts the workers, :meth:`close` ends them; so does
+    garbage collection, or the end of the process.
+
+    Args:
+        inputs: one batch in any containers that ``map_tensors`` takes, in the dtypes and layout of
+            the model.
+        device: where the batches go. On CUDA copies run beside the compute; elsewhere in line.
+        samples: samples in a batch.
+        workers: processes of the loader; by default what suits the machine.
+        clock: seconds, for :attr:`wait_s`.
+
+    Raises:
+        WorkloadError: for tensors that are not dense.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        device: torch.device,
+        *,
+        samples: int,
+        workers: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device = device
+        self.batches = 0
+        """Batches that were asked of the loader."""
+        self.wait_s = 0.0
+        """Seconds that the host waited for the loader, over all of them."""
+        self._inputs = inputs
+        self._clock = clock
+        self._tensors = _tensors_in(inputs)
+        self._parts = _layout(self._tensors)
+        self._batch_bytes = self._parts[-1].end if self._parts else 0
+        rows = all(t.dim() > 0 and len(t) == samples for t in self._tensors)
+        self._rolls = rows and samples > 1
+        fitting = VARIANT_BYTES // max(self._batch_bytes, 1)
+        self.variants = max(1, min(MAX_VARIANTS, fitting))
+        """Batches after which the same one comes again."""
+        self.workers = workers
+        """Processes of the loader; None before they were started for the first time."""
+        self._loader: Iterator[torch.Tensor] | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._slots: tuple[_Slot, _Slot] | None = None
+        self._end: Callable[[], Any] = lambda: None
+        self._turn = 0  # of the slots, the one to be handed out next
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device; 0 before the first batch."""
+        if self._slots is None:
+            return 0
+        return sum(tensor.nbytes for slot in self._slots for tensor in slot.tensors)
+
+    @property
+    def current(self) -> Any:
+        """The batch that was handed out last. It stays until the next one is asked for."""
+        return self._opened()[1 - self._turn].inputs
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        slots = self._opened()
+        ready, other = slots[self._turn], slots[1 - self._turn]
+        # Submitted before the model's own work, so that it runs beside that.
+        self._fill(other)
+        ready.hand_out(self.device)
+        self._turn = 1 - self._turn
+        return ready.inputs
+
+    def copy_again(self) -> None:
+        """Copy the batch that comes next to the device once more: for timing that alone."""
+        slot = self._opened()[self._turn]
+        slot.copy(self._side)
+
+    def open(self) -> None:
+        """Start the workers and wait for the first batch, if that has not been done."""
+        self._opened()
+
+    def close(self) -> None:
+        """End the workers and free the tensors on the device. The next batch starts anew."""
+        self._end()
+        self._end = lambda: None
+        self._loader = self._side = self._slots = None
+        self._turn = 0
+
+    def _opened(self) -> tuple[_Slot, _Slot]:
+        if self._slots is not None:
+            return self._slots
+        try:
+            return self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> tuple[_Slot, _Slot]:
+        if self.workers is None:
+            self.workers = workers_for(
+                self._batch_bytes,
+                self.variants,
+                cpus=_cpus(),
+                shared_bytes=_free_shared_bytes(),
+            )
+        # Normal tensors, also where the caller is in inference mode: Dynamo tells the two apart,
+        # and only normal ones may be filled both inside and outside of it.
+        with torch.inference_mode(False):
+            sources = [self._packed(index) for index in range(self.variants)]
+            slots = _Slot(self), _Slot(self)
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            self._side = torch.cuda.Stream(self.device)
+            # The memory of the slots may have had another owner, whose work is not done yet.
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        self._loader = _loader(sources, self.workers, pin_memory=on_cuda)
+        self._end = weakref.finalize(self, _shut_down, self._loader, self._side)
+        self._slots = slots
+        self._fill(slots[0])
+        return slots
+
+    def _packed(self, variant: int) -> torch.Tensor:
+        """Return one of the different batches in one block of host memory."""
+        block = torch.empty(self._batch_bytes, dtype=torch.uint8)
+        for tensor, part in zip(self._tensors, self._parts, strict=True):
+            source = tensor.roll(variant, 0) if self._rolls else tensor
+            part.of(block).copy_(source)
+        return block
+
+    def _fill(self, slot: _Slot) -> None:
+        """Get a batch from the loader and have it copied into ``slot``."""
+        slot.wait_for_copy()
+        begin = self._clock()
+        block = self._next_block()
+        self.wait_s += self._clock() - begin
+        self.batches += 1
+        slot.block = block
+        slot.copy(self._side)
+
+    def _next_block(self) -> torch.Tensor:
+        assert self._loader is not None
+        try:
+            return next(self._loader)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            why = str(error).strip().splitlines()[-1]  # above it, a traceback of the worker
+            raise FeedError(
+                f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes travel through "
+                f"shared memory: see whether {_SHARED_MEMORY} is large enough (docker: --shm-size)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a tensor is in the block of its batch."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, block: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, a view of ``block``."""
+        flat = block[self.begin : self.end].view(self.dtype)
+        return flat.as_strided(self.size, self.stride, flat.storage_offset())
+
+
+class _Slot:
+    """One of the two sets of tensors on the device.
+
+    Two events order what happens to it: ``copied`` lets the model start when the batch is there,
+    ``read`` lets the next batch in when the model is through with this one.
+    """
+
+    def __init__(self, feed: HostFeed) -> None:
+        self._parts = feed._parts
+        self.tensors = [
+            torch.empty_strided(part.size, part.stride, dtype=part.dtype, device=feed.device)
+            for part in self._parts
+        ]
+        mine = iter(self.tensors)
+        self.inputs = map_tensors(lambda _: next(mine), feed._inputs)
+        self.block: torch.Tensor | None = None
+        """The batch in host memory, kept while it may be copied."""
+        self._copied = torch.cuda.Event() if feed.device.type == "cuda" else None
+        self._reader: torch.cuda.Stream | None = None
+        """The stream that the tensors were handed out on, and not taken back from yet."""
+
+    def wait_for_copy(self) -> None:
+        """Let the host wait until the last batch is here: it would run ahead of the device without
+        end, and pin memory for every batch on the way."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def copy(self, side: torch.cuda.Stream | None) -> None:
+        """Copy the block here, on ``side``, after what reads these tensors."""
+        if side is None or self._copied is None:
+            self._copy()
+            return
+        if self._reader is not None:
+            read = torch.cuda.Event()
+            read.record(self._reader)
+            side.wait_event(read)
+            self._reader = None
+        with torch.cuda.stream(side):
+            self._copy()
+        self._copied.record(side)
+
+    def hand_out(self, device: torch.device) -> None:
+        """Let what is submitted to the current stream from now on wait for the batch."""
+        if self._copied is not None:
+            self._reader = torch.cuda.current_stream(device)
+            self._reader.wait_event(self._copied)
+
+    def _copy(self) -> None:
+        assert self.block is not None
+        for tensor, part in zip(self.tensors, self._parts, strict=True):
+            tensor.copy_(part.of(self.block), non_blocking=True)
+
+
+class _Batches(Dataset[torch.Tensor]):
+    """Makes a batch by copying one of several: what travels is new memory each time."""
+
+    def __init__(self, sources: Sequence[torch.Tensor]) -> None:
+        self._sources = list(sources)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._sources[index].clone()
+
+
+def workers_for(batch_bytes: int, variants: int, *, cpus: int, shared_bytes: int | None) -> int:
+    """Return how many processes load batches; with 0 the main process does.
+
+    Args:
+        batch_bytes: bytes of one batch.
+        variants: batches that the workers copy from.
+        cpus: CPUs that this process may use.
+        shared_bytes: free shared memory, which batches travel through; None where that is not
+            known. A worker that finds it full is killed by the system.
+    """
+    if cpus <= 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
+        return 0
+    wanted = min(math.ceil(cpus / CPUS_PER_WORKER), MAX_WORKERS)
+    if shared_bytes is None:
+        return wanted
+    batches = int(SHARED_PART * shared_bytes) // max(batch_bytes, 1) - variants
+    return max(0, min(wanted, batches // (PREFETCH + 1)))
+
+
+def _loader(
+    sources: list[torch.Tensor], workers: int, *, pin_memory: bool
+) -> Iterator[torch.Tensor]:
+    """Return an endless iterator over new copies of ``sources`` in turn."""
+    processes: dict[str, Any] = {}
+    if workers:
+        # Not fork: this process has initialized CUDA, which a forked child inherits broken, and
+        # runs threads (of CUDA, OpenMP, Inductor, and those that pin memory), whose locks it
+        # would inherit held. Not forkserver: torch's workers end when their parent does, which
+        # there is the server, and the server lives as long as they do: were this process killed,
+        # all of them would stay. So each worker imports torch anew, once, before the clock.
+        processes = {
+            "multiprocessing_context": "spawn",
+            "persistent_workers": True,
+            "prefetch_factor": PREFETCH,
+            "worker_init_fn": _ignore_interrupt,
+        }
+    loader: DataLoader[torch.Tensor] = DataLoader(
+        _Batches(sources),
+        batch_size=None,
+        sampler=itertools.cycle(range(len(sources))),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its seed would come from torch's own generator
+        **processes,
+    )
+    return iter(loader)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _shut_down(loader: Any, side: torch.cuda.Stream | None) -> None:
+    """End the workers of ``loader`` when no copy is under way any more."""
+    if side is not None:
+        with contextlib.suppress(RuntimeError):  # a device that failed copies nothing
+            side.synchronize()
+    # torch has no public way to end persistent workers but to drop the last reference to the
+    # iterator, and a traceback may hold one.
+    if end := getattr(loader, "_shutdown_workers", None):
+        end()
+
+
+def _tensors_in(inputs: Any) -> list[torch.Tensor]:
+    """Return the tensors of ``inputs``, in the order of ``map_tensors``."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided:
+            raise WorkloadError(f"feed=host takes dense tensors, got one of {tensor.layout}")
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, inputs)
+    return found
+
+
+def _layout(tensors: Sequence[torch.Tensor]) -> list[_Part]:
+    parts = []
+    end = 0
+    for tensor in tensors:
+        # Expanded and cut tensors get the strides of a copy of their own.
+        stride = torch.empty_like(tensor, device="meta").stride()
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = begin + tensor.numel() * tensor.itemsize
+        parts.append(_Part(begin, end, tensor.dtype, tuple(tensor.shape), stride))
+    return parts
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _free_shared_bytes() -> int | None:
+    try:
+        return shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return None
