@@ -10,7 +10,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.fused import operators
 from pytest_int8bench.measure import Run, Timer, oom_of, release, time_block, time_once
+from pytest_int8bench.quantize import fused_problem
 
 #: Rows of a product that is measured, where they fit: enough that every SM has several tiles.
 ROWS = 1 << 16
@@ -51,9 +53,17 @@ def _int_mm(x: torch.Tensor, weight: torch.Tensor) -> Run:
     return lambda: torch._int_mm(x, columns)
 
 
-def int8_products() -> tuple[Int8Product, ...]:
+def _fused(x: torch.Tensor, weight: torch.Tensor) -> Run:
+    row_scale = torch.ones(x.shape[0], device=x.device)
+    scale = torch.ones(weight.shape[0], device=x.device)
+    return lambda: operators.linear(
+        x, row_scale, [weight], [scale], [None], None, None, torch.bfloat16
+    )
+
+
+def int8_products(device: torch.device) -> tuple[Int8Product, ...]:
     """Return the INT8 products there are; the fastest one at a size stands for the device."""
-    return (_int_mm,)
+    return (_int_mm,) if fused_problem("w8a8", device) else (_int_mm, _fused)
 
 
 _measured: dict[Hashable, float] = {}
@@ -127,7 +137,7 @@ def _int8_rate(size: Size, device: torch.device, timer: Timer) -> float:
         for n in (rows, size.outputs)
     )
     seconds, problem = math.inf, "there is none"
-    for product in int8_products():
+    for product in int8_products(device):
         try:
             seconds = min(seconds, _best_s(product(x, weight), timer))
         except Exception as error:  # also what a compiler of kernels raises

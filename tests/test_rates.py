@@ -62,7 +62,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *products: Callable[..., Run]) -> None:
-    monkeypatch.setattr(rates, "int8_products", lambda: products)
+    monkeypatch.setattr(rates, "int8_products", lambda device: products)
 
 
 def test_rates_are_operations_over_seconds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
