@@ -263,6 +263,11 @@ def apply_int8_quant(
     if already := [name for name, module in model.named_modules() if is_quantized(module)]:
         raise QuantizationError(f"the model is quantized already ({already[0]} is)")
 
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    problem = fused_problem(mode if quant_config is None else "w8a8", device)
+    if backend == "fused" and problem:
+        raise QuantizationError(f"int8_backend=fused: {problem}")
+    fusing = backend != "torchao" and not problem
     total = sum(parameter.numel() for parameter in model.parameters())
     smoothing = Smoothing({}, {})
     runtime: tuple[str, ...] = ()
@@ -276,7 +281,7 @@ def apply_int8_quant(
         layers = _select(
             model,
             filter_fn or is_transformer_linear,
-            check_shapes=mode == "w8a8" and quant_config is None,
+            check_shapes=mode == "w8a8" and quant_config is None and not fusing,
         )
         chosen = {layer.name for layer in layers if layer.reason is None}
         if not chosen:
@@ -294,7 +299,11 @@ def apply_int8_quant(
         raise QuantizationError(_nothing_converted(layers))
     if mode == "w8" and quant_config is None:
         _dequantize_on_cuda(model)
-    layers = _fuse(model, layers, mode if quant_config is None else "w8a8", backend)
+    if fusing:
+        layers = lower(model, layers)
+        if backend == "fused" and not any(layer.fused for layer in layers):
+            reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
+            raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
     _coverages[model] = Coverage(
         "custom" if quant_config is not None else mode,
         tuple(layers),
@@ -357,23 +366,7 @@ def fused_problem(mode: str, device: torch.device) -> str | None:
     return None
 
 
-def _fuse(model: nn.Module, layers: list[Layer], mode: str, backend: str) -> list[Layer]:
-    """Put the fused kernels' layers in the place of torchao's, where they fit."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if backend == "torchao":
-        return layers
-    if problem := fused_problem(mode, device):
-        if backend == "fused":
-            raise QuantizationError(f"int8_backend=fused: {problem}")
-        return layers
-    lowered, layers = lower(model, layers)
-    if backend == "fused" and not lowered:
-        reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
-        raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
-    return layers
-
-
-def lower(model: nn.Module, layers: Iterable[Layer]) -> tuple[int, list[Layer]]:
+def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     """Replace the converted layers that torchao quantized as the fused kernels need it.
 
     Args:
@@ -381,7 +374,7 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> tuple[int, list[Layer]]:
         layers: its linear layers.
 
     Returns:
-        How many were replaced, and the layers with what runs them.
+        The layers, with what runs them.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     plain: dict[str, Quantized] = {}
@@ -397,7 +390,7 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> tuple[int, list[Layer]]:
                 layer = dataclasses.replace(layer, fused=True)
         told.append(layer)
     replace_linears(model, plain)
-    return len(plain), told
+    return told
 
 
 def _plain(module: Any, parent: nn.Module) -> Quantized | str:

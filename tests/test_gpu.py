@@ -273,7 +273,9 @@ def test_peak_memory_is_of_this_model_alone() -> None:
 
 @pytest.mark.parametrize("compile_mode", ["off", "default"])
 def test_too_few_rows_for_the_int8_product_are_said(compile_mode: str) -> None:
-    few = POINT.replace(int8_enabled=True, batch_size=1, compile_mode=compile_mode)
+    few = POINT.replace(
+        int8_enabled=True, int8_backend="torchao", batch_size=1, compile_mode=compile_mode
+    )
     with pytest.raises((QuantizationError, EvidenceError), match="16 rows"):
         measure(toy(tokens=8), few)
 
