@@ -27,6 +27,8 @@ PREFETCH = 2
 CPUS_PER_WORKER, MAX_WORKERS = 4, 4
 #: Different batches that are handed out in turn, and bytes that they may take together.
 MAX_VARIANTS, VARIANT_BYTES = 4, 1 << 30
+#: Seconds that a worker has to end by itself.
+WORKER_END_S = 5.0
 #: Part of the free shared memory that batches on their way may take.
 SHARED_PART = 0.5
 # Tensors of one batch travel in one block of memory; each starts at a multiple of this.
@@ -343,8 +345,19 @@ def _shut_down(loader: Any, side: torch.cuda.Stream | None) -> None:
             side.synchronize()
     # torch has no public way to end persistent workers but to drop the last reference to the
     # iterator, and a traceback may hold one.
-    if end := getattr(loader, "_shutdown_workers", None):
+    end = getattr(loader, "_shutdown_workers", None)
+    if end is None:
+        return
+    try:
         end()
+    except RuntimeError:
+        # A worker that aborts while it ends (seen with torch 2.11: "terminate called without an
+        # active exception") has handed out all that was asked of it; torch raises all the same,
+        # in the midst of waiting for the others.
+        for worker in loader._workers:
+            worker.join(WORKER_END_S)
+            if worker.is_alive():
+                worker.terminate()
 
 
 def _tensors_in(inputs: Any) -> list[torch.Tensor]:

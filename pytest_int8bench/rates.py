@@ -20,6 +20,8 @@ ROWS = 1 << 16
 OPERAND_BYTES, COPY_BYTES = 1 << 30, 1 << 29
 #: A figure is the best of some blocks, each of so many seconds.
 BLOCKS, BLOCK_S = 5, 0.01
+#: Calls that are launched as one on CUDA.
+RECORDED = 10
 
 #: From INT8 operands, rows x inputs and outputs x inputs, to what runs their product once.
 Int8Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor], Run]
@@ -125,7 +127,7 @@ def _float_rate(size: Size, dtype: torch.dtype, device: torch.device, timer: Tim
     x = torch.randn(rows, size.inputs, device=device, dtype=dtype, generator=random)
     weight = torch.randn(size.outputs, size.inputs, device=device, dtype=dtype, generator=random)
     columns = weight.t()
-    return 2 * rows * math.prod(size) / _best_s(lambda: torch.mm(x, columns), timer)
+    return 2 * rows * math.prod(size) / _best_s(lambda: torch.mm(x, columns), timer, device)
 
 
 def _int8_rate(size: Size, device: torch.device, timer: Timer) -> float:
@@ -139,7 +141,7 @@ def _int8_rate(size: Size, device: torch.device, timer: Timer) -> float:
     seconds, problem = math.inf, "there is none"
     for product in int8_products(device):
         try:
-            seconds = min(seconds, _best_s(product(x, weight), timer))
+            seconds = min(seconds, _best_s(product(x, weight), timer, device))
         except Exception as error:  # also what a compiler of kernels raises
             if oom_of(error) is not None:
                 raise
@@ -157,7 +159,7 @@ def _copy_rate(device: torch.device, timer: Timer) -> float:
     shape, random = (COPY_BYTES,), _generator(device)
     source = torch.randint(-128, 128, shape, dtype=torch.int8, device=device, generator=random)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _best_s(lambda: target.copy_(source), timer)
+    return 2 * COPY_BYTES / _best_s(lambda: target.copy_(source), timer, device)
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -165,8 +167,21 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def _best_s(run: Run, timer: Timer) -> float:
+def _best_s(run: Run, timer: Timer, device: torch.device) -> float:
     """Return the seconds of one call in the fastest block."""
     run()  # chooses or compiles its kernel
+    calls = 1
+    if device.type == "cuda":
+        run, calls = _recorded(run), RECORDED
     iterations = max(1, math.ceil(BLOCK_S / max(time_once(run, timer), 1e-6)))
-    return min(time_block(run, timer, iterations) for _ in range(BLOCKS))
+    return min(time_block(run, timer, iterations) for _ in range(BLOCKS)) / calls
+
+
+def _recorded(run: Run) -> Run:
+    """Return some calls of ``run`` as one CUDA graph: to launch a small product takes longer than
+    to compute it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RECORDED):
+            run()
+    return graph.replay

@@ -248,8 +248,11 @@ def test_out_of_memory_in_a_forward_leaves_clean_memory() -> None:
     assert allocated_bytes(torch.device("cuda")) - before < 1 << 20
 
 
-def test_max_autotune_is_labelled_int8_by_its_kernels() -> None:
-    candidate = POINT.replace(int8_enabled=True, compile_mode="max-autotune-no-cudagraphs")
+@pytest.mark.parametrize("backend", ["torchao", "fused"])
+def test_max_autotune_is_labelled_int8_by_its_kernels(backend: str) -> None:
+    candidate = POINT.replace(
+        int8_enabled=True, int8_backend=backend, compile_mode="max-autotune-no-cudagraphs"
+    )
     throughput = Throughput(ModelPool(), with_baseline=False)
     result = throughput.measure(toy(), candidate, time_rounds, nodeid="autotuned")
     assert result.status == "ok"
