@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.errors import ClearError
+from pytest_int8bench.compile_cache import CompileCache, lookups
+from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.fused.graph import inductor_with_fusion
 from pytest_int8bench.fused.modules import Int8Linear
 from pytest_int8bench.params import COMPILE_MODES
+from pytest_int8bench.regions import Regions, repeated_blocks
 from pytest_int8bench.tensors import map_tensors
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
@@ -37,6 +41,7 @@ _LOGGING = {
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 _serial = itertools.count()
+_REFUSED = object()
 
 
 class CompileError(ClearError, RuntimeError):
@@ -53,6 +58,10 @@ class CompiledModel(torch.nn.Module):
         first_call_s: seconds of the first call, compiling included; None before it, and in mode
             ``off``.
         cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
+        compile_cache: ``warm`` if the first call found all its graphs in a compile cache on disk,
+            ``cold`` if not; None before it, and where nothing was looked up.
+        regions: repeated blocks that were compiled as one (:mod:`pytest_int8bench.regions`).
+        regions_refused: why blocks that repeat were not, or None.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class CompiledModel(torch.nn.Module):
         attention: str,
         autocast_dtype: torch.dtype | None,
         dynamic: bool | None,
+        cache_dir: Path | None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,15 +83,32 @@ class CompiledModel(torch.nn.Module):
         self.attention = attention
         self._allow_tf32 = allow_tf32
         self._autocast_dtype = autocast_dtype
-        entry = _fresh_entry(model)
-        self._entry: Callable[..., Any] = (
-            entry
-            if mode == "off"
-            else _compile(entry, model, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
+        self._dynamic = dynamic
+        self._cache = (
+            None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
         )
+        self._entry = self._new_entry(fullgraph)
+        self._regions = Regions([])
         self._entered = 0
         self.first_call_s: float | None = None
         self.cuda_graphs_skipped = False
+        self.compile_cache: str | None = None
+        self.regions = 0
+        self.regions_refused: str | None = None
+
+    def _new_entry(self, fullgraph: bool) -> Callable[..., Any]:
+        """Return what calls the model, compiled at its first call by Inductor; where the model has
+        layers of the fused backend, with what stands around them joined first."""
+        entry = _fresh_entry(self.model)
+        if self.mode == "off":
+            return entry
+        how: dict[str, Any] = {"mode": self.mode}
+        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            how = {"backend": inductor_with_fusion(self.mode, self._dynamic)}
+        compiled: Callable[..., Any] = torch.compile(
+            entry, fullgraph=fullgraph, dynamic=self._dynamic, **how
+        )
+        return compiled
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._entered:
@@ -93,17 +120,56 @@ class CompiledModel(torch.nn.Module):
         return output
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self.first_call_s is not None or self.mode == "off":
+        if self.first_call_s is None and self.mode != "off":
+            return self._first_call(*args, **kwargs)
+        with self._regions:
             return self._entry(*args, **kwargs)
-        graphs, skips = graphs_compiled(), graphs_skipped()
+
+    def _first_call(self, *args: Any, **kwargs: Any) -> Any:
+        graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
-        output = self._entry(*args, **kwargs)
+        regions = Regions(repeated_blocks(self.model))
+        try:
+            # One graph in any case: with breaks in blocks, less of them might be compiled than
+            # without regions.
+            output = self._compiled_call(regions, True, args, kwargs) if regions else _REFUSED
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.regions_refused = first_line(_root(error))
+            output = _REFUSED
+        if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
+            graphs, regions = graphs_compiled(), Regions([])
+            output = self._compiled_call(regions, self.fullgraph, args, kwargs)
         seconds = synchronized_perf_counter() - start
         if graphs_compiled() == graphs:
             raise CompileError("torch.compile made no graph: the model ran eagerly")
         self.first_call_s = seconds
+        self._regions, self.regions = regions, len(regions)
         self.cuda_graphs_skipped = graphs_skipped() > skips
+        now_found, now_missed = lookups()
+        if now_missed > missed:
+            self.compile_cache = "cold"
+        elif now_found > found:
+            self.compile_cache = "warm"
         return output
+
+    def _compiled_call(
+        self, regions: Regions, fullgraph: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compile and call the model; once more with an empty cache of ours, if it may be that
+        what was in it is damaged."""
+        was_empty = self._cache is None or self._cache.is_empty()
+        self._entry = self._new_entry(fullgraph)
+        try:
+            with regions:
+                return self._entry(*args, **kwargs)
+        except Exception as error:
+            if self._cache is None or was_empty or _is_not_of_caches(error):
+                raise
+        self._entry = self._new_entry(fullgraph)
+        with self._cache.emptied(), regions:
+            return self._entry(*args, **kwargs)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -136,8 +202,9 @@ class CompiledModel(torch.nn.Module):
             ),
             # The key of AOTAutograd's cache leaves out the attention backend, so that a graph
             # compiled under another one comes back (pytorch/pytorch#185449). Inductor's own
-            # cache, which holds the kernels, stays on.
+            # cache, which holds the kernels, stays on. A cache of ours has a folder for each.
             torch._functorch.config.patch(enable_autograd_cache=False),
+            contextlib.nullcontext() if self._cache is None else self._cache.entered(),
         ):
             yield
 
@@ -163,6 +230,7 @@ def compile_for_a100(
     attention: str = "flash",
     autocast_dtype: torch.dtype | None = None,
     dynamic: bool | None = False,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> CompiledModel:
     """Compile ``model`` with Inductor for inference; despite its name not for A100 only.
 
@@ -175,11 +243,14 @@ def compile_for_a100(
             or ``off`` (eager under the same settings).
         allow_tf32: let FP32 products use TF32.
         attention: the attention backend allowed: ``flash``, ``cudnn``, ``efficient``, ``math``
-            or ``auto``.
+            or ``auto``, with which torch decides for each call (nothing is timed here).
         autocast_dtype: run under autocast to this dtype. Off by default, also where autocast is
             on around the call: INT8 linears do not see it, so real BF16 weights are the fair
             comparison.
         dynamic: as in ``torch.compile``; static shapes by default.
+        cache_dir: folder to keep compiled code in from process to process. It may be copied to
+            another machine, and is used where hardware, driver, versions and attention backend
+            are the same. By default, torch's own for this machine.
 
     Returns:
         A module to call like ``model``. With CUDA graphs (``reduce-overhead``,
@@ -200,6 +271,7 @@ def compile_for_a100(
         attention=attention,
         autocast_dtype=autocast_dtype,
         dynamic=dynamic,
+        cache_dir=None if cache_dir is None else Path(cache_dir).absolute(),
     )
 
 
@@ -213,20 +285,19 @@ def graphs_compiled() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _compile(
-    entry: Callable[..., Any],
-    model: torch.nn.Module,
-    *,
-    fullgraph: bool,
-    mode: str,
-    dynamic: bool | None,
-) -> Callable[..., Any]:
-    """Compile ``entry`` with Inductor; where ``model`` has layers of the fused backend, with what
-    stands around them joined first."""
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        backend = inductor_with_fusion(mode, dynamic)
-        return torch.compile(entry, fullgraph=fullgraph, backend=backend, dynamic=dynamic)
-    return torch.compile(entry, fullgraph=fullgraph, mode=mode, dynamic=dynamic)
+def _root(error: BaseException) -> BaseException:
+    """Return what ``error`` came of: Dynamo wraps it in ones that do not say."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
+def _is_not_of_caches(error: Exception) -> bool:
+    """Say whether ``error`` is from before or after what a damaged cache can disturb: Dynamo's
+    reading of the model, and memory."""
+    of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+    of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    return isinstance(error, torch.OutOfMemoryError) or (of_dynamo and not of_backend)
 
 
 def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:

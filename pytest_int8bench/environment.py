@@ -21,6 +21,12 @@ def fingerprint(root: Path) -> dict[str, Any]:
 
     Loads torch. ``root`` is the folder whose git commit is read.
     """
+    commit, dirty = _git(root)
+    return {**machine(), "commit": commit, "dirty": dirty}
+
+
+def machine() -> dict[str, Any]:
+    """Return the fingerprint without the code that is measured. Loads torch."""
     import torch
 
     gpu: dict[str, Any] | None = None
@@ -33,7 +39,6 @@ def fingerprint(root: Path) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             **{k: v for k, v in _nvml(str(properties.uuid)).items() if k != "state"},
         }
-    commit, dirty = _git(root)
     return {
         "gpu": gpu,
         "gpu_count": torch.cuda.device_count(),
@@ -45,8 +50,6 @@ def fingerprint(root: Path) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cpu_threads": torch.get_num_threads(),
-        "commit": commit,
-        "dirty": dirty,
     }
 
 
@@ -71,6 +74,18 @@ _GPU_NAMES = ("compute_capability", "sm_count", "memory_bytes", "driver", "power
 _OWN_NAMES = ("gpu_count", "cuda", "cudnn", "allocator", "python", "system", "cpu", "cpu_threads")
 #: Everything that identifies machine and software, by the names that users allow to differ.
 FINGERPRINT_NAMES = ("gpu", *_GPU_NAMES, *_OWN_NAMES, *_PACKAGES, *MAY_DIFFER)
+
+
+#: What compiled code does not depend on.
+_NOT_COMPILED_FOR = ("memory_bytes", "power_limit_w", "gpu_count", "allocator", "pytest-benchmark")
+
+
+def compiled_for() -> dict[str, Any]:
+    """Return the part of the fingerprint that compiled code depends on: hardware, driver, and the
+    versions of what compiles. Loads torch."""
+    found = _flat(machine())
+    left_out = (*MAY_DIFFER, *_NOT_COMPILED_FOR)
+    return {name: value for name, value in found.items() if name not in left_out}
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:

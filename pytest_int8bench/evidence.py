@@ -110,7 +110,12 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
 
 
 def check_labels(
-    evidence: Evidence, params: RunParams, int8_stored: tuple[int, int], *, fused: bool = False
+    evidence: Evidence,
+    params: RunParams,
+    int8_stored: tuple[int, int],
+    attention: str | None = None,
+    *,
+    fused: bool = False,
 ) -> None:
     """Compare the labels of ``params`` with the kernels that ran.
 
@@ -118,6 +123,7 @@ def check_labels(
         evidence: one profiled forward of the model.
         params: the point that the model was built for.
         int8_stored: quantized layers that store INT8 weights, and quantized layers in all.
+        attention: the backend that the model was compiled for, where ``params`` leave it open.
         fused: layers of the model are on the fused backend.
 
     Raises:
@@ -154,8 +160,8 @@ def check_labels(
             f"kernels: {evidence.top()}"
         )
     ran = evidence.attention_kernel
-    if params.attention != "auto" and ran not in (None, params.attention):
+    asked = attention or params.attention
+    if asked != "auto" and ran not in (None, asked):
         raise EvidenceError(
-            f"{label} asked for {params.attention} attention, but {ran} ran; "
-            f"kernels: {evidence.top()}"
+            f"{label} asked for {asked} attention, but {ran} ran; kernels: {evidence.top()}"
         )

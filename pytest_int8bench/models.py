@@ -9,15 +9,18 @@ import random
 import re
 import types
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
+from pytest_int8bench.attention_choice import fastest_backend, recorded_calls
 from pytest_int8bench.ceiling import LinearCall, linear_calls
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
@@ -75,6 +78,8 @@ class Ready:
     """Shape and dtype of each output tensor."""
     finite: bool
     """No output holds NaN or infinity."""
+    compile_cache: str | None = None
+    """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
     cuda_graphs_skipped: bool = False
     """The compile mode asks for CUDA graphs, and Inductor did without."""
 
@@ -91,6 +96,8 @@ class Model:
         *,
         device: torch.device,
         weight_bytes: int,
+        attention: str,
+        cache_dir: Path | None,
         feed: HostFeed | None = None,
     ) -> None:
         self.workload = workload
@@ -105,7 +112,8 @@ class Model:
             eager,
             fullgraph=params.compile_fullgraph,
             mode=params.compile_mode,
-            attention=params.attention,
+            attention=attention,
+            cache_dir=cache_dir,
         )
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
@@ -135,7 +143,13 @@ class Model:
             with self.compiled.entered():
                 evidence = profile_forward(self.run, self.device)
             fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"
-            check_labels(evidence, self.params, int8_storage(self.eager), fused=fused)
+            check_labels(
+                evidence,
+                self.params,
+                int8_storage(self.eager),
+                self.compiled.attention,
+                fused=fused,
+            )
             self._evidence = evidence
         return self._evidence
 
@@ -209,8 +223,15 @@ class Model:
             tokens=tokens,
             outputs=outputs,
             finite=finite,
+            compile_cache=self.compiled.compile_cache,
             cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
         )
+
+
+def _run(model: nn.Module, params: RunParams, inputs: Any, device: torch.device) -> Any:
+    if params.feed == "host":
+        inputs = map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
+    return call(model, inputs)
 
 
 def _describe(output: Any) -> Outputs:
@@ -247,10 +268,13 @@ class ModelPool:
 
     Args:
         weights: ``random``, ``hub`` or the path of a file.
+        cache_dir: folder to keep compiled code in, as in ``compile_for_a100``.
     """
 
-    def __init__(self, *, weights: str = RANDOM) -> None:
+    def __init__(self, *, weights: str = RANDOM, cache_dir: Path | None = None) -> None:
         self.weights = weights
+        self._cache_dir = cache_dir
+        self._chosen: dict[Key, str] = {}
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
         self._inputs: tuple[Key, Any] | None = None
@@ -352,6 +376,11 @@ class ModelPool:
             eager = copy.deepcopy(baseline.eager)
         else:
             eager = build_eager(workload, params, device, weights=self.weights, built=self._built)
+        attention = params.attention
+        if attention == "auto":
+            held = allocated_bytes(device)
+            attention = self._fastest_attention(workload, params, eager, inputs, device)
+            before += allocated_bytes(device) - held  # workspaces of the products, which stay
         if params.int8_enabled and workload.prequantized:
             if not any(map(is_quantized, eager.modules())):
                 raise QuantizationError(
@@ -381,6 +410,8 @@ class ModelPool:
             inputs,
             device=device,
             weight_bytes=weight_bytes,
+            attention=attention,
+            cache_dir=self._cache_dir,
             feed=self._feed(params, inputs, device),
         )
 
@@ -393,6 +424,27 @@ class ModelPool:
             if model.feed is not None and model.inputs is inputs:
                 return model.feed
         return HostFeed(inputs, device, samples=params.batch_size)
+
+    def _fastest_attention(
+        self,
+        workload: Workload,
+        params: RunParams,
+        eager: nn.Module,
+        inputs: Any,
+        device: torch.device,
+    ) -> str:
+        """Return the fastest attention backend, chosen once for a baseline and its candidates, or
+        ``auto`` itself if none could be chosen."""
+        how_it_runs = {"compile_mode": "off", "compile_fullgraph": True, "feed": "device"}
+        key = self.key(workload, params.baseline().replace(**how_it_runs))
+        if key not in self._chosen:
+            model = compile_for_a100(eager, mode="off", attention="auto")
+            try:
+                calls = recorded_calls(lambda: _run(model, params, inputs, device))
+            except Exception:  # out of memory, where compiled it may fit, or told when it compiles
+                calls = Counter()
+            self._chosen[key] = fastest_backend(calls) or "auto"
+        return self._chosen[key]
 
 
 def _role(params: RunParams) -> str:

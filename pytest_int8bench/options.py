@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,6 +139,13 @@ OPTIONS = {
             "Default: attention projections and MLP layers",
             "REFERENCE",
         ),
+        Option(
+            "compile-cache",
+            "Folder to keep compiled code in from session to session, with a part for each kind "
+            "of machine, versions and attention backend; it may be copied to another machine of "
+            "that kind. Default: torch's own, for this machine",
+            "DIR",
+        ),
         Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
         Option(
             "max-drop",
@@ -239,6 +247,8 @@ class Settings:
     weights: str = "random"
     """``random``, ``hub`` or an absolute path."""
     filter: str | None = None
+    compile_cache: Path | None = None
+    """Absolute path of a folder to keep compiled code in."""
     baseline: bool = True
     """Add BF16 twins and measure the speedup."""
     max_drop: Limit = field(default_factory=lambda: Limit.parse("1%"))
@@ -303,6 +313,7 @@ def read_settings(config: pytest.Config) -> Settings:
     if values.get("lean"):
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
+        values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
@@ -415,6 +426,14 @@ def _read_weights(text: str) -> dict[str, Any]:
     return {"weights": str(Path(text).absolute())}
 
 
+def _read_compile_cache(text: str) -> dict[str, Any]:
+    path = Path(text).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not text or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"must be a folder that can be written to, got {text!r}")
+    return {"compile_cache": path}
+
+
 def _read_max_drop(text: str) -> dict[str, Any]:
     return {"max_drop": Limit.parse(text)}
 
@@ -466,6 +485,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workload": lambda text: {"workload": check_workload_name(text)},
     "weights": _read_weights,
     "filter": lambda text: {"filter": check_reference(text)},
+    "compile-cache": _read_compile_cache,
     "no-baseline": _read_flag("baseline", on=False),
     "max-drop": _read_max_drop,
     "inconclusive": _read_inconclusive,

@@ -141,7 +141,7 @@ class RunParams:
     model_version: str = "v1"
     """OlmoEarth version; v1 makes three tokens where v1.1 and later make one (Sentinel-2)."""
     attention: str = "flash"
-    """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math`` or ``auto``."""
+    """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math`` or ``auto``, the fastest."""
     int8_backend: str = "auto"
     """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
     feed: str = "device"

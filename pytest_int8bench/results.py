@@ -27,6 +27,8 @@ SCHEMA = 1
 _ACCURACY, _SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
 _FOLDER = Path(".benchmarks") / "int8bench"
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
+#: What a first call may find.
+COMPILE_CACHES = ("cold", "warm")
 #: Metric of a comparison without labels.
 NO_LABELS = "outputs"
 OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
@@ -145,6 +147,9 @@ class Result(Record):
     """Peak of this model alone: weights, inputs, activations. None on a CPU."""
     compile_s: float | None = None
     """The first call, compiling included; None in compile mode ``off``."""
+    compile_cache: str | None = None
+    """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
+    None where nothing was looked up."""
     warm_up_s: float | None = None
     steady: bool | None = None
     """False if batch times had not settled when the warm-up's time ran out."""
@@ -177,6 +182,9 @@ class Result(Record):
     waits for the host."""
     int8_time_share: float | None = None
     """Share of device time in INT8 matrix products, 0 to 1."""
+    attention_backend: str | None = None
+    """The attention backend that the model was compiled for: the one asked for, or that ``auto``
+    chose; ``auto`` where there was nothing to choose by."""
     attention_kernel: str | None = None
     """The attention backend that ran."""
     kernels: list[dict[str, Any]] = field(default_factory=list)
@@ -215,6 +223,9 @@ class Result(Record):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+        if self.compile_cache not in (None, *COMPILE_CACHES):
+            listed = ", ".join(COMPILE_CACHES)
+            raise ValueError(f"compile_cache must be one of {listed}, got {self.compile_cache!r}")
         if self.reason is not None and not isinstance(self.reason, str):
             raise ValueError(f"reason must be a text, got {self.reason!r}")
         if not isinstance(self.throttled, list) or not all(

@@ -107,7 +107,9 @@ class State:
         if self._pool is None:
             from pytest_int8bench.models import ModelPool
 
-            self._pool = ModelPool(weights=self.settings.weights)
+            self._pool = ModelPool(
+                weights=self.settings.weights, cache_dir=self.settings.compile_cache
+            )
         return self._pool
 
     def filtered(self, workload: Workload) -> Workload:

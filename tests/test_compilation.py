@@ -290,6 +290,20 @@ def test_two_attention_backends_run_two_kernels_also_from_a_warm_cache(
     assert runs_flash("flash") is True
 
 
+def test_the_first_call_says_what_it_found_in_the_cache_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        compiled = compile_for_a100(Attention(), mode="default")
+        assert compiled.compile_cache is None
+        for _ in range(2):
+            compiled(torch.ones(1, 2, 16, 16))
+        found.append(compiled.compile_cache)
+    assert found == ["cold", "warm"]
+
+
 def test_outputs_of_cuda_graph_modes_are_the_callers_own() -> None:
     model = nn.Linear(4, 4).eval()
     x = torch.randn(2, 4)

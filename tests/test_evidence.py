@@ -256,6 +256,15 @@ def test_a_profile_of_an_int8_layer_shows_its_product() -> None:
     check_labels(evidence, W8A8, (1, 1))
 
 
+def test_the_backend_that_auto_chose_is_held_to_its_kernel() -> None:
+    evidence = ran(FLASH)
+    auto = BF16.replace(attention="auto")
+    for attention in (None, "auto", "flash"):
+        check_labels(evidence, auto, (0, 0), attention)
+    with pytest.raises(EvidenceError, match=r" asked for cudnn attention, but flash ran; "):
+        check_labels(evidence, auto, (0, 0), "cudnn")
+
+
 def test_a_profile_of_a_bf16_layer_shows_none() -> None:
     layer = nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(32, 64, dtype=torch.bfloat16)

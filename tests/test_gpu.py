@@ -143,6 +143,45 @@ def test_a_point_has_its_breakdown_and_its_ceiling(mode: str) -> None:
     print(result.ceiling_speedup, result.ceiling_reached, basis)
 
 
+def test_auto_attention_is_one_backend_for_baseline_and_candidate() -> None:
+    candidate = POINT.replace(int8_enabled=True, attention="auto")
+    baseline, result = measure(toy(), candidate.baseline(), candidate)
+    chosen = baseline.attention_backend
+    assert chosen in ("flash", "cudnn", "efficient", "math")
+    assert result.attention_backend == chosen
+    for measured in (baseline, result):
+        # On CUDA, kernels of math attention are those of other layers.
+        assert measured.attention_kernel == (None if chosen == "math" else chosen)
+
+
+def test_a_compile_cache_filled_under_one_backend_is_not_used_under_another(tmp_path: Path) -> None:
+    model = nn.Sequential(Block(), Block()).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(8, 128, DIM, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for attention in ("flash", "cudnn", "efficient") * 2:
+        torch._dynamo.reset()
+        compiled = compile_for_a100(model, mode="default", attention=attention, cache_dir=tmp_path)
+        compiled(x)
+        evidence = profile_forward(lambda run=compiled: run(x), torch.device("cuda"))
+        assert evidence.attention_kernel == attention, evidence.top()
+        found.append(compiled.compile_cache)
+        assert (compiled.regions, compiled.regions_refused) == (2, None)
+    assert found == ["cold"] * 3 + ["warm"] * 3
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_repeated_blocks_compile_as_one_on_the_device(mode: str) -> None:
+    model = nn.Sequential(*(Block() for _ in range(4))).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(8, 128, DIM, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = model(x)
+    compiled = compile_for_a100(model, mode=mode)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected, rtol=0.05, atol=0.05)
+    assert (compiled.regions, compiled.regions_refused) == (4, None)
+
+
 def test_cuda_graphs_and_host_feed_measure() -> None:
     graphs = POINT.replace(int8_enabled=True, compile_mode="reduce-overhead")
     host = POINT.replace(int8_enabled=True, feed="host")

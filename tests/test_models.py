@@ -10,6 +10,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from pytest_int8bench import models
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import (
     AttentionError,
@@ -793,6 +795,64 @@ def test_channels_last_is_for_weights_and_inputs_of_four_dimensions(wanted: bool
     assert model.inputs[0].is_contiguous(memory_format=layout) is wanted
     assert model.eager[0].weight.is_contiguous(memory_format=layout) is wanted
     assert model.eager[2].weight.is_contiguous()
+
+
+class Attends(Toy):
+    """Attention after the layers, of which flash takes no dropout on the CPU."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)[None, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout)
+
+
+def test_auto_chooses_one_attention_backend_for_a_baseline_and_its_candidates() -> None:
+    workload = make_workload(build=lambda p: Attends(dropout=0.5))
+    auto = BF16.replace(attention="auto")
+    for points in (
+        [auto, W8A8.replace(attention="auto"), W8.replace(attention="auto")],
+        [W8A8.replace(attention="auto"), auto],  # chosen by the candidate, before it is quantized
+    ):
+        pool = ModelPool()
+        models = [pool.get(workload, point) for point in points]
+        assert [model.compiled.attention for model in models] == ["math"] * len(points)
+        models[0].ready()
+        assert models[0].evidence().attention_kernel == "math"
+    assert pool.variant(workload, points[0]).compiled.attention == "math"
+
+
+def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fastest(calls: Any) -> str:
+        asked.append(len(calls))
+        return "flash"
+
+    monkeypatch.setattr(models, "fastest_backend", fastest)
+    workload, pool = make_workload(build=lambda p: Attends()), ModelPool()
+    points = [point.replace(attention="auto") for point in (BF16, W8A8, BF16, W8)]
+    assert {pool.get(workload, point).compiled.attention for point in points} == {"flash"}
+    assert pool.get(workload, BF16.replace(attention="math")).compiled.attention == "math"
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    "build", [lambda p: Toy(), lambda p: Attends(dropout=2.0)], ids=["no attention", "an error"]
+)
+def test_auto_stays_auto_where_there_is_nothing_to_choose_by(build: Any) -> None:
+    model = ModelPool().get(make_workload(build=build), BF16.replace(attention="auto"))
+    assert model.compiled.attention == "auto"
+
+
+def test_a_pool_keeps_compiled_code_where_it_is_told_to(tmp_path: Path) -> None:
+    point = FP32.replace(compile_mode="default")
+    found = []
+    for _ in range(2):
+        found.append(ModelPool(cache_dir=tmp_path).get(make_workload(), point).ready())
+    assert [ready.compile_cache for ready in found] == ["cold", "warm"]
 
 
 def test_an_attention_backend_that_cannot_is_one_line() -> None:

@@ -71,6 +71,10 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     },
     "weights": {"none.pth": "must be random, hub or a path that is there, got 'none.pth'"},
     "filter": {"olmoearth": REFERENCE + "'olmoearth'", ":f": REFERENCE + "':f'"},
+    "compile-cache": {
+        "/dev/null": "must be a folder that can be written to, got '/dev/null'",
+        "/dev/null/cache": "must be a folder that can be written to, got '/dev/null/cache'",
+    },
     "max-drop": {
         "1": f"{PERCENTAGE}, got '1'",
         "-1%": f"{PERCENTAGE}, got '-1%'",
@@ -201,6 +205,7 @@ EVERYTHING = Settings(
     workload="pkg.mod:make.it",
     weights="hub",
     filter="filters/mine.py:keep",
+    compile_cache=Path("/tmp/int8bench/cache"),
     baseline=False,
     journal="out/journal.jsonl",
 )
@@ -222,6 +227,7 @@ def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
         "--int8-workload=pkg.mod:make.it",
         "--int8-weights=hub",
         "--int8-filter=filters/mine.py:keep",
+        "--int8-compile-cache=/tmp/int8bench/cache",
         "--int8-no-baseline",
         "--int8-journal=out/journal.jsonl",
     )
@@ -242,6 +248,7 @@ INI = """
     int8_workload = pkg.mod:make.it
     int8_weights = hub
     int8_filter = filters/mine.py:keep
+    int8_compile_cache = /tmp/int8bench/cache
     int8_no_baseline = 1
     int8_journal = out/journal.jsonl
 """
@@ -261,6 +268,7 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         "--int8-workload=olmoearth",
         "--int8-weights=random",
         "--int8-filter=a:b",
+        "--int8-compile-cache=cache",
         "--int8-journal=mine.jsonl",
         ini=INI.replace("\n    ", "\n"),
     )
@@ -273,6 +281,7 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         workload="olmoearth",
         weights="random",
         filter="a:b",
+        compile_cache=pytester.path / "cache",
         baseline=False,
         journal="mine.jsonl",
     )
@@ -476,6 +485,13 @@ def test_benchmark_enable_goes_before_benchmark_disable(pytester: pytest.Pyteste
     assert settings_of(pytester, "--int8-lean", *options).lean
 
 
+def test_the_sides_of_an_a_b_share_no_compiled_code(pytester: pytest.Pytester) -> None:
+    options = ["--int8-compile-cache=cache"]
+    assert settings_of(pytester, *options).compile_cache == pytester.path / "cache"
+    assert settings_of(pytester, "--int8-lean", *options).compile_cache is None
+    assert not (pytester.path / "cache").exists()
+
+
 def test_lean_measures_two_seconds_without_baselines(pytester: pytest.Pytester) -> None:
     settings = settings_of(pytester, "--int8-lean")
     assert (settings.lean, settings.baseline) == (True, False)
@@ -553,6 +569,7 @@ DEFAULTS = {
     "workload": "olmoearth",
     "weights": "random",
     "filter": "attention projections and MLP layers",
+    "compile-cache": "torch's own, for this machine",
     "no-baseline": "off",
     "max-drop": "1%",
     "inconclusive": "fail",

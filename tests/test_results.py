@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import (
+    COMPILE_CACHES,
     NOT_MEASURED,
     OUTCOMES,
     SCHEMA,
@@ -107,6 +108,7 @@ BY_NAME = {
         positive,
     ),
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),
+    "compile_cache": st.none() | st.sampled_from(COMPILE_CACHES),
 }
 
 
@@ -253,6 +255,7 @@ def test_differences_are_numbers(name: str, value: Any) -> None:
         ("workload", None, "workload must be a text, got None"),
         ("run_name", ["x"], "run_name must be a text, got ['x']"),
         ("reason", 5, "reason must be a text, got 5"),
+        ("compile_cache", "hot", "compile_cache must be one of cold, warm, got 'hot'"),
         ("throttled", None, "throttled must be a list of texts, got None"),
     ],
 )

@@ -67,6 +67,12 @@ def test_a_measured_point() -> None:
     ]
 
 
+@pytest.mark.parametrize(("found", "cell"), [("warm", "61.2 (warm)"), ("cold", "61.2")])
+def test_a_warm_compile_cache_is_said(found: str, cell: str) -> None:
+    row = lines_of(result_of(**MEASURED, compile_cache=found))[1]
+    assert f" 3,072 {cell} 42% " in row
+
+
 def test_columns_line_up() -> None:
     text = render(Saved(CPU, [result_of(**MEASURED)], []), width=None, color=False)
     header, row = text.splitlines()[:2]

@@ -106,7 +106,8 @@ def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> No
     assert (result.speedup, result.speedup_method, result.coverage) == (None, None, None)
     assert (result.int8_backend, result.attention_kernel) == (None, None)
     # Nothing to compile, and memory is not measured on a CPU.
-    assert (result.compile_s, result.peak_memory_bytes) == (None, None)
+    assert (result.compile_s, result.compile_cache, result.peak_memory_bytes) == (None, None, None)
+    assert result.attention_backend == "flash"
 
 
 @pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])

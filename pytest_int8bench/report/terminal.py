@@ -71,7 +71,9 @@ def _table(results: list[Result]) -> Grid:
         "km²/s": lambda r: number(r.square_km_per_s),
         "ms/batch": lambda r: number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
         "peak MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / 2**20),
-        "compile s": lambda r: number(r.compile_s),
+        "compile s": lambda r: (
+            number(r.compile_s) + (" (warm)" if r.compile_cache == "warm" else "")
+        ),
         "INT8 time": lambda r: MISSING if r.int8_time_share is None else f"{r.int8_time_share:.0%}",
         "attention": lambda r: r.attention_kernel or MISSING,
         "speedup [95 %]": _speedup,

@@ -1,0 +1,125 @@
+"""Repeated blocks of a model, such as the layers of a transformer, which compile once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+_MARK = "__marked_compile_region_fn__"  # of torch.compiler.nested_compile_region
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of ``model`` that repeat, in order.
+
+    A block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` which has another child of the
+    same class and structure: the same modules inside, with parameters and buffers of the same
+    names, shapes and dtypes. Of blocks inside blocks, the outer ones count. No blocks are
+
+    - modules without modules inside, such as the linear layers of an MLP: they would be cut off
+      from the operators that they fuse with;
+    - modules that hold a tensor subclass, such as a weight of torchao, which no region takes;
+    - modules whose ``forward`` is set on the instance, or a region already.
+    """
+    found: dict[nn.Module, None] = {}
+    for module in _outside(model, found):
+        if not isinstance(module, _CONTAINERS):
+            continue
+        groups: dict[Hashable, list[nn.Module]] = defaultdict(list)
+        for child in module.children():
+            if _may_be_block(child):
+                groups[_structure(child)].append(child)
+        found |= {child: None for group in groups.values() if len(group) > 1 for child in group}
+    return list(found)
+
+
+class Regions:
+    """Context in which Dynamo traces blocks as regions, each kind of them compiled once.
+
+    Inside, a block's class is one made for it: the same but for ``forward``, which is marked by
+    ``torch.compiler.nested_compile_region``. So the block itself, its state and its hooks are the
+    user's own, a copy of the model made later knows nothing of it, and eager calls outside are
+    what they were. Dynamo's guards look at the class, so every call of the compiled graph has to
+    be inside. May be entered again.
+    """
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        made: dict[type, type | None] = {}
+        self._changes: list[tuple[nn.Module, type, type]] = []
+        for block in blocks:
+            own = type(block)
+            if own not in made:
+                made[own] = _region_class(block)
+            if (region := made[own]) is not None:
+                self._changes.append((block, own, region))
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._changes)
+
+    def __enter__(self) -> Regions:
+        # Past nn.Module's own __setattr__: this is in the clock.
+        for block, _, region in self._changes:
+            object.__setattr__(block, "__class__", region)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        for block, own, _ in self._changes:
+            object.__setattr__(block, "__class__", own)
+
+
+def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Module]:
+    """Yield ``module`` and those in it, but for what is in ``blocks`` by then."""
+    if module in blocks:
+        return
+    yield module
+    for child in module.children():
+        yield from _outside(child, blocks)
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    return (
+        next(module.children(), None) is not None
+        and bool(tensors)
+        and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+        and "forward" not in vars(module)
+        and not hasattr(type(module).forward, _MARK)
+    )
+
+
+def _structure(block: nn.Module) -> Hashable:
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return (
+        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors),
+    )
+
+
+def _region_class(block: nn.Module) -> type | None:
+    """Return the class for a block inside regions, or None if its class allows no such thing."""
+    own: Any = type(block)
+    original = own.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    # Not on the original: the mark leaves attributes on the function it is given.
+    names = {"forward": torch.compiler.nested_compile_region(forward), "__module__": own.__module__}
+    try:
+        region: type = type(own)(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
+        with_region = object.__new__(own)
+        object.__setattr__(with_region, "__class__", region)
+    except TypeError:  # of a metaclass, __init_subclass__ or another layout
+        return None
+    return region
