@@ -117,8 +117,8 @@ def _join_products(graph: fx.Graph) -> None:
             [item for node in nodes for item in node.args[position]]
             for position in (_WEIGHTS, _SCALES, _BIASES)
         ]
-        operands = [item for part in lists for item in part if isinstance(item, fx.Node)]
-        if not all(operand < nodes[0] for operand in operands):
+        operands = {item for part in lists for item in part if isinstance(item, fx.Node)}
+        if not all(_moved_before(operand, nodes[0]) for operand in operands):
             continue
         with graph.inserting_before(nodes[0]):
             args = (*nodes[0].args[:2], *lists, None, None, nodes[0].args[_DTYPE])
@@ -129,6 +129,17 @@ def _join_products(graph: fx.Graph) -> None:
             column.meta = dict(node.meta)
             node.replace_all_uses_with(column)
             graph.erase_node(node)
+
+
+def _moved_before(operand: Node, node: Node) -> bool:
+    """Move a layer's rows of a block to before ``node``, if they are not there; say whether they
+    are."""
+    if operand < node:
+        return True
+    if operand.target is not operator.getitem or not operand.args[0] < node:
+        return False
+    node.prepend(operand)
+    return True
 
 
 def _absorb_scale_and_residual(graph: fx.Graph) -> None:
