@@ -206,6 +206,25 @@ def ab(temporary: Path) -> Ab:
     return ab
 
 
+@pytest.fixture
+def ab_here(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Ab:
+    """Does what ``ab`` does in this process, which saves a start; for what ends in an error."""
+
+    def ab(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            code = main(["ab", *FAST, *args])
+        out, err = capfd.readouterr()
+        assert list(temporary.iterdir()) == []
+        return subprocess.CompletedProcess(args, code, out, err)
+
+    return ab
+
+
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
     """Return the one line of an error, without what was said before."""
     assert (done.returncode, done.stdout) == (2, "")
@@ -291,12 +310,12 @@ def test_code_of_the_main_checkout_is_refused(ab: Ab, root: Path, tmp_path: Path
     )
 
 
-def test_an_installed_copy_is_refused(ab: Ab, root: Path, tmp_path: Path) -> None:
+def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -> None:
     packages = tmp_path / "lib" / "site-packages"
     packages.mkdir(parents=True)
     (packages / "toy.py").write_text(toy())
     commit(root, conftest_py=f"import sys\nsys.path.insert(0, {str(packages)!r})\n{CONFTEST}")
-    assert refusal(ab(root, "v1", "--", "bench")) == (
+    assert refusal(ab_here(root, "v1", "--", "bench")) == (
         f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was loaded from "
         f"{packages}/toy.py, not from the worktree: a package that must be built or installed "
         "needs --install, such as --install 'pip install --no-deps .'"
@@ -348,10 +367,10 @@ def test_a_revision_passes_against_itself_with_packages_built_by_install(
     ],
 )
 def test_what_is_refused_before_anything_is_measured(
-    ab: Ab, root: Path, args: list[str], message: str | None
+    ab_here: Ab, root: Path, args: list[str], message: str | None
 ) -> None:
     [log] = [root / ".benchmarks" / "int8bench" / "ab"]
-    done = ab(root, *args, "--", "bench")
+    done = ab_here(root, *args, "--", "bench")
     text = refusal(done)
     if message is None:
         assert text.startswith(f"v1 ({git(root, 'rev-parse', 'v1')[:10]}): --install ended with ")
@@ -364,31 +383,31 @@ def test_what_is_refused_before_anything_is_measured(
     assert count(root) == 0
 
 
-def test_uncommitted_changes_are_refused_without_new_rev(ab: Ab, root: Path) -> None:
+def test_uncommitted_changes_are_refused_without_new_rev(ab_here: Ab, root: Path) -> None:
     (root / "toy.py").write_text("1")
     (root / "pytest.ini").write_text("[pytest]")
-    assert refusal(ab(root, "v1", "--", "bench")) == (
+    assert refusal(ab_here(root, "v1", "--", "bench")) == (
         "uncommitted changes would not be measured (pytest.ini and 1 more): commit them, or name "
         "NEW_REV"
     )
 
 
-def test_reports_that_must_not_be_written(ab: Ab, root: Path, tmp_path: Path) -> None:
+def test_reports_that_must_not_be_written(ab_here: Ab, root: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     saved.write_text('{"benchmarks": []}')
-    done = ab(root, "v1", f"--json={saved}")
+    done = ab_here(root, "v1", f"--json={saved}")
     assert refusal(done) == f"{saved} holds saved benchmarks, which are not overwritten"
-    done = ab(root, "v1", "--json=out", "--junit=out")
+    done = ab_here(root, "v1", "--json=out", "--junit=out")
     assert refusal(done) == "out is given for two reports"
     assert count(root) == 0
 
 
-def test_no_repository(ab: Ab, tmp_path: Path) -> None:
-    assert refusal(ab(tmp_path, "v1")) == f"{tmp_path} is not in a git repository"
+def test_no_repository(ab_here: Ab, tmp_path: Path) -> None:
+    assert refusal(ab_here(tmp_path, "v1")) == f"{tmp_path} is not in a git repository"
 
 
-def test_no_git(ab: Ab, root: Path) -> None:
-    assert refusal(ab(root, "v1", PATH="")) == "git is not installed"
+def test_no_git(ab_here: Ab, root: Path) -> None:
+    assert refusal(ab_here(root, "v1", PATH="")) == "git is not installed"
 
 
 NOTHING = "pytest measured nothing"
@@ -407,34 +426,34 @@ TOO_OLD = "pytest-int8bench is missing there, turned off, or too old to be measu
     ],
 )
 def test_arguments_with_which_nothing_is_measured(
-    ab: Ab, root: Path, args: list[str], message: str
+    ab_here: Ab, root: Path, args: list[str], message: str
 ) -> None:
     if "xdist.plugin" in args:
         pytest.importorskip("xdist")
-    done = ab(root, "v1", "--", *args)
+    done = ab_here(root, "v1", "--", *args)
     label = f"v1 ({git(root, 'rev-parse', 'v1')[:10]})"
     assert refusal(done).startswith(f"{label}: {message}")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_revision_with_an_older_plugin(ab: Ab, root: Path) -> None:
+def test_a_revision_with_an_older_plugin(ab_here: Ab, root: Path) -> None:
     (root / "pytest_int8bench").mkdir()
     (root / "pytest_int8bench" / "__init__.py").touch()
     old = commit(root)
-    assert refusal(ab(root, old, "v1", "--", "bench")) == f"{old[:10]}: {TOO_OLD}"
+    assert refusal(ab_here(root, old, "v1", "--", "bench")) == f"{old[:10]}: {TOO_OLD}"
 
 
-def test_a_test_that_cannot_be_imported(ab: Ab, root: Path) -> None:
+def test_a_test_that_cannot_be_imported(ab_here: Ab, root: Path) -> None:
     commit(root, bench__test_a_py="import größe\n")
-    text = refusal(ab(root, "HEAD", "HEAD", "--", "bench", FORCE_COLOR="1"))
+    text = refusal(ab_here(root, "HEAD", "HEAD", "--", "bench", FORCE_COLOR="1"))
     assert (
         "pytest measured nothing: the tests could not be collected: "
         "ModuleNotFoundError: No module named 'größe' (its output is in "
     ) in text
 
 
-def test_a_budget_that_is_too_small(ab: Ab, root: Path) -> None:
-    done = ab(root, "v1", "--budget=2s", "--", "bench")
+def test_a_budget_that_is_too_small(ab_here: Ab, root: Path) -> None:
+    done = ab_here(root, "v1", "--budget=2s", "--", "bench")
     assert refusal(done).startswith("--budget 2 s: screening alone needs about ")
     assert "2 processes are in " in done.stderr
     assert count(root) == 2
@@ -481,11 +500,11 @@ def test_a_budget(root: Path, monkeypatch: pytest.MonkeyPatch, text: str, second
     assert plan.design == Design()
 
 
-def test_two_gates_at_once(ab: Ab, root: Path) -> None:
+def test_two_gates_at_once(ab_here: Ab, root: Path) -> None:
     folder = root / ".benchmarks" / "int8bench" / "ab"
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
-        assert refusal(ab(root, "v1", "--", "bench")) == (
+        assert refusal(ab_here(root, "v1", "--", "bench")) == (
             f"another int8bench ab runs in {folder}: two would disturb each other"
         )
     assert count(root) == 0

@@ -31,7 +31,7 @@ from torch import nn
 
 from pytest_int8bench import Evaluation, Workload
 
-SAMPLES, LOST = int(os.environ.get("SAMPLES", "1000")), int(os.environ.get("LOST", "0"))
+SAMPLES, LOST = 1000, int(os.environ.get("LOST", "0"))
 
 
 class Toy(nn.Module):
@@ -46,23 +46,29 @@ class Toy(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
-def scores(forward):
-    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    exact = nn.functional.normalize(forward(x), dim=1)
-    right = np.ones(SAMPLES)
-    right[: SAMPLES // 10] = 0
-    if hasattr(scores, "baseline") and not torch.equal(exact, scores.baseline):
-        right[SAMPLES - LOST :] = 0
-    scores.baseline = getattr(scores, "baseline", exact)
-    return np.arange(SAMPLES), right
+def scores_of(samples, lost):
+    baseline = []
+
+    def scores(forward):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+        exact = nn.functional.normalize(forward(x), dim=1)
+        right = np.ones(samples)
+        right[: samples // 10] = 0
+        if baseline and not torch.equal(exact, baseline[0]):
+            right[samples - lost :] = 0
+        baseline.append(exact)
+        return np.arange(samples), right
+
+    return scores
 
 
-def make():
+def make(name="toy", samples=SAMPLES, lost=LOST, build=Toy, **more):
     return Workload(
-        name="toy",
-        build=lambda p: Toy(),
+        name=name,
+        build=lambda p: build(),
         inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        evaluation=Evaluation(metric="top1", scores=scores),
+        evaluation=Evaluation(metric="top1", scores=scores_of(samples, lost)),
+        **more,
     )
 """
 CONFTEST = """
@@ -79,6 +85,20 @@ ACCURACY = """
 def test_accuracy(int8_guardrail):
     int8_guardrail()
 """
+# Too few samples for a verdict.
+FEW = """
+import pytest
+import toy
+
+
+@pytest.fixture(scope="module")
+def int8_workload():
+    return toy.make("few", samples=40, lost=0)
+
+
+def test_few(int8_guardrail):
+    int8_guardrail()
+"""
 THROUGHPUT = """
 def test_throughput(int8_throughput):
     int8_throughput()
@@ -90,7 +110,8 @@ LOST = 18  # of 900 right ones: 2 %
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its accuracy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    without = "-p no:randomly -p no:codspeed"
+    # The last one takes a second to load.
+    without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
     pytester.makepyfile(toy=TOY, test_accuracy=ACCURACY, test_throughput=THROUGHPUT)
     pytester.makeconftest(CONFTEST)
@@ -113,9 +134,13 @@ def timed(path: Path) -> list[str]:
 def test_a_model_that_lost_nothing_passes_along_with_its_throughput(
     project: pytest.Pytester,
 ) -> None:
-    result, saved = run(project)
-    result.assert_outcomes(passed=3)  # the baseline's throughput too, but not its accuracy
-    [verdict] = saved.accuracy
+    project.makepyfile(test_few=FEW)
+    result, saved = run(project, "--int8-inconclusive=warn")
+    # The baseline's throughput too, but not its accuracy.
+    result.assert_outcomes(passed=4, warnings=1)
+    result.stdout.fnmatch_lines([f"*INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00%*"])
+    verdict, few = sorted(saved.accuracy, key=lambda verdict: -verdict.samples)
+    assert (few.workload, few.outcome) == ("few", "INCONCLUSIVE")
     assert verdict.nodeid == f"test_accuracy.py::test_accuracy[{W8A8}]"
     assert (verdict.outcome, verdict.samples, verdict.limit) == ("PASS", 1000, "1%")
     assert [r.status for r in saved.results] == ["ok", "ok"]
@@ -129,14 +154,14 @@ def test_a_model_that_lost_nothing_passes_along_with_its_throughput(
     assert main(["show", str(project.path / "out.json")]) == 0
 
 
-@pytest.mark.parametrize("first", ["test_accuracy.py", "test_throughput.py"])
-def test_a_drop_of_two_percent_fails_and_marks_the_timing(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, first: str
+def test_a_drop_of_two_percent_fails_and_marks_timings_before_and_after_it(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOST", str(LOST))
-    second = {"test_accuracy.py", "test_throughput.py"} - {first}
-    result, saved = run(project, first, *second)
-    result.assert_outcomes(passed=2, failed=1)
+    project.makepyfile(test_few=FEW, test_later=THROUGHPUT)
+    files = ("test_throughput.py", "test_accuracy.py", "test_later.py", "test_few.py")
+    result, saved = run(project, *files)
+    result.assert_outcomes(passed=4, failed=2)
     result.stdout.fnmatch_lines(
         [
             f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 2.00% [[]1.*%, *], limit 1%",
@@ -146,102 +171,102 @@ def test_a_drop_of_two_percent_fails_and_marks_the_timing(
         ]
     )
     assert "guardrail.py" not in result.stdout.str()  # no traceback of the plugin
-    [verdict] = saved.accuracy
+    verdict, few = sorted(saved.accuracy, key=lambda verdict: -verdict.samples)
     assert verdict.outcome == "FAIL"
-    by_run = {r.run_name: r for r in saved.results}
-    assert by_run[BF16].status == "ok"
-    assert by_run[W8A8].status == "accuracy-failed"
-    assert by_run[W8A8].reason.startswith(f"FAIL: toy: {W8A8}: top1 dropped by 2.00%")
-    assert by_run[W8A8].samples_per_s > 0  # measured, and kept
-    assert timed(project.path / "out.json") == [f"test_throughput[{BF16}]"]  # no baseline for all
+    assert [(r.nodeid, r.status) for r in saved.results] == [
+        (f"test_{name}.py::test_throughput[{point}]", status)
+        for point, status in ((BF16, "ok"), (W8A8, "accuracy-failed"))
+        for name in ("throughput", "later")
+    ]
+    for marked in saved.results[2:]:
+        assert marked.reason.startswith(f"FAIL: toy: {W8A8}: top1 dropped by 2.00%")
+        assert marked.samples_per_s > 0  # measured, and kept
+    # What failed is no baseline for others.
+    assert timed(project.path / "out.json") == [f"test_throughput[{BF16}]"] * 2
     assert any(line.startswith("accuracy-failed: toy: ") for line in result.outlines)
-
-
-def test_too_few_samples_are_inconclusive(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SAMPLES", "40")
-    result, saved = run(project, "test_accuracy.py")
-    result.assert_outcomes(failed=1)
-    needed = saved.accuracy[0].needed
-    assert needed > 40
+    # Too few samples fail too.
+    assert few.needed > 40
     result.stdout.fnmatch_lines(
         [
-            f"AccuracyError: INCONCLUSIVE: toy: {W8A8}: top1 dropped by 0.00% *",
-            f"  40 samples cannot decide it: about {needed:,} would",
+            f"AccuracyError: INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00% *",
+            f"  40 samples cannot decide it: about {few.needed:,} would",
         ]
     )
-    warned, _ = run(project, "test_accuracy.py", "--int8-inconclusive=warn")
-    warned.assert_outcomes(passed=1, warnings=1)
-    warned.stdout.fnmatch_lines([f"*INCONCLUSIVE: toy: {W8A8}: top1 dropped by 0.00%*"])
-    skipped, saved = run(project, "test_accuracy.py", "-rs", "--int8-inconclusive=skip")
-    skipped.assert_outcomes(skipped=1)
-    skipped.stdout.fnmatch_lines(["SKIPPED*INCONCLUSIVE: toy: *"])
-    assert saved.accuracy[0].outcome == "INCONCLUSIVE"
 
 
 def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOST", str(LOST))
-    (project.path / "toy.py").write_text(
-        TOY.replace('name="toy",', 'name="toy", load=lambda p, weights: Toy(),')
+    # The second one has a channel that takes the whole range of a row, and no part in the output.
+    project.makepyfile(
+        test_random="""
+        import pytest
+        import toy
+        from torch import nn
+
+
+        class Broken(toy.Toy):
+            def __init__(self):
+                super().__init__()
+                self.fc2 = nn.Linear(64, 32, bias=False)
+                nn.init.constant_(self.fc1.bias[:1], 1e5)
+                nn.init.zeros_(self.fc2.weight[:, :1])
+
+
+        @pytest.fixture
+        def int8_workload(request):
+            build = Broken if "broken" in request.node.name else toy.Toy
+            name = build.__name__.lower()
+            return toy.make(name, build=build, load=lambda p, weights: build())
+
+
+        def test_toy(int8_guardrail):
+            int8_guardrail()
+
+
+        def test_broken(int8_guardrail):
+            int8_guardrail()
+        """
     )
-    result, saved = run(project, "test_accuracy.py")
-    result.assert_outcomes(passed=1)
-    assert [v.outcome for v in saved.accuracy] == ["FAIL", "proxy-ok"]
-    row = next(line.split() for line in result.outlines if "dropped" not in line and "top1" in line)
-    assert row[-1] == "FAIL*"
+    result, saved = run(project, "test_random.py")
+    result.assert_outcomes(passed=1, failed=1)
+    assert [v.outcome for v in saved.accuracy if v.workload == "toy"] == ["FAIL", "proxy-ok"]
+    rows = [line.split() for line in result.outlines if "dropped" not in line and "top1" in line]
+    assert rows[0][-1] == "FAIL*"
     result.stdout.fnmatch_lines(["[*] pipeline check: the weights are random, so the verdict *"])
-    # A model whose one channel takes the whole range of a row, and no part in the output.
-    broken = "nn.init.constant_(self.fc1.bias[:1], 1e5); nn.init.zeros_(self.fc2.weight[:, :1])"
-    (project.path / "toy.py").write_text(
-        TOY.replace('name="toy",', 'name="toy", load=lambda p, weights: Toy(),').replace(
-            "self.fc2 = nn.Linear(64, 32)\n",
-            f"self.fc2 = nn.Linear(64, 32, bias=False)\n        with torch.no_grad(): {broken}\n",
-        )
-    )
-    result, saved = run(project, "test_accuracy.py")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([f"AccuracyError: FAIL: toy: {W8A8}: SQNR * dB is under 10 dB"])
+    result.stdout.fnmatch_lines([f"AccuracyError: FAIL: broken: {W8A8}: SQNR * dB is under 10 dB"])
 
 
-def test_the_limit_is_the_sessions_or_the_tests(
+def test_remedies_are_walked_on_request_and_the_limit_is_the_sessions_or_the_tests(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOST", str(LOST))
     project.makepyfile(
         test_own="def test_own(int8_guardrail):\n    int8_guardrail(max_drop='20%')\n"
     )
-    result, saved = run(project, "test_accuracy.py", "test_own.py", "--int8-max-drop=10pp")
-    result.assert_outcomes(passed=2)
-    assert [v.limit for v in saved.accuracy] == ["10pp", "20%"]
-
-
-def test_remedies_are_walked_on_request(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOST", str(LOST))
-    result, saved = run(project, "test_accuracy.py", "--int8-remedy", "-k", W8A8)
-    result.assert_outcomes(failed=1)
+    files = ("test_accuracy.py", "test_own.py")
+    result, saved = run(project, *files, "--int8-remedy", "--int8-max-drop=1pp")
+    result.assert_outcomes(failed=1, passed=1)
     # Of this workload every INT8 model loses 2 %.
     result.stdout.fnmatch_lines(
         [
             f"int8bench: remedies for {W8A8}: trying SmoothQuant (alpha=0.3)",
-            f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 2.00% *",
+            f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 1.80pp *, limit 1pp",
             "  tried SmoothQuant (alpha=0.3): drop 2.* on 500 samples for selection",
             "  tried BF16 for the worst layers (fc?): drop 2.* on 500 samples for selection",
             "  tried weights only (w8): drop 2.* on 500 samples for selection",
             "  remedy: none of these passes",
         ]
     )
-    [verdict] = saved.accuracy
+    verdict, own = saved.accuracy
+    assert (verdict.limit, own.limit) == ("1pp", "20%")
     assert [row["outcome"] for row in verdict.remedies] == [None] * 8
 
 
 def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
     project.makepyfile(
-        toy=TOY.replace("return np.arange(SAMPLES), right", "return next(SCORES)(right)").replace(
+        toy=TOY.replace("return np.arange(samples), right", "return next(SCORES)(right)").replace(
             "class Toy",
             "SCORES = iter([lambda right: right, lambda right: right * np.nan])\n\n\nclass Toy",
         ),
@@ -294,20 +319,21 @@ def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
         @pytest.mark.int8(batch_size=6)
         def test_memory(int8_guardrail):
             int8_guardrail()
-        """
+        """,
+        test_few=FEW,
     )
-    result, saved = run(project, "test_accuracy.py", "-rs")
-    result.assert_outcomes(skipped=2)
+    files = ("test_accuracy.py", "test_few.py")
+    result, saved = run(project, *files, "-rs", "--int8-inconclusive=skip")
+    result.assert_outcomes(skipped=3)
     result.stdout.fnmatch_lines(
         [
             "*nothing to compare: the point is a baseline",
             "*not judged: out of memory: CUDA out of memory. Tried to *",
         ]
     )
-    assert saved.accuracy == []
-    result, _ = run(project, "test_accuracy.py", "-n1", "-rs", "-k", "memory")
-    result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["*not judged: under xdist, run with -n0"])
+    # Where samples cannot decide, that is saved.
+    result.stdout.fnmatch_lines(["SKIPPED*INCONCLUSIVE: few: *"])
+    assert [(v.workload, v.outcome) for v in saved.accuracy] == [("few", "INCONCLUSIVE")]
 
 
 def test_accuracy_needs_no_benchmarks(project: pytest.Pytester) -> None:

@@ -221,19 +221,25 @@ def test_benchmarks_can_be_skipped(project: pytest.Pytester) -> None:
     assert nothing_saved(project)
 
 
-def test_nothing_is_saved_as_json_when_benchmarks_are_disabled(project: pytest.Pytester) -> None:
+def test_disabled_benchmarks_run_once_and_are_not_measured_or_saved(
+    project: pytest.Pytester,
+) -> None:
     (project.path / "test_two.py").unlink()
     (project.path / "out.json").write_text("an earlier measurement")
     save = ("--benchmark-json=out.json", "--benchmark-autosave")
-    result = run(project, "--int8-mode=off", "--benchmark-disable", *save)
+    result = run(project, "--benchmark-disable", *save, "-rs")
     assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(skipped=1)
+    result.assert_outcomes(skipped=2)
+    reason = "ran once, not measured: pytest-benchmark is disabled"
     result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
+    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
     # What would follow is a file without timings where others are compared with.
     assert (project.path / "out.json").read_text() == "an earlier measurement"
     assert not list(project.path.glob(".benchmarks/**/*.json"))
     [path] = journals(project)
-    assert statuses(read(path).results) == dict.fromkeys(one(bf16(4)), "skipped")
+    assert [(entry.nodeid, entry.status, entry.reason) for entry in read(path).results] == [
+        (nodeid, "skipped", reason) for nodeid in one(bf16(4), w8a8(4))
+    ]
 
 
 def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
@@ -289,12 +295,15 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     [journal] = journals(project)
     assert read(path).results == read(journal).results
 
-    # A candidate without the test of its baseline, against a run that was far slower ...
+    # A candidate without the test of its baseline, against a run of another commit that was far
+    # slower ...
+    saved["int8bench"]["environment"] |= {"commit": "def", "dirty": True}
     scale_times(path, saved, 1e6)
     compare = ("-k", "grouped and w8a8", "--benchmark-compare", "--benchmark-compare-fail")
     result = run(project, *compare, "median:5%", "--benchmark-json=out.json")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=1, deselected=7)
+    result.stdout.no_fnmatch_line("*another machine or software*")
     result.stdout.fnmatch_lines(["*- benchmark 'of the test': 2 tests -*"])
     result.stdout.fnmatch_lines_random(
         [f"test_grouped[[]{w8a8(4)}] (NOW) *", f"test_grouped[[]{w8a8(4)}] (0001_base) *"]
@@ -386,11 +395,13 @@ def test_what_was_finished_outlives_a_signal(
 
 def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
+    project.makepyfile(test_three="def test_accuracy(int8_guardrail):\n    int8_guardrail()\n")
     result = run(
-        project, "-n2", "-rs", "--benchmark-json=out.json", "--benchmark-autosave", using="xdist"
+        project, "-n1", "-rs", "--benchmark-json=out.json", "--benchmark-autosave", using="xdist"
     )
     assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(passed=1, skipped=2)
+    result.assert_outcomes(passed=1, skipped=3)
+    result.stdout.fnmatch_lines(["SKIPPED [[]1]*: not judged: under xdist, run with -n0"])
     reason = "ran once, not measured: pytest-benchmark is disabled under xdist, run with -n0"
     result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
     result.stdout.no_fnmatch_line("*- int8bench -*")
@@ -444,13 +455,14 @@ def test_randomly_changes_neither_the_order_of_points_nor_their_inputs(
 
 def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
-    (project.path / "test_two.py").unlink()
     result = run(project, "--int8-mode=off", using="codspeed")
     assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(passed=1)
+    result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["codspeed: *disabled*"])
+    # With mode off baselines alone are measured, and int8_model is one.
     [path] = journals(project)
-    assert statuses(read(path).results) == dict.fromkeys(one(bf16(4)), "ok")
+    [entry] = read(path).results
+    assert (entry.nodeid, entry.status, entry.speedup) == (*one(bf16(4)), "ok", None)
 
 
 def test_codspeed_in_place_of_pytest_benchmark_measures_no_points(

@@ -65,6 +65,21 @@ def int8_workload():
 
     return toy.make()
 """
+BAD_WORKLOADS = """
+from toy import Workload, make
+
+
+def nothing():
+    return Workload(name="nothing", build=lambda p: None, inputs=make().inputs)
+
+
+def fails():
+    def build(p):
+        raise KeyError("weights")
+
+    return Workload(name="fails", build=build, inputs=make().inputs)
+"""
+CLEAR = "WorkloadError: workload 'nothing': build must return a torch.nn.Module, got None"
 THROUGHPUT = """
 def test_throughput(int8_throughput):
     result = int8_throughput()
@@ -76,7 +91,8 @@ def test_throughput(int8_throughput):
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with a workload and one test of its throughput."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its products are too small to be shared out
-    without = "-p no:randomly -p no:codspeed"  # their own tests are in test_manners
+    # The first two have their own tests in test_manners, and loading Hypothesis takes a second.
+    without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
     pytester.makepyfile(toy=TOY, test_one=THROUGHPUT)
     pytester.makeconftest(CONFTEST)
@@ -221,14 +237,39 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
 
 
 def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
+    folder = project.mkpydir("nowhere")
+    unloadable = CONFTEST.replace("return toy.make()", "raise RuntimeError('no weights')")
+    (folder / "conftest.py").write_text(unloadable)
+    (folder / "test_lost.py").write_text(THROUGHPUT)
     project.makepyfile(
+        bad=BAD_WORKLOADS,
+        test_two="""
+        import bad
+        import pytest
+
+
+        @pytest.fixture
+        def int8_workload(request):
+            return bad.nothing() if "clear" in request.node.name else bad.fails()
+
+
+        @pytest.mark.int8(int8_enabled=False)
+        def test_clear(int8_throughput):
+            int8_throughput()
+
+
+        @pytest.mark.int8(int8_enabled=False)
+        def test_theirs(int8_throughput):
+            int8_throughput()
+        """,
         test_one="""
         import pytest
 
         from pytest_int8bench import RunParams
 
         START = RunParams(
-            model_size="nano", gpu_type="cpu", image_size=16, compile_mode="off", batch_size=4
+            model_size="nano", gpu_type="cpu", image_size=16, compile_mode="off", batch_size=4,
+            benchmark_interval_s=0.05,
         )
 
 
@@ -260,11 +301,11 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
         @pytest.mark.int8(batch_size=8)
         def test_axis(int8_params, int8_batch):
             pass
-        """
+        """,
     )
     result = project.runpytest_subprocess(*SMOKE, "-rs", "--benchmark-json=out.json")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=3, failed=2, skipped=1, xfailed=1, errors=1)
+    result.assert_outcomes(passed=3, failed=4, skipped=1, xfailed=1, errors=3)
     name = "nano_cpu_bf16_s2_is16_ps4_ts12_bs{}_compile_mode-off"
     impossible = "nano_cpu_bf16_s2_is2_ps4_ts12_bs4_compile_mode-off"
     reason = "image_size=2 is smaller than patch_size=4"
@@ -279,10 +320,22 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
             f"skipped: toy: {impossible}: {reason}",
             "E * ValueError: five is too many",
             axis,
+            # Errors of the user's code have their traceback ...
+            "E*KeyError: *weights*",
+            f"E*raised by build of workload 'fails' at {BF16}",
+            f"failed: nothing: {BF16}: {CLEAR}",
+            f"failed: fails: {BF16}: KeyError: 'weights'",
         ]
     )
+    # ... and what the user can mend is one line, without one of the package.
+    text = result.stdout.str()
+    clear = text[text.index("_ test_clear[") : text.index("_ test_theirs[")]
+    assert CLEAR in clear.splitlines()
+    assert "models.py" not in clear
 
     node = "test_one.py::test_{}[{}]"
+    other = "test_two.py::test_{}[{}]"
+    lost = "nowhere/test_lost.py::test_throughput[{}]"
     found = journal(project)
     assert {nodeid: entry.status for nodeid, entry in found.items()} == {
         node.format("sizes", name.format(4)): "ok",
@@ -292,7 +345,13 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
         node.format("too_slow", name.format(4)): "failed",
         node.format("impossible", impossible): "skipped",
         node.format("axis", W8A8.replace("bs4", "bs8") + "_extra.depth-2"): "failed",
+        other.format("clear", BF16): "failed",
+        other.format("theirs", BF16): "failed",
+        # Points whose workload fails are not forgotten.
+        lost.format(BF16): "failed",
+        lost.format(W8A8): "failed",
     }
+    assert found[lost.format(W8A8)].reason == "RuntimeError: no weights"
     slow = found[node.format("too_slow", name.format(4))]
     assert slow.samples_per_s > 0
     assert slow.reason == "AssertionError: too slow"
@@ -438,21 +497,6 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
     )
 
 
-def test_mode_off_measures_baselines_only(project: pytest.Pytester) -> None:
-    project.makepyfile(
-        test_two="""
-        def test_model(int8_params, int8_model, int8_batch):
-            assert not int8_params.int8_enabled
-            int8_model(*int8_batch)
-        """
-    )
-    result = project.runpytest_subprocess(*SMOKE, "--int8-mode=off")
-    assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(passed=2)
-    [entry] = journal(project).values()
-    assert (entry.run_name, entry.status, entry.speedup) == (BF16, "ok", None)
-
-
 def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(*SMOKE, "--int8-no-baseline", "--int8-mode=w8a8,w8")
     assert result.ret == pytest.ExitCode.OK
@@ -520,13 +564,21 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
         @pytest.mark.int8(workload="toy:Toy")
         def test_other(int8_model):
             pass
+
+        @pytest.mark.int8(workload="hub.py:make")
+        def test_hub(int8_throughput):
+            pass
         """,
+        hub="def make():\n    open('asked', 'a').write('x'); raise OSError('no route')\n",
     )
     result = project.runpytest_subprocess(
         *SMOKE, "--int8-workload=toy.py:make", "--int8-filter=filters:only_fc1"
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=2, errors=2)
+    result.assert_outcomes(passed=2, errors=4)
+    # A hub that does not answer takes its time: it is asked once, for the two points together.
+    result.stdout.fnmatch_lines(2 * ["int8 workload: hub.py:make raised OSError: no route"])
+    assert (project.path / "asked").read_text() == "x"
     result.stdout.fnmatch_lines_random(
         [
             "int8bench: preset smoke (as asked)",
@@ -534,7 +586,8 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
             "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
     )
-    baseline, candidate, missing, other = journal(project).values()
+    found = journal(project).values()
+    baseline, candidate, missing, other = (r for r in found if r.workload != "hub.py:make")
     assert (baseline.workload, candidate.workload) == ("toy", "toy")
     # Points whose workload cannot be had are results too.
     assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
@@ -592,17 +645,6 @@ def int8_workload():
 # -- turned off ---------------------------------------------------------------------------------
 
 
-def test_disabled_benchmarks_run_once_and_are_not_measured(project: pytest.Pytester) -> None:
-    result = project.runpytest_subprocess(*SMOKE, "--benchmark-disable", "-rs")
-    assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(skipped=2)
-    reason = "ran once, not measured: pytest-benchmark is disabled"
-    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
-    assert {
-        (entry.run_name, entry.status, entry.reason) for entry in journal(project).values()
-    } == {(BF16, "skipped", reason), (W8A8, "skipped", reason)}
-
-
 def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
@@ -646,7 +688,8 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
         from pytest_int8bench import RunParams
 
         START = RunParams(
-            model_size="nano", gpu_type="cpu", image_size=16, compile_mode="off", batch_size=4
+            model_size="nano", gpu_type="cpu", image_size=16, compile_mode="off", batch_size=4,
+            benchmark_interval_s=0.05,
         )
 
 
@@ -668,84 +711,9 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     )
 
 
-def test_a_workload_that_cannot_be_had_is_asked_for_once(project: pytest.Pytester) -> None:
-    """A hub that does not answer takes its time."""
-    asks = "open('asked', 'a').write('x'); raise OSError('no route')"
-    project.makepyfile(toy=f"def make():\n    {asks}\n", conftest="")
-    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=toy.py:make")
-    result.assert_outcomes(errors=2)
-    result.stdout.fnmatch_lines(2 * ["int8 workload: toy.py:make raised OSError: no route"])
-    assert (project.path / "asked").read_text() == "x"
-
-
-def test_a_point_whose_workload_fails_is_not_forgotten(project: pytest.Pytester) -> None:
-    project.makeconftest(
-        """
-        import pytest
-
-
-        @pytest.fixture
-        def int8_workload():
-            raise RuntimeError("no weights")
-        """
-    )
-    result = project.runpytest_subprocess(*SMOKE, "--int8-no-baseline")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    [found] = journal(project).values()
-    assert (found.run_name, found.status, found.reason) == (
-        W8A8,
-        "failed",
-        "RuntimeError: no weights",
-    )
-
-
-def test_an_error_that_says_all_is_one_line(project: pytest.Pytester) -> None:
-    """What the user can mend has no traceback of the package; errors of the user's code do."""
-    project.makepyfile(
-        toy=TOY
-        + """
-
-def nothing():
-    return Workload(name="nothing", build=lambda p: None, inputs=make().inputs)
-
-
-def fails():
-    def build(p):
-        raise KeyError("weights")
-
-    return Workload(name="fails", build=build, inputs=make().inputs)
-""",
-        conftest="",
-        test_one="""
-import pytest
-
-
-@pytest.mark.int8(workload="toy.py:nothing")
-def test_clear(int8_throughput):
-    int8_throughput()
-
-
-@pytest.mark.int8(workload="toy.py:fails")
-def test_theirs(int8_throughput):
-    int8_throughput()
-""",
-    )
-    args = (*SMOKE, "--int8-no-baseline")
-    result = project.runpytest_subprocess(*args)
-    clear = "WorkloadError: workload 'nothing': build must return a torch.nn.Module, got None"
-    text = result.stdout.str()
-    failures = text[text.index("= FAILURES =") :]
-    first, _, _ = failures.partition("test_theirs")
-    assert clear in first.splitlines()
-    assert "models.py" not in first
-    result.stdout.fnmatch_lines(
-        [
-            "E*KeyError: *weights*",
-            f"E*raised by build of workload 'fails' at {W8A8}",
-            f"failed: nothing: {W8A8}: {clear}",
-            f"failed: fails: {W8A8}: KeyError: 'weights'",
-        ]
-    )
-    asked = project.runpytest_subprocess(*args, "--tb=long", "-k", "clear")
-    asked.stdout.fnmatch_lines([f"E*{clear}", "*models.py:*: WorkloadError"])
-    result.assert_outcomes(failed=2)
+def test_all_of_an_error_is_shown_on_request(project: pytest.Pytester) -> None:
+    project.makepyfile(bad=BAD_WORKLOADS, conftest="")
+    workload = "--int8-workload=bad.py:nothing"
+    result = project.runpytest_subprocess(*SMOKE, workload, "--int8-mode=off", "--tb=long")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"E*{CLEAR}", "*models.py:*: WorkloadError"])

@@ -18,7 +18,9 @@ from pytest_int8bench.progress import terminal_steps
 from pytest_int8bench.throughput import Step
 
 COLUMNS = 100
-ALONE = ("-p", "no:randomly", "-p", "no:codspeed", "-p", "no:xdist")
+#: Without the plugins that write to the terminal, and Hypothesis, which takes a second to load.
+OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest")
+ALONE = [option for name in OTHERS for option in ("-p", f"no:{name}")]
 ESCAPE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 COLOR = re.compile(r"\x1b\[[\d;]*m")
 

@@ -84,19 +84,6 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_readme_example_of_a_model_runs(pytester: pytest.Pytester) -> None:
-    conftest, tests, *_ = blocks(ROOT / "README.md", "python")
-    pytester.makeconftest(conftest)
-    pytester.makepyfile(tests)
-    result = pytester.runpytest_subprocess(
-        "--int8-preset=smoke",
-        "--int8-set=compile_mode=off",
-        "--int8-set=benchmark_interval_s=0.05",
-    )
-    # Throughput of the BF16 twin and of the candidate, and the shapes of the candidate.
-    result.assert_outcomes(passed=3)
-
-
 def test_readme_example_from_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     example = blocks(ROOT / "README.md", "python")[3]
     names: dict[str, object] = {}
@@ -118,22 +105,29 @@ def test_readme_example_of_a_sweep_builds() -> None:
     assert points == [("w8a8", 64), ("w8a8", 128), ("w8", 64), ("w8", 128)]
 
 
-def test_examples_of_accuracy_run(pytester: pytest.Pytester) -> None:
+def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) -> None:
+    conftest, tests, *_ = blocks(ROOT / "README.md", "python")
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(tests)
+
     test, example = blocks(ROOT / "docs" / "accuracy.md", "python")
     assert "def test_accuracy(int8_guardrail):" in (ROOT / "README.md").read_text()
-    conftest, *_ = blocks(ROOT / "README.md", "python")
     # The workload of the README with the evaluation of the docs, and as many outputs as classes.
     with_evaluation = conftest.replace(
         'name="encoder-layer",', 'name="encoder-layer", evaluation=evaluation,'
     ).replace("torch.nn.Linear(1024, 256)", "torch.nn.Linear(1024, 10)")
-    pytester.makeconftest(example + with_evaluation)
-    pytester.makepyfile(test)
+    folder = pytester.mkpydir("accuracy")
+    (folder / "conftest.py").write_text(example + with_evaluation)
+    (folder / "test_accuracy.py").write_text(test)
+
     result = pytester.runpytest_subprocess(
         "--int8-preset=smoke",
         "--int8-set=compile_mode=off",
+        "--int8-set=benchmark_interval_s=0.05",
         "--int8-max-drop=5pp",
     )
-    result.assert_outcomes(passed=1)
+    # Throughput of the BF16 twin and of the candidate, the shapes of the candidate; its accuracy.
+    result.assert_outcomes(passed=4)
 
 
 def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
