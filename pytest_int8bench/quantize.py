@@ -27,6 +27,7 @@ from torchao.quantization import (
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
+from pytest_int8bench.fused.configs import product_kernel
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
 from pytest_int8bench.params import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
@@ -300,6 +301,7 @@ def apply_int8_quant(
     if mode == "w8" and quant_config is None:
         _dequantize_on_cuda(model)
     if fusing:
+        product_kernel(device)  # before the model runs, if the environment asks for none there is
         layers = lower(model, layers)
         if backend == "fused" and not any(layer.fused for layer in layers):
             reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})

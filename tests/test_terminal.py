@@ -437,3 +437,20 @@ def test_long_remarks_fold_and_lose_nothing() -> None:
     )
     assert all(len(line) <= 50 for line in text.splitlines())
     assert "".join(f"failed: {NAME}: {reason}".split()) in "".join(text.split())
+
+
+def test_the_fused_backend_is_named_beside_its_share() -> None:
+    fused = {**MEASURED, "int8_backend": "fused"}
+    row = lines_of(result_of(**fused))[1]
+    share = f"{MEASURED['int8_time_share']:.0%}"
+    assert f" {share} fused " in row
+    assert "fused" not in lines_of(result_of(**{**MEASURED, "int8_backend": "torchao"}))[1]
+
+
+def test_layers_that_are_not_fused_are_said_with_reasons() -> None:
+    falls = {"a": "type: has forward hooks", "b": "type: has forward hooks", "c": "weight: X"}
+    fused = {**MEASURED, "int8_backend": "fused", "coverage": {"fallbacks": falls}}
+    said = f"not fused: {NAME}: layers on torchao's kernels: 2 type: has forward hooks, 1 weight: X"
+    assert said in lines_of(result_of(**fused))
+    torchao = {**fused, "int8_backend": "torchao"}
+    assert said not in lines_of(result_of(**torchao))

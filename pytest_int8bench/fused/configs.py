@@ -13,12 +13,18 @@ from pathlib import Path
 
 import torch
 
+from pytest_int8bench.errors import ClearError
+
 #: Environment variable that forces a product kernel: ``tma`` or ``pointers`` (that of sm80).
 KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
 PRODUCTS = ("tma", "pointers")
 _FILE = "int8-products.json"
+
+
+class KernelError(ClearError, ValueError):
+    """The environment asks for a kernel that there is not."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,12 @@ def product_kernel(device: torch.device) -> str:
     """Return ``tma`` where the device has it (sm90 and later), else ``pointers``.
 
     Raises:
-        ValueError: if ``INT8BENCH_PRODUCT`` is set to something else.
+        KernelError: if ``INT8BENCH_PRODUCT`` is set to something else.
     """
     forced = os.environ.get(KERNEL_VARIABLE)
     if forced:
         if forced not in PRODUCTS:
-            raise ValueError(
+            raise KernelError(
                 f"{KERNEL_VARIABLE} must be one of {', '.join(PRODUCTS)}, got {forced!r}"
             )
         return forced

@@ -56,7 +56,9 @@ def quantize_rows(
         holds NaN or infinity has scale NaN.
     """
     if _on_triton(x) and x.shape[-1] <= MAX_COLUMNS:
-        return launch_quantize_rows(x, norm, activation, gate, weight, bias, eps, factor, keep)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(x.device):
+            return launch_quantize_rows(x, norm, activation, gate, weight, bias, eps, factor, keep)
     q, scale, kept = reference.quantize_rows(x, norm, activation, gate, weight, bias, eps, factor)
     return q, scale, kept.to(x.dtype) if keep else x.new_empty(0)
 
@@ -106,9 +108,10 @@ def linear(
         joined along the last dimension and computed in INT32 and FP32.
     """
     if _on_triton(q):
-        return launch_linear(
-            q, scale, weights, weight_scales, biases, gamma, residual, dtype, _kernel(q)
-        )
+        with torch.cuda.device(q.device):
+            return launch_linear(
+                q, scale, weights, weight_scales, biases, gamma, residual, dtype, _kernel(q)
+            )
     return reference.linear(q, scale, weights, weight_scales, biases, gamma, residual, dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def _table(results: list[Result]) -> Grid:
         "compile s": lambda r: (
             number(r.compile_s) + (" (warm)" if r.compile_cache == "warm" else "")
         ),
-        "INT8 time": lambda r: MISSING if r.int8_time_share is None else f"{r.int8_time_share:.0%}",
+        "INT8 time": _int8_time,
         "attention": lambda r: r.attention_kernel or MISSING,
         "speedup [95 %]": _speedup,
     }
@@ -88,6 +89,14 @@ def _table(results: list[Result]) -> Grid:
             cells[list(columns).index("samples/s")] = "OOM"
         rows.append((cells, None if result.status == "ok" else "red"))
     return _grid([*columns], rows, name="run", left=("workload", "attention"))
+
+
+def _int8_time(result: Result) -> str:
+    """Return the share of INT8 products, and whose they are where they are ours."""
+    if result.int8_time_share is None:
+        return MISSING
+    ours = " fused" if result.int8_backend == "fused" else ""
+    return f"{result.int8_time_share:.0%}{ours}"
 
 
 def _accuracy_table(verdicts: list[Accuracy]) -> Grid:
@@ -190,6 +199,10 @@ def _remarks(result: Result) -> list[str]:
             f"host-bound: {name}: kernels run in {busy:.0%} of the batch time, the GPU waits for "
             "the host in the rest; use a larger batch or CUDA graphs (compile_mode=reduce-overhead)"
         )
+    if result.int8_backend == "fused" and (falls := (result.coverage or {}).get("fallbacks")):
+        reasons = Counter(falls.values())
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        lines.append(f"not fused: {name}: layers on torchao's kernels: {listed}")
     lines += _ceiling(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
