@@ -17,7 +17,6 @@ INT8 = [
     "int8_product_tma",
     "int8_product_pointers",
     "_int8_product_kernel",
-    "int8_product_tma",
 ]
 PRODUCTS = [
     "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN",
