@@ -241,8 +241,9 @@ def apply_int8_quant(
     Raises:
         ValueError: for an unknown mode or backend, or ``smoothquant`` without ``calibration``.
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
-            take, ``backend="fused"`` fits no layer, or SmoothQuant cannot be calibrated or does
-            not go with ``quant_config``. The latter two leave the model as it was.
+            take, ``backend="fused"`` fits no layer or does not run here, or SmoothQuant cannot be
+            calibrated or does not go with ``quant_config``. The latter three leave the model as it
+            was.
     """
     if backend not in INT8_BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(INT8_BACKENDS)}, got {backend!r}")
@@ -268,7 +269,8 @@ def apply_int8_quant(
     problem = fused_problem(mode if quant_config is None else "w8a8", device)
     if backend == "fused" and problem:
         raise QuantizationError(f"int8_backend=fused: {problem}")
-    fusing = backend != "torchao" and not problem
+    if fusing := backend != "torchao" and not problem:
+        product_kernel(device)  # raises if the environment asks for one there is not
     total = sum(parameter.numel() for parameter in model.parameters())
     smoothing = Smoothing({}, {})
     runtime: tuple[str, ...] = ()
@@ -301,7 +303,6 @@ def apply_int8_quant(
     if mode == "w8" and quant_config is None:
         _dequantize_on_cuda(model)
     if fusing:
-        product_kernel(device)  # before the model runs, if the environment asks for none there is
         layers = lower(model, layers)
         if backend == "fused" and not any(layer.fused for layer in layers):
             reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
@@ -384,7 +385,11 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     for layer in layers:
         if layer.reason is None:
             parent = modules[layer.name.rpartition(".")[0]]
-            tensors = _plain(modules[layer.name], parent)
+            tensors = (
+                _plain(modules[layer.name], parent)
+                if layer.name
+                else "type: the model itself, which cannot be replaced in place"
+            )
             if isinstance(tensors, str):
                 layer = dataclasses.replace(layer, fallback=tensors)
             else:

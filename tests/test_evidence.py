@@ -136,6 +136,55 @@ def test_labels_that_agree_pass(
     check_labels(evidence, params, stored)
 
 
+FUSED = "int8_product_tma"
+
+
+@pytest.mark.parametrize("kernel", [FUSED, "int8_product_pointers"])
+def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
+    evidence = ran(GEMM_BF16, kernel, "quantize_rows", FLASH)
+    assert [found.name for found in evidence.int8_products] == [kernel]
+    check_labels(evidence, W8A8, (24, 24), fused=True)
+    # Layers where it did not fit ran torchao's kernels.
+    check_labels(ran(kernel, GEMM_INT8), W8A8, (24, 24), fused=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "fused", "message"),
+    [
+        (
+            (GEMM_INT8,),
+            True,
+            (
+                f"{W8A8.run_name} is labelled int8_backend=fused, but none of its kernels ran; "
+                f"kernels: {GEMM_INT8[:80]} 1000 us"
+            ),
+        ),
+        (
+            (FUSED, GEMM_INT8),
+            False,
+            (
+                f"{W8A8.run_name} is labelled int8_backend=torchao, but {FUSED} ran; "
+                f"kernels: {FUSED} 1000 us, {GEMM_INT8[:80]} 1000 us"
+            ),
+        ),
+        (
+            ("quantize_rows",),
+            True,
+            (
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                "kernels: quantize_rows 1000 us"
+            ),
+        ),
+    ],
+)
+def test_a_backend_that_the_kernels_contradict(
+    names: tuple[str, ...], fused: bool, message: str
+) -> None:
+    with pytest.raises(EvidenceError) as caught:
+        check_labels(ran(*names), W8A8, (24, 24), fused=fused)
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize(
     ("params", "evidence", "stored", "message"),
     [

@@ -441,10 +441,16 @@ def test_replace_rejects_an_unknown_name() -> None:
         ),
         ({"int8_smoothquant": True, "int8_enabled": True}, None),
         (
-            {"int8_backend": "fused", "int8_enabled": True},
-            "int8_backend=fused is not part of this version; use torchao or auto",
+            {"int8_backend": "fused", "int8_enabled": True, "int8_mode": "w8"},
+            "int8_backend=fused runs w8a8, int8_mode=w8",
         ),
-        ({"int8_backend": "fused"}, None),
+        (
+            {"int8_backend": "fused", "int8_enabled": True, "gpu_type": "cpu"},
+            "int8_backend=fused runs on CUDA only, gpu_type=cpu",
+        ),
+        ({"int8_backend": "fused", "int8_enabled": True}, None),
+        ({"int8_backend": "auto", "int8_enabled": True, "gpu_type": "cpu"}, None),
+        ({"int8_backend": "fused", "gpu_type": "cpu"}, None),
         ({"int8_backend": "torchao", "int8_enabled": True}, None),
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,22 +21,35 @@ from torchao.quantization import (
     Int8StaticActivationInt8WeightConfig,
     Int8Tensor,
     Int8WeightOnlyConfig,
+    MappingType,
+    PerRow,
+    PerTensor,
     quantize_,
 )
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
+from pytest_int8bench import RunParams, quantize
 from pytest_int8bench.compilation import compile_for_a100
+from pytest_int8bench.fused import graph
+from pytest_int8bench.fused.modules import Int8Linear
+from pytest_int8bench.fused.operators import joined
+from pytest_int8bench.models import build_eager
 from pytest_int8bench.quantize import (
+    Coverage,
     DequantizedInt8Tensor,
     Layer,
     QuantizationError,
     apply_int8_quant,
     call,
     coverage,
+    fused_problem,
     int8_storage,
     is_transformer_linear,
+    lower,
 )
+from pytest_int8bench.tensors import tensors_of
+from pytest_int8bench.workloads.names import load_workload
 
 DIM = 64
 
@@ -272,6 +287,8 @@ def test_coverage_counts_layers_and_parameters(model: Transformer) -> None:
         "converted_parameters": attention + mlp,
         "total_parameters": total,
         "left_out": {"patch_embed": "filtered", "head": "filtered"},
+        "fused_layers": 0,
+        "fallbacks": {},
         "smoothed_folded": {},
         "smoothed_runtime": [],
     }
@@ -446,10 +463,19 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
                 "its act_quant_scale is that of inputs before smoothing"
             ),
         ),
+        ({"backend": "cuda"}, "backend must be one of torchao, fused, auto, got 'cuda'"),
+        (
+            {"backend": "fused"},
+            "int8_backend=fused: the fused kernels run on CUDA, not on cpu",
+        ),
+        (
+            {"backend": "fused", "mode": "w8"},
+            "int8_backend=fused: the fused kernels run W8A8, not w8",
+        ),
     ],
     ids=[
         *("mode", "alpha-high", "alpha-low", "no-calibration", "config"),
-        *("fqn-smoothquant", "static-smoothquant"),
+        *("fqn-smoothquant", "static-smoothquant", "backend", "fused-cpu", "fused-w8"),
     ],
 )
 def test_a_bad_argument_is_refused_and_nothing_is_touched(
@@ -801,6 +827,350 @@ def test_a_dequantized_product_compiles_to_a_product_of_the_library() -> None:
         output, [code] = run_and_get_code(torch.compile(fc1, fullgraph=True), x)
     assert "_weight_int8pack_mm" not in code
     assert sqnr_db(expected, output) > 35
+
+
+# -- the fused backend --------------------------------------------------------------------------
+
+
+def lowered(model: nn.Module, layers: tuple[Layer, ...] | None = None) -> list[Layer]:
+    """Lower a quantized model, which on the CPU nothing does by itself."""
+    return lower(model, coverage(model).layers if layers is None else layers)
+
+
+def test_layers_are_lowered_with_the_values_and_scales_of_torchao(
+    model: Transformer, batch: torch.Tensor
+) -> None:
+    apply_int8_quant(model)
+    weights = {name: model.get_submodule(name).weight for name in CONVERTED}
+    biases = {name: model.get_submodule(name).bias for name in CONVERTED}
+    with torch.no_grad():
+        expected = model(batch)
+        told = lowered(model)
+        assert [layer.name for layer in told if layer.fused] == CONVERTED
+        # Values at half between two levels may go to the other one.
+        assert sqnr_db(expected, model(batch)) > 40
+    for name in CONVERTED:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Int8Linear)
+        assert torch.equal(layer.weight, weights[name].qdata)
+        assert torch.equal(layer.weight_scale, weights[name].scale.flatten().float())
+        assert layer.weight_scale.dtype == torch.float32
+        assert torch.equal(layer.bias, biases[name])
+        assert layer.factor is None
+    assert int8_storage(model) == (6, 6)
+    attention = model.attn
+    for part in ("weight", "weight_scale", "bias"):
+        parts = [getattr(layer, part) for layer in (attention.q, attention.k, attention.v)]
+        assert joined(parts) is not None
+
+
+def test_a_lowered_model_is_quantized_and_covered(model: Transformer) -> None:
+    apply_int8_quant(model)
+    lowered(model)
+    with pytest.raises(QuantizationError, match=r"^the model is quantized already \(attn\.q is\)$"):
+        apply_int8_quant(model)
+    found = coverage(copy.deepcopy(model))  # as of a model that came from elsewhere
+    assert [layer.name for layer in found.fused] == CONVERTED
+    assert found.backend == "fused"
+
+
+def test_a_lowered_model_compiles_to_one_graph(model: Transformer, batch: torch.Tensor) -> None:
+    apply_int8_quant(model)
+    lowered(model)
+    with torch.no_grad():
+        compiled = compile_for_a100(model, mode="default", attention="math")
+        assert sqnr_db(model(batch), compiled(batch)) > 35
+    assert compiled.first_call_s is not None
+
+
+def test_only_a_lowered_model_is_compiled_by_a_backend_of_ours(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda entry, **options: asked.append(options))
+    apply_int8_quant(model)
+    compile_for_a100(model, mode="max-autotune", fullgraph=False, dynamic=True)
+    lowered(model)
+    compile_for_a100(model, mode="max-autotune", fullgraph=False, dynamic=True)
+    backend = asked[1].pop("backend")
+    assert asked == [
+        {"fullgraph": False, "mode": "max-autotune", "dynamic": True},
+        {"fullgraph": False, "dynamic": True},
+    ]
+    assert backend.__qualname__.startswith("inductor_with_fusion")
+
+
+def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:
+    model = made(Transformer)
+    apply_int8_quant(model, smoothquant=True, calibration=[batch])
+    factor = model.mlp.fc2.weight.act_pre_scale
+    with torch.no_grad():
+        expected = model(batch)
+        lowered(model)
+        assert sqnr_db(expected, model(batch)) > 40
+    assert torch.equal(model.mlp.fc2.factor, factor)
+    assert model.attn.q.factor is None
+
+
+def _weight_only(model: Any) -> None:
+    quantize_(model["fc1"], Int8WeightOnlyConfig(set_inductor_config=False))
+
+
+def _dynamic(model: Any, **changes: Any) -> None:
+    quantize_(
+        model["fc1"], Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, **changes)
+    )
+
+
+def _static(model: Any) -> None:
+    config = Int8StaticActivationInt8WeightConfig(
+        torch.ones(1, 1), granularity=PerTensor(), set_inductor_config=False
+    )
+    quantize_(model["fc1"], config)
+
+
+def _tensor_weight(model: Any) -> None:
+    _dynamic(model, granularity=[PerRow(), PerTensor()])
+
+
+def _tensor_activation(model: Any) -> None:
+    _dynamic(model, granularity=[PerTensor(), PerRow()])
+
+
+def _asymmetric(model: Any) -> None:
+    _dynamic(model, act_mapping_type=MappingType.ASYMMETRIC)
+
+
+def _zero_point(model: Any) -> None:
+    _dynamic(model)
+    model["fc1"].weight.zero_point = torch.ones(DIM, 1)
+
+
+def _pre_hook(model: Any) -> None:
+    _dynamic(model)
+    model["fc1"].register_forward_pre_hook(lambda module, inputs: None)
+
+
+def _hook(model: Any) -> None:
+    _dynamic(model)
+    model["fc1"].register_forward_hook(lambda module, inputs, output: None)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _own_forward(model: Any) -> None:
+    model["fc1"] = Doubled(DIM, DIM)
+    _dynamic(model)
+
+
+def _dequantized(model: Any) -> None:
+    _weight_only(model)
+    model["fc1"].weight = nn.Parameter(dequantized(model["fc1"].weight), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_weight_only, "activations: not quantized"),
+        (_static, "activations: scale not per row"),
+        (_tensor_activation, "activations: scale not per row"),
+        (_asymmetric, "activations: not symmetric per row"),
+        (_tensor_weight, "weight: scale not per output channel"),
+        (_zero_point, "weight: not symmetric"),
+        (_hook, "type: has forward hooks"),
+        (_pre_hook, "type: has forward hooks"),
+        (_own_forward, "type: Doubled has a forward of its own"),
+        (_dequantized, "weight: DequantizedInt8Tensor"),
+    ],
+)
+def test_a_layer_that_the_kernels_cannot_run_stays_and_says_why(
+    change: Callable[[Any], None], reason: str
+) -> None:
+    layers: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, DIM), "fc2": nn.Linear(DIM, DIM)})
+    layers.eval().requires_grad_(False)
+    change(layers)
+    quantize_(layers["fc2"], Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    first = layers["fc1"]
+    told = lowered(layers)
+    assert [(layer.fused, layer.fallback) for layer in told] == [(False, reason), (True, None)]
+    assert layers["fc1"] is first
+    found = Coverage("w8a8", tuple(told), 2 * (DIM * DIM + DIM))
+    assert found.backend == "fused"
+    assert found.to_dict()["fused_layers"] == 1
+    assert found.to_dict()["fallbacks"] == {"fc1": reason}
+    assert str(found).endswith(f"; 1 on fused kernels; on torchao's: 1 {reason}")
+
+
+def test_layers_of_an_encoder_layer_of_torch_stay() -> None:
+    # It reads their weights itself.
+    model: Any = nn.TransformerEncoderLayer(DIM, 4, batch_first=True).eval().requires_grad_(False)
+    apply_int8_quant(model)
+    told = {layer.name: layer for layer in lowered(model)}
+    reason = "type: inside nn.TransformerEncoderLayer"
+    assert told["linear1"].fallback == told["linear2"].fallback == reason
+    assert type(model.linear1) is nn.Linear
+    model(torch.randn(2, 3, DIM))
+
+
+def test_a_model_that_is_one_layer_stays() -> None:
+    model = nn.Linear(DIM, DIM).requires_grad_(False)
+    apply_int8_quant(model, filter_fn=lambda module, name: True)
+    (layer,) = lowered(model)
+    assert layer.fallback == "type: the model itself, which cannot be replaced in place"
+    assert type(model.weight) is Int8Tensor
+
+
+def test_a_layer_of_two_names_is_lowered_under_both() -> None:
+    shared = nn.Linear(DIM, DIM)
+    model: Any = nn.ModuleDict({"fc1": shared, "fc2": shared}).requires_grad_(False)
+    apply_int8_quant(model)
+    lowered(model)
+    assert isinstance(model["fc1"], Int8Linear)
+    assert model["fc2"] is model["fc1"]
+
+
+def test_layers_that_were_left_out_are_not_lowered(model: Transformer) -> None:
+    apply_int8_quant(model)
+    told = {layer.name: layer for layer in lowered(model)}
+    assert (told["head"].fused, told["head"].fallback) == (False, None)
+    assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "capability", "triton", "problem"),
+    [
+        ("w8", "cuda", (9, 0), True, "the fused kernels run W8A8, not w8"),
+        ("w8a8", "cpu", (9, 0), True, "the fused kernels run on CUDA, not on cpu"),
+        ("w8a8", "cuda", (7, 5), True, "the fused kernels need sm80 or later, this is sm75"),
+        (
+            "w8a8",
+            "cuda",
+            (8, 0),
+            False,
+            "the fused kernels need Triton, which is not installed",
+        ),
+        ("w8a8", "cuda", (8, 0), True, None),
+        ("w8a8", "cuda", (10, 0), True, None),
+    ],
+)
+def test_where_the_fused_kernels_run(
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    device: str,
+    capability: tuple[int, int],
+    triton: bool,
+    problem: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    assert fused_problem(mode, torch.device(device)) == problem
+
+
+@pytest.mark.parametrize(
+    ("backend", "used"), [("auto", "fused"), ("fused", "fused"), ("torchao", "torchao")]
+)
+def test_the_backend_that_is_asked_for_is_used(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, backend: str, used: str
+) -> None:
+    monkeypatch.setattr(quantize, "fused_problem", lambda mode, device: None)
+    covered = coverage(apply_int8_quant(model, backend=backend))
+    assert covered.backend == used
+    assert len(covered.fused) == (6 if used == "fused" else 0)
+    assert ("6 on fused kernels" in str(covered)) == (used == "fused")
+
+
+def test_auto_takes_torchao_where_the_kernels_do_not_run(model: Transformer) -> None:
+    covered = coverage(apply_int8_quant(model, backend="auto"))
+    assert (covered.backend, covered.fused) == ("torchao", ())
+    assert not any(layer.fallback for layer in covered.layers)
+
+
+def test_the_fused_backend_that_fits_no_layer_is_an_error(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "fused_problem", lambda mode, device: None)
+    config = Int8WeightOnlyConfig(set_inductor_config=False)
+    with pytest.raises(QuantizationError) as caught:
+        apply_int8_quant(model, backend="fused", quant_config=config)
+    assert str(caught.value) == "int8_backend=fused fits no layer: activations: not quantized"
+
+
+def joined_products(model: nn.Module, inputs: Any) -> list[int]:
+    """Return how many layers each product of the compiled model is, and check its outputs."""
+    found: list[int] = []
+
+    def backend(module: Any, example: Any) -> Any:
+        for node in graph.fuse(module).graph.nodes:
+            if node.target is torch.ops.int8bench.linear.default:
+                found.append(len(node.args[2]))
+        return module.forward
+
+    ignored = {logging.Logger.debug, logging.Logger.info, logging.Logger.warning}
+    with torch.inference_mode(), torch._dynamo.config.patch(ignore_logging_functions=ignored):
+        expected = call(model, inputs)
+        output = call(torch.compile(model, fullgraph=True, backend=backend), inputs)
+    for one, other in zip(tensors_of(expected), tensors_of(output), strict=True):
+        assert sqnr_db(one, other) > 35
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "layers", "products"),
+    [
+        ("olmoearth", {}, 24, [3, 1, 1, 1] * 4),
+        (
+            "hf:bert",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "vocab_size": 100,
+                "max_position_embeddings": 64,
+                "sequence_length": 16,
+            },
+            12,
+            [3, 1, 1, 1] * 2,
+        ),
+    ],
+)
+def test_encoders_are_lowered(
+    name: str,
+    extra: dict[str, Any],
+    layers: int,
+    products: list[int],
+) -> None:
+    pytest.importorskip("transformers" if name.startswith("hf:") else "olmoearth_pretrain_minimal")
+    workload = load_workload(name, Path())
+    device = torch.device("cpu")
+    params = RunParams(
+        model_size="nano",
+        gpu_type="cpu",
+        bf16=False,
+        compile_mode="off",
+        image_size=8,
+        num_timesteps=2,
+        batch_size=2,
+        extra=extra,
+    )
+    params = workload.with_axes(params)
+    model = build_eager(workload, params, device).requires_grad_(False)
+    inputs = workload.inputs(params, device)
+    apply_int8_quant(model, filter_fn=workload.filter_fn)
+    chosen = coverage(model).converted
+    assert len(chosen) == layers
+    with torch.no_grad():
+        before = tensors_of(call(model, inputs))
+        told = lowered(model)
+        after = tensors_of(call(model, inputs))
+    assert [layer.name for layer in told if layer.fused] == [layer.name for layer in chosen]
+    for one, other in zip(before, after, strict=True):
+        if one.is_floating_point() and one.numel() > 1:
+            assert sqnr_db(one, other) > 35
+    assert joined_products(model, inputs) == products
 
 
 # -- calling ------------------------------------------------------------------------------------

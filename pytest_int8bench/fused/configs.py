@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -234,7 +235,7 @@ def _section(kernel: str, device: torch.device) -> str:
 @functools.cache
 def _tuned(kernel: str, device: torch.device) -> dict[str, Product]:
     """Return what is known of a device; the dictionary is kept and grows."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         saved = json.loads(tuning_file().read_text())[_section(kernel, device)]
         return {key: Product(**value) for key, value in saved.items()}
     return {}
@@ -242,14 +243,14 @@ def _tuned(kernel: str, device: torch.device) -> dict[str, Product]:
 
 def _save(kernel: str, device: torch.device, known: dict[str, Product]) -> None:
     """Write what is known, whole or not at all; without it the next process tunes again."""
-    path = tuning_file()
-    everything = {}
-    with suppress(OSError, ValueError):
-        everything = json.loads(path.read_text())
-    if not isinstance(everything, dict):
-        everything = {}
-    everything[_section(kernel, device)] = {key: asdict(tile) for key, tile in known.items()}
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # the latter where there is no home
+        path = tuning_file()
+        everything: Any = {}
+        with suppress(OSError, ValueError):
+            everything = json.loads(path.read_text())
+        if not isinstance(everything, dict):
+            everything = {}
+        everything[_section(kernel, device)] = {key: asdict(tile) for key, tile in known.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(everything, file, indent=1, sort_keys=True)

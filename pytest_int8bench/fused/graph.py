@@ -8,6 +8,8 @@ does not fit stays as it is, and runs as it did.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -29,8 +31,26 @@ _WEIGHTS, _SCALES, _BIASES, _GAMMA, _RESIDUAL, _DTYPE = 2, 3, 4, 5, 6, 7
 
 _ADD = (operator.add, torch.add)
 _MULTIPLY = (operator.mul, torch.mul)
-_MUTATING = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_MUTATING = {operator.setitem, operator.delitem} | {
+    getattr(operator, "i" + name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+}
+_NORMS: dict[Any, str] = {
+    F.layer_norm: "layer",
+    torch.layer_norm: "layer",
+    F.rms_norm: "rms",
+    torch.rms_norm: "rms",
+}
 _GELU = torch._C._nn.gelu
+# Of built-in functions, which do not tell them.
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    _GELU: ("input", "approximate"),
+    torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",
     F.relu: "relu",
@@ -45,10 +65,11 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
             graph = part.graph
             _drop_inactive_dropout(graph)
             _share_quantization(graph)
-            _join_products(graph)
+            # What a region returns must not share memory, as parts of one product do.
+            _join_products(graph, set() if part is module else _returned(graph))
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
-            graph.eliminate_dead_code()
+            _erase_unused(graph)
             graph.lint()
             part.recompile()
     return module
@@ -68,15 +89,23 @@ def _has_linear(graph: fx.Graph) -> bool:
     return any(node.target is _LINEAR for node in graph.nodes)
 
 
+def _erase_unused(graph: fx.Graph) -> None:
+    """Erase what joining left without a reader. Not all that nobody reads: torch takes calls that
+    write to a tensor, and whose return value is not used, for dead."""
+    for node in reversed(graph.nodes):
+        ours = node.target in (_QUANTIZE, _LINEAR, operator.getitem)
+        if not node.users and (ours or _activation_name(node) is not None):
+            graph.erase_node(node)
+
+
 def _drop_inactive_dropout(graph: fx.Graph) -> None:
     """Take out dropout that does nothing in ``eval`` mode: it stands between operators."""
     for node in list(graph.nodes):
         if node.target is not F.dropout:
             continue
-        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        if not training or probability == 0:
-            node.replace_all_uses_with(node.args[0])
+        given = _given(node)
+        if not given.get("training", True) or given.get("p", 0.5) == 0:
+            node.replace_all_uses_with(given["input"])
             graph.erase_node(node)
 
 
@@ -103,11 +132,23 @@ def _replace_outputs(node: Node, kept: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _join_products(graph: fx.Graph) -> None:
-    """Make layers of one input one product, and split its output."""
+def _returned(graph: fx.Graph) -> set[int]:
+    """Return the storages of what ``graph`` returns."""
+    return {id_ for node in graph.output_node().all_input_nodes if (id_ := _storage(node))}
+
+
+def _storage(node: Node) -> int | None:
+    value = _value(node)
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _join_products(graph: fx.Graph, apart: set[int]) -> None:
+    """Make layers of one input one product, and split its output; but not layers whose output is
+    in one of the storages ``apart``."""
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
-        if node.target is _LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
+        plain = node.target is _LINEAR and node.args[_GAMMA] is None
+        if plain and node.args[_RESIDUAL] is None and _storage(node) not in apart:
             groups.setdefault((*node.args[:2], node.args[_DTYPE]), []).append(node)
     for nodes in groups.values():
         if len(nodes) < 2:
@@ -129,6 +170,10 @@ def _join_products(graph: fx.Graph) -> None:
             column.meta = dict(node.meta)
             node.replace_all_uses_with(column)
             graph.erase_node(node)
+            # A part of the joined rows is not contiguous: not every view of it can be.
+            for user in column.users:
+                if user.op == "call_method" and user.target == "view":
+                    user.target = "reshape"
 
 
 def _moved_before(operand: Node, node: Node) -> bool:
@@ -179,10 +224,10 @@ def _absorb_norms_and_activations(graph: fx.Graph) -> None:
             continue
         source = node.args[_X]
         others = [user for user in source.users if user is not node]
-        before = _norm(source)
+        start, before = source, _norm(source)
         if before is None and not others:
-            before = _activation(source)
-        if before is None or not _nothing_mutated(source, node):
+            start, before = _activation(source)
+        if before is None or not _nothing_mutated(start, node):
             continue
         if not all(node < user for user in others):
             continue  # something reads the row before it is quantized
@@ -200,46 +245,64 @@ def _absorb_norms_and_activations(graph: fx.Graph) -> None:
 
 def _norm(node: Node) -> tuple[Any, ...] | None:
     """Return the first arguments of ``quantize_rows`` for a norm over the last dimension."""
-    if node.op != "call_function" or node.target not in (F.layer_norm, F.rms_norm):
+    if node.op != "call_function" or node.target not in _NORMS:
         return None
-    given = dict(zip(("input", "normalized_shape", "weight"), node.args, strict=False))
-    layer = node.target is F.layer_norm
-    rest = ("bias", "eps") if layer else ("eps",)
-    given |= dict(zip(rest, node.args[3:], strict=False)) | node.kwargs
+    given = _given(node)
     x = given["input"]
+    layer = _NORMS[node.target] == "layer"
     if len(given["normalized_shape"]) != 1 or not _same_dtype(x, node):
         return None
     eps = given.get("eps", 1e-5 if layer else None)
     if eps is None:
-        eps = torch.finfo(_value(x).dtype).eps
+        # As torch has it: that of the dtype it computes in.
+        eps = torch.finfo(torch.promote_types(_value(x).dtype, torch.float32)).eps
     weight, bias = given.get("weight"), given.get("bias")
-    return (x, "layer" if layer else "rms", "none", None, weight, bias, float(eps))
+    return (x, _NORMS[node.target], "none", None, weight, bias, eps)
 
 
-def _activation(node: Node) -> tuple[Any, ...] | None:
+def _activation(node: Node) -> tuple[Node, tuple[Any, ...] | None]:
     """Return the first arguments of ``quantize_rows`` for an activation, also one that is
-    multiplied with a gate."""
+    multiplied with a gate, and the node that reads its input."""
     if node.op != "call_function":
-        return None
+        return node, None
     if node.target in _MULTIPLY and not node.kwargs:
-        for side in (0, 1):
-            source, gate = node.args[side], node.args[1 - side]
-            if not isinstance(source, fx.Node) or not isinstance(gate, fx.Node):
-                return None
+        for source, gate in (node.args, node.args[::-1]):
             name = _activation_name(source)
             if name is not None and _only_user(source) is node and _alike(gate, source):
-                return (source.args[0], "none", name, gate, None, None, 0.0)
-        return None
+                x = _given(source)["input"]
+                return source, (x, "none", name, gate, None, None, 0.0)
+        return node, None
     name = _activation_name(node)
-    return None if name is None else (node.args[0], "none", name, None, None, None, 0.0)
+    if name is None:
+        return node, None
+    return node, (_given(node)["input"], "none", name, None, None, None, 0.0)
 
 
-def _activation_name(node: Node) -> str | None:
+def _activation_name(node: Any) -> str | None:
+    """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or _writes(node):
+        return None
     if node.target is _GELU:
-        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        return "gelu_tanh" if kind == "tanh" else "gelu"
-    inplace = node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False)
-    return None if inplace else _ACTIVATIONS.get(node.target)
+        return "gelu_tanh" if _given(node).get("approximate") == "tanh" else "gelu"
+    return _ACTIVATIONS.get(node.target)
+
+
+def _given(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call of ``torch.nn.functional`` by name, those left out left
+    out."""
+    given: dict[str, Any] = dict(zip(_parameters(node.target), node.args, strict=False))
+    return {**given, **node.kwargs}
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    """Return the names of the parameters of a function."""
+    if function in _PARAMETERS:
+        return _PARAMETERS[function]
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ("input",)
 
 
 def _nothing_mutated(start: Node, end: Node) -> bool:
@@ -247,12 +310,27 @@ def _nothing_mutated(start: Node, end: Node) -> bool:
     then be read at ``end``."""
     node = start.next
     while node is not end:
-        name = getattr(node.target, "__name__", str(node.target))
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or node.kwargs.get("inplace") or node.target in _MUTATING:
+        if _writes(node):
             return False
         node = node.next
     return True
+
+
+def _writes(node: Node) -> bool:
+    """Say whether a call may write to one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what is inside is not looked at
+    if target in _MUTATING or node.kwargs.get("out") is not None:
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return node.op == "call_function" and bool(_given(node).get("inplace"))
 
 
 def _only_user(node: Node) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,18 +110,26 @@ def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
 
     Args:
         model: changed in place.
-        layers: tensors by dotted name.
+        layers: tensors by dotted name; one name is enough for a layer that has several.
     """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name in layers:
-            names.setdefault(id(module), []).append(name)
-    shared = {same[0]: same for same in names.values()}
-    groups: dict[tuple[str, int, torch.dtype | None], list[str]] = {}
+        names.setdefault(id(module), []).append(name)
+    shared: dict[str, list[str]] = {}
+    for same in names.values():
+        for name in same:
+            if name in layers:
+                shared[name] = same
+                break
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name in shared:
-        tensors = layers[name]
-        bias = None if tensors.bias is None else tensors.bias.dtype
-        key = (name.rpartition(".")[0], tensors.weight.shape[1], bias)
+        weight, bias = layers[name].weight, layers[name].bias
+        key = (
+            name.rpartition(".")[0],
+            weight.shape[1],
+            weight.device,
+            getattr(bias, "dtype", None),
+        )
         groups.setdefault(key, []).append(name)
     for group in groups.values():
         members = [layers[name] for name in group]

@@ -60,7 +60,10 @@ def quantize_rows(
         with torch.cuda.device(x.device):
             return launch_quantize_rows(x, norm, activation, gate, weight, bias, eps, factor, keep)
     q, scale, kept = reference.quantize_rows(x, norm, activation, gate, weight, bias, eps, factor)
-    return q, scale, kept.to(x.dtype) if keep else x.new_empty(0)
+    kept = kept.to(x.dtype).contiguous() if keep else x.new_empty(0)
+    if kept.data_ptr() == x.data_ptr():  # an operator must not return its input
+        kept = kept.clone()
+    return q.contiguous(), scale.contiguous(), kept
 
 
 @quantize_rows.register_fake
@@ -112,7 +115,8 @@ def linear(
             return launch_linear(
                 q, scale, weights, weight_scales, biases, gamma, residual, dtype, _kernel(q)
             )
-    return reference.linear(q, scale, weights, weight_scales, biases, gamma, residual, dtype)
+    out = reference.linear(q, scale, weights, weight_scales, biases, gamma, residual, dtype)
+    return out.contiguous()
 
 
 @linear.register_fake
@@ -339,7 +343,7 @@ def _seconds(operands: tuple[torch.Tensor | None, ...], kernel: str, tile: Produ
 
 
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return tensors that lie one after another in memory as one, None if they do not."""
+    """Return tensors that lie one after another in one storage as one, None if they do not."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
@@ -374,6 +378,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 def _tma_addressable(x: torch.Tensor) -> bool:
     return (
         x.data_ptr() % _TMA_BYTES == 0
+        and x.stride(0) > 0  # no rows that were expanded
         and x.stride(0) * x.element_size() % _TMA_BYTES == 0
         and x.stride(1) == 1
     )
