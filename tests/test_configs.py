@@ -98,7 +98,7 @@ def test_the_kernel_is_that_of_the_device_unless_forced(
 ) -> None:
     pretend(monkeypatch, capability, 132)
     assert product_kernel(GPU) == kernel
-    for forced in ("tma", "pointers"):
+    for forced in {kernel, "pointers"}:
         monkeypatch.setenv("INT8BENCH_PRODUCT", forced)
         assert product_kernel(GPU) == forced
     monkeypatch.setenv("INT8BENCH_PRODUCT", "")
@@ -108,6 +108,13 @@ def test_the_kernel_is_that_of_the_device_unless_forced(
 def test_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "cublas")
     message = r"^INT8BENCH_PRODUCT must be one of tma, pointers, got 'cublas'$"
+    with pytest.raises(ValueError, match=message):
+        product_kernel(GPU)
+
+
+def test_a_kernel_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INT8BENCH_PRODUCT", "tma")
+    message = r"^INT8BENCH_PRODUCT=tma needs sm90 or later, this is sm80$"
     with pytest.raises(ValueError, match=message):
         product_kernel(GPU)
 
@@ -243,6 +250,17 @@ for problem in ({PROBLEM!r}, {other!r}):
     code = code.replace("Problem(", "configs.Problem(")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(chosen), str(POINTER_CANDIDATES[0])]
+
+
+def test_what_another_process_tuned_meanwhile_is_kept() -> None:
+    product(PROBLEM, "pointers", GPU, fastest(POINTER_CANDIDATES[1]))
+    mine = dict(configs._tuned("pointers", GPU))
+    other = Problem(5, 5, 5, 4, residual=True)
+    configs._tuned.cache_clear()
+    product(other, "pointers", GPU, fastest(POINTER_CANDIDATES[0]))
+    configs._save("pointers", GPU, mine)  # of a process that knows nothing of the other one
+    [section] = json.loads(configs.tuning_file().read_text()).values()
+    assert set(section) == {PROBLEM.key, other.key}
 
 
 def test_tuning_is_kept_by_device_kernel_and_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,16 +118,23 @@ def product_kernel(device: torch.device) -> str:
     """Return ``tma`` where the device has it (sm90 and later), else ``pointers``.
 
     Raises:
-        KernelError: if ``INT8BENCH_PRODUCT`` is set to something else.
+        KernelError: if ``INT8BENCH_PRODUCT`` is set to something else, or to what the device has
+            not.
     """
     forced = os.environ.get(KERNEL_VARIABLE)
+    has_tma = _capability(device)[0] >= 9
     if forced:
         if forced not in PRODUCTS:
             raise KernelError(
                 f"{KERNEL_VARIABLE} must be one of {', '.join(PRODUCTS)}, got {forced!r}"
             )
+        if forced == "tma" and not has_tma:
+            major, minor = _capability(device)
+            raise KernelError(
+                f"{KERNEL_VARIABLE}=tma needs sm90 or later, this is sm{major}{minor}"
+            )
         return forced
-    return "tma" if _capability(device)[0] >= 9 else "pointers"
+    return "tma" if has_tma else "pointers"
 
 
 def product(
@@ -250,7 +257,11 @@ def _save(kernel: str, device: torch.device, known: dict[str, Product]) -> None:
             everything = json.loads(path.read_text())
         if not isinstance(everything, dict):
             everything = {}
-        everything[_section(kernel, device)] = {key: asdict(tile) for key, tile in known.items()}
+        section = _section(kernel, device)
+        there = everything.get(section)
+        # Another process may have tuned something else meanwhile.
+        others = there if isinstance(there, dict) else {}
+        everything[section] = others | {key: asdict(tile) for key, tile in known.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(everything, file, indent=1, sort_keys=True)
