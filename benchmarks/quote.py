@@ -195,8 +195,8 @@ def _output(output: Any) -> torch.Tensor:
 
 def _weight_bytes(model: nn.Module) -> int:
     total = 0
-    for parameter in model.parameters():
-        held: Any = parameter
+    held: Any
+    for held in (*model.parameters(), *model.buffers()):
         names = held.__tensor_flatten__()[0] if hasattr(held, "__tensor_flatten__") else None
         parts = [held] if names is None else [getattr(held, name) for name in names]
         total += sum(part.nbytes for part in parts)
@@ -267,6 +267,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         _child(variants[0], points, Path(args.child))
         return 0
+    names = [variant.name for variant in variants]
+    for variant in variants:
+        if variant.warm and variant.warm not in names[: names.index(variant.name)]:
+            parser.error(f"--variants: {variant.name} needs {variant.warm} before it")
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "records.jsonl"
@@ -275,7 +279,9 @@ def main(argv: list[str] | None = None) -> int:
             environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{variant.name}"
             command = [sys.executable, __file__, "--child", str(out)]
             command += ["--variants", variant.name, "--points", ",".join(p.name for p in points)]
-            subprocess.run(command, env=environment, check=False)
+            ended = subprocess.run(command, env=environment, check=False).returncode
+            if ended:
+                print(f"{variant.name} ended with {ended}, what it had not measured is missing")
             if out.exists():
                 records = [json.loads(line) for line in out.read_text().splitlines()]
             machine = fingerprint(Path.cwd())

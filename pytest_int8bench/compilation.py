@@ -19,8 +19,7 @@ from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.fused.graph import inductor_with_fusion
-from pytest_int8bench.fused.modules import Int8Linear
+from pytest_int8bench.fused.graph import FusingInductor
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
 from pytest_int8bench.tensors import map_tensors
@@ -97,16 +96,16 @@ class CompiledModel(torch.nn.Module):
         self.regions_refused: str | None = None
 
     def _new_entry(self, fullgraph: bool) -> Callable[..., Any]:
-        """Return what calls the model, compiled at its first call by Inductor; where the model has
-        layers of the fused backend, with what stands around them joined first."""
+        """Return what calls the model, compiled at its first call by Inductor, with what stands
+        around layers of the fused backend joined first."""
         entry = _fresh_entry(self.model)
         if self.mode == "off":
             return entry
-        how: dict[str, Any] = {"mode": self.mode}
-        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
-            how = {"backend": inductor_with_fusion(self.mode, self._dynamic)}
         compiled: Callable[..., Any] = torch.compile(
-            entry, fullgraph=fullgraph, dynamic=self._dynamic, **how
+            entry,
+            fullgraph=fullgraph,
+            backend=FusingInductor(self.mode, self._dynamic),
+            dynamic=self._dynamic,
         )
         return compiled
 
@@ -186,7 +185,8 @@ class CompiledModel(torch.nn.Module):
     def settings(self) -> Iterator[None]:
         """Enter what every call runs under: inference mode, autocast, TF32, the attention
         backend, and compiler settings. All are restored on leaving."""
-        parameter = next(self.model.parameters(), None)
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        parameter = next(tensors, None)
         device_type = "cpu" if parameter is None else parameter.device.type
         with (
             torch.inference_mode(),

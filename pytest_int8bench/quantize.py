@@ -284,7 +284,8 @@ def apply_int8_quant(
         layers = _select(
             model,
             filter_fn or is_transformer_linear,
-            check_shapes=mode == "w8a8" and quant_config is None and not fusing,
+            check_shapes=mode == "w8a8" and quant_config is None,
+            fusing=fusing,
         )
         chosen = {layer.name for layer in layers if layer.reason is None}
         if not chosen:
@@ -333,10 +334,14 @@ def coverage(model: nn.Module) -> Coverage:
 
 def int8_storage(model: nn.Module) -> tuple[int, int]:
     """Return how many quantized linear layers store INT8 weights, and how many there are."""
-    weights: list[Any] = [module.weight for module in model.modules() if is_quantized(module)]
-    # torchao's tensor says the dtype that it stands for; what it stores is its qdata.
-    stored = [weight for weight in weights if getattr(weight, "qdata", weight).dtype == torch.int8]
-    return len(stored), len(weights)
+    layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    stored = [
+        getattr(layer.weight, "qdata", None)
+        if not isinstance(layer, Int8Linear)
+        else layer.int8_weight
+        for layer in layers
+    ]
+    return sum(getattr(held, "dtype", None) == torch.int8 for held in stored), len(layers)
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -359,8 +364,10 @@ def fused_problem(mode: str, device: torch.device) -> str | None:
     """Say why no layer can run on the fused kernels here, or return None."""
     if mode != "w8a8":
         return f"the fused kernels run W8A8, not {mode}"
-    if device.type != "cuda":
-        return f"the fused kernels run on CUDA, not on {device.type}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return (
+            f"the fused kernels run on CUDA, not on {'ROCm' if torch.version.hip else device.type}"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < FUSED_CAPABILITY:
         return f"the fused kernels need sm80 or later, this is sm{capability[0]}{capability[1]}"
@@ -384,12 +391,8 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     told = []
     for layer in layers:
         if layer.reason is None:
-            parent = modules[layer.name.rpartition(".")[0]]
-            tensors = (
-                _plain(modules[layer.name], parent)
-                if layer.name
-                else "type: the model itself, which cannot be replaced in place"
-            )
+            module = modules[layer.name]
+            tensors = _stays(modules, layer.name) or _plain(module)
             if isinstance(tensors, str):
                 layer = dataclasses.replace(layer, fallback=tensors)
             else:
@@ -400,17 +403,25 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     return told
 
 
-def _plain(module: Any, parent: nn.Module) -> Quantized | str:
+def _stays(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Say why a linear layer cannot be replaced by another module, or return None."""
+    module = modules[name]
+    if not name:
+        return "type: the model itself, which cannot be replaced in place"
+    if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
+        return f"type: {type(module).__name__} has a forward of its own"
+    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+        return "type: inside nn.TransformerEncoderLayer"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "type: has forward hooks"
+    return None
+
+
+def _plain(module: Any) -> Quantized | str:
     """Return the tensors of a layer that the fused kernels can run, or why they cannot."""
     weight = module.weight
     if type(weight) is not Int8Tensor:
         return f"weight: {type(weight).__name__}"
-    if type(module).forward is not nn.Linear.forward:
-        return f"type: {type(module).__name__} has a forward of its own"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "type: inside nn.TransformerEncoderLayer"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "type: has forward hooks"
     dynamic = weight.act_quant_kwargs
     if dynamic is None:
         return "activations: not quantized"
@@ -427,11 +438,18 @@ def _plain(module: Any, parent: nn.Module) -> Quantized | str:
         weight.scale.reshape(-1).float(),
         module.bias,
         weight.act_pre_scale,
+        weight.dtype,
     )
 
 
-def _select(model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool) -> list[Layer]:
-    """Return every linear layer of ``model``, those that are not to be converted with reason."""
+def _select(
+    model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool, fusing: bool = False
+) -> list[Layer]:
+    """Return every linear layer of ``model``, those that are not to be converted with reason.
+
+    With ``fusing``, shapes are checked of layers that stay torchao's: the fused kernels take any.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     attention_parts = {
         id(part)
         for module in model.modules()
@@ -445,16 +463,16 @@ def _select(model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool) -> lis
             weights += [module.v_proj_weight, module.in_proj_bias]
             count = sum(weight.numel() for weight in weights if weight is not None)
             layers.append(Layer(f"{name}.in_proj", count, "type: inside nn.MultiheadAttention"))
-        if not isinstance(module, nn.Linear | Int8Linear):
+        if not isinstance(module, nn.Linear):
             continue
         reason = None
         if id(module) in attention_parts or isinstance(module, NonDynamicallyQuantizableLinear):
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
-        elif check_shapes and isinstance(module, nn.Linear):
+        elif check_shapes and not (fusing and _stays(modules, name) is None):
             reason = _shape_reason(module)
-        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        count = module.out_features * (module.in_features + (module.bias is not None))
         layers.append(Layer(name, count, reason))
     return layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from types import TracebackType
@@ -21,8 +22,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     same class and structure: the same modules inside, with parameters and buffers of the same
     names, shapes and dtypes. Of blocks inside blocks, the outer ones count. No blocks are
 
-    - modules without modules inside, such as the linear layers of an MLP: they would be cut off
-      from the operators that they fuse with;
+    - linear layers and modules without modules inside: they would be cut off from the operators
+      that they fuse with;
     - modules that hold a tensor subclass, such as a weight of torchao, which no region takes;
     - modules whose ``forward`` is set on the instance, or a region already.
     """
@@ -42,10 +43,10 @@ class Regions:
     """Context in which Dynamo traces blocks as regions, each kind of them compiled once.
 
     Inside, a block's class is one made for it: the same but for ``forward``, which is marked by
-    ``torch.compiler.nested_compile_region``. So the block itself, its state and its hooks are the
-    user's own, a copy of the model made later knows nothing of it, and eager calls outside are
-    what they were. Dynamo's guards look at the class, so every call of the compiled graph has to
-    be inside. May be entered again.
+    ``torch.compiler.nested_compile_region``; ``type(block)`` is not the user's class then. So the
+    block itself, its state and its hooks are the user's own, a copy of the model made later knows
+    nothing of it, and eager calls outside are what they were. Dynamo's guards look at the class, so
+    every call of the compiled graph has to be inside. May be entered again.
     """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
@@ -90,7 +91,8 @@ def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Mo
 def _may_be_block(module: nn.Module) -> bool:
     tensors = [*module.parameters(), *module.buffers()]
     return (
-        next(module.children(), None) is not None
+        not isinstance(module, nn.Linear)
+        and next(module.children(), None) is not None
         and bool(tensors)
         and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
         and "forward" not in vars(module)
@@ -106,6 +108,21 @@ def _structure(block: nn.Module) -> Hashable:
     )
 
 
+@contextlib.contextmanager
+def _unannounced(own: type) -> Iterator[None]:
+    """Keep a subclass that is made inside from the ``__init_subclass__`` of ``own``, which may keep
+    what it is given."""
+    before = vars(own).get("__init_subclass__")
+    own.__init_subclass__ = classmethod(lambda cls: None)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del own.__init_subclass__
+        else:
+            own.__init_subclass__ = before
+
+
 def _region_class(block: nn.Module) -> type | None:
     """Return the class for a block inside regions, or None if its class allows no such thing."""
     own: Any = type(block)
@@ -117,9 +134,12 @@ def _region_class(block: nn.Module) -> type | None:
     # Not on the original: the mark leaves attributes on the function it is given.
     names = {"forward": torch.compiler.nested_compile_region(forward), "__module__": own.__module__}
     try:
-        region: type = type(own)(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
+        with _unannounced(own):
+            region: type = type(own)(
+                own.__name__, (own,), {**names, "__qualname__": own.__qualname__}
+            )
         with_region = object.__new__(own)
         object.__setattr__(with_region, "__class__", region)
-    except TypeError:  # of a metaclass, __init_subclass__ or another layout
+    except TypeError:  # of a metaclass, or another layout
         return None
     return region

@@ -96,7 +96,7 @@ class Compiled:
             return joined
 
         monkeypatch.setattr(graph, "fuse", noting)
-        real = graph.inductor_with_fusion("default", dynamic)
+        real = graph.FusingInductor("default", dynamic)
 
         def plain(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             return noting(module).forward
@@ -262,7 +262,7 @@ def test_regions_that_are_compiled_once_are_joined_too(
 
 
 @pytest.mark.parametrize("inductor", [False, True])
-def test_layers_whose_outputs_leave_a_region_are_not_joined(
+def test_layers_whose_outputs_leave_a_region_are_made_dense(
     monkeypatch: pytest.MonkeyPatch, inductor: bool
 ) -> None:
     @torch.compiler.nested_compile_region
@@ -277,7 +277,74 @@ def test_layers_whose_outputs_leave_a_region_are_not_joined(
     compiled = Compiled(model, monkeypatch, inductor=inductor)
     with torch.inference_mode():
         close(compiled.run(X), model(X))
-    assert [part.linear for part in compiled.parts if part.linear] == [("1", "1")]
+    assert [part.linear for part in compiled.parts if part.linear] == [("2",)]
+
+
+def _as_strided(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return torch.as_strided(q, (8, DIM), (DIM, 1)) + k.reshape(-1, DIM)[:8]
+
+
+def _mutated_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    q.view(-1, 4).mul_(2)
+    return q - k
+
+
+def _sliced_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return q[:, :].view(-1, 4) - k.reshape(-1, 4)
+
+
+def _overloaded_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return torch.ops.aten.view(q, [-1, 4]) - k.view_as(x).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize(
+    "forward",
+    [_as_strided, _mutated_view, _sliced_view, _overloaded_view, lambda m, x: (m.a(x), m.b(x))],
+)
+def test_what_joined_layers_give_is_what_each_gave(
+    forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch, inductor=inductor)
+    with torch.inference_mode():
+        found, expected = compiled.run(X), model(X)
+    assert compiled.part.linear == ("2",)
+    if isinstance(expected, torch.Tensor):
+        found, expected = (found,), (expected,)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_a_layer_scale_that_is_written_to_before_the_residual_keeps_it_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        gamma = x[0, 0] * 1
+        scaled = m.a(x) * gamma
+        changed = gamma.mul_(3)
+        return (scaled + x) + changed
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        close(compiled.run(X), model(X))
+
+
+def test_a_product_with_itself_is_no_layer_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return y * y
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        close(compiled.run(X[0, 0]), model(X[0, 0]))
 
 
 def test_weights_called_in_another_order_than_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,8 +723,8 @@ def test_a_weight_that_is_made_between_two_layers_keeps_them_apart(
             rest = ([layer.weight_scale], [layer.bias], None, None, x.dtype)
             return operators.linear(q, scale, [weight], *rest)
 
-        one = product(m.a.weight, m.a)
-        return one - product(m.b.weight.flip(0), m.b)
+        one = product(m.a.int8_weight, m.a)
+        return one - product(m.b.int8_weight.flip(0), m.b)
 
     part = joined(written(forward), monkeypatch)
     assert (part.linear, part.others) == (("1", "1"), {"flip": 1, "sub": 1})
@@ -696,6 +763,6 @@ def test_layers_are_still_right_on_their_own() -> None:
     model = written(lambda m, x: m.a(x))
     assert isinstance(model.a, Int8Linear)
     q, scale, _ = operators.quantize_rows(X)
-    weight = model.a.weight.double() * model.a.weight_scale.double()[:, None]
+    weight = model.a.int8_weight.double() * model.a.weight_scale.double()[:, None]
     expected = (q.double() * scale.double()[..., None]) @ weight.T + model.a.bias
     close(model(X).double(), expected)

@@ -465,7 +465,7 @@ def launches() -> Iterator[list[tuple[str, int]]]:
         (Multiplied(2, (16,), 16, residual=True, layout=sliced), [("pointers", 16)]),
         (Multiplied(2, (16,), 16, residual=True, layout=expanded), [("pointers", 16)]),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_which_products_run(case: Multiplied, ran: list[tuple[str, int]]) -> None:
     arguments = case.make()
@@ -533,7 +533,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=range(len(ALL)))
 def test_the_operator_that_quantizes_rows_keeps_the_rules(case: Case) -> None:
     arguments = case.make()
     torch.library.opcheck(torch.ops.int8bench.quantize_rows.default, arguments)
@@ -547,7 +547,7 @@ def test_the_operator_that_quantizes_rows_keeps_the_rules(case: Case) -> None:
         Multiplied(4, (4, 2), 6, torch.bfloat16, gamma=True, residual=True, layout=transposed),
         Multiplied(0, (4,), 6),
     ],
-    ids=str,
+    ids=["one", "two-everything", "empty"],
 )
 def test_the_operator_that_multiplies_keeps_the_rules(case: Multiplied) -> None:
     torch.library.opcheck(torch.ops.int8bench.linear.default, case.make())

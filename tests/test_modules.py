@@ -22,7 +22,8 @@ def quantized(n: int, k: int = K, *, bias: bool = True, seed: int = 0, **given: 
     weight = torch.randint(-128, 128, (n, k), generator=generator).to(torch.int8)
     scale = torch.rand(n, generator=generator) / 128
     there = torch.randn(n, generator=generator) if bias else None
-    return Quantized(weight, scale, given.get("bias_tensor", there), given.get("factor"))
+    dtype = given.get("dtype", torch.float32)
+    return Quantized(weight, scale, given.get("bias_tensor", there), given.get("factor"), dtype)
 
 
 def alone(tensors: Quantized) -> Int8Linear:
@@ -101,13 +102,23 @@ def test_a_factor_multiplies_the_input() -> None:
 
 def test_a_layer_tells_its_sizes_and_learns_nothing() -> None:
     layer = alone(quantized(5, bias=False))
-    assert repr(layer) == "Int8Linear(in_features=16, out_features=5)"
+    assert layer.extra_repr() == "in_features=16, out_features=5, bias=False"
+    assert isinstance(layer, nn.Linear)
     assert (layer.bias, layer.factor) == (None, None)
-    assert {name: p.dtype for name, p in layer.named_parameters()} == {
-        "weight_block": torch.int8,
-        "scale_block": torch.float32,
+    assert {name: held.dtype for name, held in layer.named_buffers()} == {
+        "block.weight": torch.int8,
+        "block.scale": torch.float32,
     }
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_code_that_reads_the_weight_gets_it_in_the_dtype_it_had(dtype: torch.dtype) -> None:
+    tensors = quantized(5, dtype=dtype)
+    weight = alone(tensors).weight
+    assert weight.dtype == dtype
+    exactly = tensors.weight.double() * tensors.weight_scale.double()[:, None]
+    assert (weight.double() - exactly).abs().max() <= torch.finfo(dtype).eps * exactly.abs().max()
 
 
 # -- replacing ----------------------------------------------------------------------------------
@@ -118,13 +129,15 @@ def test_layers_are_replaced_with_their_own_tensors(attention: Any) -> None:
         layer = getattr(attention, name)
         assert isinstance(layer, Int8Linear)
         for part, expected in vars(tensors).items():
-            held = getattr(layer, part)
+            if part == "dtype":
+                continue
+            held = getattr(layer, "int8_weight" if part == "weight" else part)
             assert held is expected if expected is None else torch.equal(held, expected)
     assert type(attention.norm) is nn.LayerNorm
     assert list(attention._modules) == ["k", "q", "v", "proj", "norm"]
 
 
-@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+@pytest.mark.parametrize("name", ["int8_weight", "weight_scale", "bias"])
 def test_layers_that_may_share_an_input_are_neighbours(attention: Any, name: str) -> None:
     together = parts(attention, name)
     whole = operators.joined(together)
@@ -135,21 +148,20 @@ def test_layers_that_may_share_an_input_are_neighbours(attention: Any, name: str
     assert operators.joined([together[0], getattr(attention.proj, name)]) is None
 
 
-@pytest.mark.parametrize("name", ["weight_block", "scale_block", "bias_block"])
-def test_neighbours_have_one_parameter(attention: Any, name: str) -> None:
+def test_neighbours_share_a_block(attention: Any) -> None:
     # Regions that are compiled once take no two inputs of one storage.
-    first, *others = parts(attention, name)
-    assert isinstance(first, nn.Parameter)
+    first, *others = parts(attention, "block")
     assert all(other is first for other in others)
-    assert len(list(attention.parameters())) == 3 + 3 + 2  # of three layers, one, and the norm
+    assert attention.proj.block is not first
+    assert len(list(attention.buffers())) == 2 * 3
 
 
 def test_neighbours_outlive_each_other() -> None:
     model = Attention()
     replace_linears(model, TENSORS)
-    last = model.v.weight
+    last = model.v
     del model
-    assert torch.equal(last, TENSORS["v"].weight)
+    assert torch.equal(last.int8_weight, TENSORS["v"].weight)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +176,7 @@ def test_neighbours_outlive_each_other() -> None:
 def test_layers_of_other_kinds_are_no_neighbours(other: Quantized) -> None:
     model: Any = nn.ModuleDict({"a": nn.Linear(K, 4), "b": nn.Linear(K, 3)})
     replace_linears(model, {"a": quantized(4), "b": other})
-    assert operators.joined([model["a"].weight, model["b"].weight]) is None
+    assert operators.joined([model["a"].int8_weight, model["b"].int8_weight]) is None
     bias = model["b"].bias
     assert bias is other.bias or bias.dtype == other.bias.dtype
 
@@ -172,7 +184,7 @@ def test_layers_of_other_kinds_are_no_neighbours(other: Quantized) -> None:
 def test_layers_of_two_parents_are_no_neighbours() -> None:
     model: Any = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(K, 4)}) for _ in range(2))
     replace_linears(model, {"0.a": quantized(4), "1.a": quantized(4)})
-    assert operators.joined([part["a"].weight for part in model]) is None
+    assert operators.joined([part["a"].int8_weight for part in model]) is None
 
 
 @pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
@@ -192,7 +204,7 @@ def test_a_parent_of_two_names_is_replaced_once() -> None:
     replace_linears(model, {"0.a": quantized(4), "0.b": quantized(4)})
     assert model[0] is model[1]
     assert isinstance(inner["a"], Int8Linear)
-    assert operators.joined([inner["a"].weight, inner["b"].weight]) is not None
+    assert operators.joined([inner["a"].int8_weight, inner["b"].int8_weight]) is not None
 
 
 def test_layers_that_could_learn_are_replaced() -> None:
@@ -227,16 +239,16 @@ def same(model: Any, twin: Any) -> None:
 def test_a_copy_computes_the_same_with_memory_of_its_own(attention: Any) -> None:
     twin = copy.deepcopy(attention)
     same(attention, twin)
-    for one, other in itertools.product(attention.parameters(), twin.parameters()):
+    for one, other in itertools.product(attention.buffers(), twin.buffers()):
         assert one.data_ptr() != other.data_ptr()
-    assert operators.joined(parts(twin, "weight")) is not None
+    assert operators.joined(parts(twin, "int8_weight")) is not None
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_a_model_that_is_moved_computes_the_same(attention: Any, dtype: torch.dtype | None) -> None:
     twin = copy.deepcopy(attention).to("cpu", dtype)
-    assert twin.q.weight.dtype == torch.int8
-    assert operators.joined(parts(twin, "weight")) is not None
+    assert twin.q.int8_weight.dtype == torch.int8
+    assert operators.joined(parts(twin, "int8_weight")) is not None
     x = torch.randn(4, K, generator=torch.Generator().manual_seed(3))
     for name in ("q", "k", "v"):
         before, after = getattr(attention, name)(x), getattr(twin, name)(x)
@@ -253,4 +265,4 @@ def test_a_state_dict_goes_there_and_back(attention: Any) -> None:
     replace_linears(fresh, {name: quantized(*t.weight.shape) for name, t in TENSORS.items()})
     fresh.load_state_dict(state)
     same(attention, fresh)
-    assert operators.joined(parts(fresh, "weight")) is not None
+    assert operators.joined(parts(fresh, "int8_weight")) is not None

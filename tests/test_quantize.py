@@ -852,14 +852,14 @@ def test_layers_are_lowered_with_the_values_and_scales_of_torchao(
     for name in CONVERTED:
         layer = model.get_submodule(name)
         assert isinstance(layer, Int8Linear)
-        assert torch.equal(layer.weight, weights[name].qdata)
+        assert torch.equal(layer.int8_weight, weights[name].qdata)
         assert torch.equal(layer.weight_scale, weights[name].scale.flatten().float())
         assert layer.weight_scale.dtype == torch.float32
         assert torch.equal(layer.bias, biases[name])
         assert layer.factor is None
     assert int8_storage(model) == (6, 6)
     attention = model.attn
-    for part in ("weight", "weight_scale", "bias"):
+    for part in ("int8_weight", "weight_scale", "bias"):
         parts = [getattr(layer, part) for layer in (attention.q, attention.k, attention.v)]
         assert joined(parts) is not None
 
@@ -881,23 +881,6 @@ def test_a_lowered_model_compiles_to_one_graph(model: Transformer, batch: torch.
         compiled = compile_for_a100(model, mode="default", attention="math")
         assert sqnr_db(model(batch), compiled(batch)) > 35
     assert compiled.first_call_s is not None
-
-
-def test_only_a_lowered_model_is_compiled_by_a_backend_of_ours(
-    model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda entry, **options: asked.append(options))
-    apply_int8_quant(model)
-    compile_for_a100(model, mode="max-autotune", fullgraph=False, dynamic=True)
-    lowered(model)
-    compile_for_a100(model, mode="max-autotune", fullgraph=False, dynamic=True)
-    backend = asked[1].pop("backend")
-    assert asked == [
-        {"fullgraph": False, "mode": "max-autotune", "dynamic": True},
-        {"fullgraph": False, "dynamic": True},
-    ]
-    assert backend.__qualname__.startswith("inductor_with_fusion")
 
 
 def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:

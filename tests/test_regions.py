@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,9 +124,14 @@ def test_classes_come_back_after_an_exception() -> None:
 
 
 def test_a_class_that_allows_no_subclass_is_left_as_it_is() -> None:
-    class Final(Block):
-        def __init_subclass__(cls) -> None:
-            raise TypeError("final")
+    class Sealing(type):
+        def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
+            if any(isinstance(base, Sealing) for base in bases):
+                raise TypeError("final")
+            return super().__new__(cls, name, bases, names)
+
+    class Final(Block, metaclass=Sealing):
+        pass
 
     model = Blocks(Final(), Final())
     regions = Regions(repeated_blocks(model))
@@ -143,24 +147,42 @@ def test_a_class_that_allows_no_subclass_is_left_as_it_is() -> None:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """The graphs that Dynamo hands on, to a backend that is quicker than Inductor."""
     found: list[torch.fx.GraphModule] = []
-    compile_ = torch.compile
 
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        found.append(graph)
+    def quick(self: Any, model_: torch.fx.GraphModule, inputs_: Any, **kwargs: Any) -> Any:
+        found.append(model_)
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(graph, inputs)
+        return aot_eager(model_, inputs_)
 
-    def quick(entry: Callable[..., Any], *, mode: str, **kwargs: Any) -> Any:
-        return compile_(entry, backend=backend, **kwargs)
-
-    monkeypatch.setattr(torch, "compile", quick)
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", quick)
     return found
 
 
 def calls(graph: torch.fx.GraphModule) -> int:
     """Return how many regions a graph calls."""
     return sum("invoke_subgraph" in str(node.target) for node in graph.graph.nodes)
+
+
+class Shortened(nn.Module):
+    """Returns a view from the middle of a tensor: without the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(X.shape[-1], X.shape[-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)[:, 1:]
+
+
+def test_blocks_that_return_a_view_from_the_middle_are_no_regions(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    x = torch.randn(2, 6, X.shape[-1])
+    compiled = compiled_and_eager(nn.Sequential(*(Shortened() for _ in range(3))), x)
+    assert compiled.regions == 0
+    assert compiled.regions_refused is not None
+    assert "a block returns a view from the middle of a tensor" in compiled.regions_refused
+    assert calls(graphs[-1]) == 0
 
 
 def compiled_and_eager(model: nn.Module, x: torch.Tensor = X, **options: Any) -> CompiledModel:
@@ -313,3 +335,29 @@ def test_no_region_without_a_compiler() -> None:
     eager = compile_for_a100(Blocks(Block(), Block()), mode="off")
     eager(X)
     assert (eager.regions, eager.regions_refused) == (0, None)
+
+
+def test_classes_made_for_blocks_are_not_announced() -> None:
+    registry: list[type] = []
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls) -> None:
+            registry.append(cls)
+
+    class Block(Registered):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+    with Regions([Block(), Block()]) as regions:
+        assert len(regions) == 2
+    assert registry == [Block]
+
+
+def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
+    class Holding(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.inner = nn.LayerNorm(4)
+
+    assert repeated_blocks(nn.Sequential(Holding(), nn.GELU(), Holding())) == []

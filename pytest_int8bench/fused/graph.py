@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
 from pytest_int8bench.fused import operators as operators  # registers them
@@ -51,6 +52,39 @@ _PARAMETERS: dict[Any, tuple[str, ...]] = {
     torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
+# Operators that return a view of their first argument.
+_VIEWS = {
+    ("call_method", name)
+    for name in (
+        *("reshape", "view", "transpose", "permute", "unflatten", "flatten", "unsqueeze"),
+        *("squeeze", "movedim", "swapaxes", "chunk", "split", "unbind"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(torch.reshape, torch.transpose, torch.permute, torch.unflatten, torch.flatten),
+        *(torch.unsqueeze, torch.squeeze, torch.movedim, torch.swapaxes, torch.chunk),
+        *(torch.split, torch.unbind, operator.getitem),
+    )
+}
+# Operators that read any tensor by its strides, and return new ones.
+_READERS = {
+    ("call_method", name)
+    for name in (
+        *("contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "size"),
+        *("add", "sub", "mul", "div", "neg", "abs", "pow", "square", "matmul", "softmax"),
+        *("mean", "sum", "norm", "sin", "cos", "rsqrt"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
+        *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
+        *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
+        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
+        *(F.scaled_dot_product_attention, *_NORMS, _QUANTIZE, _LINEAR),
+    )
+}
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",
     F.relu: "relu",
@@ -65,8 +99,7 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
             graph = part.graph
             _drop_inactive_dropout(graph)
             _share_quantization(graph)
-            # What a region returns must not share memory, as parts of one product do.
-            _join_products(graph, set() if part is module else _returned(graph))
+            _join_products(graph)
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
@@ -75,14 +108,38 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def inductor_with_fusion(mode: str, dynamic: bool | None) -> Callable[..., Any]:
-    """Return a backend of ``torch.compile``: :func:`fuse`, then Inductor in ``mode``."""
-    inductor = torch._TorchCompileInductorWrapper(mode, None, dynamic)
+class FusingInductor(torch._TorchCompileInductorWrapper):
+    """Backend of ``torch.compile``: :func:`fuse`, then Inductor.
 
-    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
-        return inductor(fuse(module), inputs)
+    Args:
+        mode: the mode of ``torch.compile``.
+        dynamic: as in ``torch.compile``.
+    """
 
-    return backend
+    def __init__(self, mode: str, dynamic: bool | None) -> None:
+        super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+
+    def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        fuse(model_)
+        _check_regions(model_)
+        return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _check_regions(module: fx.GraphModule) -> None:
+    """Raise if a region returns a view from the middle of a tensor: Inductor adds its offset twice
+    and reads what lies behind (``InvokeSubgraph.create`` of torch 2.13)."""
+    for part in module.modules():
+        if part is module or not isinstance(part, fx.GraphModule):
+            continue
+        inputs = [_value(node) for node in part.graph.find_nodes(op="placeholder")]
+        mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+        if mode is None:
+            continue
+        FakeTensorProp(part, mode).propagate_dont_convert_inputs(*inputs)
+        for node in part.graph.output_node().all_input_nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.storage_offset() != 0:
+                raise RuntimeError("a block returns a view from the middle of a tensor")
 
 
 def _has_linear(graph: fx.Graph) -> bool:
@@ -132,23 +189,12 @@ def _replace_outputs(node: Node, kept: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _returned(graph: fx.Graph) -> set[int]:
-    """Return the storages of what ``graph`` returns."""
-    return {id_ for node in graph.output_node().all_input_nodes if (id_ := _storage(node))}
-
-
-def _storage(node: Node) -> int | None:
-    value = _value(node)
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _join_products(graph: fx.Graph, apart: set[int]) -> None:
-    """Make layers of one input one product, and split its output; but not layers whose output is
-    in one of the storages ``apart``."""
+def _join_products(graph: fx.Graph) -> None:
+    """Make layers of one input one product, and split its output."""
+    written = any(map(_writes, graph.nodes))
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
-        plain = node.target is _LINEAR and node.args[_GAMMA] is None
-        if plain and node.args[_RESIDUAL] is None and _storage(node) not in apart:
+        if node.target is _LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
             groups.setdefault((*node.args[:2], node.args[_DTYPE]), []).append(node)
     for nodes in groups.values():
         if len(nodes) < 2:
@@ -170,10 +216,35 @@ def _join_products(graph: fx.Graph, apart: set[int]) -> None:
             column.meta = dict(node.meta)
             node.replace_all_uses_with(column)
             graph.erase_node(node)
-            # A part of the joined rows is not contiguous: not every view of it can be.
-            for user in column.users:
-                if user.op == "call_method" and user.target == "view":
-                    user.target = "reshape"
+            # A column of the joined rows is not dense, as the layer's output was.
+            views = None if written else _views_read_by_strides(column)
+            if views is None:
+                with graph.inserting_after(column):
+                    dense = graph.call_method("contiguous", (column,))
+                dense.meta = dict(node.meta)
+                for user in list(column.users):
+                    if user is not dense:
+                        user.replace_input_with(column, dense)
+                continue
+            for view in views:
+                if view.target == "view":
+                    view.target = "reshape"
+
+
+def _views_read_by_strides(node: Node) -> list[Node] | None:
+    """Return all views of ``node``, or None if something else reads one of them than what is known
+    to go by strides: a kernel may have been promised rows without gaps."""
+    views: list[Node] = []
+    for user in node.users:
+        dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
+        if (user.op, user.target) in _VIEWS and not dtypes:
+            inner = _views_read_by_strides(user)
+            if inner is None:
+                return None
+            views += [user, *inner]
+        elif (user.op, user.target) not in _READERS:
+            return None
+    return views
 
 
 def _moved_before(operand: Node, node: Node) -> bool:
@@ -195,11 +266,13 @@ def _absorb_scale_and_residual(graph: fx.Graph) -> None:
         user = _only_user(node)
         if user is not None and user.target in _MULTIPLY and not user.kwargs:
             gamma = _other(user, node)
-            if _is_row_of(gamma, node) and _same_dtype(user, node):
+            if gamma is not node and _is_row_of(gamma, node) and _same_dtype(user, node):
                 node = _replaced(graph, user, node, _GAMMA, gamma)
                 user = _only_user(node)
         if user is not None and user.target in _ADD and not user.kwargs:
             residual = _other(user, node)
+            if node.args[_GAMMA] is not None and not _nothing_mutated(node, user):
+                continue
             if _alike(residual, node) and _same_dtype(user, node):
                 _replaced(graph, user, node, _RESIDUAL, residual)
 

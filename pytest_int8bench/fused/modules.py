@@ -24,88 +24,108 @@ class Quantized:
     """(N,)."""
     factor: torch.Tensor | None
     """(K,) that the input is multiplied by (SmoothQuant)."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the weight that was quantized."""
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with INT8 weights that quantizes each row of its input.
+class Block(nn.Module):
+    """Tensors of neighbouring layers, one after another.
 
-    Its tensors are rows of blocks that it may share with layers beside it, so that one product can
-    serve all that take the same input: blocks, and not views of one storage, because a compiled
-    region takes no inputs that overlap. By itself it runs two operators; compiled by
-    ``compile_for_a100``, what stands before and after it joins them (:mod:`graph`).
+    Buffers: code that asks for the dtype of a model's parameters is not to find INT8. A module, so
+    that the layers go on sharing it where a model is moved.
 
     Args:
-        block: the tensors of the layers that share them, one after another.
+        layers: the layers, with inputs of one width and biases of one dtype, or none.
+    """
+
+    weight: torch.Tensor
+    """INT8 (sum of N, K)."""
+    scale: torch.Tensor
+    """FP32 (sum of N,)."""
+    bias: torch.Tensor | None
+    """(sum of N,)."""
+
+    def __init__(self, layers: list[Quantized]) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.cat([layer.weight for layer in layers]))
+        self.register_buffer("scale", torch.cat([layer.weight_scale for layer in layers]))
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with INT8 weights that quantizes each row of its input.
+
+    Its tensors are rows of a block that it may share with layers beside it, so that one product can
+    serve all that take the same input. The block is an input of a compiled graph as a whole: a
+    compiled region takes no inputs that overlap. By itself the layer runs two operators; compiled
+    by ``compile_for_a100``, what stands before and after it joins them (:mod:`graph`).
+
+    Args:
+        block: the tensors of the layers that share them.
         start: the first row of this layer.
         stop: the row after its last one.
+        dtype: of the weight that was quantized.
         factor: (K,) that the input is multiplied by (SmoothQuant).
     """
 
-    weight_block: nn.Parameter
-    scale_block: nn.Parameter
-    bias_block: nn.Parameter | None
-    factor: nn.Parameter | None
-
     def __init__(
-        self, block: Block, start: int, stop: int, factor: torch.Tensor | None = None
+        self,
+        block: Block,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        factor: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = block.weight.shape[1], stop - start
         self._rows = None if stop - start == len(block.weight) else slice(start, stop)
-        self.weight_block = block.weight
-        self.scale_block = block.scale
-        self.register_parameter("bias_block", block.bias)
-        held = None if factor is None else nn.Parameter(factor, requires_grad=False)
-        self.register_parameter("factor", held)
+        self._dtype = dtype
+        self.block = block
+        self.factor: torch.Tensor | None
+        self.register_buffer("factor", factor)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def int8_weight(self) -> torch.Tensor:
         """INT8 (N, K)."""
-        return self._own(self.weight_block)
+        return self._own(self.block.weight)
 
     @property
     def weight_scale(self) -> torch.Tensor:
-        """FP32 (N,): weight x scale is the layer's weight."""
-        return self._own(self.scale_block)
+        """FP32 (N,): ``int8_weight`` x scale is the layer's weight."""
+        return self._own(self.block.scale)
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight (N, K) in the dtype it had, for code that reads it. Computed each time."""
+        return (self.int8_weight.float() * self.weight_scale.unsqueeze(-1)).to(self._dtype)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """(N,), or None."""
-        return None if self.bias_block is None else self._own(self.bias_block)
+        return None if self.block.bias is None else self._own(self.block.bias)
 
     def _own(self, block: torch.Tensor) -> torch.Tensor:
         return block if self._rows is None else block[self._rows]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (..., N) in the dtype of ``x`` (..., K)."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return (..., N) in the dtype of ``input`` (..., K)."""
         q, scale, _ = operators.quantize_rows(
-            x, "none", "none", None, None, None, 0.0, self.factor, False
+            input, "none", "none", None, None, None, 0.0, self.factor, False
         )
-        out: torch.Tensor = operators.linear(
-            q, scale, [self.weight], [self.weight_scale], [self.bias], None, None, x.dtype
-        )
+        weights = [self.int8_weight], [self.weight_scale], [self.bias]
+        out: torch.Tensor = operators.linear(q, scale, *weights, None, None, input.dtype)
         return out
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tensors of neighbouring layers, one after another."""
-
-    weight: nn.Parameter
-    """INT8 (sum of N, K)."""
-    scale: nn.Parameter
-    """FP32 (sum of N,)."""
-    bias: nn.Parameter | None
-    """(sum of N,)."""
+        has_bias = self.block.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
     """Put an :class:`Int8Linear` in the place of each named layer of ``model``.
 
-    Layers of one parent that take inputs of one width share blocks, in the order in which the
+    Layers of one parent that take inputs of one width share a block, in the order in which the
     parent holds them.
 
     Args:
@@ -133,23 +153,12 @@ def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
         groups.setdefault(key, []).append(name)
     for group in groups.values():
         members = [layers[name] for name in group]
-        block = _block(members)
+        block = Block(members)
         start = 0
         for name, tensors in zip(group, members, strict=True):
-            layer = Int8Linear(block, start, start + len(tensors.weight), tensors.factor)
-            start += len(tensors.weight)
+            stop = start + len(tensors.weight)
+            layer = Int8Linear(block, start, stop, tensors.dtype, tensors.factor)
+            layer.train(model.training)
+            start = stop
             for alias in shared[name]:
                 model.set_submodule(alias, layer)
-
-
-def _block(layers: list[Quantized]) -> Block:
-    there = [layer.bias for layer in layers if layer.bias is not None]
-    return Block(
-        _fixed(torch.cat([layer.weight for layer in layers])),
-        _fixed(torch.cat([layer.weight_scale for layer in layers])),
-        _fixed(torch.cat(there)) if there else None,
-    )
-
-
-def _fixed(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
