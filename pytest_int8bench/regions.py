@@ -120,7 +120,7 @@ def _unannounced(own: type) -> Iterator[None]:
         if before is None:
             del own.__init_subclass__
         else:
-            own.__init_subclass__ = before
+            own.__init_subclass__ = before  # type: ignore[method-assign]
 
 
 def _region_class(block: nn.Module) -> type | None:
