@@ -180,10 +180,14 @@ class Model:
                         "use a larger batch, or int8_mode w8"
                     ) from error
                 if _NO_KERNEL in str(error):
+                    tried = self.compiled.attention
+                    usable = "efficient or math"
+                    if self.params.attention != "auto":
+                        usable = f"auto, {usable}"
                     raise AttentionError(
-                        f"attention={self.params.attention} cannot run the attention of workload "
+                        f"attention={tried} cannot run the attention of workload "
                         f"{self.workload.name!r} on {self.device.type} (masks, head sizes and "
-                        "dtypes differ by backend): use attention=auto, efficient or math"
+                        f"dtypes differ by backend): use attention={usable}"
                     ) from None
                 raise
         return self._ready

@@ -25,7 +25,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     - linear layers and modules without modules inside: they would be cut off from the operators
       that they fuse with;
     - modules that hold a tensor subclass, such as a weight of torchao, which no region takes;
-    - modules whose ``forward`` is set on the instance, or a region already.
+    - modules whose ``forward`` is set on the instance, or a region already, or asks for a type,
+      which is another one inside a region.
     """
     found: dict[nn.Module, None] = {}
     for module in _outside(model, found):
@@ -97,7 +98,13 @@ def _may_be_block(module: nn.Module) -> bool:
         and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
         and "forward" not in vars(module)
         and not hasattr(type(module).forward, _MARK)
+        and not _asks_for_type(type(module).forward)
     )
+
+
+def _asks_for_type(forward: Any) -> bool:
+    code = getattr(forward, "__code__", None)
+    return code is not None and not {"type", "__class__"}.isdisjoint(code.co_names)
 
 
 def _structure(block: nn.Module) -> Hashable:

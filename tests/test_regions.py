@@ -361,3 +361,11 @@ def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
             self.inner = nn.LayerNorm(4)
 
     assert repeated_blocks(nn.Sequential(Holding(), nn.GELU(), Holding())) == []
+
+
+def test_blocks_that_ask_for_their_type_are_no_regions() -> None:
+    class Asking(Block):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs) * (2 if type(self) is Asking else 1)
+
+    assert repeated_blocks(Blocks(Asking(), Asking())) == []
