@@ -67,8 +67,15 @@ def int8(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, device=CUDA)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Each epilogue and dtype is a kernel that Triton compiles for seconds.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, torch.bfloat16) for shape in SHAPES),
+        *((SHAPES[2], dtype) for dtype in (torch.float16, torch.float32)),
+    ],
+    ids=str,
+)
 def test_products_are_those_of_float64(
     kernel: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -80,7 +87,7 @@ def test_products_are_those_of_float64(
     exact = (q.double() @ weight.double().T) * scale.double()[:, None] * weight_scale.double()
     # A rounding to the output's dtype is at most eps / 2 for each element.
     allowed = torch.finfo(dtype).eps
-    for b, g, r in ((None, None, None), (bias, None, residual), (bias, gamma, residual)):
+    for b, g, r in ((bias, None, None), (bias, gamma, residual)):
         want = exact
         want = want if b is None else want + b.double()
         want = want if g is None else want * g.double()
@@ -90,18 +97,25 @@ def test_products_are_those_of_float64(
         assert error(out, want) < allowed, (b is None, g is None, r is None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("columns", [8, 100, 192, 768, 1000, 3072, 4096, 11008, 32768, 40000])
 @pytest.mark.parametrize(
-    ("norm", "activation"),
-    [("none", "none"), ("layer", "none"), ("rms", "none"), ("none", "gelu"), ("none", "silu")],
+    ("columns", "norm", "activation", "dtype"),
+    [
+        *((columns, "none", "none", torch.bfloat16) for columns in (8, 100, 4096, 32768, 40000)),
+        *((columns, "layer", "none", torch.bfloat16) for columns in (192, 768, 1000)),
+        *((columns, "none", "gelu", torch.bfloat16) for columns in (3072, 11008)),
+        (768, "rms", "none", torch.bfloat16),
+        (3072, "none", "silu", torch.bfloat16),
+        (768, "layer", "none", torch.float32),
+        (768, "none", "gelu", torch.float16),
+    ],
 )
 def test_rows_are_quantized_as_the_reference_does(
     columns: int, norm: str, activation: str, dtype: torch.dtype
 ) -> None:
     x = torch.randn(2, columns, 37, device=CUDA, dtype=dtype).transpose(1, 2)
     x[0, 0] = 0
-    x[0, 1] *= 1e30
+    # The square of a larger one has no FP32, and itself no FP16.
+    x[0, 1] *= 1e30 if norm == "none" and dtype == torch.bfloat16 else 1e3
     x[0, 2] *= 1e-30
     x[0, 3, columns // 2] = 1e4
     weight, bias = (torch.randn(columns, device=CUDA, dtype=dtype) for _ in range(2))
