@@ -19,7 +19,7 @@ from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.fused.graph import FusingInductor
+from pytest_int8bench.inductor import FusingInductor
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
 from pytest_int8bench.tensors import map_tensors

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pytest_int8bench.fused import graph, operators
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
+from pytest_int8bench.inductor import FusingInductor
 
 DIM = 16
 X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
@@ -96,7 +97,7 @@ class Compiled:
             return joined
 
         monkeypatch.setattr(graph, "fuse", noting)
-        real = graph.FusingInductor("default", dynamic)
+        real = FusingInductor("default", dynamic)
 
         def plain(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             return noting(module).forward

@@ -145,9 +145,9 @@ def int8_product_tma(
         held = ()
         for part in tl.static_range(PARTS):
             if EARLY and HAS_RESIDUAL:
-                held = held + (residual.load([at_m, at_n + part * PART]),)  # noqa: RUF005
+                held = held + (residual.load([at_m, at_n + part * PART]),)
             else:
-                held = held + (0,)  # noqa: RUF005
+                held = held + (0,)
         acc = tl.zeros((BM, BN), dtype=tl.int32)
         for k in range(k_tiles):
             left = a.load([at_m, k * BK])
@@ -312,7 +312,7 @@ def quantize_rows(
         if HAS_GATE:
             other = tl.load(gate + rows[:, None] * gate_stride + columns, mask=mask, other=0.0)
             piece *= other.to(tl.float32)
-        pieces = pieces + (piece,)  # noqa: RUF005
+        pieces = pieces + (piece,)
 
     if NORM != 0:
         # Pieces are added up first, so that threads exchange one value a row.
@@ -339,7 +339,7 @@ def quantize_rows(
             if HAS_BIAS:
                 b = tl.load(bias + columns, mask=columns < K, other=0.0)
                 piece += b.to(tl.float32)[None, :]
-            normed = normed + (piece,)  # noqa: RUF005
+            normed = normed + (piece,)
         pieces = normed
 
     # Magnitudes compared as integers: the same order, and NaN is the largest.
@@ -358,7 +358,7 @@ def quantize_rows(
         if not EVEN:
             piece = tl.where((columns < K)[None, :], piece, 0.0)
         magnitudes = tl.maximum(magnitudes, piece.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        ready = ready + (piece,)  # noqa: RUF005
+        ready = ready + (piece,)
 
     largest = tl.max(magnitudes, axis=1)
     peak = largest.to(tl.float32, bitcast=True)

@@ -1,0 +1,187 @@
+"""What a node of Dynamo's graph is and does, as far as joining operators has to know."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from pytest_int8bench.fused import operators as operators  # registers them
+
+# An fx.Node, whose arguments are typed as anything that a graph can hold.
+Node: TypeAlias = Any
+
+QUANTIZE = torch.ops.int8bench.quantize_rows.default
+LINEAR = torch.ops.int8bench.linear.default
+
+ADD = (operator.add, torch.add)
+MULTIPLY = (operator.mul, torch.mul)
+_MUTATING = {operator.setitem, operator.delitem} | {
+    getattr(operator, "i" + name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+}
+NORMS: dict[Any, str] = {
+    F.layer_norm: "layer",
+    torch.layer_norm: "layer",
+    F.rms_norm: "rms",
+    torch.rms_norm: "rms",
+}
+_GELU = torch._C._nn.gelu
+# Of built-in functions, which do not tell them.
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    _GELU: ("input", "approximate"),
+    torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
+# Operators that return a view of their first argument.
+_VIEWS = {
+    ("call_method", name)
+    for name in (
+        *("reshape", "view", "transpose", "permute", "unflatten", "flatten", "unsqueeze"),
+        *("squeeze", "movedim", "swapaxes", "chunk", "split", "unbind"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(torch.reshape, torch.transpose, torch.permute, torch.unflatten, torch.flatten),
+        *(torch.unsqueeze, torch.squeeze, torch.movedim, torch.swapaxes, torch.chunk),
+        *(torch.split, torch.unbind, operator.getitem),
+    )
+}
+# Operators that read any tensor by its strides, and return new ones.
+_READERS = {
+    ("call_method", name)
+    for name in (
+        *("contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "size"),
+        *("add", "sub", "mul", "div", "neg", "abs", "pow", "square", "matmul", "softmax"),
+        *("mean", "sum", "norm", "sin", "cos", "rsqrt"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
+        *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
+        *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
+        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
+        *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR),
+    )
+}
+_ACTIVATIONS: dict[Any, str] = {
+    F.silu: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+def views_read_by_strides(node: Node) -> list[Node] | None:
+    """Return all views of ``node``, or None if something else reads one of them than what is known
+    to go by strides: a kernel may have been promised rows without gaps."""
+    views: list[Node] = []
+    for user in node.users:
+        dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
+        if (user.op, user.target) in _VIEWS and not dtypes:
+            inner = views_read_by_strides(user)
+            if inner is None:
+                return None
+            views += [user, *inner]
+        elif (user.op, user.target) not in _READERS:
+            return None
+    return views
+
+
+def activation_name(node: Any) -> str | None:
+    """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or writes(node):
+        return None
+    if node.target is _GELU:
+        return "gelu_tanh" if given_arguments(node).get("approximate") == "tanh" else "gelu"
+    return _ACTIVATIONS.get(node.target)
+
+
+def given_arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call of ``torch.nn.functional`` by name, those left out left
+    out."""
+    given: dict[str, Any] = dict(zip(_parameters(node.target), node.args, strict=False))
+    return {**given, **node.kwargs}
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    """Return the names of the parameters of a function."""
+    if function in _PARAMETERS:
+        return _PARAMETERS[function]
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ("input",)
+
+
+def nothing_written(start: Node, end: Node) -> bool:
+    """Say whether no operator between two nodes writes to a tensor: what is read at ``start`` may
+    then be read at ``end``."""
+    node = start.next
+    while node is not end:
+        if writes(node):
+            return False
+        node = node.next
+    return True
+
+
+def writes(node: Node) -> bool:
+    """Say whether a call may write to one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what is inside is not looked at
+    if target in _MUTATING or node.kwargs.get("out") is not None:
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return node.op == "call_function" and bool(given_arguments(node).get("inplace"))
+
+
+def only_user(node: Node) -> Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def other_operand(user: Node, node: Node) -> Any:
+    """Return the other operand of ``user``; ``node`` itself where it is both."""
+    left, right = user.args
+    return right if left is node else left
+
+
+def value_of(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Say whether two nodes are tensors of one shape and dtype."""
+    if one is other:
+        return False
+    a, b = value_of(one), value_of(other)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def same_dtype(one: Any, other: Any) -> bool:
+    a, b = value_of(one), value_of(other)
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype
+
+
+def is_row_of(vector: Any, node: Node) -> bool:
+    value = value_of(vector)
+    return isinstance(value, torch.Tensor) and value.shape == value_of(node).shape[-1:]

@@ -1,0 +1,48 @@
+"""The backend that models are compiled with: Inductor, behind what it needs and does not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from pytest_int8bench.fused import graph
+
+
+class FusingInductor(torch._TorchCompileInductorWrapper):
+    """Backend of ``torch.compile``: :func:`~pytest_int8bench.fused.graph.fuse`, then Inductor.
+
+    Args:
+        mode: the mode of ``torch.compile``.
+        dynamic: as in ``torch.compile``.
+    """
+
+    def __init__(self, mode: str, dynamic: bool | None) -> None:
+        super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+
+    def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        graph.fuse(model_)
+        _check_regions(model_)
+        return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _check_regions(module: fx.GraphModule) -> None:
+    """Raise if a region returns a view from the middle of a tensor: Inductor adds its offset twice
+    and reads what lies behind (``InvokeSubgraph.create`` of torch 2.13)."""
+    for part in module.modules():
+        if part is module or not isinstance(part, fx.GraphModule):
+            continue
+        inputs = [
+            node.meta.get("example_value") for node in part.graph.find_nodes(op="placeholder")
+        ]
+        mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+        if mode is None:
+            continue
+        FakeTensorProp(part, mode).propagate_dont_convert_inputs(*inputs)
+        for node in part.graph.output_node().all_input_nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.storage_offset() != 0:
+                raise RuntimeError("a block returns a view from the middle of a tensor")
