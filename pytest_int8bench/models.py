@@ -156,7 +156,7 @@ class Model:
     def linear_calls(self) -> tuple[LinearCall, ...]:
         """Run one eager forward, once, and return what its linear layers were called with."""
         if self._linear_calls is None:
-            inputs = map_tensors(lambda t: t.to(self.device), self.inputs)
+            inputs = _on_device(self.inputs, self.device)
             with self.compiled.settings():
                 self._linear_calls = linear_calls(self.eager, lambda: call(self.eager, inputs))
         return self._linear_calls
@@ -232,10 +232,9 @@ class Model:
         )
 
 
-def _run(model: nn.Module, params: RunParams, inputs: Any, device: torch.device) -> Any:
-    if params.feed == "host":
-        inputs = map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
-    return call(model, inputs)
+def _on_device(inputs: Any, device: torch.device) -> Any:
+    """Return inputs that may be on the host, with ``feed=host``, on the device."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
 
 
 def _describe(output: Any) -> Outputs:
@@ -444,7 +443,7 @@ class ModelPool:
         if key not in self._chosen:
             model = compile_for_a100(eager, mode="off", attention="auto")
             try:
-                calls = recorded_calls(lambda: _run(model, params, inputs, device))
+                calls = recorded_calls(lambda: call(model, _on_device(inputs, device)))
             except Exception:  # out of memory, where compiled it may fit, or told when it compiles
                 calls = Counter()
             self._chosen[key] = fastest_backend(calls) or "auto"

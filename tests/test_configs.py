@@ -57,7 +57,7 @@ def _device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int) -> None:
     monkeypatch.setattr(configs, "_capability", lambda device: capability)
-    monkeypatch.setattr(configs, "_multiprocessors", lambda device: count)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: count)
 
 
 class Clock:
@@ -358,7 +358,7 @@ def test_while_a_graph_is_recorded_nothing_is_timed_or_kept(problem: Problem, co
 
 def test_on_a_cpu_there_is_one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert configs._multiprocessors(torch.device("cpu")) == 1
+    assert configs.multiprocessors(torch.device("cpu")) == 1
     assert configs._capability(torch.device("cpu")) == (0, 0)
 
 

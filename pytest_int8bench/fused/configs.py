@@ -154,13 +154,13 @@ def product(
             None where nothing can be timed now, as while a CUDA graph is recorded.
     """
     if kernel == "tma" and _capability(device) == (9, 0):
-        return _hopper(problem, _multiprocessors(device))
+        return _hopper(problem, multiprocessors(device))
     candidates = TMA_CANDIDATES if kernel == "tma" else POINTER_CANDIDATES
     known = _tuned(kernel, device)
     found = known.get(problem.key)
     if found is None:
         if time is None:
-            return _untuned(problem, candidates, _multiprocessors(device))
+            return _untuned(problem, candidates, multiprocessors(device))
         seconds = {tile: time(tile) for tile in candidates}
         found = min(candidates, key=seconds.__getitem__)
         if math.isinf(seconds[found]):
@@ -219,13 +219,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU, 1 elsewhere."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-multiprocessors = _multiprocessors
 
 
 def tuning_file() -> Path:

@@ -55,7 +55,7 @@ def quantize_rows(
         the dtype of ``x``, empty without ``keep``. A row that is all zero has scale 0, one that
         holds NaN or infinity has scale NaN.
     """
-    if _on_triton(x) and x.shape[-1] <= MAX_COLUMNS:
+    if x.is_cuda and x.shape[-1] <= MAX_COLUMNS:
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(x.device):
             return launch_quantize_rows(x, norm, activation, gate, weight, bias, eps, factor, keep)
@@ -110,10 +110,11 @@ def linear(
         (..., sum of N): ``(q @ weight.T * scale * weight_scale + bias) * gamma + residual``,
         joined along the last dimension and computed in INT32 and FP32.
     """
-    if _on_triton(q):
+    if q.is_cuda:
         with torch.cuda.device(q.device):
+            kernel = configs.product_kernel(q.device)
             return launch_linear(
-                q, scale, weights, weight_scales, biases, gamma, residual, dtype, _kernel(q)
+                q, scale, weights, weight_scales, biases, gamma, residual, dtype, kernel
             )
     out = reference.linear(q, scale, weights, weight_scales, biases, gamma, residual, dtype)
     return out.contiguous()
@@ -382,14 +383,6 @@ def _tma_addressable(x: torch.Tensor) -> bool:
         and x.stride(0) * x.element_size() % _TMA_BYTES == 0
         and x.stride(1) == 1
     )
-
-
-def _on_triton(x: torch.Tensor) -> bool:
-    return x.is_cuda
-
-
-def _kernel(x: torch.Tensor) -> str:
-    return configs.product_kernel(x.device)
 
 
 def _ceil(count: int, size: int) -> int:
