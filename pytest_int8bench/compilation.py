@@ -39,6 +39,7 @@ _LOGGING = {
 #: Modes in which Inductor records CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
+_log = logging.getLogger(__name__)
 _serial = itertools.count()
 _REFUSED = object()
 
@@ -133,9 +134,12 @@ class CompiledModel(torch.nn.Module):
             # without regions.
             output = self._compiled_call(regions, True, args, kwargs) if regions else _REFUSED
         except torch.OutOfMemoryError:
+            _forget_failed_warm_up()
             raise
         except Exception as error:
+            _forget_failed_warm_up()
             self.regions_refused = first_line(_root(error))
+            _log.debug("repeated blocks are not compiled as one", exc_info=True)
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
             graphs, regions = graphs_compiled(), Regions([])
@@ -283,6 +287,24 @@ def graphs_skipped() -> int:
 def graphs_compiled() -> int:
     """Return how many graphs this process has compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _forget_failed_warm_up() -> None:
+    """Let CUDA graphs go on after a call that failed while it warmed up for one.
+
+    Its node stays the current one and has no outputs. Before torch 2.12 the next call of any graph
+    of the process then ends in an assertion that there are as many outputs as origins of outputs
+    (pytorch/pytorch#175562).
+    """
+    if not torch.cuda.is_available():
+        return
+    from torch._inductor import cudagraph_trees
+
+    device = torch.cuda.current_device()
+    manager = cudagraph_trees.get_manager(device, create_if_none_exists=False)
+    node = None if manager is None else manager.current_node
+    if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
+        node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
 
 
 def _root(error: BaseException) -> BaseException:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from pytest_int8bench.fused import graph, operators
+from pytest_int8bench.fused import graph, nodes, operators, reference
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
 from pytest_int8bench.inductor import FusingInductor
 
@@ -356,7 +357,27 @@ def test_a_product_with_itself_is_no_layer_scale(monkeypatch: pytest.MonkeyPatch
 
 def test_weights_called_in_another_order_than_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(lambda m, x: torch.cat([m.c(x), 2 * m.a(x), m.b(x)], -1))
+    adjacent = []
+    linear = reference.linear
+
+    def noting(q: torch.Tensor, scale: torch.Tensor, weights: Any, *rest: Any) -> torch.Tensor:
+        adjacent.append(operators.joined(weights) is not None)
+        return linear(q, scale, weights, *rest)
+
+    monkeypatch.setattr(reference, "linear", noting)
     assert joined(model, monkeypatch).linear == ("3",)
+    # Three layers run eagerly, and then one product of three.
+    assert adjacent == [True] * 4
+
+
+def test_rearranged_columns_are_read_by_strides() -> None:
+    graph = fx.Graph()
+    column = graph.placeholder("column")
+    heads = graph.call_function(einops.rearrange, (column, "b n (h d) -> b h n d"), {"h": 2})
+    graph.call_function(F.scaled_dot_product_attention, (heads, heads, heads))
+    assert nodes.views_read_by_strides(column) == [heads]
+    graph.call_function(einops.repeat, (column, "b n d -> b n d k"), {"k": 2})
+    assert nodes.views_read_by_strides(column) is None
 
 
 # -- norms --------------------------------------------------------------------------------------

@@ -113,16 +113,19 @@ def _join_products(graph: fx.Graph) -> None:
     for nodes in groups.values():
         if len(nodes) < 2:
             continue
+        first = nodes[0]
+        # In the order of their rows, whatever that of their calls: one product needs them adjacent.
+        nodes = sorted(nodes, key=_first_row)
         sizes = [value_of(weight).shape[0] for node in nodes for weight in node.args[_WEIGHTS]]
         lists = [
             [item for node in nodes for item in node.args[position]]
             for position in (_WEIGHTS, _SCALES, _BIASES)
         ]
         operands = {item for part in lists for item in part if isinstance(item, fx.Node)}
-        if not all(_moved_before(operand, nodes[0]) for operand in operands):
+        if not all(_moved_before(operand, first) for operand in operands):
             continue
-        with graph.inserting_before(nodes[0]):
-            args = (*nodes[0].args[:2], *lists, None, None, nodes[0].args[_DTYPE])
+        with graph.inserting_before(first):
+            args = (*first.args[:2], *lists, None, None, first.args[_DTYPE])
             whole = graph.call_function(LINEAR, args)
             parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
             columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
@@ -143,6 +146,13 @@ def _join_products(graph: fx.Graph) -> None:
             for view in views:
                 if view.target == "view":
                     view.target = "reshape"
+
+
+def _first_row(node: Node) -> int:
+    """Return where the rows of a layer begin in its block; 0 where it has a block of its own."""
+    weight = node.args[_WEIGHTS][0]
+    rows = weight.args[1] if weight.target is operator.getitem else None
+    return (rows.start or 0) if isinstance(rows, slice) else 0
 
 
 def _moved_before(operand: Node, node: Node) -> bool:

@@ -87,7 +87,7 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
     views: list[Node] = []
     for user in node.users:
         dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
-        if (user.op, user.target) in _VIEWS and not dtypes:
+        if _is_view(user) and not dtypes:
             inner = views_read_by_strides(user)
             if inner is None:
                 return None
@@ -95,6 +95,15 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
         elif (user.op, user.target) not in _READERS:
             return None
     return views
+
+
+def _is_view(node: Node) -> bool:
+    """Say whether a call may return a view of its first argument, and goes by its strides."""
+    if (node.op, node.target) in _VIEWS:
+        return True
+    # Before einops 0.8.2 Dynamo does not look into it. It reshapes, transposes and reshapes.
+    whose = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
+    return whose == ("einops.einops", "rearrange")
 
 
 def activation_name(node: Any) -> str | None:
