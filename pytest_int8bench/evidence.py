@@ -51,6 +51,8 @@ class Evidence:
 
     kernels: tuple[Kernel, ...]
     """The longest first. On a CPU, fused kernels of Inductor count as their graph."""
+    trace: str | None = None
+    """Where ``keep`` put the trace of the forward."""
 
     @property
     def total_s(self) -> float:
@@ -78,9 +80,20 @@ class Evidence:
         return ", ".join(f"{k.name[:80]} {k.seconds * 1e6:.0f} us" for k in self.kernels[:count])
 
 
-def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence:
+#: Keeps what was profiled, and returns where its trace is; None if that failed.
+Keep = Callable[[profile, tuple[Kernel, ...]], str | None]
+
+
+def profile_forward(
+    run: Callable[[], object], device: torch.device, keep: Keep | None = None
+) -> Evidence:
     """Profile one call of ``run`` and return the kernels it ran; copies from and to the host are
     left out.
+
+    Args:
+        run: one forward.
+        device: what it runs on.
+        keep: called with the profile and the kernels, to write them down.
 
     Raises:
         EvidenceError: if the profiler saw none.
@@ -106,7 +119,8 @@ def profile_forward(run: Callable[[], object], device: torch.device) -> Evidence
     kernels = [kernel for kernel in kernels if kernel.seconds > 0]
     if not kernels:
         raise EvidenceError(f"the profiler saw no kernel on {device}: there is no evidence")
-    return Evidence(tuple(sorted(kernels, key=lambda kernel: -kernel.seconds)))
+    longest_first = tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
+    return Evidence(longest_first, keep(profiler, longest_first) if keep is not None else None)
 
 
 def check_labels(

@@ -74,6 +74,7 @@ class Timing:
     """Seconds per batch over the rounds of a measurement."""
 
     median_s: float
+    mean_s: float
     p95_s: float
     """95th percentile of the rounds; a round is the mean of its iterations."""
     min_s: float
@@ -209,6 +210,7 @@ def summarize(round_times: Sequence[float]) -> Timing:
     """Summarize seconds per batch, one value a round."""
     return Timing(
         median_s=statistics.median(round_times),
+        mean_s=statistics.fmean(round_times),
         p95_s=float(np.percentile(round_times, 95)),
         min_s=min(round_times),
         standard_error=_MEDIAN_EFFICIENCY * spread(round_times) / math.sqrt(len(round_times)),

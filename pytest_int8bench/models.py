@@ -25,7 +25,7 @@ from pytest_int8bench.ceiling import LinearCall, linear_calls
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100, graphs_skipped
 from pytest_int8bench.errors import ClearError, WorkloadError
-from pytest_int8bench.evidence import Evidence, check_labels, profile_forward
+from pytest_int8bench.evidence import Evidence, Keep, check_labels, profile_forward
 from pytest_int8bench.feed import HostFeed
 from pytest_int8bench.measure import (
     Timer,
@@ -133,15 +133,18 @@ class Model:
         """Submit the batch of the last :meth:`run` once more, which is on the device."""
         return call(self.compiled, self.inputs if self.feed is None else self.feed.current)
 
-    def evidence(self) -> Evidence:
+    def evidence(self, keep: Keep | None = None) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.
+
+        Args:
+            keep: writes the profile down; it is made again where that of an earlier call was not.
 
         Raises:
             EvidenceError: if they contradict.
         """
-        if self._evidence is None:
+        if self._evidence is None or (keep is not None and self._evidence.trace is None):
             with self.compiled.entered():
-                evidence = profile_forward(self.run, self.device)
+                evidence = profile_forward(self.run, self.device, keep)
             fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"
             check_labels(
                 evidence,

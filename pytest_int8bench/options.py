@@ -23,7 +23,6 @@ from pytest_int8bench.gate.limits import (
 from pytest_int8bench.params import (
     INT8_MODES,
     MEASURING_FIELDS,
-    NO_EFFECT_FIELDS,
     RunParams,
     parse_bool,
     parse_extra,
@@ -200,10 +199,23 @@ OPTIONS = {
             "Default: off",
         ),
         Option(
+            "profile",
+            "Write a trace of one forward of each point, for Perfetto or chrome://tracing, and a "
+            "table of its kernels into this folder (with --int8-set profiler_enabled=true alone "
+            "into .benchmarks/int8bench/profiles). Default: none",
+            "DIR",
+        ),
+        Option(
+            "wandb",
+            "Log each measured point to Weights & Biases as a run, when the session is over; "
+            "WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_MODE=offline and the like say where to. "
+            "Default: off",
+        ),
+        Option(
             "lean",
             "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
-            "kernels, 2 s a point unless benchmark_interval_s is set; for int8bench ab. "
-            "Default: off",
+            "kernels, no profiles, nothing to Weights & Biases, 2 s a point unless "
+            "benchmark_interval_s is set; for int8bench ab. Default: off",
         ),
         Option(
             "journal",
@@ -263,6 +275,8 @@ class Settings:
     rules: Rules = field(default_factory=Rules)
     """Limits of that comparison, those of ``pyproject.toml`` among them, and what may differ from
     a file that is compared with."""
+    profile: Path | None = None
+    """Absolute path of the folder for profiles; None for the default one."""
     lean: bool = False
     """Measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
@@ -303,8 +317,10 @@ def read_settings(config: pytest.Config) -> Settings:
             values |= _READERS[option.name](raw)
         except ValueError as error:
             raise pytest.UsageError(f"{option.source(config)}: {error}") from None
-    if values.pop("smoothquant", False):
-        values["changes"] = {"int8_smoothquant": True, **values.get("changes", {})}
+    on = {field: True for name, field in _SWITCHES.items() if name in values}
+    values["changes"] = {**on, **values.get("changes", {})}  # --int8-set may say otherwise
+    for name in ("smoothquant", "wandb"):
+        values.pop(name, None)
     if "eval_data" in values and values.get("workload", OLMOEARTH) != OLMOEARTH:
         raise pytest.UsageError(
             f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
@@ -314,14 +330,29 @@ def read_settings(config: pytest.Config) -> Settings:
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
         values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
+        values.pop("profile", None)
+        for name in ("profiler_enabled", "wandb_enabled"):
+            values["changes"].pop(name, None)
+    if values["changes"].get("wandb_enabled"):
+        _check_wandb(config)
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
     try:
-        check_fields(values.get("workload", ""), (*values.get("changes", ()), *values["axes"]))
+        check_fields(values.get("workload", ""), (*values["changes"], *values["axes"]))
     except ValueError as error:
         raise pytest.UsageError(f"--int8-workload: {error}") from None
     return Settings(**values)
+
+
+def _check_wandb(config: pytest.Config) -> None:
+    from pytest_int8bench.tracking import check_installed
+
+    option = OPTIONS["wandb" if OPTIONS["wandb"].read(config) else "set"]
+    try:
+        check_installed()
+    except ValueError as error:
+        raise pytest.UsageError(f"{option.source(config)}: {error}") from None
 
 
 def _read_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
@@ -393,8 +424,6 @@ def _read_set(items: list[str]) -> dict[str, Any]:
             raise ValueError(f"must be NAME=VALUE, got {item!r}")
         if name in ("int8_enabled", "int8_mode"):
             raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
-        if name in NO_EFFECT_FIELDS:
-            raise ValueError(f"{name} has no effect in this version, got {item!r}")
         if name.startswith("extra."):
             parsed: list[Any] = [parse_extra(part) for part in _split(text)]
             for value in parsed:
@@ -426,12 +455,15 @@ def _read_weights(text: str) -> dict[str, Any]:
     return {"weights": str(Path(text).absolute())}
 
 
-def _read_compile_cache(text: str) -> dict[str, Any]:
-    path = Path(text).absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not text or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"must be a folder that can be written to, got {text!r}")
-    return {"compile_cache": path}
+def _folder_reader(name: str) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        path = Path(text).absolute()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not text or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"must be a folder that can be written to, got {text!r}")
+        return {name: path}
+
+    return read
 
 
 def _read_max_drop(text: str) -> dict[str, Any]:
@@ -475,6 +507,13 @@ def _split(text: str) -> list[str]:
     return parts
 
 
+#: Option -> RunParams field that it turns on.
+_SWITCHES = {
+    "smoothquant": "int8_smoothquant",
+    "profile": "profiler_enabled",
+    "wandb": "wandb_enabled",
+}
+
 _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "mode": _read_modes,
     "smoothquant": _read_flag("smoothquant"),
@@ -485,7 +524,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workload": lambda text: {"workload": check_workload_name(text)},
     "weights": _read_weights,
     "filter": lambda text: {"filter": check_reference(text)},
-    "compile-cache": _read_compile_cache,
+    "compile-cache": _folder_reader("compile_cache"),
     "no-baseline": _read_flag("baseline", on=False),
     "max-drop": _read_max_drop,
     "inconclusive": _read_inconclusive,
@@ -495,6 +534,8 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{metric.option: _limit_reader(metric.name) for metric in METRICS.values()},
     "allow": lambda items: {"allow": check_allow(items)},
     "allow-missing": _read_flag("allow_missing"),
+    "profile": _folder_reader("profile"),
+    "wandb": _read_flag("wandb"),
     "lean": _read_flag("lean"),
     "journal": _read_journal,
 }

@@ -55,9 +55,6 @@ MEASURING_FIELDS = (
     "wandb_enabled",
 )
 
-#: Fields of the original that nothing reads in this version: setting one is refused.
-NO_EFFECT_FIELDS = ("profiler_enabled", "wandb_enabled")
-
 #: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
 ENV_PREFIX = "INT8BENCH_"
 
@@ -153,9 +150,9 @@ class RunParams:
     min_batches_per_interval: int = 10
     """Batches measured at least, also where they take longer than the interval."""
     profiler_enabled: bool = False
-    """Write a profile of one forward. Nothing reads it in this version."""
+    """Write a trace and a table of the kernels of one forward."""
     wandb_enabled: bool = False
-    """Report to Weights & Biases. Nothing reads it in this version."""
+    """Log the point to Weights & Biases when the session is over."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -141,6 +141,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     save_without_timings(session.config, state)
     state.close()
+    state.track()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -165,6 +166,8 @@ def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> N
     terminal.write(render(state.journal.saved(), width=width, color=terminal.hasmarkup))
     for line in where_saved(config, state):
         terminal.write_line(line)
+    if state.tracked is not None:
+        terminal.write_line(state.tracked.line, yellow=state.tracked.failed)
 
 
 def _show_gate(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:

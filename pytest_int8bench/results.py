@@ -37,6 +37,7 @@ NOT_MEASURED = "ran once, not measured"
 _POSITIVE = (
     "samples_per_s",
     "batch_time_s",
+    "batch_time_mean_s",
     "batch_time_p95_s",
     "batch_time_min_s",
     "peak_memory_bytes",
@@ -132,6 +133,8 @@ class Result(Record):
     square_km_per_s: float | None = None
     batch_time_s: float | None = None
     """Median over the rounds."""
+    batch_time_mean_s: float | None = None
+    """Mean over the rounds, which all have as many batches: the mean over the batches."""
     batch_time_p95_s: float | None = None
     batch_time_min_s: float | None = None
     """The fastest round; what other load on a CPU disturbs least."""
@@ -189,6 +192,9 @@ class Result(Record):
     """The attention backend that ran."""
     kernels: list[dict[str, Any]] = field(default_factory=list)
     """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    trace: str | None = None
+    """Trace of that forward for Perfetto, a path from the folder that the session was started in;
+    the table of all kernels lies beside it."""
     device_breakdown: dict[str, Any] | None = None
     """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
     ``rest``; None on a CPU."""
@@ -226,8 +232,9 @@ class Result(Record):
         if self.compile_cache not in (None, *COMPILE_CACHES):
             listed = ", ".join(COMPILE_CACHES)
             raise ValueError(f"compile_cache must be one of {listed}, got {self.compile_cache!r}")
-        if self.reason is not None and not isinstance(self.reason, str):
-            raise ValueError(f"reason must be a text, got {self.reason!r}")
+        for name in ("reason", "trace"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a text, got {value!r}")
         if not isinstance(self.throttled, list) or not all(
             isinstance(reason, str) for reason in self.throttled
         ):

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.params import MEASURING_FIELDS, NO_EFFECT_FIELDS, RunParams
+from pytest_int8bench import tracking
+from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.processes import (
     FAILED,
     INTERRUPTED,
@@ -60,8 +61,8 @@ class ThroughputBenchmarkRunnerConfig:
     cross_product_sweep: bool = False
     """All combinations instead of one axis at a time."""
     sweep_group_name: str | None = None
-    """Group of the results in pytest-benchmark's JSON, and start of the names of the files;
-    ``throughput`` by default."""
+    """Group of the results in pytest-benchmark's JSON and of the runs in Weights & Biases, and
+    start of the names of the files; ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
     """Where the JSON and the journals are written, made if it is not there. Of a process that was
     killed, the JSON has the results, but not the rounds. By default, journals go to
@@ -92,9 +93,11 @@ class ThroughputBenchmarkRunnerConfig:
             if name in MEASURING_FIELDS:
                 raise ValueError(f"{name} is no part of a run's name and cannot be swept")
         default = self.default_run_params or RunParams()
-        for name in NO_EFFECT_FIELDS:
-            if getattr(default, name):
-                raise ValueError(f"{name} has no effect in this version, got True")
+        if default.wandb_enabled:
+            try:
+                tracking.check_installed()
+            except ValueError as error:
+                raise ValueError(f"wandb_enabled {error}") from None
         group = self.sweep_group_name or _DEFAULT_GROUP
         if not _GROUP.fullmatch(group):
             raise ValueError(
@@ -103,6 +106,8 @@ class ThroughputBenchmarkRunnerConfig:
             )
         if any(argument.startswith("--benchmark-json") for argument in self.pytest_args):
             raise ValueError("pytest_args must not hold --benchmark-json; set save_folder")
+        if "--int8-wandb" in self.pytest_args:
+            raise ValueError("pytest_args must not hold --int8-wandb; set wandb_enabled")
         check_fields(self.workload, axes)
         return ThroughputBenchmarkRunner(
             expand(default, axes, cross_product=self.cross_product_sweep),
@@ -209,11 +214,15 @@ class ThroughputBenchmarkRunner:
         if len(parts) > 1:
             print(f"\nint8bench: {len(parts)} processes together:")
             print(render(saved, width=None, color=False), end="", flush=True)
+        # Here, not in the processes that measure: one that is killed logs nothing.
+        if runs := tracking.runs_of(saved, every=False):
+            tracked = tracking.log(runs, folder=self._work_dir, group=self._group)
+            print(f"int8bench: {tracked.line}", flush=True)
 
     def _run_pytest(self, handover: Handover, json_path: Path) -> int:
         """Run the points of ``handover`` and return the exit code, negative for a signal."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
-        sets = [f"--int8-set={k}={v}" for k, v in measuring.items() if k not in NO_EFFECT_FIELDS]
+        sets = [f"--int8-set={k}={v}" for k, v in measuring.items()]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
         command += [
             str(_SUITE / "test_throughput.py"),

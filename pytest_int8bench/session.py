@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from pytest_int8bench.accuracy.limit import Limit
     from pytest_int8bench.gate.insession import SessionGate
     from pytest_int8bench.models import ModelPool
+    from pytest_int8bench.profiles import Profiles
     from pytest_int8bench.results import Accuracy, Journal, Result, Sensitivity
     from pytest_int8bench.throughput import Throughput
+    from pytest_int8bench.tracking import Tracked
     from pytest_int8bench.workloads import Workload
 
 STATE = pytest.StashKey["State"]()
@@ -37,9 +39,14 @@ class State:
         self.settings = settings
         self.invocation = config.invocation_params.dir
         # The runner's ini file makes the package's own folder the root.
-        self.root = self.invocation if config.inipath == _SUITE_INI else config.rootpath
+        self.in_suite = config.inipath == _SUITE_INI
+        self.root = self.invocation if self.in_suite else config.rootpath
         self.xdist_worker = hasattr(config, "workerinput")
         self.journal: Journal | None = None
+        self.profiles: Profiles | None = None
+        """Made with what measures points."""
+        self.tracked: Tracked | None = None
+        """What became of logging to Weights & Biases, once that is done."""
         self.points_of: dict[str, tuple[str, RunParams]] = {}
         self.compared_with: list[dict[str, Any] | None] = []
         """Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
@@ -136,9 +143,21 @@ class State:
                 self.pool(),
                 with_baseline=self.settings.baseline,
                 with_evidence=not self.settings.lean,
+                profiles=self._profiles(),
                 step=terminal_steps(self._config),
             )
         return self._throughput
+
+    def _profiles(self) -> Profiles:
+        from pytest_int8bench.profiles import Profiles
+
+        self.profiles = Profiles(
+            self.settings.profile,
+            every=self.settings.changes.get("profiler_enabled", False),
+            root=self.root,
+            start=self.invocation,
+        )
+        return self.profiles
 
     def environment(self) -> dict[str, Any]:
         """Return the fingerprint of machine and software."""
@@ -241,6 +260,22 @@ class State:
         except OSError as error:
             warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
             return Journal(None, environment)
+
+    def track(self) -> None:
+        """Log the points to Weights & Biases that ask for it, or all of them with
+        ``--int8-wandb``. The runner does it for the processes that it starts."""
+        if self.journal is None or self.xdist_worker or self.in_suite or self.settings.lean:
+            return
+        from pytest_int8bench.tracking import log, runs_of
+
+        every = self.settings.changes.get("wandb_enabled", False)
+        runs = runs_of(self.journal.saved(), every=every)
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if runs and reporter is not None and self._config.get_verbosity() >= 0:
+            reporter.ensure_newline()
+            reporter.write_line("int8bench: logging to Weights & Biases ...")
+        if runs or every:
+            self.tracked = log(runs, folder=self.invocation)
 
     def close(self) -> None:
         """Free the models."""
@@ -470,4 +505,19 @@ def where_saved(config: pytest.Config, state: State) -> list[str]:
     return [
         where,
         f"journal: {journal or 'none, see the warnings'}",
+        *_where_profiles(state),
     ]
+
+
+def _where_profiles(state: State) -> list[str]:
+    """Return where the traces of the session are, and what went wrong."""
+    written = state.profiles.traces if state.profiles is not None else []
+    results = state.journal.results if state.journal else []  # those of other processes too
+    traces = {*written, *(result.trace for result in results if result.trace)}
+    folders = sorted({os.path.dirname(trace) or "." for trace in traces})
+    lines = []
+    if traces:
+        count = f"{len(traces)} trace{'s' if len(traces) > 1 else ''} for ui.perfetto.dev"
+        lines.append(f"profiles: {', '.join(folders)}: {count}, tables of kernels beside them")
+    problems = state.profiles.problems if state.profiles is not None else []
+    return [*lines, *(f"profiles: not written: {problem}" for problem in problems)]

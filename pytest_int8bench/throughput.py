@@ -16,6 +16,7 @@ from pytest_int8bench.ceiling import find_ceiling, quantized_calls, reached
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state, throttled
 from pytest_int8bench.errors import ClearError, WorkloadError, first_line
+from pytest_int8bench.evidence import Keep
 from pytest_int8bench.measure import (
     Plan,
     Run,
@@ -32,6 +33,7 @@ from pytest_int8bench.measure import (
 )
 from pytest_int8bench.models import Key, Model, ModelPool, Ready, free_memory
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.profiles import Profiles
 from pytest_int8bench.quantize import coverage
 from pytest_int8bench.rates import measure_rates
 from pytest_int8bench.results import Result, point_label
@@ -62,6 +64,7 @@ class Throughput:
         pool: where the models come from.
         with_baseline: measure the speedup against the BF16 twin.
         with_evidence: look at the kernels that ran, and hold the labels to them.
+        profiles: where profiles of points that want one go; None for nowhere.
         timer: a timer that waits for the device.
         step: entered around each long step that really runs.
     """
@@ -72,12 +75,14 @@ class Throughput:
         *,
         with_baseline: bool = True,
         with_evidence: bool = True,
+        profiles: Profiles | None = None,
         timer: Timer = synchronized_perf_counter,
         step: Step = lambda action, name: nullcontext(),
     ) -> None:
         self._pool = pool
         self._with_baseline = with_baseline
         self._with_evidence = with_evidence
+        self._profiles = profiles
         self._timer = timer
         self._step = step
         self._baseline_s: dict[Key, float] = {}
@@ -157,6 +162,7 @@ class Throughput:
         timing = summarize(times)
         values: dict[str, Any] = {
             "batch_time_s": timing.median_s,
+            "batch_time_mean_s": timing.mean_s,
             "batch_time_p95_s": timing.p95_s,
             "batch_time_min_s": timing.min_s,
             "batch_time_standard_error": timing.standard_error,
@@ -189,7 +195,10 @@ class Throughput:
             if baseline is not None and values.get("speedup_method") == "interleaved":
                 baseline.evidence()
         if self._with_evidence:
-            values |= _evidence(model)
+            keep = None
+            if self._profiles is not None and self._profiles.wants(params):
+                keep = self._profiles.writer(workload.name, params.run_name, model.device)
+            values |= _evidence(model, keep)
             if baseline is not None and values.get("speedup_method") == "interleaved":
                 values |= _ceiling(baseline, model, values["speedup"], self._timer)
         if not params.int8_enabled:
@@ -360,8 +369,8 @@ def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> No
         raise OutputError(f"{params.run_name}: the candidate's output holds NaN or infinity")
 
 
-def _evidence(model: Model) -> dict[str, Any]:
-    evidence = model.evidence()
+def _evidence(model: Model, keep: Keep | None) -> dict[str, Any]:
+    evidence = model.evidence(keep)
     with_kernels = model.device.type in WITH_KERNELS
     return {
         "device_time_s": evidence.total_s if model.device.type == "cuda" else None,
@@ -371,6 +380,7 @@ def _evidence(model: Model) -> dict[str, Any]:
             {"name": kernel.name, "seconds": kernel.seconds, "calls": kernel.calls}
             for kernel in evidence.kernels[:KERNELS_KEPT]
         ],
+        "trace": evidence.trace if keep is not None else None,
         "device_breakdown": break_down(evidence).to_dict() if with_kernels else None,
     }
 

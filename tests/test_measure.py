@@ -294,8 +294,10 @@ def test_a_noise_that_cannot_be_afforded_takes_the_whole_interval() -> None:
 
 
 def test_summarize() -> None:
+    assert summarize([1.0, 2.0, 6.0]).mean_s == 3.0
     timing = summarize([1.0, 2.0, 3.0, 4.0, 5.0])
     assert timing.median_s == 3.0
+    assert timing.mean_s == 3.0
     assert timing.p95_s == pytest.approx(4.8)
     assert timing.min_s == 1.0
     # Median absolute deviation 1, relative to 3.

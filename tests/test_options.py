@@ -56,9 +56,6 @@ BAD_VALUES: dict[str, dict[str, str]] = {
             "benchmark_interval_s is no part of a run's name and cannot be swept, "
             "got 'benchmark_interval_s=1,5'"
         ),
-        "profiler_enabled=true": (
-            "profiler_enabled has no effect in this version, got 'profiler_enabled=true'"
-        ),
         "int8_mode=w8": "int8_mode is set by --int8-mode, got 'int8_mode=w8'",
         "int8_enabled=true": "int8_enabled is set by --int8-mode, got 'int8_enabled=true'",
     },
@@ -74,6 +71,10 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     "compile-cache": {
         "/dev/null": "must be a folder that can be written to, got '/dev/null'",
         "/dev/null/cache": "must be a folder that can be written to, got '/dev/null/cache'",
+    },
+    "profile": {
+        "/dev/null": "must be a folder that can be written to, got '/dev/null'",
+        "/dev/null/profiles": "must be a folder that can be written to, got '/dev/null/profiles'",
     },
     "max-drop": {
         "1": f"{PERCENTAGE}, got '1'",
@@ -103,7 +104,15 @@ BAD_VALUES: dict[str, dict[str, str]] = {
 # Flags take a value in the ini file only.
 BAD_FLAGS = {
     name: {"maybe": "must be true or false, got 'maybe'"}
-    for name in ("smoothquant", "cross-product", "no-baseline", "remedy", "allow-missing", "lean")
+    for name in (
+        "smoothquant",
+        "cross-product",
+        "no-baseline",
+        "remedy",
+        "allow-missing",
+        "wandb",
+        "lean",
+    )
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
 FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
@@ -198,13 +207,19 @@ def test_defaults(pytester: pytest.Pytester) -> None:
 EVERYTHING = Settings(
     preset="smoke",
     modes=("w8", "off"),
-    changes={"int8_smoothquant": True, "batch_size": 8, "extra.act": "relu"},
+    changes={
+        "int8_smoothquant": True,
+        "profiler_enabled": True,
+        "batch_size": 8,
+        "extra.act": "relu",
+    },
     axes={"num_timesteps": [1, 2, 4, 6, 8, 12], "image_size": [16, 32], "extra.width": [1, 2.5]},
     cross_product=True,
     workload="pkg.mod:make.it",
     weights="hub",
     filter="filters/mine.py:keep",
     compile_cache=Path("/tmp/int8bench/cache"),
+    profile=Path("/tmp/int8bench/profiles"),
     baseline=False,
     journal="out/journal.jsonl",
 )
@@ -227,6 +242,7 @@ def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
         "--int8-weights=hub",
         "--int8-filter=filters/mine.py:keep",
         "--int8-compile-cache=/tmp/int8bench/cache",
+        "--int8-profile=/tmp/int8bench/profiles",
         "--int8-no-baseline",
         "--int8-journal=out/journal.jsonl",
     )
@@ -248,6 +264,7 @@ INI = """
     int8_weights = hub
     int8_filter = filters/mine.py:keep
     int8_compile_cache = /tmp/int8bench/cache
+    int8_profile = /tmp/int8bench/profiles
     int8_no_baseline = 1
     int8_journal = out/journal.jsonl
 """
@@ -268,19 +285,21 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         "--int8-weights=random",
         "--int8-filter=a:b",
         "--int8-compile-cache=cache",
+        "--int8-profile=profiles",
         "--int8-journal=mine.jsonl",
         ini=INI.replace("\n    ", "\n"),
     )
     assert settings == Settings(
         preset="seed",
         modes=("w8a8",),
-        changes={"int8_smoothquant": True, "patch_size": 2},
+        changes={"int8_smoothquant": True, "profiler_enabled": True, "patch_size": 2},
         axes=SWEEPS["batch"],
         cross_product=True,
         workload="olmoearth",
         weights="random",
         filter="a:b",
         compile_cache=pytester.path / "cache",
+        profile=pytester.path / "profiles",
         baseline=False,
         journal="mine.jsonl",
     )
@@ -313,6 +332,32 @@ def test_a_bad_ini_value_does_not_count_where_the_command_line_wins(
 def test_flags_of_the_ini_file_can_be_false(pytester: pytest.Pytester) -> None:
     ini = "int8_smoothquant = off\nint8_cross_product = no\nint8_no_baseline = false"
     assert settings_of(pytester, ini=ini) == Settings()
+
+
+def test_set_turns_off_what_an_ini_file_turns_on(pytester: pytest.Pytester) -> None:
+    ini = "int8_profile = profiles\nint8_wandb = true"
+    off = ("--int8-set=profiler_enabled=false", "--int8-set=wandb_enabled=no")
+    changes = settings_of(pytester, *off, ini=ini).changes
+    assert changes == {"profiler_enabled": False, "wandb_enabled": False}
+
+
+def test_a_lean_session_reports_nowhere(pytester: pytest.Pytester) -> None:
+    ini = "int8_profile = profiles\nint8_wandb = true"
+    settings = settings_of(pytester, "--int8-lean", ini=ini)
+    assert (settings.changes, settings.profile) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--int8-wandb", "--int8-wandb"), ("--int8-set=wandb_enabled=true", "--int8-set")],
+)
+def test_wandb_has_to_be_installed(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str, said: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, option)
+    assert str(caught.value) == f"{said}: needs wandb: pip install 'pytest-int8bench[wandb]'"
 
 
 def test_the_last_set_wins(pytester: pytest.Pytester) -> None:
@@ -582,6 +627,8 @@ DEFAULTS = {
     "max-compile-growth": "off",
     "allow": "none",
     "allow-missing": "off",
+    "profile": "none",
+    "wandb": "off",
     "lean": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
@@ -621,7 +668,7 @@ def test_markers_show_int8(pytester: pytest.Pytester) -> None:
 
 # -- lazy imports -----------------------------------------------------------------------------
 
-HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml")
+HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml", "wandb")
 CONFTEST = f"""
 import sys
 from pathlib import Path

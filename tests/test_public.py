@@ -22,6 +22,7 @@ HOMES = {
     "timm": "workloads/timm",
     "torchao": "quantize",
     "transformers": "workloads/huggingface",
+    "wandb": "tracking",
 }
 
 
@@ -103,6 +104,15 @@ def test_readme_example_of_a_sweep_builds() -> None:
     exec(compile(example, "README.md", "exec"), names)
     points = [(p.int8_mode, p.batch_size) for p in names["runner"].points]  # type: ignore[attr-defined]
     assert points == [("w8a8", 64), ("w8a8", 128), ("w8", 64), ("w8", 128)]
+
+
+def test_example_of_tracking_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_int8bench.tracking.check_installed", lambda: None)
+    [example] = blocks(ROOT / "docs" / "tracking.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(example, "tracking.md", "exec"), names)
+    points = names["config"].build().points  # type: ignore[attr-defined]
+    assert {(p.int8_enabled, p.wandb_enabled) for p in points} == {(True, True)}
 
 
 def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) -> None:

@@ -99,6 +99,7 @@ BY_NAME = {
         (
             "samples_per_s",
             "batch_time_s",
+            "batch_time_mean_s",
             "batch_time_p95_s",
             "batch_time_min_s",
             "compile_s",
@@ -221,6 +222,7 @@ def test_bad_status() -> None:
     [
         "samples_per_s",
         "batch_time_s",
+        "batch_time_mean_s",
         "batch_time_p95_s",
         "batch_time_min_s",
         "peak_memory_bytes",

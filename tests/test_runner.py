@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from pytest_int8bench import (
 from pytest_int8bench.results import read
 from pytest_int8bench.runner import RunnerError
 from pytest_int8bench.suite.handover import Handover
+from pytest_int8bench.tracking import Tracked, TrackedRun
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
@@ -210,9 +212,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"sweep_dict": {"benchmark_interval_s": [1, 2]}},
         "benchmark_interval_s is no part of a run's name and cannot be swept",
     ),
-    "no effect": (
-        {"sweep_keys": ["batch"], "default_run_params": RunParams(wandb_enabled=True)},
-        "wandb_enabled has no effect in this version, got True",
+    "wandb": (
+        {"sweep_keys": ["batch"], "pytest_args": ["--int8-wandb"]},
+        "pytest_args must not hold --int8-wandb; set wandb_enabled",
     ),
     "group": (
         {"sweep_keys": ["batch"], "sweep_group_name": "a/b"},
@@ -291,9 +293,20 @@ def test_the_examples_run_at_a_small_size(
 
 
 def test_no_point_stops_the_sweep_or_loses_another(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = toy_runner(tmp_path, [16, 5, 6, 7, 8, 4, 2], SMALL, save_folder=tmp_path / "saved")
+    logged: list[tuple[str, int, Path, str]] = []
+
+    def log(runs: list[TrackedRun], *, folder: Path, group: str) -> Tracked:
+        logged.extend((run.name, run.metrics["oom_occurred"], folder, group) for run in runs)
+        return Tracked("wandb: all logged", failed=False)
+
+    monkeypatch.setattr("pytest_int8bench.tracking.check_installed", lambda: None)
+    monkeypatch.setattr("pytest_int8bench.tracking.log", log)
+    params = SMALL.replace(profiler_enabled=True, wandb_enabled=True)
+    if importlib.util.find_spec("wandb") is None:  # the processes look for it themselves
+        params = SMALL.replace(profiler_enabled=True)
+    runner = toy_runner(tmp_path, [16, 5, 6, 7, 8, 4, 2], params, save_folder=tmp_path / "saved")
     results = runner.run()
     expected = [
         (16, "ok"),
@@ -312,7 +325,16 @@ def test_no_point_stops_the_sweep_or_loses_another(
     assert {result.workload for result in results} == {"toy"}
     for result in results:
         assert result.nodeid == f"test_throughput.py::test_throughput[{result.run_name}]"
-    assert "int8bench: 3 processes together:" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "int8bench: 3 processes together:" in printed
+    # Logged once, by this process and for all three.
+    oom = [(r.run_name, int(r.status == "oom"), tmp_path, "toy") for r in results]
+    assert logged == (oom if params.wandb_enabled else [])
+    assert printed.count("wandb: ") == int(params.wandb_enabled)
+    folder = tmp_path / ".benchmarks" / "int8bench" / "profiles"
+    traces = [f"{folder.relative_to(tmp_path)}/toy_{r.run_name}.trace.json.gz" for r in results]
+    measured_traces = [(r.trace, t) for r, t in zip(results, traces, strict=True) if r.trace]
+    assert measured_traces == [(trace, trace) for trace in (traces[0], *traces[-2:])]
     # Everything is on disk too: in the journals of the three processes, and in one JSON.
     journaled = [result for path in runner.journals for result in read(path).results]
     assert sorted(outcome(journaled)) == sorted(expected)

@@ -94,6 +94,8 @@ def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> No
     assert result.tokens_per_s == pytest.approx(10 * result.samples_per_s)
     assert result.pixels_per_s == pytest.approx(20 * result.samples_per_s)
     assert result.square_km_per_s == pytest.approx(result.samples_per_s / 64)
+    assert result.batch_time_min_s <= result.batch_time_mean_s
+    assert result.trace is None
     assert 0 < result.batch_time_min_s <= result.batch_time_s <= result.batch_time_p95_s
     assert result.batch_time_standard_error >= 0
     assert result.rounds >= 5
@@ -183,7 +185,7 @@ def test_the_wait_for_the_loader_is_that_of_the_rounds(
     monkeypatch.setattr(Model, "run", run)
     monkeypatch.setattr(Model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
-    monkeypatch.setattr("pytest_int8bench.throughput._evidence", lambda model: {})
+    monkeypatch.setattr("pytest_int8bench.throughput._evidence", lambda model, keep: {})
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_workers == 3
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
@@ -389,7 +391,7 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
 
 
 def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(model: Model) -> None:
+    def look(model: Model, keep: object = None) -> None:
         raise AssertionError("the kernels were looked at")
 
     monkeypatch.setattr(Model, "evidence", look)
@@ -508,7 +510,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(throughput_module, "WITH_KERNELS", ("cpu",))
     monkeypatch.setattr(throughput_module, "measure_rates", measure_rates)
-    monkeypatch.setattr(Model, "evidence", lambda self: PROFILES[self.params.int8_enabled])
+    monkeypatch.setattr(
+        Model, "evidence", lambda self, keep=None: PROFILES[self.params.int8_enabled]
+    )
     monkeypatch.setattr(
         throughput_module, "measure_speedup", lambda *args, **kwargs: Speedup(1.25, 1.2, 1.3, 6)
     )
