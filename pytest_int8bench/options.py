@@ -288,6 +288,19 @@ class Settings:
         )
 
 
+def is_asked_for(config: pytest.Config) -> bool:
+    """Say whether the command line has one of our options: an ini file speaks for every session,
+    also for those without benchmarks."""
+    return any(config.getoption(option.dest) not in (None, []) for option in OPTIONS.values())
+
+
+def is_benchmark_disabled(config: pytest.Config) -> bool:
+    """Say whether the user has disabled pytest-benchmark, which under pytest-xdist does so by
+    itself."""
+    disable = config.getoption("benchmark_disable", False)
+    return bool(disable and not config.getoption("benchmark_enable", False))
+
+
 def read_settings(config: pytest.Config) -> Settings:
     """Read and check all options.
 
@@ -297,7 +310,8 @@ def read_settings(config: pytest.Config) -> Settings:
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)
-        if raw is None:
+        if raw is None or (option.name == "journal" and hasattr(config, "workerinput")):
+            # The journal is written by the process that started this worker.
             continue
         try:
             values |= _READERS[option.name](raw)
@@ -311,6 +325,10 @@ def read_settings(config: pytest.Config) -> Settings:
         )
     values["rules"] = _read_rules(config, values)
     if values.get("lean"):
+        if config.getoption("dist", "no") != "no":
+            raise pytest.UsageError(
+                f"{OPTIONS['lean'].flag}: nothing is measured with pytest-xdist (-n)"
+            )
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
         values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
@@ -363,10 +381,8 @@ def _check_measuring(config: pytest.Config, flag: str) -> None:
     """Refuse options under which nothing is measured, so that everything would pass."""
     obstacles = {
         "-p no:benchmark": not config.pluginmanager.hasplugin("benchmark"),
-        "pytest-xdist (-n)": config.getoption("dist", "no") != "no",
         "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
-        "--benchmark-disable": config.getoption("benchmark_disable", False)
-        and not config.getoption("benchmark_enable", False),
+        "--benchmark-disable": is_benchmark_disabled(config),
         "--benchmark-skip": config.getoption("benchmark_skip", False),
     }
     for obstacle, is_there in obstacles.items():
