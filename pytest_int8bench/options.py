@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -189,8 +190,8 @@ OPTIONS = {
         ),
         Option(
             "allow",
-            "Part of the fingerprint that may differ from a file that is compared with, such as "
-            "driver; or throttled. Repeatable. Default: none",
+            "Part of the fingerprint that may differ from a file that is compared with, or between "
+            "workers of pytest-xdist, such as driver; or throttled. Repeatable. Default: none",
             "NAME",
             repeatable=True,
         ),
@@ -288,10 +289,10 @@ class Settings:
         )
 
 
-def is_asked_for(config: pytest.Config) -> bool:
+def is_asked_for(options: argparse.Namespace) -> bool:
     """Say whether the command line has one of our options: an ini file speaks for every session,
     also for those without benchmarks."""
-    return any(config.getoption(option.dest) not in (None, []) for option in OPTIONS.values())
+    return any(getattr(options, one.dest, None) not in (None, []) for one in OPTIONS.values())
 
 
 def is_benchmark_disabled(config: pytest.Config) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -35,6 +36,14 @@ _MARKER = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     options.add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    if "INT8BENCH_SEAT" in os.environ:
+        from pytest_int8bench.distributed.worker import pin_at_start
+
+        pin_at_start(early_config)
 
 
 def pytest_configure(config: pytest.Config) -> None:

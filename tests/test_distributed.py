@@ -4,6 +4,7 @@ and that the outcome is that of a serial run."""
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pytest_int8bench import Result, RunParams
 from pytest_int8bench import options as plugin_options
 from pytest_int8bench.distributed.controller import Controller, capped
-from pytest_int8bench.distributed.messages import KEY, Message
+from pytest_int8bench.distributed.messages import KEY, SEAT, Message
 from pytest_int8bench.distributed.worker import Worker
 from pytest_int8bench.results import read
 from pytest_int8bench.session import State
@@ -103,7 +104,7 @@ import os
 def test_points(int8_params):
     with open("gpus", "a") as file:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-        print(int8_params.batch_size, int8_params.int8_enabled, gpu, file=file)
+        print(int8_params.batch_size, os.environ["AT_FIRST"], gpu, file=file)
     if int8_params.batch_size == 3:
         os._exit(3)
 """
@@ -203,6 +204,9 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
 
 def test_a_worker_that_crashes_loses_one_point(project: pytest.Pytester) -> None:
     project.makepyfile(test_one=POINTS)
+    project.makeconftest(
+        "import os\nos.environ['AT_FIRST'] = os.environ.get('CUDA_VISIBLE_DEVICES', '')\n"
+    )
     result = run(project, "--int8-set=batch_size=2,3,4,5", "--int8-no-baseline", "-n2")
     result.assert_outcomes(passed=3, failed=1)
     [path] = (project.path / ".benchmarks").glob("**/*.jsonl")
@@ -213,7 +217,7 @@ def test_a_worker_that_crashes_loses_one_point(project: pytest.Pytester) -> None
     ]
     ran = (project.path / "gpus").read_text().splitlines()
     assert sorted(line.split()[0] for line in ran) == ["2", "3", "4", "5"]
-    assert {line.split()[2] for line in ran} == {"GPU-0", "GPU-1"}
+    assert {tuple(line.split()[1:]) for line in ran} == {("GPU-0", "GPU-0"), ("GPU-1", "GPU-1")}
 
 
 def test_more_workers_than_gpus(project: pytest.Pytester) -> None:
@@ -244,6 +248,12 @@ class Node:
     def __init__(self, gateway: Any, nodemanager: Any) -> None:
         self.gateway, self.nodemanager = gateway, nodemanager
         self.workerinput: dict[str, Any] = {}
+        self.ran: list[str] = []
+        gateway.remote_exec = self.remote_exec
+
+    def remote_exec(self, source: str) -> Any:
+        self.ran.append(source)
+        return SimpleNamespace(waitclose=lambda: None)
 
 
 class Workers:
@@ -485,7 +495,10 @@ def test_a_worker_without_its_device_runs_its_next_test_in_a_new_one(
 def worker_of(
     pytester: pytest.Pytester, number: int, count: int, *options: str, seat: bool = True
 ) -> Worker:
+    if seat:
+        os.environ[SEAT] = f"{number}/{count}"  # which parsing takes out again
     config: Any = pytester.parseconfig(*options)
+    assert SEAT not in os.environ
     config.workerinput = {"workerid": f"gw{number}"}
     if seat:
         config.workerinput[KEY] = {"number": number, "count": count}
@@ -504,14 +517,12 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_option_makes_workers_take_their_gpu_at_once(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
 ) -> None:
-    import os
-
     worker = worker_of(pytester, 1, 3)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # it may run other tests
     worker.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     worker.pin()
-    assert worker.gpus == ["4", "5", "6"]
+    assert worker.fingerprint({"gpu_count": 1}) == {"gpu_count": 3}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     worker_of(pytester, 2, 3, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
@@ -520,8 +531,6 @@ def test_an_option_makes_workers_take_their_gpu_at_once(
 def test_the_only_worker_of_a_host_keeps_all_gpus(
     pytester: pytest.Pytester, three_gpus: None
 ) -> None:
-    import os
-
     worker = worker_of(pytester, 0, 1, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
     assert worker.fingerprint({"gpu_count": 3}) == {"gpu_count": 3}
@@ -543,7 +552,7 @@ def test_a_worker_that_took_its_gpu_too_late_says_so(
     late = (
         "worker gw1 sees 3 GPUs instead of its own: something that was imported before this test "
         "has started CUDA; with an --int8 option on the command line, workers take their GPUs "
-        "before tests are imported"
+        "before they import anything"
     )
     for seen, why in ((1, None), (3, late)):
         monkeypatch.setattr("pytest_int8bench.gpus.seen_by_cuda", lambda seen=seen: seen)

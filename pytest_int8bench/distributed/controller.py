@@ -16,7 +16,7 @@ import pytest
 
 from pytest_int8bench import gpus, options
 from pytest_int8bench.collection import params_in
-from pytest_int8bench.distributed.messages import KEY, Message
+from pytest_int8bench.distributed.messages import KEY, SEAT, Message
 from pytest_int8bench.distributed.scheduling import Scheduling
 from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
@@ -40,7 +40,7 @@ def is_controller(config: pytest.Config) -> bool:
 def capped(config: pytest.Config, workers: int) -> int:
     """Return how many workers ``-n auto`` starts: one per GPU at most, where the command line asks
     for INT8 benchmarks."""
-    if not options.is_asked_for(config) or (there := gpus.visible()) is None:
+    if not options.is_asked_for(config.option) or (there := gpus.visible()) is None:
         return workers
     return max(1, min(workers, len(there)))
 
@@ -72,7 +72,10 @@ class Controller:
         taken = [number for where, number in self._seats.values() if where == host]
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         self._seats[node] = (host, number)
-        node.workerinput[KEY] = {"number": number, "count": _count(host, node.nodemanager)}
+        count = _count(host, node.nodemanager)
+        node.workerinput[KEY] = {"number": number, "count": count}
+        told = f"import os; os.environ[{SEAT!r}] = '{number}/{count}'"
+        node.gateway.remote_exec(told).waitclose()
 
     def pytest_testnodedown(self, node: Any) -> None:
         self._seats.pop(node, None)
@@ -244,9 +247,9 @@ class Controller:
         if self._waiting:
             self._start_journal({})
         benchmarks: Any = self._config.pluginmanager.get_plugin("pytest-benchmark")
-        if benchmarks is not None:
+        if benchmarks is not None and self._state.journal is not None:
             benchmarks.benchmarks.sort(key=lambda timed: self._order.get(timed.fullname, -1))
-            results = self._state.journal.results if self._state.journal else []
+            results = self._state.journal.results
             is_timed = benchmarks.benchmarks or not any(result.is_disabled for result in results)
             if is_timed and not options.is_benchmark_disabled(self._config):
                 benchmarks.disabled = False

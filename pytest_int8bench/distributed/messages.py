@@ -10,6 +10,9 @@ from pytest_int8bench.results import Accuracy, Record, Result, Sensitivity
 
 #: Name of what is ours, on reports and in what pytest-xdist hands to and from workers.
 KEY = "int8bench"
+#: Environment variable that tells a worker, before it reads anything else, which of how many it is
+#: on its host: ``1/2`` for the second of two.
+SEAT = "INT8BENCH_SEAT"
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Result, Accuracy, Sensitivity)}
 
 

@@ -9,17 +9,45 @@ import os
 import platform
 import sys
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_int8bench import gpus, options
-from pytest_int8bench.distributed.messages import KEY, Message, kind_of
+from pytest_int8bench.distributed.messages import KEY, SEAT, Message, kind_of
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import Accuracy, Record, Result, Sensitivity
 
 if TYPE_CHECKING:
     from pytest_int8bench.session import State
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """What became of a process that was to be left one GPU."""
+
+    gpu: str | None
+    """Its name in ``CUDA_VISIBLE_DEVICES``, None if there was none left."""
+    among: list[str] | None
+    """The GPUs that the workers of this host share, None where that is not known."""
+
+    @classmethod
+    def to(cls, number: int) -> _Pinned:
+        among = gpus.visible()
+        return cls(gpus.pin(number), among)
+
+
+_PINNED = pytest.StashKey[_Pinned]()
+
+
+def pin_at_start(config: pytest.Config) -> None:
+    """Leave this process its GPU before a conftest is imported, which may look for CUDA and so
+    start it, where the command line asks for INT8 benchmarks."""
+    # Not for the processes that tests start.
+    number, count = map(int, os.environ.pop(SEAT).split("/"))
+    if count > 1 and options.is_asked_for(config.known_args_namespace):
+        config.stash[_PINNED] = _Pinned.to(number)
 
 
 class Worker:
@@ -30,27 +58,23 @@ class Worker:
         self.id: str = given["workerid"]
         #: Set by our plugin in the process that started this one.
         self._seat: dict[str, int] | None = given.get(KEY)
-        self.gpus: list[str] | None = None
-        """The GPUs that the workers of this host share, where that is known."""
-        self._gpu: str | None = None
-        self._is_pinned = False
+        self._pinned: _Pinned | None = config.stash.get(_PINNED, None)
         self._is_lost = False
         self._records: list[Result | Accuracy | Sensitivity] = []
-        if options.is_asked_for(config):
-            self.pin()  # before tests are imported: looking for CUDA starts it
 
     @property
     def count(self) -> int:
         """How many workers run on this host."""
         return self._seat["count"] if self._seat else 1
 
+    @property
+    def _gpu(self) -> str | None:
+        return self._pinned.gpu if self._pinned else None
+
     def pin(self) -> None:
         """Leave this process the GPU that is its own, if it shares the host with others."""
-        if self._is_pinned or self._seat is None or self.count == 1:
-            return
-        self._is_pinned = True
-        self.gpus = gpus.visible()
-        self._gpu = gpus.pin(self._seat["number"])
+        if self._pinned is None and self._seat is not None and self.count > 1:
+            self._pinned = _Pinned.to(self._seat["number"])
 
     def placed(self, result: Result) -> Result:
         """Return ``result`` with who measured it."""
@@ -60,7 +84,8 @@ class Worker:
 
     def fingerprint(self, environment: dict[str, Any]) -> dict[str, Any]:
         """Return the fingerprint as a process sees it that has all the host's GPUs."""
-        return environment if not self.gpus else {**environment, "gpu_count": len(self.gpus)}
+        there = self._pinned.among if self._pinned else None
+        return {**environment, "gpu_count": len(there)} if there else environment
 
     # -- what cannot be measured here ---------------------------------------------------------
 
@@ -69,7 +94,7 @@ class Worker:
         if params.gpu_type != "cuda" or self._seat is None or self.count == 1:
             return None
         if self._gpu is None:
-            there = len(self.gpus or ())
+            there = len((self._pinned and self._pinned.among) or ())
             return (
                 f"worker {self.id} has no GPU of its own: {self.count} workers of this host share "
                 f"{there} GPU{'s' * (there != 1)}"
@@ -78,7 +103,7 @@ class Worker:
             return (
                 f"worker {self.id} sees {seen} GPUs instead of its own: something that was "
                 "imported before this test has started CUDA; with an --int8 option on the command "
-                "line, workers take their GPUs before tests are imported"
+                "line, workers take their GPUs before they import anything"
             )
         return None
 
