@@ -111,3 +111,18 @@ def params_of(item: pytest.Item) -> RunParams | None:
         return RunParams.from_run_name(value) if isinstance(value, str) else None
     except ValueError:
         return None
+
+
+def params_in(nodeid: str) -> RunParams | None:
+    """Return the point that a node id names, alone or among other parameters; None if none."""
+    text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
+    if "_ps" not in text:  # every run name has it: other ids are not worth a closer look
+        return None
+    parts = text.split("-")  # which run names hold as well
+    spans = [(i, j) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+    for i, j in sorted(spans, key=lambda span: span[0] - span[1]):
+        try:
+            return RunParams.from_run_name("-".join(parts[i:j]))
+        except ValueError:
+            continue
+    return None

@@ -88,7 +88,25 @@ def _int8_point(
         problem = str(error)
     if problem is not None:
         pytest.fail(problem, pytrace=False)
+    worker = _state(request).worker
+    if worker is not None and (reason := worker.no_gpu(int8_params)) is not None:
+        pytest.fail(reason, pytrace=False)
     return workload, int8_params
+
+
+def _not_timed(config: pytest.Config, benchmark: Any, params: RunParams) -> str | None:
+    """Return why pytest-benchmark is not to time a test, None if it is. In every worker of
+    pytest-xdist it is disabled, also where a worker is alone on its device."""
+    worker = config.stash[STATE].worker
+    if worker is None:
+        return "pytest-benchmark is disabled" if benchmark.disabled else None
+    why = worker.not_timed(config, params)
+    benchmark.disabled = why is not None
+    return why
+
+
+def _not_kept(state: State) -> str | None:
+    return state.worker.not_kept() if state.worker is not None else None
 
 
 def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams) -> Model:
@@ -141,13 +159,12 @@ def int8_throughput(
     state = _state(request)
 
     def measure() -> Result:
-        if benchmark.disabled:
+        if (why := _not_timed(request.config, benchmark, params)) is not None:
             from pytest_int8bench.results import NOT_MEASURED
 
             # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
             benchmark.pedantic(_model(request, workload, params).run)
-            why = " under xdist, run with -n0" if state.xdist_worker else ""
-            pytest.skip(f"{NOT_MEASURED}: pytest-benchmark is disabled{why}")
+            pytest.skip(f"{NOT_MEASURED}: {why}")
         check_compared(request.config, state)
         gate = state.gate()
         if gate is not None:
@@ -162,6 +179,8 @@ def int8_throughput(
         except BaseException:  # or the rounds of a point that Ctrl-C ended would be saved
             benchmark.has_error = True
             raise
+        if state.worker is not None:
+            result = state.worker.placed(result)
         if not result.oom:
             benchmark.extra_info.update(_extra_info(result))
         marked = state.marked(result)
@@ -193,8 +212,11 @@ def int8_guardrail(
 
         if not params.int8_enabled:
             pytest.skip("nothing to compare: the point is a baseline")
-        if state.xdist_worker:
-            pytest.skip("not judged: under xdist, run with -n0")
+        why = _not_kept(state)
+        if why is None and state.worker is not None and state.settings.remedy:
+            why = state.worker.not_timed(request.config, params)  # remedies have a price in time
+        if why is not None:
+            pytest.skip(f"not judged: {why}")
         limit = _limit(max_drop) if max_drop else state.settings.max_drop
         action = state.settings.inconclusive
         verdicts: list[Accuracy] = []
@@ -272,8 +294,8 @@ def int8_sensitivity(
 
         if not params.int8_enabled:
             pytest.skip("nothing to quantize: the point is a baseline")
-        if state.xdist_worker:
-            pytest.skip("not measured: under xdist, run with -n0")
+        if (why := _not_kept(state)) is not None:
+            pytest.skip(f"not measured: {why}")
         problem = None
         try:
             return SensitivityScan(state.guardrail(), workload, params, by=by).run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -188,8 +189,8 @@ OPTIONS = {
         ),
         Option(
             "allow",
-            "Part of the fingerprint that may differ from a file that is compared with, such as "
-            "driver; or throttled. Repeatable. Default: none",
+            "Part of the fingerprint that may differ from a file that is compared with, or between "
+            "workers of pytest-xdist, such as driver; or throttled. Repeatable. Default: none",
             "NAME",
             repeatable=True,
         ),
@@ -302,6 +303,19 @@ class Settings:
         )
 
 
+def is_asked_for(options: argparse.Namespace) -> bool:
+    """Say whether the command line has one of our options: an ini file speaks for every session,
+    also for those without benchmarks."""
+    return any(getattr(options, one.dest, None) not in (None, []) for one in OPTIONS.values())
+
+
+def is_benchmark_disabled(config: pytest.Config) -> bool:
+    """Say whether the user has disabled pytest-benchmark, which under pytest-xdist does so by
+    itself."""
+    disable = config.getoption("benchmark_disable", False)
+    return bool(disable and not config.getoption("benchmark_enable", False))
+
+
 def read_settings(config: pytest.Config) -> Settings:
     """Read and check all options.
 
@@ -311,7 +325,8 @@ def read_settings(config: pytest.Config) -> Settings:
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)
-        if raw is None:
+        if raw is None or (option.name == "journal" and hasattr(config, "workerinput")):
+            # The journal is written by the process that started this worker.
             continue
         try:
             values |= _READERS[option.name](raw)
@@ -327,6 +342,10 @@ def read_settings(config: pytest.Config) -> Settings:
         )
     values["rules"] = _read_rules(config, values)
     if values.get("lean"):
+        if config.getoption("dist", "no") != "no":
+            raise pytest.UsageError(
+                f"{OPTIONS['lean'].flag}: nothing is measured with pytest-xdist (-n)"
+            )
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
         values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
@@ -394,10 +413,8 @@ def _check_measuring(config: pytest.Config, flag: str) -> None:
     """Refuse options under which nothing is measured, so that everything would pass."""
     obstacles = {
         "-p no:benchmark": not config.pluginmanager.hasplugin("benchmark"),
-        "pytest-xdist (-n)": config.getoption("dist", "no") != "no",
         "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
-        "--benchmark-disable": config.getoption("benchmark_disable", False)
-        and not config.getoption("benchmark_enable", False),
+        "--benchmark-disable": is_benchmark_disabled(config),
         "--benchmark-skip": config.getoption("benchmark_skip", False),
     }
     for obstacle, is_there in obstacles.items():

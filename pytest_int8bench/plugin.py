@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -37,6 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    if "INT8BENCH_SEAT" in os.environ:
+        from pytest_int8bench.distributed.worker import pin_at_start
+
+        pin_at_start(early_config)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
     config.stash[STATE] = State(config, options.read_settings(config))
@@ -44,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[STATE].open_gate()
     except (OSError, ValueError) as error:
         raise pytest.UsageError(f"--int8-compare: {error}") from None
+    _register_distributed(config, config.stash[STATE])
     manager = config.pluginmanager
     manager.register(fixtures, "int8bench-fixtures")
     active = manager.hasplugin("benchmark")
@@ -52,11 +62,38 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def _register_distributed(config: pytest.Config, state: State) -> None:
+    """Register what sessions of several workers need, in them and in what starts them."""
+    manager = config.pluginmanager
+    if hasattr(config, "workerinput"):
+        from pytest_int8bench.distributed.worker import Worker
+
+        state.worker = Worker(config)
+        manager.register(state.worker, "int8bench-worker")
+    elif getattr(config.option, "dist", "no") != "no":
+        from pytest_int8bench.distributed.controller import Controller, is_controller
+
+        if is_controller(config):
+            state.controller = Controller(config, state)
+            manager.register(state.controller, "int8bench-controller")
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    from pytest_int8bench.distributed.controller import capped
+
+    return capped(config, (yield))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "int8_params" not in metafunc.fixturenames or has_points(metafunc):
+    if "int8_params" not in metafunc.fixturenames:
         return
     state = metafunc.config.stash[STATE]
+    if state.worker is not None:
+        state.worker.pin()
+    if has_points(metafunc):
+        return
     problem, points = None, []
     try:
         changes, _ = marker_changes(metafunc.definition)
@@ -89,14 +126,8 @@ def pytest_collection_modifyitems(
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
-    state = config.stash[STATE]
-    if state.preset is None:
-        return None
-    why = "as asked"
-    if state.settings.preset == "auto":
-        found = {"seed": "CUDA is available", "smoke": "no CUDA device"}
-        why = f"chosen by auto: {found[state.preset]}"
-    return f"int8bench: preset {state.preset} ({why})"
+    preset = config.stash[STATE].preset
+    return f"int8bench: {preset}" if preset is not None else None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -105,7 +136,10 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     shorten(report, call, item.config.getoption("tbstyle"))
-    record_outcome(item.config.stash[STATE], item, report, params_of(item))
+    state = item.config.stash[STATE]
+    record_outcome(state, item, report, params_of(item))
+    if state.worker is not None:
+        state.worker.attach(state, item, report, call)
     return report
 
 
@@ -137,7 +171,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state = session.config.stash.get(STATE, None)
     if state is None:
         return
-    if session.exitstatus == pytest.ExitCode.OK and gate_problems(session.config, state):
+    problems = gate_problems(session.config, state)
+    if state.controller is not None:
+        problems += state.controller.problems()
+    if session.exitstatus == pytest.ExitCode.OK and problems and state.worker is None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     save_without_timings(session.config, state)
     state.close()
@@ -164,10 +201,16 @@ def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> N
     terminal.section("int8bench", sep="-", bold=True)
     width = terminal._tw.fullwidth if terminal.isatty else None
     terminal.write(render(state.journal.saved(), width=width, color=terminal.hasmarkup))
+    if state.controller is not None:
+        for line in state.controller.summary():
+            terminal.write_line(line)
     for line in where_saved(config, state):
         terminal.write_line(line)
     if state.tracked is not None:
         terminal.write_line(state.tracked.line, yellow=state.tracked.failed)
+    if state.controller is not None:
+        for line in state.controller.problems():
+            terminal.write_line(line, red=True)
 
 
 def _show_gate(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -216,6 +216,9 @@ class Result(Record):
     gpu_after: dict[str, Any] | None = None
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
+    worker: dict[str, Any] | None = None
+    """Under pytest-xdist, the worker that ran it: ``id``, ``host``, and ``gpu``, its own GPU as
+    ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -370,6 +373,8 @@ class Journal:
         """
         self.path = path
         self.environment = dict(environment)
+        self.order: Mapping[str, int] = {}
+        """Places of node ids among the tests, where those finish in another order."""
         self._results: list[Result] = []
         self._accuracy: list[Accuracy] = []
         self._sensitivity: list[Sensitivity] = []
@@ -426,7 +431,15 @@ class Journal:
 
     def saved(self) -> Saved:
         """Return what the JSON is to hold."""
-        return Saved(self.environment, self.results, self.accuracy, latest(self._sensitivity))
+        return Saved(
+            self.environment,
+            self._in_order(self.results),
+            self._in_order(self.accuracy),
+            self._in_order(latest(self._sensitivity)),
+        )
+
+    def _in_order(self, records: list[_Record]) -> list[_Record]:
+        return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.path is None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from pytest_int8bench.workloads.names import check_workload_name, load_object, l
 if TYPE_CHECKING:
     from pytest_int8bench.accuracy.guardrail import Guardrail
     from pytest_int8bench.accuracy.limit import Limit
+    from pytest_int8bench.distributed.controller import Controller
+    from pytest_int8bench.distributed.worker import Worker
     from pytest_int8bench.gate.insession import SessionGate
     from pytest_int8bench.models import ModelPool
     from pytest_int8bench.profiles import Profiles
@@ -41,7 +44,10 @@ class State:
         # The runner's ini file makes the package's own folder the root.
         self.in_suite = config.inipath == _SUITE_INI
         self.root = self.invocation if self.in_suite else config.rootpath
-        self.xdist_worker = hasattr(config, "workerinput")
+        self.worker: Worker | None = None
+        """Set in a worker of pytest-xdist."""
+        self.controller: Controller | None = None
+        """Set in the process that starts such workers."""
         self.journal: Journal | None = None
         self.profiles: Profiles | None = None
         """Made with what measures points."""
@@ -69,8 +75,14 @@ class State:
 
     @property
     def preset(self) -> str | None:
-        """The preset that is used, None before a test asked for points."""
-        return self._preset
+        """Which preset is used and why, None before a test asked for points."""
+        if self._preset is None:
+            return None
+        why = "as asked"
+        if self.settings.preset == "auto":
+            found = {"seed": "CUDA is available", "smoke": "no CUDA device"}
+            why = f"chosen by auto: {found[self._preset]}"
+        return f"preset {self._preset} ({why})"
 
     def points(self, changes: dict[str, Any], *, twins: bool) -> list[RunParams]:
         """Return the points of a test.
@@ -165,6 +177,8 @@ class State:
             from pytest_int8bench.environment import fingerprint
 
             self._environment = fingerprint(self.root)
+            if self.worker is not None:
+                self._environment = self.worker.fingerprint(self._environment)
         return self._environment
 
     def gate(self) -> SessionGate | None:
@@ -178,7 +192,7 @@ class State:
             ValueError: one line, if one is damaged or not ours.
             OSError: if one cannot be read.
         """
-        if not self.settings.compare or self.xdist_worker:
+        if not self.settings.compare:
             return
         from pytest_int8bench.gate.files import read_runs
         from pytest_int8bench.gate.insession import SessionGate
@@ -236,20 +250,26 @@ class State:
 
     def record(self, record: Result | Accuracy | Sensitivity) -> None:
         """Write ``record`` to the journal, at once. Where that fails, it is kept in memory and the
-        session warned. Workers of xdist measure nothing and write nothing."""
-        if self.xdist_worker:
-            return
+        session warned. A worker of pytest-xdist sends it to the process that started it, which
+        writes the journal."""
+        if self.worker is not None:
+            record = self.worker.keep(record)
         try:
-            if self.journal is None:
-                self.journal = self._start_journal()
-            self.journal.append(record)
+            (self.journal or self.start_journal(self.environment())).append(record)
         except OSError as error:
             warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
 
-    def _start_journal(self) -> Journal:
+    def start_journal(self, environment: Mapping[str, Any]) -> Journal:
+        """Start the journal of the session with a fingerprint, and return it."""
+        self._environment = dict(environment)
+        self.journal = self._new_journal(self._environment)
+        return self.journal
+
+    def _new_journal(self, environment: dict[str, Any]) -> Journal:
         from pytest_int8bench.results import Journal, journal_folder
 
-        environment = self.environment()
+        if self.worker is not None:
+            return Journal(None, environment)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         # Two sessions in one process may start within a second.
         name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
@@ -413,7 +433,7 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
     """Save a session in which nothing was timed (all out of memory, skipped, accuracy only):
     pytest-benchmark writes no file then."""
     benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-    if state.journal is None or benchmarks is None or benchmarks.benchmarks:
+    if state.journal is None or benchmarks is None or benchmarks.benchmarks or state.worker:
         return
     if benchmarks.disabled:  # it saves nothing either: the latest measured file stays the latest
         return

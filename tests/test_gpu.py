@@ -22,6 +22,7 @@ from pytest_int8bench.feed import HostFeed
 from pytest_int8bench.measure import Plan, Run, allocated_bytes
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import QuantizationError
+from pytest_int8bench.results import read
 from pytest_int8bench.throughput import Throughput
 from pytest_int8bench.workloads.names import load_workload
 
@@ -369,3 +370,61 @@ def test_layers_are_ranked_on_the_device() -> None:
     table = scan.run(nodeid="a", metric=True)
     assert len(table.layers) == 16
     assert all(20 < row["sqnr_db"] < 80 for row in table.layers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("visible", [None, "1,0"])
+def test_each_worker_of_xdist_has_a_gpu_of_its_own(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    pytest.importorskip("xdist")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pytester.makepyfile(
+        test_one="""
+        import os
+
+        import pytest
+        import torch
+        from torch import nn
+
+        from pytest_int8bench import Workload
+
+        torch.cuda.is_available()  # as modules of tests do, which starts CUDA
+
+
+        @pytest.fixture
+        def int8_workload():
+            return Workload(
+                name="toy",
+                build=lambda p: nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)),
+                inputs=lambda p, device: (torch.randn(p.batch_size, 256, device=device),),
+                filter_fn=lambda module, name: isinstance(module, nn.Linear),
+            )
+
+
+        def test_throughput(int8_throughput):
+            int8_throughput()
+            uuid = torch.cuda.get_device_properties(0).uuid
+            seen = torch._C._cuda_getDeviceCount()
+            with open(os.environ["PYTEST_XDIST_WORKER"], "a") as file:
+                print(uuid, seen, os.environ["CUDA_VISIBLE_DEVICES"], file=file)
+        """
+    )
+    options = ["-pxdist", "-pbenchmark", "-pint8bench", "-n2", "--benchmark-json=out.json"]
+    sets = ("batch_size=32,64", "compile_mode=off", "benchmark_interval_s=0.2")
+    options += ["--int8-preset=seed", *(f"--int8-set={value}" for value in sets)]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.runpytest_subprocess(*options).assert_outcomes(passed=4)
+    saved = read(pytester.path / "out.json")
+    assert [result.status for result in saved.results] == ["ok"] * 4
+    assert saved.environment["gpu_count"] == torch.cuda.device_count()
+    uuids = set()
+    for worker in ("gw0", "gw1"):
+        [line] = set((pytester.path / worker).read_text().splitlines())
+        uuid, seen, name = line.split()
+        uuids.add(uuid)
+        assert seen == "1"
+        assert name == (f"GPU-{uuid}" if visible is None else visible.split(",")[int(worker[-1])])
+        assert {r.worker["gpu"] for r in saved.results if r.worker["id"] == worker} == {name}
+    assert len(uuids) == 2

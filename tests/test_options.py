@@ -507,13 +507,16 @@ def test_options_under_which_nothing_is_measured_are_refused(
 def test_other_plugins_under_which_nothing_is_measured_are_refused(
     pytester: pytest.Pytester, base: Path
 ) -> None:
-    for option, name in (("codspeed", "--codspeed"), ("dist=load", "pytest-xdist (-n)")):
-        config = pytester.parseconfig("--int8-compare=base.json")
-        dest, _, value = option.partition("=")
-        setattr(config.option, dest, value or True)
+    for flag, dest, value, name in (
+        ("--int8-compare=base.json", "codspeed", True, "--codspeed"),
+        ("--int8-lean", "dist", "load", "pytest-xdist (-n)"),
+    ):
+        config = pytester.parseconfig(flag)
+        setattr(config.option, dest, value)
         with pytest.raises(pytest.UsageError) as caught:
             read_settings(config)
-        assert str(caught.value) == f"--int8-compare: nothing is measured with {name}"
+        option = flag.partition("=")[0]
+        assert str(caught.value) == f"{option}: nothing is measured with {name}"
 
 
 def test_lean_compares_with_no_file(pytester: pytest.Pytester) -> None:

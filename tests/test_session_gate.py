@@ -271,7 +271,6 @@ def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
 @pytest.mark.parametrize(
     ("options", "using", "why"),
     [
-        (("-n1",), "xdist", "nothing is measured with pytest-xdist (-n)"),
         (("--benchmark-disable",), None, "nothing is measured with --benchmark-disable"),
         (("--codspeed",), "codspeed", "nothing is measured with --codspeed"),
     ],
