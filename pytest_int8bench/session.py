@@ -284,7 +284,7 @@ class State:
     def track(self) -> None:
         """Log the points to Weights & Biases that ask for it, or all of them with
         ``--int8-wandb``. The runner does it for the processes that it starts."""
-        if self.journal is None or self.xdist_worker or self.in_suite or self.settings.lean:
+        if self.journal is None or self.worker is not None or self.in_suite or self.settings.lean:
             return
         from pytest_int8bench.tracking import log, runs_of
 
