@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -39,7 +40,6 @@ _LOGGING = {
 #: Modes in which Inductor records CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
-_log = logging.getLogger(__name__)
 _serial = itertools.count()
 _REFUSED = object()
 
@@ -137,11 +137,12 @@ class CompiledModel(torch.nn.Module):
             _forget_failed_warm_up()
             raise
         except Exception as error:
-            _forget_failed_warm_up()
             self.regions_refused = first_line(_root(error))
-            _log.debug("repeated blocks are not compiled as one", exc_info=True)
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
+            if self.regions_refused is not None:
+                gc.collect()  # the frames are a cycle
+                _forget_failed_warm_up()
             graphs, regions = graphs_compiled(), Regions([])
             output = self._compiled_call(regions, self.fullgraph, args, kwargs)
         seconds = synchronized_perf_counter() - start

@@ -130,6 +130,19 @@ def _unannounced(own: type) -> Iterator[None]:
             own.__init_subclass__ = before  # type: ignore[method-assign]
 
 
+def _in_order(value: Any) -> Any:
+    """Return a tensor whose elements are transposed as a contiguous one, and anything else as it
+    is: a mask that was expanded would grow."""
+    if not isinstance(value, torch.Tensor) or value.is_contiguous():
+        return value
+    elements = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if stride != elements and size != 1:
+            return value
+        elements *= size
+    return value.contiguous()
+
+
 def _region_class(block: nn.Module) -> type | None:
     """Return the class for a block inside regions, or None if its class allows no such thing."""
     own: Any = type(block)
@@ -139,7 +152,14 @@ def _region_class(block: nn.Module) -> type | None:
         return original(self, *args, **kwargs)
 
     # Not on the original: the mark leaves attributes on the function it is given.
-    names = {"forward": torch.compiler.nested_compile_region(forward), "__module__": own.__module__}
+    compiled_once = torch.compiler.nested_compile_region(forward)
+
+    def entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Inductor of torch 2.11 checks that what enters a region is laid out as it was traced, and
+        # lays out what is transposed in another way.
+        return compiled_once(self, *map(_in_order, args), **kwargs)
+
+    names = {"forward": entry, "__module__": own.__module__}
     try:
         with _unannounced(own):
             region: type = type(own)(
