@@ -29,6 +29,7 @@ from pytest_int8bench.params import (
     parse_extra,
     parse_field,
 )
+from pytest_int8bench.report.outputs import check_output
 from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
 from pytest_int8bench.workloads.names import (
     OLMOEARTH,
@@ -200,6 +201,13 @@ OPTIONS = {
             "Default: off",
         ),
         Option(
+            "report",
+            "Write what was measured as one page, FILE.html (needs the extra report), or as "
+            "Markdown, FILE.md. Repeatable. Default: none",
+            "FILE",
+            repeatable=True,
+        ),
+        Option(
             "lean",
             "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
             "kernels, 2 s a point unless benchmark_interval_s is set; for int8bench ab. "
@@ -263,6 +271,8 @@ class Settings:
     rules: Rules = field(default_factory=Rules)
     """Limits of that comparison, those of ``pyproject.toml`` among them, and what may differ from
     a file that is compared with."""
+    reports: tuple[Path, ...] = ()
+    """Absolute paths of reports to write."""
     lean: bool = False
     """Measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
@@ -313,6 +323,7 @@ def read_settings(config: pytest.Config) -> Settings:
     if values.get("lean"):
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
+        values.pop("reports", None)
         values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
@@ -456,6 +467,10 @@ def _read_journal(text: str) -> dict[str, Any]:
     return {"journal": text}
 
 
+def _read_reports(items: list[str]) -> dict[str, Any]:
+    return {"reports": tuple(dict.fromkeys(check_output(text).absolute() for text in items))}
+
+
 def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, Any]]:
     def read(value: bool | str) -> dict[str, Any]:
         given = parse_bool(value) if isinstance(value, str) else value
@@ -495,6 +510,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{metric.option: _limit_reader(metric.name) for metric in METRICS.values()},
     "allow": lambda items: {"allow": check_allow(items)},
     "allow-missing": _read_flag("allow_missing"),
+    "report": _read_reports,
     "lean": _read_flag("lean"),
     "journal": _read_journal,
 }

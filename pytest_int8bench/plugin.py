@@ -25,6 +25,7 @@ from pytest_int8bench.session import (
     save_without_timings,
     shorten,
     where_saved,
+    write_reports,
 )
 
 _MARKER = (
@@ -140,6 +141,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.exitstatus == pytest.ExitCode.OK and gate_problems(session.config, state):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     save_without_timings(session.config, state)
+    if not write_reports(session.config, state) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     state.close()
 
 
@@ -157,13 +160,15 @@ def pytest_terminal_summary(
 def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
     state = config.stash[STATE]
     if state.journal is None:
+        for line in state.reported:
+            terminal.write_line(line)
         return
     from pytest_int8bench.report.terminal import render
 
     terminal.section("int8bench", sep="-", bold=True)
     width = terminal._tw.fullwidth if terminal.isatty else None
     terminal.write(render(state.journal.saved(), width=width, color=terminal.hasmarkup))
-    for line in where_saved(config, state):
+    for line in [*where_saved(config, state), *state.reported]:
         terminal.write_line(line)
 
 

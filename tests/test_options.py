@@ -98,6 +98,12 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "gpus": f"must be one of {', '.join(ALLOWABLE)}, got 'gpus'",
         "commit": "commit may always differ",
     },
+    "report": {
+        "report.pdf": "must be a file that ends in .html or .md, got 'report.pdf'",
+        "nowhere/report.md": (
+            "must be in a folder that is there and can be written to, got 'nowhere/report.md'"
+        ),
+    },
     "journal": {"/": "must be a file that is not there yet, got '/'"},
 }
 # Flags take a value in the ini file only.
@@ -206,6 +212,7 @@ EVERYTHING = Settings(
     filter="filters/mine.py:keep",
     compile_cache=Path("/tmp/int8bench/cache"),
     baseline=False,
+    reports=(Path("/tmp/report.md"), Path("/tmp/other.md")),
     journal="out/journal.jsonl",
 )
 
@@ -228,6 +235,8 @@ def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
         "--int8-filter=filters/mine.py:keep",
         "--int8-compile-cache=/tmp/int8bench/cache",
         "--int8-no-baseline",
+        "--int8-report=/tmp/report.md",
+        "--int8-report=/tmp/other.md",
         "--int8-journal=out/journal.jsonl",
     )
     assert settings == EVERYTHING
@@ -249,6 +258,9 @@ INI = """
     int8_filter = filters/mine.py:keep
     int8_compile_cache = /tmp/int8bench/cache
     int8_no_baseline = 1
+    int8_report =
+        /tmp/report.md
+        /tmp/other.md
     int8_journal = out/journal.jsonl
 """
 
@@ -282,6 +294,7 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         filter="a:b",
         compile_cache=pytester.path / "cache",
         baseline=False,
+        reports=(Path("/tmp/report.md"), Path("/tmp/other.md")),
         journal="mine.jsonl",
     )
 
@@ -582,6 +595,7 @@ DEFAULTS = {
     "max-compile-growth": "off",
     "allow": "none",
     "allow-missing": "off",
+    "report": "none",
     "lean": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
@@ -621,7 +635,17 @@ def test_markers_show_int8(pytester: pytest.Pytester) -> None:
 
 # -- lazy imports -----------------------------------------------------------------------------
 
-HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml")
+HEAVY = (
+    "torch",
+    "torchao",
+    "numpy",
+    "scipy",
+    "rich",
+    "hypothesis",
+    "pynvml",
+    "jinja2",
+    "matplotlib",
+)
 CONFTEST = f"""
 import sys
 from pathlib import Path
@@ -659,6 +683,7 @@ def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple
 def test_options_load_nothing(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_unrelated(): pass")
     args = ["--int8-mode=w8", "--int8-sweep=all", "--int8-workload=olmoearth", "--int8-filter=a:b"]
+    args += ["--int8-report=r.html"]
     assert loaded(pytester, *args) == ["pytest_int8bench.plugin"]
 
 
