@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.options import Settings
+from pytest_int8bench.options import OPTIONS, Settings
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
 from pytest_int8bench.workloads.names import check_workload_name, load_object, load_workload
@@ -407,8 +407,6 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
 def write_reports(config: pytest.Config, state: State) -> bool:
     """Write the reports of ``--int8-report``, and say so in ``state.reported``. Return whether all
     were written that there is something for."""
-    from pytest_int8bench.options import OPTIONS
-
     if not state.settings.reports or state.xdist_worker or config.option.collectonly:
         return True
     if state.journal is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -103,6 +104,14 @@ def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:
     assert len(positions(svg)) == 3
     assert "<title>run-4: OOM</title>" in svg
     assert "no figure: OOM" in svg
+
+
+def test_a_point_with_a_note_is_hollow_and_says_why() -> None:
+    series = line((1, 100.0), (2, 120.0)).series[0]
+    noted = replace(series, points=(series.points[0], replace(series.points[1], note="throttled")))
+    svg = draw(line(series=(noted,)))
+    assert svg.count("<title>run-2: 120 samples/s (throttled)</title>") == 2
+    assert len(positions(svg)) == 3
 
 
 def test_a_change_is_marked_with_its_letter() -> None:

@@ -66,7 +66,7 @@ def test_a_sweep_is_a_line_for_each_mode_with_the_saved_rates() -> None:
     }
     assert [point.x for point in chart.series[0].points] == [1, 8, 64]
     lost = chart.series[1].points[2]
-    assert (lost.note, lost.shown) == ("OOM", "-")
+    assert (lost.note, chart.shown(lost)) == ("OOM", "-")
 
 
 def test_the_interval_of_a_rate_is_that_of_its_batch_time() -> None:
@@ -79,7 +79,7 @@ def test_the_interval_of_a_rate_is_that_of_its_batch_time() -> None:
 def test_a_rate_without_standard_error_has_no_interval() -> None:
     [chart] = charts_of([result(BASE, 100.0, batch_time_standard_error=None)])
     point = chart.series[0].points[0]
-    assert (point.low, point.high, point.shown) == (None, None, "100")
+    assert (point.low, point.high, chart.shown(point)) == (None, None, "100")
 
 
 def test_every_swept_axis_has_its_chart() -> None:
@@ -172,7 +172,7 @@ def test_speedups_are_the_saved_ones_with_the_ceiling() -> None:
 def test_a_speedup_of_separate_measurements_is_marked() -> None:
     apart = faster(W8A8, 5.0, 1.1, speedup_method="separate", speedup_low=None, speedup_high=None)
     [chart] = charts_of([result(BASE, 4.5), apart], "speedup")
-    assert (chart.bars[0].shown, chart.bars[0].note) == ("1.10", "apart")
+    assert (chart.shown(chart.bars[0]), chart.bars[0].note) == ("1.10", "apart")
 
 
 def test_accuracy_against_throughput() -> None:

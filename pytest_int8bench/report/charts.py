@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pytest_int8bench.report.tables import MISSING, Grid, number
+from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,6 @@ class Point:
     high: float | None = None
     note: str = ""
     """What the figure's reader should know: ``OOM``, ``accuracy-failed``."""
-
-    @property
-    def shown(self) -> str:
-        """``y`` with its interval."""
-        return with_interval(self.y, self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +47,20 @@ class Chart:
     """What is to be seen, for those who do not see it."""
     unit: str
     """Of the figures: ``samples/s``."""
+    decimals: int | None = None
+    """Of the figures; None for three significant digits at least."""
+
+    def with_interval(self, value: float | None, low: float | None, high: float | None) -> str:
+        """Return a figure with its interval, if it has one."""
+        shown, *ends = (self._number(figure) for figure in (value, low, high))
+        if value is None or low is None or high is None:
+            return shown
+        return f"{shown} [{', '.join(ends)}]"
+
+    def _number(self, value: float | None) -> str:
+        if value is None or self.decimals is None:
+            return number(value)
+        return f"{value:.{self.decimals}f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +88,20 @@ class Lines(Chart):
     """Horizontal line."""
     marks: tuple[Mark, ...] = ()
 
+    def shown(self, point: Point) -> str:
+        """Return a point's figure with its interval."""
+        return self.with_interval(point.y, point.low, point.high)
+
     def grid(self) -> Grid:
         """Return the figures as a table."""
         rows = [
-            (series.name, point.x_shown, point.shown, point.note or MISSING)
+            (series.name, point.x_shown, self.shown(point), point.note or MISSING)
             for series in self.series
             for point in series.points
         ]
-        return _grid(["series", self.x_label, f"{self.unit} [95 %]", "note"], rows, ["note"])
+        return plain_grid(
+            ["series", self.x_label, f"{self.unit} [95 %]", "note"], rows, left=["note"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +117,6 @@ class Bar:
     """What the value could be at most."""
     note: str = ""
 
-    @property
-    def shown(self) -> str:
-        """The value with its interval."""
-        return with_interval(self.value, self.low, self.high)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bars(Chart):
@@ -116,6 +126,10 @@ class Bars(Chart):
     reference: float | None = None
     """Vertical line."""
 
+    def shown(self, bar: Bar) -> str:
+        """Return a bar's figure with its interval."""
+        return self.with_interval(bar.value, bar.low, bar.high)
+
     def grid(self) -> Grid:
         """Return the figures as a table."""
         columns = ["name", self.unit + (" [95 %]" if self._has("low") else "")]
@@ -123,10 +137,10 @@ class Bars(Chart):
         columns += [*(["at most"] if has_most else []), *(["note"] if self._has("note") else [])]
         rows = []
         for bar in self.bars:
-            row = [bar.name, bar.shown]
-            row += [number(bar.most)] if has_most else []
+            row = [bar.name, self.shown(bar)]
+            row += [self._number(bar.most)] if has_most else []
             rows.append(row + ([bar.note or MISSING] if self._has("note") else []))
-        return _grid(columns, rows, ["note"])
+        return plain_grid(columns, rows, left=["note"])
 
     def _has(self, field: str) -> bool:
         return any(getattr(bar, field) not in (None, "") for bar in self.bars)
@@ -155,7 +169,7 @@ class Stacks(Chart):
             total = sum(stack.values)
             cells = [f"{number(v)} ({v / total:.0%})" if total else number(v) for v in stack.values]
             rows.append([stack.name, *cells, number(total)])
-        return _grid(columns, rows, [])
+        return plain_grid(columns, rows, left=[])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,28 +214,20 @@ class Pareto(Chart):
             bounds = "" if spot.low is None else f" [{_bound(spot.low)}, {_bound(spot.high)}]"
             cells = [spot.name, f"{spot.drop:.2f}{bounds}", number(spot.rate), spot.verdict]
             rows.append([*cells, "yes" if spot.best else "no"])
-        return _grid(columns, rows, ["verdict", "not beaten"])
+        return plain_grid(columns, rows, left=["verdict", "not beaten"])
 
 
 AnyChart = Lines | Bars | Stacks | Pareto
-
-
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """Return a figure with its interval, if it has one."""
-    if value is None or low is None or high is None:
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def _bound(value: float | None) -> str:
     return "no bound" if value is None else f"{value:.2f}"
 
 
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> Grid:
-    return Grid(
-        columns=columns,
-        rows=rows,
-        styles=[None] * len(rows),
-        name=columns[0],
-        left=left,
+def distinct(series: Sequence[Series]) -> tuple[Series, ...]:
+    """Return series with styles of their own, by mode where that is enough."""
+    if len({one.style for one in series}) == len(series):
+        return tuple(series)
+    return tuple(
+        Series(name=one.name, style=index, points=one.points) for index, one in enumerate(series)
     )

@@ -186,13 +186,27 @@ def _one_line(
         gid=gid,
         zorder=4,
     )
-    tips[gid] = [_tip(point, chart.unit) for point in points]
+    tips[gid] = [_tip(chart, point) for point in points]
+    if noted := [point for point in points if point.note]:
+        axes.plot(
+            [point.x for point in noted],
+            [point.y or 0.0 for point in noted],
+            marker=_MARKERS[series.style % len(_MARKERS)],
+            markersize=7,
+            markerfacecolor=_PAPER,
+            markeredgecolor=color,
+            markeredgewidth=1.6,
+            linewidth=0,
+            gid=f"{gid}-noted",
+            zorder=5,
+        )
+        tips[f"{gid}-noted"] = [_tip(chart, point) for point in noted]
     _whiskers(axes, [(p.x, p.low, p.high) for p in points], color)
 
 
-def _tip(point: Point, unit: str) -> str:
+def _tip(chart: Lines, point: Point) -> str:
     note = f" ({point.note})" if point.note else ""
-    return f"{point.name}: {point.shown} {unit}{note}"
+    return f"{point.name}: {chart.shown(point)} {chart.unit}{note}"
 
 
 def _whiskers(
@@ -266,7 +280,7 @@ def _bars(axes: Axes, chart: Bars, tips: dict[str, list[str]]) -> None:
                 edgecolor=_PAPER,
             )
             axes.patches[-1].set_gid(gid)
-            tips[gid] = [_bar_tip(bar, chart.unit)]
+            tips[gid] = [_bar_tip(chart, bar)]
         if bar.low is not None and bar.high is not None:
             axes.plot([bar.low, bar.high], [row, row], color=_INK, linewidth=1.4, marker="|")
         if bar.most is not None:
@@ -281,9 +295,11 @@ def _bars(axes: Axes, chart: Bars, tips: dict[str, list[str]]) -> None:
                 zorder=5,
                 gid=gid,
             )
-            tips[gid] = [f"{bar.name}: at most {number(bar.most)} {chart.unit}"]
+            tips[gid] = [
+                f"{bar.name}: at most {chart.with_interval(bar.most, None, None)} {chart.unit}"
+            ]
         note = f" ({bar.note})" if bar.note else ""
-        shown = bar.note if bar.value is None else bar.shown + note
+        shown = bar.note if bar.value is None else chart.shown(bar) + note
         _row_text(axes, row, bar.name, shown)
     _rows(axes, len(chart.bars), chart.unit)
     axes.set_xlim(min(0, axes.get_xlim()[0]), None)
@@ -291,9 +307,9 @@ def _bars(axes: Axes, chart: Bars, tips: dict[str, list[str]]) -> None:
         axes.axvline(chart.reference, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
 
 
-def _bar_tip(bar: Bar, unit: str) -> str:
+def _bar_tip(chart: Bars, bar: Bar) -> str:
     note = f" ({bar.note})" if bar.note else ""
-    return f"{bar.name}: {bar.shown} {unit}{note}"
+    return f"{bar.name}: {chart.shown(bar)} {chart.unit}{note}"
 
 
 def _stacks(axes: Axes, chart: Stacks, tips: dict[str, list[str]]) -> None:

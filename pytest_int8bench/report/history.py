@@ -7,11 +7,12 @@ from string import ascii_uppercase
 
 from pytest_int8bench.environment import differences
 from pytest_int8bench.report import labels
-from pytest_int8bench.report.charts import Lines, Mark, Point, Series, with_interval
+from pytest_int8bench.report.charts import Lines, Mark, Point, Series, distinct
 from pytest_int8bench.report.contents import Section, Titled
 from pytest_int8bench.report.intervals import rate_interval
 from pytest_int8bench.report.sources import Source, device
 from pytest_int8bench.report.tables import MISSING, Grid, number
+from pytest_int8bench.report.terminal import shown_speedup
 from pytest_int8bench.results import Accuracy, Record, Result, point_label
 
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
@@ -127,6 +128,7 @@ def _charts(
                     names=tuple(source.label for source in sources),
                     from_zero=False,
                     reference=reference,
+                    decimals=None if reference is None else 2,
                     marks=marks,
                 )
             )
@@ -163,15 +165,6 @@ def _series(
             name = labels.label(params, int8_names)
             found.append(Series(name=name, style=labels.style(params), points=tuple(points)))
     return distinct(found)
-
-
-def distinct(series: Sequence[Series]) -> tuple[Series, ...]:
-    """Return series with styles of their own, by mode where that is enough."""
-    if len({one.style for one in series}) == len(series):
-        return tuple(series)
-    return tuple(
-        Series(name=one.name, style=index, points=one.points) for index, one in enumerate(series)
-    )
 
 
 def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
@@ -229,7 +222,7 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
 def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -> list[Titled]:
     shown: dict[str, Callable[[Result], str]] = {
         "Throughput, samples/s": _rate_cell,
-        "Speedup over the baseline [95 %]": lambda r: with_interval(*_speedup(r)),
+        "Speedup over the baseline [95 %]": shown_speedup,
         "Peak memory, MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / _MIB),
         "First call, s": lambda r: number(r.compile_s),
     }

@@ -57,6 +57,13 @@ class Grid:
         return "".join(f"| {' | '.join(row)} |\n" for row in (columns, marks, *rows))
 
 
+def plain_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()
+) -> Grid:
+    """Return a table of plain rows, named by its first column."""
+    return Grid(columns=columns, rows=rows, styles=[None] * len(rows), name=columns[0], left=left)
+
+
 def paragraphs(
     texts: Iterable[str], *, width: int | None, color: bool, style: str | None = None
 ) -> str:
