@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest_int8bench
 from pytest_int8bench.gate.commands import add_ab, add_compare, run_ab, run_compare
+from pytest_int8bench.report.commands import add_report, run_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scan.add_argument("--json", type=Path, help="file to save the table in")
     add_compare(commands)
     add_ab(commands)
+    add_report(commands)
     given, for_pytest = _split(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(given)
     if for_pytest and arguments.command != "ab":
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ab":
         return run_ab(arguments, for_pytest)
+    if arguments.command == "report":
+        return run_report(arguments)
     return run_compare(arguments) if arguments.command == "compare" else _show(arguments.file)
 
 

@@ -62,7 +62,7 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
     Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None.
     """
-    before, after = _flat(base), _flat(new)
+    before, after = flat(base), flat(new)
     return {
         name: (before[name], after[name])
         for name in FINGERPRINT_NAMES
@@ -83,12 +83,13 @@ _NOT_COMPILED_FOR = ("memory_bytes", "power_limit_w", "gpu_count", "allocator", 
 def compiled_for() -> dict[str, Any]:
     """Return the part of the fingerprint that compiled code depends on: hardware, driver, and the
     versions of what compiles. Loads torch."""
-    found = _flat(machine())
+    found = flat(machine())
     left_out = (*MAY_DIFFER, *_NOT_COMPILED_FOR)
     return {name: value for name, value in found.items() if name not in left_out}
 
 
-def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
+def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint by :data:`FINGERPRINT_NAMES`; what is missing in it is None."""
     gpu, packages = environment.get("gpu") or {}, environment.get("packages") or {}
     return {
         "gpu": gpu.get("name"),

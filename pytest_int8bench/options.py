@@ -29,6 +29,7 @@ from pytest_int8bench.params import (
     parse_extra,
     parse_field,
 )
+from pytest_int8bench.report.outputs import check_output
 from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
 from pytest_int8bench.workloads.names import (
     OLMOEARTH,
@@ -213,6 +214,13 @@ OPTIONS = {
             "Default: off",
         ),
         Option(
+            "report",
+            "Write what was measured as one page, FILE.html (needs the extra report), or as "
+            "Markdown, FILE.md. Repeatable. Default: none",
+            "FILE",
+            repeatable=True,
+        ),
+        Option(
             "lean",
             "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
             "kernels, no profiles, nothing to Weights & Biases, 2 s a point unless "
@@ -278,6 +286,8 @@ class Settings:
     a file that is compared with."""
     profile: Path | None = None
     """Absolute path of the folder for profiles; None for the default one."""
+    reports: tuple[Path, ...] = ()
+    """Absolute paths of reports to write."""
     lean: bool = False
     """Measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
@@ -348,6 +358,7 @@ def read_settings(config: pytest.Config) -> Settings:
             )
         _check_measuring(config, OPTIONS["lean"].flag)
         values["baseline"] = False
+        values.pop("reports", None)
         values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
         values.pop("profile", None)
         for name in ("profiler_enabled", "wandb_enabled"):
@@ -505,6 +516,10 @@ def _read_journal(text: str) -> dict[str, Any]:
     return {"journal": text}
 
 
+def _read_reports(items: list[str]) -> dict[str, Any]:
+    return {"reports": tuple(dict.fromkeys(check_output(text).absolute() for text in items))}
+
+
 def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, Any]]:
     def read(value: bool | str) -> dict[str, Any]:
         given = parse_bool(value) if isinstance(value, str) else value
@@ -553,6 +568,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "allow-missing": _read_flag("allow_missing"),
     "profile": _folder_reader("profile"),
     "wandb": _read_flag("wandb"),
+    "report": _read_reports,
     "lean": _read_flag("lean"),
     "journal": _read_journal,
 }

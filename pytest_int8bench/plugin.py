@@ -26,6 +26,7 @@ from pytest_int8bench.session import (
     save_without_timings,
     shorten,
     where_saved,
+    write_reports,
 )
 
 _MARKER = (
@@ -177,6 +178,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.exitstatus == pytest.ExitCode.OK and problems and state.worker is None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     save_without_timings(session.config, state)
+    if not write_reports(session.config, state) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     state.close()
     state.track()
 
@@ -195,6 +198,8 @@ def pytest_terminal_summary(
 def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
     state = config.stash[STATE]
     if state.journal is None:
+        for line in state.reported:
+            terminal.write_line(line)
         return
     from pytest_int8bench.report.terminal import render
 
@@ -204,7 +209,7 @@ def _show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> N
     if state.controller is not None:
         for line in state.controller.summary():
             terminal.write_line(line)
-    for line in where_saved(config, state):
+    for line in [*where_saved(config, state), *state.reported]:
         terminal.write_line(line)
     if state.tracked is not None:
         terminal.write_line(state.tracked.line, yellow=state.tracked.failed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.options import Settings
+from pytest_int8bench.options import OPTIONS, Settings
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
 from pytest_int8bench.workloads.names import check_workload_name, load_object, load_workload
@@ -60,6 +60,8 @@ class State:
         """Node ids of all tests that were found."""
         self.deselected: set[str] = set()
         """Those among them that are not to be run."""
+        self.reported: list[str] = []
+        """Lines that say which reports were written, or why not."""
         self._config = config
         self._preset: str | None = None
         self._pool: ModelPool | None = None
@@ -457,6 +459,44 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
         benchmarks.storage.save(output, name)
 
 
+def write_reports(config: pytest.Config, state: State) -> bool:
+    """Write the reports of ``--int8-report``, and say so in ``state.reported``. Return whether all
+    were written that there is something for."""
+    if not state.settings.reports or state.xdist_worker or config.option.collectonly:
+        return True
+    if state.journal is None:
+        option = OPTIONS["report"]
+        if option.source(config) == option.flag:  # in an ini file it waits for benchmarks
+            state.reported.append("int8bench: no report: no test measured or judged a point")
+        return True
+    from pytest_int8bench.report.outputs import publish
+
+    written = True
+    for path in state.settings.reports:
+        try:
+            publish([("this session", state.journal.saved())], path)
+            state.reported.append(f"report: {_shown(path)}")
+        except Exception as error:  # whatever it is, the other files are still to be saved
+            written = False
+            state.reported.append(f"report: {_not_written(path, error)}")
+            if state.journal.path is not None:
+                state.reported.append(f"report: try int8bench report {_shown(state.journal.path)}")
+    return written
+
+
+def _not_written(path: Path, error: Exception) -> str:
+    from pytest_int8bench.gate.files import FileError
+
+    if isinstance(error, FileError):
+        return str(error)
+    return f"{path} is not written: {type(error).__name__}: {error}"
+
+
+def _shown(path: Path) -> Path:
+    """Return a path from the current folder, if it is in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def gate_problems(config: pytest.Config, state: State) -> list[str]:
     """Return what ``--int8-compare`` must not let pass silently, a line each."""
     gate = state.gate()
@@ -513,9 +553,7 @@ def where_saved(config: pytest.Config, state: State) -> list[str]:
             saved.append(str(benchmarks.json if is_path else benchmarks.json.name))
         if benchmarks.save or benchmarks.autosave:
             saved.append(str(benchmarks.storage.location))
-    journal = state.journal.path if state.journal else None
-    if journal is not None and journal.is_relative_to(Path.cwd()):
-        journal = journal.relative_to(Path.cwd())
+    journal = _shown(state.journal.path) if state.journal and state.journal.path else None
     if saved:
         where = f"saved: {', '.join(saved)}"
     elif active:

@@ -99,6 +99,12 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "gpus": f"must be one of {', '.join(ALLOWABLE)}, got 'gpus'",
         "commit": "commit may always differ",
     },
+    "report": {
+        "report.pdf": "must be a file that ends in .html or .md, got 'report.pdf'",
+        "nowhere/report.md": (
+            "must be in a folder that is there and can be written to, got 'nowhere/report.md'"
+        ),
+    },
     "journal": {"/": "must be a file that is not there yet, got '/'"},
 }
 # Flags take a value in the ini file only.
@@ -221,6 +227,7 @@ EVERYTHING = Settings(
     compile_cache=Path("/tmp/int8bench/cache"),
     profile=Path("/tmp/int8bench/profiles"),
     baseline=False,
+    reports=(Path("/tmp/report.md"), Path("/tmp/other.md")),
     journal="out/journal.jsonl",
 )
 
@@ -244,6 +251,8 @@ def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
         "--int8-compile-cache=/tmp/int8bench/cache",
         "--int8-profile=/tmp/int8bench/profiles",
         "--int8-no-baseline",
+        "--int8-report=/tmp/report.md",
+        "--int8-report=/tmp/other.md",
         "--int8-journal=out/journal.jsonl",
     )
     assert settings == EVERYTHING
@@ -266,6 +275,9 @@ INI = """
     int8_compile_cache = /tmp/int8bench/cache
     int8_profile = /tmp/int8bench/profiles
     int8_no_baseline = 1
+    int8_report =
+        /tmp/report.md
+        /tmp/other.md
     int8_journal = out/journal.jsonl
 """
 
@@ -301,6 +313,7 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
         compile_cache=pytester.path / "cache",
         profile=pytester.path / "profiles",
         baseline=False,
+        reports=(Path("/tmp/report.md"), Path("/tmp/other.md")),
         journal="mine.jsonl",
     )
 
@@ -632,6 +645,7 @@ DEFAULTS = {
     "allow-missing": "off",
     "profile": "none",
     "wandb": "off",
+    "report": "none",
     "lean": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
@@ -672,6 +686,17 @@ def test_markers_show_int8(pytester: pytest.Pytester) -> None:
 # -- lazy imports -----------------------------------------------------------------------------
 
 HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml", "wandb")
+HEAVY = (
+    "torch",
+    "torchao",
+    "numpy",
+    "scipy",
+    "rich",
+    "hypothesis",
+    "pynvml",
+    "jinja2",
+    "matplotlib",
+)
 CONFTEST = f"""
 import sys
 from pathlib import Path
@@ -709,6 +734,7 @@ def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple
 def test_options_load_nothing(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_unrelated(): pass")
     args = ["--int8-mode=w8", "--int8-sweep=all", "--int8-workload=olmoearth", "--int8-filter=a:b"]
+    args += ["--int8-report=r.html"]
     assert loaded(pytester, *args) == ["pytest_int8bench.plugin"]
 
 

@@ -17,6 +17,8 @@ PACKAGE = ROOT / "pytest_int8bench"
 EDGE = {"plugin", "fixtures", "options", "collection", "session", "progress"}
 #: Library -> the one module that knows it.
 HOMES = {
+    "jinja2": "report/page",
+    "matplotlib": "report/figures",
     "olmoearth_pretrain_minimal": "workloads/olmoearth",
     "timm": "workloads/timm",
     "torchao": "quantize",

@@ -52,8 +52,16 @@ class Grid:
     def markdown(self) -> str:
         """Return the table as GitHub shows it."""
         marks = ["---" if c in (self.name, *self.left) else "---:" for c in self.columns]
-        rows = [[_escaped(cell) for cell in row] for row in self.rows]
-        return "".join(f"| {' | '.join(row)} |\n" for row in (self.columns, marks, *rows))
+        columns = [column.replace("|", r"\|").replace("<", r"\<") for column in self.columns]
+        rows = [[escaped(cell) for cell in row] for row in self.rows]
+        return "".join(f"| {' | '.join(row)} |\n" for row in (columns, marks, *rows))
+
+
+def plain_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()
+) -> Grid:
+    """Return a table of plain rows, named by its first column."""
+    return Grid(columns=columns, rows=rows, styles=[None] * len(rows), name=columns[0], left=left)
 
 
 def paragraphs(
@@ -129,11 +137,11 @@ class Page:
         """Return the page as Markdown; the headline comes first."""
         parts = [f"## {self.title}: {self.headline}\n"]
         parts += [grid.markdown() for grid in self.grids]
-        parts += ["".join(f"- {_escaped(line)}\n" for line in self.remarks)]
-        parts += ["".join(f"<sub>{_escaped(line)}</sub><br>\n" for line in self.footer)]
+        parts += ["".join(f"- {escaped(line)}\n" for line in self.remarks)]
+        parts += ["".join(f"<sub>{escaped(line)}</sub><br>\n" for line in self.footer)]
         return "\n".join(part for part in parts if part)
 
 
-def _escaped(line: str) -> str:
+def escaped(line: str) -> str:
     """Return one line in which Markdown finds nothing: run names are full of underscores."""
     return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(line.splitlines()))

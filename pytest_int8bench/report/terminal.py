@@ -15,7 +15,7 @@ from pytest_int8bench.results import Accuracy, Result, Saved, Sensitivity, point
 _THROTTLED = "*"
 #: Behind a verdict on a model with random weights.
 _PIPELINE = "*"
-_PIPELINE_CHECK = (
+PIPELINE_CHECK = (
     f"{_PIPELINE} pipeline check: the weights are random, so the verdict says nothing about a "
     "trained model and fails no test; see --int8-weights"
 )
@@ -35,11 +35,11 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         color: use ANSI colors.
     """
     measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
-    tables: list[tuple[str | None, Grid]] = [(None, _table(measured))] if measured else []
+    tables: list[tuple[str | None, Grid]] = [(None, results_table(measured))] if measured else []
     if judged := [v for v in saved.accuracy if v.limit is not None]:
-        tables.append((None, _accuracy_table(judged)))
+        tables.append((None, accuracy_table(judged)))
     tables += [
-        (f"{_label(scan)}, {scan.samples:,} samples", _sensitivity_table(scan))
+        (f"{_label(scan)}, {scan.samples:,} samples", sensitivity_table(scan))
         for scan in saved.sensitivity
     ]
 
@@ -51,20 +51,21 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         parts.append(fold(*([title] if title else [])) + table.text(width=width, color=color))
     text = "\n".join(parts)
     for verdict in saved.accuracy:
-        text += fold(*_verdict_remarks(verdict))
+        text += fold(*verdict_remarks(verdict))
     if any(verdict.is_pipeline_check for verdict in saved.accuracy):
-        text += fold(_PIPELINE_CHECK)
+        text += fold(PIPELINE_CHECK)
     for result in saved.results:
-        text += fold(*_remarks(result))
+        text += fold(*status_remarks(result), *remarks(result))
     versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
     if named := sorted(version for version in versions if version):
         text += fold(f"OlmoEarth {', '.join(named)}", style="dim")
-    if short := _short_rounds(saved.results):
+    if short := short_rounds(saved.results):
         text += fold(short)
     return text + fold(describe(saved.environment), style="dim")
 
 
-def _table(results: list[Result]) -> Grid:
+def results_table(results: Sequence[Result]) -> Grid:
+    """Return the figures of points that were measured or ran out of memory."""
     columns: dict[str, Callable[[Result], str]] = {
         "run": lambda r: r.run_name,
         "samples/s": lambda r: number(r.samples_per_s) + (_THROTTLED if r.throttled else ""),
@@ -77,7 +78,7 @@ def _table(results: list[Result]) -> Grid:
         ),
         "INT8 time": _int8_time,
         "attention": lambda r: r.attention_kernel or MISSING,
-        "speedup [95 %]": _speedup,
+        "speedup [95 %]": shown_speedup,
     }
     workloads = {result.workload for result in results}
     if workloads != {"olmoearth"}:
@@ -99,14 +100,15 @@ def _int8_time(result: Result) -> str:
     return f"{result.int8_time_share:.0%}{ours}"
 
 
-def _accuracy_table(verdicts: list[Accuracy]) -> Grid:
+def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
+    """Return the verdicts on labelled samples."""
     columns: dict[str, Callable[[Accuracy], str]] = {
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
         "samples": lambda v: f"{v.samples:,}",
         "baseline": lambda v: _score(v.baseline),
         "INT8": lambda v: _score(v.candidate),
-        "drop [one-sided 95 %]": _drop,
+        "drop [one-sided 95 %]": shown_drop,
         "worse/better": lambda v: f"{v.lost}/{v.gained}",
         "limit": lambda v: v.limit or MISSING,
         "verdict": lambda v: v.outcome + (_PIPELINE if v.is_pipeline_check else ""),
@@ -127,7 +129,8 @@ def _score(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
 
 
-def _drop(verdict: Accuracy) -> str:
+def shown_drop(verdict: Accuracy) -> str:
+    """Return a drop with its bounds."""
     unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
         f"{100 * (value or 0):.2f}" for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
@@ -135,7 +138,7 @@ def _drop(verdict: Accuracy) -> str:
     return f"{drop}{unit} [{low}, {high}]"
 
 
-def _verdict_remarks(verdict: Accuracy) -> list[str]:
+def verdict_remarks(verdict: Accuracy) -> list[str]:
     """Return what the reader must know about a verdict beyond its row."""
     if verdict.is_pipeline_check or verdict.outcome == "PASS":
         return []
@@ -144,7 +147,8 @@ def _verdict_remarks(verdict: Accuracy) -> list[str]:
     return describe(verdict)
 
 
-def _sensitivity_table(found: Sensitivity) -> Grid:
+def sensitivity_table(found: Sensitivity) -> Grid:
+    """Return what each layer, or block, loses."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         f"INT8 in one {found.by} alone": lambda row: str(row["name"]),
         "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
@@ -172,7 +176,8 @@ def _grid(
     )
 
 
-def _speedup(result: Result) -> str:
+def shown_speedup(result: Result) -> str:
+    """Return a speedup with its interval."""
     if result.speedup is None:
         return MISSING
     if result.speedup_low is None or result.speedup_high is None:
@@ -180,13 +185,18 @@ def _speedup(result: Result) -> str:
     return f"{result.speedup:.2f}x [{result.speedup_low:.2f}, {result.speedup_high:.2f}]"
 
 
-def _remarks(result: Result) -> list[str]:
-    """Return what the reader must know about a point beyond its row."""
+def status_remarks(result: Result) -> list[str]:
+    """Return why a point is not ``ok``, or its note."""
+    if result.status == "ok" and not result.reason:
+        return []
+    mark = "note" if result.status == "ok" else result.status
+    return [f"{mark}: {_label(result)}: {result.reason or 'no reason given'}"]
+
+
+def remarks(result: Result) -> list[str]:
+    """Return what the reader must know about a point beyond its row and its status."""
     lines = []
     name = _label(result)
-    if result.status != "ok" or result.reason:
-        mark = "note" if result.status == "ok" else result.status
-        lines.append(f"{mark}: {name}: {result.reason or 'no reason given'}")
     if result.throttled:
         lines.append(f"{_THROTTLED} throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
@@ -203,7 +213,7 @@ def _remarks(result: Result) -> list[str]:
         reasons = Counter(falls.values())
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         lines.append(f"not fused: {name}: layers on torchao's kernels: {listed}")
-    lines += _ceiling(result)
+    lines += ceiling_remarks(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
     if (feeding := _feeding(result)) is not None:
@@ -211,7 +221,7 @@ def _remarks(result: Result) -> list[str]:
     return lines
 
 
-def _ceiling(result: Result) -> list[str]:
+def ceiling_remarks(result: Result) -> list[str]:
     """Return what INT8 could bring at most at a point, and how much of it was reached."""
     basis = result.ceiling or {}
     if problem := basis.get("problem"):
@@ -273,7 +283,8 @@ def _label(record: Result | Accuracy | Sensitivity) -> str:
     return point_label(record.workload, record.run_name)
 
 
-def _short_rounds(results: list[Result]) -> str | None:
+def short_rounds(results: Sequence[Result]) -> str | None:
+    """Return what is wrong with rounds that are too short to be exact."""
     short = [r for r in results if (r.synchronization_share or 0) > MAX_SYNCHRONIZATION_SHARE]
     if not short:
         return None

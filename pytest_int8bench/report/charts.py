@@ -1,0 +1,233 @@
+"""Charts as data: what is drawn, and the table that says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One figure of a chart. Values are in the chart's units."""
+
+    name: str
+    """The run it is of."""
+    x: float
+    x_shown: str
+    """``x`` in words: ``128``, ``reduce-overhead``, a commit."""
+    y: float | None
+    """None where there is no figure: ``note`` says why."""
+    low: float | None = None
+    """Ends of the interval of ``y``; None where there is none."""
+    high: float | None = None
+    note: str = ""
+    """What the figure's reader should know: ``OOM``, ``accuracy-failed``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points that belong together."""
+
+    name: str
+    style: int
+    """Number of the colour and the marker; 0 is the baseline's."""
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What all charts have."""
+
+    id: str
+    """Unique in the report."""
+    title: str
+    description: str
+    """What is to be seen, for those who do not see it."""
+    unit: str
+    """Of the figures: ``samples/s``."""
+    decimals: int | None = None
+    """Of the figures; None for three significant digits at least."""
+
+    def with_interval(self, value: float | None, low: float | None, high: float | None) -> str:
+        """Return a figure with its interval, if it has one."""
+        shown, *ends = (self._number(figure) for figure in (value, low, high))
+        if value is None or low is None or high is None:
+            return shown
+        return f"{shown} [{', '.join(ends)}]"
+
+    def _number(self, value: float | None) -> str:
+        if value is None or self.decimals is None:
+            return number(value)
+        return f"{value:.{self.decimals}f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A change between two places of the x axis."""
+
+    x: float
+    letter: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Chart):
+    """Figures against an axis."""
+
+    x_label: str
+    series: tuple[Series, ...]
+    names: tuple[str, ...] = ()
+    """What the places 0, 1, 2 … of the x axis are called; empty for an axis of numbers."""
+    joined: bool = True
+    """Points of a series are joined: the order of the places means something."""
+    from_zero: bool = True
+    """The y axis starts at 0."""
+    reference: float | None = None
+    """Horizontal line."""
+    marks: tuple[Mark, ...] = ()
+
+    def shown(self, point: Point) -> str:
+        """Return a point's figure with its interval."""
+        return self.with_interval(point.y, point.low, point.high)
+
+    def grid(self) -> Grid:
+        """Return the figures as a table."""
+        rows = [
+            (series.name, point.x_shown, self.shown(point), point.note or MISSING)
+            for series in self.series
+            for point in series.points
+        ]
+        return plain_grid(
+            ["series", self.x_label, f"{self.unit} [95 %]", "note"], rows, left=["note"]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One row of a bar chart."""
+
+    name: str
+    style: int
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    most: float | None = None
+    """What the value could be at most."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars(Chart):
+    """Rows of one figure each, from 0."""
+
+    bars: tuple[Bar, ...]
+    reference: float | None = None
+    """Vertical line."""
+
+    def shown(self, bar: Bar) -> str:
+        """Return a bar's figure with its interval."""
+        return self.with_interval(bar.value, bar.low, bar.high)
+
+    def grid(self) -> Grid:
+        """Return the figures as a table."""
+        columns = ["name", self.unit + (" [95 %]" if self._has("low") else "")]
+        has_most = self._has("most")
+        columns += [*(["at most"] if has_most else []), *(["note"] if self._has("note") else [])]
+        rows = []
+        for bar in self.bars:
+            row = [bar.name, self.shown(bar)]
+            row += [self._number(bar.most)] if has_most else []
+            rows.append(row + ([bar.note or MISSING] if self._has("note") else []))
+        return plain_grid(columns, rows, left=["note"])
+
+    def _has(self, field: str) -> bool:
+        return any(getattr(bar, field) not in (None, "") for bar in self.bars)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One row of a chart of parts."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacks(Chart):
+    """Rows of parts that add up to a whole."""
+
+    parts: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+
+    def grid(self) -> Grid:
+        """Return the figures as a table."""
+        columns = ["name", *(f"{part} ({self.unit})" for part in self.parts), "together"]
+        rows = []
+        for stack in self.stacks:
+            total = sum(stack.values)
+            cells = [f"{number(v)} ({v / total:.0%})" if total else number(v) for v in stack.values]
+            rows.append([stack.name, *cells, number(total)])
+        return plain_grid(columns, rows, left=[])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """A configuration between accuracy and speed."""
+
+    name: str
+    style: int
+    drop: float
+    """In percent or points."""
+    low: float | None
+    """One-sided 95 % bounds of the drop; None where there is none."""
+    high: float | None
+    rate: float
+    """Throughput."""
+    verdict: str
+    best: bool
+    """No other one is both at least as accurate and as fast, and better in one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pareto(Chart):
+    """Accuracy drop against throughput."""
+
+    drop_unit: str
+    """``%`` of the baseline's metric, or ``pp``."""
+    limits: tuple[float, ...]
+    """Largest drops that passed, in ``drop_unit``."""
+    spots: tuple[Spot, ...]
+
+    def grid(self) -> Grid:
+        """Return the figures as a table."""
+        columns = [
+            "name",
+            f"drop {self.drop_unit} [one-sided 95 %]",
+            self.unit,
+            "verdict",
+            "not beaten",
+        ]
+        rows = []
+        for spot in self.spots:
+            bounds = "" if spot.low is None else f" [{_bound(spot.low)}, {_bound(spot.high)}]"
+            cells = [spot.name, f"{spot.drop:.2f}{bounds}", number(spot.rate), spot.verdict]
+            rows.append([*cells, "yes" if spot.best else "no"])
+        return plain_grid(columns, rows, left=["verdict", "not beaten"])
+
+
+AnyChart = Lines | Bars | Stacks | Pareto
+
+
+def _bound(value: float | None) -> str:
+    return "no bound" if value is None else f"{value:.2f}"
+
+
+def distinct(series: Sequence[Series]) -> tuple[Series, ...]:
+    """Return series with styles of their own, by mode where that is enough."""
+    if len({one.style for one in series}) == len(series):
+        return tuple(series)
+    return tuple(
+        Series(name=one.name, style=index, points=one.points) for index, one in enumerate(series)
+    )

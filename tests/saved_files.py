@@ -1,0 +1,179 @@
+"""Saved files as a session leaves them, for the tests of reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import Accuracy, Result, Saved, Sensitivity
+
+GPU: dict[str, Any] = {
+    "gpu": {"name": "A100", "driver": "550", "memory_bytes": 80 * 2**30},
+    "cuda": "12.8",
+    "packages": {"torch": "2.11.0", "triton": "3.6.0", "torchao": "0.18.0"},
+    "python": "3.11.7",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+}
+CPU: dict[str, Any] = {**GPU, "gpu": None, "cuda": None, "cpu": "EPYC", "cpu_threads": 8}
+BASE = RunParams(compile_mode="default")
+W8A8 = BASE.replace(int8_enabled=True)
+W8 = W8A8.replace(int8_mode="w8")
+
+
+def environment(commit: str, **changes: Any) -> dict[str, Any]:
+    """Return the fingerprint at a commit; ``driver`` goes to the GPU's part."""
+    driver = changes.pop("driver", "550")
+    return {**GPU, "gpu": {**GPU["gpu"], "driver": driver}, "commit": commit, **changes}
+
+
+def result(params: RunParams, rate: float | None = None, **values: Any) -> Result:
+    """Return a result of a test of throughput; with ``rate`` it was measured."""
+    name = params.run_name
+    measured: dict[str, Any] = {}
+    if rate is not None:
+        measured = {
+            "samples_per_s": rate,
+            "batch_time_s": params.batch_size / rate,
+            "batch_time_standard_error": 0.005,
+            "peak_memory_bytes": (500 + params.batch_size) * 2**20,
+            "compile_s": 20.0,
+            "compile_cache": "cold",
+        }
+    identity = {"nodeid": f"b/test_t.py::test_t[{name}]", "workload": "olmoearth", "run_name": name}
+    return Result(**{**identity, "params": params.to_dict(), **measured, **values})
+
+
+def faster(params: RunParams, rate: float, speedup: float, **values: Any) -> Result:
+    """Return a result with a speedup and its interval."""
+    ends = {"speedup_low": speedup - 0.02, "speedup_high": speedup + 0.03}
+    return result(
+        params, rate, **{"speedup": speedup, "speedup_method": "interleaved", **ends, **values}
+    )
+
+
+def verdict(params: RunParams, drop: float, outcome: str, **values: Any) -> Accuracy:
+    """Return a verdict on top-1."""
+    return Accuracy(
+        **{
+            "nodeid": f"b/test_a.py::test_a[{params.run_name}]",
+            "workload": "olmoearth",
+            "run_name": params.run_name,
+            "params": params.to_dict(),
+            "metric": "top1",
+            "outcome": outcome,
+            "samples": 1000,
+            "baseline": 0.9,
+            "candidate": 0.9 * (1 - drop),
+            "limit": "1%",
+            "drop": drop,
+            "drop_low": drop - 0.003,
+            "drop_high": drop + 0.004,
+            "lost": 12,
+            "gained": 7,
+            "method": "exact",
+            **values,
+        }
+    )
+
+
+def breakdown(int8: float, other: float, attention: float, rest: float) -> dict[str, float]:
+    return {
+        "int8_products": int8,
+        "other_products": other,
+        "attention": attention,
+        "rest": rest,
+    }
+
+
+COVERAGE: dict[str, Any] = {
+    "mode": "w8a8",
+    "converted_layers": 48,
+    "linear_layers": 50,
+    "converted_parameters": 85_000_000,
+    "total_parameters": 100_000_000,
+    "left_out": {"embed.proj": "filtered", "head": "filtered"},
+    "fused_layers": 47,
+    "fallbacks": {"blocks.0.attn.proj": "a hook <on> it"},
+    "smoothed_folded": {},
+    "smoothed_runtime": [],
+}
+CEILING: dict[str, Any] = {
+    "baseline": breakdown(0.0, 0.06, 0.03, 0.01),
+    "products_speedup": 1.4,
+    "product_ratio": 1.9,
+    "quantized_share": 0.97,
+}
+
+
+def everything() -> Saved:
+    """Return what a session on a GPU leaves that had all there is: a sweep of batches with an OOM,
+    verdicts, a failed and a skipped point, and a scan of layers."""
+    results = []
+    for batch, rate in ((1, 40.0), (8, 190.0), (64, 360.0)):
+        at = {"batch_size": batch}
+        split = breakdown(0.0, 0.05, 0.03, 0.02)
+        results.append(result(BASE.replace(**at), rate, device_breakdown=split))
+        if batch == 64:
+            why = {"status": "oom", "requested_bytes": 2**34, "reason": "out of memory: 16 GiB"}
+            results.append(result(W8A8.replace(**at), **why))
+        else:
+            results.append(
+                faster(
+                    W8A8.replace(**at),
+                    rate * 1.2,
+                    1.2,
+                    device_breakdown=breakdown(0.03, 0.01, 0.03, 0.02),
+                    ceiling=CEILING,
+                    ceiling_speedup=1.6,
+                    ceiling_reached=1 / 3,
+                    coverage=COVERAGE,
+                    int8_backend="fused",
+                )
+            )
+        results.append(faster(W8.replace(**at), rate * 0.98, 0.98))
+    failed = W8A8.replace(batch_size=8, attention="cudnn")
+    results.append(result(failed, status="failed", reason="EvidenceError: flash <ran> & more"))
+    skipped = W8A8.replace(batch_size=8, image_size=2)
+    results.append(result(skipped, status="skipped", reason="image_size=2 is too small"))
+    verdicts = [
+        verdict(W8A8.replace(batch_size=8), 0.014, "FAIL"),
+        verdict(W8.replace(batch_size=8), 0.002, "PASS"),
+    ]
+    layers = [
+        {"name": "blocks.0.fc1", "layers": ["blocks.0.fc1"], "sqnr_db": 21.5},
+        {"name": "blocks.1.fc1", "layers": ["blocks.1.fc1"], "sqnr_db": 33.0},
+        {"name": "blocks.2.fc1", "layers": ["blocks.2.fc1"], "sqnr_db": None},
+    ]
+    scan = Sensitivity(
+        nodeid="scan",
+        workload="olmoearth",
+        run_name=W8A8.run_name,
+        params=W8A8.to_dict(),
+        by="layer",
+        samples=64,
+        layers=layers,
+    )
+    return Saved(GPU, results, verdicts, [scan])
+
+
+def commits() -> list[tuple[str, Saved]]:
+    """Return the files of four commits; the driver changes before the third."""
+    files = []
+    for place, (rate, driver) in enumerate(
+        ((100.0, "550"), (101.0, "550"), (120.0, "570"), (119.0, "570"))
+    ):
+        where = environment(f"{place}abcdef0123", driver=driver)
+        results = [result(BASE, rate), faster(W8A8, rate * 1.1, 1.1 + place / 100)]
+        files.append(
+            (f"runs/000{place}.json", Saved(where, results, [verdict(W8A8, 0.001 * place, "PASS")]))
+        )
+    return files
+
+
+def write(path: Path, saved: Saved) -> Path:
+    """Save as pytest-benchmark does."""
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}))
+    return path

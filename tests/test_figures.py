@@ -1,0 +1,139 @@
+"""Charts as SVG: well-formed, named, and with every figure in its place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from saved_files import commits, everything
+
+from pytest_int8bench.report.charts import AnyChart, Bar, Bars, Lines, Mark, Point, Series
+from pytest_int8bench.report.figures import draw
+from pytest_int8bench.report.sources import sources
+from pytest_int8bench.report.view import build
+
+SVG = "{http://www.w3.org/2000/svg}"
+XLINK = "{http://www.w3.org/1999/xlink}"
+
+
+def line(*points: tuple[float, float | None], **values: Any) -> Lines:
+    made = tuple(
+        Point(name=f"run-{x:g}", x=x, x_shown=f"{x:g}", y=y, note="" if y else "OOM")
+        for x, y in points
+    )
+    start: dict[str, Any] = {
+        "id": "c",
+        "title": "A <title>",
+        "description": "What & how",
+        "unit": "samples/s",
+        "x_label": "batch",
+        "series": (Series(name="W8A8", style=1, points=made),),
+    }
+    return Lines(**{**start, **values})
+
+
+def positions(svg: str) -> list[tuple[float, float]]:
+    """Return where markers with a tooltip are."""
+    root = ElementTree.fromstring(svg)
+    return [
+        (float(use.get("x", "nan")), float(use.get("y", "nan")))
+        for use in root.iter(f"{SVG}use")
+        if use.find(f"{SVG}title") is not None
+    ]
+
+
+CHARTS: list[AnyChart] = [
+    chart
+    for files in ([("one.json", everything())], commits())
+    for section in build(sources(files)).sections
+    for chart in section.charts
+]
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.id)
+def test_a_picture_is_well_formed_and_named(chart: AnyChart) -> None:
+    svg = draw(chart)
+    root = ElementTree.fromstring(svg)
+    assert (root[0].tag, root[0].text) == (f"{SVG}title", chart.title)
+    assert (root[1].tag, root[1].text) == (f"{SVG}desc", chart.description)
+    assert root.get("aria-labelledby") == f"{root[0].get('id')} {root[1].get('id')}"
+    ids = {element.get("id") for element in root.iter()}
+    used = {e.get(f"{XLINK}href", "").removeprefix("#") for e in root.iter(f"{SVG}use")}
+    used |= set(re.findall(r"url\(#([^)]+)\)", svg))
+    assert used <= ids
+
+
+@pytest.mark.parametrize("chart", CHARTS[:4], ids=lambda chart: chart.id)
+def test_every_colour_is_one_of_the_page(chart: AnyChart) -> None:
+    colors = set(re.findall(r"#[0-9a-fA-F]{6}\b", draw(chart)))
+    assert colors <= {"#000000"}  # of shapes that are used with another
+
+
+def test_markers_are_where_the_figures_say() -> None:
+    [(x1, y1), (x2, y2), (x3, y3)] = positions(draw(line((1, 100.0), (8, 150.0), (64, 400.0))))
+    assert x2 - x1 == pytest.approx(x3 - x2, rel=1e-3)  # powers of 8
+    assert (y2 - y1) / (y3 - y1) == pytest.approx(50 / 300, rel=1e-3)
+
+
+def test_an_axis_over_decades_is_logarithmic() -> None:
+    [(_, y1), (_, y2), (_, y3)] = positions(draw(line((1, 1.0), (2, 10.0), (3, 100.0))))
+    assert y2 - y1 == pytest.approx(y3 - y2, rel=1e-3)
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    bars = tuple(Bar(name=f"b{value}", style=1, value=value) for value in (1.0, 2.5))
+    root = ElementTree.fromstring(
+        draw(Bars(id="c", title="t", description="d", unit="s", bars=bars))
+    )
+    lengths = []
+    for group in root.iter(f"{SVG}g"):
+        title = group.find(f"{SVG}title")
+        if title is not None:
+            [path] = group.iter(f"{SVG}path")
+            xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", path.get("d", ""))]
+            lengths.append(max(xs) - min(xs))
+    assert lengths[1] / lengths[0] == pytest.approx(2.5, rel=1e-3)
+
+
+def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:
+    svg = draw(line((1, 100.0), (2, 120.0), (4, None)))
+    assert len(positions(svg)) == 3
+    assert "<title>run-4: OOM</title>" in svg
+    assert "no figure: OOM" in svg
+
+
+def test_a_point_with_a_note_is_hollow_and_says_why() -> None:
+    series = line((1, 100.0), (2, 120.0)).series[0]
+    noted = replace(series, points=(series.points[0], replace(series.points[1], note="throttled")))
+    svg = draw(line(series=(noted,)))
+    assert svg.count("<title>run-2: 120 samples/s (throttled)</title>") == 2
+    assert len(positions(svg)) == 3
+
+
+def test_a_change_is_marked_with_its_letter() -> None:
+    marks = (Mark(x=0.5, letter="A", text="driver 1 → 2"),)
+    svg = draw(line((0, 5.0), (1, 6.0), names=("a", "b"), marks=marks, from_zero=False))
+    assert re.search(r">A</text>", svg)
+
+
+def test_text_is_text_and_no_formula() -> None:
+    series = (Series(name="$x^2$ <b> 日本", style=1, points=(line((1, 2.0)).series[0].points)),) * 2
+    svg = draw(line(series=series))
+    texts = ["".join(t.itertext()) for t in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert "$x^2$ <b> 日本" in texts
+
+
+@pytest.mark.filterwarnings("error")
+def test_settings_of_the_user_neither_matter_nor_change() -> None:
+    expected = draw(line((1, 2.0)))
+    before = matplotlib.rcParams["font.size"]
+    matplotlib.rcParams["font.size"] = 31.0
+    try:
+        assert draw(line((1, 2.0))) == expected
+        assert matplotlib.rcParams["font.size"] == 31.0
+    finally:
+        matplotlib.rcParams["font.size"] = before
