@@ -462,7 +462,7 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
 def write_reports(config: pytest.Config, state: State) -> bool:
     """Write the reports of ``--int8-report``, and say so in ``state.reported``. Return whether all
     were written that there is something for."""
-    if not state.settings.reports or state.xdist_worker or config.option.collectonly:
+    if not state.settings.reports or state.worker is not None or config.option.collectonly:
         return True
     if state.journal is None:
         option = OPTIONS["report"]
