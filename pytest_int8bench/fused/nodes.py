@@ -101,7 +101,7 @@ def _is_view(node: Node) -> bool:
     """Say whether a call may return a view of its first argument, and goes by its strides."""
     if (node.op, node.target) in _VIEWS:
         return True
-    # Before einops 0.8.2 Dynamo does not look into it. It reshapes, transposes and reshapes.
+    # Where Dynamo does not look into einops, as that of torch 2.11. It reshapes and transposes.
     whose = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
     return whose == ("einops.einops", "rearrange")
 

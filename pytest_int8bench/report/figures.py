@@ -153,17 +153,7 @@ def _lines(axes: Axes, chart: Lines, tips: dict[str, list[str]]) -> None:
     _x_axis(axes, chart)
     for mark in chart.marks:
         axes.axvline(mark.x, color=_OVER, linewidth=1.2, linestyle=(0, (1, 2)))
-        axes.annotate(
-            mark.letter,
-            (mark.x, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color=_OVER,
-            fontweight="bold",
-        )
+        _say_above(axes, mark.x, mark.letter, fontweight="bold")
     if len(chart.series) > 1 or lost:
         _legend(axes)
 
@@ -378,16 +368,7 @@ def _pareto(axes: Axes, chart: Pareto, tips: dict[str, list[str]]) -> None:
     axes.axvspan(min(chart.limits), right, color=_OVER, alpha=0.08, linewidth=0)
     for limit in chart.limits:
         axes.axvline(limit, color=_OVER, linewidth=1.6, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"limit {limit:g}{chart.drop_unit}",
-            (limit, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color=_OVER,
-        )
+        _say_above(axes, limit, f"limit {limit:g}{chart.drop_unit}")
     best = sorted((spot.drop, spot.rate) for spot in chart.spots if spot.best)
     axes.step(*zip(*best, strict=True), where="post", color=_MUTED, linewidth=1.2)
     styles = [spot.style for spot in chart.spots]
@@ -441,6 +422,21 @@ def _pareto(axes: Axes, chart: Pareto, tips: dict[str, list[str]]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y)))
     _legend(axes)
+
+
+def _say_above(axes: Axes, x: float, text: str, **style: Any) -> None:
+    """Name a line across the axes, over its end."""
+    axes.annotate(
+        text,
+        (x, 1),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        color=_OVER,
+        **style,
+    )
 
 
 def _legend(axes: Axes, columns: int | None = None) -> None:
