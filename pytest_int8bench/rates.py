@@ -58,9 +58,7 @@ def _int_mm(x: torch.Tensor, weight: torch.Tensor) -> Run:
 def _fused(x: torch.Tensor, weight: torch.Tensor) -> Run:
     row_scale = torch.ones(x.shape[0], device=x.device)
     scale = torch.ones(weight.shape[0], device=x.device)
-    return lambda: operators.linear(
-        x, row_scale, [weight], [scale], [None], None, None, torch.bfloat16
-    )
+    return lambda: operators.linear(x, row_scale, weight, scale, None, None, None, torch.bfloat16)
 
 
 def int8_products(device: torch.device) -> tuple[Int8Product, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from pytest_int8bench.fused import graph, nodes, operators, reference
+from pytest_int8bench.fused import graph, nodes, operators
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
 from pytest_int8bench.inductor import FusingInductor
 
@@ -69,9 +69,11 @@ def described(part: fx.GraphModule) -> Part:
             kind = norm if norm != "none" else activation
             quantize.append(kind + "+gate" * (gate is not None) + "+kept" * keep)
         elif node.target is torch.ops.int8bench.linear.default:
-            _, _, weights, _, _, gamma, residual, _ = node.args
+            _, _, _, _, _, gamma, residual, _ = node.args
             extras = "+gamma" * (gamma is not None) + "+residual" * (residual is not None)
-            linear.append(f"{len(weights)}{extras}")
+            parts = next(iter(node.users))
+            layers = len(parts.args[1]) if parts.target is torch.split else 1
+            linear.append(f"{layers}{extras}")
         elif node.op in ("call_function", "call_method"):
             name = getattr(node.target, "__name__", str(node.target))
             if name not in ("getitem", "_log_api_usage_once"):
@@ -357,17 +359,22 @@ def test_a_product_with_itself_is_no_layer_scale(monkeypatch: pytest.MonkeyPatch
 
 def test_weights_called_in_another_order_than_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(lambda m, x: torch.cat([m.c(x), 2 * m.a(x), m.b(x)], -1))
-    adjacent = []
-    linear = reference.linear
-
-    def noting(q: torch.Tensor, scale: torch.Tensor, weights: Any, *rest: Any) -> torch.Tensor:
-        adjacent.append(operators.joined(weights) is not None)
-        return linear(q, scale, weights, *rest)
-
-    monkeypatch.setattr(reference, "linear", noting)
     assert joined(model, monkeypatch).linear == ("3",)
-    # Three layers run eagerly, and then one product of three.
-    assert adjacent == [True] * 4
+
+
+def test_only_layers_of_adjacent_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The rows of m.b are between.
+    apart = written(lambda m, x: torch.cat([m.c(x), m.b(2 * x), m.a(x)], -1))
+    assert joined(apart, monkeypatch).linear == ("1", "1", "1")
+    some = written(lambda m, x: torch.cat([m.c(x), m.a(2 * x), m.b(x)], -1))
+    assert joined(some, monkeypatch).linear == ("2", "1")
+
+
+def test_a_layer_that_is_called_twice_is_no_neighbour_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = written(lambda m, x: torch.cat([m.a(x), m.b(x), m.a(x)], -1))
+    assert sorted(joined(model, monkeypatch).linear) == ["1", "2"]
 
 
 def test_rearranged_columns_are_read_by_strides() -> None:
@@ -745,11 +752,11 @@ def test_a_weight_that_is_made_between_two_layers_keeps_them_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
-        q, scale, _ = operators.quantize_rows(x, "none", "none", None, None, None, 0.0, None, False)
+        q, scale, _ = operators.quantize_rows(x)
 
         def product(weight: torch.Tensor, layer: Any) -> torch.Tensor:
-            rest = ([layer.weight_scale], [layer.bias], None, None, x.dtype)
-            return operators.linear(q, scale, [weight], *rest)
+            rest = (layer.weight_scale, layer.bias, None, None, x.dtype)
+            return operators.linear(q, scale, weight, *rest)
 
         one = product(m.a.int8_weight, m.a)
         return one - product(m.b.int8_weight.flip(0), m.b)

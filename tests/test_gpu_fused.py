@@ -92,7 +92,7 @@ def test_products_are_those_of_float64(
         want = want if b is None else want + b.double()
         want = want if g is None else want * g.double()
         want = want if r is None else want + r.double()
-        out = operators.linear(q, scale, [weight], [weight_scale], [b], g, r, dtype)
+        out = operators.linear(q, scale, weight, weight_scale, b, g, r, dtype)
         assert out.isfinite().all()
         assert error(out, want) < allowed, (b is None, g is None, r is None)
 
@@ -139,7 +139,7 @@ def test_what_is_not_finite_stays_in_its_row(kernel: str, value: float) -> None:
     x[7, 3] = value
     q, scale, _ = operators.quantize_rows(x)
     out = operators.linear(
-        q, scale, [int8(768, 768)], [torch.ones(768, device=CUDA)], [None], None, None, x.dtype
+        q, scale, int8(768, 768), torch.ones(768, device=CUDA), None, None, None, x.dtype
     )
     assert out[7].isnan().all()
     assert out[torch.arange(256, device=CUDA) != 7].isfinite().all()
@@ -151,7 +151,7 @@ def test_both_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     outs = []
     for kernel in KERNELS:
         monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
-        args = ([weight], [scales[1]], [None], None, None, torch.bfloat16)
+        args = (weight, scales[1], None, None, None, torch.bfloat16)
         outs.append(operators.linear(q, scales[0], *args))
     assert torch.equal(*outs)
 
@@ -161,12 +161,11 @@ def test_the_operators_keep_the_rules_of_custom_operators(name: str) -> None:
     x = torch.randn(32, 64, device=CUDA, dtype=torch.bfloat16)
     q, scale, _ = operators.quantize_rows(x)
     if name == "quantize_rows":
-        torch.library.opcheck(operators.quantize_rows, (x, "layer", "none"), {"eps": 1e-5})
-        return
-    weights = [int8(48, 64), int8(16, 64)]
-    scales = [torch.rand(48, device=CUDA), torch.rand(16, device=CUDA)]
-    args = (q, scale, weights, scales, [None, None], None, None, torch.bfloat16)
-    torch.library.opcheck(operators.linear, args)
+        args: tuple[Any, ...] = (x, "layer", "none", None, None, None, 1e-5, None, False)
+    else:
+        weight_scale = torch.rand(48, device=CUDA)
+        args = (q, scale, int8(48, 64), weight_scale, None, None, None, torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.int8bench, name).default, args)
 
 
 class Block(nn.Module):

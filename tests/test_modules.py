@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.fused import operators
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
 
 K = 16
@@ -66,6 +65,13 @@ def attention() -> Any:
 def parts(model: Any, name: str) -> list[torch.Tensor]:
     """Return the tensors of the layers that share an input, in the order of the parent."""
     return [getattr(getattr(model, layer), name) for layer in ("k", "q", "v")]
+
+
+def adjacent(tensors: list[torch.Tensor]) -> bool:
+    """Say whether tensors lie one after another in one storage."""
+    ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
+    follow = [tensor.data_ptr() for tensor in tensors[1:]] == ends[:-1]
+    return follow and len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 
 def exact(x: torch.Tensor, tensors: Quantized) -> torch.Tensor:
@@ -145,12 +151,10 @@ def test_layers_are_replaced_with_their_own_tensors(attention: Any) -> None:
 @pytest.mark.parametrize("name", ["int8_weight", "weight_scale", "bias"])
 def test_layers_that_may_share_an_input_are_neighbours(attention: Any, name: str) -> None:
     together = parts(attention, name)
-    whole = operators.joined(together)
-    assert whole is not None
-    assert torch.equal(whole, torch.cat(together))
-    assert whole.data_ptr() == together[0].data_ptr()
-    assert operators.joined(together[1:]) is not None
-    assert operators.joined([together[0], getattr(attention.proj, name)]) is None
+    block = getattr(attention.k.block, name.removeprefix("int8_").removeprefix("weight_"))
+    assert torch.equal(block, torch.cat(together))
+    assert adjacent(together)
+    assert not adjacent([together[0], getattr(attention.proj, name)])
 
 
 def test_neighbours_share_a_block(attention: Any) -> None:
@@ -181,7 +185,7 @@ def test_neighbours_outlive_each_other() -> None:
 def test_layers_of_other_kinds_are_no_neighbours(other: Quantized) -> None:
     model: Any = nn.ModuleDict({"a": nn.Linear(K, 4), "b": nn.Linear(K, 3)})
     replace_linears(model, {"a": quantized(4), "b": other})
-    assert operators.joined([model["a"].int8_weight, model["b"].int8_weight]) is None
+    assert not adjacent([model["a"].int8_weight, model["b"].int8_weight])
     bias = model["b"].bias
     assert bias is other.bias or bias.dtype == other.bias.dtype
 
@@ -189,7 +193,7 @@ def test_layers_of_other_kinds_are_no_neighbours(other: Quantized) -> None:
 def test_layers_of_two_parents_are_no_neighbours() -> None:
     model: Any = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(K, 4)}) for _ in range(2))
     replace_linears(model, {"0.a": quantized(4), "1.a": quantized(4)})
-    assert operators.joined([part["a"].int8_weight for part in model]) is None
+    assert not adjacent([part["a"].int8_weight for part in model])
 
 
 @pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
@@ -209,7 +213,7 @@ def test_a_parent_of_two_names_is_replaced_once() -> None:
     replace_linears(model, {"0.a": quantized(4), "0.b": quantized(4)})
     assert model[0] is model[1]
     assert isinstance(inner["a"], Int8Linear)
-    assert operators.joined([inner["a"].int8_weight, inner["b"].int8_weight]) is not None
+    assert adjacent([inner["a"].int8_weight, inner["b"].int8_weight])
 
 
 def test_layers_that_could_learn_are_replaced() -> None:
@@ -222,7 +226,7 @@ def test_layers_that_could_learn_are_replaced() -> None:
     replace_linears(model, given)
     assert torch.equal(model.q.bias, layers["q"].bias)
     assert not model.q.bias.requires_grad
-    assert operators.joined([model.k.bias, model.q.bias]) is not None
+    assert adjacent([model.k.bias, model.q.bias])
 
 
 def test_nothing_to_replace_changes_nothing() -> None:
@@ -246,14 +250,14 @@ def test_a_copy_computes_the_same_with_memory_of_its_own(attention: Any) -> None
     same(attention, twin)
     for one, other in itertools.product(attention.buffers(), twin.buffers()):
         assert one.data_ptr() != other.data_ptr()
-    assert operators.joined(parts(twin, "int8_weight")) is not None
+    assert adjacent(parts(twin, "int8_weight"))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_a_model_that_is_moved_computes_the_same(attention: Any, dtype: torch.dtype | None) -> None:
     twin = copy.deepcopy(attention).to("cpu", dtype)
     assert twin.q.int8_weight.dtype == torch.int8
-    assert operators.joined(parts(twin, "int8_weight")) is not None
+    assert adjacent(parts(twin, "int8_weight"))
     x = torch.randn(4, K, generator=torch.Generator().manual_seed(3))
     for name in ("q", "k", "v"):
         before, after = getattr(attention, name)(x), getattr(twin, name)(x)
@@ -270,4 +274,4 @@ def test_a_state_dict_goes_there_and_back(attention: Any) -> None:
     replace_linears(fresh, {name: quantized(*t.weight.shape) for name, t in TENSORS.items()})
     fresh.load_state_dict(state)
     same(attention, fresh)
-    assert operators.joined(parts(fresh, "int8_weight")) is not None
+    assert adjacent(parts(fresh, "int8_weight"))

@@ -37,7 +37,7 @@ from pytest_int8bench.fused.nodes import (
 
 # Positions in the operators' arguments.
 _X, _FACTOR = 0, 7
-_WEIGHTS, _SCALES, _BIASES, _GAMMA, _RESIDUAL, _DTYPE = 2, 3, 4, 5, 6, 7
+_WEIGHT, _BIAS, _GAMMA, _RESIDUAL, _DTYPE = 2, 4, 5, 6, 7
 
 
 def fuse(module: fx.GraphModule) -> fx.GraphModule:
@@ -109,61 +109,89 @@ def _join_products(graph: fx.Graph) -> None:
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
         if node.target is LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
-            groups.setdefault((*node.args[:2], node.args[_DTYPE]), []).append(node)
-    for nodes in groups.values():
-        if len(nodes) < 2:
-            continue
-        first = nodes[0]
-        # In the order of their rows, whatever that of their calls: one product needs them adjacent.
-        nodes = sorted(nodes, key=_first_row)
-        sizes = [value_of(weight).shape[0] for node in nodes for weight in node.args[_WEIGHTS]]
-        lists = [
-            [item for node in nodes for item in node.args[position]]
-            for position in (_WEIGHTS, _SCALES, _BIASES)
-        ]
-        operands = {item for part in lists for item in part if isinstance(item, fx.Node)}
-        if not all(_moved_before(operand, first) for operand in operands):
-            continue
-        with graph.inserting_before(first):
-            args = (*first.args[:2], *lists, None, None, first.args[_DTYPE])
-            whole = graph.call_function(LINEAR, args)
-            parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
-            columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
-        for node, column in zip(nodes, columns, strict=True):
-            column.meta = dict(node.meta)
-            node.replace_all_uses_with(column)
-            graph.erase_node(node)
-            # A column of the joined rows is not dense, as the layer's output was.
-            views = None if written else views_read_by_strides(column)
-            if views is None:
-                with graph.inserting_after(column):
-                    dense = graph.call_method("contiguous", (column,))
-                dense.meta = dict(node.meta)
-                for user in list(column.users):
-                    if user is not dense:
-                        user.replace_input_with(column, dense)
+            blocks = tuple(_rows_of(part)[0] for part in _tensors(node))
+            if not all(block is None or block < node for block in blocks):
                 continue
-            for view in views:
-                if view.target == "view":
-                    view.target = "reshape"
+            groups.setdefault((*node.args[:2], blocks, node.args[_DTYPE]), []).append(node)
+    for nodes in groups.values():
+        for neighbours in _neighbours(nodes):
+            _join(graph, neighbours, written)
 
 
-def _first_row(node: Node) -> int:
-    """Return where the rows of a layer begin in its block; 0 where it has a block of its own."""
-    weight = node.args[_WEIGHTS][0]
-    rows = weight.args[1] if weight.target is operator.getitem else None
-    return (rows.start or 0) if isinstance(rows, slice) else 0
+def _neighbours(nodes: list[Node]) -> list[list[Node]]:
+    """Return layers that share a block in groups of adjacent rows, whatever the order of calls."""
+    runs: list[list[Node]] = []
+    end = None
+    for node in sorted(nodes, key=lambda node: _rows_of(node.args[_WEIGHT])[1]):
+        _, start, stop = _rows_of(node.args[_WEIGHT])
+        if start == end:
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+        end = stop
+    return [run for run in runs if len(run) > 1]
 
 
-def _moved_before(operand: Node, node: Node) -> bool:
-    """Move a layer's rows of a block to before ``node``, if they are not there; say whether they
-    are."""
-    if operand < node:
-        return True
-    if operand.target is not operator.getitem or not operand.args[0] < node:
-        return False
-    node.prepend(operand)
-    return True
+def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
+    """Make layers of adjacent rows of a block, in their order, one product."""
+    sizes = [value_of(node.args[_WEIGHT]).shape[0] for node in nodes]
+    start, stop = _rows_of(nodes[0].args[_WEIGHT])[1], _rows_of(nodes[-1].args[_WEIGHT])[2]
+    first = min(nodes)
+    with graph.inserting_before(first):
+        tensors = [
+            None if part is None else _sliced(graph, _rows_of(part)[0], start, stop)
+            for part in _tensors(first)
+        ]
+        args = (*first.args[:2], *tensors, None, None, first.args[_DTYPE])
+        whole = graph.call_function(LINEAR, args)
+        parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
+        columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
+    for node, column in zip(nodes, columns, strict=True):
+        column.meta = dict(node.meta)
+        node.replace_all_uses_with(column)
+        graph.erase_node(node)
+        # A column of the joined rows is not dense, as the layer's output was.
+        views = None if written else views_read_by_strides(column)
+        if views is None:
+            with graph.inserting_after(column):
+                dense = graph.call_method("contiguous", (column,))
+            dense.meta = dict(node.meta)
+            for user in list(column.users):
+                if user is not dense:
+                    user.replace_input_with(column, dense)
+            continue
+        for view in views:
+            if view.target == "view":
+                view.target = "reshape"
+
+
+def _tensors(node: Node) -> tuple[Node, ...]:
+    """Return weight, weight scale and bias of a layer."""
+    return tuple(node.args[_WEIGHT : _BIAS + 1])
+
+
+def _rows_of(tensor: Node) -> tuple[Node, int, int]:
+    """Return the block that a layer's tensor is rows of, the first row, and that after the last;
+    the tensor itself and all its rows where it is no slice."""
+    if tensor is None:
+        return None, 0, 0
+    if tensor.target is operator.getitem and isinstance(tensor.args[1], slice):
+        block, rows = tensor.args
+        if all(bound is None or isinstance(bound, int) for bound in (rows.start, rows.stop)):
+            start, stop, step = rows.indices(value_of(block).shape[0])
+            if step == 1:
+                return block, start, stop
+    return tensor, 0, value_of(tensor).shape[0]
+
+
+def _sliced(graph: fx.Graph, block: Node, start: int, stop: int) -> Node:
+    """Return rows of a block as a node."""
+    value = value_of(block)
+    if (start, stop) == (0, value.shape[0]):
+        return block
+    node = graph.call_function(operator.getitem, (block, slice(start, stop)))
+    node.meta["example_value"] = value[start:stop]
+    return node
 
 
 def _absorb_scale_and_residual(graph: fx.Graph) -> None:

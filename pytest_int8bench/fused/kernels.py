@@ -196,25 +196,23 @@ def int8_product_pointers(
     M,
     N,
     K,
-    a_stride,
-    c_stride,
     residual_stride,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):
-    """The product with pointers, for GPUs without TMA (sm80, sm89) and any K, N and stride."""
+    """The product with pointers, for GPUs without TMA (sm80, sm89) and any K and N."""
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
     # Rows beyond the end are read again from the start, which needs no mask, and not stored.
-    left_at = a + (rows % M).to(tl.int64)[:, None] * a_stride + depth[None, :]
+    left_at = a + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
     right_at = b + (columns % N).to(tl.int64)[None, :] * K + depth[:, None]
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     for k in range(tl.cdiv(K, BK)):
@@ -236,7 +234,7 @@ def int8_product_pointers(
     if HAS_RESIDUAL:
         at = residual + long_rows * residual_stride + columns[None, :]
         out += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    at = c + long_rows * c_stride + columns[None, :]
+    at = c + long_rows * N + columns[None, :]
     tl.store(at, out.to(c.dtype.element_ty), mask=mask)
 
 

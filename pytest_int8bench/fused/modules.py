@@ -110,12 +110,9 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""
-        q, scale, _ = operators.quantize_rows(
-            input, "none", "none", None, None, None, 0.0, self.factor, False
-        )
-        weights = [self.int8_weight], [self.weight_scale], [self.bias]
-        out: torch.Tensor = operators.linear(q, scale, *weights, None, None, input.dtype)
-        return out
+        q, scale, _ = operators.quantize_rows(input, factor=self.factor)
+        weights = self.int8_weight, self.weight_scale, self.bias
+        return operators.linear(q, scale, *weights, None, None, input.dtype)
 
     def extra_repr(self) -> str:
         has_bias = self.block.bias is not None

@@ -5,8 +5,6 @@ It is what they run on devices without Triton kernels, and what the kernels are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn import functional as F
 
@@ -63,21 +61,18 @@ def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
 def linear(
     q: torch.Tensor,
     scale: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    weight_scales: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return the product of INT8 rows with the joined weights; the arguments are those of
+    """Return the product of INT8 rows with INT8 weights; the arguments are those of
     :func:`operators.linear`. Sums are exact: INT8 products in FP64."""
-    parts = []
-    for weight, weight_scale, bias in zip(weights, weight_scales, biases, strict=True):
-        product = (q.double() @ weight.double().T).float()
-        part = product * scale.unsqueeze(-1) * weight_scale
-        parts.append(part if bias is None else part + bias.float())
-    out = torch.cat(parts, -1)
+    out = (q.double() @ weight.double().T).float() * scale.unsqueeze(-1) * weight_scale
+    if bias is not None:
+        out = out + bias.float()
     if gamma is not None:
         out = out * gamma.float()
     if residual is not None:
