@@ -11,6 +11,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
 
+#: Launch kernels that are not Inductor's in the way of those that are, without Triton.
+_STATIC = "static_launch_user_defined_triton_kernels"
+
 
 class FusingInductor(torch._TorchCompileInductorWrapper):
     """Backend of ``torch.compile``: :func:`~pytest_int8bench.fused.graph.fuse`, then Inductor.
@@ -22,6 +25,8 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
 
     def __init__(self, mode: str, dynamic: bool | None) -> None:
         super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+        if hasattr(torch._inductor.config, _STATIC):
+            self.apply_options({_STATIC: True})
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         graph.fuse(model_)

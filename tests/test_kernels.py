@@ -431,13 +431,13 @@ def test_every_way_to_cut_a_product(kernel: str, tile: Product, residual: bool) 
 def launches() -> Iterator[list[str]]:
     """Note the kernel of each product."""
     ran: list[str] = []
-    real = launch._product
+    real = launch.of_product
 
-    def noting(operands: Any, problem: Any, kernel: str, *rest: Any) -> launch.Launch:
+    def noting(problem: Any, bias: bool, gamma: bool, kernel: str, *rest: Any) -> launch.Launch:
         ran.append(kernel)
-        return real(operands, problem, kernel, *rest)
+        return real(problem, bias, gamma, kernel, *rest)
 
-    with mock.patch.object(launch, "_product", noting):
+    with mock.patch.object(launch, "of_product", noting):
         yield ran
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from pytest_int8bench.fused.inlining import inline
 from pytest_int8bench.fused.nodes import (
     ADD,
     LINEAR,
@@ -51,6 +52,7 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
+            inline(graph)
             graph.lint()
             part.recompile()
     return module

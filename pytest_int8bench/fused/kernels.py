@@ -278,7 +278,7 @@ def quantize_rows(
     M,
     x_stride,
     gate_stride,
-    eps,
+    EPS: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -326,7 +326,7 @@ def quantize_rows(
             if not EVEN:
                 centred = tl.where((chunk * BLOCK + lanes)[None, :] < K, centred, 0.0)
             squares += centred * centred
-        inverse = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+        inverse = tl.rsqrt(tl.sum(squares, axis=1) / K + EPS)
         normed = ()
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * BLOCK + lanes

@@ -8,7 +8,8 @@ for each kind of call; what it found is kept as a :class:`Launch` and repeated.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -21,9 +22,11 @@ from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS, Three
 _ALIGNMENT = 16
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
 _KEPT = 4096
+#: Of software pipelining, Triton's own number: the rows have no loop that it would apply to.
+_STAGES = 3
 _kept: dict[tuple[Any, ...], Launch] = {}
 
-_Operands: TypeAlias = tuple[
+Operands: TypeAlias = tuple[
     torch.Tensor,
     torch.Tensor,
     torch.Tensor,
@@ -44,7 +47,7 @@ class Launch:
         numbers: its arguments after the tensors.
         constants: its compile-time constants.
         options: of the compiler.
-        blocks: blocks of the tensors that it takes as descriptors, the first ones.
+        descriptors: of the first tensors, those that it reads and writes through TMA.
     """
 
     def __init__(
@@ -54,15 +57,22 @@ class Launch:
         numbers: tuple[int | float, ...],
         constants: dict[str, Any],
         options: dict[str, int],
-        blocks: tuple[list[int], ...] = (),
+        descriptors: tuple[_Described, ...] = (),
     ) -> None:
         self.kernel, self.programs, self.numbers = kernel, programs, numbers
-        self.constants, self.options, self.blocks = constants, options, blocks
+        self.constants, self.options, self.descriptors = constants, options, descriptors
         names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
         self._values = (*numbers, *(constants[name] for name in names))
         self._run: Any = None
 
     def __call__(self, *tensors: Any) -> None:
+        """Run it with its tensors, in the order of the kernel's parameters."""
+        if self.descriptors:
+            described = [
+                None if tensor is None else _Descriptor(tensor, *descriptor)
+                for tensor, descriptor in zip(tensors, self.descriptors, strict=False)
+            ]
+            tensors = (*described, *tensors[len(described) :])
         if self._run is not None:
             self._run(*tensors, *self._values)
             return
@@ -71,6 +81,14 @@ class Launch:
         )
         if compiled is not None:  # Triton's interpreter returns none
             self._run = compiled[(self.programs, 1, 1)]
+
+
+class _Described(NamedTuple):
+    """What a descriptor says of a tensor beside its address."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block: list[int]
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
@@ -98,9 +116,9 @@ def quantize_rows(
     if q.numel() == 0:
         return q, scale.zero_(), kept
     x, stride = _rows(x)
-    other, other_stride = (x, 0) if gate is None else _rows(gate)
+    other, other_stride = (None, 0) if gate is None else _rows(gate)
     vectors = [None if part is None else part.contiguous() for part in (weight, bias, factor)]
-    tensors = (x, other, q, scale, *(x if part is None else part for part in vectors), kept)
+    tensors = (x, other, q, scale, *vectors, kept if keep else None)
     aligned = _aligned(tensors)
     key = (
         *(q.shape, stride, other_stride, x.dtype, x.get_device()),
@@ -110,31 +128,64 @@ def quantize_rows(
     launch = _kept.get(key) if aligned else None
     if launch is None:
         columns = q.shape[-1]
-        count = q.numel() // columns
-        cut = configs.rows(count, columns, configs.multiprocessors(x.device))
-        launch = Launch(
-            kernels.quantize_rows,
-            _ceil(count, cut.rows),
-            (count, stride, other_stride, eps),
-            {
-                "K": columns,
-                "ROWS": cut.rows,
-                "BLOCK": cut.block,
-                "CHUNKS": cut.chunks,
-                "NORM": NORMS.index(norm),
-                "ACTIVATION": ACTIVATIONS.index(activation),
-                "HAS_GATE": gate is not None,
-                "HAS_WEIGHT": weight is not None,
-                "HAS_BIAS": bias is not None,
-                "HAS_FACTOR": factor is not None,
-                "KEEP": keep,
-            },
-            {"num_warps": cut.warps},
+        there = [part is not None for part in (gate, *vectors)]
+        launch = of_rows(
+            (q.numel() // columns, columns),
+            (stride, other_stride),
+            norm,
+            activation,
+            eps,
+            keep,
+            there,
+            x.device,
         )
         if aligned:
             _keep(key, launch)
     launch(*tensors)
     return q, scale, kept
+
+
+def of_rows(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    norm: str,
+    activation: str,
+    eps: float,
+    keep: bool,
+    there: Sequence[bool],
+    device: torch.device,
+) -> Launch:
+    """Return the launch that quantizes rows.
+
+    Args:
+        shape: of the rows.
+        strides: from row to row of the input, and of its gate.
+        there: whether there are a gate, a weight, a bias and a factor.
+        device: where they are.
+    """
+    count, columns = shape
+    has_gate, has_weight, has_bias, has_factor = there
+    cut = configs.rows(count, columns, configs.multiprocessors(device))
+    return Launch(
+        kernels.quantize_rows,
+        _ceil(count, cut.rows),
+        (count, *strides),
+        {
+            "EPS": eps,
+            "K": columns,
+            "ROWS": cut.rows,
+            "BLOCK": cut.block,
+            "CHUNKS": cut.chunks,
+            "NORM": NORMS.index(norm),
+            "ACTIVATION": ACTIVATIONS.index(activation),
+            "HAS_GATE": has_gate,
+            "HAS_WEIGHT": has_weight,
+            "HAS_BIAS": has_bias,
+            "HAS_FACTOR": has_factor,
+            "KEEP": keep,
+        },
+        {"num_warps": cut.warps, "num_stages": _STAGES},
+    )
 
 
 def linear(
@@ -165,7 +216,7 @@ def linear(
     stride = 0
     if residual is not None:
         residual, stride = _rows(residual)
-    operands: _Operands = (
+    operands: Operands = (
         q.contiguous(),
         weight.contiguous(),
         out,
@@ -183,28 +234,37 @@ def linear(
     launch = _kept.get(key) if aligned and tile is None else None
     if launch is None:
         problem = Problem(q.numel() // k, n, k, out.element_size(), residual is not None)
-        if kernel == "tma" and not (aligned and _tma_addressable(operands, problem, stride)):
+        if kernel == "tma" and not (aligned and tma_takes(problem, stride, residual)):
             kernel = "pointers"
         recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        chosen = tile or configs.product(
-            problem,
-            kernel,
-            q.device,
-            None if recording else lambda one: _seconds(operands, problem, kernel, stride, one),
-        )
-        launch = _product(operands, problem, kernel, stride, chosen)
+
+        def time(one: Product) -> float:
+            return seconds(operands, of_product(problem, *there, kernel, stride, one, q.device))
+
+        there = (bias is not None, gamma is not None)
+        chosen = tile or configs.product(problem, kernel, q.device, None if recording else time)
+        launch = of_product(problem, *there, kernel, stride, chosen, q.device)
         # While a CUDA graph is recorded, the tiles may be a guess.
         if aligned and tile is None and not recording:
             _keep(key, launch)
-    _run_product(launch, operands, stride)
+    launch(*operands)
     return out
 
 
-def _product(
-    operands: _Operands, problem: Problem, kernel: str, stride: int, tile: Product
+def of_product(
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    kernel: str,
+    stride: int,
+    tile: Product,
+    device: torch.device,
 ) -> Launch:
-    """Return the launch of a product with given tiles."""
-    _, _, _, residual, _, _, bias, gamma = operands
+    """Return the launch of a product with given tiles.
+
+    Args:
+        stride: from row to row of the residual, 0 where there is none.
+    """
     m, n, k = problem.m, problem.n, problem.k
     tiles = _ceil(m, tile.bm) * _ceil(n, tile.bn)
     constants: dict[str, Any] = {
@@ -212,15 +272,15 @@ def _product(
         "BN": tile.bn,
         "BK": tile.bk,
         "GROUP": tile.group,
-        "HAS_BIAS": bias is not None,
-        "HAS_GAMMA": gamma is not None,
-        "HAS_RESIDUAL": residual is not None,
+        "HAS_BIAS": has_bias,
+        "HAS_GAMMA": has_gamma,
+        "HAS_RESIDUAL": problem.residual,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if kernel == "pointers":
         constants["EVEN_K"] = k % tile.bk == 0
         return Launch(kernels.int8_product_pointers, tiles, (m, n, k, stride), constants, options)
-    programs = tile.programs_per_sm * configs.multiprocessors(operands[0].device)
+    programs = tile.programs_per_sm * configs.multiprocessors(device)
     constants |= {
         "PROGRAMS": programs,
         "PARTS": tile.parts,
@@ -228,44 +288,45 @@ def _product(
         "EARLY": tile.early,
     }
     part = [tile.bm, tile.bn // tile.parts]
-    blocks = ([tile.bm, tile.bk], [tile.bn, tile.bk], part, part)
+    descriptors = (
+        _Described((m, k), (k, 1), [tile.bm, tile.bk]),
+        _Described((n, k), (k, 1), [tile.bn, tile.bk]),
+        _Described((m, n), (n, 1), part),
+        _Described((m, n), (stride or n, 1), part),
+    )
     return Launch(
-        kernels.int8_product_tma, min(tiles, programs), (m, n, k), constants, options, blocks
+        kernels.int8_product_tma, min(tiles, programs), (m, n, k), constants, options, descriptors
     )
 
 
-def _run_product(launch: Launch, operands: _Operands, stride: int) -> None:
-    a, b, c, residual, row_scale, column_scale, bias, gamma = operands
-    moved: tuple[Any, ...] = (a, b, c, c if residual is None else residual)
-    if launch.blocks:
-        m, n, k = launch.numbers
-        whole = ((m, k), (k, 1)), ((n, k), (k, 1)), ((m, n), (n, 1))
-        shapes = (*whole, whole[2] if residual is None else ((m, n), (stride, 1)))
-        moved = tuple(
-            _Descriptor(tensor, *shape, block)
-            for tensor, shape, block in zip(moved, shapes, launch.blocks, strict=True)
-        )
-    launch(
-        *moved,
-        row_scale,
-        column_scale,
-        row_scale if bias is None else bias,
-        row_scale if gamma is None else gamma,
+def operands_like(
+    problem: Problem, has_bias: bool, has_gamma: bool, dtype: torch.dtype, device: torch.device
+) -> Operands:
+    """Return random operands of a product, to time it with."""
+    m, n, k = problem.m, problem.n, problem.k
+
+    def row(there: bool) -> torch.Tensor | None:
+        return torch.randn(n, dtype=dtype, device=device) if there else None
+
+    return (
+        torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device),
+        torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device),
+        torch.empty((m, n), dtype=dtype, device=device),
+        torch.randn((m, n), dtype=dtype, device=device) if problem.residual else None,
+        torch.rand(m, device=device),
+        torch.rand(n, device=device),
+        row(has_bias),
+        row(has_gamma),
     )
 
 
-def _seconds(
-    operands: _Operands, problem: Problem, kernel: str, stride: int, tile: Product
-) -> float:
+def seconds(operands: Operands, launch: Launch) -> float:
     """Return seconds of a product with given tiles, infinite where they do not fit."""
     from triton.errors import TritonError
     from triton.testing import do_bench
 
-    launch = _product(operands, problem, kernel, stride, tile)
     try:
-        milliseconds = do_bench(
-            lambda: _run_product(launch, operands, stride), warmup=5, rep=20, return_mode="median"
-        )
+        milliseconds = do_bench(lambda: launch(*operands), warmup=5, rep=20, return_mode="median")
     except TritonError:  # too large for this GPU, or not to be compiled for it
         return math.inf
     return float(milliseconds) / 1e3
@@ -295,9 +356,8 @@ def _aligned(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return addresses % _ALIGNMENT == 0
 
 
-def _tma_addressable(operands: _Operands, problem: Problem, stride: int) -> bool:
+def tma_takes(problem: Problem, stride: int, residual: torch.Tensor | None) -> bool:
     """Say whether the strides of rows are multiples of what TMA takes; none may be zero."""
-    residual = operands[3]
     return (
         problem.k % _ALIGNMENT == 0
         and problem.n * problem.out_bytes % _ALIGNMENT == 0

@@ -1,0 +1,176 @@
+"""Handing the kernels to Inductor, in place of operators that launch them.
+
+An operator is a call of Python into the dispatcher and back for each launch. A kernel that Inductor
+knows it launches like its own: several times faster, with buffers that it plans, from a compile
+cache that holds the kernel, and compiled in parallel with the others. What has a shape that is not
+known, or memory that is not dense, stays an operator.
+
+The nodes are those that Dynamo makes of a kernel that a user calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from pytest_int8bench.fused import configs
+from pytest_int8bench.fused.configs import Problem, Product
+from pytest_int8bench.fused.nodes import LINEAR, QUANTIZE, Node, value_of
+from pytest_int8bench.fused.operators import MAX_COLUMNS
+
+
+def inline(graph: fx.Graph) -> None:
+    """Replace the operators of a graph by their kernels, where all is known that they need."""
+    for node in list(graph.nodes):
+        if node.target is QUANTIZE:
+            _inline_rows(graph, node)
+        elif node.target is LINEAR:
+            _inline_product(graph, node)
+
+
+def _inline_rows(graph: fx.Graph, node: Node) -> None:
+    from pytest_int8bench.fused import launch
+
+    x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
+    shape = _known_shape(x)
+    inputs = [part for part in (x, gate, weight, bias, factor) if part is not None]
+    if shape is None or shape[-1] > MAX_COLUMNS or not all(map(_dense, inputs)):
+        return
+    value = value_of(x)
+    columns = shape[-1]
+    count = value.numel() // columns
+    strides = columns, 0 if gate is None else columns
+    there = [part is not None for part in (gate, weight, bias, factor)]
+    rows = launch.of_rows(
+        (count, columns), strides, norm, activation, eps, keep, there, value.device
+    )
+    with graph.inserting_before(node):
+        x, gate, weight, bias, factor = (
+            None if part is None else graph.call_method("contiguous", (part,))
+            for part in (x, gate, weight, bias, factor)
+        )
+        q = _empty(graph, (count, columns), torch.int8, value.device)
+        scale = _empty(graph, (count,), torch.float32, value.device)
+        kept = _empty(graph, (count, columns), value.dtype, value.device) if keep else None
+        _call(graph, rows, (x, gate, q, scale, weight, bias, factor, kept))
+        outputs = [
+            graph.call_method("view", (q, shape)),
+            graph.call_method("view", (scale, shape[:-1])),
+            None if kept is None else graph.call_method("view", (kept, shape)),
+        ]
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        out = outputs[user.args[1]]
+        out.meta = dict(user.meta)
+        user.replace_all_uses_with(out)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _inline_product(graph: fx.Graph, node: Node) -> None:
+    from pytest_int8bench.fused import launch
+
+    q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
+    shape = _known_shape(q)
+    vectors = [part for part in (weight_scale, bias, gamma, residual) if part is not None]
+    if shape is None or not all(map(_dense, (weight, *vectors))):
+        return
+    device = value_of(q).device
+    n, k = value_of(weight).shape
+    m = value_of(q).numel() // k
+    problem = Problem(m, n, k, dtype.itemsize, residual is not None)
+    stride = 0 if residual is None else n
+    kernel = configs.product_kernel(device)
+    moved = [value_of(part) for part in (weight, residual) if part is not None]
+    addresses = all(part.storage_offset() * part.element_size() % 16 == 0 for part in moved)
+    if kernel == "tma" and not (
+        addresses and launch.tma_takes(problem, stride, value_of(residual))
+    ):
+        kernel = "pointers"
+    there = (bias is not None, gamma is not None)
+
+    def time(tile: Product) -> float:
+        operands = launch.operands_like(problem, *there, dtype, device)
+        return launch.seconds(
+            operands, launch.of_product(problem, *there, kernel, stride, tile, device)
+        )
+
+    tile = configs.product(problem, kernel, device, time)
+    product = launch.of_product(problem, *there, kernel, stride, tile, device)
+    with graph.inserting_before(node):
+        rows = graph.call_method("reshape", (q, (m, k)))
+        flat_scale = graph.call_method("reshape", (scale, (m,)))
+        if residual is not None:
+            dense = graph.call_method("contiguous", (residual,))
+            residual = graph.call_method("view", (dense, (m, n)))
+        out = _empty(graph, (m, n), dtype, device)
+        _call(graph, product, (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma))
+        whole = graph.call_method("view", (out, (*shape[:-1], n)))
+    whole.meta = dict(node.meta)
+    node.replace_all_uses_with(whole)
+    graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, launch: Any, tensors: Sequence[Node]) -> None:
+    """Insert a launch, as Dynamo does."""
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        create_tma_stable_metadata,
+        kernel_side_table,
+        triton_kernel_wrapper_mutation,
+    )
+
+    names = launch.kernel.arg_names
+    given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
+    kernel = _with_options(launch.kernel, **launch.options)
+    graph.call_function(
+        triton_kernel_wrapper_mutation,
+        kwargs={
+            "kernel_idx": kernel_side_table.add_kernel(kernel),
+            "constant_args_idx": kernel_side_table.add_constant_args({}),
+            "grid": [(launch.programs, 1, 1)],
+            "tma_descriptor_metadata": {
+                name: create_tma_stable_metadata(described.block)
+                for name, described in zip(names, launch.descriptors, strict=False)
+                if given[name] is not None
+            },
+            "kwargs": given,
+        },
+    )
+
+
+@functools.cache
+def _with_options(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """Return a kernel with options of the compiler, which come as an only configuration."""
+    import triton
+
+    config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune(configs=[config], key=[])(kernel)
+
+
+def _empty(
+    graph: fx.Graph, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Node:
+    return graph.call_function(torch.empty, (shape,), {"dtype": dtype, "device": device})
+
+
+def _known_shape(node: Node) -> tuple[int, ...] | None:
+    """Return the shape of a tensor on CUDA that has elements, None if it is none or not known."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or not _has_kernels(value.device):
+        return None
+    shape = tuple(value.shape)
+    return shape if all(isinstance(size, int) and size > 0 for size in shape) else None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _dense(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.is_contiguous()
