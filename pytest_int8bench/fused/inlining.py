@@ -5,7 +5,7 @@ knows it launches like its own: several times faster, with buffers that it plans
 cache that holds the kernel, and compiled in parallel with the others. What has a shape that is not
 known, or memory that is not dense, stays an operator.
 
-The nodes are those that Dynamo makes of a kernel that a user calls.
+The nodes are those that ``torch.compile`` makes of a kernel that a user calls.
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
         q = _empty(graph, (count, columns), torch.int8, value.device)
         scale = _empty(graph, (count,), torch.float32, value.device)
         kept = _empty(graph, (count, columns), value.dtype, value.device) if keep else None
-        _call(graph, rows, (x, gate, q, scale, weight, bias, factor, kept))
-        outputs = [
-            graph.call_method("view", (q, shape)),
-            graph.call_method("view", (scale, shape[:-1])),
-            None if kept is None else graph.call_method("view", (kept, shape)),
-        ]
+        x, gate = (
+            None if part is None else graph.call_method("view", (part, (count, columns)))
+            for part in (x, gate)
+        )
+        tensors = (x, gate, q, scale, weight, bias, factor, kept)
+        written = _call(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
+        shapes = shape, shape[:-1], shape
+        outputs = [graph.call_method("view", pair) for pair in zip(written, shapes, strict=False)]
     for user in list(node.users):
         assert user.target is operator.getitem
         out = outputs[user.args[1]]
@@ -109,26 +111,33 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
             dense = graph.call_method("contiguous", (residual,))
             residual = graph.call_method("view", (dense, (m, n)))
         out = _empty(graph, (m, n), dtype, device)
-        _call(graph, product, (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma))
+        tensors = (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma)
+        (out,) = _call(graph, product, tensors, ["c"])
         whole = graph.call_method("view", (out, (*shape[:-1], n)))
     whole.meta = dict(node.meta)
     node.replace_all_uses_with(whole)
     graph.erase_node(node)
 
 
-def _call(graph: fx.Graph, launch: Any, tensors: Sequence[Node]) -> None:
-    """Insert a launch, as Dynamo does."""
+def _call(
+    graph: fx.Graph, launch: Any, tensors: Sequence[Node], written: Sequence[str]
+) -> list[Node]:
+    """Insert a launch, and return the tensors that it has written, by the names of parameters.
+
+    Inductor takes it for one that copies them first, sees that nobody else reads them, and does
+    not copy. Told what is written, it need not compile the kernel to find out.
+    """
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,
         kernel_side_table,
-        triton_kernel_wrapper_mutation,
+        triton_kernel_wrapper_functional,
     )
 
     names = launch.kernel.arg_names
     given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
     kernel = _with_options(launch.kernel, **launch.options)
-    graph.call_function(
-        triton_kernel_wrapper_mutation,
+    call = graph.call_function(
+        triton_kernel_wrapper_functional,
         kwargs={
             "kernel_idx": kernel_side_table.add_kernel(kernel),
             "constant_args_idx": kernel_side_table.add_constant_args({}),
@@ -139,8 +148,10 @@ def _call(graph: fx.Graph, launch: Any, tensors: Sequence[Node]) -> None:
                 if given[name] is not None
             },
             "kwargs": given,
+            "tensors_to_clone": list(written),
         },
     )
+    return [graph.call_function(operator.getitem, (call, name)) for name in written]
 
 
 @functools.cache
