@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
+from pytest_int8bench.fused.inlining import has_descriptors
 
-#: Launch kernels that are not Inductor's in the way of those that are, without Triton.
+#: Launch kernels that are not Inductor's in the way of those that are, past Triton. It knows no
+#: descriptors, and that of torch 2.11 raises KeyError for one.
 _STATIC = "static_launch_user_defined_triton_kernels"
 
 
@@ -25,12 +27,12 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
 
     def __init__(self, mode: str, dynamic: bool | None) -> None:
         super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
-        if hasattr(torch._inductor.config, _STATIC):
-            self.apply_options({_STATIC: True})
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         graph.fuse(model_)
         _check_regions(model_)
+        if hasattr(torch._inductor.config, _STATIC):
+            self.config[_STATIC] = not has_descriptors(model_)
         return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,244 @@
+"""Kernels in the place of operators, in graphs that run as they are, under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from pytest_int8bench.fused import configs, graph, inlining, operators
+from pytest_int8bench.fused.configs import Product
+from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
+from pytest_int8bench.inductor import FusingInductor
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(
+        not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, set where no GPU is"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+]
+DIM = 32
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[configs.Problem, str]]:
+    """Let the CPU pass for a GPU, and note for which products tiles were chosen."""
+    problems: list[tuple[configs.Problem, str]] = []
+
+    def product(problem: configs.Problem, kernel: str, *_: Any) -> Product:
+        problems.append((problem, kernel))
+        return Product(16, 16, 16, 4, 2, parts=2, group=2)
+
+    monkeypatch.setattr(inlining, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(configs, "product", product)
+    monkeypatch.setenv("INT8BENCH_PRODUCT", "pointers")
+    return problems
+
+
+class Model(nn.Module):
+    """Layers and a norm, and a forward that is given."""
+
+    def __init__(self, forward: Callable[..., Any], bias: bool = True, out: int = DIM) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.a, self.b = (nn.Linear(DIM, DIM, bias=bias) for _ in range(2))
+        self.c = nn.Linear(DIM, out, bias=bias)
+        self.gamma = nn.Parameter(torch.randn(DIM))
+        self.written = forward
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.written(self, *inputs)
+
+
+def lowered(model: nn.Module, factor: torch.Tensor | None = None) -> nn.Module:
+    model.eval().requires_grad_(False)
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            scale = layer.weight.abs().amax(1) / 127
+            weight = (layer.weight / scale[:, None]).round().to(torch.int8)
+            layers[name] = Quantized(weight, scale, layer.bias, factor, layer.weight.dtype)
+    replace_linears(model, layers)
+    return model
+
+
+class Run:
+    """A model compiled with its graphs run as they are, and compared with running it eagerly."""
+
+    def __init__(self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False) -> None:
+        self.launches: list[tuple[str, bool]] = []
+        self.operators = 0
+
+        def backend(module: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+            for part in graph.fuse(module).modules():
+                if isinstance(part, fx.GraphModule):
+                    self._note(part)
+            self.descriptors = inlining.has_descriptors(module)
+            return module.forward
+
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+        with torch.inference_mode():
+            out, expected = compiled(*inputs), model(*inputs)
+        outs, wanted = (x if isinstance(x, tuple) else (x,) for x in (out, expected))
+        for one, other in zip(outs, wanted, strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (
+                other.shape,
+                other.dtype,
+                other.stride(),
+            )
+            # Values half-way between two levels may go to either, and the interpreter rounds to a
+            # shorter dtype towards zero.
+            off = 0.01 + 2 * torch.finfo(one.dtype).eps
+            assert (one.double() - other.double()).norm() <= off * other.double().norm()
+
+    def _note(self, part: fx.GraphModule) -> None:
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        for node in part.graph.nodes:
+            if node.target is inlining._launcher():
+                kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+                residual = node.kwargs["kwargs"].get("residual") is not None
+                self.launches.append((kernel.fn.fn.__name__, residual))
+            self.operators += str(node.target).startswith("int8bench.")
+
+    @property
+    def kernels(self) -> list[str]:
+        return [name for name, _ in self.launches]
+
+
+def block(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A norm, two layers of one input, an activation with a gate, layer scale and residual."""
+    y = m.norm(x)
+    return x + m.c(F.silu(m.a(y)) * m.b(2 * y)) * m.gamma
+
+
+@pytest.mark.parametrize("kernel", configs.PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, DIM), (DIM,), (1, 1, DIM)])
+def test_a_graph_runs_kernels_alone(
+    kernel: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "product_kernel", lambda device: kernel)
+    run = Run(lowered(Model(block).to(dtype)), torch.randn(*shape, dtype=dtype))
+    product = f"int8_product_{kernel}"
+    assert run.kernels.count("quantize_rows") == 3
+    assert [residual for name, residual in run.launches if name == product] == [False, False, True]
+    assert (run.operators, len(run.launches)) == (0, 6)
+    assert run.descriptors == (kernel == "tma")
+
+
+def test_a_row_that_something_else_reads_and_a_factor() -> None:
+    model = lowered(Model(lambda m, x: (m.norm(x), m.a(m.norm(x)))), torch.rand(DIM) + 0.5)
+    run = Run(model, torch.randn(4, DIM))
+    assert (run.kernels, run.operators) == (["quantize_rows", "int8_product_pointers"], 0)
+
+
+def test_layers_of_one_input_without_bias(asked: list[tuple[configs.Problem, str]]) -> None:
+    model = lowered(Model(lambda m, x: (m.a(x).view(4, 2, -1), m.b(x)), bias=False))
+    Run(model, torch.randn(4, DIM))
+    assert asked == [(configs.Problem(4, 2 * DIM, DIM, 4, residual=False), "pointers")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "ran"),
+    [(torch.float32, 20, "tma"), (torch.bfloat16, 20, "pointers"), (torch.bfloat16, 24, "tma")],
+)
+def test_what_tma_cannot_address_takes_pointers(
+    dtype: torch.dtype, out: int, ran: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "product_kernel", lambda device: "tma")
+    model = lowered(Model(lambda m, x: m.c(x), out=out).to(dtype))
+    run = Run(model, torch.randn(4, DIM, dtype=dtype))
+    assert run.kernels == ["quantize_rows", f"int8_product_{ran}"]
+
+
+def test_a_residual_between_addresses_of_tma_takes_pointers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(configs, "product_kernel", lambda device: "tma")
+    model = lowered(Model(lambda m, x, flat: m.a(x) + flat[1:].view(4, DIM)))
+    run = Run(model, torch.randn(4, DIM), torch.randn(4 * DIM + 1))
+    assert run.launches[-1] == ("int8_product_pointers", True)
+
+
+@pytest.mark.parametrize(
+    ("forward", "operators"),
+    [
+        (lambda m, x: m.a(x.t()), 1),  # the pass over rows
+        (lambda m, x: m.a(x[:, ::2].repeat(1, 2).t()), 1),
+        (lambda m, x: m.a(x) + x.t(), 1),  # the product
+        (lambda m, x: m.a(x) + torch.zeros(()).expand(DIM, DIM), 1),
+        (lambda m, x: m.a(x[:0]), 2),
+    ],
+)
+def test_memory_that_is_not_dense_or_empty_stays_with_operators(
+    forward: Callable[..., Any], operators: int
+) -> None:
+    assert Run(lowered(Model(forward)), torch.randn(DIM, DIM)).operators == operators
+
+
+def test_sizes_that_are_not_known_stay_with_operators() -> None:
+    run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), dynamic=True)
+    assert (run.launches, run.operators) == ([], 6)
+
+
+def test_rows_that_fit_no_registers_stay_with_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inlining, "MAX_COLUMNS", DIM - 1)
+    run = Run(lowered(Model(lambda m, x: m.a(x))), torch.randn(3, DIM))
+    assert (run.kernels, run.operators) == (["int8_product_pointers"], 1)
+
+
+def test_devices_without_kernels_keep_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    run = Run(lowered(Model(block)), torch.randn(3, 5, DIM))
+    assert (run.launches, run.operators) == ([], 6)
+
+
+def test_a_kernel_is_one_for_each_choice_of_options() -> None:
+    from pytest_int8bench.fused import kernels
+
+    one = inlining._with_options(kernels.quantize_rows, num_warps=2, num_stages=3)
+    assert one is inlining._with_options(kernels.quantize_rows, num_warps=2, num_stages=3)
+    assert one is not inlining._with_options(kernels.quantize_rows, num_warps=4, num_stages=3)
+    (config,) = one.configs
+    assert (config.num_warps, config.num_stages, config.kwargs) == (2, 3, {})
+
+
+@pytest.mark.parametrize("kernel", configs.PRODUCTS)
+def test_inductor_launches_past_triton_where_no_descriptor_is(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "product_kernel", lambda device: kernel)
+    backend = FusingInductor("default", None)
+    seen: list[bool] = []
+
+    def compile_fx(self: Any, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        seen.append(self.config["static_launch_user_defined_triton_kernels"])
+        return module.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", compile_fx)
+    model = lowered(Model(block))
+    with torch.inference_mode():
+        torch.compile(model, backend=backend, dynamic=False)(torch.randn(3, DIM))
+    assert seen == [kernel == "pointers"]
+
+
+def test_the_operators_of_a_layer_that_is_not_compiled_stay() -> None:
+    layer = lowered(Model(lambda m, x: m.a(x))).get_submodule("a")
+    assert isinstance(layer, Int8Linear)
+    assert isinstance(operators.quantize_rows(torch.randn(2, DIM))[0], torch.Tensor)
