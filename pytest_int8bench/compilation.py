@@ -87,7 +87,7 @@ class CompiledModel(torch.nn.Module):
         self._cache = (
             None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
         )
-        self._entry = self._new_entry(fullgraph)
+        self._entry = self._new_entry(fullgraph, inline=False)
         self._regions = Regions([])
         self._entered = 0
         self.first_call_s: float | None = None
@@ -96,7 +96,7 @@ class CompiledModel(torch.nn.Module):
         self.regions = 0
         self.regions_refused: str | None = None
 
-    def _new_entry(self, fullgraph: bool) -> Callable[..., Any]:
+    def _new_entry(self, fullgraph: bool, inline: bool) -> Callable[..., Any]:
         """Return what calls the model, compiled at its first call by Inductor, with what stands
         around layers of the fused backend joined first."""
         entry = _fresh_entry(self.model)
@@ -105,7 +105,7 @@ class CompiledModel(torch.nn.Module):
         compiled: Callable[..., Any] = torch.compile(
             entry,
             fullgraph=fullgraph,
-            backend=FusingInductor(self.mode, self._dynamic),
+            backend=FusingInductor(self.mode, self._dynamic, inline),
             dynamic=self._dynamic,
         )
         return compiled
@@ -164,14 +164,17 @@ class CompiledModel(torch.nn.Module):
         """Compile and call the model; once more with an empty cache of ours, if it may be that
         what was in it is damaged."""
         was_empty = self._cache is None or self._cache.is_empty()
-        self._entry = self._new_entry(fullgraph)
+        # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
+        # failed.
+        inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
+        self._entry = self._new_entry(fullgraph, inline)
         try:
             with regions:
                 return self._entry(*args, **kwargs)
         except Exception as error:
             if self._cache is None or was_empty or _is_not_of_caches(error):
                 raise
-        self._entry = self._new_entry(fullgraph)
+        self._entry = self._new_entry(fullgraph, inline)
         with self._cache.emptied(), regions:
             return self._entry(*args, **kwargs)
 

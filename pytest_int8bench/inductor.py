@@ -10,11 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
-from pytest_int8bench.fused.inlining import has_descriptors
-
-#: Launch kernels that are not Inductor's in the way of those that are, past Triton. It knows no
-#: descriptors, and that of torch 2.11 raises KeyError for one.
-_STATIC = "static_launch_user_defined_triton_kernels"
 
 
 class FusingInductor(torch._TorchCompileInductorWrapper):
@@ -23,16 +18,17 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
     Args:
         mode: the mode of ``torch.compile``.
         dynamic: as in ``torch.compile``.
+        inline: hand kernels to Inductor where it can launch them itself
+            (:mod:`~pytest_int8bench.fused.inlining`).
     """
 
-    def __init__(self, mode: str, dynamic: bool | None) -> None:
+    def __init__(self, mode: str, dynamic: bool | None, inline: bool = False) -> None:
         super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+        self._inline = inline
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
-        graph.fuse(model_)
+        graph.fuse(model_, inline=self._inline)
         _check_regions(model_)
-        if hasattr(torch._inductor.config, _STATIC):
-            self.config[_STATIC] = not has_descriptors(model_)
         return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 

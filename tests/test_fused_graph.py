@@ -97,8 +97,8 @@ class Compiled:
         self.graphs = 0
         fuse = graph.fuse
 
-        def noting(module: fx.GraphModule) -> fx.GraphModule:
-            joined = fuse(module)
+        def noting(module: fx.GraphModule, **options: bool) -> fx.GraphModule:
+            joined = fuse(module, **options)
             self.graphs += 1
             self.parts += [
                 described(part) for part in module.modules() if isinstance(part, fx.GraphModule)

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._higher_order_ops.triton_kernel_wrap import (
+    kernel_side_table,
+    triton_kernel_wrapper_functional,
+)
 from torch.nn import functional as F
 
+from pytest_int8bench import compilation
+from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.fused import configs, graph, inlining, operators
 from pytest_int8bench.fused.configs import Product
 from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
-from pytest_int8bench.inductor import FusingInductor
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -85,10 +90,9 @@ class Run:
         self.operators = 0
 
         def backend(module: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
-            for part in graph.fuse(module).modules():
+            for part in graph.fuse(module, inline=True).modules():
                 if isinstance(part, fx.GraphModule):
                     self._note(part)
-            self.descriptors = inlining.has_descriptors(module)
             return module.forward
 
         compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
@@ -107,10 +111,8 @@ class Run:
             assert (one.double() - other.double()).norm() <= off * other.double().norm()
 
     def _note(self, part: fx.GraphModule) -> None:
-        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
         for node in part.graph.nodes:
-            if node.target is inlining._launcher():
+            if node.target is triton_kernel_wrapper_functional:
                 kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
                 residual = node.kwargs["kwargs"].get("residual") is not None
                 self.launches.append((kernel.fn.fn.__name__, residual))
@@ -139,7 +141,6 @@ def test_a_graph_runs_kernels_alone(
     assert run.kernels.count("quantize_rows") == 3
     assert [residual for name, residual in run.launches if name == product] == [False, False, True]
     assert (run.operators, len(run.launches)) == (0, 6)
-    assert run.descriptors == (kernel == "tma")
 
 
 def test_a_row_that_something_else_reads_and_a_factor() -> None:
@@ -219,23 +220,33 @@ def test_a_kernel_is_one_for_each_choice_of_options() -> None:
     assert (config.num_warps, config.num_stages, config.kwargs) == (2, 3, {})
 
 
-@pytest.mark.parametrize("kernel", configs.PRODUCTS)
-def test_inductor_launches_past_triton_where_no_descriptor_is(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mode", "blocks", "inlined"),
+    [
+        ("default", 2, True),
+        ("max-autotune-no-cudagraphs", 2, True),
+        ("reduce-overhead", 2, False),
+        ("default", 1, False),
+    ],
+)
+def test_kernels_are_inlined_in_repeated_blocks_that_no_cuda_graph_launches(
+    mode: str, blocks: int, inlined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "product_kernel", lambda device: kernel)
-    backend = FusingInductor("default", None)
-    seen: list[bool] = []
+    asked: list[bool] = []
 
-    def compile_fx(self: Any, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        seen.append(self.config["static_launch_user_defined_triton_kernels"])
-        return module.forward
+    class Backend:
+        def __init__(self, mode: str, dynamic: bool | None, inline: bool) -> None:
+            self.inline = inline
 
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", compile_fx)
-    model = lowered(Model(block))
-    with torch.inference_mode():
-        torch.compile(model, backend=backend, dynamic=False)(torch.randn(3, DIM))
-    assert seen == [kernel == "pointers"]
+        def __call__(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            asked.append(self.inline)
+            return module.forward
+
+    monkeypatch.setattr(compilation, "FusingInductor", Backend)
+    monkeypatch.setattr(compilation, "graphs_compiled", iter(range(9)).__next__)
+    model = nn.Sequential(*(lowered(Model(block)) for _ in range(blocks)))
+    compile_for_a100(model, mode=mode)(torch.randn(3, DIM))
+    assert asked == [inlined]
 
 
 def test_the_operators_of_a_layer_that_is_not_compiled_stay() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from pytest_int8bench.fused.inlining import inline
+from pytest_int8bench.fused.inlining import put_kernels
 from pytest_int8bench.fused.nodes import (
     ADD,
     LINEAR,
@@ -41,8 +41,12 @@ _X, _FACTOR = 0, 7
 _WEIGHT, _BIAS, _GAMMA, _RESIDUAL, _DTYPE = 2, 4, 5, 6, 7
 
 
-def fuse(module: fx.GraphModule) -> fx.GraphModule:
-    """Join operators in the graph of ``module``, and in those of the regions it calls, in place."""
+def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
+    """Join operators in the graph of ``module``, and in those of the regions it calls, in place.
+
+    Args:
+        inline: put kernels in the place of the operators that are left (:mod:`inlining`).
+    """
     for part in module.modules():
         if isinstance(part, fx.GraphModule) and _has_linear(part.graph):
             graph = part.graph
@@ -52,7 +56,8 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
-            inline(graph)
+            if inline:
+                put_kernels(graph)
             graph.lint()
             part.recompile()
     return module

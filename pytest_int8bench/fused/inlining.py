@@ -24,23 +24,13 @@ from pytest_int8bench.fused.nodes import LINEAR, QUANTIZE, Node, value_of
 from pytest_int8bench.fused.operators import MAX_COLUMNS
 
 
-def inline(graph: fx.Graph) -> None:
+def put_kernels(graph: fx.Graph) -> None:
     """Replace the operators of a graph by their kernels, where all is known that they need."""
     for node in list(graph.nodes):
         if node.target is QUANTIZE:
             _inline_rows(graph, node)
         elif node.target is LINEAR:
             _inline_product(graph, node)
-
-
-def has_descriptors(module: fx.GraphModule) -> bool:
-    """Say whether a kernel of a graph, or of a region in it, takes tensors through TMA."""
-    return any(
-        node.kwargs.get("tma_descriptor_metadata")
-        for part in module.modules()
-        if isinstance(part, fx.GraphModule)
-        for node in part.graph.find_nodes(op="call_function", target=_launcher())
-    )
 
 
 def _inline_rows(graph: fx.Graph, node: Node) -> None:
@@ -137,16 +127,18 @@ def _call(
     Inductor takes it for one that copies them first, sees that nobody else reads them, and does
     not copy. Told what is written, it need not compile the kernel to find out.
     """
+    # Not at the top: it imports what few sessions need.
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,
         kernel_side_table,
+        triton_kernel_wrapper_functional,
     )
 
     names = launch.kernel.arg_names
     given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
     kernel = _with_options(launch.kernel, **launch.options)
     call = graph.call_function(
-        _launcher(),
+        triton_kernel_wrapper_functional,
         kwargs={
             "kernel_idx": kernel_side_table.add_kernel(kernel),
             "constant_args_idx": kernel_side_table.add_constant_args({}),
@@ -161,13 +153,6 @@ def _call(
         },
     )
     return [graph.call_function(operator.getitem, (call, name)) for name in written]
-
-
-def _launcher() -> Any:
-    # Not at the top: it imports what few sessions need.
-    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
-
-    return triton_kernel_wrapper_functional
 
 
 @functools.cache
