@@ -344,6 +344,8 @@ class Saved:
     results: list[Result]
     accuracy: list[Accuracy] = field(default_factory=list)
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    is_journal: bool = field(default=False, compare=False)
+    """It was read from a journal."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``int8bench`` object of the JSON."""
@@ -535,6 +537,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         _records(path, Result, kept["results"], again=True),
         _records(path, Accuracy, kept[_ACCURACY], again=True),
         _records(path, Sensitivity, kept[_SENSITIVITY], again=True),
+        is_journal=True,
     )
 
 
