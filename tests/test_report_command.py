@@ -138,6 +138,52 @@ def test_journals_of_other_sessions_count() -> None:
     ]
 
 
+def timed(name: str, time: object, rate: float = 1.0) -> None:
+    write(Path(name), Saved(GPU, [result(BASE, rate)]), datetime=time)
+
+
+def order_of(*args: str) -> list[str]:
+    return [row[1] for row in files_of(*args)]
+
+
+def test_the_history_follows_the_time_of_the_sessions() -> None:
+    timed("a.json", "2026-01-03T00:00:00+00:00", 300.0)
+    timed("b.json", "2026-01-01T23:30:00-02:00", 200.0)  # 01:30 of the next day in UTC
+    timed("c.json", "2026-01-02T01:00:00", 100.0)  # older versions of pytest-benchmark: UTC
+    assert order_of(".") == ["c.json", "b.json", "a.json"]
+    page = Path("r.md").read_text()
+    # Of the three, the newest one is shown as the throughput of now.
+    assert "| BF16 | BF16 | 300 " in page.partition("## History")[0]
+    assert "| 100 | 200 | 300 |" in page
+
+
+def test_files_of_the_same_time_stay_in_their_order() -> None:
+    for name in ("b.json", "c.json", "a.json"):
+        timed(name, "2026-01-02T00:00:00Z")
+    timed("first.json", "2026-01-01T00:00:00Z")
+    assert order_of("b.json", "c.json", "a.json", "first.json") == [
+        *("first.json", "b.json", "c.json", "a.json")
+    ]
+
+
+@pytest.mark.parametrize("time", [None, "yesterday", 5, "0001-01-01T00:00:00+05:00"])
+def test_a_file_without_a_time_stays_behind_the_one_before_it(time: object) -> None:
+    timed("new.json", "2026-01-02T00:00:00Z")
+    timed("none.json", time)
+    timed("old.json", "2026-01-01T00:00:00Z")
+    assert order_of("new.json", "none.json", "old.json") == ["old.json", "new.json", "none.json"]
+    assert order_of("none.json", "new.json", "old.json") == ["none.json", "old.json", "new.json"]
+
+
+def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
+    timed("before.json", "2001-01-01T00:00:00Z")
+    journal_of(Path("now.jsonl"), Saved(GPU, [result(BASE, 3.0)]))
+    timed("later.json", "2999-01-01T00:00:00Z")
+    assert order_of("later.json", "now.jsonl", "before.json") == [
+        *("before.json", "now.jsonl", "later.json")
+    ]
+
+
 def test_a_folder_without_either_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     assert refusal(capsys, "empty") == "empty holds no JSON file and no journal"

@@ -22,14 +22,15 @@ def add_report(commands: Any) -> None:
         help="write a page, or Markdown, from saved files",
         description="Write one file that shows what was saved: throughput, speedup, accuracy, "
         "memory, compile time, where device time went, coverage and layer sensitivity, and with "
-        "several files the history. Of a point that several files have, the last one is shown.",
+        "several files the history, by the times in them. Of a point that several files have, the "
+        "last one is shown.",
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="saved JSON files or journals, oldest first; folders of them, or numbers of "
-        "pytest-benchmark such as 0003",
+        help="saved JSON files or journals, folders of them, or numbers of pytest-benchmark such "
+        "as 0003",
     )
     parser.add_argument(
         "--output",

@@ -1,24 +1,27 @@
-"""The files that ``int8bench report`` is given: each session counts once."""
+"""The files that ``int8bench report`` is given: each session counts once, in the order of time."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from pytest_int8bench.gate.files import Run, find, read_runs
 from pytest_int8bench.results import Record, Result, Saved
 
+_FIRST = datetime.min.replace(tzinfo=UTC)
 _RecordT = TypeVar("_RecordT", bound=Record)
 
 
 def gather(names: Sequence[str], storage: Path) -> list[Run]:
-    """Return what files, folders and numbers of pytest-benchmark stand for, in their order.
+    """Return what files, folders and numbers of pytest-benchmark stand for, oldest first.
 
-    A file that is given twice counts once. What a JSON file and the journal of its session both
-    hold is that of the JSON file.
+    Files of the same time keep their order; one that says no time stays behind the one before it. A
+    file that is given twice counts once. What a JSON file and the journal of its session both hold
+    is that of the JSON file.
 
     Raises:
         FileError: if there is no such file.
@@ -27,7 +30,15 @@ def gather(names: Sequence[str], storage: Path) -> list[Run]:
     """
     found = [path for name in names for path in find(name, storage, journals=True)]
     paths = {path.resolve(): path for path in reversed(found)}
-    return _without_twins(read_runs([*reversed(paths.values())]))
+    return _by_time(_without_twins(read_runs([*reversed(paths.values())])))
+
+
+def _by_time(runs: Sequence[Run]) -> list[Run]:
+    times: list[datetime] = []
+    for run in runs:
+        times.append(run.saved.time or (times[-1] if times else _FIRST))
+    order = sorted(range(len(runs)), key=times.__getitem__)
+    return [runs[place] for place in order]
 
 
 def _without_twins(runs: Sequence[Run]) -> list[Run]:
