@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
@@ -344,6 +345,10 @@ class Saved:
     results: list[Result]
     accuracy: list[Accuracy] = field(default_factory=list)
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    is_journal: bool = field(default=False, compare=False)
+    """It was read from a journal."""
+    time: datetime | None = field(default=None, compare=False)
+    """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``int8bench`` object of the JSON."""
@@ -381,7 +386,9 @@ class Journal:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
-        self._write({"int8bench": {"schema": SCHEMA, "environment": self.environment}})
+        now = datetime.now(UTC).isoformat()
+        header = {"schema": SCHEMA, "datetime": now, "environment": self.environment}
+        self._write({"int8bench": header})
 
     @classmethod
     def reopen(cls, path: Path) -> Journal:
@@ -504,6 +511,7 @@ def read(path: Path) -> Saved:
         _records(path, Result, block["results"]),
         _records(path, Accuracy, block["accuracy"]),
         _records(path, Sensitivity, block.get("sensitivity", [])),
+        time=_time(data.get("datetime")),
     )
 
 
@@ -535,7 +543,18 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         _records(path, Result, kept["results"], again=True),
         _records(path, Accuracy, kept[_ACCURACY], again=True),
         _records(path, Sensitivity, kept[_SENSITIVITY], again=True),
+        is_journal=True,
+        time=_time(header.get("datetime")),
     )
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+        # Times without a zone are UTC: older versions of pytest-benchmark leave it out.
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:

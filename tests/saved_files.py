@@ -173,7 +173,7 @@ def commits() -> list[tuple[str, Saved]]:
     return files
 
 
-def write(path: Path, saved: Saved) -> Path:
-    """Save as pytest-benchmark does."""
-    path.write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}))
+def write(path: Path, saved: Saved, **head: Any) -> Path:
+    """Save as pytest-benchmark does; ``head`` is what it writes besides."""
+    path.write_text(json.dumps({**head, "benchmarks": [], "int8bench": saved.to_dict()}))
     return path

@@ -11,7 +11,17 @@ import matplotlib
 import pytest
 from saved_files import commits, everything
 
-from pytest_int8bench.report.charts import AnyChart, Bar, Bars, Lines, Mark, Point, Series
+from pytest_int8bench.report.charts import (
+    AnyChart,
+    Bar,
+    Bars,
+    Lines,
+    Mark,
+    Point,
+    Series,
+    Stack,
+    Stacks,
+)
 from pytest_int8bench.report.figures import draw
 from pytest_int8bench.report.sources import sources
 from pytest_int8bench.report.view import build
@@ -97,6 +107,46 @@ def test_bars_are_as_long_as_their_figures() -> None:
             xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", path.get("d", ""))]
             lengths.append(max(xs) - min(xs))
     assert lengths[1] / lengths[0] == pytest.approx(2.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.id)
+def test_nothing_is_filled_with_a_pattern(chart: AnyChart) -> None:
+    # A browser that prints makes a picture of pixels of each of them, of megabytes together.
+    svg = draw(chart)
+    assert "<pattern" not in svg
+    assert "<image" not in svg
+
+
+def spans(group: ElementTree.Element) -> list[tuple[float, float]]:
+    """Return the least and the largest x and y of the path of a group."""
+    [path] = group.iter(f"{SVG}path")
+    points = re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path.get("d", ""))
+    return [
+        (min(values), max(values)) for values in zip(*[map(float, p) for p in points], strict=True)
+    ]
+
+
+def test_parts_are_told_apart_by_hatches_within_their_bars() -> None:
+    values = (10.0, 30.0, 40.0, 20.0)
+    stacks = (Stack(name="a", values=values), Stack(name="b", values=(0.0,) * 4))
+    made = Stacks(
+        id="c", title="t", description="d", unit="ms", parts=("p", "q", "r", "s"), stacks=stacks
+    )
+    titled: dict[str, list[ElementTree.Element]] = {}
+    for group in ElementTree.fromstring(draw(made)).iter(f"{SVG}g"):
+        if (title := group.findtext(f"{SVG}title", "")).startswith("a, "):
+            titled.setdefault(title, []).append(group)
+    assert [len(groups) for groups in titled.values()] == [1, 2, 2, 2]  # a bar and its hatch
+    shapes = set()
+    for bar, hatch in [*titled.values()][1:]:
+        for (least, most), (low, high) in zip(spans(bar), spans(hatch), strict=True):
+            assert least - 0.01 <= low < high <= most + 0.01
+        (left, right), _ = spans(bar)
+        (first, last), _ = spans(hatch)
+        assert last - first > 0.9 * (right - left)
+        [path] = hatch.iter(f"{SVG}path")
+        shapes.add((path.get("d", "").count("M") / (right - left), path.get("style")))
+    assert len(shapes) == 3
 
 
 def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:

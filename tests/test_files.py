@@ -57,7 +57,17 @@ def test_a_folder_is_its_json_files() -> None:
     paths = [save(f"runs/{name}.json") for name in ("b", "a")]
     Path("runs/notes.txt").touch()
     save("runs/deeper/c.json")
+    Journal(Path("runs/a.jsonl"), {})
     assert find("runs", STORAGE) == paths[::-1]
+    assert find("runs", STORAGE, journals=True) == [paths[1], Path("runs/a.jsonl"), paths[0]]
+
+
+def test_a_folder_of_journals_is_no_side() -> None:
+    Path("runs").mkdir()
+    Journal(Path("runs/a.jsonl"), {})
+    with pytest.raises(FileError) as error:
+        find_side(["runs"], STORAGE)
+    assert said(error) == "runs holds no JSON file"
 
 
 def test_a_number_is_that_of_pytest_benchmark() -> None:

@@ -7,16 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from saved_files import GPU, commits, everything, write
+from saved_files import BASE, CPU, GPU, commits, everything, result, write
 
 from pytest_int8bench.cli import main
 from pytest_int8bench.gate.files import FileError
 from pytest_int8bench.options import read_settings
 from pytest_int8bench.report import outputs
-from pytest_int8bench.results import Journal, read
+from pytest_int8bench.results import Journal, Saved, read
 from pytest_int8bench.session import State, write_reports
 
 INSTALL = "pip install 'pytest-int8bench[report]'"
@@ -63,6 +64,129 @@ def test_a_folder_and_a_journal_make_a_page_and_markdown() -> None:
     assert main(["report", "runs", "now.jsonl", *outputs]) == 0
     assert "f00dfac" in Path("a.html").read_text()
     assert "| 0abcdef | 1abcdef | 2abcdef | 3abcdef | f00dfac |" in Path("b.md").read_text()
+
+
+def journal_of(path: Path, saved: Saved) -> Path:
+    journal = Journal(path, saved.environment)
+    for record in (*saved.results, *saved.accuracy, *saved.sensitivity):
+        journal.append(record)
+    return path
+
+
+def files_of(*args: str) -> list[list[str]]:
+    """Return label, file, device and points of each file in the history; of a single file, the
+    report has none."""
+    assert main(["report", *args, "--output", "r.md"]) == 0
+    _, found, history = Path("r.md").read_text().partition("## History")
+    if not found:
+        return []
+    rows = [line for line in history.splitlines() if ".json" in line]
+    return [[cell.strip() for cell in row.strip("|").split("|")][:4] for row in rows]
+
+
+def test_a_folder_of_journals_makes_a_report() -> None:
+    Path("runs").mkdir()
+    for name, saved in commits():
+        journal_of(Path(name).with_suffix(".jsonl"), saved)
+    assert [row[:2] for row in files_of("runs")] == [
+        [f"{n}abcdef", f"000{n}.jsonl"] for n in range(4)
+    ]
+
+
+@pytest.mark.parametrize("args", [["runs"], ["runs/a.jsonl", "runs/z.json"], ["runs", "."]])
+def test_of_a_file_and_its_journal_the_file_counts(args: list[str]) -> None:
+    Path("runs").mkdir()
+    write(Path("runs/z.json"), everything())
+    journal_of(Path("runs/a.jsonl"), everything())
+    journal_of(Path("whole.jsonl"), everything())
+    assert files_of(*args) == []
+    text = Path("r.md").read_text()
+    assert files_of("runs/z.json") == []
+    assert Path("r.md").read_text() == text
+
+
+def test_several_journals_of_one_file_do_not_count() -> None:
+    # The runner puts what several processes measured into one file. The second one died early.
+    whole = everything()
+    write(Path("run.json"), whole)
+    journal_of(Path("run.jsonl"), replace(whole, results=whole.results[:2], sensitivity=[]))
+    [failed] = [r for r in whole.results if r.status == "failed"]
+    journal_of(Path("run-2.jsonl"), Saved({}, [failed]))
+    assert files_of(".") == []
+
+
+def test_a_journal_keeps_what_its_file_lacks() -> None:
+    first, *others = everything().results
+    write(Path("part.json"), Saved(GPU, [first]))
+    journal_of(Path("part.jsonl"), Saved(GPU, [first, *others[:2]]))
+    assert [row[1:] for row in files_of(".")] == [
+        ["part.json", "A100", "1 of 1"],
+        ["part.jsonl", "A100", "2 of 2"],
+    ]
+
+
+def test_journals_of_other_sessions_count() -> None:
+    # A point that is skipped is skipped alike in every session.
+    skipped = [r for r in everything().results if r.status == "skipped"]
+    write(Path("a.json"), Saved(GPU, [result(BASE, 100.0), *skipped]))
+    journal_of(Path("b.jsonl"), Saved(GPU, [result(BASE, 101.0), *skipped]))
+    journal_of(Path("c.jsonl"), Saved(CPU, skipped))
+    assert [row[1:] for row in files_of(".")] == [
+        ["a.json", "A100", "1 of 2"],
+        ["b.jsonl", "A100", "1 of 2"],
+        ["c.jsonl", "EPYC", "0 of 1"],
+    ]
+
+
+def timed(name: str, time: object, rate: float = 1.0) -> None:
+    write(Path(name), Saved(GPU, [result(BASE, rate)]), datetime=time)
+
+
+def order_of(*args: str) -> list[str]:
+    return [row[1] for row in files_of(*args)]
+
+
+def test_the_history_follows_the_time_of_the_sessions() -> None:
+    timed("a.json", "2026-01-03T00:00:00+00:00", 300.0)
+    timed("b.json", "2026-01-01T23:30:00-02:00", 200.0)  # 01:30 of the next day in UTC
+    timed("c.json", "2026-01-02T01:00:00", 100.0)  # older versions of pytest-benchmark: UTC
+    assert order_of(".") == ["c.json", "b.json", "a.json"]
+    page = Path("r.md").read_text()
+    # Of the three, the newest one is shown as the throughput of now.
+    assert "| BF16 | BF16 | 300 " in page.partition("## History")[0]
+    assert "| 100 | 200 | 300 |" in page
+
+
+def test_files_of_the_same_time_stay_in_their_order() -> None:
+    for name in ("b.json", "c.json", "a.json"):
+        timed(name, "2026-01-02T00:00:00Z")
+    timed("first.json", "2026-01-01T00:00:00Z")
+    assert order_of("b.json", "c.json", "a.json", "first.json") == [
+        *("first.json", "b.json", "c.json", "a.json")
+    ]
+
+
+@pytest.mark.parametrize("time", [None, "yesterday", 5, "0001-01-01T00:00:00+05:00"])
+def test_a_file_without_a_time_stays_behind_the_one_before_it(time: object) -> None:
+    timed("new.json", "2026-01-02T00:00:00Z")
+    timed("none.json", time)
+    timed("old.json", "2026-01-01T00:00:00Z")
+    assert order_of("new.json", "none.json", "old.json") == ["old.json", "new.json", "none.json"]
+    assert order_of("none.json", "new.json", "old.json") == ["none.json", "old.json", "new.json"]
+
+
+def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
+    timed("before.json", "2001-01-01T00:00:00Z")
+    journal_of(Path("now.jsonl"), Saved(GPU, [result(BASE, 3.0)]))
+    timed("later.json", "2999-01-01T00:00:00Z")
+    assert order_of("later.json", "now.jsonl", "before.json") == [
+        *("before.json", "now.jsonl", "later.json")
+    ]
+
+
+def test_a_folder_without_either_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert refusal(capsys, "empty") == "empty holds no JSON file and no journal"
 
 
 def test_a_number_of_pytest_benchmark_is_found() -> None:

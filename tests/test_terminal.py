@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from saved_files import W8A8, verdict
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.report.terminal import render
@@ -420,6 +421,79 @@ def test_no_width_costs_a_figure(width: int | None) -> None:
     assert "base_cuda" in text
     for title in ("samples/s", "tokens/s", "km²/s", "ms/batch", "peak MiB", "compile s"):
         assert title in text
+
+
+def tables_of(text: str) -> list[list[str]]:
+    """Return the lines of each table, without those of the machine below."""
+    return [block.splitlines() for block in text.partition("EPYC")[0].split("\n\n")]
+
+
+@pytest.mark.parametrize("width", range(40, 150, 5))
+def test_a_table_fits_every_terminal(width: int) -> None:
+    results = [result_of(**MEASURED), result_of(run_name="short", **MEASURED)]
+    text = render(Saved(CPU, results, []), width=width, color=False)
+    assert max(map(len, text.splitlines())) <= width
+    titles: list[str] = []
+    figures: dict[str, list[str]] = {NAME[:9]: [], "short": []}
+    for header, *rows in tables_of(text):
+        assert "".join(row.split()[0] for row in rows) == f"{NAME}short"
+        titles += header.split()[1:]
+        for name, found in figures.items():
+            found += next(row for row in rows if row.startswith(name)).split()[1:]
+    assert sorted(titles) == sorted(HEADER.split()[1:])
+    for found in figures.values():
+        assert sorted(found) == sorted([*FIGURES, "1.85x", "[1.80,", "1.90]"])
+
+
+def test_a_table_that_is_too_wide_becomes_several() -> None:
+    saved = Saved(CPU, [result_of(workload="vit", **MEASURED)], [])
+    tables = tables_of(render(saved, width=80, color=False))
+    assert [" ".join(table[0].split()) for table in tables] == [
+        "workload run samples/s speedup [95 %] tokens/s km²/s",
+        "workload run ms/batch peak MiB compile s INT8 time attention",
+    ]
+    for header, row, *_ in tables:
+        for title, figure in (("samples/s", "1,235"), ("compile s", "61.2"), ("INT8 time", "42%")):
+            if title in header:
+                assert header.index(title) + len(title) == row.index(figure) + len(figure)
+
+
+def test_columns_without_figures_are_left_out_where_there_is_no_room() -> None:
+    cpu = {name: MEASURED[name] for name in ("samples_per_s", "batch_time_s", "speedup")}
+    saved = Saved(CPU, [result_of(**cpu)], [])
+    [narrow], [wide] = (tables_of(render(saved, width=w, color=False)) for w in (80, 120))
+    assert " ".join(narrow[0].split()) == "run samples/s ms/batch speedup [95 %]"
+    assert " ".join(wide[0].split()) == HEADER
+
+
+def test_nothing_but_failures_leaves_a_table() -> None:
+    text = render(Saved(CPU, [result_of(status="oom")], []), width=50, color=False)
+    [[header, row, *_]] = tables_of(text)
+    assert " ".join(header.split()) == "run samples/s"
+    assert row.endswith(" OOM")
+
+
+def test_every_part_of_the_verdicts_says_what_of() -> None:
+    judged = [
+        verdict(W8A8, 0.014, "FAIL", metric=metric, workload="vit") for metric in ("top1", "miou")
+    ]
+    tables = tables_of(render(Saved(CPU, [], judged), width=80, color=False))
+    assert [" ".join(table[0].split()) for table in tables] == [
+        "workload accuracy metric drop [one-sided 95 %] limit verdict",
+        "workload accuracy metric samples baseline INT8 worse/better",
+    ]
+    for table in tables:
+        rows = [row.split() for row in table if row.startswith("vit ")]
+        assert [row[2] for row in rows] == ["top1", "miou"]
+
+
+def test_a_long_workload_is_folded_too() -> None:
+    long = "timm:vit_large_patch14_reg4_dinov2"
+    saved = Saved(CPU, [result_of(workload=long, **MEASURED)], [])
+    for header, *rows in tables_of(render(saved, width=80, color=False)):
+        assert len(header) <= 80
+        found = [row[: header.index("run") - 1].strip() for row in rows]
+        assert "".join(found).startswith(long)
 
 
 def test_a_folded_run_name_can_be_put_together() -> None:

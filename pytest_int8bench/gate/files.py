@@ -39,12 +39,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [Run(path, read(path)) for path in paths]
 
 
-def find(name: str, storage: Path) -> list[Path]:
+def find(name: str, storage: Path, *, journals: bool = False) -> list[Path]:
     """Return the saved files that ``name`` stands for.
 
     Args:
         name: a file, a folder of JSON files, or a number of pytest-benchmark, such as ``0003``.
         storage: pytest-benchmark's folder.
+        journals: a folder stands for its journals too.
 
     Raises:
         FileError: if there is none.
@@ -53,9 +54,10 @@ def find(name: str, storage: Path) -> list[Path]:
         raise FileError("must be a file, a folder or a number of pytest-benchmark, got ''")
     path = Path(name)
     if path.is_dir():
-        if found := sorted(path.glob("*.json")):
-            return found
-        raise FileError(f"{name} holds no JSON file")
+        found = [*path.glob("*.json"), *(path.glob("*.jsonl") if journals else ())]
+        if found:
+            return sorted(found)
+        raise FileError(f"{name} holds no JSON file{' and no journal' if journals else ''}")
     if path.exists():
         return [path]
     if _NUMBER.fullmatch(name):

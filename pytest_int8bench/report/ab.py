@@ -99,6 +99,7 @@ def _table(result: AbResult) -> Grid:
         styles=[_style(run) for run in result.runs],
         name="run",
         left=("verdict",),
+        first=("verdict", next(name for name in shown if name.startswith("slowdown"))),
     )
 
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.gate.files import FileError, find, read_runs
+from pytest_int8bench.gate.files import FileError
+from pytest_int8bench.report.inputs import gather
 from pytest_int8bench.report.outputs import check_output, publish
 
 _DEFAULT = "report.html"
@@ -21,14 +22,15 @@ def add_report(commands: Any) -> None:
         help="write a page, or Markdown, from saved files",
         description="Write one file that shows what was saved: throughput, speedup, accuracy, "
         "memory, compile time, where device time went, coverage and layer sensitivity, and with "
-        "several files the history. Of a point that several files have, the last one is shown.",
+        "several files the history, by the times in them. Of a point that several files have, the "
+        "last one is shown.",
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="saved JSON files or journals, oldest first; folders of JSON files, or numbers of "
-        "pytest-benchmark such as 0003",
+        help="saved JSON files or journals, folders of them, or numbers of pytest-benchmark such "
+        "as 0003",
     )
     parser.add_argument(
         "--output",
@@ -51,9 +53,7 @@ def run_report(arguments: argparse.Namespace) -> int:
             outputs = [check_output(text) for text in arguments.output or [_DEFAULT]]
         except FileError as error:
             raise FileError(f"--output: {error}") from None
-        found = [path for name in arguments.files for path in find(name, arguments.storage)]
-        paths = {path.resolve(): path for path in reversed(found)}  # a file counts once
-        runs = read_runs([*reversed(paths.values())])
+        runs = gather(arguments.files, arguments.storage)
         named = [(str(run.path), run.saved) for run in runs]
         for output in dict.fromkeys(outputs):
             publish(named, output)

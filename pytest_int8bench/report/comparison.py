@@ -192,6 +192,7 @@ def _runs(runs: tuple[RunChange, ...]) -> Grid:
         styles=[_style(run) for run in runs],
         name="run",
         left=("outcome",),
+        first=(_HEADERS["throughput"], "outcome"),
     )
 
 
@@ -231,4 +232,6 @@ def _verdicts(verdicts: tuple[VerdictChange, ...]) -> Grid:
         styles=[_style(verdict) for verdict in verdicts],
         name="accuracy",
         left=("metric", "base", "new", "outcome"),
+        keys=("metric",),
+        first=("outcome",),
     )

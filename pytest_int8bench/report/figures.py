@@ -17,10 +17,15 @@ from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerPatch, update_from_first_child
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Affine2D, Transform
 
 from pytest_int8bench.report.charts import (
     AnyChart,
@@ -70,7 +75,6 @@ _RC: dict[str, Any] = {
     "axes.unicode_minus": True,
     "grid.color": _LINE,
     "grid.linewidth": 0.8,
-    "hatch.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 10.5,
     "text.color": _INK,
@@ -83,6 +87,10 @@ _RC: dict[str, Any] = {
 _LOG_X, _LOG_Y = 8, 20
 _MOST_TICKS = 12
 _ROW_COLUMNS = 60
+_STACK_HEIGHT = 0.42
+#: How far hatches lean in the height of a stack, and are apart, in percent of the axis: about 45
+#: degrees and 6 points.
+_LEAN, _HATCH_STEP = 3.6, 1.55
 _LEGEND_COLUMNS = 58
 #: The least that a y axis which does not start at 0 spans, so that noise does not fill it.
 _LEAST_SPAN = 0.1
@@ -313,20 +321,94 @@ def _stacks(axes: Axes, chart: Stacks, tips: dict[str, list[str]]) -> None:
                 row,
                 share,
                 left=begin,
-                height=0.42,
+                height=_STACK_HEIGHT,
                 color=_color(styles[index % len(styles)]),
                 edgecolor=_PAPER,
                 linewidth=1,
-                hatch=_HATCHES[index % len(_HATCHES)],
                 label=part if row == 0 else None,
             )
             axes.patches[-1].set_gid(gid)
             tips[gid] = [f"{stack.name}, {part}: {number(value)} {chart.unit} ({share:.0f}%)"]
+            hatch = _HATCHES[index % len(_HATCHES)]
+            if hatch:
+                lines = _hatch(hatch, begin, begin + share, lean=_LEAN, step=_HATCH_STEP)
+                place = Affine2D().translate(0, -0.5).scale(1, -_STACK_HEIGHT).translate(0, row)
+                axes.add_patch(_drawn(lines, hatch, place))
+                axes.patches[-1].set_gid(f"{gid}-hatch")
+                tips[f"{gid}-hatch"] = tips[gid]
             begin += share
         _row_text(axes, row, stack.name, f"{number(total)} {chart.unit}")
     _rows(axes, len(chart.stacks), "% of the whole")
     axes.set_xlim(0, 100)
-    _legend(axes, columns=2)
+    _legend(axes, columns=2, keys=[_HatchedKey(hatch) for hatch in _HATCHES])
+
+
+# Matplotlib's own hatches are patterns of SVG, and a browser that prints makes a large picture of
+# each shape that has one.
+
+
+def _hatch(hatch: str, left: float, right: float, *, lean: float, step: float) -> Path:
+    """Return the lines or dots between two places of an axis, from 0 to 1 in height.
+
+    Args:
+        hatch: one of ``_HATCHES``.
+        left: where it begins.
+        right: where it ends.
+        lean: how far a line goes to the right while it goes up.
+        step: from one line to the next.
+    """
+    points = []
+    for place in range(int((left - lean) // step), int(right // step) + 1):
+        start = place * step
+        if hatch == "..":  # a line without a length is drawn as a round dot
+            dot = (start, 0.7 if place % 2 else 0.3)
+            points += [dot, dot] if left + step / 4 < start < right - step / 4 else []
+            continue
+        xs = (max(left, start), min(right, start + lean))
+        if xs[0] < xs[1]:
+            ys = [(x - start) / lean for x in xs]
+            points += zip(xs, ys, strict=True)
+            points += zip(xs, (1 - y for y in ys), strict=True) if hatch == "xx" else []
+    return Path(np.reshape(points, (-1, 2)), [Path.MOVETO, Path.LINETO] * (len(points) // 2))
+
+
+def _drawn(lines: Path, hatch: str, place: Transform) -> PathPatch:
+    return PathPatch(
+        lines.transformed(place),
+        fill=False,
+        edgecolor=_PAPER,
+        linewidth=2.0 if hatch == ".." else 0.8,
+        capstyle="round",
+    )
+
+
+class _HatchedKey(HandlerPatch):
+    """A part in the legend, hatched as in its bars."""
+
+    def __init__(self, hatch: str) -> None:
+        super().__init__(update_func=update_from_first_child)
+        self._hatch = hatch
+
+    def create_artists(
+        self,
+        legend: Any,
+        orig_handle: Any,
+        xdescent: float,
+        ydescent: float,
+        width: float,
+        height: float,
+        fontsize: float,
+        trans: Any,
+    ) -> list[Any]:
+        """Return the box and its hatch."""
+        size = (xdescent, ydescent, width, height)
+        artists = [*super().create_artists(legend, orig_handle, *size, fontsize, trans)]
+        if self._hatch:
+            lines = _hatch(self._hatch, 0, width, lean=height, step=width / 4)
+            place = Affine2D().scale(1, height).translate(-xdescent, -ydescent)
+            artists.append(_drawn(lines, self._hatch, place))
+            artists[-1].set_transform(trans)
+        return artists
 
 
 def _row_text(axes: Axes, row: int, name: str, shown: str) -> None:
@@ -439,7 +521,7 @@ def _say_above(axes: Axes, x: float, text: str, **style: Any) -> None:
     )
 
 
-def _legend(axes: Axes, columns: int | None = None) -> None:
+def _legend(axes: Axes, columns: int | None = None, keys: Sequence[HandlerPatch] = ()) -> None:
     handles, names = axes.get_legend_handles_labels()
     is_short = sum(len(name) + 6 for name in names) <= _LEGEND_COLUMNS
     columns = columns or (len(names) if is_short else 1)
@@ -449,7 +531,13 @@ def _legend(axes: Axes, columns: int | None = None) -> None:
     )
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.22 * rows)
-    figure.legend(handles, names, loc="outside upper left", ncols=columns)
+    figure.legend(
+        handles,
+        names,
+        loc="outside upper left",
+        ncols=columns,
+        handler_map=dict(zip(handles, keys, strict=False)),
+    )
 
 
 # -- SVG --------------------------------------------------------------------------------------

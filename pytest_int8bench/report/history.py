@@ -35,9 +35,9 @@ def section(sources: Sequence[Source]) -> Section | None:
         title="History",
         intro=(
             (
-                "From file to file, in the order in which they were given. A figure is that of one "
-                "process: small differences are noise. int8bench compare judges two commits, "
-                "int8bench ab measures them in alternation."
+                "From file to file, oldest first. A figure is that of one process: small "
+                "differences are noise. int8bench compare judges two commits, int8bench ab "
+                "measures them in alternation."
             ),
         ),
         charts=tuple(_charts(sources, results, marks)),

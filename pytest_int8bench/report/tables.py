@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
@@ -16,6 +17,8 @@ from rich.text import Text
 
 MISSING = "-"
 _WIDE = 1000
+#: How narrow a name is folded.
+_FOLDED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +30,95 @@ class Grid:
     styles: Sequence[str | None]
     """Style of each row; None for plain."""
     name: str
-    """The column that may be folded, and no other."""
+    """The column that is folded before any other, and first of all."""
     left: Sequence[str] = ()
     """Columns beside ``name`` that are aligned left."""
+    keys: Sequence[str] = ()
+    """Columns that say with ``name`` what a row is of. Like it, they stand in each part of a table
+    that is too wide for a terminal."""
+    first: Sequence[str] = ()
+    """Columns that come first in such parts."""
 
     def text(self, *, width: int | None, color: bool) -> str:
-        """Return the table for a terminal of ``width`` columns; None for as wide as it needs."""
+        """Return the table for a terminal of ``width`` columns; None for as wide as it needs.
+
+        Where it is too wide even with folded names, columns without any figure are left out, and
+        the others go into several tables below each other. A figure that is cut reads like another
+        figure: a table is rather too wide than that.
+        """
+        if width is None:
+            return _printed(self._table(self.columns, {}), _WIDE, color)
+        whole = self._table(self.columns, {})
+        wide = _console(io.StringIO(), _WIDE, color)
+        if width >= Measurement.get(wide, wide.options, whole).minimum:
+            return _printed(whole, width, color)
+        tables = []
+        for columns in self._parts(width):
+            widths = self._key_widths(columns, width)
+            least = _total([widths.get(column, self._width(column)) for column in columns])
+            tables.append(_printed(self._table(columns, widths), max(width, least), color))
+        return "\n".join(tables)
+
+    def _table(self, columns: Sequence[str], widths: Mapping[str, int]) -> Table:
+        """Return the table of some columns, of which those in ``widths`` are folded."""
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for column in self.columns:
+        for column in columns:
             table.add_column(
                 Text(column),  # brackets would pass for markup
                 justify="left" if column in (self.name, *self.left) else "right",
-                no_wrap=column != self.name,
+                no_wrap=column != self.name and column not in widths,
                 overflow="fold",
-                min_width=20 if column == self.name else None,
+                width=widths.get(column),
+                min_width=_FOLDED if column == self.name and not widths else None,
             )
+        places = [self.columns.index(column) for column in columns]
         for row, style in zip(self.rows, self.styles, strict=True):
-            table.add_row(*map(Text, row), style=style)
-        wide = _console(io.StringIO(), _WIDE, color)
-        # A figure that is cut reads like another figure: rather too wide than that.
-        least = Measurement.get(wide, wide.options, table).minimum
-        return _printed(table, max(width or _WIDE, least), color)
+            table.add_row(*(Text(row[place]) for place in places), style=style)
+        return table
+
+    def _parts(self, width: int) -> list[list[str]]:
+        """Return the columns of each table, of which none is wider than ``width`` if it can be."""
+        keys = [column for column in self.columns if column in (self.name, *self.keys)]
+        least = [min(self._width(key), _FOLDED) for key in keys]
+        others = [column for column in self.columns if column not in keys]
+        if _total([*least, *map(self._width, others)]) <= width:
+            return [[*self.columns]]
+        others = [c for c in others if any(cell != MISSING for cell in self._cells(c))] or others
+        if _total([*least, *map(self._width, others)]) <= width:
+            return [[c for c in self.columns if c in (*keys, *others)]]
+        others.sort(key=lambda c: self.first.index(c) if c in self.first else len(self.first))
+        room = width - _total(least)
+
+        def split(room: int) -> list[list[str]]:
+            parts = [others[:1]]
+            for column in others[1:]:
+                part = [*parts[-1], column]
+                if sum(self._width(c) + 1 for c in part) <= room:
+                    parts[-1] = part
+                else:
+                    parts.append([column])
+            return parts
+
+        # As few tables as there can be, and as even ones: what is left over is for the names.
+        count = len(split(room))
+        even = next((less for less in range(1, room) if len(split(less)) == count), room)
+        return [[*keys, *part] for part in split(even)]
+
+    def _key_widths(self, columns: Sequence[str], width: int) -> dict[str, int]:
+        """Return how wide names and keys are: as wide as they need, if there is room."""
+        keys = [self.name, *(column for column in columns if column in self.keys)]
+        widths = {key: min(self._width(key), _FOLDED) for key in keys}
+        for key in keys:
+            room = width - _total([widths.get(column, self._width(column)) for column in columns])
+            widths[key] = min(self._width(key), widths[key] + max(room, 0))
+        return widths
+
+    def _cells(self, column: str) -> list[str]:
+        place = self.columns.index(column)
+        return [row[place] for row in self.rows]
+
+    def _width(self, column: str) -> int:
+        return max(map(cell_len, (column, *self._cells(column))))
 
     def markdown(self) -> str:
         """Return the table as GitHub shows it."""
@@ -55,6 +126,11 @@ class Grid:
         columns = [column.replace("|", r"\|").replace("<", r"\<") for column in self.columns]
         rows = [[escaped(cell) for cell in row] for row in self.rows]
         return "".join(f"| {' | '.join(row)} |\n" for row in (columns, marks, *rows))
+
+
+def _total(widths: Sequence[int]) -> int:
+    """Return how wide columns are together, with a space between each two."""
+    return sum(widths) + len(widths) - 1
 
 
 def plain_grid(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.report.tables import MISSING, Grid, number, paragraphs
+from pytest_int8bench.report.tables import MISSING, Grid, number, paragraphs, plain_grid
 from pytest_int8bench.results import Accuracy, Result, Saved, Sensitivity, point_label
 
 #: Behind a rate that was measured while the GPU was slowed down.
@@ -88,8 +88,16 @@ def results_table(results: Sequence[Result]) -> Grid:
         cells = [show(result) for show in columns.values()]
         if result.oom:
             cells[list(columns).index("samples/s")] = "OOM"
-        rows.append((cells, None if result.status == "ok" else "red"))
-    return _grid([*columns], rows, name="run", left=("workload", "attention"))
+        rows.append(cells)
+    return Grid(
+        columns=[*columns],
+        rows=rows,
+        styles=[None if result.status == "ok" else "red" for result in results],
+        name="run",
+        left=("workload", "attention"),
+        keys=("workload",),
+        first=("samples/s", "speedup [95 %]"),
+    )
 
 
 def _int8_time(result: Result) -> str:
@@ -115,8 +123,15 @@ def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
     }
     if {verdict.workload for verdict in verdicts} != {"olmoearth"}:
         columns = {"workload": lambda v: v.workload, **columns}
-    rows = [([show(v) for show in columns.values()], _style(v)) for v in verdicts]
-    return _grid([*columns], rows, name="accuracy", left=("workload", "metric", "verdict"))
+    return Grid(
+        columns=[*columns],
+        rows=[[show(v) for show in columns.values()] for v in verdicts],
+        styles=[_style(v) for v in verdicts],
+        name="accuracy",
+        left=("workload", "metric", "verdict"),
+        keys=("workload", "metric"),
+        first=("drop [one-sided 95 %]", "limit", "verdict"),
+    )
 
 
 def _style(verdict: Accuracy) -> str | None:
@@ -156,24 +171,8 @@ def sensitivity_table(found: Sensitivity) -> Grid:
     if found.metric is not None:
         columns[f"{found.metric} drop"] = lambda row: f"{100 * row['drop']:.2f}pp"
         columns["worse/better"] = lambda row: f"{row['lost']}/{row['gained']}"
-    rows = [([show(row) for show in columns.values()], None) for row in found.layers]
-    return _grid([*columns], rows, name=next(iter(columns)), left=())
-
-
-def _grid(
-    columns: Sequence[str],
-    rows: Sequence[tuple[list[str], str | None]],
-    *,
-    name: str,
-    left: Sequence[str],
-) -> Grid:
-    return Grid(
-        columns=columns,
-        rows=[cells for cells, _ in rows],
-        styles=[style for _, style in rows],
-        name=name,
-        left=left,
-    )
+    rows = [[show(row) for show in columns.values()] for row in found.layers]
+    return plain_grid([*columns], rows)
 
 
 def shown_speedup(result: Result) -> str:
