@@ -82,6 +82,10 @@ class Ready:
     """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
     cuda_graphs_skipped: bool = False
     """The compile mode asks for CUDA graphs, and Inductor did without."""
+    regions: int = 0
+    """Repeated blocks that were compiled once for all."""
+    regions_refused: str | None = None
+    """Why blocks that repeat were compiled one by one; None if they were not."""
 
 
 class Model:
@@ -232,6 +236,8 @@ class Model:
             finite=finite,
             compile_cache=self.compiled.compile_cache,
             cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
+            regions=self.compiled.regions,
+            regions_refused=self.compiled.regions_refused,
         )
 
 

@@ -157,7 +157,8 @@ def _region_class(block: nn.Module) -> type | None:
     def entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Inductor of torch 2.11 checks that what enters a region is laid out as it was traced, and
         # lays out what is transposed in another way.
-        return compiled_once(self, *map(_in_order, args), **kwargs)
+        named = {name: _in_order(value) for name, value in kwargs.items()}
+        return compiled_once(self, *map(_in_order, args), **named)
 
     names = {"forward": entry, "__module__": own.__module__}
     try:

@@ -159,6 +159,10 @@ class Result(Record):
     """False if batch times had not settled when the warm-up's time ran out."""
     cuda_graphs_skipped: bool | None = None
     """The compile mode asks for CUDA graphs, and Inductor did without."""
+    regions: int | None = None
+    """Repeated blocks that were compiled once for all; 0 where none repeat, or none could be."""
+    regions_refused: str | None = None
+    """Why blocks that repeat were compiled one by one; None if they were not."""
 
     feed_workers: int | None = None
     """Processes that load batches with ``feed=host``; 0 where the main process does. None with

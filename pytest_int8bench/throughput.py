@@ -175,6 +175,8 @@ class Throughput:
             "warm_up_s": ready.warm_up.seconds,
             "steady": ready.warm_up.steady,
             "cuda_graphs_skipped": ready.cuda_graphs_skipped,
+            "regions": ready.regions,
+            "regions_refused": ready.regions_refused,
             "attention_backend": model.compiled.attention,
             "gpu_before": before,
             "gpu_after": after,

@@ -369,3 +369,29 @@ def test_blocks_that_ask_for_their_type_are_no_regions() -> None:
             return super().forward(*args, **kwargs) * (2 if type(self) is Asking else 1)
 
     assert repeated_blocks(Blocks(Asking(), Asking())) == []
+
+
+# -- what enters --------------------------------------------------------------------------------
+
+
+class Strides(nn.Module):
+    """A block that notes how what it is given lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor, name: str) -> str:
+        self.seen += [x.stride(), mask.stride()]
+        return name
+
+
+def test_what_is_transposed_enters_a_region_in_order_and_what_is_expanded_as_it_is() -> None:
+    blocks = nn.ModuleList(Strides() for _ in range(2))
+    transposed, expanded = torch.zeros(4, 2).t(), torch.zeros(4).expand(2, 4)
+    with Regions(list(blocks)):
+        for block, x in zip(blocks, (transposed, expanded), strict=True):
+            assert block(x, mask=x, name="here") == "here"
+    assert blocks[0].seen == [(4, 1), (4, 1)]
+    assert blocks[1].seen == [(0, 1), (0, 1)]

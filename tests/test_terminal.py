@@ -192,6 +192,8 @@ def test_remarks_on_a_measured_point() -> None:
             reason="baseline and candidate do not fit in memory together",
             steady=False,
             throttled=["power brake", "thermal (hardware)"],
+            regions=0,
+            regions_refused="a block returns a view from the middle of a tensor",
         )
     )
     assert lines[1].startswith(f"{NAME} 1,235* ")
@@ -199,6 +201,10 @@ def test_remarks_on_a_measured_point() -> None:
         f"note: {NAME}: baseline and candidate do not fit in memory together",
         f"* throttled: {NAME}: power brake, thermal (hardware)",
         f"unsteady: {NAME}: batch times had not settled after warm-up",
+        (
+            f"compiled one by one: {NAME}: repeated blocks: a block returns a view from the middle "
+            "of a tensor"
+        ),
     ]
 
 

@@ -215,6 +215,8 @@ def remarks(result: Result) -> list[str]:
     lines += ceiling_remarks(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
+    if result.regions_refused is not None:
+        lines.append(f"compiled one by one: {name}: repeated blocks: {result.regions_refused}")
     if (feeding := _feeding(result)) is not None:
         lines.append(feeding)
     return lines
