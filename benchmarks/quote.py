@@ -30,11 +30,11 @@ from torch import nn
 
 from pytest_int8bench import RunParams, apply_int8_quant, compile_for_a100
 from pytest_int8bench.attention import FlashSDPA
+from pytest_int8bench.building import build_eager
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.evidence import profile_forward
 from pytest_int8bench.measure import Plan, pilot, summarize, time_block
-from pytest_int8bench.models import build_eager
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.olmoearth import olmoearth
 

@@ -64,7 +64,7 @@ def _int8_point(
     request: pytest.FixtureRequest, int8_params: RunParams, int8_workload: Workload
 ) -> tuple[Workload, RunParams]:
     """The point, after a look at whether it can be run at all."""
-    from pytest_int8bench.models import DeviceError, find_device
+    from pytest_int8bench.building import DeviceError, find_device
 
     _state(request).note_point(request.node, int8_params, int8_workload.name)
     problem = None
@@ -116,7 +116,7 @@ def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams
 @pytest.fixture
 def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]) -> Any:
     """The inputs of one batch, on the device, in the model's dtype."""
-    from pytest_int8bench.models import find_device
+    from pytest_int8bench.building import find_device
     from pytest_int8bench.tensors import map_tensors
 
     device = find_device(_int8_point[1])

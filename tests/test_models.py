@@ -19,17 +19,9 @@ import torch
 from torch import nn
 
 from pytest_int8bench import models
+from pytest_int8bench.building import DeviceError, build_eager, find_device
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.models import (
-    AttentionError,
-    DeviceError,
-    Model,
-    ModelPool,
-    build_eager,
-    find_device,
-    map_tensors,
-    tensors_of,
-)
+from pytest_int8bench.models import AttentionError, Model, ModelPool, map_tensors, tensors_of
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import (
     QuantizationError,

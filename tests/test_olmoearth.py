@@ -24,9 +24,10 @@ from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import (  
     Modality,
 )
 
+from pytest_int8bench.building import build_eager  # noqa: E402
 from pytest_int8bench.compilation import compile_for_a100  # noqa: E402
 from pytest_int8bench.errors import WorkloadError  # noqa: E402
-from pytest_int8bench.models import ModelPool, build_eager, part_key  # noqa: E402
+from pytest_int8bench.models import ModelPool, part_key  # noqa: E402
 from pytest_int8bench.params import RunParams  # noqa: E402
 from pytest_int8bench.quantize import coverage  # noqa: E402
 from pytest_int8bench.weights import WeightsError  # noqa: E402

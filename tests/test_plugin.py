@@ -716,4 +716,4 @@ def test_all_of_an_error_is_shown_on_request(project: pytest.Pytester) -> None:
     workload = "--int8-workload=bad.py:nothing"
     result = project.runpytest_subprocess(*SMOKE, workload, "--int8-mode=off", "--tb=long")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([f"E*{CLEAR}", "*models.py:*: WorkloadError"])
+    result.stdout.fnmatch_lines([f"E*{CLEAR}", "*building.py:*: WorkloadError"])

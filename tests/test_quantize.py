@@ -30,10 +30,10 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 from pytest_int8bench import RunParams, quantize
+from pytest_int8bench.building import build_eager
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.fused import graph
 from pytest_int8bench.fused.modules import Int8Linear
-from pytest_int8bench.models import build_eager
 from pytest_int8bench.quantize import (
     Coverage,
     DequantizedInt8Tensor,

@@ -14,8 +14,9 @@ from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.proxy import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
+from pytest_int8bench.building import calibration_inputs
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.models import Model, ModelPool, calibration_inputs
+from pytest_int8bench.models import Model, ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import call, coverage
 from pytest_int8bench.results import Sensitivity
