@@ -20,6 +20,7 @@ from pytest_int8bench.quantize import apply_int8_quant, coverage
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.names import load_workload
 
+launch = pytest.importorskip("pytest_int8bench.fused.launch")  # needs Triton
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -216,6 +217,31 @@ def test_a_block_compiles_to_its_kernels(kernel: str, mode: str) -> None:
     again = compiled(changed)
     with torch.inference_mode():
         assert error(again, eager(changed)) < 0.01
+
+
+def test_inductor_launches_the_kernels_of_repeated_blocks(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = nn.Sequential(fused_block(), fused_block())
+    x = torch.randn(4, 96, 256, device=CUDA, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        want = eager(x)
+
+    def launched_by_an_operator(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an operator ran")
+
+    for function in ("linear", "quantize_rows"):
+        monkeypatch.setattr(launch, function, launched_by_an_operator)
+    for state in ("cold", "warm"):
+        torch._dynamo.reset()
+        compiled = compile_for_a100(eager, mode="default", cache_dir=tmp_path)
+        assert error(compiled(x), want) < 0.01
+        assert (compiled.regions, compiled.regions_refused) == (2, None)
+        assert compiled.compile_cache == state
+        evidence = profile_forward(lambda: compiled(x), CUDA)  # noqa: B023
+        calls = {k.name: k.calls for k in evidence.kernels}
+        assert sum(calls[name] for name in ours(evidence)) == 8
+        assert calls["quantize_rows"] == 8
 
 
 def test_batch_sizes_of_one_graph_and_an_empty_batch() -> None:
