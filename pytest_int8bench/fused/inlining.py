@@ -96,17 +96,23 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
         kernel = "pointers"
     there = (bias is not None, gamma is not None)
 
+    @functools.cache
+    def operands() -> Any:
+        return launch.operands_like(problem, *there, dtype, device)
+
     def time(tile: Product) -> float:
-        operands = launch.operands_like(problem, *there, dtype, device)
-        return launch.seconds(
-            operands, launch.of_product(problem, *there, kernel, stride, tile, device)
-        )
+        product = launch.of_product(problem, *there, kernel, stride, tile, device)
+        return launch.seconds(operands(), product)
 
     tile = configs.product(problem, kernel, device, time)
     product = launch.of_product(problem, *there, kernel, stride, tile, device)
     with graph.inserting_before(node):
         rows = graph.call_method("reshape", (q, (m, k)))
         flat_scale = graph.call_method("reshape", (scale, (m,)))
+        weight_scale, bias, gamma = (
+            None if part is None else graph.call_method("contiguous", (part,))
+            for part in (weight_scale, bias, gamma)
+        )
         if residual is not None:
             dense = graph.call_method("contiguous", (residual,))
             residual = graph.call_method("view", (dense, (m, n)))
@@ -184,5 +190,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _dense(node: Node) -> bool:
+    """Say whether a tensor has no gaps, as Dynamo sees it. It is made contiguous all the same: what
+    traces the graph next may lay it out otherwise, and drops that where it does not."""
     value = value_of(node)
     return isinstance(value, torch.Tensor) and value.is_contiguous()
