@@ -57,7 +57,10 @@ class Template:
         assert process.stdout is not None
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-        return int(process.stdout.readline())
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that forks ended: {process.wait()}")
+        return int(answer)
 
     def close(self) -> None:
         """End the process."""
