@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forking import Template, popen_for
 
 if not Path("/dev/nvidiactl").exists():
     # Without an NVIDIA device Triton's kernels run under its interpreter. Triton reads this when it
@@ -27,8 +30,35 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> Iterator[None]:
+    """The collector, which models that are dropped call each time, leaves torch and the tests out:
+    half a million objects that stay."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()  # what stays at the end would be reported as leaked
+
+
 @pytest.fixture(autouse=True)
 def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions that a test starts are not workers of pytest-xdist, whoever runs the test."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _template() -> Iterator[Template]:
+    template = Template()
+    yield template
+    template.close()
+
+
+@pytest.fixture
+def forked(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Sessions that ``pytester`` starts have torch loaded already, where no GPU forbids to fork."""
+    if not Path("/dev/nvidiactl").exists() and hasattr(os, "fork"):
+        template = request.getfixturevalue("_template")
+        monkeypatch.setattr(pytester, "popen", popen_for(template, pytester.popen))

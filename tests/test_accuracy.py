@@ -107,7 +107,9 @@ LOST = 18  # of 900 right ones: 2 %
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its accuracy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The last one takes a second to load.

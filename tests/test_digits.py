@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from pytest_int8bench import RunParams, apply_int8_quant, is_transformer_linear
@@ -37,12 +39,15 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The file that the one training of this module wrote."""
-    folder = tmp_path_factory.mktemp("cache")
+    """The file that the one training of this session wrote, in whichever worker."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "digits"))
         digits.trained_weights.cache_clear()
-        digits.trained_weights()
+        with FileLock(folder / "digits.lock"):
+            digits.trained_weights()
         yield digits.cache_folder() / digits.cache_name()
     digits.trained_weights.cache_clear()
 

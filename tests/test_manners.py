@@ -103,7 +103,9 @@ def test_model(int8_model, int8_batch):
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its model."""
     monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for other tests' processes

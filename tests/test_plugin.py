@@ -88,7 +88,9 @@ def test_throughput(int8_throughput):
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
     """A project with a workload and one test of its throughput."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its products are too small to be shared out
     # The first two have their own tests in test_manners, and loading Hypothesis takes a second.

@@ -351,7 +351,7 @@ def pytest_benchmark_generate_machine_info():
 
 
 def test_an_interrupted_session_reports_what_it_has(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     others = [f"-pno:{name}" for name in ("randomly", "codspeed", "hypothesispytest", "xdist")]

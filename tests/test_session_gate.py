@@ -64,7 +64,9 @@ def test_second(int8_throughput):
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
     """A project with two tests of one point."""
     monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
