@@ -177,7 +177,7 @@ def test_damaged_graphs_are_compiled_again(tmp_path: Path) -> None:
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
     """What is compiled, in order, in place of what torch makes."""
     found: list[Callable[..., Any]] = []
-    monkeypatch.setattr(CompiledModel, "_new_entry", lambda self, fullgraph: found.pop(0))
+    monkeypatch.setattr(CompiledModel, "_new_entry", lambda self, *_, **__: found.pop(0))
     return found
 
 
