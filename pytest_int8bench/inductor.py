@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
+from pytest_int8bench.fused.nodes import value_of
 
 
 class FusingInductor(torch._TorchCompileInductorWrapper):
@@ -29,6 +30,7 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         graph.fuse(model_, inline=self._inline)
         _check_regions(model_)
+        _check_alignment(model_)
         return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 
@@ -49,3 +51,27 @@ def _check_regions(module: fx.GraphModule) -> None:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.storage_offset() != 0:
                 raise RuntimeError("a block returns a view from the middle of a tensor")
+
+
+def _check_alignment(module: fx.GraphModule) -> None:
+    """Raise if a region is given memory at aligned addresses first and at others later: it is
+    compiled for the first call, and for what its addresses can be divided by."""
+    first: dict[Any, list[bool]] = {}
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        region = torch.ops.higher_order.invoke_subgraph
+        for node in part.graph.find_nodes(op="call_function", target=region):
+            aligned = [_is_aligned(operand) for operand in node.args[2:]]
+            before = first.setdefault(node.args[1], aligned)
+            if any(was and not now for was, now in zip(before, aligned, strict=False)):
+                raise RuntimeError("blocks are given memory at addresses of different alignment")
+
+
+def _is_aligned(node: Any) -> bool:
+    """Say whether a tensor begins at a multiple of 16 bytes of its memory."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return True
+    offset = value.storage_offset()
+    return not isinstance(offset, int) or offset * value.element_size() % 16 == 0

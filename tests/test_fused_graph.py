@@ -720,14 +720,92 @@ def test_one_layer_is_the_residual_of_another(monkeypatch: pytest.MonkeyPatch) -
     assert part.others == {"exp": 1}
 
 
-def test_a_residual_that_is_written_to_after_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_residual_that_is_written_to_after_the_layer_stays_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
         y = m.a(x)
         x.add_(1)
         return y + x
 
-    assert joined(written(forward), monkeypatch).linear == ("1+residual",)
+    assert joined(written(forward), monkeypatch).linear == ("1",)
+
+
+@pytest.mark.parametrize("name", ["bias", "scale"])
+@pytest.mark.parametrize(
+    "use", [lambda m, x, y: y * m.gamma, lambda m, x, y: y + x], ids=["scale", "residual"]
+)
+def test_a_layer_whose_own_tensors_are_written_to_after_it(
+    name: str, use: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        getattr(m.a.block, name).mul_(1.5)
+        return use(m, x, y)
+
+    model = written(forward)
+    held = getattr(model.get_submodule("a").block, name)
+    before = held.clone()
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        out = compiled.run(X)
+        held.copy_(before)
+        close(out, model(X))
+
+
+def test_layers_of_one_input_between_which_a_scale_is_written_to_stay_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = operators.quantize_rows(x)
+
+        def product(layer: Any) -> torch.Tensor:
+            rest = (layer.weight_scale, layer.bias, None, None, x.dtype)
+            return operators.linear(q, scale, layer.int8_weight, *rest)
+
+        one = product(m.a)
+        scale.mul_(2)
+        return one - product(m.b)
+
+    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+
+
+def test_tensors_of_different_rows_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = operators.quantize_rows(x)
+
+        def product(weight: Any, scales: Any, bias: Any) -> torch.Tensor:
+            tensors = weight.int8_weight, scales.weight_scale, bias.bias
+            return operators.linear(q, scale, *tensors, None, None, x.dtype)
+
+        return product(m.a, m.b, m.c) - product(m.b, m.a, m.a)
+
+    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda y: y.float(),
+        lambda y: y.to(torch.float32),
+        lambda y: y.to(y.dtype),
+        lambda y: y.type_as(y),
+    ],
+)
+def test_a_cast_that_changes_nothing_is_the_tensor_itself(
+    cast: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cast(m.a(x)).view(-1), cast(m.b(x))
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        outs, wanted = compiled.run(X), model(X)
+    close(outs, wanted)
+    assert [out.stride() for out in outs] == [out.stride() for out in wanted]
+    assert compiled.part.linear == ("2",)
 
 
 # -- inputs -------------------------------------------------------------------------------------

@@ -149,6 +149,11 @@ def test_a_row_that_something_else_reads_and_a_factor() -> None:
     assert (run.kernels, run.operators) == (["quantize_rows", "int8_product_pointers"], 0)
 
 
+def test_a_row_that_was_not_kept_is_empty() -> None:
+    model = lowered(Model(lambda m, x: (operators.quantize_rows(x)[2].sum(), m.a(x))))
+    assert Run(model, torch.randn(4, DIM)).operators == 0
+
+
 def test_layers_of_one_input_without_bias(asked: list[tuple[configs.Problem, str]]) -> None:
     model = lowered(Model(lambda m, x: (m.a(x).view(4, 2, -1), m.b(x)), bias=False))
     Run(model, torch.randn(4, DIM))

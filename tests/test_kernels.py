@@ -525,6 +525,30 @@ def test_rows_of_one_kind_are_prepared_once() -> None:
 
 @interpreted
 @pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("position", [1, 3, 4])
+@pytest.mark.parametrize("change", ["dtype", "address"])
+def test_vectors_of_another_kind_are_another_launch(
+    position: int, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "product", lambda *_: TILES[0])
+    arguments = list(Multiplied(16, 16, 16).make())
+    with poisoned():
+        launch.linear(*arguments, kernel="tma")
+        vector = arguments[position]
+        if change == "dtype":
+            arguments[position] = vector.to(torch.bfloat16)
+        else:
+            arguments[position] = torch.cat([vector.new_zeros(1), vector])[1:]
+        out = launch.linear(*arguments, kernel="tma")
+        again = launch.linear(*arguments, kernel="tma")
+    check_product(tuple(arguments), out)
+    assert torch.equal(out, again)
+    assert len(launch._kept) == 2
+    assert [one.kernel.fn.__name__ for one in launch._kept.values()] == ["int8_product_tma"] * 2
+
+
+@interpreted
+@pytest.mark.usefixtures("_nothing_kept")
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_KEPT", 4)
     for m in range(1, 12):

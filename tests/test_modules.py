@@ -265,6 +265,22 @@ def test_a_model_that_is_moved_computes_the_same(attention: Any, dtype: torch.dt
         assert (before - after).norm() < 0.01 * before.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scales_stay_as_they_are_where_a_model_is_cast(attention: Any, dtype: torch.dtype) -> None:
+    twin = copy.deepcopy(attention).to(dtype)
+    assert twin.q.bias.dtype == dtype
+    assert twin.q.weight_scale.dtype == torch.float32
+    assert torch.equal(twin.q.weight_scale, attention.q.weight_scale)
+    assert twin.q.block is twin.k.block
+
+
+def test_a_backward_pass_is_an_error(attention: Any) -> None:
+    x = torch.randn(4, K, requires_grad=True)
+    out = attention.q(x)  # a forward pass is none
+    with pytest.raises(RuntimeError, match="for inference: they have no gradient"):
+        out.sum().backward()
+
+
 def test_a_state_dict_goes_there_and_back(attention: Any) -> None:
     file = io.BytesIO()
     torch.save(attention.state_dict(), file)

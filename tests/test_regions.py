@@ -395,3 +395,40 @@ def test_what_is_transposed_enters_a_region_in_order_and_what_is_expanded_as_it_
             assert block(x, mask=x, name="here") == "here"
     assert blocks[0].seen == [(4, 1), (4, 1)]
     assert blocks[1].seen == [(0, 1), (0, 1)]
+
+
+class Added(Block):
+    """A block that is given what it adds."""
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + added
+
+
+class Apart(nn.Module):
+    """Blocks that add parts of one memory."""
+
+    def __init__(self, *offsets: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Added() for _ in offsets)
+        self.offsets = offsets
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        for block, offset in zip(self.blocks, self.offsets, strict=True):
+            x = block(x, memory[offset : offset + x.numel()].view(x.shape))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("offsets", "regions"), [((0, 8), 2), ((1, 0), 2), ((0, 1), 0), ((0, 8, 2), 0)]
+)
+def test_blocks_that_get_memory_at_other_alignments_are_not_one(
+    offsets: tuple[int, ...], regions: int
+) -> None:
+    model = Apart(*offsets).eval().requires_grad_(False)
+    memory = torch.randn(X.numel() + 8)
+    compiled = compile_for_a100(model, mode="default")
+    out = compiled(X, memory)
+    assert torch.allclose(out, model(X, memory), atol=1e-5)
+    assert compiled.regions == regions
+    told = "blocks are given memory at addresses of different alignment"
+    assert compiled.regions_refused == (None if regions else told)

@@ -117,10 +117,13 @@ def _join_products(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
             blocks = tuple(_rows_of(part)[0] for part in _tensors(node))
-            if not all(block is None or block < node for block in blocks):
+            rows = {_rows_of(part)[1:] for part in _tensors(node) if part is not None}
+            if len(rows) > 1 or not all(block is None or block < node for block in blocks):
                 continue
             groups.setdefault((*node.args[:2], blocks, node.args[_DTYPE]), []).append(node)
     for nodes in groups.values():
+        if not nothing_written(nodes[0], nodes[-1]):
+            continue  # the one product would read what is there at the first layer
         for neighbours in _neighbours(nodes):
             _join(graph, neighbours, written)
 
@@ -202,21 +205,22 @@ def _sliced(graph: fx.Graph, block: Node, start: int, stop: int) -> Node:
 
 
 def _absorb_scale_and_residual(graph: fx.Graph) -> None:
-    """Let products multiply with a layer scale and add a residual."""
+    """Let products multiply with a layer scale and add a residual. A product then runs where its
+    result was used, and must find its tensors there as they were."""
     for node in list(graph.nodes):
         if node.target is not LINEAR:
             continue
         user = only_user(node)
         if user is not None and user.target in MULTIPLY and not user.kwargs:
             gamma = other_operand(user, node)
-            if gamma is not node and is_row_of(gamma, node) and same_dtype(user, node):
+            fits = gamma is not node and is_row_of(gamma, node) and same_dtype(user, node)
+            if fits and nothing_written(node, user):
                 node = _replaced(graph, user, node, _GAMMA, gamma)
                 user = only_user(node)
         if user is not None and user.target in ADD and not user.kwargs:
             residual = other_operand(user, node)
-            if node.args[_GAMMA] is not None and not nothing_written(node, user):
-                continue
-            if alike(residual, node) and same_dtype(user, node):
+            fits = alike(residual, node) and same_dtype(user, node)
+            if fits and nothing_written(node, user):
                 _replaced(graph, user, node, _RESIDUAL, residual)
 
 

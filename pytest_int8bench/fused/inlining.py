@@ -65,6 +65,8 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
         written = _call(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
         shapes = shape, shape[:-1], shape
         outputs = [graph.call_method("view", pair) for pair in zip(written, shapes, strict=False)]
+        if not keep:
+            outputs.append(_empty(graph, (0,), value.dtype, value.device))
     for user in list(node.users):
         assert user.target is operator.getitem
         out = outputs[user.args[1]]

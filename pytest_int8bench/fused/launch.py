@@ -119,13 +119,8 @@ def quantize_rows(
     other, other_stride = (None, 0) if gate is None else _rows(gate)
     vectors = [None if part is None else part.contiguous() for part in (weight, bias, factor)]
     tensors = (x, other, q, scale, *vectors, kept if keep else None)
-    aligned = _aligned(tensors)
-    key = (
-        *(q.shape, stride, other_stride, x.dtype, x.get_device()),
-        *(norm, activation, eps, keep, None if gate is None else gate.dtype),
-        *(None if part is None else part.dtype for part in vectors),
-    )
-    launch = _kept.get(key) if aligned else None
+    key = (q.shape, stride, other_stride, norm, activation, eps, x.get_device(), _kinds(tensors))
+    launch = _kept.get(key)
     if launch is None:
         columns = q.shape[-1]
         there = [part is not None for part in (gate, *vectors)]
@@ -139,8 +134,7 @@ def quantize_rows(
             there,
             x.device,
         )
-        if aligned:
-            _keep(key, launch)
+        _keep(key, launch)
     launch(*tensors)
     return q, scale, kept
 
@@ -226,15 +220,13 @@ def linear(
         None if bias is None else bias.contiguous(),
         None if gamma is None else gamma.contiguous(),
     )
-    aligned = _aligned(operands)
-    key = (
-        *(kernel, q.numel() // k, n, k, stride, dtype, q.get_device()),
-        *(None if part is None else part.dtype for part in (residual, bias, gamma)),
-    )
-    launch = _kept.get(key) if aligned and tile is None else None
+    key = (kernel, q.numel() // k, n, k, stride, q.get_device(), _kinds(operands))
+    launch = _kept.get(key) if tile is None else None
     if launch is None:
         problem = Problem(q.numel() // k, n, k, out.element_size(), residual is not None)
-        if kernel == "tma" and not (aligned and tma_takes(problem, stride, residual)):
+        if kernel == "tma" and not (
+            _aligned(operands[:4]) and tma_takes(problem, stride, residual)
+        ):
             kernel = "pointers"
         recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -245,7 +237,7 @@ def linear(
         chosen = tile or configs.product(problem, kernel, q.device, None if recording else time)
         launch = of_product(problem, *there, kernel, stride, chosen, q.device)
         # While a CUDA graph is recorded, the tiles may be a guess.
-        if aligned and tile is None and not recording:
+        if tile is None and not recording:
             _keep(key, launch)
     launch(*operands)
     return out
@@ -348,12 +340,19 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, rows.stride(0)
 
 
-def _aligned(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return addresses % _ALIGNMENT == 0
+def _kinds(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Return what of tensors Triton compiles a kernel for, beside numbers: which there are, their
+    dtypes, and whether their addresses are aligned."""
+    return tuple(
+        [
+            None if tensor is None else (tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0)
+            for tensor in tensors
+        ]
+    )
+
+
+def _aligned(tensors: Sequence[torch.Tensor | None]) -> bool:
+    return all(tensor is None or tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
 
 
 def tma_takes(problem: Problem, stride: int, residual: torch.Tensor | None) -> bool:

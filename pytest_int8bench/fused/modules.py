@@ -52,6 +52,14 @@ class Block(nn.Module):
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Block:
+        """Move the tensors; a model that is cast casts biases, and no scales."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
 
 class Int8Linear(nn.Linear):
     """A linear layer with INT8 weights that quantizes each row of its input.

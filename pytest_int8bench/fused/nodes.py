@@ -56,11 +56,15 @@ _VIEWS = {
         *(torch.split, torch.unbind, operator.getitem),
     )
 }
+# Operators that return their tensor where its dtype is the one they are to return.
+_CASTS = {
+    ("call_method", name) for name in ("to", "float", "half", "bfloat16", "double", "type_as")
+}
 # Operators that read any tensor by its strides, and return new ones.
 _READERS = {
     ("call_method", name)
     for name in (
-        *("contiguous", "clone", "to", "float", "half", "bfloat16", "type_as", "size"),
+        *("contiguous", "clone", "size"),
         *("add", "sub", "mul", "div", "neg", "abs", "pow", "square", "matmul", "softmax"),
         *("mean", "sum", "norm", "sin", "cos", "rsqrt"),
     )
@@ -87,7 +91,7 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
     views: list[Node] = []
     for user in node.users:
         dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
-        if _is_view(user) and not dtypes:
+        if (user.op, user.target) in _CASTS or (_is_view(user) and not dtypes):
             inner = views_read_by_strides(user)
             if inner is None:
                 return None

@@ -2,7 +2,7 @@
 
 They have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic shapes take
 them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`) elsewhere. They
-are for inference: no gradient passes them.
+are for inference: a backward pass through them is an error.
 """
 
 from __future__ import annotations
@@ -152,6 +152,10 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+def _no_gradient(context: Any, *gradients: torch.Tensor) -> None:
+    raise RuntimeError("INT8 layers of the fused backend are for inference: they have no gradient")
+
+
 for _name, _anywhere, _on_cuda, _of_fakes in (
     ("quantize_rows", _quantize_rows, _quantize_rows_on_cuda, _quantize_rows_of_fakes),
     ("linear", _linear, _linear_on_cuda, _linear_of_fakes),
@@ -159,3 +163,4 @@ for _name, _anywhere, _on_cuda, _of_fakes in (
     _LIBRARY.impl(_name, _anywhere, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"int8bench::{_name}", _of_fakes, lib=_LIBRARY)
+    torch.library.register_autograd(f"int8bench::{_name}", _no_gradient, lib=_LIBRARY)
