@@ -198,6 +198,28 @@ def test_memory_that_is_not_dense_or_empty_stays_with_operators(
     assert Run(lowered(Model(forward)), torch.randn(DIM, DIM)).operators == operators
 
 
+@pytest.mark.parametrize(
+    ("forward", "operators"),
+    [
+        # Inductor may write what is made here into the larger tensor.
+        (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y)))(x * 2), 1),
+        (lambda m, x: (lambda y: (torch.stack([y, x]), m.a(y)))(x * 2), 1),
+        (lambda m, x: (lambda y: (torch.cat([y[:, :8], x], -1), m.a(y)))(x * 2), 1),
+        (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y.view(2, 2, DIM))))(x * 2), 1),
+        (lambda m, x: (lambda y: (y.roll(1), m.a(y)))(x * 2), 1),
+        (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(x) + y))(x * 2), 1),
+        # Not an input, what a kernel has written, or what nothing else reads.
+        (lambda m, x: (torch.cat([x, x * 2], -1), m.a(x)), 0),
+        (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.b(y)))(m.a(x)), 0),
+        (lambda m, x: (lambda y: (y + x, m.a(y), y))(x * 2), 0),
+    ],
+)
+def test_memory_that_may_become_part_of_a_larger_one_stays_with_operators(
+    forward: Callable[..., Any], operators: int
+) -> None:
+    assert Run(lowered(Model(forward)), torch.randn(4, DIM)).operators == operators
+
+
 def test_sizes_that_are_not_known_stay_with_operators() -> None:
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), dynamic=True)
     assert (run.launches, run.operators) == ([], 6)

@@ -20,7 +20,13 @@ from torch import fx
 
 from pytest_int8bench.fused import configs
 from pytest_int8bench.fused.configs import Problem, Product
-from pytest_int8bench.fused.nodes import LINEAR, QUANTIZE, Node, value_of
+from pytest_int8bench.fused.nodes import (
+    LINEAR,
+    QUANTIZE,
+    Node,
+    may_be_laid_out_anew,
+    value_of,
+)
 from pytest_int8bench.fused.operators import MAX_COLUMNS
 
 
@@ -40,6 +46,8 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
     shape = _known_shape(x)
     inputs = [part for part in (x, gate, weight, bias, factor) if part is not None]
     if shape is None or shape[-1] > MAX_COLUMNS or not all(map(_dense, inputs)):
+        return
+    if any(map(may_be_laid_out_anew, inputs)):
         return
     value = value_of(x)
     columns = shape[-1]
@@ -83,6 +91,8 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
     shape = _known_shape(q)
     vectors = [part for part in (weight_scale, bias, gamma, residual) if part is not None]
     if shape is None or not all(map(_dense, (weight, *vectors))):
+        return
+    if any(map(may_be_laid_out_anew, vectors)):
         return
     device = value_of(q).device
     n, k = value_of(weight).shape

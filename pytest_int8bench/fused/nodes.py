@@ -91,7 +91,7 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
     views: list[Node] = []
     for user in node.users:
         dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
-        if (user.op, user.target) in _CASTS or (_is_view(user) and not dtypes):
+        if _is_cast(user) or (_is_view(user) and not dtypes):
             inner = views_read_by_strides(user)
             if inner is None:
                 return None
@@ -99,6 +99,37 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
         elif (user.op, user.target) not in _READERS:
             return None
     return views
+
+
+def may_be_laid_out_anew(node: Node) -> bool:
+    """Say whether Inductor may write a tensor into a larger one instead, in which its rows are
+    apart: into what ``torch.cat`` or ``torch.stack`` makes of it. A kernel that was promised rows
+    without gaps does not see that (torch 2.11)."""
+    while _is_view(node) or _is_cast(node):
+        node = node.args[0]
+    ours = node.target in (QUANTIZE, LINEAR)
+    if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
+        return False  # these have the layout that they have
+    return not all(map(_leaves_alone, node.users))
+
+
+def _leaves_alone(user: Node) -> bool:
+    """Say whether a reader, and those of a view that it is, are known to make no larger tensor of
+    what they read."""
+    if _is_view(user) or _is_cast(user):
+        return all(map(_leaves_alone, user.users))
+    if user.op == "output" or _is_higher_order(user):
+        return True
+    return user.target not in (torch.cat, torch.stack) and (user.op, user.target) in _READERS
+
+
+def _is_higher_order(node: Node) -> bool:
+    """Say whether a node is a region or a kernel."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _is_cast(node: Node) -> bool:
+    return (node.op, node.target) in _CASTS
 
 
 def _is_view(node: Node) -> bool:
