@@ -220,6 +220,29 @@ def test_memory_that_may_become_part_of_a_larger_one_stays_with_operators(
     assert Run(lowered(Model(forward)), torch.randn(4, DIM)).operators == operators
 
 
+def _product(m: Any, q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rest = (m.a.weight_scale, m.a.bias, None, None, torch.float32)
+    return operators.linear(q, scale, weight, *rest)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda q, scale: (q[:DIM, :DIM].t(), scale[:DIM]),
+        lambda q, scale: (q[:DIM, DIM:], scale[:DIM]),
+        lambda q, scale: (q[:DIM, :DIM].contiguous(), scale[::2]),
+        lambda q, scale: (q[:DIM, :DIM].contiguous(), scale[:1].expand(DIM)),
+    ],
+)
+def test_rows_that_are_not_dense_are_made_so(given: Callable[..., Any]) -> None:
+    run = Run(
+        lowered(Model(lambda m, q, scale: _product(m, *given(q, scale), m.a.int8_weight))),
+        torch.randint(-127, 128, (2 * DIM, 2 * DIM), dtype=torch.int8),
+        torch.rand(2 * DIM),
+    )
+    assert (run.kernels, run.operators) == (["int8_product_pointers"], 0)
+
+
 def test_sizes_that_are_not_known_stay_with_operators() -> None:
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), dynamic=True)
     assert (run.launches, run.operators) == ([], 6)

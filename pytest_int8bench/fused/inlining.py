@@ -119,11 +119,11 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
     tile = configs.product(problem, kernel, device, time)
     product = launch.of_product(problem, *there, kernel, stride, tile, device)
     with graph.inserting_before(node):
-        rows = graph.call_method("reshape", (q, (m, k)))
-        flat_scale = graph.call_method("reshape", (scale, (m,)))
-        weight_scale, bias, gamma = (
+        rows: Node = graph.call_method("reshape", (q, (m, k)))
+        flat_scale: Node = graph.call_method("reshape", (scale, (m,)))
+        rows, flat_scale, weight, weight_scale, bias, gamma = (
             None if part is None else graph.call_method("contiguous", (part,))
-            for part in (weight_scale, bias, gamma)
+            for part in (rows, flat_scale, weight, weight_scale, bias, gamma)
         )
         if residual is not None:
             dense = graph.call_method("contiguous", (residual,))
