@@ -212,6 +212,7 @@ def test_memory_that_is_not_dense_or_empty_stays_with_operators(
         (lambda m, x: (torch.cat([x, x * 2], -1), m.a(x)), 0),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.b(y)))(m.a(x)), 0),
         (lambda m, x: (lambda y: (y + x, m.a(y), y))(x * 2), 0),
+        (lambda m, x: m.a(torch.reshape(input=x, shape=(2, 2, DIM))), 0),
     ],
 )
 def test_memory_that_may_become_part_of_a_larger_one_stays_with_operators(

@@ -106,7 +106,7 @@ def may_be_laid_out_anew(node: Node) -> bool:
     apart: into what ``torch.cat`` or ``torch.stack`` makes of it. A kernel that was promised rows
     without gaps does not see that (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     ours = node.target in (QUANTIZE, LINEAR)
     if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
         return False  # these have the layout that they have
