@@ -574,6 +574,30 @@ def test_without_given_tiles_those_of_the_configuration_are_taken(
     assert asked == [(problem, "pointers", torch.device("cpu"), True)]
 
 
+def test_products_are_timed_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        done.append(tensor)
+        yield
+        done.append("left")
+
+    def do_bench(call: Callable[[], None], **options: Any) -> float:
+        call()
+        return 2.0
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    operands = launch.operands_like(
+        configs.Problem(2, 3, 4, 4, False), False, False, torch.float32, torch.device("cpu")
+    )
+    took = launch.seconds(operands, lambda *given: done.append("ran"))
+    assert took == 2e-3
+    assert done[0] is operands[0]
+    assert done[1:] == ["ran", "left"]
+
+
 # -- operators ----------------------------------------------------------------------------------
 
 ALL = [

@@ -318,7 +318,10 @@ def seconds(operands: Operands, launch: Launch) -> float:
     from triton.testing import do_bench
 
     try:
-        milliseconds = do_bench(lambda: launch(*operands), warmup=5, rep=20, return_mode="median")
+        with torch.cuda.device_of(operands[0]):  # while a graph is compiled, any may be current
+            milliseconds = do_bench(
+                lambda: launch(*operands), warmup=5, rep=20, return_mode="median"
+            )
     except TritonError:  # too large for this GPU, or not to be compiled for it
         return math.inf
     return float(milliseconds) / 1e3
