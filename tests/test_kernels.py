@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -628,6 +630,16 @@ def test_the_operator_that_quantizes_rows_keeps_the_rules(case: Case) -> None:
 )
 def test_the_operator_that_multiplies_keeps_the_rules(case: Multiplied) -> None:
     torch.library.opcheck(torch.ops.int8bench.linear.default, case.make())
+
+
+def test_the_operators_may_be_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = operators.__name__
+    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "operators", operators)
+    monkeypatch.delitem(sys.modules, name)  # as pytester does after a session in its process
+    again = importlib.import_module(name)
+    assert again is not operators
+    q, scale, _ = again.quantize_rows(torch.ones(2, 4))
+    assert (q.shape, scale.shape) == ((2, 4), (2,))
 
 
 @pytest.mark.parametrize("keep", [False, True])
