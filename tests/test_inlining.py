@@ -207,6 +207,8 @@ def test_memory_that_is_not_dense_or_empty_stays_with_operators(
         (lambda m, x: (lambda y: (torch.cat([y[:, :8], x], -1), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y.view(2, 2, DIM))))(x * 2), 1),
         (lambda m, x: (lambda y: (y.roll(1), m.a(y)))(x * 2), 1),
+        # Or pad it.
+        (lambda m, x: (lambda y: (y @ y.t(), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(x) + y))(x * 2), 1),
         # Not an input, what a kernel has written, or what nothing else reads.
         (lambda m, x: (torch.cat([x, x * 2], -1), m.a(x)), 0),
@@ -242,6 +244,14 @@ def test_rows_that_are_not_dense_are_made_so(given: Callable[..., Any]) -> None:
         torch.rand(2 * DIM),
     )
     assert (run.kernels, run.operators) == (["int8_product_pointers"], 0)
+
+
+def test_columns_of_a_joined_product_are_read_where_they_are() -> None:
+    model = lowered(Model(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
+    run = Run(model, torch.randn(4, DIM))
+    # The pass over the gate and what it gates reads rows with gaps, and copies nothing.
+    assert run.kernels == ["quantize_rows", "int8_product_pointers", "int8_product_pointers"]
+    assert run.operators == 1
 
 
 def test_sizes_that_are_not_known_stay_with_operators() -> None:

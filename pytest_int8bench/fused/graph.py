@@ -156,8 +156,10 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
         whole = graph.call_function(LINEAR, args)
         parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
         columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
-    for node, column in zip(nodes, columns, strict=True):
-        column.meta = dict(node.meta)
+    value = value_of(first)
+    wide = value.new_empty((*value.shape[:-1], sum(sizes)))
+    for node, column, part in zip(nodes, columns, wide.split(sizes, -1), strict=True):
+        column.meta = dict(node.meta) | {"example_value": part}
         node.replace_all_uses_with(column)
         graph.erase_node(node)
         # A column of the joined rows is not dense, as the layer's output was.

@@ -78,6 +78,11 @@ _READERS = {
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR),
     )
 }
+# Those of them for which Inductor chooses how the tensor is laid out.
+_LAYING_OUT = {
+    *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
+    *(operator.matmul, "matmul", F.scaled_dot_product_attention),
+}
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",
     F.relu: "relu",
@@ -102,9 +107,9 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
 
 
 def may_be_laid_out_anew(node: Node) -> bool:
-    """Say whether Inductor may write a tensor into a larger one instead, in which its rows are
-    apart: into what ``torch.cat`` or ``torch.stack`` makes of it. A kernel that was promised rows
-    without gaps does not see that (torch 2.11)."""
+    """Say whether Inductor may lay out a tensor with its rows apart: inside of what ``torch.cat``
+    or ``torch.stack`` makes of it, or padded for a product. A kernel that was promised rows without
+    gaps does not see that (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
         node = node.all_input_nodes[0]
     ours = node.target in (QUANTIZE, LINEAR)
@@ -114,13 +119,13 @@ def may_be_laid_out_anew(node: Node) -> bool:
 
 
 def _leaves_alone(user: Node) -> bool:
-    """Say whether a reader, and those of a view that it is, are known to make no larger tensor of
-    what they read."""
+    """Say whether a reader, and those of a view that it is, are known to take what they read as it
+    lies."""
     if _is_view(user) or _is_cast(user):
         return all(map(_leaves_alone, user.users))
     if user.op == "output" or _is_higher_order(user):
         return True
-    return user.target not in (torch.cat, torch.stack) and (user.op, user.target) in _READERS
+    return user.target not in _LAYING_OUT and (user.op, user.target) in _READERS
 
 
 def _is_higher_order(node: Node) -> bool:
