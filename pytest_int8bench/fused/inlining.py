@@ -1,7 +1,7 @@
 """Handing the kernels to Inductor, in place of operators that launch them.
 
 An operator is a call of Python into the dispatcher and back for each launch. A kernel that Inductor
-knows it launches like its own: several times faster, with buffers that it plans, from a compile
+knows it launches like its own: sooner, with buffers that it plans, from a compile
 cache that holds the kernel, and compiled in parallel with the others. What has a shape that is not
 known, or memory that is not dense, stays an operator.
 
