@@ -153,9 +153,9 @@ def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> 
             f"workload {workload.name!r}: inputs must hold data, got a tensor on the device meta"
         )
     if params.feed == "device":
-        return placed(inputs, workload, params, device)
+        return _placed(inputs, workload, params, device)
     # Dense, as what arrives on the device: other strides would compile anew.
-    return map_tensors(torch.clone, placed(inputs, workload, params, torch.device("cpu")))
+    return map_tensors(torch.clone, _placed(inputs, workload, params, torch.device("cpu")))
 
 
 def calibration_inputs(
@@ -163,13 +163,13 @@ def calibration_inputs(
 ) -> list[Any]:
     """Return the batches that SmoothQuant is calibrated on: the workload's own, or ``inputs``."""
     if workload.calibration is None:
-        return [placed(inputs, workload, params, device)]
+        return [_placed(inputs, workload, params, device)]
     with _seeded(device), _told("calibration", workload, params):
         batches = workload.calibration(workload.with_axes(params), device)
-        return [placed(batch, workload, params, device) for batch in batches]
+        return [_placed(batch, workload, params, device) for batch in batches]
 
 
-def placed(inputs: Any, workload: Workload, params: RunParams, device: torch.device) -> Any:
+def _placed(inputs: Any, workload: Workload, params: RunParams, device: torch.device) -> Any:
     """Return ``inputs`` on ``device``, floating tensors in the model's dtype and layout."""
     dtype = torch.bfloat16 if params.bf16 else torch.float32
 

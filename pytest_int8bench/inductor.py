@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
-from pytest_int8bench.fused.nodes import value_of
+from pytest_int8bench.fused.nodes import begins_aligned, value_of
 
 
 class FusingInductor(torch._TorchCompileInductorWrapper):
@@ -40,9 +40,7 @@ def _check_regions(module: fx.GraphModule) -> None:
     for part in module.modules():
         if part is module or not isinstance(part, fx.GraphModule):
             continue
-        inputs = [
-            node.meta.get("example_value") for node in part.graph.find_nodes(op="placeholder")
-        ]
+        inputs = [value_of(node) for node in part.graph.find_nodes(op="placeholder")]
         mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
         if mode is None:
             continue
@@ -62,16 +60,7 @@ def _check_alignment(module: fx.GraphModule) -> None:
             continue
         region = torch.ops.higher_order.invoke_subgraph
         for node in part.graph.find_nodes(op="call_function", target=region):
-            aligned = [_is_aligned(operand) for operand in node.args[2:]]
+            aligned = [begins_aligned(operand) for operand in node.args[2:]]
             before = first.setdefault(node.args[1], aligned)
             if any(was and not now for was, now in zip(before, aligned, strict=False)):
                 raise RuntimeError("blocks are given memory at addresses of different alignment")
-
-
-def _is_aligned(node: Any) -> bool:
-    """Say whether a tensor begins at a multiple of 16 bytes of its memory."""
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return True
-    offset = value.storage_offset()
-    return not isinstance(offset, int) or offset * value.element_size() % 16 == 0

@@ -10,11 +10,12 @@ from typing import Any
 import einops
 import pytest
 import torch
+from int8_layers import lowered
 from torch import fx, nn
 from torch.nn import functional as F
 
 from pytest_int8bench.fused import graph, nodes, operators
-from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
+from pytest_int8bench.fused.modules import Int8Linear
 from pytest_int8bench.inductor import FusingInductor
 
 DIM = 16
@@ -25,28 +26,6 @@ X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
 def _seeded() -> None:
     # A value that lies half-way between two levels would go to one or the other.
     torch.manual_seed(0)
-
-
-def quantized(layer: nn.Linear, factor: torch.Tensor | None = None) -> Quantized:
-    weight = layer.weight.detach()
-    scale = weight.abs().amax(1) / 127.5
-    values = (weight / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Quantized(values, scale.float(), bias, factor)
-
-
-def lowered(
-    model: nn.Module, keep: tuple[str, ...] = (), factors: dict[str, torch.Tensor] | None = None
-) -> nn.Module:
-    """Replace the linear layers of ``model`` but those named."""
-    model.eval().requires_grad_(False)
-    layers = {
-        name: quantized(layer, (factors or {}).get(name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name not in keep
-    }
-    replace_linears(model, layers)
-    return model
 
 
 @dataclass(frozen=True)

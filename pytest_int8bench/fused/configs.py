@@ -22,6 +22,8 @@ KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
 PRODUCTS = ("tma", "pointers")
+#: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
+ALIGNMENT = 16
 _FILE = "int8-products.json"
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import fx
 
 from pytest_int8bench.fused import configs
-from pytest_int8bench.fused.configs import Problem, Product
+from pytest_int8bench.fused.configs import Problem
 from pytest_int8bench.fused.nodes import (
     LINEAR,
     QUANTIZE,
     Node,
+    begins_aligned,
     may_be_laid_out_anew,
     value_of,
 )
@@ -46,8 +47,6 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
     shape = _known_shape(x)
     inputs = [part for part in (x, gate, weight, bias, factor) if part is not None]
     if shape is None or shape[-1] > MAX_COLUMNS or not all(map(_dense, inputs)):
-        return
-    if any(map(may_be_laid_out_anew, inputs)):
         return
     value = value_of(x)
     columns = shape[-1]
@@ -89,10 +88,8 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
 
     q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
     shape = _known_shape(q)
-    vectors = [part for part in (weight_scale, bias, gamma, residual) if part is not None]
-    if shape is None or not all(map(_dense, (weight, *vectors))):
-        return
-    if any(map(may_be_laid_out_anew, vectors)):
+    given = (weight, weight_scale, bias, gamma, residual)
+    if shape is None or not all(_dense(part) for part in given if part is not None):
         return
     device = value_of(q).device
     n, k = value_of(weight).shape
@@ -100,24 +97,15 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
     problem = Problem(m, n, k, dtype.itemsize, residual is not None)
     stride = 0 if residual is None else n
     kernel = configs.product_kernel(device)
-    moved = [value_of(part) for part in (weight, residual) if part is not None]
-    addresses = all(part.storage_offset() * part.element_size() % 16 == 0 for part in moved)
-    if kernel == "tma" and not (
-        addresses and launch.tma_takes(problem, stride, value_of(residual))
-    ):
+    aligned = all(map(begins_aligned, (weight, residual)))
+    if not (aligned and launch.tma_takes(problem, stride, value_of(residual))):
         kernel = "pointers"
     there = (bias is not None, gamma is not None)
 
-    @functools.cache
-    def operands() -> Any:
-        return launch.operands_like(problem, *there, dtype, device)
-
-    def time(tile: Product) -> float:
-        product = launch.of_product(problem, *there, kernel, stride, tile, device)
-        return launch.seconds(operands(), product)
-
-    tile = configs.product(problem, kernel, device, time)
-    product = launch.of_product(problem, *there, kernel, stride, tile, device)
+    operands = functools.cache(
+        functools.partial(launch.operands_like, problem, *there, dtype, device)
+    )
+    product = launch.chosen_product(problem, *there, kernel, stride, device, operands)
     with graph.inserting_before(node):
         rows: Node = graph.call_method("reshape", (q, (m, k)))
         flat_scale: Node = graph.call_method("reshape", (scale, (m,)))
@@ -202,7 +190,9 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _dense(node: Node) -> bool:
-    """Say whether a tensor has no gaps, as Dynamo sees it. It is made contiguous all the same: what
-    traces the graph next may lay it out otherwise, and drops that where it does not."""
+    """Say whether a tensor has no gaps, as Dynamo sees it, and gets none. It is made contiguous all
+    the same: what traces the graph next may lay it out otherwise, and drops that where it does
+    not."""
     value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.is_contiguous()
+    dense = isinstance(value, torch.Tensor) and value.is_contiguous()
+    return dense and not may_be_laid_out_anew(node)

@@ -8,18 +8,16 @@ for each kind of call; what it found is kept as a :class:`Launch` and repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pytest_int8bench.fused import configs, kernels, reference
-from pytest_int8bench.fused.configs import Problem, Product
+from pytest_int8bench.fused.configs import ALIGNMENT, Problem, Product
 from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS, Three
 
-#: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
-_ALIGNMENT = 16
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
 _KEPT = 4096
 #: Of software pipelining, Triton's own number: the rows have no loop that it would apply to.
@@ -54,7 +52,7 @@ class Launch:
         self,
         kernel: Any,
         programs: int,
-        numbers: tuple[int | float, ...],
+        numbers: tuple[int, ...],
         constants: dict[str, Any],
         options: dict[str, int],
         descriptors: tuple[_Described, ...] = (),
@@ -224,23 +222,44 @@ def linear(
     launch = _kept.get(key) if tile is None else None
     if launch is None:
         problem = Problem(q.numel() // k, n, k, out.element_size(), residual is not None)
-        if kernel == "tma" and not (
-            _aligned(operands[:4]) and tma_takes(problem, stride, residual)
-        ):
+        if not (_aligned(operands[:4]) and tma_takes(problem, stride, residual)):
             kernel = "pointers"
-        recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
-
-        def time(one: Product) -> float:
-            return seconds(operands, of_product(problem, *there, kernel, stride, one, q.device))
-
         there = (bias is not None, gamma is not None)
-        chosen = tile or configs.product(problem, kernel, q.device, None if recording else time)
-        launch = of_product(problem, *there, kernel, stride, chosen, q.device)
+        recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if tile is not None:
+            launch = of_product(problem, *there, kernel, stride, tile, q.device)
+        else:
+            timed = None if recording else lambda: operands
+            launch = chosen_product(problem, *there, kernel, stride, q.device, timed)
         # While a CUDA graph is recorded, the tiles may be a guess.
         if tile is None and not recording:
             _keep(key, launch)
     launch(*operands)
     return out
+
+
+def chosen_product(
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    kernel: str,
+    stride: int,
+    device: torch.device,
+    operands: Callable[[], Operands] | None,
+) -> Launch:
+    """Return the launch of a product with the tiles of :mod:`configs`.
+
+    Args:
+        stride: as in :func:`of_product`.
+        operands: returns what candidates are timed with, where they are; None where nothing can be
+            timed now.
+    """
+
+    def launched(tile: Product) -> Launch:
+        return of_product(problem, has_bias, has_gamma, kernel, stride, tile, device)
+
+    time = None if operands is None else lambda tile: seconds(operands(), launched(tile))
+    return launched(configs.product(problem, kernel, device, time))
 
 
 def of_product(
@@ -348,24 +367,22 @@ def _kinds(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     dtypes, and whether their addresses are aligned."""
     return tuple(
         [
-            None if tensor is None else (tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0)
+            None if tensor is None else (tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0)
             for tensor in tensors
         ]
     )
 
 
 def _aligned(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return all(tensor is None or tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+    return all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 
 def tma_takes(problem: Problem, stride: int, residual: torch.Tensor | None) -> bool:
     """Say whether the strides of rows are multiples of what TMA takes; none may be zero."""
     return (
-        problem.k % _ALIGNMENT == 0
-        and problem.n * problem.out_bytes % _ALIGNMENT == 0
-        and (
-            residual is None or (stride > 0 and stride * residual.element_size() % _ALIGNMENT == 0)
-        )
+        problem.k % ALIGNMENT == 0
+        and problem.n * problem.out_bytes % ALIGNMENT == 0
+        and (residual is None or (stride > 0 and stride * residual.element_size() % ALIGNMENT == 0))
     )
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from pytest_int8bench.fused import operators as operators  # registers them
+from pytest_int8bench.fused.configs import ALIGNMENT
 
 # An fx.Node, whose arguments are typed as anything that a graph can hold.
 Node: TypeAlias = Any
@@ -214,6 +215,16 @@ def other_operand(user: Node, node: Node) -> Any:
 
 def value_of(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def begins_aligned(node: Any) -> bool:
+    """Say whether a tensor begins at an aligned place of its memory; so does what is no tensor, and
+    one of which it is not known."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return True
+    offset = value.storage_offset()
+    return not isinstance(offset, int) or offset * value.element_size() % ALIGNMENT == 0
 
 
 def alike(one: Any, other: Any) -> bool:
