@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import re
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +16,17 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
-    Int8Tensor,
     Int8WeightOnlyConfig,
-    MappingType,
-    PerRow,
     quantize_,
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
 from pytest_int8bench.fused.configs import product_kernel
-from pytest_int8bench.fused.modules import Int8Linear, Quantized, replace_linears
+from pytest_int8bench.fused.modules import (
+    Int8Linear,
+)
+from pytest_int8bench.layers import Coverage, Layer
+from pytest_int8bench.lowering import dequantize, fused_problem, lower, stays
 from pytest_int8bench.params import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
 from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
@@ -38,100 +36,6 @@ if TYPE_CHECKING:
 
 #: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
 CUDA_MULTIPLE = 8
-#: Compute capability from which Triton's INT8 product runs on tensor cores.
-FUSED_CAPABILITY = (8, 0)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer and what became of it."""
-
-    name: str
-    parameters: int
-    """Number of weights and biases."""
-    reason: str | None = None
-    """Why the layer was left out; None if it was converted."""
-    fused: bool = False
-    """It runs on the fused kernels, not on torchao's."""
-    fallback: str | None = None
-    """Why a converted layer does not, where it was to."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What :func:`apply_int8_quant` did to a model."""
-
-    mode: str
-    """``w8a8``, ``w8``, or ``custom`` for a configuration of the user's."""
-    layers: tuple[Layer, ...]
-    """Every linear layer of the model, in order."""
-    total_parameters: int
-    """All parameters of the model, outside linear layers too."""
-    smoothed_folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """SmoothQuant: norm -> the layers whose inputs it scales, at no cost."""
-    smoothed_runtime: tuple[str, ...] = ()
-    """SmoothQuant: the layers whose inputs are multiplied at run time."""
-
-    @property
-    def converted(self) -> tuple[Layer, ...]:
-        """The layers that are INT8 now."""
-        return tuple(layer for layer in self.layers if layer.reason is None)
-
-    @property
-    def left_out(self) -> tuple[Layer, ...]:
-        """The layers that are not, with reasons."""
-        return tuple(layer for layer in self.layers if layer.reason is not None)
-
-    @property
-    def converted_parameters(self) -> int:
-        """Number of parameters of the converted layers."""
-        return sum(layer.parameters for layer in self.converted)
-
-    @property
-    def fused(self) -> tuple[Layer, ...]:
-        """The converted layers that run on the fused kernels."""
-        return tuple(layer for layer in self.converted if layer.fused)
-
-    @property
-    def backend(self) -> str:
-        """``fused`` if a layer runs on the fused kernels, else ``torchao``."""
-        return "fused" if self.fused else "torchao"
-
-    def __str__(self) -> str:
-        share = self.converted_parameters / max(self.total_parameters, 1)
-        text = (
-            f"{len(self.converted)} of {len(self.layers)} linear layers in INT8 ({self.mode}), "
-            f"{self.converted_parameters:,} of {self.total_parameters:,} parameters ({share:.1%})"
-        )
-        if reasons := Counter(str(layer.reason) for layer in self.left_out):
-            text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        if self.fused:
-            text += f"; {len(self.fused)} on fused kernels"
-        if falls := Counter(layer.fallback for layer in self.converted if layer.fallback):
-            text += "; on torchao's: " + ", ".join(f"{n} {reason}" for reason, n in falls.items())
-        if self.smoothed_folded or self.smoothed_runtime:
-            folded = sum(map(len, self.smoothed_folded.values()))
-            text += (
-                f"; SmoothQuant: {folded} layers folded into norms, "
-                f"{len(self.smoothed_runtime)} scaled at run time"
-            )
-        return text
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {
-            "mode": self.mode,
-            "converted_layers": len(self.converted),
-            "linear_layers": len(self.layers),
-            "converted_parameters": self.converted_parameters,
-            "total_parameters": self.total_parameters,
-            "left_out": {layer.name: layer.reason for layer in self.left_out},
-            "fused_layers": len(self.fused),
-            "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
-            "smoothed_folded": {norm: list(names) for norm, names in self.smoothed_folded.items()},
-            "smoothed_runtime": list(self.smoothed_runtime),
-        }
-
 
 _coverages: weakref.WeakKeyDictionary[nn.Module, Coverage] = weakref.WeakKeyDictionary()
 
@@ -178,27 +82,6 @@ def is_transformer_linear(module: nn.Module, name: str) -> bool:
         or _MLP.fullmatch(leaf)
         or any(_MLP_PARENT.fullmatch(part) for part in (*parents, leaf))
     )
-
-
-class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
-    """INT8 weight whose product is dequantize, then the 16-bit product of the device's library.
-
-    torchao's own weight-only product is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
-    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
-    196608x768x768 product that cuBLAS does in 0.32 ms (H200, torch 2.11).
-    """
-
-
-@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
-@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
-def _dequantized_linear(
-    func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> torch.Tensor:
-    activation, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    if weight.act_pre_scale is not None:
-        activation = activation * weight.act_pre_scale
-    return nn.functional.linear(activation, weight.dequantize(activation.dtype), bias)
 
 
 def apply_int8_quant(
@@ -301,8 +184,8 @@ def apply_int8_quant(
         layers = _recheck(model, layers, "left as it is by the configuration")
     if all(layer.reason is not None for layer in layers):
         raise QuantizationError(_nothing_converted(layers))
-    if mode == "w8" and quant_config is None:
-        _dequantize_on_cuda(model)
+    if mode == "w8" and quant_config is None and device.type == "cuda":
+        dequantize(model, layers)
     if fusing:
         layers = lower(model, layers)
         if backend == "fused" and not any(layer.fused for layer in layers):
@@ -360,88 +243,6 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
 
 
-def fused_problem(mode: str, device: torch.device) -> str | None:
-    """Say why no layer can run on the fused kernels here, or return None."""
-    if mode != "w8a8":
-        return f"the fused kernels run W8A8, not {mode}"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return (
-            f"the fused kernels run on CUDA, not on {'ROCm' if torch.version.hip else device.type}"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FUSED_CAPABILITY:
-        return f"the fused kernels need sm80 or later, this is sm{capability[0]}{capability[1]}"
-    if importlib.util.find_spec("triton") is None:
-        return "the fused kernels need Triton, which is not installed"
-    return None
-
-
-def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
-    """Replace the converted layers that torchao quantized as the fused kernels need it.
-
-    Args:
-        model: quantized; changed in place.
-        layers: its linear layers.
-
-    Returns:
-        The layers, with what runs them.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    plain: dict[str, Quantized] = {}
-    told = []
-    for layer in layers:
-        if layer.reason is None:
-            module = modules[layer.name]
-            tensors = _stays(modules, layer.name) or _plain(module)
-            if isinstance(tensors, str):
-                layer = dataclasses.replace(layer, fallback=tensors)
-            else:
-                plain[layer.name] = tensors
-                layer = dataclasses.replace(layer, fused=True)
-        told.append(layer)
-    replace_linears(model, plain)
-    return told
-
-
-def _stays(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Say why a linear layer cannot be replaced by another module, or return None."""
-    module = modules[name]
-    if not name:
-        return "type: the model itself, which cannot be replaced in place"
-    if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
-        return f"type: {type(module).__name__} has a forward of its own"
-    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-        return "type: inside nn.TransformerEncoderLayer"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "type: has forward hooks"
-    return None
-
-
-def _plain(module: Any) -> Quantized | str:
-    """Return the tensors of a layer that the fused kernels can run, or why they cannot."""
-    weight = module.weight
-    if type(weight) is not Int8Tensor:
-        return f"weight: {type(weight).__name__}"
-    dynamic = weight.act_quant_kwargs
-    if dynamic is None:
-        return "activations: not quantized"
-    if weight.act_quant_scale is not None or not isinstance(dynamic.granularity, PerRow):
-        return "activations: scale not per row"
-    if dynamic.mapping_type != MappingType.SYMMETRIC or dynamic.granularity.dim != -1:
-        return "activations: not symmetric per row"
-    if weight.scale.numel() != weight.shape[0]:
-        return "weight: scale not per output channel"
-    if weight.zero_point is not None and bool(weight.zero_point.any()):
-        return "weight: not symmetric"
-    return Quantized(
-        weight.qdata.contiguous(),
-        weight.scale.reshape(-1).float(),
-        module.bias,
-        weight.act_pre_scale,
-        weight.dtype,
-    )
-
-
 def _select(
     model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool, fusing: bool = False
 ) -> list[Layer]:
@@ -470,7 +271,7 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
-        elif check_shapes and not (fusing and _stays(modules, name) is None):
+        elif check_shapes and not (fusing and stays(modules, name) is None):
             reason = _shape_reason(module)
         count = module.out_features * (module.in_features + (module.bias is not None))
         layers.append(Layer(name, count, reason))
@@ -494,7 +295,7 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
         if layer.reason is None:
             module = modules[layer.name]
             if is_quantized(module):
-                layer = dataclasses.replace(layer, fused=isinstance(module, Int8Linear))
+                layer = dataclasses.replace(layer, fused=type(module) is Int8Linear)
             else:
                 layer = dataclasses.replace(layer, reason=reason)
         told.append(layer)
@@ -556,18 +357,3 @@ def _scale_at_run_time(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...
         else:
             multiply_parameter(layer, "weight", inverse)
     return tuple(scaled)
-
-
-def _dequantize_on_cuda(model: nn.Module) -> None:
-    for module in model.modules():
-        if not isinstance(module, nn.Linear) or type(module.weight) is not Int8Tensor:
-            continue
-        weight: Any = module.weight
-        if weight.device.type != "cuda":
-            continue
-        tensors, context = weight.__tensor_flatten__()
-        inner = {name: getattr(weight, name) for name in tensors}
-        changed = DequantizedInt8Tensor.__tensor_unflatten__(
-            inner, context, weight.shape, weight.stride()
-        )
-        module.weight = nn.Parameter(changed, requires_grad=False)

@@ -33,19 +33,16 @@ from pytest_int8bench import RunParams, quantize
 from pytest_int8bench.building import build_eager
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.fused import graph
-from pytest_int8bench.fused.modules import Int8Linear
+from pytest_int8bench.fused.modules import Int8Linear, WeightOnlyLinear
+from pytest_int8bench.layers import Coverage, Layer
+from pytest_int8bench.lowering import DequantizedInt8Tensor, fused_problem, lower
 from pytest_int8bench.quantize import (
-    Coverage,
-    DequantizedInt8Tensor,
-    Layer,
     QuantizationError,
     apply_int8_quant,
     call,
     coverage,
-    fused_problem,
     int8_storage,
     is_transformer_linear,
-    lower,
 )
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.names import load_workload
@@ -402,7 +399,7 @@ def test_w8_on_cuda_dequantizes(model: Transformer, batch: torch.Tensor) -> None
         before = model(batch)
         apply_int8_quant(model, mode="w8")
         assert sqnr_db(before, model(batch)) > 35
-    assert {type(model.get_submodule(name).weight) for name in CONVERTED} == {DequantizedInt8Tensor}
+    assert {type(model.get_submodule(name)) for name in CONVERTED} == {WeightOnlyLinear}
     assert int8_storage(model) == (6, 6)
 
 

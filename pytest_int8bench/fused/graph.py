@@ -2,8 +2,10 @@
 
 A norm or an activation in front of a linear layer becomes part of the pass that quantizes its
 rows, layers that share an input become one product, and a layer scale and a residual behind a
-layer become part of the product. The patterns are those of the graph, not of a model: whatever
-does not fit stays as it is, and runs as it did.
+layer become part of the product. Of layers whose weights alone are INT8, those that share an input
+become one product, and weights of one block are dequantized in one pass; the rest is Inductor's.
+The patterns are those of the graph, not of a model: whatever does not fit stays as it is, and runs
+as it did.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn import functional as F
 from pytest_int8bench.fused.inlining import put_kernels
 from pytest_int8bench.fused.nodes import (
     ADD,
+    DEQUANTIZE,
+    DEQUANTIZED,
     LINEAR,
     MULTIPLY,
     NORMS,
@@ -38,7 +42,9 @@ from pytest_int8bench.fused.nodes import (
 
 # Positions in the operators' arguments.
 _X, _FACTOR = 0, 7
-_WEIGHT, _BIAS, _GAMMA, _RESIDUAL, _DTYPE = 2, 4, 5, 6, 7
+_GAMMA, _RESIDUAL = 5, 6
+# Where weight, weight scale and bias are.
+_TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
 
 
 def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
@@ -53,6 +59,7 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
             _drop_inactive_dropout(graph)
             _share_quantization(graph)
             _join_products(graph)
+            _dequantize_once(graph)
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
@@ -64,14 +71,14 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
 
 
 def _has_linear(graph: fx.Graph) -> bool:
-    return any(node.target is LINEAR for node in graph.nodes)
+    return any(node.target in _TENSORS for node in graph.nodes)
 
 
 def _erase_unused(graph: fx.Graph) -> None:
     """Erase what joining left without a reader. Not all that nobody reads: torch takes calls that
     write to a tensor, and whose return value is not used, for dead."""
     for node in reversed(graph.nodes):
-        ours = node.target in (QUANTIZE, LINEAR, operator.getitem)
+        ours = node.target in (QUANTIZE, *_TENSORS, operator.getitem)
         if not node.users and (ours or activation_name(node) is not None):
             graph.erase_node(node)
 
@@ -115,12 +122,12 @@ def _join_products(graph: fx.Graph) -> None:
     written = any(map(writes, graph.nodes))
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
-        if node.target is LINEAR and node.args[_GAMMA] is None and node.args[_RESIDUAL] is None:
+        if node.target in _TENSORS:
             blocks = tuple(_rows_of(part)[0] for part in _tensors(node))
             rows = {_rows_of(part)[1:] for part in _tensors(node) if part is not None}
             if len(rows) > 1 or not all(block is None or block < node for block in blocks):
                 continue
-            groups.setdefault((*node.args[:2], blocks, node.args[_DTYPE]), []).append(node)
+            groups.setdefault((node.target, *_around(node), blocks), []).append(node)
     for nodes in groups.values():
         if not nothing_written(nodes[0], nodes[-1]):
             continue  # the one product would read what is there at the first layer
@@ -132,8 +139,8 @@ def _neighbours(nodes: list[Node]) -> list[list[Node]]:
     """Return layers that share a block in groups of adjacent rows, whatever the order of calls."""
     runs: list[list[Node]] = []
     end = None
-    for node in sorted(nodes, key=lambda node: _rows_of(node.args[_WEIGHT])[1]):
-        _, start, stop = _rows_of(node.args[_WEIGHT])
+    for node in sorted(nodes, key=lambda node: _rows_of(_weight(node))[1]):
+        _, start, stop = _rows_of(_weight(node))
         if start == end:
             runs[-1].append(node)
         else:
@@ -144,16 +151,16 @@ def _neighbours(nodes: list[Node]) -> list[list[Node]]:
 
 def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
     """Make layers of adjacent rows of a block, in their order, one product."""
-    sizes = [value_of(node.args[_WEIGHT]).shape[0] for node in nodes]
-    start, stop = _rows_of(nodes[0].args[_WEIGHT])[1], _rows_of(nodes[-1].args[_WEIGHT])[2]
+    sizes = [value_of(_weight(node)).shape[0] for node in nodes]
+    start, stop = _rows_of(_weight(nodes[0]))[1], _rows_of(_weight(nodes[-1]))[2]
     first = min(nodes)
     with graph.inserting_before(first):
         tensors = [
             None if part is None else _sliced(graph, _rows_of(part)[0], start, stop)
             for part in _tensors(first)
         ]
-        args = (*first.args[:2], *tensors, None, None, first.args[_DTYPE])
-        whole = graph.call_function(LINEAR, args)
+        before, after = _around(first)
+        whole = graph.call_function(first.target, (*before, *tensors, *after))
         parts = graph.call_function(torch.split, (whole, sizes), {"dim": -1})
         columns = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
     value = value_of(first)
@@ -177,9 +184,47 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
                 view.target = "reshape"
 
 
+def _dequantize_once(graph: fx.Graph) -> None:
+    """Dequantize the weights of a block, all of whose rows are used, in one pass instead of one for
+    each layer."""
+    groups: dict[tuple[Any, ...], list[Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
+        weight, scale, _ = _tensors(node)
+        blocks = _rows_of(weight)[0], _rows_of(scale)[0]
+        if _rows_of(weight)[1:] == _rows_of(scale)[1:]:
+            groups.setdefault((*blocks, value_of(node.args[_X]).dtype), []).append(node)
+    for (weight, scale, dtype), nodes in groups.items():
+        first = nodes[0]
+        each = {_rows_of(_weight(node))[1:] for node in nodes}
+        all_used = sum(stop - start for start, stop in each) >= value_of(weight).shape[0]
+        placed = weight < first and scale < first and nothing_written(first, nodes[-1])
+        if len(each) == 1 or not (all_used and placed):
+            continue
+        with graph.inserting_before(first):
+            whole = graph.call_function(DEQUANTIZE, (weight, scale, dtype))
+        for node in nodes:
+            with graph.inserting_before(node):
+                _, start, stop = _rows_of(_weight(node))
+                own = graph.call_function(operator.getitem, (whole, slice(start, stop)))
+                product = graph.call_function(F.linear, (node.args[_X], own, _tensors(node)[2]))
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
+
+
 def _tensors(node: Node) -> tuple[Node, ...]:
     """Return weight, weight scale and bias of a layer."""
-    return tuple(node.args[_WEIGHT : _BIAS + 1])
+    return tuple(node.args[_TENSORS[node.target]])
+
+
+def _weight(node: Node) -> Node:
+    return _tensors(node)[0]
+
+
+def _around(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the arguments of a layer before and after its tensors."""
+    where = _TENSORS[node.target]
+    return tuple(node.args[: where.start]), tuple(node.args[where.stop :])
 
 
 def _rows_of(tensor: Node) -> tuple[Node, int, int]:

@@ -1,4 +1,4 @@
-"""Linear layers that run the fused operators, on plain tensors."""
+"""Linear layers with INT8 weights in plain tensors, which the operators take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.fused import operators
+from pytest_int8bench.fused import operators, reference
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The plain tensors of a W8A8 linear layer."""
+    """The plain tensors of a linear layer."""
 
     weight: torch.Tensor
     """INT8 (N, K)."""
@@ -106,7 +106,7 @@ class Int8Linear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight (N, K) in the dtype it had, for code that reads it. Computed each time."""
-        return (self.int8_weight.float() * self.weight_scale.unsqueeze(-1)).to(self._dtype)
+        return reference.dequantized(self.int8_weight, self.weight_scale, self._dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -127,8 +127,20 @@ class Int8Linear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
-def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
-    """Put an :class:`Int8Linear` in the place of each named layer of ``model``.
+class WeightOnlyLinear(Int8Linear):
+    """A linear layer with INT8 weights that multiplies in the dtype of its input."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return (..., N) in the dtype of ``input`` (..., K)."""
+        if self.factor is not None:
+            input = input * self.factor
+        return operators.dequantized_linear(input, self.int8_weight, self.weight_scale, self.bias)
+
+
+def replace_linears(
+    model: nn.Module, layers: Mapping[str, Quantized], kind: type[Int8Linear] = Int8Linear
+) -> None:
+    """Put a layer with plain tensors in the place of each named layer of ``model``.
 
     Layers of one parent that take inputs of one width share a block, in the order in which the
     parent holds them.
@@ -136,6 +148,7 @@ def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
     Args:
         model: changed in place.
         layers: tensors by dotted name; one name is enough for a layer that has several.
+        kind: what the layers become.
     """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -162,7 +175,7 @@ def replace_linears(model: nn.Module, layers: Mapping[str, Quantized]) -> None:
         start = 0
         for name, tensors in zip(group, members, strict=True):
             stop = start + len(tensors.weight)
-            layer = Int8Linear(block, start, stop, tensors.dtype, tensors.factor)
+            layer = kind(block, start, stop, tensors.dtype, tensors.factor)
             layer.train(model.training)
             start = stop
             for alias in shared[name]:

@@ -19,6 +19,8 @@ Node: TypeAlias = Any
 
 QUANTIZE = torch.ops.int8bench.quantize_rows.default
 LINEAR = torch.ops.int8bench.linear.default
+DEQUANTIZE = torch.ops.int8bench.dequantize.default
+DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -76,13 +78,13 @@ _READERS = {
         *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
         *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
-        *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR),
+        *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
     )
 }
 # Those of them for which Inductor chooses how the tensor is laid out.
 _LAYING_OUT = {
     *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
-    *(operator.matmul, "matmul", F.scaled_dot_product_attention),
+    *(operator.matmul, "matmul", F.scaled_dot_product_attention, DEQUANTIZED),
 }
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",

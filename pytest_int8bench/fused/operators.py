@@ -1,8 +1,9 @@
 """The operators of the fused backend, as ``torch.ops.int8bench``.
 
-They have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic shapes take
-them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`) elsewhere. They
-are for inference: a backward pass through them is an error.
+Those of W8A8 have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
+shapes take them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`)
+elsewhere. They are for inference: a backward pass through them is an error. Those of W8 are
+plain torch, which compilers see into; they are operators so that layers are found in a graph.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pytest_int8bench.fused import configs, reference
 
@@ -21,6 +23,10 @@ MAX_COLUMNS = 32768
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+_SCHEMAS_OF_W8 = (
+    "dequantize(Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+)
 # Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
 _LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
 _SCHEMAS = (
@@ -102,6 +108,30 @@ def linear(
     return out
 
 
+def dequantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Multiply floating-point rows with INT8 weights that are dequantized first, all at once.
+
+    Args:
+        x: floating (..., K).
+        weight: INT8 (N, K).
+        weight_scale: FP32 (N,).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N): ``x @ (weight * weight_scale).T + bias``, the weight rounded to the dtype of
+        ``x``, in which the library of the device multiplies.
+    """
+    out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(
+        x, weight, weight_scale, bias
+    )
+    return out
+
+
 def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
     *before, keep = rest
     q, scale, kept = reference.quantize_rows(x, *before)
@@ -145,6 +175,15 @@ def _linear_of_fakes(
     return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+def _dequantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one: Triton launches there, wherever the tensors are."""
     if device.index == torch.cuda.current_device():
@@ -166,6 +205,10 @@ def _register() -> None:
         _LIBRARY.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"int8bench::{name}", of_fakes, lib=_LIBRARY)
         torch.library.register_autograd(f"int8bench::{name}", _no_gradient, lib=_LIBRARY)
+    of_w8 = (reference.dequantized, _dequantized_linear)
+    for schema, function in zip(_SCHEMAS_OF_W8, of_w8, strict=True):
+        name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
 # The process may hold them from an import before this one: pytester forgets in its own process what

@@ -58,6 +58,13 @@ def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
     return x
 
 
+def dequantized(
+    weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return an INT8 weight (N, K) times its scales (N,), rounded once, to ``dtype``."""
+    return (weight.float() * weight_scale.unsqueeze(-1)).to(dtype)
+
+
 def linear(
     q: torch.Tensor,
     scale: torch.Tensor,

@@ -1,0 +1,265 @@
+"""W8 layers in plain tensors: their numbers, what joins them in a graph, and what becomes one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from int8_layers import quantized
+from torch import fx, nn
+from torch.nn import functional as F
+
+from pytest_int8bench.compilation import compile_for_a100
+from pytest_int8bench.evidence import profile_forward
+from pytest_int8bench.fused import graph, nodes
+from pytest_int8bench.fused.modules import WeightOnlyLinear, replace_linears
+from pytest_int8bench.lowering import DequantizedInt8Tensor, dequantize
+from pytest_int8bench.quantize import apply_int8_quant, coverage, int8_storage
+
+DIM = 64
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (1, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.attn = Attention()
+        self.fc1, self.fc2 = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+LAYERS = ["attn.q", "attn.k", "attn.v", "attn.proj", "fc1", "fc2"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def weight_only(model: nn.Module) -> Any:
+    """Quantize a model to W8, and have it dequantize whole weights, as on CUDA."""
+    apply_int8_quant(model.eval().requires_grad_(False), mode="w8")
+    if next(model.parameters()).device.type == "cpu":
+        dequantize(model, coverage(model).layers)
+    return model
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one.double() - other.double()).norm() <= 1e-5 * other.double().norm())
+
+
+# -- the layer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_multiplies_with_the_weight_that_torchao_made(
+    dtype: torch.dtype, bias: bool
+) -> None:
+    model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 24, bias=bias, dtype=dtype)})
+    apply_int8_quant(model.requires_grad_(False), mode="w8")
+    weight, vector = model["fc1"].weight.dequantize(dtype), model["fc1"].bias
+    dequantize(model, coverage(model).layers)
+    layer = model["fc1"]
+    assert type(layer) is WeightOnlyLinear
+    assert torch.equal(layer.weight, weight)
+    for shape in ((DIM,), (4, DIM), (2, 3, DIM), (0, DIM)):
+        x = torch.randn(shape, dtype=dtype)
+        out = layer(x)
+        assert out.dtype == dtype
+        assert torch.equal(out, F.linear(x, weight, vector))
+
+
+def test_a_factor_multiplies_the_input() -> None:
+    model: Any = nn.ModuleDict({"a": nn.Linear(DIM, 8)}).requires_grad_(False)
+    factor = torch.exp2(torch.randint(-3, 4, (DIM,)).float())
+    plain = F.linear(torch.eye(DIM), quantized(model["a"]).weight.float())
+    replace_linears(model, {"a": quantized(model["a"], factor)}, WeightOnlyLinear)
+    out = model["a"](torch.eye(DIM)) - model["a"].bias
+    assert same(out, plain * factor[:, None] * model["a"].weight_scale)
+
+
+def test_weights_of_a_model_that_is_cast_are_rounded_once() -> None:
+    model = weight_only(nn.ModuleDict({"fc1": nn.Linear(DIM, 8)}))
+    layer = model["fc1"]
+    exact = layer.int8_weight.double() * layer.weight_scale.double()[:, None]
+    model.bfloat16()
+    x = torch.eye(DIM, dtype=torch.bfloat16)
+    layer.block.bias.zero_()
+    assert torch.equal(layer(x), exact.T.to(torch.bfloat16))
+
+
+def test_the_operators_keep_the_rules_of_operators() -> None:
+    x, weight = torch.randn(3, DIM), torch.randint(-128, 128, (8, DIM)).to(torch.int8)
+    scale, bias = torch.rand(8), torch.randn(8)
+    torch.library.opcheck(nodes.DEQUANTIZED, (x, weight, scale, bias))
+    torch.library.opcheck(nodes.DEQUANTIZE, (weight, scale, torch.bfloat16))
+
+
+# -- which layers -------------------------------------------------------------------------------
+
+
+def test_layers_are_replaced_and_say_that_torchao_quantized_them() -> None:
+    model = weight_only(Block())
+    assert {type(model.get_submodule(name)) for name in LAYERS} == {WeightOnlyLinear}
+    assert model.attn.q.block is model.attn.proj.block
+    assert int8_storage(model) == (6, 6)
+    covered = coverage(model)
+    assert (len(covered.converted), covered.backend, covered.fused) == (6, "torchao", ())
+
+
+def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
+    model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "fc2": nn.Linear(DIM, 8)})
+    model["fc1"].register_forward_hook(lambda module, inputs, output: None)
+    weight_only(model)
+    assert type(model["fc1"].weight) is DequantizedInt8Tensor
+    assert type(model["fc2"]) is WeightOnlyLinear
+    assert int8_storage(model) == (2, 2)
+
+
+def test_layers_that_were_left_out_are_left_alone() -> None:
+    model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "head": nn.Linear(DIM, 8)})
+    weight_only(model)
+    assert type(model["head"]) is nn.Linear
+
+
+# -- in a graph ---------------------------------------------------------------------------------
+
+
+def calls(part: fx.GraphModule) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for node in part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZED):
+        user = next(iter(node.users))
+        layers = len(user.args[1]) if user.target is torch.split else 1
+        found[f"product of {layers}"] += 1
+    for node in part.graph.find_nodes(op="call_function", target=F.linear):
+        user = next(iter(node.users))
+        layers = len(user.args[1]) if user.target is torch.split else 1
+        found[f"product of {layers} in one pass"] += 1
+    found["pass"] = len(part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZE))
+    return found
+
+
+def joined(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
+    """Return what is in the graph of a model, and compare its numbers with eager ones."""
+    parts: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        parts.append(graph.fuse(module))
+        return module.forward
+
+    with torch.inference_mode():
+        out = torch.compile(model, fullgraph=True, backend=backend)(*inputs)
+        assert same(out, model(*inputs))
+    return calls(parts[0])
+
+
+def test_layers_of_one_input_are_one_product_and_a_block_is_dequantized_once() -> None:
+    found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
+    assert found == {
+        "pass": 1,
+        "product of 3 in one pass": 1,
+        "product of 1 in one pass": 1,
+        "product of 1": 2,  # fc1 and fc2, which are blocks of their own
+    }
+
+
+class Two(nn.Module):
+    def __init__(self, forward: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.written = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.written(self, x)
+
+
+def test_a_block_of_which_not_all_is_used_is_dequantized_by_layer() -> None:
+    found = joined(weight_only(Two(lambda m, x: m.fc3(m.fc1(x)))), torch.randn(3, DIM))
+    assert found == {"product of 1": 2, "pass": 0}
+
+
+def test_a_block_that_one_product_uses_is_left_to_it() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.fc1(x) * m.fc3(x) + m.fc2(x)
+
+    assert joined(weight_only(Two(forward)), torch.randn(3, DIM)) == {"product of 3": 1, "pass": 0}
+
+
+def test_a_block_that_is_written_to_in_between_is_dequantized_by_layer() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.fc2(m.fc1(x))
+        m.fc3.block.scale.mul_(2.0)
+        z = m.fc3(y)
+        m.fc3.block.scale.mul_(0.5)
+        return z
+
+    with torch.inference_mode():
+        model = weight_only(Two(forward))  # tensors that may be written to
+    assert joined(model, torch.randn(3, DIM))["pass"] == 0
+
+
+def test_layers_of_two_dtypes_are_dequantized_apart() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.fc1(x).double()
+        bias = m.fc2.block.bias
+        m.fc2.block.bias = None
+        z = m.fc3(m.fc2(y))
+        m.fc2.block.bias = bias
+        return z
+
+    assert joined(weight_only(Two(forward)), torch.randn(3, DIM))["pass"] == 0
+
+
+def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = weight_only(nn.Sequential(Block(), Block()).bfloat16())
+    x = torch.randn(2, 5, DIM).bfloat16()
+    with torch.inference_mode():
+        expected = model(x)
+    compiled = compile_for_a100(model, mode="default", attention="math")
+    out, code = run_and_get_code(compiled, x)
+    assert (compiled.regions, compiled.regions_refused) == (2, None)
+    assert "_weight_int8pack_mm" not in "".join(code)
+    assert (out.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+
+
+# -- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_repeated_blocks_run_on_products_of_the_library(mode: str) -> None:
+    model = weight_only(nn.Sequential(Block(), Block()).to("cuda", torch.bfloat16))
+    assert {type(model[0].get_submodule(name)) for name in LAYERS} == {WeightOnlyLinear}
+    x = torch.randn(64, 40, DIM, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = model(x)
+    compiled = compile_for_a100(model, mode=mode)
+    for _ in range(3):
+        out = compiled(x)
+    assert (compiled.regions, compiled.regions_refused) == (2, None)
+    assert (out.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+    evidence = profile_forward(lambda: compiled(x), torch.device("cuda"))
+    assert not evidence.int8_products
+    assert not [k.name for k in evidence.kernels if "int8pack" in k.name]
