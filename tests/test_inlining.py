@@ -75,6 +75,7 @@ class Run:
 
     def __init__(self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False) -> None:
         self.launches: list[tuple[str, bool]] = []
+        self.numbers: list[int] = []
         self.operators = 0
 
         def backend(module: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
@@ -101,7 +102,8 @@ class Run:
     def _note(self, part: fx.GraphModule) -> None:
         for node in part.graph.nodes:
             if node.target is triton_kernel_wrapper_functional:
-                kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+                self.numbers.append(node.kwargs["kernel_idx"])
+                kernel = kernel_side_table.get_kernel(self.numbers[-1])
                 residual = node.kwargs["kwargs"].get("residual") is not None
                 self.launches.append((kernel.fn.fn.__name__, residual))
             self.operators += str(node.target).startswith("int8bench.")
@@ -269,6 +271,20 @@ def test_a_kernel_is_one_for_each_choice_of_options() -> None:
     assert one is not inlining._with_options(kernels.quantize_rows, num_warps=4, num_stages=3)
     (config,) = one.configs
     assert (config.num_warps, config.num_stages, config.kwargs) == (2, 3, {})
+
+
+def test_a_kernel_has_the_same_number_whatever_was_compiled_before() -> None:
+    def numbers() -> list[int]:
+        run = Run(lowered(Model(lambda m, x: m.c(m.norm(x)))), torch.randn(4, DIM))
+        assert run.kernels == ["quantize_rows", "int8_product_pointers"]
+        return run.numbers
+
+    kernel_side_table.reset_table()
+    first = numbers()
+    assert len(set(first)) == 2
+    kernel_side_table.reset_table()
+    Run(lowered(Model(lambda m, x: m.a(x))), torch.randn(4, DIM))
+    assert numbers() == first
 
 
 @pytest.mark.parametrize(

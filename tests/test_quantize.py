@@ -384,7 +384,8 @@ def test_settings_of_inductor_and_torch_are_left_alone(model: Transformer, mode:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_that_the_cuda_product_cannot_take_are_left_out_with_their_shape() -> None:
     model = nn.ModuleDict({"fc1": nn.Linear(64, 64), "fc2": nn.Linear(64, 20)})
-    covered = coverage(apply_int8_quant(model.to("cuda", torch.bfloat16)))
+    model.to("cuda", torch.bfloat16)
+    covered = coverage(apply_int8_quant(model, backend="torchao"))
     assert covered.layers == (
         Layer("fc1", 65 * 64),
         Layer("fc2", 65 * 20, "shape: 64x20 is not a multiple of 8 (CUDA INT8 product)"),

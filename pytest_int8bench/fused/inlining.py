@@ -11,6 +11,8 @@ The nodes are those that ``torch.compile`` makes of a kernel that a user calls.
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +31,9 @@ from pytest_int8bench.fused.nodes import (
     value_of,
 )
 from pytest_int8bench.fused.operators import MAX_COLUMNS
+
+#: The number under which torch finds constants beside the arguments: none.
+_NO_CONSTANTS = 1 << 60
 
 
 def put_kernels(graph: fx.Graph) -> None:
@@ -136,18 +141,16 @@ def _call(
     # Not at the top: it imports what few sessions need.
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,
-        kernel_side_table,
         triton_kernel_wrapper_functional,
     )
 
     names = launch.kernel.arg_names
     given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
-    kernel = _with_options(launch.kernel, **launch.options)
     call = graph.call_function(
         triton_kernel_wrapper_functional,
         kwargs={
-            "kernel_idx": kernel_side_table.add_kernel(kernel),
-            "constant_args_idx": kernel_side_table.add_constant_args({}),
+            "kernel_idx": _index(launch.kernel, **launch.options),
+            "constant_args_idx": _NO_CONSTANTS,
             "grid": [(launch.programs, 1, 1)],
             "tma_descriptor_metadata": {
                 name: create_tma_stable_metadata(described.block)
@@ -159,6 +162,28 @@ def _call(
         },
     )
     return [graph.call_function(operator.getitem, (call, name)) for name in written]
+
+
+def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
+    """Return the number under which torch finds a kernel with options of the compiler.
+
+    It is made of the code of the kernels and the options. Torch itself numbers kernels as they
+    come, and the key of AOTAutograd's cache has the number and not the code: another process would
+    not find what it kept, or find it for other code.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    from pytest_int8bench.fused import kernels
+
+    code = inspect.getsource(kernels)  # with all that the kernel calls
+    name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {code}"
+    index = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    if index not in kernel_side_table.id_to_kernel:
+        with_options = _with_options(kernel, num_warps, num_stages)
+        kernel_side_table.id_to_kernel[index] = with_options
+        kernel_side_table.kernel_to_id[with_options] = index
+    kernel_side_table.constant_args.setdefault(_NO_CONSTANTS, {})
+    return index
 
 
 @functools.cache
