@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+# What transformers puts around the forward of its layers: the type it asks for matters in training.
+_CHECKPOINTING = "GradientCheckpointingLayer.__init_subclass__.<locals>.forward_with_checkpointing"
 _MARK = "__marked_compile_region_fn__"  # of torch.compiler.nested_compile_region
 
 
@@ -104,6 +106,8 @@ def _may_be_block(module: nn.Module) -> bool:
 
 def _asks_for_type(forward: Any) -> bool:
     code = getattr(forward, "__code__", None)
+    if code is not None and code.co_qualname == _CHECKPOINTING:
+        return _asks_for_type(forward.__wrapped__)
     return code is not None and not {"type", "__class__"}.isdisjoint(code.co_names)
 
 

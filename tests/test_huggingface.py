@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench import RunParams, Workload, is_transformer_linear
+from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import coverage
 from pytest_int8bench.weights import WeightsError
@@ -94,6 +95,19 @@ def test_text_comes_from_the_configuration() -> None:
     assert dict(loaded.units(seen)) == {"samples": 3, "tokens": 48}
     output = loaded.build(seen).eval()(**inputs)
     assert output.last_hidden_state.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_layers_compile_once(mask: bool) -> None:
+    loaded = workload("bert")
+    seen = loaded.with_axes(point(num_hidden_layers=3, sequence_length=16, attention_mask=mask))
+    model, inputs = loaded.build(seen).eval(), loaded.inputs(seen, CPU)
+    compiled = compile_for_a100(model, mode="default", attention="math")
+    output = compiled(**inputs).last_hidden_state
+    assert (compiled.regions, compiled.regions_refused) == (3, None)
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+    assert torch.allclose(output, expected, atol=1e-4)
 
 
 def test_a_mask_has_samples_of_different_lengths() -> None:
