@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._guards
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -31,7 +34,8 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
         graph.fuse(model_, inline=self._inline)
         _check_regions(model_)
         _check_alignment(model_)
-        return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+        with _schemas_kept():
+            return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _check_regions(module: fx.GraphModule) -> None:
@@ -64,3 +68,37 @@ def _check_alignment(module: fx.GraphModule) -> None:
             before = first.setdefault(node.args[1], aligned)
             if any(was and not now for was, now in zip(before, aligned, strict=False)):
                 raise RuntimeError("blocks are given memory at addresses of different alignment")
+
+
+@contextlib.contextmanager
+def _schemas_kept() -> Iterator[None]:
+    """Let AOTAutograd look once at what a region writes to. Some versions of torch (2.11) trace the
+    region for that twice at each of its calls, which took 1.8 s for the twelve blocks of a base
+    encoder."""
+    if _torch_keeps_schemas():
+        yield
+        return
+    # Typed as anything: to mypy, a method of an operator is not to be replaced.
+    region: Any = torch.ops.higher_order.invoke_subgraph
+    make, own = region.gen_schema, vars(region).get("gen_schema")
+    # By identity, as torch 2.13 does it. The region is held, so that nothing else gets its address.
+    kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def gen_schema(subgraph: Any, identifier: Any, *operands: Any) -> Any:
+        key = (id(subgraph), identifier, *map(type, operands))
+        if key not in kept:
+            kept[key] = subgraph, make(subgraph, identifier, *operands)
+        return kept[key][1]
+
+    region.gen_schema = gen_schema
+    try:
+        yield
+    finally:
+        if own is None:
+            del region.gen_schema
+        else:
+            region.gen_schema = own
+
+
+def _torch_keeps_schemas() -> bool:
+    return hasattr(torch._guards.InvokeSubgraphCache, "get_functionalize_schema_entry")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from pytest_int8bench import inductor
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100
 from pytest_int8bench.quantize import apply_int8_quant
 from pytest_int8bench.regions import Regions, repeated_blocks
@@ -328,6 +329,47 @@ def test_blocks_with_graph_breaks_compile_as_before(graphs: list[torch.fx.GraphM
 def test_inductor_compiles_regions() -> None:
     compiled = compiled_and_eager(Blocks(*(Block() for _ in range(3))))
     assert (compiled.regions, compiled.regions_refused) == (3, None)
+
+
+@pytest.mark.parametrize("as_before", [False, True], ids=["this torch", "torch that keeps nothing"])
+def test_what_a_region_writes_to_is_found_out_once(
+    as_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if as_before:
+        monkeypatch.setattr(inductor, "_torch_keeps_schemas", lambda: False)
+        name = "get_functionalize_schema_entry"
+        cache = torch._guards.InvokeSubgraphCache
+        monkeypatch.setattr(cache, name, lambda self, key: None, raising=False)
+    region = torch.ops.higher_order.invoke_subgraph
+    traced: list[str] = []
+    make = type(region).gen_schema
+
+    def gen_schema(self: Any, subgraph: Any, identifier: str, *operands: Any) -> Any:
+        traced.append(identifier)
+        return make(self, subgraph, identifier, *operands)
+
+    monkeypatch.setattr(type(region), "gen_schema", gen_schema)
+    assert compiled_and_eager(Blocks(*(Block() for _ in range(4)))).regions == 4
+    assert len(traced) == 1
+    assert "gen_schema" not in vars(region)
+
+
+def test_regions_of_two_graphs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_torch_keeps_schemas", lambda: False)
+    region = torch.ops.higher_order.invoke_subgraph
+
+    def kept(*operands: torch.Tensor) -> str:
+        return str(region.gen_schema(graph, "same", *operands))
+
+    graph = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with inductor._schemas_kept():
+        one = kept(X)
+        graph = torch.fx.symbolic_trace(lambda x: (x.add_(1),))
+        assert kept(X) != one
+        with pytest.raises(KeyError), inductor._schemas_kept():
+            raise KeyError
+        assert kept(X) != one
+    assert "gen_schema" not in vars(region)
 
 
 def test_no_region_without_a_compiler() -> None:
