@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +129,7 @@ class CompiledModel(torch.nn.Module):
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
+        _let_einops_know_tensors()
         regions = Regions(repeated_blocks(self.model))
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
@@ -291,6 +293,16 @@ def graphs_skipped() -> int:
 def graphs_compiled() -> int:
     """Return how many graphs this process has compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _let_einops_know_tensors() -> None:
+    """Let einops note what it does at the first call for each type of tensor. A Dynamo that traces
+    einops, as that of torch 2.13, takes the note for a change, and compiles again at the second
+    call; for tensors it sees to that itself, not for parameters."""
+    einops = sys.modules.get("einops")
+    if einops is not None:
+        for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(1))):
+            einops.rearrange(tensor, "i -> i")
 
 
 def _forget_failed_warm_up() -> None:

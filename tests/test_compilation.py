@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import einops
+import einops._backends
 import pytest
 import torch
 import torch._dynamo
@@ -158,6 +160,25 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
         compiled(X)
         torch.set_float32_matmul_precision(precision)
     assert graphs_compiled() == before + 1
+
+
+class Rearranged(nn.Module):
+    """Rearranges a tensor and a parameter, as the first in the process to do so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return einops.rearrange(x, "a b -> b a") + einops.repeat(self.added, "b -> b a", a=2)
+
+
+def test_einops_does_not_make_the_second_call_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(einops._backends, "_type2backend", {})
+    compiled = compile_for_a100(Rearranged().eval(), mode="default")
+    assert torch.equal(compiled(X), X.T + 1)
+    with compiled.no_compilation():
+        assert torch.equal(compiled(X), X.T + 1)
 
 
 @pytest.mark.parametrize(
