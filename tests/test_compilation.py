@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,39 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
         compiled(X)
         torch.set_float32_matmul_precision(precision)
     assert graphs_compiled() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [((700, 10, 9), (20_000, 10, 9)), ((0, 10, 10), (0, 10, 10)), ((30_000, 5, 5), (30_000, 5, 5))],
+    ids=["often", "off", "rarely"],
+)
+@pytest.mark.parametrize("error", [None, KeyError("inside")], ids=["compiled", "failed"])
+def test_garbage_is_collected_rarely_while_compiling(
+    before: tuple[int, ...],
+    inside: tuple[int, ...],
+    error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        seen.append(gc.get_threshold())
+        if error is not None:
+            raise error
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
+    process = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        with nullcontext() if error is None else pytest.raises(Exception, match="inside"):
+            compiled(X)
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*process)
+    assert seen == [inside]
 
 
 class Rearranged(nn.Module):
