@@ -8,18 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from int8_layers import quantized
 from torch import fx, nn
 from torch.nn import functional as F
 
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.evidence import profile_forward
-from pytest_int8bench.fused import graph, nodes
+from pytest_int8bench.fused import graph, nodes, operators, reference
 from pytest_int8bench.fused.modules import WeightOnlyLinear, replace_linears
 from pytest_int8bench.lowering import DequantizedInt8Tensor, dequantize
 from pytest_int8bench.quantize import apply_int8_quant, coverage, int8_storage
 
+triton = pytest.importorskip("triton")
+launch = pytest.importorskip("pytest_int8bench.fused.launch")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, set where no GPU is"
+)
+
 DIM = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Attention(nn.Module):
@@ -111,7 +120,48 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     x, weight = torch.randn(3, DIM), torch.randint(-128, 128, (8, DIM)).to(torch.int8)
     scale, bias = torch.rand(8), torch.randn(8)
     torch.library.opcheck(nodes.DEQUANTIZED, (x, weight, scale, bias))
-    torch.library.opcheck(nodes.DEQUANTIZE, (weight, scale, torch.bfloat16))
+    torch.library.opcheck(nodes.DEQUANTIZE, ([weight, weight[:3]], [scale, scale[:3]], DTYPES[1]))
+
+
+SIZES = st.tuples(st.integers(0, 70), st.integers(0, 300))
+
+
+@interpreted
+@given(st.lists(SIZES, min_size=1, max_size=6), st.sampled_from(DTYPES), st.booleans())
+@example([(16, 256)], DTYPES[1], False)  # whole tiles
+@example([(2, 2**9), (70, 3), (0, 5), (3, 0), (1, 1), (17, 257), (4, 8)], DTYPES[0], True)
+@settings(deadline=None, max_examples=30)
+def test_weights_are_dequantized_in_one_launch(
+    sizes: list[tuple[int, int]], dtype: torch.dtype, transposed: bool
+) -> None:
+    weights, scales = [], []
+    for n, k in sizes:
+        weight = torch.randint(-128, 128, (n, k)).to(torch.int8)
+        weights.append(weight.t().contiguous().t() if transposed else weight)
+        scales.append(torch.rand(2 * n)[::2])
+    outs = launch.dequantize(weights, scales, dtype)
+    assert len(outs) == len(sizes)
+    for weight, scale, out in zip(weights, scales, outs, strict=True):
+        exact = weight.double() * scale.double()[:, None]
+        assert (out.dtype, out.shape) == (dtype, weight.shape)
+        assert out.is_contiguous()
+        # The interpreter rounds to a shorter dtype towards zero.
+        assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
+
+
+@interpreted
+def test_launches_of_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    make = launch._of_weights
+    monkeypatch.setattr(launch, "_kept", {})
+    monkeypatch.setattr(launch, "_of_weights", lambda sizes: made.append(sizes) or make(sizes))
+    weight, scale = torch.ones(3, 5, dtype=torch.int8), torch.ones(3)
+    for _ in range(2):
+        launch.dequantize([weight, weight], [scale, scale], torch.float32)
+    launch.dequantize([weight], [scale], torch.float32)
+    launch.dequantize([weight], [scale], torch.bfloat16)
+    launch.dequantize([weight.new_empty(0, 5)], [scale[:0]], torch.float32)
+    assert made == [((3, 5), (3, 5)), ((3, 5),), ((3, 5),)]
 
 
 # -- which layers -------------------------------------------------------------------------------
@@ -145,16 +195,16 @@ def test_layers_that_were_left_out_are_left_alone() -> None:
 
 
 def calls(part: fx.GraphModule) -> Counter[str]:
+    """Count products by the layers they stand for and by what dequantizes their weights, and passes
+    by the weights they dequantize."""
     found: Counter[str] = Counter()
-    for node in part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZED):
-        user = next(iter(node.users))
-        layers = len(user.args[1]) if user.target is torch.split else 1
-        found[f"product of {layers}"] += 1
-    for node in part.graph.find_nodes(op="call_function", target=F.linear):
-        user = next(iter(node.users))
-        layers = len(user.args[1]) if user.target is torch.split else 1
-        found[f"product of {layers} in one pass"] += 1
-    found["pass"] = len(part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZE))
+    for target, dequantized in ((nodes.DEQUANTIZED, "alone"), (F.linear, "before")):
+        for node in part.graph.find_nodes(op="call_function", target=target):
+            user = next(iter(node.users))
+            layers = len(user.args[1]) if user.target is torch.split else 1
+            found[f"product of {layers}, dequantized {dequantized}"] += 1
+    for node in part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZE):
+        found[f"pass over {len(node.args[0])}"] += 1
     return found
 
 
@@ -172,13 +222,23 @@ def joined(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
     return calls(parts[0])
 
 
-def test_layers_of_one_input_are_one_product_and_a_block_is_dequantized_once() -> None:
+def test_layers_of_one_input_are_one_product_and_weights_are_dequantized_at_once() -> None:
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
-        "pass": 1,
-        "product of 3 in one pass": 1,
-        "product of 1 in one pass": 1,
-        "product of 1": 2,  # fc1 and fc2, which are blocks of their own
+        "pass over 3": 1,  # of q, k, v and proj, of fc1, and of fc2
+        "product of 3, dequantized before": 1,
+        "product of 1, dequantized before": 3,
+    }
+
+
+def test_large_weights_are_dequantized_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_AT_ONCE", 4 * DIM * DIM)
+    found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
+    assert found == {
+        "pass over 1": 1,  # of q, k, v and proj
+        "product of 3, dequantized before": 1,
+        "product of 1, dequantized before": 3,
+        "pass over 2": 1,
     }
 
 
@@ -194,14 +254,23 @@ class Two(nn.Module):
 
 def test_a_block_of_which_not_all_is_used_is_dequantized_by_layer() -> None:
     found = joined(weight_only(Two(lambda m, x: m.fc3(m.fc1(x)))), torch.randn(3, DIM))
-    assert found == {"product of 1": 2, "pass": 0}
+    assert found == {"product of 1, dequantized alone": 2}
 
 
-def test_a_block_that_one_product_uses_is_left_to_it() -> None:
+def test_a_layer_that_is_used_twice_is_dequantized_once() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.fc3(m.fc2(m.fc1(m.fc1(x))))
+
+    found = joined(weight_only(Two(forward)), torch.randn(3, DIM))
+    assert found == {"pass over 1": 1, "product of 1, dequantized before": 4}
+
+
+def test_a_single_product_is_left_to_the_compiler() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.fc1(x) * m.fc3(x) + m.fc2(x)
 
-    assert joined(weight_only(Two(forward)), torch.randn(3, DIM)) == {"product of 3": 1, "pass": 0}
+    found = joined(weight_only(Two(forward)), torch.randn(3, DIM))
+    assert found == {"product of 3, dequantized alone": 1}
 
 
 def test_a_block_that_is_written_to_in_between_is_dequantized_by_layer() -> None:
@@ -214,19 +283,24 @@ def test_a_block_that_is_written_to_in_between_is_dequantized_by_layer() -> None
 
     with torch.inference_mode():
         model = weight_only(Two(forward))  # tensors that may be written to
-    assert joined(model, torch.randn(3, DIM))["pass"] == 0
+    assert joined(model, torch.randn(3, DIM)) == {"product of 1, dequantized alone": 3}
 
 
 def test_layers_of_two_dtypes_are_dequantized_apart() -> None:
-    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.fc1(x).double()
-        bias = m.fc2.block.bias
-        m.fc2.block.bias = None
-        z = m.fc3(m.fc2(y))
-        m.fc2.block.bias = bias
-        return z
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Module(), nn.Module()
+            self.one.fc1, self.one.fc2 = (nn.Linear(DIM, DIM) for _ in range(2))
+            self.other.fc1, self.other.fc2 = (
+                nn.Linear(DIM, DIM, dtype=torch.bfloat16) for _ in range(2)
+            )
 
-    assert joined(weight_only(Two(forward)), torch.randn(3, DIM))["pass"] == 0
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.other.fc2(self.other.fc1(self.one.fc2(self.one.fc1(x)).bfloat16()))
+
+    found = joined(weight_only(Mixed()), torch.randn(3, DIM))
+    assert found == {"pass over 1": 2, "product of 1, dequantized before": 4}
 
 
 def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
@@ -261,5 +335,20 @@ def test_repeated_blocks_run_on_products_of_the_library(mode: str) -> None:
     assert (compiled.regions, compiled.regions_refused) == (2, None)
     assert (out.float() - expected.float()).norm() < 0.02 * expected.float().norm()
     evidence = profile_forward(lambda: compiled(x), torch.device("cuda"))
+    calls = {kernel.name: kernel.calls for kernel in evidence.kernels}
+    assert calls["dequantize"] == 2
     assert not evidence.int8_products
     assert not [k.name for k in evidence.kernels if "int8pack" in k.name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_dequantizes_as_the_reference(dtype: torch.dtype) -> None:
+    sizes = [(768, 768), (3072, 768), (17, 257), (1, 1), (768, 3072), (0, 4)]
+    weights = [torch.randint(-128, 128, s, dtype=torch.int8, device="cuda") for s in sizes]
+    scales = [torch.rand(n, device="cuda") for n, _ in sizes]
+    for _ in range(2):
+        outs = operators.dequantize(weights, scales, dtype)
+        for weight, scale, out in zip(weights, scales, outs, strict=True):
+            assert torch.equal(out, reference.dequantized(weight, scale, dtype))

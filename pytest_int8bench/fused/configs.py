@@ -93,6 +93,9 @@ _SMALL = Product(64, 64, 128, 4, 4, programs_per_sm=4, flatten=False)
 _SMALL_DEEP = Product(64, 64, 256, 4, 3, programs_per_sm=2, flatten=False)
 _TINY = Product(64, 32, 256, 4, 3, programs_per_sm=4, flatten=False)
 
+#: Rows and columns of a weight that a program dequantizes.
+DEQUANTIZED_TILE = (16, 256)
+
 TMA_CANDIDATES = (
     _WIDE,
     _WIDE_SHALLOW,

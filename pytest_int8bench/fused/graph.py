@@ -3,7 +3,7 @@
 A norm or an activation in front of a linear layer becomes part of the pass that quantizes its
 rows, layers that share an input become one product, and a layer scale and a residual behind a
 layer become part of the product. Of layers whose weights alone are INT8, those that share an input
-become one product, and weights of one block are dequantized in one pass; the rest is Inductor's.
+become one product, and their weights are dequantized in one pass; the rest is Inductor's.
 The patterns are those of the graph, not of a model: whatever does not fit stays as it is, and runs
 as it did.
 """
@@ -45,6 +45,9 @@ _X, _FACTOR = 0, 7
 _GAMMA, _RESIDUAL = 5, 6
 # Where weight, weight scale and bias are.
 _TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
+# Elements of weights that are dequantized in one pass, if there are several: more are not over
+# sooner, and all are kept until the last one is used.
+_AT_ONCE = 1 << 24
 
 
 def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
@@ -59,7 +62,7 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
             _drop_inactive_dropout(graph)
             _share_quantization(graph)
             _join_products(graph)
-            _dequantize_once(graph)
+            _dequantize_at_once(graph)
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
@@ -184,28 +187,60 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
                 view.target = "reshape"
 
 
-def _dequantize_once(graph: fx.Graph) -> None:
-    """Dequantize the weights of a block, all of whose rows are used, in one pass instead of one for
-    each layer."""
-    groups: dict[tuple[Any, ...], list[Node]] = {}
+def _dequantize_at_once(graph: fx.Graph) -> None:
+    """Dequantize weights of several layers in one pass: alone each is over sooner than the next one
+    starts."""
+    layers: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
         weight, scale, _ = _tensors(node)
-        blocks = _rows_of(weight)[0], _rows_of(scale)[0]
-        if _rows_of(weight)[1:] == _rows_of(scale)[1:]:
-            groups.setdefault((*blocks, value_of(node.args[_X]).dtype), []).append(node)
-    for (weight, scale, dtype), nodes in groups.items():
-        first = nodes[0]
-        each = {_rows_of(_weight(node))[1:] for node in nodes}
-        all_used = sum(stop - start for start, stop in each) >= value_of(weight).shape[0]
-        placed = weight < first and scale < first and nothing_written(first, nodes[-1])
-        if len(each) == 1 or not (all_used and placed):
-            continue
-        with graph.inserting_before(first):
-            whole = graph.call_function(DEQUANTIZE, (weight, scale, dtype))
-        for node in nodes:
+        (block, *rows), (scales, *same) = _rows_of(weight), _rows_of(scale)
+        if rows == same:
+            layers.setdefault((block, scales, value_of(node.args[_X]).dtype), []).append(node)
+    blocks = [key for key, nodes in layers.items() if _use_all(key[0], nodes)]
+    while blocks:
+        together = _taken(blocks)
+        nodes = sorted(node for key in together for node in layers[key])
+        placed = all(tensor < nodes[0] for *tensors, _ in together for tensor in tensors)
+        if len(nodes) > 1 and placed and nothing_written(nodes[0], nodes[-1]):
+            _dequantize(graph, together, layers, nodes[0])
+
+
+def _use_all(block: Node, nodes: list[Node]) -> bool:
+    """Say whether layers use all rows of a block."""
+    rows = {_rows_of(_weight(node))[1:] for node in nodes}
+    return bool(sum(stop - start for start, stop in rows) >= value_of(block).shape[0])
+
+
+def _taken(blocks: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Take the first blocks out of a list, those of one dtype that are small together."""
+    taken: list[tuple[Any, ...]] = []
+    elements = 0
+    while blocks and (not taken or blocks[0][2] == taken[0][2]):
+        elements += value_of(blocks[0][0]).numel()
+        if taken and elements > _AT_ONCE:
+            break
+        taken.append(blocks.pop(0))
+    return taken
+
+
+def _dequantize(
+    graph: fx.Graph,
+    blocks: list[tuple[Any, ...]],
+    layers: dict[tuple[Any, ...], list[Node]],
+    first: Node,
+) -> None:
+    """Insert the pass before the first layer, and multiply with what it gives."""
+    weights, scales, dtypes = ([key[part] for key in blocks] for part in range(3))
+    with graph.inserting_before(first):
+        whole = graph.call_function(DEQUANTIZE, (weights, scales, dtypes[0]))
+        outs = [graph.call_function(operator.getitem, (whole, i)) for i in range(len(blocks))]
+    for key, out in zip(blocks, outs, strict=True):
+        for node in layers[key]:
+            _, start, stop = _rows_of(_weight(node))
             with graph.inserting_before(node):
-                _, start, stop = _rows_of(_weight(node))
-                own = graph.call_function(operator.getitem, (whole, slice(start, stop)))
+                own = out
+                if (start, stop) != (0, value_of(key[0]).shape[0]):
+                    own = graph.call_function(operator.getitem, (out, slice(start, stop)))
                 product = graph.call_function(F.linear, (node.args[_X], own, _tensors(node)[2]))
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)

@@ -7,6 +7,7 @@ for each kind of call; what it found is kept as a :class:`Launch` and repeated.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -22,6 +23,8 @@ from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS, Three
 _KEPT = 4096
 #: Of software pipelining, Triton's own number: the rows have no loop that it would apply to.
 _STAGES = 3
+#: Weights that one launch dequantizes.
+AT_ONCE = 4
 _kept: dict[tuple[Any, ...], Launch] = {}
 
 Operands: TypeAlias = tuple[
@@ -236,6 +239,44 @@ def linear(
             _keep(key, launch)
     launch(*operands)
     return out
+
+
+def dequantize(
+    weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Run the kernel of :func:`operators.dequantize`; the tensors on the current device."""
+    outs = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+    whole = [
+        (weight.contiguous(), scale.contiguous(), out)
+        for weight, scale, out in zip(weights, scales, outs, strict=True)
+        if out.numel()
+    ]
+    for start in range(0, len(whole), AT_ONCE):
+        there = whole[start : start + AT_ONCE]
+        none = [None] * 3 * (AT_ONCE - len(there))
+        tensors = [*(tensor for part in there for tensor in part), *none]
+        sizes = tuple(tuple(out.shape) for _, _, out in there)
+        key = ("dequantize", sizes, there[0][2].get_device(), _kinds(tensors))
+        launch = _kept.get(key)
+        if launch is None:
+            launch = _of_weights(sizes)
+            _keep(key, launch)
+        launch(*tensors)
+    return outs
+
+
+def _of_weights(sizes: Sequence[tuple[int, ...]]) -> Launch:
+    """Return the launch that dequantizes weights of given sizes, at most ``AT_ONCE``."""
+    rows, columns = configs.DEQUANTIZED_TILE
+    padded = [*sizes, *[(0, 0)] * (AT_ONCE - len(sizes))]
+    ends = list(itertools.accumulate(_ceil(n, rows) * _ceil(k, columns) for n, k in padded))
+    return Launch(
+        kernels.dequantize,
+        ends[-1],
+        (*(n for n, _ in padded), *ends[:-1]),
+        {**{f"K{i}": k for i, (_, k) in enumerate(padded)}, "ROWS": rows, "COLUMNS": columns},
+        {"num_warps": 4, "num_stages": _STAGES},
+    )
 
 
 def chosen_product(

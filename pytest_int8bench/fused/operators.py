@@ -2,8 +2,9 @@
 
 Those of W8A8 have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
 shapes take them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`)
-elsewhere. They are for inference: a backward pass through them is an error. Those of W8 are
-plain torch, which compilers see into; they are operators so that layers are found in a graph.
+elsewhere. They are for inference: a backward pass through them is an error. So is ``dequantize``;
+``dequantized_linear`` is plain torch, which compilers see into, and an operator so that layers are
+found in a graph.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ MAX_COLUMNS = 32768
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-_SCHEMAS_OF_W8 = (
-    "dequantize(Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
-    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+_DEQUANTIZED_LINEAR = (
+    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )
 # Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
 _LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
@@ -38,6 +38,7 @@ _SCHEMAS = (
         "linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias,"
         " Tensor? gamma, Tensor? residual, ScalarType dtype) -> Tensor"
     ),
+    "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
 )
 
 
@@ -108,6 +109,23 @@ def linear(
     return out
 
 
+def dequantize(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Dequantize weights, several in one pass over memory.
+
+    Args:
+        weights: INT8 (N, K) each.
+        weight_scales: FP32 (N,) each.
+        dtype: of the results.
+
+    Returns:
+        For each, ``weight * weight_scale`` (N, K), rounded once.
+    """
+    out: list[torch.Tensor] = torch.ops.int8bench.dequantize.default(weights, weight_scales, dtype)
+    return out
+
+
 def dequantized_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -175,6 +193,28 @@ def _linear_of_fakes(
     return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+def _dequantize(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    pairs = zip(weights, weight_scales, strict=True)
+    return [reference.dequantized(weight, scale, dtype) for weight, scale in pairs]
+
+
+def _dequantize_on_cuda(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    from pytest_int8bench.fused import launch
+
+    with _current(weights[0].device):
+        return launch.dequantize(weights, weight_scales, dtype)
+
+
+def _dequantize_of_fakes(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
+
+
 def _dequantized_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -199,16 +239,15 @@ def _register() -> None:
     for schema, anywhere, on_cuda, of_fakes in (
         (_SCHEMAS[0], _quantize_rows, _quantize_rows_on_cuda, _quantize_rows_of_fakes),
         (_SCHEMAS[1], _linear, _linear_on_cuda, _linear_of_fakes),
+        (_SCHEMAS[2], _dequantize, _dequantize_on_cuda, _dequantize_of_fakes),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"int8bench::{name}", of_fakes, lib=_LIBRARY)
         torch.library.register_autograd(f"int8bench::{name}", _no_gradient, lib=_LIBRARY)
-    of_w8 = (reference.dequantized, _dequantized_linear)
-    for schema, function in zip(_SCHEMAS_OF_W8, of_w8, strict=True):
-        name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    name = _LIBRARY.define(_DEQUANTIZED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, _dequantized_linear, "CompositeImplicitAutograd")
 
 
 # The process may hold them from an import before this one: pytester forgets in its own process what
