@@ -271,24 +271,26 @@ def main(argv: list[str] | None = None) -> int:
     for variant in variants:
         if variant.warm and variant.warm not in names[: names.index(variant.name)]:
             parser.error(f"--variants: {variant.name} needs {variant.warm} before it")
-    records: list[dict[str, Any]] = []
+    machine = fingerprint(Path.cwd())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "records.jsonl"
-        for variant in variants:
-            environment = os.environ | dict(variant.environment)
-            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{variant.name}"
-            command = [sys.executable, __file__, "--child", str(out)]
-            command += ["--variants", variant.name, "--points", ",".join(p.name for p in points)]
-            ended = subprocess.run(command, env=environment, check=False).returncode
-            if ended:
-                print(f"{variant.name} ended with {ended}, what it had not measured is missing")
-            if out.exists():
-                records = [json.loads(line) for line in out.read_text().splitlines()]
-            machine = fingerprint(Path.cwd())
+        try:
+            for variant in variants:
+                environment = os.environ | dict(variant.environment)
+                environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{variant.name}"
+                command = [sys.executable, __file__, "--child", str(out)]
+                command += ["--variants", variant.name]
+                command += ["--points", ",".join(point.name for point in points)]
+                ended = subprocess.run(command, env=environment, check=False).returncode
+                if ended:
+                    print(f"{variant.name} ended with {ended}, what it had not measured is missing")
+        finally:  # also what was measured before Ctrl-C
+            lines = out.read_text().splitlines() if out.exists() else []
+            records = [json.loads(line) for line in lines]
             if args.json:
                 args.json.write_text(json.dumps({"environment": machine, "records": records}))
-    print(describe(machine))
-    print(table(records))
+            print(describe(machine))
+            print(table(records))
     return 0
 
 
