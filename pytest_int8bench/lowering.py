@@ -92,9 +92,9 @@ def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Have the converted layers of a model quantized to W8 dequantize their weights, as whole
     tensors, before the product.
 
-    They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is, each
-    call of a compiled model costs the host some 30 us, and repeated blocks cannot compile once.
-    Those that cannot be replaced get a :class:`DequantizedInt8Tensor`.
+    They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is,
+    repeated blocks cannot compile once, and each call of a compiled model costs the host some 20 us
+    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Tensor`.
 
     Args:
         model: quantized; changed in place.
