@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.fused import operators, reference
+from pytest_int8bench.fused import operators as operators  # registers them
+from pytest_int8bench.fused import reference
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,28 @@ class Int8Linear(nn.Linear):
         """(N,), or None."""
         return None if self.block.bias is None else self._own(self.block.bias)
 
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return weight, scale and bias."""
+        block, rows = self.block, self._rows
+        if rows is None:
+            return block.weight, block.scale, block.bias
+        bias = block.bias
+        return block.weight[rows], block.scale[rows], None if bias is None else bias[rows]
+
     def _own(self, block: torch.Tensor) -> torch.Tensor:
         return block if self._rows is None else block[self._rows]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""
-        q, scale, _ = operators.quantize_rows(input, factor=self.factor)
-        weights = self.int8_weight, self.weight_scale, self.bias
-        return operators.linear(q, scale, *weights, None, None, input.dtype)
+        # The operators themselves, not the functions of that name: Dynamo reads every function that
+        # a layer calls, in each layer of a model.
+        q, scale, _ = torch.ops.int8bench.quantize_rows.default(
+            input, "none", "none", None, None, None, 0.0, self.factor, False
+        )
+        out: torch.Tensor = torch.ops.int8bench.linear.default(
+            q, scale, *self._tensors(), None, None, input.dtype
+        )
+        return out
 
     def extra_repr(self) -> str:
         has_bias = self.block.bias is not None
@@ -134,7 +149,8 @@ class WeightOnlyLinear(Int8Linear):
         """Return (..., N) in the dtype of ``input`` (..., K)."""
         if self.factor is not None:
             input = input * self.factor
-        return operators.dequantized_linear(input, self.int8_weight, self.weight_scale, self.bias)
+        out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(input, *self._tensors())
+        return out
 
 
 def replace_linears(

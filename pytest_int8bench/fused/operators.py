@@ -132,7 +132,8 @@ def dequantized_linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply floating-point rows with INT8 weights that are dequantized first, all at once.
+    """Multiply floating-point rows with an INT8 weight that is dequantized before; as
+    ``torch.ops.int8bench.dequantized_linear`` it stays one node in a graph of Dynamo.
 
     Args:
         x: floating (..., K).
@@ -144,10 +145,7 @@ def dequantized_linear(
         (..., N): ``x @ (weight * weight_scale).T + bias``, the weight rounded to the dtype of
         ``x``, in which the library of the device multiplies.
     """
-    out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(
-        x, weight, weight_scale, bias
-    )
-    return out
+    return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
 
 
 def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
@@ -215,15 +213,6 @@ def _dequantize_of_fakes(
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
 
 
-def _dequantized_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
-
-
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one: Triton launches there, wherever the tensors are."""
     if device.index == torch.cuda.current_device():
@@ -247,7 +236,7 @@ def _register() -> None:
         torch.library.register_fake(f"int8bench::{name}", of_fakes, lib=_LIBRARY)
         torch.library.register_autograd(f"int8bench::{name}", _no_gradient, lib=_LIBRARY)
     name = _LIBRARY.define(_DEQUANTIZED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _dequantized_linear, "CompositeImplicitAutograd")
+    _LIBRARY.impl(name, dequantized_linear, "CompositeImplicitAutograd")
 
 
 # The process may hold them from an import before this one: pytester forgets in its own process what
