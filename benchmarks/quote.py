@@ -271,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     variants = _chosen(parser, "--variants", args.variants, {v.name: v for v in VARIANTS})
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json must name a file in a folder that exists, got {args.json}")
     if args.child:
         _child(variants[0], points, Path(args.child))
         return 0
@@ -291,14 +293,24 @@ def main(argv: list[str] | None = None) -> int:
                 ended = subprocess.run(command, env=environment, check=False).returncode
                 if ended:
                     print(f"{variant.name} ended with {ended}, what it had not measured is missing")
+                _save(args.json, machine, _measured(out))
         finally:  # also what was measured before Ctrl-C
-            lines = out.read_text().splitlines() if out.exists() else []
-            records = [json.loads(line) for line in lines]
-            if args.json:
-                args.json.write_text(json.dumps({"environment": machine, "records": records}))
+            records = _measured(out)
             print(describe(machine))
             print(table(records))
+            _save(args.json, machine, records)
     return 0
+
+
+def _measured(out: Path) -> list[dict[str, Any]]:
+    """Return the records of a file but for a last one that was not written to its end."""
+    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _save(path: Path | None, machine: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    if path is not None and records:
+        path.write_text(json.dumps({"environment": machine, "records": records}))
 
 
 def _chosen(

@@ -88,9 +88,12 @@ def build_eager(
         if workload.keep_fp32 and workload.keep_fp32(module, name)
         for part in module.modules()
     }
+    quantized = {
+        id(part) for module in model.modules() if is_quantized(module) for part in module.modules()
+    }
     for module in model.modules():
         low = params.bf16 and id(module) not in kept
-        if not is_quantized(module):
+        if id(module) not in quantized:
             _cast(module, torch.bfloat16 if low else torch.float32)
     if workload.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -39,7 +39,7 @@ _LOGGING = {
 }
 
 # Objects made between two collections of garbage. Compiling makes millions that stay, each found to
-# be no garbage many times: at Python's own 700, that is 7 % of the first call.
+# be no garbage many times: at the 700 of Python 3.11, that is 7 % of the first call.
 _COLLECTION_THRESHOLD = 20_000
 
 #: Modes in which Inductor records CUDA graphs.

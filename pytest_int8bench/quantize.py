@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,10 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
     Int8WeightOnlyConfig,
+    MappingType,
+    PerRow,
     quantize_,
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
@@ -24,9 +28,11 @@ from torchao.utils import TorchAOBaseTensor, should_reduce_range
 from pytest_int8bench.fused.configs import product_kernel
 from pytest_int8bench.fused.modules import (
     Int8Linear,
+    Quantized,
+    WeightOnlyLinear,
+    replace_linears,
 )
 from pytest_int8bench.layers import Coverage, Layer
-from pytest_int8bench.lowering import dequantize, fused_problem, lower, stays
 from pytest_int8bench.params import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
 from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
 
 #: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
 CUDA_MULTIPLE = 8
+#: Compute capability from which Triton's INT8 product runs on tensor cores.
+FUSED_CAPABILITY = (8, 0)
 
 _coverages: weakref.WeakKeyDictionary[nn.Module, Coverage] = weakref.WeakKeyDictionary()
 
@@ -84,6 +92,28 @@ def is_transformer_linear(module: nn.Module, name: str) -> bool:
     )
 
 
+class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
+    """INT8 weight whose product is dequantize, then the 16-bit product of the device's library, as
+    that of :class:`WeightOnlyLinear`, for layers that cannot be replaced by one.
+
+    torchao's own weight-only product is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
+    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
+    196608x768x768 product that cuBLAS does in 0.32 ms (H200, torch 2.11).
+    """
+
+
+@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
+@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
+def _dequantized_linear(
+    func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    activation, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if weight.act_pre_scale is not None:
+        activation = activation * weight.act_pre_scale
+    return nn.functional.linear(activation, weight.dequantize(activation.dtype), bias)
+
+
 def apply_int8_quant(
     model: nn.Module,
     *,
@@ -98,7 +128,8 @@ def apply_int8_quant(
     """Quantize the linear layers of ``model`` to INT8, in place.
 
     Weights get one symmetric scale per output channel, activations (``w8a8``) one per row,
-    computed at run time. Settings of Inductor are left alone.
+    computed at run time. Settings of Inductor are left alone. The model is for inference then:
+    weights get no gradients, nor do biases of layers that hold plain tensors.
 
     Args:
         model: a model in ``eval`` mode, on its device, with real BF16 (or FP32) weights.
@@ -184,8 +215,10 @@ def apply_int8_quant(
         layers = _recheck(model, layers, "left as it is by the configuration")
     if all(layer.reason is not None for layer in layers):
         raise QuantizationError(_nothing_converted(layers))
-    if mode == "w8" and quant_config is None and device.type == "cuda":
-        dequantize(model, layers)
+    if mode == "w8" and quant_config is None:
+        modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+        on_cuda = (one for one in layers if modules[one.name].weight.device.type == "cuda")
+        dequantize(model, on_cuda)
     if fusing:
         layers = lower(model, layers)
         if backend == "fused" and not any(layer.fused for layer in layers):
@@ -243,6 +276,127 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
 
 
+def fused_problem(mode: str, device: torch.device) -> str | None:
+    """Say why no layer can run on the fused kernels here, or return None."""
+    if mode != "w8a8":
+        return f"the fused kernels run W8A8, not {mode}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return (
+            f"the fused kernels run on CUDA, not on {'ROCm' if torch.version.hip else device.type}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FUSED_CAPABILITY:
+        return f"the fused kernels need sm80 or later, this is sm{capability[0]}{capability[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "the fused kernels need Triton, which is not installed"
+    return None
+
+
+def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """Replace the converted layers that torchao quantized as the fused kernels need it.
+
+    Args:
+        model: quantized; changed in place.
+        layers: its linear layers.
+
+    Returns:
+        The layers, with what runs them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, Quantized] = {}
+    told = []
+    for layer in layers:
+        if layer.reason is None:
+            module: Any = modules[layer.name]
+            reason = _stays(modules, layer.name) or _activation_problem(module.weight)
+            tensors = reason or _plain(module)
+            if isinstance(tensors, str):
+                layer = dataclasses.replace(layer, fallback=tensors)
+            else:
+                plain[layer.name] = tensors
+                layer = dataclasses.replace(layer, fused=True)
+        told.append(layer)
+    replace_linears(model, plain)
+    return told
+
+
+def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Have the converted layers of a model quantized to W8 dequantize their weights, as whole
+    tensors, before the product.
+
+    They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is,
+    repeated blocks cannot compile once, and each call of a compiled model costs the host some 20 us
+    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Tensor`.
+
+    Args:
+        model: quantized; changed in place.
+        layers: its linear layers.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, Quantized] = {}
+    for layer in layers:
+        if layer.reason is not None:
+            continue
+        module: Any = modules[layer.name]
+        tensors = _stays(modules, layer.name) or _plain(module)
+        if isinstance(tensors, Quantized):
+            plain[layer.name] = tensors
+        elif type(module.weight) is Int8Tensor:
+            names, context = module.weight.__tensor_flatten__()
+            held = {name: getattr(module.weight, name) for name in names}
+            weight = DequantizedInt8Tensor.__tensor_unflatten__(
+                held, context, module.weight.shape, module.weight.stride()
+            )
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    replace_linears(model, plain, WeightOnlyLinear)
+
+
+def _stays(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Say why a linear layer cannot be replaced by another module, or return None."""
+    module = modules[name]
+    if not name:
+        return "type: the model itself, which cannot be replaced in place"
+    if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
+        return f"type: {type(module).__name__} has a forward of its own"
+    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+        return "type: inside nn.TransformerEncoderLayer"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "type: has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "type: has backward hooks"
+    return None
+
+
+def _activation_problem(weight: Any) -> str | None:
+    """Say why the fused kernels cannot quantize the input of a layer, or return None."""
+    if type(weight) is not Int8Tensor:
+        return f"weight: {type(weight).__name__}"
+    dynamic = weight.act_quant_kwargs
+    if dynamic is None:
+        return "activations: not quantized"
+    if weight.act_quant_scale is not None or not isinstance(dynamic.granularity, PerRow):
+        return "activations: scale not per row"
+    if dynamic.mapping_type != MappingType.SYMMETRIC or dynamic.granularity.dim != -1:
+        return "activations: not symmetric per row"
+    return None
+
+
+def _plain(module: Any) -> Quantized | str:
+    """Return the plain tensors of a layer, or why its weight cannot be told by them."""
+    weight = module.weight
+    if weight.scale.numel() != weight.shape[0]:
+        return "weight: scale not per output channel"
+    if weight.zero_point is not None and bool(weight.zero_point.any()):
+        return "weight: not symmetric"
+    return Quantized(
+        weight.qdata.contiguous(),
+        weight.scale.reshape(-1).float(),
+        module.bias,
+        weight.act_pre_scale,
+        weight.dtype,
+    )
+
+
 def _select(
     model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool, fusing: bool = False
 ) -> list[Layer]:
@@ -271,7 +425,7 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
-        elif check_shapes and not (fusing and stays(modules, name) is None):
+        elif check_shapes and not (fusing and _stays(modules, name) is None):
             reason = _shape_reason(module)
         count = module.out_features * (module.in_features + (module.bias is not None))
         layers.append(Layer(name, count, reason))

@@ -11,8 +11,8 @@ import torch
 
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.fused import operators
-from pytest_int8bench.lowering import fused_problem
 from pytest_int8bench.measure import Run, Timer, oom_of, release, time_block, time_once
+from pytest_int8bench.quantize import fused_problem
 
 #: Rows of a product that is measured, where they fit: enough that every SM has several tiles.
 ROWS = 1 << 16

@@ -215,7 +215,7 @@ class Result(Record):
     and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
     ``bytes_per_s``. Or ``problem``: why there is none."""
     coverage: dict[str, Any] | None = None
-    """What was quantized; see ``quantize.Coverage.to_dict``."""
+    """What was quantized; see ``layers.Coverage.to_dict``."""
     gpu_before: dict[str, Any] | None = None
     """Clock, temperature, power and throttle reasons before the rounds."""
     gpu_after: dict[str, Any] | None = None

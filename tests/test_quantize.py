@@ -35,14 +35,16 @@ from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.fused import graph
 from pytest_int8bench.fused.modules import Int8Linear, WeightOnlyLinear
 from pytest_int8bench.layers import Coverage, Layer
-from pytest_int8bench.lowering import DequantizedInt8Tensor, fused_problem, lower
 from pytest_int8bench.quantize import (
+    DequantizedInt8Tensor,
     QuantizationError,
     apply_int8_quant,
     call,
     coverage,
+    fused_problem,
     int8_storage,
     is_transformer_linear,
+    lower,
 )
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.names import load_workload

@@ -14,12 +14,19 @@ from int8_layers import quantized
 from torch import fx, nn
 from torch.nn import functional as F
 
+from pytest_int8bench import RunParams, Workload
+from pytest_int8bench.building import build_eager
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.evidence import profile_forward
 from pytest_int8bench.fused import graph, nodes, operators, reference
 from pytest_int8bench.fused.modules import WeightOnlyLinear, replace_linears
-from pytest_int8bench.lowering import DequantizedInt8Tensor, dequantize
-from pytest_int8bench.quantize import apply_int8_quant, coverage, int8_storage
+from pytest_int8bench.quantize import (
+    DequantizedInt8Tensor,
+    apply_int8_quant,
+    coverage,
+    dequantize,
+    int8_storage,
+)
 
 triton = pytest.importorskip("triton")
 launch = pytest.importorskip("pytest_int8bench.fused.launch")
@@ -121,6 +128,7 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     scale, bias = torch.rand(8), torch.randn(8)
     torch.library.opcheck(nodes.DEQUANTIZED, (x, weight, scale, bias))
     torch.library.opcheck(nodes.DEQUANTIZE, ([weight, weight[:3]], [scale, scale[:3]], DTYPES[1]))
+    torch.library.opcheck(nodes.DEQUANTIZE, ([weight.t()], [torch.rand(DIM)], DTYPES[0]))
 
 
 SIZES = st.tuples(st.integers(0, 70), st.integers(0, 300))
@@ -185,6 +193,35 @@ def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
     assert int8_storage(model) == (2, 2)
 
 
+def test_a_layer_keeps_what_it_was_given() -> None:
+    model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8)})
+    model["fc1"].gain = 3.0
+    weight_only(model)
+    assert type(model["fc1"]) is WeightOnlyLinear
+    assert model["fc1"].gain == 3.0
+
+
+def test_the_weight_follows_a_cast() -> None:
+    layer = weight_only(nn.ModuleDict({"fc1": nn.Linear(DIM, 8)}))["fc1"]
+    assert layer.weight.dtype == torch.float32
+    layer.bfloat16()
+    assert layer.weight.dtype == torch.bfloat16
+    x = torch.randn(3, DIM, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_model_that_comes_quantized_keeps_its_scales() -> None:
+    workload = Workload(
+        name="toy",
+        build=lambda p: weight_only(nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "attn": Attention()})),
+        inputs=lambda p, device: (torch.randn(p.batch_size, DIM),),
+        prequantized=True,
+    )
+    model: Any = build_eager(workload, RunParams(gpu_type="cpu"), torch.device("cpu"))
+    assert model["fc1"].weight_scale.dtype == torch.float32
+    assert model["attn"].q.weight_scale.dtype == torch.float32
+
+
 def test_layers_that_were_left_out_are_left_alone() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "head": nn.Linear(DIM, 8)})
     weight_only(model)
@@ -197,12 +234,13 @@ def test_layers_that_were_left_out_are_left_alone() -> None:
 def calls(part: fx.GraphModule) -> Counter[str]:
     """Count products by the layers they stand for and by what dequantizes their weights, and passes
     by the weights they dequantize."""
+    assert not part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZED)
     found: Counter[str] = Counter()
-    for target, dequantized in ((nodes.DEQUANTIZED, "alone"), (F.linear, "before")):
-        for node in part.graph.find_nodes(op="call_function", target=target):
-            user = next(iter(node.users))
-            layers = len(user.args[1]) if user.target is torch.split else 1
-            found[f"product of {layers}, dequantized {dequantized}"] += 1
+    for node in part.graph.find_nodes(op="call_function", target=F.linear):
+        weight, user = node.args[1], next(iter(node.users))
+        layers = len(user.args[1]) if user.target is torch.split else 1
+        where = "alone" if weight.target == "to" else "before"
+        found[f"product of {layers}, dequantized {where}"] += 1
     for node in part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZE):
         found[f"pass over {len(node.args[0])}"] += 1
     return found
@@ -231,7 +269,7 @@ def test_layers_of_one_input_are_one_product_and_weights_are_dequantized_at_once
     }
 
 
-def test_large_weights_are_dequantized_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_AT_ONCE", 4 * DIM * DIM)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
@@ -239,6 +277,17 @@ def test_large_weights_are_dequantized_by_themselves(monkeypatch: pytest.MonkeyP
         "product of 3, dequantized before": 1,
         "product of 1, dequantized before": 3,
         "pass over 2": 1,
+    }
+
+
+def test_weights_of_a_block_that_is_too_large_are_dequantized_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graph, "_AT_ONCE", 4 * DIM * DIM - 1)
+    found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
+    assert found == {
+        "product of 3, dequantized alone": 1,
+        "product of 1, dequantized alone": 3,
     }
 
 
@@ -315,6 +364,63 @@ def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
     assert (compiled.regions, compiled.regions_refused) == (2, None)
     assert "_weight_int8pack_mm" not in "".join(code)
     assert (out.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+
+
+class Pair(nn.Module):
+    """Returns columns of a joined product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.relu(self.fc1(x)), self.fc2(x)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            one, other = block(x)
+            x = one + other
+        return x
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_columns_that_leave_a_region_are_tensors_of_their_own(rows: int) -> None:
+    model = weight_only(Pairs())
+    x = torch.randn(rows, DIM)
+    compiled = compile_for_a100(model, mode="default")
+    out = compiled(x)
+    assert (compiled.regions, compiled.regions_refused) == (2, None)
+    with torch.inference_mode():
+        assert same(out, model(x))
+
+
+@pytest.mark.parametrize("layers", [LAYERS, ["fc2"]], ids=["all", "one"])
+def test_autocast_reaches_the_products_of_regions(layers: list[str]) -> None:
+    model = nn.Sequential(Block(), Block()).eval().requires_grad_(False)
+    apply_int8_quant(
+        model, mode="w8", filter_fn=lambda module, name: name.partition(".")[2] in layers
+    )
+    dequantize(model, coverage(model).layers)
+    x = torch.randn(2, 5, DIM)
+    with torch.inference_mode():
+        exact = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = model(x)
+    compiled = compile_for_a100(
+        model, mode="default", attention="math", autocast_dtype=torch.bfloat16
+    )
+    out = compiled(x)
+    assert (compiled.regions, compiled.regions_refused) == (2, None)
+    assert out.dtype == expected.dtype
+    rounding = (expected.double() - exact.double()).norm()
+    assert 0 < (out.double() - exact.double()).norm() < 2 * rounding
+    assert (out.double() - exact.double()).norm() > rounding / 2
 
 
 # -- on a GPU -----------------------------------------------------------------------------------

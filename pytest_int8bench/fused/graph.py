@@ -45,8 +45,8 @@ _X, _FACTOR = 0, 7
 _GAMMA, _RESIDUAL = 5, 6
 # Where weight, weight scale and bias are.
 _TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
-# Elements of weights that are dequantized in one pass, if there are several: more are not over
-# sooner, and all are kept until the last one is used.
+# Elements of weights that are dequantized in one pass: more are not over sooner, and all are kept
+# until the last one is used.
 _AT_ONCE = 1 << 24
 
 
@@ -63,6 +63,7 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
             _share_quantization(graph)
             _join_products(graph)
             _dequantize_at_once(graph)
+            _open_products_of_w8(graph)
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
@@ -176,7 +177,9 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
         views = None if written else views_read_by_strides(column)
         if views is None:
             with graph.inserting_after(column):
-                dense = graph.call_method("contiguous", (column,))
+                # Of one row, contiguous() would return the view.
+                memory: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                dense = graph.call_method("clone", (column,), memory)
             dense.meta = dict(node.meta)
             for user in list(column.users):
                 if user is not dense:
@@ -194,8 +197,9 @@ def _dequantize_at_once(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
         weight, scale, _ = _tensors(node)
         (block, *rows), (scales, *same) = _rows_of(weight), _rows_of(scale)
-        if rows == same:
-            layers.setdefault((block, scales, value_of(node.args[_X]).dtype), []).append(node)
+        x = value_of(node.args[_X])
+        if rows == same and value_of(block).numel() <= _AT_ONCE:
+            layers.setdefault((block, scales, (x.dtype, x.device)), []).append(node)
     blocks = [key for key, nodes in layers.items() if _use_all(key[0], nodes)]
     while blocks:
         together = _taken(blocks)
@@ -212,7 +216,7 @@ def _use_all(block: Node, nodes: list[Node]) -> bool:
 
 
 def _taken(blocks: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Take the first blocks out of a list, those of one dtype that are small together."""
+    """Take the first blocks out of a list, of one dtype and device, that are small together."""
     taken: list[tuple[Any, ...]] = []
     elements = 0
     while blocks and (not taken or blocks[0][2] == taken[0][2]):
@@ -230,9 +234,9 @@ def _dequantize(
     first: Node,
 ) -> None:
     """Insert the pass before the first layer, and multiply with what it gives."""
-    weights, scales, dtypes = ([key[part] for key in blocks] for part in range(3))
+    weights, scales, kinds = ([key[part] for key in blocks] for part in range(3))
     with graph.inserting_before(first):
-        whole = graph.call_function(DEQUANTIZE, (weights, scales, dtypes[0]))
+        whole = graph.call_function(DEQUANTIZE, (weights, scales, kinds[0][0]))
         outs = [graph.call_function(operator.getitem, (whole, i)) for i in range(len(blocks))]
     for key, out in zip(blocks, outs, strict=True):
         for node in layers[key]:
@@ -245,6 +249,24 @@ def _dequantize(
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+
+
+def _open_products_of_w8(graph: fx.Graph) -> None:
+    """Put in place of what is left of the operator what it does, in functions of torch: autocast,
+    which sees those, does not see into an operator in a region."""
+    for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
+        weight, scale, bias = _tensors(node)
+        x = node.args[_X]
+        with graph.inserting_before(node):
+            column = graph.call_method("unsqueeze", (scale, -1))
+            exact = graph.call_function(
+                operator.mul, (graph.call_method("float", (weight,)), column)
+            )
+            rounded = graph.call_method("to", (exact, value_of(x).dtype))
+            product = graph.call_function(F.linear, (x, rounded, bias))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
 
 
 def _tensors(node: Node) -> tuple[Node, ...]:

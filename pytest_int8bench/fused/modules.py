@@ -36,7 +36,8 @@ class Block(nn.Module):
     that the layers go on sharing it where a model is moved.
 
     Args:
-        layers: the layers, with inputs of one width and biases of one dtype, or none.
+        layers: the layers, with inputs of one width, weights of one dtype, and biases of one dtype,
+            or none.
     """
 
     weight: torch.Tensor
@@ -45,9 +46,12 @@ class Block(nn.Module):
     """FP32 (sum of N,)."""
     bias: torch.Tensor | None
     """(sum of N,)."""
+    dtype: torch.dtype
+    """Of the weights, before they were quantized or where the model was cast since."""
 
     def __init__(self, layers: list[Quantized]) -> None:
         super().__init__()
+        self.dtype = layers[0].dtype
         self.register_buffer("weight", torch.cat([layer.weight for layer in layers]))
         self.register_buffer("scale", torch.cat([layer.weight_scale for layer in layers]))
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -58,6 +62,7 @@ class Block(nn.Module):
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
+            self.dtype = self.scale.dtype
             self.scale = scale.to(self.scale.device)
         return self
 
@@ -74,7 +79,6 @@ class Int8Linear(nn.Linear):
         block: the tensors of the layers that share them.
         start: the first row of this layer.
         stop: the row after its last one.
-        dtype: of the weight that was quantized.
         factor: (K,) that the input is multiplied by (SmoothQuant).
     """
 
@@ -83,13 +87,11 @@ class Int8Linear(nn.Linear):
         block: Block,
         start: int,
         stop: int,
-        dtype: torch.dtype,
         factor: torch.Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = block.weight.shape[1], stop - start
         self._rows = None if stop - start == len(block.weight) else slice(start, stop)
-        self._dtype = dtype
         self.block = block
         self.factor: torch.Tensor | None
         self.register_buffer("factor", factor)
@@ -106,8 +108,9 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight (N, K) in the dtype it had, for code that reads it. Computed each time."""
-        return reference.dequantized(self.int8_weight, self.weight_scale, self._dtype)
+        """The weight (N, K) in the dtype it had, or that the model was cast to, for code that reads
+        it. Computed each time."""
+        return reference.dequantized(self.int8_weight, self.weight_scale, self.block.dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -182,6 +185,7 @@ def replace_linears(
             name.rpartition(".")[0],
             weight.shape[1],
             weight.device,
+            layers[name].dtype,
             getattr(bias, "dtype", None),
         )
         groups.setdefault(key, []).append(name)
@@ -191,8 +195,10 @@ def replace_linears(
         start = 0
         for name, tensors in zip(group, members, strict=True):
             stop = start + len(tensors.weight)
-            layer = kind(block, start, stop, tensors.dtype, tensors.factor)
+            layer = kind(block, start, stop, tensors.factor)
             layer.train(model.training)
+            for attribute, value in vars(model.get_submodule(name)).items():  # of the user's
+                vars(layer).setdefault(attribute, value)
             start = stop
             for alias in shared[name]:
                 model.set_submodule(alias, layer)

@@ -2,9 +2,9 @@
 
 Those of W8A8 have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
 shapes take them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`)
-elsewhere. They are for inference: a backward pass through them is an error. So is ``dequantize``;
-``dequantized_linear`` is plain torch, which compilers see into, and an operator so that layers are
-found in a graph.
+elsewhere. They are for inference: a backward pass through them is an error. ``dequantize`` is such
+a one for W8; ``dequantized_linear`` is plain torch, which compilers see into, and an operator so
+that layers are found in a graph.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _dequantize(
     weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
     pairs = zip(weights, weight_scales, strict=True)
-    return [reference.dequantized(weight, scale, dtype) for weight, scale in pairs]
+    return [reference.dequantized(weight, scale, dtype).contiguous() for weight, scale in pairs]
 
 
 def _dequantize_on_cuda(
