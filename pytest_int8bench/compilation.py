@@ -126,7 +126,7 @@ class CompiledModel(torch.nn.Module):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.first_call_s is None and self.mode != "off":
-            with _rare_collection():
+            with _rare_collection(), _without_error_of_metrics():
                 return self._first_call(*args, **kwargs)
         with self._regions:
             return self._entry(*args, **kwargs)
@@ -370,6 +370,23 @@ def _rare_collection() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def _without_error_of_metrics() -> Iterator[None]:
+    """Leave out of the log that torch cannot write down its metrics of a compilation: that of 2.11
+    sorts the functions of ``ignore_logging_functions`` for it."""
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+
+    def is_another(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, TypeError) and "'function' and 'function'" in str(error))
+
+    logger.addFilter(is_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_another)
 
 
 @contextlib.contextmanager

@@ -197,6 +197,29 @@ def test_garbage_is_collected_rarely_while_compiling(
     assert seen == [inside]
 
 
+def test_an_error_of_the_metrics_of_torch_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        for values in ({print, len}, {lambda: 0, lambda: 1}):
+            try:
+                sorted(values)
+            except TypeError:
+                logger.exception("of %s", len(values))
+        logger.error("another")
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level(logging.ERROR, logger=logger.name):
+        compile_for_a100(nn.Linear(4, 4).eval(), mode="default")(X)
+    # Only of functions that are written in Python, as those that Dynamo is told.
+    assert [record.getMessage() for record in caplog.records] == ["of 2", "another"]
+    assert logger.filters == []
+
+
 class Rearranged(nn.Module):
     """Rearranges a tensor and a parameter, as the first in the process to do so."""
 
