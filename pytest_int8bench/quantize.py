@@ -216,9 +216,7 @@ def apply_int8_quant(
     if all(layer.reason is not None for layer in layers):
         raise QuantizationError(_nothing_converted(layers))
     if mode == "w8" and quant_config is None:
-        modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-        on_cuda = (one for one in layers if modules[one.name].weight.device.type == "cuda")
-        dequantize(model, on_cuda)
+        dequantize(model, [layer for layer in layers if _is_converted_on_cuda(model, layer)])
     if fusing:
         layers = lower(model, layers)
         if backend == "fused" and not any(layer.fused for layer in layers):
@@ -349,6 +347,13 @@ def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
             )
             module.weight = nn.Parameter(weight, requires_grad=False)
     replace_linears(model, plain, WeightOnlyLinear)
+
+
+def _is_converted_on_cuda(model: nn.Module, layer: Layer) -> bool:
+    if layer.reason is not None:  # it may be no module, but a part of nn.MultiheadAttention
+        return False
+    module: Any = model.get_submodule(layer.name)
+    return bool(module.weight.device.type == "cuda")
 
 
 def _stays(modules: Mapping[str, nn.Module], name: str) -> str | None:

@@ -193,6 +193,13 @@ def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
     assert int8_storage(model) == (2, 2)
 
 
+def test_parts_of_the_attention_of_torch_are_left_alone() -> None:
+    model: Any = nn.ModuleDict({"attn": nn.MultiheadAttention(DIM, 4), "fc1": nn.Linear(DIM, DIM)})
+    weight_only(model)
+    assert type(model["fc1"]) is WeightOnlyLinear
+    assert [layer.name for layer in coverage(model).left_out] == ["attn.in_proj", "attn.out_proj"]
+
+
 def test_a_layer_keeps_what_it_was_given() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8)})
     model["fc1"].gain = 3.0
