@@ -82,7 +82,7 @@ def _erase_unused(graph: fx.Graph) -> None:
     """Erase what joining left without a reader. Not all that nobody reads: torch takes calls that
     write to a tensor, and whose return value is not used, for dead."""
     for node in reversed(graph.nodes):
-        ours = node.target in (QUANTIZE, *_TENSORS, operator.getitem)
+        ours = node.target in (QUANTIZE, LINEAR, operator.getitem)
         if not node.users and (ours or activation_name(node) is not None):
             graph.erase_node(node)
 
@@ -245,28 +245,31 @@ def _dequantize(
                 own = out
                 if (start, stop) != (0, value_of(key[0]).shape[0]):
                     own = graph.call_function(operator.getitem, (out, slice(start, stop)))
-                product = graph.call_function(F.linear, (node.args[_X], own, _tensors(node)[2]))
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
+            _multiply_with(graph, node, own)
 
 
 def _open_products_of_w8(graph: fx.Graph) -> None:
     """Put in place of what is left of the operator what it does, in functions of torch: autocast,
     which sees those, does not see into an operator in a region."""
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
-        weight, scale, bias = _tensors(node)
-        x = node.args[_X]
+        weight, scale, _ = _tensors(node)
         with graph.inserting_before(node):
             column = graph.call_method("unsqueeze", (scale, -1))
             exact = graph.call_function(
                 operator.mul, (graph.call_method("float", (weight,)), column)
             )
-            rounded = graph.call_method("to", (exact, value_of(x).dtype))
-            product = graph.call_function(F.linear, (x, rounded, bias))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
+            rounded = graph.call_method("to", (exact, value_of(node.args[_X]).dtype))
+        _multiply_with(graph, node, rounded)
+
+
+def _multiply_with(graph: fx.Graph, node: Node, weight: Node) -> None:
+    """Put a product with a dequantized weight in the place of a layer's operator."""
+    _, _, bias = _tensors(node)
+    with graph.inserting_before(node):
+        product = graph.call_function(F.linear, (node.args[_X], weight, bias))
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
 
 
 def _tensors(node: Node) -> tuple[Node, ...]:

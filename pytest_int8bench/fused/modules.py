@@ -99,12 +99,12 @@ class Int8Linear(nn.Linear):
     @property
     def int8_weight(self) -> torch.Tensor:
         """INT8 (N, K)."""
-        return self._own(self.block.weight)
+        return self._tensors()[0]
 
     @property
     def weight_scale(self) -> torch.Tensor:
         """FP32 (N,): ``int8_weight`` x scale is the layer's weight."""
-        return self._own(self.block.scale)
+        return self._tensors()[1]
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -115,7 +115,7 @@ class Int8Linear(nn.Linear):
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """(N,), or None."""
-        return None if self.block.bias is None else self._own(self.block.bias)
+        return self._tensors()[2]
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return weight, scale and bias."""
@@ -124,9 +124,6 @@ class Int8Linear(nn.Linear):
             return block.weight, block.scale, block.bias
         bias = block.bias
         return block.weight[rows], block.scale[rows], None if bias is None else bias[rows]
-
-    def _own(self, block: torch.Tensor) -> torch.Tensor:
-        return block if self._rows is None else block[self._rows]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""

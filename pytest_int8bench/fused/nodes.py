@@ -84,7 +84,7 @@ _READERS = {
 # Those of them for which Inductor chooses how the tensor is laid out.
 _LAYING_OUT = {
     *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
-    *(operator.matmul, "matmul", F.scaled_dot_product_attention, DEQUANTIZED),
+    *(operator.matmul, "matmul", F.scaled_dot_product_attention),
 }
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",
