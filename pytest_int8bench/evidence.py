@@ -22,7 +22,7 @@ _INT8_PRODUCT = re.compile(
     r"|triton_(tem|mm)\w*int_mm|qlinear|int8_product",
     re.IGNORECASE,
 )
-_FUSED_PRODUCT = re.compile(r"int8_product_(tma|pointers)")
+_FUSED_PRODUCT = re.compile(r"int8_product_(specialized|tma|pointers)")
 
 # Copies between host and device, such as those that feed the next batch while this one computes:
 # no work of the model.

@@ -20,9 +20,11 @@ from pytest_int8bench.fused.configs import (
     TMA_CANDIDATES,
     Problem,
     Product,
+    Specialized,
     product,
     product_kernel,
     rows,
+    specialized,
 )
 
 GPU = torch.device("cuda", 0)
@@ -88,7 +90,7 @@ def never(tile: Product) -> float:
     [
         ((8, 0), "pointers"),
         ((8, 9), "pointers"),
-        ((9, 0), "tma"),
+        ((9, 0), "specialized"),
         ((10, 0), "tma"),
         ((0, 0), "pointers"),
     ],
@@ -107,7 +109,7 @@ def test_the_kernel_is_that_of_the_device_unless_forced(
 
 def test_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "cublas")
-    message = r"^INT8BENCH_PRODUCT must be one of tma, pointers, got 'cublas'$"
+    message = r"^INT8BENCH_PRODUCT must be one of specialized, tma, pointers, got 'cublas'$"
     with pytest.raises(ValueError, match=message):
         product_kernel(GPU)
 
@@ -117,6 +119,25 @@ def test_a_kernel_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyP
     message = r"^INT8BENCH_PRODUCT=tma needs sm90 or later, this is sm80$"
     with pytest.raises(ValueError, match=message):
         product_kernel(GPU)
+
+
+def test_roles_need_sm90_and_a_triton_that_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INT8BENCH_PRODUCT", "specialized")
+    pretend(monkeypatch, (10, 0), 148)
+    message = r"^INT8BENCH_PRODUCT=specialized needs sm90, this is sm100$"
+    with pytest.raises(ValueError, match=message):
+        product_kernel(GPU)
+    pretend(monkeypatch, (9, 0), 132)
+    monkeypatch.setattr(configs, "_triton_version", lambda: "3.10.1+git1")
+    configs._triton_has_roles.cache_clear()
+    try:
+        message = r"^INT8BENCH_PRODUCT=specialized needs triton>=3.6,<3.10, this is 3.10.1\+git1$"
+        with pytest.raises(ValueError, match=message):
+            product_kernel(GPU)
+        monkeypatch.delenv("INT8BENCH_PRODUCT")
+        assert product_kernel(GPU) == "tma"
+    finally:
+        configs._triton_has_roles.cache_clear()
 
 
 # -- problems -----------------------------------------------------------------------------------
@@ -179,6 +200,84 @@ def test_larger_problems_get_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> No
             sizes.append(tile.bm * tile.bn)
         assert sizes == sorted(sizes)
         assert sizes[0] < sizes[-1]
+
+
+# -- warps with roles ---------------------------------------------------------------------------
+
+large = st.builds(
+    Problem,
+    m=st.integers(1 << 12, 1 << 18),
+    n=st.integers(1, 48).map(lambda tiles: 128 * tiles),
+    k=st.integers(16, 8192),
+    out_bytes=st.just(2),
+    residual=st.booleans(),
+)
+
+
+@given(large, st.integers(1, 148))
+def test_each_tile_is_of_one_program_and_what_it_needs_fits(problem: Problem, count: int) -> None:
+    found = specialized(problem, count)
+    if found is None:
+        return
+    programs = found.slots * found.groups
+    assert 0.96 * count <= programs <= count
+    # As the kernel does it.
+    columns = [
+        turn * found.slots + slot for turn in range(found.passes) for slot in range(found.slots)
+    ]
+    assert sorted(columns) == list(range(problem.n // 128))
+    tiles = -(-problem.m // 128)
+    rows = [tile for group in range(found.groups) for tile in range(group, tiles, found.groups)]
+    assert sorted(rows) == list(range(tiles))
+    inputs = 2 * found.stages
+    if found.stationary:
+        assert not problem.residual
+        inputs = found.stages + -(-problem.k // 128)
+    barriers = 8 * (2 * found.stages + 4 + 2 * found.buffers)
+    assert inputs * 128 * 128 + 2 * found.buffers * 128 * 64 * 2 + barriers <= SM90_BYTES - 1024
+    assert found.stages >= 4
+
+
+@pytest.mark.parametrize(
+    ("size", "residual", "found"),
+    [  # those that were measured
+        ((196608, 2304, 768), False, Specialized(6, 22, 3, 6, 1, True)),
+        ((196608, 3072, 768), False, Specialized(12, 11, 2, 6, 1, True)),
+        ((98304, 4096, 1024), False, Specialized(32, 4, 1, 4, 1, True)),
+        ((196608, 768, 768), True, Specialized(6, 22, 1, 4, 2, False)),
+        ((196608, 768, 3072), True, Specialized(6, 22, 1, 6, 1, False)),
+    ],
+)
+def test_large_problems_on_sm90_have_warps_with_roles(
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int, int],
+    residual: bool,
+    found: Specialized,
+) -> None:
+    pretend(monkeypatch, (9, 0), 132)
+    problem = Problem(*size, 2, residual)
+    assert product(problem, "specialized", GPU, never) == found
+    assert isinstance(product(problem, "tma", GPU, never), Product)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(2048, 768, 768, 2, residual=False),  # too small
+        Problem(196608, 768, 768, 4, residual=False),
+        Problem(196608, 768 + 64, 768, 2, residual=False),
+        Problem(196608, 40 * 128, 768, 2, residual=False),  # 120 of 132 programs
+        Problem(196608, 512 * 128, 768, 2, residual=False),
+    ],
+    ids=str,
+)
+def test_others_are_left_to_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, problem: Problem
+) -> None:
+    pretend(monkeypatch, (9, 0), 132)
+    assert specialized(problem, 132) is None
+    tile = product(problem, "specialized", GPU, never)
+    assert tile == product(problem, "tma", GPU, never)
 
 
 @pytest.mark.parametrize("tile", [*TMA_CANDIDATES, *POINTER_CANDIDATES], ids=str)

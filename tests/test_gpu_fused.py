@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import nn
 from pytest_int8bench import RunParams
 from pytest_int8bench.compilation import compile_for_a100
 from pytest_int8bench.evidence import Evidence, profile_forward
-from pytest_int8bench.fused import operators, reference
+from pytest_int8bench.fused import configs, operators, reference
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import apply_int8_quant, coverage
 from pytest_int8bench.tensors import tensors_of
@@ -156,6 +157,69 @@ def test_both_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
         args = (weight, scales[1], None, None, None, torch.bfloat16)
         outs.append(operators.linear(q, scales[0], *args))
     assert torch.equal(*outs)
+
+
+# Rows, inputs, outputs: tiles that are cut off, a depth that is no multiple of a tile's, passes of
+# one and several columns, and the weight of a column in shared memory or not.
+LARGE = [
+    (70_001, 768, 2304, False),
+    (50_000, 784, 3072, False),
+    (33_333, 1024, 4096, False),
+    (60_000, 1024, 3072, False),
+    (130_000, 768, 768, True),
+    (70_001, 3072, 768, True),
+    (50_000, 4096, 1024, True),
+    (60_000, 3072, 768, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", LARGE, ids=str)
+def test_large_products_have_the_bits_of_the_other_kernel(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int, bool], dtype: torch.dtype
+) -> None:
+    m, k, n, has_residual = size
+    sms = configs.multiprocessors(torch.device("cuda", 0))
+    if configs.product_kernel(CUDA) != "specialized":
+        pytest.skip("needs sm90 and a Triton that compiles warps with roles")
+    assert configs.specialized(configs.Problem(m, n, k, 2, has_residual), sms)
+    q, weight = int8(m, k), int8(n, k)
+    q[5] = 0
+    scale, weight_scale = (torch.rand(rows, device=CUDA) / 1e3 for rows in (m, n))
+    scale[7] = torch.nan
+    bias, gamma = (torch.randn(n, device=CUDA, dtype=dtype) for _ in range(2))
+    # Rows of a wider tensor, as a slice has them.
+    residual = torch.randn(m, 2 * n, device=CUDA, dtype=dtype)[:, :n] if has_residual else None
+    outs = []
+    for kernel in ("tma", "specialized", "specialized"):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
+        args = (weight, weight_scale, bias, gamma if has_residual else None, residual, dtype)
+        outs.append(operators.linear(q, scale, *args))
+    assert outs[0][7].isnan().all()
+    one, other, again = (out.view(torch.int16) for out in outs)
+    assert torch.equal(one, other)
+    assert torch.equal(other, again)
+
+
+def test_a_large_block_runs_warps_with_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if configs.product_kernel(CUDA) != "specialized":
+        pytest.skip("needs sm90 and a Triton that compiles warps with roles")
+    x = torch.randn(512, 100, 768, device=CUDA, dtype=torch.bfloat16)
+    block = Block(768).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    eager = nn.Sequential(apply_int8_quant(block, backend="fused"))
+    eager.append(copy.deepcopy(eager[0]))
+    outs = []
+    for kernel, mode in (("tma", "default"), ("", "default"), ("", "reduce-overhead")):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
+        torch._dynamo.reset()
+        compiled = compile_for_a100(eager, mode=mode)
+        outs.append(compiled(x))
+        compiled(x)
+        evidence = profile_forward(functools.partial(compiled, x), CUDA)
+        assert set(ours(evidence)) == {f"int8_product_{kernel or 'specialized'}"}
+        assert sum(k.calls for k in evidence.int8_products) == 8
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize("name", ["quantize_rows", "linear"])

@@ -119,7 +119,7 @@ def block(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x + m.c(F.silu(m.a(y)) * m.b(2 * y)) * m.gamma
 
 
-@pytest.mark.parametrize("kernel", configs.PRODUCTS)
+@pytest.mark.parametrize("kernel", ["tma", "pointers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, DIM), (DIM,), (1, 1, DIM)])
 def test_a_graph_runs_kernels_alone(

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from pytest_int8bench.errors import ClearError
 
-#: Environment variable that forces a product kernel: ``tma`` or ``pointers`` (that of sm80).
+#: Environment variable that forces a product kernel, one of :data:`PRODUCTS`.
 KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
-PRODUCTS = ("tma", "pointers")
+#: That of large matrices on sm90, which leaves the others to the next one; of sm90 and later; of
+#: any GPU.
+PRODUCTS = ("specialized", "tma", "pointers")
 #: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
 ALIGNMENT = 16
 _FILE = "int8-products.json"
@@ -49,6 +53,24 @@ class Product:
     early: bool = False
     """TMA only: load the residual before the product, into registers."""
     group: int = 8
+
+
+@dataclass(frozen=True)
+class Specialized:
+    """How :mod:`specialized` shares out its tiles, and what it keeps in shared memory."""
+
+    slots: int
+    """Columns of tiles that are worked on at once."""
+    groups: int
+    """Rows of tiles that are."""
+    passes: int
+    """Columns that a program works on, one after the other."""
+    stages: int
+    """Steps that are loaded ahead."""
+    buffers: int
+    """Halves of a tile that are stored at once."""
+    stationary: bool
+    """A column of the weight stays in shared memory."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,17 @@ _SMALL = Product(64, 64, 128, 4, 4, programs_per_sm=4, flatten=False)
 _SMALL_DEEP = Product(64, 64, 256, 4, 3, programs_per_sm=2, flatten=False)
 _TINY = Product(64, 32, 256, 4, 3, programs_per_sm=4, flatten=False)
 
+#: Rows, columns and depth of a tile of the kernel whose warps have roles.
+SPECIALIZED_TILE = 128
+# Tiles for each multiprocessor that it takes, and the part of them that must have work. It was
+# compiled with these versions of Triton: what it is written in still changes.
+_SPECIALIZED_FROM = 16
+_SPECIALIZED_PART = 0.96
+_SPECIALIZED_PASSES = 3
+_SPECIALIZED_TRITON = ">=3.6,<3.10"
+# What fits into shared memory: tiles of both inputs, beside four halves of a tile of the output.
+_INPUT_TILES = 12
+
 #: Rows and columns of a weight that a program dequantizes.
 DEQUANTIZED_TILE = (16, 256)
 
@@ -121,7 +154,7 @@ POINTER_CANDIDATES = (
 
 
 def product_kernel(device: torch.device) -> str:
-    """Return ``tma`` where the device has it (sm90 and later), else ``pointers``.
+    """Return ``specialized`` for sm90, ``tma`` for later ones, else ``pointers``.
 
     Raises:
         KernelError: if ``INT8BENCH_PRODUCT`` is set to something else, or to what the device has
@@ -129,17 +162,27 @@ def product_kernel(device: torch.device) -> str:
     """
     forced = os.environ.get(KERNEL_VARIABLE)
     has_tma = _capability(device)[0] >= 9
+    is_hopper = _capability(device) == (9, 0)
     if forced:
         if forced not in PRODUCTS:
             raise KernelError(
                 f"{KERNEL_VARIABLE} must be one of {', '.join(PRODUCTS)}, got {forced!r}"
             )
+        major, minor = _capability(device)
         if forced == "tma" and not has_tma:
-            major, minor = _capability(device)
             raise KernelError(
                 f"{KERNEL_VARIABLE}=tma needs sm90 or later, this is sm{major}{minor}"
             )
+        if forced == "specialized" and not is_hopper:
+            raise KernelError(f"{KERNEL_VARIABLE}=specialized needs sm90, this is sm{major}{minor}")
+        if forced == "specialized" and not _triton_has_roles():
+            raise KernelError(
+                f"{KERNEL_VARIABLE}=specialized needs triton{_SPECIALIZED_TRITON}, this is "
+                f"{_triton_version()}"
+            )
         return forced
+    if is_hopper and _triton_has_roles():
+        return "specialized"
     return "tma" if has_tma else "pointers"
 
 
@@ -148,16 +191,21 @@ def product(
     kernel: str,
     device: torch.device,
     time: Callable[[Product], float] | None,
-) -> Product:
+) -> Product | Specialized:
     """Return the tiles for a problem: from the table, else what tuning once found fastest.
 
     Args:
         problem: the product.
-        kernel: ``tma`` or ``pointers``.
+        kernel: one of :data:`PRODUCTS`.
         device: where it runs.
         time: runs the product with given tiles and returns seconds, infinite if they do not fit;
             None where nothing can be timed now, as while a CUDA graph is recorded.
     """
+    if kernel == "specialized":
+        shared_out = specialized(problem, multiprocessors(device))
+        if shared_out is not None:
+            return shared_out
+        kernel = "tma"
     if kernel == "tma" and _capability(device) == (9, 0):
         return _hopper(problem, multiprocessors(device))
     candidates = TMA_CANDIDATES if kernel == "tma" else POINTER_CANDIDATES
@@ -173,6 +221,33 @@ def product(
         known[problem.key] = found
         _save(kernel, device, known)
     return found
+
+
+def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
+    """Return how the kernel whose warps have roles shares out a problem, None if that is not one
+    for it: too small, or of sizes that leave multiprocessors idle.
+
+    Of the ways that do not, the one with the fewest passes reads the rows least often.
+    """
+    tile = SPECIALIZED_TILE
+    if problem.n % tile or problem.out_bytes != 2:
+        return None
+    columns, depth = problem.n // tile, -(-problem.k // tile)
+    if -(-problem.m // tile) * columns < _SPECIALIZED_FROM * multiprocessors:
+        return None
+    stationary = depth <= 8 and not problem.residual
+    if stationary:
+        stages, buffers = min(_INPUT_TILES - depth, 8), 1
+    elif depth <= 8:  # soon through a tile: half of one must not wait for the other to be stored
+        stages, buffers = 4, 2
+    else:
+        stages, buffers = 6, 1
+    for passes in range(1, _SPECIALIZED_PASSES + 1):
+        slots = columns // passes
+        groups = multiprocessors // slots if slots else 0
+        if columns % passes == 0 and slots * groups >= _SPECIALIZED_PART * multiprocessors:
+            return Specialized(slots, groups, passes, stages, buffers, stationary)
+    return None
 
 
 def rows(m: int, k: int, multiprocessors: int) -> Rows:
@@ -219,6 +294,18 @@ def _untuned(problem: Problem, candidates: tuple[Product, ...], multiprocessors:
 
 
 @functools.cache
+def _triton_has_roles() -> bool:
+    """Say whether this Triton compiles :mod:`specialized`."""
+    return Version(_triton_version()) in SpecifierSet(_SPECIALIZED_TRITON)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
@@ -241,9 +328,7 @@ def tuning_file() -> Path:
 
 
 def _section(kernel: str, device: torch.device) -> str:
-    import triton
-
-    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {kernel}"
+    return f"{torch.cuda.get_device_name(device)}, triton {_triton_version()}, {kernel}"
 
 
 @functools.cache

@@ -111,6 +111,8 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
         functools.partial(launch.operands_like, problem, *there, dtype, device)
     )
     product = launch.chosen_product(problem, *there, kernel, stride, device, operands)
+    if any(described.layout for described in product.descriptors):
+        return  # of Gluon, which Inductor does not know
     with graph.inserting_before(node):
         rows: Node = graph.call_method("reshape", (q, (m, k)))
         flat_scale: Node = graph.call_method("reshape", (scale, (m,)))

@@ -16,7 +16,13 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pytest_int8bench.fused import configs, kernels, reference
-from pytest_int8bench.fused.configs import ALIGNMENT, Problem, Product
+from pytest_int8bench.fused.configs import (
+    ALIGNMENT,
+    SPECIALIZED_TILE,
+    Problem,
+    Product,
+    Specialized,
+)
 from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS, Three
 
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
@@ -70,7 +76,7 @@ class Launch:
         """Run it with its tensors, in the order of the kernel's parameters."""
         if self.descriptors:
             described = [
-                None if tensor is None else _Descriptor(tensor, *descriptor)
+                None if tensor is None else descriptor.of(tensor)
                 for tensor, descriptor in zip(tensors, self.descriptors, strict=False)
             ]
             tensors = (*described, *tensors[len(described) :])
@@ -90,6 +96,15 @@ class _Described(NamedTuple):
     shape: tuple[int, int]
     strides: tuple[int, int]
     block: list[int]
+    layout: Any = None
+    """How a block lies in shared memory, for kernels in Gluon, which are told."""
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        if self.layout is None:
+            return _Descriptor(tensor, self.shape, self.strides, self.block)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as OfGluon
+
+        return OfGluon(tensor, self.shape, self.strides, self.block, self.layout)
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
@@ -194,12 +209,12 @@ def linear(
     dtype: torch.dtype,
     *,
     kernel: str,
-    tile: Product | None = None,
+    tile: Product | Specialized | None = None,
 ) -> torch.Tensor:
     """Run the kernel of :func:`operators.linear`; q on the current device.
 
     Args:
-        kernel: ``tma`` or ``pointers``; tensors that TMA cannot address take pointers.
+        kernel: one of :data:`configs.PRODUCTS`; tensors that TMA cannot address take pointers.
         tile: the tiles, instead of those of :mod:`configs`.
     """
     n, k = weight.shape
@@ -296,7 +311,7 @@ def chosen_product(
             timed now.
     """
 
-    def launched(tile: Product) -> Launch:
+    def launched(tile: Product | Specialized) -> Launch:
         return of_product(problem, has_bias, has_gamma, kernel, stride, tile, device)
 
     time = None if operands is None else lambda tile: seconds(operands(), launched(tile))
@@ -309,7 +324,7 @@ def of_product(
     has_gamma: bool,
     kernel: str,
     stride: int,
-    tile: Product,
+    tile: Product | Specialized,
     device: torch.device,
 ) -> Launch:
     """Return the launch of a product with given tiles.
@@ -317,6 +332,8 @@ def of_product(
     Args:
         stride: from row to row of the residual, 0 where there is none.
     """
+    if isinstance(tile, Specialized):
+        return _specialized(problem, has_bias, has_gamma, stride, tile)
     m, n, k = problem.m, problem.n, problem.k
     tiles = _ceil(m, tile.bm) * _ceil(n, tile.bn)
     constants: dict[str, Any] = {
@@ -348,6 +365,41 @@ def of_product(
     )
     return Launch(
         kernels.int8_product_tma, min(tiles, programs), (m, n, k), constants, options, descriptors
+    )
+
+
+def _specialized(
+    problem: Problem, has_bias: bool, has_gamma: bool, stride: int, shared_out: Specialized
+) -> Launch:
+    """Return the launch of a product by warps that have roles."""
+    from pytest_int8bench.fused.specialized import int8_product_specialized, layout
+
+    m, n, k = problem.m, problem.n, problem.k
+    tile = SPECIALIZED_TILE
+    depth = _ceil(k, tile)
+    inputs, halves = layout(8), layout(8 * problem.out_bytes)
+    half = [tile, tile // 2]
+    descriptors = (
+        _Described((m, k), (k, 1), [tile, tile], inputs),
+        _Described((n, k), (k, 1), [tile, tile], inputs),
+        _Described((m, n), (n, 1), half, halves),
+        _Described((m, n), (stride or n, 1), half, halves),
+    )
+    return Launch(
+        int8_product_specialized,
+        shared_out.slots * shared_out.groups,
+        (m, shared_out.slots, shared_out.groups, shared_out.passes, depth),
+        {
+            "K_TILES": depth if shared_out.stationary else 0,
+            "STAGES": shared_out.stages,
+            "BUFFERS": shared_out.buffers,
+            "STATIONARY": shared_out.stationary,
+            "HAS_BIAS": has_bias,
+            "HAS_GAMMA": has_gamma,
+            "HAS_RESIDUAL": problem.residual,
+        },
+        {"num_warps": 4},
+        descriptors,
     )
 
 
