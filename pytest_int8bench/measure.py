@@ -227,17 +227,21 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
         interval_s: seconds that all pairs together may take, down to six pairs.
 
     Returns:
-        The median of the pairs' ratios, with its exact distribution-free 95 % interval
-        (``scipy.stats.quantile_test``). It holds for this process; the difference between
-        processes is not in it.
+        The median of the pairs' ratios, with its 95 % interval. It holds for this process; the
+        difference between processes is not in it.
     """
-    from scipy.stats import quantile_test  # over a second to import: only who compares pays
-
     pairs = alternate(baseline, candidate, timer, interval_s=interval_s)
     ratios = [first / second for first, second in pairs]
-    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
-    low, high = float(interval.low), float(interval.high)
-    return Speedup(statistics.median(ratios), low, high, len(pairs))
+    return Speedup(*median_and_interval(ratios), len(pairs))
+
+
+def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of at least six ``values``, and the ends of its exact distribution-free
+    95 % interval (``scipy.stats.quantile_test``)."""
+    from scipy.stats import quantile_test  # over a second to import: only who compares pays
+
+    interval = quantile_test(values, p=0.5).confidence_interval(0.95)
+    return statistics.median(values), float(interval.low), float(interval.high)
 
 
 def alternate(

@@ -46,7 +46,7 @@ _POSITIVE = (
     "ceiling_speedup",
     "feed_copy_s",
 )
-_NUMBERS = ("feed_exposed_s", "feed_wait_s")
+_NUMBERS = ("feed_exposed_s", "feed_exposed_low_s", "feed_exposed_high_s", "feed_wait_s")
 
 
 class SchemaError(ValueError):
@@ -166,12 +166,16 @@ class Result(Record):
 
     feed_workers: int | None = None
     """Processes that load batches with ``feed=host``; 0 where the main process does. None with
-    ``feed=device``, as are the next three."""
+    ``feed=device``, as are the next five."""
     feed_copy_s: float | None = None
     """Copying one batch from pinned memory to the device, with nothing beside it."""
     feed_exposed_s: float | None = None
     """What a batch takes longer than with its inputs on the device already: the part of feeding
     that compute does not hide, measured in alternation. Below 0 it is noise."""
+    feed_exposed_low_s: float | None = None
+    """Lower end of its 95 % interval."""
+    feed_exposed_high_s: float | None = None
+    """Its upper end."""
     feed_wait_s: float | None = None
     """Per batch, what the host waited for the loader; without workers, what loading took it."""
 

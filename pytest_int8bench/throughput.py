@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from pytest_int8bench.measure import (
     Timer,
     alternate,
     measure_speedup,
+    median_and_interval,
     oom_of,
     pilot,
     release,
@@ -334,8 +334,13 @@ class _Feeding:
         copy_s, _ = synchronization_cost(feed.copy_again, timer)
         with compiled.entered(), compiled.no_compilation():
             pairs = alternate(self._model.run, self._model.run_again, timer, interval_s=interval_s)
-        fed_s, resident_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-        return {"feed_copy_s": copy_s, "feed_exposed_s": fed_s - resident_s}
+        longer_s, low_s, high_s = median_and_interval([fed - here for fed, here in pairs])
+        return {
+            "feed_copy_s": copy_s,
+            "feed_exposed_s": longer_s,
+            "feed_exposed_low_s": low_s,
+            "feed_exposed_high_s": high_s,
+        }
 
 
 def _label(workload: Workload, params: RunParams) -> str:

@@ -41,6 +41,8 @@ _FIGURES = (
     "compile_cache",
     "feed_copy_s",
     "feed_exposed_s",
+    "feed_exposed_low_s",
+    "feed_exposed_high_s",
     "feed_wait_s",
     "speedup",
     "speedup_low",

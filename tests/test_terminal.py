@@ -363,6 +363,44 @@ def test_what_of_the_copies_is_hidden(
     assert lines[2:-1] == [remark]
 
 
+@pytest.mark.parametrize(
+    ("exposed_s", "low_s", "high_s", "remark"),
+    [
+        (
+            0.001,
+            0.00051,
+            0.002,
+            "2.00 ms of it hidden behind the compute and 1.00 ms [0.51, 2.00] not",
+        ),
+        (
+            0.004,
+            0.0035,
+            0.02,
+            f"none of it hidden: {LONGER.format('4.00 ms [3.50, 20.0]').replace('] ms', ']')}",
+        ),
+    ],
+)
+def test_what_is_not_hidden_has_an_interval(
+    exposed_s: float, low_s: float, high_s: float, remark: str
+) -> None:
+    fed = {**MEASURED, "batch_time_s": 1.0, "feed_copy_s": 0.003, "feed_wait_s": 0.0}
+    ends = {"feed_exposed_low_s": low_s, "feed_exposed_high_s": high_s}
+    lines = lines_of(result_of(**fed, feed_workers=4, feed_exposed_s=exposed_s, **ends))
+    (line,) = (line for line in lines if line.startswith("host feed"))
+    assert line.endswith(remark)
+
+
+def test_what_may_be_noise_is_not_called_hidden() -> None:
+    fed = {**MEASURED, "batch_time_s": 1.0, "feed_copy_s": 0.003, "feed_wait_s": 0.0}
+    ends = {"feed_exposed_s": 0.01, "feed_exposed_low_s": -0.001, "feed_exposed_high_s": 0.02}
+    lines = lines_of(result_of(**fed, feed_workers=4, **ends))
+    (line,) = (line for line in lines if line.startswith("host feed"))
+    assert line.endswith(
+        "takes 3.00 ms; a batch takes 10.0 ms [-1.00, 20.0] longer than one that is on the device, "
+        "which may be noise"
+    )
+
+
 def test_nothing_is_said_of_copies_that_were_not_compared() -> None:
     assert len(lines_of(result_of(**MEASURED, feed_workers=4, feed_wait_s=0.05))) == 3
 

@@ -136,6 +136,7 @@ def test_feeding_from_the_host_is_measured(throughput: Throughput, params: RunPa
     assert result.feed_copy_s > 0
     assert result.feed_wait_s > 0
     assert abs(result.feed_exposed_s) < 1
+    assert result.feed_exposed_low_s <= result.feed_exposed_s <= result.feed_exposed_high_s
     assert (result.speedup is not None) is params.int8_enabled
     assert Result.from_dict(result.to_dict()) == result
 
@@ -143,13 +144,14 @@ def test_feeding_from_the_host_is_measured(throughput: Throughput, params: RunPa
 def test_inputs_on_the_device_have_no_feed(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(), BF16)
     assert result.feed_workers is result.feed_copy_s is result.feed_wait_s is None
-    assert result.feed_exposed_s is None
+    assert result.feed_exposed_s is result.feed_exposed_low_s is result.feed_exposed_high_s is None
 
 
 def test_the_wait_for_the_loader_is_that_of_the_rounds(
     throughput: Throughput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A simulated feed: a batch takes 3 s from the host, 2 s on the device, and a copy 0.5 s."""
+    """A simulated feed: from the host a batch takes 3 s and every tenth one 5 s, on the device 2 s,
+    and a copy 0.5 s."""
     now = 0.0
 
     class Feed:
@@ -163,7 +165,7 @@ def test_the_wait_for_the_loader_is_that_of_the_rounds(
 
     def run(self: Model) -> torch.Tensor:
         nonlocal now
-        now += 3.0
+        now += 5.0 if feed.batches % 10 == 9 else 3.0
         feed.batches += 1
         feed.wait_s += 0.25
         return torch.zeros(1)
@@ -191,6 +193,8 @@ def test_the_wait_for_the_loader_is_that_of_the_rounds(
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
     assert result.feed_copy_s == pytest.approx(0.5)
     assert result.feed_exposed_s == pytest.approx(1.0)
+    assert result.feed_exposed_low_s == pytest.approx(1.0)
+    assert result.feed_exposed_high_s == pytest.approx(3.0)
     # Without a look at the kernels, nothing is run but the rounds.
     lean = Throughput(throughput._pool, with_evidence=False, timer=lambda: now)
     result = lean.measure(make_workload(), BF16, rounds, nodeid="a")

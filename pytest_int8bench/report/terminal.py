@@ -262,8 +262,12 @@ def _feeding(result: Result) -> str | None:
     copy, exposed, hidden, wait = (
         f"{number(seconds * 1e3)} ms" for seconds in (copy_s, exposed_s, copy_s - exposed_s, wait_s)
     )
+    low_s, high_s = result.feed_exposed_low_s, result.feed_exposed_high_s
+    interval = ""
+    if low_s is not None and high_s is not None:
+        interval = f" [{number(low_s * 1e3)}, {number(high_s * 1e3)}]"
     copying = f"{_label(result)}: copying a batch from the host takes {copy}"
-    longer = f"a batch takes {exposed} longer than one that is on the device"
+    longer = f"a batch takes {exposed}{interval} longer than one that is on the device"
     if exposed_s > FEED_BOUND * batch_s and wait_s >= exposed_s / 2:
         loader = f"{result.feed_workers} workers" if result.feed_workers else "the main process"
         return (
@@ -273,11 +277,16 @@ def _feeding(result: Result) -> str | None:
     if exposed_s < 0:
         return (
             f"host feed: {copying}, all of it hidden behind the compute (the part that is not came "
-            f"out at {exposed}: noise)"
+            f"out at {exposed}{interval}: noise)"
         )
+    if low_s is not None and low_s <= 0:
+        return f"host feed: {copying}; {longer}, which may be noise"
     if exposed_s > copy_s:
         return f"host feed: {copying}, none of it hidden: {longer}"
-    return f"host feed: {copying}, {hidden} of it hidden behind the compute and {exposed} not"
+    return (
+        f"host feed: {copying}, {hidden} of it hidden behind the compute and {exposed}{interval} "
+        "not"
+    )
 
 
 def _label(record: Result | Accuracy | Sensitivity) -> str:
