@@ -121,23 +121,12 @@ def test_a_kernel_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyP
         product_kernel(GPU)
 
 
-def test_roles_need_sm90_and_a_triton_that_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roles_are_for_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "specialized")
     pretend(monkeypatch, (10, 0), 148)
     message = r"^INT8BENCH_PRODUCT=specialized needs sm90, this is sm100$"
     with pytest.raises(ValueError, match=message):
         product_kernel(GPU)
-    pretend(monkeypatch, (9, 0), 132)
-    monkeypatch.setattr(configs, "_triton_version", lambda: "3.10.1+git1")
-    configs._triton_has_roles.cache_clear()
-    try:
-        message = r"^INT8BENCH_PRODUCT=specialized needs triton>=3.6,<3.10, this is 3.10.1\+git1$"
-        with pytest.raises(ValueError, match=message):
-            product_kernel(GPU)
-        monkeypatch.delenv("INT8BENCH_PRODUCT")
-        assert product_kernel(GPU) == "tma"
-    finally:
-        configs._triton_has_roles.cache_clear()
 
 
 # -- problems -----------------------------------------------------------------------------------

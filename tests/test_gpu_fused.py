@@ -181,7 +181,7 @@ def test_large_products_have_the_bits_of_the_other_kernel(
     m, k, n, has_residual = size
     sms = configs.multiprocessors(torch.device("cuda", 0))
     if configs.product_kernel(CUDA) != "specialized":
-        pytest.skip("needs sm90 and a Triton that compiles warps with roles")
+        pytest.skip("needs sm90")
     assert configs.specialized(configs.Problem(m, n, k, 2, has_residual), sms)
     q, weight = int8(m, k), int8(n, k)
     q[5] = 0
@@ -201,9 +201,17 @@ def test_large_products_have_the_bits_of_the_other_kernel(
     assert torch.equal(other, again)
 
 
+def test_warps_with_roles_prove_themselves() -> None:
+    if configs.product_kernel(CUDA) != "specialized":
+        pytest.skip("needs sm90")
+    state = torch.cuda.get_rng_state()
+    assert launch._have_equal_bits(torch.device("cuda", 0))
+    assert torch.equal(state, torch.cuda.get_rng_state())
+
+
 def test_a_large_block_runs_warps_with_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     if configs.product_kernel(CUDA) != "specialized":
-        pytest.skip("needs sm90 and a Triton that compiles warps with roles")
+        pytest.skip("needs sm90")
     x = torch.randn(512, 100, 768, device=CUDA, dtype=torch.bfloat16)
     block = Block(768).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
     eager = nn.Sequential(apply_int8_quant(block, backend="fused"))

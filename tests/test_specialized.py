@@ -1,4 +1,4 @@
-"""The kernel whose warps have roles: it compiles for sm90, on any machine."""
+"""The kernel whose warps have roles: it compiles for sm90 on any machine, and proves itself."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+from pytest_int8bench.fused import configs
+from pytest_int8bench.fused.configs import Problem, Product, Specialized
+
+triton = pytest.importorskip("triton")
+launch = pytest.importorskip("pytest_int8bench.fused.launch")
 
 # In a process of its own: where no GPU is, Triton's own functions are interpreted in this one.
 COMPILE = """
@@ -60,3 +68,108 @@ def test_it_compiles_for_each_kind_of_problem(tmp_path: Path) -> None:
     for shared, products in json.loads(ran.stdout.splitlines()[-1]):
         assert shared <= 227 * 1024  # of a multiprocessor of sm90
         assert products > 0
+
+
+# -- proving itself -----------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+LARGE = Problem(196608, 768, 768, 2, residual=False)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 with a Triton that the kernel has not run with."""
+    monkeypatch.setattr(configs, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    monkeypatch.delenv("INT8BENCH_PRODUCT", raising=False)
+    monkeypatch.setattr(launch, "_proved", {})
+    monkeypatch.setattr(launch, "of_product", lambda *args: args[5])
+
+
+def chosen(*, may_try: bool = True) -> Product | Specialized:
+    operands = (lambda: None) if may_try else None
+    tile: Any = launch.chosen_product(LARGE, True, False, "specialized", 0, GPU, operands)
+    return tile
+
+
+def proof(monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception) -> list[torch.device]:
+    asked = []
+
+    def have_equal_bits(device: torch.device) -> bool:
+        asked.append(device)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(launch, "_have_equal_bits", have_equal_bits)
+    return asked
+
+
+def test_it_proves_itself_once_with_a_triton_it_has_not_run_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = proof(monkeypatch, True)
+    # While a CUDA graph is recorded nothing can be tried, and nothing is known.
+    assert isinstance(chosen(may_try=False), Product)
+    assert isinstance(chosen(), Specialized)
+    assert isinstance(chosen(may_try=False), Specialized)
+    assert asked == [GPU]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [(False, "they give other bits"), (ValueError("no such\nlayout"), "no such")],
+)
+def test_what_does_not_prove_itself_is_off_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception, why: str
+) -> None:
+    proof(monkeypatch, outcome)
+    warning = f"^INT8 products by warps with roles are off with triton 3.10.0: .*{why}$"
+    with pytest.warns(UserWarning, match=warning):
+        assert isinstance(chosen(), Product)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(chosen(), Product)
+
+
+@pytest.mark.parametrize("known", ["version", "forced"])
+def test_what_is_known_or_wanted_is_not_tried(monkeypatch: pytest.MonkeyPatch, known: str) -> None:
+    asked = proof(monkeypatch, False)
+    if known == "version":
+        monkeypatch.setattr(triton, "__version__", "3.6.0")
+    else:
+        monkeypatch.setenv("INT8BENCH_PRODUCT", "specialized")
+    assert isinstance(chosen(), Specialized)
+    assert asked == []
+
+
+@pytest.mark.parametrize("differing", [None, 0, 1, 2])
+def test_each_form_of_it_is_compared(
+    monkeypatch: pytest.MonkeyPatch, differing: int | None
+) -> None:
+    """With launches that write ones, and one of the kernel's that misses an element."""
+    forms: list[tuple[bool, int]] = []
+
+    def of_product(problem: Problem, *args: Any) -> Any:
+        tile = args[4]
+        if isinstance(tile, Specialized):
+            forms.append((tile.stationary, tile.buffers))
+        misses = isinstance(tile, Specialized) and len(forms) - 1 == differing
+
+        def run(a: None, b: None, out: torch.Tensor, *rest: Any) -> None:
+            out.fill_(1)
+            if misses:
+                out[-1, -1] = torch.nan
+
+        return run
+
+    monkeypatch.setattr(launch, "of_product", of_product)
+    monkeypatch.setattr(
+        launch, "operands_like", lambda p, *_: (None, None, torch.empty(8, 4), *[None] * 5)
+    )
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert launch._have_equal_bits(GPU) is (differing is None)
+    every = [(True, 1), (False, 2), (False, 1)]
+    assert forms == (every if differing is None else every[: differing + 1])

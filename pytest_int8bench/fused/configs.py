@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from pytest_int8bench.errors import ClearError
 
@@ -117,12 +115,11 @@ _TINY = Product(64, 32, 256, 4, 3, programs_per_sm=4, flatten=False)
 
 #: Rows, columns and depth of a tile of the kernel whose warps have roles.
 SPECIALIZED_TILE = 128
-# Tiles for each multiprocessor that it takes, and the part of them that must have work. It was
-# compiled with these versions of Triton: what it is written in still changes.
-_SPECIALIZED_FROM = 16
+#: Tiles for each multiprocessor from which on it is faster.
+SPECIALIZED_FROM = 16
+# The part of the multiprocessors that must have work, and the columns of one at most.
 _SPECIALIZED_PART = 0.96
 _SPECIALIZED_PASSES = 3
-_SPECIALIZED_TRITON = ">=3.6,<3.10"
 # What fits into shared memory: tiles of both inputs, beside four halves of a tile of the output.
 _INPUT_TILES = 12
 
@@ -175,15 +172,8 @@ def product_kernel(device: torch.device) -> str:
             )
         if forced == "specialized" and not is_hopper:
             raise KernelError(f"{KERNEL_VARIABLE}=specialized needs sm90, this is sm{major}{minor}")
-        if forced == "specialized" and not _triton_has_roles():
-            raise KernelError(
-                f"{KERNEL_VARIABLE}=specialized needs triton{_SPECIALIZED_TRITON}, this is "
-                f"{_triton_version()}"
-            )
         return forced
-    if is_hopper and _triton_has_roles():
-        return "specialized"
-    return "tma" if has_tma else "pointers"
+    return "specialized" if is_hopper else "tma" if has_tma else "pointers"
 
 
 def product(
@@ -233,7 +223,7 @@ def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
     if problem.n % tile or problem.out_bytes != 2:
         return None
     columns, depth = problem.n // tile, -(-problem.k // tile)
-    if -(-problem.m // tile) * columns < _SPECIALIZED_FROM * multiprocessors:
+    if -(-problem.m // tile) * columns < SPECIALIZED_FROM * multiprocessors:
         return None
     stationary = depth <= 8 and not problem.residual
     if stationary:
@@ -294,18 +284,6 @@ def _untuned(problem: Problem, candidates: tuple[Product, ...], multiprocessors:
 
 
 @functools.cache
-def _triton_has_roles() -> bool:
-    """Say whether this Triton compiles :mod:`specialized`."""
-    return Version(_triton_version()) in SpecifierSet(_SPECIALIZED_TRITON)
-
-
-def _triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)
-
-
-@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
@@ -328,7 +306,9 @@ def tuning_file() -> Path:
 
 
 def _section(kernel: str, device: torch.device) -> str:
-    return f"{torch.cuda.get_device_name(device)}, triton {_triton_version()}, {kernel}"
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {kernel}"
 
 
 @functools.cache

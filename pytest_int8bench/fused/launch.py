@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.fused import configs, kernels, reference
 from pytest_int8bench.fused.configs import (
     ALIGNMENT,
+    KERNEL_VARIABLE,
+    SPECIALIZED_FROM,
     SPECIALIZED_TILE,
     Problem,
     Product,
@@ -32,6 +37,10 @@ _STAGES = 3
 #: Weights that one launch dequantizes.
 AT_ONCE = 4
 _kept: dict[tuple[Any, ...], Launch] = {}
+#: Versions of Triton with which the kernel whose warps have roles has passed its tests on a GPU.
+#: The language it is written in is experimental: with others it has to prove itself first.
+_PROVED_WITH = ("3.6.",)
+_proved: dict[torch.device, bool] = {}
 
 Operands: TypeAlias = tuple[
     torch.Tensor,
@@ -314,6 +323,8 @@ def chosen_product(
     def launched(tile: Product | Specialized) -> Launch:
         return of_product(problem, has_bias, has_gamma, kernel, stride, tile, device)
 
+    if kernel == "specialized" and not _roles_are_proved(device, may_try=operands is not None):
+        kernel = "tma"
     time = None if operands is None else lambda tile: seconds(operands(), launched(tile))
     return launched(configs.product(problem, kernel, device, time))
 
@@ -401,6 +412,52 @@ def _specialized(
         {"num_warps": 4},
         descriptors,
     )
+
+
+def _roles_are_proved(device: torch.device, *, may_try: bool) -> bool:
+    """Say whether warps with roles are known to compute what the other kernels do."""
+    import triton
+
+    if triton.__version__.startswith(_PROVED_WITH) or os.environ.get(KERNEL_VARIABLE):
+        return True
+    if device not in _proved and may_try:
+        try:
+            problem = "they give other bits" if not _have_equal_bits(device) else None
+        except Exception as error:  # whatever comes of another language
+            problem = first_line(error)
+        if problem is not None:
+            warnings.warn(
+                f"INT8 products by warps with roles are off with triton {triton.__version__}: "
+                f"{problem}",
+                stacklevel=2,
+            )
+        _proved[device] = problem is None
+    return _proved.get(device, False)
+
+
+def _have_equal_bits(device: torch.device) -> bool:
+    """Say whether the kernel whose warps have roles gives the bits of the one without, in each of
+    its forms."""
+    columns, multiprocessors = 6, configs.multiprocessors(device)
+    tiles = _ceil(SPECIALIZED_FROM * multiprocessors, columns)
+    for depth, residual in ((768, False), (768, True), (2048, True)):
+        n = SPECIALIZED_TILE * columns
+        problem = Problem(SPECIALIZED_TILE * tiles - 5, n, depth, 2, residual)
+        shared_out = configs.specialized(problem, multiprocessors)
+        if shared_out is None:  # leaves too many multiprocessors idle
+            return False
+        with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+            a, b, c, *rest = operands_like(problem, True, False, torch.bfloat16, device)
+            outs = []
+            for tile in (configs.product(problem, "tma", device, None), shared_out):
+                out = torch.full_like(c, math.nan)
+                stride = n if residual else 0
+                launch = of_product(problem, True, False, "tma", stride, tile, device)
+                launch(a, b, out, *rest)
+                outs.append(out)
+            if not torch.equal(*outs):
+                return False
+    return True
 
 
 def operands_like(
