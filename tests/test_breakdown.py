@@ -14,6 +14,7 @@ INT8 = [
     "sm90_xmma_gemm_i8i8_i8i32_i32_tn_n_tilesize128x128x64_warpgroupsize1x1x1",
     "triton_tem_fused__int_mm_3",
     "triton_tem_fused__int_mm__to_copy_add_mul_12",
+    "int8_product_specialized",
     "int8_product_tma",
     "int8_product_pointers",
     "_int8_product_kernel",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pytest_int8bench.fused import configs
@@ -197,17 +197,18 @@ large = st.builds(
     Problem,
     m=st.integers(1 << 12, 1 << 18),
     n=st.integers(1, 48).map(lambda tiles: 128 * tiles),
-    k=st.integers(16, 8192),
+    k=st.one_of(st.integers(16, 1024), st.integers(16, 8192)),
     out_bytes=st.just(2),
     residual=st.booleans(),
 )
 
 
-@given(large, st.integers(1, 148))
+# H200 and H100 SXM, H100 PCIe, H20, and parts of an H100.
+@given(large, st.sampled_from([132, 114, 78, 60, 32, 16]))
 def test_each_tile_is_of_one_program_and_what_it_needs_fits(problem: Problem, count: int) -> None:
     found = specialized(problem, count)
-    if found is None:
-        return
+    assume(found is not None)
+    assert found is not None
     programs = found.slots * found.groups
     assert 0.96 * count <= programs <= count
     # As the kernel does it.

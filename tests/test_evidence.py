@@ -19,6 +19,7 @@ from pytest_int8bench.evidence import (
     check_labels,
     profile_forward,
 )
+from pytest_int8bench.fused.configs import PRODUCTS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import apply_int8_quant
 
@@ -139,7 +140,7 @@ def test_labels_that_agree_pass(
 FUSED = "int8_product_tma"
 
 
-@pytest.mark.parametrize("kernel", [FUSED, "int8_product_pointers"])
+@pytest.mark.parametrize("kernel", [f"int8_product_{name}" for name in PRODUCTS])
 def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
     evidence = ran(GEMM_BF16, kernel, "quantize_rows", FLASH)
     assert [found.name for found in evidence.int8_products] == [kernel]

@@ -159,60 +159,85 @@ def test_both_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*outs)
 
 
-# Rows, inputs, outputs: tiles that are cut off, a depth that is no multiple of a tile's, passes of
-# one and several columns, and the weight of a column in shared memory or not.
+# Rows, inputs, outputs, residual: tiles that are cut off, a depth that is no multiple of a tile's,
+# fewer steps than are loaded ahead, passes of one and several columns, and the weight of a column
+# in shared memory or not.
 LARGE = [
     (70_001, 768, 2304, False),
     (50_000, 784, 3072, False),
     (33_333, 1024, 4096, False),
     (60_000, 1024, 3072, False),
+    (100_000, 192, 768, False),
+    (90_000, 384, 1152, False),
     (130_000, 768, 768, True),
+    (120_000, 384, 384, True),
     (70_001, 3072, 768, True),
     (50_000, 4096, 1024, True),
     (60_000, 3072, 768, False),
 ]
 
 
+@pytest.fixture
+def _roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if configs.product_kernel(CUDA) != "specialized":
+        pytest.skip("needs sm90")
+    monkeypatch.setattr(launch, "_kept", {})
+
+
+def ran() -> list[str]:
+    """Return the kernels of the kinds of products that ran."""
+    return [one.kernel.fn.__name__.removeprefix("int8_product_") for one in launch._kept.values()]
+
+
+@pytest.mark.usefixtures("_roles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", LARGE, ids=str)
 def test_large_products_have_the_bits_of_the_other_kernel(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int, bool], dtype: torch.dtype
 ) -> None:
     m, k, n, has_residual = size
-    sms = configs.multiprocessors(torch.device("cuda", 0))
-    if configs.product_kernel(CUDA) != "specialized":
-        pytest.skip("needs sm90")
-    assert configs.specialized(configs.Problem(m, n, k, 2, has_residual), sms)
     q, weight = int8(m, k), int8(n, k)
     q[5] = 0
     scale, weight_scale = (torch.rand(rows, device=CUDA) / 1e3 for rows in (m, n))
     scale[7] = torch.nan
-    bias, gamma = (torch.randn(n, device=CUDA, dtype=dtype) for _ in range(2))
+    # Each is there in half of the cases, with a residual and without one.
+    bias = torch.randn(n, device=CUDA, dtype=dtype) if m % 2 or dtype == torch.float16 else None
+    gamma = torch.randn(n, device=CUDA, dtype=dtype) if k % 512 else None
     # Rows of a wider tensor, as a slice has them.
     residual = torch.randn(m, 2 * n, device=CUDA, dtype=dtype)[:, :n] if has_residual else None
     outs = []
     for kernel in ("tma", "specialized", "specialized"):
         monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
-        args = (weight, weight_scale, bias, gamma if has_residual else None, residual, dtype)
+        args = (weight, weight_scale, bias, gamma, residual, dtype)
         outs.append(operators.linear(q, scale, *args))
+    assert ran() == ["tma", "specialized"]
     assert outs[0][7].isnan().all()
     one, other, again = (out.view(torch.int16) for out in outs)
     assert torch.equal(one, other)
     assert torch.equal(other, again)
 
 
+@pytest.mark.usefixtures("_roles")
+def test_a_large_product_with_a_residual_of_another_dtype() -> None:
+    q, weight = int8(130_000, 768), int8(768, 768)
+    scales = torch.rand(130_000, device=CUDA), torch.rand(768, device=CUDA)
+    residual = torch.randn(130_000, 768, device=CUDA, dtype=torch.float32)
+    args = (weight, scales[1], None, None, residual, torch.bfloat16)
+    out = operators.linear(q, scales[0], *args)
+    assert ran() == ["tma"]
+    assert error(out, reference.linear(q, scales[0], *args)) < torch.finfo(out.dtype).eps
+
+
+@pytest.mark.usefixtures("_roles")
 def test_warps_with_roles_prove_themselves() -> None:
-    if configs.product_kernel(CUDA) != "specialized":
-        pytest.skip("needs sm90")
     state = torch.cuda.get_rng_state()
     assert launch._have_equal_bits(torch.device("cuda", 0))
     assert torch.equal(state, torch.cuda.get_rng_state())
 
 
+@pytest.mark.usefixtures("_roles")
 def test_a_large_block_runs_warps_with_roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    if configs.product_kernel(CUDA) != "specialized":
-        pytest.skip("needs sm90")
-    x = torch.randn(512, 100, 768, device=CUDA, dtype=torch.bfloat16)
+    x, changed = torch.randn(2, 512, 100, 768, device=CUDA, dtype=torch.bfloat16)
     block = Block(768).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
     eager = nn.Sequential(apply_int8_quant(block, backend="fused"))
     eager.append(copy.deepcopy(eager[0]))
@@ -221,13 +246,15 @@ def test_a_large_block_runs_warps_with_roles(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
         torch._dynamo.reset()
         compiled = compile_for_a100(eager, mode=mode)
-        outs.append(compiled(x))
-        compiled(x)
+        for _ in range(3):  # a CUDA graph is replayed from the third one on
+            compiled(x)
+        outs.append((compiled(x), compiled(changed)))
         evidence = profile_forward(functools.partial(compiled, x), CUDA)
         assert set(ours(evidence)) == {f"int8_product_{kernel or 'specialized'}"}
         assert sum(k.calls for k in evidence.int8_products) == 8
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
+    for other in outs[1:]:
+        assert torch.equal(outs[0][0], other[0])
+        assert torch.equal(outs[0][1], other[1])
 
 
 @pytest.mark.parametrize("name", ["quantize_rows", "linear"])

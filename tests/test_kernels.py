@@ -30,6 +30,8 @@ interpreted = pytest.mark.skipif(
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 linear = operators.linear
+#: Product kernels that Triton's interpreter runs.
+INTERPRETED = ("tma", "pointers")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rounding of FP32 is off by this part at most.
 FP32 = 2.0**-24
@@ -405,7 +407,7 @@ def products(draw: st.DrawFn) -> Multiplied:
 
 @interpreted
 @settings(max_examples=100)
-@given(products(), st.sampled_from(configs.PRODUCTS), st.sampled_from(TILES))
+@given(products(), st.sampled_from(INTERPRETED), st.sampled_from(TILES))
 @example(Multiplied(1, 8, 16, torch.bfloat16, residual=True), "tma", TILES[2])
 @example(Multiplied(40, 96, 144, torch.float16, gamma=True), "tma", TILES[1])
 def test_products_are_those_of_float64(case: Multiplied, kernel: str, tile: Product) -> None:
@@ -418,7 +420,7 @@ def test_products_are_those_of_float64(case: Multiplied, kernel: str, tile: Prod
 
 @interpreted
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("kernel", configs.PRODUCTS)
+@pytest.mark.parametrize("kernel", INTERPRETED)
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_way_to_cut_a_product(kernel: str, tile: Product, residual: bool) -> None:
     case = Multiplied(40, 136, 144, torch.bfloat16, gamma=residual, residual=residual)
@@ -436,8 +438,9 @@ def launches() -> Iterator[list[str]]:
     real = launch.of_product
 
     def noting(problem: Any, bias: bool, gamma: bool, kernel: str, *rest: Any) -> launch.Launch:
-        ran.append(kernel)
-        return real(problem, bias, gamma, kernel, *rest)
+        made = real(problem, bias, gamma, kernel, *rest)
+        ran.append(made.kernel.fn.__name__.removeprefix("int8_product_"))
+        return made
 
     with mock.patch.object(launch, "of_product", noting):
         yield ran
@@ -465,6 +468,26 @@ def test_which_product_runs(case: Multiplied, ran: str) -> None:
     with poisoned(), launches() as seen:
         check_product(arguments, launch.linear(*arguments, kernel="tma", tile=TILES[0]))
     assert seen == [ran]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "residual", "takes"),
+    [
+        ("specialized", torch.bfloat16, "specialized"),
+        ("specialized", torch.float16, "tma"),
+        ("specialized", torch.float32, "tma"),
+        ("tma", torch.float32, "tma"),
+        ("specialized", None, "specialized"),
+    ],
+)
+def test_warps_with_roles_take_residuals_of_the_dtype_of_the_output(
+    kernel: str, residual: torch.dtype | None, takes: str
+) -> None:
+    problem = configs.Problem(64, 128, 128, 2, residual is not None)
+    tensor = None if residual is None else torch.zeros(64, 128, dtype=residual)
+    given = (0 if residual is None else 128, tensor, torch.bfloat16)
+    assert launch.kernel_for(problem, kernel, *given, aligned=True) == takes
+    assert launch.kernel_for(problem, kernel, *given, aligned=False) == "pointers"
 
 
 @interpreted

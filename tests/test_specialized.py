@@ -30,7 +30,7 @@ from pytest_int8bench.fused import configs, launch
 from pytest_int8bench.fused.specialized import int8_product_specialized as kernel
 
 found = []
-for size, has_bias, residual in json.loads(sys.argv[1]):
+for size, has_bias, residual, divisible in json.loads(sys.argv[1]):
     problem = configs.Problem(*size, 2, residual)
     shared_out = configs.specialized(problem, 132)
     made = launch.of_product(problem, has_bias, residual, "specialized", 0, shared_out, None)
@@ -46,16 +46,23 @@ for size, has_bias, residual in json.loads(sys.argv[1]):
         for name in kernel.arg_names
     }
     at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-    source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, {})
+    # As Triton says it of addresses that are aligned.
+    vectors = [name for name in types if signature[name].startswith("*") and divisible]
+    attributes = {at[name]: [["tt.divisibility", 16]] for name in vectors}
+    source = GluonASTSource(
+        kernel, signature, {at[n]: v for n, v in constants.items()}, attributes
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=made.options)
     found.append([compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async")])
 print(json.dumps(found))
 """
+# Rows, outputs and inputs; bias, residual, and whether vectors are aligned.
 PROBLEMS = [
-    ((196608, 2304, 768), True, False),
-    ((196608, 768, 768), True, True),
-    ((98304, 1024, 4096), False, True),
-    ((196608, 768, 3072), False, False),
+    ((196608, 2304, 768), True, False, True),
+    ((196608, 2304, 768), True, False, False),
+    ((196608, 768, 768), True, True, True),
+    ((98304, 1024, 4096), False, True, True),
+    ((196608, 768, 3072), False, False, True),
 ]
 
 

@@ -21,8 +21,8 @@ from pytest_int8bench.errors import ClearError
 KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
-#: That of large matrices on sm90, which leaves the others to the next one; of sm90 and later; of
-#: any GPU.
+#: Product kernels: for large matrices on sm90 (what it does not take goes to the next one), for
+#: sm90 and later, and for any GPU.
 PRODUCTS = ("specialized", "tma", "pointers")
 #: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
 ALIGNMENT = 16
@@ -58,17 +58,17 @@ class Specialized:
     """How :mod:`specialized` shares out its tiles, and what it keeps in shared memory."""
 
     slots: int
-    """Columns of tiles that are worked on at once."""
+    """Columns of tiles of the output that are worked on at once."""
     groups: int
-    """Rows of tiles that are."""
+    """Rows of tiles of the output that are worked on at once."""
     passes: int
     """Columns that a program works on, one after the other."""
     stages: int
     """Steps that are loaded ahead."""
     buffers: int
-    """Halves of a tile that are stored at once."""
+    """Halves of a tile that a group of warps stores at once."""
     stationary: bool
-    """A column of the weight stays in shared memory."""
+    """The rows of the weight for a column of the output stay in shared memory."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ SPECIALIZED_FROM = 16
 # The part of the multiprocessors that must have work, and the columns of one at most.
 _SPECIALIZED_PART = 0.96
 _SPECIALIZED_PASSES = 3
-# What fits into shared memory: tiles of both inputs, beside four halves of a tile of the output.
+# Tiles of both inputs that fit into shared memory, beside two halves of one of the output.
 _INPUT_TILES = 12
 
 #: Rows and columns of a weight that a program dequantizes.

@@ -101,10 +101,10 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
     m = value_of(q).numel() // k
     problem = Problem(m, n, k, dtype.itemsize, residual is not None)
     stride = 0 if residual is None else n
-    kernel = configs.product_kernel(device)
     aligned = all(map(begins_aligned, (weight, residual)))
-    if not (aligned and launch.tma_takes(problem, stride, value_of(residual))):
-        kernel = "pointers"
+    kernel = launch.kernel_for(
+        problem, configs.product_kernel(device), stride, value_of(residual), dtype, aligned
+    )
     there = (bias is not None, gamma is not None)
 
     operands = functools.cache(

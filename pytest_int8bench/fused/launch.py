@@ -7,6 +7,7 @@ for each kind of call; what it found is kept as a :class:`Launch` and repeated.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -58,7 +59,7 @@ class Launch:
     """A kernel with all that does not change from one call to the next of the same kind.
 
     Args:
-        kernel: a function of :mod:`kernels`.
+        kernel: a function of :mod:`kernels` or :mod:`specialized`.
         programs: how many there are.
         numbers: its arguments after the tensors.
         constants: its compile-time constants.
@@ -111,9 +112,7 @@ class _Described(NamedTuple):
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         if self.layout is None:
             return _Descriptor(tensor, self.shape, self.strides, self.block)
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as OfGluon
-
-        return OfGluon(tensor, self.shape, self.strides, self.block, self.layout)
+        return _of_gluon()(tensor, self.shape, self.strides, self.block, self.layout)
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
@@ -121,6 +120,13 @@ class _Descriptor(TensorDescriptor):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         pass
+
+
+@functools.cache
+def _of_gluon() -> Any:
+    from pytest_int8bench.fused.specialized import Descriptor
+
+    return Descriptor
 
 
 def quantize_rows(
@@ -249,8 +255,7 @@ def linear(
     launch = _kept.get(key) if tile is None else None
     if launch is None:
         problem = Problem(q.numel() // k, n, k, out.element_size(), residual is not None)
-        if not (_aligned(operands[:4]) and tma_takes(problem, stride, residual)):
-            kernel = "pointers"
+        kernel = kernel_for(problem, kernel, stride, residual, dtype, _aligned(operands[:4]))
         there = (bias is not None, gamma is not None)
         recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
         if tile is not None:
@@ -344,6 +349,7 @@ def of_product(
         stride: from row to row of the residual, 0 where there is none.
     """
     if isinstance(tile, Specialized):
+        assert kernel == "specialized"
         return _specialized(problem, has_bias, has_gamma, stride, tile)
     m, n, k = problem.m, problem.n, problem.k
     tiles = _ceil(m, tile.bm) * _ceil(n, tile.bn)
@@ -422,7 +428,7 @@ def _roles_are_proved(device: torch.device, *, may_try: bool) -> bool:
         return True
     if device not in _proved and may_try:
         try:
-            problem = "they give other bits" if not _have_equal_bits(device) else None
+            problem = None if _have_equal_bits(device) else "they give other bits"
         except Exception as error:  # whatever comes of another language
             problem = first_line(error)
         if problem is not None:
@@ -444,15 +450,16 @@ def _have_equal_bits(device: torch.device) -> bool:
         n = SPECIALIZED_TILE * columns
         problem = Problem(SPECIALIZED_TILE * tiles - 5, n, depth, 2, residual)
         shared_out = configs.specialized(problem, multiprocessors)
-        if shared_out is None:  # leaves too many multiprocessors idle
-            return False
+        if shared_out is None:
+            raise RuntimeError(f"nothing to compare on {multiprocessors} multiprocessors")
+        tiles_of = {"tma": configs.product(problem, "tma", device, None), "specialized": shared_out}
         with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
             a, b, c, *rest = operands_like(problem, True, False, torch.bfloat16, device)
             outs = []
-            for tile in (configs.product(problem, "tma", device, None), shared_out):
+            for kernel, tile in tiles_of.items():
                 out = torch.full_like(c, math.nan)
                 stride = n if residual else 0
-                launch = of_product(problem, True, False, "tma", stride, tile, device)
+                launch = of_product(problem, True, False, kernel, stride, tile, device)
                 launch(a, b, out, *rest)
                 outs.append(out)
             if not torch.equal(*outs):
@@ -527,13 +534,34 @@ def _aligned(tensors: Sequence[torch.Tensor | None]) -> bool:
     return all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 
-def tma_takes(problem: Problem, stride: int, residual: torch.Tensor | None) -> bool:
-    """Say whether the strides of rows are multiples of what TMA takes; none may be zero."""
-    return (
-        problem.k % ALIGNMENT == 0
+def kernel_for(
+    problem: Problem,
+    kernel: str,
+    stride: int,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    aligned: bool,
+) -> str:
+    """Return ``kernel``, or the next one that takes the operands of a product.
+
+    Args:
+        stride: from row to row of the residual.
+        dtype: of the output.
+        aligned: the addresses of inputs, output and residual are multiples of ``ALIGNMENT``.
+    """
+    # Strides must be multiples of what TMA takes, and none may be zero.
+    takes_tma = (
+        aligned
+        and problem.k % ALIGNMENT == 0
         and problem.n * problem.out_bytes % ALIGNMENT == 0
         and (residual is None or (stride > 0 and stride * residual.element_size() % ALIGNMENT == 0))
     )
+    if not takes_tma:
+        return "pointers"
+    # That kernel loads the residual to where it stores the output from.
+    if kernel == "specialized" and residual is not None and residual.dtype != dtype:
+        return "tma"
+    return kernel
 
 
 def _ceil(count: int, size: int) -> int:

@@ -20,19 +20,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pytest_int8bench.fused.configs import SPECIALIZED_TILE as _TILE
+from pytest_int8bench.fused.configs import SPECIALIZED_TILE
 
 # Triton 3.9 took the longer names away.
 _copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 #: Rows and columns of a tile of the output, and columns of both inputs that a step takes.
-BM = BN = BK = gl.constexpr(_TILE)
+BM = BN = BK = gl.constexpr(SPECIALIZED_TILE)
 #: Columns of the output that are scaled and stored at once.
-HALF = gl.constexpr(_TILE // 2)
-#: Registers of a thread that multiplies, and of one that loads; of 512 for three groups of warps.
+HALF = gl.constexpr(SPECIALIZED_TILE // 2)
+# Registers of a thread of the second group that multiplies, and of the one that loads. The first
+# one has what is left of 504, which is 248.
 _MULTIPLYING, _LOADING = gl.constexpr(232), gl.constexpr(24)
+
+
+class Descriptor(TensorDescriptor):
+    """A descriptor of a tensor that is known to fit, without the checks of each call."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def layout(bits: int) -> gl.NVMMASharedLayout:
@@ -50,8 +59,8 @@ def _load(
     STAGES: gl.constexpr,
     STATIONARY: gl.constexpr,
 ):
-    """Load what the others multiply: tiles of A in a ring of ``STAGES``; of B beside them, or all
-    of a column before."""
+    """Load what the others multiply: tiles of A in a ring of ``STAGES``; those of B beside them, or
+    all that a column of the output needs at once."""
     a_tiles, b_tiles, full, empty, b_full, b_empty, _order, _residual_full = memory
     M, SLOTS, GROUPS, PASSES, k_tiles = sizes
     slot = gl.program_id(0) % SLOTS
@@ -122,8 +131,9 @@ def _multiply(
             rows = at_m + gl.arange(0, BM, gl.SliceLayout(1, half))
             scale_m = gl.load(row_scale + rows, mask=rows < M, other=0.0)
 
-            # The parity of a barrier tells a phase from its neighbours only: the other one must
-            # have seen its own phases, which come before these.
+            # In turns: one may wait for steps of its tile when the other has waited for all of the
+            # tile before. A wait knows the parity of a phase alone, and would take one that is two
+            # phases old for the one it waits for.
             mbarrier.wait(order.index(WHICH), ((ordinal + 1) // 2 + 1) & 1)
             step = ordinal * k_tiles
             acc = gl.zeros((BM, BN), gl.int32, whole)
@@ -197,9 +207,9 @@ def int8_product_specialized(
     one after the other in ``PASSES`` passes, and there on the rows of tiles ``group``, ``group +
     GROUPS``, …; so programs that run at the same time share rows, and find them in the cache.
 
-    A column of B, ``K_TILES`` tiles, stays for a pass if ``STATIONARY``; otherwise B comes in
-    steps like A, and ``K_TILES`` is not used. Each group of warps that multiplies stores through
-    ``BUFFERS`` halves of a tile, into which the residual comes first.
+    What of B a column needs, ``K_TILES`` tiles, stays for a pass if ``STATIONARY``; otherwise B
+    comes in steps like A, and ``K_TILES`` is not used. Each group of warps that multiplies stores
+    through ``BUFFERS`` halves of a tile, into which the residual comes first.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     a_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
