@@ -26,14 +26,14 @@ import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 import triton
-from pytest_int8bench.fused import configs, launch
+from pytest_int8bench.fused import configs, launches
 from pytest_int8bench.fused.specialized import int8_product_specialized as kernel
 
 found = []
 for size, has_bias, residual, divisible in json.loads(sys.argv[1]):
     problem = configs.Problem(*size, 2, residual)
     shared_out = configs.specialized(problem, 132)
-    made = launch.of_product(problem, has_bias, residual, "specialized", 0, shared_out, None)
+    made = launches.of_product(problem, has_bias, residual, "specialized", 0, shared_out, None)
     types = {"row_scale": "*fp32", "column_scale": "*fp32", "bias": "*bf16", "gamma": "*bf16"}
     names = ("a", "b", "c", "residual")
     for name, described, dtype in zip(names, made.descriptors, ("i8", "i8", "bf16", "bf16")):

@@ -160,9 +160,9 @@ def test_weights_are_dequantized_in_one_launch(
 @interpreted
 def test_launches_of_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    make = launch._of_weights
+    make = launch.of_weights
     monkeypatch.setattr(launch, "_kept", {})
-    monkeypatch.setattr(launch, "_of_weights", lambda sizes: made.append(sizes) or make(sizes))
+    monkeypatch.setattr(launch, "of_weights", lambda sizes: made.append(sizes) or make(sizes))
     weight, scale = torch.ones(3, 5, dtype=torch.int8), torch.ones(3)
     for _ in range(2):
         launch.dequantize([weight, weight], [scale, scale], torch.float32)

@@ -46,7 +46,7 @@ def put_kernels(graph: fx.Graph) -> None:
 
 
 def _inline_rows(graph: fx.Graph, node: Node) -> None:
-    from pytest_int8bench.fused import launch
+    from pytest_int8bench.fused import launches
 
     x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
     shape = _known_shape(x)
@@ -58,7 +58,7 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
     count = value.numel() // columns
     strides = columns, 0 if gate is None else columns
     there = [part is not None for part in (gate, weight, bias, factor)]
-    rows = launch.of_rows(
+    rows = launches.of_rows(
         (count, columns), strides, norm, activation, eps, keep, there, value.device
     )
     with graph.inserting_before(node):

@@ -1,25 +1,22 @@
-"""Launching the Triton kernels behind the operators.
+"""Launching the Triton kernels behind the operators, and which product a problem takes.
 
 Triton looks at every argument of every call to find the kernel that was compiled for it, which
 takes the host longer than the launch, and often longer than the GPU computes. Here it does so once
-for each kind of call; what it found is kept as a :class:`Launch` and repeated.
+for each kind of call; what it found is kept as a :class:`~launches.Launch` and repeated.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pytest_int8bench.errors import first_line
-from pytest_int8bench.fused import configs, kernels, reference
+from pytest_int8bench.fused import configs, reference
 from pytest_int8bench.fused.configs import (
     ALIGNMENT,
     KERNEL_VARIABLE,
@@ -29,14 +26,18 @@ from pytest_int8bench.fused.configs import (
     Product,
     Specialized,
 )
-from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS, Three
+from pytest_int8bench.fused.launches import (
+    AT_ONCE,
+    Launch,
+    ceil,
+    of_product,
+    of_rows,
+    of_weights,
+)
+from pytest_int8bench.fused.operators import Three
 
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
 _KEPT = 4096
-#: Of software pipelining, Triton's own number: the rows have no loop that it would apply to.
-_STAGES = 3
-#: Weights that one launch dequantizes.
-AT_ONCE = 4
 _kept: dict[tuple[Any, ...], Launch] = {}
 #: Versions of Triton with which the kernel whose warps have roles has passed its tests on a GPU.
 #: The language it is written in is experimental: with others it has to prove itself first.
@@ -53,80 +54,6 @@ Operands: TypeAlias = tuple[
     torch.Tensor | None,
     torch.Tensor | None,
 ]
-
-
-class Launch:
-    """A kernel with all that does not change from one call to the next of the same kind.
-
-    Args:
-        kernel: a function of :mod:`kernels` or :mod:`specialized`.
-        programs: how many there are.
-        numbers: its arguments after the tensors.
-        constants: its compile-time constants.
-        options: of the compiler.
-        descriptors: of the first tensors, those that it reads and writes through TMA.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        programs: int,
-        numbers: tuple[int, ...],
-        constants: dict[str, Any],
-        options: dict[str, int],
-        descriptors: tuple[_Described, ...] = (),
-    ) -> None:
-        self.kernel, self.programs, self.numbers = kernel, programs, numbers
-        self.constants, self.options, self.descriptors = constants, options, descriptors
-        names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
-        self._values = (*numbers, *(constants[name] for name in names))
-        self._run: Any = None
-
-    def __call__(self, *tensors: Any) -> None:
-        """Run it with its tensors, in the order of the kernel's parameters."""
-        if self.descriptors:
-            described = [
-                None if tensor is None else descriptor.of(tensor)
-                for tensor, descriptor in zip(tensors, self.descriptors, strict=False)
-            ]
-            tensors = (*described, *tensors[len(described) :])
-        if self._run is not None:
-            self._run(*tensors, *self._values)
-            return
-        compiled = self.kernel[(self.programs,)](
-            *tensors, *self.numbers, **self.constants, **self.options
-        )
-        if compiled is not None:  # Triton's interpreter returns none
-            self._run = compiled[(self.programs, 1, 1)]
-
-
-class _Described(NamedTuple):
-    """What a descriptor says of a tensor beside its address."""
-
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    block: list[int]
-    layout: Any = None
-    """How a block lies in shared memory, for kernels in Gluon, which are told."""
-
-    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
-        if self.layout is None:
-            return _Descriptor(tensor, self.shape, self.strides, self.block)
-        return _of_gluon()(tensor, self.shape, self.strides, self.block, self.layout)
-
-
-class _Descriptor(TensorDescriptor):  # type: ignore[misc]
-    """A descriptor of a tensor that is known to fit: Triton's checks cost as much as a launch."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-@functools.cache
-def _of_gluon() -> Any:
-    from pytest_int8bench.fused.specialized import Descriptor
-
-    return Descriptor
 
 
 def quantize_rows(
@@ -168,49 +95,6 @@ def quantize_rows(
         _keep(key, launch)
     launch(*tensors)
     return q, scale, kept
-
-
-def of_rows(
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    norm: str,
-    activation: str,
-    eps: float,
-    keep: bool,
-    there: Sequence[bool],
-    device: torch.device,
-) -> Launch:
-    """Return the launch that quantizes rows.
-
-    Args:
-        shape: of the rows.
-        strides: from row to row of the input, and of its gate.
-        there: whether there are a gate, a weight, a bias and a factor.
-        device: where they are.
-    """
-    count, columns = shape
-    has_gate, has_weight, has_bias, has_factor = there
-    cut = configs.rows(count, columns, configs.multiprocessors(device))
-    return Launch(
-        kernels.quantize_rows,
-        _ceil(count, cut.rows),
-        (count, *strides),
-        {
-            "EPS": eps,
-            "K": columns,
-            "ROWS": cut.rows,
-            "BLOCK": cut.block,
-            "CHUNKS": cut.chunks,
-            "NORM": NORMS.index(norm),
-            "ACTIVATION": ACTIVATIONS.index(activation),
-            "HAS_GATE": has_gate,
-            "HAS_WEIGHT": has_weight,
-            "HAS_BIAS": has_bias,
-            "HAS_FACTOR": has_factor,
-            "KEEP": keep,
-        },
-        {"num_warps": cut.warps, "num_stages": _STAGES},
-    )
 
 
 def linear(
@@ -288,24 +172,10 @@ def dequantize(
         key = ("dequantize", sizes, there[0][2].get_device(), _kinds(tensors))
         launch = _kept.get(key)
         if launch is None:
-            launch = _of_weights(sizes)
+            launch = of_weights(sizes)
             _keep(key, launch)
         launch(*tensors)
     return outs
-
-
-def _of_weights(sizes: Sequence[tuple[int, ...]]) -> Launch:
-    """Return the launch that dequantizes weights of given sizes, at most ``AT_ONCE``."""
-    rows, columns = configs.DEQUANTIZED_TILE
-    padded = [*sizes, *[(0, 0)] * (AT_ONCE - len(sizes))]
-    ends = list(itertools.accumulate(_ceil(n, rows) * _ceil(k, columns) for n, k in padded))
-    return Launch(
-        kernels.dequantize,
-        ends[-1],
-        (*(n for n, _ in padded), *ends[:-1]),
-        {**{f"K{i}": k for i, (_, k) in enumerate(padded)}, "ROWS": rows, "COLUMNS": columns},
-        {"num_warps": 4, "num_stages": _STAGES},
-    )
 
 
 def chosen_product(
@@ -334,92 +204,6 @@ def chosen_product(
     return launched(configs.product(problem, kernel, device, time))
 
 
-def of_product(
-    problem: Problem,
-    has_bias: bool,
-    has_gamma: bool,
-    kernel: str,
-    stride: int,
-    tile: Product | Specialized,
-    device: torch.device,
-) -> Launch:
-    """Return the launch of a product with given tiles.
-
-    Args:
-        stride: from row to row of the residual, 0 where there is none.
-    """
-    if isinstance(tile, Specialized):
-        assert kernel == "specialized"
-        return _specialized(problem, has_bias, has_gamma, stride, tile)
-    m, n, k = problem.m, problem.n, problem.k
-    tiles = _ceil(m, tile.bm) * _ceil(n, tile.bn)
-    constants: dict[str, Any] = {
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "GROUP": tile.group,
-        "HAS_BIAS": has_bias,
-        "HAS_GAMMA": has_gamma,
-        "HAS_RESIDUAL": problem.residual,
-    }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if kernel == "pointers":
-        constants["EVEN_K"] = k % tile.bk == 0
-        return Launch(kernels.int8_product_pointers, tiles, (m, n, k, stride), constants, options)
-    programs = tile.programs_per_sm * configs.multiprocessors(device)
-    constants |= {
-        "PROGRAMS": programs,
-        "PARTS": tile.parts,
-        "FLATTEN": tile.flatten,
-        "EARLY": tile.early,
-    }
-    part = [tile.bm, tile.bn // tile.parts]
-    descriptors = (
-        _Described((m, k), (k, 1), [tile.bm, tile.bk]),
-        _Described((n, k), (k, 1), [tile.bn, tile.bk]),
-        _Described((m, n), (n, 1), part),
-        _Described((m, n), (stride or n, 1), part),
-    )
-    return Launch(
-        kernels.int8_product_tma, min(tiles, programs), (m, n, k), constants, options, descriptors
-    )
-
-
-def _specialized(
-    problem: Problem, has_bias: bool, has_gamma: bool, stride: int, shared_out: Specialized
-) -> Launch:
-    """Return the launch of a product by warps that have roles."""
-    from pytest_int8bench.fused.specialized import int8_product_specialized, layout
-
-    m, n, k = problem.m, problem.n, problem.k
-    tile = SPECIALIZED_TILE
-    depth = _ceil(k, tile)
-    inputs, halves = layout(8), layout(8 * problem.out_bytes)
-    half = [tile, tile // 2]
-    descriptors = (
-        _Described((m, k), (k, 1), [tile, tile], inputs),
-        _Described((n, k), (k, 1), [tile, tile], inputs),
-        _Described((m, n), (n, 1), half, halves),
-        _Described((m, n), (stride or n, 1), half, halves),
-    )
-    return Launch(
-        int8_product_specialized,
-        shared_out.slots * shared_out.groups,
-        (m, shared_out.slots, shared_out.groups, shared_out.passes, depth),
-        {
-            "K_TILES": depth if shared_out.stationary else 0,
-            "STAGES": shared_out.stages,
-            "BUFFERS": shared_out.buffers,
-            "STATIONARY": shared_out.stationary,
-            "HAS_BIAS": has_bias,
-            "HAS_GAMMA": has_gamma,
-            "HAS_RESIDUAL": problem.residual,
-        },
-        {"num_warps": 4},
-        descriptors,
-    )
-
-
 def _roles_are_proved(device: torch.device, *, may_try: bool) -> bool:
     """Say whether warps with roles are known to compute what the other kernels do."""
     import triton
@@ -445,7 +229,7 @@ def _have_equal_bits(device: torch.device) -> bool:
     """Say whether the kernel whose warps have roles gives the bits of the one without, in each of
     its forms."""
     columns, multiprocessors = 6, configs.multiprocessors(device)
-    tiles = _ceil(SPECIALIZED_FROM * multiprocessors, columns)
+    tiles = ceil(SPECIALIZED_FROM * multiprocessors, columns)
     for depth, residual in ((768, False), (768, True), (2048, True)):
         n = SPECIALIZED_TILE * columns
         problem = Problem(SPECIALIZED_TILE * tiles - 5, n, depth, 2, residual)
@@ -562,7 +346,3 @@ def kernel_for(
     if kernel == "specialized" and residual is not None and residual.dtype != dtype:
         return "tma"
     return kernel
-
-
-def _ceil(count: int, size: int) -> int:
-    return -(-count // size)
