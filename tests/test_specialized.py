@@ -20,61 +20,84 @@ from pytest_int8bench.fused.configs import Problem, Product, Specialized
 triton = pytest.importorskip("triton")
 launch = pytest.importorskip("pytest_int8bench.fused.launch")
 
-# In a process of its own: where no GPU is, Triton's own functions are interpreted in this one.
-COMPILE = """
+# In a process of its own: where no GPU is, Triton's own functions are interpreted in this one. The
+# driver is one of an H200 that runs nothing; all before it is what runs on a GPU.
+LAUNCH = """
 import json, sys
+from types import SimpleNamespace
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-import triton
-from pytest_int8bench.fused import configs, launches
-from pytest_int8bench.fused.specialized import int8_product_specialized as kernel
+from triton.runtime.driver import driver
+from pytest_int8bench.fused import configs, launch
 
-found = []
-for size, has_bias, residual, divisible in json.loads(sys.argv[1]):
-    problem = configs.Problem(*size, 2, residual)
-    shared_out = configs.specialized(problem, 132)
-    made = launches.of_product(problem, has_bias, residual, "specialized", 0, shared_out, None)
-    types = {"row_scale": "*fp32", "column_scale": "*fp32", "bias": "*bf16", "gamma": "*bf16"}
-    names = ("a", "b", "c", "residual")
-    for name, described, dtype in zip(names, made.descriptors, ("i8", "i8", "bf16", "bf16")):
-        types[name] = f"tensordesc<{dtype}{described.block},{described.layout!r}>"
-    constants = dict(made.constants)
-    missing = {"bias": has_bias, "gamma": residual, "residual": residual}
-    constants |= {name: None for name, there in missing.items() if not there}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-    # As Triton says it of addresses that are aligned.
-    vectors = [name for name in types if signature[name].startswith("*") and divisible]
-    attributes = {at[name]: [["tt.divisibility", 16]] for name in vectors}
-    source = GluonASTSource(
-        kernel, signature, {at[n]: v for n, v in constants.items()}, attributes
+grids = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, x, y, z, *rest):
+        grids.append([x, y, z])
+
+driver.set_active(SimpleNamespace(
+    launcher_cls=Launcher,
+    utils=SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        load_binary=lambda *args: (None, None, 168, 0, 1024),
+        unload_module=lambda module: None,
+    ),
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+))
+configs.multiprocessors = lambda device: 132
+configs._capability = lambda device: (9, 0)
+for rows, outputs, inputs, has_bias, has_residual, aligned in json.loads(sys.argv[1]):
+    problem = configs.Problem(rows, outputs, inputs, 2, has_residual)
+    device = torch.device("cpu")
+    q, weight, out, residual, *vectors = launch.operands_like(
+        problem, has_bias, has_residual, torch.bfloat16, device
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=made.options)
-    found.append([compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async")])
-print(json.dumps(found))
+    if not aligned:
+        vectors = [v if v is None else torch.cat([v[:1], v])[1:] for v in vectors]
+    scale, weight_scale, bias, gamma = vectors
+    for _ in range(2):  # the second one repeats what was prepared
+        launch.linear(
+            q, scale, weight, weight_scale, bias, gamma, residual, out.dtype, kernel="specialized"
+        )
+kept = list(launch._kept.values())
+compiled = [kernel for one in kept for kernel in one.kernel.device_caches[0][0].values()]
+print(json.dumps({
+    "kernels": [one.kernel.fn.__name__ for one in kept],
+    "grids": grids,
+    "shared": [kernel.metadata.shared for kernel in compiled],
+    "products": [kernel.asm["ptx"].count("wgmma.mma_async") for kernel in compiled],
+}))
 """
-# Rows, outputs and inputs; bias, residual, and whether vectors are aligned.
+# Rows, outputs and inputs; bias, residual (and gamma), and whether vectors are aligned.
 PROBLEMS = [
-    ((196608, 2304, 768), True, False, True),
-    ((196608, 2304, 768), True, False, False),
-    ((196608, 768, 768), True, True, True),
-    ((98304, 1024, 4096), False, True, True),
-    ((196608, 768, 3072), False, False, True),
+    (16384, 2304, 768, True, False, True),
+    (16384, 2304, 768, True, False, False),
+    (45056, 768, 768, True, True, True),
+    (34000, 1024, 4096, False, True, True),
+    (45056, 768, 3072, False, False, True),
 ]
 
 
-def test_it_compiles_for_each_kind_of_problem(tmp_path: Path) -> None:
+def test_each_kind_of_problem_compiles_and_is_launched(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, json.dumps(PROBLEMS)]
+    environment["INT8BENCH_PRODUCT"] = "specialized"  # whatever the version of Triton
+    command = [sys.executable, "-c", LAUNCH, json.dumps(PROBLEMS)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    for shared, products in json.loads(ran.stdout.splitlines()[-1]):
-        assert shared <= 227 * 1024  # of a multiprocessor of sm90
-        assert products > 0
+    found = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))
+    assert found["kernels"] == ["int8_product_specialized"] * len(PROBLEMS)
+    wanted = [configs.specialized(Problem(*p[:3], 2, p[4]), 132) for p in PROBLEMS]
+    programs = [tiles.slots * tiles.groups for tiles in wanted if tiles is not None]
+    assert found["grids"] == [[count, 1, 1] for count in programs for _ in range(2)]
+    assert all(0 < shared <= 227 * 1024 for shared in found["shared"])  # of a multiprocessor
+    assert all(products > 0 for products in found["products"])
 
 
 # -- proving itself -----------------------------------------------------------------------------
