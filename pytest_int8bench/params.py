@@ -142,7 +142,8 @@ class RunParams:
     int8_backend: str = "auto"
     """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
     feed: str = "device"
-    """``device``: inputs stay on the device; ``host``: a DataLoader streams them there."""
+    """``device``: inputs stay on the device; ``host``: a DataLoader streams them there (CUDA only;
+    elsewhere the point is skipped)."""
     extra: Mapping[str, Scalar] = field(default_factory=FrozenDict)
     """Axes of a user's workload, by name."""
     benchmark_interval_s: float = 10.0

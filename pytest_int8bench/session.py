@@ -142,9 +142,10 @@ class State:
         if self.settings.filter is None:
             return workload
         if self._filter is None:
-            self._filter = load_object(self.settings.filter, self.invocation)
-            if not callable(self._filter):
+            found = load_object(self.settings.filter, self.invocation)
+            if not callable(found):
                 raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
+            self._filter = found
         return dataclasses.replace(workload, filter_fn=self._filter)
 
     def throughput(self) -> Throughput:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pytest_int8bench import Workload
+from pytest_int8bench.options import Settings
 from pytest_int8bench.results import Result, read
+from pytest_int8bench.session import State
 
 SMOKE = (
     "--int8-preset=smoke",
@@ -547,6 +552,16 @@ def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> 
     assert (measured.speedup, measured.int8_time_share, measured.kernels) == (None, None, [])
     # What was quantized is still said: that costs nothing.
     assert measured.coverage is not None
+
+
+def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> None:
+    config: Any = SimpleNamespace(
+        inipath=None, rootpath=tmp_path, invocation_params=SimpleNamespace(dir=tmp_path)
+    )
+    state = State(config, replace(Settings(), filter="os:sep"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^--int8-filter: os:sep is not callable$"):
+            state.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
 def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
