@@ -21,9 +21,10 @@ from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.inductor import FusingInductor
+from pytest_int8bench.inductor import FusingInductor, start_workers
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
+from pytest_int8bench.stamping import stamped
 from pytest_int8bench.tensors import map_tensors
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
@@ -135,6 +136,8 @@ class CompiledModel(torch.nn.Module):
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
         _let_einops_know_tensors()
+        if _device_type(self.model) == "cuda":
+            start_workers()
         regions = Regions(repeated_blocks(self.model))
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
@@ -176,13 +179,13 @@ class CompiledModel(torch.nn.Module):
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
         self._entry = self._new_entry(fullgraph, inline)
         try:
-            with regions:
+            with stamped(), regions:
                 return self._entry(*args, **kwargs)
         except Exception as error:
             if self._cache is None or was_empty or _is_not_of_caches(error):
                 raise
         self._entry = self._new_entry(fullgraph, inline)
-        with self._cache.emptied(), regions:
+        with self._cache.emptied(), stamped(), regions:
             return self._entry(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -200,9 +203,7 @@ class CompiledModel(torch.nn.Module):
     def settings(self) -> Iterator[None]:
         """Enter what every call runs under: inference mode, autocast, TF32, the attention
         backend, and compiler settings. All are restored on leaving."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        parameter = next(tensors, None)
-        device_type = "cpu" if parameter is None else parameter.device.type
+        device_type = _device_type(self.model)
         with (
             torch.inference_mode(),
             torch.autocast(
@@ -298,6 +299,11 @@ def graphs_skipped() -> int:
 def graphs_compiled() -> int:
     """Return how many graphs this process has compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _device_type(model: torch.nn.Module) -> str:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return "cpu" if tensor is None else tensor.device.type
 
 
 def _let_einops_know_tensors() -> None:

@@ -38,6 +38,14 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
             return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 
+def start_workers() -> None:
+    """Let the processes in which Inductor compiles kernels start now. They take seconds to import
+    torch, and what is needed until they have is compiled in this one."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.wakeup()
+
+
 def _check_regions(module: fx.GraphModule) -> None:
     """Raise if a region returns a view from the middle of a tensor: Inductor adds its offset twice
     and reads what lies behind (``InvokeSubgraph.create`` of torch 2.13)."""

@@ -241,7 +241,8 @@ class Scaled(Block):
 def test_blocks_that_differ_in_a_number_keep_it(
     count: int, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    compiled_and_eager(Blocks(*(Scaled(1 + index / 8) for index in range(count))))
+    compiled = compiled_and_eager(Blocks(*(Scaled(1 + index / 8) for index in range(count))))
+    assert (compiled.regions, compiled.regions_refused) == (count, None)
 
 
 class Returns(Block):

@@ -28,9 +28,10 @@ from types import SimpleNamespace
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from pytest_int8bench.fused import configs, launch
+from pytest_int8bench.fused import ahead, configs, launch
+from pytest_int8bench.fused.specialized import int8_product_specialized
 
-grids = []
+grids, new = [], []
 
 class Launcher:
     def __init__(self, source, metadata):
@@ -61,15 +62,26 @@ for rows, outputs, inputs, has_bias, has_residual, aligned in json.loads(sys.arg
     if not aligned:
         vectors = [v if v is None else torch.cat([v[:1], v])[1:] for v in vectors]
     scale, weight_scale, bias, gamma = vectors
+    product = launch.chosen_product(
+        problem, has_bias, has_residual, "specialized", outputs * has_residual, device, None
+    )
+    operands = (q, weight, out, residual, *vectors)
+    dtypes = [None if operand is None else operand.dtype for operand in operands]
+    product.compile_ahead(dtypes, device)
+    ahead.finish()
+    compiled = int8_product_specialized.device_caches[0][0]
+    known = set(compiled)
     for _ in range(2):  # the second one repeats what was prepared
         launch.linear(
             q, scale, weight, weight_scale, bias, gamma, residual, out.dtype, kernel="specialized"
         )
+    new.append(len(set(compiled) - known))
 kept = list(launch._kept.values())
 compiled = [kernel for one in kept for kernel in one.kernel.device_caches[0][0].values()]
 print(json.dumps({
     "kernels": [one.kernel.fn.__name__ for one in kept],
     "grids": grids,
+    "new": new,
     "shared": [kernel.metadata.shared for kernel in compiled],
     "products": [kernel.asm["ptx"].count("wgmma.mma_async") for kernel in compiled],
 }))
@@ -98,6 +110,8 @@ def test_each_kind_of_problem_compiles_and_is_launched(tmp_path: Path) -> None:
     assert found["grids"] == [[count, 1, 1] for count in programs for _ in range(2)]
     assert all(0 < shared <= 227 * 1024 for shared in found["shared"])  # of a multiprocessor
     assert all(products > 0 for products in found["products"])
+    # What was compiled ahead is what is launched, but for vectors that are not aligned.
+    assert found["new"] == [int(not aligned) for *_, aligned in PROBLEMS]
 
 
 # -- proving itself -----------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
     """Join operators in the graph of ``module``, and in those of the regions it calls, in place.
 
     Args:
-        inline: put kernels in the place of the operators that are left (:mod:`inlining`).
+        inline: put kernels in the place of the operators that are left (:mod:`inlining`); they are
+            compiled ahead in any case.
     """
     for part in module.modules():
         if isinstance(part, fx.GraphModule) and _has_linear(part.graph):
@@ -67,8 +68,7 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
             _absorb_scale_and_residual(graph)
             _absorb_norms_and_activations(graph)
             _erase_unused(graph)
-            if inline:
-                put_kernels(graph)
+            put_kernels(graph, inline=inline)
             graph.lint()
             part.recompile()
     return module

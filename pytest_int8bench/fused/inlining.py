@@ -3,7 +3,8 @@
 An operator is a call of Python into the dispatcher and back for each launch. A kernel that Inductor
 knows it launches like its own: sooner, with buffers that it plans, from a compile
 cache that holds the kernel, and compiled in parallel with the others. What has a shape that is not
-known, or memory that is not dense, stays an operator.
+known, or memory that is not dense, stays an operator; kernels of others that stay are compiled
+ahead.
 
 The nodes are those that ``torch.compile`` makes of a kernel that a user calls.
 """
@@ -36,16 +37,20 @@ from pytest_int8bench.fused.operators import MAX_COLUMNS
 _NO_CONSTANTS = 1 << 60
 
 
-def put_kernels(graph: fx.Graph) -> None:
-    """Replace the operators of a graph by their kernels, where all is known that they need."""
+def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
+    """Replace the operators of a graph by their kernels, where all is known that they need.
+
+    Args:
+        inline: if not, the kernels are only compiled ahead.
+    """
     for node in list(graph.nodes):
         if node.target is QUANTIZE:
-            _inline_rows(graph, node)
+            _put_rows(graph, node, inline)
         elif node.target is LINEAR:
-            _inline_product(graph, node)
+            _put_product(graph, node, inline)
 
 
-def _inline_rows(graph: fx.Graph, node: Node) -> None:
+def _put_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
     from pytest_int8bench.fused import launches
 
     x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
@@ -61,6 +66,11 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
     rows = launches.of_rows(
         (count, columns), strides, norm, activation, eps, keep, there, value.device
     )
+    if not inline:
+        written = torch.int8, torch.float32
+        kinds = (*map(_dtype, (x, gate)), *written, *map(_dtype, (weight, bias, factor)))
+        rows.compile_ahead((*kinds, value.dtype if keep else None), value.device)
+        return
     with graph.inserting_before(node):
         x, gate, weight, bias, factor = (
             None if part is None else graph.call_method("contiguous", (part,))
@@ -74,9 +84,9 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
             for part in (x, gate)
         )
         tensors = (x, gate, q, scale, weight, bias, factor, kept)
-        written = _call(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
+        called = _call(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
         shapes = shape, shape[:-1], shape
-        outputs = [graph.call_method("view", pair) for pair in zip(written, shapes, strict=False)]
+        outputs = [graph.call_method("view", pair) for pair in zip(called, shapes, strict=False)]
         if not keep:
             outputs.append(_empty(graph, (0,), value.dtype, value.device))
     for user in list(node.users):
@@ -88,7 +98,7 @@ def _inline_rows(graph: fx.Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
-def _inline_product(graph: fx.Graph, node: Node) -> None:
+def _put_product(graph: fx.Graph, node: Node, inline: bool) -> None:
     from pytest_int8bench.fused import launch
 
     q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
@@ -111,8 +121,11 @@ def _inline_product(graph: fx.Graph, node: Node) -> None:
         functools.partial(launch.operands_like, problem, *there, dtype, device)
     )
     product = launch.chosen_product(problem, *there, kernel, stride, device, operands)
-    if any(described.layout for described in product.descriptors):
-        return  # of Gluon, which Inductor does not know
+    # Inductor does not know Gluon.
+    if not inline or any(described.layout for described in product.descriptors):
+        rest = (residual, scale, weight_scale, bias, gamma)
+        product.compile_ahead((*map(_dtype, (q, weight)), dtype, *map(_dtype, rest)), device)
+        return
     with graph.inserting_before(node):
         rows: Node = graph.call_method("reshape", (q, (m, k)))
         flat_scale: Node = graph.call_method("reshape", (scale, (m,)))
@@ -210,6 +223,10 @@ def _known_shape(node: Node) -> tuple[int, ...] | None:
         return None
     shape = tuple(value.shape)
     return shape if all(isinstance(size, int) and size > 0 for size in shape) else None
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    return None if node is None else value_of(node).dtype
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pytest_int8bench.fused import configs, kernels
+from pytest_int8bench.fused import ahead, configs, kernels
 from pytest_int8bench.fused.configs import SPECIALIZED_TILE, Problem, Product, Specialized
 from pytest_int8bench.fused.operators import ACTIVATIONS, NORMS
 
@@ -50,19 +50,36 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         """Run it with its tensors, in the order of the kernel's parameters."""
         if self.descriptors:
-            described = [
-                None if tensor is None else descriptor.of(tensor)
-                for tensor, descriptor in zip(tensors, self.descriptors, strict=False)
-            ]
-            tensors = (*described, *tensors[len(described) :])
+            tensors = self._described(tensors)
         if self._run is not None:
             self._run(*tensors, *self._values)
             return
+        ahead.finish()
         compiled = self.kernel[(self.programs,)](
             *tensors, *self.numbers, **self.constants, **self.options
         )
         if compiled is not None:  # Triton's interpreter returns none
             self._run = compiled[(self.programs, 1, 1)]
+
+    def compile_ahead(self, dtypes: Sequence[torch.dtype | None], device: torch.device) -> None:
+        """Compile the kernel in a thread, for tensors at aligned addresses.
+
+        Args:
+            dtypes: of its tensors, None for those that are not there.
+            device: where it is going to run.
+        """
+        from triton.runtime.jit import MockTensor
+
+        mocks = self._described([None if dtype is None else MockTensor(dtype) for dtype in dtypes])
+        warmup = functools.partial(self.kernel.warmup, *mocks, *self.numbers, grid=(self.programs,))
+        ahead.start(functools.partial(warmup, **self.constants, **self.options), device)
+
+    def _described(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        described = [
+            None if tensor is None else descriptor.of(tensor)
+            for tensor, descriptor in zip(tensors, self.descriptors, strict=False)
+        ]
+        return (*described, *tensors[len(described) :])
 
 
 class _Described(NamedTuple):

@@ -195,7 +195,8 @@ def replace_linears(
             layer = kind(block, start, stop, tensors.factor)
             layer.train(model.training)
             for attribute, value in vars(model.get_submodule(name)).items():  # of the user's
-                vars(layer).setdefault(attribute, value)
+                if attribute != "extra_repr":  # torchao's, of the layer that was
+                    vars(layer).setdefault(attribute, value)
             start = stop
             for alias in shared[name]:
                 model.set_submodule(alias, layer)
