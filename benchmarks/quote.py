@@ -39,6 +39,7 @@ from pytest_int8bench.building import build_eager
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.evidence import profile_forward
+from pytest_int8bench.inductor import load_inductor
 from pytest_int8bench.measure import Plan, pilot, summarize, time_block
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.olmoearth import olmoearth
@@ -154,6 +155,7 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
         variant.quantize(eager)
     weight_bytes = _weight_bytes(eager)
     if variant.by_hand:
+        load_inductor("cuda")  # as the other variants do, outside the clock
         compiled = torch.compile(eager, mode=None if point.mode == "default" else point.mode)
         settings: Any = FlashSDPA(variant.attention)
     else:

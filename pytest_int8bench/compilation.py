@@ -21,7 +21,7 @@ from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.inductor import FusingInductor, start_workers
+from pytest_int8bench.inductor import FusingInductor, load_inductor
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
 from pytest_int8bench.stamping import stamped
@@ -61,8 +61,8 @@ class CompiledModel(torch.nn.Module):
         model: the model that was given.
         mode: the torch.compile mode, or ``off``.
         attention: the attention backend allowed on every call.
-        first_call_s: seconds of the first call, compiling included; None before it, and in mode
-            ``off``.
+        first_call_s: seconds of the first call, compiling included, but not the loading of
+            Inductor; None before it, and in mode ``off``.
         cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
         compile_cache: ``warm`` if the first call found all its graphs in a compile cache on disk,
             ``cold`` if not; None before it, and where nothing was looked up.
@@ -101,6 +101,8 @@ class CompiledModel(torch.nn.Module):
         self.compile_cache: str | None = None
         self.regions = 0
         self.regions_refused: str | None = None
+        if mode != "off":
+            load_inductor(_device_type(model))
 
     def _new_entry(self, fullgraph: bool, inline: bool) -> Callable[..., Any]:
         """Return what calls the model, compiled at its first call by Inductor, with what stands
@@ -136,8 +138,6 @@ class CompiledModel(torch.nn.Module):
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
         _let_einops_know_tensors()
-        if _device_type(self.model) == "cuda":
-            start_workers()
         regions = Regions(repeated_blocks(self.model))
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
@@ -177,15 +177,17 @@ class CompiledModel(torch.nn.Module):
         # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
         # failed.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
+        # Regions that users marked are torch's.
+        read_once = stamped if regions else contextlib.nullcontext
         self._entry = self._new_entry(fullgraph, inline)
         try:
-            with stamped(), regions:
+            with read_once(), regions:
                 return self._entry(*args, **kwargs)
         except Exception as error:
             if self._cache is None or was_empty or _is_not_of_caches(error):
                 raise
         self._entry = self._new_entry(fullgraph, inline)
-        with self._cache.emptied(), stamped(), regions:
+        with self._cache.emptied(), read_once(), regions:
             return self._entry(*args, **kwargs)
 
     @contextlib.contextmanager

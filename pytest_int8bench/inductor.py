@@ -38,12 +38,13 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
             return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def start_workers() -> None:
-    """Let the processes in which Inductor compiles kernels start now. They take seconds to import
-    torch, and what is needed until they have is compiled in this one."""
+def load_inductor(device_type: str) -> None:
+    """Load Inductor, and for a GPU let the processes start in which it compiles kernels. These take
+    seconds to import torch; what is needed until they have is compiled in this process."""
     from torch._inductor.async_compile import AsyncCompile
 
-    AsyncCompile.wakeup()
+    if device_type == "cuda":
+        AsyncCompile.wakeup()
 
 
 def _check_regions(module: fx.GraphModule) -> None:
