@@ -41,9 +41,17 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
 def load_inductor(device_type: str) -> None:
     """Load Inductor, and for a GPU let the processes start in which it compiles kernels. These take
     seconds to import torch; what is needed until they have is compiled in this process."""
+    import torch._inductor.compile_fx  # noqa: F401  of which torch.compile puts off the import
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime import compile_tasks
 
     if device_type == "cuda":
+        # Those assemble with torch's own ptxas, and this process with Triton's until it compiles a
+        # kernel of Inductor. The version is part of the key of Triton's cache, and asked for once:
+        # a process that found its graph in the cache found no kernel there.
+        use_ptxas_of_torch = getattr(compile_tasks, "_set_triton_ptxas_path", None)
+        if use_ptxas_of_torch is not None:
+            use_ptxas_of_torch()
         AsyncCompile.wakeup()
 
 
