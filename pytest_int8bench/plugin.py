@@ -138,7 +138,8 @@ def pytest_runtest_makereport(
     report = yield
     shorten(report, call, item.config.getoption("tbstyle"))
     state = item.config.stash[STATE]
-    record_outcome(state, item, report, params_of(item))
+    error = call.excinfo.value if call.excinfo is not None else None
+    record_outcome(state, item, report, params_of(item), error)
     if state.worker is not None:
         state.worker.attach(state, item, report, call)
     return report

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.errors import UndecidedError
 from pytest_int8bench.options import OPTIONS, Settings
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
@@ -356,15 +357,21 @@ def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) 
 
 
 def record_outcome(
-    state: State, item: pytest.Item, report: pytest.TestReport, params: RunParams | None
+    state: State,
+    item: pytest.Item,
+    report: pytest.TestReport,
+    params: RunParams | None,
+    error: BaseException | None,
 ) -> None:
     """Write the point of ``item`` to the journal if it was skipped or failed; ``params`` are those
-    it was parametrized with.
+    it was parametrized with, ``error`` what ended it.
 
     A point that was measured is written when it is; if its test fails after that, for instance
-    by an assertion of its own, its result is written again as ``failed``.
+    by an assertion of its own, its result is written again as ``failed``. One that fails because
+    samples do not decide shows nothing against what was measured.
     """
-    _tell_benchmark(state, item, report)
+    stands = isinstance(error, UndecidedError)
+    _tell_benchmark(state, item, report, stands=stands)
     point = state.points_of.get(item.nodeid)
     if point is None and report.failed and params is not None:
         point = (state.settings.workload, params)  # it failed before its workload was known
@@ -377,7 +384,7 @@ def record_outcome(
     reason = _reason(report)
     measured = _results_of(state, item)
     if measured:
-        if measured[0].status == "ok" and report.failed:
+        if measured[0].status == "ok" and report.failed and not stands:
             state.record(dataclasses.replace(measured[0], status=status, reason=reason))
         return
     if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
@@ -407,14 +414,16 @@ def leave_out(config: pytest.Config, nodeid: str) -> None:
             found.fixture.has_error = True
 
 
-def _tell_benchmark(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
+def _tell_benchmark(
+    state: State, item: pytest.Item, report: pytest.TestReport, *, stands: bool
+) -> None:
     """Keep timings of failed tests out of pytest-benchmark's file, where they would pass for
-    baselines, and its warning about unused benchmarks from points that failed or ran out of
-    memory."""
+    baselines (unless what was measured ``stands``), and its warning about unused benchmarks from
+    points that failed or ran out of memory."""
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if benchmark is None or item.nodeid not in state.points_of:
         return
-    if report.failed:
+    if report.failed and not stands:
         benchmark.has_error = True
     if report.failed or any(result.oom for result in _results_of(state, item)):
         benchmark.skipped = True

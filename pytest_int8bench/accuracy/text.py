@@ -20,6 +20,8 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
         lines += describe(verdict)
     if any(v.outcome == "FAIL" and v.metric != NO_LABELS for v in verdicts) and not remedied:
         lines.append("--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8")
+    if any(v.outcome == "INCONCLUSIVE" for v in verdicts):
+        lines.append("--int8-inconclusive=warn lets what samples cannot decide pass with a warning")
     return "\n".join(lines)
 
 
