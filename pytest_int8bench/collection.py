@@ -1,4 +1,5 @@
-"""Collected tests: which have points, their benchmark markers, and the order they run in."""
+"""Collected tests: which have points, whose workload they take, their benchmark markers, and the
+order they run in."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 
 from pytest_int8bench import clock
+from pytest_int8bench.options import OPTIONS
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.session import marker_changes
+from pytest_int8bench.session import STATE, marker_changes
 
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
@@ -52,6 +54,37 @@ def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> 
             merged |= marker.kwargs
         merged["timer"] = clock.synchronized_perf_counter
         item.add_marker(pytest.mark.benchmark(**merged), append=False)
+
+
+def check_workload(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse ``--int8-workload`` where every test brings a workload of its own.
+
+    Raises:
+        pytest.UsageError: one line that says whose they are.
+    """
+    option = OPTIONS["workload"]
+    if option.source(config) != option.flag:
+        return  # in an ini file it waits for tests that take it
+    owners = [_workload_owner(item) for item in items if params_of(item) is not None]
+    if owners and None not in owners:
+        listed = ", ".join(dict.fromkeys(str(owner) for owner in owners))
+        raise pytest.UsageError(
+            f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
+            f"{config.stash[STATE].settings.workload!r}"
+        )
+
+
+def _workload_owner(item: pytest.Item) -> str | None:
+    """Return what gives ``item`` its workload, None if it is, or may be, the session's."""
+    for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
+        if definition.func.__module__ == "pytest_int8bench.fixtures":
+            break
+        if not {"int8_workload", "request"} & {*definition.argnames}:  # which lead to the next one
+            return f"int8_workload in {definition.func.__module__}"
+    try:
+        return "@pytest.mark.int8" if marker_changes(item)[1] else None
+    except ValueError:  # its test says so
+        return None
 
 
 def sort_by_model(items: list[pytest.Item]) -> None:

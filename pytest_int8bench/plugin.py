@@ -10,6 +10,7 @@ import pytest
 
 from pytest_int8bench import fixtures, options
 from pytest_int8bench.collection import (
+    check_workload,
     has_points,
     leave_out_other_tests,
     merge_benchmark_markers,
@@ -124,6 +125,12 @@ def pytest_collection_modifyitems(
     result = yield
     sort_by_model(items)  # after plugins that shuffle; --ff then picks from this order
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.config.stash[STATE].worker is None:  # what a worker refuses looks like a crash
+        check_workload(session.config, session.items)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:

@@ -614,6 +614,47 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
 
 
+MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUGHPUT
+
+
+@pytest.mark.parametrize(
+    ("conftest", "body", "owner"),
+    [(CONFTEST, THROUGHPUT, "int8_workload in conftest"), ("", MARKED, "@pytest.mark.int8")],
+    ids=["fixture", "marker"],
+)
+def test_a_workload_that_no_test_takes_is_refused(
+    project: pytest.Pytester, conftest: str, body: str, owner: str
+) -> None:
+    project.makeconftest(conftest)
+    project.makepyfile(test_one=body)
+    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=digits")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    [line] = filter(None, result.errlines)
+    assert line == (
+        f"ERROR: --int8-workload: no test takes it, each has a workload of its own ({owner}), "
+        "got 'digits'"
+    )
+    # An ini value waits for tests that take it.
+    result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
+    result.assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("argument", ["int8_workload", "request"])
+def test_a_workload_that_one_test_takes_is_not_refused(
+    project: pytest.Pytester, argument: str
+) -> None:
+    made = {"request": "request.getfixturevalue('int8_workload')"}.get(argument, argument)
+    project.makeconftest(
+        f"import pytest\n\n\n@pytest.fixture\ndef int8_workload({argument}):\n    return {made}"
+    )
+    project.makepyfile(
+        test_one=MARKED,
+        test_two="def test(int8_params, int8_workload): assert int8_workload.name == 'toy'",
+    )
+    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=toy.py:make")
+    result.assert_outcomes(passed=3)
+
+
 def test_a_workload_of_any_scope_is_built_once(project: pytest.Pytester) -> None:
     (project.path / "test_one.py").unlink()
     for scope in ("function", "module", "session"):
