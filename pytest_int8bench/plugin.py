@@ -94,11 +94,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     state = metafunc.config.stash[STATE]
     if state.worker is not None:
         state.worker.pin()
-    if has_points(metafunc):
-        return
     problem, points = None, []
     try:
         changes, _ = marker_changes(metafunc.definition)
+        if has_points(metafunc):
+            return
         points = state.points(changes, twins="int8_throughput" in metafunc.fixturenames)
     except ValueError as error:
         problem = str(error)

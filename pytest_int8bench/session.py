@@ -312,22 +312,26 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     marker wins.
 
     Raises:
-        ValueError: naming the key, if it is not one.
+        ValueError: one line that names the marker, the test and the key.
     """
+    try:
+        return _read_markers(item)
+    except ValueError as error:
+        raise ValueError(f"@pytest.mark.int8 of {item.nodeid}: {error}") from None
+
+
+def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     changes: dict[str, Any] = {}
     workload = None
     for marker in reversed(list(item.iter_markers("int8"))):
         if marker.args:
-            raise ValueError(f"@pytest.mark.int8 takes keywords only, got {marker.args[0]!r}")
+            raise ValueError(f"takes keywords only, got {marker.args[0]!r}")
         for key, value in marker.kwargs.items():
             if key == "workload":
-                if not isinstance(value, str):
-                    raise ValueError(f"@pytest.mark.int8: workload must be a name, got {value!r}")
-                workload = check_workload_name(value)
+                workload = _workload_name(value)
             elif key not in FIELD_TYPES and key != "extra":
                 raise ValueError(
-                    f"@pytest.mark.int8: unknown key {key!r}; "
-                    f"keys are workload, {', '.join(FIELD_TYPES)}, extra"
+                    f"unknown key {key!r}; keys are workload, {', '.join(FIELD_TYPES)}, extra"
                 )
             elif key == "extra" and isinstance(value, dict):
                 changes["extra"] = {**changes.get("extra", {}), **value}
@@ -335,6 +339,15 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
                 changes[key] = value
     RunParams().replace(**changes)  # says what is wrong with a value
     return changes, workload
+
+
+def _workload_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"workload must be a name, got {value!r}")
+    try:
+        return check_workload_name(value)
+    except ValueError as error:
+        raise ValueError(f"workload {error}") from None
 
 
 def _cuda_available() -> bool:

@@ -486,22 +486,27 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
         test_value=body.format("batch_size=0"),
         test_position=body.format("8"),
         test_workload=body.format("workload='nothing'"),
+        test_zoo=body.format("workload=8").replace(
+            "@", "@pytest.mark.parametrize('int8_params', [], indirect=True)\n        @"
+        ),
     )
     result = project.runpytest_subprocess(*SMOKE)
     assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.assert_outcomes(errors=4)
-    result.stdout.fnmatch_lines(
-        [
-            "*_ ERROR collecting test_key.py _*",
-            "@pytest.mark.int8: unknown key 'batchsize'; keys are workload, model_size, *, extra",
-            "*_ ERROR collecting test_position.py _*",
-            "@pytest.mark.int8 takes keywords only, got 8",
-            "*_ ERROR collecting test_value.py _*",
-            "batch_size must be at least 1, got 0",
-            "*_ ERROR collecting test_workload.py _*",
-            "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or *, got 'nothing'",
-        ]
-    )
+    result.assert_outcomes(errors=5)
+    why = {
+        "key": "unknown key 'batchsize'; keys are workload, model_size, *, extra",
+        "position": "takes keywords only, got 8",
+        "value": "batch_size must be at least 1, got 0",
+        "workload": "workload must be olmoearth, digits, timm:NAME, *, got 'nothing'",
+        "zoo": "workload must be a name, got 8",
+    }
+    for name, problem in why.items():
+        result.stdout.fnmatch_lines(
+            [
+                f"*_ ERROR collecting test_{name}.py _*",
+                f"@pytest.mark.int8 of test_{name}.py::test_marked: {problem}",
+            ]
+        )
 
 
 def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> None:
