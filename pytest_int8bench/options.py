@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.fused.products import KernelError, forced_product
 from pytest_int8bench.gate.files import find_side
 from pytest_int8bench.gate.limits import (
     METRICS,
@@ -327,11 +328,15 @@ def is_benchmark_disabled(config: pytest.Config) -> bool:
 
 
 def read_settings(config: pytest.Config) -> Settings:
-    """Read and check all options.
+    """Read and check all options, and the environment variable that forces a kernel.
 
     Raises:
         pytest.UsageError: one line that names option, rule and value.
     """
+    try:
+        forced_product()
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)

@@ -193,6 +193,20 @@ def test_bad_ini_value_is_one_line_and_exit_4(
 # -- good values ------------------------------------------------------------------------------
 
 
+def test_an_unknown_kernel_in_the_environment_is_one_line_and_exit_4(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INT8BENCH_PRODUCT", "foo")
+    result = run(pytester)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [
+        "ERROR: INT8BENCH_PRODUCT must be one of specialized, tma, pointers, got 'foo'"
+    ]
+    for value in ("tma", ""):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", value)
+        assert settings_of(pytester) == Settings()
+
+
 def test_defaults(pytester: pytest.Pytester) -> None:
     settings = settings_of(pytester)
     assert settings == Settings(
