@@ -373,6 +373,16 @@ def read_settings(config: pytest.Config) -> Settings:
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
+    crossing = OPTIONS["cross-product"]
+    if (
+        values.get("cross_product")
+        and not values["axes"]
+        and crossing.source(config) == crossing.flag
+    ):
+        # In an ini file it waits for a sweep.
+        raise pytest.UsageError(
+            f"{crossing.flag}: needs --int8-sweep, or --int8-set with several values"
+        )
     try:
         check_fields(values.get("workload", ""), (*values["changes"], *values["axes"]))
     except ValueError as error:

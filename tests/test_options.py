@@ -224,6 +224,16 @@ def test_defaults(pytester: pytest.Pytester) -> None:
     assert settings.points("seed") == [W8A8]
 
 
+def test_a_cross_product_needs_a_sweep(pytester: pytest.Pytester) -> None:
+    flag = "--int8-cross-product"
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, flag, "--int8-set=batch_size=4")
+    assert str(caught.value) == f"{flag}: needs --int8-sweep, or --int8-set with several values"
+    for sweep in ("--int8-sweep=batch", "--int8-set=batch_size=4,8"):
+        assert settings_of(pytester, flag, sweep).cross_product
+    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product  # it waits for one
+
+
 EVERYTHING = Settings(
     preset="smoke",
     modes=("w8", "off"),
