@@ -10,7 +10,7 @@ import pytest
 
 from pytest_int8bench import clock
 from pytest_int8bench.collection import params_of
-from pytest_int8bench.errors import AccuracyError, UndecidedError, first_line
+from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, first_line
 from pytest_int8bench.options import LEAN
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, check_compared, marker_changes
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pytest_int8bench.models import Model
     from pytest_int8bench.results import Accuracy, Result, Sensitivity
     from pytest_int8bench.workloads import Workload
+
+
+class AgainError(ClearError, RuntimeError):
+    """A test asks twice for what can be measured once in it."""
 
 
 def _state(request: pytest.FixtureRequest) -> State:
@@ -157,8 +161,16 @@ def int8_throughput(
     workload, params = _int8_point
     benchmark = _int8_benchmark
     state = _state(request)
+    called = False
 
     def measure() -> Result:
+        nonlocal called
+        if called:  # pytest-benchmark says so too, in a traceback
+            raise AgainError(
+                "int8_throughput must be called once in a test, got a second call: for another "
+                "point use another test, or parametrize int8_params"
+            )
+        called = True
         if (why := _not_timed(request.config, benchmark, params)) is not None:
             from pytest_int8bench.results import NOT_MEASURED
 

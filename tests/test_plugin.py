@@ -370,6 +370,22 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
 
+def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_one="def test(int8_throughput):\n    int8_throughput()\n    int8_throughput()\n"
+    )
+    result = project.runpytest_subprocess(*SMOKE, "--int8-mode=off", "--benchmark-json=out.json")
+    result.assert_outcomes(failed=1)
+    why = (
+        "AgainError: int8_throughput must be called once in a test, got a second call: for another "
+        "point use another test, or parametrize int8_params"
+    )
+    at = result.outlines.index(why)
+    assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
+    [found] = journal(project).values()
+    assert (found.status, found.reason) == ("failed", why)
+
+
 def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(
         *SMOKE,
