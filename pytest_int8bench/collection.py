@@ -3,6 +3,8 @@ order they run in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -72,6 +74,52 @@ def check_workload(config: pytest.Config, items: list[pytest.Item]) -> None:
             f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
             f"{config.stash[STATE].settings.workload!r}"
         )
+
+
+def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a workload, an axis of it, or a filter that cannot be had, once for all tests. Where
+    workloads differ, an axis may be another's, and each test says so for itself.
+
+    Raises:
+        pytest.UsageError: one line.
+    """
+    state = config.stash[STATE]
+    settings = state.settings
+    users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
+    takers = [item for item in users if _takes_workload(item)]
+    names = {*settings.changes, *settings.axes}
+    axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
+    is_common = len(takers) == len(users) and bool(axes)
+    if takers and (OPTIONS["workload"].read(config) is not None or is_common):
+        with _refused(config, "workload"):
+            workload = state.workload(None)
+            if is_common:
+                with _refused(config, "set"):
+                    workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
+    if users:
+        with _refused(config, "filter"):
+            state.filter()
+
+
+@contextmanager
+def _refused(config: pytest.Config, option: str) -> Iterator[None]:
+    """Turn a ValueError into one of the option. Others are of the user's code: the tests show
+    their traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise pytest.UsageError(f"{OPTIONS[option].source(config)}: {error}") from None
+    except pytest.UsageError:
+        raise
+    except Exception:
+        return
+
+
+def _takes_workload(item: pytest.Item) -> bool:
+    """Say whether ``item`` surely has the session's workload."""
+    definitions = _fixture_definitions(item).get("int8_workload", ())
+    own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.fixtures"
+    return not own and _workload_owner(item) is None
 
 
 def _workload_owner(item: pytest.Item) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_int8bench import fixtures, options
 from pytest_int8bench.collection import (
+    check_named,
     check_workload,
     has_points,
     leave_out_other_tests,
@@ -129,8 +130,11 @@ def pytest_collection_modifyitems(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    if session.config.stash[STATE].worker is None:  # what a worker refuses looks like a crash
+    state = session.config.stash[STATE]
+    # What a worker refuses looks like a crash, and the runner asks what became of each point.
+    if state.worker is None and not state.in_suite and not session.config.option.collectonly:
         check_workload(session.config, session.items)
+        check_named(session.config, session.items)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:

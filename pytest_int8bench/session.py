@@ -134,20 +134,30 @@ class State:
             )
         return self._pool
 
+    def filter(self) -> Any:
+        """Return the filter of the settings, None if there is none.
+
+        Raises:
+            ValueError: one line, if there is no such callable.
+        """
+        if self._filter is None and self.settings.filter is not None:
+            found = load_object(self.settings.filter, self.invocation)
+            if not callable(found):
+                raise ValueError(f"{self.settings.filter} is not callable")
+            self._filter = found
+        return self._filter
+
     def filtered(self, workload: Workload) -> Workload:
         """Return ``workload`` with the filter of the settings, which goes before its own.
 
         Raises:
             ValueError: one line, if there is no such callable.
         """
-        if self.settings.filter is None:
-            return workload
-        if self._filter is None:
-            found = load_object(self.settings.filter, self.invocation)
-            if not callable(found):
-                raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
-            self._filter = found
-        return dataclasses.replace(workload, filter_fn=self._filter)
+        try:
+            found = self.filter()
+        except ValueError as error:
+            raise ValueError(f"--int8-filter: {error}") from None
+        return workload if found is None else dataclasses.replace(workload, filter_fn=found)
 
     def throughput(self) -> Throughput:
         """Return what measures points."""

@@ -635,6 +635,77 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
 
 
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            ["--int8-workload=nowhere.py:make"],
+            "--int8-workload: nowhere.py:make: there is no file {}/nowhere.py",
+        ),
+        (
+            ["-o", "int8_workload=toy:Toy"],
+            "int8_workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(*",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-filter=toy:nothing"],
+            "--int8-filter: toy:nothing: toy has no 'nothing'",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-filter=toy:__name__"],
+            "--int8-filter: toy:__name__ is not callable",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-set=extra.depth=2,3"],
+            "--int8-set: extra.depth is not an axis of workload 'toy'; its axes: none",
+        ),
+    ],
+    ids=["file", "kind", "name", "callable", "axis"],
+)
+def test_what_no_test_can_have_is_refused_once(
+    project: pytest.Pytester, args: list[str], why: str
+) -> None:
+    project.makeconftest("")
+    result = project.runpytest_subprocess(*SMOKE, *args)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.assert_outcomes()
+    result.stderr.fnmatch_lines([f"ERROR: {why.format(project.path)}"])
+    # Nothing is loaded where nothing is run.
+    assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
+
+
+def test_what_one_test_can_have_or_must_show_is_left_to_the_tests(
+    project: pytest.Pytester,
+) -> None:
+    project.makeconftest("")
+    project.makepyfile(
+        broken="import nothing_like_that as x",
+        test_two="""
+        import pytest
+        import toy
+
+
+        @pytest.fixture
+        def int8_workload():
+            return toy.Workload(
+                name="own", build=lambda p: toy.Toy(), inputs=toy.make().inputs, axes={"depth": 1}
+            )
+
+
+        def test_own(int8_batch):
+            pass
+        """,
+    )
+    axis = ("--int8-workload=toy:make", "--int8-set=extra.depth=2", "--int8-mode=off")
+    result = project.runpytest_subprocess(*SMOKE, *axis)
+    result.assert_outcomes(passed=1, errors=1)
+    # Errors of the user's code have their traceback.
+    result = project.runpytest_subprocess(*SMOKE, "--int8-filter=broken.py:f", "test_two.py")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        ["E*No module named 'nothing_like_that'", "broken.py:1: ModuleNotFoundError"]
+    )
+
+
 MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUGHPUT
 
 
