@@ -91,14 +91,26 @@ def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
     axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
     is_common = len(takers) == len(users) and bool(axes)
     if takers and (OPTIONS["workload"].read(config) is not None or is_common):
-        with _refused(config, "workload"):
+        with _captured(config), _refused(config, "workload"):
             workload = state.workload(None)
             if is_common:
                 with _refused(config, "set"):
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
-        with _refused(config, "filter"):
+        with _captured(config), _refused(config, "filter"):
             state.filter()
+
+
+@contextmanager
+def _captured(config: pytest.Config) -> Iterator[None]:
+    """Keep what libraries say while they are loaded off the terminal, as in a test that passes."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    capture.resume_global_capture()
+    try:
+        yield
+    finally:
+        capture.suspend_global_capture()
+        capture.read_global_capture()
 
 
 @contextmanager

@@ -665,10 +665,12 @@ def test_what_no_test_can_have_is_refused_once(
     project: pytest.Pytester, args: list[str], why: str
 ) -> None:
     project.makeconftest("")
+    project.makepyfile(toy=TOY + "\n\nprint('said while it is loaded')\n")
     result = project.runpytest_subprocess(*SMOKE, *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.assert_outcomes()
     result.stderr.fnmatch_lines([f"ERROR: {why.format(project.path)}"])
+    assert "said while it is loaded" not in result.stdout.str() + result.stderr.str()
     # Nothing is loaded where nothing is run.
     assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
 
