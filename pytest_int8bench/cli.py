@@ -70,7 +70,10 @@ def _show(path: Path) -> int:
     try:
         saved = read(path)
     except (OSError, SchemaError) as error:
-        print(f"int8bench: {error}", file=sys.stderr)
+        problem = str(error)
+        if isinstance(error, OSError):
+            problem = f"{path} must be a saved JSON file or a journal: {error.strerror or error}"
+        print(f"int8bench: {problem}", file=sys.stderr)
         return 2
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else None

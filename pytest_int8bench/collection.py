@@ -1,14 +1,18 @@
-"""Collected tests: which have points, their benchmark markers, and the order they run in."""
+"""Collected tests: which have points, whose workload they take, their benchmark markers, and the
+order they run in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from pytest_int8bench import clock
+from pytest_int8bench.options import OPTIONS
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.session import marker_changes
+from pytest_int8bench.session import STATE, marker_changes
 
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
@@ -52,6 +56,95 @@ def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> 
             merged |= marker.kwargs
         merged["timer"] = clock.synchronized_perf_counter
         item.add_marker(pytest.mark.benchmark(**merged), append=False)
+
+
+def check_workload(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse ``--int8-workload`` where every test brings a workload of its own.
+
+    Raises:
+        pytest.UsageError: one line that says whose they are.
+    """
+    option = OPTIONS["workload"]
+    if option.source(config) != option.flag:
+        return  # in an ini file it waits for tests that take it
+    owners = [_workload_owner(item) for item in items if params_of(item) is not None]
+    if owners and None not in owners:
+        listed = ", ".join(dict.fromkeys(str(owner) for owner in owners))
+        raise pytest.UsageError(
+            f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
+            f"{config.stash[STATE].settings.workload!r}"
+        )
+
+
+def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a workload, an axis of it, or a filter that cannot be had, once for all tests. Where
+    workloads differ, an axis may be another's, and each test says so for itself.
+
+    Raises:
+        pytest.UsageError: one line.
+    """
+    state = config.stash[STATE]
+    settings = state.settings
+    users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
+    takers = [item for item in users if _takes_workload(item)]
+    names = {*settings.changes, *settings.axes}
+    axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
+    is_common = len(takers) == len(users) and bool(axes)
+    if takers and (OPTIONS["workload"].read(config) is not None or is_common):
+        with _captured(config), _refused(config, "workload"):
+            workload = state.workload(None)
+            if is_common:
+                with _refused(config, "set"):
+                    workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
+    if users:
+        with _captured(config), _refused(config, "filter"):
+            state.filter()
+
+
+@contextmanager
+def _captured(config: pytest.Config) -> Iterator[None]:
+    """Keep what libraries say while they are loaded off the terminal, as in a test that passes."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    capture.resume_global_capture()
+    try:
+        yield
+    finally:
+        capture.suspend_global_capture()
+        capture.read_global_capture()
+
+
+@contextmanager
+def _refused(config: pytest.Config, option: str) -> Iterator[None]:
+    """Turn a ValueError into one of the option. Others are of the user's code: the tests show
+    their traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise pytest.UsageError(f"{OPTIONS[option].source(config)}: {error}") from None
+    except pytest.UsageError:
+        raise
+    except Exception:
+        return
+
+
+def _takes_workload(item: pytest.Item) -> bool:
+    """Say whether ``item`` surely has the session's workload."""
+    definitions = _fixture_definitions(item).get("int8_workload", ())
+    own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.fixtures"
+    return not own and _workload_owner(item) is None
+
+
+def _workload_owner(item: pytest.Item) -> str | None:
+    """Return what gives ``item`` its workload, None if it is, or may be, the session's."""
+    for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
+        if definition.func.__module__ == "pytest_int8bench.fixtures":
+            break
+        if not {"int8_workload", "request"} & {*definition.argnames}:  # which lead to the next one
+            return f"int8_workload in {definition.func.__module__}"
+    try:
+        return "@pytest.mark.int8" if marker_changes(item)[1] else None
+    except ValueError:  # its test says so
+        return None
 
 
 def sort_by_model(items: list[pytest.Item]) -> None:

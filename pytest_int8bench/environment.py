@@ -60,13 +60,16 @@ MAY_DIFFER = ("commit", "dirty")
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two fingerprints and must not: name -> both values.
 
-    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None.
+    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None. Triton
+    counts where there is a GPU: on a CPU none of its kernels are timed, and only some ways to
+    install torch bring it.
     """
     before, after = flat(base), flat(new)
+    left_out = MAY_DIFFER if base.get("gpu") or new.get("gpu") else (*MAY_DIFFER, "triton")
     return {
         name: (before[name], after[name])
         for name in FINGERPRINT_NAMES
-        if name not in MAY_DIFFER and before[name] != after[name]
+        if name not in left_out and before[name] != after[name]
     }
 
 

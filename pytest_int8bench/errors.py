@@ -7,6 +7,15 @@ class ClearError(Exception):
     """The message says it all: pytest shows it without a traceback of this package."""
 
 
+class AccuracyError(ClearError, AssertionError):
+    """A candidate lost too much, or it cannot be excluded that it did."""
+
+
+class UndecidedError(AccuracyError):
+    """Too few samples to tell whether a candidate lost too much: nothing is shown against it, and
+    what was measured of it stands."""
+
+
 class WorkloadError(ClearError, ValueError):
     """A workload that does not give what it must."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_int8bench import clock
 from pytest_int8bench.collection import params_of
-from pytest_int8bench.errors import first_line
+from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, first_line
 from pytest_int8bench.options import LEAN
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, check_compared, marker_changes
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pytest_int8bench.models import Model
     from pytest_int8bench.results import Accuracy, Result, Sensitivity
     from pytest_int8bench.workloads import Workload
+
+
+class AgainError(ClearError, RuntimeError):
+    """A test asks twice for what can be measured once in it."""
 
 
 def _state(request: pytest.FixtureRequest) -> State:
@@ -157,8 +161,16 @@ def int8_throughput(
     workload, params = _int8_point
     benchmark = _int8_benchmark
     state = _state(request)
+    called = False
 
     def measure() -> Result:
+        nonlocal called
+        if called:  # pytest-benchmark says so too, in a traceback
+            raise AgainError(
+                "int8_throughput must be called once in a test, got a second call: for another "
+                "point use another test, or parametrize int8_params"
+            )
+        called = True
         if (why := _not_timed(request.config, benchmark, params)) is not None:
             from pytest_int8bench.results import NOT_MEASURED
 
@@ -206,7 +218,6 @@ def int8_guardrail(
     state = _state(request)
 
     def check(max_drop: str | None = None) -> list[Accuracy]:
-        from pytest_int8bench.accuracy.guardrail import AccuracyError
         from pytest_int8bench.accuracy.text import describe, message
         from pytest_int8bench.measure import oom_of, release
 
@@ -224,7 +235,7 @@ def int8_guardrail(
         def keep(verdict: Accuracy) -> None:
             verdicts.append(verdict)
             state.record(verdict)
-            if _fails(verdict, action):  # at once: whatever comes after may be interrupted
+            if _is_failed(verdict):  # at once: whatever comes after may be interrupted
                 state.note_accuracy_failed(workload.name, params, describe(verdict)[0])
 
         problem = None
@@ -245,15 +256,15 @@ def int8_guardrail(
             verdicts = state.remedied(workload, params, verdicts, limit)
         if failing := [verdict for verdict in verdicts if _fails(verdict, action)]:
             text = message(failing, remedied=state.settings.remedy)
-            raise AccuracyError(f"{text}\n{problem}" if problem else text)
+            kind = AccuracyError if any(map(_is_failed, failing)) else UndecidedError
+            raise kind(f"{text}\n{problem}" if problem else text)
         if problem is not None:
             pytest.skip(problem)
-        undecided = [v for v in verdicts if _fails(v, "fail")]
+        undecided = [describe(v) for v in verdicts if _fails(v, "fail")]
         if undecided:
-            text = message(undecided, remedied=False)
             if action == "skip":
-                pytest.skip(text.splitlines()[0])
-            warnings.warn(text, stacklevel=2)
+                pytest.skip(undecided[0][0])
+            warnings.warn("\n".join(line for lines in undecided for line in lines), stacklevel=2)
         return verdicts
 
     return check
@@ -270,11 +281,15 @@ def _limit(text: str) -> Limit:
     pytest.fail(problem, pytrace=False)
 
 
+def _is_failed(verdict: Accuracy) -> bool:
+    """Say whether a verdict is proof against its point."""
+    return verdict.outcome == "FAIL" and not verdict.is_pipeline_check
+
+
 def _fails(verdict: Accuracy, inconclusive: str) -> bool:
-    if verdict.is_pipeline_check:
-        return False
-    undecided = verdict.outcome == "INCONCLUSIVE"
-    return verdict.outcome == "FAIL" or (undecided and inconclusive == "fail")
+    """Say whether a verdict fails its test."""
+    undecided = verdict.outcome == "INCONCLUSIVE" and not verdict.is_pipeline_check
+    return _is_failed(verdict) or (undecided and inconclusive == "fail")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.fused.products import KernelError, forced_product
 from pytest_int8bench.gate.files import find_side
 from pytest_int8bench.gate.limits import (
     METRICS,
@@ -327,11 +328,15 @@ def is_benchmark_disabled(config: pytest.Config) -> bool:
 
 
 def read_settings(config: pytest.Config) -> Settings:
-    """Read and check all options.
+    """Read and check all options, and the environment variable that forces a kernel.
 
     Raises:
         pytest.UsageError: one line that names option, rule and value.
     """
+    try:
+        forced_product()
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)
@@ -368,6 +373,16 @@ def read_settings(config: pytest.Config) -> Settings:
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
+    crossing = OPTIONS["cross-product"]
+    if (
+        values.get("cross_product")
+        and not values["axes"]
+        and crossing.source(config) == crossing.flag
+    ):
+        # In an ini file it waits for a sweep.
+        raise pytest.UsageError(
+            f"{crossing.flag}: needs --int8-sweep, or --int8-set with several values"
+        )
     try:
         check_fields(values.get("workload", ""), (*values["changes"], *values["axes"]))
     except ValueError as error:

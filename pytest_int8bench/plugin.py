@@ -10,6 +10,8 @@ import pytest
 
 from pytest_int8bench import fixtures, options
 from pytest_int8bench.collection import (
+    check_named,
+    check_workload,
     has_points,
     leave_out_other_tests,
     merge_benchmark_markers,
@@ -93,11 +95,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     state = metafunc.config.stash[STATE]
     if state.worker is not None:
         state.worker.pin()
-    if has_points(metafunc):
-        return
     problem, points = None, []
     try:
         changes, _ = marker_changes(metafunc.definition)
+        if has_points(metafunc):
+            return
         points = state.points(changes, twins="int8_throughput" in metafunc.fixturenames)
     except ValueError as error:
         problem = str(error)
@@ -126,6 +128,15 @@ def pytest_collection_modifyitems(
     return result
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    state = session.config.stash[STATE]
+    # What a worker refuses looks like a crash, and the runner asks what became of each point.
+    if state.worker is None and not state.in_suite and not session.config.option.collectonly:
+        check_workload(session.config, session.items)
+        check_named(session.config, session.items)
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     preset = config.stash[STATE].preset
     return f"int8bench: {preset}" if preset is not None else None
@@ -138,7 +149,8 @@ def pytest_runtest_makereport(
     report = yield
     shorten(report, call, item.config.getoption("tbstyle"))
     state = item.config.stash[STATE]
-    record_outcome(state, item, report, params_of(item))
+    error = call.excinfo.value if call.excinfo is not None else None
+    record_outcome(state, item, report, params_of(item), error)
     if state.worker is not None:
         state.worker.attach(state, item, report, call)
     return report

@@ -107,10 +107,21 @@ class Record:
         if not isinstance(values, Mapping):
             raise SchemaError(f"not {cls.KIND}: {values!r}")
         names = {spec.name for spec in dataclasses.fields(cls)}
+        if missing := [name for name in _needed(cls) if name not in values]:
+            raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
         try:
             return cls(**{name: value for name, value in values.items() if name in names})
         except (TypeError, ValueError) as error:
             raise SchemaError(f"not {cls.KIND}: {error}") from None
+
+
+def _needed(kind: type[Record]) -> list[str]:
+    """Return the fields that a record cannot be without."""
+    return [
+        spec.name
+        for spec in dataclasses.fields(kind)
+        if spec.default is spec.default_factory is dataclasses.MISSING
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.errors import UndecidedError
 from pytest_int8bench.options import OPTIONS, Settings
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
@@ -133,20 +134,30 @@ class State:
             )
         return self._pool
 
+    def filter(self) -> Any:
+        """Return the filter of the settings, None if there is none.
+
+        Raises:
+            ValueError: one line, if there is no such callable.
+        """
+        if self._filter is None and self.settings.filter is not None:
+            found = load_object(self.settings.filter, self.invocation)
+            if not callable(found):
+                raise ValueError(f"{self.settings.filter} is not callable")
+            self._filter = found
+        return self._filter
+
     def filtered(self, workload: Workload) -> Workload:
         """Return ``workload`` with the filter of the settings, which goes before its own.
 
         Raises:
             ValueError: one line, if there is no such callable.
         """
-        if self.settings.filter is None:
-            return workload
-        if self._filter is None:
-            found = load_object(self.settings.filter, self.invocation)
-            if not callable(found):
-                raise ValueError(f"--int8-filter: {self.settings.filter} is not callable")
-            self._filter = found
-        return dataclasses.replace(workload, filter_fn=self._filter)
+        try:
+            found = self.filter()
+        except ValueError as error:
+            raise ValueError(f"--int8-filter: {error}") from None
+        return workload if found is None else dataclasses.replace(workload, filter_fn=found)
 
     def throughput(self) -> Throughput:
         """Return what measures points."""
@@ -311,22 +322,26 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     marker wins.
 
     Raises:
-        ValueError: naming the key, if it is not one.
+        ValueError: one line that names the marker, the test and the key.
     """
+    try:
+        return _read_markers(item)
+    except ValueError as error:
+        raise ValueError(f"@pytest.mark.int8 of {item.nodeid}: {error}") from None
+
+
+def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     changes: dict[str, Any] = {}
     workload = None
     for marker in reversed(list(item.iter_markers("int8"))):
         if marker.args:
-            raise ValueError(f"@pytest.mark.int8 takes keywords only, got {marker.args[0]!r}")
+            raise ValueError(f"takes keywords only, got {marker.args[0]!r}")
         for key, value in marker.kwargs.items():
             if key == "workload":
-                if not isinstance(value, str):
-                    raise ValueError(f"@pytest.mark.int8: workload must be a name, got {value!r}")
-                workload = check_workload_name(value)
+                workload = _workload_name(value)
             elif key not in FIELD_TYPES and key != "extra":
                 raise ValueError(
-                    f"@pytest.mark.int8: unknown key {key!r}; "
-                    f"keys are workload, {', '.join(FIELD_TYPES)}, extra"
+                    f"unknown key {key!r}; keys are workload, {', '.join(FIELD_TYPES)}, extra"
                 )
             elif key == "extra" and isinstance(value, dict):
                 changes["extra"] = {**changes.get("extra", {}), **value}
@@ -334,6 +349,15 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
                 changes[key] = value
     RunParams().replace(**changes)  # says what is wrong with a value
     return changes, workload
+
+
+def _workload_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"workload must be a name, got {value!r}")
+    try:
+        return check_workload_name(value)
+    except ValueError as error:
+        raise ValueError(f"workload {error}") from None
 
 
 def _cuda_available() -> bool:
@@ -356,15 +380,21 @@ def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) 
 
 
 def record_outcome(
-    state: State, item: pytest.Item, report: pytest.TestReport, params: RunParams | None
+    state: State,
+    item: pytest.Item,
+    report: pytest.TestReport,
+    params: RunParams | None,
+    error: BaseException | None,
 ) -> None:
     """Write the point of ``item`` to the journal if it was skipped or failed; ``params`` are those
-    it was parametrized with.
+    it was parametrized with, ``error`` what ended it.
 
     A point that was measured is written when it is; if its test fails after that, for instance
-    by an assertion of its own, its result is written again as ``failed``.
+    by an assertion of its own, its result is written again as ``failed``. One that fails because
+    samples do not decide shows nothing against what was measured.
     """
-    _tell_benchmark(state, item, report)
+    stands = isinstance(error, UndecidedError)
+    _tell_benchmark(state, item, report, stands=stands)
     point = state.points_of.get(item.nodeid)
     if point is None and report.failed and params is not None:
         point = (state.settings.workload, params)  # it failed before its workload was known
@@ -377,7 +407,7 @@ def record_outcome(
     reason = _reason(report)
     measured = _results_of(state, item)
     if measured:
-        if measured[0].status == "ok" and report.failed:
+        if measured[0].status == "ok" and report.failed and not stands:
             state.record(dataclasses.replace(measured[0], status=status, reason=reason))
         return
     if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
@@ -407,14 +437,16 @@ def leave_out(config: pytest.Config, nodeid: str) -> None:
             found.fixture.has_error = True
 
 
-def _tell_benchmark(state: State, item: pytest.Item, report: pytest.TestReport) -> None:
+def _tell_benchmark(
+    state: State, item: pytest.Item, report: pytest.TestReport, *, stands: bool
+) -> None:
     """Keep timings of failed tests out of pytest-benchmark's file, where they would pass for
-    baselines, and its warning about unused benchmarks from points that failed or ran out of
-    memory."""
+    baselines (unless what was measured ``stands``), and its warning about unused benchmarks from
+    points that failed or ran out of memory."""
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if benchmark is None or item.nodeid not in state.points_of:
         return
-    if report.failed:
+    if report.failed and not stands:
         benchmark.has_error = True
     if report.failed or any(result.oom for result in _results_of(state, item)):
         benchmark.skipped = True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ RANDOM, HUB = "random", "hub"
 _SHOWN = 3
 #: Where training scripts put the state dict in what they save.
 _WRAPPERS = ("state_dict", "model")
+#: How torch names what it refuses to load.
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 class WeightsError(ClearError, ValueError):
@@ -61,8 +64,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             return dict(load_file(path))
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the formats raise, with pages of advice in it
-        raise WeightsError(f"weights {path} cannot be read: {first_line(error)}") from None
+    except OSError as error:
+        raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # whatever the formats raise, with advice to let the file run code
+        raise WeightsError(_unreadable(path, error)) from None
     for wrapper in _WRAPPERS:
         if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
             values = values[wrapper]
@@ -75,6 +80,18 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
                 f"{type(value).__name__} under {name!r}"
             )
     return dict(values)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if match := _FORBIDDEN.search(str(error)):
+        return (
+            f"weights {path} must hold a state dict of tensors, got {match[1]}, which is not "
+            "loaded as it can run code: save model.state_dict() instead"
+        )
+    return (
+        f"weights {path} must be a file of torch.save or safetensors: it is damaged, or something "
+        "else"
+    )
 
 
 def load_state_dict(

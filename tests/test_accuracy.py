@@ -190,10 +190,44 @@ def test_a_drop_of_two_percent_fails_and_marks_timings_before_and_after_it(
     assert few.needed > 40
     result.stdout.fnmatch_lines(
         [
-            f"AccuracyError: INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00% *",
+            f"UndecidedError: INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00% *",
             f"  40 samples cannot decide it: about {few.needed:,} would",
+            "--int8-inconclusive=warn lets what samples cannot decide pass with a warning",
         ]
     )
+
+
+def test_a_slowdown_shows_although_accuracy_is_inconclusive(
+    project: pytest.Pytester, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.makepyfile(
+        test_few=f"""{FEW}
+
+def test_throughput(int8_throughput):
+    int8_throughput()
+
+
+def test_both(int8_throughput, int8_guardrail):
+    int8_throughput()
+    int8_guardrail()
+"""
+    )
+    result, saved = run(project, "test_few.py")
+    result.assert_outcomes(passed=2, failed=2, skipped=1)  # a baseline has no verdict
+    names = {f"test_{test}[{p}]" for test in ("throughput", "both") for p in (BF16, W8A8)}
+    assert {r.nodeid.partition("::")[2] for r in saved.results if r.status == "ok"} == names
+    base, new = project.path / "out.json", project.path / "new.json"
+    assert set(timed(base)) == names
+    slower = json.loads(base.read_text())
+    for values in slower["int8bench"]["results"]:
+        values["samples_per_s"] /= 2
+    new.write_text(json.dumps(slower))
+    capsys.readouterr()
+    assert main(["compare", str(base), str(new)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "int8bench compare: REGRESSED (4 runs: 4 regressed; 2 verdicts: 0 regressed)" in lines
+    rows = [line.split() for line in lines if "INCONCLUSIVE" in line]
+    assert [row[-4:] for row in rows] == [["top1", "INCONCLUSIVE", "INCONCLUSIVE", "same"]] * 2
 
 
 def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(

@@ -66,9 +66,11 @@ def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return err.rstrip("\n").replace(str(path), "FILE")
 
 
-def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(tmp_path / "nothing.json", capsys)
-    assert message == "int8bench: [Errno 2] No such file or directory: 'FILE'"
+    must_be = "int8bench: FILE must be a saved JSON file or a journal: "
+    assert message == must_be + "No such file or directory"
+    assert refusal(tmp_path, capsys) == must_be + "Is a directory"
 
 
 @pytest.mark.parametrize(

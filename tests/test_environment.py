@@ -107,6 +107,14 @@ def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
     assert MAY_DIFFER == ("commit", "dirty")
 
 
+def test_triton_counts_only_where_there_is_a_gpu() -> None:
+    other = {**MACHINE, "packages": {**MACHINE["packages"], "triton": None}}
+    assert differences(MACHINE, other) == {"triton": ("3.6.0", None)}
+    cpu, other_cpu = ({**machine, "gpu": None} for machine in (MACHINE, other))
+    assert differences(cpu, other_cpu) == {}
+    assert differences(cpu, other)["triton"] == ("3.6.0", None)
+
+
 @pytest.mark.parametrize("name", FINGERPRINT_NAMES)
 def test_each_difference_is_found_by_its_name(name: str) -> None:
     changed = copy.deepcopy(MACHINE)

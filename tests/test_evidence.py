@@ -19,7 +19,7 @@ from pytest_int8bench.evidence import (
     check_labels,
     profile_forward,
 )
-from pytest_int8bench.fused.configs import PRODUCTS
+from pytest_int8bench.fused.products import PRODUCTS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantize import apply_int8_quant
 

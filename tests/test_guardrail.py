@@ -15,7 +15,7 @@ from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail, next_step
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.accuracy.text import describe, message
+from pytest_int8bench.accuracy.text import beside_row, describe, message
 from pytest_int8bench.accuracy.verdict import ScoreError
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import ModelPool
@@ -113,7 +113,17 @@ def test_forty_samples_are_inconclusive_and_say_how_many_are_needed() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=0, samples=40)))
     assert found.outcome == "INCONCLUSIVE"
     assert found.needed > 40
-    assert describe(found)[-1] == f"  40 samples cannot decide it: about {found.needed:,} would"
+    undecided = f"40 samples cannot decide it: about {found.needed:,} would"
+    assert describe(found)[-1] == f"  {undecided}"
+    # A table has the rest, its outcome among it.
+    assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
+
+
+def test_a_metric_that_rose_did_not_drop() -> None:
+    [found] = check(Evaluation(metric="top1", scores=flips(lost=0, gained=9)))
+    assert (found.outcome, found.drop) == ("PASS", pytest.approx(-0.005))
+    assert f"{W8A8.run_name}: top1 rose by 0.50% (drop [-" in describe(found)[0]
+    assert describe(found)[0].endswith("%]), limit 1%")
 
 
 def test_limits_are_relative_or_absolute() -> None:

@@ -193,6 +193,20 @@ def test_bad_ini_value_is_one_line_and_exit_4(
 # -- good values ------------------------------------------------------------------------------
 
 
+def test_an_unknown_kernel_in_the_environment_is_one_line_and_exit_4(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INT8BENCH_PRODUCT", "foo")
+    result = run(pytester)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [
+        "ERROR: INT8BENCH_PRODUCT must be one of specialized, tma, pointers, got 'foo'"
+    ]
+    for value in ("tma", ""):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", value)
+        assert settings_of(pytester) == Settings()
+
+
 def test_defaults(pytester: pytest.Pytester) -> None:
     settings = settings_of(pytester)
     assert settings == Settings(
@@ -208,6 +222,16 @@ def test_defaults(pytester: pytest.Pytester) -> None:
         journal=None,
     )
     assert settings.points("seed") == [W8A8]
+
+
+def test_a_cross_product_needs_a_sweep(pytester: pytest.Pytester) -> None:
+    flag = "--int8-cross-product"
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, flag, "--int8-set=batch_size=4")
+    assert str(caught.value) == f"{flag}: needs --int8-sweep, or --int8-set with several values"
+    for sweep in ("--int8-sweep=batch", "--int8-set=batch_size=4,8"):
+        assert settings_of(pytester, flag, sweep).cross_product
+    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product  # it waits for one
 
 
 EVERYTHING = Settings(

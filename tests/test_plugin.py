@@ -370,6 +370,22 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
 
+def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_one="def test(int8_throughput):\n    int8_throughput()\n    int8_throughput()\n"
+    )
+    result = project.runpytest_subprocess(*SMOKE, "--int8-mode=off", "--benchmark-json=out.json")
+    result.assert_outcomes(failed=1)
+    why = (
+        "AgainError: int8_throughput must be called once in a test, got a second call: for another "
+        "point use another test, or parametrize int8_params"
+    )
+    at = result.outlines.index(why)
+    assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
+    [found] = journal(project).values()
+    assert (found.status, found.reason) == ("failed", why)
+
+
 def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(
         *SMOKE,
@@ -486,22 +502,27 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
         test_value=body.format("batch_size=0"),
         test_position=body.format("8"),
         test_workload=body.format("workload='nothing'"),
+        test_zoo=body.format("workload=8").replace(
+            "@", "@pytest.mark.parametrize('int8_params', [], indirect=True)\n        @"
+        ),
     )
     result = project.runpytest_subprocess(*SMOKE)
     assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.assert_outcomes(errors=4)
-    result.stdout.fnmatch_lines(
-        [
-            "*_ ERROR collecting test_key.py _*",
-            "@pytest.mark.int8: unknown key 'batchsize'; keys are workload, model_size, *, extra",
-            "*_ ERROR collecting test_position.py _*",
-            "@pytest.mark.int8 takes keywords only, got 8",
-            "*_ ERROR collecting test_value.py _*",
-            "batch_size must be at least 1, got 0",
-            "*_ ERROR collecting test_workload.py _*",
-            "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or *, got 'nothing'",
-        ]
-    )
+    result.assert_outcomes(errors=5)
+    why = {
+        "key": "unknown key 'batchsize'; keys are workload, model_size, *, extra",
+        "position": "takes keywords only, got 8",
+        "value": "batch_size must be at least 1, got 0",
+        "workload": "workload must be olmoearth, digits, timm:NAME, *, got 'nothing'",
+        "zoo": "workload must be a name, got 8",
+    }
+    for name, problem in why.items():
+        result.stdout.fnmatch_lines(
+            [
+                f"*_ ERROR collecting test_{name}.py _*",
+                f"@pytest.mark.int8 of test_{name}.py::test_marked: {problem}",
+            ]
+        )
 
 
 def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> None:
@@ -612,6 +633,120 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     assert (missing.reason or "").startswith("int8 workload: nowhere.py:make: there is no file ")
     assert candidate.coverage["converted_layers"] == 1
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            ["--int8-workload=nowhere.py:make"],
+            "--int8-workload: nowhere.py:make: there is no file {}/nowhere.py",
+        ),
+        (
+            ["-o", "int8_workload=toy:Toy"],
+            "int8_workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(*",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-filter=toy:nothing"],
+            "--int8-filter: toy:nothing: toy has no 'nothing'",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-filter=toy:__name__"],
+            "--int8-filter: toy:__name__ is not callable",
+        ),
+        (
+            ["--int8-workload=toy:make", "--int8-set=extra.depth=2,3"],
+            "--int8-set: extra.depth is not an axis of workload 'toy'; its axes: none",
+        ),
+    ],
+    ids=["file", "kind", "name", "callable", "axis"],
+)
+def test_what_no_test_can_have_is_refused_once(
+    project: pytest.Pytester, args: list[str], why: str
+) -> None:
+    project.makeconftest("")
+    project.makepyfile(toy=TOY + "\n\nprint('said while it is loaded')\n")
+    result = project.runpytest_subprocess(*SMOKE, *args)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.assert_outcomes()
+    result.stderr.fnmatch_lines([f"ERROR: {why.format(project.path)}"])
+    assert "said while it is loaded" not in result.stdout.str() + result.stderr.str()
+    # Nothing is loaded where nothing is run.
+    assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
+
+
+def test_what_one_test_can_have_or_must_show_is_left_to_the_tests(
+    project: pytest.Pytester,
+) -> None:
+    project.makeconftest("")
+    project.makepyfile(
+        broken="import nothing_like_that as x",
+        test_two="""
+        import pytest
+        import toy
+
+
+        @pytest.fixture
+        def int8_workload():
+            return toy.Workload(
+                name="own", build=lambda p: toy.Toy(), inputs=toy.make().inputs, axes={"depth": 1}
+            )
+
+
+        def test_own(int8_batch):
+            pass
+        """,
+    )
+    axis = ("--int8-workload=toy:make", "--int8-set=extra.depth=2", "--int8-mode=off")
+    result = project.runpytest_subprocess(*SMOKE, *axis)
+    result.assert_outcomes(passed=1, errors=1)
+    # Errors of the user's code have their traceback.
+    result = project.runpytest_subprocess(*SMOKE, "--int8-filter=broken.py:f", "test_two.py")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        ["E*No module named 'nothing_like_that'", "broken.py:1: ModuleNotFoundError"]
+    )
+
+
+MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUGHPUT
+
+
+@pytest.mark.parametrize(
+    ("conftest", "body", "owner"),
+    [(CONFTEST, THROUGHPUT, "int8_workload in conftest"), ("", MARKED, "@pytest.mark.int8")],
+    ids=["fixture", "marker"],
+)
+def test_a_workload_that_no_test_takes_is_refused(
+    project: pytest.Pytester, conftest: str, body: str, owner: str
+) -> None:
+    project.makeconftest(conftest)
+    project.makepyfile(test_one=body)
+    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=digits")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    [line] = filter(None, result.errlines)
+    assert line == (
+        f"ERROR: --int8-workload: no test takes it, each has a workload of its own ({owner}), "
+        "got 'digits'"
+    )
+    # An ini value waits for tests that take it.
+    result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
+    result.assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("argument", ["int8_workload", "request"])
+def test_a_workload_that_one_test_takes_is_not_refused(
+    project: pytest.Pytester, argument: str
+) -> None:
+    made = {"request": "request.getfixturevalue('int8_workload')"}.get(argument, argument)
+    project.makeconftest(
+        f"import pytest\n\n\n@pytest.fixture\ndef int8_workload({argument}):\n    return {made}"
+    )
+    project.makepyfile(
+        test_one=MARKED,
+        test_two="def test(int8_params, int8_workload): assert int8_workload.name == 'toy'",
+    )
+    result = project.runpytest_subprocess(*SMOKE, "--int8-workload=toy.py:make")
+    result.assert_outcomes(passed=3)
 
 
 def test_a_workload_of_any_scope_is_built_once(project: pytest.Pytester) -> None:

@@ -176,7 +176,7 @@ def test_an_outcome_is_one_of_those_known() -> None:
         ValueError, match=r"^outcome must be one of PASS, FAIL, INCONCLUSIVE, proxy-ok, got 'OK'$"
     ):
         verdict_of(outcome="OK")
-    with pytest.raises(SchemaError, match=r"^not a verdict: .*missing"):
+    with pytest.raises(SchemaError, match=r"^not a verdict: it must have nodeid, .*, samples$"):
         Accuracy.from_dict({"outcome": "PASS"})
     with pytest.raises(SchemaError, match=r"^not a table of layers: 5$"):
         Sensitivity.from_dict(5)
@@ -279,7 +279,8 @@ def test_a_test_that_ran_without_a_clock_is_disabled() -> None:
 
 
 def test_a_result_needs_its_identity() -> None:
-    with pytest.raises(SchemaError, match=r"^not a result: .*missing 4 required keyword-only"):
+    why = "not a result: it must have nodeid, workload, run_name, params"
+    with pytest.raises(SchemaError, match=rf"^{why}$"):
         Result.from_dict({"status": "ok"})
 
 
@@ -358,7 +359,9 @@ def test_a_torn_header_is_refused(journal_path: Path) -> None:
 def test_a_journal_line_that_is_no_result_is_refused(journal_path: Path) -> None:
     with journal_path.open("a") as file:
         file.write('{"nodeid": "d"}\n')
-    with pytest.raises(SchemaError, match=r"not a result: .*missing 3 required"):
+    with pytest.raises(
+        SchemaError, match=r"not a result: it must have workload, run_name, params$"
+    ):
         read(journal_path)
 
 

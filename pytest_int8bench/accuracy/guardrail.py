@@ -34,10 +34,6 @@ MAX_COMPARED = 1 << 26
 _Key: TypeAlias = tuple[Key, Any]
 
 
-class AccuracyError(ClearError, AssertionError):
-    """A candidate lost too much, or it cannot be excluded that it did."""
-
-
 class Guardrail:
     """Scores the models of one pool; the baseline's scores are computed once.
 

@@ -20,6 +20,8 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
         lines += describe(verdict)
     if any(v.outcome == "FAIL" and v.metric != NO_LABELS for v in verdicts) and not remedied:
         lines.append("--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8")
+    if any(v.outcome == "INCONCLUSIVE" for v in verdicts):
+        lines.append("--int8-inconclusive=warn lets what samples cannot decide pass with a warning")
     return "\n".join(lines)
 
 
@@ -36,23 +38,35 @@ def describe(verdict: Accuracy) -> list[str]:
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
     dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
+    moved = f"dropped by {drop} [{low}, {high}]"
+    if (verdict.drop or 0) < 0:
+        moved = f"rose by {drop.removeprefix('-')} (drop [{low}, {high}])"
     lines = [
-        (
-            f"{verdict.outcome}: {name}: {verdict.metric} dropped by {drop} [{low}, {high}], "
-            f"limit {verdict.limit}{check}"
-        ),
+        f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
             f"  {dtype} {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
             f"samples: {verdict.lost} got worse, {verdict.gained} better (one-sided 95 % bounds)"
         ),
     ]
     if verdict.needed is not None and not verdict.is_pipeline_check:
-        lines.append(
-            f"  {verdict.samples} samples cannot decide it: about {verdict.needed:,} would"
-        )
+        lines.append(f"  {_undecided(verdict)}")
     if verdict.reason and not (verdict.remedies or verdict.is_pipeline_check):
         lines.append(f"  {verdict.reason}")
     return [*lines, *describe_remedies(verdict.remedies)]
+
+
+def beside_row(verdict: Accuracy) -> list[str]:
+    """Return what the reader must know about a verdict beside its row in a table."""
+    if verdict.is_pipeline_check or verdict.outcome == "PASS":
+        return []
+    if verdict.needed is not None:  # the row has all other figures
+        name = point_label(verdict.workload, verdict.run_name)
+        return [f"undecided: {name}: {verdict.metric}: {_undecided(verdict)}"]
+    return describe(verdict)
+
+
+def _undecided(verdict: Accuracy) -> str:
+    return f"{verdict.samples} samples cannot decide it: about {verdict.needed:,} would"
 
 
 def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -15,22 +15,13 @@ from typing import Any
 
 import torch
 
-from pytest_int8bench.errors import ClearError
+from pytest_int8bench.fused.products import KERNEL_VARIABLE, KernelError, forced_product
 
-#: Environment variable that forces a product kernel, one of :data:`PRODUCTS`.
-KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
-#: Product kernels: for large matrices on sm90 (what it does not take goes to the next one), for
-#: sm90 and later, and for any GPU.
-PRODUCTS = ("specialized", "tma", "pointers")
 #: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
 ALIGNMENT = 16
 _FILE = "int8-products.json"
-
-
-class KernelError(ClearError, ValueError):
-    """The environment asks for a kernel that there is not."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +148,10 @@ def product_kernel(device: torch.device) -> str:
         KernelError: if ``INT8BENCH_PRODUCT`` is set to something else, or to what the device has
             not.
     """
-    forced = os.environ.get(KERNEL_VARIABLE)
+    forced = forced_product()
     has_tma = _capability(device)[0] >= 9
     is_hopper = _capability(device) == (9, 0)
     if forced:
-        if forced not in PRODUCTS:
-            raise KernelError(
-                f"{KERNEL_VARIABLE} must be one of {', '.join(PRODUCTS)}, got {forced!r}"
-            )
         major, minor = _capability(device)
         if forced == "tma" and not has_tma:
             raise KernelError(
@@ -186,7 +173,7 @@ def product(
 
     Args:
         problem: the product.
-        kernel: one of :data:`PRODUCTS`.
+        kernel: one of :data:`.products.PRODUCTS`.
         device: where it runs.
         time: runs the product with given tiles and returns seconds, infinite if they do not fit;
             None where nothing can be timed now, as while a CUDA graph is recorded.

@@ -19,7 +19,6 @@ from pytest_int8bench.errors import first_line
 from pytest_int8bench.fused import configs, reference
 from pytest_int8bench.fused.configs import (
     ALIGNMENT,
-    KERNEL_VARIABLE,
     SPECIALIZED_FROM,
     SPECIALIZED_TILE,
     Problem,
@@ -35,6 +34,7 @@ from pytest_int8bench.fused.launches import (
     of_weights,
 )
 from pytest_int8bench.fused.operators import Three
+from pytest_int8bench.fused.products import KERNEL_VARIABLE
 
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
 _KEPT = 4096
@@ -113,7 +113,7 @@ def linear(
     """Run the kernel of :func:`operators.linear`; q on the current device.
 
     Args:
-        kernel: one of :data:`configs.PRODUCTS`; tensors that TMA cannot address take pointers.
+        kernel: one of :data:`.products.PRODUCTS`; tensors that TMA cannot address take pointers.
         tile: the tiles, instead of those of :mod:`configs`.
     """
     n, k = weight.shape

@@ -155,11 +155,9 @@ def shown_drop(verdict: Accuracy) -> str:
 
 def verdict_remarks(verdict: Accuracy) -> list[str]:
     """Return what the reader must know about a verdict beyond its row."""
-    if verdict.is_pipeline_check or verdict.outcome == "PASS":
-        return []
-    from pytest_int8bench.accuracy.text import describe
+    from pytest_int8bench.accuracy.text import beside_row
 
-    return describe(verdict)
+    return beside_row(verdict)
 
 
 def sensitivity_table(found: Sensitivity) -> Grid:
