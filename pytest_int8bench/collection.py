@@ -105,6 +105,9 @@ def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
 def _captured(config: pytest.Config) -> Iterator[None]:
     """Keep what libraries say while they are loaded off the terminal, as in a test that passes."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
+    if capture is None:  # of -p no:capture
+        yield
+        return
     capture.resume_global_capture()
     try:
         yield

@@ -161,7 +161,8 @@ class Result(Record):
     peak_memory_bytes: int | None = None
     """Peak of this model alone: weights, inputs, activations. None on a CPU."""
     compile_s: float | None = None
-    """The first call, compiling included; None in compile mode ``off``."""
+    """The first call, compiling included, not the loading of Inductor; None in compile mode
+    ``off``."""
     compile_cache: str | None = None
     """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
     None where nothing was looked up."""

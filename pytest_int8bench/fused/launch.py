@@ -215,13 +215,13 @@ def _roles_are_proved(device: torch.device, *, may_try: bool) -> bool:
             problem = None if _have_equal_bits(device) else "they give other bits"
         except Exception as error:  # whatever comes of another language
             problem = first_line(error)
+        _proved[device] = problem is None  # before the warning, which may be an error
         if problem is not None:
             warnings.warn(
                 f"INT8 products by warps with roles are off with triton {triton.__version__}: "
                 f"{problem}",
                 stacklevel=2,
             )
-        _proved[device] = problem is None
     return _proved.get(device, False)
 
 
