@@ -45,6 +45,7 @@ def stamped() -> Iterator[None]:
     trace = region._call_function
     seen: list[_Traced] = []
     states: list[tuple[Any, Any]] = []
+    writes = _Writes()
 
     def call(self: Any, tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         state = next((state for output, state in states if output is tx.output), None)
@@ -52,7 +53,7 @@ def stamped() -> Iterator[None]:
             states.append((tx.output, _global_state()))
         elif not state.check():
             raise RuntimeError("blocks run under different settings, such as autocast")
-        given = None if _has_written(tx) else _given(tx, args, kwargs)
+        given = _given(tx, args, kwargs, writes.count)
         if given is None:
             return trace(self, tx, args, kwargs)
         for traced in seen:
@@ -60,12 +61,13 @@ def stamped() -> Iterator[None]:
                 return traced.again(tx, given)
         result = trace(self, tx, args, kwargs)
         traced_now = _traced(tx, given, result)
-        if traced_now is not None and not _has_written(tx):
+        if traced_now is not None and writes.count == given.writes:
             seen.append(traced_now)
         return result
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_set(region, "_call_function", call))
+        stack.enter_context(writes.counted())
         with contextlib.suppress(ImportError):
             own: Any = importlib.import_module("torch._dynamo.variables.invoke_subgraph")
             for name in ("has_reuse_entries", "is_reuse_eligible"):
@@ -92,6 +94,38 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+class _Writes:
+    """Counts what the code that is traced writes to what was there before, or, in a region, outside
+    of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count inside."""
+        from torch._dynamo.side_effects import SideEffects
+
+        with contextlib.ExitStack() as stack:
+            for name in ("store_attr", "mutation", "register_hook"):
+                stack.enter_context(_set(SideEffects, name, self._counts(vars(SideEffects)[name])))
+            yield
+
+    def _counts(self, write: Any) -> Any:
+        from torch._dynamo.current_scope_id import current_scope_id
+        from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+        new = AttributeMutationNew, ValueMutationNew
+
+        def counting(effects: Any, item: Any, *args: Any, **kwargs: Any) -> Any:
+            kind = item.mutation_type
+            if not isinstance(kind, new) or kind.scope != current_scope_id():
+                self.count += 1
+            return write(effects, item, *args, **kwargs)
+
+        return counting
+
+
 @dataclass(frozen=True)
 class _Given:
     """What a region is called with."""
@@ -104,17 +138,23 @@ class _Given:
     kinds: tuple[Any, ...]
     """What a trace depends on of the arguments: for tensors, which are the same, and what Dynamo
     guards."""
+    writes: int
+    """How much the code before it has written."""
 
 
-def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Given | None:
-    """Return what a region is called with: a block, then tensors and constants; None if it is
-    something else."""
-    from torch._dynamo.variables import ConstantVariable, TensorVariable
+def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int) -> _Given | None:
+    """Return what a region is called with: a block, then tensors, constants, and tuples and lists
+    of such; None if it is something else."""
+    from torch._dynamo.variables import (
+        ConstantVariable,
+        ListVariable,
+        TensorVariable,
+        TupleVariable,
+    )
     from torch._dynamo.variables.functions import UserFunctionVariable
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
     function, block, *others = args
-    module: Any = getattr(block, "value", None)
     if (
         tx.output.current_tracer is not tx.output.root_tracer
         or not isinstance(function, UserFunctionVariable)
@@ -124,10 +164,13 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Given | 
         return None
     tensors: list[fx.Proxy] = []
     kinds: list[Any] = []
-    named = [*enumerate(others), *sorted(kwargs.items())]
-    for name, argument in named:
+    named: list[tuple[Any, Any]] = [*enumerate(others), *sorted(kwargs.items())]
+    for name, argument in named:  # which grows
         if isinstance(argument, ConstantVariable):
             kinds.append((name, type(argument.value), argument.value))
+        elif type(argument) in (TupleVariable, ListVariable):
+            kinds.append((name, type(argument), len(argument.items)))
+            named += [((name, index), item) for index, item in enumerate(argument.items)]
         elif isinstance(argument, TensorVariable):
             proxy = argument.as_proxy()
             nodes = [known.node for known in tensors]
@@ -140,7 +183,10 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Given | 
             kinds.append((name, nodes.index(proxy.node), kind))
         else:
             return None
-    return _Given(function.get_function(), module, block.source, tuple(tensors), tuple(kinds))
+    module: Any = block
+    return _Given(
+        function.get_function(), module.value, block.source, tuple(tensors), tuple(kinds), writes
+    )
 
 
 @dataclass(frozen=True)
@@ -157,6 +203,8 @@ class _Traced:
     outputs: tuple[torch.Tensor, ...]
     returned: int | tuple[int, ...]
     """Which outputs are returned."""
+    read: str
+    """Dynamo's names of what of the block the trace depends on."""
 
     def fits(self, tx: Any, given: _Given) -> bool:
         """Say whether tracing another call would come to the same graph."""
@@ -164,7 +212,8 @@ class _Traced:
             self.output is tx.output
             and self.given.function is given.function
             and self.given.kinds == given.kinds
-            and _equal_blocks(self.given.block, given.block)
+            and self.given.writes == given.writes
+            and _equal_blocks(self.given.block, given.block, self.read)
         )
 
     def again(self, tx: Any, given: _Given) -> Any:
@@ -239,6 +288,11 @@ def _traced(tx: Any, given: _Given, result: Any) -> _Traced | None:
         tuple(operands),
         tuple(outputs),
         returned[0] if single else tuple(returned),
+        "\n".join(
+            guard.originating_source.name
+            for guard in tx.output.guards
+            if _is_of(guard.originating_source, given.source)
+        ),
     )
 
 
@@ -246,19 +300,6 @@ def _global_state() -> Any:
     from torch._C._dynamo.guards import GlobalStateGuard
 
     return GlobalStateGuard()
-
-
-def _has_written(tx: Any) -> bool:
-    """Say whether the code that was traced changed anything that was there before."""
-    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
-
-    effects = tx.output.side_effects
-    new = AttributeMutationNew, ValueMutationNew
-    return bool(effects.tensor_hooks or effects.save_for_backward) or any(
-        effects.is_modified(variable)
-        for variable in effects.id_to_variable.values()
-        if not isinstance(variable.mutation_type, new)
-    )
 
 
 def _is_of(source: Any, block: Any) -> bool:
@@ -276,8 +317,9 @@ def _moved(source: Any, block: Any, other: Any) -> Any:
     return dataclasses.replace(source, base=_moved(source.base, block, other))
 
 
-def _equal_blocks(one: nn.Module, other: nn.Module) -> bool:
-    """Say whether blocks differ in the values of their tensors at most."""
+def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
+    """Say whether blocks differ at most in the values of their tensors, and in plain attributes
+    whose names are not in ``read``, such as the number of the block."""
     twins = dict(zip(one.modules(), other.modules(), strict=False))
     tensors: dict[int, int] = {}
 
@@ -302,12 +344,23 @@ def _equal_blocks(one: nn.Module, other: nn.Module) -> bool:
             return equal(mine.__func__, its.__func__) and equal(mine.__self__, its.__self__)
         return isinstance(mine, _PLAIN) and bool(mine == its)
 
+    def unread(name: str, *values: Any) -> bool:
+        return name not in read and all(isinstance(v, _PLAIN) or v is None for v in values)
+
+    def equal_modules(mine: nn.Module, its: nn.Module) -> bool:
+        ours, theirs = vars(mine), vars(its)
+        return (
+            type(mine) is type(its)
+            and list(ours) == list(theirs)
+            and all(
+                equal(value, theirs[name]) or unread(name, value, theirs[name])
+                for name, value in ours.items()
+            )
+        )
+
     return (
         len(twins) == sum(1 for _ in other.modules())
-        and all(
-            type(module) is type(twin) and equal(vars(module), vars(twin))
-            for module, twin in twins.items()
-        )
+        and all(equal_modules(module, twin) for module, twin in twins.items())
         and len(set(tensors.values())) == len(tensors)
     )
 

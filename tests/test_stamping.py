@@ -105,6 +105,70 @@ def test_quantized_blocks_are_read_once(reads: list[str], monkeypatch: pytest.Mo
     assert len(reads) == 1
 
 
+class Numbered(Block):
+    """Knows which one it is, and may look."""
+
+    def __init__(self, number: int, looks: bool = False) -> None:
+        super().__init__()
+        self.number, self.looks = number, looks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (self.number if self.looks else 0)
+
+
+@pytest.mark.parametrize(("looks", "read"), [(False, 1), (True, 4)])
+def test_numbers_of_blocks_count_where_they_are_read(
+    looks: bool, read: int, reads: list[str]
+) -> None:
+    compared(Blocks(*(Numbered(number, looks) for number in range(4))))
+    assert len(reads) == read
+
+
+class Collecting(Blocks):
+    """Has hooks that append to a list which its forward makes, as transformers does."""
+
+    found: Any = None
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        for block in self.blocks:
+            block.register_forward_hook(self._collect)
+
+    def _collect(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.found is not None:
+            self.found.append(output)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.found = []
+        x = super().forward(x)
+        found, self.found = self.found, None
+        return x, *found
+
+
+def test_what_blocks_write_to_something_new_is_not_lost(reads: list[str]) -> None:
+    model = Collecting(*(Block() for _ in range(3))).eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+class Noting(Blocks):
+    """Writes before its blocks and after them, not in between."""
+
+    noted: Any = None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.noted = len(x)
+        x = super().forward(x)
+        self.noted = None
+        return x
+
+
+def test_what_was_written_before_all_blocks_is_the_same_for_all(reads: list[str]) -> None:
+    compared(Noting(*(Block() for _ in range(3))))
+    assert len(reads) == 1
+
+
 def unlike(change: Callable[[Block], object]) -> Blocks:
     """Return four blocks of which the third is changed."""
     model = Blocks(*(Block() for _ in range(4))).eval().requires_grad_(False)
@@ -246,8 +310,11 @@ class Between(nn.Module):
         self.block = Block()
 
     def forward(
-        self, x: torch.Tensor, y: torch.Tensor, *, swap: bool = False
+        self, x: torch.Tensor, y: Any, *, swap: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(y, tuple | list):
+            y, (factor, _) = y
+            y = factor * y
         a, b = self.block(x), 2 * y
         return (b, a) if swap else (a, b)
 
@@ -283,6 +350,18 @@ def _by_name(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
     return block(y=x, x=y)
 
 
+def _in_a_tuple(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, (y, (2.0, x)))
+
+
+def _other_in_a_tuple(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, (y, (3.0, x)))
+
+
+def _in_a_list(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, [y, (2.0, x)])
+
+
 @pytest.mark.parametrize(
     ("calls", "read"),
     [
@@ -291,6 +370,7 @@ def _by_name(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
         ([_plain, _twice_the_same, _plain], 2),
         ([_plain, _half, _half], 2),
         ([_plain, _by_name, _by_name], 2),
+        ([_in_a_tuple, _in_a_tuple, _in_a_list, _in_a_list, _other_in_a_tuple], 3),
     ],
 )
 def test_arguments_count(calls: list[Callable[..., Any]], read: int, reads: list[str]) -> None:
