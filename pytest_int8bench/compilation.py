@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -24,7 +25,7 @@ from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.inductor import FusingInductor, load_inductor
 from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
-from pytest_int8bench.stamping import stamped
+from pytest_int8bench.stamping import stampable, stamped
 from pytest_int8bench.tensors import map_tensors
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
@@ -177,8 +178,9 @@ class CompiledModel(torch.nn.Module):
         # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
         # failed.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
+        blocks = stampable(self.model, regions.blocks)
         # Regions that users marked are torch's.
-        read_once = stamped if regions else contextlib.nullcontext
+        read_once = functools.partial(stamped, blocks) if regions else contextlib.nullcontext
         self._entry = self._new_entry(fullgraph, inline)
         try:
             with read_once(), regions:
@@ -359,7 +361,7 @@ def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
     backend, and a sweep would fill one list of graphs.
     """
 
-    def entry(*args: Any, **kwargs: Any) -> Any:
+    def entry(*args: Any, **kwargs: Any) -> Any:  # the names: stamping.ENTRY_PARAMETERS
         return model(*args, **kwargs)
 
     code = entry.__code__.replace(co_name=f"int8bench_entry_{next(_serial)}")

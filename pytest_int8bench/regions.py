@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from types import TracebackType
@@ -66,10 +68,18 @@ class Regions:
         """Return the number of blocks."""
         return len(self._changes)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that are regions."""
+        return [block for block, _, _ in self._changes]
+
     def __enter__(self) -> Regions:
         # Past nn.Module's own __setattr__: this is in the clock.
         for block, _, region in self._changes:
             object.__setattr__(block, "__class__", region)
+        if self._changes:
+            for name, (_, replacement) in _reuse_of_torch().items():
+                setattr(_invoke_subgraph(), name, replacement)
         return self
 
     def __exit__(
@@ -80,6 +90,36 @@ class Regions:
     ) -> None:
         for block, own, _ in self._changes:
             object.__setattr__(block, "__class__", own)
+        if self._changes:
+            for name, (original, _) in _reuse_of_torch().items():
+                setattr(_invoke_subgraph(), name, original)
+
+
+@functools.cache
+def _invoke_subgraph() -> Any:
+    return importlib.import_module("torch._dynamo.variables.invoke_subgraph")
+
+
+@functools.cache
+def _reuse_of_torch() -> dict[str, tuple[Any, Any]]:
+    """Return functions by which torch 2.13 decides that a region need not be read again, and what
+    takes their place. It mixes up arguments that are given by name in one call and by position in
+    another, or in another order, and raises at the ninth kind of blocks."""
+    try:
+        module = _invoke_subgraph()
+    except ImportError:  # of torch that reads each
+        return {}
+
+    def says_no(original: Any) -> Any:
+        # But where users told torch themselves what is equal.
+        def says(*args: Any, has_reuse_hash_fn: bool = False) -> bool:
+            return has_reuse_hash_fn and original(*args, has_reuse_hash_fn=True)
+
+        return says
+
+    names = ("has_reuse_entries", "is_reuse_eligible")
+    originals = {name: getattr(module, name) for name in names}
+    return {name: (original, says_no(original)) for name, original in originals.items()}
 
 
 def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Module]:

@@ -3,11 +3,12 @@
 A region (:mod:`pytest_int8bench.regions`) is compiled once, but Dynamo of torch 2.11 runs through
 the Python of each of its calls all the same, only to find that it came to the same graph: for the
 twelve blocks of a base encoder, half of a first call from a full cache. Here a call that can come
-to nothing else becomes one of the graph that is there. As in torch 2.13, which does so by itself,
-nobody notices then when one of the blocks but the first is changed afterwards.
+to nothing else becomes one of the graph that is there.
 
-That of torch 2.13 is off here: it mixes up arguments that are given by name in one call and by
-position in another, or in another order, and raises at the ninth kind of blocks.
+What Python may do in a block is without end, and a wrong guess would give wrong numbers in silence.
+So this is for blocks whose code is all of libraries that are known, and whose tensors and modules
+nobody else in the model holds; the others are read one by one. As in torch 2.13, which does the
+like, nobody notices when one of the blocks but the first is changed after the first call.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import operator
+import threading
 import types
 import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +28,97 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+#: Names of the parameters of what Dynamo is asked to compile, those of the model in them.
+ENTRY_PARAMETERS = ("args", "kwargs")
+
+#: Libraries whose blocks do nothing but compute: not by which block they are, nor with what others
+#: write meanwhile.
+LIBRARIES = {
+    "olmoearth_pretrain_minimal",
+    "pytest_int8bench",
+    "timm",
+    "torch",
+    "torchao",
+    "torchvision",
+    "transformers",
+}
+_OF_PYTHON = {"_collections", "_functools", "builtins", "collections", "functools", "types"}
+# One at a time: what is replaced is torch's, of all threads.
+_LOCK = threading.RLock()
+
 _REGION = torch.ops.higher_order.invoke_subgraph
 # Values that can be compared. Of others, only the same object is equal.
-_PLAIN = (bool, int, float, complex, str, bytes, set, frozenset, slice, torch.dtype, torch.device)
+_PLAIN = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device, type(None))
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def stampable(model: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Module]:
+    """Return those of the blocks of ``model`` whose reading can be left out: whose code is known,
+    and what they hold nobody else does."""
+    everywhere = _held(model)
+    return {
+        block
+        for block in blocks
+        if all(map(_is_plain, block.modules()))
+        and all(count == everywhere[key] for key, count in _held(block).items())
+    }
+
+
+def _held(root: nn.Module) -> Counter[Any]:
+    """Return how many hold each module, and use each memory, in ``root`` and what is in it."""
+    held: Counter[Any] = Counter()
+    for module in root.modules():
+        held.update(module.children())
+        held.update(map(_storage, _tensors(module)))
+    return held
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        _is_known(type(module))
+        and all(_is_known(value) for name, value in vars(module).items() if name != "_modules")
+        and not any(vars(module).get(hooks) for hooks in _HOOKS)
+    )
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [value for value in held if isinstance(value, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_known(value: Any) -> bool:
+    """Say whether an attribute is a value, a tensor, or of code that is known. A module that is no
+    child may be the block itself, which then knows which one it is."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return True
+    if isinstance(value, nn.Module):
+        return False
+    if type(value) in (dict, OrderedDict):
+        return all(map(_is_known, (*value.keys(), *value.values())))
+    if type(value) in (tuple, list, set, frozenset):
+        return all(map(_is_known, value))
+    if type(value) is functools.partial:
+        return all(map(_is_known, (value.func, value.args, value.keywords)))
+    where = getattr(value, "__module__", None) or type(value).__module__
+    return str(where).partition(".")[0] in LIBRARIES | _OF_PYTHON
 
 
 @contextlib.contextmanager
-def stamped() -> Iterator[None]:
+def stamped(blocks: set[nn.Module]) -> Iterator[None]:
     """Let Dynamo read equal blocks inside regions once.
+
+    Args:
+        blocks: those that may be left out.
 
     Raises:
         RuntimeError: at blocks that run under other settings of the process, such as autocast, than
@@ -42,7 +127,6 @@ def stamped() -> Iterator[None]:
     from torch._dynamo.variables import higher_order_ops
 
     region: Any = vars(higher_order_ops)["InvokeSubgraphHigherOrderVariable"]
-    trace = region._call_function
     seen: list[_Traced] = []
     states: list[tuple[Any, Any]] = []
     writes = _Writes()
@@ -54,34 +138,21 @@ def stamped() -> Iterator[None]:
         elif not state.check():
             raise RuntimeError("blocks run under different settings, such as autocast")
         given = _given(tx, args, kwargs, writes.count)
-        if given is None:
+        if given is None or given.block not in blocks:
             return trace(self, tx, args, kwargs)
         for traced in seen:
-            if traced.fits(tx, given):
-                return traced.again(tx, given)
+            if traced.fits(tx, given) and (operands := traced.operands_of(tx, given)):
+                return traced.again(tx, operands)
         result = trace(self, tx, args, kwargs)
         traced_now = _traced(tx, given, result)
         if traced_now is not None and writes.count == given.writes:
             seen.append(traced_now)
         return result
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_set(region, "_call_function", call))
-        stack.enter_context(writes.counted())
-        with contextlib.suppress(ImportError):
-            own: Any = importlib.import_module("torch._dynamo.variables.invoke_subgraph")
-            for name in ("has_reuse_entries", "is_reuse_eligible"):
-                stack.enter_context(_set(own, name, _no_or_by_hash(getattr(own, name))))
-        yield
-
-
-def _no_or_by_hash(original: Any) -> Any:
-    """Return a function that says no, but where users told torch themselves what is equal."""
-
-    def says(*args: Any, has_reuse_hash_fn: bool = False) -> bool:
-        return has_reuse_hash_fn and original(*args, has_reuse_hash_fn=True)
-
-    return says
+    with _LOCK, writes.counted():
+        trace = region._call_function
+        with _set(region, "_call_function", call):
+            yield
 
 
 @contextlib.contextmanager
@@ -136,21 +207,17 @@ class _Given:
     """Dynamo's name of the block."""
     tensors: tuple[fx.Proxy, ...]
     kinds: tuple[Any, ...]
-    """What a trace depends on of the arguments: for tensors, which are the same, and what Dynamo
-    guards."""
+    """What a trace depends on of the arguments: for tensors, which are the same, what Dynamo
+    guards, and the node of one that the block may read without being given it. Both would be one
+    operand of the call that is traced."""
     writes: int
     """How much the code before it has written."""
 
 
 def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int) -> _Given | None:
-    """Return what a region is called with: a block, then tensors, constants, and tuples and lists
-    of such; None if it is something else."""
-    from torch._dynamo.variables import (
-        ConstantVariable,
-        ListVariable,
-        TensorVariable,
-        TupleVariable,
-    )
+    """Return what a region is called with: a block, then tensors, constants, and tuples of such;
+    None if it is something else."""
+    from torch._dynamo.variables import ConstantVariable, TensorVariable, TupleVariable
     from torch._dynamo.variables.functions import UserFunctionVariable
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
@@ -162,30 +229,35 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int)
         or block.source is None
     ):
         return None
+    module: Any = vars(block)["value"]
     tensors: list[fx.Proxy] = []
     kinds: list[Any] = []
-    named: list[tuple[Any, Any]] = [*enumerate(others), *sorted(kwargs.items())]
+    named: list[tuple[Any, Any]] = [*enumerate(others), *kwargs.items()]
     for name, argument in named:  # which grows
         if isinstance(argument, ConstantVariable):
-            kinds.append((name, type(argument.value), argument.value))
-        elif type(argument) in (TupleVariable, ListVariable):
-            kinds.append((name, type(argument), len(argument.items)))
+            if type(argument.value) not in _PLAIN:
+                return None
+            kinds.append((name, type(argument.value), repr(argument.value)))
+        elif type(argument) is TupleVariable:
+            kinds.append((name, tuple, len(argument.items)))
             named += [((name, index), item) for index, item in enumerate(argument.items)]
-        elif isinstance(argument, TensorVariable):
+        elif _unwrapped_type(argument) is TensorVariable:
             proxy = argument.as_proxy()
             nodes = [known.node for known in tensors]
             if proxy.node not in nodes:
                 tensors.append(proxy)
                 nodes.append(proxy.node)
             kind = _kind(proxy.node.meta["example_value"])
-            if kind is None:
+            held = proxy.node.meta.get("grapharg")
+            if kind is None or (held is not None and _holds(module, held.example)):
                 return None
-            kinds.append((name, nodes.index(proxy.node), kind))
+            is_anywhere = held is not None and not _is_given(held.source)
+            index = nodes.index(proxy.node)
+            kinds.append((name, index, kind, proxy.node if is_anywhere else None))
         else:
             return None
-    module: Any = block
     return _Given(
-        function.get_function(), module.value, block.source, tuple(tensors), tuple(kinds), writes
+        function.get_function(), module, block.source, tuple(tensors), tuple(kinds), writes
     )
 
 
@@ -216,15 +288,14 @@ class _Traced:
             and _equal_blocks(self.given.block, given.block, self.read)
         )
 
-    def again(self, tx: Any, given: _Given) -> Any:
-        """Note the call in the graph, and return Dynamo's variable for what it returns."""
-        from torch._dynamo.variables import TupleVariable
+    def operands_of(self, tx: Any, given: _Given) -> list[fx.Proxy] | None:
+        """Return the operands of another call, None if some have memory in common, at which torch
+        raises."""
         from torch._dynamo.variables.builder import VariableBuilder
-        from torch._dynamo.variables.higher_order_ops import add_call_function, make_attr
 
         scope = {"L": tx.output.root_tx.f_locals, "G": tx.output.root_tx.f_globals}
         known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        operands = []
+        operands: list[fx.Proxy] = []
         for operand in self.operands:
             if isinstance(operand, int):
                 operands.append(given.tensors[operand])
@@ -234,6 +305,14 @@ class _Traced:
                 source = _moved(operand, self.given.source, given.source)
                 value = source.get_value(scope, {}, known)
                 operands.append(VariableBuilder(tx, source)(value).as_proxy())
+        memory = {_storage(proxy.node.meta["example_value"]) for proxy in operands}
+        return operands if len(memory) == len(operands) else None
+
+    def again(self, tx: Any, operands: list[fx.Proxy]) -> Any:
+        """Note a call in the graph, and return Dynamo's variable for what it returns."""
+        from torch._dynamo.variables import TupleVariable
+        from torch._dynamo.variables.higher_order_ops import add_call_function, make_attr
+
         with tx.fake_mode:
             example = tuple(
                 torch.empty_strided(
@@ -272,6 +351,7 @@ def _traced(tx: Any, given: _Given, result: Any) -> _Traced | None:
     outputs = call.meta["example_value"]
     if not all(map(_kind, outputs)):
         return None
+    guards = [g for g in tx.output.guards if _is_of(g.originating_source, given.source)]
     single = isinstance(result, TensorVariable)
     if not single and type(result) is not TupleVariable:
         return None
@@ -288,11 +368,7 @@ def _traced(tx: Any, given: _Given, result: Any) -> _Traced | None:
         tuple(operands),
         tuple(outputs),
         returned[0] if single else tuple(returned),
-        "\n".join(
-            guard.originating_source.name
-            for guard in tx.output.guards
-            if _is_of(guard.originating_source, given.source)
-        ),
+        "\n".join(guard.originating_source.name for guard in guards),
     )
 
 
@@ -300,6 +376,25 @@ def _global_state() -> Any:
     from torch._C._dynamo.guards import GlobalStateGuard
 
     return GlobalStateGuard()
+
+
+def _unwrapped_type(variable: Any) -> type:
+    """Return the type of what Dynamo may have put off to look at."""
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    return type(variable.realize() if isinstance(variable, LazyVariableTracker) else variable)
+
+
+def _holds(block: nn.Module, tensor: Any) -> bool:
+    return any(held is tensor for module in block.modules() for held in _tensors(module))
+
+
+def _is_given(source: Any) -> bool:
+    """Say whether Dynamo's name is of an argument of the model, not of what that holds, nor of a
+    global."""
+    while hasattr(source, "base"):
+        source = source.base
+    return getattr(source, "local_name", None) in ENTRY_PARAMETERS
 
 
 def _is_of(source: Any, block: Any) -> bool:
@@ -321,7 +416,6 @@ def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
     """Say whether blocks differ at most in the values of their tensors, and in plain attributes
     whose names are not in ``read``, such as the number of the block."""
     twins = dict(zip(one.modules(), other.modules(), strict=False))
-    tensors: dict[int, int] = {}
 
     def equal(mine: Any, its: Any) -> bool:
         if mine is its:
@@ -329,23 +423,23 @@ def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
         if type(mine) is not type(its):
             return False
         if isinstance(mine, torch.Tensor):
-            # One that is there twice is there twice in the other block.
-            same = tensors.setdefault(id(mine), id(its)) == id(its)
-            return same and _kind(mine) == _kind(its) and equal(vars(mine), vars(its))
+            return _kind(mine) == _kind(its) and equal(vars(mine), vars(its))
         if isinstance(mine, nn.Module):
             return twins.get(mine) is its
-        if isinstance(mine, tuple | list):
+        if type(mine) in (tuple, list):
             return len(mine) == len(its) and all(map(equal, mine, its))
-        if isinstance(mine, dict):
-            return list(mine) == list(its) and all(map(equal, mine.values(), its.values()))
-        if isinstance(mine, functools.partial):
+        if type(mine) in (dict, OrderedDict):
+            return equal(list(mine), list(its)) and equal(list(mine.values()), list(its.values()))
+        if type(mine) in (set, frozenset):
+            return not mine and not its
+        if type(mine) is functools.partial:
             return equal(mine.__reduce__()[2], its.__reduce__()[2])
         if isinstance(mine, types.MethodType):
             return equal(mine.__func__, its.__func__) and equal(mine.__self__, its.__self__)
-        return isinstance(mine, _PLAIN) and bool(mine == its)
+        return type(mine) in _PLAIN and repr(mine) == repr(its)
 
     def unread(name: str, *values: Any) -> bool:
-        return name not in read and all(isinstance(v, _PLAIN) or v is None for v in values)
+        return name not in read and all(type(value) in _PLAIN for value in values)
 
     def equal_modules(mine: nn.Module, its: nn.Module) -> bool:
         ours, theirs = vars(mine), vars(its)
@@ -358,10 +452,8 @@ def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
             )
         )
 
-    return (
-        len(twins) == sum(1 for _ in other.modules())
-        and all(equal_modules(module, twin) for module, twin in twins.items())
-        and len(set(tensors.values())) == len(tensors)
+    return len(twins) == sum(1 for _ in other.modules()) and all(
+        equal_modules(module, twin) for module, twin in twins.items()
     )
 
 

@@ -39,6 +39,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(InvokeSubgraphHigherOrderVariable, "create_wrapped_node", created)
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", quick)
+    monkeypatch.setattr(stamping, "LIBRARIES", {*stamping.LIBRARIES, __name__.partition(".")[0]})
     torch.manual_seed(0)
     return found
 
@@ -122,6 +123,57 @@ def test_numbers_of_blocks_count_where_they_are_read(
 ) -> None:
     compared(Blocks(*(Numbered(number, looks) for number in range(4))))
     assert len(reads) == read
+
+
+class Last(Block):
+    """Asks whether it is the last one."""
+
+    def __init__(self, owner: list[nn.Module]) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self is self.owner[-1] else torch.relu(y)
+
+
+def test_blocks_that_ask_which_one_they_are_are_each_read(reads: list[str]) -> None:
+    owner: list[nn.Module] = []
+    owner += [Last(owner) for _ in range(3)]
+    compared(Blocks(*owner))
+    assert len(reads) == 3
+
+
+def test_blocks_of_unknown_code_are_each_read(
+    reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamping, "LIBRARIES", {"torch"})
+    compared(Blocks(*(Block() for _ in range(3))))
+    assert len(reads) == 3
+
+
+class Named(Blocks):
+    """Knows a part of its first block by another name."""
+
+    def __init__(self, *blocks: Block) -> None:
+        super().__init__(*blocks)
+        self.first = blocks[0].norm
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(self.first(x))
+
+
+def test_parts_that_others_hold_too_make_a_block_its_own_kind(reads: list[str]) -> None:
+    compared(Named(*(Block() for _ in range(4))))
+    assert len(reads) == 2
+
+
+def _own(block: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, block.block.shift)
+
+
+def _everywhere(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, EVERYWHERE)
 
 
 class Collecting(Blocks):
@@ -224,11 +276,14 @@ def test_what_blocks_share_and_what_is_everywhere_stays_what_it_is(reads: list[s
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + EVERYWHERE
 
-    model = Blocks(*(Reads() for _ in range(3)))
-    for block in model.blocks[1:]:
-        block.mlp[0].weight = model.blocks[0].mlp[0].weight  # type: ignore[index]
-    compared(model)
+    compared(Blocks(*(Reads() for _ in range(3))))
     assert len(reads) == 1
+    reads.clear()
+    model = Blocks(*(Block() for _ in range(4)))
+    for block in model.blocks[2:]:
+        block.mlp[0].weight = model.blocks[1].mlp[0].weight  # type: ignore[index]
+    compared(model)
+    assert len(reads) == 4  # who knows what else holds it
 
 
 class Counting(Block):
@@ -370,7 +425,9 @@ def _in_a_list(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
         ([_plain, _twice_the_same, _plain], 2),
         ([_plain, _half, _half], 2),
         ([_plain, _by_name, _by_name], 2),
-        ([_in_a_tuple, _in_a_tuple, _in_a_list, _in_a_list, _other_in_a_tuple], 3),
+        ([_own, _own, _plain, _plain], 3),
+        ([_everywhere, _everywhere, _plain, _plain], 2),
+        ([_in_a_tuple, _in_a_tuple, _in_a_list, _in_a_list, _other_in_a_tuple], 4),
     ],
 )
 def test_arguments_count(calls: list[Callable[..., Any]], read: int, reads: list[str]) -> None:
@@ -388,7 +445,7 @@ def test_dynamo_reads_each_block_as_before_outside(reads: list[str]) -> None:
     from torch._dynamo.variables.higher_order_ops import InvokeSubgraphHigherOrderVariable
 
     def raises() -> None:
-        with stamping.stamped():
+        with stamping.stamped(set()):
             assert InvokeSubgraphHigherOrderVariable._call_function is not before
             raise ValueError("out of the middle")
 

@@ -8,37 +8,50 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 _THREADS = 4
-_compiling: list[Future[Any]] = []
+_compiling: dict[Hashable, Future[Any]] = {}
 
 
-def start(compile_kernel: Callable[[], Any], device: torch.device) -> None:
+def start(key: Hashable, compile_kernel: Callable[[], Any], device: torch.device) -> None:
     """Compile a kernel for a GPU in a thread.
 
     Args:
+        key: what is compiled; only once, if it is still being compiled.
         compile_kernel: does it, for the current device. What it raises is left to the launch.
     """
 
     def compiled() -> None:
         on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with contextlib.suppress(Exception), on:
+        with contextlib.suppress(BaseException), on:
             compile_kernel()
 
-    _compiling.append(_executor().submit(compiled))
+    if key not in _compiling:
+        _compiling[key] = _executor().submit(compiled)
 
 
 def finish() -> None:
     """Wait for what was started, so that nothing is compiled twice."""
-    while _compiling:
-        _compiling.pop().result()
+    for key, future in list(_compiling.items()):
+        future.result()
+        _compiling.pop(key, None)
 
 
 @functools.cache
 def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="int8bench-compile")
+
+
+def _forget() -> None:
+    _compiling.clear()
+    _executor.cache_clear()
+
+
+# Threads do not come along.
+os.register_at_fork(after_in_child=_forget)

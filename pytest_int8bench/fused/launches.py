@@ -68,11 +68,16 @@ class Launch:
             dtypes: of its tensors, None for those that are not there.
             device: where it is going to run.
         """
+        values = (*self.constants.values(), *self.options.values())
+        key = (self.kernel, self.programs, *self.numbers, *values, *dtypes, device)
+        ahead.start(key, functools.partial(self._compile, dtypes), device)
+
+    def _compile(self, dtypes: Sequence[torch.dtype | None]) -> None:
         from triton.runtime.jit import MockTensor
 
         mocks = self._described([None if dtype is None else MockTensor(dtype) for dtype in dtypes])
-        warmup = functools.partial(self.kernel.warmup, *mocks, *self.numbers, grid=(self.programs,))
-        ahead.start(functools.partial(warmup, **self.constants, **self.options), device)
+        grid = (self.programs,)
+        self.kernel.warmup(*mocks, *self.numbers, grid=grid, **self.constants, **self.options)
 
     def _described(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         described = [
