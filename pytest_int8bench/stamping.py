@@ -221,7 +221,7 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int)
     from torch._dynamo.variables.functions import UserFunctionVariable
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
-    function, block, *others = args
+    function, block, *others = map(_unwrapped, args)
     if (
         tx.output.current_tracer is not tx.output.root_tracer
         or not isinstance(function, UserFunctionVariable)
@@ -229,11 +229,12 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int)
         or block.source is None
     ):
         return None
-    module: Any = vars(block)["value"]
+    module: Any = vars(block)["value"]  # to mypy, any object
     tensors: list[fx.Proxy] = []
     kinds: list[Any] = []
     named: list[tuple[Any, Any]] = [*enumerate(others), *kwargs.items()]
-    for name, argument in named:  # which grows
+    for name, variable in named:  # which grows
+        argument = _unwrapped(variable)
         if isinstance(argument, ConstantVariable):
             if type(argument.value) not in _PLAIN:
                 return None
@@ -241,7 +242,7 @@ def _given(tx: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: int)
         elif type(argument) is TupleVariable:
             kinds.append((name, tuple, len(argument.items)))
             named += [((name, index), item) for index, item in enumerate(argument.items)]
-        elif _unwrapped_type(argument) is TensorVariable:
+        elif type(argument) is TensorVariable:
             proxy = argument.as_proxy()
             nodes = [known.node for known in tensors]
             if proxy.node not in nodes:
@@ -378,11 +379,11 @@ def _global_state() -> Any:
     return GlobalStateGuard()
 
 
-def _unwrapped_type(variable: Any) -> type:
-    """Return the type of what Dynamo may have put off to look at."""
+def _unwrapped(variable: Any) -> Any:
+    """Return what Dynamo may have put off to look at."""
     from torch._dynamo.variables.lazy import LazyVariableTracker
 
-    return type(variable.realize() if isinstance(variable, LazyVariableTracker) else variable)
+    return variable.realize() if isinstance(variable, LazyVariableTracker) else variable
 
 
 def _holds(block: nn.Module, tensor: Any) -> bool:

@@ -435,6 +435,14 @@ def test_arguments_count(calls: list[Callable[..., Any]], read: int, reads: list
     assert len(reads) == read
 
 
+def test_another_batch_size_is_compiled_like_the_first() -> None:
+    model = Pairs([_plain, _by_name, _by_name]).eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    for x in (X, torch.cat([X, X])):
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(x, x + 1), model(x, x + 1))
+
+
 def test_a_block_that_is_called_twice_is_read_once(reads: list[str]) -> None:
     block = Block()
     compared(Blocks(block, Block(), block))
