@@ -462,7 +462,7 @@ def _kind(tensor: Any) -> tuple[Any, ...] | None:
     """Return what a trace depends on of a tensor, None if its shape is not known."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    sizes = (*tensor.shape, *tensor.stride())
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
     if not all(type(size) is int for size in sizes):
         return None
     keys = torch._C._dispatch_keys(tensor)

@@ -172,6 +172,14 @@ def _own(block: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
     return block(x, block.block.shift)
 
 
+def _from(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, torch.cat([y.flatten(), y.flatten()])[: y.numel()].view(y.shape))
+
+
+def _from_further(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, torch.cat([y.flatten(), y.flatten()])[1 : y.numel() + 1].view(y.shape))
+
+
 def _everywhere(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
     return block(x, EVERYWHERE)
 
@@ -427,6 +435,7 @@ def _in_a_list(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
         ([_plain, _by_name, _by_name], 2),
         ([_own, _own, _plain, _plain], 3),
         ([_everywhere, _everywhere, _plain, _plain], 2),
+        ([_from, _from, _from_further, _from_further], 2),
         ([_in_a_tuple, _in_a_tuple, _in_a_list, _in_a_list, _other_in_a_tuple], 4),
     ],
 )
