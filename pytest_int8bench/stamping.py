@@ -417,8 +417,11 @@ def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
     """Say whether blocks differ at most in the values of their tensors, and in plain attributes
     whose names are not in ``read``, such as the number of the block."""
     twins = dict(zip(one.modules(), other.modules(), strict=False))
+    tensors: dict[int, int] = {}
 
     def equal(mine: Any, its: Any) -> bool:
+        if isinstance(mine, torch.Tensor) and tensors.setdefault(id(mine), id(its)) != id(its):
+            return False  # it is there twice, and what is there in the other block is not the same
         if mine is its:
             return True
         if type(mine) is not type(its):
@@ -453,8 +456,10 @@ def _equal_blocks(one: nn.Module, other: nn.Module, read: str) -> bool:
             )
         )
 
-    return len(twins) == sum(1 for _ in other.modules()) and all(
-        equal_modules(module, twin) for module, twin in twins.items()
+    return (
+        len(twins) == sum(1 for _ in other.modules())
+        and all(equal_modules(module, twin) for module, twin in twins.items())
+        and len(set(tensors.values())) == len(tensors)
     )
 
 

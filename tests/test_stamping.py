@@ -279,6 +279,17 @@ def test_blocks_with_parameters_that_are_tied_are_another_kind(reads: list[str])
     assert len(reads) == 1
 
 
+@pytest.mark.parametrize("tied", [(0, 1), (2, 3)])
+def test_blocks_that_are_tied_and_blocks_that_are_not_are_told_apart(
+    tied: tuple[int, int], reads: list[str]
+) -> None:
+    model = Blocks(*(Block() for _ in range(4)))
+    for index in tied:
+        _tied(model.blocks[index])  # type: ignore[arg-type]
+    compared(model)
+    assert len(reads) == 2
+
+
 def test_what_blocks_share_and_what_is_everywhere_stays_what_it_is(reads: list[str]) -> None:
     class Reads(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
