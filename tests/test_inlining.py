@@ -73,13 +73,15 @@ class Model(nn.Module):
 class Run:
     """A model compiled with its graphs run as they are, and compared with running it eagerly."""
 
-    def __init__(self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False, inline: bool = True
+    ) -> None:
         self.launches: list[tuple[str, bool]] = []
         self.numbers: list[int] = []
         self.operators = 0
 
         def backend(module: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
-            for part in graph.fuse(module, inline=True).modules():
+            for part in graph.fuse(module, inline=inline).modules():
                 if isinstance(part, fx.GraphModule):
                     self._note(part)
             return module.forward
@@ -131,6 +133,38 @@ def test_a_graph_runs_kernels_alone(
     assert run.kernels.count("quantize_rows") == 3
     assert [residual for name, residual in run.launches if name == product] == [False, False, True]
     assert (run.operators, len(run.launches)) == (0, 6)
+
+
+def test_kernels_of_operators_that_stay_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytest_int8bench.fused import launches  # which needs Triton
+
+    found: list[tuple[str, list[torch.dtype | None]]] = []
+
+    def noted(launch: Any, dtypes: Any, device: torch.device) -> None:
+        found.append((launch.kernel.fn.__name__, list(dtypes)))
+
+    monkeypatch.setattr(launches.Launch, "compile_ahead", noted)
+    run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), inline=False)
+    assert (run.launches, run.operators) == ([], 6)
+    real, byte = torch.float32, torch.int8
+    # As the kernels take them: x, gate, q, scale, weight, bias, factor, kept.
+    rows = [dtypes for name, dtypes in found if name == "quantize_rows"]
+    assert sorted(map(str, rows)) == sorted(
+        map(
+            str,
+            [
+                [real, None, byte, real, real, real, None, real],
+                [real, None, byte, real, None, None, None, None],
+                [real, real, byte, real, None, None, None, None],
+            ],
+        )
+    )
+    # a, b, c, residual, scale, weight scale, bias, gamma.
+    assert [dtypes for name, dtypes in found if name == "int8_product_pointers"] == [
+        [byte, byte, real, None, real, real, real, None],
+        [byte, byte, real, None, real, real, real, None],
+        [byte, byte, real, real, real, real, real, real],
+    ]
 
 
 def test_a_row_that_something_else_reads_and_a_factor() -> None:
