@@ -74,12 +74,11 @@ class Regions:
         return [block for block, _, _ in self._changes]
 
     def __enter__(self) -> Regions:
+        if self._changes:
+            _let_torch_reuse(False)
         # Past nn.Module's own __setattr__: this is in the clock.
         for block, _, region in self._changes:
             object.__setattr__(block, "__class__", region)
-        if self._changes:
-            for name, (_, replacement) in _reuse_of_torch().items():
-                setattr(_invoke_subgraph(), name, replacement)
         return self
 
     def __exit__(
@@ -91,8 +90,12 @@ class Regions:
         for block, own, _ in self._changes:
             object.__setattr__(block, "__class__", own)
         if self._changes:
-            for name, (original, _) in _reuse_of_torch().items():
-                setattr(_invoke_subgraph(), name, original)
+            _let_torch_reuse(True)
+
+
+def _let_torch_reuse(allowed: bool) -> None:
+    for name, (original, says_no) in _reuse_of_torch().items():
+        setattr(_invoke_subgraph(), name, original if allowed else says_no)
 
 
 @functools.cache
