@@ -178,9 +178,9 @@ class CompiledModel(torch.nn.Module):
         # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
         # failed.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
-        blocks = stampable(self.model, regions.blocks)
-        # Regions that users marked are torch's.
-        read_once = functools.partial(stamped, blocks) if regions else contextlib.nullcontext
+        read_once: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if regions:  # those that users marked are torch's
+            read_once = functools.partial(stamped, stampable(self.model, regions.blocks))
         self._entry = self._new_entry(fullgraph, inline)
         try:
             with read_once(), regions:

@@ -93,7 +93,11 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    """Return a number for the memory of a tensor."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # such as a sparse one, which shares none
+        return id(tensor)
 
 
 def _is_known(value: Any) -> bool:

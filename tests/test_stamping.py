@@ -229,6 +229,13 @@ def test_what_was_written_before_all_blocks_is_the_same_for_all(reads: list[str]
     assert len(reads) == 1
 
 
+def test_tensors_without_memory_of_their_own_are_no_matter(reads: list[str]) -> None:
+    model = Blocks(*(Block() for _ in range(3)))
+    model.register_buffer("sparse", torch.eye(DIM).to_sparse())
+    compared(model)
+    assert len(reads) == 1
+
+
 def unlike(change: Callable[[Block], object]) -> Blocks:
     """Return four blocks of which the third is changed."""
     model = Blocks(*(Block() for _ in range(4))).eval().requires_grad_(False)
