@@ -23,8 +23,10 @@ from pytest_int8bench.params import RunParams, Scalar
 if TYPE_CHECKING:
     import torch
 
-    FilterFn: TypeAlias = Callable[[torch.nn.Module, str], bool]
     Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+#: Whether to quantize a module, given it and its name.
+FilterFn: TypeAlias = "Callable[[torch.nn.Module, str], bool]"
 
 #: Units that :attr:`Workload.units` may count, each per batch.
 UNITS = ("samples", "tokens", "pixels", "square_km")
