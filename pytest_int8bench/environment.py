@@ -15,6 +15,42 @@ from typing import Any
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _PACKAGES = ("torch", "triton", "torchao", "pytest-int8bench", "pytest-benchmark")
 
+# Parts of the fingerprint -> their meaning.
+_GPU_PARTS = {
+    "compute_capability": "compute capability of the GPU, such as 8.0 (in ``gpu``)",
+    "sm_count": "multiprocessors of the GPU (in ``gpu``)",
+    "memory_bytes": "memory of the GPU (in ``gpu``)",
+    "driver": "version of the driver (in ``gpu``)",
+    "power_limit_w": "power limit in watts (in ``gpu``)",
+    "mig": "``off``, or the profile of a MIG instance, such as 1g.10gb (in ``gpu``)",
+}
+_OWN_PARTS = {
+    "gpu_count": "GPUs that the process sees",
+    "cuda": "version of CUDA that torch was built for",
+    "cudnn": "version of cuDNN",
+    "allocator": "settings of torch's allocator",
+    "python": "version of Python",
+    "system": "operating system and architecture",
+    "cpu": "model of the CPU",
+    "cpu_threads": "threads that torch uses",
+}
+_CODE_PARTS = {
+    "commit": "git commit of the folder that pytest runs in",
+    "dirty": "whether ``git status`` shows anything there",
+}
+#: Everything that identifies machine and software, by the names that users allow to differ, and
+#: its meaning. The JSON keeps the GPU's in the object ``gpu`` and versions in ``packages``.
+FINGERPRINT = {
+    "gpu": "name of the GPU (``name`` in ``gpu``)",
+    **_GPU_PARTS,
+    **_OWN_PARTS,
+    **{name: f"version of {name} (in ``packages``)" for name in _PACKAGES},
+    **_CODE_PARTS,
+}
+FINGERPRINT_NAMES = tuple(FINGERPRINT)
+#: What may differ between results that are compared.
+MAY_DIFFER = tuple(_CODE_PARTS)
+
 
 def fingerprint(root: Path) -> dict[str, Any]:
     """Return what identifies machine and software; None where something cannot be read.
@@ -53,10 +89,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-#: What may differ between results that are compared.
-MAY_DIFFER = ("commit", "dirty")
-
-
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two fingerprints and must not: name -> both values.
 
@@ -71,12 +103,6 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
         for name in FINGERPRINT_NAMES
         if name not in left_out and before[name] != after[name]
     }
-
-
-_GPU_NAMES = ("compute_capability", "sm_count", "memory_bytes", "driver", "power_limit_w", "mig")
-_OWN_NAMES = ("gpu_count", "cuda", "cudnn", "allocator", "python", "system", "cpu", "cpu_threads")
-#: Everything that identifies machine and software, by the names that users allow to differ.
-FINGERPRINT_NAMES = ("gpu", *_GPU_NAMES, *_OWN_NAMES, *_PACKAGES, *MAY_DIFFER)
 
 
 #: What compiled code does not depend on.
@@ -96,8 +122,8 @@ def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
     gpu, packages = environment.get("gpu") or {}, environment.get("packages") or {}
     return {
         "gpu": gpu.get("name"),
-        **{name: gpu.get(name) for name in _GPU_NAMES},
-        **{name: environment.get(name) for name in (*_OWN_NAMES, *MAY_DIFFER)},
+        **{name: gpu.get(name) for name in _GPU_PARTS},
+        **{name: environment.get(name) for name in (*_OWN_PARTS, *MAY_DIFFER)},
         **{name: packages.get(name) for name in _PACKAGES},
     }
 

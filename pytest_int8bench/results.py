@@ -80,8 +80,11 @@ class Record:
     nodeid: str
     """pytest node id; with ``workload`` the identity across commits."""
     workload: str
+    """Name of the workload."""
     run_name: str
+    """Run name of the point."""
     params: dict[str, Any]
+    """Every field of RunParams."""
 
     def __post_init__(self) -> None:
         for name in ("nodeid", "workload", "run_name"):
@@ -140,19 +143,23 @@ class Result(Record):
     samples_per_s: float | None = None
     """Samples over the median batch time."""
     tokens_per_s: float | None = None
+    """Tokens over the median batch time, where the workload counts them."""
     pixels_per_s: float | None = None
     """Pixels of 10 m; a location counts once for all its timesteps."""
     square_km_per_s: float | None = None
+    """The area of those pixels, in km²."""
     batch_time_s: float | None = None
     """Median over the rounds."""
     batch_time_mean_s: float | None = None
     """Mean over the rounds, which all have as many batches: the mean over the batches."""
     batch_time_p95_s: float | None = None
+    """95th percentile over the rounds."""
     batch_time_min_s: float | None = None
     """The fastest round; what other load on a CPU disturbs least."""
     batch_time_standard_error: float | None = None
     """Estimated standard error of the median, relative to it."""
     rounds: int | None = None
+    """Rounds that were timed."""
     iterations: int | None = None
     """Batches per round."""
     synchronization_share: float | None = None
@@ -167,6 +174,7 @@ class Result(Record):
     """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
     None where nothing was looked up."""
     warm_up_s: float | None = None
+    """Seconds from the first call to steady batch times."""
     steady: bool | None = None
     """False if batch times had not settled when the warm-up's time ran out."""
     cuda_graphs_skipped: bool | None = None
@@ -196,6 +204,7 @@ class Result(Record):
     speedup_low: float | None = None
     """Lower end of the 95 % interval."""
     speedup_high: float | None = None
+    """Upper end of the 95 % interval."""
     speedup_method: str | None = None
     """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
 
@@ -231,10 +240,15 @@ class Result(Record):
     and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
     ``bytes_per_s``. Or ``problem``: why there is none."""
     coverage: dict[str, Any] | None = None
-    """What was quantized; see ``layers.Coverage.to_dict``."""
+    """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
+    ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
+    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels),
+    ``smoothed_folded`` (norm -> layers) and ``smoothed_runtime``."""
     gpu_before: dict[str, Any] | None = None
-    """Clock, temperature, power and throttle reasons before the rounds."""
+    """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
+    ``throttle_reasons``."""
     gpu_after: dict[str, Any] | None = None
+    """The same after the rounds."""
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
     worker: dict[str, Any] | None = None
@@ -271,7 +285,7 @@ class Result(Record):
 
     @property
     def oom(self) -> bool:
-        """The point ran out of memory, which is a result."""
+        """Whether the point ran out of memory (``status`` is ``oom``), which is a result."""
         return self.status == "oom"
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,19 +308,23 @@ class Accuracy(Record):
     random_weights: bool = False
     """The model is not trained: the verdict only checks that the pipeline works."""
     samples: int
+    """Samples that were scored."""
     baseline: float | None = None
     """The baseline's metric."""
     candidate: float | None = None
+    """The candidate's metric."""
     limit: str | None = None
     """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
     drop: float | None = None
     """In the limit's terms: a share of the baseline's metric, or a difference of both."""
     drop_low: float | None = None
-    """One-sided 95 % bounds of the drop."""
+    """One-sided 95 % lower bound of the drop."""
     drop_high: float | None = None
+    """One-sided 95 % upper bound of the drop."""
     lost: int | None = None
     """Samples whose score got worse."""
     gained: int | None = None
+    """Samples whose score got better."""
     needed: int | None = None
     """Samples that would decide, with ``INCONCLUSIVE``."""
     method: str | None = None
@@ -355,6 +373,7 @@ class Sensitivity(Record):
     """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
     outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
     seconds: float | None = None
+    """Time that measuring the table took."""
 
 
 @dataclass(frozen=True)

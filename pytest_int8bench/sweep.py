@@ -8,7 +8,6 @@ from typing import Any
 
 from pytest_int8bench.params import ATTENTION_BACKENDS, FEEDS, RunParams
 
-#: Sweep key -> {RunParams field: values}.
 SWEEPS: dict[str, dict[str, list[Any]]] = {
     "batch": {"batch_size": [2**n for n in range(14)]},
     "image": {"image_size": [2**n for n in range(8)]},
@@ -27,6 +26,7 @@ SWEEPS: dict[str, dict[str, list[Any]]] = {
     "int8_backend": {"int8_backend": ["torchao", "fused"]},
     "feed": {"feed": list(FEEDS)},
 }
+"""Sweep key -> {RunParams field: values}."""
 SWEEPS["all"] = {name: values for axis in SWEEPS.values() for name, values in axis.items()}
 
 

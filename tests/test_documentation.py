@@ -1,17 +1,17 @@
-"""The documentation: what it says of options, fixtures and fields is what the code says, its
-examples run, its commands are understood, and its pages build without loading anything."""
+"""The documentation: its examples run, its commands are understood, and its pages build without
+loading anything, with every option, field and public name."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ import pytest
 import pytest_int8bench
 from pytest_int8bench import cli, fixtures
 from pytest_int8bench.environment import FINGERPRINT_NAMES
+from pytest_int8bench.gate.limits import METRICS
 from pytest_int8bench.options import OPTIONS, read_settings
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import Accuracy, Result, Sensitivity
+from pytest_int8bench.runner import ThroughputBenchmarkRunnerConfig
 from pytest_int8bench.sweep import SWEEPS
+from pytest_int8bench.workloads import Evaluation, Workload
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -37,187 +42,14 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-# -- tables that repeat what the code says ----------------------------------------------------
+# -- names that the pages mention --------------------------------------------------------------
 
 
-def plain(text: str) -> str:
-    """Return ``text``, of a docstring or of a cell, without line breaks and marks."""
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text)  # roles of docstrings
-    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # links of pages
-    return " ".join(text.replace("`", "").replace("\\|", "|").split())
-
-
-def rows(name: str) -> list[tuple[str, ...]]:
-    """Return the rows of all tables of a page."""
-    lines = [line for line in text_of(name).splitlines() if line.startswith("| ")]
-    return [tuple(plain(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines]
-
-
-def missing(page: str, expected: Iterable[tuple[str | None, ...]]) -> list[str]:
-    """Return the rows that ``page`` must have and has not, to be pasted. What the code says nothing
-    about, None, the page may say as it likes."""
-    there = rows(page)
-    lacking = []
-    for row in expected:
-        wanted = [None if cell is None else plain(cell) for cell in row]
-        if not any(
-            len(seen) == len(wanted)
-            and all(cell in (None, other) for cell, other in zip(wanted, seen, strict=True))
-            for seen in there
-        ):
-            lacking.append(f"| {' | '.join('…' if c is None else c for c in row)} |")
-    return lacking
-
-
-def documented(module: str, name: str) -> dict[str, tuple[str, str | None, str | None]]:
-    """Return the fields of a dataclass: name -> type, default and docstring, as written."""
-    tree = ast.parse((PACKAGE / module).read_text())
-    [found] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    fields: dict[str, tuple[str, str | None, str | None]] = {}
-    last = None
-    for node in found.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.target.id
-            default = None if node.value is None else ast.unparse(node.value)
-            fields[last] = (ast.unparse(node.annotation), default, None)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last:
-            kind, default, _ = fields[last]
-            fields[last] = (kind, default, inspect.cleandoc(str(node.value.value)))
-        else:
-            last = None
-    return {k: v for k, v in fields.items() if not v[0].startswith("ClassVar")}
-
-
-JSON = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-
-
-def json_type(annotation: str) -> str:
-    parts = [part.strip() for part in annotation.split("|")]
-    names = {"None": "null", "dict": "object", "list": "array", **JSON}
-    return ", ".join(names[part.partition("[")[0]] for part in parts)
-
-
-def marked(text: str | None) -> str | None:
-    """Return a docstring as a cell: in Markdown, on one line."""
-    if text is None:
-        return None
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
-    return " ".join(text.replace("``", "`").replace("|", "\\|").split())
-
-
-def option_rows() -> list[tuple[str | None, ...]]:
-    found: list[tuple[str | None, ...]] = []
-    for option in OPTIONS.values():
-        flag = option.flag if option.metavar is None else f"{option.flag} {option.metavar}"
-        meaning, _, default = option.help.rpartition(" Default: ")
-        found.append((f"`{flag}`", marked(meaning), default))
-    return found
-
-
-def field_rows(module: str, name: str) -> list[tuple[str | None, ...]]:
-    """Return name, default and meaning of each field; a factory makes an empty mapping."""
-    found: list[tuple[str | None, ...]] = []
-    for field, (_, default, doc) in documented(module, name).items():
-        shown: str | None = "needed"
-        if default is not None:
-            private = default.startswith("_")  # a function of ours, which the page describes
-            shown = None if private else f"`{'{}' if 'factory' in default else default}`"
-        found.append((f"`{field}`", shown, marked(doc)))
-    return found
-
-
-def record_rows(name: str) -> list[tuple[str | None, ...]]:
-    return [
-        (f"`{field}`", json_type(kind), marked(doc))
-        for field, (kind, _, doc) in documented("results.py", name).items()
-    ]
-
-
-def fixture_rows() -> list[tuple[str | None, ...]]:
-    names = [name for name in vars(fixtures) if name.startswith("int8_")]
-    return [(f"`{name}`", marked(getattr(fixtures, name).__doc__)) for name in names]
-
-
-#: Page -> the rows it must have.
-TABLES: dict[str, list[tuple[str | None, ...]]] = {
-    "options.md": [
-        *option_rows(),
-        *field_rows("params.py", "RunParams"),
-        *[
-            (f"`{key}`", f"`{field}`", ", ".join(f"`{v}`" for v in values))
-            for key, axes in SWEEPS.items()
-            if key != "all"
-            for field, values in axes.items()
-        ],
-    ],
-    "fixtures.md": fixture_rows(),
-    "workloads.md": [
-        *field_rows("workloads/__init__.py", "Workload"),
-        *field_rows("workloads/__init__.py", "Evaluation"),
-    ],
-    "api.md": field_rows("runner.py", "ThroughputBenchmarkRunnerConfig"),
-    "schema.md": [
-        *record_rows("Record"),
-        *record_rows("Result"),
-        *record_rows("Accuracy"),
-        *record_rows("Sensitivity"),
-    ],
-}
-
-
-@pytest.mark.parametrize("page", TABLES)
-def test_tables_say_what_the_code_says(page: str) -> None:
-    assert TABLES[page]
-    assert missing(page, TABLES[page]) == []
-
-
-#: Page -> the rows it may have besides: what is no field of one class.
-MORE = {
-    "fixtures.md": {"fixture"},
-    "schema.md": {
-        *("field", "schema", "environment", "results", "accuracy", "sensitivity", "oom"),
-        *("name", *FINGERPRINT_NAMES),
-    },
-    "workloads.md": {"field"},
-}
-
-
-@pytest.mark.parametrize("page", MORE)
-def test_tables_say_nothing_of_what_is_gone(page: str) -> None:
-    known = {plain(str(row[0])) for row in TABLES[page]} | MORE[page]
-    assert {row[0] for row in rows(page)} - known == set()
-
-
-def test_a_row_that_differs_is_missed() -> None:
-    row = next(row for row in TABLES["options.md"] if row[0] == "`--int8-mode MODES`")
-    assert missing("options.md", [(*row[:2], "w8")]) != []
-    assert missing("options.md", [(row[0], None, row[2])]) == []
-
-
-def test_every_public_name_has_an_entry() -> None:
-    found = re.findall(r"^### `(\w+)`$", text_of("api.md"), re.MULTILINE)
-    assert sorted(found) == sorted(pytest_int8bench.__all__)
-
-
-@pytest.mark.parametrize("name", ["apply_int8_quant", "compile_for_a100"])
-def test_every_parameter_of_a_function_has_a_row(name: str) -> None:
-    entry = re.split(r"^### ", text_of("api.md"), flags=re.MULTILINE)
-    [text] = [part for part in entry if part.startswith(f"`{name}")]
-    parameters = inspect.signature(getattr(pytest_int8bench, name)).parameters
-    found = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|needed) \|", text, re.MULTILINE)
-    defaults = {
-        parameter.name: "" if parameter.default is parameter.empty else repr(parameter.default)
-        for parameter in parameters.values()
-    }
-    assert {key: value.replace('"', "'") for key, value in found} == defaults
-
-
-def test_the_environment_and_the_fingerprint_are_listed() -> None:
-    assert set(FINGERPRINT_NAMES) - {"gpu"} <= {row[0] for row in rows("schema.md")}
+def test_environment_variables_are_listed() -> None:
     sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     variables = set(re.findall(r'_VARIABLE = "(INT8BENCH_\w+)"', sources))
     assert {"INT8BENCH_PRODUCT", "INT8BENCH_TUNING_DIR"} <= variables
-    assert variables <= {row[0] for row in rows("options.md")}
+    assert [name for name in variables if f"| `{name}` |" not in text_of("options.md")] == []
 
 
 def test_every_extra_is_named() -> None:
@@ -416,7 +248,8 @@ def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("material", reason="needs the extra docs")
+    for name in ("material", "mkdocstrings"):
+        pytest.importorskip(name, reason="needs the extra docs")
     folder = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -439,6 +272,83 @@ def test_the_site_has_every_page(site: Path) -> None:
     pages = {path.stem for path in site.glob("*.html")} - {"404"}
     assert pages == {page.stem for page in DOCS.glob("*.md")}
     assert (site / "int8-gate.yml").is_file()
+
+
+def fields_of(record: Any) -> list[str]:
+    return [spec.name for spec in dataclasses.fields(record)]
+
+
+#: Page of the site -> names, each of which has a row in a table made from the code.
+ROWS: dict[str, list[str]] = {
+    "options": [
+        *(option.flag for option in OPTIONS.values()),
+        *fields_of(RunParams),
+        *(key for key in SWEEPS if key != "all"),
+    ],
+    "fixtures": [name for name in vars(fixtures) if name.startswith("int8_")],
+    "workloads": [*fields_of(Workload), *fields_of(Evaluation)],
+    "gate": list(METRICS),
+    "schema": [
+        *{name for kind in (Result, Accuracy, Sensitivity) for name in fields_of(kind)},
+        "oom",
+        *FINGERPRINT_NAMES,
+    ],
+    "api": fields_of(ThroughputBenchmarkRunnerConfig),
+}
+
+
+@pytest.mark.parametrize("page", ROWS)
+def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
+    rows = re.findall(
+        r"<tr>\s*<td><code>(\S+?)(?: [^<]*)?</code></td>", (site / f"{page}.html").read_text()
+    )
+    assert [name for name in ROWS[page] if rows.count(name) < ROWS[page].count(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "cells"),
+    [
+        ("options", ["<code>--int8-max-slowdown LIMIT</code>", None, "5%"]),
+        (
+            "options",
+            ["<code>--int8-journal PATH</code>", None, "a new file in .benchmarks/int8bench"],
+        ),
+        ("options", ["<code>patch</code>", "<code>patch_size</code>", None]),
+        ("options", ["<code>batch_size</code>", "<code>128</code>", "Samples per forward."]),
+        ("options", ["<code>extra</code>", "<code>{}</code>", None]),
+        ("workloads", ["<code>build</code>", "needed", None]),
+        ("schema", ["<code>rounds</code>", "integer, null", "Rounds that were timed."]),
+        ("schema", ["<code>throttled</code>", "array", None]),
+        ("schema", ["<code>oom</code>", "boolean", None]),
+    ],
+)
+def test_a_row_says_what_the_code_says(site: Path, page: str, cells: list[str | None]) -> None:
+    row = r"\s*".join(f"<td>{'[^|]*?' if c is None else re.escape(c)}</td>" for c in cells)
+    assert re.search(rf"<tr>\s*{row}\s*</tr>", (site / f"{page}.html").read_text())
+
+
+def test_the_site_documents_every_public_name(site: Path) -> None:
+    html = (site / "api.html").read_text()
+    methods = {
+        f"RunParams.{name}"
+        for name in vars(RunParams)
+        if not name.startswith("_") and name not in fields_of(RunParams)
+    }
+    found = re.findall(r'<h[34] id="pytest_int8bench\.([\w.]+)"', html)
+    assert {*pytest_int8bench.__all__, *methods} - set(found) == set()
+
+
+@pytest.mark.parametrize("name", ["apply_int8_quant", "compile_for_a100"])
+def test_the_site_documents_every_parameter(site: Path, name: str) -> None:
+    _, _, entry = (site / "api.html").read_text().partition(f'id="pytest_int8bench.{name}"')
+    entry, _, _ = entry.partition("<h3")
+    found = re.findall(r"<tr[^>]*>\s*<td>\s*<code>(\w+)</code>", entry)
+    assert found == list(inspect.signature(getattr(pytest_int8bench, name)).parameters)
+
+
+def test_no_table_is_left_to_be_made(site: Path) -> None:
+    for page in site.glob("*.html"):
+        assert re.findall(r"<!-- \w+: pytest_int8bench|<p>::: ", page.read_text()) == [], page.name
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:

@@ -84,7 +84,7 @@ class Workload:
     returns."""
     units: Callable[[RunParams], Mapping[str, float]] = _samples
     """Return what one batch counts for: any of ``samples``, ``tokens``, ``pixels`` and
-    ``square_km``."""
+    ``square_km``; by default ``samples``, the batch size."""
     tokens: Callable[[Any], int] | None = None
     """Count the tokens of one batch from the model's output, instead of in ``units``."""
     evaluation: Evaluation | Sequence[Evaluation] | Callable[[RunParams], Any] | None = None
