@@ -1,11 +1,10 @@
-"""The workload that is trained on handwritten digits."""
+"""The workload of handwritten digits, and the script that trains its weights."""
 
 from __future__ import annotations
 
 import copy
-import os
+import importlib
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 
 from pytest_int8bench import RunParams, apply_int8_quant, is_transformer_linear
-from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.models import ModelPool
 from pytest_int8bench.quantize import coverage
+from pytest_int8bench.weights import WeightsError
 
 digits = pytest.importorskip("pytest_int8bench.workloads.digits", exc_type=ImportError)
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 CPU = torch.device("cpu")
 POINT = RunParams(gpu_type="cpu", batch_size=4, compile_mode="off")
@@ -38,43 +38,25 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The file that the one training of this session wrote, in whichever worker."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+def script() -> Iterator[Any]:
+    """The module that trains the weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "digits"))
-        digits.trained_weights.cache_clear()
-        with FileLock(folder / "digits.lock"):
-            digits.trained_weights()
-        yield digits.cache_folder() / digits.cache_name()
-    digits.trained_weights.cache_clear()
+        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        yield importlib.import_module("train_digits")
 
 
-@pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of a process that has not built the model yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    digits.trained_weights.cache_clear()
-    yield tmp_path / "pytest-int8bench"
-    monkeypatch.undo()
-    digits.trained_weights.cache_clear()
-    digits.trained_weights()  # read again, for the tests that follow
+def shipped() -> dict[str, torch.Tensor]:
+    return load_file(digits.WEIGHTS)
 
 
-@pytest.fixture
-def trainings(trained: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The recipes that were trained from here on: at once, with the weights that are known."""
-    weights = torch.load(trained, weights_only=True)
-    calls: list[Any] = []
+def header_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
-    def train(recipe: Any) -> dict[str, torch.Tensor]:
-        calls.append(recipe)
-        return {name: value.clone() for name, value in weights.items()}
 
-    monkeypatch.setattr(digits, "_train", train)
-    return calls
+def right_of(count: str) -> int:
+    """Return the number of images that a header's count, such as 793/797, says are right."""
+    return int(count.partition("/")[0])
 
 
 def forward_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -117,7 +99,7 @@ def test_images_are_those_of_the_data() -> None:
         assert torch.equal(split.images.bfloat16().float(), split.images)
 
 
-def test_bf16_is_right_for_97_percent_of_the_certification_split(trained: Path) -> None:
+def test_bf16_is_right_for_97_percent_of_the_certification_split() -> None:
     ids, scores = WORKLOAD.evaluation.scores(forward_of(WORKLOAD.build(POINT).bfloat16()))
     assert list(ids) == list(digits.splits()["certification"].ids)
     assert scores.shape == (797,)
@@ -126,7 +108,7 @@ def test_bf16_is_right_for_97_percent_of_the_certification_split(trained: Path) 
 
 
 @pytest.mark.parametrize("smoothquant", [False, True])
-def test_w8a8_loses_a_point_at_most(trained: Path, smoothquant: bool) -> None:
+def test_w8a8_loses_a_point_at_most(smoothquant: bool) -> None:
     baseline = WORKLOAD.build(POINT).bfloat16()
     batches = [(images.bfloat16(),) for (images,) in WORKLOAD.calibration(POINT, CPU)]
     candidate = apply_int8_quant(
@@ -140,7 +122,7 @@ def test_w8a8_loses_a_point_at_most(trained: Path, smoothquant: bool) -> None:
         assert abs(after.mean() - before.mean()) <= 0.015
 
 
-def test_selection_and_calibration_see_no_certification_image(trained: Path) -> None:
+def test_selection_and_calibration_see_no_certification_image() -> None:
     seen = []
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -200,7 +182,7 @@ def test_inputs_repeat_the_training_images(batch_size: int) -> None:
         assert digits.VisionTransformer().eval()(images).shape == (batch_size, 10)
 
 
-def test_build_returns_new_modules_with_the_same_weights(trained: Path) -> None:
+def test_build_returns_new_modules_with_the_same_weights() -> None:
     first, second = WORKLOAD.build(POINT), WORKLOAD.build(POINT)
     assert same(first.state_dict(), second.state_dict())
     with torch.no_grad():
@@ -215,169 +197,145 @@ def test_two_workloads_share_their_models() -> None:
     assert pool.key(digits.digits(), POINT) == pool.key(digits.digits(), POINT)
 
 
-def test_one_seed_gives_one_model() -> None:
-    short = digits.Recipe(steps=3)
-    weights = digits._train(short)
-    assert same(weights, digits._train(short))
-    assert not same(weights, digits._train(digits.Recipe(steps=3, seed=1)))
-    assert not same(weights, digits._train(digits.Recipe(steps=4)))
-
-
-def test_training_keeps_the_modes_of_the_caller_out() -> None:
-    short = digits.Recipe(steps=2)
-    expected = digits._train(short)
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-        weights = digits._train(short)
-        assert torch.is_inference_mode_enabled()
-    assert same(weights, expected)
-    assert not any(value.is_inference() for value in weights.values())
+def test_build_gives_the_shipped_weights_in_any_mode_of_the_caller() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        assert same(digits._train(short), expected)
+        with torch.inference_mode(), torch.device("meta"):
+            model = WORKLOAD.build(POINT)
+            assert torch.is_inference_mode_enabled()
     finally:
         torch.set_default_dtype(torch.float32)
+    state = model.state_dict()
+    assert state.keys() == shipped().keys()
+    for name, value in shipped().items():
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], value)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    assert not model.training
 
 
-def test_training_and_building_leave_global_state_alone(trained: Path) -> None:
+def test_building_leaves_global_state_alone() -> None:
     def state() -> tuple[Any, ...]:
         numpy = np.random.get_state()[1]
         return (torch.get_rng_state().tolist(), list(numpy), random.getstate())
 
     before = state()
-    digits._train(digits.Recipe(steps=2))
     digits.splits.__wrapped__()
     WORKLOAD.build(POINT)
     assert state() == before
 
 
-def test_training_gives_the_threads_back() -> None:
-    torch.set_num_threads(2)
-    try:
-        digits._train(digits.Recipe(steps=1))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
+# -- the shipped file -----------------------------------------------------------------------------
 
 
-def test_augmented_images_keep_their_range() -> None:
-    images = digits.splits()["train"].images[:50]
-    moved = digits._augment(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape
-    assert -1 - 1e-5 <= float(moved.min()) <= float(moved.max()) <= 1 + 1e-5
-    assert not any(torch.equal(one, other) for one, other in zip(images, moved, strict=True))
+def test_the_shipped_file_is_under_1_mb() -> None:
+    assert digits.WEIGHTS.stat().st_size < 1e6
 
 
-def test_a_cached_file_is_not_trained_again(
-    trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder.mkdir()
-    (folder / trained.name).write_bytes(trained.read_bytes())
-
-    def train(recipe: Any) -> None:
-        raise AssertionError("trained")
-
-    monkeypatch.setattr(digits, "_train", train)
-    assert same(WORKLOAD.build(POINT).state_dict(), torch.load(trained, weights_only=True))
+def test_the_shipped_weights_are_as_accurate_as_their_header_says(script: Any) -> None:
+    header = header_of(digits.WEIGHTS)
+    found = script.right_images(WORKLOAD.build(POINT))
+    for split in ("selection", "certification"):
+        recorded = header[f"right.{split}"]
+        assert found[split].partition("/")[2] == recorded.partition("/")[2]
+        # On another CPU an image on the border may fall to the other side.
+        assert right_of(found[split]) >= right_of(recorded) - 1
 
 
-def test_the_first_build_is_cached(trained: Path, folder: Path, trainings: list[Any]) -> None:
-    for _ in range(2):
-        WORKLOAD.build(POINT)
-    assert trainings == [digits.RECIPE]
-    assert [path.name for path in folder.iterdir()] == [trained.name]
-    assert same(
-        torch.load(folder / trained.name, weights_only=True),
-        torch.load(trained, weights_only=True),
+def test_the_shipped_weights_come_from_the_recipe_of_the_script(script: Any) -> None:
+    recipe = {k: v for k, v in header_of(digits.WEIGHTS).items() if k.startswith("recipe.")}
+    assert recipe == {
+        k: v for k, v in script.header(script.Recipe(), {}).items() if k.startswith("recipe.")
+    }
+
+
+def spoil(kind: str, path: Path) -> str:
+    """Write a file that is no file of trained weights; return what must be said of it."""
+    whole, header = digits.WEIGHTS.read_bytes(), header_of(digits.WEIGHTS)
+    weights = shipped()
+    damaged = "must be a file of torch.save or safetensors: it is damaged, or something else"
+    foreign = (
+        "must come from benchmarks/train_digits.py, trained on the splits that the installed "
+        "scikit-learn gives"
     )
-
-
-def spoil(kind: str, path: Path, good: Path) -> None:
-    whole = good.read_bytes()
-    weights = torch.load(good, weights_only=True)
     if kind == "half":
         path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "text":
+        return damaged
+    if kind == "text":
         path.write_text("not weights")
-    elif kind == "empty":
+        return damaged
+    if kind == "empty":
         path.write_bytes(b"")
-    elif kind == "list":
-        torch.save([1, 2], path)
-    elif kind == "missing":
-        torch.save({name: weights[name] for name in list(weights)[1:]}, path)
-    elif kind == "shape":
-        torch.save({name: value[:1] for name, value in weights.items()}, path)
-    elif kind == "nan":
-        torch.save({name: value * torch.nan for name, value in weights.items()}, path)
-    elif kind == "code":
-        torch.save({**weights, "more": Path("x")}, path)
+        return damaged
+    if kind == "missing":
+        return f"cannot be read: No such file or directory: {path}"
+    if kind == "no header":
+        save_file(weights, path)
+        return foreign
+    if kind == "other splits":
+        save_file(weights, path, {**header, "splits_sha256": "0" * 64})
+        return foreign
+    if kind == "other names":
+        save_file({"a": torch.ones(1)}, path, header)
+        names = "pos_embed, patch_embed.0.weight, patch_embed.0.bias"
+        return f"do not fit the model: keys 59 missing ({names} …); 1 unexpected (a)"
+    weights["head.bias"] = torch.ones(9)
+    save_file(weights, path, header)
+    return "do not fit the model: keys 1 of another shape (head.bias (9,) for (10,))"
 
 
 @pytest.mark.parametrize(
-    "kind", ["half", "text", "empty", "list", "missing", "shape", "nan", "code"]
+    "kind",
+    ["half", "text", "empty", "missing", "no header", "other splits", "other names", "other shape"],
 )
-def test_a_damaged_file_is_trained_anew_and_replaced(
-    kind: str, trained: Path, folder: Path, trainings: list[Any]
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.mkdir()
-    spoil(kind, folder / trained.name, trained)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = WORKLOAD.build(POINT)
-    assert trainings == [digits.RECIPE]
-    good = torch.load(trained, weights_only=True)
-    assert same(model.state_dict(), good)
-    assert same(torch.load(folder / trained.name, weights_only=True), good)
-
-
-def test_a_folder_that_cannot_be_written_warns_once(folder: Path, trainings: list[Any]) -> None:
-    folder.write_text("a file where the folder would be")
-    with pytest.warns(UserWarning, match="cannot be kept, each process trains them") as caught:
+    path = tmp_path / "digits.safetensors"
+    problem = spoil(kind, path)
+    monkeypatch.setattr(digits, "WEIGHTS", path)
+    with pytest.raises(WeightsError) as caught:
         WORKLOAD.build(POINT)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        WORKLOAD.build(POINT)
-    assert len(trainings) == 1
+    assert str(caught.value) == f"weights {path} {problem}"
 
 
-def test_an_interrupted_write_leaves_nothing(
-    folder: Path, trainings: list[Any], monkeypatch: pytest.MonkeyPatch
+# -- the script that trains -----------------------------------------------------------------------
+
+
+def test_a_file_of_the_script_can_be_built(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        WORKLOAD.build(POINT)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_model_that_learned_nothing_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    untrained = digits._train(digits.Recipe(steps=0))
-    monkeypatch.setattr(digits, "_train", lambda recipe: untrained)
-    with pytest.raises(WorkloadError, match=r"reached \d+\.\d% top-1 on the selection split, must"):
-        WORKLOAD.build(POINT)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("value", [None, "", "relative"])
-def test_the_cache_is_in_the_home_folder_by_default(
-    value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if value is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-    assert digits.cache_folder() == tmp_path / ".cache" / "pytest-int8bench"
+    path = tmp_path / "new.safetensors"
+    assert script.main(["--steps=2", f"--output={path}"]) == 0
+    monkeypatch.setattr(digits, "WEIGHTS", path)
+    model = WORKLOAD.build(POINT)
+    trained = script.train(script.Recipe(steps=2))
+    assert same(model.state_dict(), trained.state_dict())
+    right = script.right_images(model)
+    header = header_of(path)
+    assert header == script.header(script.Recipe(steps=2), right)
+    assert header["torch"] == torch.__version__
+    assert (header["recipe.steps"], header["recipe.seed"]) == ("2", "0")
+    assert capsys.readouterr().out == (
+        f"selection: {right['selection']} right\n"
+        f"certification: {right['certification']} right\n"
+        f"wrote {path}\n"
+    )
 
 
-def test_the_cache_tells_recipes_and_versions_of_torch_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    names = {digits.cache_name(), digits.cache_name(digits.Recipe(seed=1))}
-    for version in ("9.8.7", "9.8.1+cu130", "9.9.0"):
-        monkeypatch.setattr(torch, "__version__", version)
-        names.add(digits.cache_name())
-    assert len(names) == 4
+def test_one_seed_gives_one_model(script: Any) -> None:
+    def state(**recipe: int) -> dict[str, torch.Tensor]:
+        return dict(script.train(script.Recipe(**recipe)).state_dict())
+
+    weights = state(steps=3)
+    assert same(weights, state(steps=3))
+    assert not same(weights, state(steps=3, seed=1))
+    assert not same(weights, state(steps=4))
+
+
+def test_augmented_images_keep_their_range(script: Any) -> None:
+    images = digits.splits()["train"].images[:50]
+    moved = script.augment(images, torch.Generator().manual_seed(0), script.Recipe())
+    assert moved.shape == images.shape
+    assert -1 - 1e-5 <= float(moved.min()) <= float(moved.max()) <= 1 + 1e-5
+    assert not any(torch.equal(one, other) for one, other in zip(images, moved, strict=True))

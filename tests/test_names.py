@@ -127,6 +127,8 @@ def test_any_object_can_be_loaded(folder: Path) -> None:
         ("olmoearth", "olmoearth_pretrain_minimal", "olmoearth"),
         ("hf:bert", "transformers", "hf"),
         ("timm:vit", "timm", "timm"),
+        ("digits", "sklearn", "eval"),
+        ("digits", "safetensors", "eval"),
     ],
 )
 def test_a_library_that_is_missing_is_named(
@@ -136,5 +138,6 @@ def test_a_library_that_is_missing_is_named(
         if loaded.partition(".")[0] == module or loaded.startswith("pytest_int8bench.workloads."):
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=re.escape(f"{name} needs pip install 'pytest-int8bench")):
+    needed = f"{name} needs pip install 'pytest-int8bench[{extra}]' ("
+    with pytest.raises(ValueError, match=re.escape(needed)):
         load_workload(name, Path())
