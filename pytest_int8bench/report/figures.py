@@ -29,8 +29,8 @@ def _style(page: str, series: str) -> dict[str, str]:
     return dict(zip([*names, *numbers], [*page.split(), *series.split()], strict=True))
 
 
-#: The light and the dark style: CSS variables with their colours. ``s0`` to ``s7`` are the series',
-#: near the palette of Okabe and Ito; ``s0`` is the baseline's.
+#: The light and the dark style: the colour of each CSS variable. Series have ``s0`` to ``s7``,
+#: which are close to Okabe and Ito's palette; ``s0`` is the baseline's.
 LIGHT = _style(
     "#ffffff #1b2129 #5a6572 #dfe3e8 #f5f7f9 #0b5cad #0b6b3a #b3261e #8a5a00",
     "#5b6470 #0072b2 #c65102 #00795a #a8418f #8a6a00 #2b8fc7 #6b4fbb",
@@ -39,12 +39,12 @@ DARK = _style(
     "#14181d #e7ebef #a3adb8 #333b45 #1c2229 #7db8f2 #5fd39a #ff8a80 #f0c35a",
     "#aeb7c2 #56b4e9 #ff9a4d #35c79b #e58fce #e3c34a #9fd3f5 #b4a2f2",
 )
-#: Charts are drawn in the light style. No two of its colours are equal, so each tells its variable.
+#: Charts are drawn in the light style. Its colours are distinct, so each identifies its variable.
 _VARIABLES = {color: f"var(--{name})" for name, color in LIGHT.items()}
-#: Colour, marker and line style of each ``Series.style``: colour alone tells nothing apart.
+#: Colour, marker and line style of each ``Series.style``; no two series differ in colour alone.
 _SERIES: list[dict[str, Any]] = list(
     cycler(color=[LIGHT[f"s{index}"] for index in range(8)])
-    + cycler(marker=list("os^DvPX*"))
+    + cycler(marker=list("os^DvPX<"))
     + cycler(linestyle=["--", "-", "-.", ":"] * 2)
 )
 _RC: dict[str, Any] = {
@@ -109,8 +109,8 @@ def draw(chart: AnyChart) -> str:
 def _settings(salt: str) -> Iterator[None]:
     # Ignores the user's matplotlibrc. The salt makes ids unique on a page, and reproducible.
     # matplotlib warns of characters that its font lacks; the reader's browser has fonts for them.
-    style = ["default", {**_RC, "svg.hashsalt": salt}]
-    with matplotlib.style.context(style), warnings.catch_warnings():
+    rc = {**_RC, "svg.hashsalt": salt}
+    with matplotlib.style.context(["default", rc]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -251,7 +251,7 @@ def _bars(axes: Axes, chart: Bars) -> None:
             ends = [bar.low, bar.high]
             axes.plot(ends, [row, row], color=LIGHT["ink"], linewidth=1.4, marker="|")
         if bar.most is not None:
-            colors = {"color": LIGHT["paper"], "markeredgecolor": LIGHT["ink"]}
+            colors: dict[str, Any] = {"color": LIGHT["paper"], "markeredgecolor": LIGHT["ink"]}
             axes.plot(bar.most, row, "D", **colors, markersize=6, zorder=5)
         note = f" ({bar.note})" if bar.note else ""
         shown = bar.note if bar.value is None else chart.shown(bar) + note
