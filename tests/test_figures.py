@@ -22,7 +22,7 @@ from pytest_int8bench.report.charts import (
     Stack,
     Stacks,
 )
-from pytest_int8bench.report.figures import draw
+from pytest_int8bench.report.figures import DARK, LIGHT, draw
 from pytest_int8bench.report.sources import sources
 from pytest_int8bench.report.view import build
 
@@ -46,14 +46,30 @@ def line(*points: tuple[float, float | None], **values: Any) -> Lines:
     return Lines(**{**start, **values})
 
 
-def positions(svg: str) -> list[tuple[float, float]]:
-    """Return where markers with a tooltip are."""
-    root = ElementTree.fromstring(svg)
+def positions(svg: str, fill: str = "s1") -> list[tuple[float, float]]:
+    """Return where the markers of a colour are, those of the legend left out."""
     return [
         (float(use.get("x", "nan")), float(use.get("y", "nan")))
-        for use in root.iter(f"{SVG}use")
-        if use.find(f"{SVG}title") is not None
+        for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
+        for use in group.findall(f"{SVG}use")
+        if "clip-path" in group.attrib and f"fill: var(--{fill});" in use.get("style", "")
     ]
+
+
+def lengths(svg: str, *fills: str) -> list[float]:
+    """Return how wide the bars of the colours are, those of the legend left out."""
+    paths = [p for p in ElementTree.fromstring(svg).iter(f"{SVG}path") if "clip-path" in p.attrib]
+    wanted = tuple(f"fill: var(--{fill})" for fill in fills)
+    found = []
+    for path in paths:
+        if path.get("style", "").startswith(wanted):
+            xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", path.get("d", ""))]
+            found.append(max(xs) - min(xs))
+    return found
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(t.itertext()) for t in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
 CHARTS: list[AnyChart] = [
@@ -96,17 +112,10 @@ def test_an_axis_over_decades_is_logarithmic() -> None:
 
 def test_bars_are_as_long_as_their_figures() -> None:
     bars = tuple(Bar(name=f"b{value}", style=1, value=value) for value in (1.0, 2.5))
-    root = ElementTree.fromstring(
-        draw(Bars(id="c", title="t", description="d", unit="s", bars=bars))
+    first, second = lengths(
+        draw(Bars(id="c", title="t", description="d", unit="s", bars=bars)), "s1"
     )
-    lengths = []
-    for group in root.iter(f"{SVG}g"):
-        title = group.find(f"{SVG}title")
-        if title is not None:
-            [path] = group.iter(f"{SVG}path")
-            xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", path.get("d", ""))]
-            lengths.append(max(xs) - min(xs))
-    assert lengths[1] / lengths[0] == pytest.approx(2.5, rel=1e-3)
+    assert second / first == pytest.approx(2.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.id)
@@ -117,51 +126,55 @@ def test_nothing_is_filled_with_a_pattern(chart: AnyChart) -> None:
     assert "<image" not in svg
 
 
-def spans(group: ElementTree.Element) -> list[tuple[float, float]]:
-    """Return the least and the largest x and y of the path of a group."""
-    [path] = group.iter(f"{SVG}path")
-    points = re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path.get("d", ""))
-    return [
-        (min(values), max(values)) for values in zip(*[map(float, p) for p in points], strict=True)
-    ]
-
-
-def test_parts_are_told_apart_by_hatches_within_their_bars() -> None:
+def test_parts_are_numbered_in_their_bars_and_in_the_legend() -> None:
     values = (10.0, 30.0, 40.0, 20.0)
     stacks = (Stack(name="a", values=values), Stack(name="b", values=(0.0,) * 4))
     made = Stacks(
         id="c", title="t", description="d", unit="ms", parts=("p", "q", "r", "s"), stacks=stacks
     )
-    titled: dict[str, list[ElementTree.Element]] = {}
-    for group in ElementTree.fromstring(draw(made)).iter(f"{SVG}g"):
-        if (title := group.findtext(f"{SVG}title", "")).startswith("a, "):
-            titled.setdefault(title, []).append(group)
-    assert [len(groups) for groups in titled.values()] == [1, 2, 2, 2]  # a bar and its hatch
+    svg = draw(made)
+    shown = texts(svg)
+    assert [text for text in shown if text in "1234"] == ["1", "2", "3", "4"]
+    assert shown[-4:] == ["1 p", "2 q", "3 r", "4 s"]
+    shares = [length for length in lengths(svg, "s1", "s2", "s3", "s0") if length]
+    assert [share / sum(shares) for share in shares] == pytest.approx([0.1, 0.3, 0.4, 0.2])
+
+
+def test_series_differ_in_more_than_colour() -> None:
+    points = line((1, 100.0), (2, 120.0)).series[0].points
     shapes = set()
-    for bar, hatch in [*titled.values()][1:]:
-        for (least, most), (low, high) in zip(spans(bar), spans(hatch), strict=True):
-            assert least - 0.01 <= low < high <= most + 0.01
-        (left, right), _ = spans(bar)
-        (first, last), _ = spans(hatch)
-        assert last - first > 0.9 * (right - left)
-        [path] = hatch.iter(f"{SVG}path")
-        shapes.add((path.get("d", "").count("M") / (right - left), path.get("style")))
-    assert len(shapes) == 3
+    for style in range(8):
+        svg = draw(line(series=(Series(name="s", style=style, points=points),)))
+        [marker] = {
+            use.get(f"{XLINK}href")
+            for use in ElementTree.fromstring(svg).iter(f"{SVG}use")
+            if f"fill: var(--s{style});" in use.get("style", "")
+        }
+        shapes.add(marker)
+        assert f"stroke: var(--s{style})" in svg
+    assert len(shapes) == 8
+    assert "stroke-dasharray" in draw(line(series=(Series(name="s", style=0, points=points),)))
+
+
+def test_styles_have_the_same_variables_and_no_colour_twice() -> None:
+    assert LIGHT.keys() == DARK.keys()
+    assert len(set(LIGHT.values())) == len(LIGHT)
 
 
 def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:
     svg = draw(line((1, 100.0), (2, 120.0), (4, None)))
-    assert len(positions(svg)) == 3
-    assert "<title>run-4: OOM</title>" in svg
-    assert "no figure: OOM" in svg
+    assert len(positions(svg)) == 2
+    crosses = re.findall(r'x="([\d.]+)" y="[\d.]+" style="fill: var\(--bad\)', svg)
+    assert len(crosses) == 2  # the other one is the legend's
+    assert float(crosses[0]) > positions(svg)[-1][0]
+    assert "no figure: OOM" in texts(svg)
 
 
-def test_a_point_with_a_note_is_hollow_and_says_why() -> None:
+def test_a_point_with_a_note_is_hollow() -> None:
     series = line((1, 100.0), (2, 120.0)).series[0]
     noted = replace(series, points=(series.points[0], replace(series.points[1], note="throttled")))
     svg = draw(line(series=(noted,)))
-    assert svg.count("<title>run-2: 120 samples/s (throttled)</title>") == 2
-    assert len(positions(svg)) == 3
+    assert positions(svg, "paper") == positions(svg)[1:]
 
 
 def test_a_change_is_marked_with_its_letter() -> None:
@@ -172,9 +185,7 @@ def test_a_change_is_marked_with_its_letter() -> None:
 
 def test_text_is_text_and_no_formula() -> None:
     series = (Series(name="$x^2$ <b> 日本", style=1, points=(line((1, 2.0)).series[0].points)),) * 2
-    svg = draw(line(series=series))
-    texts = ["".join(t.itertext()) for t in ElementTree.fromstring(svg).iter(f"{SVG}text")]
-    assert "$x^2$ <b> 日本" in texts
+    assert "$x^2$ <b> 日本" in texts(draw(line(series=series)))
 
 
 @pytest.mark.filterwarnings("error")

@@ -490,12 +490,6 @@ def test_figures_in_tables_are_those_of_the_terminal(parsed: Page) -> None:
             assert " ".join(cells) in shown
 
 
-def test_tooltips_name_the_point_and_its_figure(parsed: Page) -> None:
-    run = W8A8.replace(batch_size=8).run_name
-    assert f"{run}: 228 [226, 230] samples/s" in parsed.texts
-    assert "W8A8, batch 8, INT8 products: 30.0 ms (33%)" in parsed.texts
-
-
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'it' $x_1$ \\frac \x1b[31m ‮ 日本 |pipe|"
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pytest_int8bench.report import labels
-from pytest_int8bench.report.charts import (
-    AnyChart,
-    Bar,
-    Bars,
-)
+from pytest_int8bench.report.charts import Bar, Bars
 from pytest_int8bench.report.contents import Section, Titled
 from pytest_int8bench.report.scopes import (
     Scope,
@@ -28,58 +24,17 @@ _MIB = 2**20
 
 def speedup(scopes: Sequence[Scope]) -> Section | None:
     """Return the section of speedups and ceilings, None without one."""
-    charts: list[AnyChart] = []
-    rows: list[list[str]] = []
-    notes: list[str] = []
-    for scope in scopes:
-        found = scope.pick(lambda r: r.speedup is not None)
-        bars = [
-            Bar(
-                name=name,
-                style=labels.style(params),
-                value=result.speedup,
-                low=result.speedup_low,
-                high=result.speedup_high,
-                most=result.ceiling_speedup,
-                note="apart" if result.speedup_method == "separate" else note(result),
-            )
-            for result, params, name in found
-        ]
-        if bars:
-            charts.append(
-                _bars(
-                    "speedup",
-                    scope,
-                    bars,
-                    title="Speedup over the baseline",
-                    unit="× baseline",
-                    reference=1.0,
-                    decimals=2,
-                )
-            )
-        for result, _, _ in scope.pick(lambda r: r.ceiling is not None):
-            rows.append(_ceiling_row(result))
-            notes += ceiling_remarks(result) if "problem" in (result.ceiling or {}) else []
-    if not charts and not rows:
+    charts = [chart for scope in scopes if (chart := _speedups(scope)) is not None]
+    known = [r for scope in scopes for r, _, _ in scope.pick(lambda r: r.ceiling is not None)]
+    if not charts and not known:
         return None
-    tables = []
-    if rows:
-        columns = [
-            "run",
-            "speedup [95 %]",
-            "at most",
-            "by products alone",
-            "gain reached",
-            "products quantized",
-            "kernels of the baseline",
-        ]
-        tables.append(
-            Titled(
-                caption="What INT8 could bring at most",
-                grid=plain_grid(columns, rows, left=columns[-1:]),
-            )
-        )
-    has_most = any(bar.most for chart in charts if isinstance(chart, Bars) for bar in chart.bars)
+    notes = [
+        line
+        for result in known
+        if "problem" in (result.ceiling or {})
+        for line in ceiling_remarks(result)
+    ]
+    has_most = any(bar.most for chart in charts for bar in chart.bars)
     diamond = (
         "The diamond is the ceiling: what INT8 could bring at most there, from the kernels of the "
         "baseline and rates measured on the device."
@@ -94,9 +49,49 @@ def speedup(scopes: Sequence[Scope]) -> Section | None:
         intro=(intro,),
         pictures=(diamond,) if has_most else (),
         charts=tuple(charts),
-        tables=tuple(tables),
+        tables=(_ceilings(known),) if known else (),
         notes=tuple(notes),
     )
+
+
+def _speedups(scope: Scope) -> Bars | None:
+    bars = [
+        Bar(
+            name=name,
+            style=labels.style(params),
+            value=result.speedup,
+            low=result.speedup_low,
+            high=result.speedup_high,
+            most=result.ceiling_speedup,
+            note="apart" if result.speedup_method == "separate" else note(result),
+        )
+        for result, params, name in scope.pick(lambda r: r.speedup is not None)
+    ]
+    if not bars:
+        return None
+    return _bars(
+        "speedup",
+        scope,
+        bars,
+        title="Speedup over the baseline",
+        unit="× baseline",
+        reference=1.0,
+        decimals=2,
+    )
+
+
+def _ceilings(results: Sequence[Result]) -> Titled:
+    columns = [
+        "run",
+        "speedup [95 %]",
+        "at most",
+        "by products alone",
+        "gain reached",
+        "products quantized",
+        "kernels of the baseline",
+    ]
+    grid = plain_grid(columns, [_ceiling_row(result) for result in results], left=columns[-1:])
+    return Titled(caption="What INT8 could bring at most", grid=grid)
 
 
 def _ceiling_row(result: Result) -> list[str]:

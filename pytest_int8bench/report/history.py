@@ -9,7 +9,6 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.report import labels
 from pytest_int8bench.report.charts import Lines, Mark, Point, Series, distinct
 from pytest_int8bench.report.contents import Section, Titled
-from pytest_int8bench.report.intervals import rate_interval
 from pytest_int8bench.report.sources import Source, device
 from pytest_int8bench.report.tables import MISSING, Grid, number
 from pytest_int8bench.report.terminal import shown_speedup
@@ -168,7 +167,7 @@ def _series(
 
 
 def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
-    return (result.samples_per_s, *rate_interval(result))
+    return (result.samples_per_s, *labels.rate_interval(result))
 
 
 def _speedup(result: Result) -> tuple[float | None, float | None, float | None]:

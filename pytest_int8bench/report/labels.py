@@ -1,4 +1,4 @@
-"""Short names of points: what a reader tells them apart by, instead of whole run names."""
+"""Labels of points: short names instead of whole run names, their styles and intervals."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _SPOKEN = {
     "patch_size": "patch",
     "num_timesteps": "timesteps",
 }
+#: Standard errors on each side of a 95 % interval.
+_WIDTH = 1.96
 _MODES = ("BF16", "W8A8", "W8", "W8A8, SmoothQuant", "W8, SmoothQuant")
 
 
@@ -105,6 +107,15 @@ def test_of(record: Record) -> str:
 def is_measured(result: Result) -> bool:
     """Say whether there are figures of a point."""
     return result.samples_per_s is not None
+
+
+def rate_interval(result: Result) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of ``samples_per_s`` within its process, from the standard error
+    of the median batch time; Nones where that is not known."""
+    rate, error = result.samples_per_s, result.batch_time_standard_error
+    if rate is None or error is None or not 0 <= _WIDTH * error < 1:
+        return None, None
+    return rate / (1 + _WIDTH * error), rate / (1 - _WIDTH * error)
 
 
 def sortable_values(values: Iterable[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 import pytest_int8bench
 from pytest_int8bench.report.contents import View
-from pytest_int8bench.report.figures import draw
+from pytest_int8bench.report.figures import DARK, LIGHT, draw
 from pytest_int8bench.report.tables import MISSING, Grid, finite
 
 #: Version of the data that a page carries.
@@ -37,7 +37,7 @@ def render(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Its SVG is made by a library that escapes.
+    # draw() escapes its texts.
     environment.filters["draw"] = lambda chart: Markup(draw(chart))
     environment.filters["tone"] = _tone
     environment.filters["breakable"] = _breakable
@@ -45,6 +45,8 @@ def render(view: View) -> str:
     return environment.get_template("page.html.j2").render(
         view=view,
         style=Markup(style),
+        light=_variables(LIGHT),
+        dark=_variables(DARK),
         data=data(view),
         data_id=DATA_ID,
         version=pytest_int8bench.__version__,
@@ -63,6 +65,10 @@ def data(view: View) -> dict[str, Any]:
             for chart in charts
         ],
     }
+
+
+def _variables(style: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {color};" for name, color in style.items())
 
 
 def _is_left(grid: Grid, column: str) -> bool:

@@ -13,7 +13,6 @@ from pytest_int8bench.report.charts import (
     distinct,
 )
 from pytest_int8bench.report.contents import Section, Titled
-from pytest_int8bench.report.intervals import rate_interval
 from pytest_int8bench.report.scopes import (
     Params,
     Results,
@@ -147,7 +146,7 @@ def _points(
 
 
 def _point(result: Result, x: float, x_shown: str) -> Point:
-    low, high = rate_interval(result)
+    low, high = labels.rate_interval(result)
     return Point(
         name=point_label(result.workload, result.run_name),
         x=x,
