@@ -709,7 +709,6 @@ def test_markers_show_int8(pytester: pytest.Pytester) -> None:
 
 # -- lazy imports -----------------------------------------------------------------------------
 
-HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml", "wandb")
 HEAVY = (
     "torch",
     "torchao",
@@ -718,6 +717,7 @@ HEAVY = (
     "rich",
     "hypothesis",
     "pynvml",
+    "wandb",
     "jinja2",
     "matplotlib",
 )
