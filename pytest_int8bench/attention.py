@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_int8bench.params import ATTENTION_BACKENDS
+from pytest_int8bench.choices import ATTENTION_BACKENDS
 
 _BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION],

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench import clock
 from pytest_int8bench.options import OPTIONS
-from pytest_int8bench.params import RunParams
 from pytest_int8bench.session import STATE, marker_changes
+
+if TYPE_CHECKING:
+    from pytest_int8bench.params import RunParams
 
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
@@ -51,6 +52,8 @@ def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> 
         markers = list(item.iter_markers("benchmark"))
         if any(marker.args for marker in markers):
             continue  # pytest-benchmark says what is wrong with them
+        from pytest_int8bench import clock
+
         merged: dict[str, Any] = {}
         for marker in reversed(markers):
             merged |= marker.kwargs
@@ -94,6 +97,8 @@ def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
         with _captured(config), _refused(config, "workload"):
             workload = state.workload(None)
             if is_common:
+                from pytest_int8bench.params import RunParams
+
                 with _refused(config, "set"):
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
@@ -201,6 +206,10 @@ def params_of(item: pytest.Item) -> RunParams | None:
     """Return the point that ``item`` is parametrized with, if it is."""
     callspec = getattr(item, "callspec", None)
     value = callspec.params.get("int8_params") if callspec is not None else None
+    if value is None:
+        return None
+    from pytest_int8bench.params import RunParams
+
     if isinstance(value, RunParams):
         return value
     try:
@@ -214,6 +223,8 @@ def params_in(nodeid: str) -> RunParams | None:
     text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
     if "_ps" not in text:  # every run name has it: other ids are not worth a closer look
         return None
+    from pytest_int8bench.params import RunParams
+
     parts = text.split("-")  # which run names hold as well
     spans = [(i, j) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
     for i, j in sorted(spans, key=lambda span: span[0] - span[1]):

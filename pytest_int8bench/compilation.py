@@ -19,11 +19,11 @@ import torch._dynamo
 import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
+from pytest_int8bench.choices import COMPILE_MODES
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.inductor import FusingInductor, load_inductor
-from pytest_int8bench.params import COMPILE_MODES
 from pytest_int8bench.regions import Regions, repeated_blocks
 from pytest_int8bench.stamping import stampable, stamped
 from pytest_int8bench.tensors import map_tensors

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench import clock
 from pytest_int8bench.collection import params_of
 from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, first_line
 from pytest_int8bench.options import LEAN
-from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.session import STATE, State, check_compared, marker_changes
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.compilation import CompiledModel
     from pytest_int8bench.measure import Plan, Run
     from pytest_int8bench.models import Model
+    from pytest_int8bench.params import RunParams
     from pytest_int8bench.results import Accuracy, Result, Sensitivity
     from pytest_int8bench.workloads import Workload
 
@@ -39,6 +38,8 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
     """The point of this test, a RunParams: one for each point of the sweep and INT8 mode."""
     if not hasattr(request, "param"):
         pytest.fail("int8_params has no point: parametrize it, or let the plugin do so", False)
+    from pytest_int8bench.params import MEASURING_FIELDS, RunParams
+
     if isinstance(request.param, RunParams):
         return request.param
     params = RunParams.from_run_name(request.param)
@@ -331,6 +332,7 @@ def int8_sensitivity(
 
 
 def _pedantic(benchmark: Any, run: Run, plan: Plan) -> list[float]:
+    from pytest_int8bench import clock
     from pytest_int8bench.measure import ClockError
 
     benchmark.pedantic(run, rounds=plan.rounds, iterations=plan.iterations)

@@ -1,4 +1,5 @@
-"""Command line and ini options, read once into a frozen ``Settings``."""
+"""Command line and ini options, read once into a frozen ``Settings``. What only checks an option is
+imported once the option is given: a session without benchmarks pays for what this file imports."""
 
 from __future__ import annotations
 
@@ -7,13 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.fused.products import KernelError, forced_product
-from pytest_int8bench.gate.files import find_side
+from pytest_int8bench.choices import INT8_MODES
 from pytest_int8bench.gate.limits import (
     METRICS,
     Rules,
@@ -22,22 +22,10 @@ from pytest_int8bench.gate.limits import (
     parse_limit,
     read_rules,
 )
-from pytest_int8bench.params import (
-    INT8_MODES,
-    MEASURING_FIELDS,
-    RunParams,
-    parse_bool,
-    parse_extra,
-    parse_field,
-)
-from pytest_int8bench.report.outputs import check_output
 from pytest_int8bench.sweep import SWEEPS, axes_of, expand_modes
-from pytest_int8bench.workloads.names import (
-    OLMOEARTH,
-    check_fields,
-    check_reference,
-    check_workload_name,
-)
+
+if TYPE_CHECKING:
+    from pytest_int8bench.params import RunParams
 
 INCONCLUSIVE = ("fail", "warn", "skip")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -302,6 +290,8 @@ class Settings:
 
     def default_params(self, preset: str) -> RunParams:
         """Return the point that all others are changed from."""
+        from pytest_int8bench.params import RunParams
+
         changes = {k: v for k, v in self.changes.items() if not k.startswith("extra.")}
         extra = {k.removeprefix("extra."): v for k, v in self.changes.items() if k not in changes}
         start = {**PRESETS[preset], **(LEAN if self.lean else {})}
@@ -333,10 +323,7 @@ def read_settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: one line that names option, rule and value.
     """
-    try:
-        forced_product()
-    except KernelError as error:
-        raise pytest.UsageError(str(error)) from None
+    _check_forced_product()
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)
@@ -351,10 +338,7 @@ def read_settings(config: pytest.Config) -> Settings:
     values["changes"] = {**on, **values.get("changes", {})}  # --int8-set may say otherwise
     for name in ("smoothquant", "wandb"):
         values.pop(name, None)
-    if "eval_data" in values and values.get("workload", OLMOEARTH) != OLMOEARTH:
-        raise pytest.UsageError(
-            f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
-        )
+    _check_workload(values)
     values["rules"] = _read_rules(config, values)
     if values.get("lean"):
         if config.getoption("dist", "no") != "no":
@@ -383,11 +367,41 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(
             f"{crossing.flag}: needs --int8-sweep, or --int8-set with several values"
         )
-    try:
-        check_fields(values.get("workload", ""), (*values["changes"], *values["axes"]))
-    except ValueError as error:
-        raise pytest.UsageError(f"--int8-workload: {error}") from None
+    _check_fields(values)
     return Settings(**values)
+
+
+def _check_forced_product() -> None:
+    if "INT8BENCH_PRODUCT" not in os.environ:
+        return
+    from pytest_int8bench.fused.products import KernelError, forced_product
+
+    try:
+        forced_product()
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _check_workload(values: dict[str, Any]) -> None:
+    """Refuse data for another workload than OlmoEarth."""
+    if "eval_data" in values and "workload" in values:
+        from pytest_int8bench.workloads.names import OLMOEARTH
+
+        if values["workload"] != OLMOEARTH:
+            raise pytest.UsageError(
+                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+            )
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    """Refuse fields that the workload does not read."""
+    if "workload" in values:
+        from pytest_int8bench.workloads.names import check_fields
+
+        try:
+            check_fields(values["workload"], (*values["changes"], *values["axes"]))
+        except ValueError as error:
+            raise pytest.UsageError(f"--int8-workload: {error}") from None
 
 
 def _check_wandb(config: pytest.Config) -> None:
@@ -458,6 +472,8 @@ def _read_modes(text: str) -> dict[str, Any]:
 
 
 def _read_set(items: list[str]) -> dict[str, Any]:
+    from pytest_int8bench.params import MEASURING_FIELDS, RunParams, parse_extra, parse_field
+
     changes: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}
     for item in items:
@@ -488,6 +504,24 @@ def _read_preset(text: str) -> dict[str, Any]:
     if text not in ("auto", *PRESETS):
         raise ValueError(f"must be one of auto, {', '.join(PRESETS)}, got {text!r}")
     return {"preset": text}
+
+
+def _read_workload(text: str) -> dict[str, Any]:
+    from pytest_int8bench.workloads.names import check_workload_name
+
+    return {"workload": check_workload_name(text)}
+
+
+def _read_filter(text: str) -> dict[str, Any]:
+    from pytest_int8bench.workloads.names import check_reference
+
+    return {"filter": check_reference(text)}
+
+
+def _read_compare(items: list[str]) -> dict[str, Any]:
+    from pytest_int8bench.gate.files import find_side
+
+    return {"compare": tuple(find_side(items, STORAGE))}
 
 
 def _read_weights(text: str) -> dict[str, Any]:
@@ -532,13 +566,18 @@ def _read_journal(text: str) -> dict[str, Any]:
 
 
 def _read_reports(items: list[str]) -> dict[str, Any]:
+    from pytest_int8bench.report.outputs import check_output
+
     return {"reports": tuple(dict.fromkeys(check_output(text).absolute() for text in items))}
 
 
 def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, Any]]:
     def read(value: bool | str) -> dict[str, Any]:
-        given = parse_bool(value) if isinstance(value, str) else value
-        return {name: on} if given else {}
+        if isinstance(value, str):
+            from pytest_int8bench.params import parse_bool
+
+            value = parse_bool(value)
+        return {name: on} if value else {}
 
     return read
 
@@ -568,16 +607,16 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "cross-product": _read_flag("cross_product"),
     "set": _read_set,
     "preset": _read_preset,
-    "workload": lambda text: {"workload": check_workload_name(text)},
+    "workload": _read_workload,
     "weights": _read_weights,
-    "filter": lambda text: {"filter": check_reference(text)},
+    "filter": _read_filter,
     "compile-cache": _folder_reader("compile_cache"),
     "no-baseline": _read_flag("baseline", on=False),
     "max-drop": _read_max_drop,
     "inconclusive": _read_inconclusive,
     "eval-data": _read_eval_data,
     "remedy": _read_flag("remedy"),
-    "compare": lambda items: {"compare": tuple(find_side(items, STORAGE))},
+    "compare": _read_compare,
     **{metric.option: _limit_reader(metric.name) for metric in METRICS.values()},
     "allow": lambda items: {"allow": check_allow(items)},
     "allow-missing": _read_flag("allow_missing"),

@@ -21,21 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 from urllib.parse import quote, unquote
 
-Scalar: TypeAlias = str | int | float | bool
-
-MODEL_SIZES = ("nano", "tiny", "small", "base", "large")
-DEVICES = ("cuda", "cpu")
-INT8_MODES = ("w8a8", "w8")
-COMPILE_MODES = (
-    "default",
-    "reduce-overhead",
-    "max-autotune",
-    "max-autotune-no-cudagraphs",
-    "off",
+from pytest_int8bench.choices import (
+    ATTENTION_BACKENDS,
+    COMPILE_MODES,
+    DEVICES,
+    FEEDS,
+    INT8_BACKENDS,
+    INT8_MODES,
+    MODEL_SIZES,
 )
-ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "auto")
-INT8_BACKENDS = ("torchao", "fused", "auto")
-FEEDS = ("device", "host")
+
+Scalar: TypeAlias = str | int | float | bool
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model_size": MODEL_SIZES,

@@ -1,8 +1,9 @@
-"""pytest hooks, each a few lines. Nothing imported here loads torch."""
+"""pytest hooks, each a few lines. What only benchmarks need, such as torch, is imported by them."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from pytest_int8bench.collection import (
     params_of,
     sort_by_model,
 )
-from pytest_int8bench.params import RunParams
 from pytest_int8bench.session import (
     STATE,
     State,
@@ -111,7 +111,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
-    return val.run_name if isinstance(val, RunParams) else None
+    params = sys.modules.get("pytest_int8bench.params")  # absent: nothing is a RunParams
+    return val.run_name if params is not None and isinstance(val, params.RunParams) else None
 
 
 @pytest.hookimpl(wrapper=True)

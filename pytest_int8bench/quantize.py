@@ -25,6 +25,7 @@ from torchao.quantization import (
 )
 from torchao.utils import TorchAOBaseTensor, should_reduce_range
 
+from pytest_int8bench.choices import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.fused.configs import product_kernel
 from pytest_int8bench.fused.modules import (
     Int8Linear,
@@ -33,7 +34,6 @@ from pytest_int8bench.fused.modules import (
     replace_linears,
 )
 from pytest_int8bench.layers import Coverage, Layer
-from pytest_int8bench.params import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
 from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
 

@@ -14,9 +14,7 @@ import pytest
 
 from pytest_int8bench.errors import UndecidedError
 from pytest_int8bench.options import OPTIONS, Settings
-from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.sweep import unique, with_baselines
-from pytest_int8bench.workloads.names import check_workload_name, load_object, load_workload
 
 if TYPE_CHECKING:
     from pytest_int8bench.accuracy.guardrail import Guardrail
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.distributed.worker import Worker
     from pytest_int8bench.gate.insession import SessionGate
     from pytest_int8bench.models import ModelPool
+    from pytest_int8bench.params import RunParams
     from pytest_int8bench.profiles import Profiles
     from pytest_int8bench.results import Accuracy, Journal, Result, Sensitivity
     from pytest_int8bench.throughput import Throughput
@@ -111,6 +110,8 @@ class State:
 
     def workload(self, name: str | None) -> Workload:
         """Return the workload of the settings, or of a test's marker."""
+        from pytest_int8bench.workloads.names import load_workload
+
         name = name or self.settings.workload
         if name not in self._workloads:
             try:
@@ -141,6 +142,8 @@ class State:
             ValueError: one line, if there is no such callable.
         """
         if self._filter is None and self.settings.filter is not None:
+            from pytest_int8bench.workloads.names import load_object
+
             found = load_object(self.settings.filter, self.invocation)
             if not callable(found):
                 raise ValueError(f"{self.settings.filter} is not callable")
@@ -331,6 +334,8 @@ def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
 
 
 def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
+    from pytest_int8bench.params import FIELD_TYPES, RunParams
+
     changes: dict[str, Any] = {}
     workload = None
     for marker in reversed(list(item.iter_markers("int8"))):
@@ -354,6 +359,8 @@ def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
 def _workload_name(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"workload must be a name, got {value!r}")
+    from pytest_int8bench.workloads.names import check_workload_name
+
     try:
         return check_workload_name(value)
     except ValueError as error:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytest_int8bench.params import ATTENTION_BACKENDS, FEEDS, RunParams
+from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS
+
+if TYPE_CHECKING:
+    from pytest_int8bench.params import RunParams
 
 SWEEPS: dict[str, dict[str, list[Any]]] = {
     "batch": {"batch_size": [2**n for n in range(14)]},

@@ -709,7 +709,6 @@ def test_markers_show_int8(pytester: pytest.Pytester) -> None:
 
 # -- lazy imports -----------------------------------------------------------------------------
 
-HEAVY = ("torch", "torchao", "numpy", "scipy", "rich", "hypothesis", "pynvml", "wandb")
 HEAVY = (
     "torch",
     "torchao",
@@ -718,6 +717,7 @@ HEAVY = (
     "rich",
     "hypothesis",
     "pynvml",
+    "wandb",
     "jinja2",
     "matplotlib",
 )
@@ -753,6 +753,40 @@ def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple
     theirs = loaded(pytester, *args, "-p", "no:int8bench")
     assert "pytest_int8bench.plugin" not in theirs
     assert set(loaded(pytester, *args)) - set(theirs) == {"pytest_int8bench.plugin"}
+
+
+#: Modules of ours that a session without our fixtures may load: each one costs every suite time.
+IDLE = (
+    "pytest_int8bench",
+    "pytest_int8bench.accuracy",
+    "pytest_int8bench.accuracy.limit",
+    "pytest_int8bench.choices",
+    "pytest_int8bench.collection",
+    "pytest_int8bench.environment",
+    "pytest_int8bench.errors",
+    "pytest_int8bench.fixtures",
+    "pytest_int8bench.gate",
+    "pytest_int8bench.gate.limits",
+    "pytest_int8bench.options",
+    "pytest_int8bench.plugin",
+    "pytest_int8bench.session",
+    "pytest_int8bench.sweep",
+)
+LISTING = """
+import sys
+from pathlib import Path
+
+def pytest_unconfigure(config):
+    ours = [name for name in sys.modules if name.partition(".")[0] == "pytest_int8bench"]
+    Path("loaded.txt").write_text(" ".join(sorted(ours)))
+"""
+
+
+def test_an_unrelated_suite_loads_few_modules_of_ours(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(UNRELATED + "\ndef test_fails():\n    assert False\n")
+    pytester.makeconftest(LISTING)
+    assert run(pytester).ret == pytest.ExitCode.TESTS_FAILED
+    assert tuple(Path("loaded.txt").read_text().split()) == IDLE
 
 
 def test_options_load_nothing(pytester: pytest.Pytester) -> None:

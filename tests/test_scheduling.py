@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pytest_int8bench import RunParams
-from pytest_int8bench.distributed.scheduling import ModelScheduling, Scheduling, families
+
+pytest.importorskip("xdist")
+
+from pytest_int8bench.distributed.scheduling import (
+    FamilyScheduling,
+    Scheduling,
+    families,
+)
 
 
 def point(batch: int, mode: str | None = None) -> str:
@@ -72,13 +80,13 @@ class Node:
     none."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.gateway = SimpleNamespace(id=name)
         self.queue: deque[int] = deque()
         self.ran: list[int] = []
         self.shutting_down = False
 
     def __repr__(self) -> str:
-        return self.name
+        return str(self.gateway.id)
 
     def send_runtest_some(self, indices: Sequence[int]) -> None:
         assert not self.shutting_down
@@ -105,8 +113,37 @@ def run(scheduler: Any, *nodes: Node) -> None:
 IDS = [node_id(batch, mode) for batch in (1, 2, 3, 4) for mode in (None, "w8", "w8a8")]
 
 
-def start(*nodes: Node, ids: Sequence[str] = IDS) -> ModelScheduling:
-    scheduler = ModelScheduling(dict.fromkeys(nodes, ids))
+class Config:
+    """The parts of a pytest config that schedulers read."""
+
+    def __init__(self, workers: int) -> None:
+        self.option = SimpleNamespace(loadscopereorder=True)
+        self.reports: list[pytest.CollectReport] = []
+        self.hook = SimpleNamespace(pytest_collectreport=self.note)
+        self.workers = workers
+
+    def getvalue(self, name: str) -> list[str]:
+        assert name == "tx"
+        return ["popen"] * self.workers
+
+    def note(self, report: pytest.CollectReport) -> None:
+        self.reports.append(report)
+
+
+def scheduler_for(workers: int, lost: Container[str] = ()) -> FamilyScheduling:
+    config: Any = Config(workers)
+    return FamilyScheduling(config, None, lost)
+
+
+def add(scheduler: Any, node: Node, ids: Sequence[str] = IDS) -> None:
+    scheduler.add_node(node)
+    scheduler.add_node_collection(node, ids)
+
+
+def start(*nodes: Node, ids: Sequence[str] = IDS, lost: Container[str] = ()) -> FamilyScheduling:
+    scheduler = scheduler_for(len(nodes), lost)
+    for node in nodes:
+        add(scheduler, node, ids)
     scheduler.schedule()
     return scheduler
 
@@ -144,7 +181,14 @@ def test_a_worker_without_a_family_ends() -> None:
     assert nodes[2].shutting_down
     run(scheduler, *nodes)
     assert [node.ran for node in nodes] == [[0, 1, 2], [3, 4, 5], []]
-    assert scheduler.remove_node(nodes[2]) is None
+    assert nodes[2] not in scheduler.nodes
+    assert scheduler.remove_node(nodes[0]) is None
+
+
+def test_larger_families_do_not_overtake_smaller_ones() -> None:
+    node = Node("gw0")
+    run(start(node, ids=[node_id(1), *IDS[3:9]]), node)
+    assert node.ran == [*range(7)]
 
 
 def test_a_crash_costs_the_test_that_ran_and_a_new_worker_goes_on() -> None:
@@ -162,16 +206,37 @@ def test_a_crash_costs_the_test_that_ran_and_a_new_worker_goes_on() -> None:
     assert sorted(nodes[0].ran + nodes[1].ran + new.ran) == [0, *range(2, 12)]
 
 
-def test_the_last_test_can_be_run_again_in_a_new_worker() -> None:
+def test_what_a_crash_left_is_run_first() -> None:
+    nodes = Node("gw0"), Node("gw1")
+    scheduler = start(*nodes)
+    nodes[0].step(scheduler)
+    scheduler.remove_node(nodes[0])
+    run(scheduler, nodes[1])
+    assert nodes[1].ran == [3, 4, 5, 2, *range(6, 12)]
+
+
+def test_a_crash_while_a_new_worker_collects() -> None:
+    nodes = Node("gw0"), Node("gw1")
+    scheduler = start(*nodes)
+    scheduler.remove_node(nodes[0])
+    new = Node("gw2")
+    scheduler.add_node(new)
+    assert scheduler.remove_node(nodes[1]) == IDS[3]
+    assert not new.queue
+    scheduler.add_node_collection(new, IDS)
+    scheduler.schedule()
+    run(scheduler, new)
+    assert sorted(new.ran) == [1, 2, *range(4, 12)]
+
+
+def test_a_test_is_run_again_if_its_worker_had_lost_its_device() -> None:
     node = Node("gw0")
-    scheduler = start(node, ids=IDS[:2])
+    scheduler = start(node, ids=IDS[:2], lost={"gw0"})
     node.step(scheduler)
     assert scheduler.remove_node(node) == IDS[1]
-    scheduler.mark_test_pending(IDS[1])
     assert not scheduler.tests_finished
     new = Node("gw1")
-    scheduler.add_node(new)
-    scheduler.add_node_collection(new, IDS[:2])
+    add(scheduler, new, IDS[:2])
     scheduler.schedule()
     run(scheduler, new)
     assert (node.ran, new.ran) == ([0], [1])
@@ -192,10 +257,13 @@ def test_a_new_worker_that_collects_other_tests_gets_none() -> None:
 class Usual:
     """Stands for the scheduler of pytest-xdist."""
 
-    def __init__(self, nodes: list[Node]) -> None:
-        self.nodes = nodes
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
         self.has_pending = "its own"
         self.scheduled = 0
+
+    def add_node(self, node: Node) -> None:
+        self.nodes.append(node)
 
     def add_node_collection(self, node: Node, collection: Sequence[str]) -> None:
         pass
@@ -205,23 +273,45 @@ class Usual:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "is_ours"),
+    ("ids", "is_ours"),
     [
-        (IDS, IDS, True),
-        (["test_b.py::test_plain", *IDS[:1]], ["test_b.py::test_plain", *IDS[:1]], True),
-        (["test_b.py::test_plain[a]"], ["test_b.py::test_plain[a]"], False),
-        (IDS, IDS[1:], False),  # pytest-xdist says so
-        ([], [], False),
+        (IDS, True),
+        (["test_b.py::test_plain", *IDS[:1]], True),
+        (["test_b.py::test_plain[a]"], False),
+        ([], False),
     ],
 )
-def test_tests_without_points_are_scheduled_as_ever(
-    first: list[str], second: list[str], is_ours: bool
-) -> None:
-    nodes = [Node("gw0"), Node("gw1")]
-    usual = Usual(nodes)
-    scheduler = Scheduling(usual)
-    for node, ids in zip(nodes, (first, second), strict=True):
-        scheduler.add_node_collection(node, ids)
+def test_tests_without_points_are_scheduled_as_ever(ids: list[str], is_ours: bool) -> None:
+    usual = Usual()
+    scheduler = Scheduling(usual, scheduler_for(2))
+    for name in ("gw0", "gw1"):
+        add(scheduler, Node(name), ids)
     scheduler.schedule()
     assert usual.scheduled == (not is_ours)
     assert scheduler.has_pending == (is_ours or "its own")
+
+
+def test_workers_that_collect_different_tests_are_reported() -> None:
+    families = scheduler_for(2)
+    scheduler = Scheduling(Usual(), families)
+    nodes = Node("gw0"), Node("gw1")
+    for node, ids in zip(nodes, (IDS, IDS[1:]), strict=True):
+        add(scheduler, node, ids)
+    scheduler.schedule()
+    [report] = families.config.reports  # type: ignore[attr-defined]
+    assert "Different tests were collected between gw0 and gw1" in report.longrepr
+    assert not any(node.queue for node in nodes)
+
+
+def test_a_worker_that_crashes_before_the_others_are_ready_is_left_out() -> None:
+    usual = Usual()
+    scheduler = Scheduling(usual, scheduler_for(2))
+    gone, node, new = Node("gw0"), Node("gw1"), Node("gw2")
+    add(scheduler, gone)
+    usual.nodes.remove(gone)
+    scheduler.add_node(new)  # which is not ready either
+    add(scheduler, node)
+    scheduler.schedule()
+    run(scheduler, node)
+    assert node.ran == [*range(12)]
+    assert scheduler.nodes == [node, new]

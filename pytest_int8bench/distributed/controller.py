@@ -17,7 +17,6 @@ import pytest
 from pytest_int8bench import gpus, options
 from pytest_int8bench.collection import params_in
 from pytest_int8bench.distributed.messages import KEY, SEAT, Message
-from pytest_int8bench.distributed.scheduling import Scheduling
 from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
@@ -105,10 +104,15 @@ class Controller:
             )
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_xdist_make_scheduler(self, config: pytest.Config) -> Generator[None, Any, Any]:
+    def pytest_xdist_make_scheduler(
+        self, config: pytest.Config, log: Any
+    ) -> Generator[None, Any, Any]:
         usual = yield
-        # Who asks for another distribution gets it.
-        return Scheduling(usual) if config.option.dist == "load" else usual
+        if config.option.dist != "load":  # the user asked for another distribution
+            return usual
+        from pytest_int8bench.distributed.scheduling import FamilyScheduling, Scheduling
+
+        return Scheduling(usual, FamilyScheduling(config, log, self._lost))
 
     # -- what they find -----------------------------------------------------------------------
 

@@ -1,17 +1,19 @@
-"""Which worker of pytest-xdist runs which tests: those of a baseline and its candidates stay
-together."""
+"""Which pytest-xdist worker runs which tests: a baseline and its candidates stay together."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Container, Sequence
 from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from pytest_int8bench.collection import params_in
 from pytest_int8bench.params import RunParams
 
-#: A worker starts a test when it knows the next one.
-_AHEAD = 2
+#: A worker does not start a test before it knows the next one.
+_MIN_PENDING = 2
 
 
 def families(ids: Sequence[str]) -> list[list[int]]:
@@ -41,123 +43,97 @@ def families(ids: Sequence[str]) -> list[list[int]]:
     return found
 
 
-class ModelScheduling:
-    """A scheduler of pytest-xdist that hands out whole families, in their order, each to the first
-    worker that is free.
+class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Hand out whole families, in the order of the tests, each to the first worker that is free.
 
     Args:
-        collections: what each worker collected, all the same.
+        lost: ids of the workers that lost their device. A test that one of them ended before is
+            run again; a test that crashed its worker is not.
     """
 
-    def __init__(self, collections: Mapping[Any, Sequence[str]]) -> None:
-        self._ids = list(next(iter(collections.values())))
-        self._left = deque(families(self._ids))
-        self._pending: dict[Any, list[int]] = {node: [] for node in collections}
-        self._ready = set(collections)
+    workqueue: OrderedDict[str, dict[str, bool]]
 
-    @property
-    def nodes(self) -> list[Any]:
-        """The workers that run."""
-        return list(self._pending)
-
-    @property
-    def collection_is_completed(self) -> bool:
-        return True
-
-    @property
-    def tests_finished(self) -> bool:
-        """No worker has more than the test that it runs."""
-        return not self._left and all(len(tests) < _AHEAD for tests in self._pending.values())
-
-    @property
-    def has_pending(self) -> bool:
-        return bool(self._left) or any(self._pending.values())
-
-    def add_node(self, node: Any) -> None:
-        """Note a worker that replaces one that crashed."""
-        self._pending[node] = []
-
-    def add_node_collection(self, node: Any, collection: Iterable[str]) -> None:
-        """Note that ``node`` is ready. One that collected other tests is of no use."""
-        if list(collection) == self._ids:
-            self._ready.add(node)
-        else:
-            del self._pending[node]
-            node.shutdown()
+    def __init__(self, config: pytest.Config, log: Any, lost: Container[str]) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # would hand out the largest families first
+        self._lost = lost
+        self._family_of: dict[str, str] = {}
 
     def schedule(self) -> None:
-        """Hand out what can be: to each worker something before one gets a second family."""
-        ready = [node for node in self._pending if node in self._ready]
-        for node in ready:
-            if not self._pending[node]:
-                self._give(node)
-        for node in ready:
-            self._feed(node)
+        if not self._family_of:
+            ids = next(iter(self.registered_collections.values()))
+            self._family_of = {ids[i]: ids[family[0]] for family in families(ids) for i in family}
+        super().schedule()
 
-    def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
-        self._pending[node].remove(item_index)
-        self._feed(node)
-
-    def mark_test_pending(self, item: str) -> None:
-        """Run a test again."""
-        self._left.appendleft([self._ids.index(item)])
-        self.schedule()
-
-    def remove_pending_tests_from_node(self, node: Any, indices: Sequence[int]) -> None:
-        raise NotImplementedError("tests are not taken back from a worker")
+    def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
+        super().add_node_collection(node, collection)
+        if node not in self.registered_collections:  # it collected other tests
+            del self.assigned_work[node]
+            node.shutdown()
 
     def remove_node(self, node: Any) -> str | None:
-        """Forget a worker that ended. Return the test that it crashed in, None if in none; its
-        others go to the next worker that is free."""
-        self._ready.discard(node)
-        pending = self._pending.pop(node)
+        work: dict[str, dict[str, bool]] = self.assigned_work.pop(node)
+        pending = [(unit, test) for unit in work.values() for test in unit if not unit[test]]
         if not pending:
             return None
-        crashed, *left = pending
-        if left:
-            self._left.appendleft(left)
-            self.schedule()
-        return self._ids[crashed]
+        unit, crashed = pending[0]
+        unit[crashed] = node.gateway.id not in self._lost
+        left = {family: tests for family, tests in work.items() if not all(tests.values())}
+        self.workqueue = OrderedDict({**left, **self.workqueue})
+        for other in self.nodes:
+            self._reschedule(other)
+        return crashed
 
-    def _give(self, node: Any) -> None:
-        if self._left and not node.shutting_down:
-            family = self._left.popleft()
-            self._pending[node] += family
-            node.send_runtest_some(family)
+    def _split_scope(self, nodeid: str) -> str:
+        return self._family_of.get(nodeid, nodeid)
 
-    def _feed(self, node: Any) -> None:
-        while self._left and len(self._pending[node]) < _AHEAD and not node.shutting_down:
-            self._give(node)
-        if not self._left and not node.shutting_down:
-            node.shutdown()  # when it has run what it has
+    def _reschedule(self, node: Any) -> None:
+        if node not in self.registered_collections:  # a new worker that is still collecting
+            return
+        while self.workqueue and not node.shutting_down:
+            if self._pending_of(self.assigned_work[node]) >= _MIN_PENDING:
+                return
+            self._assign_work_unit(node)
+        if not node.shutting_down:
+            node.shutdown()  # once it has run its last test
 
 
 class Scheduling:
-    """pytest-xdist's own scheduler until the tests are collected, and after that too where none of
-    them has a point.
+    """The scheduler of ``--dist=load`` until the tests are collected, and from then on one that
+    keeps families together, if a test has a point.
 
     Args:
         usual: the scheduler of ``--dist=load``.
+        families: the one that takes over.
     """
 
-    def __init__(self, usual: Any) -> None:
-        self._now = usual
-        self._collections: dict[Any, list[str]] = {}
-        self._is_decided = False
+    def __init__(self, usual: Any, families: FamilyScheduling) -> None:
+        self._now = self._usual = usual
+        self._families = families
+        self._collections: dict[Any, Sequence[str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._now, name)
 
     def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
-        self._collections[node] = list(collection)
+        self._collections[node] = collection
         self._now.add_node_collection(node, collection)
 
     def schedule(self) -> None:
-        if not self._is_decided:
-            self._is_decided = True
-            collected = {n: self._collections[n] for n in self._now.nodes if n in self._collections}
-            first = next(iter(collected.values()), [])
-            # Where they differ, pytest-xdist's own says in what.
-            if all(ids == first for ids in collected.values()) and any(map(params_in, first)):
-                self._now = ModelScheduling(collected)
+        if self._now is self._usual:
+            found = {n: self._collections[n] for n in self._usual.nodes if n in self._collections}
+            if any(params_in(nodeid) for nodeid in next(iter(found.values()), ())):
+                self._take_over(found)
+                return
         self._now.schedule()
+
+    def _take_over(self, collections: dict[Any, Sequence[str]]) -> None:
+        self._now = self._families
+        self._families.numnodes = len(collections)
+        for node, collection in collections.items():
+            self._families.add_node(node)
+            self._families.add_node_collection(node, collection)
+        self._families.schedule()
+        for node in self._usual.nodes:
+            if node not in collections:  # a new worker that is still collecting
+                self._families.add_node(node)

@@ -11,7 +11,6 @@ max-slowdown = "15%"
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -217,6 +216,8 @@ def read_rules(path: Path | None) -> Rules:
     """
     if path is None:
         return Rules()
+    import tomllib
+
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
