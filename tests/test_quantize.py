@@ -883,6 +883,25 @@ def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:
     assert attention.proj.block is not attention.q.block
 
 
+def test_smoothed_layers_of_one_input_become_one_product(batch: torch.Tensor) -> None:
+    widths: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        linear = torch.ops.int8bench.linear.default
+        for node in graph.fuse(module).graph.find_nodes(op="call_function", target=linear):
+            widths.append(node.args[2].meta["example_value"].shape[0])
+        return module.forward
+
+    model = made(Transformer)
+    apply_int8_quant(model, smoothquant=True, calibration=[batch])
+    lowered(model)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        output = torch.compile(model, fullgraph=True, backend=backend)(batch)
+        assert sqnr_db(model(batch), output) > 40
+    assert widths == [3 * DIM, DIM, 2 * DIM, DIM]
+
+
 def _weight_only(model: Any) -> None:
     quantize_(model["fc1"], Int8WeightOnlyConfig(set_inductor_config=False))
 
