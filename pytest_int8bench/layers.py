@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -33,8 +32,6 @@ class Coverage:
     """Every linear layer of the model, in order."""
     total_parameters: int
     """All parameters of the model, outside linear layers too."""
-    smoothed_folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """SmoothQuant: norm -> the layers whose inputs it scales, at no cost."""
     smoothed_runtime: tuple[str, ...] = ()
     """SmoothQuant: the layers whose inputs are multiplied at run time."""
 
@@ -75,12 +72,8 @@ class Coverage:
             text += f"; {len(self.fused)} on fused kernels"
         if falls := Counter(layer.fallback for layer in self.converted if layer.fallback):
             text += "; on torchao's: " + ", ".join(f"{n} {reason}" for reason, n in falls.items())
-        if self.smoothed_folded or self.smoothed_runtime:
-            folded = sum(map(len, self.smoothed_folded.values()))
-            text += (
-                f"; SmoothQuant: {folded} layers folded into norms, "
-                f"{len(self.smoothed_runtime)} scaled at run time"
-            )
+        if self.smoothed_runtime:
+            text += f"; SmoothQuant: {len(self.smoothed_runtime)} layers scaled at run time"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +87,6 @@ class Coverage:
             "left_out": {layer.name: layer.reason for layer in self.left_out},
             "fused_layers": len(self.fused),
             "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
-            "smoothed_folded": {norm: list(names) for norm, names in self.smoothed_folded.items()},
+            "smoothed_folded": {},  # of schema 1; norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
         }

@@ -35,7 +35,7 @@ from pytest_int8bench.fused.modules import (
 )
 from pytest_int8bench.layers import Coverage, Layer
 from pytest_int8bench.smoothquant import QuantizationError as QuantizationError
-from pytest_int8bench.smoothquant import Smoothing, multiply_parameter, plan_smoothing
+from pytest_int8bench.smoothquant import Smoothing, multiply_weight, plan_smoothing
 
 if TYPE_CHECKING:
     from pytest_int8bench.workloads import FilterFn
@@ -137,8 +137,8 @@ def apply_int8_quant(
         filter_fn: ``filter_fn(module, name)`` says which layers to quantize;
             :func:`is_transformer_linear` by default.
         smoothquant: first move outliers of the activations into the weights (SmoothQuant,
-            arXiv:2211.10438), with one factor per input channel measured on ``calibration``, in
-            the norm before a layer where it can be, else at run time. See
+            arXiv:2211.10438), with one factor per input channel and layer, measured on
+            ``calibration`` and applied at run time. See
             :func:`~pytest_int8bench.smoothquant.plan_smoothing`.
         calibration: inputs of the model, each a tensor, a tuple of positional arguments or a
             mapping of keyword arguments. Needed with ``smoothquant``.
@@ -186,8 +186,8 @@ def apply_int8_quant(
     if fusing := backend != "torchao" and not problem:
         product_kernel(device)  # raises if the environment asks for one there is not
     total = sum(parameter.numel() for parameter in model.parameters())
-    smoothing = Smoothing({}, {})
-    runtime: tuple[str, ...] = ()
+    smoothing = Smoothing({})
+    smoothed: tuple[str, ...] = ()
     if isinstance(quant_config, FqnToConfig):
         if smoothquant:
             raise ValueError("smoothquant=True does not go with FqnToConfig")
@@ -211,7 +211,7 @@ def apply_int8_quant(
             _check_takes_scale(model, smoothing, config)
             smoothing.apply(model)
         quantize_(model, config, filter_fn=lambda module, name: name in chosen)
-        runtime = _scale_at_run_time(model, smoothing)
+        smoothed = _scale_inputs(model, smoothing)
         layers = _recheck(model, layers, "left as it is by the configuration")
     if all(layer.reason is not None for layer in layers):
         raise QuantizationError(_nothing_converted(layers))
@@ -226,8 +226,7 @@ def apply_int8_quant(
         "custom" if quant_config is not None else mode,
         tuple(layers),
         total,
-        smoothing.folded,
-        runtime,
+        smoothed,
     )
     return model
 
@@ -486,9 +485,9 @@ def _config(model: nn.Module, mode: str) -> Any:
 
 
 def _check_takes_scale(model: nn.Module, smoothing: Smoothing, config: Any) -> None:
-    """Raise before anything is changed if layers are to be scaled at run time and the
-    configuration's tensor has no place for it. It says so only once there is one."""
-    for name in smoothing.runtime:
+    """Raise before anything is changed if the configuration's tensor has no place for a factor.
+    This shows only on a layer that it quantized."""
+    for name in smoothing.scales:
         sample = nn.Sequential(copy.deepcopy(model.get_submodule(name)))
         quantize_(sample, config)
         if is_quantized(sample[0]):
@@ -496,23 +495,27 @@ def _check_takes_scale(model: nn.Module, smoothing: Smoothing, config: Any) -> N
                 raise QuantizationError(
                     f"smoothquant=True does not go with {type(config).__name__}: "
                     f"its {type(sample[0].weight).__name__} cannot scale the input of {name} at "
-                    "run time, and there is no norm that could"
+                    "run time"
                 )
             return
 
 
-def _scale_at_run_time(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...]:
-    """Have the weights scale the inputs of their layers; return which do.
+def _scale_inputs(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...]:
+    """Have the quantized weights scale the inputs of their layers; return the layers' names.
 
     A layer that the configuration left as it is gets its old weight back.
     """
     scaled = []
-    for name, inverse in smoothing.runtime.items():
+    factors = smoothing.factors
+    cast: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+    for name, factor in factors.items():
         layer: Any = model.get_submodule(name)
         if is_quantized(layer):
-            # In the weight's dtype: an FP32 factor would turn a BF16 input into FP32.
-            layer.weight.act_pre_scale = inverse.to(layer.weight.dtype)
+            # In the weight's dtype: an FP32 factor would turn a BF16 input into FP32. Layers with a
+            # joint scale keep sharing one tensor, by which the fused backend knows them.
+            dtype = layer.weight.dtype
+            layer.weight.act_pre_scale = cast.setdefault((id(factor), dtype), factor.to(dtype))
             scaled.append(name)
         else:
-            multiply_parameter(layer, "weight", inverse)
+            multiply_weight(layer, factor)
     return tuple(scaled)

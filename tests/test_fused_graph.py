@@ -455,6 +455,16 @@ def test_layers_of_one_norm_with_factors_of_their_own(monkeypatch: pytest.Monkey
     assert (part.quantize, part.linear) == (("layer+kept", "none", "none"), ("1", "1", "1"))
 
 
+def test_layers_of_one_norm_with_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
+
+    factors = dict.fromkeys("abc", torch.rand(DIM) + 0.5)
+    part = joined(lowered(Written(forward), factors=factors), monkeypatch)
+    assert (part.quantize, part.linear) == (("layer",), ("3",))
+
+
 # -- activations --------------------------------------------------------------------------------
 
 

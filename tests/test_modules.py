@@ -190,6 +190,21 @@ def test_layers_of_other_kinds_are_no_neighbours(other: Quantized) -> None:
     assert bias is other.bias or bias.dtype == other.bias.dtype
 
 
+def test_layers_with_one_factor_are_neighbours() -> None:
+    factor, other = torch.full((K,), 2.0), torch.full((K,), 2.0)
+    model: Any = nn.ModuleDict({name: nn.Linear(K, 4) for name in "abcd"})
+    given = {"a": factor, "b": other, "c": factor, "d": None}
+    replace_linears(model, {name: quantized(4, factor=each) for name, each in given.items()})
+    assert model["a"].block is model["c"].block
+    assert model["a"].factor is factor
+    assert len({id(model[name].block) for name in "abd"}) == 3
+    assert model["b"].factor is other
+    assert model["d"].factor is None
+    twin = copy.deepcopy(model).to(torch.float64)
+    assert twin["a"].factor is twin["c"].factor
+    assert twin["a"].factor.dtype == torch.float64
+
+
 def test_layers_of_two_parents_are_no_neighbours() -> None:
     model: Any = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(K, 4)}) for _ in range(2))
     replace_linears(model, {"0.a": quantized(4), "1.a": quantized(4)})

@@ -544,7 +544,7 @@ class Transposed(Outliers):
 
 
 class Normed(nn.Module):
-    """The same from a norm, which can take the scale: into three layers of different weights."""
+    """The same from a norm, into three layers of different weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -595,8 +595,9 @@ def test_outlier_channels_are_scaled_down_before_the_product() -> None:
     assert set(scale.topk(len(OUTLIERS), largest=False).indices.tolist()) == set(OUTLIERS)
 
     model = apply_int8_quant(made(Normed), smoothquant=True, calibration=[x])
-    assert [layer.weight.act_pre_scale for layer in (model.q, model.k, model.v)] == [None] * 3
-    assert model.norm.weight[OUTLIERS].max() < 20
+    scale = model.q.weight.act_pre_scale
+    assert set(scale.topk(len(OUTLIERS), largest=False).indices.tolist()) == set(OUTLIERS)
+    assert model.k.weight.act_pre_scale is model.v.weight.act_pre_scale is scale
 
 
 @pytest.mark.parametrize("kind", [Outliers, Normed])
@@ -612,16 +613,10 @@ def test_smoothing_does_not_harm_where_only_weights_are_quantized(kind: type[nn.
 def test_coverage_says_what_smoothquant_did(batch: torch.Tensor) -> None:
     model = made(Transformer)
     covered = coverage(apply_int8_quant(model, smoothquant=True, calibration=[batch]))
-    # The one norm of both branches: all that reads it is quantized.
-    assert covered.smoothed_folded == {"norm": ("attn.q", "attn.k", "attn.v", "mlp.fc1")}
-    assert covered.smoothed_runtime == ("attn.proj", "mlp.fc2")
-    assert covered.to_dict()["smoothed_folded"] == {
-        "norm": ["attn.q", "attn.k", "attn.v", "mlp.fc1"]
-    }
-    assert covered.to_dict()["smoothed_runtime"] == ["attn.proj", "mlp.fc2"]
-    assert str(covered).endswith(
-        "left out: 2 filtered; SmoothQuant: 4 layers folded into norms, 2 scaled at run time"
-    )
+    assert covered.smoothed_runtime == tuple(CONVERTED)
+    assert covered.to_dict()["smoothed_folded"] == {}
+    assert covered.to_dict()["smoothed_runtime"] == CONVERTED
+    assert str(covered).endswith("left out: 2 filtered; SmoothQuant: 6 layers scaled at run time")
 
 
 def test_the_scale_goes_where_the_weight_goes(batch: torch.Tensor) -> None:
@@ -722,20 +717,20 @@ def test_smoothquant_takes_another_configuration(batch: torch.Tensor) -> None:
         reference = model(batch)
         apply_int8_quant(model, quant_config=config, smoothquant=True, calibration=[batch])
         assert sqnr_db(reference, model(batch)) > 35
-    assert coverage(model).smoothed_runtime == ("attn.proj", "mlp.fc2")
+    assert coverage(model).smoothed_runtime == tuple(CONVERTED)
 
 
 def test_a_layer_that_the_configuration_leaves_is_not_scaled(batch: torch.Tensor) -> None:
     model = made(Transformer)
     with torch.no_grad():
-        reference, weight = model(batch), model.mlp.fc2.weight.clone()
+        reference = model(batch)
+        weights = [layer.weight.clone() for layer in (model.mlp.fc1, model.mlp.fc2)]
         apply_int8_quant(model, quant_config=Partly(), smoothquant=True, calibration=[batch])
         assert sqnr_db(reference, model(batch)) > 35
-    assert torch.equal(model.mlp.fc2.weight, weight)
-    # fc1 is not INT8 either, but fed by a norm that divides.
+    assert torch.equal(model.mlp.fc1.weight, weights[0])
+    assert torch.equal(model.mlp.fc2.weight, weights[1])
     assert [layer.name for layer in coverage(model).converted] == CONVERTED[:4]
-    assert coverage(model).smoothed_folded == {"norm": ("attn.q", "attn.k", "attn.v", "mlp.fc1")}
-    assert coverage(model).smoothed_runtime == ("attn.proj",)
+    assert coverage(model).smoothed_runtime == tuple(CONVERTED[:4])
 
 
 def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.Tensor) -> None:
@@ -747,16 +742,9 @@ def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.T
         )
     assert str(caught.value) == (
         "smoothquant=True does not go with Partly: its NoScale cannot scale the input of "
-        "attn.proj at run time, and there is no norm that could"
+        "attn.q at run time"
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_configuration_without_a_place_for_the_scale_will_do_for_norms() -> None:
-    model = made(Normed)
-    x = torch.randn(8, DIM).to(torch.bfloat16)
-    apply_int8_quant(model, quant_config=Partly(scales=False), smoothquant=True, calibration=[x])
-    assert coverage(model).smoothed_folded == {"norm": ("q", "k", "v")}
 
 
 def test_fqn_to_config_says_itself_which_layers(model: Transformer) -> None:
@@ -883,13 +871,35 @@ def test_a_lowered_model_compiles_to_one_graph(model: Transformer, batch: torch.
 def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:
     model = made(Transformer)
     apply_int8_quant(model, smoothquant=True, calibration=[batch])
-    factor = model.mlp.fc2.weight.act_pre_scale
+    factors = {name: model.get_submodule(name).weight.act_pre_scale for name in CONVERTED}
     with torch.no_grad():
         expected = model(batch)
         lowered(model)
         assert sqnr_db(expected, model(batch)) > 40
-    assert torch.equal(model.mlp.fc2.factor, factor)
-    assert model.attn.q.factor is None
+    for name, factor in factors.items():
+        assert torch.equal(model.get_submodule(name).factor, factor)
+    attention = model.attn
+    assert attention.q.block is attention.k.block is attention.v.block
+    assert attention.proj.block is not attention.q.block
+
+
+def test_smoothed_layers_of_one_input_become_one_product(batch: torch.Tensor) -> None:
+    widths: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        linear = torch.ops.int8bench.linear.default
+        for node in graph.fuse(module).graph.find_nodes(op="call_function", target=linear):
+            widths.append(node.args[2].meta["example_value"].shape[0])
+        return module.forward
+
+    model = made(Transformer)
+    apply_int8_quant(model, smoothquant=True, calibration=[batch])
+    lowered(model)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        output = torch.compile(model, fullgraph=True, backend=backend)(batch)
+        assert sqnr_db(model(batch), output) > 40
+    assert widths == [3 * DIM, DIM, 2 * DIM, DIM]
 
 
 def _weight_only(model: Any) -> None:

@@ -268,6 +268,15 @@ def test_points_that_are_covered_alike_share_a_row() -> None:
     ]
 
 
+def test_smoothed_layers_are_counted_in_older_files_too() -> None:
+    old = {"smoothed_folded": {"norm": ["q", "k"]}, "smoothed_runtime": ["proj"]}
+    new = {"smoothed_folded": {}, "smoothed_runtime": ["q", "k", "proj", "fc1"]}
+    other = W8A8.replace(batch_size=4)
+    results = [result(W8A8, 5.0, coverage=old), result(other, 5.0, coverage=new)]
+    [table] = section(view_of(Saved(GPU, results)), "coverage").tables
+    assert [row[-1] for row in table.grid.rows] == ["3 layers", "4 layers"]
+
+
 def test_layers_by_what_they_lose() -> None:
     [chart] = section(view_of(everything()), "sensitivity").charts
     assert isinstance(chart, Bars)

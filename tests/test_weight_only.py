@@ -276,6 +276,33 @@ def test_layers_of_one_input_are_one_product_and_weights_are_dequantized_at_once
     }
 
 
+def test_smoothed_layers_of_one_input_are_one_product() -> None:
+    x = torch.randn(2, 5, DIM)
+    model: Any = Block().eval().requires_grad_(False)
+    apply_int8_quant(model, mode="w8", smoothquant=True, calibration=[x])
+    dequantize(model, coverage(model).layers)
+    assert model.attn.q.factor is model.attn.v.factor
+    found = joined(model, x)
+    assert found == {
+        "pass over 4": 1,  # of q, k and v, of proj, of fc1, and of fc2
+        "product of 3, dequantized before": 1,
+        "product of 1, dequantized before": 3,
+    }
+
+
+def test_smoothed_inputs_that_others_read_are_left() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.fc1(x) + m.fc2(x) + m.kept(x * m.fc1.factor)
+
+    model: Any = Two(forward).eval().requires_grad_(False)
+    model.kept = nn.Identity()
+    factor = torch.exp2(torch.randint(-3, 4, (DIM,)).float())
+    layers = {name: quantized(getattr(model, name), factor) for name in ("fc1", "fc2", "fc3")}
+    replace_linears(model, layers, WeightOnlyLinear)
+    found = joined(model, torch.randn(3, DIM))
+    assert found == {"product of 2, dequantized alone": 1}
+
+
 def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_AT_ONCE", 4 * DIM * DIM)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))

@@ -62,6 +62,7 @@ def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
             graph = part.graph
             _drop_inactive_dropout(graph)
             _share_quantization(graph)
+            _share_scaled_inputs(graph)
             _join_products(graph)
             _dequantize_at_once(graph)
             _open_products_of_w8(graph)
@@ -106,6 +107,17 @@ def _share_quantization(graph: fx.Graph) -> None:
             kept = first.setdefault(node.args, node)
             if kept is not node and nothing_written(kept, node):
                 _replace_outputs(node, kept)
+
+
+def _share_scaled_inputs(graph: fx.Graph) -> None:
+    """Multiply an input once by the factor of several layers whose weights alone are INT8."""
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in graph.find_nodes(op="call_function", target=operator.mul):
+        if all(user.target is DEQUANTIZED for user in node.users):
+            kept = first.setdefault(node.args, node)
+            if kept is not node and nothing_written(kept, node):
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
 
 
 def _replace_outputs(node: Node, kept: Node) -> None:

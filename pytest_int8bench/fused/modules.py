@@ -36,8 +36,8 @@ class Block(nn.Module):
     that the layers go on sharing it where a model is moved.
 
     Args:
-        layers: the layers, with inputs of one width, weights of one dtype, and biases of one dtype,
-            or none.
+        layers: the layers, with inputs of one width, weights of one dtype, biases of one dtype,
+            or none, and one factor, or none.
     """
 
     weight: torch.Tensor
@@ -46,6 +46,8 @@ class Block(nn.Module):
     """FP32 (sum of N,)."""
     bias: torch.Tensor | None
     """(sum of N,)."""
+    factor: torch.Tensor | None
+    """(K,) that the input is multiplied by (SmoothQuant)."""
     dtype: torch.dtype
     """Of the weights, before they were quantized or where the model was cast since."""
 
@@ -56,6 +58,7 @@ class Block(nn.Module):
         self.register_buffer("scale", torch.cat([layer.weight_scale for layer in layers]))
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
+        self.register_buffer("factor", layers[0].factor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Block:
         """Move the tensors; a model that is cast casts biases, and no scales."""
@@ -79,22 +82,13 @@ class Int8Linear(nn.Linear):
         block: the tensors of the layers that share them.
         start: the first row of this layer.
         stop: the row after its last one.
-        factor: (K,) that the input is multiplied by (SmoothQuant).
     """
 
-    def __init__(
-        self,
-        block: Block,
-        start: int,
-        stop: int,
-        factor: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, block: Block, start: int, stop: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = block.weight.shape[1], stop - start
         self._rows = None if stop - start == len(block.weight) else slice(start, stop)
         self.block = block
-        self.factor: torch.Tensor | None
-        self.register_buffer("factor", factor)
 
     @property
     def int8_weight(self) -> torch.Tensor:
@@ -117,6 +111,11 @@ class Int8Linear(nn.Linear):
         """(N,), or None."""
         return self._tensors()[2]
 
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """(K,) that the input is multiplied by, or None."""
+        return self.block.factor
+
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return weight, scale and bias."""
         block, rows = self.block, self._rows
@@ -130,7 +129,7 @@ class Int8Linear(nn.Linear):
         # The operators themselves, not the functions of that name: Dynamo reads every function that
         # a layer calls, in each layer of a model.
         q, scale, _ = torch.ops.int8bench.quantize_rows.default(
-            input, "none", "none", None, None, None, 0.0, self.factor, False
+            input, "none", "none", None, None, None, 0.0, self.block.factor, False
         )
         out: torch.Tensor = torch.ops.int8bench.linear.default(
             q, scale, *self._tensors(), None, None, input.dtype
@@ -147,8 +146,9 @@ class WeightOnlyLinear(Int8Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""
-        if self.factor is not None:
-            input = input * self.factor
+        factor = self.block.factor
+        if factor is not None:
+            input = input * factor
         out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(input, *self._tensors())
         return out
 
@@ -158,8 +158,8 @@ def replace_linears(
 ) -> None:
     """Put a layer with plain tensors in the place of each named layer of ``model``.
 
-    Layers of one parent that take inputs of one width share a block, in the order in which the
-    parent holds them.
+    Layers of one parent that take inputs of one width, and have the same factor (one tensor) or
+    none, share a block, in the order in which the parent holds them.
 
     Args:
         model: changed in place.
@@ -184,6 +184,7 @@ def replace_linears(
             weight.device,
             layers[name].dtype,
             getattr(bias, "dtype", None),
+            id(layers[name].factor),
         )
         groups.setdefault(key, []).append(name)
     for group in groups.values():
@@ -192,7 +193,7 @@ def replace_linears(
         start = 0
         for name, tensors in zip(group, members, strict=True):
             stop = start + len(tensors.weight)
-            layer = kind(block, start, stop, tensors.factor)
+            layer = kind(block, start, stop)
             layer.train(model.training)
             for attribute, value in vars(model.get_submodule(name)).items():  # of the user's
                 if attribute != "extra_repr":  # torchao's, of the layer that was

@@ -99,7 +99,7 @@ def coverage(results: Results) -> Section | None:
         total = covered.get("total_parameters") or 0
         share = (covered.get("converted_parameters") or 0) / max(total, 1)
         smoothed = sum(map(len, (covered.get("smoothed_folded") or {}).values()))
-        scaled = len(covered.get("smoothed_runtime") or ())
+        smoothed += len(covered.get("smoothed_runtime") or ())
         rows.append(
             [
                 name,
@@ -107,7 +107,7 @@ def coverage(results: Results) -> Section | None:
                 f"{share:.1%}",
                 str(covered.get("fused_layers", 0)),
                 str(len(covered.get("fallbacks") or {})),
-                f"{smoothed} folded, {scaled} at run time" if smoothed or scaled else MISSING,
+                f"{smoothed} layers" if smoothed else MISSING,
             ]
         )
         for kind, field in (("not quantized", "left_out"), ("on torchao's kernels", "fallbacks")):
