@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import itertools
 import logging
 import os
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +23,13 @@ from pytest_int8bench.compile_cache import CompileCache, lookups
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.inductor import FusingInductor, load_inductor
 from pytest_int8bench.regions import Regions, repeated_blocks
-from pytest_int8bench.stamping import stampable, stamped
 from pytest_int8bench.tensors import map_tensors
+from pytest_int8bench.torch_workarounds import (
+    hide_metrics_error,
+    infrequent_garbage_collection,
+    register_tensor_types_with_einops,
+    reset_failed_cuda_graph_warm_up,
+)
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
 # after which calls silently run eagerly.
@@ -39,10 +42,6 @@ _LOGGING = {
     logging.Logger.warning,
     logging.Logger.error,
 }
-
-# Objects made between two collections of garbage. Compiling makes millions that stay, each found to
-# be no garbage many times: at the 700 of Python 3.11, that is 7 % of the first call.
-_COLLECTION_THRESHOLD = 20_000
 
 #: Modes in which Inductor records CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -130,7 +129,7 @@ class CompiledModel(torch.nn.Module):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.first_call_s is None and self.mode != "off":
-            with _rare_collection(), _without_error_of_metrics():
+            with infrequent_garbage_collection(), hide_metrics_error():
                 return self._first_call(*args, **kwargs)
         with self._regions:
             return self._entry(*args, **kwargs)
@@ -138,14 +137,14 @@ class CompiledModel(torch.nn.Module):
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
-        _let_einops_know_tensors()
+        register_tensor_types_with_einops()
         regions = Regions(repeated_blocks(self.model))
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
             # without regions.
             output = self._compiled_call(regions, True, args, kwargs) if regions else _REFUSED
         except torch.OutOfMemoryError:
-            _forget_failed_warm_up()
+            reset_failed_cuda_graph_warm_up()
             raise
         except Exception as error:
             self.regions_refused = first_line(_root(error))
@@ -153,7 +152,7 @@ class CompiledModel(torch.nn.Module):
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
             if self.regions_refused is not None:
                 gc.collect()  # the frames are a cycle
-                _forget_failed_warm_up()
+                reset_failed_cuda_graph_warm_up()
             graphs, regions = graphs_compiled(), Regions([])
             output = self._compiled_call(regions, self.fullgraph, args, kwargs)
         seconds = synchronized_perf_counter() - start
@@ -178,18 +177,15 @@ class CompiledModel(torch.nn.Module):
         # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
         # failed.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
-        read_once: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        if regions:  # those that users marked are torch's
-            read_once = functools.partial(stamped, stampable(self.model, regions.blocks))
         self._entry = self._new_entry(fullgraph, inline)
         try:
-            with read_once(), regions:
+            with regions:
                 return self._entry(*args, **kwargs)
         except Exception as error:
             if self._cache is None or was_empty or _is_not_of_caches(error):
                 raise
         self._entry = self._new_entry(fullgraph, inline)
-        with self._cache.emptied(), read_once(), regions:
+        with self._cache.emptied(), regions:
             return self._entry(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -310,34 +306,6 @@ def _device_type(model: torch.nn.Module) -> str:
     return "cpu" if tensor is None else tensor.device.type
 
 
-def _let_einops_know_tensors() -> None:
-    """Let einops note what it does at the first call for each type of tensor. A Dynamo that traces
-    einops, as that of torch 2.13, takes the note for a change, and compiles again at the second
-    call; for tensors it sees to that itself, not for parameters."""
-    einops = sys.modules.get("einops")
-    if einops is not None:
-        for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(1))):
-            einops.rearrange(tensor, "i -> i")
-
-
-def _forget_failed_warm_up() -> None:
-    """Let CUDA graphs go on after a call that failed while it warmed up for one.
-
-    Its node stays the current one and has no outputs. Before torch 2.12 the next call of any graph
-    of the process then ends in an assertion that there are as many outputs as origins of outputs
-    (pytorch/pytorch#175562).
-    """
-    if not torch.cuda.is_available():
-        return
-    from torch._inductor import cudagraph_trees
-
-    device = torch.cuda.current_device()
-    manager = cudagraph_trees.get_manager(device, create_if_none_exists=False)
-    node = None if manager is None else manager.current_node
-    if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
-        node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
-
-
 def _root(error: BaseException) -> BaseException:
     """Return what ``error`` came of: Dynamo wraps it in ones that do not say."""
     while (inner := error.__cause__ or error.__context__) is not None:
@@ -361,42 +329,13 @@ def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
     backend, and a sweep would fill one list of graphs.
     """
 
-    def entry(*args: Any, **kwargs: Any) -> Any:  # the names: stamping.ENTRY_PARAMETERS
+    def entry(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
     code = entry.__code__.replace(co_name=f"int8bench_entry_{next(_serial)}")
     return types.FunctionType(
         code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
     )
-
-
-@contextlib.contextmanager
-def _rare_collection() -> Iterator[None]:
-    """Collect garbage more rarely, but often enough that memory of the GPU is not kept by it."""
-    before = gc.get_threshold()
-    if 0 < before[0] < _COLLECTION_THRESHOLD:  # 0 is off
-        gc.set_threshold(_COLLECTION_THRESHOLD, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-@contextlib.contextmanager
-def _without_error_of_metrics() -> Iterator[None]:
-    """Leave out of the log that torch cannot write down its metrics of a compilation: that of 2.11
-    sorts the functions of ``ignore_logging_functions`` for it."""
-    logger = logging.getLogger("torch._dynamo.metrics_context")
-
-    def is_another(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, TypeError) and "'function' and 'function'" in str(error))
-
-    logger.addFilter(is_another)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_another)
 
 
 @contextlib.contextmanager

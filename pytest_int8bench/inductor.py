@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._guards
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.fused import graph
 from pytest_int8bench.fused.nodes import begins_aligned, value_of
+from pytest_int8bench.torch_workarounds import cached_region_schemas
+
+_REGION = torch.ops.higher_order.invoke_subgraph
 
 
 class FusingInductor(torch._TorchCompileInductorWrapper):
@@ -31,10 +31,11 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
         self._inline = inline
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        _check_settings(model_)
         graph.fuse(model_, inline=self._inline)
         _check_regions(model_)
         _check_alignment(model_)
-        with _schemas_kept():
+        with cached_region_schemas():
             return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
 
 
@@ -72,6 +73,58 @@ def _check_regions(module: fx.GraphModule) -> None:
                 raise RuntimeError("a block returns a view from the middle of a tensor")
 
 
+def _check_settings(module: fx.GraphModule) -> None:
+    """Raise if a region is called under different settings, such as autocast in one call only.
+
+    Dynamo compares the code of two calls of a region, not the settings around them
+    (``are_same_graph_modules`` in torch/_dynamo/variables/higher_order_ops.py), so it compiles the
+    region under the settings of one call and uses it for the other.
+    """
+    first: dict[str, list[Any]] = {}
+
+    def visit(part: fx.GraphModule, settings: dict[Any, Any]) -> None:
+        for node in part.graph.nodes:
+            _follow_setting(node, settings)
+            for subgraph in _subgraphs(part, node):
+                active = list(settings.values())
+                if node.target is not _REGION:
+                    visit(subgraph, dict(settings))
+                elif node.args[1] not in first:
+                    first[node.args[1]] = active
+                    visit(subgraph, dict(settings))
+                elif first[node.args[1]] != active:
+                    raise RuntimeError("blocks run under different settings, such as autocast")
+
+    # Dynamo restores the process's settings before it calls the backend.
+    grad_mode = torch._C._set_grad_enabled
+    visit(module, {grad_mode: (grad_mode, (torch.is_grad_enabled(),), {})})
+
+
+def _subgraphs(part: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    names = [str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"]
+    attributes = [getattr(part, name, None) for name in names]
+    return [attribute for attribute in attributes if isinstance(attribute, fx.GraphModule)]
+
+
+def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
+    """Update the settings that are active after ``node``, if it changes any.
+
+    Dynamo notes no example value for a call that changes a setting. One without arguments from
+    the graph sets something; ``_exit_autocast(node)`` and the like undo what that node set.
+    """
+    if node.op != "call_function" or "example_value" in node.meta:
+        return
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    undone = node.all_input_nodes
+    if not undone:
+        # What is undone later is nested; of two other calls of a function, the later one holds.
+        settings[node if node.users else node.target] = (node.target, node.args, node.kwargs)
+    elif all("example_value" not in other.meta for other in undone):
+        for other in undone:
+            settings.pop(other, None)
+
+
 def _check_alignment(module: fx.GraphModule) -> None:
     """Raise if a region is given memory at aligned addresses first and at others later: it is
     compiled for the first call, and for what its addresses can be divided by."""
@@ -79,43 +132,8 @@ def _check_alignment(module: fx.GraphModule) -> None:
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
             continue
-        region = torch.ops.higher_order.invoke_subgraph
-        for node in part.graph.find_nodes(op="call_function", target=region):
+        for node in part.graph.find_nodes(op="call_function", target=_REGION):
             aligned = [begins_aligned(operand) for operand in node.args[2:]]
             before = first.setdefault(node.args[1], aligned)
             if any(was and not now for was, now in zip(before, aligned, strict=False)):
                 raise RuntimeError("blocks are given memory at addresses of different alignment")
-
-
-@contextlib.contextmanager
-def _schemas_kept() -> Iterator[None]:
-    """Let AOTAutograd look once at what a region writes to. Some versions of torch (2.11) trace the
-    region for that twice at each of its calls, which took 1.8 s for the twelve blocks of a base
-    encoder."""
-    if _torch_keeps_schemas():
-        yield
-        return
-    # Typed as anything: to mypy, a method of an operator is not to be replaced.
-    region: Any = torch.ops.higher_order.invoke_subgraph
-    make, own = region.gen_schema, vars(region).get("gen_schema")
-    # By identity, as torch 2.13 does it. The region is held, so that nothing else gets its address.
-    kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    def gen_schema(subgraph: Any, identifier: Any, *operands: Any) -> Any:
-        key = (id(subgraph), identifier, *map(type, operands))
-        if key not in kept:
-            kept[key] = subgraph, make(subgraph, identifier, *operands)
-        return kept[key][1]
-
-    region.gen_schema = gen_schema
-    try:
-        yield
-    finally:
-        if own is None:
-            del region.gen_schema
-        else:
-            region.gen_schema = own
-
-
-def _torch_keeps_schemas() -> bool:
-    return hasattr(torch._guards.InvokeSubgraphCache, "get_functionalize_schema_entry")

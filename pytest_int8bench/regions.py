@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from types import TracebackType
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from pytest_int8bench.torch_workarounds import set_region_reuse
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 # What transformers puts around the forward of its layers: the type it asks for matters in training.
@@ -68,14 +68,9 @@ class Regions:
         """Return the number of blocks."""
         return len(self._changes)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks that are regions."""
-        return [block for block, _, _ in self._changes]
-
     def __enter__(self) -> Regions:
         if self._changes:
-            _let_torch_reuse(False)
+            set_region_reuse(False)
         # Past nn.Module's own __setattr__: this is in the clock.
         for block, _, region in self._changes:
             object.__setattr__(block, "__class__", region)
@@ -90,39 +85,7 @@ class Regions:
         for block, own, _ in self._changes:
             object.__setattr__(block, "__class__", own)
         if self._changes:
-            _let_torch_reuse(True)
-
-
-def _let_torch_reuse(allowed: bool) -> None:
-    for name, (original, says_no) in _reuse_of_torch().items():
-        setattr(_invoke_subgraph(), name, original if allowed else says_no)
-
-
-@functools.cache
-def _invoke_subgraph() -> Any:
-    return importlib.import_module("torch._dynamo.variables.invoke_subgraph")
-
-
-@functools.cache
-def _reuse_of_torch() -> dict[str, tuple[Any, Any]]:
-    """Return functions by which torch 2.13 decides that a region need not be read again, and what
-    takes their place. It mixes up arguments that are given by name in one call and by position in
-    another, or in another order, and raises at the ninth kind of blocks."""
-    try:
-        module = _invoke_subgraph()
-    except ImportError:  # of torch that reads each
-        return {}
-
-    def says_no(original: Any) -> Any:
-        # But where users told torch themselves what is equal.
-        def says(*args: Any, has_reuse_hash_fn: bool = False) -> bool:
-            return has_reuse_hash_fn and original(*args, has_reuse_hash_fn=True)
-
-        return says
-
-    names = ("has_reuse_entries", "is_reuse_eligible")
-    originals = {name: getattr(module, name) for name in names}
-    return {name: (original, says_no(original)) for name, original in originals.items()}
+            set_region_reuse(True)
 
 
 def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Module]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import einops
-import einops._backends
 import pytest
 import torch
 import torch._dynamo
@@ -162,81 +158,6 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
         compiled(X)
         torch.set_float32_matmul_precision(precision)
     assert graphs_compiled() == before + 1
-
-
-@pytest.mark.parametrize(
-    ("before", "inside"),
-    [((700, 10, 9), (20_000, 10, 9)), ((0, 10, 10), (0, 10, 10)), ((30_000, 5, 5), (30_000, 5, 5))],
-    ids=["often", "off", "rarely"],
-)
-@pytest.mark.parametrize("error", [None, KeyError("inside")], ids=["compiled", "failed"])
-def test_garbage_is_collected_rarely_while_compiling(
-    before: tuple[int, ...],
-    inside: tuple[int, ...],
-    error: Exception | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[int, ...]] = []
-
-    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
-        seen.append(gc.get_threshold())
-        if error is not None:
-            raise error
-        return model_.forward
-
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
-    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
-    process = gc.get_threshold()
-    gc.set_threshold(*before)
-    try:
-        with nullcontext() if error is None else pytest.raises(Exception, match="inside"):
-            compiled(X)
-        assert gc.get_threshold() == before
-    finally:
-        gc.set_threshold(*process)
-    assert seen == [inside]
-
-
-def test_an_error_of_the_metrics_of_torch_is_not_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    logger = logging.getLogger("torch._dynamo.metrics_context")
-
-    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
-        for values in ({print, len}, {lambda: 0, lambda: 1}):
-            try:
-                sorted(values)
-            except TypeError:
-                logger.exception("of %s", len(values))
-        logger.error("another")
-        return model_.forward
-
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
-    monkeypatch.setattr(logger, "propagate", True)
-    with caplog.at_level(logging.ERROR, logger=logger.name):
-        compile_for_a100(nn.Linear(4, 4).eval(), mode="default")(X)
-    # Only of functions that are written in Python, as those that Dynamo is told.
-    assert [record.getMessage() for record in caplog.records] == ["of 2", "another"]
-    assert logger.filters == []
-
-
-class Rearranged(nn.Module):
-    """Rearranges a tensor and a parameter, as the first in the process to do so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.added = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return einops.rearrange(x, "a b -> b a") + einops.repeat(self.added, "b -> b a", a=2)
-
-
-def test_einops_does_not_make_the_second_call_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(einops._backends, "_type2backend", {})
-    compiled = compile_for_a100(Rearranged().eval(), mode="default")
-    assert torch.equal(compiled(X), X.T + 1)
-    with compiled.no_compilation():
-        assert torch.equal(compiled(X), X.T + 1)
 
 
 @pytest.mark.parametrize(

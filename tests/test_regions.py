@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from pytest_int8bench import inductor
 from pytest_int8bench.compilation import CompiledModel, compile_for_a100
 from pytest_int8bench.quantize import apply_int8_quant
 from pytest_int8bench.regions import Regions, repeated_blocks
@@ -332,47 +334,6 @@ def test_inductor_compiles_regions() -> None:
     assert (compiled.regions, compiled.regions_refused) == (3, None)
 
 
-@pytest.mark.parametrize("as_before", [False, True], ids=["this torch", "torch that keeps nothing"])
-def test_what_a_region_writes_to_is_found_out_once(
-    as_before: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if as_before:
-        monkeypatch.setattr(inductor, "_torch_keeps_schemas", lambda: False)
-        name = "get_functionalize_schema_entry"
-        cache = torch._guards.InvokeSubgraphCache
-        monkeypatch.setattr(cache, name, lambda self, key: None, raising=False)
-    region = torch.ops.higher_order.invoke_subgraph
-    traced: list[str] = []
-    make = type(region).gen_schema
-
-    def gen_schema(self: Any, subgraph: Any, identifier: str, *operands: Any) -> Any:
-        traced.append(identifier)
-        return make(self, subgraph, identifier, *operands)
-
-    monkeypatch.setattr(type(region), "gen_schema", gen_schema)
-    assert compiled_and_eager(Blocks(*(Block() for _ in range(4)))).regions == 4
-    assert len(traced) == 1
-    assert "gen_schema" not in vars(region)
-
-
-def test_regions_of_two_graphs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_torch_keeps_schemas", lambda: False)
-    region = torch.ops.higher_order.invoke_subgraph
-
-    def kept(*operands: torch.Tensor) -> str:
-        return str(region.gen_schema(graph, "same", *operands))
-
-    graph = torch.fx.symbolic_trace(lambda x: (x + 1,))
-    with inductor._schemas_kept():
-        one = kept(X)
-        graph = torch.fx.symbolic_trace(lambda x: (x.add_(1),))
-        assert kept(X) != one
-        with pytest.raises(KeyError), inductor._schemas_kept():
-            raise KeyError
-        assert kept(X) != one
-    assert "gen_schema" not in vars(region)
-
-
 def test_no_region_without_a_compiler() -> None:
     assert compiled_and_eager(Blocks(Block(), Block()), fullgraph=True).mode == "default"
     eager = compile_for_a100(Blocks(Block(), Block()), mode="off")
@@ -470,3 +431,368 @@ def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[i
         assert torch.allclose(compiled(X, memory), model(X, memory), atol=1e-5)
     told = "blocks are given memory at addresses of different alignment"
     assert (compiled.regions, compiled.regions_refused) in ((len(offsets), None), (0, told))
+
+
+# -- blocks that must not be taken for the same -------------------------------------------------
+
+
+EVERYWHERE = torch.randn(DIM, generator=torch.Generator().manual_seed(1))
+
+
+class Attributes(Block):
+    """A block with a number, a function and a buffer that a test may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: Any = functools.partial(F.leaky_relu, negative_slope=0.5)
+        self.scale = 2.0
+        self.register_buffer("shift", torch.randn(DIM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.act(self.mlp(self.norm(x)) + self.shift)
+
+
+def compiled_regions(model: nn.Module, *inputs: torch.Tensor) -> CompiledModel:
+    """Compile a model whose blocks are regions, compare its outputs, and return it."""
+    model.eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    with torch.inference_mode():
+        expected = model(*(x.clone() for x in inputs))
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*(x.clone() for x in inputs)), expected)
+    assert (compiled.regions > 0, compiled.regions_refused) == (True, None)
+    return compiled
+
+
+def tie(block: Any) -> None:
+    block.mlp[2].bias = block.mlp[0].bias
+
+
+def transpose(block: Any) -> None:
+    block.mlp[0].weight = nn.Parameter(block.mlp[0].weight.t().contiguous().t())
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a number": lambda block: setattr(block, "scale", 3.0),
+    "the type of a number": lambda block: setattr(block, "scale", 2),
+    "a function": lambda block: setattr(block, "act", torch.relu),
+    "an argument": lambda block: setattr(
+        block, "act", functools.partial(F.leaky_relu, negative_slope=0.25)
+    ),
+    "a hook": lambda block: block.register_forward_hook(lambda module, args, output: 2 * output),
+    "strides": transpose,
+    "a method of its own": lambda block: setattr(block, "act", block.mlp[1].forward),
+    "tied parameters": tie,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keeps_a_changed_block_apart(change: str, graphs: list[torch.fx.GraphModule]) -> None:
+    model = Blocks(*(Attributes() for _ in range(4)))
+    CHANGES[change](model.blocks[2])
+    compiled_regions(model, X)
+
+
+@pytest.mark.parametrize("tied", [(0, 1), (2, 3), (0, 1, 2, 3)])
+def test_keeps_tied_and_untied_blocks_apart(
+    tied: tuple[int, ...], graphs: list[torch.fx.GraphModule]
+) -> None:
+    model = Blocks(*(Attributes() for _ in range(4)))
+    for index in tied:
+        tie(model.blocks[index])
+    compiled_regions(model, X)
+
+
+def test_blocks_may_share_weights(graphs: list[torch.fx.GraphModule]) -> None:
+    model = Blocks(*(Attributes() for _ in range(4)))
+    for block in model.blocks[2:]:
+        block.mlp[0].weight = model.blocks[1].mlp[0].weight  # type: ignore[index]
+    compiled_regions(model, X)
+
+
+def test_a_block_may_run_twice(graphs: list[torch.fx.GraphModule]) -> None:
+    block = Block()
+    compiled_regions(Blocks(block, Block(), block), X)
+
+
+def test_a_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> None:
+    model = Blocks(Block(), Block())
+    model.register_buffer("sparse", torch.eye(DIM).to_sparse())
+    compiled_regions(model, X)
+
+
+class Last(Block):
+    """Asks whether it is the last block."""
+
+    def __init__(self, owner: list[nn.Module]) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self is self.owner[-1] else torch.relu(y)
+
+
+def test_keeps_blocks_apart_that_ask_for_their_place(graphs: list[torch.fx.GraphModule]) -> None:
+    owner: list[nn.Module] = []
+    owner += [Last(owner) for _ in range(3)]
+    compiled_regions(Blocks(*owner), X)
+
+
+class Collecting(Blocks):
+    """Has hooks that append to a list which its forward makes, as transformers does."""
+
+    found: Any = None
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        for block in self.blocks:
+            block.register_forward_hook(self._collect)
+
+    def _collect(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.found is not None:
+            self.found.append(output)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.found = []
+        x = super().forward(x)
+        found, self.found = self.found, None
+        return x, *found
+
+
+def test_keeps_what_hooks_of_blocks_collect(graphs: list[torch.fx.GraphModule]) -> None:
+    model = Collecting(*(Block() for _ in range(3))).eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+class Counting(Block):
+    """Has a side effect that the block itself reads."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_blocks_may_write_attributes(graphs: list[torch.fx.GraphModule]) -> None:
+    model = Blocks(*(Counting() for _ in range(3))).eval()
+    with torch.inference_mode():
+        first, second = model(X), model(X)
+    for block in model.blocks:
+        block.calls = 0  # type: ignore[assignment]
+    compiled = compile_for_a100(model, mode="default")
+    torch.testing.assert_close(compiled(X), first)
+    torch.testing.assert_close(compiled(X), second)
+
+
+class Rescaled(Blocks):
+    """Writes to attributes that its blocks read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+            for other in self.blocks:
+                other.scale = 1.5  # type: ignore[assignment]
+        return x
+
+
+def test_the_model_may_write_attributes_between_blocks(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    model = Rescaled(*(Attributes() for _ in range(3))).eval()
+    compiled = compile_for_a100(model, mode="default")
+    got = compiled(X)
+    for block in model.blocks:
+        block.scale = 2.0  # type: ignore[assignment]
+    with torch.inference_mode():
+        torch.testing.assert_close(got, model(X))
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+class Autocast(Blocks):
+    """Turns autocast on for some of its blocks."""
+
+    def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
+        super().__init__(*blocks)
+        self.on = on
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for block, on in zip(self.blocks, self.on, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                x = block(x)
+        return x.float()
+
+
+def test_all_blocks_may_run_under_autocast(graphs: list[torch.fx.GraphModule]) -> None:
+    compiled_regions(Autocast(*(Block() for _ in range(3)), on=(True, True, True)), X)
+
+
+@pytest.mark.parametrize("on", [(False, True, False), (True, True, False)])
+def test_refuses_blocks_that_run_partly_under_autocast(
+    on: tuple[bool, ...], graphs: list[torch.fx.GraphModule]
+) -> None:
+    model = Autocast(*(Block() for _ in range(3)), on=on)
+    model.eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(X), model(X))
+    assert compiled.regions_refused == "blocks run under different settings, such as autocast"
+    assert calls(graphs[-1]) == 0
+
+
+def test_two_kinds_of_blocks_may_run_under_different_settings(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    blocks = (Attributes(), Attributes(), Block(), Block())
+    compiled_regions(Autocast(*blocks, on=(True, True, False, False)), X)
+
+
+class AutocastInside(nn.Module):
+    """Runs its inner region under autocast, or not."""
+
+    def __init__(self, inner: nn.Module, on: bool) -> None:
+        super().__init__()
+        self.inner, self.on = inner, on
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            return self.inner(x).float()
+
+
+def test_refuses_inner_regions_that_run_partly_under_autocast(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    class Marked(Block):
+        forward = torch.compiler.nested_compile_region(Block.forward)
+
+    model = Blocks(*(AutocastInside(Marked(), on) for on in (True, True, False, False)))
+    with pytest.raises(Exception, match="blocks run under different settings"):
+        compile_for_a100(model.eval().requires_grad_(False), mode="default")(X)
+    assert graphs == []
+
+
+class GradBetween(Blocks):
+    """Turns gradients on between its blocks, and restores the mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+            with torch.enable_grad():
+                x = x + 1
+        return x
+
+
+def test_settings_may_change_between_blocks(graphs: list[torch.fx.GraphModule]) -> None:
+    compiled_regions(GradBetween(*(Block() for _ in range(3))), X)
+
+
+# -- arguments ----------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Takes two tensors and an option, and returns two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attributes()
+
+    def forward(
+        self, x: torch.Tensor, y: Any, *, swap: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(y, tuple | list):
+            y, (factor, _) = y
+            y = factor * y
+        a, b = self.block(x), 2 * y
+        return (b, a) if swap else (a, b)
+
+
+class Pairs(Blocks):
+    def __init__(self, calls: list[Callable[..., Any]]) -> None:
+        super().__init__(*(Between() for _ in calls))
+        self.calls = calls
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            x, y = call(block, x, y)
+        return x, y
+
+
+def _plain(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, y)
+
+
+def _swapped(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, y, swap=True)
+
+
+def _twice_the_same(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, x)
+
+
+def _half(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x[:1], y[:1])
+
+
+def _by_name(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(y=x, x=y)
+
+
+def _in_a_tuple(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, (y, (2.0, x)))
+
+
+def _other_in_a_tuple(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, (y, (3.0, x)))
+
+
+def _in_a_list(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, [y, (2.0, x)])
+
+
+def _own(block: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, block.block.shift)
+
+
+def _from(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, torch.cat([y.flatten(), y.flatten()])[: y.numel()].view(y.shape))
+
+
+def _from_further(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, torch.cat([y.flatten(), y.flatten()])[1 : y.numel() + 1].view(y.shape))
+
+
+def _everywhere(block: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
+    return block(x, EVERYWHERE)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [_plain, _plain, _plain],
+        [_plain, _swapped, _plain, _swapped],
+        [_plain, _twice_the_same, _plain],
+        [_plain, _half, _half],
+        [_plain, _by_name, _by_name],
+        [_own, _own, _plain, _plain],
+        [_everywhere, _everywhere, _plain, _plain],
+        [_from, _from, _from_further, _from_further],
+        [_in_a_tuple, _in_a_tuple, _in_a_list, _in_a_list, _other_in_a_tuple],
+    ],
+)
+def test_keeps_calls_with_other_arguments_apart(
+    calls: list[Callable[..., Any]], graphs: list[torch.fx.GraphModule]
+) -> None:
+    compiled_regions(Pairs(calls), X, X + 1)
+
+
+def test_compiles_another_batch_size_like_the_first(graphs: list[torch.fx.GraphModule]) -> None:
+    model = Pairs([_plain, _by_name, _by_name]).eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    for x in (X, torch.cat([X, X])):
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(x, x + 1), model(x, x + 1))

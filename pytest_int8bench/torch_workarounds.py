@@ -1,0 +1,193 @@
+"""Workarounds for bugs and costs of torch: every patch of its private names in one place.
+
+Each docstring names the problem, the versions of torch that have it, and the upstream issue or the
+place in torch's source. Delete a workaround when the oldest supported torch no longer needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._guards
+
+#: Objects allocated between two garbage collections while a model compiles.
+COLLECTION_THRESHOLD = 20_000
+
+
+# -- Dynamo -------------------------------------------------------------------------------------
+
+
+def register_tensor_types_with_einops() -> None:
+    """Call einops once for each type of tensor, so that the second call does not recompile.
+
+    Einops records the backend of each type of tensor on its first call (``_type2backend`` in
+    einops/_backends.py). A Dynamo that traces into einops guards on that record, sees it change
+    during the first call, and compiles again at the second.
+
+    Affects torch 2.13, which prepares einops for ``torch.Tensor``, but not for ``nn.Parameter``;
+    torch 2.11 does not trace into einops. We know of no upstream issue.
+    """
+    einops = sys.modules.get("einops")
+    if einops is not None:
+        for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(1))):
+            einops.rearrange(tensor, "i -> i")
+
+
+def set_region_reuse(allowed: bool) -> None:
+    """Turn Dynamo's reuse of regions without tracing on or off, for the whole process.
+
+    Dynamo's reuse mixes up arguments that are passed by name in one call and by position in
+    another, or by name in another order, and so computes wrong numbers silently. It also raises at
+    the ninth kind of block (``max_reuse_entries``). Functions that users marked with a
+    ``reuse_hash_fn`` keep their reuse.
+
+    Affects torch 2.13 (``has_reuse_entries`` and ``is_reuse_eligible`` in
+    torch/_dynamo/variables/invoke_subgraph.py); torch 2.11 traces every call. We know of no
+    upstream issue.
+    """
+    for name, (original, refuses) in _reuse_functions().items():
+        setattr(_invoke_subgraph_module(), name, original if allowed else refuses)
+
+
+@functools.cache
+def _invoke_subgraph_module() -> Any:
+    return importlib.import_module("torch._dynamo.variables.invoke_subgraph")
+
+
+@functools.cache
+def _reuse_functions() -> dict[str, tuple[Any, Any]]:
+    """Return torch's functions that decide about reuse by name, each with a replacement that
+    refuses it; none for a torch that traces every call."""
+    try:
+        module = _invoke_subgraph_module()
+    except ImportError:
+        return {}
+
+    def refusing(original: Any) -> Any:
+        def refuses(*args: Any, has_reuse_hash_fn: bool = False) -> bool:
+            return has_reuse_hash_fn and original(*args, has_reuse_hash_fn=True)
+
+        return refuses
+
+    originals = {name: getattr(module, name) for name in ("has_reuse_entries", "is_reuse_eligible")}
+    return {name: (original, refusing(original)) for name, original in originals.items()}
+
+
+@contextlib.contextmanager
+def hide_metrics_error() -> Iterator[None]:
+    """Keep a harmless error of torch's compile metrics out of the log.
+
+    Torch sorts the functions in ``torch._dynamo.config.ignore_logging_functions`` to write its
+    configuration into the metrics, and logs a ``TypeError``, because functions have no order.
+
+    Affects torch 2.11 (logger ``torch._dynamo.metrics_context``, torch/_dynamo/metrics_context.py).
+    We know of no upstream issue.
+    """
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+
+    def is_another(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, TypeError) and "'function' and 'function'" in str(error))
+
+    logger.addFilter(is_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_another)
+
+
+@contextlib.contextmanager
+def infrequent_garbage_collection() -> Iterator[None]:
+    """Collect garbage less often while a model compiles, still often enough to free GPU memory.
+
+    The compiler allocates millions of objects that stay alive, and the collector visits each of
+    them many times: with the threshold of Python 3.11, 700, this took 7 % of the first call.
+
+    Affects every version of torch. A garbage collection that the user turned off, or made rarer
+    than this, stays as it is.
+    """
+    before = gc.get_threshold()
+    if 0 < before[0] < COLLECTION_THRESHOLD:  # 0 turns collection off
+        gc.set_threshold(COLLECTION_THRESHOLD, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+# -- AOTAutograd --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cached_region_schemas() -> Iterator[None]:
+    """Find out once for each region which of its inputs it writes to.
+
+    Without this, AOTAutograd traces the region twice for each of its calls
+    (``gen_schema`` of ``torch.ops.higher_order.invoke_subgraph``, in
+    torch/_higher_order_ops/invoke_subgraph.py), which took 1.8 s for the twelve blocks of a base
+    encoder.
+
+    Affects torch 2.11. Torch 2.13 keeps the schemas itself
+    (``InvokeSubgraphCache.get_functionalize_schema_entry`` in torch/_guards.py), so this does
+    nothing there. We know of no upstream issue.
+    """
+    if torch_caches_region_schemas():
+        yield
+        return
+    # Any, because mypy does not allow replacing a method of an operator.
+    region: Any = torch.ops.higher_order.invoke_subgraph
+    make, own = region.gen_schema, vars(region).get("gen_schema")
+    # Keyed by identity, as in torch 2.13; holding the subgraph keeps its id from being reused.
+    kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def gen_schema(subgraph: Any, identifier: Any, *operands: Any) -> Any:
+        key = (id(subgraph), identifier, *map(type, operands))
+        if key not in kept:
+            kept[key] = subgraph, make(subgraph, identifier, *operands)
+        return kept[key][1]
+
+    region.gen_schema = gen_schema
+    try:
+        yield
+    finally:
+        if own is None:
+            del region.gen_schema
+        else:
+            region.gen_schema = own
+
+
+def torch_caches_region_schemas() -> bool:
+    """Return whether this torch keeps the schemas of regions itself."""
+    return hasattr(torch._guards.InvokeSubgraphCache, "get_functionalize_schema_entry")
+
+
+# -- CUDA graphs --------------------------------------------------------------------------------
+
+
+def reset_failed_cuda_graph_warm_up() -> None:
+    """Make CUDA graphs usable again after a call failed while it warmed up for one.
+
+    The failed warm-up node stays the manager's current node and has no outputs. The next call of
+    any CUDA graph in the process then fails an assertion that there are as many outputs as stack
+    traces of outputs.
+
+    Affects torch before 2.12 (``CUDAWarmupNode`` in torch/_inductor/cudagraph_trees.py;
+    pytorch/pytorch#175562).
+    """
+    if not torch.cuda.is_available():
+        return
+    from torch._inductor import cudagraph_trees
+
+    device = torch.cuda.current_device()
+    manager = cudagraph_trees.get_manager(device, create_if_none_exists=False)
+    node = None if manager is None else manager.current_node
+    if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
+        node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
