@@ -243,7 +243,8 @@ class Result(Record):
     """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
     ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels),
-    ``smoothed_folded`` (norm -> layers) and ``smoothed_runtime``."""
+    ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
+    norm -> layers in older files)."""
     gpu_before: dict[str, Any] | None = None
     """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
     ``throttle_reasons``."""
