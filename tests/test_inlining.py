@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +323,77 @@ def test_a_kernel_has_the_same_number_whatever_was_compiled_before() -> None:
     kernel_side_table.reset_table()
     Run(lowered(Model(lambda m, x: m.a(x))), torch.randn(4, DIM))
     assert numbers() == first
+
+
+SOURCES = {
+    "entry": """
+        import triton, triton.language as tl
+        import by_module
+        from by_name import doubled
+        @triton.jit
+        def kernel(x):
+            tl.store(x, by_module.shifted(doubled(tl.load(x))) + by_module.OFFSET)
+    """,
+    "by_name": """
+        import triton
+        from inner import scaled
+        @triton.jit
+        def doubled(x):
+            return scaled(x) * 2
+    """,
+    "inner": """
+        import triton
+        from constants import SCALE
+        @triton.jit
+        def scaled(x):
+            return x * SCALE
+    """,
+    "constants": "import triton.language as tl\nSCALE = tl.constexpr(3)",
+    "by_module": """
+        import triton, triton.language as tl
+        OFFSET = tl.constexpr(5)
+        @triton.jit
+        def shifted(x):
+            return x + 7
+    """,
+    "unused": "NOTHING = 11",
+}
+
+
+def number_of_kernel(folder: Path, changed: dict[str, tuple[str, str]]) -> int:
+    """Return the number of a kernel whose sources are in a new folder, some of them changed."""
+    folder.mkdir()
+    for name, source in SOURCES.items():
+        text = textwrap.dedent(source).replace(*changed.get(name, ("", "")))
+        (folder / f"{name}.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for name in SOURCES:
+            patch.delitem(sys.modules, name, raising=False)
+        index = inlining._index(importlib.import_module("entry").kernel, 4, 3)
+        for name in SOURCES:
+            sys.modules.pop(name, None)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({}, True),
+        ({"unused": ("11", "12")}, True),
+        ({"entry": ("load(x)", "load(x + 1)")}, False),
+        ({"by_name": ("* 2", "* 4")}, False),
+        ({"inner": ("x *", "x +")}, False),
+        ({"constants": ("3", "4")}, False),
+        ({"by_module": ("x + 7", "x + 8")}, False),
+        ({"by_module": ("(5)", "(6)")}, False),
+    ],
+)
+def test_kernel_number_depends_on_every_file_it_calls_into(
+    changed: dict[str, tuple[str, str]], same: bool, tmp_path: Path
+) -> None:
+    before = number_of_kernel(tmp_path / "before", {})
+    assert (number_of_kernel(tmp_path / "after", changed) == before) is same
 
 
 @pytest.mark.parametrize(

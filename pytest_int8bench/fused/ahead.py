@@ -1,7 +1,7 @@
-"""Compiling kernels while Dynamo and Inductor still work on the rest of the model.
+"""Compile kernels in threads while Dynamo and Inductor work on the rest of the model.
 
-At its first launch a kernel takes a second to compile, in the process and one after the other.
-Most of that time is the compiler's, outside Python, so threads can spend it earlier.
+Otherwise each kernel compiles at its first launch, for about a second, one after the other. Most
+of that time is spent in the compiler, outside Python's lock, so threads run in parallel.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def start(key: Hashable, compile_kernel: Callable[[], Any], device: torch.device
     """Compile a kernel for a GPU in a thread.
 
     Args:
-        key: what is compiled; only once, if it is still being compiled.
-        compile_kernel: does it, for the current device. What it raises is left to the launch.
+        key: identifies the kernel; does nothing while one with this key is compiling.
+        compile_kernel: compiles for the current device. Errors are ignored: the launch repeats
+            the compilation and raises them.
+        device: made the current device of the thread.
     """
 
     def compiled() -> None:
@@ -37,7 +39,7 @@ def start(key: Hashable, compile_kernel: Callable[[], Any], device: torch.device
 
 
 def finish() -> None:
-    """Wait for what was started, so that nothing is compiled twice."""
+    """Wait for all compilations, so that a launch does not compile the same kernel again."""
     for key, future in list(_compiling.items()):
         future.result()
         _compiling.pop(key, None)
@@ -53,5 +55,5 @@ def _forget() -> None:
     _executor.cache_clear()
 
 
-# Threads do not come along.
+# Threads do not survive fork().
 os.register_at_fork(after_in_child=_forget)

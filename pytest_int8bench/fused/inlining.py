@@ -1,12 +1,15 @@
-"""Handing the kernels to Inductor, in place of operators that launch them.
+"""Replace our operators by the Triton kernels that they launch, so that Inductor launches them.
 
-An operator is a call of Python into the dispatcher and back for each launch. A kernel that Inductor
-knows it launches like its own: sooner, with buffers that it plans, from a compile
-cache that holds the kernel, and compiled in parallel with the others. What has a shape that is not
-known, or memory that is not dense, stays an operator; kernels of others that stay are compiled
-ahead.
+Calling an operator costs a trip from Python into the dispatcher and back. Inductor launches a
+kernel that it knows like one of its own: faster, with buffers that it plans, from a compile cache
+that holds the kernel, and compiled in parallel with the others. Operators whose sizes are unknown
+or whose memory is not dense stay; kernels of operators that stay are compiled in threads
+(:mod:`ahead`).
 
-The nodes are those that ``torch.compile`` makes of a kernel that a user calls.
+The nodes are those that ``torch.compile`` makes of a user's Triton kernel. The public way to them,
+``torch.library.triton_op`` with ``wrap_triton``, takes no TMA descriptors up to torch 2.13: the
+launch disappears from the graph without an error, and the output is uninitialized memory. Nor does
+its cache key cover tiles that are chosen inside the operator.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import functools
 import hashlib
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,24 +37,24 @@ from pytest_int8bench.fused.nodes import (
 )
 from pytest_int8bench.fused.operators import MAX_COLUMNS
 
-#: The number under which torch finds constants beside the arguments: none.
+#: Torch keeps constants that a graph cannot hold in a table; this entry of it is empty.
 _NO_CONSTANTS = 1 << 60
 
 
 def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
-    """Replace the operators of a graph by their kernels, where all is known that they need.
+    """Replace operators by their kernels wherever shapes, strides and tiles are known.
 
     Args:
-        inline: if not, the kernels are only compiled ahead.
+        inline: replace them; otherwise only compile their kernels in threads.
     """
     for node in list(graph.nodes):
         if node.target is QUANTIZE:
-            _put_rows(graph, node, inline)
+            _inline_quantize_rows(graph, node, inline)
         elif node.target is LINEAR:
-            _put_product(graph, node, inline)
+            _inline_linear(graph, node, inline)
 
 
-def _put_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
+def _inline_quantize_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
     from pytest_int8bench.fused import launches
 
     x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
@@ -84,7 +88,7 @@ def _put_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
             for part in (x, gate)
         )
         tensors = (x, gate, q, scale, weight, bias, factor, kept)
-        called = _call(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
+        called = _insert_launch(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
         shapes = shape, shape[:-1], shape
         outputs = [graph.call_method("view", pair) for pair in zip(called, shapes, strict=False)]
         if not keep:
@@ -98,7 +102,7 @@ def _put_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
     graph.erase_node(node)
 
 
-def _put_product(graph: fx.Graph, node: Node, inline: bool) -> None:
+def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
     from pytest_int8bench.fused import launch
 
     q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
@@ -121,7 +125,7 @@ def _put_product(graph: fx.Graph, node: Node, inline: bool) -> None:
         functools.partial(launch.operands_like, problem, *there, dtype, device)
     )
     product = launch.chosen_product(problem, *there, kernel, stride, device, operands)
-    # Inductor does not know Gluon.
+    # Inductor would compile a Gluon kernel as plain Triton.
     if not inline or any(described.layout for described in product.descriptors):
         rest = (residual, scale, weight_scale, bias, gamma)
         product.compile_ahead((*map(_dtype, (q, weight)), dtype, *map(_dtype, rest)), device)
@@ -138,22 +142,27 @@ def _put_product(graph: fx.Graph, node: Node, inline: bool) -> None:
             residual = graph.call_method("view", (dense, (m, n)))
         out = _empty(graph, (m, n), dtype, device)
         tensors = (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma)
-        (out,) = _call(graph, product, tensors, ["c"])
+        (out,) = _insert_launch(graph, product, tensors, ["c"])
         whole = graph.call_method("view", (out, (*shape[:-1], n)))
     whole.meta = dict(node.meta)
     node.replace_all_uses_with(whole)
     graph.erase_node(node)
 
 
-def _call(
+def _insert_launch(
     graph: fx.Graph, launch: Any, tensors: Sequence[Node], written: Sequence[str]
 ) -> list[Node]:
-    """Insert a launch, and return the tensors that it has written, by the names of parameters.
+    """Insert a launch and return the tensors that it writes.
 
-    Inductor takes it for one that copies them first, sees that nobody else reads them, and does
-    not copy. Told what is written, it need not compile the kernel to find out.
+    The node stands for a kernel that first copies what it writes; Inductor drops the copies, as
+    nothing else reads the originals. The other kind of node names no outputs: AOTAutograd parses
+    the kernel to find them, each time it traces the launch.
+
+    Args:
+        tensors: the kernel's first arguments.
+        written: names of the parameters that the kernel writes to.
     """
-    # Not at the top: it imports what few sessions need.
+    # Imported late: this loads modules of torch that few sessions need.
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,
         triton_kernel_wrapper_functional,
@@ -182,28 +191,56 @@ def _call(
 def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
     """Return the number under which torch finds a kernel with options of the compiler.
 
-    It is made of the code of the kernels and the options. Torch itself numbers kernels as they
-    come, and the key of AOTAutograd's cache has the number and not the code: another process would
-    not find what it kept, or find it for other code.
+    The key of AOTAutograd's cache contains this number but not the kernel's source, and torch
+    numbers kernels in the order in which it meets them. Another process would miss what this one
+    cached, or load it for a kernel whose source has changed. So hash the source and the options.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    from pytest_int8bench.fused import kernels
-
-    code = inspect.getsource(kernels)  # with all that the kernel calls
-    name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {code}"
+    name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {_source(kernel)}"
     index = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    if index not in kernel_side_table.id_to_kernel:
-        with_options = _with_options(kernel, num_warps, num_stages)
-        kernel_side_table.id_to_kernel[index] = with_options
-        kernel_side_table.kernel_to_id[with_options] = index
+    kernel_side_table.id_to_kernel[index] = _with_options(kernel, num_warps, num_stages)
     kernel_side_table.constant_args.setdefault(_NO_CONSTANTS, {})
     return index
 
 
 @functools.cache
+def _source(kernel: Any) -> str:
+    """Return the source of all files that define ``kernel`` and the functions it calls, and the
+    constants that these read.
+
+    Triton's own ``cache_key`` will not do: in Triton 3.6 it depends on which kernel was hashed
+    first, and no version sees constants that are read as attributes of a module.
+    """
+    import triton.language as tl
+
+    constants: set[str] = set()
+    functions = [kernel.fn]
+    for function in functions:  # grows while we iterate: transitive closure over calls
+        for name, value in _globals_of(function):
+            called = getattr(value, "fn", None)
+            if isinstance(value, tl.constexpr):
+                constants.add(f"{name} = {value.value!r}")
+            elif inspect.isfunction(called) and called not in functions:
+                functions.append(called)
+    files = {inspect.getsourcefile(function) or "" for function in functions}
+    return "\n".join([*sorted(constants), *sorted(Path(file).read_text() for file in files)])
+
+
+def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the globals that a function reads, by name, and attributes of modules among them."""
+    names = function.__code__.co_names
+    for name in names:
+        value = function.__globals__.get(name)
+        yield name, value
+        # Triton's version is part of torch's keys already.
+        if inspect.ismodule(value) and value.__name__.partition(".")[0] != "triton":
+            yield from ((attribute, getattr(value, attribute, None)) for attribute in names)
+
+
+@functools.cache
 def _with_options(kernel: Any, num_warps: int, num_stages: int) -> Any:
-    """Return a kernel with options of the compiler, which come as an only configuration."""
+    """Return a kernel with compiler options, as an autotuner with a single configuration."""
     import triton
 
     config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
@@ -217,7 +254,7 @@ def _empty(
 
 
 def _known_shape(node: Node) -> tuple[int, ...] | None:
-    """Return the shape of a tensor on CUDA that has elements, None if it is none or not known."""
+    """Return the shape of a CUDA tensor; None if it is unknown, empty or not on CUDA."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or not _has_kernels(value.device):
         return None
@@ -234,9 +271,11 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _dense(node: Node) -> bool:
-    """Say whether a tensor has no gaps, as Dynamo sees it, and gets none. It is made contiguous all
-    the same: what traces the graph next may lay it out otherwise, and drops that where it does
-    not."""
+    """Return whether a tensor is contiguous in Dynamo's graph and Inductor will keep it so.
+
+    Callers still insert ``contiguous()``: tracing may change the layout, and drops the call where
+    it does not.
+    """
     value = value_of(node)
     dense = isinstance(value, torch.Tensor) and value.is_contiguous()
     return dense and not may_be_laid_out_anew(node)
