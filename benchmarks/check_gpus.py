@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from pytest_int8bench.environment import describe, differences
-from pytest_int8bench.results import Saved, read
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Saved
 
 #: Two processes on one GPU are this far apart, and two GPUs of a kind.
 MEDIAN_LIMIT, LIMIT = 0.03, 0.10

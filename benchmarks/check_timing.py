@@ -23,8 +23,8 @@ from torch.utils.benchmark import Timer
 
 from pytest_int8bench.clock import synchronize, synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
-from pytest_int8bench.measure import pilot, summarize, time_block
-from pytest_int8bench.session import STATE
+from pytest_int8bench.measure.timing import pilot, summarize, time_block
+from pytest_int8bench.plugin.session import STATE
 
 LIMIT = 0.01
 REPETITIONS = 3

@@ -28,19 +28,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench import (
-    RunParams,
-    apply_int8_quant,
-    compile_for_a100,
-    is_transformer_linear,
-)
 from pytest_int8bench.attention import FlashSDPA
-from pytest_int8bench.building import build_eager
 from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.compiler.backend import load_inductor
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.environment import describe, fingerprint
-from pytest_int8bench.evidence import profile_forward
-from pytest_int8bench.inductor import load_inductor
-from pytest_int8bench.measure import Plan, pilot, summarize, time_block
+from pytest_int8bench.measure.building import build_eager
+from pytest_int8bench.measure.evidence import profile_forward
+from pytest_int8bench.measure.timing import Plan, pilot, summarize, time_block
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import apply_int8_quant
+from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.olmoearth import olmoearth
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from pytest_int8bench import Workload
+from pytest_int8bench.workloads import Workload
 
 SIZES = {"nano": (2, 2), "tiny": (4, 4), "small": (4, 8), "base": (12, 12), "large": (24, 16)}
 

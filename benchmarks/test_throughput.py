@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pytest_int8bench import Result
+from pytest_int8bench.results.records import Result
 
 
 def test_throughput(int8_throughput: Callable[[], Result]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pytest_int8bench import Workload
+from pytest_int8bench.workloads import Workload
 
 # torchvision, which timm needs, raises RuntimeError where it was built for another torch.
 timm = pytest.importorskip("timm", exc_type=Exception)

@@ -9,20 +9,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pytest_int8bench.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pytest_int8bench.attention import FlashSDPA
-    from pytest_int8bench.compilation import compile_for_a100
+    from pytest_int8bench.compiler.compiled_model import compile_for_a100
     from pytest_int8bench.params import RunParams
-    from pytest_int8bench.quantize import apply_int8_quant, coverage, is_transformer_linear
-    from pytest_int8bench.results import Result
-    from pytest_int8bench.runner import (
-        ThroughputBenchmarkRunner,
-        ThroughputBenchmarkRunnerConfig,
-    )
+    from pytest_int8bench.quantization.api import apply_int8_quant, coverage
+    from pytest_int8bench.quantization.filters import is_transformer_linear
+    from pytest_int8bench.results.records import Result
+    from pytest_int8bench.runner import ThroughputBenchmarkRunner, ThroughputBenchmarkRunnerConfig
     from pytest_int8bench.sweep import SWEEPS
     from pytest_int8bench.workloads import Evaluation, Workload
 
-__version__ = "0.1.0"
 
 __all__ = [
     "SWEEPS",
@@ -43,15 +42,15 @@ _HOME = {
     "SWEEPS": "sweep",
     "Evaluation": "workloads",
     "FlashSDPA": "attention",
-    "Result": "results",
+    "Result": "results.records",
     "RunParams": "params",
     "ThroughputBenchmarkRunner": "runner",
     "ThroughputBenchmarkRunnerConfig": "runner",
     "Workload": "workloads",
-    "apply_int8_quant": "quantize",
-    "compile_for_a100": "compilation",
-    "coverage": "quantize",
-    "is_transformer_linear": "quantize",
+    "apply_int8_quant": "quantization.api",
+    "compile_for_a100": "compiler.compiled_model",
+    "coverage": "quantization.api",
+    "is_transformer_linear": "quantization.filters",
 }
 
 

@@ -7,9 +7,10 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pytest_int8bench.nvml import nvml
 
 # torch's name for its settings of the allocator, and the older one.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -73,7 +74,7 @@ def machine() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "sm_count": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            **{k: v for k, v in _nvml(str(properties.uuid)).items() if k != "state"},
+            **{k: v for k, v in nvml(str(properties.uuid)).items() if k != "state"},
         }
     return {
         "gpu": gpu,
@@ -149,87 +150,7 @@ def gpu_state() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return _nvml(str(properties.uuid)).get("state")
-
-
-# Reasons of clocks that are held down by heat or power. Power capping by software (0x4) is
-# left out: a GPU at full load touches it in normal operation.
-_THROTTLED = {0x8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
-_THROTTLED |= {0x80: "power brake"}
-
-
-def throttled(state: dict[str, Any] | None) -> list[str]:
-    """Return the reasons in ``state`` for which the GPU runs slower than it could."""
-    return list(state["throttle_reasons"]) if state else []
-
-
-def _nvml(uuid: str) -> dict[str, Any]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # NVML is missing, or refuses (containers, WSL): nothing to read
-        return {}
-    # torch leaves out which of the two a UUID is of.
-    candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
-    for candidate in candidates:
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(candidate)
-            break
-        except pynvml.NVMLError:
-            continue
-    else:
-        return {}
-    instance = None
-    with suppress(pynvml.NVMLError):
-        if pynvml.nvmlDeviceIsMigDeviceHandle(handle):
-            # Driver, clocks and power are those of the whole GPU.
-            instance, handle = handle, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-
-    def read(function: Any, *args: Any) -> Any:
-        try:
-            value = function(handle, *args)
-        except pynvml.NVMLError:
-            return None
-        return value.decode() if isinstance(value, bytes) else value
-
-    reasons = read(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
-    milliwatts = read(pynvml.nvmlDeviceGetPowerManagementLimit)
-    usage = read(pynvml.nvmlDeviceGetPowerUsage)
-    mig = read(pynvml.nvmlDeviceGetMigMode)
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError:
-        driver = None
-    return {
-        "driver": driver.decode() if isinstance(driver, bytes) else driver,
-        "power_limit_w": None if milliwatts is None else milliwatts / 1000,
-        "mig": (
-            _MIG_STATES.get(mig and mig[0]) if instance is None else _mig_profile(pynvml, instance)
-        ),
-        "state": {
-            "sm_clock_mhz": read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            "temperature_c": read(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-            "power_w": None if usage is None else usage / 1000,
-            "throttle_reasons": [
-                name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
-            ],
-        },
-    }
-
-
-#: By NVML's current mode: without an instance of its own a process sees the whole GPU, or none.
-_MIG_STATES = {0: "off", 1: "on"}
-
-
-def _mig_profile(pynvml: Any, instance: Any) -> str:
-    """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``."""
-    try:
-        name = pynvml.nvmlDeviceGetName(instance)
-    except pynvml.NVMLError:
-        return "on"
-    name = name.decode() if isinstance(name, bytes) else name
-    return name.rpartition(" MIG ")[2] if " MIG " in name else "on"
+    return nvml(str(properties.uuid)).get("state")
 
 
 def _version(package: str) -> str | None:

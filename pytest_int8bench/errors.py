@@ -25,3 +25,7 @@ def first_line(error: BaseException) -> str:
     it; the error's name where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else repr(error)
+
+
+class QuantizationError(ClearError, ValueError):
+    """Nothing could be quantized, or a layer could not."""

@@ -16,10 +16,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
-from urllib.parse import quote, unquote
+from typing import Any, cast
+from urllib.parse import unquote
 
 from pytest_int8bench.choices import (
     ATTENTION_BACKENDS,
@@ -30,8 +30,18 @@ from pytest_int8bench.choices import (
     INT8_MODES,
     MODEL_SIZES,
 )
-
-Scalar: TypeAlias = str | int | float | bool
+from pytest_int8bench.param_values import (
+    EXTRA_NAME,
+    FrozenDict,
+    Scalar,
+    checked_extra,
+    escape,
+    extra_text,
+    parse_bool,
+    parse_extra,
+    parse_extras,
+    to_text,
+)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model_size": MODEL_SIZES,
@@ -53,43 +63,6 @@ MEASURING_FIELDS = (
 
 #: Prefix of the environment variables written by :meth:`RunParams.to_env_vars`.
 ENV_PREFIX = "INT8BENCH_"
-
-#: What the name of an axis of a workload looks like.
-EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
-
-
-class FrozenDict(Mapping[str, Scalar]):
-    """A hashable, ordered-by-key mapping; equality also compares the types of the values."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, values: Mapping[str, Scalar] | None = None) -> None:
-        self._items: dict[str, Scalar] = dict(sorted((values or {}).items()))
-
-    def _typed(self) -> tuple[tuple[str, str, Scalar], ...]:
-        return tuple((k, type(v).__name__, v) for k, v in self._items.items())
-
-    def __getitem__(self, key: str) -> Scalar:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(self._typed())
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, FrozenDict):
-            return self._typed() == other._typed()
-        if isinstance(other, Mapping):
-            return self == FrozenDict(other)
-        return NotImplemented
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +128,7 @@ class RunParams:
         for spec in dataclasses.fields(self):
             if spec.name != "extra":
                 object.__setattr__(self, spec.name, _checked(spec.name, getattr(self, spec.name)))
-        object.__setattr__(self, "extra", _checked_extra(self.extra))
+        object.__setattr__(self, "extra", checked_extra(self.extra))
 
     # -- changing -------------------------------------------------------------------------
 
@@ -234,11 +207,11 @@ class RunParams:
         ]
         said = {"int8_mode", "int8_smoothquant", "compile_mode"} if self.int8_enabled else set()
         appended = [
-            f"{name}-{_escape(_to_text(getattr(self, name)))}"
+            f"{name}-{escape(to_text(getattr(self, name)))}"
             for name in _APPENDED
             if name not in said and getattr(self, name) != _DEFAULTS[name]
         ]
-        extra = [f"extra.{k}-{_escape(_extra_text(v))}" for k, v in self.extra.items()]
+        extra = [f"extra.{k}-{escape(extra_text(v))}" for k, v in self.extra.items()]
         return "_".join([item for item in fixed if item] + appended + extra)
 
     @classmethod
@@ -283,7 +256,7 @@ class RunParams:
 
     def to_env_vars(self) -> dict[str, str]:
         """Return every field as environment variables (``INT8BENCH_BATCH_SIZE=128`` …)."""
-        values = {name: _to_text(getattr(self, name)) for name in FIELD_TYPES}
+        values = {name: to_text(getattr(self, name)) for name in FIELD_TYPES}
         values["extra"] = json.dumps(dict(self.extra))
         return {ENV_PREFIX + name.upper(): text for name, text in values.items()}
 
@@ -304,7 +277,7 @@ class RunParams:
             if (text := environ.get(variable)) is None:
                 continue
             try:
-                values[name] = _parse_extras(text) if name == "extra" else parse_field(name, text)
+                values[name] = parse_extras(text) if name == "extra" else parse_field(name, text)
             except ValueError as error:
                 raise ValueError(f"{variable}: {error}") from None
         return cls(**values)
@@ -369,51 +342,6 @@ def parse_field(name: str, text: str) -> Any:
     return _checked(name, value)
 
 
-def parse_bool(text: str) -> bool:
-    """Read ``true``/``false``, ``1``/``0``, ``yes``/``no`` or ``on``/``off``.
-
-    Raises:
-        ValueError: saying rule and value.
-    """
-    words = {"true": True, "1": True, "yes": True, "on": True}
-    words |= {"false": False, "0": False, "no": False, "off": False}
-    try:
-        return words[text.strip().lower()]
-    except KeyError:
-        raise ValueError(f"must be true or false, got {text!r}") from None
-
-
-def _parse_extras(text: str) -> FrozenDict:
-    try:
-        return _checked_extra(json.loads(text))
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f"must be a JSON object, got {text!r}") from None
-
-
-def parse_extra(text: str) -> Scalar:
-    """Read the value of an ``extra`` axis: ``true``, ``12``, ``0.5``, or text (``"12"`` quoted)."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, str | int | float | bool) else text
-
-
-def _extra_text(value: Scalar) -> str:
-    if isinstance(value, str) and parse_extra(value) == value and value:
-        return value
-    return json.dumps(value)
-
-
-def _to_text(value: Scalar) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _escape(text: str) -> str:
-    """Percent-encode what separates items of a run name or disturbs a pytest id or a shell."""
-    return quote(text, safe=".,+=-").replace("_", "%5F")
-
-
 def _checked(name: str, value: Any) -> Any:
     """Return ``value`` if it is right for field ``name``, else raise ``ValueError``."""
     kind: Any = FIELD_TYPES[name]
@@ -434,25 +362,3 @@ def _checked(name: str, value: Any) -> Any:
     if kind is float and not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return value
-
-
-def _checked_extra(extra: Any) -> FrozenDict:
-    if not isinstance(extra, Mapping):
-        raise ValueError(f"extra must be a mapping of names to values, got {extra!r}")
-    for key, value in extra.items():
-        if not isinstance(key, str) or not EXTRA_NAME.fullmatch(key):
-            raise ValueError(f"extra names must be identifiers such as seq_len, got {key!r}")
-        # Exactly these: a subclass would not come back from a name.
-        if type(value) not in (str, int, float, bool):
-            raise ValueError(f"extra.{key} must be str, int, float or bool, got {value!r}")
-        if isinstance(value, float) and value - value != 0:
-            raise ValueError(f"extra.{key} must be finite, got {value!r}")
-        if isinstance(value, str) and _has_surrogates(value):
-            raise ValueError(f"extra.{key} must be text that UTF-8 can hold, got {value!r}")
-    return FrozenDict(
-        {key: 0.0 if value == 0 and type(value) is float else value for key, value in extra.items()}
-    )
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench import tracking
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
-from pytest_int8bench.processes import (
+from pytest_int8bench.processes.runner_files import Handover
+from pytest_int8bench.processes.running import (
     FAILED,
     INTERRUPTED,
     NO_TESTS,
@@ -33,11 +33,13 @@ from pytest_int8bench.processes import (
     is_pytests,
     wait,
 )
+from pytest_int8bench.report import wandb
 from pytest_int8bench.report.terminal import render
-from pytest_int8bench.results import Journal, Result, Saved, SchemaError, journal_folder, read
-from pytest_int8bench.suite.handover import Handover
+from pytest_int8bench.results.journal import Journal, journal_folder
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result, Saved, SchemaError
 from pytest_int8bench.sweep import axes_of, expand
-from pytest_int8bench.workloads.names import check_fields, check_workload_name
+from pytest_int8bench.workloads.registry import check_fields, check_workload_name
 
 _SUITE = Path(__file__).parent / "suite"
 _DEFAULT_GROUP = "throughput"
@@ -95,7 +97,7 @@ class ThroughputBenchmarkRunnerConfig:
         default = self.default_run_params or RunParams()
         if default.wandb_enabled:
             try:
-                tracking.check_installed()
+                wandb.check_installed()
             except ValueError as error:
                 raise ValueError(f"wandb_enabled {error}") from None
         group = self.sweep_group_name or _DEFAULT_GROUP
@@ -215,8 +217,8 @@ class ThroughputBenchmarkRunner:
             print(f"\nint8bench: {len(parts)} processes together:")
             print(render(saved, width=None, color=False), end="", flush=True)
         # Here, not in the processes that measure: one that is killed logs nothing.
-        if runs := tracking.runs_of(saved, every=False):
-            tracked = tracking.log(runs, folder=self._work_dir, group=self._group)
+        if runs := wandb.runs_of(saved, every=False):
+            tracked = wandb.log(runs, folder=self._work_dir, group=self._group)
             print(f"int8bench: {tracked.line}", flush=True)
 
     def _run_pytest(self, handover: Handover, json_path: Path) -> int:

@@ -11,6 +11,7 @@ from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
 
+
 SWEEPS: dict[str, dict[str, list[Any]]] = {
     "batch": {"batch_size": [2**n for n in range(14)]},
     "image": {"image_size": [2**n for n in range(8)]},

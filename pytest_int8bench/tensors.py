@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pytest_int8bench.errors import QuantizationError as QuantizationError
+
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a tensor, sequence, mapping or dataclass, in order."""
@@ -52,3 +54,12 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> A
 
 def _is_dataclass(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call ``model`` with inputs as a workload or a calibration gives them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)

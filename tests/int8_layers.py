@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pytest_int8bench.fused.modules import Quantized, replace_linears
+from pytest_int8bench.kernels.linear import Quantized, replace_linears
 
 
 def quantized(layer: nn.Linear, factor: torch.Tensor | None = None) -> Quantized:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.results import Accuracy, Result, Saved, Sensitivity
+from pytest_int8bench.results.records import Accuracy, Result, Saved, Sensitivity
 
 GPU: dict[str, Any] = {
     "gpu": {"name": "A100", "driver": "550", "memory_bytes": 80 * 2**30},

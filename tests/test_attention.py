@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_int8bench.attention import FlashSDPA, attention_kernel, sdpa_backends
-from pytest_int8bench.params import ATTENTION_BACKENDS
+from pytest_int8bench.choices import ATTENTION_BACKENDS
 
 ALL = {"flash", "efficient", "math", "cudnn"}
 

@@ -20,8 +20,8 @@ from pytest_int8bench.environment import (
     differences,
     fingerprint,
     gpu_state,
-    throttled,
 )
+from pytest_int8bench.nvml import throttled
 
 
 def git(folder: Path, *args: str) -> str:

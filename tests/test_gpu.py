@@ -11,20 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench import Result, RunParams, Workload
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.compilation import compile_for_a100
-from pytest_int8bench.evidence import EvidenceError, profile_forward
-from pytest_int8bench.feed import HostFeed
-from pytest_int8bench.measure import Plan, Run, allocated_bytes
-from pytest_int8bench.models import ModelPool
-from pytest_int8bench.quantize import QuantizationError
-from pytest_int8bench.results import read
-from pytest_int8bench.throughput import Throughput
-from pytest_int8bench.workloads.names import load_workload
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.measure.evidence import EvidenceError, profile_forward
+from pytest_int8bench.measure.host_feed import HostFeed
+from pytest_int8bench.measure.memory import allocated_bytes
+from pytest_int8bench.measure.point import Throughput
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.measure.timing import Plan, Run
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.registry import load_workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,21 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench import params as params_module
-from pytest_int8bench.params import (
+from pytest_int8bench.choices import (
     ATTENTION_BACKENDS,
     COMPILE_MODES,
     DEVICES,
-    ENV_PREFIX,
     FEEDS,
-    FIELD_TYPES,
     INT8_BACKENDS,
     INT8_MODES,
-    MEASURING_FIELDS,
     MODEL_SIZES,
-    FrozenDict,
+)
+from pytest_int8bench.param_values import FrozenDict, parse_bool, parse_extra
+from pytest_int8bench.params import (
+    ENV_PREFIX,
+    FIELD_TYPES,
+    MEASURING_FIELDS,
     RunParams,
-    parse_bool,
-    parse_extra,
     parse_field,
 )
 

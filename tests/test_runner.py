@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_int8bench import (
-    SWEEPS,
-    Result,
-    RunParams,
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.processes.runner_files import Handover
+from pytest_int8bench.report.wandb import Tracked, TrackedRun
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.runner import (
+    RunnerError,
     ThroughputBenchmarkRunner,
     ThroughputBenchmarkRunnerConfig,
 )
-from pytest_int8bench.results import read
-from pytest_int8bench.runner import RunnerError
-from pytest_int8bench.suite.handover import Handover
-from pytest_int8bench.tracking import Tracked, TrackedRun
+from pytest_int8bench.sweep import SWEEPS
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
@@ -301,8 +301,8 @@ def test_no_point_stops_the_sweep_or_loses_another(
         logged.extend((run.name, run.metrics["oom_occurred"], folder, group) for run in runs)
         return Tracked("wandb: all logged", failed=False)
 
-    monkeypatch.setattr("pytest_int8bench.tracking.check_installed", lambda: None)
-    monkeypatch.setattr("pytest_int8bench.tracking.log", log)
+    monkeypatch.setattr("pytest_int8bench.report.wandb.check_installed", lambda: None)
+    monkeypatch.setattr("pytest_int8bench.report.wandb.log", log)
     params = SMALL.replace(profiler_enabled=True, wandb_enabled=True)
     if importlib.util.find_spec("wandb") is None:  # the processes look for it themselves
         params = SMALL.replace(profiler_enabled=True)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.models import Model
-from pytest_int8bench.quantize import call
-from pytest_int8bench.tensors import map_tensors, tensors_of
+from pytest_int8bench.measure.model import Model
+from pytest_int8bench.tensors import call, map_tensors, tensors_of
 
 
 class Forward:

@@ -13,20 +13,21 @@ import torch
 
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.proxy import Distance, distance, problem
+from pytest_int8bench.accuracy.outputs import Distance, distance, problem
 from pytest_int8bench.accuracy.scores import Scores, judged, read_scores
-from pytest_int8bench.accuracy.verdict import Verdict
+from pytest_int8bench.accuracy.statistics.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
-from pytest_int8bench.measure import Timer, oom_of, release
-from pytest_int8bench.models import Key, Model, ModelPool, part_key
+from pytest_int8bench.measure.memory import oom_of, release
+from pytest_int8bench.measure.model import Model
+from pytest_int8bench.measure.pool import Key, ModelPool, part_key
+from pytest_int8bench.measure.steps import Step, built, warmed
+from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import call
-from pytest_int8bench.results import NO_LABELS, Accuracy, point_label
-from pytest_int8bench.tensors import map_tensors, tensors_of
-from pytest_int8bench.throughput import Step, built, warmed
-from pytest_int8bench.weights import RANDOM
+from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
+from pytest_int8bench.tensors import call, map_tensors, tensors_of
 from pytest_int8bench.workloads import Evaluation, Workload
+from pytest_int8bench.workloads.weights import RANDOM
 
 #: Numbers of an output that are compared without labels, at most.
 MAX_COMPARED = 1 << 26

@@ -14,14 +14,14 @@ from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.scores import judged, seen_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.accuracy.verdict import ALPHA, Verdict
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.measure import oom_of, release
+from pytest_int8bench.measure.memory import oom_of, release
+from pytest_int8bench.measure.steps import interleave
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import is_transformer_linear
-from pytest_int8bench.results import Accuracy
-from pytest_int8bench.throughput import interleave
+from pytest_int8bench.quantization.filters import is_transformer_linear
+from pytest_int8bench.results.records import Accuracy
 from pytest_int8bench.workloads import Workload
 
 SMOOTHQUANT, WORST_LAYERS, WEIGHTS_ONLY = (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, ScoreError, Verdict, judge
 from pytest_int8bench.workloads import Evaluation
 
 

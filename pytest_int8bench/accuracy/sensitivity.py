@@ -12,15 +12,16 @@ import torch
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.proxy import OutputsError, sqnr_db
+from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
-from pytest_int8bench.building import calibration_inputs
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.models import Model, ModelPool
+from pytest_int8bench.measure.building import calibration_inputs
+from pytest_int8bench.measure.model import Model
+from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantize import call, coverage
-from pytest_int8bench.results import Sensitivity
-from pytest_int8bench.tensors import tensors_of
+from pytest_int8bench.quantization.api import coverage
+from pytest_int8bench.results.records import Sensitivity
+from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.workloads import Workload
 
 BY = ("layer", "block")

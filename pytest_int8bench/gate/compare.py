@@ -7,7 +7,6 @@ same; where several files are given for a side, the floor is learned from them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,96 +14,33 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pytest_int8bench.environment import differences
-from pytest_int8bench.gate.files import Run
-from pytest_int8bench.gate.limits import METRICS, THROTTLED, Metric, Rules
-from pytest_int8bench.results import Accuracy, Record, Result
-
-Identity = tuple[str, ...]
-
-#: Outcomes of a run, in the order in which they are counted.
-REGRESSED, IMPROVED, SAME, NEW, MISSING = "regressed", "improved", "same", "new", "missing"
-OOM, FAILED, ACCURACY_FAILED = "oom", "failed", "accuracy-failed"
-SKIPPED, DISABLED, INCOMPARABLE = "skipped", "disabled", "incomparable"
-OUTCOMES = (
-    REGRESSED,
-    IMPROVED,
-    SAME,
-    NEW,
-    MISSING,
-    OOM,
-    FAILED,
+from pytest_int8bench.gate.noise import NoiseFloors, metric_values, usable_results
+from pytest_int8bench.gate.outcomes import (
     ACCURACY_FAILED,
-    SKIPPED,
     DISABLED,
+    FAILED,
+    IMPROVED,
     INCOMPARABLE,
+    MISSING,
+    NEW,
+    NOT_JUDGED,
+    OOM,
+    OUTCOMES,
+    PASSES,
+    REGRESSED,
+    REGRESSES,
+    SAME,
+    SKIPPED,
+    UNDECIDED,
+    WITHIN,
+    Change,
+    Identity,
+    RunChange,
 )
-#: Outcomes of one metric beside those: worse by no more than the limit, and without a limit.
-WITHIN, NOT_JUDGED = "within limit", "not judged"
-#: Outcome of a verdict that was PASS, where it does not count as regressed.
-UNDECIDED_NOW = "inconclusive"
-
-#: Exit codes: what a run or verdict adds to that of the comparison.
-PASSES, REGRESSES, UNDECIDED = 0, 1, 2
-
-_LEVEL = 0.05
-#: Floors that are learned are not below this: files hold rounded figures.
-_LEAST_FLOOR = 0.001
-#: Logs of absurd files, whose exponential would not be finite.
-_WIDEST = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One metric of one run."""
-
-    metric: str
-    growth: float
-    """By how much the cost grew, relative: 0.05 is 5 % worse, below 0 is better."""
-    limit: float | None
-    floor: float
-    """Noise between processes: a growth of no more is no difference."""
-    learned: bool
-    """The floor comes from the files given, not from the metric's default or the rules."""
-    outcome: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One run, or one verdict, of both sides."""
-
-    nodeid: str
-    workload: str
-    run_name: str
-    outcome: str
-    exit_code: int
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunChange(Compared):
-    """One run of both sides."""
-
-    base: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> median over the files of the base, in the unit of the field of ``Result``."""
-    new: Mapping[str, float] = field(default_factory=dict)
-    changes: tuple[Change, ...] = ()
-    """Of the metrics that both sides have; empty where the run could not be compared."""
-
-    def change(self, metric: str) -> Change | None:
-        """Return the change of ``metric``, None where a side does not have it."""
-        return next((change for change in self.changes if change.metric == metric), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerdictChange(Compared):
-    """One accuracy verdict of both sides."""
-
-    metric: str
-    base: str | None
-    """Outcome of the base's verdict."""
-    new: str | None
-    is_pipeline_check: bool = False
-    """The weights are random: it judges nothing."""
+from pytest_int8bench.gate.rules import METRICS, THROTTLED, Metric, Rules
+from pytest_int8bench.gate.verdicts import VerdictChange, compare_verdict
+from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.records import Record, Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +99,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
     blocking = {name: values for name, values in found.items() if name not in rules.allow}
     before = _by_identity(result for run in base for result in run.saved.results)
     after = _by_identity(result for run in new for result in run.saved.results)
-    floors = _Floors(before, after, rules)
+    floors = NoiseFloors(before, after, rules)
     why = f"measured on another machine or software: {', '.join(blocking)}" if blocking else None
     runs = tuple(
         _compare_run(before.get(identity, []), after.get(identity, []), rules, floors, why)
@@ -172,7 +108,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
     verdicts_before = _by_identity(v for run in base for v in run.saved.accuracy)
     verdicts_after = _by_identity(v for run in new for v in run.saved.accuracy)
     accuracy = tuple(
-        _compare_verdict(
+        compare_verdict(
             verdicts_before.get(identity, []),
             verdicts_after.get(identity, []),
             rules,
@@ -225,77 +161,11 @@ def _by_identity(records: Iterable[_Record]) -> dict[Identity, list[_Record]]:
     return found
 
 
-# -- noise ----------------------------------------------------------------------------------
-
-
-class _Floors:
-    """Noise between processes, for each metric, from what the files of a side differ by.
-
-    The standard deviation of the log values inside a side is pooled over all runs of a metric; a
-    run that is noisier than that has its own. The floor is the half-width of the two-sided 95 %
-    interval (Student's t) of the difference of both sides' means.
-    """
-
-    def __init__(
-        self,
-        base: Mapping[Identity, list[Result]],
-        new: Mapping[Identity, list[Result]],
-        rules: Rules,
-    ) -> None:
-        self._rules = rules
-        self._pooled: dict[str, tuple[float, int]] = {}
-        for metric in METRICS.values():
-            parts = [
-                _scatter(values)
-                for side in (base, new)
-                for results in side.values()
-                if len(values := _values(_usable(results), metric)) > 1
-            ]
-            freedom = sum(freedom for _, freedom in parts)
-            if freedom:
-                self._pooled[metric.name] = (sum(squares for squares, _ in parts), freedom)
-
-    def floor(
-        self, metric: Metric, base: Sequence[float], new: Sequence[float]
-    ) -> tuple[float, bool]:
-        """Return the floor for a run with these values, and whether it was learned."""
-        if metric.name in self._rules.floors:
-            return self._rules.floors[metric.name], False
-        if metric.name not in self._pooled:
-            return metric.floor, False
-        from scipy.stats import t
-
-        squares, freedom = self._pooled[metric.name]
-        own = [_scatter(values) for values in (base, new) if len(values) > 1]
-        own_freedom = sum(part for _, part in own)
-        own_variance = sum(part for part, _ in own) / own_freedom if own_freedom else 0.0
-        deviation = math.sqrt(max(squares / freedom, own_variance))
-        width = float(t.ppf(1 - _LEVEL / 2, freedom)) * deviation
-        width *= math.sqrt(1 / len(base) + 1 / len(new))
-        return max(math.expm1(min(width, _WIDEST)), _LEAST_FLOOR), True
-
-
-def _scatter(values: Sequence[float]) -> tuple[float, int]:
-    """Return the sum of squares of the logs around their mean, and its degrees of freedom."""
-    logs = [math.log(value) for value in values]
-    mean = statistics.fmean(logs)
-    return sum((log - mean) ** 2 for log in logs), len(logs) - 1
-
-
-def _values(results: Iterable[Result], metric: Metric) -> list[float]:
-    found = (getattr(result, metric.field) for result in results)
-    return [float(value) for value in found if value is not None]
-
-
 def _medians(results: Sequence[Result]) -> dict[str, float]:
-    found = {metric.name: _values(_usable(results), metric) for metric in METRICS.values()}
+    found = {
+        metric.name: metric_values(usable_results(results), metric) for metric in METRICS.values()
+    }
     return {name: statistics.median(values) for name, values in found.items() if values}
-
-
-def _usable(results: Iterable[Result]) -> list[Result]:
-    """Return what was measured; throttled ones only where there are no others."""
-    measured = [result for result in results if result.status == "ok" and result.batch_time_s]
-    return [result for result in measured if not result.throttled] or measured
 
 
 # -- one run --------------------------------------------------------------------------------
@@ -312,7 +182,7 @@ def _status(results: Sequence[Result], *, worst: bool) -> str:
 
 
 def _compare_run(
-    base: list[Result], new: list[Result], rules: Rules, floors: _Floors, why: str | None
+    base: list[Result], new: list[Result], rules: Rules, floors: NoiseFloors, why: str | None
 ) -> RunChange:
     known = (new or base)[0]
     common: dict[str, Any] = {
@@ -358,7 +228,7 @@ def _compare_run(
         return entry(INCOMPARABLE, UNDECIDED, why)
     if names := {result.run_name for result in (*base, *new)} - {known.run_name}:
         return entry(INCOMPARABLE, UNDECIDED, f"another point: {', '.join(sorted(names))}")
-    return _measured(common, _usable(base), _usable(new), rules, floors)
+    return _measured(common, usable_results(base), usable_results(new), rules, floors)
 
 
 def _measured(
@@ -366,7 +236,7 @@ def _measured(
     base: list[Result],
     new: list[Result],
     rules: Rules,
-    floors: _Floors,
+    floors: NoiseFloors,
 ) -> RunChange:
     if not base or not new:
         return RunChange(
@@ -376,7 +246,7 @@ def _measured(
     is_hot = bool(heat) and THROTTLED not in rules.allow
     changes = []
     for metric in METRICS.values():
-        before, after = _values(base, metric), _values(new, metric)
+        before, after = metric_values(base, metric), metric_values(new, metric)
         if before and after:
             limit = rules.limit(metric.name, common["run_name"], common["nodeid"])
             change = _change(metric, before, after, limit, floors)
@@ -409,7 +279,7 @@ def _change(
     base: Sequence[float],
     new: Sequence[float],
     limit: float | None,
-    floors: _Floors,
+    floors: NoiseFloors,
 ) -> Change:
     growth = metric.growth(statistics.median(base), statistics.median(new))
     floor, learned = floors.floor(metric, base, new)
@@ -441,79 +311,6 @@ def _over(change: Change) -> str:
 def _reason(results: Sequence[Result], status: str) -> str:
     found = (result.reason for result in results if result.status == status)
     return next(filter(None, found), "no reason given")
-
-
-# -- verdicts -------------------------------------------------------------------------------
-
-_WORST_VERDICT = ("FAIL", "INCONCLUSIVE", "proxy-ok", "PASS")
-
-
-def _compare_verdict(
-    base: list[Accuracy], new: list[Accuracy], rules: Rules, why: str | None
-) -> VerdictChange:
-    known = (new or base)[0]
-    # What random weights gave is no baseline, and nothing to judge.
-    trained = [verdict for verdict in base if not verdict.is_pipeline_check]
-    judged = [verdict for verdict in new if not verdict.is_pipeline_check]
-    is_check = not judged and bool(new or not trained)
-    outcome: str
-    reason: str | None
-    if is_check and trained:
-        code = PASSES if rules.allow_missing else UNDECIDED
-        outcome, reason = MISSING, "its weights are random now: it is a pipeline check"
-    elif is_check:
-        outcome, code, reason = NOT_JUDGED, PASSES, "pipeline check: the weights are random"
-    else:
-        outcome, code, reason = _judge_verdict(trained, judged, rules)
-        if why is not None and trained and judged and code != REGRESSES:
-            outcome, code, reason = INCOMPARABLE, UNDECIDED, why
-    return VerdictChange(
-        nodeid=known.nodeid,
-        workload=known.workload,
-        run_name=known.run_name,
-        metric=known.metric,
-        base=_worst(trained or (base if is_check else [])),
-        new=_worst(judged or new),
-        outcome=outcome,
-        exit_code=code,
-        reason=reason,
-        is_pipeline_check=is_check,
-    )
-
-
-def _judge_verdict(
-    base: list[Accuracy], new: list[Accuracy], rules: Rules
-) -> tuple[str, int, str | None]:
-    before, after = _worst(base), _worst(new)
-    if after is None:
-        code = PASSES if rules.allow_missing else UNDECIDED
-        return MISSING, code, "not in the new run"
-    reason = next((v.reason for v in new if v.outcome == after and v.reason), None)
-    if after == "FAIL":
-        if before == "FAIL":
-            return ACCURACY_FAILED, PASSES, "as in the base"
-        return REGRESSED, REGRESSES, reason
-    if before is None:
-        return NEW, PASSES, "not in the base"
-    if (was := _limits(base)) != (now := _limits(new)):
-        reason = f"the limit was {was} and is {now}"
-    if before == after:
-        return SAME, PASSES, reason
-    if after == "INCONCLUSIVE" and before == "PASS":
-        if rules.fail_on_inconclusive:
-            return REGRESSED, REGRESSES, "its samples do not decide any more"
-        return UNDECIDED_NOW, PASSES, "its samples do not decide any more"
-    better = _WORST_VERDICT.index(after) > _WORST_VERDICT.index(before)
-    return IMPROVED if better else SAME, PASSES, reason
-
-
-def _limits(verdicts: Sequence[Accuracy]) -> str:
-    return " or ".join(sorted({str(verdict.limit) for verdict in verdicts}))
-
-
-def _worst(verdicts: Sequence[Accuracy]) -> str | None:
-    outcomes = {verdict.outcome for verdict in verdicts}
-    return next((outcome for outcome in _WORST_VERDICT if outcome in outcomes), None)
 
 
 # -- notes ----------------------------------------------------------------------------------

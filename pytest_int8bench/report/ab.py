@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.gate.ab import FASTEST, MEDIAN, AbResult, AbRun, duration
-from pytest_int8bench.gate.ab_journal import SCHEMA
-from pytest_int8bench.gate.compare import PASSES, REGRESSES
-from pytest_int8bench.gate.design import Estimate
+from pytest_int8bench.gate.ab.design import Estimate
+from pytest_int8bench.gate.ab.journal import SCHEMA
+from pytest_int8bench.gate.ab.plan import FASTEST, MEDIAN, AbResult, AbRun, duration
+from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
 from pytest_int8bench.report.junit import Case
 from pytest_int8bench.report.tables import MISSING, Grid, Page, finite, number
-from pytest_int8bench.results import point_label
+from pytest_int8bench.results.records import point_label
 
 _TITLE = "int8bench ab"
 _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}

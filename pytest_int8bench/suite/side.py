@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_int8bench.suite.side_files import SideFiles
+from pytest_int8bench.processes.ab_files import SideFiles
 
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that comes when the parent ends
 

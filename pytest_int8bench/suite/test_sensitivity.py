@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pytest_int8bench.results import Sensitivity
+from pytest_int8bench.results.records import Sensitivity
 
 
 def test_sensitivity(

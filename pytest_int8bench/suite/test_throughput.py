@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pytest_int8bench import Result, RunParams, Workload
-from pytest_int8bench.suite.handover import Handover
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.processes.runner_files import Handover
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.workloads import Workload
 
 HANDOVER = Handover.from_env_vars()
 
@@ -30,7 +32,7 @@ def test_throughput(
 ) -> None:
     import torch
 
-    from pytest_int8bench.measure import chain_of
+    from pytest_int8bench.measure.memory import chain_of
 
     HANDOVER.note_workload(int8_workload.name)
     try:

@@ -18,15 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pytest_int8bench.params import RunParams, Scalar
+from pytest_int8bench.param_values import Scalar
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.filters import FilterFn
 
 if TYPE_CHECKING:
     import torch
 
     Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
-#: Whether to quantize a module, given it and its name.
-FilterFn: TypeAlias = "Callable[[torch.nn.Module, str], bool]"
 
 #: Units that :attr:`Workload.units` may count, each per batch.
 UNITS = ("samples", "tokens", "pixels", "square_km")

@@ -1,0 +1,1 @@
+"""Paired tests of non-inferiority."""

@@ -1,0 +1,321 @@
+"""Whether a candidate's metric dropped by more than a limit, from paired scores.
+
+Both models score the same samples, and two one-sided tests at level ``alpha`` decide: ``PASS`` if
+a drop of the limit or more is excluded, ``FAIL`` if a drop within the limit is excluded,
+``INCONCLUSIVE`` if neither is. Too few samples never pass.
+
+Scores of 0 and 1 are judged by an exact test (:class:`.exact.Flips`), all others by a t test that
+reckons with collapses not seen yet (:class:`.means.Means`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.statistics.mean_tests import (
+    MOST_SAMPLES,
+    TIE,
+    Floats,
+    Means,
+    image_collapse,
+    pseudo_values,
+    round_up,
+    swaps,
+)
+from pytest_int8bench.accuracy.statistics.paired_exact import Flips
+from pytest_int8bench.errors import ClearError
+
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+Method = Literal["exact", "mean", "jackknife"]
+#: Rows of all images, one each, to the metric.
+Aggregate = Callable[[NDArray[Any]], float]
+
+#: Level of each one-sided test: its bounds hold with 95 %.
+ALPHA = 0.05
+
+
+class ScoreError(ClearError, ValueError):
+    """Scores that cannot be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the scores prove about a drop."""
+
+    outcome: Outcome
+    reference: float
+    """The baseline's metric."""
+    candidate: float
+    drop: float
+    """As seen, in the limit's terms: (reference - candidate) / reference for a relative limit,
+    reference - candidate for an absolute one. Negative for a gain."""
+    drop_low: float
+    """One-sided bounds of the drop, each at the level of the verdict. Those of a relative drop are
+    cut off at -1 and 1, where they say nothing any more."""
+    drop_high: float
+    samples: int
+    lost: int
+    """Samples whose score got worse."""
+    gained: int
+    """Samples whose score got better."""
+    needed: int | None
+    """Samples that would decide, with ``INCONCLUSIVE``; at most ten million are asked for."""
+    limit: Limit
+    method: Method
+    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
+
+
+class _Test(Protocol):
+    """Two one-sided tests about one drop, in the limit's terms."""
+
+    def at_least(self, drop: float) -> float:
+        """p-value of H0: the true drop is ``drop`` or more."""
+
+    def at_most(self, drop: float) -> float:
+        """p-value of H0: the true drop is ``drop`` or less."""
+
+    def error(self) -> float:
+        """Standard error of the drop, never 0: where to look for its bounds."""
+
+    def needed(self, limit: float, drop: float) -> int:
+        """Samples with which a lossless model passes and the drop seen is decided."""
+
+
+def judge(
+    reference: ArrayLike,
+    candidate: ArrayLike,
+    limit: Limit,
+    *,
+    alpha: float = ALPHA,
+    aggregate: Aggregate | None = None,
+    worst: float = 0.0,
+    metric: str = "score",
+) -> Verdict:
+    """Judge a candidate by paired scores, higher being better.
+
+    Args:
+        reference: the baseline's scores, one per sample; with ``aggregate`` one row per image, of
+            any shape (counts of true and false positives, say).
+        candidate: the candidate's scores of the same samples, in the same order.
+        limit: largest drop that passes.
+        alpha: level of each one-sided test; divide it among several verdicts.
+        aggregate: turns rows into the metric. It is called once per image left out and model, and
+            once per image that differs.
+        worst: the lowest score there can be. A sample that collapses falls to it. Not used with
+            ``aggregate``, where a collapse is taken to cost up to twice the largest share that an
+            image has in the metric. The highest is taken to be 1, or what was seen over it.
+        metric: the metric's name, for errors.
+
+    Raises:
+        ScoreError: one line, if the scores cannot be judged.
+    """
+    pairs = _pairs(reference, candidate, metric)
+    if aggregate is None:
+        test, method, metrics, moved = _plain(pairs, limit, alpha, worst, metric)
+    else:
+        test, method, metrics, moved = _jackknifed(pairs, limit, alpha, aggregate, metric)
+    if limit.relative and metrics[0] <= 0:
+        raise ScoreError(
+            f"{metric}: a relative limit ({limit}) needs a baseline metric over 0, "
+            f"got {metrics[0]:g}"
+        )
+    drop = (metrics[0] - metrics[1]) / (metrics[0] if limit.relative else 1.0)
+    outcome = _outcome(test, limit, drop, alpha)
+    low, high = _bounds(test, limit, drop, alpha, outcome)
+    samples = len(pairs[0])
+    return Verdict(
+        outcome=outcome,
+        reference=metrics[0],
+        candidate=metrics[1],
+        drop=drop,
+        drop_low=low,
+        drop_high=high,
+        samples=samples,
+        lost=int((moved < 0).sum()),
+        gained=int((moved > 0).sum()),
+        needed=_ask(test.needed(limit.value, drop), samples) if outcome == "INCONCLUSIVE" else None,
+        limit=limit,
+        method=method,
+    )
+
+
+def _outcome(test: _Test, limit: Limit, drop: float, alpha: float) -> Outcome:
+    # The drop seen can lie beyond the limit where the jackknife's estimate does not.
+    if drop < limit.value and test.at_least(limit.value) <= alpha:
+        return "PASS"
+    if drop > limit.value and test.at_most(limit.value) <= alpha:
+        return "FAIL"
+    return "INCONCLUSIVE"
+
+
+def _ask(needed: int, samples: int) -> int:
+    """Round up to two digits, to something over ``samples``."""
+    return round_up(max(min(needed, MOST_SAMPLES), samples + 1))
+
+
+# --- Scores ---
+
+
+def _pairs(
+    reference: ArrayLike, candidate: ArrayLike, metric: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both models' scores as arrays of the same shape with finite numbers."""
+    arrays = []
+    for name, scores in (("baseline", reference), ("candidate", candidate)):
+        try:
+            array = np.asarray(scores)
+        except (TypeError, ValueError) as error:
+            raise ScoreError(f"{metric}: the {name}'s scores are not an array: {error}") from error
+        if array.dtype.kind not in "buif":
+            raise ScoreError(f"{metric}: scores must be numbers, the {name} has {array.dtype}")
+        if bad := array.size - int(np.isfinite(array).sum()):
+            raise ScoreError(f"{metric}: scores must be finite, the {name} has {bad} that are not")
+        arrays.append(array)
+    first, second = arrays
+    if first.shape != second.shape:
+        raise ScoreError(
+            f"{metric}: baseline and candidate must score the same samples, "
+            f"got shapes {first.shape} and {second.shape}"
+        )
+    if first.ndim == 0 or len(first) < 2:
+        raise ScoreError(f"{metric}: needs at least 2 samples, got {first.size}")
+    return first, second
+
+
+_Found = tuple[_Test, Method, tuple[float, float], Floats]
+
+
+def _plain(
+    pairs: tuple[NDArray[Any], NDArray[Any]], limit: Limit, alpha: float, worst: float, metric: str
+) -> _Found:
+    """Test, method, metrics and changes of one score per sample."""
+    if pairs[0].ndim != 1:
+        raise ScoreError(
+            f"{metric}: needs one score per sample or an aggregate, got shape {pairs[0].shape}"
+        )
+    reference, candidate = (array.astype(np.float64) for array in pairs)
+    for name, scores in (("baseline", reference), ("candidate", candidate)):
+        if scores.min() < worst:
+            raise ScoreError(
+                f"{metric}: scores must be at least {worst:g}, the {name} has {scores.min():g}"
+            )
+    _check_varies(reference, candidate, metric)
+    metrics = (float(reference.mean()), float(candidate.mean()))
+    moved = candidate - reference
+    if np.isin(reference, (0, 1)).all() and np.isin(candidate, (0, 1)).all():
+        flips = Flips(
+            lost=int((moved < 0).sum()),
+            gained=int((moved > 0).sum()),
+            right=int(reference.sum()),
+            samples=len(reference),
+            relative=limit.relative,
+            alpha=alpha,
+        )
+        return flips, "exact", metrics, moved
+    # Scores mostly end at 1, seen or not.
+    highest = max(1.0, float(reference.max()), float(candidate.max()))
+    means = Means(
+        reference,
+        candidate,
+        collapse=(float(reference.max()), worst),
+        jump=(float(reference.min()), highest),
+        relative=limit.relative,
+        alpha=alpha,
+    )
+    return means, "mean", metrics, moved
+
+
+def _check_varies(reference: Floats, candidate: Floats, metric: str) -> None:
+    """A metric that is the same for every sample and model cannot fall, or was never computed."""
+    low = min(reference.min(), candidate.min())
+    high = max(reference.max(), candidate.max())
+    if high - low <= TIE * max(abs(low), abs(high)):
+        raise ScoreError(
+            f"{metric}: every sample of both models scores {high:g}: "
+            "a constant metric cannot show a drop"
+        )
+
+
+def _jackknifed(
+    pairs: tuple[NDArray[Any], NDArray[Any]],
+    limit: Limit,
+    alpha: float,
+    aggregate: Aggregate,
+    metric: str,
+) -> _Found:
+    """Test, method, metrics and changes of rows that only together give a metric."""
+
+    def value(rows: NDArray[Any]) -> float:
+        try:
+            found = float(aggregate(rows))
+        except (TypeError, ValueError) as error:
+            raise ScoreError(f"{metric}: aggregate must return one number: {error}") from error
+        if not math.isfinite(found):
+            raise ScoreError(
+                f"{metric}: aggregate must return a finite number, got {found} of {len(rows)} rows"
+            )
+        return found
+
+    metrics = (value(pairs[0]), value(pairs[1]))
+    reference, candidate = (
+        pseudo_values(rows, total, value) for rows, total in zip(pairs, metrics, strict=True)
+    )
+    _check_varies(reference, candidate, metric)
+    means = Means(
+        reference,
+        candidate,
+        collapse=image_collapse(reference, candidate),
+        jump=image_collapse(candidate, reference)[::-1],
+        relative=limit.relative,
+        alpha=alpha,
+    )
+    return means, "jackknife", metrics, swaps(pairs, metrics[0], value)
+
+
+# --- Bounds ---
+
+
+def _bounds(
+    test: _Test, limit: Limit, drop: float, alpha: float, outcome: Outcome
+) -> tuple[float, float]:
+    """The drops between which neither test rejects.
+
+    They do not depend on the limit, but where rounding or a p-value that is not monotone puts one
+    on the wrong side of it, it is moved to the limit: what is printed agrees with the outcome.
+    """
+    step = test.error()
+    high = drop + _reach(lambda by: test.at_least(drop + by) <= alpha, step)
+    low = drop - _reach(lambda by: test.at_most(drop - by) <= alpha, step)
+    if limit.relative:
+        low, high = max(low, min(drop, -1.0)), min(high, max(drop, 1.0))
+    if outcome == "PASS":
+        return low, min(high, math.nextafter(limit.value, -1))
+    if outcome == "FAIL":
+        return max(low, math.nextafter(limit.value, 2)), high
+    return min(low, limit.value), max(high, limit.value)
+
+
+def _reach(rejects: Callable[[float], bool], step: float) -> float:
+    """How far from the drop a test starts to reject; a little beyond rather than short of it."""
+    near, far = 1.6 * step, 1.8 * step  # 1.645 standard errors are expected
+    if rejects(near):
+        near, far = 0.0, near
+    else:
+        while not rejects(far):
+            if far > 1e6 * step:
+                return math.inf
+            near, far = far, far + 2 * (far - near)
+    while far - near > step / 100:
+        middle = (near + far) / 2
+        if rejects(middle):
+            far = middle
+        else:
+            near = middle
+    return far

@@ -1,0 +1,1 @@
+"""The ``int8bench`` command, one file per subcommand."""

@@ -1,0 +1,186 @@
+"""``int8bench ab``: measure two revisions in alternation."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.cli.outputs import (
+    add_outputs,
+    as_argument_type,
+    check_outputs,
+    publish,
+    refuse,
+)
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.files import FileError
+from pytest_int8bench.gate.ab.design import Design
+from pytest_int8bench.gate.rules import (
+    parse_share,
+)
+
+
+def add_ab(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    design = Design()
+    parser = commands.add_parser(
+        "ab",
+        help="measure two revisions in alternation, and fail if the new one is slower",
+        usage="int8bench ab [options] BASE_REV [NEW_REV] -- PYTEST ARGS",
+        description="Check both revisions out into git worktrees and measure them by fresh "
+        "processes of pytest in alternation, throughput only. Screening clears most runs; what it "
+        "flags is measured afresh and judged. Exit code 1: a run is slower (FAIL); else 2: one is "
+        "undecided (INCONCLUSIVE) or could not be compared; else 0. An interrupted command goes "
+        "on from its journal when it is given again.",
+    )
+    parser.add_argument("base_rev", metavar="BASE_REV", help="branch, tag or commit, e.g. main")
+    parser.add_argument("new_rev", metavar="NEW_REV", nargs="?", help="default: HEAD")
+    parser.add_argument(
+        "--install",
+        metavar="CMD",
+        help="shell command that builds or installs packages, run in each worktree with PIP_TARGET "
+        "set to a folder of that side, e.g. 'pip install --no-deps .'",
+    )
+    parser.add_argument(
+        "--margin",
+        type=as_argument_type(parse_share),
+        default=design.margin,
+        help=f"slowdown that is never a FAIL (default: {design.margin:.0%})".replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--max-slowdown",
+        type=as_argument_type(parse_share),
+        default=design.max_slowdown,
+        help="slowdown that must be found, and that a PASS excludes (default: "
+        f"{design.max_slowdown:.0%})".replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--noise",
+        type=as_argument_type(parse_share),
+        default=design.noise,
+        help="standard deviation between processes that the number of blocks must cope with "
+        f"(default: {design.noise:.0%})".replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--screening-blocks",
+        type=int,
+        default=design.screening_blocks,
+        metavar="N",
+        help=f"blocks of two processes, AB or BA (default: {design.screening_blocks})",
+    )
+    parser.add_argument(
+        "--verdict-blocks",
+        type=int,
+        default=design.verdict_blocks,
+        metavar="N",
+        help="blocks of three processes, ABA, for what screening flags (default: "
+        f"{design.verdict_blocks})",
+    )
+    parser.add_argument(
+        "--statistic",
+        choices=("auto", "median", "fastest"),
+        default="auto",
+        help="what stands for a process: its median or its fastest round (default: auto, the "
+        "fastest without a GPU, where other load can only add to a time, else the median)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=3,
+        metavar="N",
+        help="blocks to measure again because the GPU was slowed down by heat (default: 3)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=as_argument_type(_parse_duration),
+        metavar="TIME",
+        help="time to end in, such as 30m: no block is begun that would take longer, and nothing "
+        "is measured if screening alone would (default: none)",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="runs of the base that the new revision does not have do not count",
+    )
+    parser.add_argument(
+        "--allow-inconclusive",
+        action="store_true",
+        help="what the blocks cannot decide does not count; it is still listed",
+    )
+    add_outputs(parser)
+
+
+def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    from pytest_int8bench.gate.ab import experiment, worktrees  # with numpy
+    from pytest_int8bench.gate.ab import plan as ab_plan
+
+    def tell(text: str) -> None:
+        print(f"int8bench ab: {text}", file=sys.stderr, flush=True)
+
+    try:
+        check_outputs(arguments, set())  # before it takes its time
+        here = Path.cwd().resolve()
+        root = worktrees.find_repository(here).resolve()
+        base = worktrees.resolve(root, arguments.base_rev)
+        new = worktrees.resolve(root, arguments.new_rev or "HEAD")
+        if changed := worktrees.changed_files(root):
+            what = f"{changed[0]} and {len(changed) - 1} more" if changed[1:] else changed[0]
+            if arguments.new_rev is None:
+                raise worktrees.GitError(
+                    f"uncommitted changes would not be measured ({what}): commit them, or name "
+                    "NEW_REV"
+                )
+            tell(f"uncommitted changes are not measured ({what})")
+        if arguments.retries < 0:
+            raise FileError(f"--retries must be 0 or more, got {arguments.retries}")
+        plan = ab_plan.Plan(
+            root=root,
+            folder=here,
+            base=base,
+            new=new,
+            pytest_args=tuple(pytest_args),
+            design=Design(
+                margin=arguments.margin,
+                max_slowdown=arguments.max_slowdown,
+                noise=arguments.noise,
+                screening_blocks=arguments.screening_blocks,
+                verdict_blocks=arguments.verdict_blocks,
+            ),
+            install=arguments.install,
+            budget_s=arguments.budget,
+            retries=arguments.retries,
+            allow_missing=arguments.allow_missing,
+            allow_inconclusive=arguments.allow_inconclusive,
+            statistic=arguments.statistic,
+        )
+        result = experiment.run(plan, tell)
+    except (ClearError, OSError) as error:
+        return refuse("ab", error)
+    except KeyboardInterrupt:
+        return refuse("ab", KeyboardInterrupt("interrupted"))
+    from pytest_int8bench.report import ab as ab_report
+
+    return publish(
+        "ab",
+        arguments,
+        ab_report.page(result),
+        ab_report.to_dict(result),
+        ab_report.cases(result),
+        result.exit_code,
+    )
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _parse_duration(text: str) -> float:
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"must be a time such as 90s, 30m or 2h, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]

@@ -1,0 +1,165 @@
+"""``int8bench compare`` and ``int8bench ab``: options in, reports and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.cli.outputs import (
+    add_outputs,
+    as_argument_type,
+    check_outputs,
+    publish,
+    refuse,
+)
+from pytest_int8bench.files import FileError
+from pytest_int8bench.gate.compare import compare
+from pytest_int8bench.gate.rules import (
+    METRICS,
+    Rules,
+    check_allow,
+    find_pyproject,
+    parse_floor,
+    parse_limit,
+    read_rules,
+)
+from pytest_int8bench.report import compare as report
+from pytest_int8bench.results.locating import find_side, latest_two, read_runs
+
+
+def add_compare(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare saved files of two commits, and fail if anything regressed",
+        description="Compare what was saved at two commits: throughput, batch time, peak memory, "
+        "compile time and accuracy verdicts. Exit code 1: something regressed; else 2: something "
+        "could not be compared; else 0.",
+    )
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="BASE NEW",
+        help="two files, folders of files (several runs of a side), or numbers of "
+        "pytest-benchmark such as 0003; the latest two of --storage by default",
+    )
+    parser.add_argument(
+        "--base", action="append", default=[], metavar="FILE", help="one more run of the base"
+    )
+    parser.add_argument(
+        "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
+    )
+    parser.add_argument(
+        "--storage",
+        type=Path,
+        default=Path(".benchmarks"),
+        help="folder that pytest-benchmark saves in (default: .benchmarks)",
+    )
+    for metric in METRICS.values():
+        default = "off" if metric.limit is None else f"{metric.limit:.0%}"
+        parser.add_argument(
+            f"--{metric.option}",
+            dest=metric.name,
+            type=as_argument_type(parse_limit),
+            metavar="LIMIT",
+            default=...,
+            help=f"{metric.help}, a percentage or off (default: {default})".replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--noise-floor",
+        action="append",
+        default=[],
+        type=as_argument_type(parse_floor),
+        metavar="METRIC=SHARE",
+        help="difference between two processes that is taken for noise, such as throughput=3%%; "
+        f"metrics are {', '.join(METRICS)} (default: learned where several files are given for a "
+        "side, else "
+        + ", ".join(f"{m.name} {m.floor:.0%}" for m in METRICS.values()).replace("%", "%%")
+        + ")",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="part of the fingerprint that may differ, such as driver; or throttled",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="runs of the base that are gone, or skipped now, do not count",
+    )
+    parser.add_argument(
+        "--fail-on-inconclusive",
+        action="store_true",
+        help="a verdict that was PASS and is INCONCLUSIVE is a regression",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PYPROJECT",
+        help="file with a table tool.int8bench.gate (default: the closest pyproject.toml)",
+    )
+    add_outputs(parser)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    try:
+        rules = _rules(arguments)
+        base, new = _sides(arguments)
+        if same := {path.resolve() for path in base} & {path.resolve() for path in new}:
+            raise FileError(f"{min(same)} would be compared with itself")
+        check_outputs(arguments, {path.resolve() for path in (*base, *new)})
+        found = compare(read_runs(base), read_runs(new), rules)
+    except (OSError, ValueError) as error:  # SchemaError, FileError and bad tables among them
+        return refuse("compare", error)
+    return publish(
+        "compare",
+        arguments,
+        report.page(found),
+        report.to_dict(found),
+        report.cases(found),
+        found.exit_code,
+    )
+
+
+def _rules(arguments: argparse.Namespace) -> Rules:
+    """Return the rules of ``pyproject.toml``, changed by the command line."""
+    if arguments.config is not None and not arguments.config.is_file():
+        raise FileError(f"--config: {arguments.config} is not there")
+    rules = read_rules(arguments.config or find_pyproject(Path.cwd()))
+    given = {name: getattr(arguments, name) for name in METRICS}
+    try:
+        allow = check_allow(arguments.allow)
+    except ValueError as error:
+        raise ValueError(f"--allow: {error}") from None
+    return dataclasses.replace(
+        rules,
+        limits={**rules.limits, **{k: v for k, v in given.items() if v is not ...}},
+        floors={**rules.floors, **dict(arguments.noise_floor)},
+        allow=rules.allow | allow,
+        allow_missing=rules.allow_missing or arguments.allow_missing,
+        fail_on_inconclusive=rules.fail_on_inconclusive or arguments.fail_on_inconclusive,
+    )
+
+
+def _sides(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    names = arguments.files
+    if not names and not arguments.base and not arguments.new:
+        base, new = latest_two(arguments.storage)
+        return [base], [new]
+    if len(names) not in (0, 2):
+        raise FileError(
+            f"give BASE and NEW, got {len(names)} file(s); more runs of a side go to --base and "
+            "--new"
+        )
+    sides = []
+    for first, more in zip(names or [None, None], (arguments.base, arguments.new), strict=True):
+        given = [*([] if first is None else [first]), *more]
+        if not given:
+            raise FileError("both sides need a file: --base and --new")
+        sides.append(find_side(given, arguments.storage))
+    return sides[0], sides[1]

@@ -1,0 +1,148 @@
+"""``int8bench report``: saved files in, one page out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_int8bench.files import FileError
+from pytest_int8bench.report.write import check_output, publish
+from pytest_int8bench.results.locating import Run, find, read_runs
+from pytest_int8bench.results.records import Record, Result, Saved
+
+_DEFAULT = "report.html"
+_FAILED = 2
+
+
+def add_report(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "report",
+        help="write a page, or Markdown, from saved files",
+        description="Write one file that shows what was saved: throughput, speedup, accuracy, "
+        "memory, compile time, where device time went, coverage and layer sensitivity, and with "
+        "several files the history, by the times in them. Of a point that several files have, the "
+        "last one is shown.",
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="saved JSON files or journals, folders of them, or numbers of pytest-benchmark such "
+        "as 0003",
+    )
+    parser.add_argument(
+        "--output",
+        action="append",
+        metavar="FILE",
+        help=f"report to write, .html or .md; repeatable (default: {_DEFAULT})",
+    )
+    parser.add_argument(
+        "--storage",
+        type=Path,
+        default=Path(".benchmarks"),
+        help="folder that pytest-benchmark saves in (default: .benchmarks)",
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code: 0, or 2 if a file cannot be read or written."""
+    try:
+        try:
+            outputs = [check_output(text) for text in arguments.output or [_DEFAULT]]
+        except FileError as error:
+            raise FileError(f"--output: {error}") from None
+        runs = gather(arguments.files, arguments.storage)
+        named = [(str(run.path), run.saved) for run in runs]
+        for output in dict.fromkeys(outputs):
+            publish(named, output)
+            print(output)
+    except (OSError, ValueError) as error:  # SchemaError and FileError among them
+        print(f"int8bench report: {error}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+_FIRST = datetime.min.replace(tzinfo=UTC)
+_RecordT = TypeVar("_RecordT", bound=Record)
+
+
+def gather(names: Sequence[str], storage: Path) -> list[Run]:
+    """Return what files, folders and numbers of pytest-benchmark stand for, oldest first.
+
+    Files of the same time keep their order; one that says no time stays behind the one before it. A
+    file that is given twice counts once. What a JSON file and the journal of its session both hold
+    is that of the JSON file.
+
+    Raises:
+        FileError: if there is no such file.
+        SchemaError: one line, if a file is damaged or not ours.
+        OSError: if one cannot be read.
+    """
+    found = [path for name in names for path in find(name, storage, journals=True)]
+    paths = {path.resolve(): path for path in reversed(found)}
+    return _by_time(_without_twins(read_runs([*reversed(paths.values())])))
+
+
+def _by_time(runs: Sequence[Run]) -> list[Run]:
+    times: list[datetime] = []
+    for run in runs:
+        times.append(run.saved.time or (times[-1] if times else _FIRST))
+    order = sorted(range(len(runs)), key=times.__getitem__)
+    return [runs[place] for place in order]
+
+
+def _without_twins(runs: Sequence[Run]) -> list[Run]:
+    files = [(run.saved, _texts(run.saved)) for run in runs if not run.saved.is_journal]
+    kept = []
+    for run in runs:
+        saved = run.saved
+        if saved.is_journal:
+            texts, timed = _texts(saved), {_text(r) for r in _records(saved) if _is_timed(r)}
+            for file, known in files:
+                # The runner writes a journal for a process that died before it had an environment.
+                alike = saved.environment in ({}, file.environment)
+                # No two sessions measure the same times.
+                if alike and (timed & known if timed else texts <= known):
+                    saved = _rest(saved, file)
+            if saved is not run.saved and not _records(saved):
+                continue
+        kept.append(Run(run.path, saved))
+    return kept
+
+
+def _texts(saved: Saved) -> set[str]:
+    return {_text(record) for record in _records(saved)}
+
+
+def _records(saved: Saved) -> tuple[Record, ...]:
+    return (*saved.results, *saved.accuracy, *saved.sensitivity)
+
+
+def _is_timed(record: Record) -> bool:
+    return getattr(record, "batch_time_s" if isinstance(record, Result) else "seconds") is not None
+
+
+def _text(record: Record) -> str:
+    return json.dumps([record.KIND, record.to_dict()], sort_keys=True)  # NaN equals itself here
+
+
+def _rest(journal: Saved, file: Saved) -> Saved:
+    """Return the points of ``journal`` that ``file`` lacks."""
+    return dataclasses.replace(
+        journal,
+        results=_others(journal.results, file.results),
+        accuracy=_others(journal.accuracy, file.accuracy),
+        sensitivity=_others(journal.sensitivity, file.sensitivity),
+    )
+
+
+def _others(records: Sequence[_RecordT], known: Sequence[_RecordT]) -> list[_RecordT]:
+    identities = {record.identity for record in known}
+    return [record for record in records if record.identity not in identities]

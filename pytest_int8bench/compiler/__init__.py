@@ -1,0 +1,1 @@
+"""torch.compile with settings that are the same on every call."""

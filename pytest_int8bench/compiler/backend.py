@@ -1,0 +1,139 @@
+"""The backend that models are compiled with: Inductor, behind what it needs and does not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from pytest_int8bench.compiler.fusion import passes
+from pytest_int8bench.compiler.fusion.nodes import begins_aligned, value_of
+from pytest_int8bench.compiler.torch_workarounds import cached_region_schemas
+
+_REGION = torch.ops.higher_order.invoke_subgraph
+
+
+class FusingInductor(torch._TorchCompileInductorWrapper):
+    """Backend of ``torch.compile``: the passes of :mod:`.fusion.passes`, then Inductor.
+
+    Args:
+        mode: the mode of ``torch.compile``.
+        dynamic: as in ``torch.compile``.
+        inline: hand kernels to Inductor where it can launch them itself
+            (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
+    """
+
+    def __init__(self, mode: str, dynamic: bool | None, inline: bool = False) -> None:
+        super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+        self._inline = inline
+
+    def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        _check_settings(model_)
+        passes.fuse(model_, inline=self._inline)
+        _check_regions(model_)
+        _check_alignment(model_)
+        with cached_region_schemas():
+            return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def load_inductor(device_type: str) -> None:
+    """Load Inductor, and for a GPU let the processes start in which it compiles kernels. These take
+    seconds to import torch; what is needed until they have is compiled in this process."""
+    import torch._inductor.compile_fx  # noqa: F401  of which torch.compile puts off the import
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime import compile_tasks
+
+    if device_type == "cuda":
+        # Those assemble with torch's own ptxas, and this process with Triton's until it compiles a
+        # kernel of Inductor. The version is part of the key of Triton's cache, and asked for once:
+        # a process that found its graph in the cache found no kernel there.
+        use_ptxas_of_torch = getattr(compile_tasks, "_set_triton_ptxas_path", None)
+        if use_ptxas_of_torch is not None:
+            use_ptxas_of_torch()
+        AsyncCompile.wakeup()
+
+
+def _check_regions(module: fx.GraphModule) -> None:
+    """Raise if a region returns a view from the middle of a tensor: Inductor adds its offset twice
+    and reads what lies behind (``InvokeSubgraph.create`` of torch 2.13)."""
+    for part in module.modules():
+        if part is module or not isinstance(part, fx.GraphModule):
+            continue
+        inputs = [value_of(node) for node in part.graph.find_nodes(op="placeholder")]
+        mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+        if mode is None:
+            continue
+        FakeTensorProp(part, mode).propagate_dont_convert_inputs(*inputs)
+        for node in part.graph.output_node().all_input_nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.storage_offset() != 0:
+                raise RuntimeError("a block returns a view from the middle of a tensor")
+
+
+def _check_settings(module: fx.GraphModule) -> None:
+    """Raise if a region is called under different settings, such as autocast in one call only.
+
+    Dynamo compares the code of two calls of a region, not the settings around them
+    (``are_same_graph_modules`` in torch/_dynamo/variables/higher_order_ops.py), so it compiles the
+    region under the settings of one call and uses it for the other.
+    """
+    first: dict[str, list[Any]] = {}
+
+    def visit(part: fx.GraphModule, settings: dict[Any, Any]) -> None:
+        for node in part.graph.nodes:
+            _follow_setting(node, settings)
+            for subgraph in _subgraphs(part, node):
+                active = list(settings.values())
+                if node.target is not _REGION:
+                    visit(subgraph, dict(settings))
+                elif node.args[1] not in first:
+                    first[node.args[1]] = active
+                    visit(subgraph, dict(settings))
+                elif first[node.args[1]] != active:
+                    raise RuntimeError("blocks run under different settings, such as autocast")
+
+    # Dynamo restores the process's settings before it calls the backend.
+    grad_mode = torch._C._set_grad_enabled
+    visit(module, {grad_mode: (grad_mode, (torch.is_grad_enabled(),), {})})
+
+
+def _subgraphs(part: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    names = [str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"]
+    attributes = [getattr(part, name, None) for name in names]
+    return [attribute for attribute in attributes if isinstance(attribute, fx.GraphModule)]
+
+
+def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
+    """Update the settings that are active after ``node``, if it changes any.
+
+    Dynamo notes no example value for a call that changes a setting. One without arguments from
+    the graph sets something; ``_exit_autocast(node)`` and the like undo what that node set.
+    """
+    if node.op != "call_function" or "example_value" in node.meta:
+        return
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    undone = node.all_input_nodes
+    if not undone:
+        # What is undone later is nested; of two other calls of a function, the later one holds.
+        settings[node if node.users else node.target] = (node.target, node.args, node.kwargs)
+    elif all("example_value" not in other.meta for other in undone):
+        for other in undone:
+            settings.pop(other, None)
+
+
+def _check_alignment(module: fx.GraphModule) -> None:
+    """Raise if a region is given memory at aligned addresses first and at others later: it is
+    compiled for the first call, and for what its addresses can be divided by."""
+    first: dict[Any, list[bool]] = {}
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        for node in part.graph.find_nodes(op="call_function", target=_REGION):
+            aligned = [begins_aligned(operand) for operand in node.args[2:]]
+            before = first.setdefault(node.args[1], aligned)
+            if any(was and not now for was, now in zip(before, aligned, strict=False)):
+                raise RuntimeError("blocks are given memory at addresses of different alignment")

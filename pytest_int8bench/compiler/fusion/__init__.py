@@ -1,0 +1,1 @@
+"""Graph passes that replace INT8 linear layers by fused operators."""

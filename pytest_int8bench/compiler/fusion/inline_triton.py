@@ -1,0 +1,282 @@
+"""Replace our operators by the Triton kernels that they launch, so that Inductor launches them.
+
+Calling an operator costs a trip from Python into the dispatcher and back. Inductor launches a
+kernel that it knows like one of its own: faster, with buffers that it plans, from a compile cache
+that holds the kernel, and compiled in parallel with the others. Operators whose sizes are unknown
+or whose memory is not dense stay; kernels of operators that stay are compiled in threads
+(:mod:`ahead`).
+
+The nodes are those that ``torch.compile`` makes of a user's Triton kernel. The public way to them,
+``torch.library.triton_op`` with ``wrap_triton``, takes no TMA descriptors up to torch 2.13: the
+launch disappears from the graph without an error, and the output is uninitialized memory. Nor does
+its cache key cover tiles that are chosen inside the operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import operator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from pytest_int8bench.compiler.fusion.nodes import (
+    LINEAR,
+    QUANTIZE,
+    Node,
+    begins_aligned,
+    may_be_laid_out_anew,
+    value_of,
+)
+from pytest_int8bench.kernels import dispatch
+from pytest_int8bench.kernels.schema import MAX_COLUMNS
+from pytest_int8bench.kernels.tile_types import Problem
+
+#: Torch keeps constants that a graph cannot hold in a table; this entry of it is empty.
+_NO_CONSTANTS = 1 << 60
+
+
+def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
+    """Replace operators by their kernels wherever shapes, strides and tiles are known.
+
+    Args:
+        inline: replace them; otherwise only compile their kernels in threads.
+    """
+    for node in list(graph.nodes):
+        if node.target is QUANTIZE:
+            _inline_quantize_rows(graph, node, inline)
+        elif node.target is LINEAR:
+            _inline_linear(graph, node, inline)
+
+
+def _inline_quantize_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
+    from pytest_int8bench.kernels import launch as launches
+
+    x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
+    shape = _known_shape(x)
+    inputs = [part for part in (x, gate, weight, bias, factor) if part is not None]
+    if shape is None or shape[-1] > MAX_COLUMNS or not all(map(_dense, inputs)):
+        return
+    value = value_of(x)
+    columns = shape[-1]
+    count = value.numel() // columns
+    strides = columns, 0 if gate is None else columns
+    there = [part is not None for part in (gate, weight, bias, factor)]
+    rows = launches.of_rows(
+        (count, columns), strides, norm, activation, eps, keep, there, value.device
+    )
+    if not inline:
+        written = torch.int8, torch.float32
+        kinds = (*map(_dtype, (x, gate)), *written, *map(_dtype, (weight, bias, factor)))
+        rows.compile_ahead((*kinds, value.dtype if keep else None), value.device)
+        return
+    with graph.inserting_before(node):
+        x, gate, weight, bias, factor = (
+            None if part is None else graph.call_method("contiguous", (part,))
+            for part in (x, gate, weight, bias, factor)
+        )
+        q = _empty(graph, (count, columns), torch.int8, value.device)
+        scale = _empty(graph, (count,), torch.float32, value.device)
+        kept = _empty(graph, (count, columns), value.dtype, value.device) if keep else None
+        x, gate = (
+            None if part is None else graph.call_method("view", (part, (count, columns)))
+            for part in (x, gate)
+        )
+        tensors = (x, gate, q, scale, weight, bias, factor, kept)
+        called = _insert_launch(graph, rows, tensors, ["q", "scale", *(["kept"] if keep else [])])
+        shapes = shape, shape[:-1], shape
+        outputs = [graph.call_method("view", pair) for pair in zip(called, shapes, strict=False)]
+        if not keep:
+            outputs.append(_empty(graph, (0,), value.dtype, value.device))
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        out = outputs[user.args[1]]
+        out.meta = dict(user.meta)
+        user.replace_all_uses_with(out)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
+    from pytest_int8bench.kernels import cuda, launch
+    from pytest_int8bench.kernels import dispatch as kernels_dispatch
+
+    q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
+    shape = _known_shape(q)
+    given = (weight, weight_scale, bias, gamma, residual)
+    if shape is None or not all(_dense(part) for part in given if part is not None):
+        return
+    device = value_of(q).device
+    n, k = value_of(weight).shape
+    m = value_of(q).numel() // k
+    problem = Problem(m, n, k, dtype.itemsize, residual is not None)
+    stride = 0 if residual is None else n
+    aligned = all(map(begins_aligned, (weight, residual)))
+    kernel = kernels_dispatch.kernel_for(
+        problem, dispatch.product_kernel(device), stride, value_of(residual), dtype, aligned
+    )
+    there = (bias is not None, gamma is not None)
+
+    operands = functools.cache(
+        functools.partial(launch.operands_like, problem, *there, dtype, device)
+    )
+    product = cuda.chosen_product(problem, *there, kernel, stride, device, operands)
+    # Inductor would compile a Gluon kernel as plain Triton.
+    if not inline or any(described.layout for described in product.descriptors):
+        rest = (residual, scale, weight_scale, bias, gamma)
+        product.compile_ahead((*map(_dtype, (q, weight)), dtype, *map(_dtype, rest)), device)
+        return
+    with graph.inserting_before(node):
+        rows: Node = graph.call_method("reshape", (q, (m, k)))
+        flat_scale: Node = graph.call_method("reshape", (scale, (m,)))
+        rows, flat_scale, weight, weight_scale, bias, gamma = (
+            None if part is None else graph.call_method("contiguous", (part,))
+            for part in (rows, flat_scale, weight, weight_scale, bias, gamma)
+        )
+        if residual is not None:
+            dense = graph.call_method("contiguous", (residual,))
+            residual = graph.call_method("view", (dense, (m, n)))
+        out = _empty(graph, (m, n), dtype, device)
+        tensors = (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma)
+        (out,) = _insert_launch(graph, product, tensors, ["c"])
+        whole = graph.call_method("view", (out, (*shape[:-1], n)))
+    whole.meta = dict(node.meta)
+    node.replace_all_uses_with(whole)
+    graph.erase_node(node)
+
+
+def _insert_launch(
+    graph: fx.Graph, launch: Any, tensors: Sequence[Node], written: Sequence[str]
+) -> list[Node]:
+    """Insert a launch and return the tensors that it writes.
+
+    The node stands for a kernel that first copies what it writes; Inductor drops the copies, as
+    nothing else reads the originals. The other kind of node names no outputs: AOTAutograd parses
+    the kernel to find them, each time it traces the launch.
+
+    Args:
+        tensors: the kernel's first arguments.
+        written: names of the parameters that the kernel writes to.
+    """
+    # Imported late: this loads modules of torch that few sessions need.
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        create_tma_stable_metadata,
+        triton_kernel_wrapper_functional,
+    )
+
+    names = launch.kernel.arg_names
+    given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
+    call = graph.call_function(
+        triton_kernel_wrapper_functional,
+        kwargs={
+            "kernel_idx": _index(launch.kernel, **launch.options),
+            "constant_args_idx": _NO_CONSTANTS,
+            "grid": [(launch.programs, 1, 1)],
+            "tma_descriptor_metadata": {
+                name: create_tma_stable_metadata(described.block)
+                for name, described in zip(names, launch.descriptors, strict=False)
+                if given[name] is not None
+            },
+            "kwargs": given,
+            "tensors_to_clone": list(written),
+        },
+    )
+    return [graph.call_function(operator.getitem, (call, name)) for name in written]
+
+
+def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
+    """Return the number under which torch finds a kernel with options of the compiler.
+
+    The key of AOTAutograd's cache contains this number but not the kernel's source, and torch
+    numbers kernels in the order in which it meets them. Another process would miss what this one
+    cached, or load it for a kernel whose source has changed. So hash the source and the options.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {_source(kernel)}"
+    index = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    kernel_side_table.id_to_kernel[index] = _with_options(kernel, num_warps, num_stages)
+    kernel_side_table.constant_args.setdefault(_NO_CONSTANTS, {})
+    return index
+
+
+@functools.cache
+def _source(kernel: Any) -> str:
+    """Return the source of all files that define ``kernel`` and the functions it calls, and the
+    constants that these read.
+
+    Triton's own ``cache_key`` will not do: in Triton 3.6 it depends on which kernel was hashed
+    first, and no version sees constants that are read as attributes of a module.
+    """
+    import triton.language as tl
+
+    constants: set[str] = set()
+    functions = [kernel.fn]
+    for function in functions:  # grows while we iterate: transitive closure over calls
+        for name, value in _globals_of(function):
+            called = getattr(value, "fn", None)
+            if isinstance(value, tl.constexpr):
+                constants.add(f"{name} = {value.value!r}")
+            elif inspect.isfunction(called) and called not in functions:
+                functions.append(called)
+    files = {inspect.getsourcefile(function) or "" for function in functions}
+    return "\n".join([*sorted(constants), *sorted(Path(file).read_text() for file in files)])
+
+
+def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the globals that a function reads, by name, and attributes of modules among them."""
+    names = function.__code__.co_names
+    for name in names:
+        value = function.__globals__.get(name)
+        yield name, value
+        # Triton's version is part of torch's keys already.
+        if inspect.ismodule(value) and value.__name__.partition(".")[0] != "triton":
+            yield from ((attribute, getattr(value, attribute, None)) for attribute in names)
+
+
+@functools.cache
+def _with_options(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """Return a kernel with compiler options, as an autotuner with a single configuration."""
+    import triton
+
+    config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune(configs=[config], key=[])(kernel)
+
+
+def _empty(
+    graph: fx.Graph, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Node:
+    return graph.call_function(torch.empty, (shape,), {"dtype": dtype, "device": device})
+
+
+def _known_shape(node: Node) -> tuple[int, ...] | None:
+    """Return the shape of a CUDA tensor; None if it is unknown, empty or not on CUDA."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or not _has_kernels(value.device):
+        return None
+    shape = tuple(value.shape)
+    return shape if all(isinstance(size, int) and size > 0 for size in shape) else None
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    return None if node is None else value_of(node).dtype
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _dense(node: Node) -> bool:
+    """Return whether a tensor is contiguous in Dynamo's graph and Inductor will keep it so.
+
+    Callers still insert ``contiguous()``: tracing may change the layout, and drops the call where
+    it does not.
+    """
+    value = value_of(node)
+    dense = isinstance(value, torch.Tensor) and value.is_contiguous()
+    return dense and not may_be_laid_out_anew(node)

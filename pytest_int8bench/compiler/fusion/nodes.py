@@ -1,0 +1,249 @@
+"""What a node of Dynamo's graph is and does, as far as joining operators has to know."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
+from pytest_int8bench.kernels.tile_types import ALIGNMENT
+
+# An fx.Node, whose arguments are typed as anything that a graph can hold.
+Node: TypeAlias = Any
+
+QUANTIZE = torch.ops.int8bench.quantize_rows.default
+LINEAR = torch.ops.int8bench.linear.default
+DEQUANTIZE = torch.ops.int8bench.dequantize.default
+DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
+
+ADD = (operator.add, torch.add)
+MULTIPLY = (operator.mul, torch.mul)
+_MUTATING = {operator.setitem, operator.delitem} | {
+    getattr(operator, "i" + name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+}
+NORMS: dict[Any, str] = {
+    F.layer_norm: "layer",
+    torch.layer_norm: "layer",
+    F.rms_norm: "rms",
+    torch.rms_norm: "rms",
+}
+_GELU = torch._C._nn.gelu
+# Of built-in functions, which do not tell them.
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    _GELU: ("input", "approximate"),
+    torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
+# Operators that return a view of their first argument.
+_VIEWS = {
+    ("call_method", name)
+    for name in (
+        *("reshape", "view", "transpose", "permute", "unflatten", "flatten", "unsqueeze"),
+        *("squeeze", "movedim", "swapaxes", "chunk", "split", "unbind"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(torch.reshape, torch.transpose, torch.permute, torch.unflatten, torch.flatten),
+        *(torch.unsqueeze, torch.squeeze, torch.movedim, torch.swapaxes, torch.chunk),
+        *(torch.split, torch.unbind, operator.getitem),
+    )
+}
+# Operators that return their tensor where its dtype is the one they are to return.
+_CASTS = {
+    ("call_method", name) for name in ("to", "float", "half", "bfloat16", "double", "type_as")
+}
+# Operators that read any tensor by its strides, and return new ones.
+_READERS = {
+    ("call_method", name)
+    for name in (
+        *("contiguous", "clone", "size"),
+        *("add", "sub", "mul", "div", "neg", "abs", "pow", "square", "matmul", "softmax"),
+        *("mean", "sum", "norm", "sin", "cos", "rsqrt"),
+    )
+} | {
+    ("call_function", function)
+    for function in (
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
+        *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
+        *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
+        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
+        *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
+    )
+}
+# Those of them for which Inductor chooses how the tensor is laid out.
+_LAYING_OUT = {
+    *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
+    *(operator.matmul, "matmul", F.scaled_dot_product_attention),
+}
+_ACTIVATIONS: dict[Any, str] = {
+    F.silu: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+def views_read_by_strides(node: Node) -> list[Node] | None:
+    """Return all views of ``node``, or None if something else reads one of them than what is known
+    to go by strides: a kernel may have been promised rows without gaps."""
+    views: list[Node] = []
+    for user in node.users:
+        dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
+        if _is_cast(user) or (_is_view(user) and not dtypes):
+            inner = views_read_by_strides(user)
+            if inner is None:
+                return None
+            views += [user, *inner]
+        elif (user.op, user.target) not in _READERS:
+            return None
+    return views
+
+
+def may_be_laid_out_anew(node: Node) -> bool:
+    """Say whether Inductor may lay out a tensor with its rows apart: inside of what ``torch.cat``
+    or ``torch.stack`` makes of it, or padded for a product. A kernel that was promised rows without
+    gaps does not see that (torch 2.11)."""
+    while _is_view(node) or _is_cast(node):
+        node = node.all_input_nodes[0]
+    ours = node.target in (QUANTIZE, LINEAR)
+    if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
+        return False  # these have the layout that they have
+    return not all(map(_leaves_alone, node.users))
+
+
+def _leaves_alone(user: Node) -> bool:
+    """Say whether a reader, and those of a view that it is, are known to take what they read as it
+    lies."""
+    if _is_view(user) or _is_cast(user):
+        return all(map(_leaves_alone, user.users))
+    if user.op == "output" or _is_higher_order(user):
+        return True
+    return user.target not in _LAYING_OUT and (user.op, user.target) in _READERS
+
+
+def _is_higher_order(node: Node) -> bool:
+    """Say whether a node is a region or a kernel."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _is_cast(node: Node) -> bool:
+    return (node.op, node.target) in _CASTS
+
+
+def _is_view(node: Node) -> bool:
+    """Say whether a call may return a view of its first argument, and goes by its strides."""
+    if (node.op, node.target) in _VIEWS:
+        return True
+    # Where Dynamo does not look into einops, as that of torch 2.11. It reshapes and transposes.
+    whose = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
+    return whose == ("einops.einops", "rearrange")
+
+
+def activation_name(node: Any) -> str | None:
+    """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or writes(node):
+        return None
+    if node.target is _GELU:
+        return "gelu_tanh" if given_arguments(node).get("approximate") == "tanh" else "gelu"
+    return _ACTIVATIONS.get(node.target)
+
+
+def given_arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call of ``torch.nn.functional`` by name, those left out left
+    out."""
+    given: dict[str, Any] = dict(zip(_parameters(node.target), node.args, strict=False))
+    return {**given, **node.kwargs}
+
+
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    """Return the names of the parameters of a function."""
+    if function in _PARAMETERS:
+        return _PARAMETERS[function]
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ("input",)
+
+
+def nothing_written(start: Node, end: Node) -> bool:
+    """Say whether no operator between two nodes writes to a tensor: what is read at ``start`` may
+    then be read at ``end``."""
+    node = start.next
+    while node is not end:
+        if writes(node):
+            return False
+        node = node.next
+    return True
+
+
+def writes(node: Node) -> bool:
+    """Say whether a call may write to one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # what is inside is not looked at
+    if target in _MUTATING or node.kwargs.get("out") is not None:
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return node.op == "call_function" and bool(given_arguments(node).get("inplace"))
+
+
+def only_user(node: Node) -> Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def other_operand(user: Node, node: Node) -> Any:
+    """Return the other operand of ``user``; ``node`` itself where it is both."""
+    left, right = user.args
+    return right if left is node else left
+
+
+def value_of(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def begins_aligned(node: Any) -> bool:
+    """Say whether a tensor begins at an aligned place of its memory; so does what is no tensor, and
+    one of which it is not known."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return True
+    offset = value.storage_offset()
+    return not isinstance(offset, int) or offset * value.element_size() % ALIGNMENT == 0
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Say whether two nodes are tensors of one shape and dtype."""
+    if one is other:
+        return False
+    a, b = value_of(one), value_of(other)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def same_dtype(one: Any, other: Any) -> bool:
+    a, b = value_of(one), value_of(other)
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype
+
+
+def is_row_of(vector: Any, node: Node) -> bool:
+    value = value_of(vector)
+    return isinstance(value, torch.Tensor) and value.shape == value_of(node).shape[-1:]

@@ -1,0 +1,1 @@
+"""Interleaved A/B measurement of two revisions on one machine."""

@@ -1,0 +1,118 @@
+"""Match the points of both revisions, and collect their times block by block."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from pytest_int8bench.gate.ab.journal import Identity, Process
+from pytest_int8bench.gate.ab.plan import BASE, SCREENING, AbRun
+from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
+from pytest_int8bench.results.records import Result
+
+
+def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Identity, AbRun | None]:
+    """Return the runs of both sides; None for those that can be compared."""
+    before, after = base.by_identity(), new.by_identity()
+    found: dict[Identity, AbRun | None] = {}
+    for identity in dict.fromkeys((*before, *after)):
+        old, now = before.get(identity), after.get(identity)
+        known = now or old
+        assert known is not None
+        outcome, code, reason = _unmatched(old, now, allow_missing=allow_missing)
+        if outcome is None:
+            found[identity] = None
+            continue
+        found[identity] = AbRun(
+            nodeid=known.nodeid,
+            workload=known.workload,
+            run_name=known.run_name,
+            outcome=outcome,
+            exit_code=code,
+            reason=reason,
+        )
+    return found
+
+
+def _unmatched(
+    old: Result | None, now: Result | None, *, allow_missing: bool
+) -> tuple[str | None, int, str | None]:
+    """Return outcome, exit code and reason of a run that both sides do not have measured."""
+    lost = PASSES if allow_missing else UNDECIDED
+    if now is None:
+        assert old is not None
+        code = PASSES if old.status == "skipped" else lost
+        return "missing", code, "not in the new revision"
+    if now.oom:
+        if old is not None and old.oom:
+            return "oom", PASSES, f"as in the base: {now.reason}"
+        if old is None:
+            return "oom", PASSES, now.reason
+        return "oom", REGRESSES if old.status == "ok" else UNDECIDED, now.reason
+    if now.status == "skipped":
+        was = old is None or old.status == "skipped"
+        return "disabled" if now.is_disabled else "skipped", PASSES if was else lost, now.reason
+    if now.status != "ok":
+        return "failed", UNDECIDED, now.reason
+    if old is None or old.status != "ok":
+        return "new", PASSES, f"was {old.status}: {old.reason}" if old else "not in the base"
+    return None, PASSES, None
+
+
+def block_times(
+    stage: str,
+    blocks: Sequence[Sequence[Process]],
+    identities: Sequence[Identity],
+    field_name: str,
+) -> tuple[dict[Identity, list[tuple[float, ...]]], dict[Identity, str]]:
+    """Return seconds per batch for each run and block, base first and second, then the base again;
+    and why runs have none."""
+    times: dict[Identity, list[tuple[float, ...]]] = {identity: [] for identity in identities}
+    broken: dict[Identity, str] = {}
+    for processes in blocks:
+        ordered = sorted(processes, key=lambda p: p.position)
+        if stage == SCREENING:
+            ordered.sort(key=lambda p: p.side != BASE)
+        found = [process.by_identity() for process in ordered]
+        for identity in identities:
+            results = [results.get(identity) for results in found]
+            measured = [r for r in results if r is not None and r.status == "ok"]
+            values = [getattr(result, field_name) for result in measured]
+            seconds = tuple(value for value in values if value is not None)
+            if len(seconds) < len(ordered):
+                bad = [r for r in results if r is not None and r.status != "ok"]
+                why = f"{bad[0].status}: {bad[0].reason}" if bad else "not measured"
+                broken.setdefault(identity, f"in a process of the {stage}: {why}")
+            times[identity].append(seconds)
+    return times, broken
+
+
+def to_arrays(
+    times: Mapping[Identity, Sequence[tuple[float, ...]]], kept: Sequence[Identity], count: int
+) -> list[list[list[float]]]:
+    return [
+        [[block[position] for block in times[identity]] for identity in kept]
+        for position in range(count)
+    ]
+
+
+def wall_time_of(process: Process, identities: Sequence[Identity]) -> float:
+    """Return the wall time of a process, less that of runs other than these."""
+    others = sum(
+        (result.compile_s or 0.0)
+        + (result.warm_up_s or 0.0)
+        + (result.rounds or 0) * (result.iterations or 0) * (result.batch_time_s or 0.0)
+        for identity, result in process.by_identity().items()
+        if identity not in identities
+    )
+    return max(process.seconds - others, 1.0)
+
+
+def throttle_reasons(process: Process, identities: Sequence[Identity]) -> Iterator[str]:
+    for identity, result in process.by_identity().items():
+        if identity in identities:
+            yield from result.throttled
+
+
+def median_or_none(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

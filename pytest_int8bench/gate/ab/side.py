@@ -1,0 +1,290 @@
+"""One side of an A/B: a revision in a worktree, measured by fresh processes of pytest that import
+its own code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.ab.worktrees import LOCAL_VARIABLES, Revision
+from pytest_int8bench.processes.ab_files import SideFiles
+from pytest_int8bench.processes.running import ending, stop
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result, SchemaError
+
+_PLUGIN = "pytest_int8bench.suite.side"
+# What the two sides must not share.
+_CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCH_EXTENSIONS_DIR": "extensions",
+}
+_INSTALLED = ("site-packages", "dist-packages")
+_CODE = (".py", ".so", ".pyd")
+_PROJECTS = ("pyproject.toml", "*/pyproject.toml", "*/*/pyproject.toml")
+# Lines of pytest's output that say what went wrong, the most telling ones first.
+_TELLING = tuple(map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)")))
+
+
+_TOO_OLD = re.compile(
+    rf'(importing|loading) plugin "({re.escape(_PLUGIN)}|int8bench)"|'
+    "unrecognized arguments: --int8"
+)
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class SideError(ClearError, RuntimeError):
+    """A revision that cannot be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A revision and where it is measured."""
+
+    revision: Revision
+    root: Path
+    """Top level of the user's own working tree."""
+    tree: Path
+    """Top level of the revision's worktree."""
+    folder: Path
+    """Folder below ``tree`` that pytest runs in."""
+    site: Path
+    """Where ``--install`` puts packages."""
+    cache: Path
+    """Where compiled code is kept from process to process."""
+    log: Path
+    """What all processes print, one after the other."""
+
+    def install(self, command: str) -> None:
+        """Run ``--install``'s command in the worktree. Where pip is told to install, it goes to
+        ``site``.
+
+        Raises:
+            SideError: one line, if it fails.
+        """
+        environ = {**self._environ(), "PIP_TARGET": str(self.site), "PIP_UPGRADE": "1"}
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {command}  # {self.revision.label}\n")
+            log.flush()
+            begin = log.tell()
+            code = _run(command, cwd=self.tree, env=environ, log=log, shell=True)
+        if code != 0:
+            lines = self._printed(begin).strip().splitlines()
+            why = f": {lines[-1].strip()}" if lines else ""
+            how = f"exit code {code}" if code > 0 else ending(code)
+            raise SideError(
+                f"{self.revision.label}: --install ended with {how}{why} (all of it is in "
+                f"{self.log})"
+            )
+
+    def measure(self, pytest_args: Sequence[str], only: Collection[str] | None) -> Measured:
+        """Run pytest once, in a fresh process.
+
+        Args:
+            pytest_args: the user's; paths into the user's working tree become the worktree's.
+            only: node ids to run; None for all.
+
+        Raises:
+            SideError: one line, if nothing could be measured, or with code that is not this
+                revision's.
+        """
+        # Beside the worktrees: it goes with them, should this process be killed.
+        with tempfile.TemporaryDirectory(prefix="side-", dir=self.tree.parent) as folder:
+            files = SideFiles.start(Path(folder) / "process", only)
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "pytest",
+                "-p",
+                _PLUGIN,
+                *map(self._moved, pytest_args),
+            ]
+            command += ["--int8-lean", f"--int8-journal={files.journal}"]
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(f"\n$ {' '.join(command)}  # {self.revision.label}\n")
+                log.flush()
+                begin = log.tell()
+                start = time.monotonic()
+                environ = {**self._environ(), **files.to_env_vars()}
+                code = _run(command, cwd=self.folder, env=environ, log=log)
+                seconds = time.monotonic() - start
+            modules = files.modules()
+            try:
+                saved = read(files.journal)
+            except (FileNotFoundError, SchemaError):
+                saved = None
+        results = saved.results if saved is not None else []
+        if saved is None or modules is None or not results:
+            what = "did not finish" if results else "measured nothing"
+            raise SideError(self._failure(what, code, begin))
+        self._check_own_code(modules)
+        commit = saved.environment.get("commit")
+        if commit != self.revision.commit:
+            where = f", but at commit {commit}" if commit else ""
+            raise SideError(
+                f"{self.revision.label}: pytest's root folder is not in the worktree{where}: "
+                "leave out --rootdir and -c"
+            )
+        return Measured(saved.environment, saved.results, seconds)
+
+    def _environ(self) -> dict[str, str]:
+        left_out = {name for name in os.environ if name.startswith("PYTEST_XDIST_")}
+        left_out |= LOCAL_VARIABLES  # of a git hook: they would name the user's own repository
+        kept = {name: value for name, value in os.environ.items() if name not in left_out}
+        given = [part for part in kept.get("PYTHONPATH", "").split(os.pathsep) if part]
+        own = [self.site, self.tree / "src", self.tree, self.folder]
+        path = [*map(str, own), *map(self._moved, given)]
+        caches = {name: str(self.cache / folder) for name, folder in _CACHES.items()}
+        return {**kept, **caches, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+
+    def _moved(self, argument: str) -> str:
+        """Return an argument in which the user's working tree is replaced by the worktree."""
+        name, equals, value = argument.partition("=")
+        if equals and name.startswith("-"):
+            return f"{name}={self._moved(value)}"
+        if not os.path.isabs(argument):
+            return argument
+        # As it is written, or through links to the working tree.
+        for path in (Path(argument), Path(os.path.realpath(argument))):
+            if path.is_relative_to(self.root):
+                moved = self.tree / path.relative_to(self.root)
+                return argument if self._is_data(path, moved) else str(moved)
+        return argument
+
+    def _is_data(self, path: Path, moved: Path) -> bool:
+        """Say whether something is in the user's working tree only, and is not the project's
+        code: weights that are not committed, a virtual environment."""
+        if any(part in path.parts for part in _INSTALLED):
+            return True
+        # Code that is not committed is refused when it is loaded.
+        return path.exists() and path.suffix != ".py" and not moved.exists()
+
+    def _failure(self, what: str, code: int, begin: int) -> str:
+        text = self._printed(begin)
+        where = f"{self.revision.label}: "
+        if _TOO_OLD.search(text):
+            return where + (
+                "pytest-int8bench is missing there, turned off, or too old to be measured by "
+                "int8bench ab"
+            )
+        found = (next(_matches(pattern, text), None) for pattern in _TELLING)
+        why = next(filter(None, found), None)
+        return (
+            where
+            + f"pytest {what}: {ending(code)}"
+            + (f": {why.strip()}" if why else "")
+            + f" (its output is in {self.log})"
+        )
+
+    def _printed(self, begin: int) -> str:
+        """Return what was printed from byte ``begin`` of the log on, without colors."""
+        text = self.log.read_bytes()[begin:].decode(errors="replace")
+        return _COLOR.sub("", text)
+
+    def _check_own_code(self, modules: dict[str, str]) -> None:
+        """Refuse code of the project that was loaded from elsewhere than this side.
+
+        Raises:
+            SideError: naming the first such module.
+        """
+        own = [self.tree.resolve(), self.site.resolve(), self.cache.resolve()]  # and compiled code
+        # A whole Python can be in the user's working tree, such as one of conda.
+        python = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+        root, names = self.root.resolve(), self._names()
+        for module, file in sorted(modules.items()):
+            path = Path(file).resolve()
+            is_installed = any(part in path.parts for part in _INSTALLED)
+            is_python = not is_installed and any(path.is_relative_to(p) for p in python)
+            if is_python or any(path.is_relative_to(folder) for folder in own):
+                continue
+            if path.is_relative_to(root) and not is_installed:
+                raise SideError(
+                    f"{self.revision.label}: module {module} was loaded from {path}, which is not "
+                    "this revision's: the path to it is set somewhere, such as in a conftest.py "
+                    "or by an editable install (see --install)"
+                )
+            if module.partition(".")[0] in names:
+                raise SideError(
+                    f"{self.revision.label}: module {module} was loaded from {path}, not from the "
+                    "worktree: a package that must be built or installed needs --install, such as "
+                    "--install 'pip install --no-deps .'"
+                )
+
+    def _names(self) -> set[str]:
+        """Return the packages and modules that the revision holds, and those of its projects that
+        are installed, wherever in the revision these are kept."""
+        found = set()
+        for folder in (self.tree, self.tree / "src"):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.suffix == ".py":
+                    found.add(path.stem)
+                elif (path / "__init__.py").is_file():
+                    found.add(path.name)
+        for project in self._projects():
+            for distribution in importlib.metadata.distributions(name=project):
+                found |= {
+                    file.parts[0].partition(".")[0]
+                    for file in distribution.files or ()
+                    if file.suffix in _CODE and "editable" not in file.parts[0]
+                }
+        return found
+
+    def _projects(self) -> set[str]:
+        """Return the names of the Python projects that the revision holds."""
+        found = set()
+        for pattern in _PROJECTS:
+            for path in self.tree.glob(pattern):
+                with suppress(
+                    OSError, ValueError, LookupError, TypeError
+                ):  # pip says what is wrong
+                    name = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]
+                    found |= {name} if name and isinstance(name, str) else set()
+        return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process measured."""
+
+    environment: dict[str, Any]
+    results: list[Result]
+    seconds: float
+    """Wall time of the process."""
+
+
+def _matches(pattern: re.Pattern[str], text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if match := pattern.fullmatch(line):
+            yield match[1]
+
+
+def _run(command: Any, *, cwd: Path, env: dict[str, str], log: Any, shell: bool = False) -> int:
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        shell=shell,
+        start_new_session=shell,  # what a shell started can be ended together with it
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        stop(process, group=shell)
+        raise

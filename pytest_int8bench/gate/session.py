@@ -1,0 +1,122 @@
+"""The gate inside a pytest session: each measured point against a saved file, at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from pytest_int8bench.environment import differences
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.compare import compare
+from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, RunChange
+from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.records import Result, Saved, point_label
+
+
+class RegressionError(ClearError, AssertionError):
+    """A point got worse than its limits allow."""
+
+
+class IncomparableError(ClearError, RuntimeError):
+    """A point cannot be compared, so that nothing is known about it."""
+
+
+class SessionGate:
+    """Holds the points of a session to those of saved files.
+
+    Args:
+        base: the saved files, one process each.
+        rules: limits, and what may differ.
+    """
+
+    def __init__(self, base: Sequence[Run], rules: Rules) -> None:
+        self._base = list(base)
+        self._rules = rules
+        self._judged: dict[str, RunChange] = {}
+
+    @property
+    def name(self) -> str:
+        """What points are compared with."""
+        return ", ".join(str(run.path) for run in self._base)
+
+    def check_machine(self, environment: Mapping[str, Any]) -> None:
+        """Refuse to compare what another machine or software measured.
+
+        Raises:
+            IncomparableError: one line with what differs.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for run in self._base:
+            found |= differences(run.saved.environment, environment)
+        if blocking := {k: v for k, v in found.items() if k not in self._rules.allow}:
+            listed = ", ".join(f"{name} {base} -> {new}" for name, (base, new) in blocking.items())
+            allow = " ".join(f"--int8-allow {name}" for name in blocking)
+            raise IncomparableError(
+                f"{self.name} was measured on another machine or software: {listed}; to compare "
+                f"all the same: {allow}"
+            )
+
+    def judge(self, result: Result, environment: Mapping[str, Any]) -> None:
+        """Compare one point.
+
+        Raises:
+            RegressionError: if it got worse.
+            IncomparableError: if it cannot be compared.
+        """
+        run = Run(self._base[0].path, Saved(dict(environment), [result]))
+        found = compare(self._base, [run], self._rules)
+        [change] = [entry for entry in found.runs if _is_of(entry, result)]
+        self._judged[result.nodeid] = change
+        if change.exit_code == PASSES:
+            return
+        kind = RegressionError if change.exit_code == REGRESSES else IncomparableError
+        name = point_label(result.workload, result.run_name)
+        raise kind(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
+
+    def problems(
+        self,
+        collected: Collection[str],
+        deselected: Collection[str],
+        *,
+        by_node: bool,
+        is_gone: Callable[[str], bool],
+    ) -> list[str]:
+        """Return what must not pass silently at the end of a session, a line each.
+
+        Args:
+            collected: node ids of all tests that were found.
+            deselected: those among them that were not to be run.
+            by_node: the tests were named one by one, so that others are not missing.
+            is_gone: says whether a file of tests was to be collected, and is not there any more.
+        """
+        measured = [r for run in self._base for r in run.saved.results if r.status in ("ok", "oom")]
+        expected = {result.nodeid for result in measured}
+        files = {nodeid.partition("::")[0] for nodeid in collected}
+        files |= {file for nodeid in expected if is_gone(file := nodeid.partition("::")[0])}
+        lines = []
+        if not any(change.outcome != NEW for change in self._judged.values()):
+            lines.append(f"nothing was compared with {self.name}")
+        if self._rules.allow_missing:
+            return lines
+        for nodeid in sorted(expected - set(self._judged) - set(deselected)):
+            if nodeid in collected:
+                lines.append(f"not measured, so not compared: {nodeid}")
+            elif not by_node and nodeid.partition("::")[0] in files:
+                lines.append(f"missing: {nodeid} is in {self.name} and not in this session")
+        return lines
+
+    def summary(self) -> list[str]:
+        """Return what came out, and the points that have no baseline."""
+        count = Counter(change.outcome for change in self._judged.values())
+        listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "nothing"
+        new = [change for change in self._judged.values() if change.outcome == NEW]
+        return [
+            f"compared with {self.name}: {listed}",
+            *(f"new: {point_label(c.workload, c.run_name)}: {c.reason}" for c in new),
+        ]
+
+
+def _is_of(change: RunChange, result: Result) -> bool:
+    return (change.nodeid, change.workload) == (result.nodeid, result.workload)

@@ -1,0 +1,225 @@
+"""The operators of the fused backend, as ``torch.ops.int8bench``.
+
+Those of W8A8 have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
+shapes take them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`)
+elsewhere. They are for inference: a backward pass through them is an error. ``dequantize`` is such
+a one for W8; ``dequantized_linear`` is plain torch, which compilers see into, and an operator so
+that layers are found in a graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pytest_int8bench.kernels import dispatch, reference
+from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, MAX_COLUMNS, SCHEMAS, Three
+
+# Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
+_LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    norm: str = "none",
+    activation: str = "none",
+    gate: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 0.0,
+    factor: torch.Tensor | None = None,
+    keep: bool = False,
+) -> Three:
+    """Quantize rows to INT8, one symmetric scale each, after what stands before a linear layer.
+
+    Args:
+        x: floating (..., K).
+        norm: ``none``, ``layer`` or ``rms``.
+        activation: ``none``, ``gelu``, ``gelu_tanh``, ``silu`` or ``relu``; not with a norm.
+        gate: like ``x``; multiplies the activated row.
+        weight: (K,) of the norm.
+        bias: (K,) of the norm.
+        eps: of the norm.
+        factor: (K,) that the row is multiplied by last (SmoothQuant).
+        keep: also return the row as it was before ``factor``.
+
+    Returns:
+        INT8 values (..., K); FP32 scales (...), so that value x scale is the row; and the row in
+        the dtype of ``x``, empty without ``keep``. A row that is all zero has scale 0, one that
+        holds NaN or infinity has scale NaN.
+    """
+    out: Three = torch.ops.int8bench.quantize_rows.default(
+        x, norm, activation, gate, weight, bias, eps, factor, keep
+    )
+    return out
+
+
+def linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply INT8 rows with INT8 weights.
+
+    Args:
+        q: INT8 (..., K).
+        scale: FP32 (...), of the rows.
+        weight: INT8 (N, K).
+        weight_scale: FP32 (N,).
+        bias: (N,) or None.
+        gamma: (N,) that the result is multiplied by.
+        residual: (..., N) that is added last.
+        dtype: of the result.
+
+    Returns:
+        (..., N): ``(q @ weight.T * scale * weight_scale + bias) * gamma + residual``, computed in
+        INT32 and FP32.
+    """
+    out: torch.Tensor = torch.ops.int8bench.linear.default(
+        q, scale, weight, weight_scale, bias, gamma, residual, dtype
+    )
+    return out
+
+
+def dequantize(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Dequantize weights, several in one pass over memory.
+
+    Args:
+        weights: INT8 (N, K) each.
+        weight_scales: FP32 (N,) each.
+        dtype: of the results.
+
+    Returns:
+        For each, ``weight * weight_scale`` (N, K), rounded once.
+    """
+    out: list[torch.Tensor] = torch.ops.int8bench.dequantize.default(weights, weight_scales, dtype)
+    return out
+
+
+def dequantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Multiply floating-point rows with an INT8 weight that is dequantized before; as
+    ``torch.ops.int8bench.dequantized_linear`` it stays one node in a graph of Dynamo.
+
+    Args:
+        x: floating (..., K).
+        weight: INT8 (N, K).
+        weight_scale: FP32 (N,).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N): ``x @ (weight * weight_scale).T + bias``, the weight rounded to the dtype of
+        ``x``, in which the library of the device multiplies.
+    """
+    return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
+
+
+def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
+    *before, keep = rest
+    q, scale, kept = reference.quantize_rows(x, *before)
+    kept = kept.to(x.dtype).contiguous() if keep else x.new_empty(0)
+    if kept.data_ptr() == x.data_ptr():  # an operator must not return its input
+        kept = kept.clone()
+    return q.contiguous(), scale.contiguous(), kept
+
+
+def _quantize_rows_on_cuda(x: torch.Tensor, *rest: Any) -> Three:
+    if x.shape[-1] > MAX_COLUMNS:
+        return _quantize_rows(x, *rest)
+    from pytest_int8bench.kernels import cuda
+
+    with _current(x.device):
+        return cuda.quantize_rows(x, *rest)
+
+
+def _quantize_rows_of_fakes(x: torch.Tensor, *rest: Any) -> Three:
+    *_, keep = rest
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return q, scale, x.new_empty(x.shape if keep else (0,))
+
+
+def _linear(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return reference.linear(q, *rest).contiguous()
+
+
+def _linear_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(q.device):
+        return cuda.linear(q, *rest, kernel=dispatch.product_kernel(q.device))
+
+
+def _linear_of_fakes(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    *_, dtype = rest
+    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def _dequantize(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    pairs = zip(weights, weight_scales, strict=True)
+    return [reference.dequantized(weight, scale, dtype).contiguous() for weight, scale in pairs]
+
+
+def _dequantize_on_cuda(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(weights[0].device):
+        return cuda.dequantize(weights, weight_scales, dtype)
+
+
+def _dequantize_of_fakes(
+    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: Triton launches there, wherever the tensors are."""
+    if device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _no_gradient(context: Any, *gradients: torch.Tensor) -> None:
+    raise RuntimeError("INT8 layers of the fused backend are for inference: they have no gradient")
+
+
+def _register() -> None:
+    for schema, anywhere, on_cuda, of_fakes in (
+        (SCHEMAS[0], _quantize_rows, _quantize_rows_on_cuda, _quantize_rows_of_fakes),
+        (SCHEMAS[1], _linear, _linear_on_cuda, _linear_of_fakes),
+        (SCHEMAS[2], _dequantize, _dequantize_on_cuda, _dequantize_of_fakes),
+    ):
+        name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, on_cuda, "CUDA")
+        torch.library.register_fake(f"int8bench::{name}", of_fakes, lib=_LIBRARY)
+        torch.library.register_autograd(f"int8bench::{name}", _no_gradient, lib=_LIBRARY)
+    name = _LIBRARY.define(DEQUANTIZED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, dequantized_linear, "CompositeImplicitAutograd")
+
+
+# The process may hold them from an import before this one: pytester forgets in its own process what
+# a session imported, and torch does not.
+if not hasattr(torch.ops.int8bench, "linear"):
+    _register()

@@ -1,0 +1,27 @@
+"""Schemas of the operators, and the names that they take."""
+
+from __future__ import annotations
+
+import torch
+
+NORMS = ("none", "layer", "rms")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
+#: Columns of the longest row that stays in registers; longer ones take plain torch.
+MAX_COLUMNS = 32768
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+DEQUANTIZED_LINEAR = (
+    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
+)
+SCHEMAS = (
+    (
+        "quantize_rows(Tensor x, str norm, str activation, Tensor? gate, Tensor? weight,"
+        " Tensor? bias, float eps, Tensor? factor, bool keep) -> (Tensor, Tensor, Tensor)"
+    ),
+    (
+        "linear(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias,"
+        " Tensor? gamma, Tensor? residual, ScalarType dtype) -> Tensor"
+    ),
+    "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
+)

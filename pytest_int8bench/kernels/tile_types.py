@@ -1,0 +1,83 @@
+"""Describe problems and tiles as small tuples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Product:
+    """How the INT8 product is cut into tiles."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    programs_per_sm: int = 1
+    """TMA only: programs that stay on a multiprocessor."""
+    parts: int = 1
+    """TMA only: parts in which a tile is stored."""
+    flatten: bool = True
+    """TMA only: load for the next tile while one is stored."""
+    early: bool = False
+    """TMA only: load the residual before the product, into registers."""
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class Specialized:
+    """How :mod:`specialized` shares out its tiles, and what it keeps in shared memory."""
+
+    slots: int
+    """Columns of tiles of the output that are worked on at once."""
+    groups: int
+    """Rows of tiles of the output that are worked on at once."""
+    passes: int
+    """Columns that a program works on, one after the other."""
+    stages: int
+    """Steps that are loaded ahead."""
+    buffers: int
+    """Halves of a tile that a group of warps stores at once."""
+    stationary: bool
+    """The rows of the weight for a column of the output stay in shared memory."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows are cut for :func:`kernels.quantize_rows`."""
+
+    rows: int
+    block: int
+    chunks: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product: rows, columns, depth, and what its epilogue moves."""
+
+    m: int
+    n: int
+    k: int
+    out_bytes: int
+    """Bytes of an element of the output."""
+    residual: bool
+
+    @property
+    def key(self) -> str:
+        """The problem as text; near sizes of M are one."""
+        m = 1 << max(self.m - 1, 0).bit_length()
+        return f"{m}x{self.n}x{self.k}:{self.out_bytes}:{'r' if self.residual else '-'}"
+
+
+#: Rows, columns and depth of a tile of the kernel whose warps have roles.
+SPECIALIZED_TILE = 128
+#: Tiles for each multiprocessor from which on it is faster.
+SPECIALIZED_FROM = 16
+
+#: Rows and columns of a weight that a program dequantizes.
+DEQUANTIZED_TILE = (16, 256)

@@ -1,0 +1,66 @@
+"""Dequantize INT8 weights."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dequantized_tile(
+    weight, scale, out, tile, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    rows = tile // across * ROWS + tl.arange(0, ROWS)
+    columns = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < N)[:, None]
+    if K % COLUMNS != 0:
+        inside = inside & (columns < K)[None, :]
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    values = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    values *= tl.load(scale + rows, mask=rows < N, other=0.0)[:, None]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize(
+    weight0,
+    scale0,
+    out0,
+    weight1,
+    scale1,
+    out1,
+    weight2,
+    scale2,
+    out2,
+    weight3,
+    scale3,
+    out3,
+    N0,
+    N1,
+    N2,
+    N3,
+    end0,
+    end1,
+    end2,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    K3: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write up to four weights ``weight[N, K] * scale[N]`` in one launch: each alone takes about as
+    long to start as to run. Programs up to ``end0`` work on the first one, up to ``end1`` on the
+    second one, and so on; K is 0 where there is none."""
+    program = tl.program_id(0)
+    if program < end0:
+        _dequantized_tile(weight0, scale0, out0, program, N0, K0, ROWS, COLUMNS)
+    elif program < end1:
+        if K1 > 0:
+            _dequantized_tile(weight1, scale1, out1, program - end0, N1, K1, ROWS, COLUMNS)
+    elif program < end2:
+        if K2 > 0:
+            _dequantized_tile(weight2, scale2, out2, program - end1, N2, K2, ROWS, COLUMNS)
+    elif K3 > 0:
+        _dequantized_tile(weight3, scale3, out3, program - end2, N3, K3, ROWS, COLUMNS)

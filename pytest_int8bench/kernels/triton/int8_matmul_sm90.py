@@ -1,0 +1,290 @@
+"""The INT8 product of large matrices on sm90: a kernel whose warps have roles.
+
+One group of warps loads, two multiply; what one of these scales and stores, the other multiplies
+meanwhile. A GPU that runs INT8 products is held back by its power limit, so bytes that need not
+travel are speed: where a tile of weights fits, it stays in shared memory while rows pass by, which
+halves what comes from the L2 cache.
+
+Triton's own language has no roles, so this is in Gluon, its lower one. Triton's interpreter does
+not run it: tests on a GPU do, and CI compiles it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pytest_int8bench.kernels.tile_types import SPECIALIZED_TILE
+
+# Triton 3.9 took the longer names away.
+_copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+#: Rows and columns of a tile of the output, and columns of both inputs that a step takes.
+BM = BN = BK = gl.constexpr(SPECIALIZED_TILE)
+#: Columns of the output that are scaled and stored at once.
+HALF = gl.constexpr(SPECIALIZED_TILE // 2)
+# Registers of a thread of the second group that multiplies, and of the one that loads. The first
+# one has what is left of 504, which is 248.
+_MULTIPLYING, _LOADING = gl.constexpr(232), gl.constexpr(24)
+
+
+class Descriptor(TensorDescriptor):
+    """A descriptor of a tensor that is known to fit, without the checks of each call."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def layout(bits: int) -> gl.NVMMASharedLayout:
+    """Return how tiles lie in shared memory, for elements of ``bits`` bits."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+
+
+@gluon.jit
+def _load(
+    a,
+    b,
+    memory,
+    sizes,
+    K_TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    STATIONARY: gl.constexpr,
+):
+    """Load what the others multiply: tiles of A in a ring of ``STAGES``; those of B beside them, or
+    all that a column of the output needs at once."""
+    a_tiles, b_tiles, full, empty, b_full, b_empty, _order, _residual_full = memory
+    M, SLOTS, GROUPS, PASSES, k_tiles = sizes
+    slot = gl.program_id(0) % SLOTS
+    group = gl.program_id(0) // SLOTS
+    count = gl.cdiv(gl.cdiv(M, BM) - group, GROUPS)
+    step = 0
+    for turn in range(PASSES):
+        at_n = (turn * SLOTS + slot) * BN
+        if STATIONARY:
+            mbarrier.wait(b_empty, (turn & 1) ^ 1)
+            mbarrier.expect(b_full, K_TILES * BN * BK)
+            for k in gl.static_range(K_TILES):
+                _copy_in(b, [at_n, k * BK], b_full, b_tiles.index(k))
+        for i in range(count):
+            at_m = (group + i * GROUPS) * BM
+            for j in range(k_tiles):
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(stage), BM * BK if STATIONARY else (BM + BN) * BK)
+                _copy_in(a, [at_m, j * BK], full.index(stage), a_tiles.index(stage))
+                if not STATIONARY:
+                    _copy_in(b, [at_n, j * BK], full.index(stage), b_tiles.index(stage))
+                step += 1
+
+
+@gluon.jit
+def _multiply(
+    c,
+    residual,
+    row_scale,
+    column_scale,
+    bias,
+    gamma,
+    c_tiles,
+    memory,
+    sizes,
+    WHICH: gl.constexpr,
+    K_TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    STATIONARY: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_GAMMA: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+):
+    """Multiply, scale and store every second tile, from the first one (``WHICH`` 0) or the second
+    one (1) on."""
+    a_tiles, b_tiles, full, empty, b_full, b_empty, order, residual_full = memory
+    M, SLOTS, GROUPS, PASSES, k_tiles = sizes
+    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
+    slot = gl.program_id(0) % SLOTS
+    group = gl.program_id(0) // SLOTS
+    count = gl.cdiv(gl.cdiv(M, BM) - group, GROUPS)
+    for turn in range(PASSES):
+        at_n = (turn * SLOTS + slot) * BN
+        if STATIONARY:
+            mbarrier.wait(b_full, turn & 1)
+        for i in range((WHICH + turn * count) & 1, count, 2):
+            ordinal = turn * count + i
+            at_m = (group + i * GROUPS) * BM
+            if HAS_RESIDUAL:
+                tma.store_wait(0)
+                for part in gl.static_range(BUFFERS):
+                    arrived = residual_full.index(WHICH * BUFFERS + part)
+                    mbarrier.expect(arrived, BM * HALF * c.dtype.primitive_bitwidth // 8)
+                    _copy_in(residual, [at_m, at_n + part * HALF], arrived, c_tiles.index(part))
+            rows = at_m + gl.arange(0, BM, gl.SliceLayout(1, half))
+            scale_m = gl.load(row_scale + rows, mask=rows < M, other=0.0)
+
+            # In turns: one may wait for steps of its tile when the other has waited for all of the
+            # tile before. A wait knows the parity of a phase alone, and would take one that is two
+            # phases old for the one it waits for.
+            mbarrier.wait(order.index(WHICH), ((ordinal + 1) // 2 + 1) & 1)
+            step = ordinal * k_tiles
+            acc = gl.zeros((BM, BN), gl.int32, whole)
+            for j in range(k_tiles):
+                stage = (step + j) % STAGES
+                mbarrier.wait(full.index(stage), ((step + j) // STAGES) & 1)
+                right = b_tiles.index(j if STATIONARY else stage).permute((1, 0))
+                acc = warpgroup_mma(a_tiles.index(stage), right, acc, use_acc=j > 0, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                mbarrier.arrive(empty.index((step + j + STAGES - 1) % STAGES), pred=j > 0)
+            mbarrier.arrive(order.index(1 - WHICH))
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((step + k_tiles - 1) % STAGES))
+
+            halves = acc.reshape((BM, 2, HALF)).permute((0, 2, 1)).split()
+            for part in gl.static_range(2):
+                tile = c_tiles.index(part % BUFFERS)
+                columns = at_n + part * HALF + gl.arange(0, HALF, gl.SliceLayout(0, half))
+                scale_n = gl.load(column_scale + columns)
+                piece = gl.convert_layout(halves[part], half, assert_trivial=True)
+                out = piece.to(gl.float32) * scale_m[:, None] * scale_n[None, :]
+                if HAS_BIAS:
+                    out += gl.load(bias + columns).to(gl.float32)[None, :]
+                if HAS_GAMMA:
+                    out *= gl.load(gamma + columns).to(gl.float32)[None, :]
+                if HAS_RESIDUAL:
+                    arrived = residual_full.index(WHICH * BUFFERS + part % BUFFERS)
+                    if part >= BUFFERS:
+                        tma.store_wait(0)
+                        mbarrier.expect(arrived, BM * HALF * c.dtype.primitive_bitwidth // 8)
+                        _copy_in(residual, [at_m, at_n + part * HALF], arrived, tile)
+                    seen = ordinal // 2 * (2 // BUFFERS) + part // BUFFERS
+                    mbarrier.wait(arrived, seen & 1)
+                    out += tile.load(half).to(gl.float32)
+                else:
+                    tma.store_wait(BUFFERS - 1)
+                tile.store(out.to(c.dtype))
+                fence_async_shared()
+                _copy_out(c, [at_m, at_n + part * HALF], tile)
+        if STATIONARY:
+            mbarrier.arrive(b_empty)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "SLOTS", "GROUPS", "PASSES", "k_tiles"])
+def int8_product_specialized(
+    a,
+    b,
+    c,
+    residual,
+    row_scale,
+    column_scale,
+    bias,
+    gamma,
+    M,
+    SLOTS,
+    GROUPS,
+    PASSES,
+    k_tiles,
+    K_TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    STATIONARY: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_GAMMA: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+):
+    """The product; N must be a multiple of the tile.
+
+    Program ``slot + SLOTS * group`` works on the columns of tiles ``slot``, ``slot + SLOTS``, …,
+    one after the other in ``PASSES`` passes, and there on the rows of tiles ``group``, ``group +
+    GROUPS``, …; so programs that run at the same time share rows, and find them in the cache.
+
+    What of B a column needs, ``K_TILES`` tiles, stays for a pass if ``STATIONARY``; otherwise B
+    comes in steps like A, and ``K_TILES`` is not used. Each group of warps that multiplies stores
+    through ``BUFFERS`` halves of a tile, into which the residual comes first.
+    """
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    a_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
+    b_tiles = gl.allocate_shared_memory(
+        gl.int8, [K_TILES if STATIONARY else STAGES, BN, BK], b.layout
+    )
+    c_first = gl.allocate_shared_memory(c.dtype, [BUFFERS, BM, HALF], c.layout)
+    c_second = gl.allocate_shared_memory(c.dtype, [BUFFERS, BM, HALF], c.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    b_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    b_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    residual_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    mbarrier.init(b_full, count=1)
+    mbarrier.init(b_empty, count=2)
+    for which in gl.static_range(2):
+        mbarrier.init(order.index(which), count=1)
+    for part in gl.static_range(2 * BUFFERS):
+        mbarrier.init(residual_full.index(part), count=1)
+    fence_async_shared()
+
+    memory = (a_tiles, b_tiles, full, empty, b_full, b_empty, order, residual_full)
+    sizes = (M, SLOTS, GROUPS, PASSES, k_tiles)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    c,
+                    residual,
+                    row_scale,
+                    column_scale,
+                    bias,
+                    gamma,
+                    c_first,
+                    memory,
+                    sizes,
+                    0,
+                    K_TILES,
+                    STAGES,
+                    BUFFERS,
+                    STATIONARY,
+                    HAS_BIAS,
+                    HAS_GAMMA,
+                    HAS_RESIDUAL,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    c,
+                    residual,
+                    row_scale,
+                    column_scale,
+                    bias,
+                    gamma,
+                    c_second,
+                    memory,
+                    sizes,
+                    1,
+                    K_TILES,
+                    STAGES,
+                    BUFFERS,
+                    STATIONARY,
+                    HAS_BIAS,
+                    HAS_GAMMA,
+                    HAS_RESIDUAL,
+                ),
+            ),
+            (_load, (a, b, memory, sizes, K_TILES, STAGES, STATIONARY)),
+        ],
+        [4, 1],
+        [_MULTIPLYING, _LOADING],
+    )

@@ -1,0 +1,1 @@
+"""Measure one point, from models to a Result."""

@@ -1,0 +1,133 @@
+"""The ceiling: what INT8 could bring at most at a point, and how much of it was reached.
+
+``docs/measuring.md`` has the formula and what it assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.measure.device_rates import Rates
+from pytest_int8bench.measure.kernel_kinds import Breakdown
+from pytest_int8bench.measure.linear_calls import LinearCall, Size
+
+
+class CeilingError(ClearError, RuntimeError):
+    """A ceiling that cannot be computed."""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What INT8 could bring at most at a point."""
+
+    speedup: float
+    """Baseline time over the least time that INT8 leaves."""
+    products_speedup: float
+    """The same if only the products got faster."""
+    product_ratio: float
+    """How many times faster the products of the quantized layers could be."""
+    quantized_share: float
+    """Part of the baseline's time in products that is in layers that were quantized, 0 to 1."""
+    float_ops_per_s: float
+    """Rate of their products in the baseline's dtype, as measured."""
+    int8_ops_per_s: float | None
+    """The same on INT8 operands; None with W8."""
+    bytes_per_s: float
+
+
+def find_ceiling(
+    baseline: Breakdown,
+    calls: Sequence[LinearCall],
+    converted: Collection[str],
+    rates: Rates,
+    *,
+    mode: str,
+    element_bytes: int = 2,
+    shortest_s: float = 0.0,
+) -> Ceiling:
+    """Return what INT8 could bring at most.
+
+    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``,
+    in the baseline and in INT8. The measured time of the baseline's products is shared out by the
+    former; the part of quantized layers shrinks as the latter says. With ``w8a8`` the kernels
+    between quantized layers may shrink too, to one pass over each input of theirs: no less
+    quantizes rows by their own maximum. Attention and everything else stays.
+
+    Args:
+        baseline: where the time of the baseline goes.
+        calls: the calls of its linear layers.
+        converted: names of the layers that were quantized.
+        rates: of the device, at the sizes of the quantized layers.
+        mode: ``w8a8`` or ``w8``.
+        element_bytes: bytes of an element of the baseline's weights and activations.
+        shortest_s: seconds that a kernel takes at least.
+
+    Raises:
+        CeilingError: if no call of a quantized layer was seen, or no known product ran.
+    """
+    quantized = quantized_calls(calls, converted)
+    if not baseline.products_s:
+        raise CeilingError("no kernel of the baseline is known to be a matrix product")
+    width = element_bytes
+    others = [call for call in calls if call.name not in converted]
+    typical = _together(quantized, rates.float_ops_per_s)
+
+    def least_s(call: LinearCall, rate: float, input_bytes: int, weight_bytes: int) -> float:
+        traffic = call.traffic(input_bytes, weight_bytes, width)
+        return max(call.ops / rate, traffic / rates.bytes_per_s)
+
+    before = [least_s(c, rates.float_ops_per_s[c.size], width, width) for c in quantized]
+    if mode == "w8a8":
+        after = [least_s(c, rates.int8_ops_per_s[c.size], 1, 1) for c in quantized]
+    else:
+        after = [least_s(c, rates.float_ops_per_s[c.size], width, 1) for c in quantized]
+    share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
+    ratio = sum(before) / sum(after)
+    total_s = baseline.total_s
+    left_s = total_s - baseline.products_s * share * (1 - 1 / ratio)
+    products_speedup = total_s / left_s
+    if mode == "w8a8":
+        touched = sum(call.activations for call in quantized)
+        near_s = baseline.rest * touched / (touched + sum(call.activations for call in others))
+        passes_s = sum(
+            max(c.rows * c.size.inputs * (width + 1) / rates.bytes_per_s, shortest_s)
+            for c in quantized
+            if c.first
+        )
+        left_s -= max(near_s - passes_s, 0.0)
+    return Ceiling(
+        total_s / left_s,
+        products_speedup,
+        ratio,
+        share,
+        typical,
+        _together(quantized, rates.int8_ops_per_s) if mode == "w8a8" else None,
+        rates.bytes_per_s,
+    )
+
+
+def quantized_calls(calls: Sequence[LinearCall], converted: Collection[str]) -> list[LinearCall]:
+    """Return the calls of the layers that were quantized.
+
+    Raises:
+        CeilingError: if there is none.
+    """
+    quantized = [call for call in calls if call.name in converted and call.rows]
+    if not quantized:
+        raise CeilingError("no quantized layer was called in an eager forward of the baseline")
+    return quantized
+
+
+def _together(calls: Sequence[LinearCall], ops_per_s: Mapping[Size, float]) -> float:
+    """Return the rate of all ``calls``."""
+    return sum(c.ops for c in calls) / sum(c.ops / ops_per_s[c.size] for c in calls)
+
+
+def reached(speedup: float | None, ceiling: float) -> float | None:
+    """Return which part of the gain that the ceiling leaves room for was reached: 0 for none,
+    below 0 where INT8 is slower. None where there is no speedup, or no room."""
+    if speedup is None or ceiling <= 1:
+        return None
+    return (speedup - 1) / (ceiling - 1)

@@ -1,0 +1,69 @@
+"""Where the device time of one forward goes: INT8 products, other products, attention, the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+
+from pytest_int8bench.attention import attention_kernel, own_names
+from pytest_int8bench.measure.evidence import Evidence
+
+# Attention kernels that torch's own dispatch does not choose: FlashAttention 3 and FlexAttention.
+_ATTENTION = re.compile(r"FlashAttn|flex_attention|fmha")
+# Convolutions are products inside, and no linear layer.
+_CONVOLUTION = re.compile(r"fprop|implicit_gemm|convol|conv2d|conv3d|winograd", re.IGNORECASE)
+# cuBLAS (nvjet on Hopper and later, xmma and s16816gemm before), CUTLASS, Inductor's templates.
+_PRODUCT = re.compile(r"nvjet|gemm|gemv|splitk|cublasLt::|triton_(tem|mm)_", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of one forward by what the kernels do."""
+
+    int8_products: float
+    """Matrix products on INT8 operands."""
+    other_products: float
+    """Other matrix products. On CUDA those of math attention are among them: their kernels are
+    those of linear layers."""
+    attention: float
+    rest: float
+    """Norms, activation functions, quantizing, copies, convolutions, and whatever is not known."""
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all kernels."""
+        return self.int8_products + self.other_products + self.attention + self.rest
+
+    @property
+    def products_s(self) -> float:
+        """Seconds of all matrix products."""
+        return self.int8_products + self.other_products
+
+    def to_dict(self) -> dict[str, float]:
+        """Return seconds by kind, for JSON."""
+        return asdict(self)
+
+
+def break_down(evidence: Evidence) -> Breakdown:
+    """Sort the kernels of one profiled forward on CUDA by their names."""
+    int8 = {kernel.name for kernel in evidence.int8_products}
+    seconds = {"int8_products": 0.0, "other_products": 0.0, "attention": 0.0, "rest": 0.0}
+    for kernel in evidence.kernels:
+        seconds["int8_products" if kernel.name in int8 else kind_of(kernel.name)] += kernel.seconds
+    return Breakdown(**seconds)
+
+
+def kind_of(kernel: str) -> str:
+    """Return ``other_products``, ``attention`` or ``rest`` for a kernel that is no INT8 product."""
+    if not own_names([kernel]):  # fused around others, whose names it carries
+        return "rest"
+    if attention_kernel([kernel]) or _ATTENTION.search(kernel):
+        return "attention"
+    if _PRODUCT.search(kernel) and not _CONVOLUTION.search(kernel):
+        return "other_products"
+    return "rest"
+
+
+def shortest_s(evidence: Evidence) -> float:
+    """Return the seconds of the shortest kernel that ran: less than that no kernel takes here."""
+    return min(kernel.seconds / kernel.calls for kernel in evidence.kernels)

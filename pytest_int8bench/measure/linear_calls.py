@@ -1,0 +1,92 @@
+"""Record the linear layers that a forward calls, with their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One call of a linear layer in a forward."""
+
+    name: str
+    """The layer's dotted name in the model."""
+    rows: int
+    """M of the product: what all dimensions of the input but the last come to."""
+    size: Size
+    """K and N."""
+    first: bool = True
+    """No call before took the same input: what quantizes it does so once."""
+
+    @property
+    def ops(self) -> int:
+        """Operations, a multiplication and an addition being two."""
+        return 2 * self.rows * self.size.inputs * self.size.outputs
+
+    @property
+    def activations(self) -> int:
+        """Elements of input and output."""
+        return self.rows * sum(self.size)
+
+    def traffic(self, input_bytes: int, weight_bytes: int, output_bytes: int) -> int:
+        """Bytes that are read and written at least, by the bytes of an element of each."""
+        inputs, outputs = self.size
+        read = inputs * (self.rows * input_bytes + outputs * weight_bytes)
+        return read + self.rows * outputs * output_bytes
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the calls of linear layers, and leaves the modules alone: a hook could make a compiled
+    graph of theirs compile again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {
+            id(module.weight): name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        self._seen = WeakIdKeyDictionary()
+        self.calls: list[LinearCall] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            self._note(given["input"], given["weight"])
+        return func(*args, **kwargs)
+
+    def _note(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        name = self._names.get(id(weight))
+        if name is None:
+            return
+        size = Size(weight.shape[1], weight.shape[0])
+        rows = x.numel() // max(size.inputs, 1)
+        self.calls.append(LinearCall(name, rows, size, first=x not in self._seen))
+        self._seen[x] = True
+
+
+def linear_calls(model: nn.Module, run: Callable[[], object]) -> tuple[LinearCall, ...]:
+    """Run an eager forward of ``model`` and return the calls of its linear layers, in order.
+
+    Layers inside ``nn.MultiheadAttention`` are not seen: torch calls them as one function.
+    """
+    with _Watch(model) as watch:
+        run()
+    return tuple(watch.calls)
+
+
+class Size(NamedTuple):
+    """Width of what goes into and comes out of a linear layer."""
+
+    inputs: int
+    outputs: int

@@ -1,0 +1,225 @@
+"""One model of a point: eager, compiled, warm, and its evidence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100, graphs_skipped
+from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
+from pytest_int8bench.measure.evidence import Evidence, Keep, check_labels, profile_forward
+from pytest_int8bench.measure.host_feed import HostFeed
+from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
+from pytest_int8bench.measure.memory import allocated_bytes, collect_garbage, peak_memory
+from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import coverage, int8_storage
+from pytest_int8bench.tensors import call, map_tensors, tensors_of
+
+if TYPE_CHECKING:
+    from pytest_int8bench.workloads import Workload
+
+
+_NO_KERNEL = "No available kernel"
+_TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
+
+
+class AttentionError(ClearError, RuntimeError):
+    """The attention backend asked for does not take what the model asks of it."""
+
+
+Outputs: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What getting a model ready took, and what its output looks like."""
+
+    compile_s: float | None
+    warm_up: WarmUp
+    peak_memory_bytes: int | None
+    tokens: int | None
+    outputs: Outputs
+    """Shape and dtype of each output tensor."""
+    finite: bool
+    """No output holds NaN or infinity."""
+    compile_cache: str | None = None
+    """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
+    cuda_graphs_skipped: bool = False
+    """The compile mode asks for CUDA graphs, and Inductor did without."""
+    regions: int = 0
+    """Repeated blocks that were compiled once for all."""
+    regions_refused: str | None = None
+    """Why blocks that repeat were compiled one by one; None if they were not."""
+
+
+class Model:
+    """A workload's model at one point: eager, and compiled."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        params: RunParams,
+        eager: nn.Module,
+        inputs: Any,
+        *,
+        device: torch.device,
+        weight_bytes: int,
+        attention: str,
+        cache_dir: Path | None,
+        feed: HostFeed | None = None,
+    ) -> None:
+        self.workload = workload
+        self.params = params
+        self.eager = eager
+        self.inputs = inputs
+        self.device = device
+        self.feed = feed
+        """Where the batches come from with ``feed=host``."""
+        self._weight_bytes = weight_bytes
+        self.compiled: CompiledModel = compile_for_a100(
+            eager,
+            fullgraph=params.compile_fullgraph,
+            mode=params.compile_mode,
+            attention=attention,
+            cache_dir=cache_dir,
+        )
+        self._ready: Ready | None = None
+        self._evidence: Evidence | None = None
+        self._linear_calls: tuple[LinearCall, ...] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`ready` has compiled and warmed up."""
+        return self._ready is not None
+
+    def run(self) -> Any:
+        """Submit one batch and return the output. With ``feed=host`` it comes from the host, and
+        the next one is on its way meanwhile."""
+        return call(self.compiled, self.inputs if self.feed is None else next(self.feed))
+
+    def run_again(self) -> Any:
+        """Submit the batch of the last :meth:`run` once more, which is on the device."""
+        return call(self.compiled, self.inputs if self.feed is None else self.feed.current)
+
+    def evidence(self, keep: Keep | None = None) -> Evidence:
+        """Profile one forward, once, and compare the labels of the point with the kernels.
+
+        Args:
+            keep: writes the profile down; it is made again where that of an earlier call was not.
+
+        Raises:
+            EvidenceError: if they contradict.
+        """
+        if self._evidence is None or (keep is not None and self._evidence.trace is None):
+            with self.compiled.entered():
+                evidence = profile_forward(self.run, self.device, keep)
+            fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"
+            check_labels(
+                evidence,
+                self.params,
+                int8_storage(self.eager),
+                self.compiled.attention,
+                fused=fused,
+            )
+            self._evidence = evidence
+        return self._evidence
+
+    def linear_calls(self) -> tuple[LinearCall, ...]:
+        """Run one eager forward, once, and return what its linear layers were called with."""
+        if self._linear_calls is None:
+            inputs = to_device(self.inputs, self.device)
+            with self.compiled.settings():
+                self._linear_calls = linear_calls(self.eager, lambda: call(self.eager, inputs))
+        return self._linear_calls
+
+    def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
+        """Compile and warm up, once.
+
+        Raises:
+            QuantizationError: if the INT8 product cannot take the shapes.
+            AttentionError: if the attention backend cannot take the model's attention.
+            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+        """
+        if self._ready is None:
+            try:
+                with self.compiled.entered():
+                    self._ready = self._get_ready(timer)
+            except Exception as error:
+                if match := _TOO_FEW_ROWS.search(str(error)):
+                    raise QuantizationError(
+                        f"W8A8 on CUDA takes more than 16 rows in a product, got {match[1]}: "
+                        "use a larger batch, or int8_mode w8"
+                    ) from error
+                if _NO_KERNEL in str(error):
+                    tried = self.compiled.attention
+                    usable = "efficient or math"
+                    if self.params.attention != "auto":
+                        usable = f"auto, {usable}"
+                    raise AttentionError(
+                        f"attention={tried} cannot run the attention of workload "
+                        f"{self.workload.name!r} on {self.device.type} (masks, head sizes and "
+                        f"dtypes differ by backend): use attention={usable}"
+                    ) from None
+                raise
+        return self._ready
+
+    def _get_ready(self, timer: Timer) -> Ready:
+        kind = self.device.type
+        on_device = sum(t.nbytes for t in tensors_of(self.inputs) if t.device.type == kind)
+        if self.feed is not None:
+            self.feed.open()
+            on_device = self.feed.nbytes
+        collect_garbage(self.device)
+        other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
+        output = self.run()
+        tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
+        tensors = list(tensors_of(output))
+        if not tensors:
+            raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
+        outputs = _describe(output)
+        finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+        del output, tensors
+        # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
+        # call records the graph and with it allocates what each replay uses.
+        skips = graphs_skipped()
+        with peak_memory(self.device) as peak:
+            warm = warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
+            peak_bytes = peak()
+        again = _describe(self.run())
+        if again != outputs:
+            raise WorkloadError(
+                f"workload {self.workload.name!r}: the same inputs gave {_listed(outputs)} at the "
+                f"first call and {_listed(again)} at a later one"
+            )
+        return Ready(
+            compile_s=self.compiled.first_call_s,
+            warm_up=warm,
+            peak_memory_bytes=None if peak_bytes is None else peak_bytes - other_bytes,
+            tokens=tokens,
+            outputs=outputs,
+            finite=finite,
+            compile_cache=self.compiled.compile_cache,
+            cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
+            regions=self.compiled.regions,
+            regions_refused=self.compiled.regions_refused,
+        )
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Return inputs that may be on the host, with ``feed=host``, on the device."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
+
+
+def _describe(output: Any) -> Outputs:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(output))
+
+
+def _listed(outputs: Outputs) -> str:
+    return ", ".join(f"{list(shape)} {dtype}" for shape, dtype in outputs) or "no tensor"

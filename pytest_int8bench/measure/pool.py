@@ -1,0 +1,278 @@
+"""Models of a point, quantized and compiled once, few of them kept on the device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
+from pytest_int8bench.measure.building import (
+    build_eager,
+    calibration_inputs,
+    find_device,
+    make_inputs,
+)
+from pytest_int8bench.measure.host_feed import HostFeed
+from pytest_int8bench.measure.memory import (
+    allocated_bytes,
+    collect_garbage,
+    free_memory,
+    oom_of,
+)
+from pytest_int8bench.measure.model import Model, to_device
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import apply_int8_quant, is_quantized
+from pytest_int8bench.tensors import call
+from pytest_int8bench.workloads.weights import RANDOM
+
+if TYPE_CHECKING:
+    from pytest_int8bench.workloads import Workload
+
+
+#: Parts of a workload that a baseline has nothing to do with.
+_QUANTIZATION_PARTS = (
+    "filter_fn",
+    "quant_config",
+    "calibration",
+    "smoothquant_alpha",
+)
+
+
+class Key(NamedTuple):
+    """What the models of two tests have in common if they are the same."""
+
+    workload: tuple[Any, ...]
+    quantization: tuple[Any, ...]
+    params: RunParams
+
+    def twin(self) -> Key:
+        """Return the key of the baseline."""
+        return Key(self.workload, (), self.params.baseline())
+
+
+class ModelPool:
+    """Holds one baseline and one candidate at a time, each built and compiled once.
+
+    Args:
+        weights: ``random``, ``hub`` or the path of a file.
+        cache_dir: folder to keep compiled code in, as in ``compile_for_a100``.
+    """
+
+    def __init__(self, *, weights: str = RANDOM, cache_dir: Path | None = None) -> None:
+        self.weights = weights
+        self._cache_dir = cache_dir
+        self._chosen: dict[Key, str] = {}
+        self._models: dict[str, Model] = {}
+        self._keys: dict[str, Key] = {}
+        self._inputs: tuple[Key, Any] | None = None
+        # Keys hold ids of what workloads refer to; kept alive, an id is not used again.
+        self._seen: list[Workload] = []
+        self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def get(self, workload: Workload, params: RunParams) -> Model:
+        """Return the model of ``params``: a candidate if ``int8_enabled``, else a baseline.
+
+        Raises:
+            DeviceError: if ``params`` asks for CUDA and there is none.
+            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+        """
+        role = _role(params)
+        key = self.key(workload, params)
+        if self._keys.get(role) != key:
+            for held, kept in list(self._keys.items()):
+                if held == role or kept.twin() != key.twin():
+                    self.evict(held)
+            try:
+                inputs = self.batch(workload, params)
+                self._models[role] = self._build(workload, params, inputs)
+            except Exception as error:
+                if oom_of(error):
+                    free_memory()
+                raise
+            self._keys[role] = key
+        return self._models[role]
+
+    def holds(self, workload: Workload, params: RunParams) -> bool:
+        """Say whether :meth:`get` has the model of ``params`` at hand."""
+        return self._keys.get(_role(params)) == self.key(workload, params)
+
+    def batch(self, workload: Workload, params: RunParams) -> Any:
+        """Return the inputs of ``params``, shared by baseline and candidate."""
+        key = self.key(workload, params.baseline())
+        if self._inputs is None or self._inputs[0] != key:
+            self._inputs = None
+            self._inputs = (key, make_inputs(workload, params, find_device(params)))
+        return self._inputs[1]
+
+    def evict(self, role: str) -> None:
+        """Drop the ``baseline`` or the ``candidate`` and free its memory."""
+        self._drop(role)
+        free_memory()
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._inputs = None
+        for role in list(self._models):
+            self._drop(role)
+        free_memory()
+
+    def _drop(self, role: str) -> None:
+        """Drop a model, and end what fed it alone."""
+        self._keys.pop(role, None)
+        dropped = self._models.pop(role, None)
+        feed = None if dropped is None else dropped.feed
+        if feed is not None and all(model.feed is not feed for model in self._models.values()):
+            feed.close()
+
+    def evict_other_candidate(self, workload: Workload, params: RunParams) -> None:
+        """Drop the candidate unless it is that of ``params``: it would only be in the way."""
+        if "candidate" in self._keys and self._keys["candidate"] != self.key(workload, params):
+            self.evict("candidate")
+
+    def key(self, workload: Workload, params: RunParams) -> Key:
+        """Return what the models of two tests have in common if they are the same."""
+        if not any(workload is seen for seen in self._seen):
+            self._seen.append(workload)
+        parts = {
+            spec.name: part_key(getattr(workload, spec.name))
+            for spec in dataclasses.fields(workload)
+            if spec.name != "evaluation"
+        }
+        quantization = tuple(parts.pop(name) for name in _QUANTIZATION_PARTS)
+        return Key(
+            (workload.name, *parts.values()),
+            quantization if params.int8_enabled else (),
+            params.identity(),
+        )
+
+    def variant(self, workload: Workload, params: RunParams) -> Model:
+        """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
+        it: for a look at one of many ways to quantize."""
+        baseline = self.get(workload, params.baseline())
+        model = self._build(workload, params.replace(compile_mode="off"), baseline.inputs)
+        model.params = params  # whose evaluations and baseline are the point's
+        return model
+
+    def _build(self, workload: Workload, params: RunParams, inputs: Any) -> Model:
+        device = find_device(params)
+        collect_garbage(
+            device
+        )  # what earlier tests left, or its end would count against these weights
+        before = allocated_bytes(device)
+        baseline = self._models.get("baseline")
+        if params.int8_enabled and baseline is not None and not workload.prequantized:
+            # The very weights of the baseline, also where build does not repeat itself.
+            eager = copy.deepcopy(baseline.eager)
+        else:
+            eager = build_eager(workload, params, device, weights=self.weights, built=self._built)
+        attention = params.attention
+        if attention == "auto":
+            held = allocated_bytes(device)
+            attention = self._fastest_attention(workload, params, eager, inputs, device)
+            before += allocated_bytes(device) - held  # workspaces of the products, which stay
+        if params.int8_enabled and workload.prequantized:
+            if not any(map(is_quantized, eager.modules())):
+                raise QuantizationError(
+                    f"workload {workload.name!r} is prequantized, but build returned a model "
+                    f"without a layer that torchao quantized at {params.run_name}"
+                )
+        elif params.int8_enabled:
+            calibration = None
+            if params.int8_smoothquant:
+                calibration = calibration_inputs(workload, params, inputs, device)
+            apply_int8_quant(
+                eager,
+                mode=params.int8_mode,
+                filter_fn=workload.filter_fn,
+                smoothquant=params.int8_smoothquant,
+                calibration=calibration,
+                alpha=workload.smoothquant_alpha,
+                quant_config=workload.quant_config,
+                backend=params.int8_backend,
+            )
+        collect_garbage(device)  # the weights that were quantized
+        weight_bytes = allocated_bytes(device) - before
+        return Model(
+            workload,
+            params,
+            eager,
+            inputs,
+            device=device,
+            weight_bytes=weight_bytes,
+            attention=attention,
+            cache_dir=self._cache_dir,
+            feed=self._feed(params, inputs, device),
+        )
+
+    def _feed(self, params: RunParams, inputs: Any, device: torch.device) -> HostFeed | None:
+        """Return what feeds a model from the host: one feed for baseline and candidate, so that
+        both get the same batches from the same processes."""
+        if params.feed != "host":
+            return None
+        for model in self._models.values():
+            if model.feed is not None and model.inputs is inputs:
+                return model.feed
+        return HostFeed(inputs, device, samples=params.batch_size)
+
+    def _fastest_attention(
+        self,
+        workload: Workload,
+        params: RunParams,
+        eager: nn.Module,
+        inputs: Any,
+        device: torch.device,
+    ) -> str:
+        """Return the fastest attention backend, chosen once for a baseline and its candidates, or
+        ``auto`` itself if none could be chosen."""
+        how_it_runs = {"compile_mode": "off", "compile_fullgraph": True, "feed": "device"}
+        key = self.key(workload, params.baseline().replace(**how_it_runs))
+        if key not in self._chosen:
+            model = compile_for_a100(eager, mode="off", attention="auto")
+            try:
+                calls = recorded_calls(lambda: call(model, to_device(inputs, device)))
+            except Exception:  # out of memory, where compiled it may fit, or told when it compiles
+                calls = Counter()
+            self._chosen[key] = fastest_backend(calls) or "auto"
+        return self._chosen[key]
+
+
+def _role(params: RunParams) -> str:
+    return "candidate" if params.int8_enabled else "baseline"
+
+
+def part_key(part: Any) -> Any:
+    """Return what two parts of a workload have in common if they do the same.
+
+    A function-scoped fixture makes its lambdas and mappings anew for each test: they are
+    compared by what they hold, a function by its code and what it refers to.
+    """
+    if isinstance(part, types.FunctionType):
+        values = [cell.cell_contents for cell in part.__closure__ or ()]
+        values += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        # Code compares equal across files; the globals say which file it is in.
+        return (part.__code__, id(part.__globals__), tuple(map(_value_key, values)))
+    if isinstance(part, Mapping):
+        return tuple((key, part_key(value)) for key, value in part.items())
+    if isinstance(part, list | tuple):
+        return (type(part), *map(part_key, part))
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        values = [getattr(part, spec.name) for spec in dataclasses.fields(part)]
+        return (type(part), *map(part_key, values))
+    return _value_key(part)
+
+
+def _value_key(value: Any) -> Any:
+    if value is None or isinstance(value, str | bytes | int | float):
+        return (type(value), value)
+    return id(value)

@@ -1,0 +1,58 @@
+"""Build and warm up models, announcing each long step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal
+
+from pytest_int8bench.measure.model import Model, Ready
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.measure.speedup import (
+    Speedup,
+    measure_speedup,
+)
+from pytest_int8bench.measure.timing import Timer
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results.records import point_label
+from pytest_int8bench.workloads import Workload
+
+Action = Literal["building", "compiling", "warming up", "measuring", "comparing", "evaluating"]
+#: Entered around a long step: what is done, and to which point.
+Step = Callable[[Action, str], AbstractContextManager[None]]
+
+
+def built(pool: ModelPool, workload: Workload, params: RunParams, step: Step) -> Model:
+    """Return the pool's model of ``params``, and say so where it has to be built."""
+    if pool.holds(workload, params):
+        return pool.get(workload, params)
+    with step("building", step_label(workload, params)):
+        return pool.get(workload, params)
+
+
+def warmed(model: Model, timer: Timer, step: Step) -> Ready:
+    """Compile and warm up, and say so where that has not been done."""
+    if model.is_ready:
+        return model.ready(timer)
+    compiled = model.compiled.mode == "off" or model.compiled.first_call_s is not None
+    action: Action = "warming up" if compiled else "compiling"
+    with step(action, step_label(model.workload, model.params)):
+        return model.ready(timer)
+
+
+def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: float) -> Speedup:
+    """Measure the speedup of two models that are ready, in alternating blocks.
+
+    Raises:
+        CompileError: if something was compiled while the clock ran.
+    """
+    with (
+        baseline.compiled.entered(),
+        candidate.compiled.entered(),
+        candidate.compiled.no_compilation(),
+    ):
+        return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+
+
+def step_label(workload: Workload, params: RunParams) -> str:
+    return point_label(workload.name, params.run_name)

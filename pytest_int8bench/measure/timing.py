@@ -1,0 +1,200 @@
+"""How long a batch takes: warm-up, how many rounds, speedup, peak memory, out of memory.
+
+Nothing here knows pytest. A ``run`` is a callable without arguments that submits one batch; a
+``timer`` returns seconds with all submitted work done
+(:func:`pytest_int8bench.clock.synchronized_perf_counter`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pytest_int8bench.errors import ClearError
+
+Run = Callable[[], object]
+Timer = Callable[[], float]
+
+#: Part of a round that its two synchronizations may cost.
+MAX_SYNC_SHARE = 0.001
+#: Standard error of the median, relative to it, that the rounds aim at.
+TARGET_STANDARD_ERROR = 0.005
+#: A warm-up is over when the medians of two successive windows of calls differ by less.
+STEADY_CHANGE = 0.02
+STEADY_WINDOW = 3
+#: A pilot takes this part of the interval, and this many rounds at least and at most.
+PILOT_SHARE = 0.1
+MIN_PILOT_ROUNDS, MAX_PILOT_ROUNDS = 3, 50
+#: A round takes this part of the interval at most.
+MAX_ROUND_PART = 10
+#: Rounds to measure at least, and seconds where the interval allows: a pilot may look too calm.
+MIN_ROUNDS = 5
+CALM_ROUNDS, CALM_S = 20, 1.0
+# The standard error of the median of n normal values is sqrt(pi/2) sigma / sqrt(n).
+_MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)
+
+
+class ClockError(ClearError, RuntimeError):
+    """The timer that ran is not the one that waits for the device."""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What it took until batch times were steady."""
+
+    calls: int
+    seconds: float
+    steady: bool
+    """False if time ran out first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often a batch is run."""
+
+    rounds: int
+    iterations: int
+    """Batches per round."""
+    synchronization_share: float = 0.0
+    """Part of a round that its two synchronizations are estimated to cost."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per batch over the rounds of a measurement."""
+
+    median_s: float
+    mean_s: float
+    p95_s: float
+    """95th percentile of the rounds; a round is the mean of its iterations."""
+    min_s: float
+    """The fastest round."""
+    standard_error: float
+    """Estimated standard error of the median, relative to it."""
+
+
+def time_once(run: Run, timer: Timer) -> float:
+    """Return the seconds of one batch."""
+    return time_block(run, timer, 1)
+
+
+def time_block(run: Run, timer: Timer, iterations: int) -> float:
+    """Return the seconds per batch of ``iterations`` batches."""
+    start = timer()
+    for _ in range(iterations):
+        run()
+    return (timer() - start) / iterations
+
+
+def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
+    """Run batches until their times are steady, for ``max_s`` seconds at most.
+
+    At least two windows of three calls are run, however long they take: CUDA graphs are recorded
+    at the second call and first replayed at the third.
+    """
+    times: list[float] = []
+    spent = 0.0
+    while True:
+        times.append(time_once(run, timer))
+        spent += times[-1]
+        if len(times) < 2 * STEADY_WINDOW:
+            continue
+        before = statistics.median(times[-2 * STEADY_WINDOW : -STEADY_WINDOW])
+        after = statistics.median(times[-STEADY_WINDOW:])
+        if abs(after - before) <= STEADY_CHANGE * before:
+            return WarmUp(len(times), spent, steady=True)
+        if spent >= max_s:
+            return WarmUp(len(times), spent, steady=False)
+
+
+def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
+    """Return the seconds of one batch in a full pipeline, and what a synchronization adds.
+
+    After a synchronization the device idles until the host has submitted the next kernels; in
+    a running pipeline the host is ahead and that time is hidden. For INT8 weights of torchao
+    it came to 3.7 ms a batch (H200, torch 2.11): the bare clock reading is not the cost.
+    """
+    single = min(time_once(run, timer) for _ in range(2))
+    count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50)
+    block = time_block(run, timer, count) * count
+    # One more, so that a stall before the block does not pass for the cost of a synchronization.
+    single = min(single, time_once(run, timer))
+    added_s = max((count * single - block) / (count - 1), 0.0)
+    reading = [timer() for _ in range(3)]
+    read_s = min(b - a for a, b in itertools.pairwise(reading))
+    return max((block - added_s) / count, 1e-9), max(added_s / 2, read_s)
+
+
+def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
+    """Time some rounds and plan the measurement; see :func:`plan`."""
+    batch_s, sync_s = synchronization_cost(run, timer)
+    iterations = iterations_for(batch_s, sync_s, max_round_s=interval_s / MAX_ROUND_PART)
+    times: list[float] = []
+    spent = 0.0
+    while len(times) < MIN_PILOT_ROUNDS or (
+        len(times) < MAX_PILOT_ROUNDS and spent < PILOT_SHARE * interval_s
+    ):
+        times.append(time_block(run, timer, iterations))
+        spent += times[-1] * iterations
+    return plan(times, sync_s=sync_s, interval_s=interval_s, min_batches=min_batches)
+
+
+def iterations_for(batch_s: float, sync_s: float, *, max_round_s: float = math.inf) -> int:
+    """Return the batches per round at which its two synchronizations cost under 0.1 % of it, or
+    as many as fit into ``max_round_s``."""
+    batch_s = max(batch_s, 1e-9)
+    wanted = math.ceil(2 * sync_s / (MAX_SYNC_SHARE * batch_s))
+    fitting = wanted if math.isinf(max_round_s) else math.floor(max_round_s / batch_s)
+    return max(1, min(wanted, fitting))
+
+
+def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batches: int) -> Plan:
+    """Plan a measurement from pilot times.
+
+    Args:
+        times: seconds per batch of the pilot's rounds.
+        sync_s: seconds that one synchronization adds.
+        interval_s: seconds that all rounds together may take.
+        min_batches: batches to run at least, also where they take longer than ``interval_s``.
+
+    Returns:
+        Iterations such that the synchronizations of a round cost under 0.1 % of it (where ten
+        rounds of them fit into ``interval_s``), and rounds such that the standard error of the
+        median comes under 0.5 % (where ``interval_s`` allows).
+    """
+    median = statistics.median(times)
+    iterations = iterations_for(median, sync_s, max_round_s=interval_s / MAX_ROUND_PART)
+    wanted = math.ceil((_MEDIAN_EFFICIENCY * spread(times) / TARGET_STANDARD_ERROR) ** 2)
+    round_s = iterations * max(median, 1e-9)
+    affordable = math.floor(interval_s / round_s)
+    at_least = math.ceil(min_batches / iterations)
+    rounds = max(wanted, CALM_ROUNDS, math.ceil(CALM_S / round_s))
+    return Plan(
+        rounds=max(min(rounds, affordable), at_least, MIN_ROUNDS),
+        iterations=iterations,
+        synchronization_share=2 * sync_s / round_s,
+    )
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return the standard deviation of ``times`` relative to their median, by the median
+    absolute deviation, so that one disturbed round does not count."""
+    median = statistics.median(times)
+    deviation = statistics.median(abs(t - median) for t in times)
+    return 1.4826 * deviation / max(median, 1e-9)
+
+
+def summarize(round_times: Sequence[float]) -> Timing:
+    """Summarize seconds per batch, one value a round."""
+    return Timing(
+        median_s=statistics.median(round_times),
+        mean_s=statistics.fmean(round_times),
+        p95_s=float(np.percentile(round_times, 95)),
+        min_s=min(round_times),
+        standard_error=_MEDIAN_EFFICIENCY * spread(round_times) / math.sqrt(len(round_times)),
+    )

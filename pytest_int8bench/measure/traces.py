@@ -1,0 +1,127 @@
+"""Profiles of points as files: a trace of one forward, and a table of its kernels.
+
+Both are of the forward that the evidence is read from, which runs after the clock has stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import profile
+
+from pytest_int8bench.errors import first_line
+from pytest_int8bench.measure.evidence import Keep, Kernel
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results.journal import journal_folder
+from pytest_int8bench.workloads.registry import OLMOEARTH
+
+_TRACE, _TABLE = ".trace.json.gz", ".kernels.csv"
+#: Columns of the table. Times are in microseconds, ``share`` is of the sum of ``total_us``, 0 to 1.
+COLUMNS = ("device", "kernel", "calls", "total_us", "share", "us_per_call")
+# File systems take 255 bytes; a number and the ending come on top.
+_LONGEST = 200
+_UNSAFE = re.compile(r"[^A-Za-z0-9.,+=_-]+")
+
+
+class Profiles:
+    """Writes the profiles of a session.
+
+    Nothing that goes wrong here is raised, as the point has been measured.
+
+    Attributes:
+        traces: where the traces are that were written, those of points that failed then too.
+        problems: what was not written, and why.
+
+    Args:
+        folder: where they go, made if it is not there; None for ``profiles`` beside the journals.
+        every: points that do not ask for it with ``profiler_enabled`` too.
+        root: the project, in which journals are.
+        start: the folder that the session was started in, from which traces are named.
+    """
+
+    def __init__(self, folder: Path | None, *, every: bool, root: Path, start: Path) -> None:
+        self.traces: list[str] = []
+        self.problems: list[str] = []
+        self._every = every
+        self._folder = folder
+        self._root = root
+        self._start = start
+
+    def wants(self, params: RunParams) -> bool:
+        """Return whether the point gets a profile."""
+        return self._every or params.profiler_enabled
+
+    def writer(self, workload: str, run_name: str, device: torch.device) -> Keep:
+        """Return what writes the profile of a point, and returns the path of its trace."""
+
+        def keep(profiler: profile, kernels: Sequence[Kernel]) -> str | None:
+            made: list[Path] = []
+            try:
+                trace = self._new_file(workload, run_name)
+                made.append(trace)
+                profiler.export_chrome_trace(str(trace))
+                made.append(trace.with_name(trace.name.removesuffix(_TRACE) + _TABLE))
+                _write_table(made[1], kernels, device)
+            except (OSError, RuntimeError) as error:
+                for path in made:  # half a file is worse than none
+                    path.unlink(missing_ok=True)
+                self.problems.append(f"{run_name}: {type(error).__name__}: {first_line(error)}")
+                return None
+            self.traces.append(_from(self._start, trace))
+            return self.traces[-1]
+
+        return keep
+
+    def _new_file(self, workload: str, run_name: str) -> Path:
+        """Make an empty file for a trace that is not there yet: those of earlier sessions belong to
+        results that are saved, and other processes may write here too."""
+        folder = self._folder or journal_folder(self._root) / "profiles"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = file_stem(workload, run_name)
+        number = 1
+        while True:
+            path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{_TRACE}"
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+
+
+def file_stem(workload: str, run_name: str) -> str:
+    """Return the start of a file name for a point: what every file system, shell and URL takes as
+    it is. Names that had to be changed carry a hash, so that two of them stay two."""
+    name = run_name if workload == OLMOEARTH else f"{workload}_{run_name}"
+    safe = _UNSAFE.sub("-", name).lstrip(".-")
+    if safe != name or len(safe) > _LONGEST:
+        safe = f"{safe[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return safe
+
+
+def _from(start: Path, path: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:  # another drive
+        return path.as_posix()
+
+
+def _write_table(path: Path, kernels: Sequence[Kernel], device: torch.device) -> None:
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else "CPU operators"
+    total_s = sum(kernel.seconds for kernel in kernels)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for kernel in kernels:
+            micros = kernel.seconds * 1e6
+            figures = (f"{micros:.3f}", f"{kernel.seconds / total_s:.6f}")
+            table.writerow(
+                (name, kernel.name, kernel.calls, *figures, f"{micros / kernel.calls:.3f}")
+            )

@@ -1,0 +1,168 @@
+"""Collected tests: which have points, whose workload they take, their benchmark markers, and the
+order they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.plugin.markers import marker_changes
+from pytest_int8bench.plugin.options import OPTIONS
+from pytest_int8bench.plugin.points import params_of
+from pytest_int8bench.plugin.session import STATE
+
+
+def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is no test of throughput."""
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        is_throughput = "int8_throughput" in getattr(item, "fixturenames", ())
+        (kept if is_throughput else others).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
+def check_workload(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse ``--int8-workload`` where every test brings a workload of its own.
+
+    Raises:
+        pytest.UsageError: one line that says whose they are.
+    """
+    option = OPTIONS["workload"]
+    if option.source(config) != option.flag:
+        return  # in an ini file it waits for tests that take it
+    owners = [_workload_owner(item) for item in items if params_of(item) is not None]
+    if owners and None not in owners:
+        listed = ", ".join(dict.fromkeys(str(owner) for owner in owners))
+        raise pytest.UsageError(
+            f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
+            f"{config.stash[STATE].settings.workload!r}"
+        )
+
+
+def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a workload, an axis of it, or a filter that cannot be had, once for all tests. Where
+    workloads differ, an axis may be another's, and each test says so for itself.
+
+    Raises:
+        pytest.UsageError: one line.
+    """
+    state = config.stash[STATE]
+    settings = state.settings
+    users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
+    takers = [item for item in users if _takes_workload(item)]
+    names = {*settings.changes, *settings.axes}
+    axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
+    is_common = len(takers) == len(users) and bool(axes)
+    if takers and (OPTIONS["workload"].read(config) is not None or is_common):
+        with _captured(config), _refused(config, "workload"):
+            workload = state.workload(None)
+            if is_common:
+                from pytest_int8bench.params import RunParams
+
+                with _refused(config, "set"):
+                    workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
+    if users:
+        with _captured(config), _refused(config, "filter"):
+            state.filter()
+
+
+@contextmanager
+def _captured(config: pytest.Config) -> Iterator[None]:
+    """Keep what libraries say while they are loaded off the terminal, as in a test that passes."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    if capture is None:  # of -p no:capture
+        yield
+        return
+    capture.resume_global_capture()
+    try:
+        yield
+    finally:
+        capture.suspend_global_capture()
+        capture.read_global_capture()
+
+
+@contextmanager
+def _refused(config: pytest.Config, option: str) -> Iterator[None]:
+    """Turn a ValueError into one of the option. Others are of the user's code: the tests show
+    their traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise pytest.UsageError(f"{OPTIONS[option].source(config)}: {error}") from None
+    except pytest.UsageError:
+        raise
+    except Exception:
+        return
+
+
+def _takes_workload(item: pytest.Item) -> bool:
+    """Say whether ``item`` surely has the session's workload."""
+    definitions = _fixture_definitions(item).get("int8_workload", ())
+    own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.plugin.fixtures"
+    return not own and _workload_owner(item) is None
+
+
+def _workload_owner(item: pytest.Item) -> str | None:
+    """Return what gives ``item`` its workload, None if it is, or may be, the session's."""
+    for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
+        if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
+            break
+        if not {"int8_workload", "request"} & {*definition.argnames}:  # which lead to the next one
+            return f"int8_workload in {definition.func.__module__}"
+    try:
+        return "@pytest.mark.int8" if marker_changes(item)[1] else None
+    except ValueError:  # its test says so
+        return None
+
+
+def sort_by_model(items: list[pytest.Item]) -> None:
+    """Bring tests of the same models together, baselines first, so that each model is built and
+    compiled once and at most one baseline and one candidate are on the device.
+
+    Tests without points keep their places.
+    """
+    groups: dict[object, int] = {}
+    keyed: list[tuple[int, tuple[int, int], pytest.Item]] = []
+    for index, item in enumerate(items):
+        params = params_of(item)
+        if params is None:
+            continue
+        defined = _fixture_definitions(item).get("int8_workload", ())
+        where = defined[-1].baseid if defined else ""
+        varied = _indices_of("int8_workload", item)
+        try:
+            marked = marker_changes(item)[1]
+        except ValueError:
+            marked = None
+        family = (where, marked, varied, params.baseline())
+        first = groups.setdefault(family, len(groups))
+        member = groups.setdefault((family, params), len(groups)) if params.int8_enabled else -1
+        keyed.append((index, (first, member), item))
+    slots = [index for index, _, _ in keyed]
+    ordered = sorted(keyed, key=lambda entry: entry[1])
+    for slot, (_, _, item) in zip(slots, ordered, strict=True):
+        items[slot] = item
+
+
+def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
+    info = getattr(item, "_fixtureinfo", None)
+    return info.name2fixturedefs if info is not None else {}
+
+
+def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
+    """Return which parameters, the point aside, ``item`` gives a fixture and what it is made
+    from."""
+    definitions = _fixture_definitions(item)
+    names = [fixture]
+    for name in names:  # it grows
+        for made in definitions.get(name, ()):
+            names += [other for other in made.argnames if other not in names]
+    indices = dict(getattr(getattr(item, "callspec", None), "indices", {}))
+    indices.pop("int8_params", None)
+    return tuple((name, indices[name]) for name in names if name in indices)

@@ -1,0 +1,266 @@
+"""Command line and ini options, read once into a frozen ``Settings``. What only checks an option is
+imported once the option is given: a session without benchmarks pays for what this file imports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.gate.rules import (
+    METRICS,
+)
+from pytest_int8bench.plugin.pytest_benchmark import STORAGE
+from pytest_int8bench.sweep import SWEEPS
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    """None makes a flag."""
+    repeatable: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--int8-" + self.name
+
+    @property
+    def dest(self) -> str:
+        return "int8_" + self.name.replace("-", "_")
+
+    def read(self, config: pytest.Config) -> Any:
+        """Return the command line's value, else the ini file's, else None."""
+        value = config.getoption(self.dest)
+        if value not in (None, []):
+            return value
+        ini = config.getini(self.dest)
+        return ini if ini not in ("", [], None) else None
+
+    def source(self, config: pytest.Config) -> str:
+        """Return how the user wrote this option, for error messages."""
+        return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option(
+            "mode",
+            "INT8 modes by comma: w8a8 (weights and dynamic activations), w8 (weights only) or "
+            "off (BF16 only). Default: w8a8",
+            "MODES",
+        ),
+        Option("smoothquant", "Apply SmoothQuant after a calibration pass. Default: off"),
+        Option(
+            "sweep",
+            f"Sweep keys by comma, one axis at a time: {', '.join(SWEEPS)}. Default: none",
+            "KEYS",
+        ),
+        Option(
+            "cross-product", "Sweep all combinations instead of one axis at a time. Default: off"
+        ),
+        Option(
+            "set",
+            "Set a RunParams field, e.g. batch_size=64, or an axis of your workload, "
+            "extra.NAME=VALUE. Repeatable; commas in VALUE sweep it. Default: none",
+            "NAME=VALUE",
+            repeatable=True,
+        ),
+        Option(
+            "preset",
+            "Where the parameters start: seed (base, batch 128, image 64, max-autotune, CUDA), "
+            "smoke (nano, batch 4, image 16, 3 timesteps, compile mode default, CPU) or auto "
+            "(seed with CUDA, else smoke). Default: auto",
+            "NAME",
+        ),
+        Option(
+            "workload",
+            "What to measure: olmoearth, digits, timm:NAME, hf:NAME, module:callable or "
+            "path.py:callable returning a Workload. Default: olmoearth",
+            "NAME",
+        ),
+        Option(
+            "weights",
+            "random (seeded), hub (pretrained), or a path: a state dict, read without running code "
+            "from it, or for olmoearth and hf:NAME a folder as on the hub. Default: random",
+            "WEIGHTS",
+        ),
+        Option(
+            "filter",
+            "module:callable that takes (module, name) and says which layers to quantize. "
+            "Default: attention projections and MLP layers",
+            "REFERENCE",
+        ),
+        Option(
+            "compile-cache",
+            "Folder to keep compiled code in from session to session, with a part for each kind "
+            "of machine, versions and attention backend; it may be copied to another machine of "
+            "that kind. Default: torch's own, for this machine",
+            "DIR",
+        ),
+        Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
+        Option(
+            "max-drop",
+            "Largest drop of a metric against BF16 that an accuracy test passes: 1% of the "
+            "baseline's metric (relative) or 1pp (absolute). Default: 1%",
+            "LIMIT",
+        ),
+        Option(
+            "inconclusive",
+            "What an accuracy test does when its samples cannot decide: fail, warn or skip. "
+            "Default: fail",
+            "ACTION",
+        ),
+        Option(
+            "eval-data",
+            "Labelled images for OlmoEarth's accuracy: a folder with a folder of 13-band GeoTIFFs "
+            "for each class, as EuroSAT. Default: generated scenes",
+            "PATH",
+        ),
+        Option(
+            "remedy",
+            "When accuracy dropped too much, try SmoothQuant, BF16 for the worst layers, and W8, "
+            "and print what passes. Default: off",
+        ),
+        Option(
+            "compare",
+            "Fail each point that got worse than in a saved file of the same machine and software: "
+            "a file, a folder, or a number of pytest-benchmark such as 0003. Repeatable: several "
+            "runs of the base show the noise. Default: none",
+            "BASE",
+            repeatable=True,
+        ),
+        *(
+            Option(
+                metric.option,
+                f"With --int8-compare, largest {metric.help}: a percentage, or off. Default: "
+                + ("off" if metric.limit is None else f"{metric.limit:.0%}"),
+                "LIMIT",
+            )
+            for metric in METRICS.values()
+        ),
+        Option(
+            "allow",
+            "Part of the fingerprint that may differ from a file that is compared with, or between "
+            "workers of pytest-xdist, such as driver; or throttled. Repeatable. Default: none",
+            "NAME",
+            repeatable=True,
+        ),
+        Option(
+            "allow-missing",
+            "With --int8-compare, points of the base that are not measured do not count. "
+            "Default: off",
+        ),
+        Option(
+            "profile",
+            "Write a trace of one forward of each point, for Perfetto or chrome://tracing, and a "
+            "table of its kernels into this folder (with --int8-set profiler_enabled=true alone "
+            "into .benchmarks/int8bench/profiles). Default: none",
+            "DIR",
+        ),
+        Option(
+            "wandb",
+            "Log each measured point to Weights & Biases as a run, when the session is over; "
+            "WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_MODE=offline and the like say where to. "
+            "Default: off",
+        ),
+        Option(
+            "report",
+            "Write what was measured as one page, FILE.html (needs the extra report), or as "
+            "Markdown, FILE.md. Repeatable. Default: none",
+            "FILE",
+            repeatable=True,
+        ),
+        Option(
+            "lean",
+            "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
+            "kernels, no profiles, nothing to Weights & Biases, 2 s a point unless "
+            "benchmark_interval_s is set; for int8bench ab. Default: off",
+        ),
+        Option(
+            "journal",
+            "File that every finished point is written to at once; it must not be there yet. "
+            "Default: a new file in .benchmarks/int8bench",
+            "PATH",
+        ),
+    )
+}
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register every option and its ini value."""
+    group = parser.getgroup("int8bench", "INT8 inference benchmarks")
+    for option in OPTIONS.values():
+        text = option.help.replace("%", "%%")
+        kind: dict[str, Any] = {"dest": option.dest, "help": text, "default": None}
+        if option.metavar is None:
+            group.addoption(option.flag, action="store_true", **kind)
+        else:
+            action = "append" if option.repeatable else "store"
+            group.addoption(option.flag, action=action, metavar=option.metavar, **kind)
+        ini_type: Any = "linelist" if option.repeatable else "string"
+        parser.addini(option.dest, f"Same as {option.flag}", type=ini_type, default=None)
+
+
+def is_asked_for(options: argparse.Namespace) -> bool:
+    """Say whether the command line has one of our options: an ini file speaks for every session,
+    also for those without benchmarks."""
+    return any(getattr(options, one.dest, None) not in (None, []) for one in OPTIONS.values())
+
+
+def check_forced_product() -> None:
+    if "INT8BENCH_PRODUCT" not in os.environ:
+        return
+    from pytest_int8bench.kernels.override import KernelError, forced_product
+
+    try:
+        forced_product()
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def check_workload(values: dict[str, Any]) -> None:
+    """Refuse data for another workload than OlmoEarth."""
+    if "eval_data" in values and "workload" in values:
+        from pytest_int8bench.workloads.registry import OLMOEARTH
+
+        if values["workload"] != OLMOEARTH:
+            raise pytest.UsageError(
+                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+            )
+
+
+def check_fields(values: dict[str, Any]) -> None:
+    """Refuse fields that the workload does not read."""
+    if "workload" in values:
+        from pytest_int8bench.workloads.registry import check_fields
+
+        try:
+            check_fields(values["workload"], (*values["changes"], *values["axes"]))
+        except ValueError as error:
+            raise pytest.UsageError(f"--int8-workload: {error}") from None
+
+
+def read_workload(text: str) -> dict[str, Any]:
+    from pytest_int8bench.workloads.registry import check_workload_name
+
+    return {"workload": check_workload_name(text)}
+
+
+def read_filter(text: str) -> dict[str, Any]:
+    from pytest_int8bench.workloads.registry import check_reference
+
+    return {"filter": check_reference(text)}
+
+
+def read_compare(items: list[str]) -> dict[str, Any]:
+    from pytest_int8bench.results.locating import find_side
+
+    return {"compare": tuple(find_side(items, STORAGE))}

@@ -1,0 +1,1 @@
+"""Sessions of pytest-xdist with one GPU per worker."""

@@ -1,0 +1,304 @@
+"""The process of pytest-xdist that starts workers: it gives each its GPU, and makes one session of
+what they find. It measures nothing and loads no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pytest_int8bench import nvml
+from pytest_int8bench.environment import differences
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.points import params_in
+from pytest_int8bench.plugin.pytest_benchmark import leave_out
+from pytest_int8bench.plugin.session import State
+from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result
+
+_HERE = "localhost"
+#: What pytest-xdist puts in place of a phase, for the test that a worker crashed in.
+_CRASHED = "???"
+_RERUN = "rerun"
+
+
+def is_controller(config: pytest.Config) -> bool:
+    """Say whether this process hands its tests to workers."""
+    option = config.option
+    asked = getattr(option, "dist", "no") != "no" and bool(getattr(option, "tx", None))
+    return asked and not option.collectonly and not hasattr(config, "workerinput")
+
+
+def capped(config: pytest.Config, workers: int) -> int:
+    """Return how many workers ``-n auto`` starts: one per GPU at most, where the command line asks
+    for INT8 benchmarks."""
+    if not options.is_asked_for(config.option) or (there := nvml.visible()) is None:
+        return workers
+    return max(1, min(workers, len(there)))
+
+
+class Controller:
+    """What a session does whose tests run in workers, as a plugin of pytest."""
+
+    def __init__(self, config: pytest.Config, state: State) -> None:
+        self._config = config
+        self._state = state
+        #: Which host each worker runs on, and as which of its workers.
+        self._seats: dict[Any, tuple[str, int]] = {}
+        #: Where each test comes in the order of the tests.
+        self._order: dict[str, int] = {}
+        #: Workers whose device was lost.
+        self._lost: set[str] = set()
+        #: The latest message with records of each worker.
+        self._measured: dict[str, Message] = {}
+        #: Points that took a worker down before it was known what machine it is.
+        self._waiting: list[Result] = []
+        #: By worker, what does not belong with the first results, and in what it differs.
+        self._apart: dict[str, tuple[Journal, list[str]]] = {}
+
+    # -- workers ------------------------------------------------------------------------------
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Give a worker its place on its host; a new one gets that of one that crashed."""
+        host = _host_of(node.gateway.spec, node.nodemanager)
+        taken = [number for where, number in self._seats.values() if where == host]
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._seats[node] = (host, number)
+        count = _count(host, node.nodemanager)
+        node.workerinput[KEY] = {"number": number, "count": count}
+        told = f"import os; os.environ[{SEAT!r}] = '{number}/{count}'"
+        node.gateway.remote_exec(told).waitclose()
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._seats.pop(node, None)
+        text = getattr(node, "workeroutput", {}).get(KEY)
+        if text is not None:
+            found = json.loads(text)
+            self._state.collected |= set(map(self._bare, found["collected"]))
+            self._state.deselected |= set(map(self._bare, found["deselected"]))
+
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """Look, before a test runs, whether there is a GPU for each worker of this host."""
+        if not self._order:
+            self._order = {self._bare(nodeid): index for index, nodeid in enumerate(ids)}
+            self._state.collected |= set(self._order)
+        found = [params for params in map(params_in, ids) if params is not None]
+        if found and self._config.option.dist == "each":
+            raise pytest.UsageError("--dist=each: every worker would measure the same points")
+        workers = _count(_HERE, node.nodemanager)
+        if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
+            return
+        there = nvml.visible()
+        if there and workers > len(there):
+            asked = f"-n {workers}" if self._config.option.numprocesses else "--tx"
+            raise pytest.UsageError(
+                f"{asked}: each worker needs a GPU of its own, and {nvml.described(there)}: "
+                f"at most {len(there)}, got {workers} workers"
+            )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_xdist_make_scheduler(
+        self, config: pytest.Config, log: Any
+    ) -> Generator[None, Any, Any]:
+        usual = yield
+        if config.option.dist != "load":  # the user asked for another distribution
+            return usual
+        from pytest_int8bench.plugin.xdist.scheduling import FamilyScheduling, Scheduling
+
+        return Scheduling(usual, FamilyScheduling(config, log, self._lost))
+
+    # -- what they find -----------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        nodeid = self._bare(report.nodeid)
+        text = getattr(report, KEY, None)
+        if text is not None:
+            self._merge(nodeid, Message.from_json(text))
+        elif report.when == _CRASHED and report.failed:
+            self._note_crashed(nodeid, str(report.longrepr))
+
+    def pytest_handlecrashitem(self, crashitem: str, report: Any, sched: Any) -> None:
+        """Run a test again that its worker ended before: a device that was lost with the test
+        before it is of no use to others."""
+        if report.node.gateway.id in self._lost:
+            with contextlib.suppress(NotImplementedError):  # of those that do so by themselves
+                sched.mark_test_pending(crashitem)
+            report.outcome = _RERUN
+
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
+        return ("", "", "") if (report.when, report.outcome) == (_CRASHED, _RERUN) else None
+
+    def _merge(self, nodeid: str, message: Message) -> None:
+        if message.device_lost:
+            self._lost.add(message.worker)
+        if message.records:
+            self._measured[message.worker] = message
+        if message.point is not None:
+            workload, values = message.point
+            self._state.points_of[nodeid] = (workload, RunParams.from_dict(values))
+        for record in message.unpacked():
+            self._record(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
+        for timing in message.timings:
+            if message.worker not in self._apart:
+                self._add_timing(timing)
+
+    def _record(self, record: Any, message: Message) -> None:
+        environment = message.environment or {}
+        if self._state.journal is None:
+            self._start_journal(environment)
+        if (journal := self._journal_apart(message, environment)) is not None:
+            try:
+                journal.append(record)
+            except OSError as error:
+                warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
+            return
+        self._state.record(record)
+        if not isinstance(record, Result):
+            return
+        if record.status not in ("ok", "oom"):
+            leave_out(self._config, record.nodeid)
+        gate = self._state.gate()
+        if gate is not None and record.status in ("ok", "oom", "accuracy-failed"):
+            with contextlib.suppress(ClearError):  # it failed the test, in the worker
+                gate.judge(record, environment)
+
+    def _start_journal(self, environment: Mapping[str, Any]) -> None:
+        journal = self._state.start_journal(environment)
+        journal.order = self._order
+        for result in self._waiting:
+            self._state.record(result)
+        self._waiting = []
+
+    def _journal_apart(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
+        """Return where the results of a worker go that is another machine or has other software
+        than the first ones, None for one that is and has not."""
+        if message.worker in self._apart:
+            return self._apart[message.worker][0]
+        together = self._state.environment()
+        found = differences(together, environment)
+        if together.get("commit") != environment.get("commit"):
+            found["commit"] = (together.get("commit"), environment.get("commit"))
+        names = [name for name in found if name not in self._state.settings.rules.allow]
+        if not names:
+            return None
+        main = self._state.journal.path if self._state.journal else None
+        path = main and main.with_name(f"{main.stem}-{message.worker}.jsonl")
+        try:
+            journal = Journal(path, environment)
+        except OSError as error:
+            warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
+            journal = Journal(None, environment)
+        listed = [f"{name} {found[name][0]} -> {found[name][1]}" for name in names]
+        self._apart[message.worker] = (journal, listed)
+        return journal
+
+    def _add_timing(self, values: dict[str, Any]) -> None:
+        """Put what a worker timed into the session of pytest-benchmark, as if it were its own."""
+        from pytest_benchmark import stats
+
+        benchmarks: Any = self._config.pluginmanager.get_plugin("pytest-benchmark")
+        if benchmarks is None:
+            return
+        names = ("name", "group", "param", "params", "extra_info", "has_error")
+        fixture = SimpleNamespace(
+            fullname=self._bare(values["fullname"]),
+            cprofile_stats=None,
+            **{name: values[name] for name in names},
+        )
+        metadata: Any = stats.Metadata
+        timed = metadata(fixture, values["stats"]["iterations"], values["options"])
+        for seconds in values["stats"]["data"]:
+            timed.stats.update(seconds)
+        benchmarks.benchmarks.append(timed)
+
+    def _note_crashed(self, nodeid: str, reason: str) -> None:
+        """Write down the point that took a worker down, as failed."""
+        state = self._state
+        point = state.points_of.get(nodeid)
+        params = point[1] if point else params_in(nodeid)
+        if params is None:
+            return
+        result = Result(
+            nodeid=nodeid,
+            workload=point[0] if point else state.settings.workload,
+            run_name=params.run_name,
+            params=params.to_dict(),
+            status="failed",
+            reason=reason,
+        )
+        leave_out(self._config, nodeid)
+        if state.journal is None:
+            self._waiting.append(result)
+            return
+        measured = [entry for entry in state.journal.results if entry.nodeid == nodeid]
+        kept = [dataclasses.replace(entry, status="failed", reason=reason) for entry in measured]
+        state.record(kept[0] if kept else result)
+
+    # -- at the end ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """Make pytest-benchmark save and compare what the workers timed, in the order of the
+        tests. It took itself for disabled."""
+        if self._waiting:
+            self._start_journal({})
+        benchmarks: Any = self._config.pluginmanager.get_plugin("pytest-benchmark")
+        if benchmarks is not None and self._state.journal is not None:
+            benchmarks.benchmarks.sort(key=lambda timed: self._order.get(timed.fullname, -1))
+            results = self._state.journal.results
+            is_timed = benchmarks.benchmarks or not any(result.is_disabled for result in results)
+            if is_timed and not pytest_benchmark.is_benchmark_disabled(self._config):
+                benchmarks.disabled = False
+        return (yield)
+
+    def summary(self) -> list[str]:
+        """Return who measured, on which GPU."""
+        places = [
+            f"{name} ({', '.join([message.host, *message.gpus])})"
+            for name, message in sorted(self._measured.items())
+        ]
+        lines = sorted({m.preset for m in self._measured.values() if m.preset})
+        return [*lines, *([f"measured by {', '.join(places)}"] if places else [])]
+
+    def problems(self) -> list[str]:
+        """Return what must not pass silently, a line each."""
+        lines = []
+        for worker, (journal, listed) in self._apart.items():
+            names = " ".join(f"--int8-allow {text.partition(' ')[0]}" for text in listed)
+            lines.append(
+                f"{worker} ({self._measured[worker].host}) measured on another machine or software "
+                f"than the first results: {', '.join(listed)}; its {len(journal.results)} results "
+                f"are apart from the others, in {journal.path}; to put them together: {names}"
+            )
+        return lines
+
+    def _bare(self, nodeid: str) -> str:
+        """Return a node id without the group that ``--dist=loadgroup`` puts behind it."""
+        if self._config.option.dist == "loadgroup" and nodeid.rfind("@") > nodeid.rfind("]"):
+            return nodeid.rpartition("@")[0]
+        return nodeid
+
+
+def _count(host: str, manager: Any) -> int:
+    """Return how many workers run on ``host``."""
+    return sum(_host_of(spec, manager) == host for spec in manager.specs)
+
+
+def _host_of(spec: Any, manager: Any) -> str:
+    """Return the host of a worker, from how pytest-xdist was told to start it (``--tx``)."""
+    if spec.via:
+        return _host_of(manager.group[spec.via].spec, manager)
+    host = str(spec.ssh or (spec.socket or "").rpartition(":")[0] or _HERE)
+    host = host.rpartition("@")[2]
+    return _HERE if host in ("127.0.0.1", platform.node()) else host

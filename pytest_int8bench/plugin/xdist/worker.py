@@ -1,0 +1,218 @@
+"""A worker of pytest-xdist: it takes a GPU of its own, and sends what it finds to the process that
+started it, with its reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_int8bench import nvml
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
+from pytest_int8bench.results.records import Accuracy, Record, Result, Sensitivity
+
+if TYPE_CHECKING:
+    from pytest_int8bench.plugin.session import State
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """What became of a process that was to be left one GPU."""
+
+    gpu: str | None
+    """Its name in ``CUDA_VISIBLE_DEVICES``, None if there was none left."""
+    among: list[str] | None
+    """The GPUs that the workers of this host share, None where that is not known."""
+
+    @classmethod
+    def to(cls, number: int) -> _Pinned:
+        among = nvml.visible()
+        return cls(nvml.pin(number), among)
+
+
+_PINNED = pytest.StashKey[_Pinned]()
+
+
+def pin_at_start(config: pytest.Config) -> None:
+    """Leave this process its GPU before a conftest is imported, which may look for CUDA and so
+    start it, where the command line asks for INT8 benchmarks."""
+    # Not for the processes that tests start.
+    number, count = map(int, os.environ.pop(SEAT).split("/"))
+    if count > 1 and options.is_asked_for(config.known_args_namespace):
+        config.stash[_PINNED] = _Pinned.to(number)
+
+
+class Worker:
+    """What a session in a worker does beyond others, as a plugin of pytest."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        given: dict[str, Any] = config.workerinput  # type: ignore[attr-defined]
+        self.id: str = given["workerid"]
+        #: Set by our plugin in the process that started this one.
+        self._seat: dict[str, int] | None = given.get(KEY)
+        self._pinned: _Pinned | None = config.stash.get(_PINNED, None)
+        self._is_lost = False
+        self._records: list[Result | Accuracy | Sensitivity] = []
+
+    @property
+    def count(self) -> int:
+        """How many workers run on this host."""
+        return self._seat["count"] if self._seat else 1
+
+    @property
+    def _gpu(self) -> str | None:
+        return self._pinned.gpu if self._pinned else None
+
+    def pin(self) -> None:
+        """Leave this process the GPU that is its own, if it shares the host with others."""
+        if self._pinned is None and self._seat is not None and self.count > 1:
+            self._pinned = _Pinned.to(self._seat["number"])
+
+    def placed(self, result: Result) -> Result:
+        """Return ``result`` with who measured it."""
+        gpu = self._gpu if _is_on_gpu(result) else None
+        where = {"id": self.id, "host": platform.node(), "gpu": gpu}
+        return dataclasses.replace(result, worker=where)
+
+    def fingerprint(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """Return the fingerprint as a process sees it that has all the host's GPUs."""
+        there = self._pinned.among if self._pinned else None
+        return {**environment, "gpu_count": len(there)} if there else environment
+
+    # -- what cannot be measured here ---------------------------------------------------------
+
+    def no_gpu(self, params: RunParams) -> str | None:
+        """Return why there is no GPU for a point, None if there is one or it needs none."""
+        if params.gpu_type != "cuda" or self._seat is None or self.count == 1:
+            return None
+        if self._gpu is None:
+            there = len((self._pinned and self._pinned.among) or ())
+            return (
+                f"worker {self.id} has no GPU of its own: {self.count} workers of this host share "
+                f"{there} GPU{'s' * (there != 1)}"
+            )
+        if (seen := nvml.seen_by_cuda()) > 1:
+            return (
+                f"worker {self.id} sees {seen} GPUs instead of its own: something that was "
+                "imported before this test has started CUDA; with an --int8 option on the command "
+                "line, workers take their GPUs before they import anything"
+            )
+        return None
+
+    def not_kept(self) -> str | None:
+        """Return why results would be lost, None if they are not."""
+        if self._seat is not None:
+            return None
+        return "the process that started this worker runs without pytest-int8bench"
+
+    def not_timed(self, config: pytest.Config, params: RunParams) -> str | None:
+        """Return why times would mean nothing, None if they do."""
+        if pytest_benchmark.is_benchmark_disabled(config):
+            return "pytest-benchmark is disabled"
+        if params.gpu_type != "cuda" and self.count > 1:
+            return f"{self.count} workers on one CPU slow each other down, run with -n1"
+        return self.not_kept()
+
+    # -- what is sent -------------------------------------------------------------------------
+
+    def keep(self, record: Result | Accuracy | Sensitivity) -> Result | Accuracy | Sensitivity:
+        """Send ``record`` with the next report. Return it, with who measured it."""
+        if isinstance(record, Result):
+            record = self.placed(record)
+        self._records.append(record)
+        return record
+
+    def attach(
+        self,
+        state: State,
+        item: pytest.Item,
+        report: pytest.TestReport,
+        call: pytest.CallInfo[None],
+    ) -> None:
+        """Put what was found since the last report onto ``report``."""
+        if call.excinfo is not None:
+            self._note_error(call.excinfo.value)
+        point = state.points_of.get(item.nodeid)
+        message = Message(
+            worker=self.id,
+            host=platform.node(),
+            gpus=[self._gpu] if self._gpu and any(map(_is_on_gpu, self._records)) else [],
+            preset=state.preset,
+            point=(point[0], point[1].to_dict()) if point and report.when == "setup" else None,
+            environment=state.environment() if self._records else None,
+            records=[(kind_of(record), record.to_dict()) for record in self._records],
+            timings=_take_timings(item.config) if report.when == "teardown" else [],
+            device_lost=self._is_lost,
+        )
+        self._records = []
+        if message.says_something:
+            setattr(report, KEY, message.to_json())
+
+    def _note_error(self, error: BaseException) -> None:
+        """Look whether ``error`` is of a device that cannot go on in this process."""
+        torch = sys.modules.get("torch")
+        if torch is None or self._seat is None:
+            return
+        from pytest_int8bench.measure.memory import chain_of, oom_of
+
+        if oom_of(error) is None:
+            is_lost = any(isinstance(cause, torch.AcceleratorError) for cause in chain_of(error))
+            self._is_lost = self._is_lost or is_lost
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self) -> None:
+        if self._is_lost:
+            # Every later call on the device would fail. A new worker takes over, and runs this
+            # test: the process that started this one knows.
+            os._exit(1)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> Generator[None, object, object]:
+        result = yield
+        from pytest_int8bench.plugin.points import params_of
+
+        benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+        points = [params_of(item) for item in items if "benchmark" in _fixtures(item)]
+        if benchmarks is not None and all(p and not self.not_timed(config, p) for p in points):
+            # Or it says that xdist has disabled them (since 5.3, at the end).
+            benchmarks.xdist_benchmark_found = False
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        from pytest_int8bench.plugin.session import STATE
+
+        _take_timings(session.config)  # or pytest-benchmark writes a file of this worker's
+        if (state := session.config.stash.get(STATE, None)) is not None:
+            found = {"collected": [*state.collected], "deselected": [*state.deselected]}
+            session.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
+        return (yield)
+
+
+def _is_on_gpu(record: Record) -> bool:
+    return record.params.get("gpu_type") == "cuda"
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
+def _take_timings(config: pytest.Config) -> list[dict[str, Any]]:
+    """Take what was timed out of pytest-benchmark's session."""
+    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    if benchmarks is None:
+        return []
+    timed = [entry for entry in benchmarks.benchmarks if entry]
+    benchmarks.benchmarks.clear()
+    return [{**entry.as_dict(), "has_error": entry.has_error} for entry in timed]

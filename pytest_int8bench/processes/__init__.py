@@ -1,0 +1,1 @@
+"""Child processes of pytest, and the files they exchange."""

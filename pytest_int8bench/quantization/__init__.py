@@ -1,0 +1,1 @@
+"""Quantize linear layers to INT8 with TorchAO."""

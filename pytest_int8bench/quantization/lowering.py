@@ -1,0 +1,153 @@
+"""Replace TorchAO's quantized layers by layers of plain tensors that our kernels take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.quantization import (
+    Int8Tensor,
+    MappingType,
+    PerRow,
+)
+
+from pytest_int8bench.errors import QuantizationError as QuantizationError
+from pytest_int8bench.kernels.linear import Quantized, WeightOnlyLinear, replace_linears
+from pytest_int8bench.quantization.coverage import Layer
+
+
+class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
+    """INT8 weight whose product is dequantize, then the 16-bit product of the device's library, as
+    that of :class:`WeightOnlyLinear`, for layers that cannot be replaced by one.
+
+    torchao's own weight-only product is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
+    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
+    196608x768x768 product that cuBLAS does in 0.32 ms (H200, torch 2.11).
+    """
+
+
+@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
+@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
+def _dequantized_linear(
+    func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    activation, weight = args[0], args[1]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if weight.act_pre_scale is not None:
+        activation = activation * weight.act_pre_scale
+    return nn.functional.linear(activation, weight.dequantize(activation.dtype), bias)
+
+
+def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """Replace the converted layers that torchao quantized as the fused kernels need it.
+
+    Args:
+        model: quantized; changed in place.
+        layers: its linear layers.
+
+    Returns:
+        The layers, with what runs them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, Quantized] = {}
+    told = []
+    for layer in layers:
+        if layer.reason is None:
+            module: Any = modules[layer.name]
+            reason = reason_to_keep(modules, layer.name) or _activation_problem(module.weight)
+            tensors = reason or _plain(module)
+            if isinstance(tensors, str):
+                layer = dataclasses.replace(layer, fallback=tensors)
+            else:
+                plain[layer.name] = tensors
+                layer = dataclasses.replace(layer, fused=True)
+        told.append(layer)
+    replace_linears(model, plain)
+    return told
+
+
+def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Have the converted layers of a model quantized to W8 dequantize their weights, as whole
+    tensors, before the product.
+
+    They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is,
+    repeated blocks cannot compile once, and each call of a compiled model costs the host some 20 us
+    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Tensor`.
+
+    Args:
+        model: quantized; changed in place.
+        layers: its linear layers.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, Quantized] = {}
+    for layer in layers:
+        if layer.reason is not None:
+            continue
+        module: Any = modules[layer.name]
+        tensors = reason_to_keep(modules, layer.name) or _plain(module)
+        if isinstance(tensors, Quantized):
+            plain[layer.name] = tensors
+        elif type(module.weight) is Int8Tensor:
+            names, context = module.weight.__tensor_flatten__()
+            held = {name: getattr(module.weight, name) for name in names}
+            weight = DequantizedInt8Tensor.__tensor_unflatten__(
+                held, context, module.weight.shape, module.weight.stride()
+            )
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    replace_linears(model, plain, WeightOnlyLinear)
+
+
+def is_converted_on_cuda(model: nn.Module, layer: Layer) -> bool:
+    if layer.reason is not None:  # it may be no module, but a part of nn.MultiheadAttention
+        return False
+    module: Any = model.get_submodule(layer.name)
+    return bool(module.weight.device.type == "cuda")
+
+
+def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Say why a linear layer cannot be replaced by another module, or return None."""
+    module = modules[name]
+    if not name:
+        return "type: the model itself, which cannot be replaced in place"
+    if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
+        return f"type: {type(module).__name__} has a forward of its own"
+    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+        return "type: inside nn.TransformerEncoderLayer"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "type: has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "type: has backward hooks"
+    return None
+
+
+def _activation_problem(weight: Any) -> str | None:
+    """Say why the fused kernels cannot quantize the input of a layer, or return None."""
+    if type(weight) is not Int8Tensor:
+        return f"weight: {type(weight).__name__}"
+    dynamic = weight.act_quant_kwargs
+    if dynamic is None:
+        return "activations: not quantized"
+    if weight.act_quant_scale is not None or not isinstance(dynamic.granularity, PerRow):
+        return "activations: scale not per row"
+    if dynamic.mapping_type != MappingType.SYMMETRIC or dynamic.granularity.dim != -1:
+        return "activations: not symmetric per row"
+    return None
+
+
+def _plain(module: Any) -> Quantized | str:
+    """Return the plain tensors of a layer, or why its weight cannot be told by them."""
+    weight = module.weight
+    if weight.scale.numel() != weight.shape[0]:
+        return "weight: scale not per output channel"
+    if weight.zero_point is not None and bool(weight.zero_point.any()):
+        return "weight: not symmetric"
+    return Quantized(
+        weight.qdata.contiguous(),
+        weight.scale.reshape(-1).float(),
+        module.bias,
+        weight.act_pre_scale,
+        weight.dtype,
+    )

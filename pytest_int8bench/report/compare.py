@@ -1,0 +1,236 @@
+"""A comparison of saved files as text, Markdown, JSON and JUnit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pytest_int8bench.gate.compare import Comparison, Side
+from pytest_int8bench.gate.outcomes import (
+    ACCURACY_FAILED,
+    DISABLED,
+    FAILED,
+    IMPROVED,
+    INCOMPARABLE,
+    MISSING,
+    NEW,
+    OOM,
+    PASSES,
+    REGRESSES,
+    SAME,
+    SKIPPED,
+    Compared,
+    RunChange,
+)
+from pytest_int8bench.gate.rules import METRICS
+from pytest_int8bench.gate.verdicts import VerdictChange
+from pytest_int8bench.report.junit import Case
+from pytest_int8bench.report.tables import MISSING as NOTHING
+from pytest_int8bench.report.tables import Grid, Page, finite, number
+from pytest_int8bench.results.records import point_label
+
+SCHEMA = 1
+_TITLE = "int8bench compare"
+_NOTHING_COMPARED = "nothing was compared"
+_HEADLINES = {0: "nothing regressed", 1: "REGRESSED", 2: "NOT COMPARED"}
+#: Metric -> factor from its unit to that of the table.
+_SHOWN = {"throughput": 1.0, "batch-time": 1e3, "p95": 1e3, "memory": 2**-20, "compile": 1.0}
+_HEADERS = {
+    "throughput": "samples/s",
+    "batch-time": "ms/batch",
+    "p95": "p95 ms/batch",
+    "memory": "peak MiB",
+    "compile": "compile s",
+}
+
+
+def page(comparison: Comparison) -> Page:
+    """Return the report that people read."""
+    grids = []
+    if comparison.runs:
+        grids.append(_runs(comparison.runs))
+    if comparison.accuracy:
+        grids.append(_verdicts(comparison.accuracy))
+    return Page(
+        title=_TITLE,
+        headline=f"{_HEADLINES[comparison.exit_code]} ({_counts(comparison)})",
+        grids=grids,
+        remarks=_remarks(comparison),
+        footer=[
+            f"base: {_side(comparison.base)}",
+            f"new: {_side(comparison.new)}",
+            *_rules(comparison),
+        ],
+    )
+
+
+def to_dict(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as plain values, under ``int8bench_compare``."""
+    values = finite(dataclasses.asdict(comparison))
+    return {"int8bench_compare": {"schema": SCHEMA, "exit_code": comparison.exit_code, **values}}
+
+
+def cases(comparison: Comparison) -> list[Case]:
+    """Return one JUnit case for each run and verdict, and one for the fingerprint."""
+    found = []
+    for entry in (*comparison.runs, *comparison.accuracy):
+        name = _name(entry)
+        if isinstance(entry, VerdictChange):
+            name = f"{name} {entry.metric}"
+        status = {PASSES: "passed", REGRESSES: "failure"}.get(entry.exit_code, "error")
+        if status == "passed" and entry.outcome in (MISSING, SKIPPED, DISABLED, NEW):
+            status = "skipped"
+        message = f"{entry.outcome}: {entry.reason}" if entry.reason else entry.outcome
+        found.append(Case(classname=entry.nodeid, name=name, status=status, message=message))
+    differing = _differing(comparison.differences)
+    found.append(
+        Case(
+            classname=_TITLE,
+            name="fingerprint",
+            status="error" if differing else "passed",
+            message="; ".join(differing),
+        )
+    )
+    if not comparison.compared:
+        found.append(
+            Case(classname=_TITLE, name="compared", status="error", message=_NOTHING_COMPARED)
+        )
+    return found
+
+
+def _counts(comparison: Comparison) -> str:
+    count = ", ".join(f"{number} {outcome}" for outcome, number in comparison.counts.items())
+    text = f"{_plural(len(comparison.runs), 'run')}: {count}" if comparison.runs else "no run"
+    if comparison.accuracy:
+        worse = sum(v.exit_code == REGRESSES for v in comparison.accuracy)
+        text += f"; {_plural(len(comparison.accuracy), 'verdict')}: {worse} regressed"
+    return text
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _side(side: Side) -> str:
+    commits = ", ".join(dict.fromkeys(commit[:10] for commit in side.commits))
+    dirty = ", uncommitted changes" if side.dirty else ""
+    return f"{', '.join(side.files)} ({commits}{dirty})"
+
+
+def _rules(comparison: Comparison) -> list[str]:
+    """Return one line for each metric that is judged: its limits and floors."""
+    lines = []
+    for metric in METRICS.values():
+        changes = [c for run in comparison.runs if (c := run.change(metric.name)) is not None]
+        judged = [change for change in changes if change.limit is not None]
+        if not judged:
+            continue
+        limits = sorted({change.limit for change in judged if change.limit is not None})
+        floors = sorted({round(change.floor, 4) for change in judged})
+        how = "learned from the files" if any(c.learned for c in judged) else "as given"
+        if all(change.floor == metric.floor for change in judged):
+            how = "the default of one process a side"
+        lines.append(
+            f"{metric.option}: {_range(limits)}; noise floor between processes "
+            f"{_range(floors)} ({how})"
+        )
+    return lines
+
+
+def _range(shares: list[float]) -> str:
+    ends = dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1]))
+    return " to ".join(ends)
+
+
+def _differing(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name}: {base} -> {new}" for name, (base, new) in differences.items()]
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    lines = [f"differs: {line}" for line in _differing(comparison.differences)]
+    if comparison.differences:
+        allow = " ".join(f"--allow {name}" for name in comparison.differences)
+        lines.append(
+            f"another machine or software cannot be compared; to do it all the same: {allow}"
+        )
+    lines += [f"differs, as allowed: {line}" for line in _differing(comparison.allowed)]
+    if not comparison.compared:
+        lines.append(f"{_NOTHING_COMPARED}: no run or verdict was measured on both sides")
+    incomparable_everywhere = bool(comparison.differences)
+    for run in comparison.runs:
+        if run.outcome == INCOMPARABLE and incomparable_everywhere and not run.changes:
+            continue  # said once
+        if run.reason is not None:
+            lines.append(f"{run.outcome}: {_name(run)}: {run.reason}")
+    for verdict in comparison.accuracy:
+        if verdict.outcome == INCOMPARABLE and incomparable_everywhere:
+            continue
+        if verdict.reason is not None:
+            lines.append(f"{verdict.outcome}: {_name(verdict)} {verdict.metric}: {verdict.reason}")
+    return lines + [f"note: {note}" for note in comparison.notes]
+
+
+def _name(entry: Compared) -> str:
+    return point_label(entry.workload, entry.run_name)
+
+
+def _runs(runs: tuple[RunChange, ...]) -> Grid:
+    shown = [
+        name
+        for name in METRICS
+        if name != "p95" or any((c := run.change(name)) and c.limit is not None for run in runs)
+    ]
+    columns: dict[str, Callable[[RunChange], str]] = {"run": _name}
+    for name in shown:
+        columns[_HEADERS[name]] = lambda run, name=name: _cell(run, name)  # type: ignore[misc]
+    columns["outcome"] = lambda run: run.outcome
+    return Grid(
+        columns=[*columns],
+        rows=[[show(run) for show in columns.values()] for run in runs],
+        styles=[_style(run) for run in runs],
+        name="run",
+        left=("outcome",),
+        first=(_HEADERS["throughput"], "outcome"),
+    )
+
+
+def _cell(run: RunChange, metric: str) -> str:
+    base, new = (
+        number(value * _SHOWN[metric]) if (value := side.get(metric)) is not None else NOTHING
+        for side in (run.base, run.new)
+    )
+    if run.outcome == OOM and metric == "throughput":
+        new = "OOM"
+    text = NOTHING if base == new == NOTHING else f"{base} -> {new}"
+    change = run.change(metric)
+    # The growth of a rate's cost beside the rate reads as if the rate had grown.
+    shown = change is not None and not METRICS[metric].is_rate
+    return f"{text} ({change.growth:+.1%})" if change is not None and shown else text
+
+
+def _style(entry: Compared) -> str | None:
+    if entry.exit_code == REGRESSES or entry.outcome in (FAILED, ACCURACY_FAILED, OOM):
+        return "red"
+    if entry.exit_code != PASSES:
+        return "yellow"
+    return {IMPROVED: "green", SAME: None}.get(entry.outcome, "dim")
+
+
+def _verdicts(verdicts: tuple[VerdictChange, ...]) -> Grid:
+    columns: dict[str, Callable[[VerdictChange], str]] = {
+        "accuracy": _name,
+        "metric": lambda v: v.metric,
+        "base": lambda v: v.base or NOTHING,
+        "new": lambda v: (v.new or NOTHING) + ("*" if v.is_pipeline_check else ""),
+        "outcome": lambda v: v.outcome,
+    }
+    return Grid(
+        columns=[*columns],
+        rows=[[show(verdict) for show in columns.values()] for verdict in verdicts],
+        styles=[_style(verdict) for verdict in verdicts],
+        name="accuracy",
+        left=("metric", "base", "new", "outcome"),
+        keys=("metric",),
+        first=("outcome",),
+    )

@@ -1,0 +1,1 @@
+"""Reports as an HTML page or Markdown, built from saved files."""

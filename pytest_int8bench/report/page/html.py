@@ -1,0 +1,87 @@
+"""A report as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from pytest_int8bench.report.page.model import View
+from pytest_int8bench.report.page.svg import DARK, LIGHT, draw
+from pytest_int8bench.report.tables import MISSING, Grid, finite
+from pytest_int8bench.version import __version__
+
+#: Version of the data that a page carries.
+SCHEMA = 1
+#: Its element.
+DATA_ID = "report-data"
+#: Cells that are coloured beside what they say.
+_TONES = {
+    "PASS": "good",
+    "FAIL": "bad",
+    "INCONCLUSIVE": "fair",
+    "OOM": "bad",
+    "failed": "bad",
+    "accuracy-failed": "bad",
+}
+
+
+def render(view: View) -> str:
+    """Return the page."""
+    environment = Environment(
+        loader=PackageLoader("pytest_int8bench.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # draw() escapes its texts.
+    environment.filters["draw"] = lambda chart: Markup(draw(chart))
+    environment.filters["tone"] = _tone
+    environment.filters["breakable"] = _breakable
+    style, _, _ = PackageLoader("pytest_int8bench.report", "page").get_source(
+        environment, "page.css"
+    )
+    return environment.get_template("page.html.j2").render(
+        view=view,
+        style=Markup(style),
+        light=_variables(LIGHT),
+        dark=_variables(DARK),
+        data=data(view),
+        data_id=DATA_ID,
+        version=__version__,
+        is_left=_is_left,
+        missing=MISSING,
+    )
+
+
+def data(view: View) -> dict[str, Any]:
+    """Return the figures that the page shows, as plain values."""
+    charts = [chart for section in view.sections for chart in section.charts]
+    return {
+        "schema": SCHEMA,
+        "charts": [
+            {"kind": type(chart).__name__.lower(), **finite(dataclasses.asdict(chart))}
+            for chart in charts
+        ],
+    }
+
+
+def _variables(style: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {color};" for name, color in style.items())
+
+
+def _is_left(grid: Grid, column: str) -> bool:
+    return column == grid.name or column in grid.left
+
+
+def _tone(cell: str) -> str:
+    first, *_ = cell.partition(" ")
+    return _TONES.get(first.rstrip("*"), "")
+
+
+def _breakable(name: str) -> Markup:
+    """Return a run name that may be broken behind its underscores."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))

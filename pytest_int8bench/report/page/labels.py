@@ -1,0 +1,133 @@
+"""Labels of points: short names instead of whole run names, their styles and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pytest_int8bench.params import MEASURING_FIELDS
+from pytest_int8bench.results.records import Record, Result
+
+#: Parameters that say how a model is quantized, apart from where its kernels come from.
+MODE_FIELDS = ("int8_enabled", "int8_mode", "int8_smoothquant", "bf16")
+#: What people call the axes that are numbers.
+_SPOKEN = {
+    "batch_size": "batch",
+    "image_size": "image",
+    "patch_size": "patch",
+    "num_timesteps": "timesteps",
+}
+#: Standard errors on each side of a 95 % interval.
+_WIDTH = 1.96
+_MODES = ("BF16", "W8A8", "W8", "W8A8, SmoothQuant", "W8, SmoothQuant")
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """Return the parameters that make a point, those of its workload among them as
+    ``extra.NAME``. A baseline has no kernels of INT8 to choose."""
+    values = {name: v for name, v in record.params.items() if name not in MEASURING_FIELDS}
+    extra = values.pop("extra", None)
+    for name, value in extra.items() if isinstance(extra, dict) else ():
+        values[f"extra.{name}"] = value
+    if not values.get("int8_enabled"):
+        values = {name: v for name, v in values.items() if not name.startswith("int8_")}
+    # A list or an object of a damaged file could not be a key.
+    return {name: v if isinstance(v, str | int | float) else str(v) for name, v in values.items()}
+
+
+def mode(params: Mapping[str, Any]) -> str:
+    """Return what a point computes in: ``BF16``, ``W8A8, SmoothQuant``, ``W8 (FP32)``."""
+    is_bf16 = params.get("bf16", True)
+    if not params.get("int8_enabled"):
+        return "BF16" if is_bf16 else "FP32"
+    smooth = ", SmoothQuant" if params.get("int8_smoothquant") else ""
+    return f"{str(params.get('int8_mode', 'INT8')).upper()}{smooth}{'' if is_bf16 else ' (FP32)'}"
+
+
+def style(params: Mapping[str, Any]) -> int:
+    """Return the number of the colour and marker of a point's mode, 0 for a baseline."""
+    if not params.get("int8_enabled"):
+        return 0
+    name = mode(params).removesuffix(" (FP32)")
+    return _MODES.index(name) if name in _MODES else len(_MODES)
+
+
+def order(params: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a key that sorts points by their axes, and where these are equal by mode."""
+    axes = {name: value for name, value in sorted(params.items()) if name not in MODE_FIELDS}
+    shared = [_sortable(value) for name, value in axes.items() if not name.startswith("int8_")]
+    own = [_sortable(value) for name, value in axes.items() if name.startswith("int8_")]
+    return (shared, style(params), own)
+
+
+def differing(points: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the parameters in which ``points`` differ, the mode aside. Those of
+    INT8 are asked of the points that are quantized only."""
+    points = list(points)
+    found = []
+    for name in dict.fromkeys(name for point in points for name in point):
+        asked = [p for p in points if p.get("int8_enabled") or not name.startswith("int8_")]
+        if name not in MODE_FIELDS and len({_typed(p.get(name)) for p in asked}) > 1:
+            found.append(name)
+    return found
+
+
+def label(params: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return the mode and the values of ``names``, those that the point has."""
+    return ", ".join([mode(params), *(setting(n, params[n]) for n in names if n in params)])
+
+
+def setting(name: str, value: object) -> str:
+    """Return a parameter with its value: ``batch 128``, ``compile_mode=default``."""
+    if name in _SPOKEN:
+        return f"{_SPOKEN[name]} {value}"
+    return f"{name.removeprefix('extra.')}={said(value)}"
+
+
+def axis(name: str) -> str:
+    """Return what an axis is called."""
+    return _SPOKEN.get(name, name.removeprefix("extra."))
+
+
+def said(value: object) -> str:
+    """Return a value as users write it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value has a place on an axis of numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def test_of(record: Record) -> str:
+    """Return a node id without its parameters."""
+    return record.nodeid.partition("[")[0]
+
+
+def is_measured(result: Result) -> bool:
+    """Say whether there are figures of a point."""
+    return result.samples_per_s is not None
+
+
+def rate_interval(result: Result) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of ``samples_per_s`` within its process, from the standard error
+    of the median batch time; Nones where that is not known."""
+    rate, error = result.samples_per_s, result.batch_time_standard_error
+    if rate is None or error is None or not 0 <= _WIDTH * error < 1:
+        return None, None
+    return rate / (1 + _WIDTH * error), rate / (1 - _WIDTH * error)
+
+
+def sortable_values(values: Iterable[Any]) -> list[Any]:
+    """Return distinct values in order, numbers by size."""
+    return sorted({_typed(v): v for v in values}.values(), key=_sortable)
+
+
+def _typed(value: object) -> tuple[str, object]:
+    return (type(value).__name__ if isinstance(value, bool) else "", value)
+
+
+def _sortable(value: object) -> tuple[int, float, str]:
+    if isinstance(value, int | float):
+        return (0, float(value), "")
+    return (1, 0.0, str(value))

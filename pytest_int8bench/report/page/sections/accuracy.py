@@ -1,0 +1,144 @@
+"""Accuracy against throughput."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.report.page import labels
+from pytest_int8bench.report.page.charts import Pareto, Spot
+from pytest_int8bench.report.page.groups import Params, Scope
+from pytest_int8bench.report.page.model import Section, Titled
+from pytest_int8bench.report.page.sources import Found
+from pytest_int8bench.report.tables import number
+from pytest_int8bench.report.terminal import PIPELINE_CHECK, accuracy_table, verdict_remarks
+from pytest_int8bench.results.records import Accuracy
+
+
+def section(scopes: Sequence[Scope], verdicts: list[Found[Accuracy]]) -> Section | None:
+    """Return the section of verdicts, None without one."""
+    if not verdicts:
+        return None
+    judged = [found for found in verdicts if found.record.limit is not None]
+    tables = []
+    if judged:
+        grid = accuracy_table([found.record for found in judged])
+        tables.append(Titled(caption="Verdicts", grid=grid))
+    told = [verdict_remarks(found.record) for found in verdicts]
+    notes = ["\n".join(lines) for lines in told if lines]
+    if any(found.record.is_pipeline_check for found in verdicts):
+        notes.append(PIPELINE_CHECK)
+    charts = _paretos(scopes, judged)
+    drawn = {spot.name for chart in charts for spot in chart.spots}
+    intro = (
+        "The drop of the metric against the baseline on the same samples, with one-sided 95 % "
+        "bounds. PASS: a drop over the limit is excluded; FAIL: a drop within it is."
+    )
+    steps = (
+        "Up and left is better. The steps join what is beaten by nothing else in both accuracy "
+        "and speed; what did not pass is hollow."
+    )
+    if judged and not drawn:
+        notes.append("No picture against throughput: no judged point was timed as well.")
+    return Section(
+        id="accuracy",
+        title="Accuracy",
+        intro=(intro,) if judged else (),
+        pictures=(steps,) if charts else (),
+        charts=tuple(charts),
+        tables=tuple(tables),
+        notes=tuple(notes),
+    )
+
+
+def _paretos(scopes: Sequence[Scope], judged: Sequence[Found[Accuracy]]) -> list[Pareto]:
+    charts = []
+    for scope in scopes:
+        groups: dict[tuple[str, str], list[Accuracy]] = {}
+        for found in judged:
+            if (found.record.workload, found.device) == (scope.workload, scope.device):
+                unit = "pp" if str(found.record.limit).endswith("pp") else "%"
+                groups.setdefault((found.record.metric, unit), []).append(found.record)
+        for index, ((metric, unit), group) in enumerate(groups.items(), start=1):
+            spots = _spots(scope, group)
+            if spots:
+                charts.append(_pareto(scope, index, metric, unit, group, spots))
+    return charts
+
+
+def _pareto(
+    scope: Scope,
+    index: int,
+    metric: str,
+    unit: str,
+    group: Sequence[Accuracy],
+    spots: Sequence[Spot],
+) -> Pareto:
+    limits = {100 * Limit.parse(str(verdict.limit)).value for verdict in group}
+    said = ", ".join(dict.fromkeys(str(verdict.limit) for verdict in group))
+    parts = [f"{s.name}: {s.drop:.2f}{unit}, {number(s.rate)}/s, {s.verdict}" for s in spots]
+    title = f"Accuracy drop against throughput: {metric}"
+    return Pareto(
+        id=f"pareto-{scope.id}-{index}",
+        title=title + (scope.title.replace(": ", ", ", 1) if scope.title else ""),
+        description=f"Limit {said}. {'; '.join(parts)}.",
+        unit="samples/s",
+        drop_unit=unit,
+        limits=tuple(sorted(limits)),
+        spots=tuple(spots),
+    )
+
+
+def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
+    """Return the judged points that were timed, and their baselines, which lose nothing."""
+    timed = {r.run_name: (r, p, n) for r, p, n in scope.pick(labels.is_measured)}
+    spots: dict[str, Spot] = {}
+    for verdict in group:
+        if verdict.run_name not in timed or verdict.drop is None:
+            continue
+        result, params, name = timed[verdict.run_name]
+        rate = result.samples_per_s or 0.0
+        twin = _without_int8(params)
+        for base, base_params, base_name in timed.values():
+            if not base_params.get("int8_enabled") and _without_int8(base_params) == twin:
+                spots[base_name] = Spot(
+                    name=base_name,
+                    style=0,
+                    drop=0.0,
+                    low=None,
+                    high=None,
+                    rate=base.samples_per_s or 0.0,
+                    verdict="baseline",
+                    best=False,
+                )
+        spots[name] = Spot(
+            name=name,
+            style=labels.style(params),
+            drop=100 * verdict.drop,
+            low=_percent(verdict.drop_low),
+            high=_percent(verdict.drop_high),
+            rate=rate,
+            verdict=verdict.outcome + ("*" if verdict.is_pipeline_check else ""),
+            best=False,
+        )
+    everything = list(spots.values())
+    return [
+        dataclasses.replace(spot, best=not any(_beats(other, spot) for other in everything))
+        for spot in everything
+    ]
+
+
+def _beats(one: Spot, other: Spot) -> bool:
+    as_good = one.drop <= other.drop and one.rate >= other.rate
+    return as_good and (one.drop < other.drop or one.rate > other.rate)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None or not math.isfinite(share) else 100 * share
+
+
+def _without_int8(params: Params) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if not name.startswith("int8_")}

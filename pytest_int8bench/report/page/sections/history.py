@@ -1,0 +1,288 @@
+"""How figures went from file to file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from string import ascii_uppercase
+
+from pytest_int8bench.environment import differences
+from pytest_int8bench.report.page import labels
+from pytest_int8bench.report.page.charts import Lines, Mark, Point, Series, distinct
+from pytest_int8bench.report.page.model import Section, Titled
+from pytest_int8bench.report.page.sources import Source, device
+from pytest_int8bench.report.tables import MISSING, Grid, number
+from pytest_int8bench.report.terminal import shown_speedup
+from pytest_int8bench.results.records import Accuracy, Record, Result, point_label
+
+_Key = tuple[str, str, str, str]  # device, workload, test, run name
+_MIB = 2**20
+
+
+def section(sources: Sequence[Source]) -> Section | None:
+    """Return the history of points that several files have, None for a single file."""
+    if len(sources) < 2:
+        return None
+    marks = changes(sources)
+    results = _by_key(sources, lambda source: source.saved.results)
+    notes = [
+        f"{mark.letter}, before {sources[round(mark.x + 0.5)].label}: {mark.text}" for mark in marks
+    ]
+    if marks:
+        notes.append("Across such a change, figures of other machines or software are compared.")
+    return Section(
+        id="history",
+        title="History",
+        intro=(
+            (
+                "From file to file, oldest first. A figure is that of one process: small "
+                "differences are noise. int8bench compare judges two commits, int8bench ab "
+                "measures them in alternation."
+            ),
+        ),
+        charts=tuple(_charts(sources, results, marks)),
+        tables=(_files(sources, marks), *_tables(sources, results)),
+        notes=tuple(notes),
+    )
+
+
+def changes(sources: Sequence[Source]) -> tuple[Mark, ...]:
+    """Return where the fingerprint differs from that of the file before."""
+    found: list[Mark] = []
+    for place in range(1, len(sources)):
+        before, after = (s.saved.environment for s in sources[place - 1 : place + 1])
+        if differing := differences(before, after):
+            text = ", ".join(f"{name} {a} → {b}" for name, (a, b) in differing.items())
+            found.append(Mark(x=place - 0.5, letter=_letter(len(found)), text=text))
+    return tuple(found)
+
+
+def _letter(index: int) -> str:
+    rounds, place = divmod(index, len(ascii_uppercase))
+    return ascii_uppercase[place] + (str(rounds + 1) if rounds else "")
+
+
+def _by_key(
+    sources: Sequence[Source], records: Callable[[Source], Sequence[Result]]
+) -> dict[_Key, dict[int, Result]]:
+    """Return the results of each point, by the number of their file."""
+    found: dict[_Key, dict[int, Result]] = {}
+    for place, source in enumerate(sources):
+        for result in records(source):
+            found.setdefault(_key(source, result), {})[place] = result
+    return found
+
+
+def _key(source: Source, record: Record) -> _Key:
+    where = device(source.saved.environment)
+    return (where, record.workload, labels.test_of(record), record.run_name)
+
+
+def _charts(
+    sources: Sequence[Source], results: dict[_Key, dict[int, Result]], marks: tuple[Mark, ...]
+) -> list[Lines]:
+    """Return a chart of throughput, and one of speedups, for each point, all modes in one."""
+    groups: dict[tuple[object, ...], dict[_Key, dict[int, Result]]] = {}
+    for key, found in results.items():
+        if sum(labels.is_measured(result) for result in found.values()) < 2:
+            continue
+        params = labels.plain(next(iter(found.values())))
+        rest = {n: v for n, v in params.items() if not n.startswith("int8_") and n != "bf16"}
+        groups.setdefault((*key[:3], *sorted(rest.items())), {})[key] = found
+    points = [
+        labels.plain(next(iter(f.values()))) for group in groups.values() for f in group.values()
+    ]
+    names = labels.differing(points)
+    devices, workloads, tests = (
+        {key[i] for group in groups.values() for key in group} for i in range(3)
+    )
+    charts = []
+    for number_of, group in enumerate(groups.values(), start=1):
+        where, workload, test, _ = next(iter(group))
+        first = labels.plain(next(iter(next(iter(group.values())).values())))
+        said = [
+            labels.setting(n, first[n]) for n in names if n in first and not n.startswith("int8_")
+        ]
+        said = [
+            *([workload] if len(workloads) > 1 else []),
+            *said,
+            *([where] if len(devices) > 1 else []),
+            *([test] if len(tests) > 1 else []),
+        ] or [workload]
+        title = ", ".join(said)
+        for what, unit, point, reference in (
+            ("throughput", "samples/s", _rate, None),
+            ("speedup", "× baseline", _speedup, 1.0),
+        ):
+            series = _series(sources, group, names, point)
+            if not series:
+                continue
+            charts.append(
+                Lines(
+                    id=f"history-{what}-{number_of}",
+                    title=f"{what.capitalize()} across files: {title}",
+                    description=_described(series, marks),
+                    unit=unit,
+                    x_label="commit",
+                    series=series,
+                    names=tuple(source.label for source in sources),
+                    from_zero=False,
+                    reference=reference,
+                    decimals=None if reference is None else 2,
+                    marks=marks,
+                )
+            )
+    return charts
+
+
+def _series(
+    sources: Sequence[Source],
+    group: dict[_Key, dict[int, Result]],
+    names: Sequence[str],
+    figure: Callable[[Result], tuple[float | None, float | None, float | None]],
+) -> tuple[Series, ...]:
+    found = []
+    int8_names = [name for name in names if name.startswith("int8_")]
+    for by_place in group.values():
+        params = labels.plain(next(iter(by_place.values())))
+        points = []
+        for place, result in sorted(by_place.items()):
+            y, low, high = figure(result)
+            if y is None and (result.status in ("ok", "skipped") or not params.get("int8_enabled")):
+                continue
+            points.append(
+                Point(
+                    name=point_label(result.workload, result.run_name),
+                    x=place,
+                    x_shown=sources[place].label,
+                    y=y,
+                    low=low,
+                    high=high,
+                    note="" if result.status == "ok" else _status(result),
+                )
+            )
+        if any(point.y is not None for point in points):
+            name = labels.label(params, int8_names)
+            found.append(Series(name=name, style=labels.style(params), points=tuple(points)))
+    return distinct(found)
+
+
+def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
+    return (result.samples_per_s, *labels.rate_interval(result))
+
+
+def _speedup(result: Result) -> tuple[float | None, float | None, float | None]:
+    return (result.speedup, result.speedup_low, result.speedup_high)
+
+
+def _status(result: Result) -> str:
+    return "OOM" if result.oom else result.status
+
+
+def _described(series: Sequence[Series], marks: Sequence[Mark]) -> str:
+    parts = []
+    for one in series:
+        ys = [point for point in one.points if point.y is not None]
+        parts.append(
+            f"{one.name} from {number(ys[0].y)} ({ys[0].x_shown}) to {number(ys[-1].y)} "
+            f"({ys[-1].x_shown})"
+        )
+    if marks:
+        parts.append("the fingerprint changes at " + ", ".join(mark.letter for mark in marks))
+    return "; ".join(parts) + "."
+
+
+def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
+    changed = {round(mark.x + 0.5): mark for mark in marks}
+    rows = []
+    for place, source in enumerate(sources):
+        saved, mark = source.saved, changed.get(place)
+        measured = sum(labels.is_measured(result) for result in saved.results)
+        rows.append(
+            [
+                source.label,
+                source.name,
+                device(saved.environment),
+                f"{measured} of {len(saved.results)}",
+                f"{mark.letter}: {mark.text}" if mark else MISSING,
+            ]
+        )
+    return Titled(
+        caption="Files, and where machine or software changed",
+        grid=Grid(
+            columns=["commit", "file", "device", "points measured", "fingerprint changes"],
+            rows=rows,
+            styles=["changed" if place in changed else None for place in range(len(sources))],
+            name="commit",
+            left=("file", "device", "fingerprint changes"),
+        ),
+    )
+
+
+def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -> list[Titled]:
+    shown: dict[str, Callable[[Result], str]] = {
+        "Throughput, samples/s": _rate_cell,
+        "Speedup over the baseline [95 %]": shown_speedup,
+        "Peak memory, MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / _MIB),
+        "First call, s": lambda r: number(r.compile_s),
+    }
+    tables = []
+    for caption, cell in shown.items():
+        rows = {
+            _name(key, results): {place: cell(result) for place, result in found.items()}
+            for key, found in results.items()
+        }
+        tables += _table(caption, sources, rows)
+    verdicts: dict[str, dict[int, str]] = {}
+    for place, source in enumerate(sources):
+        for verdict in source.saved.accuracy:
+            name = f"{point_label(verdict.workload, verdict.run_name)} {verdict.metric}"
+            verdicts.setdefault(name, {})[place] = _verdict_cell(verdict)
+    return tables + _table("Accuracy verdicts, drop", sources, verdicts)
+
+
+def _name(key: _Key, results: dict[_Key, dict[int, Result]]) -> str:
+    where, workload, test, run_name = key
+    twins = [other for other in results if other[1] == workload and other[3] == run_name]
+    name = point_label(workload, run_name)
+    if len({other[2] for other in twins}) > 1:
+        name += f" ({test})"
+    return f"{name} on {where}" if len({other[0] for other in twins}) > 1 else name
+
+
+def _rate_cell(result: Result) -> str:
+    if result.status == "ok":
+        return number(result.samples_per_s)
+    if result.samples_per_s is None:
+        return _status(result)
+    return f"{number(result.samples_per_s)} ({_status(result)})"
+
+
+def _verdict_cell(verdict: Accuracy) -> str:
+    text = verdict.outcome + ("*" if verdict.is_pipeline_check else "")
+    if verdict.drop is None:
+        return text
+    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
+    return f"{text} {100 * verdict.drop:.2f}{unit}"
+
+
+def _table(
+    caption: str, sources: Sequence[Source], rows: dict[str, dict[int, str]]
+) -> list[Titled]:
+    """Return a table with a column for each file; none if nothing is in it twice."""
+    kept = {
+        name: cells
+        for name, cells in rows.items()
+        if sum(cell != MISSING for cell in cells.values()) > 1
+    }
+    if not kept:
+        return []
+    grid = Grid(
+        columns=["run", *(source.label for source in sources)],
+        rows=[
+            [name, *(cells.get(place, MISSING) for place in range(len(sources)))]
+            for name, cells in kept.items()
+        ],
+        styles=[None] * len(kept),
+        name="run",
+    )
+    return [Titled(caption=f"{caption}, by file", grid=grid)]

@@ -1,0 +1,127 @@
+"""Verdicts in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
+
+
+def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
+    """Return what a failing test says: the worst first, in one line, then the figures.
+
+    Args:
+        verdicts: those that are not passed.
+        remedied: whether ``--int8-remedy`` has been walked already.
+    """
+    lines: list[str] = []
+    for verdict in sorted(verdicts, key=lambda v: v.outcome != "FAIL"):
+        lines += describe(verdict)
+    if any(v.outcome == "FAIL" and v.metric != NO_LABELS for v in verdicts) and not remedied:
+        lines.append("--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8")
+    if any(v.outcome == "INCONCLUSIVE" for v in verdicts):
+        lines.append("--int8-inconclusive=warn lets what samples cannot decide pass with a warning")
+    return "\n".join(lines)
+
+
+def describe(verdict: Accuracy) -> list[str]:
+    """Return a verdict in lines of text; the first one says it all."""
+    name = point_label(verdict.workload, verdict.run_name)
+    check = " (pipeline check: random weights)" if verdict.is_pipeline_check else ""
+    if verdict.metric == NO_LABELS:
+        why = verdict.reason or "outputs compared, accuracy itself was not measured"
+        return [f"{verdict.outcome}: {name}: {why}", f"  {describe_distance(verdict)}"]
+    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
+    drop, low, high = (
+        f"{100 * (value or 0):.2f}{unit}"
+        for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
+    )
+    dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
+    moved = f"dropped by {drop} [{low}, {high}]"
+    if (verdict.drop or 0) < 0:
+        moved = f"rose by {drop.removeprefix('-')} (drop [{low}, {high}])"
+    lines = [
+        f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
+        (
+            f"  {dtype} {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
+            f"samples: {verdict.lost} got worse, {verdict.gained} better (one-sided 95 % bounds)"
+        ),
+    ]
+    if verdict.needed is not None and not verdict.is_pipeline_check:
+        lines.append(f"  {_undecided(verdict)}")
+    if verdict.reason and not (verdict.remedies or verdict.is_pipeline_check):
+        lines.append(f"  {verdict.reason}")
+    return [*lines, *describe_remedies(verdict.remedies)]
+
+
+def beside_row(verdict: Accuracy) -> list[str]:
+    """Return what the reader must know about a verdict beside its row in a table."""
+    if verdict.is_pipeline_check or verdict.outcome == "PASS":
+        return []
+    if verdict.needed is not None:  # the row has all other figures
+        name = point_label(verdict.workload, verdict.run_name)
+        return [f"undecided: {name}: {verdict.metric}: {_undecided(verdict)}"]
+    return describe(verdict)
+
+
+def _undecided(verdict: Accuracy) -> str:
+    return f"{verdict.samples} samples cannot decide it: about {verdict.needed:,} would"
+
+
+def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was tried, and the configuration that passes."""
+    lines = []
+    for row in tried:
+        name = f"{row['rung']} ({row['setting']})" if row["setting"] else row["rung"]
+        if row["selection_drop"] is None:
+            lines.append(f"  tried {name}: {row['problem']}")
+            continue
+        lines.append(
+            f"  tried {name}: drop {row['selection_drop']:.2%} on "
+            f"{row['selection_samples']} samples for selection"
+        )
+        if row["outcome"] is None:
+            if row["problem"]:
+                lines.append(f"    {row['problem']}")
+            continue
+        lines.append(
+            f"    {row['outcome']}: drop {row['drop']:.2%} [{row['drop_low']:.2%}, "
+            f"{row['drop_high']:.2%}] on {row['samples']} others"
+        )
+        lines[-1] += f", {_cost(row)}" + (f"; {row['problem']}" if row["problem"] else "")
+    passed = [row for row in tried if row["outcome"] == "PASS"]
+    for row in passed:
+        lines.append("  remedy:")
+        lines += [f"    {line}".rstrip() for line in row["configuration"].splitlines()]
+    if tried and not passed:
+        lines.append("  remedy: none of these passes")
+    return lines
+
+
+def _cost(row: Mapping[str, Any]) -> str:
+    if row.get("speedup") is None:
+        return f"speed not measured: {row.get('speed_problem')}"
+    low, high = row["speedup_low"], row["speedup_high"]
+    return f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}] the speed of the baseline"
+
+
+def describe_distance(verdict: Accuracy) -> str:
+    """Return the figures of a comparison of outputs, each with its noise floor."""
+    found, floor = verdict.distance or {}, verdict.floor or {}
+    formats: dict[str, tuple[str, Callable[[float], str]]] = {
+        "cosine": ("cosine", lambda v: f"{v:.5f}"),
+        "sqnr_db": ("SQNR", lambda v: f"{v:.1f} dB"),
+        "top1_agreement": ("top-1 agreement", lambda v: f"{v:.1%}"),
+        "knn_agreement": ("kNN agreement", lambda v: f"{v:.1%}"),
+    }
+    parts = []
+    for field, (name, show) in formats.items():
+        if found.get(field) is None:
+            if field == "sqnr_db":
+                parts.append("SQNR infinite (equal outputs)")
+            continue
+        against = floor.get(field)
+        shown = "infinite" if against is None else show(against)
+        parts.append(f"{name} {show(found[field])} (floor {shown})")
+    return f"{', '.join(parts)}, {verdict.samples} samples"

@@ -1,0 +1,1 @@
+"""Saved results: records, the journal, and reading them back."""

@@ -1,0 +1,130 @@
+"""Append each record to a file as soon as it exists."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import (
+    ACCURACY,
+    SCHEMA,
+    SENSITIVITY,
+    Accuracy,
+    AnyRecord,
+    Result,
+    Saved,
+    Sensitivity,
+    latest,
+)
+
+_FOLDER = Path(".benchmarks") / "int8bench"
+
+
+class Journal:
+    """Appends each record to a file at once, so that no crash loses a finished one.
+
+    A later record of the same identity replaces the earlier one for readers.
+    """
+
+    def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:
+        """Start a journal in a new file; None keeps the results in memory only.
+
+        Raises:
+            OSError: if the file cannot be made, ``FileExistsError`` if it is there already.
+        """
+        self.path = path
+        self.environment = dict(environment)
+        self.order: Mapping[str, int] = {}
+        """Places of node ids among the tests, where those finish in another order."""
+        self._results: list[Result] = []
+        self._accuracy: list[Accuracy] = []
+        self._sensitivity: list[Sensitivity] = []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+        now = datetime.now(UTC).isoformat()
+        header = {"schema": SCHEMA, "datetime": now, "environment": self.environment}
+        self._write({"int8bench": header})
+
+    @classmethod
+    def reopen(cls, path: Path) -> Journal:
+        """Go on with the journal of a process that ended, perhaps in the middle of a line.
+
+        Raises:
+            SchemaError: if ``path`` is not a journal.
+        """
+        saved = read(path)
+        text = path.read_text(encoding="utf-8")
+        whole, _, last = text.rpartition("\n")
+        try:
+            json.loads(last)
+        except ValueError:
+            path.write_text(f"{whole}\n", encoding="utf-8")
+        else:  # only the end of its line is missing
+            path.write_text(f"{text}\n", encoding="utf-8")
+        journal = cls(None, saved.environment)
+        journal.path = path
+        journal._results = saved.results
+        journal._accuracy = saved.accuracy
+        journal._sensitivity = saved.sensitivity
+        return journal
+
+    @property
+    def results(self) -> list[Result]:
+        """The latest result of each node, in the order they finished."""
+        return latest(self._results)
+
+    @property
+    def accuracy(self) -> list[Accuracy]:
+        """The latest verdict of each node and metric, in the order they finished."""
+        return latest(self._accuracy)
+
+    def append(self, record: Result | Accuracy | Sensitivity) -> None:
+        """Write ``record`` to disk."""
+        # What cannot be written is still kept.
+        if isinstance(record, Result):
+            self._results.append(record)
+            self._write(record.to_dict())
+        elif isinstance(record, Accuracy):
+            self._accuracy.append(record)
+            self._write({ACCURACY: record.to_dict()})
+        else:
+            self._sensitivity.append(record)
+            self._write({SENSITIVITY: record.to_dict()})
+
+    def saved(self) -> Saved:
+        """Return what the JSON is to hold."""
+        return Saved(
+            self.environment,
+            self._in_order(self.results),
+            self._in_order(self.accuracy),
+            self._in_order(latest(self._sensitivity)),
+        )
+
+    def _in_order(self, records: list[AnyRecord]) -> list[AnyRecord]:
+        return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def journal_folder(root: Path) -> Path:
+    """Make the folder that journals go to by default, out of sight of git, and return it.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = root / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder

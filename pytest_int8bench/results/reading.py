@@ -1,0 +1,166 @@
+"""What is saved: results, the journal they are written to at once, and the JSON block.
+
+pytest-benchmark's JSON gets a top-level ``int8bench`` object::
+
+    {"schema": 1, "environment": {...}, "results": [...], "accuracy": [...], "sensitivity": [...]}
+
+``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`, ``results`` every
+finished point (:class:`Result`), whatever its status, ``accuracy`` every verdict
+(:class:`Accuracy`) and ``sensitivity`` every table of layers (:class:`Sensitivity`). The journal
+holds the same records as JSON lines, the first one being the header; verdicts and tables are
+wrapped in an object that names their kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.results.records import (
+    ACCURACY,
+    SCHEMA,
+    SENSITIVITY,
+    Accuracy,
+    AnyRecord,
+    Result,
+    Saved,
+    SchemaError,
+    Sensitivity,
+    latest,
+)
+
+
+def read(path: Path) -> Saved:
+    """Read a JSON file of pytest-benchmark with our block, or a journal.
+
+    Raises:
+        SchemaError: one line, if the file is not ours or from a newer version.
+        OSError: if it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SchemaError(f"{path} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise SchemaError(f"{path} is empty")
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        return _read_journal(path, text, error)
+    except (RecursionError, ValueError) as error:  # ValueError: thousands of digits
+        raise SchemaError(f"{path} cannot be read as JSON: {error}") from None
+    if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
+        return _read_journal(path, text)  # a journal with its header only
+    block = data.get("int8bench") if isinstance(data, dict) else None
+    if not isinstance(block, dict):
+        raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
+    _check_schema(path, block)
+    for name in ("results", "accuracy"):
+        if not isinstance(block.get(name), list):
+            raise SchemaError(f"{path}: {name} must be a list, got {block.get(name)!r}")
+    return Saved(
+        _environment(path, block),
+        _records(path, Result, block["results"]),
+        _records(path, Accuracy, block["accuracy"]),
+        _records(path, Sensitivity, block.get("sensitivity", [])),
+        time=_time(data.get("datetime")),
+    )
+
+
+def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
+    lines = text.splitlines()
+    records: list[Any] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if error is not None and not records:
+                raise SchemaError(_no_json(path, text, error)) from None
+            # A kill in the middle of a write leaves half a last line.
+            if number < len(lines):
+                raise SchemaError(f"{path} is neither JSON nor a journal (line {number})") from None
+    header = records[0].get("int8bench") if isinstance(records[0], dict) else None
+    if not isinstance(header, dict):
+        raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
+    _check_schema(path, header)
+    kept: dict[str, list[Any]] = {ACCURACY: [], SENSITIVITY: [], "results": []}
+    for record in records[1:]:
+        [kind] = record if isinstance(record, dict) and len(record) == 1 else ["results"]
+        if kind in (ACCURACY, SENSITIVITY):
+            kept[kind].append(record[kind])
+        else:
+            kept["results"].append(record)
+    return Saved(
+        _environment(path, header),
+        _records(path, Result, kept["results"], again=True),
+        _records(path, Accuracy, kept[ACCURACY], again=True),
+        _records(path, Sensitivity, kept[SENSITIVITY], again=True),
+        is_journal=True,
+        time=_time(header.get("datetime")),
+    )
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+        # Times without a zone are UTC: older versions of pytest-benchmark leave it out.
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    if not text.lstrip().startswith("{"):
+        return f"{path} is neither JSON nor a journal (line 1)"
+    end = text.rstrip()
+    is_cut = error.pos >= len(end) or not end.endswith("}")
+    is_cut |= error.msg.startswith("Unterminated")
+    what = "it is cut off" if is_cut else error.msg
+    return f"{path} is not JSON: {what} (line {error.lineno}, column {error.colno})"
+
+
+def _records(
+    path: Path, kind: type[AnyRecord], values: list[Any], *, again: bool = False
+) -> list[AnyRecord]:
+    """Read records; with ``again``, later ones of the same identity replace earlier ones, which is
+    an error without."""
+    found: list[AnyRecord] = []
+    for value in values:
+        try:
+            found.append(kind.from_dict(value))
+        except SchemaError as error:
+            nodeid = value.get("nodeid") if isinstance(value, dict) else None
+            where = f"{path}: {nodeid}" if nodeid else str(path)
+            raise SchemaError(f"{where}: {error}") from None
+    kept = latest(found)
+    if not again and len(kept) < len(found):
+        count = Counter(record.identity for record in found)
+        [(identity, times)] = count.most_common(1)
+        raise SchemaError(f"{path} holds {kind.KIND} {times} times: {', '.join(identity)}")
+    return kept
+
+
+def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:
+    environment = block.get("environment")
+    if not isinstance(environment, dict):
+        raise SchemaError(f"{path}: environment must be an object, got {environment!r}")
+    for name in ("gpu", "packages"):
+        part = environment.get(name)
+        if part is not None and not isinstance(part, dict):
+            raise SchemaError(f"{path}: environment.{name} must be an object, got {part!r}")
+    return environment
+
+
+def _check_schema(path: Path, block: Mapping[str, Any]) -> None:
+    schema = block.get("schema")
+    if not isinstance(schema, int):
+        raise SchemaError(f"{path}: schema must be a whole number, got {schema!r}")
+    if schema > SCHEMA:
+        raise SchemaError(
+            f"{path} has schema {schema}, this version reads up to {SCHEMA}: "
+            "update pytest-int8bench"
+        )

@@ -1,0 +1,397 @@
+"""Records of a session: results, accuracy verdicts and layer sensitivities."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
+
+SCHEMA = 1
+ACCURACY, SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
+STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
+#: What a first call may find.
+COMPILE_CACHES = ("cold", "warm")
+#: Metric of a comparison without labels.
+NO_LABELS = "outputs"
+OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
+#: Start of the reason of a test that ran where pytest-benchmark is disabled.
+NOT_MEASURED = "ran once, not measured"
+_POSITIVE = (
+    "samples_per_s",
+    "batch_time_s",
+    "batch_time_mean_s",
+    "batch_time_p95_s",
+    "batch_time_min_s",
+    "peak_memory_bytes",
+    "compile_s",
+    "ceiling_speedup",
+    "feed_copy_s",
+)
+_NUMBERS = ("feed_exposed_s", "feed_exposed_low_s", "feed_exposed_high_s", "feed_wait_s")
+
+
+class SchemaError(ValueError):
+    """A file that is not ours, is damaged, or was written by a newer version."""
+
+
+def point_label(workload: str, run_name: str) -> str:
+    """Return the run name, with the workload where it is not the default one."""
+    return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
+
+
+def _is_positive(value: object) -> bool:
+    """Say whether ``value`` is a number above 0 that a float can hold with all its digits."""
+    return _is_number(value) and value >= sys.float_info.min
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Say whether ``value`` is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is saved of one test at one point."""
+
+    KIND: ClassVar[str]
+    """What it is called in errors."""
+
+    nodeid: str
+    """pytest node id; with ``workload`` the identity across commits."""
+    workload: str
+    """Name of the workload."""
+    run_name: str
+    """Run name of the point."""
+    params: dict[str, Any]
+    """Every field of RunParams."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodeid", "workload", "run_name"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {value!r}")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What stays the same across commits: node id and workload name."""
+        return (self.nodeid, self.workload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is nothing of this kind.
+        """
+        if not isinstance(values, Mapping):
+            raise SchemaError(f"not {cls.KIND}: {values!r}")
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        if missing := [name for name in _needed(cls) if name not in values]:
+            raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except (TypeError, ValueError) as error:
+            raise SchemaError(f"not {cls.KIND}: {error}") from None
+
+
+def _needed(kind: type[Record]) -> list[str]:
+    """Return the fields that a record cannot be without."""
+    return [
+        spec.name
+        for spec in dataclasses.fields(kind)
+        if spec.default is spec.default_factory is dataclasses.MISSING
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Record):
+    """One finished point. A quantity that was not measured is None."""
+
+    KIND = "a result"
+
+    status: str = "ok"
+    """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
+    reason: str | None = None
+    """Why the point is not ``ok``, or what its reader should know."""
+    requested_bytes: int | None = None
+    """Allocation that failed, with status ``oom``."""
+
+    samples_per_s: float | None = None
+    """Samples over the median batch time."""
+    tokens_per_s: float | None = None
+    """Tokens over the median batch time, where the workload counts them."""
+    pixels_per_s: float | None = None
+    """Pixels of 10 m; a location counts once for all its timesteps."""
+    square_km_per_s: float | None = None
+    """The area of those pixels, in km²."""
+    batch_time_s: float | None = None
+    """Median over the rounds."""
+    batch_time_mean_s: float | None = None
+    """Mean over the rounds, which all have as many batches: the mean over the batches."""
+    batch_time_p95_s: float | None = None
+    """95th percentile over the rounds."""
+    batch_time_min_s: float | None = None
+    """The fastest round; what other load on a CPU disturbs least."""
+    batch_time_standard_error: float | None = None
+    """Estimated standard error of the median, relative to it."""
+    rounds: int | None = None
+    """Rounds that were timed."""
+    iterations: int | None = None
+    """Batches per round."""
+    synchronization_share: float | None = None
+    """Part of ``batch_time_s`` that is waiting for the host at the start of a round, estimated;
+    over 0.005 the interval was too short for long rounds."""
+    peak_memory_bytes: int | None = None
+    """Peak of this model alone: weights, inputs, activations. None on a CPU."""
+    compile_s: float | None = None
+    """The first call, compiling included, not the loading of Inductor; None in compile mode
+    ``off``."""
+    compile_cache: str | None = None
+    """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
+    None where nothing was looked up."""
+    warm_up_s: float | None = None
+    """Seconds from the first call to steady batch times."""
+    steady: bool | None = None
+    """False if batch times had not settled when the warm-up's time ran out."""
+    cuda_graphs_skipped: bool | None = None
+    """The compile mode asks for CUDA graphs, and Inductor did without."""
+    regions: int | None = None
+    """Repeated blocks that were compiled once for all; 0 where none repeat, or none could be."""
+    regions_refused: str | None = None
+    """Why blocks that repeat were compiled one by one; None if they were not."""
+
+    feed_workers: int | None = None
+    """Processes that load batches with ``feed=host``; 0 where the main process does. None with
+    ``feed=device``, as are the next five."""
+    feed_copy_s: float | None = None
+    """Copying one batch from pinned memory to the device, with nothing beside it."""
+    feed_exposed_s: float | None = None
+    """What a batch takes longer than with its inputs on the device already: the part of feeding
+    that compute does not hide, measured in alternation. Below 0 it is noise."""
+    feed_exposed_low_s: float | None = None
+    """Lower end of its 95 % interval."""
+    feed_exposed_high_s: float | None = None
+    """Its upper end."""
+    feed_wait_s: float | None = None
+    """Per batch, what the host waited for the loader; without workers, what loading took it."""
+
+    speedup: float | None = None
+    """Baseline time over candidate time."""
+    speedup_low: float | None = None
+    """Lower end of the 95 % interval."""
+    speedup_high: float | None = None
+    """Upper end of the 95 % interval."""
+    speedup_method: str | None = None
+    """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
+
+    int8_backend: str | None = None
+    """The backend that ``auto`` chose."""
+    device_time_s: float | None = None
+    """Seconds of all kernels of one forward; None on a CPU. Well under ``batch_time_s``, the GPU
+    waits for the host."""
+    int8_time_share: float | None = None
+    """Share of device time in INT8 matrix products, 0 to 1."""
+    attention_backend: str | None = None
+    """The attention backend that the model was compiled for: the one asked for, or that ``auto``
+    chose; ``auto`` where there was nothing to choose by."""
+    attention_kernel: str | None = None
+    """The attention backend that ran."""
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    trace: str | None = None
+    """Trace of that forward for Perfetto, a path from the folder that the session was started in;
+    the table of all kernels lies beside it."""
+    device_breakdown: dict[str, Any] | None = None
+    """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
+    ``rest``; None on a CPU."""
+    ceiling_speedup: float | None = None
+    """What INT8 could bring at most at this point; None on a CPU, and where it is not known."""
+    ceiling_reached: float | None = None
+    """Part of that gain that ``speedup`` reached: 0 for none, below 0 where INT8 is slower; None
+    where there is no gain to be had."""
+    ceiling: dict[str, Any] | None = None
+    """What ``ceiling_speedup`` comes from: ``baseline`` (its ``device_breakdown``),
+    ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
+    times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
+    and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
+    ``bytes_per_s``. Or ``problem``: why there is none."""
+    coverage: dict[str, Any] | None = None
+    """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
+    ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
+    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels),
+    ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
+    norm -> layers in older files)."""
+    gpu_before: dict[str, Any] | None = None
+    """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
+    ``throttle_reasons``."""
+    gpu_after: dict[str, Any] | None = None
+    """The same after the rounds."""
+    throttled: list[str] = field(default_factory=list)
+    """Reasons for which the GPU ran slower than it could."""
+    worker: dict[str, Any] | None = None
+    """Under pytest-xdist, the worker that ran it: ``id``, ``host``, and ``gpu``, its own GPU as
+    ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not _is_positive(value):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if self.compile_cache not in (None, *COMPILE_CACHES):
+            listed = ", ".join(COMPILE_CACHES)
+            raise ValueError(f"compile_cache must be one of {listed}, got {self.compile_cache!r}")
+        for name in ("reason", "trace"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if not isinstance(self.throttled, list) or not all(
+            isinstance(reason, str) for reason in self.throttled
+        ):
+            raise ValueError(f"throttled must be a list of texts, got {self.throttled!r}")
+
+    @property
+    def is_disabled(self) -> bool:
+        """The test ran without a clock, because pytest-benchmark was turned off."""
+        return self.status == "skipped" and (self.reason or "").startswith(NOT_MEASURED)
+
+    @property
+    def oom(self) -> bool:
+        """Whether the point ran out of memory (``status`` is ``oom``), which is a result."""
+        return self.status == "oom"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, and ``oom``."""
+        return {**super().to_dict(), "oom": self.oom}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Record):
+    """One verdict: a metric of a candidate against its baseline's."""
+
+    KIND = "a verdict"
+
+    metric: str
+    """Name of the metric; ``outputs`` where there are no labels."""
+    outcome: str
+    """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
+    reason: str | None = None
+    """What its reader should know: why a comparison without labels failed, the next step."""
+    random_weights: bool = False
+    """The model is not trained: the verdict only checks that the pipeline works."""
+    samples: int
+    """Samples that were scored."""
+    baseline: float | None = None
+    """The baseline's metric."""
+    candidate: float | None = None
+    """The candidate's metric."""
+    limit: str | None = None
+    """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
+    drop: float | None = None
+    """In the limit's terms: a share of the baseline's metric, or a difference of both."""
+    drop_low: float | None = None
+    """One-sided 95 % lower bound of the drop."""
+    drop_high: float | None = None
+    """One-sided 95 % upper bound of the drop."""
+    lost: int | None = None
+    """Samples whose score got worse."""
+    gained: int | None = None
+    """Samples whose score got better."""
+    needed: int | None = None
+    """Samples that would decide, with ``INCONCLUSIVE``."""
+    method: str | None = None
+    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
+    distance: dict[str, Any] | None = None
+    """Without labels: how far the outputs are from the baseline's."""
+    floor: dict[str, Any] | None = None
+    """Without labels: the same for the eager baseline, the noise floor."""
+    remedies: list[dict[str, Any]] = field(default_factory=list)
+    """What ``--int8-remedy`` tried, and what came of it."""
+    seconds: float | None = None
+    """Time that the scores took, compiling aside; with the first candidate of a baseline, that of
+    the baseline's too. Evaluations that share outputs pay for them once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.metric, str):
+            raise ValueError(f"metric must be a text, got {self.metric!r}")
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+
+    @property
+    def is_pipeline_check(self) -> bool:
+        """A metric of random weights shows that the evaluation works, and judges nothing."""
+        return self.random_weights and self.metric != NO_LABELS
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What stays the same across commits: node id, workload name and metric."""
+        return (self.nodeid, self.workload, self.metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Record):
+    """What each layer, or block, of a model costs when it alone is quantized."""
+
+    KIND = "a table of layers"
+
+    by: str
+    """``layer`` or ``block``."""
+    metric: str | None = None
+    """Metric of ``drop``; None where only SQNR was measured."""
+    samples: int
+    """Samples that the metric, or else the SQNR, was measured on."""
+    layers: list[dict[str, Any]]
+    """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
+    outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
+    seconds: float | None = None
+    """Time that measuring the table took."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds."""
+
+    environment: dict[str, Any]
+    results: list[Result]
+    accuracy: list[Accuracy] = field(default_factory=list)
+    sensitivity: list[Sensitivity] = field(default_factory=list)
+    is_journal: bool = field(default=False, compare=False)
+    """It was read from a journal."""
+    time: datetime | None = field(default=None, compare=False)
+    """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ``int8bench`` object of the JSON."""
+        return {
+            "schema": SCHEMA,
+            "environment": self.environment,
+            "results": [result.to_dict() for result in self.results],
+            "accuracy": [verdict.to_dict() for verdict in self.accuracy],
+            "sensitivity": [table.to_dict() for table in self.sensitivity],
+        }
+
+
+AnyRecord = TypeVar("_Record", bound=Record)
+
+
+def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
+    """Keep the last record of each identity."""
+    found: dict[tuple[str, ...], AnyRecord] = {}
+    for record in records:
+        found.pop(record.identity, None)
+        found[record.identity] = record
+    return list(found.values())

@@ -1,0 +1,92 @@
+"""Where a model's weights come from: seeded random numbers, a hub, or a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pytest_int8bench.errors import ClearError
+
+RANDOM, HUB = "random", "hub"
+_SHOWN = 3
+#: Where training scripts put the state dict in what they save.
+_WRAPPERS = ("state_dict", "model")
+#: How torch names what it refuses to load.
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
+
+
+class WeightsError(ClearError, ValueError):
+    """Weights that cannot be had, or do not fit the model."""
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict that ``torch.save`` or safetensors wrote, without running code from it.
+
+    Raises:
+        WeightsError: one line, if the file cannot be read as one.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # whatever the formats raise, with advice to let the file run code
+        raise WeightsError(_unreadable(path, error)) from None
+    for wrapper in _WRAPPERS:
+        if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
+            values = values[wrapper]
+    if not isinstance(values, Mapping) or not values:
+        raise WeightsError(f"weights {path} must hold a state dict, got {type(values).__name__}")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise WeightsError(
+                f"weights {path} must hold a state dict of tensors by name, got "
+                f"{type(value).__name__} under {name!r}"
+            )
+    return dict(values)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if match := _FORBIDDEN.search(str(error)):
+        return (
+            f"weights {path} must hold a state dict of tensors, got {match[1]}, which is not "
+            "loaded as it can run code: save model.state_dict() instead"
+        )
+    return (
+        f"weights {path} must be a file of torch.save or safetensors: it is damaged, or something "
+        "else"
+    )
+
+
+def load_state_dict(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str
+) -> None:
+    """Load ``state`` into ``model``, every key of both.
+
+    Raises:
+        WeightsError: one line that names keys that are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"weights {source} do not fit the model: keys {'; '.join(problems)}")
+    model.load_state_dict(dict(state))

@@ -1,0 +1,467 @@
+"""Judging candidates against baselines: what is scored, how often, and what cannot be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.accuracy.forward import Forward
+from pytest_int8bench.accuracy.guardrail import Guardrail, next_step
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+from pytest_int8bench.accuracy.statistics.verdict import ScoreError
+from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import is_quantized
+from pytest_int8bench.report.verdict_text import beside_row, describe, message
+from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.workloads import Evaluation, Workload
+
+BF16 = RunParams(gpu_type="cpu", compile_mode="off", batch_size=32, model_size="nano")
+W8A8 = BF16.replace(int8_enabled=True)
+W8 = W8A8.replace(int8_mode="w8")
+ONE_PERCENT = Limit.parse("1%")
+SAMPLES = 2000
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(32, 64)
+        self.fc2 = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+def toy_inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+    return (torch.randn(p.batch_size, 32, device=device),)
+
+
+def make_workload(evaluation: Any = None, **changes: Any) -> Workload:
+    values = {"name": "toy", "build": lambda p: Toy(), "inputs": toy_inputs}
+    return Workload(**{**values, "evaluation": evaluation, **changes})
+
+
+def is_candidate(forward: Forward) -> bool:
+    return any(map(is_quantized, forward._model.eager.modules()))
+
+
+def flips(lost: int, gained: int = 0, samples: int = SAMPLES) -> Callable[[Forward], Any]:
+    """Scores of which the candidate gets ``lost`` wrong and ``gained`` right that were not; the
+    baseline has 90 % right."""
+
+    def scores(forward: Forward) -> np.ndarray[Any, Any]:
+        forward(torch.ones(3, 32))  # the model is there
+        right = np.ones(samples)
+        right[: samples // 10] = 0
+        if is_candidate(forward):
+            right[samples - lost :] = 0
+            right[:gained] = 1
+        return right
+
+    return scores
+
+
+def check(
+    evaluation: Any, params: RunParams = W8A8, limit: str = "1%", **changes: Any
+) -> list[Accuracy]:
+    guardrail = Guardrail(ModelPool(), Limit.parse(limit))
+    return guardrail.check(make_workload(evaluation, **changes), params, nodeid="test.py::test")
+
+
+# -- verdicts -----------------------------------------------------------------------------------
+
+
+def test_a_verdict_has_every_figure() -> None:
+    [found] = check(Evaluation(metric="top1", scores=flips(lost=4, gained=2)))
+    assert (found.nodeid, found.workload, found.run_name) == ("test.py::test", "toy", W8A8.run_name)
+    assert (found.metric, found.outcome, found.method) == ("top1", "PASS", "exact")
+    assert (found.samples, found.lost, found.gained) == (SAMPLES, 4, 2)
+    assert (found.baseline, found.candidate) == (0.9, pytest.approx(0.899))
+    assert found.drop == pytest.approx(0.001 / 0.9)
+    assert found.drop_low < found.drop < found.drop_high < 0.01
+    assert (found.limit, found.needed, found.reason) == ("1%", None, None)
+    assert found.random_weights is False
+    assert Accuracy.from_dict(found.to_dict()) == found
+
+
+def test_a_drop_of_two_percent_fails_and_says_what_to_do() -> None:
+    [found] = check(Evaluation(metric="top1", scores=flips(lost=54, gained=18)))
+    assert found.outcome == "FAIL"
+    first, figures, step = describe(found)
+    assert first.startswith(f"FAIL: toy: {W8A8.run_name}: top1 dropped by 2.00% [1.")
+    assert first.endswith("], limit 1%")
+    assert figures.strip() == (
+        "BF16 0.9000, INT8 0.8820, 2000 samples: 54 got worse, 18 better (one-sided 95 % bounds)"
+    )
+    assert step.strip() == "next step: SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"
+    assert message([found], remedied=False).endswith(
+        "--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8"
+    )
+    assert "--int8-remedy" not in message([found], remedied=True)
+
+
+def test_forty_samples_are_inconclusive_and_say_how_many_are_needed() -> None:
+    [found] = check(Evaluation(metric="top1", scores=flips(lost=0, samples=40)))
+    assert found.outcome == "INCONCLUSIVE"
+    assert found.needed > 40
+    undecided = f"40 samples cannot decide it: about {found.needed:,} would"
+    assert describe(found)[-1] == f"  {undecided}"
+    # A table has the rest, its outcome among it.
+    assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
+
+
+def test_a_metric_that_rose_did_not_drop() -> None:
+    [found] = check(Evaluation(metric="top1", scores=flips(lost=0, gained=9)))
+    assert (found.outcome, found.drop) == ("PASS", pytest.approx(-0.005))
+    assert f"{W8A8.run_name}: top1 rose by 0.50% (drop [-" in describe(found)[0]
+    assert describe(found)[0].endswith("%]), limit 1%")
+
+
+def test_limits_are_relative_or_absolute() -> None:
+    evaluation = Evaluation(metric="top1", scores=flips(lost=18))
+    assert check(evaluation, limit="1%")[0].drop == pytest.approx(0.01)
+    assert check(evaluation, limit="1pp")[0].drop == pytest.approx(0.009)
+    assert check(evaluation, limit="5%")[0].outcome == "PASS"
+    assert "dropped by 0.90pp [" in describe(check(evaluation, limit="0.1pp")[0])[0]
+
+
+def test_scores_may_be_continuous_or_aggregated() -> None:
+    noise = np.random.default_rng(0).uniform(0.4, 0.8, SAMPLES)
+
+    def scores(forward: Forward) -> Any:
+        return torch.tensor(noise - 0.1 * is_candidate(forward)).bfloat16().double()
+
+    [found] = check(Evaluation(metric="iou", scores=scores))
+    assert (found.method, found.outcome) == ("mean", "FAIL")
+
+    def counts(forward: Forward) -> Any:
+        hits = np.random.default_rng(0).binomial(90, 0.9, size=400)
+        return np.stack([hits, np.full(400, 10)], axis=1)
+
+    f1 = Evaluation(
+        metric="F1",
+        scores=counts,
+        aggregate=lambda rows: 2 * rows[:, 0].sum() / (2 * rows[:, 0] + rows[:, 1]).sum(),
+    )
+    [found] = check(f1, limit="5%")
+    assert (found.method, found.outcome, found.samples) == ("jackknife", "PASS", 400)
+
+
+def test_several_evaluations_are_judged_each() -> None:
+    pair = [
+        Evaluation(metric="good", scores=flips(lost=0)),
+        Evaluation(metric="bad", scores=flips(lost=200)),
+    ]
+    assert [(v.metric, v.outcome) for v in check(pair)] == [("good", "PASS"), ("bad", "FAIL")]
+    asked: list[RunParams] = []
+
+    def evaluation(p: RunParams) -> list[Evaluation]:
+        asked.append(p)
+        return pair
+
+    workload = make_workload(evaluation, axes={"depth": 3})
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    assert len(guardrail.check(workload, W8A8, nodeid="a")) == 2
+    guardrail.check(workload, W8, nodeid="b")
+    assert asked == [BF16.replace(extra={"depth": 3})]  # once for all modes
+
+
+def test_random_weights_of_a_library_are_marked() -> None:
+    evaluation = Evaluation(metric="top1", scores=flips(lost=0))
+    judged, compared = check(evaluation, load=lambda p, weights: Toy())
+    assert judged.random_weights
+    assert judged.is_pipeline_check
+    assert describe(judged)[0].endswith("limit 1% (pipeline check: random weights)")
+    # What can fail such a model.
+    assert (compared.metric, compared.outcome) == ("outputs", "proxy-ok")
+    assert not compared.is_pipeline_check
+
+
+@pytest.mark.parametrize(
+    ("params", "step"),
+    [
+        (W8A8, "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"),
+        (W8A8.replace(int8_smoothquant=True), "weights only (--int8-mode=w8, int8_mode='w8')"),
+        (W8, "a filter that keeps the worst layers in BF16, often the first and last"),
+    ],
+    ids=["w8a8", "smoothquant", "w8"],
+)
+def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
+    assert next_step(make_workload(), params).startswith(f"next step: {step}")
+
+
+def test_the_next_step_of_a_workload_that_quantizes_itself_is_its_own() -> None:
+    # Its layers cannot be ranked one at a time.
+    own = "next step: leave more layers in BF16 where the workload itself quantizes"
+    assert next_step(make_workload(prequantized=True), W8A8) == own
+
+
+# -- what is run --------------------------------------------------------------------------------
+
+
+def test_the_baseline_is_scored_once_for_all_candidates() -> None:
+    scored: list[str] = []
+
+    def scores(forward: Forward) -> Any:
+        scored.append("candidate" if is_candidate(forward) else "baseline")
+        return flips(lost=0)(forward)
+
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    workload = make_workload(Evaluation(metric="top1", scores=scores))
+    for params in (W8A8, W8, W8A8.replace(int8_smoothquant=True)):
+        guardrail.check(workload, params, nodeid="a")
+    assert scored == ["baseline", "candidate", "candidate", "candidate"]
+
+
+def test_what_is_fitted_on_the_baseline_judges_the_candidate() -> None:
+    fitted: list[bool] = []
+
+    def fit(forward: Forward) -> str:
+        fitted.append(is_candidate(forward))
+        return "probe"
+
+    def scores(forward: Forward, probe: str) -> Any:
+        assert probe == "probe"
+        return flips(lost=0)(forward)
+
+    check(Evaluation(metric="top1", scores=scores, fit=fit))
+    assert fitted == [False]
+
+
+def test_evaluations_share_the_forward_of_a_model() -> None:
+    seen: list[Forward] = []
+
+    def scores(forward: Forward) -> Any:
+        seen.append(forward)
+        return flips(lost=0)(forward)
+
+    check([Evaluation(metric=name, scores=scores) for name in ("a", "b")])
+    assert [seen.index(forward) for forward in seen] == [0, 0, 2, 2]
+
+
+def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ModelPool()
+    build, refused = pool._build, []
+
+    def tight(workload: Workload, params: RunParams, inputs: Any) -> Any:
+        if params.int8_enabled and "baseline" in pool._models:
+            refused.append(params)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(workload, params, inputs)
+
+    monkeypatch.setattr(pool, "_build", tight)
+    workload = make_workload(Evaluation(metric="top1", scores=flips(lost=0)))
+    [found] = Guardrail(pool, ONE_PERCENT).check(workload, W8A8, nodeid="a")
+    assert (found.outcome, len(refused)) == ("PASS", 1)
+
+
+def test_several_evaluations_are_scored_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ModelPool()
+    build = pool._build
+
+    def tight(workload: Workload, params: RunParams, inputs: Any) -> Any:
+        if pool._models:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(workload, params, inputs)
+
+    monkeypatch.setattr(pool, "_build", tight)
+    pair = [Evaluation(metric=name, scores=flips(lost=0)) for name in ("a", "b")]
+    found = Guardrail(pool, ONE_PERCENT).check(make_workload(pair), W8A8, nodeid="a")
+    assert [verdict.outcome for verdict in found] == ["PASS", "PASS"]
+
+
+def test_verdicts_are_recorded_as_they_come() -> None:
+    def fails(forward: Forward) -> Any:
+        if is_candidate(forward):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flips(lost=0)(forward)
+
+    pair = [
+        Evaluation(metric="first", scores=flips(lost=200)),
+        Evaluation(metric="second", scores=fails),
+    ]
+    kept: list[Accuracy] = []
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    with pytest.raises(torch.OutOfMemoryError):
+        guardrail.check(make_workload(pair), W8A8, nodeid="a", record=kept.append)
+    assert [(verdict.metric, verdict.outcome) for verdict in kept] == [("first", "FAIL")]
+
+
+def test_scores_may_be_written_to_again() -> None:
+    buffer = np.zeros(SAMPLES)
+
+    def scores(forward: Forward) -> Any:
+        buffer[:] = flips(lost=200)(forward)
+        return buffer
+
+    [found] = check(Evaluation(metric="top1", scores=scores))
+    assert (found.outcome, found.lost) == ("FAIL", 200)
+
+
+@pytest.mark.parametrize("compile_mode", ["default", "off"])
+def test_variants_are_scored_with_what_was_fitted(
+    compile_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))  # as it is
+    monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
+    asked: list[RunParams] = []
+
+    def evaluation(p: RunParams) -> Evaluation:
+        asked.append(p)
+        return Evaluation(
+            metric="top1",
+            scores=lambda forward, fitted: flips(lost=0)(forward),
+            fit=lambda forward: "probe",
+        )
+
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    scan = SensitivityScan(
+        guardrail, make_workload(evaluation), W8A8.replace(compile_mode=compile_mode)
+    )
+    assert len(scan.run(nodeid="a", metric=True).layers) == 2
+    assert len(asked) == 1
+
+
+def test_long_steps_are_said() -> None:
+    steps: list[tuple[str, str]] = []
+
+    @contextmanager
+    def step(action: str, name: str) -> Any:
+        steps.append((action, name.removeprefix("toy: ")))
+        yield
+
+    workload = make_workload(Evaluation(metric="top1", scores=flips(lost=0)))
+    Guardrail(ModelPool(), ONE_PERCENT, step=step).check(workload, W8A8, nodeid="a")
+    assert steps == [
+        (action, params.run_name)
+        for params in (BF16, W8A8)
+        for action in ("building", "warming up", "evaluating")
+    ]
+
+
+def test_a_baseline_is_not_judged() -> None:
+    with pytest.raises(ValueError, match=f"^{BF16.run_name} is a baseline: there is nothing to"):
+        check(Evaluation(metric="top1", scores=flips(lost=0)), BF16)
+
+
+# -- without labels -----------------------------------------------------------------------------
+
+
+def test_without_labels_outputs_are_compared_and_nothing_is_passed() -> None:
+    [found] = check(None)
+    assert (found.metric, found.outcome, found.reason) == ("outputs", "proxy-ok", None)
+    assert (found.samples, found.limit, found.drop) == (32, None, None)
+    assert 20 < found.distance["sqnr_db"] < 60
+    assert found.floor["sqnr_db"] is None  # eager against eager
+    text = "\n".join(describe(found))
+    assert text.startswith(
+        f"proxy-ok: toy: {W8A8.run_name}: outputs compared, accuracy itself was not measured\n"
+        "  cosine 0."
+    )
+    assert "dB (floor infinite)" in text
+    assert "drop" not in text
+
+
+def test_a_point_without_labels_is_one_for_which_the_evaluation_is_none() -> None:
+    [found] = check(lambda p: None)
+    assert found.outcome == "proxy-ok"
+
+
+def test_outputs_that_are_too_far_fail() -> None:
+    def outliers(p: RunParams) -> nn.Module:
+        model = Toy()
+        with torch.no_grad():
+            model.fc1.bias[0] = 1e5  # takes the whole range of a row
+            model.fc2.weight[:, 0] = 0  # and no part in the output
+            model.fc2.bias.zero_()
+        return model
+
+    [found] = check(None, build=outliers)
+    assert found.outcome == "FAIL"
+    assert found.reason == f"SQNR {found.distance['sqnr_db']:.1f} dB is under 10 dB"
+
+
+# -- what cannot be judged ----------------------------------------------------------------------
+
+
+def by_role(baseline: Any, candidate: Any) -> Evaluation:
+    return Evaluation(
+        metric="top1", scores=lambda forward: candidate if is_candidate(forward) else baseline
+    )
+
+
+GOOD = np.arange(100) % 2
+IDS = np.arange(100)
+BAD = {
+    "lengths": (by_role(GOOD, GOOD[1:]), "top1: .*100.*99"),
+    "order": (
+        by_role((IDS, GOOD), (IDS[::-1], GOOD)),
+        (
+            "top1: samples must come in the same order for both models: sample 0 is 0 for the "
+            "baseline and 99 for the candidate"
+        ),
+    ),
+    "ids of one": (
+        by_role((IDS, GOOD), GOOD),
+        "top1: scores gave ids for one model and none for the other",
+    ),
+    "ids twice": (
+        by_role((IDS // 2, GOOD), (IDS // 2, GOOD)),
+        "top1: scores gave an id more than once",
+    ),
+    "too few ids": (by_role((IDS[1:], GOOD), (IDS, GOOD)), "top1: 99 ids for 100 scores"),
+    "three": (
+        by_role((IDS, GOOD, GOOD), GOOD),
+        r"top1: scores must return one score per sample or \(ids, scores\), got a tuple of 3",
+    ),
+    "a number": (by_role(0.9, 0.9), "top1: scores must be one per sample, got the number 0.9"),
+    "ids of ids": (
+        by_role((list(zip(IDS, IDS, strict=True)), GOOD), GOOD),
+        "top1: ids must be a list of names or numbers, got ",
+    ),
+    "text": (by_role("good", "bad"), "top1: scores must be numbers, got str"),
+    "not finite": (
+        by_role(GOOD, np.where(IDS == 3, np.nan, GOOD)),
+        "top1: scores must be finite, the candidate has 1",
+    ),
+    "one": (by_role(GOOD[:1], GOOD[:1]), "top1: .*2 samples"),
+    "constant": (
+        by_role(np.ones(100), np.ones(100)),
+        "top1: every sample of both models scores 1: a constant metric",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_scores_that_cannot_be_judged_are_refused_in_one_line(name: str) -> None:
+    evaluation, expected = BAD[name]
+    with pytest.raises(ScoreError, match=f"^{expected}") as caught:
+        check(evaluation)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_evaluation_must_be_one() -> None:
+    with pytest.raises(
+        WorkloadError,
+        match=r"^workload 'toy': evaluation must be an Evaluation, several, or None, got 'top1'$",
+    ):
+        check("top1")
+
+
+def test_an_evaluation_that_raises_is_named() -> None:
+    def scores(forward: Forward) -> Any:
+        raise KeyError("labels")
+
+    with pytest.raises(KeyError) as caught:
+        check(Evaluation(metric="top1", scores=scores))
+    [note] = caught.value.__notes__
+    assert note == f"raised by evaluation 'top1' of workload 'toy' at {BF16.run_name}"

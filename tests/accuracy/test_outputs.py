@@ -1,0 +1,84 @@
+"""Comparing outputs without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pytest_int8bench.accuracy.outputs import Distance, OutputsError, distance, problem
+
+SAMPLES = 64
+LOGITS = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(0))
+NOISE = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(1))
+
+
+def test_equal_outputs_are_at_no_distance() -> None:
+    found = distance({"a": LOGITS}, {"a": LOGITS.clone()})
+    assert found == Distance(SAMPLES, True, pytest.approx(1), math.inf, 1.0, 1.0)
+    assert found.to_dict()["sqnr_db"] is None
+    assert problem(found, found) is None
+
+
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.3])
+def test_sqnr_is_power_over_power_of_the_difference(part: float) -> None:
+    found = distance(LOGITS, LOGITS + part * NOISE)
+    power = LOGITS.square().sum() / (part * NOISE).square().sum()
+    assert found.sqnr_db == pytest.approx(10 * math.log10(power), abs=1e-3)
+    assert found.sqnr_db == pytest.approx(-20 * math.log10(part), abs=0.7)
+    assert found.cosine == pytest.approx(1 / math.sqrt(1 + part**2), abs=0.01)
+
+
+def test_agreement_counts_samples() -> None:
+    other = LOGITS.clone()
+    other[:16] = -other[:16]
+    found = distance(LOGITS, other)
+    assert found.top1_agreement == 0.75
+    assert found.knn_agreement is not None
+    assert 0 < found.knn_agreement < 1
+
+
+def test_what_cannot_be_said_is_none() -> None:
+    tokens = torch.randn(4, 7, 3)
+    found = distance(tokens, tokens + 0.01)
+    assert (found.top1_agreement, found.knn_agreement) == (None, None)
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    classes = LOGITS.argmax(1)
+    with pytest.raises(OutputsError, match=r"^without labels, outputs are compared, and the model"):
+        distance(classes, classes)
+    with pytest.raises(OutputsError, match=r"^the baseline's outputs are NaN or infinite through"):
+        distance(LOGITS * math.nan, LOGITS)
+
+
+def far(**changes: object) -> Distance:
+    return dataclasses.replace(Distance(SAMPLES, True, 0.99, 30.0, 0.99, 0.9), **changes)
+
+
+NEAR = far()
+
+
+def test_failures_say_figure_and_rule() -> None:
+    assert problem(NEAR, NEAR) is None
+    assert problem(far(sqnr_db=9.94), NEAR) == "SQNR 9.9 dB is under 10 dB"
+    assert problem(far(top1_agreement=0.75), NEAR) == (
+        "top-1 agreement 75.0% of 64 samples is under 90%"
+    )
+    nothing = distance(LOGITS, LOGITS * math.nan)
+    assert problem(nothing, NEAR) == (
+        "the outputs hold NaN or infinity where the baseline's are finite"
+    )
+
+
+def test_a_figure_that_the_baseline_itself_does_not_reach_fails_nothing() -> None:
+    floor = far(sqnr_db=5.0, top1_agreement=0.5)
+    assert problem(far(sqnr_db=4.0, top1_agreement=0.4), floor) is None
+
+
+def test_few_samples_are_no_evidence_of_disagreement() -> None:
+    assert problem(far(samples=4, top1_agreement=0.75), NEAR) is None
+    assert problem(far(samples=400, top1_agreement=0.88), NEAR) is None
+    assert problem(far(samples=400, top1_agreement=0.86), NEAR) is not None

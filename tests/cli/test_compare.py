@@ -1,0 +1,397 @@
+"""``int8bench compare`` as typed: options, exit codes, reports, and one line for bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pytest_int8bench import files
+from pytest_int8bench.cli.main import main
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Accuracy, Result, Saved
+
+Capture = pytest.CaptureFixture[str]
+ENVIRONMENT: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "commit": "a" * 40}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    Path("pyproject.toml").write_text("")  # whatever there is above does not count
+
+
+def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
+    times = {"samples_per_s": 1000 / slower, "batch_time_s": 0.128 * slower}
+    measured = times if values.get("status", "ok") == "ok" else {"reason": "why"}
+    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
+    return Result(**{**point, "params": {}, **measured, **values})
+
+
+def save(
+    path: str, *results: Result, accuracy: tuple[Accuracy, ...] = (), **environment: Any
+) -> str:
+    saved = Saved({**ENVIRONMENT, **environment}, [*results], [*accuracy])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}))
+    return path
+
+
+@pytest.fixture
+def base() -> str:
+    return save("base.json", result_of())
+
+
+def run(capsys: Capture, *args: str) -> tuple[int, list[str]]:
+    """Run the command; return the exit code and the lines it prints."""
+    code = main(["compare", *args])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, out.splitlines()
+
+
+def refused(capsys: Capture, *args: str) -> str:
+    """Run the command, which must say one line and exit with 2; return the line."""
+    assert main(["compare", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith("int8bench compare: ")
+    return line.removeprefix("int8bench compare: ")
+
+
+def misused(capsys: Capture, *args: str) -> str:
+    """The same for what argparse refuses, below its usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *args])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()[-1].removeprefix("int8bench compare: error: argument ")
+
+
+# -- exit codes ---------------------------------------------------------------------------------
+
+
+def test_equal_files_pass(base: str, capsys: Capture) -> None:
+    code, lines = run(capsys, base, save("new.json", result_of()))
+    assert code == 0
+    assert lines[-1] == "int8bench compare: nothing regressed (1 run: 1 same)"
+
+
+def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) -> None:
+    base = save("base.json", result_of("x"), result_of("y"))
+    code, lines = run(capsys, base, save("new.json", result_of("x", slower=1.1)))
+    assert code == 1
+    assert lines[-1] == "int8bench compare: REGRESSED (2 runs: 1 regressed, 1 missing)"
+    assert "missing: toy: y: not in the new run" in lines
+    assert run(capsys, base, "new.json", "--max-slowdown", "20%")[0] == 2
+    assert run(capsys, base, "new.json", "--max-slowdown=20%", "--allow-missing")[0] == 0
+
+
+def test_another_machine_is_2_until_it_is_allowed(base: str, capsys: Capture) -> None:
+    new = save("new.json", result_of(), cpu="Xeon")
+    code, lines = run(capsys, base, new)
+    assert code == 2
+    assert "differs: cpu: EPYC -> Xeon" in lines
+    code, lines = run(capsys, base, new, "--allow", "cpu")
+    assert code == 0
+    assert "differs, as allowed: cpu: EPYC -> Xeon" in lines
+
+
+def test_another_commit_is_always_allowed(base: str, capsys: Capture) -> None:
+    new = save("new.json", result_of(), commit="b" * 40, dirty=True)
+    code, lines = run(capsys, base, new)
+    assert code == 0
+    assert "new: new.json (bbbbbbbbbb, uncommitted changes)" in lines
+
+
+def test_every_metric_can_be_judged(capsys: Capture) -> None:
+    fields = {"batch_time_p95_s": 1.0, "compile_s": 1.0, "peak_memory_bytes": 1000}
+    base = save("base.json", result_of(**fields))
+    worse = {name: value * 2 for name, value in fields.items()}
+    new = save("new.json", result_of(batch_time_s=0.2, **worse))
+    off = "--max-memory-growth=off"
+    assert run(capsys, base, new)[0] == 1
+    assert run(capsys, base, new, off)[0] == 0
+    for option in ("batch-time-growth", "p95-growth", "compile-growth"):
+        assert run(capsys, base, new, off, f"--max-{option}", "5%")[0] == 1
+        assert run(capsys, base, new, off, f"--max-{option}=100%")[0] == 0
+
+
+def test_a_floor_can_be_given(base: str, capsys: Capture) -> None:
+    new = save("new.json", result_of(slower=1.1))
+    assert run(capsys, base, new, "--noise-floor", "throughput=15%")[0] == 0
+    assert run(capsys, base, new, "--noise-floor", "memory=15%")[0] == 1
+
+
+def test_an_undecided_verdict_counts_on_request(capsys: Capture) -> None:
+    point = {"nodeid": "test_a.py::test[x]", "workload": "toy", "run_name": "x", "params": {}}
+    verdicts = [
+        Accuracy(**point, metric="top1", outcome=outcome, samples=9)
+        for outcome in ("PASS", "INCONCLUSIVE")
+    ]
+    base = save("base.json", accuracy=(verdicts[0],))
+    new = save("new.json", accuracy=(verdicts[1],))
+    assert run(capsys, base, new)[0] == 0
+    assert run(capsys, base, new, "--fail-on-inconclusive")[0] == 1
+
+
+# -- which files --------------------------------------------------------------------------------
+
+
+def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> None:
+    for number, slower in ((1, 5.0), (2, 1.0), (3, 1.2)):
+        save(f".benchmarks/Linux/000{number}_run.json", result_of(slower=slower))
+    code, lines = run(capsys)
+    assert code == 1
+    assert "base: .benchmarks/Linux/0002_run.json (aaaaaaaaaa)" in lines
+    assert "new: .benchmarks/Linux/0003_run.json (aaaaaaaaaa)" in lines
+    assert run(capsys, "0001", "0003")[0] == 0
+    Path(".benchmarks").rename("elsewhere")
+    assert run(capsys, "--storage", "elsewhere")[0] == 1
+    assert refused(capsys).startswith(".benchmarks holds 0 saved file(s), two are needed")
+
+
+def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
+    for index, slower in enumerate((1.0, 1.3, 0.8)):
+        save(f"runs/{index}.json", result_of(slower=slower))
+    new = save("new.json", result_of(slower=1.2))
+    more = save("more.json", result_of(slower=0.9))
+    found = [run(capsys, *args) for args in (
+        ("runs", "new.json", "--new", more),
+        ("--base", "runs/0.json", "--base=runs/1.json", "--base=runs/2.json", "--new", new,
+         "--new", more),
+        ("runs/0.json", new, "--base", "runs/1.json", "--base=runs/2.json", "--new", more),
+    )]  # fmt: skip
+    assert [code for code, _ in found] == [0, 0, 0]
+    assert found[0] == found[1] == found[2]
+    assert any("learned from the files" in line for line in found[0][1])
+    assert run(capsys, "runs/0.json", new)[0] == 1
+
+
+def test_journals_are_compared(base: str, capsys: Capture) -> None:
+    Journal(Path("run.jsonl"), ENVIRONMENT).append(result_of(slower=2))
+    assert run(capsys, base, "run.jsonl")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            ["base.json"],
+            "give BASE and NEW, got 1 file(s); more runs of a side go to --base and --new",
+        ),
+        (
+            ["a", "b", "c"],
+            "give BASE and NEW, got 3 file(s); more runs of a side go to --base and --new",
+        ),
+        (["--base", "base.json"], "both sides need a file: --base and --new"),
+        (["base.json", "nowhere.json"], "nowhere.json is not there"),
+        (["", "base.json"], "must be a file, a folder or a number of pytest-benchmark, got ''"),
+        (
+            ["base.json", "new.json", "--base", "base.json"],
+            "a file is given twice for one side: base.json, base.json",
+        ),
+        (
+            ["base.json", "new.json", "--json=out.md", "--markdown=./out.md"],
+            "out.md is given for two reports",
+        ),
+        (
+            ["base.json", "new.json", "--junit=base.json"],
+            "base.json is one of the files to compare, and not overwritten",
+        ),
+        (["base.json", "new.json", "--config=x.toml"], "--config: x.toml is not there"),
+        (["base.json", "new.json", "--allow=commit"], "--allow: commit may always differ"),
+    ],
+)
+def test_bad_use_is_one_line(base: str, args: list[str], why: str, capsys: Capture) -> None:
+    save("new.json", result_of())
+    assert refused(capsys, *args) == why
+
+
+def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
+    Path("link.json").symlink_to(base)
+    assert refused(capsys, base, "link.json") == (
+        f"{Path(base).resolve()} would be compared with itself"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            ["--max-slowdown=5"],
+            "--max-slowdown: must be a percentage such as 5%, or off, got '5'",
+        ),
+        (
+            ["--noise-floor=3%"],
+            (
+                "--noise-floor: must be METRIC=PERCENTAGE with a metric of throughput, batch-time, "
+                "p95, memory, compile, got '3%'"
+            ),
+        ),
+    ],
+)
+def test_bad_options_are_refused(base: str, args: list[str], why: str, capsys: Capture) -> None:
+    assert misused(capsys, base, base, *args) == why
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+WHOLE = json.dumps(
+    {"benchmarks": [], "int8bench": Saved(ENVIRONMENT, [result_of()]).to_dict()}, indent=1
+)
+TWICE = Saved(ENVIRONMENT, [result_of(), result_of()]).to_dict()
+BAD = "new.json: test_a.py::test[x]: not a result:"
+
+
+def with_result(**values: Any) -> str:
+    block = Saved(ENVIRONMENT, []).to_dict()
+    block["results"] = [{**result_of().to_dict(), **values}]
+    return json.dumps({"benchmarks": [], "int8bench": block})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "new.json is empty"),
+        ("\n \n", "new.json is empty"),
+        ("fast", "new.json is neither JSON nor a journal (line 1)"),
+        (WHOLE[:60], "new.json is not JSON: it is cut off (line 5, column 3)"),
+        (
+            '{"benchmarks": []}',
+            "new.json has no int8bench block: it was not saved by pytest-int8bench",
+        ),
+        (
+            '{"int8bench": {"schema": 9}, "benchmarks": []}',
+            "new.json has schema 9, this version reads up to 1: update pytest-int8bench",
+        ),
+        (
+            with_result(batch_time_s=0),
+            f"{BAD} batch_time_s must be a number above 0, got 0",
+        ),
+        (
+            with_result(samples_per_s=-5.0),
+            f"{BAD} samples_per_s must be a number above 0, got -5.0",
+        ),
+        (
+            with_result(throttled=None),
+            f"{BAD} throttled must be a list of texts, got None",
+        ),
+        (
+            json.dumps({"benchmarks": [], "int8bench": TWICE}),
+            "new.json holds a result 2 times: test_a.py::test[x], toy",
+        ),
+        (
+            json.dumps(
+                {"benchmarks": [], "int8bench": Saved({**ENVIRONMENT, "gpu": "A100"}, []).to_dict()}
+            ),
+            "new.json: environment.gpu must be an object, got 'A100'",
+        ),
+    ],
+)
+def test_damaged_files_are_one_line(base: str, content: str, why: str, capsys: Capture) -> None:
+    Path("new.json").write_text(content)
+    assert refused(capsys, base, "new.json", "--json=out.json") == why
+    assert not Path("out.json").exists()
+
+
+# -- the table of pyproject.toml ----------------------------------------------------------------
+
+
+def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Capture) -> None:
+    base = save("base.json", result_of("x"), result_of("y"))
+    new = save("new.json", result_of("x", slower=1.1), result_of("y"))
+    Path("deep").mkdir()
+    Path("pyproject.toml").write_text('[tool.int8bench.gate]\nmax-slowdown = "15%"\n')
+    assert run(capsys, base, new)[0] == 0
+    assert run(capsys, base, new, "--max-slowdown=6%")[0] == 1
+    with Path("pyproject.toml").open("a") as file:
+        file.write('[tool.int8bench.gate.runs."x*"]\nmax-slowdown = "12%"\n')
+        file.write('[tool.int8bench.gate.runs."z*"]\nmax-slowdown = "1%"\n')
+    code, lines = run(capsys, base, new, "--max-slowdown=6%")
+    assert code == 0
+    assert "note: no run matches 'z*' in pyproject.toml" in lines
+    Path("mine.toml").write_text("")
+    assert run(capsys, base, new, "--config=mine.toml")[0] == 1
+
+
+def test_flags_and_names_of_the_table_and_the_command_line_add_up(capsys: Capture) -> None:
+    base = save("base.json", result_of("x"), result_of("y"))
+    new = save("new.json", result_of("x"), cpu="Xeon", packages={"torch": "2.12.0"})
+    Path("pyproject.toml").write_text(
+        '[tool.int8bench.gate]\nallow = ["cpu"]\nallow-missing = true\n'
+    )
+    assert run(capsys, base, new)[0] == 2
+    assert run(capsys, base, new, "--allow=torch")[0] == 0
+
+
+def test_a_bad_table_is_one_line(base: str, capsys: Capture) -> None:
+    Path("pyproject.toml").write_text('[tool.int8bench.gate]\nallow-missing = "yes"\n')
+    assert refused(capsys, base, save("new.json", result_of())) == (
+        f"{Path('pyproject.toml').resolve()}: tool.int8bench.gate: allow-missing must be true or "
+        "false, got 'yes'"
+    )
+
+
+# -- reports ------------------------------------------------------------------------------------
+
+REPORTS = ("--json=out/a.json", "--markdown=out/a.md", "--junit=out/a.xml")
+
+
+def test_reports_are_written_and_replaced(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    Path("summary.md").write_text("earlier\n")
+    for slower, code in ((1.0, 0), (1.2, 1)):
+        new = save("new.json", result_of(slower=slower))
+        assert run(capsys, base, new, *REPORTS)[0] == code
+        loaded = json.loads(Path("out/a.json").read_text())
+        assert loaded["int8bench_compare"]["exit_code"] == code
+        suite = ElementTree.parse("out/a.xml").getroot()[0]
+        assert suite.attrib["name"] == "int8bench compare"
+        assert suite.attrib["failures"] == str(code)
+    markdown = Path("out/a.md").read_text()
+    assert markdown.startswith("## int8bench compare: REGRESSED (1 run: 1 regressed)\n")
+    summary = Path("summary.md").read_text()
+    assert summary.startswith("earlier\n## int8bench compare: nothing regressed (1 run: 1 same)\n")
+    assert summary.endswith(markdown + "\n")
+    assert sorted(os.listdir("out")) == ["a.json", "a.md", "a.xml"]
+
+
+def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> None:
+    new, other = save("new.json", result_of()), save("other.json", result_of("y"))
+    before = Path(other).read_text()
+    assert main(["compare", base, new, f"--json={other}"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "int8bench compare: other.json holds saved benchmarks, which are not overwritten\n",
+    )
+    assert Path(other).read_text() == before
+
+
+@pytest.mark.parametrize(("slower", "code"), [(1.0, 2), (2.0, 1)])
+def test_a_full_disk_is_said_and_does_not_pass(
+    base: str, slower: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    new = save("new.json", result_of(slower=slower))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert main(["compare", base, new, *REPORTS]) == code
+    assert capsys.readouterr().err.splitlines() == [
+        f"int8bench compare: {name} is not written: No space left on device"
+        for name in ("out/a.json", "out/a.md", "out/a.xml", "summary.md")
+    ]
+    assert os.listdir("out") == []
+    assert Path("summary.md").read_text() == ""

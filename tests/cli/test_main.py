@@ -1,0 +1,158 @@
+"""The ``int8bench`` command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pytest_int8bench
+from pytest_int8bench.cli.main import main
+from pytest_int8bench.report.terminal import render
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result, Saved
+
+ENVIRONMENT: dict[str, Any] = {
+    "gpu": None,
+    "cuda": None,
+    "cpu": "EPYC",
+    "cpu_threads": 8,
+    "packages": {"torch": "2.11.0", "triton": None, "torchao": "0.18.0"},
+}
+RESULT = Result(
+    nodeid="test_a.py::test[x]",
+    workload="olmoearth",
+    run_name="nano_cpu_bf16_s2_is16_ps4_ts3_bs4",
+    params={},
+    samples_per_s=123.4,
+)
+SAVED = Saved(ENVIRONMENT, [RESULT], [])
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
+    journal.append(RESULT)
+    return journal.path
+
+
+def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(journal)]) == 0
+    out, err = capsys.readouterr()
+    assert out == render(SAVED, width=None, color=False)
+    assert f"{RESULT.run_name}       123 " in out
+    assert err == ""
+
+
+def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "0001_run.json"
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": SAVED.to_dict()}))
+    assert main(["show", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out == render(SAVED, width=None, color=False)
+    assert err == ""
+
+
+def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line that is said, without the path."""
+    assert main(["show", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err.rstrip("\n").replace(str(path), "FILE")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(tmp_path / "nothing.json", capsys)
+    must_be = "int8bench: FILE must be a saved JSON file or a journal: "
+    assert message == must_be + "No such file or directory"
+    assert refusal(tmp_path, capsys) == must_be + "Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"benchmarks": [], "version": "5.1.0"}',
+            "int8bench: FILE has no int8bench block: it was not saved by pytest-int8bench",
+        ),
+        ("hello", "int8bench: FILE is neither JSON nor a journal (line 1)"),
+        (
+            '{"benchmarks": [], "int8bench": {"schema": 2}}',
+            "int8bench: FILE has schema 2, this version reads up to 1: update pytest-int8bench",
+        ),
+        (
+            '{"int8bench": {"schema": 2, "environment": {}}}\n{}\n',
+            "int8bench: FILE has schema 2, this version reads up to 1: update pytest-int8bench",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert refusal(path, capsys) == message
+
+
+def test_a_file_that_is_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(b"\x80\x81")
+    assert "FILE" in refusal(path, capsys)
+
+
+def test_an_environment_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    block = {**SAVED.to_dict(), "environment": None}
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    assert "environment must be an object, got None" in refusal(path, capsys)
+
+
+@pytest.mark.parametrize("environment", [{}, {"gpu": None}, {"gpu": {}}, {"packages": None}])
+def test_an_environment_with_gaps_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], environment: dict[str, Any]
+) -> None:
+    path = tmp_path / "other.json"
+    block = {**SAVED.to_dict(), "environment": environment}
+    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    assert main(["show", str(path)]) == 0
+    assert "None" not in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out == pytest_int8bench.__version__ + "\n"
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main([])
+    assert info.value.code == 2
+    assert "the following arguments are required: command" in capsys.readouterr().err
+
+
+def test_the_installed_command(journal: Path) -> None:
+    command = Path(sys.executable).with_name("int8bench")
+    done = subprocess.run(
+        [command, "show", journal], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == render(SAVED, width=None, color=False)
+
+
+def test_show_does_not_load_torch(journal: Path) -> None:
+    code = (
+        "import sys; from pytest_int8bench.cli.main import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "show", str(journal)], capture_output=True, check=False
+    )
+    assert done.returncode == 0

@@ -1,0 +1,871 @@
+"""Joining operators in graphs of Dynamo: what is joined, what is not, and the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import einops
+import pytest
+import torch
+from int8_layers import lowered
+from torch import fx, nn
+from torch.nn import functional as F
+
+from pytest_int8bench.compiler.backend import FusingInductor
+from pytest_int8bench.compiler.fusion import nodes, passes
+from pytest_int8bench.kernels import ops
+from pytest_int8bench.kernels.linear import Int8Linear
+
+DIM = 16
+X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    # A value that lies half-way between two levels would go to one or the other.
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is in one of the graphs after joining."""
+
+    quantize: tuple[str, ...]
+    """Of each pass: norm or activation, ``+gate``, ``+kept``."""
+    linear: tuple[str, ...]
+    """Of each product: how many layers, ``+gamma``, ``+residual``."""
+    others: Counter[str]
+    """The other calls by name."""
+
+
+def described(part: fx.GraphModule) -> Part:
+    quantize, linear, others = [], [], Counter[str]()
+    for node in part.graph.nodes:
+        if node.target is torch.ops.int8bench.quantize_rows.default:
+            _, norm, activation, gate, _, _, _, _, keep = node.args
+            kind = norm if norm != "none" else activation
+            quantize.append(kind + "+gate" * (gate is not None) + "+kept" * keep)
+        elif node.target is torch.ops.int8bench.linear.default:
+            _, _, _, _, _, gamma, residual, _ = node.args
+            extras = "+gamma" * (gamma is not None) + "+residual" * (residual is not None)
+            parts = next(iter(node.users))
+            layers = len(parts.args[1]) if parts.target is torch.split else 1
+            linear.append(f"{layers}{extras}")
+        elif node.op in ("call_function", "call_method"):
+            name = getattr(node.target, "__name__", str(node.target))
+            if name not in ("getitem", "_log_api_usage_once"):
+                others[name] += 1
+    return Part(tuple(quantize), tuple(linear), others)
+
+
+class Compiled:
+    """A model compiled as ``compile_for_a100`` does it, without Inductor: the graphs are run as
+    they are, so that what is tested is the joining."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        inductor: bool = False,
+        dynamic: bool | None = False,
+    ) -> None:
+        self.parts: list[Part] = []
+        self.graphs = 0
+        fuse = passes.fuse
+
+        def noting(module: fx.GraphModule, **options: bool) -> fx.GraphModule:
+            joined = fuse(module, **options)
+            self.graphs += 1
+            self.parts += [
+                described(part) for part in module.modules() if isinstance(part, fx.GraphModule)
+            ]
+            return joined
+
+        monkeypatch.setattr(passes, "fuse", noting)
+        real = FusingInductor("default", dynamic)
+
+        def plain(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            return noting(module).forward
+
+        torch._dynamo.reset()
+        self.run = torch.compile(
+            model, fullgraph=True, backend=real if inductor else plain, dynamic=dynamic
+        )
+
+    @property
+    def part(self) -> Part:
+        """The one graph. Inductor may ask for it again, with numbers in the place of symbols."""
+        assert len({(part.quantize, part.linear) for part in self.parts}) == 1
+        return self.parts[-1]
+
+
+def close(one: Any, other: Any) -> None:
+    ones, others = (t if isinstance(t, tuple) else (t,) for t in (one, other))
+    for a, b in zip(ones, others, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-30
+
+
+def joined(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, *inputs: torch.Tensor, **options: Any
+) -> Part:
+    """Compile ``model``, compare with running it eagerly, and return what its graph became."""
+    inputs = inputs or (X,)
+    compiled = Compiled(model, monkeypatch, **options)
+    with torch.inference_mode():
+        expected = model(*(x.clone() for x in inputs))
+        close(compiled.run(*(x.clone() for x in inputs)), expected)
+    return compiled.part
+
+
+class Written(nn.Module):
+    """A norm, a few layers, and a forward that is given."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | torch.Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(DIM)
+        for name in ("norm",):
+            nn.init.normal_(getattr(self, name).weight)
+            nn.init.normal_(getattr(self, name).bias)
+        self.a, self.b, self.c = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.gamma = nn.Parameter(torch.randn(DIM))
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.written = forward
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.written(self, *inputs)
+
+
+def written(forward: Callable[..., Any], **parts: Any) -> nn.Module:
+    return lowered(Written(forward, **parts))
+
+
+# -- transformers -------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A block of a transformer with the norms in front, and layer scale."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm(DIM), norm(DIM)
+        self.q, self.k, self.v, self.proj = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
+        self.gamma = nn.Parameter(torch.randn(DIM))
+        self.drop = nn.Dropout(0.1)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x)) * self.gamma
+        return x + self.mlp(self.norm2(x))
+
+
+class PostNorm(Block):
+    """The norms behind, as in BERT: what they return is also the residual."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(self.attention(x) + x)
+        return self.norm2(self.mlp(x) + x)
+
+
+PRE = (("layer", "none", "layer", "gelu"), ("3", "1+gamma+residual", "1", "1+residual"))
+
+
+def test_a_block_with_norms_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    part = joined(lowered(Block()), monkeypatch)
+    assert (part.quantize, part.linear) == PRE
+    # Nothing is left but attention and views.
+    assert not {"layer_norm", "gelu", "dropout", "add", "mul"} & set(part.others)
+    assert part.others["scaled_dot_product_attention"] == 1
+
+
+def test_blocks_with_norms_behind_keep_what_these_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    part = joined(lowered(nn.Sequential(PostNorm(), PostNorm())), monkeypatch)
+    assert part.quantize == (
+        *("none", "none", "layer+kept", "gelu"),
+        *("layer+kept", "none", "layer+kept", "gelu"),
+    )
+    assert part.linear == ("3", "1+residual", "1", "1+residual") * 2
+    assert part.others["layer_norm"] == 1  # the last one, which no layer reads
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_block_through_inductor(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    part = joined(lowered(Block()), monkeypatch, inductor=True, dynamic=dynamic)
+    assert (part.quantize, part.linear) == PRE
+
+
+def test_one_graph_for_several_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = lowered(nn.Sequential(Block(), PostNorm()))
+    compiled = Compiled(model, monkeypatch, dynamic=True)
+    with torch.inference_mode():
+        for batch, tokens in ((2, 5), (3, 5), (7, 4)):
+            x = torch.randn(batch, tokens, DIM)
+            close(compiled.run(x), model(x))
+    assert compiled.graphs == 1
+    assert compiled.part.linear[:4] == PRE[1]
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_regions_that_are_compiled_once_are_joined_too(
+    monkeypatch: pytest.MonkeyPatch, inductor: bool
+) -> None:
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = region(block, x)
+            return x
+
+    @torch.compiler.nested_compile_region
+    def region(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return block(x)
+
+    torch.manual_seed(0)
+    model = lowered(Regions())
+    compiled = Compiled(model, monkeypatch, inductor=inductor)
+    with torch.inference_mode():
+        close(compiled.run(X), model(X))
+    inside = [part for part in compiled.parts if part.linear]
+    assert [(part.quantize, part.linear) for part in inside] == [PRE]
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_layers_whose_outputs_leave_a_region_are_made_dense(
+    monkeypatch: pytest.MonkeyPatch, inductor: bool
+) -> None:
+    @torch.compiler.nested_compile_region
+    def region(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return m.a(x), m.b(x).unflatten(-1, (4, 4)).transpose(-1, -2)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        (q, k), (v, w) = region(m, x), region(m, x + 1)
+        return q - k.flatten(2) + v * w.flatten(2)
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch, inductor=inductor)
+    with torch.inference_mode():
+        close(compiled.run(X), model(X))
+    assert [part.linear for part in compiled.parts if part.linear] == [("2",)]
+
+
+def _as_strided(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return torch.as_strided(q, (8, DIM), (DIM, 1)) + k.reshape(-1, DIM)[:8]
+
+
+def _mutated_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    q.view(-1, 4).mul_(2)
+    return q - k
+
+
+def _sliced_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return q[:, :].view(-1, 4) - k.reshape(-1, 4)
+
+
+def _overloaded_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k = m.a(x), m.b(x)
+    return torch.ops.aten.view(q, [-1, 4]) - k.view_as(x).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize(
+    "forward",
+    [_as_strided, _mutated_view, _sliced_view, _overloaded_view, lambda m, x: (m.a(x), m.b(x))],
+)
+def test_what_joined_layers_give_is_what_each_gave(
+    forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch, inductor=inductor)
+    with torch.inference_mode():
+        found, expected = compiled.run(X), model(X)
+    assert compiled.part.linear == ("2",)
+    if isinstance(expected, torch.Tensor):
+        found, expected = (found,), (expected,)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+        assert one.stride() == other.stride()
+
+
+def test_a_layer_scale_that_is_written_to_before_the_residual_keeps_it_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        gamma = x[0, 0] * 1
+        scaled = m.a(x) * gamma
+        changed = gamma.mul_(3)
+        return (scaled + x) + changed
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        close(compiled.run(X), model(X))
+
+
+def test_a_product_with_itself_is_no_layer_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return y * y
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        close(compiled.run(X[0, 0]), model(X[0, 0]))
+
+
+def test_weights_called_in_another_order_than_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(lambda m, x: torch.cat([m.c(x), 2 * m.a(x), m.b(x)], -1))
+    assert joined(model, monkeypatch).linear == ("3",)
+
+
+def test_only_layers_of_adjacent_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The rows of m.b are between.
+    apart = written(lambda m, x: torch.cat([m.c(x), m.b(2 * x), m.a(x)], -1))
+    assert joined(apart, monkeypatch).linear == ("1", "1", "1")
+    some = written(lambda m, x: torch.cat([m.c(x), m.a(2 * x), m.b(x)], -1))
+    assert joined(some, monkeypatch).linear == ("2", "1")
+
+
+def test_a_layer_that_is_called_twice_is_no_neighbour_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = written(lambda m, x: torch.cat([m.a(x), m.b(x), m.a(x)], -1))
+    assert sorted(joined(model, monkeypatch).linear) == ["1", "2"]
+
+
+def test_rearranged_columns_are_read_by_strides() -> None:
+    passes = fx.Graph()
+    column = passes.placeholder("column")
+    heads = passes.call_function(einops.rearrange, (column, "b n (h d) -> b h n d"), {"h": 2})
+    passes.call_function(F.scaled_dot_product_attention, (heads, heads, heads))
+    assert nodes.views_read_by_strides(column) == [heads]
+    passes.call_function(einops.repeat, (column, "b n d -> b n d k"), {"k": 2})
+    assert nodes.views_read_by_strides(column) is None
+
+
+# -- norms --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm(DIM, eps=0.1),
+        nn.LayerNorm(DIM, bias=False),
+        nn.LayerNorm(DIM, elementwise_affine=False),
+        nn.RMSNorm(DIM),
+        nn.RMSNorm(DIM, eps=0.1),
+        nn.RMSNorm(DIM, elementwise_affine=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_norms(monkeypatch: pytest.MonkeyPatch, norm: nn.Module, scale: float) -> None:
+    part = joined(written(lambda m, x: m.a(m.other(x * scale)), other=norm), monkeypatch)
+    assert part.quantize == ("rms" if isinstance(norm, nn.RMSNorm) else "layer",)
+    assert part.others == {"mul": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_rms_norm_of_16_bit_has_the_eps_that_torch_gives_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = written(lambda m, x: m.a(m.other(x)), other=nn.RMSNorm(DIM)).to(dtype)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        x = (X * 1e-3).to(dtype)
+        out, expected = compiled.run(x).float(), model(x).float()
+    assert compiled.part.quantize == ("rms",)
+    # Of torch's own norm the result is rounded to 16 bits, and then to INT8.
+    assert (out - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: F.layer_norm(x, (DIM,)),
+        lambda m, x: F.layer_norm(x, normalized_shape=(DIM,), weight=m.gamma),
+        lambda m, x: F.layer_norm(input=x, normalized_shape=[DIM], bias=m.gamma, eps=0.5),
+        lambda m, x: F.layer_norm(x, (DIM,), m.gamma, m.gamma, 0.5),
+        lambda m, x: F.rms_norm(input=x, normalized_shape=(DIM,), eps=0.5),
+        lambda m, x: F.rms_norm(x, (DIM,), m.gamma),
+        lambda m, x: torch.rms_norm(x, (DIM,), m.gamma),
+        lambda m, x: torch.layer_norm(x, (DIM,)),
+    ],
+)
+def test_norms_called_by_name(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    joined(written(lambda m, x: m.a(call(m, x))), monkeypatch)
+
+
+def test_a_norm_over_two_dimensions_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: m.a(F.layer_norm(x, (5, DIM)))), monkeypatch)
+    assert (part.quantize, part.others) == (("none",), {"layer_norm": 1})
+
+
+def test_a_norm_that_a_layer_in_floating_point_reads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        return m.a(y) + m.b(y)
+
+    part = joined(lowered(Written(forward), keep=("b",)), monkeypatch)
+    assert (part.quantize, part.linear) == (("layer+kept",), ("1+residual",))
+    assert part.others == {"linear": 1}
+
+
+def test_a_norm_that_is_read_before_the_layer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        z = y.exp()
+        return m.a(y) + z
+
+    part = joined(written(forward), monkeypatch)
+    assert (part.quantize, part.linear) == (("none",), ("1+residual",))
+    assert part.others == {"layer_norm": 1, "exp": 1}
+
+
+def test_layers_of_one_norm_with_factors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
+
+    factors = {"a": torch.rand(DIM) + 0.5, "b": torch.rand(DIM) + 0.5}
+    part = joined(lowered(Written(forward), factors=factors), monkeypatch)
+    assert (part.quantize, part.linear) == (("layer+kept", "none", "none"), ("1", "1", "1"))
+
+
+def test_layers_of_one_norm_with_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
+
+    factors = dict.fromkeys("abc", torch.rand(DIM) + 0.5)
+    part = joined(lowered(Written(forward), factors=factors), monkeypatch)
+    assert (part.quantize, part.linear) == (("layer",), ("3",))
+
+
+# -- activations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (F.gelu, "gelu"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+        (lambda x: F.gelu(input=x, approximate="none"), "gelu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (F.silu, "silu"),
+        (nn.SiLU(), "silu"),
+        (lambda x: F.silu(input=x), "silu"),
+        (F.relu, "relu"),
+        (torch.relu, "relu"),
+        (lambda x: torch.relu(input=x), "relu"),
+        (nn.ReLU(), "relu"),
+        (lambda x: F.silu(x) * (2 * x), "silu+gate"),
+        (lambda x: torch.mul(2 * x, F.gelu(x)), "gelu+gate"),
+        (lambda x: F.relu(x) * F.relu(-x + 1), "relu+gate"),
+    ],
+)
+def test_activations(monkeypatch: pytest.MonkeyPatch, call: Any, name: str) -> None:
+    part = joined(written(lambda m, x: m.b(call(m.a(x)))), monkeypatch)
+    assert part.quantize == ("none", name)
+    assert not {"gelu", "silu"} & set(part.others)
+
+
+def test_a_gated_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: m.c(F.silu(m.a(m.norm(x))) * m.b(m.norm(x)))), monkeypatch)
+    assert "silu+gate" in part.quantize
+    model = written(lambda m, x: (lambda y: m.c(F.silu(m.a(y)) * m.b(y)))(m.norm(x)))
+    part = joined(model, monkeypatch)
+    assert (part.quantize, part.linear) == (("layer", "silu+gate"), ("2", "1"))
+    assert part.others == {"split": 1}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.silu(x) * x[..., :1],  # broadcast
+        lambda x: F.silu(x) * 2.0,
+        lambda x: torch.mul(F.silu(x), other=x),
+        lambda x: (lambda y: y * y)(F.silu(x)),
+        lambda x: (lambda y: y * x + y)(F.silu(x)),
+        F.elu,
+        torch.sigmoid,
+    ],
+)
+def test_other_activations_stay(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    part = joined(written(lambda m, x: m.b(call(m.a(x)))), monkeypatch)
+    assert part.quantize == ("none", "none")
+
+
+def test_an_activation_that_is_read_twice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: (lambda y: m.b(y) + y)(F.gelu(m.a(x)))), monkeypatch)
+    assert (part.quantize, part.linear) == (("none", "none"), ("1", "1+residual"))
+    assert part.others == {"gelu": 1}
+
+
+def test_layers_that_share_an_activation_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(lambda m, x: (lambda y: m.b(y) - m.c(y))(F.gelu(m.a(x))))
+    part = joined(model, monkeypatch)
+    assert (part.quantize, part.linear) == (("none", "gelu"), ("1", "2"))
+
+
+# -- dropout ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "left"),
+    [
+        (lambda m, x: F.dropout(x, 0.5, False), {}),
+        (lambda m, x: F.dropout(input=x, p=0.0), {}),
+        (lambda m, x: F.dropout(x, training=False, inplace=True), {}),
+        (lambda m, x: nn.Dropout(0.3).eval()(x), {}),
+        (lambda m, x: F.dropout(x, 1.0), {"dropout": 1, "layer_norm": 1}),
+    ],
+)
+def test_dropout_goes_where_it_does_nothing(
+    monkeypatch: pytest.MonkeyPatch, call: Any, left: dict[str, int]
+) -> None:
+    part = joined(written(lambda m, x: m.a(call(m, m.norm(x)))), monkeypatch)
+    assert part.others == left
+
+
+# -- what writes to tensors ---------------------------------------------------------------------
+
+
+def _between(write: Callable[[torch.Tensor], Any]) -> Callable[..., torch.Tensor]:
+    """A norm of x, then something that writes to x, then the layer."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        y = m.norm(x)
+        write(x)
+        return m.a(y) + x.sum()
+
+    return forward
+
+
+def _add(x: torch.Tensor) -> None:
+    x += 1
+
+
+def _set(x: torch.Tensor) -> None:
+    x[0] = 0
+
+
+def _power(x: torch.Tensor) -> None:
+    x **= 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.add_(1),
+        lambda x: x.view(-1).mul_(2),
+        lambda x: nn.ReLU(inplace=True)(x),
+        lambda x: F.elu(x, 1.0, True),
+        lambda x: nn.LeakyReLU(0.3, inplace=True)(x),
+        lambda x: F.relu_(x),
+        lambda x: torch.relu_(x),
+        lambda x: torch.exp(x, out=x),
+        lambda x: torch.ops.aten.add_.Tensor(x, x),
+        _add,
+        _set,
+        _power,
+    ],
+)
+def test_a_write_between_a_norm_and_its_layer_keeps_them_apart(
+    monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    part = joined(written(_between(write)), monkeypatch)
+    assert part.quantize == ("none",)
+    assert part.others["layer_norm"] == 1
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), nn.ReLU(inplace=True), _add, _set])
+def test_a_write_whose_result_nobody_reads_is_kept(
+    monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        write(x)
+        return m.a(m.norm(x)) + x
+
+    part = joined(written(forward), monkeypatch)
+    assert (part.quantize, part.linear) == (("layer",), ("1+residual",))
+
+
+def test_a_write_between_an_activation_and_its_gate_keeps_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y, gate = m.a(x), m.b(x) * 1
+        z = F.silu(y)
+        y.add_(1)
+        return m.c(z * gate) + y
+
+    part = joined(written(forward), monkeypatch)
+    assert part.quantize == ("none", "none")
+    assert part.others["silu"] == 1
+
+
+def test_a_write_between_two_layers_that_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        one = m.a(x)
+        x.add_(1)
+        return one - m.b(x)
+
+    part = joined(written(forward), monkeypatch)
+    assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
+
+
+def test_an_activation_in_place_is_no_part_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(lambda m, x: (lambda y: m.b(nn.ReLU(inplace=True)(y)) + y)(m.a(x)))
+    part = joined(model, monkeypatch)
+    assert part.quantize == ("none", "none")
+    assert part.others == {"relu": 1}
+
+
+def test_the_parts_of_a_joined_product_may_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.a(x), m.b(x), m.c(x)
+        q *= 2
+        k.add_(q)
+        return q * 3 + k - v
+
+    for inductor in (False, True):
+        assert joined(written(forward), monkeypatch, inductor=inductor).linear == ("3",)
+
+
+def test_the_parts_of_a_joined_product_may_be_viewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k = m.a(x), m.b(x)
+        return q.view(-1) + k.view(x.shape[0] * 5, DIM).reshape(-1) + m.c(x).view(3, -1).flatten()
+
+    for inductor in (False, True):
+        assert joined(written(forward), monkeypatch, inductor=inductor).linear == ("3",)
+
+
+# -- layer scale and residual -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "linear"),
+    [
+        (lambda m, x: x + m.a(x), "1+residual"),
+        (lambda m, x: torch.add(m.a(x), x), "1+residual"),
+        (lambda m, x: m.gamma * m.a(x), "1+gamma"),
+        (lambda m, x: torch.mul(m.a(x), m.gamma) + x, "1+gamma+residual"),
+        (lambda m, x: m.a(x) + m.gamma, "1"),  # broadcast
+        (lambda m, x: m.a(x) + x[:1], "1"),
+        (lambda m, x: m.a(x[:1]) + x, "1"),
+        (lambda m, x: m.a(x) + 1, "1"),
+        (lambda m, x: m.a(x) * x, "1"),
+        (lambda m, x: m.a(x) * 2, "1"),
+        (lambda m, x: m.a(x) * m.gamma[:1], "1"),
+        (lambda m, x: torch.add(m.a(x), x, alpha=2), "1"),
+        (lambda m, x: torch.add(m.a(x), other=x), "1"),
+        (lambda m, x: x - m.a(x), "1"),
+        (lambda m, x: (lambda y: y + y)(m.a(x)), "1"),
+        (lambda m, x: (lambda y: y * y)(m.a(x)), "1"),
+        (lambda m, x: (lambda y: (y + x) * y)(m.a(x)), "1"),
+        (lambda m, x: m.a(x) + x.double(), "1"),
+        (lambda m, x: m.a(x) * m.gamma.double(), "1"),
+        (lambda m, x: m.a(x) + x.half(), "1"),
+    ],
+)
+def test_layer_scale_and_residual(monkeypatch: pytest.MonkeyPatch, call: Any, linear: str) -> None:
+    part = joined(written(call), monkeypatch)
+    assert part.linear == (linear,)
+    assert (sum(part.others.values()) == 0) == (linear != "1")
+
+
+def test_one_layer_is_the_residual_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: m.a(x) + m.b(x.exp())), monkeypatch)
+    assert sorted(part.linear) == ["1", "1+residual"]
+    assert part.others == {"exp": 1}
+
+
+def test_a_residual_that_is_written_to_after_the_layer_stays_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        y = m.a(x)
+        x.add_(1)
+        return y + x
+
+    assert joined(written(forward), monkeypatch).linear == ("1",)
+
+
+@pytest.mark.parametrize("name", ["bias", "scale"])
+@pytest.mark.parametrize(
+    "use", [lambda m, x, y: y * m.gamma, lambda m, x, y: y + x], ids=["scale", "residual"]
+)
+def test_a_layer_whose_own_tensors_are_written_to_after_it(
+    name: str, use: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        getattr(m.a.block, name).mul_(1.5)
+        return use(m, x, y)
+
+    model = written(forward)
+    held = getattr(model.get_submodule("a").block, name)
+    before = held.clone()
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        out = compiled.run(X)
+        held.copy_(before)
+        close(out, model(X))
+
+
+def test_layers_of_one_input_between_which_a_scale_is_written_to_stay_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = ops.quantize_rows(x)
+
+        def product(layer: Any) -> torch.Tensor:
+            rest = (layer.weight_scale, layer.bias, None, None, x.dtype)
+            return ops.linear(q, scale, layer.int8_weight, *rest)
+
+        one = product(m.a)
+        scale.mul_(2)
+        return one - product(m.b)
+
+    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+
+
+def test_tensors_of_different_rows_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = ops.quantize_rows(x)
+
+        def product(weight: Any, scales: Any, bias: Any) -> torch.Tensor:
+            tensors = weight.int8_weight, scales.weight_scale, bias.bias
+            return ops.linear(q, scale, *tensors, None, None, x.dtype)
+
+        return product(m.a, m.b, m.c) - product(m.b, m.a, m.a)
+
+    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda y: y.float(),
+        lambda y: y.to(torch.float32),
+        lambda y: y.to(y.dtype),
+        lambda y: y.type_as(y),
+    ],
+)
+def test_a_cast_that_changes_nothing_is_the_tensor_itself(
+    cast: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cast(m.a(x)).view(-1), cast(m.b(x))
+
+    model = written(forward)
+    compiled = Compiled(model, monkeypatch)
+    with torch.inference_mode():
+        outs, wanted = compiled.run(X), model(X)
+    close(outs, wanted)
+    assert [out.stride() for out in outs] == [out.stride() for out in wanted]
+    assert compiled.part.linear == ("2",)
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+def test_two_inputs_are_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x, y: m.a(x) - m.b(y)), monkeypatch, X, X + 1)
+    assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
+
+
+def test_layers_of_two_dtypes_are_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: m.a(x) - m.b(x.double())), monkeypatch)
+    assert part.linear == ("1", "1")
+
+
+def test_one_layer_called_twice_on_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: m.a(x).exp() - m.a(x)), monkeypatch)
+    assert part.quantize == ("none",)
+
+
+def test_a_weight_that_is_made_between_two_layers_keeps_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, scale, _ = ops.quantize_rows(x)
+
+        def product(weight: torch.Tensor, layer: Any) -> torch.Tensor:
+            rest = (layer.weight_scale, layer.bias, None, None, x.dtype)
+            return ops.linear(q, scale, weight, *rest)
+
+        one = product(m.a.int8_weight, m.a)
+        return one - product(m.b.int8_weight.flip(0), m.b)
+
+    part = joined(written(forward), monkeypatch)
+    assert (part.linear, part.others) == (("1", "1"), {"flip": 1, "sub": 1})
+
+
+def test_a_region_between_a_norm_and_its_layer_keeps_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @torch.compiler.nested_compile_region
+    def region(x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x)
+        return region(region(x)) + m.a(y)  # a region that is called once is no region
+
+    compiled = Compiled(written(forward), monkeypatch)
+    with torch.inference_mode():
+        compiled.run(X)
+    assert ("none",) in [part.quantize for part in compiled.parts]
+
+
+def test_an_input_in_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = joined(written(lambda m, x: x + m.a(m.norm(x)) * m.gamma), monkeypatch, X[0, 0])
+    assert (part.quantize, part.linear) == (("layer",), ("1+gamma+residual",))
+
+
+def test_a_graph_without_such_layers_is_left_alone() -> None:
+    module = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)).eval())
+    code = module.code
+    assert passes.fuse(module) is module
+    assert module.code == code
+
+
+def test_layers_are_still_right_on_their_own() -> None:
+    model = written(lambda m, x: m.a(x))
+    assert isinstance(model.a, Int8Linear)
+    q, scale, _ = ops.quantize_rows(X)
+    weight = model.a.int8_weight.double() * model.a.weight_scale.double()[:, None]
+    expected = (q.double() * scale.double()[..., None]) @ weight.T + model.a.bias
+    close(model(X).double(), expected)

@@ -1,0 +1,255 @@
+"""The compile cache: a folder for each machine and attention backend, which may be moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_int8bench.compiler import cache as compile_cache
+from pytest_int8bench.compiler.cache import CompileCache, CompileCacheError
+from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
+from pytest_int8bench.measure.evidence import profile_forward
+
+CPU = torch.device("cpu")
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+MACHINE = {"gpu": "A100", "driver": "570", "torch": "2.13.0"}
+
+
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(x, x, x)
+
+
+def compiled(folder: Path, attention: str = "flash") -> CompiledModel:
+    model = compile_for_a100(Attention(), mode="default", attention=attention, cache_dir=folder)
+    x = torch.linspace(-1, 1, 512).reshape(1, 2, 16, 16)
+    torch.testing.assert_close(model(x), Attention()(x))
+    evidence = profile_forward(lambda: model(x), CPU)
+    assert evidence.attention_kernel == ("flash" if attention == "flash" else None)
+    return model
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    parts = dict(MACHINE)
+    monkeypatch.setattr(compile_cache, "_compiled_for", lambda: parts)
+    return parts
+
+
+# -- folders ------------------------------------------------------------------------------------
+
+
+def test_each_backend_and_machine_has_a_folder_that_says_what_it_is_for(
+    tmp_path: Path, machine: dict[str, Any]
+) -> None:
+    caches = [CompileCache(tmp_path / "new", attention) for attention in ("flash", "cudnn")]
+    assert [cache.is_empty() for cache in caches] == [True, True]
+    for cache in caches:
+        with cache.entered():
+            (cache.folder / "code").touch()
+    folders = [cache.folder for cache in caches]
+    assert folders[0] != folders[1]
+    assert sorted((tmp_path / "new").iterdir()) == sorted(
+        path for folder in folders for path in (folder, folder.with_suffix(".json"))
+    )
+    said = [json.loads(folder.with_suffix(".json").read_text()) for folder in folders]
+    assert said == [{"attention": name, **MACHINE} for name in ("flash", "cudnn")]
+    assert [cache.is_empty() for cache in caches] == [False, False]
+
+    machine["driver"] = "575"
+    assert caches[0].folder not in folders
+    assert caches[0].is_empty()
+
+
+def test_what_was_in_an_emptied_folder_comes_back_after_an_error_only(
+    tmp_path: Path, machine: dict[str, Any]
+) -> None:
+    cache = CompileCache(tmp_path, "flash")
+    with cache.entered():
+        (cache.folder / "old").touch()
+
+    def fill() -> None:
+        assert cache.is_empty()
+        (cache.folder / "new").touch()
+
+    def fail() -> None:
+        fill()
+        raise KeyError
+
+    with pytest.raises(KeyError), cache.emptied():
+        fail()
+    assert [path.name for path in cache.folder.iterdir()] == ["old"]
+    with cache.emptied():
+        fill()
+    assert [path.name for path in cache.folder.iterdir()] == ["new"]
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_what_the_folder_is_for_leaves_out_the_commit_and_the_host() -> None:
+    found = compile_cache._compiled_for()
+    assert {"attention", "commit", "dirty", "power_limit_w"}.isdisjoint(found)
+    names = {"gpu", "driver", "cuda", "cudnn", "python", "torch", "triton", "torchao", "cpu"}
+    assert names | {"pytest-int8bench"} <= set(found)
+
+
+@pytest.mark.parametrize("value", [None, "/somewhere"])
+def test_the_compilers_look_into_the_folder_inside_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    cache = CompileCache(tmp_path, "flash")
+
+    def look() -> None:
+        inductor, triton = (os.environ[name] for name in VARIABLES)
+        assert (Path(inductor), Path(triton)) == (cache.folder, cache.folder / "triton")
+        assert torch._functorch.config.enable_autograd_cache is True
+        raise KeyError
+
+    with pytest.raises(KeyError), cache.entered():
+        look()
+    assert [os.environ.get(name) for name in VARIABLES] == [value, value]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    cache = CompileCache(path, "flash")
+    with pytest.raises(CompileCacheError) as caught, cache.entered():
+        pass
+    assert str(caught.value) == (
+        f"the compile cache cannot be written: Not a directory: {cache.folder}"
+    )
+
+
+# -- compiled -----------------------------------------------------------------------------------
+
+AGAIN = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_compile_cache
+print(test_compile_cache.compiled(Path(sys.argv[1])).compile_cache)
+"""
+
+
+def test_graphs_come_back_under_their_own_backend_only_also_where_the_folder_was_moved(
+    tmp_path: Path,
+) -> None:
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    # The second time in this process nothing is left of the first but the folder.
+    found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
+    assert found == ["cold", "cold", "warm", "warm"]
+    first.rename(moved)
+    script = AGAIN.format(tests=str(Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(moved)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "warm"
+    assert not first.exists()
+
+
+def test_damaged_graphs_are_compiled_again(tmp_path: Path) -> None:
+    compiled(tmp_path)
+    [folder] = (path for path in tmp_path.iterdir() if path.is_dir())
+    for kind in ("aotautograd", "fxgraph"):
+        for path in (folder / kind).rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"damaged")
+    assert compiled(tmp_path).compile_cache == "cold"
+    assert compiled(tmp_path).compile_cache == "warm"
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
+    """What is compiled, in order, in place of what torch makes."""
+    found: list[Callable[..., Any]] = []
+    monkeypatch.setattr(CompiledModel, "_new_entry", lambda self, *_, **__: found.pop(0))
+    return found
+
+
+def fails(error: Exception) -> Callable[..., Any]:
+    def entry(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    return entry
+
+
+def counts(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+    return x
+
+
+def test_what_does_not_load_is_dropped_and_compiled_again(
+    tmp_path: Path, entries: list[Callable[..., Any]], machine: dict[str, Any]
+) -> None:
+    cache = CompileCache(tmp_path, "flash")
+    entries += [counts, fails(OSError("invalid ELF header")), counts]
+    model = compile_for_a100(nn.Identity(), mode="default", cache_dir=tmp_path)
+    with cache.entered():
+        (cache.folder / "damaged.so").touch()
+    x = torch.ones(1)
+    assert model(x) is x
+    assert entries == []
+    assert cache.is_empty()
+
+
+def test_an_error_that_an_empty_cache_does_not_mend_costs_no_compiled_code(
+    tmp_path: Path, entries: list[Callable[..., Any]], machine: dict[str, Any]
+) -> None:
+    cache = CompileCache(tmp_path, "flash")
+    entries += [counts, fails(OSError("no compiler")), fails(OSError("no compiler"))]
+    model = compile_for_a100(nn.Identity(), mode="default", cache_dir=tmp_path)
+    with cache.entered():
+        (cache.folder / "code").touch()
+    with pytest.raises(OSError, match="no compiler"):
+        model(torch.ones(1))
+    assert not cache.is_empty()
+
+
+@pytest.mark.parametrize(
+    ("error", "filled"),
+    [
+        (OSError("no compiler"), False),
+        (torch.OutOfMemoryError("out of memory"), True),
+        (torch._dynamo.exc.Unsupported("a graph break"), True),
+    ],
+    ids=["empty", "out of memory", "graph break"],
+)
+def test_an_error_that_is_not_of_the_cache_is_told_at_once(
+    tmp_path: Path,
+    entries: list[Callable[..., Any]],
+    machine: dict[str, Any],
+    error: Exception,
+    filled: bool,
+) -> None:
+    cache = CompileCache(tmp_path, "flash")
+    entries += [counts, fails(error)]
+    model = compile_for_a100(nn.Identity(), mode="default", cache_dir=tmp_path)
+    with cache.entered():
+        if filled:
+            (cache.folder / "code").touch()
+    with pytest.raises(type(error)):
+        model(torch.ones(1))
+    assert entries == []
+    assert cache.is_empty() is not filled
+
+
+def test_without_a_folder_graphs_are_not_kept_and_eager_models_keep_nothing(tmp_path: Path) -> None:
+    eager = compile_for_a100(nn.Linear(4, 4), mode="off", cache_dir=tmp_path)
+    eager(torch.ones(2, 4))
+    assert eager.compile_cache is None
+    assert list(tmp_path.iterdir()) == []

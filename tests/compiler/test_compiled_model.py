@@ -1,0 +1,327 @@
+"""compile_for_a100: the same settings on every call, none of them left behind."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_int8bench.compiler.compiled_model import (
+    CompiledModel,
+    CompileError,
+    compile_for_a100,
+    graphs_compiled,
+)
+from pytest_int8bench.measure.evidence import profile_forward
+
+CPU = torch.device("cpu")
+X = torch.ones(2, 4)
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "tf32": torch.get_float32_matmul_precision(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast dtype": torch.get_autocast_dtype("cpu"),
+        "inference": torch.is_inference_mode_enabled(),
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+        "recompile limit": torch._dynamo.config.recompile_limit,
+        "all recompiles": torch._dynamo.config.accumulated_recompile_limit,
+        "ignored": set(torch._dynamo.config.ignore_logging_functions),
+        "AOTAutograd cache": torch._functorch.config.enable_autograd_cache,
+    }
+
+
+class Recorder(nn.Module):
+    """Notes the settings it runs under, and may fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.error = error
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = settings()
+        if self.error is not None:
+            raise self.error
+        return self.linear(x)
+
+
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(x, x, x)
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+def test_every_call_runs_under_the_settings_and_leaves_none() -> None:
+    model = Recorder()
+    compiled = compile_for_a100(model, mode="off", attention="math")
+    before = settings()
+    for _ in range(2):
+        compiled(X)
+        assert settings() == before
+        assert model.seen["tf32"] == "high"
+        assert model.seen["autocast"] is False
+        assert model.seen["inference"] is True
+        assert (model.seen["flash"], model.seen["math"]) == (False, True)
+        assert model.seen["recompile limit"] > 10_000
+        assert model.seen["all recompiles"] > 10_000
+        assert logging.Logger.info in model.seen["ignored"]
+        assert model.seen["AOTAutograd cache"] is False
+
+
+def test_settings_are_restored_after_an_exception() -> None:
+    before = settings()
+    with pytest.raises(KeyError, match="inside"):
+        compile_for_a100(Recorder(KeyError("inside")), mode="off")(X)
+    assert settings() == before
+
+
+def test_settings_of_the_process_come_back_as_they_were() -> None:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch._dynamo.config.patch(recompile_limit=3):
+            compile_for_a100(Recorder(), mode="off")(X)
+            assert torch._dynamo.config.recompile_limit == 3
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_tf32_may_be_forbidden() -> None:
+    model = Recorder()
+    compile_for_a100(model, mode="off", allow_tf32=False)(X)
+    assert model.seen["tf32"] == "highest"
+
+
+def test_autocast_around_the_call_does_not_reach_the_model() -> None:
+    model = Recorder()
+    compiled = compile_for_a100(model, mode="off")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(X).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+    assert model.seen["autocast"] is False
+
+
+def test_autocast_can_be_asked_for() -> None:
+    compiled = compile_for_a100(Recorder(), mode="off", autocast_dtype=torch.bfloat16)
+    assert compiled(X).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_outputs_need_no_gradient() -> None:
+    assert not compile_for_a100(nn.Linear(4, 4), mode="off")(X).requires_grad
+
+
+# -- modes --------------------------------------------------------------------------------------
+
+
+def test_mode_off_is_eager() -> None:
+    model = nn.Linear(4, 4).eval()
+    before = graphs_compiled()
+    compiled = compile_for_a100(model, mode="off")
+    assert torch.equal(compiled(X), model(X))
+    assert graphs_compiled() == before
+    assert (compiled.model, compiled.mode, compiled.attention) == (model, "off", "flash")
+
+
+def test_max_autotune_is_the_default() -> None:
+    assert compile_for_a100(nn.Linear(4, 4)).mode == "max-autotune"
+
+
+def test_the_first_call_compiles_and_the_next_do_not() -> None:
+    model = nn.Linear(4, 4).eval()
+    compiled = compile_for_a100(model, mode="default")
+    before = graphs_compiled()
+    torch.testing.assert_close(compiled(X), model(X))
+    assert graphs_compiled() == before + 1
+    with compiled.no_compilation():
+        compiled(X)
+        # Ambient settings differ, those of the call do not.
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            compiled(X)
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        compiled(X)
+        torch.set_float32_matmul_precision(precision)
+    assert graphs_compiled() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"mode": "fast"},
+            (
+                "mode must be one of default, reduce-overhead, max-autotune, "
+                "max-autotune-no-cudagraphs, off, got 'fast'"
+            ),
+        ),
+        (
+            {"attention": "sage"},
+            "attention must be one of flash, cudnn, efficient, math, auto, got 'sage'",
+        ),
+    ],
+    ids=["mode", "attention"],
+)
+def test_unknown_names_are_refused(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        compile_for_a100(nn.Linear(4, 4), **arguments)
+
+
+# -- what must not pass silently ----------------------------------------------------------------
+
+
+def test_compiling_while_the_clock_runs_is_an_error() -> None:
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
+    compiled(X)
+    message = (
+        "1 graph(s) were compiled while the clock ran: "
+        "inputs or global settings changed between calls"
+    )
+    with (
+        pytest.raises(CompileError, match=f"^{re.escape(message)}$"),
+        compiled.no_compilation(),
+    ):
+        compiled(torch.ones(3, 4))
+
+
+def test_an_error_while_the_clock_runs_stays_itself() -> None:
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="off")
+    with pytest.raises(KeyError, match="mine"), compiled.no_compilation():
+        raise KeyError("mine")
+
+
+def test_a_model_that_runs_eagerly_is_an_error() -> None:
+    class Disabled(nn.Module):
+        @torch.compiler.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    compiled = compile_for_a100(Disabled(), mode="default", fullgraph=False)
+    for _ in range(2):
+        with pytest.raises(
+            CompileError, match=r"^torch\.compile made no graph: the model ran eagerly$"
+        ):
+            compiled(X)
+
+
+def test_a_graph_break_is_an_error_with_fullgraph_and_not_without() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + 1
+            torch._dynamo.graph_break()
+            return x * 2
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        compile_for_a100(Breaks(), mode="default")(X)
+    compiled = compile_for_a100(Breaks(), mode="default", fullgraph=False)
+    assert torch.equal(compiled(X), (X + 1) * 2)
+
+
+def test_a_model_that_logs_is_one_graph() -> None:
+    logger = logging.getLogger("model")
+
+    class Logs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logger.debug("one")
+            logger.info("two %s", x.shape)
+            logger.warning("three")
+            logger.error("four")
+            return x + 1
+
+    before = graphs_compiled()
+    compiled = compile_for_a100(Logs(), mode="default")
+    assert torch.equal(compiled(X), X + 1)
+    assert graphs_compiled() == before + 1
+
+
+def test_a_sweep_does_not_run_into_the_recompile_limit() -> None:
+    before = graphs_compiled()
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        for size in range(1, 11):
+            model = nn.Linear(4, size).eval()
+            torch.testing.assert_close(compile_for_a100(model, mode="default")(X), model(X))
+    assert graphs_compiled() == before + 10
+
+
+def test_one_model_takes_many_shapes_without_running_into_the_limit() -> None:
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
+    before = graphs_compiled()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(2, 6):
+            assert compiled(torch.ones(rows, 4)).shape == (rows, 4)
+    assert graphs_compiled() == before + 4
+
+
+def test_two_attention_backends_run_two_kernels_also_from_a_warm_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = Attention()
+    x = torch.randn(1, 2, 16, 16)
+
+    def runs_flash(attention: str) -> bool:
+        compiled = compile_for_a100(model, mode="default", attention=attention)
+        torch.testing.assert_close(
+            compiled(x), scaled_dot_product_attention(x, x, x), rtol=1e-3, atol=1e-3
+        )
+        evidence = profile_forward(lambda: compiled(x), CPU)
+        flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        return flash in [kernel.name for kernel in evidence.kernels]
+
+    assert runs_flash("flash") is True
+    assert runs_flash("math") is False
+    torch._dynamo.reset()  # nothing in memory, the caches on disk are warm
+    assert runs_flash("math") is False
+    assert runs_flash("flash") is True
+
+
+def test_the_first_call_says_what_it_found_in_the_cache_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        compiled = compile_for_a100(Attention(), mode="default")
+        assert compiled.compile_cache is None
+        for _ in range(2):
+            compiled(torch.ones(1, 2, 16, 16))
+        found.append(compiled.compile_cache)
+    assert found == ["cold", "warm"]
+
+
+def test_outputs_of_cuda_graph_modes_are_the_callers_own() -> None:
+    model = nn.Linear(4, 4).eval()
+    x = torch.randn(2, 4)
+    outputs = compile_for_a100(model, mode="reduce-overhead")(x)
+    assert not outputs.is_inference()  # copied outside of inference mode
+    torch.testing.assert_close(outputs, model(x))
+
+
+def test_settings_are_entered_once_for_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="off")
+    entered = []
+    settings = CompiledModel.settings
+    monkeypatch.setattr(CompiledModel, "settings", lambda self: entered.append(1) or settings(self))
+    with compiled.entered():
+        assert torch.is_inference_mode_enabled()
+        for _ in range(3):
+            compiled(torch.randn(2, 4))
+    assert len(entered) == 1
+    assert not torch.is_inference_mode_enabled()
+    compiled(torch.randn(2, 4))
+    assert len(entered) == 2

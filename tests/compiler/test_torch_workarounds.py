@@ -1,0 +1,196 @@
+"""Workarounds for torch: each one does what it says, and leaves torch as it was."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import einops
+import einops._backends
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.compiler import torch_workarounds
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.regions import Regions
+
+X = torch.ones(2, 4)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [((700, 10, 9), (20_000, 10, 9)), ((0, 10, 10), (0, 10, 10)), ((30_000, 5, 5), (30_000, 5, 5))],
+    ids=["often", "off", "rarely"],
+)
+@pytest.mark.parametrize("error", [None, KeyError("inside")], ids=["compiled", "failed"])
+def test_collects_garbage_rarely_while_compiling(
+    before: tuple[int, ...],
+    inside: tuple[int, ...],
+    error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        seen.append(gc.get_threshold())
+        if error is not None:
+            raise error
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
+    process = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        with nullcontext() if error is None else pytest.raises(Exception, match="inside"):
+            compiled(X)
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*process)
+    assert seen == [inside]
+
+
+def test_hides_only_the_metrics_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        for values in ({print, len}, {lambda: 0, lambda: 1}):
+            try:
+                sorted(values)
+            except TypeError:
+                logger.exception("of %s", len(values))
+        logger.error("another")
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level(logging.ERROR, logger=logger.name):
+        compile_for_a100(nn.Linear(4, 4).eval(), mode="default")(X)
+    # Dynamo's setting holds Python functions, so errors about builtins stay.
+    assert [record.getMessage() for record in caplog.records] == ["of 2", "another"]
+    assert logger.filters == []
+
+
+class Rearranged(nn.Module):
+    """Calls einops on a tensor and on a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return einops.rearrange(x, "a b -> b a") + einops.repeat(self.added, "b -> b a", a=2)
+
+
+def test_einops_does_not_recompile_the_second_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(einops._backends, "_type2backend", {})
+    compiled = compile_for_a100(Rearranged().eval(), mode="default")
+    assert torch.equal(compiled(X), X.T + 1)
+    with compiled.no_compilation():
+        assert torch.equal(compiled(X), X.T + 1)
+
+
+@pytest.mark.parametrize(
+    "as_before", [False, True], ids=["this torch", "torch that caches nothing"]
+)
+def test_finds_schema_of_region_once(as_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if as_before:
+        monkeypatch.setattr(torch_workarounds, "torch_caches_region_schemas", lambda: False)
+        name = "get_functionalize_schema_entry"
+        cache = torch._guards.InvokeSubgraphCache
+        monkeypatch.setattr(cache, name, lambda self, key: None, raising=False)
+    region = torch.ops.higher_order.invoke_subgraph
+    traced: list[str] = []
+    make = type(region).gen_schema
+
+    def gen_schema(self: Any, subgraph: Any, identifier: str, *operands: Any) -> Any:
+        traced.append(identifier)
+        return make(self, subgraph, identifier, *operands)
+
+    monkeypatch.setattr(type(region), "gen_schema", gen_schema)
+    model = nn.Sequential(*(Block() for _ in range(4))).eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    torch.testing.assert_close(compiled(X), model(X))
+    assert compiled.regions == 4
+    assert len(traced) == 1
+    assert "gen_schema" not in vars(region)
+
+
+def test_keeps_schemas_of_two_graphs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_workarounds, "torch_caches_region_schemas", lambda: False)
+    region = torch.ops.higher_order.invoke_subgraph
+
+    def kept(*operands: torch.Tensor) -> str:
+        return str(region.gen_schema(graph, "same", *operands))
+
+    graph = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with torch_workarounds.cached_region_schemas():
+        one = kept(X)
+        graph = torch.fx.symbolic_trace(lambda x: (x.add_(1),))
+        assert kept(X) != one
+        with pytest.raises(KeyError), torch_workarounds.cached_region_schemas():
+            raise KeyError
+        assert kept(X) != one
+    assert "gen_schema" not in vars(region)
+
+
+def reuse_functions() -> dict[str, Any]:
+    try:
+        from torch._dynamo.variables import invoke_subgraph
+    except ImportError:
+        return {}
+    return {
+        name: vars(invoke_subgraph)[name] for name in ("has_reuse_entries", "is_reuse_eligible")
+    }
+
+
+@pytest.mark.skipif(not reuse_functions(), reason="this torch traces every region call")
+def test_refuses_reuse_inside_regions_only() -> None:
+    before = reuse_functions()
+
+    def fail() -> None:
+        with Regions([Block(), Block()]):
+            for name, refuses in reuse_functions().items():
+                assert refuses is not before[name]
+                assert refuses() is False
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert reuse_functions() == before
+
+
+@pytest.mark.skipif(not reuse_functions(), reason="this torch traces every region call")
+def test_reuse_that_users_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.variables import invoke_subgraph
+
+    asked: list[Any] = []
+
+    def eligible(*args: Any, has_reuse_hash_fn: bool = False) -> bool:
+        asked.append((args, has_reuse_hash_fn))
+        return True
+
+    monkeypatch.setattr(invoke_subgraph, "is_reuse_eligible", eligible)
+    torch_workarounds._reuse_functions.cache_clear()
+    try:
+        with Regions([Block(), Block()]):
+            refuses = invoke_subgraph.is_reuse_eligible
+            assert refuses(1) is False
+            assert refuses(1, has_reuse_hash_fn=True) is True
+        assert asked == [((1,), True)]
+    finally:
+        torch_workarounds._reuse_functions.cache_clear()

@@ -1,0 +1,1198 @@
+"""The A/B of two revisions, by a fake machine: what is measured when, and what comes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.ab import experiment, matching
+from pytest_int8bench.gate.ab import journal as ab_journal
+from pytest_int8bench.gate.ab import plan as ab_plan
+from pytest_int8bench.gate.ab.design import Design, DesignError
+from pytest_int8bench.gate.ab.journal import AbError
+from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
+from pytest_int8bench.gate.ab.side import Measured, Side
+from pytest_int8bench.gate.ab.worktrees import Revision
+from pytest_int8bench.results.records import NOT_MEASURED, Result
+
+BASE, NEW = Revision("main", "a" * 40), Revision("HEAD", "b" * 40)
+ENVIRONMENT: dict[str, Any] = {
+    "cpu": "EPYC",
+    "cpu_threads": 8,
+    "packages": {"torch": "2.11.0"},
+    "commit": "c",
+    "dirty": False,
+}
+PROCESS_S = 8.0
+WARMING = ["base", "new"]
+SCREENING = ["base", "new", "new", "base"] * 2
+VERDICT = ["base", "new", "base"] * 6
+
+
+def nodeid(name: str) -> str:
+    return f"test_a.py::test[{name}]"
+
+
+class Machine:
+    """Measures runs that take a known time, with 0.2 % of noise between processes."""
+
+    def __init__(self, **times: tuple[float, float]) -> None:
+        self.times = times
+        """Name -> seconds per batch of base and new."""
+        self.calls: list[str] = []
+        """Sides, in the order they were measured."""
+        self.onlys: list[Sequence[str] | None] = []
+        self.args: set[tuple[str, ...]] = set()
+        self.number = 0
+        """Of the next process; decides its noise."""
+        self.change: Callable[[int, str, str], dict[str, Any] | None] = lambda *_: {}
+        """Number, side and name -> fields of the result that differ; None for no result."""
+        self.before: Callable[[int], object] = lambda number: None
+        """Called when a process starts."""
+        self.environment: Callable[[int], dict[str, Any]] = lambda number: ENVIRONMENT
+        self.sides: dict[str, Side] = {}
+        self.installed: list[tuple[str, str]] = []
+        self.now = 1000.0
+        self.said: list[str] = []
+
+    def measure(
+        self, side: Side, pytest_args: Sequence[str], only: Sequence[str] | None
+    ) -> Measured:
+        key, number = side.tree.name, self.number
+        self.before(number)
+        self.number += 1
+        self.sides[key] = side
+        self.calls.append(key)
+        self.onlys.append(only)
+        self.args.add(tuple(pytest_args))
+        self.now += PROCESS_S
+        results = []
+        for name, times in self.times.items():
+            noise = random.Random(f"{number} {name}").gauss(0, 0.002)
+            change = self.change(number, key, name)
+            if change is None or (only is not None and nodeid(name) not in only):
+                continue
+            values = {
+                "nodeid": nodeid(name),
+                "workload": "toy",
+                "run_name": name,
+                "params": {},
+                "batch_time_s": times[key == "new"] * (1 + noise),
+                **change,
+            }
+            results.append(Result(**values))
+        return Measured(self.environment(number), results, PROCESS_S)
+
+
+Compare = Callable[..., AbResult]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """A machine on which x is as fast as it was."""
+    machine = Machine(x=(0.01, 0.01))
+    trees = tmp_path / "trees"
+
+    @contextlib.contextmanager
+    def worktrees(root: Path, revisions: Mapping[str, Revision]) -> Iterator[dict[str, Path]]:
+        for key in revisions:
+            (trees / key).mkdir(parents=True, exist_ok=True)
+        try:
+            yield {key: trees / key for key in revisions}
+        finally:
+            machine.said.append("(worktrees removed)")
+
+    monkeypatch.setattr(experiment, "worktrees", worktrees)
+    monkeypatch.setattr(Side, "measure", lambda side, args, only: machine.measure(side, args, only))
+    monkeypatch.setattr(
+        Side,
+        "install",
+        lambda side, command: machine.installed.append((side.tree.name, command)),
+    )
+    clock = SimpleNamespace(
+        monotonic=lambda: machine.now,
+        gmtime=lambda: machine.now,
+        strftime=lambda form, now: f"{now:.0f}",
+    )
+    for module in (experiment, ab_journal):
+        monkeypatch.setattr(module, "time", clock)
+    return machine
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "repository"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture
+def compare(machine: Machine, root: Path) -> Compare:
+    """Runs a comparison."""
+
+    def compare(**changes: Any) -> AbResult:
+        values = {"root": root, "folder": root, "base": BASE, "new": NEW, **changes}
+        return experiment.run(Plan(**values), machine.said.append)
+
+    return compare
+
+
+def journals(root: Path) -> list[Path]:
+    return sorted((root / ".benchmarks" / "int8bench" / "ab").glob("*.jsonl"))
+
+
+def only_run(result: AbResult) -> AbRun:
+    [run] = result.runs
+    return run
+
+
+# -- stages -----------------------------------------------------------------------------------
+
+
+def test_unchanged_code_is_cleared_by_screening(machine: Machine, compare: Compare) -> None:
+    result = compare(pytest_args=("benchmarks", "-x"))
+    assert machine.calls == WARMING + SCREENING
+    assert machine.onlys == [None] * 10
+    assert machine.args == {("benchmarks", "-x")}
+    run = only_run(result)
+    assert (run.outcome, run.exit_code, run.judged, run.reason) == ("PASS", 0, None, None)
+    assert run.screened is not None
+    assert run.screened.estimate is not None
+    assert run.screened.estimate.blocks == 4
+    assert result.exit_code == 0
+    assert (result.processes, result.seconds) == (10, 10 * PROCESS_S)
+    assert result.environment == ENVIRONMENT
+    assert result.notes == ()
+
+
+def test_what_screening_flags_is_judged_by_fresh_blocks_of_it_alone(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.times["slow"] = (0.02, 0.0216)
+    result = compare()
+    assert machine.calls == WARMING + SCREENING + VERDICT
+    assert machine.onlys == [None] * 10 + [[nodeid("slow")]] * 18
+    passed, failed = result.runs
+    assert (passed.outcome, passed.judged) == ("PASS", None)
+    assert (failed.outcome, failed.exit_code) == ("FAIL", 1)
+    assert failed.judged is not None
+    assert failed.judged.estimate is not None
+    assert failed.judged.estimate.slowdown == pytest.approx(0.08, abs=0.004)
+    assert failed.judged.estimate.blocks == 6
+    assert failed.base_s == pytest.approx(0.02, rel=0.004)
+    assert failed.new_s == pytest.approx(0.0216, rel=0.004)
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("statistic", "gpu", "used"),
+    [
+        ("auto", None, "fastest"),
+        ("auto", {"name": "A100"}, "median"),
+        ("median", None, "median"),
+        ("fastest", {"name": "A100"}, "fastest"),
+    ],
+)
+def test_what_stands_for_a_process(
+    machine: Machine, compare: Compare, statistic: str, gpu: dict[str, str] | None, used: str
+) -> None:
+    # The medians are far slower in every other process, the fastest rounds are not.
+    machine.environment = lambda number: {**ENVIRONMENT, "gpu": gpu}
+    machine.change = lambda number, key, name: {
+        "batch_time_s": 0.01 * (1 + number % 2),
+        "batch_time_min_s": 0.008,
+    }
+    result = compare(statistic=statistic)
+    assert result.statistic == used
+    run = only_run(result)
+    assert (run.outcome, run.judged is None) == (
+        ("PASS", True) if used == "fastest" else (run.outcome, False)
+    )
+    assert (run.base_s == 0.008) == (used == "fastest")
+
+
+def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Compare) -> None:
+    # Of a revision with an older plugin.
+    machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
+    assert compare().statistic == "median"
+    with pytest.raises(
+        AbError, match=r"^--statistic fastest: a revision's pytest-int8bench is too old to save it$"
+    ):
+        compare(statistic="fastest")
+
+
+def test_the_blocks_of_screening_do_not_enter_the_verdict(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.change = lambda number, key, name: (
+        {"batch_time_s": 0.02} if key == "new" and number < 10 else {}
+    )
+    run = only_run(compare())
+    assert (run.outcome, run.exit_code) == ("PASS", 0)
+    assert run.judged is not None
+    assert run.screened is not None
+    assert run.screened.flagged
+
+
+def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> None:
+    """The base's second process of each block is the control."""
+    machine.change = lambda number, key, name: (
+        {"batch_time_s": 0.012} if key == "new" or (number >= 10 and number % 3 == 0) else {}
+    )
+    result = compare()
+    run = only_run(result)
+    assert (run.outcome, run.exit_code, result.exit_code) == ("INCONCLUSIVE", 2, 2)
+    assert (run.reason or "").startswith("base differs from itself by 19.9% [")
+    assert (run.reason or "").endswith("the machine was not steady")
+
+
+def test_a_faster_revision_passes(machine: Machine, compare: Compare) -> None:
+    machine.times["x"] = (0.01, 0.005)
+    assert compare().exit_code == 0
+    assert machine.calls == WARMING + SCREENING
+
+
+def test_each_side_has_its_own_folders(machine: Machine, compare: Compare, root: Path) -> None:
+    (root / "sub").mkdir()
+    for key in ("base", "new"):
+        (root.parent / "trees" / key / "sub").mkdir(parents=True)
+    compare(folder=root / "sub")
+    base, new = machine.sides["base"], machine.sides["new"]
+    assert (base.revision, new.revision) == (BASE, NEW)
+    assert [side.folder for side in (base, new)] == [base.tree / "sub", new.tree / "sub"]
+    assert len({base.cache, new.cache, base.site, new.site}) == 4
+    assert base.site.parent == new.site.parent == base.tree.parent
+    assert base.log == new.log == journals(root)[0].with_suffix(".log")
+
+
+def test_a_revision_without_the_folder_is_refused(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    (root / "sub").mkdir()
+    with pytest.raises(AbError) as caught:
+        compare(folder=root / "sub")
+    assert str(caught.value) == "main (aaaaaaaaaa) has no folder sub"
+
+
+def test_packages_are_installed_on_both_sides_first(machine: Machine, compare: Compare) -> None:
+    def before(number: int) -> None:
+        assert machine.installed == [("base", "make it"), ("new", "make it")]
+
+    machine.before = before
+    compare(install="make it")
+    assert machine.said[:2] == ["installing main (aaaaaaaaaa)", "installing HEAD (bbbbbbbbbb)"]
+
+
+def test_nothing_is_installed_unasked(machine: Machine, compare: Compare) -> None:
+    compare()
+    assert machine.installed == []
+
+
+def test_what_is_said(machine: Machine, compare: Compare) -> None:
+    compare(design=Design(screening_blocks=2))
+    assert machine.said == [
+        "warm-up: base main (aaaaaaaaaa), 8 s",
+        "warm-up: new HEAD (bbbbbbbbbb), 8 s",
+        (
+            "1 run(s), about 8 s a process: screening in 32 s; then verdicts on what it flags, in "
+            "at most 2 min more"
+        ),
+        "screening 1/2: base main (aaaaaaaaaa), 8 s",
+        "screening 1/2: new HEAD (bbbbbbbbbb), 8 s",
+        "screening 2/2: new HEAD (bbbbbbbbbb), 8 s",
+        "screening 2/2: base main (aaaaaaaaaa), 8 s",
+        "(worktrees removed)",
+    ]
+
+
+def test_what_is_flagged_is_said(machine: Machine, compare: Compare) -> None:
+    machine.times |= {"slow": (1, 2), "slower": (1, 3)}
+    compare()
+    assert "2 flagged, measured afresh: slow, slower" in machine.said
+
+
+def test_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
+    result = compare(new=Revision("HEAD", BASE.commit))
+    assert result.notes == ("both are the same commit: this checks the machine",)
+    assert result.exit_code == 0
+    assert machine.sides["base"].cache != machine.sides["new"].cache
+
+
+def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) -> None:
+    tree = root.parent / "trees" / "new"
+    tree.mkdir(parents=True)
+    (tree / ".gitmodules").write_text("")
+    assert compare().notes == ("HEAD (bbbbbbbbbb): submodules are not checked out; see --install",)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (5999, "100 min"), (9000, "2.5 h")],
+)
+def test_a_duration(seconds: float, text: str) -> None:
+    assert ab_plan.duration(seconds) == text
+
+
+# -- runs that cannot be compared -------------------------------------------------------------
+
+OK: dict[str, Any] = {}
+OOM = {"status": "oom", "reason": "2 GiB asked for", "batch_time_s": None}
+FAILED = {"status": "failed", "reason": "broken", "batch_time_s": None}
+SKIPPED = {"status": "skipped", "reason": "no modality", "batch_time_s": None}
+DISABLED = {"status": "skipped", "reason": f"{NOT_MEASURED}: off", "batch_time_s": None}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "outcome", "exit_code", "reason"),
+    [
+        (OK, None, "missing", 2, "not in the new revision"),
+        (FAILED, None, "missing", 2, "not in the new revision"),
+        (SKIPPED, None, "missing", 0, "not in the new revision"),
+        (None, OK, "new", 0, "not in the base"),
+        (FAILED, OK, "new", 0, "was failed: broken"),
+        (OOM, OK, "new", 0, "was oom: 2 GiB asked for"),
+        (OK, OOM, "oom", 1, "2 GiB asked for"),
+        (OOM, OOM, "oom", 0, "as in the base: 2 GiB asked for"),
+        (FAILED, OOM, "oom", 2, "2 GiB asked for"),
+        (None, OOM, "oom", 0, "2 GiB asked for"),
+        (OK, FAILED, "failed", 2, "broken"),
+        (None, FAILED, "failed", 2, "broken"),
+        (FAILED, FAILED, "failed", 2, "broken"),
+        (OK, SKIPPED, "skipped", 2, "no modality"),
+        (SKIPPED, SKIPPED, "skipped", 0, "no modality"),
+        (None, SKIPPED, "skipped", 0, "no modality"),
+        (OK, DISABLED, "disabled", 2, "ran once, not measured: off"),
+    ],
+)
+def test_a_run_that_both_sides_do_not_have_measured(
+    machine: Machine,
+    compare: Compare,
+    old: dict[str, Any] | None,
+    new: dict[str, Any] | None,
+    outcome: str,
+    exit_code: int,
+    reason: str,
+) -> None:
+    machine.times["y"] = (1.0, 1.0)
+    machine.change = lambda number, key, name: {} if name == "x" else {"base": old, "new": new}[key]
+    result = compare()
+    run = next(run for run in result.runs if run.run_name == "y")
+    assert (run.outcome, run.exit_code, run.reason) == (outcome, exit_code, reason)
+    assert (run.nodeid, run.workload) == (nodeid("y"), "toy")
+    assert result.exit_code == exit_code
+    # Where one side alone ran out of memory, it is measured again.
+    assert len(machine.calls) == (11 if OOM in (old, new) and OK in (old, new) else 10)
+
+
+@pytest.mark.parametrize("new", [None, SKIPPED, DISABLED])
+def test_runs_may_be_allowed_to_go(
+    machine: Machine, compare: Compare, new: dict[str, Any] | None
+) -> None:
+    machine.times["y"] = (1.0, 1.0)
+    machine.change = lambda number, key, name: new if (key, name) == ("new", "y") else {}
+    assert compare(allow_missing=True).exit_code == 0
+
+
+@pytest.mark.parametrize("new", [FAILED, OOM])
+def test_runs_may_not_be_allowed_to_break(
+    machine: Machine, compare: Compare, new: dict[str, Any]
+) -> None:
+    machine.times["y"] = (1.0, 1.0)
+    machine.change = lambda number, key, name: new if (key, name) == ("new", "y") else {}
+    assert compare(allow_missing=True).exit_code == {"failed": 2, "oom": 1}[new["status"]]
+
+
+@pytest.mark.parametrize("change", [SKIPPED, DISABLED, FAILED, OOM])
+def test_nothing_compared_is_no_success(
+    machine: Machine, compare: Compare, change: dict[str, Any]
+) -> None:
+    machine.change = lambda *_: change
+    result = compare()
+    assert result.exit_code == 2
+    assert result.is_empty
+    assert machine.calls == WARMING
+    assert not any("screening" in line for line in machine.said)
+
+
+def test_memory_that_only_compiling_takes_is_no_verdict(machine: Machine, compare: Compare) -> None:
+    # The third process is the new side's second warm-up.
+    machine.change = lambda number, key, name: OOM if number == 1 else {}
+    result = compare()
+    assert (only_run(result).outcome, result.exit_code) == ("PASS", 0)
+    assert machine.calls == ["base", "new", "new", *SCREENING]
+    assert "new ran out of memory while it compiled: once more" in machine.said
+
+
+def test_the_new_side_starts_from_what_was_compiled_for_the_base(
+    machine: Machine, compare: Compare
+) -> None:
+    """Or autotuning would choose other kernels for the same code."""
+
+    def environment(number: int) -> dict[str, Any]:
+        if number == 0:
+            (machine.sides["base"].cache / "chosen").write_text("x")
+        if number == 1:
+            assert (machine.sides["new"].cache / "chosen").read_text() == "x"
+        return ENVIRONMENT
+
+    machine.environment = environment
+    compare()
+    (machine.sides["base"].cache / "chosen").write_text("y")
+    compare()  # both are warm now, and stay as they are
+    assert (machine.sides["new"].cache / "chosen").read_text() == "x"
+
+
+def test_what_is_measured_otherwise_is_another_comparison(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(root=root, folder=root, base=BASE, new=NEW)
+    keys = {plan.key, dataclasses.replace(plan, statistic="median").key}
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--int8-mode=w8")
+    keys.add(plan.key)
+    assert len(keys) == 3
+
+
+def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compare) -> None:
+    noise = random.Random(0)
+    machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
+    assert only_run(compare()).outcome == "INCONCLUSIVE"
+    machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
+    result = compare(allow_inconclusive=True)
+    assert (only_run(result).outcome, result.exit_code) == ("INCONCLUSIVE", 0)
+
+
+def test_a_budget_knows_that_few_runs_take_less_time(machine: Machine, compare: Compare) -> None:
+    machine.times["slow"] = (0.02, 0.0216)
+    # All but a second of a process is the run that screening clears.
+    machine.change = lambda number, key, name: {"compile_s": 7.0} if name == "x" else {}
+    result = compare(budget_s=10 * PROCESS_S + 3.5)
+    assert result.notes == ("--budget: verdict ended after 1 of 6 blocks",)
+    assert compare(budget_s=1e6).notes == ()  # and the same command goes on
+    assert machine.calls == WARMING + SCREENING + VERDICT
+
+
+def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare: Compare) -> None:
+    machine.times |= {"slow": (1, 2), "gone": (1, 1)}
+    machine.change = lambda number, key, name: None if (key, name) == ("new", "gone") else {}
+    result = compare()
+    assert [run.exit_code for run in result.runs] == [0, 1, 2]
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (FAILED, "failed: broken"),
+        (OOM, "oom: 2 GiB asked for"),
+        (None, "not measured"),
+        ({"batch_time_s": None}, "not measured"),
+    ],
+)
+@pytest.mark.parametrize(("number", "stage"), [(7, "screening"), (26, "verdict")])
+def test_a_run_that_one_process_has_not_measured(
+    machine: Machine,
+    compare: Compare,
+    change: dict[str, Any] | None,
+    reason: str,
+    number: int,
+    stage: str,
+) -> None:
+    machine.times |= {"slow": (1, 2), "y": (1, 2)}
+    machine.change = lambda n, key, name: change if (n, name) == (number, "y") else {}
+    result = compare()
+    kept, slow, broken = result.runs
+    assert (kept.outcome, slow.outcome) == ("PASS", "FAIL")
+    assert (broken.outcome, broken.exit_code) == ("failed", 2)
+    assert broken.reason == f"in a process of the {stage}: {reason}"
+    assert result.exit_code == 1
+
+
+def test_one_run_that_breaks_in_the_screening_is_no_success(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.change = lambda number, key, name: FAILED if number == 5 else {}
+    result = compare()
+    assert (result.exit_code, result.is_empty) == (2, True)
+    assert len(machine.calls) == 10
+
+
+def test_two_workloads_of_one_test_are_two_runs(machine: Machine, compare: Compare) -> None:
+    machine.times = {"x": (0.01, 0.01), "y": (0.01, 0.02)}
+    machine.change = lambda number, key, name: {"nodeid": "t.py::test", "workload": name}
+    machine.times["y"] = (1, 1)
+    result = compare()
+    assert [(run.nodeid, run.workload) for run in result.runs] == [
+        ("t.py::test", "x"),
+        ("t.py::test", "y"),
+    ]
+
+
+# -- heat -------------------------------------------------------------------------------------
+
+HOT = {"throttled": ["thermal (hardware)"]}
+
+
+def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare) -> None:
+    machine.change = lambda number, key, name: {**HOT, "batch_time_s": 9.0} if number == 4 else {}
+    result = compare()
+    assert machine.calls == WARMING + ["base", "new"] + ["new", "base"] * 2 + SCREENING[4:]
+    run = only_run(result)
+    assert (run.outcome, run.judged) == ("PASS", None)
+    assert result.notes == ()
+    assert result.processes == 12
+    said = (
+        "screening 2/4: the GPU was slowed down (thermal (hardware)): the block is measured again"
+    )
+    assert machine.said.count(said) == 1
+
+
+def test_blocks_that_stay_hot_are_left_out(machine: Machine, compare: Compare) -> None:
+    machine.change = lambda number, key, name: HOT if 4 <= number < 12 else {}
+    result = compare(retries=2)
+    # Block 2 three times, then block 3 once: no retry is left.
+    assert len(machine.calls) == 2 + 2 + 3 * 2 + 2 + 2
+    assert result.notes == tuple(
+        f"screening block {block} is left out: the GPU was slowed down (thermal (hardware))"
+        for block in (2, 3)
+    )
+
+
+def test_without_retries_a_hot_block_is_left_out_at_once(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.change = lambda number, key, name: HOT if number == 2 else {}
+    result = compare(retries=0)
+    assert machine.calls == WARMING + SCREENING
+    run = only_run(result)
+    assert run.screened is not None
+    assert run.screened.estimate is not None
+    assert (run.outcome, run.screened.estimate.blocks) == ("PASS", 3)
+
+
+def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare) -> None:
+    machine.times["x"] = (1, 2)
+    machine.change = lambda number, key, name: HOT if number in (2, 12) else {}
+    result = compare(retries=1)
+    assert len(machine.calls) == 2 + 8 + 2 + 18
+    assert result.notes == (
+        "verdict block 1 is left out: the GPU was slowed down (thermal (hardware))",
+    )
+    run = only_run(result)
+    assert run.judged is not None
+    assert run.judged.estimate is not None
+    assert (run.outcome, run.judged.estimate.blocks) == ("FAIL", 5)
+
+
+def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare: Compare) -> None:
+    machine.change = lambda *_: HOT
+    result = compare()
+    run = only_run(result)
+    assert (run.outcome, run.exit_code, run.reason) == ("INCONCLUSIVE", 2, "only 0 of 6 blocks")
+    assert (run.base_s, run.new_s) == (None, None)
+    assert len(machine.calls) == 2 + 8 + 3 * 2 + 18
+    assert len(result.notes) == 10
+
+
+def test_heat_counts_only_where_it_was_measured(machine: Machine, compare: Compare) -> None:
+    """Not while warming up, and not in a run that is not compared."""
+    machine.times["gone"] = (1, 1)
+
+    def change(number: int, key: str, name: str) -> dict[str, Any] | None:
+        if name == "gone":
+            return None if key == "new" else HOT
+        return HOT if number < 2 else {}
+
+    machine.change = change
+    compare(allow_missing=True)
+    assert machine.calls == WARMING + SCREENING
+
+
+# -- the journal ------------------------------------------------------------------------------
+
+
+def test_each_process_is_on_disk_before_the_next_one(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    def before(number: int) -> None:
+        [journal] = journals(root)
+        records = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert sum("results" in record for record in records) == number
+
+    machine.before = before
+    compare()
+    assert len(machine.calls) == 10
+
+
+def test_the_journal_says_what_is_compared(machine: Machine, compare: Compare, root: Path) -> None:
+    compare(pytest_args=("-k", "größer"), install="make")
+    header = json.loads(journals(root)[0].read_text().splitlines()[0])["int8bench_ab"]
+    assert header == {
+        "schema": 1,
+        "base": "a" * 40,
+        "new": "b" * 40,
+        "pytest_args": ["-k", "größer"],
+        "install": "make",
+        "design": dataclasses.asdict(Design()),
+    }
+
+
+def interrupt(machine: Machine, at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    def before(number: int) -> None:
+        if number == at:
+            machine.before = lambda number: None
+            raise error
+
+    machine.before = before
+
+
+def start_of_block(number: int) -> int:
+    """The first process of the block that a process is in."""
+    if number < 2:
+        return number
+    return number - number % 2 if number < 10 else number - (number - 10) % 3
+
+
+# The first and last processes of each stage and those around them, in and between blocks.
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 27])
+def test_an_interrupted_comparison_goes_on(
+    machine: Machine, compare: Compare, root: Path, at: int
+) -> None:
+    machine.times = {"same": (1, 1), "Größe": (1, 1.05), "slow": (1, 1.03)}
+    whole = compare()
+    assert len(machine.calls) == 28
+
+    machine.number, machine.calls, machine.said, machine.now = 0, [], [], 5000.0
+    interrupt(machine, at)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    journal = journals(root)[-1]
+    hint = f"{at} processes are in {journal}: the same command goes on from there"
+    assert (hint in machine.said) is (at > 0)
+
+    machine.number, machine.calls, machine.said = start_of_block(at), [], []
+    resumed = compare()
+    assert len(machine.calls) == 28 - start_of_block(at)
+    assert resumed.runs == whole.runs
+    assert resumed.exit_code == 1
+    assert resumed.processes == 28 + at - start_of_block(at)
+    assert len(journals(root)) == 2
+    if at:
+        assert machine.said[0] == f"going on with {at} processes of {journal}"
+
+
+def test_a_comparison_is_interrupted_more_than_once(machine: Machine, compare: Compare) -> None:
+    machine.times = {"same": (1, 1), "slow": (1, 1.03)}
+    whole = compare()
+    machine.number, machine.now, begun = 0, 5000.0, []
+    for at in (1, 3, 3, 11, 12, 27):
+        machine.number, machine.calls = start_of_block(machine.number), []
+        interrupt(machine, at)
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+        begun.append(len(machine.calls))
+    machine.number = start_of_block(machine.number)
+    assert compare().runs == whole.runs
+    assert begun == [1, 2, 1, 9, 2, 17]
+
+
+def test_hot_blocks_are_the_same_ones_after_an_interrupt(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    """A retry that was used stays used, and what was left out stays so."""
+    machine.times["x"] = (1, 2)
+    machine.change = lambda number, key, name: HOT if number in (2, 4, 8, 17) else {}
+    whole = compare(retries=1)
+    assert [note.partition(" is left out")[0] for note in whole.notes] == [
+        "screening block 1",
+        "screening block 3",
+        "verdict block 2",
+    ]
+
+    machine.number, machine.calls, machine.now = 0, [], 5000.0
+    interrupt(machine, 18)
+    with pytest.raises(KeyboardInterrupt):
+        compare(retries=1)
+    machine.number, machine.calls = 18, []
+    resumed = compare(retries=1)
+    assert len(machine.calls) == whole.processes - 18
+    assert (resumed.runs, resumed.notes) == (whole.runs, whole.notes)
+
+
+def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
+    machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last process of a hot block is in the journal, and nothing after it."""
+    machine.change = lambda number, key, name: HOT if number == 2 else {}
+    with monkeypatch.context() as patch:
+
+        def killed(*_: object) -> Iterator[str]:
+            raise KeyboardInterrupt
+
+        patch.setattr(matching, "throttle_reasons", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+    assert len(machine.calls) == 4
+    compare()
+    assert machine.calls == [*WARMING, "base", "new", *SCREENING]
+
+
+@pytest.mark.parametrize("end", ['{"stage": "scr', '{"stage": "screening"}', "Grö"])
+def test_half_a_line_is_dropped(machine: Machine, compare: Compare, root: Path, end: str) -> None:
+    interrupt(machine, 5)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    [journal] = journals(root)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + end.encode()[:-1])
+    interrupt(machine, 6)
+    machine.calls = []
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    assert machine.calls == ["new"]
+    text = journal.read_bytes()
+    assert text.startswith(whole)
+    assert all(json.loads(line) for line in text.splitlines())
+    assert text.count(b"\n") == whole.count(b"\n") + 1
+
+
+@pytest.mark.parametrize("left", [b"", b'{"int8bench_ab": {"sch'])
+def test_a_journal_without_a_header_is_not_gone_on_with(
+    machine: Machine, compare: Compare, root: Path, left: bytes
+) -> None:
+    interrupt(machine, 0)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    [journal] = journals(root)
+    journal.write_bytes(left)
+    assert compare().exit_code == 0
+    assert len(machine.calls) == 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\0\0\0",
+        "[]",
+        '"text"',
+        '{"stage": "screening"}',
+        '{"results": [{"nodeid": "x"}]}',
+        '{"results": [], "stage": "screening", "another": 1}',
+        "\udce4",
+    ],
+)
+def test_a_damaged_journal_is_refused(
+    machine: Machine, compare: Compare, root: Path, line: str
+) -> None:
+    interrupt(machine, 2)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    [journal] = journals(root)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + os.fsencode(line) + b"\n")
+    with pytest.raises(AbError) as caught:
+        compare()
+    assert str(caught.value) == f"{journal} is damaged (line 5): remove it to begin anew"
+    assert journal.read_bytes().startswith(whole)
+
+
+def test_a_journal_of_another_version_is_left_alone(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    interrupt(machine, 5)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    [journal] = journals(root)
+    text = journal.read_text().replace('"schema": 1', '"schema": 2', 1)
+    journal.write_text(text)
+    machine.calls = []
+    compare()
+    assert len(machine.calls) == 10
+    assert journal.read_text() == text
+
+
+def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, root: Path) -> None:
+    compare()
+    [first] = journals(root)
+    text = first.read_text()
+    machine.calls, machine.said = [], []
+    compare()
+    assert len(machine.calls) == 10
+    assert not any("going on" in line for line in machine.said)
+    assert first.read_text() == text
+    assert len(journals(root)) == 2
+
+
+def test_comparisons_that_start_within_a_second_are_told_apart(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    for _ in range(2):
+        machine.now = 1000.0
+        compare()
+    machine.now = 1000.0
+    interrupt(machine, 25)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    assert len(journals(root)) == 3
+    machine.calls = []
+    machine.now = 1000.0
+    compare()
+    assert len(machine.calls) == 6
+    assert len(journals(root)) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pytest_args": ("benchmarks",)},
+        {"install": "make"},
+        {"new": Revision("HEAD", "c" * 40)},
+        {"base": Revision("HEAD", "c" * 40)},
+        {"design": Design(screening_blocks=6)},
+    ],
+)
+def test_another_comparison_has_a_journal_of_its_own(
+    machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
+) -> None:
+    interrupt(machine, 5)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.calls = []
+    compare(**change)
+    assert machine.calls[:2] == WARMING
+    assert len(journals(root)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"new": Revision("topic", NEW.commit)},
+        {"retries": 5},
+        {"budget_s": 1e6},
+        {"allow_missing": True},
+    ],
+)
+def test_the_same_comparison_by_another_name_goes_on(
+    machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
+) -> None:
+    interrupt(machine, 5)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.calls = []
+    compare(**change)
+    assert len(machine.calls) == 10 - 4
+    assert len(journals(root)) == 1
+
+
+class FullDisk:
+    """Takes what fits."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.path, self.room = path, room
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, text: str) -> None:
+        with open(self.path, "ab") as file:
+            file.write(text.encode()[: self.room])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
+    machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+    with monkeypatch.context() as patch:
+
+        def full(path: Path, mode: str = "r", **options: Any) -> Any:
+            if path.suffix == ".jsonl" and mode == "a" and machine.number == 5:
+                return FullDisk(path, 20)
+            return opened(path, mode, **options)
+
+        patch.setattr(Path, "open", full)
+        with pytest.raises(AbError) as caught:
+            compare()
+    [journal] = journals(root)
+    assert str(caught.value) == f"{journal} cannot be written: No space left on device"
+    assert "(worktrees removed)" in machine.said
+    machine.calls = []
+    assert compare().exit_code == 0
+    assert machine.calls == SCREENING[2:]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ClearError, RuntimeError])
+def test_after_an_error_it_is_said_where_to_go_on(
+    machine: Machine, compare: Compare, root: Path, error: type[BaseException]
+) -> None:
+    interrupt(machine, 3, error)
+    with pytest.raises(error):
+        compare()
+    assert machine.said[-2:] == [
+        "(worktrees removed)",
+        f"3 processes are in {journals(root)[0]}: the same command goes on from there",
+    ]
+
+
+def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path) -> None:
+    compare()
+    folder = root / ".benchmarks" / "int8bench" / "ab"
+    said = len(machine.said)
+    with FileLock(folder / "lock"), pytest.raises(AbError) as caught:
+        compare()
+    assert str(caught.value) == (
+        f"another int8bench ab runs in {folder}: two would disturb each other"
+    )
+    assert len(machine.said) == said
+    assert compare().exit_code == 0
+
+
+def test_the_folder_is_out_of_sight_of_git(machine: Machine, compare: Compare, root: Path) -> None:
+    compare()
+    assert (root / ".benchmarks" / "int8bench" / ".gitignore").read_text() == "*\n"
+
+
+# -- the machine ------------------------------------------------------------------------------
+
+
+def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: Compare) -> None:
+    machine.environment = lambda number: {**ENVIRONMENT, "packages": {"torch": f"2.{number}"}}
+    with pytest.raises(AbError) as caught:
+        compare()
+    assert str(caught.value) == (
+        "HEAD (bbbbbbbbbb) runs with other software, or on another machine, than the base: "
+        "torch 2.0 -> 2.1; only the project's own code may differ"
+    )
+    assert machine.calls == WARMING
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_machine_that_changes_half_way(
+    machine: Machine, compare: Compare, root: Path, at: int
+) -> None:
+    machine.environment = lambda number: (
+        ENVIRONMENT if number < at else {**ENVIRONMENT, "cpu": "Xeon", "packages": {}}
+    )
+    with pytest.raises(AbError) as caught:
+        compare()
+    [journal] = journals(root)
+    assert str(caught.value) == (
+        "machine or software changed since the comparison began: cpu EPYC -> Xeon, "
+        f"torch 2.11.0 -> None; remove {journal} to begin anew"
+    )
+    assert len(machine.calls) == at + 1
+    machine.environment, machine.calls = lambda number: ENVIRONMENT, []
+    compare()  # what was measured on the other machine is not in the journal
+    assert len(machine.calls) == 10 - start_of_block(at)
+
+
+def test_an_interrupted_comparison_does_not_go_on_on_another_machine(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    interrupt(machine, 4)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.environment = lambda number: {**ENVIRONMENT, "cpu": "Xeon"}
+    with pytest.raises(AbError, match="began: cpu EPYC -> Xeon; remove "):
+        compare()
+
+
+def test_commits_may_differ(machine: Machine, compare: Compare) -> None:
+    machine.environment = lambda number: {**ENVIRONMENT, "commit": number, "dirty": None}
+    assert compare().exit_code == 0
+
+
+# -- caches -----------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_gone_is_warmed_again(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    interrupt(machine, 5)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    cache = machine.sides["new"].cache
+    for path in cache.iterdir():
+        path.unlink()
+    machine.calls = []
+    compare()
+    assert machine.calls == ["new", *SCREENING[2:]]
+
+
+def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root: Path) -> None:
+    for index in range(5):
+        machine.now += 1
+        compare(base=Revision("x", f"{index}" * 40), new=Revision("y", f"{index + 1}" * 40))
+        for key in ("base", "new"):
+            os.utime(machine.sides[key].cache, (index, index))
+    caches = machine.sides["new"].cache.parent
+    names = {f"base-{n}" for n in ("2" * 12, "3" * 12, "4" * 12)}
+    names |= {f"new-{str(n) * 12}-{str(n + 1) * 12}" for n in (2, 3, 4)}
+    assert {path.name for path in caches.iterdir()} == names
+
+
+# -- designs and time -------------------------------------------------------------------------
+
+
+def test_a_design_that_finds_nothing_is_refused_before_anything_is_made(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    with pytest.raises(DesignError) as caught:
+        compare(design=Design(verdict_blocks=2))
+    assert "with 2 verdict blocks a slowdown of 5% would be found with" in str(caught.value)
+    assert "(1 run, noise 1% between processes)" in str(caught.value)
+    assert list(root.iterdir()) == []
+    assert machine.said == []
+
+
+def test_a_design_that_is_too_small_for_the_runs_is_refused_before_screening(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.times = {f"x{index}": (1, 1) for index in range(30)}
+    design = Design(verdict_blocks=4)
+    design.check(runs=1)
+    with pytest.raises(DesignError) as caught:
+        compare(design=design)
+    assert "(30 runs, noise 1% between processes)" in str(caught.value)
+    assert machine.calls == WARMING
+
+
+def test_runs_that_are_not_compared_do_not_count_for_the_design(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.times = {f"x{index}": (1, 1) for index in range(30)}
+    machine.change = lambda number, key, name: {} if name == "x0" else SKIPPED
+    assert compare(design=Design(verdict_blocks=4)).exit_code == 0
+
+
+def test_a_budget_that_screening_would_exceed_is_refused(
+    machine: Machine, compare: Compare
+) -> None:
+    with pytest.raises(AbError) as caught:
+        compare(budget_s=79)
+    assert str(caught.value) == (
+        "--budget 79 s: screening alone needs about 64 s, after 16 s for warming up"
+    )
+    assert machine.calls == WARMING
+    machine.calls = []
+    assert compare(budget_s=79).exit_code == 0  # the caches are warm now
+    assert machine.calls == SCREENING
+
+
+def test_compiling_is_not_reckoned_with(machine: Machine, compare: Compare) -> None:
+    """Processes after the first find what it compiled."""
+    machine.change = lambda number, key, name: {"compile_s": 6.0} if number < 2 else {}
+    compare()
+    assert any("about 2 s a process: screening in 16 s" in line for line in machine.said)
+
+
+def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare) -> None:
+    machine.times["x"] = (1, 2)
+    result = compare(budget_s=10 * PROCESS_S + 2.9 * 3 * PROCESS_S)
+    assert machine.calls == WARMING + SCREENING + VERDICT[:6]
+    assert result.notes == ("--budget: verdict ended after 2 of 6 blocks",)
+    run = only_run(result)
+    assert run.judged is not None
+    assert run.judged.estimate is not None
+    assert run.judged.estimate.blocks == 2
+
+
+def test_a_budget_without_a_verdict_is_no_success(machine: Machine, compare: Compare) -> None:
+    machine.times["x"] = (1, 2)
+    result = compare(budget_s=10 * PROCESS_S)
+    run = only_run(result)
+    assert (run.outcome, run.reason, result.exit_code) == (
+        "INCONCLUSIVE",
+        "only 0 of 6 blocks",
+        2,
+    )
+    assert result.notes == ("--budget: verdict ended after 0 of 6 blocks",)
+
+
+def test_a_budget_ends_screening_that_takes_longer_than_thought(
+    machine: Machine, compare: Compare
+) -> None:
+    def before(number: int) -> None:
+        machine.now += 20 if number == 4 else 0
+
+    machine.before = before
+    result = compare(budget_s=10 * PROCESS_S)
+    assert machine.calls == WARMING + SCREENING[:4]
+    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+    run = only_run(result)
+    assert run.screened is not None
+    assert run.screened.estimate is not None
+    assert run.screened.estimate.blocks == 2
+
+
+def test_a_hot_block_is_not_measured_again_over_the_budget(
+    machine: Machine, compare: Compare
+) -> None:
+    machine.change = lambda number, key, name: HOT if number == 8 else {}
+    result = compare(budget_s=10 * PROCESS_S)
+    assert len(machine.calls) == 10
+    assert result.notes == ("--budget: screening ended after 3 of 4 blocks",)
+
+
+def test_a_budget_is_for_one_command(machine: Machine, compare: Compare) -> None:
+    """An interrupted comparison goes on with a budget anew, and uses what there is for free."""
+    interrupt(machine, 8)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.calls = []
+    result = compare(budget_s=2 * PROCESS_S)
+    assert machine.calls == SCREENING[6:]
+    assert (result.exit_code, result.notes) == (0, ())
+
+
+def test_a_comparison_goes_on_in_a_budget_that_is_too_small(
+    machine: Machine, compare: Compare
+) -> None:
+    interrupt(machine, 6)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.calls = []
+    result = compare(budget_s=1)
+    assert machine.calls == []
+    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+
+
+def test_screening_that_verdicts_were_begun_on_stays_as_it_is(
+    machine: Machine, compare: Compare
+) -> None:
+    """With more retries, too: other runs could be flagged, which no verdict was begun on."""
+    machine.times["x"] = (1, 2)
+    machine.change = lambda number, key, name: HOT if number == 2 else {}
+    interrupt(machine, 12)
+    with pytest.raises(KeyboardInterrupt):
+        compare(retries=0)
+    machine.calls = []
+    result = compare(retries=3)
+    assert machine.calls == VERDICT
+    assert result.notes == (
+        "screening block 1 is left out: the GPU was slowed down (thermal (hardware))",
+    )
+
+
+def test_more_retries_help_a_screening_that_goes_on(machine: Machine, compare: Compare) -> None:
+    machine.change = lambda number, key, name: HOT if number == 2 else {}
+    interrupt(machine, 8)
+    with pytest.raises(KeyboardInterrupt):
+        compare(retries=0)
+    machine.calls = []
+    assert compare(retries=1).notes == ()
+    assert machine.calls == SCREENING[:2] + SCREENING[6:]

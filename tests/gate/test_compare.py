@@ -1,0 +1,619 @@
+"""Saved runs of two commits: what regressed, what could not be compared, and the noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_int8bench.gate.compare import Comparison, compare
+from pytest_int8bench.gate.outcomes import RunChange
+from pytest_int8bench.gate.rules import METRICS, Rules
+from pytest_int8bench.gate.verdicts import VerdictChange
+from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.records import NOT_MEASURED, Accuracy, Record, Result, Saved
+
+ENVIRONMENT: dict[str, Any] = {
+    "gpu": {"name": "A100", "driver": "580.1"},
+    "gpu_count": 1,
+    "cuda": "13.0",
+    "packages": {"torch": "2.11.0"},
+    "cpu": "EPYC",
+    "commit": "a" * 40,
+    "dirty": False,
+}
+RULES = Rules()
+DEFAULT_LIMIT = 0.05
+
+
+def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
+    """A point whose times are ``slower`` times those of the default."""
+    times = {
+        "samples_per_s": 1000 / slower,
+        "batch_time_s": 0.128 * slower,
+        "batch_time_p95_s": 0.130 * slower,
+        "compile_s": 20 * slower,
+        "peak_memory_bytes": 1 << 30,
+    }
+    measured = times if values.get("status", "ok") == "ok" else {}
+    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
+    return Result(**{**point, "params": {}, **measured, **values})
+
+
+def not_measured(status: str, reason: str | None = "why", **values: Any) -> Result:
+    return result_of(status=status, reason=reason, **values)
+
+
+DISABLED = not_measured("skipped", f"{NOT_MEASURED}: pytest-benchmark is disabled")
+
+
+def verdict_of(outcome: str = "PASS", **values: Any) -> Accuracy:
+    point = {"nodeid": "test_a.py::test_accuracy[x]", "workload": "toy", "run_name": "x"}
+    judged = {"metric": "top1", "outcome": outcome, "samples": 100, "limit": "1%"}
+    return Accuracy(**{**point, "params": {}, **judged, **values})
+
+
+def side(*records: Record, name: str = "file.json", **environment: Any) -> Run:
+    results = [record for record in records if isinstance(record, Result)]
+    accuracy = [record for record in records if isinstance(record, Accuracy)]
+    return Run(Path(name), Saved({**ENVIRONMENT, **environment}, results, accuracy))
+
+
+def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Comparison:
+    return compare([side(*base)], [side(*new)], dataclasses.replace(RULES, **rules))
+
+
+def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int, str | None]:
+    """Compare one run beside another one that is the same: outcome, exit code and reason."""
+    same = result_of("same")
+    found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
+    [run] = [run for run in found.runs if run.run_name == "x"]
+    assert found.exit_code == run.exit_code
+    assert found.counts == ({"same": 2} if run.outcome == "same" else {run.outcome: 1, "same": 1})
+    return run.outcome, run.exit_code, run.reason
+
+
+def verdict(
+    base: Accuracy | None, new: Accuracy | None, **rules: Any
+) -> tuple[str, int, str | None]:
+    """The same for one verdict."""
+    same = result_of("same")
+    found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
+    [change] = found.accuracy
+    assert found.exit_code == change.exit_code
+    return change.outcome, change.exit_code, change.reason
+
+
+# -- metrics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slower", "outcome", "exit_code"),
+    [
+        (0.5, "improved", 0),
+        (0.979, "improved", 0),
+        (0.981, "same", 0),
+        (1.0, "same", 0),
+        (1.019, "same", 0),
+        (1.021, "same", 0),  # over the noise, within the limit
+        (1.049, "same", 0),
+        (1.051, "regressed", 1),
+        (3.0, "regressed", 1),
+    ],
+)
+def test_a_slowdown_over_limit_and_noise_is_a_regression(
+    slower: float, outcome: str, exit_code: int
+) -> None:
+    assert one(result_of(), result_of(slower=slower))[:2] == (outcome, exit_code)
+
+
+def test_the_reason_names_option_growth_limit_and_noise() -> None:
+    bigger = result_of(slower=1.25, peak_memory_bytes=3 << 29)
+    assert one(result_of(), bigger)[2] == (
+        "max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%); "
+        "max-memory-growth: +50.0%, limit 5.0% (noise floor 1.0%)"
+    )
+
+
+@pytest.mark.parametrize("metric", ["batch-time", "p95", "compile"])
+def test_metrics_without_a_limit_are_shown_and_judged_on_request(metric: str) -> None:
+    spec = METRICS[metric]
+    worse = dataclasses.replace(result_of(), **{spec.field: getattr(result_of(), spec.field) * 2})
+    [change] = [
+        change
+        for change in compared([result_of()], [worse]).runs[0].changes
+        if change.metric == metric
+    ]
+    assert (change.growth, change.limit, change.outcome) == (1.0, None, "not judged")
+    assert one(result_of(), worse)[:2] == ("same", 0)
+    assert one(result_of(), worse, limits={metric: 0.9})[:2] == ("regressed", 1)
+    assert one(result_of(), worse, limits={metric: 1.1})[:2] == ("same", 0)
+
+
+def test_more_memory_is_a_regression_however_fast() -> None:
+    faster = result_of(slower=0.5, peak_memory_bytes=round(1.1 * (1 << 30)))
+    assert one(result_of(), faster) == (
+        "regressed",
+        1,
+        "max-memory-growth: +10.0%, limit 5.0% (noise floor 1.0%)",
+    )
+
+
+def test_a_metric_of_one_side_only_is_not_compared() -> None:
+    on_cpu = result_of(peak_memory_bytes=None)
+    for base, new in ((result_of(), on_cpu), (on_cpu, result_of())):
+        [run] = compared([base], [new]).runs
+        assert run.outcome == "same"
+        assert run.change("memory") is None
+        assert run.change("throughput") is not None
+
+
+def test_a_run_can_have_limits_of_its_own() -> None:
+    runs = (("x", {"throughput": 0.5}),)
+    slow = [result_of("x", slower=1.25), result_of("y", slower=1.25)]
+    found = compared([result_of("x"), result_of("y")], slow, runs=runs)
+    assert [run.outcome for run in found.runs] == ["same", "regressed"]
+    named = ((result_of().nodeid, {"throughput": None}),)
+    assert one(result_of(), result_of(slower=2), runs=named)[:2] == ("same", 0)
+
+
+def test_a_given_floor_goes_before_the_default() -> None:
+    slower = result_of(slower=1.25)
+    assert one(result_of(), slower, floors={"throughput": 0.3})[:2] == ("same", 0)
+    quiet = {"limits": {"throughput": 0.0}, "floors": {"throughput": 0.001}}
+    assert one(result_of(), result_of(slower=1.01), **quiet)[:2] == ("regressed", 1)
+
+
+def test_a_limit_under_the_noise_is_noted() -> None:
+    found = compared([result_of()], [result_of()], limits={"throughput": 0.01})
+    assert found.notes == (
+        (
+            "max-slowdown 1.0% is under the noise floor of 2.0%, which decides: give several files "
+            "a side, or use int8bench ab"
+        ),
+    )
+
+
+def test_a_pattern_that_matches_no_run_is_noted() -> None:
+    found = compared([result_of()], [result_of()], runs=(("y*", {}), ("x", {})))
+    assert found.notes == ("no run matches 'y*' in pyproject.toml",)
+
+
+def test_uncommitted_changes_are_noted_and_never_in_the_way() -> None:
+    new = side(result_of(), dirty=True, commit="b" * 40)
+    found = compare([side(result_of())], [new], RULES)
+    assert found.exit_code == 0
+    assert found.notes == ("the new was measured with uncommitted changes",)
+    assert (found.new.commits, found.new.dirty) == (("b" * 40,), True)
+    assert (found.differences, found.allowed) == ({}, {})
+
+
+# -- statuses -----------------------------------------------------------------------------------
+
+OK, FAILED, SKIPPED = result_of(), not_measured("failed"), not_measured("skipped")
+OOM, WRONG = not_measured("oom"), not_measured("accuracy-failed")
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "expected", "with_missing"),
+    [
+        (OK, None, ("missing", 2, "not in the new run"), 0),
+        (OOM, None, ("missing", 2, "not in the new run"), 0),
+        (SKIPPED, None, ("missing", 0, "was skipped: why"), 0),
+        (None, OK, ("new", 0, "not in the base"), 0),
+        (FAILED, OK, ("new", 0, "was failed: why"), 0),
+        (WRONG, OK, ("new", 0, "was accuracy-failed: why"), 0),
+        (OOM, OK, ("new", 0, "was oom: why"), 0),
+        (SKIPPED, OK, ("new", 0, "was skipped: why"), 0),
+        (OK, OOM, ("oom", 1, "why"), 1),
+        (OOM, OOM, ("oom", 0, "as in the base: why"), 0),
+        (FAILED, OOM, ("oom", 2, "why; was failed: why"), 2),
+        (SKIPPED, OOM, ("oom", 2, "why; was skipped: why"), 2),
+        (None, OOM, ("oom", 0, "why"), 0),
+        (OK, FAILED, ("failed", 2, "why"), 2),
+        (FAILED, FAILED, ("failed", 2, "why"), 2),
+        (None, FAILED, ("failed", 2, "why"), 2),
+        (OK, WRONG, ("accuracy-failed", 1, "why"), 1),
+        (WRONG, WRONG, ("accuracy-failed", 2, "as in the base: why"), 2),
+        (None, WRONG, ("accuracy-failed", 1, "why"), 1),
+        (OK, SKIPPED, ("skipped", 2, "why"), 0),
+        (OOM, SKIPPED, ("skipped", 2, "why"), 0),
+        (SKIPPED, SKIPPED, ("skipped", 0, "why"), 0),
+        (None, SKIPPED, ("skipped", 0, "why"), 0),
+        (OK, DISABLED, ("disabled", 2, DISABLED.reason), 0),
+        (DISABLED, DISABLED, ("disabled", 0, DISABLED.reason), 0),
+    ],
+)
+def test_what_was_not_measured_on_both_sides(
+    base: Result | None, new: Result | None, expected: Any, with_missing: int
+) -> None:
+    assert one(base, new) == expected
+    assert one(base, new, allow_missing=True) == (expected[0], with_missing, expected[2])
+
+
+def test_a_missing_reason_is_said() -> None:
+    assert one(OK, not_measured("failed", None))[2] == "no reason given"
+
+
+def test_wrong_timings_are_no_baseline() -> None:
+    wrong = dataclasses.replace(OK, status="accuracy-failed", reason="top1 dropped")
+    [run] = compared([wrong], [result_of(slower=5)]).runs
+    assert (run.outcome, run.reason, run.changes) == (
+        "new",
+        "was accuracy-failed: top1 dropped",
+        (),
+    )
+    assert run.base == {}
+
+
+def test_another_point_under_the_same_name_is_not_compared() -> None:
+    other = dataclasses.replace(OK, run_name="y")
+    found = compared([other, result_of("same")], [OK, result_of("same")])
+    assert (found.runs[0].outcome, found.runs[0].reason) == ("incomparable", "another point: y")
+    assert found.exit_code == 2
+
+
+def test_a_point_without_a_batch_time_is_not_compared() -> None:
+    bare = result_of(batch_time_s=None)
+    assert one(OK, bare) == ("incomparable", 2, "has no batch time")
+
+
+@pytest.mark.parametrize(
+    "results", [([], []), ([OK], []), ([], [OK]), ([OOM], [OOM]), ([SKIPPED], [SKIPPED])]
+)
+def test_nothing_compared_does_not_pass(results: tuple[list[Result], list[Result]]) -> None:
+    found = compared(*results, allow_missing=True)
+    assert (found.compared, found.exit_code) == (0, 2)
+
+
+def test_a_regression_goes_before_what_could_not_be_compared() -> None:
+    base = [result_of(name) for name in "abc"]
+    assert compared(base, [result_of("a"), result_of("b", slower=2)]).exit_code == 1
+    assert compared(base, [result_of("a"), result_of("b")]).exit_code == 2
+    assert compared(base, base).exit_code == 0
+
+
+# -- another machine ----------------------------------------------------------------------------
+
+
+def test_another_machine_is_not_compared() -> None:
+    gpu = {"name": "H200", "driver": "590.2"}
+    base, new = side(OK, verdict_of()), side(result_of(slower=9), verdict_of(), gpu=gpu)
+    found = compare([base], [new], RULES)
+    assert found.differences == {"gpu": ("A100", "H200"), "driver": ("580.1", "590.2")}
+    assert [entry.outcome for entry in (*found.runs, *found.accuracy)] == ["incomparable"] * 2
+    assert found.runs[0].reason == "measured on another machine or software: gpu, driver"
+    assert found.exit_code == 2
+
+    allowed = compare([base], [new], Rules(allow=frozenset({"gpu", "driver"})))
+    assert (allowed.differences, allowed.allowed) == ({}, found.differences)
+    assert [run.outcome for run in allowed.runs] == ["regressed"]
+    half = compare([base], [new], Rules(allow=frozenset({"gpu"})))
+    assert (set(half.differences), set(half.allowed)) == ({"driver"}, {"gpu"})
+    assert half.exit_code == 2
+
+
+def test_a_difference_counts_also_where_nothing_else_does() -> None:
+    found = compare([side(SKIPPED)], [side(SKIPPED, cuda="12.8")], RULES)
+    assert found.differences == {"cuda": ("13.0", "12.8")}
+    assert found.exit_code == 2
+
+
+def test_files_of_a_side_must_agree_as_well() -> None:
+    for files in ([side(OK), side(OK, cpu="Xeon")], [side(OK, cpu="Xeon"), side(OK)]):
+        found = compare(files, [side(OK)], RULES)
+        assert set(found.differences) == {"cpu"}
+        assert found.exit_code == 2
+
+
+def test_out_of_memory_on_another_gpu_is_no_regression() -> None:
+    found = compare([side(OK)], [side(OOM, gpu={"name": "L4", "driver": "580.1"})], RULES)
+    [run] = found.runs
+    assert (run.outcome, run.exit_code) == ("oom", 2)
+    assert run.reason == "why; measured on another machine or software: gpu"
+
+
+# -- heat ---------------------------------------------------------------------------------------
+
+
+def hot(slower: float = 1.0, **values: Any) -> Result:
+    return result_of(slower=slower, throttled=["power brake"], **values)
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 2.0])
+def test_a_throttled_run_is_not_compared(slower: float) -> None:
+    why = "measured while the GPU was slowed down: power brake"
+    assert one(OK, hot(slower)) == ("incomparable", 2, why)
+    assert one(hot(slower), OK) == ("incomparable", 2, why)
+    expected = {0.5: ("improved", 0), 1.0: ("same", 0), 2.0: ("regressed", 1)}[slower]
+    assert one(OK, hot(slower), allow=frozenset({"throttled"}))[:2] == expected
+
+
+def test_heat_does_not_excuse_memory() -> None:
+    assert one(OK, hot(2, peak_memory_bytes=1 << 31)) == (
+        "regressed",
+        1,
+        "max-memory-growth: +100.0%, limit 5.0% (noise floor 1.0%)",
+    )
+
+
+def test_of_several_files_the_cool_ones_are_used() -> None:
+    new = [side(hot(3)), side(result_of()), side(result_of(slower=1.001))]
+    [run] = compare([side(OK)], new, RULES).runs
+    assert (run.outcome, run.new["batch-time"]) == ("same", pytest.approx(0.128, rel=1e-3))
+
+
+# -- several files ------------------------------------------------------------------------------
+
+
+def files_of(*slower: float, name: str = "x") -> list[Run]:
+    return [side(result_of(name, slower=factor)) for factor in slower]
+
+
+def test_several_files_are_taken_at_their_median() -> None:
+    [run] = compare(files_of(1, 1.01, 3), files_of(1.01), RULES).runs
+    assert run.base["batch-time"] == pytest.approx(0.128 * 1.01)
+    assert run.change("throughput").growth == pytest.approx(0)
+
+
+def test_the_worst_status_of_the_new_files_counts_and_the_best_of_the_base() -> None:
+    [run] = compare([side(OK)], [side(OK), side(OOM)], RULES).runs
+    assert (run.outcome, run.exit_code) == ("oom", 1)
+    [run] = compare([side(FAILED), side(OK)], [side(OK)], RULES).runs
+    assert (run.outcome, run.exit_code) == ("same", 0)
+
+
+def test_the_floor_is_learned_from_the_files() -> None:
+    steady = compare(files_of(1, 1.001, 0.999), files_of(1.03, 1.031, 1.029), RULES)
+    change = steady.runs[0].change("throughput")
+    assert change.learned
+    # Student's t with 4 degrees of freedom: 2.776 * 0.0987 % * sqrt(2 / 3).
+    assert change.floor == pytest.approx(0.00224, rel=0.01)
+    assert change.outcome == "within limit"
+    noisy = compare(files_of(1, 1.3, 0.8), files_of(1.2, 1.0, 1.5), RULES)
+    assert noisy.runs[0].change("throughput").floor > 0.4
+    assert noisy.runs[0].outcome == "same"
+
+
+def test_a_noisy_run_does_not_hide_behind_steady_ones() -> None:
+    def both(factors: Sequence[float]) -> list[Run]:
+        steady = [result_of(f"steady{number}") for number in range(20)]
+        return [side(*steady, result_of("x", slower=factor)) for factor in factors]
+
+    found = compare(both([1, 1.2, 0.8]), both([1.1, 0.95, 1.3]), RULES)
+    floors = {run.run_name: run.change("throughput").floor for run in found.runs}
+    assert floors["steady0"] < floors["x"] / 3
+    assert found.runs[-1].outcome == "same"
+
+
+def test_equal_files_have_a_floor_all_the_same() -> None:
+    found = compare(files_of(1, 1), files_of(1.0005), Rules(limits={"throughput": 0.0}))
+    change = found.runs[0].change("throughput")
+    assert (change.floor, change.learned, change.outcome) == (0.001, True, "same")
+
+
+def test_absurd_files_are_compared() -> None:
+    found = compare(files_of(1e-200, 1e200), files_of(1e-200, 1e200), RULES)
+    assert found.exit_code == 0
+
+
+@pytest.mark.parametrize("spread", ["alike", "one noisy run"])
+def test_identical_code_rarely_regresses_beyond_a_learned_floor(spread: str) -> None:
+    """Simulated: 24 runs of identical code, three files a side, a limit of 0 %."""
+    random_state = np.random.default_rng(7)
+    deviations = np.full(24, 0.01)
+    if spread != "alike":
+        deviations[0] = 0.05
+    rules = Rules(limits={"throughput": 0.0, "memory": None})
+    regressed = np.zeros(24)
+    trials = 60
+    for _ in range(trials):
+        noise = np.exp(random_state.normal(0, 1, (6, 24)) * deviations)
+        files = [
+            side(*(result_of(str(index), slower=factor) for index, factor in enumerate(row)))
+            for row in noise
+        ]
+        found = compare(files[:3], files[3:], rules)
+        regressed += [run.outcome == "regressed" for run in found.runs]
+    rates = regressed / trials
+    print("RATES", spread, rates[0], rates[1:].mean())
+    # Two-sided 5 %, so that half of it is slower; medians of three scatter more than means.
+    assert 0.002 < rates[1:].mean() < 0.04
+    assert rates[0] < 0.08
+
+
+# -- verdicts -----------------------------------------------------------------------------------
+
+RANDOM = {"random_weights": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "expected"),
+    [
+        ("PASS", "PASS", ("same", 0, None)),
+        ("PASS", "FAIL", ("regressed", 1, "worse")),
+        ("proxy-ok", "FAIL", ("regressed", 1, "worse")),
+        ("INCONCLUSIVE", "FAIL", ("regressed", 1, "worse")),
+        (None, "FAIL", ("regressed", 1, "worse")),
+        ("FAIL", "FAIL", ("accuracy-failed", 0, "as in the base")),
+        ("FAIL", "PASS", ("improved", 0, None)),
+        ("INCONCLUSIVE", "PASS", ("improved", 0, None)),
+        ("INCONCLUSIVE", "INCONCLUSIVE", ("same", 0, None)),
+        ("PASS", "INCONCLUSIVE", ("inconclusive", 0, "its samples do not decide any more")),
+        ("PASS", None, ("missing", 2, "not in the new run")),
+        ("FAIL", None, ("missing", 2, "not in the new run")),
+        (None, "PASS", ("new", 0, "not in the base")),
+    ],
+)
+def test_verdicts(base: str | None, new: str | None, expected: Any) -> None:
+    reason = "worse" if new == "FAIL" else None
+    assert expected == verdict(base and verdict_of(base), new and verdict_of(new, reason=reason))
+
+
+def test_verdicts_on_request() -> None:
+    undecided = (verdict_of("PASS"), verdict_of("INCONCLUSIVE"))
+    assert verdict(*undecided, fail_on_inconclusive=True)[:2] == ("regressed", 1)
+    assert verdict(verdict_of(), None, allow_missing=True)[:2] == ("missing", 0)
+
+
+def test_another_limit_is_said() -> None:
+    assert verdict(verdict_of(limit="1%"), verdict_of(limit="5%")) == (
+        "same",
+        0,
+        "the limit was 1% and is 5%",
+    )
+    new = [side(verdict_of(limit="1%"), OK), side(verdict_of(limit="5%"), OK)]
+    [change] = compare([side(OK)], new, RULES).accuracy
+    assert (change.outcome, change.reason) == ("new", "not in the base")
+
+
+def test_a_failing_verdict_is_no_matter_of_the_machine() -> None:
+    found = compare([side(verdict_of())], [side(verdict_of("FAIL"), cpu="Xeon")], RULES)
+    assert (found.accuracy[0].outcome, found.exit_code) == ("regressed", 1)
+
+
+@pytest.mark.parametrize("base", ["PASS", "FAIL", None])
+@pytest.mark.parametrize("new", ["PASS", "FAIL", "INCONCLUSIVE"])
+def test_random_weights_are_never_judged(base: str | None, new: str) -> None:
+    before = base and verdict_of(base, **RANDOM)
+    assert verdict(before, verdict_of(new, **RANDOM), fail_on_inconclusive=True) == (
+        "not judged",
+        0,
+        "pipeline check: the weights are random",
+    )
+
+
+def test_random_weights_are_no_baseline_and_no_replacement() -> None:
+    why = "its weights are random now: it is a pipeline check"
+    assert verdict(verdict_of(), verdict_of(**RANDOM)) == ("missing", 2, why)
+    assert verdict(verdict_of(), verdict_of(**RANDOM), allow_missing=True)[1] == 0
+    assert verdict(verdict_of("FAIL", **RANDOM), verdict_of("FAIL"))[:2] == ("regressed", 1)
+    assert verdict(verdict_of(**RANDOM), verdict_of())[0] == "new"
+    assert verdict(verdict_of(**RANDOM), None)[:2] == ("not judged", 0)
+
+
+def test_pipeline_checks_alone_are_nothing_compared() -> None:
+    checks = [verdict_of(**RANDOM)]
+    assert compared(checks, checks).exit_code == 2
+    assert compared([verdict_of()], [verdict_of()]).exit_code == 0
+
+
+# -- laws ---------------------------------------------------------------------------------------
+
+factors = st.floats(0.25, 4)
+many = st.lists(factors, min_size=1, max_size=4)
+SEVERITY = {0: 0, 2: 1, 1: 2}
+STATES: dict[str, Callable[[float], Result | None]] = {
+    "ok": lambda f: result_of(slower=f),
+    "hot": hot,
+    "oom": lambda f: OOM,
+    "failed": lambda f: FAILED,
+    "accuracy-failed": lambda f: WRONG,
+    "skipped": lambda f: SKIPPED,
+    "none": lambda f: None,
+}
+points = st.tuples(st.sampled_from([*STATES]), factors)
+
+
+def named(points: Sequence[tuple[str, float]]) -> list[Result]:
+    made = ((str(index), STATES[state](factor)) for index, (state, factor) in enumerate(points))
+    return [
+        dataclasses.replace(result, nodeid=name, run_name=name) for name, result in made if result
+    ]
+
+
+def outcomes(comparison: Comparison) -> dict[Any, Any]:
+    entries: tuple[RunChange | VerdictChange, ...] = (*comparison.runs, *comparison.accuracy)
+    return {
+        (entry.nodeid, entry.run_name): (entry.outcome, entry.exit_code, entry.reason)
+        for entry in entries
+    }
+
+
+@given(st.lists(points, max_size=5), st.integers(1, 3))
+def test_a_copy_never_regresses(states: list[tuple[str, float]], copies: int) -> None:
+    base = [side(*named(states), name=f"base{index}") for index in range(copies)]
+    new = [side(*named(states), name=f"new{index}") for index in range(copies)]
+    rules = Rules(limits=dict.fromkeys(METRICS, 0.0))
+    found = compare(base, new, rules)
+    assert found.exit_code != 1
+    assert not any(change.growth for run in found.runs for change in run.changes)
+    kinds = {state for state, _ in states}
+    if "ok" in kinds and not kinds & {"hot", "failed", "accuracy-failed"}:
+        assert found.exit_code == 0
+
+
+@given(many, many, st.sampled_from([2.0**power for power in (-20, -1, 1, 20)]))
+def test_the_speed_of_the_machine_does_not_matter(
+    base: list[float], new: list[float], scale: float
+) -> None:
+    rules = Rules(limits=dict.fromkeys(METRICS, 0.0))
+    found = compare(files_of(*base), files_of(*new), rules)
+    scaled = compare(
+        files_of(*(scale * f for f in base)), files_of(*(scale * f for f in new)), rules
+    )
+    for before, after in zip(found.runs[0].changes, scaled.runs[0].changes, strict=True):
+        assert after.growth == pytest.approx(before.growth)
+        assert after.floor == pytest.approx(before.floor)
+        assert after.outcome == before.outcome or abs(abs(before.growth) - before.floor) < 1e-9
+    assert scaled.exit_code == found.exit_code or found.runs[0].outcome != scaled.runs[0].outcome
+
+
+@given(
+    st.lists(st.tuples(points, points), min_size=1, max_size=4),
+    st.sampled_from([metric.field for metric in METRICS.values()]),
+    st.floats(1, 4),
+)
+def test_worse_never_looks_better(states: Any, field: str, factor: float) -> None:
+    base, new = named([before for before, _ in states]), named([after for _, after in states])
+    is_rate = field == "samples_per_s"
+    worse = [
+        dataclasses.replace(result, **{field: value / factor if is_rate else value * factor})
+        if (value := getattr(result, field)) is not None
+        else result
+        for result in new
+    ]
+    before, after = compared(base, new).exit_code, compared(base, worse).exit_code
+    assert SEVERITY[after] >= SEVERITY[before]
+
+
+@given(many, many, st.floats(1, 4))
+def test_slower_files_never_look_better(base: list[float], new: list[float], factor: float) -> None:
+    before = compare(files_of(*base), files_of(*new), RULES).exit_code
+    after = compare(files_of(*base), files_of(*(factor * f for f in new)), RULES).exit_code
+    assert after >= before
+
+
+@given(st.lists(st.lists(points, max_size=4), min_size=2, max_size=5), st.randoms())
+def test_the_order_of_results_and_files_does_not_matter(
+    states: list[list[tuple[str, float]]], random_state: random.Random
+) -> None:
+    sides = [[side(*named(file)) for file in part] for part in (states[:1], states[1:])]
+    found = compare(sides[0], sides[1], RULES)
+    shuffled = []
+    for files in sides:
+        mixed = []
+        for run in random_state.sample(files, len(files)):
+            results = random_state.sample(run.saved.results, len(run.saved.results))
+            mixed.append(Run(run.path, Saved(run.saved.environment, results)))
+        shuffled.append(mixed)
+    again = compare(shuffled[0], shuffled[1], RULES)
+    assert outcomes(again) == outcomes(found)
+    assert (again.exit_code, again.counts) == (found.exit_code, found.counts)
+
+
+@given(st.floats(1.5, 4), st.integers(1, 3))
+def test_sides_can_be_swapped(factor: float, count: int) -> None:
+    base, new = files_of(*[1.0] * count), files_of(*[factor] * count)
+    [there], [back] = compare(base, new, RULES).runs, compare(new, base, RULES).runs
+    assert (there.outcome, back.outcome) == ("regressed", "improved")
+    for change in there.changes:
+        other = back.change(change.metric)
+        assert (1 + change.growth) * (1 + other.growth) == pytest.approx(1)

@@ -1,0 +1,182 @@
+"""The gate inside a session: each point at once, and what must not pass silently at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.gate.session import IncomparableError, RegressionError, SessionGate
+from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.records import Result, Saved
+
+HERE: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "commit": "abc"}
+
+
+def node(name: str) -> str:
+    return f"test_a.py::test[{name}]"
+
+
+def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
+    times = {"samples_per_s": 1000 / slower, "batch_time_s": 0.128 * slower}
+    measured = times if values.get("status", "ok") == "ok" else {"reason": "why"}
+    point = {"nodeid": node(name), "workload": "toy", "run_name": name}
+    return Result(**{**point, "params": {}, **measured, **values})
+
+
+def gate_of(*results: Result, rules: Rules | None = None, **environment: Any) -> SessionGate:
+    run = Run(Path("base.json"), Saved({**HERE, **environment}, list(results)))
+    return SessionGate([run], rules or Rules())
+
+
+def said(judge: Callable[[], None], kind: type[Exception]) -> str:
+    assert issubclass(kind, ClearError)  # without a traceback of this package
+    with pytest.raises(kind) as caught:
+        judge()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def problems(
+    gate: SessionGate,
+    collected: set[str],
+    deselected: frozenset[str] = frozenset(),
+    *,
+    by_node: bool = False,
+    gone: tuple[str, ...] = (),
+) -> list[str]:
+    return gate.problems(collected, deselected, by_node=by_node, is_gone=gone.__contains__)
+
+
+# -- one point ----------------------------------------------------------------------------------
+
+
+def test_a_point_that_did_not_change_passes() -> None:
+    gate = gate_of(result_of(), result_of("other"))
+    gate.judge(result_of(slower=1.01), HERE)
+    assert gate.summary() == ["compared with base.json: 1 same"]
+
+
+def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
+    gate = gate_of(result_of())
+    assert said(lambda: gate.judge(result_of(slower=1.25), HERE), RegressionError) == (
+        "regressed: toy: x: max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%); compared with "
+        "base.json"
+    )
+    assert gate.summary() == ["compared with base.json: 1 regressed"]
+
+
+def test_limits_are_those_of_the_rules() -> None:
+    gate = gate_of(result_of(), rules=Rules(limits={"throughput": 0.3}))
+    gate.judge(result_of(slower=1.25), HERE)
+    with pytest.raises(RegressionError):
+        gate.judge(result_of(slower=1.35), HERE)
+
+
+def test_a_new_point_passes_and_is_listed() -> None:
+    gate = gate_of(result_of("other"))
+    gate.judge(result_of(), HERE)
+    assert gate.summary() == ["compared with base.json: 1 new", "new: toy: x: not in the base"]
+
+
+def test_out_of_memory_regresses_where_it_is_new() -> None:
+    oom = result_of(status="oom")
+    assert said(lambda: gate_of(result_of()).judge(oom, HERE), RegressionError) == (
+        "oom: toy: x: why; compared with base.json"
+    )
+    gate_of(oom).judge(oom, HERE)
+
+
+def test_a_throttled_point_cannot_be_compared() -> None:
+    hot = result_of(throttled=["power brake"])
+    assert said(lambda: gate_of(result_of()).judge(hot, HERE), IncomparableError) == (
+        "incomparable: toy: x: measured while the GPU was slowed down: power brake; compared with "
+        "base.json"
+    )
+
+
+def test_points_are_those_of_their_own_test_and_workload() -> None:
+    other = result_of(slower=0.1, workload="vit")
+    gate = gate_of(other, result_of())
+    gate.judge(result_of(), HERE)
+    with pytest.raises(RegressionError):
+        gate.judge(result_of(workload="vit"), HERE)
+
+
+def test_several_files_of_the_base_show_the_noise() -> None:
+    runs = [
+        Run(Path(f"{slower}.json"), Saved(HERE, [result_of(slower=slower)]))
+        for slower in (1.0, 1.3)
+    ]
+    gate = SessionGate(runs, Rules())
+    gate.judge(result_of(slower=1.4), HERE)
+    assert gate.summary() == ["compared with 1.0.json, 1.3.json: 1 same"]
+
+
+# -- the machine --------------------------------------------------------------------------------
+
+
+def test_another_machine_is_refused_before_anything_is_measured() -> None:
+    there = {**HERE, "cpu": "Xeon", "packages": {"torch": "2.12.0"}, "commit": "def"}
+    assert said(lambda: gate_of().check_machine(there), IncomparableError) == (
+        "base.json was measured on another machine or software: cpu EPYC -> Xeon, torch 2.11.0 -> "
+        "2.12.0; to compare all the same: --int8-allow cpu --int8-allow torch"
+    )
+    gate_of(rules=Rules(allow=frozenset({"cpu", "torch"}))).check_machine(there)
+    gate_of().check_machine({**HERE, "commit": "def", "dirty": True})
+
+
+# -- the end of a session -----------------------------------------------------------------------
+
+
+def test_all_measured_is_no_problem() -> None:
+    gate = gate_of(result_of(), result_of("skipped", status="skipped"))
+    gate.judge(result_of(), HERE)
+    assert problems(gate, {node("x")}) == []
+
+
+def test_nothing_compared_is_a_problem() -> None:
+    gate = gate_of(result_of("other"))
+    assert problems(gate, set(), by_node=True) == ["nothing was compared with base.json"]
+    gate.judge(result_of(), HERE)  # new
+    rules = Rules(allow_missing=True)
+    assert problems(gate, {node("x")}, by_node=True) == ["nothing was compared with base.json"]
+    assert problems(gate_of(rules=rules), set()) == ["nothing was compared with base.json"]
+
+
+def test_points_that_are_gone_or_were_not_measured_are_problems() -> None:
+    gate = gate_of(result_of("x"), result_of("gone"), result_of("idle", status="oom"))
+    gate.judge(result_of("x"), HERE)
+    found = {node("x"), node("idle")}
+    idle = f"not measured, so not compared: {node('idle')}"
+    missing = f"missing: {node('gone')} is in base.json and not in this session"
+    assert problems(gate, found) == [missing, idle]
+    # A test named by its node id is to be measured; the others were not asked for.
+    assert problems(gate, found, by_node=True) == [idle]
+    assert problems(gate, found, frozenset({node("idle"), node("gone")})) == []
+
+
+def test_files_that_were_not_asked_for_are_not_missing() -> None:
+    elsewhere = result_of(nodeid="test_b.py::test[x]")
+    gate = gate_of(result_of(), elsewhere)
+    gate.judge(result_of(), HERE)
+    assert problems(gate, {node("x")}) == []
+    # But for those that were deleted from a folder that was.
+    assert problems(gate, {node("x")}, gone=("test_b.py",)) == [
+        "missing: test_b.py::test[x] is in base.json and not in this session"
+    ]
+
+
+def test_missing_points_can_be_allowed() -> None:
+    gate = gate_of(result_of(), result_of("gone"), rules=Rules(allow_missing=True))
+    gate.judge(result_of(), HERE)
+    assert problems(gate, {node("x")}) == []
+
+
+def test_a_session_without_points_says_so() -> None:
+    assert gate_of(result_of()).summary() == ["compared with base.json: nothing"]

@@ -1,0 +1,401 @@
+"""The fused backend on a CUDA device. Marked ``gpu``; skipped with a reason without one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.kernels import dispatch, ops, reference
+from pytest_int8bench.measure.evidence import Evidence, profile_forward
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import apply_int8_quant, coverage
+from pytest_int8bench.tensors import tensors_of
+from pytest_int8bench.workloads.registry import load_workload
+
+launch = pytest.importorskip("pytest_int8bench.kernels.cuda")  # needs Triton
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+KERNELS = ("tma", "pointers")
+# Rows, inputs, outputs: large, odd, tiny, and deeper than a tile.
+SHAPES = [
+    (4096, 768, 2304),
+    (1000, 3072, 768),
+    (300, 192, 576),
+    (17, 100, 33),
+    (1, 1024, 1024),
+    (130, 7, 5),
+    (2048, 4096, 1000),
+    (65, 64, 8),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force a product kernel: ``pointers`` is what runs on sm80."""
+    monkeypatch.setenv("INT8BENCH_PRODUCT", request.param)
+    return str(request.param)
+
+
+def error(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float((out.double() - want.double()).norm() / want.double().norm())
+
+
+def decibels(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float(-20 * torch.log10((out.double() - want.double()).norm() / want.double().norm()))
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device=CUDA)
+
+
+# Each epilogue and dtype is a kernel that Triton compiles for seconds.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, torch.bfloat16) for shape in SHAPES),
+        *((SHAPES[2], dtype) for dtype in (torch.float16, torch.float32)),
+    ],
+    ids=str,
+)
+def test_products_are_those_of_float64(
+    kernel: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    m, k, n = shape
+    q, weight = int8(m, k), int8(n, k)
+    scale, weight_scale = (torch.rand(size, device=CUDA) / 1e3 for size in (m, n))
+    bias, gamma = (torch.randn(n, device=CUDA, dtype=dtype) for _ in range(2))
+    residual = torch.randn(m, n, device=CUDA, dtype=dtype)
+    exact = (q.double() @ weight.double().T) * scale.double()[:, None] * weight_scale.double()
+    # A rounding to the output's dtype is at most eps / 2 for each element.
+    allowed = torch.finfo(dtype).eps
+    for b, g, r in ((bias, None, None), (bias, gamma, residual)):
+        want = exact
+        want = want if b is None else want + b.double()
+        want = want if g is None else want * g.double()
+        want = want if r is None else want + r.double()
+        out = ops.linear(q, scale, weight, weight_scale, b, g, r, dtype)
+        assert out.isfinite().all()
+        assert error(out, want) < allowed, (b is None, g is None, r is None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "norm", "activation", "dtype"),
+    [
+        *((columns, "none", "none", torch.bfloat16) for columns in (8, 100, 4096, 32768, 40000)),
+        *((columns, "layer", "none", torch.bfloat16) for columns in (192, 768, 1000)),
+        *((columns, "none", "gelu", torch.bfloat16) for columns in (3072, 11008)),
+        (768, "rms", "none", torch.bfloat16),
+        (3072, "none", "silu", torch.bfloat16),
+        (768, "layer", "none", torch.float32),
+        (768, "none", "gelu", torch.float16),
+    ],
+)
+def test_rows_are_quantized_as_the_reference_does(
+    columns: int, norm: str, activation: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, columns, 37, device=CUDA, dtype=dtype).transpose(1, 2)
+    x[0, 0] = 0
+    # The square of a larger one has no FP32, and itself no FP16.
+    x[0, 1] *= 1e30 if norm == "none" and dtype == torch.bfloat16 else 1e3
+    x[0, 2] *= 1e-30
+    x[0, 3, columns // 2] = 1e4
+    weight, bias = (torch.randn(columns, device=CUDA, dtype=dtype) for _ in range(2))
+    given = (weight, bias if norm == "layer" else None) if norm != "none" else (None, None)
+    args = (x, norm, activation, None, *given, 1e-5, None)
+    q, scale, kept = ops.quantize_rows(*args, True)
+    want_q, want_scale, rows = reference.quantize_rows(*args)
+    assert torch.allclose(scale, want_scale, rtol=1e-5, atol=0, equal_nan=True)
+    off = (q.int() - want_q.int()).abs()
+    assert off.max() <= 1
+    # Only what lies half-way, as in a row of BF16 values whose largest is 255 times a power of two.
+    exact = rows.double() * reference.HALF_RANGE / rows.double().abs().amax(-1, keepdim=True)
+    half_way = (exact - exact.floor() - 0.5).abs() < 2e-3
+    assert half_way[off > 0].all()
+    assert error(kept[0, 4:], rows[0, 4:]) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(kernel: str, value: float) -> None:
+    x = torch.randn(256, 768, device=CUDA, dtype=torch.bfloat16)
+    x[7, 3] = value
+    q, scale, _ = ops.quantize_rows(x)
+    out = ops.linear(
+        q, scale, int8(768, 768), torch.ones(768, device=CUDA), None, None, None, x.dtype
+    )
+    assert out[7].isnan().all()
+    assert out[torch.arange(256, device=CUDA) != 7].isfinite().all()
+
+
+def test_both_kernels_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, weight = int8(1536, 768), int8(3072, 768)
+    scales = torch.rand(1536, device=CUDA), torch.rand(3072, device=CUDA)
+    outs = []
+    for kernel in KERNELS:
+        monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
+        args = (weight, scales[1], None, None, None, torch.bfloat16)
+        outs.append(ops.linear(q, scales[0], *args))
+    assert torch.equal(*outs)
+
+
+# Rows, inputs, outputs, residual: tiles that are cut off, a depth that is no multiple of a tile's,
+# fewer steps than are loaded ahead, passes of one and several columns, and the weight of a column
+# in shared memory or not.
+LARGE = [
+    (70_001, 768, 2304, False),
+    (50_000, 784, 3072, False),
+    (33_333, 1024, 4096, False),
+    (60_000, 1024, 3072, False),
+    (100_000, 192, 768, False),
+    (90_000, 384, 1152, False),
+    (130_000, 768, 768, True),
+    (120_000, 384, 384, True),
+    (70_001, 3072, 768, True),
+    (50_000, 4096, 1024, True),
+    (60_000, 3072, 768, False),
+]
+
+
+@pytest.fixture
+def _roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.product_kernel(CUDA) != "specialized":
+        pytest.skip("needs sm90")
+    monkeypatch.setattr(launch, "_kept", {})
+
+
+def ran() -> list[str]:
+    """Return the kernels of the kinds of products that ran."""
+    return [one.kernel.fn.__name__.removeprefix("int8_product_") for one in launch._kept.values()]
+
+
+@pytest.mark.usefixtures("_roles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", LARGE, ids=str)
+def test_large_products_have_the_bits_of_the_other_kernel(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int, bool], dtype: torch.dtype
+) -> None:
+    m, k, n, has_residual = size
+    q, weight = int8(m, k), int8(n, k)
+    q[5] = 0
+    scale, weight_scale = (torch.rand(rows, device=CUDA) / 1e3 for rows in (m, n))
+    scale[7] = torch.nan
+    # Each is there in half of the cases, with a residual and without one.
+    bias = torch.randn(n, device=CUDA, dtype=dtype) if m % 2 or dtype == torch.float16 else None
+    gamma = torch.randn(n, device=CUDA, dtype=dtype) if k % 512 else None
+    # Rows of a wider tensor, as a slice has them.
+    residual = torch.randn(m, 2 * n, device=CUDA, dtype=dtype)[:, :n] if has_residual else None
+    outs = []
+    for kernel in ("tma", "specialized", "specialized"):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
+        args = (weight, weight_scale, bias, gamma, residual, dtype)
+        outs.append(ops.linear(q, scale, *args))
+    assert ran() == ["tma", "specialized"]
+    assert outs[0][7].isnan().all()
+    one, other, again = (out.view(torch.int16) for out in outs)
+    assert torch.equal(one, other)
+    assert torch.equal(other, again)
+
+
+@pytest.mark.usefixtures("_roles")
+def test_a_large_product_with_a_residual_of_another_dtype() -> None:
+    q, weight = int8(130_000, 768), int8(768, 768)
+    scales = torch.rand(130_000, device=CUDA), torch.rand(768, device=CUDA)
+    residual = torch.randn(130_000, 768, device=CUDA, dtype=torch.float32)
+    args = (weight, scales[1], None, None, residual, torch.bfloat16)
+    out = ops.linear(q, scales[0], *args)
+    assert ran() == ["tma"]
+    assert error(out, reference.linear(q, scales[0], *args)) < torch.finfo(out.dtype).eps
+
+
+@pytest.mark.usefixtures("_roles")
+def test_warps_with_roles_prove_themselves() -> None:
+    state = torch.cuda.get_rng_state()
+    assert launch._have_equal_bits(torch.device("cuda", 0))
+    assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+@pytest.mark.usefixtures("_roles")
+def test_a_large_block_runs_warps_with_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, changed = torch.randn(2, 512, 100, 768, device=CUDA, dtype=torch.bfloat16)
+    block = Block(768).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    eager = nn.Sequential(apply_int8_quant(block, backend="fused"))
+    eager.append(copy.deepcopy(eager[0]))
+    outs = []
+    for kernel, mode in (("tma", "default"), ("", "default"), ("", "reduce-overhead")):
+        monkeypatch.setenv("INT8BENCH_PRODUCT", kernel)
+        torch._dynamo.reset()
+        compiled = compile_for_a100(eager, mode=mode)
+        for _ in range(3):  # a CUDA graph is replayed from the third one on
+            compiled(x)
+        outs.append((compiled(x), compiled(changed)))
+        evidence = profile_forward(functools.partial(compiled, x), CUDA)
+        assert set(ours(evidence)) == {f"int8_product_{kernel or 'specialized'}"}
+        assert sum(k.calls for k in evidence.int8_products) == 8
+    for other in outs[1:]:
+        assert torch.equal(outs[0][0], other[0])
+        assert torch.equal(outs[0][1], other[1])
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "linear"])
+def test_the_operators_keep_the_rules_of_custom_operators(name: str) -> None:
+    x = torch.randn(32, 64, device=CUDA, dtype=torch.bfloat16)
+    q, scale, _ = ops.quantize_rows(x)
+    if name == "quantize_rows":
+        args: tuple[Any, ...] = (x, "layer", "none", None, None, None, 1e-5, None, False)
+    else:
+        weight_scale = torch.rand(48, device=CUDA)
+        args = (q, scale, int8(48, 64), weight_scale, None, None, None, torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.int8bench, name).default, args)
+
+
+class Block(nn.Module):
+    """A transformer block with separate projections."""
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, dim = x.shape
+        y = self.norm1(x)
+        heads = (f(y).reshape(batch, tokens, -1, 64).transpose(1, 2) for f in (self.q, self.k))
+        v = self.v(y).reshape(batch, tokens, -1, 64).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(*heads, v)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+def fused_block() -> nn.Module:
+    block = Block().to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    return apply_int8_quant(block, backend="fused")
+
+
+def ours(evidence: Evidence) -> list[str]:
+    return [kernel.name for kernel in evidence.kernels if "int8_product" in kernel.name]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_block_compiles_to_its_kernels(kernel: str, mode: str) -> None:
+    eager = fused_block()
+    compiled = compile_for_a100(eager, mode=mode)
+    x = torch.randn(4, 96, 256, device=CUDA, dtype=torch.bfloat16)
+    for _ in range(3):
+        out = compiled(x)
+    with torch.inference_mode():
+        want = eager(x)
+    assert error(out, want) < 0.01
+    evidence = profile_forward(lambda: compiled(x), CUDA)
+    calls = {k.name: k.calls for k in evidence.kernels}
+    # q, k and v are one product; each norm, the GELU and the attention's output one pass.
+    assert sum(calls[name] for name in ours(evidence)) == 4
+    assert calls["quantize_rows"] == 4
+    assert not [name for name in calls if "layer_norm" in name or "gelu" in name]
+    changed = torch.randn_like(x)
+    again = compiled(changed)
+    with torch.inference_mode():
+        assert error(again, eager(changed)) < 0.01
+
+
+def test_inductor_launches_the_kernels_of_repeated_blocks(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = nn.Sequential(fused_block(), fused_block())
+    x = torch.randn(4, 96, 256, device=CUDA, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        want = eager(x)
+
+    def launched_by_an_operator(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an operator ran")
+
+    for function in ("linear", "quantize_rows"):
+        monkeypatch.setattr(launch, function, launched_by_an_operator)
+    for state in ("cold", "warm"):
+        torch._dynamo.reset()
+        compiled = compile_for_a100(eager, mode="default", cache_dir=tmp_path)
+        assert error(compiled(x), want) < 0.01
+        assert (compiled.regions, compiled.regions_refused) == (2, None)
+        assert compiled.compile_cache == state
+        evidence = profile_forward(functools.partial(compiled, x), CUDA)
+        calls = {k.name: k.calls for k in evidence.kernels}
+        assert sum(calls[name] for name in ours(evidence)) == 8
+        assert calls["quantize_rows"] == 8
+
+
+def test_batch_sizes_of_one_graph_and_an_empty_batch() -> None:
+    eager = fused_block()
+    compiled = compile_for_a100(eager, mode="default", dynamic=True, attention="auto")
+    for batch in (3, 5, 16):
+        x = torch.randn(batch, 40, 256, device=CUDA, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            assert error(compiled(x), eager(x)) < 0.01
+    with torch.inference_mode():
+        linear = eager.get_submodule("fc1")
+        assert linear(x[:0]).shape == (0, 40, 1024)
+        assert error(linear(x[0, 0]), linear(x)[0, 0]) == 0
+
+
+NAMES = ["olmoearth", "timm:vit_tiny_patch16_224", "hf:bert"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_run_on_it_as_accurately_as_on_torchao(name: str) -> None:
+    if name.startswith("timm") and importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    workload = load_workload(name, Path())
+    point = RunParams(
+        **({} if ":" in name else {"model_size": "tiny", "model_version": "v1.2"}),
+        image_size=32,
+        batch_size=8,
+        compile_mode="default",
+        attention="auto",
+        benchmark_interval_s=0.2,
+    )
+    outputs: dict[str, torch.Tensor] = {}
+    for backend in (None, "torchao", "fused"):
+        pool = ModelPool()
+        params = point
+        if backend is not None:
+            params = point.replace(int8_enabled=True, int8_backend=backend)
+        model = pool.get(workload, params)
+        model.ready()
+        outputs[backend or "bf16"] = next(tensors_of(model.run())).float()
+        if backend == "fused":
+            covered = coverage(model.eager)
+            assert covered.fused == covered.converted
+            kernels = model.evidence()
+            assert ours(kernels)
+            names: Any = [k.name for k in kernels.kernels]
+            assert not [n for n in names if "s8_s8" in n or "i16832gemm_s8" in n]
+    fused, torchao = (decibels(outputs[n], outputs["bf16"]) for n in ("fused", "torchao"))
+    print(f"{name}: SQNR against BF16 {fused:.1f} dB fused, {torchao:.1f} dB torchao")
+    assert fused > torchao - 0.5
+
+
+def test_auto_is_fused_and_says_so() -> None:
+    model = Block().to(CUDA, torch.bfloat16).eval()
+    apply_int8_quant(model)
+    assert coverage(model).backend == "fused"
+    assert "; 6 on fused kernels" in str(coverage(model))

@@ -1,0 +1,113 @@
+"""attention=auto: the calls of attention are recorded, and the backends timed on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_int8bench.measure import attention_auto
+from pytest_int8bench.measure.attention_auto import Call, Layout, fastest_backend, recorded_calls
+
+X = torch.randn(2, 4, 8, 16)
+
+
+class FakeTimer:
+    """Advances by what the backend that is allowed costs, in seconds a reading."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        allowed = "flash" if torch.backends.cuda.flash_sdp_enabled() else "math"
+        self.now += self.seconds[allowed]
+        return self.now
+
+
+def calls_of(*args: torch.Tensor, **kwargs: object) -> dict[Call, int]:
+    return recorded_calls(lambda: scaled_dot_product_attention(*args, **kwargs))  # type: ignore[arg-type]
+
+
+# -- recording ----------------------------------------------------------------------------------
+
+
+def test_calls_are_recorded_with_their_number() -> None:
+    def run() -> None:
+        for _ in range(3):
+            scaled_dot_product_attention(X, X, X)
+        scaled_dot_product_attention(X, key=X[:, :, :5], value=X[:, :, :5], scale=0.5)
+        scaled_dot_product_attention(X, X, X, X.new_zeros(8, 8), is_causal=False)
+
+    calls = recorded_calls(run)
+    assert list(calls.values()) == [3, 1, 1]
+    plain, short, masked = calls
+    assert plain.query == Layout((2, 4, 8, 16), (512, 128, 16, 1), torch.float32, X.device)
+    assert (plain.mask, plain.options) == (None, (("dropout_p", 0.0), ("is_causal", False)))
+    assert short.key.shape == (2, 4, 5, 16)
+    assert short.key.stride == (512, 128, 16, 1)
+    assert dict(short.options)["scale"] == 0.5
+    assert masked.mask == Layout((8, 8), (8, 1), torch.float32, X.device)
+
+
+def test_a_call_is_done_again_with_the_same_layouts() -> None:
+    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]  # of one product for q, k and v
+    mask = torch.ones(1, 1, 8, dtype=torch.bool).expand(2, 4, 8, 8)
+    [call] = calls_of(query, query, query, mask)
+    run = call.runner()
+    [again] = recorded_calls(run)
+    assert again == call
+    assert run().isfinite().all()
+    assert run().std() > 0
+
+
+# -- choosing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flash", "math_", "chosen"), [(1, 2, "flash"), (2, 1, "math")])
+def test_the_backend_of_the_least_time_is_taken(flash: float, math_: float, chosen: str) -> None:
+    calls = calls_of(X, X, X)
+    assert fastest_backend(calls, FakeTimer(flash=flash, math=math_)) == chosen
+
+
+def test_a_backend_that_raises_in_one_call_is_out() -> None:
+    calls = calls_of(X, X, X)
+    # On the CPU, flash attention takes no dropout.
+    calls |= calls_of(X, X, X, dropout_p=0.5)
+    assert fastest_backend(calls, FakeTimer(flash=1, math=1000)) == "math"
+
+
+@pytest.mark.parametrize(("shorts", "longs", "chosen"), [(3, 1, "flash"), (1, 3, "math")])
+def test_calls_count_by_their_number(
+    shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [short], [long] = calls_of(X[:, :, :2], X, X), calls_of(X, X, X)
+    seconds = {("flash", 2): 1.0, ("flash", 8): 3.0, ("math", 2): 2.0, ("math", 8): 2.0}
+
+    def median_s(run: Callable[[], torch.Tensor], timer: object) -> float:
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        return seconds["flash" if flash else "math", run().shape[2]]
+
+    monkeypatch.setattr(attention_auto, "_median_s", median_s)
+    assert fastest_backend({short: shorts, long: longs}) == chosen
+
+
+def test_no_call_leaves_nothing_to_choose() -> None:
+    assert fastest_backend({}, FakeTimer()) is None
+    assert recorded_calls(lambda: nn.Linear(16, 4)(X)) == {}
+
+
+def test_no_backend_that_fits_is_none() -> None:
+    key = X[..., :7]  # no backend takes another head size than the query's
+    layout = Layout.of(key)
+    call = Call(Layout.of(X), layout, layout, None, ())
+    assert fastest_backend({call: 1}, FakeTimer(flash=1, math=1)) is None
+
+
+def test_settings_come_back() -> None:
+    before = (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled())
+    fastest_backend(calls_of(X, X, X))
+    assert (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled()) == before

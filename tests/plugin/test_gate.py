@@ -1,0 +1,317 @@
+"""``--int8-compare`` and ``--benchmark-compare`` in a session: each regression is a failure of its
+own test, and nothing passes silently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.results.reading import read
+
+SMOKE = (
+    "--int8-preset=smoke",
+    "--int8-mode=off",
+    "--int8-set=compile_mode=off",
+    "--int8-set=benchmark_interval_s=0.02",
+)
+#: Plugins that may be installed: each is off but in the tests about it.
+OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest", "anyio")
+
+TOY = """
+import torch
+from torch import nn
+
+from pytest_int8bench import Workload
+
+
+def make():
+    return Workload(
+        name="toy",
+        build=lambda p: nn.Linear(32, 32),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
+        units=lambda p: {"samples": p.batch_size},
+    )
+"""
+CONFTEST = """
+import pytest
+
+
+@pytest.fixture(scope="session")
+def int8_workload():
+    import toy
+
+    return toy.make()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info():
+    return {"node": "here"}  # pytest-benchmark's own takes seconds
+"""
+TESTS = """
+import pytest
+
+
+def test_first(int8_throughput):
+    int8_throughput()
+
+
+def test_second(int8_throughput):
+    int8_throughput()
+"""
+
+
+@pytest.fixture
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
+    """A project with two tests of one point."""
+    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pytester.makeini("[pytest]\npythonpath = .\n")
+    pytester.makepyfile(toy=TOY, test_one=TESTS)
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
+    """Run pytest with none of the optional plugins but the one that is named."""
+    without = [option for name in OTHERS if name != using for option in ("-p", f"no:{name}")]
+    return project.runpytest_subprocess(*SMOKE, *without, *options)
+
+
+POINT = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4_compile_mode-off"
+
+
+def node(name: str, file: str = "test_one.py") -> str:
+    return f"{file}::test_{name}[{POINT}]"
+
+
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+class Base:
+    """A saved file, to be changed as if it had been measured elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saved = load(path)
+
+    def write(self, times: dict[str, float], **environment: Any) -> None:
+        """Save results whose times are those measured, times a factor; a name that was not
+        measured is a copy of the first one."""
+        saved = json.loads(json.dumps(self.saved))
+        block = saved["int8bench"]
+        block["environment"] |= environment
+        known = {result["nodeid"]: result for result in block["results"]}
+        block["results"] = []
+        for nodeid, factor in times.items():
+            result = {**known.get(nodeid, next(iter(known.values()))), "nodeid": nodeid}
+            result["samples_per_s"] /= factor
+            result["batch_time_s"] *= factor
+            block["results"].append(result)
+        self.path.write_text(json.dumps(saved))
+
+
+MEASURED: list[str] = []
+
+
+@pytest.fixture
+def base(project: pytest.Pytester) -> Base:
+    """What the project measures, saved; the first test that asks for it measures."""
+    path = project.path / "base.json"
+    if not MEASURED:
+        result = run(project, "--benchmark-json=base.json")
+        assert result.ret == pytest.ExitCode.OK
+        result.stdout.no_fnmatch_line("*int8bench gate*")
+        MEASURED.append(path.read_text())
+    path.write_text(MEASURED[0])
+    return Base(path)
+
+
+def gate_lines(result: pytest.RunResult) -> list[str]:
+    """What stands below the heading of the gate."""
+    at = next(i for i, line in enumerate(result.outlines) if " int8bench gate " in line)
+    lines = result.outlines[at + 1 :]
+    return lines[: next(i for i, line in enumerate(lines) if line.startswith("="))]
+
+
+SLOW, FAST = 1e6, 1e-6  # a base that was so much slower or faster than this machine ever is
+
+
+def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base) -> None:
+    first, second = node("first"), node("second")
+    compare = ("--int8-compare=base.json", "-Werror:Benchmark fixture was not used")
+
+    # A regression fails its own test, is no baseline, and is in the reports.
+    base.write({first: SLOW, second: FAST})
+    result = run(project, *compare, "--benchmark-json=out.json", "--junit-xml=out.xml")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.re_match_lines(
+        [
+            (
+                r"RegressionError: regressed: toy: nano\S+: max-slowdown: \+\d+\.\d%, limit 5\.0% "
+                r"\(noise floor 2\.0%\); compared with base\.json$"
+            )
+        ]
+    )
+    result.stdout.no_fnmatch_line("*insession.py*")  # no traceback of this package
+    assert gate_lines(result) == ["compared with base.json: 1 improved, 1 regressed"]
+    saved = read(project.path / "out.json")
+    assert {r.nodeid: r.status for r in saved.results} == {first: "ok", second: "failed"}
+    assert saved.results[1].reason.startswith("RegressionError: regressed: toy: nano")
+    assert [b["fullname"] for b in load(project.path / "out.json")["benchmarks"]] == [first]
+    assert "<failure message=" in (project.path / "out.xml").read_text()
+
+    # Points without a baseline pass. Those that are gone do not, alone or with their file, nor
+    # those that are skipped.
+    skipped = "\n\n@pytest.mark.skip\ndef test_skipped(int8_throughput):\n    pass\n"
+    (project.path / "test_one.py").write_text(TESTS + skipped)
+    base.write(
+        {
+            first: SLOW,
+            node("skipped"): 1.0,
+            node("gone"): 1.0,
+            node("old", "test_gone.py"): 1.0,
+        }
+    )
+    result = run(project, *compare)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=2, skipped=1)
+    assert gate_lines(result) == [
+        "compared with base.json: 1 improved, 1 new",
+        f"new: toy: {POINT}: not in the base",
+        f"missing: {node('old', 'test_gone.py')} is in base.json and not in this session",
+        f"missing: {node('gone')} is in base.json and not in this session",
+        f"not measured, so not compared: {node('skipped')}",
+    ]
+
+    # Tests that were not asked for, by node id or by -k, are not missing.
+    base.write({first: SLOW, second: SLOW, node("gone"): 1.0})
+    result = run(
+        project, *compare, "test_one.py::test_first", "test_one.py::test_second", "-kfirst"
+    )
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, deselected=1)
+    assert gate_lines(result) == ["compared with base.json: 1 improved"]
+
+
+def test_another_machine_fails_each_test_before_it_is_measured(
+    project: pytest.Pytester, base: Base
+) -> None:
+    base.write({node("first"): SLOW}, cpu="Other CPU", commit="def")
+    result = run(project, "--int8-compare=base.json")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=2)
+    lines = [line for line in result.outlines if line.startswith("IncomparableError: ")]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "IncomparableError: base.json was measured on another machine or software: cpu Other CPU "
+        "-> "
+    )
+    assert lines[0].endswith("; to compare all the same: --int8-allow cpu")
+    assert gate_lines(result) == [
+        "compared with base.json: nothing",
+        "nothing was compared with base.json",
+        f"not measured, so not compared: {node('first')}",
+    ]
+
+
+def test_pytest_benchmarks_own_comparison_looks_at_the_machine(
+    project: pytest.Pytester, base: Base
+) -> None:
+    stored = project.path / ".benchmarks" / "Linux" / "0001_base.json"
+    stored.parent.mkdir(parents=True)
+    base.path.rename(stored)
+    base.path = stored
+    options = ("-k", "first", "--benchmark-storage=.benchmarks", "--benchmark-compare=*/0001")
+    base.write({node("first"): 1.0}, cpu="Other CPU", commit="def", dirty=True)
+    result = run(project, *options)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(
+        [
+            (
+                "*UserWarning: int8bench: the file that is compared with was measured on another "
+                "machine or software: cpu Other CPU -> *; see --int8-allow"
+            )
+        ]
+    )
+    result = run(project, *options, "--benchmark-compare-fail=min:100000%")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(
+        [
+            (
+                "IncomparableError: --benchmark-compare-fail: the file that is compared with was "
+                "measured on another machine or software: cpu Other CPU -> *; see --int8-allow"
+            )
+        ]
+    )
+
+
+# -- without measuring --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(project: pytest.Pytester) -> None:
+    """A base that nobody measured."""
+    block = {"schema": 1, "environment": {}, "results": [], "accuracy": []}
+    (project.path / "base.json").write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+
+
+def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
+    result = run(project, "--int8-compare=base.json", "--collect-only", "-q")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*gate*")
+
+
+@pytest.mark.parametrize(
+    ("options", "using", "why"),
+    [
+        (("--benchmark-disable",), None, "nothing is measured with --benchmark-disable"),
+        (("--codspeed",), "codspeed", "nothing is measured with --codspeed"),
+    ],
+)
+def test_what_cannot_measure_is_refused_at_the_start(
+    project: pytest.Pytester, copy: None, options: tuple[str, ...], using: str | None, why: str
+) -> None:
+    if using is not None:
+        pytest.importorskip(f"{'' if using == 'xdist' else 'pytest_'}{using}")
+    result = run(project, "--int8-compare=base.json", *options, using=using)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [f"ERROR: --int8-compare: {why}"]
+    assert not list(project.path.glob(".benchmarks/int8bench/*"))
+
+
+def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> None:
+    before = (project.path / "base.json").read_text()
+    result = run(project, "--int8-compare=base.json", "--benchmark-json=base.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [
+        "ERROR: --benchmark-json: base.json is compared with (--int8-compare), and not overwritten"
+    ]
+    assert (project.path / "base.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "base.json is empty"),
+        (
+            '{"benchmarks": []}',
+            ("base.json has no int8bench block: it was not saved by pytest-int8bench"),
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused_at_the_start(
+    project: pytest.Pytester, content: str, why: str
+) -> None:
+    (project.path / "base.json").write_text(content)
+    result = run(project, "--int8-compare=base.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [f"ERROR: --int8-compare: {why}"]

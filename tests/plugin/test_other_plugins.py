@@ -1,0 +1,542 @@
+"""Good manners: what pytest, pytest-benchmark and other plugins offer goes on working."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result
+
+SMOKE = (
+    "--int8-preset=smoke",
+    "--int8-set=compile_mode=off",
+    "--int8-set=benchmark_interval_s=0.02",
+)
+#: Plugins that may be installed: each is off but in the tests about it.
+OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest", "anyio")
+
+# Two layers. Batches of 5 fail until there is a file "fixed". In batches of 7 a signal comes when
+# the baseline runs again after the candidate: while the speedup is measured, with the rounds of
+# the candidate's test already over.
+TOY = """
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pytest_int8bench import Workload
+
+ran = []
+
+
+class Toy(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(32, width)
+        self.fc2 = nn.Linear(width, 32)
+
+    def forward(self, x):
+        if x.shape[0] == 5 and not Path("fixed").exists():
+            raise ValueError("five is too many")
+        if x.shape[0] == 7 and (not ran or ran[-1] != id(self)):
+            if id(self) in ran:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
+            ran.append(id(self))
+        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+def make(name="toy", width=64):
+    # As many tokens as the model is wide, so that results tell models apart.
+    return Workload(
+        name=name,
+        build=lambda p: Toy(width),
+        inputs=lambda p, device: (torch.randn(p.batch_size, 16, 32, device=device),),
+        units=lambda p: {"samples": p.batch_size, "tokens": width * p.batch_size},
+    )
+
+
+def first():
+    return make("first", 48)
+
+
+def second():
+    return make("second", 96)
+"""
+CONFTEST = """
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def int8_workload():
+    import toy
+
+    return toy.make()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info():
+    return {"node": "here"}  # pytest-benchmark's own takes seconds
+
+
+def pytest_unconfigure():
+    Path("torch.loaded").write_text(str("torch" in sys.modules))
+"""
+THROUGHPUT = """
+def test_throughput(int8_throughput):
+    result = int8_throughput()
+    assert result.samples_per_s > 0
+"""
+MODEL = """
+def test_model(int8_model, int8_batch):
+    assert int8_model(*int8_batch).shape == int8_batch[0].shape
+"""
+
+
+@pytest.fixture
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> pytest.Pytester:
+    """A project with a workload, a test of its throughput and one of its model."""
+    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for other tests' processes
+    pytester.makeini("[pytest]\npythonpath = .\naddopts = --strict-markers\nmarkers =\n    slow\n")
+    pytester.makepyfile(toy=TOY, test_one=THROUGHPUT, test_two=MODEL)
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
+    """Run pytest with none of the optional plugins but the one that is named."""
+    without = [option for name in OTHERS if name != using for option in ("-p", f"no:{name}")]
+    return project.runpytest_subprocess(*SMOKE, *without, *options)
+
+
+def bf16(batch: int) -> str:
+    return f"nano_cpu_bf16_s2_is16_ps4_ts3_bs{batch}_compile_mode-off"
+
+
+def w8a8(batch: int) -> str:
+    return f"nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs{batch}"
+
+
+def one(*names: str) -> list[str]:
+    """Node ids of the test of throughput."""
+    return [f"test_one.py::test_throughput[{name}]" for name in names]
+
+
+def ids(result: pytest.RunResult) -> list[str]:
+    """What ``--collect-only -q`` lists."""
+    return [line for line in result.outlines if "::" in line]
+
+
+def journals(project: pytest.Pytester) -> list[Path]:
+    """The journals, oldest first."""
+    found = (project.path / ".benchmarks" / "int8bench").glob("*.jsonl")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def statuses(results: list[Result]) -> dict[str, str]:
+    return {result.nodeid: result.status for result in results}
+
+
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def nothing_saved(project: pytest.Pytester) -> bool:
+    return not [*project.path.glob("*.json"), *project.path.glob(".benchmarks/**/*.json*")]
+
+
+# -- collecting ---------------------------------------------------------------------------------
+
+
+def test_collecting_builds_and_writes_nothing(project: pytest.Pytester) -> None:
+    result = run(project, "--collect-only", "-q", "--benchmark-json=out.json")
+    assert result.ret == pytest.ExitCode.OK
+    assert ids(result) == [*one(bf16(4), w8a8(4)), f"test_two.py::test_model[{w8a8(4)}]"]
+    assert (project.path / "torch.loaded").read_text() == "False"
+    assert nothing_saved(project)
+
+    # Tests of throughput are benchmarks to -m as well.
+    result = run(project, "--collect-only", "-q", "-m", "not benchmark")
+    assert ids(result) == [f"test_two.py::test_model[{w8a8(4)}]"]
+
+
+def test_points_stay_together_whoever_reorders_tests(project: pytest.Pytester) -> None:
+    project.makeconftest(
+        """
+        import pytest
+
+
+        @pytest.fixture(params=["a", "b"])
+        def width(request):
+            return request.param
+
+
+        @pytest.fixture
+        def int8_workload(width, int8_params):
+            pass
+
+
+        def pytest_collection_modifyitems(items):
+            items.reverse()
+        """
+    )
+    project.makepyfile(test_three=THROUGHPUT, test_four="def test_plain():\n    pass\n")
+    result = run(project, "--collect-only", "-q")
+    assert result.ret == pytest.ExitCode.OK
+    tests = [f"test_{name}.py::test_throughput" for name in ("three", "one")]
+    # Reversed: test_two, test_three, test_one, test_four; the last parameter first.
+    assert ids(result) == [
+        line
+        for width in ("b", "a")
+        for line in (
+            *(f"{test}[{width}-{bf16(4)}]" for test in tests),
+            f"test_two.py::test_model[{width}-{w8a8(4)}]",
+            *(f"{test}[{width}-{w8a8(4)}]" for test in tests),
+        )
+    ] + ["test_four.py::test_plain"]
+
+
+# -- pytest-benchmark ---------------------------------------------------------------------------
+
+
+def test_benchmarks_can_be_skipped(project: pytest.Pytester) -> None:
+    (project.path / "test_two.py").unlink()
+    result = run(project, "--benchmark-skip", "--benchmark-json=out.json", "-rs")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["SKIPPED [[]2]*: Skipping benchmark (--benchmark-skip active)."])
+    result.stdout.no_fnmatch_line("*- int8bench -*")
+    assert (project.path / "torch.loaded").read_text() == "False"
+    assert nothing_saved(project)
+
+
+def test_disabled_benchmarks_run_once_and_are_not_measured_or_saved(
+    project: pytest.Pytester,
+) -> None:
+    (project.path / "test_two.py").unlink()
+    (project.path / "out.json").write_text("an earlier measurement")
+    save = ("--benchmark-json=out.json", "--benchmark-autosave")
+    result = run(project, "--benchmark-disable", *save, "-rs")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(skipped=2)
+    reason = "ran once, not measured: pytest-benchmark is disabled"
+    result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
+    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
+    # What would follow is a file without timings where others are compared with.
+    assert (project.path / "out.json").read_text() == "an earlier measurement"
+    assert not list(project.path.glob(".benchmarks/**/*.json"))
+    [path] = journals(project)
+    assert [(entry.nodeid, entry.status, entry.reason) for entry in read(path).results] == [
+        (nodeid, "skipped", reason) for nodeid in one(bf16(4), w8a8(4))
+    ]
+
+
+def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_one="""
+        import pytest
+
+        pytestmark = pytest.mark.benchmark(group="of the module", min_rounds=3)
+
+
+        def test_throughput(int8_throughput, benchmark):
+            int8_throughput()
+            assert benchmark.stats.options["min_rounds"] == 3
+
+
+        @pytest.mark.benchmark(group="of the test")
+        def test_grouped(int8_throughput, benchmark):
+            int8_throughput()
+            assert benchmark.stats.options["min_rounds"] == 3
+
+
+        @pytest.mark.slow
+        def test_slow(int8_throughput):
+            int8_throughput()
+
+
+        def test_plain():
+            pass
+        """
+    )
+    result = run(project, "--benchmark-only", "-m", "not slow", "--benchmark-save=base", "-rs")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=4, skipped=2, deselected=2)
+    only = "Skipping non-benchmark (--benchmark-only active)."
+    result.stdout.fnmatch_lines_random(
+        [
+            "*- benchmark 'of the module': 2 tests -*",
+            "*- benchmark 'of the test': 2 tests -*",
+            f"SKIPPED [[]1] test_one.py: {only}",
+            f"SKIPPED [[]1] test_two.py: {only}",
+            "saved: .benchmarks",
+        ]
+    )
+    grouped = [f"test_one.py::test_grouped[{name}]" for name in (bf16(4), w8a8(4))]
+    plain = one(bf16(4), w8a8(4))
+    [path] = project.path.glob(".benchmarks/*/0001_base.json")
+    saved = load(path)
+    assert {entry["fullname"]: entry["group"] for entry in saved["benchmarks"]} == {
+        **dict.fromkeys(plain, "of the module"),
+        **dict.fromkeys(grouped, "of the test"),
+    }
+    assert statuses(read(path).results) == dict.fromkeys(plain + grouped, "ok")
+    [journal] = journals(project)
+    assert read(path).results == read(journal).results
+
+    # A candidate without the test of its baseline, against a run of another commit that was far
+    # slower ...
+    saved["int8bench"]["environment"] |= {"commit": "def", "dirty": True}
+    scale_times(path, saved, 1e6)
+    compare = ("-k", "grouped and w8a8", "--benchmark-compare", "--benchmark-compare-fail")
+    result = run(project, *compare, "median:5%", "--benchmark-json=out.json")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, deselected=7)
+    result.stdout.no_fnmatch_line("*another machine or software*")
+    result.stdout.fnmatch_lines(["*- benchmark 'of the test': 2 tests -*"])
+    result.stdout.fnmatch_lines_random(
+        [f"test_grouped[[]{w8a8(4)}] (NOW) *", f"test_grouped[[]{w8a8(4)}] (0001_base) *"]
+    )
+    [measured] = read(project.path / "out.json").results
+    assert (measured.nodeid, measured.speedup_method) == (grouped[1], "interleaved")
+    assert measured.speedup > 0
+
+    # ... and against one that was far faster: the table is shown all the same.
+    scale_times(path, saved, 1e-6)
+    result = run(project, *compare, "median:5%")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(["Performance has regressed:", f"*{w8a8(4)}* (0001_base) - *"])
+    result.stdout.fnmatch_lines(["*- int8bench -*", f"toy *{w8a8(4)} *x [[]*", "journal: *"])
+
+
+def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
+    """Write ``saved`` to ``path`` as if it had been measured on another machine."""
+    scaled = json.loads(json.dumps(saved))
+    for entry in scaled["benchmarks"]:
+        for name in ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3"):
+            entry["stats"][name] *= factor
+    path.write_text(json.dumps(scaled))
+
+
+# -- choosing tests, and stopping ---------------------------------------------------------------
+
+
+def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -> None:
+    (project.path / "test_two.py").unlink()
+    sweep = "--int8-set=batch_size=4,5,3"
+    finished, failed = one(bf16(4), w8a8(4)), one(bf16(5), w8a8(5))
+    result = run(project, sweep, "-x", "-Werror:Benchmark fixture was not used")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(
+        [f"toy *{w8a8(4)} *", f"failed: toy: {bf16(5)}: ValueError: five is too many"]
+    )
+    [first] = journals(project)
+    assert statuses(read(first).results) == {**dict.fromkeys(finished, "ok"), failed[0]: "failed"}
+
+    # The failed one first, then model by model up to the second failure.
+    result = run(project, sweep, "--ff", "--maxfail=2")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=2, failed=2)
+    second = journals(project)[1]
+    assert [(entry.nodeid, entry.status) for entry in read(second).results] == [
+        (failed[0], "failed"),
+        (finished[0], "ok"),
+        (finished[1], "ok"),
+        (failed[1], "failed"),
+    ]
+
+    for option, chosen in (
+        ("--lf", failed),
+        ("--ff", [*failed, *finished, *one(bf16(3), w8a8(3))]),
+    ):
+        result = run(project, sweep, option, "--collect-only", "-q")
+        assert result.ret == pytest.ExitCode.OK
+        assert ids(result) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", pytest.ExitCode.INTERRUPTED), ("SIGKILL", -signal.SIGKILL)]
+)
+def test_what_was_finished_outlives_a_signal(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    (project.path / "test_two.py").unlink()
+    monkeypatch.setenv("TOY_SIGNAL", name)
+    result = run(project, "--int8-set=batch_size=7,3", "--benchmark-json=out.json")
+    assert result.ret == code
+    finished = one(bf16(7))
+    [path] = journals(project)
+    assert statuses(read(path).results) == dict.fromkeys(finished, "ok")
+    if name == "SIGKILL":
+        assert not (project.path / "out.json").exists()
+        return
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*- int8bench -*", f"toy *{bf16(7)} *", "saved: out.json"])
+    assert statuses(read(project.path / "out.json").results) == dict.fromkeys(finished, "ok")
+    # The rounds of the point that was interrupted were over, its measurement was not.
+    timed = [entry["fullname"] for entry in load(project.path / "out.json")["benchmarks"]]
+    assert timed == finished
+
+
+# -- other plugins ------------------------------------------------------------------------------
+
+
+def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> None:
+    pytest.importorskip("xdist")
+    (project.path / "test_two.py").unlink()
+    result = run(
+        project, "-n2", "-rs", "--benchmark-json=out.json", "--benchmark-autosave", using="xdist"
+    )
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(skipped=2)
+    reason = "ran once, not measured: 2 workers on one CPU slow each other down, run with -n1"
+    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
+    result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
+    assert not list(project.path.glob("*.json"))
+    [path] = journals(project)
+    assert {(entry.nodeid, entry.status, entry.reason) for entry in read(path).results} == {
+        (nodeid, "skipped", reason) for nodeid in one(bf16(4), w8a8(4))
+    }
+
+
+def test_randomly_changes_neither_the_order_of_points_nor_their_inputs(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("pytest_randomly")
+    project.makepyfile(
+        test_two=THROUGHPUT,
+        test_three="""
+        def test_sums(int8_batch, int8_model):
+            with open("sums", "a") as file:
+                print(int8_batch[0].sum().item(), int8_model(*int8_batch).sum().item(), file=file)
+        """,
+    )
+    orders = set()
+    for seed in (1, 2, 3):
+        result = run(
+            project,
+            f"--randomly-seed={seed}",
+            "--int8-set=batch_size=4,3,2",
+            "--collect-only",
+            "-q",
+            using="randomly",
+        )
+        assert result.ret == pytest.ExitCode.OK
+        order = ids(result)
+        orders.add(tuple(order))
+        points = list(dict.fromkeys(node.partition("[")[2][:-1] for node in order))
+        batches = list(dict.fromkeys(int(point.split("_bs")[1][0]) for point in points))
+        assert sorted(batches) == [2, 3, 4]
+        assert points == [name(batch) for batch in batches for name in (bf16, w8a8)]
+        # Once a point is left, it does not come again.
+        assert [node.partition("[")[2][:-1] for node in order] == [
+            point for point in points for _ in range(2 if "int8" not in point else 3)
+        ]
+    assert len(orders) > 1  # or nothing was shuffled
+
+    for seed in (1, 2):
+        result = run(
+            project, f"--randomly-seed={seed}", "--int8-mode=off", "-k", "sums", using="randomly"
+        )
+        assert result.ret == pytest.ExitCode.OK
+        result.assert_outcomes(passed=1, deselected=2)
+    first, second = (project.path / "sums").read_text().splitlines()
+    assert first == second
+
+
+def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pytester) -> None:
+    pytest.importorskip("pytest_codspeed")
+    result = run(project, "--int8-mode=off", using="codspeed")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["codspeed: *disabled*"])
+    # With mode off baselines alone are measured, and int8_model is one.
+    [path] = journals(project)
+    [entry] = read(path).results
+    assert (entry.nodeid, entry.status, entry.speedup) == (*one(bf16(4)), "ok", None)
+
+
+def test_codspeed_in_place_of_pytest_benchmark_measures_no_points(
+    project: pytest.Pytester,
+) -> None:
+    pytest.importorskip("pytest_codspeed")
+    project.makepyfile(
+        test_three="""
+        def test_plain(benchmark):
+            assert benchmark(lambda: 3) == 3
+        """
+    )
+    result = run(project, "--codspeed", "-rs", "--benchmark-json=out.json", using="codspeed")
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, skipped=2, deselected=1)
+    reason = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
+    result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
+    assert not (project.path / "out.json").exists()
+    [path] = journals(project)
+    assert statuses(read(path).results) == dict.fromkeys(one(bf16(4), w8a8(4)), "skipped")
+
+
+# -- several workloads --------------------------------------------------------------------------
+
+
+def test_several_workloads_in_one_session(project: pytest.Pytester) -> None:
+    (project.path / "conftest.py").unlink()
+    (project.path / "test_two.py").unlink()
+    project.makepyfile(
+        test_one="""
+        import pytest
+
+
+        @pytest.mark.int8(workload="toy.py:first")
+        def test_first(int8_throughput):
+            int8_throughput()
+
+
+        @pytest.mark.int8(workload="toy.py:second")
+        def test_second(int8_throughput):
+            int8_throughput()
+        """
+    )
+    for name, width in (("third", 128), ("fourth", 160)):
+        folder = project.mkpydir(name)
+        override = f'return toy.make("{name}", {width})'
+        (folder / "conftest.py").write_text(CONFTEST.replace("return toy.make()", override))
+        (folder / "test_one.py").write_text(THROUGHPUT)
+    result = run(project)
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=8)
+    [path] = journals(project)
+    results = read(path).results
+    tests = {
+        "fourth": ("fourth/test_one.py::test_throughput", 160),
+        "first": ("test_one.py::test_first", 48),
+        "second": ("test_one.py::test_second", 96),
+        "third": ("third/test_one.py::test_throughput", 128),
+    }
+    assert sorted((entry.workload, entry.nodeid) for entry in results) == sorted(
+        (name, f"{test}[{point}]")
+        for name, (test, _) in tests.items()
+        for point in (bf16(4), w8a8(4))
+    )
+    for before, after in zip(results[::2], results[1::2], strict=True):
+        assert (before.workload, before.run_name) == (after.workload, bf16(4))
+    for entry in results:
+        width = tests[entry.workload][1]
+        assert entry.tokens_per_s == pytest.approx(width * entry.samples_per_s)
+        assert (entry.speedup is None) is (entry.run_name == bf16(4))

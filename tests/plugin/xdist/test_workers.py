@@ -1,0 +1,596 @@
+"""Sessions of several workers: what the process that starts them and the workers tell each other,
+and that the outcome is that of a serial run."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.plugin import settings
+from pytest_int8bench.plugin.session import State
+from pytest_int8bench.plugin.xdist.controller import Controller, capped
+from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
+from pytest_int8bench.plugin.xdist.worker import Worker
+from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Result
+
+PLUGINS = ("-pxdist", "-pbenchmark", "-pint8bench")
+
+# The fake machine has two GPUs, and models run on the CPU.
+NVML = """
+class NVMLError(Exception):
+    pass
+
+
+def nvmlInit():
+    pass
+
+
+def nvmlDeviceGetCount():
+    return 2
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    return index
+
+
+def nvmlDeviceGetMigMode(handle):
+    raise NVMLError
+
+
+def nvmlDeviceGetUUID(handle):
+    return f"GPU-{handle}"
+"""
+CONFTEST = """
+import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info():
+    return {"node": "here"}  # pytest-benchmark's own takes seconds
+
+
+@pytest.fixture(scope="session")
+def int8_workload():
+    import torch
+
+    from pytest_int8bench import Workload, building, models
+
+    building.find_device = models.find_device = lambda params: torch.device("cpu")
+
+    def build(p):
+        with open("built", "a") as file:
+            print(p.batch_size, file=file)
+        model = torch.nn.Sequential()
+        model.add_module("fc1", torch.nn.Linear(32, 64))
+        model.add_module("fc2", torch.nn.Linear(64, 32))
+        return model
+
+    return Workload(
+        name="toy",
+        build=build,
+        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
+        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear),
+    )
+"""
+MEASURING = """
+import pytest
+
+pytestmark = pytest.mark.benchmark(group="toys")
+
+
+def test_throughput(int8_throughput, int8_params):
+    int8_throughput()
+    assert int8_params.batch_size != 3 or not int8_params.int8_enabled
+
+
+def test_accuracy(int8_guardrail):
+    int8_guardrail()
+
+
+def test_plain():
+    pass
+"""
+# Nothing is built, so that it takes no time.
+POINTS = """
+import os
+
+
+def test_points(int8_params):
+    with open("gpus", "a") as file:
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(int8_params.batch_size, os.environ["AT_FIRST"], gpu, file=file)
+    if int8_params.batch_size == 3:
+        os._exit(3)
+"""
+SMOKE = (
+    "--int8-preset=smoke",
+    "--int8-set=gpu_type=cuda",
+    "--int8-set=compile_mode=off",
+    "--int8-set=benchmark_interval_s=0.02",
+)
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pytester.makeini("[pytest]\npythonpath = .\n")
+    pytester.makepyfile(pynvml=NVML)
+    pytester.makeconftest(CONFTEST)
+    return pytester
+
+
+def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
+    return project.runpytest_subprocess(*PLUGINS, *SMOKE, *options)
+
+
+def name_of(batch: int, *, int8: bool = True) -> str:
+    mode = "int8_w8a8_off_" if int8 else ""
+    return f"nano_cuda_bf16_{mode}s2_is16_ps4_ts3_bs{batch}{'' if int8 else '_compile_mode-off'}"
+
+
+# -- whole sessions -----------------------------------------------------------------------------
+
+
+def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> None:
+    project.makepyfile(test_one=MEASURING)
+    sweep = "--int8-set=batch_size=2,3"
+    serial = run(project, sweep, "--benchmark-json=serial.json")
+    spread = run(project, sweep, "--benchmark-json=spread.json", "--int8-journal=it.jsonl", "-n2")
+    for result in (serial, spread):
+        result.assert_outcomes(passed=6, failed=1)
+        assert "disabled" not in result.stdout.str() + result.stderr.str()
+
+    # Every model was built once in each session, and each family in one worker.
+    built = (project.path / "built").read_text().split()
+    assert sorted(built[: len(built) // 2]) == sorted(built[len(built) // 2 :])
+    a, b = (
+        json.loads((project.path / f"{name}.json").read_text()) for name in ("serial", "spread")
+    )
+    ids = [entry["fullname"] for entry in a["benchmarks"]]
+    assert ids == [entry["fullname"] for entry in b["benchmarks"]]
+    assert len(ids) == 3  # the test of a candidate of 3 fails by its own assertion
+    assert a.keys() == b.keys()
+    for before, after in zip(a["benchmarks"], b["benchmarks"], strict=True):
+        assert before.keys() == after.keys()
+        assert before["stats"].keys() == after["stats"].keys()
+        assert before["extra_info"].keys() == after["extra_info"].keys()
+        for key in ("name", "group", "param", "params", "options"):
+            assert before[key] == after[key]
+        assert after["stats"]["rounds"] == len(after["stats"]["data"])
+        assert after["stats"]["iterations"] == after["extra_info"]["iterations"]
+        batch_s = after["extra_info"]["batch_time_s"]
+        assert after["stats"]["median"] == pytest.approx(batch_s)
+
+    before, after = (read(project.path / f"{name}.json") for name in ("serial", "spread"))
+    assert {**after.environment, "gpu_count": 0} == before.environment  # torch sees none here
+    assert after.environment["gpu_count"] == 2
+    for kind in ("results", "accuracy"):
+        pairs = [*zip(getattr(before, kind), getattr(after, kind), strict=True)]
+        assert [(x.identity, x.params) for x, _ in pairs] == [
+            (y.identity, y.params) for _, y in pairs
+        ]
+    assert [r.status for r in after.results] == ["ok", "ok", "ok", "failed"]
+    reasons = [[r.reason for r in each.results if r.status == "failed"] for each in (before, after)]
+    assert reasons[0] == reasons[1]
+    places = {tuple(r.worker.values()) for r in after.results if r.worker}
+    assert {(worker, gpu) for worker, _, gpu in places} == {("gw0", "GPU-0"), ("gw1", "GPU-1")}
+    for batch in (2, 3):
+        assert len({r.worker["id"] for r in after.results if r.params["batch_size"] == batch}) == 1
+    assert all(r.worker is None for r in before.results)
+
+    # One journal, one table.
+    [journal] = (project.path / ".benchmarks").glob("**/*.jsonl")  # of the serial run
+    assert read(journal).results == before.results
+    written = {(r.nodeid, r.status) for r in read(project.path / "it.jsonl").results}
+    assert written == {(r.nodeid, r.status) for r in after.results}
+    for result in (serial, spread):
+        assert [line.split()[1] for line in result.outlines if line.startswith("toy ")] == [
+            name_of(batch, int8=int8) for batch in (2, 3) for int8 in (False, True)
+        ]
+    spread.stdout.fnmatch_lines(
+        ["preset smoke (as asked)", "measured by gw0 (*, GPU-0), gw1 (*, GPU-1)"]
+    )
+    spread.stdout.fnmatch_lines(["saved: spread.json", "journal: it.jsonl"])
+
+
+def test_a_worker_that_crashes_loses_one_point(project: pytest.Pytester) -> None:
+    project.makepyfile(test_one=POINTS)
+    project.makeconftest(
+        "import os\nos.environ['AT_FIRST'] = os.environ.get('CUDA_VISIBLE_DEVICES', '')\n"
+    )
+    result = run(project, "--int8-set=batch_size=2,3,4,5", "--int8-no-baseline", "-n2")
+    result.assert_outcomes(passed=3, failed=1)
+    [path] = (project.path / ".benchmarks").glob("**/*.jsonl")
+    [crashed] = read(path).results
+    assert (crashed.run_name, crashed.status) == (name_of(3), "failed")
+    assert crashed.reason in [
+        f"worker '{worker}' crashed while running '{crashed.nodeid}'" for worker in ("gw0", "gw1")
+    ]
+    ran = (project.path / "gpus").read_text().splitlines()
+    assert sorted(line.split()[0] for line in ran) == ["2", "3", "4", "5"]
+    assert {tuple(line.split()[1:]) for line in ran} == {("GPU-0", "GPU-0"), ("GPU-1", "GPU-1")}
+
+
+def test_more_workers_than_gpus(project: pytest.Pytester) -> None:
+    project.makepyfile(test_one=POINTS)
+    result = run(project, "--int8-set=batch_size=2,4,5", "-n3")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    [error] = [line for line in result.errlines if line.startswith("ERROR")]
+    assert error == (
+        "ERROR: -n 3: each worker needs a GPU of its own, and this machine has 2 GPUs: at most 2, "
+        "got 3 workers"
+    )
+    assert not (project.path / "gpus").exists()
+
+
+# -- the process that starts workers ------------------------------------------------------------
+
+
+class Spec(SimpleNamespace):
+    """How pytest-xdist was told to start a worker."""
+
+    def __init__(self, **given: str) -> None:
+        super().__init__(**{"via": None, "ssh": None, "socket": None, **given})
+
+
+class Node:
+    """A worker that does nothing."""
+
+    def __init__(self, gateway: Any, nodemanager: Any) -> None:
+        self.gateway, self.nodemanager = gateway, nodemanager
+        self.workerinput: dict[str, Any] = {}
+        self.ran: list[str] = []
+        gateway.remote_exec = self.remote_exec
+
+    def remote_exec(self, source: str) -> Any:
+        self.ran.append(source)
+        return SimpleNamespace(waitclose=lambda: None)
+
+
+class Workers:
+    """Starts workers that do nothing."""
+
+    def __init__(self, controller: Controller, *specs: Spec, proxies: Any = ()) -> None:
+        self.controller = controller
+        self.specs = specs
+        self.group = {name: SimpleNamespace(spec=spec) for name, spec in dict(proxies).items()}
+
+    def start(self, spec: Spec, name: str = "gw0") -> Any:
+        gateway = SimpleNamespace(spec=spec, id=name)
+        node = Node(gateway, self)
+        self.controller.pytest_configure_node(node)
+        return node
+
+    def seats(self) -> list[tuple[int, int]]:
+        given = [self.start(spec).workerinput[KEY] for spec in self.specs]
+        return [(seat["number"], seat["count"]) for seat in given]
+
+
+@pytest.fixture
+def controller(pytester: pytest.Pytester) -> Controller:
+    return controller_of(pytester)
+
+
+def controller_of(pytester: pytest.Pytester, *options: str) -> Controller:
+    config = pytester.parseconfig(*options)
+    state = State(config, settings.read_settings(config))
+    config.option.dist = "load"
+    state.controller = Controller(config, state)
+    return state.controller
+
+
+def test_workers_are_numbered_by_host(controller: Controller) -> None:
+    here, there = Spec(), Spec(ssh="me@there")
+    assert Workers(controller, here, there, here, there).seats() == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+def test_workers_behind_a_proxy_run_on_its_host(controller: Controller) -> None:
+    proxy, behind = Spec(ssh="there"), Spec(via="proxy")
+    workers = Workers(controller, behind, Spec(ssh="there"), Spec(), proxies={"proxy": proxy})
+    assert workers.seats() == [(0, 2), (1, 2), (0, 1)]
+
+
+def test_this_host_by_another_name_is_this_host(controller: Controller) -> None:
+    local = Spec(socket="127.0.0.1:8888"), Spec(ssh="localhost"), Spec()
+    assert Workers(controller, *local).seats() == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_new_worker_takes_the_place_of_one_that_crashed(controller: Controller) -> None:
+    workers = Workers(controller, Spec(), Spec(), Spec())
+    nodes = [workers.start(spec) for spec in workers.specs]
+    controller.pytest_testnodedown(nodes[1])
+    assert workers.start(Spec()).workerinput[KEY] == {"number": 1, "count": 3}
+
+
+def test_the_same_points_in_every_worker_are_refused(controller: Controller) -> None:
+    workers = Workers(controller, Spec())
+    controller._config.option.dist = "each"
+    with pytest.raises(pytest.UsageError) as caught:
+        controller.pytest_xdist_node_collection_finished(
+            workers.start(workers.specs[0]), [f"a.py::t[{name_of(1)}]"]
+        )
+    assert str(caught.value) == "--dist=each: every worker would measure the same points"
+
+
+def test_workers_for_other_tests_need_no_gpus(controller: Controller) -> None:
+    workers = Workers(controller, *[Spec()] * 8)
+    cpu = name_of(1).replace("cuda", "cpu")
+    controller.pytest_xdist_node_collection_finished(
+        workers.start(workers.specs[0]), ["a.py::t", f"a.py::t[{cpu}]"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "workers"),
+    [
+        (["--int8-mode=w8"], ["0", "1"], 2),
+        (["--int8-mode=w8"], [str(i) for i in range(32)], 16),
+        (["--int8-mode=w8"], [], 1),
+        (["--int8-mode=w8"], None, 16),
+        ([], ["0", "1"], 16),
+        (["-o", "int8_mode=w8"], ["0", "1"], 16),  # for every session, also those of other tests
+    ],
+)
+def test_auto_starts_one_worker_per_gpu(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    there: list[str] | None,
+    workers: int,
+) -> None:
+    monkeypatch.setattr("pytest_int8bench.nvml.visible", lambda: there)
+    assert capped(pytester.parseconfig(*options), 16) == workers
+
+
+# -- what workers find --------------------------------------------------------------------------
+
+MACHINE = {"gpu": {"name": "A100"}, "commit": "abc", "packages": {"torch": "2.13.0"}}
+
+
+def result_of(batch: int, **changes: Any) -> Result:
+    params = RunParams.from_run_name(name_of(batch))
+    return Result(
+        **{
+            "nodeid": f"a.py::t[{params.run_name}]",
+            "workload": "toy",
+            "run_name": params.run_name,
+            "params": params.to_dict(),
+            "samples_per_s": 10.0,
+            **changes,
+        }
+    )
+
+
+def send(controller: Controller, worker: str, *results: Result, **changes: Any) -> None:
+    """Let a report come that brings ``results``."""
+    message = Message(
+        **{
+            "worker": worker,
+            "host": "h",
+            "gpus": [],
+            "preset": None,
+            "point": None,
+            "environment": MACHINE,
+            "records": [("Result", result.to_dict()) for result in results],
+            **changes,
+        }
+    )
+    report = SimpleNamespace(nodeid=results[0].nodeid, when="call", failed=False)
+    setattr(report, KEY, message.to_json())
+    controller.pytest_runtest_logreport(report)  # type: ignore[arg-type]
+
+
+def crash(controller: Controller, nodeid: str) -> None:
+    report = SimpleNamespace(nodeid=nodeid, when="???", failed=True, longrepr="gw0 crashed")
+    controller.pytest_runtest_logreport(report)  # type: ignore[arg-type]
+
+
+def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> None:
+    workers = Workers(controller, Spec())
+    results = [result_of(batch) for batch in (1, 2, 3)]
+    controller.pytest_xdist_node_collection_finished(
+        workers.start(workers.specs[0]), [result.nodeid for result in results]
+    )
+    for result in reversed(results):
+        send(controller, "gw0", result)
+    assert controller._state.journal is not None
+    assert controller._state.journal.saved().results == results
+    assert controller._state.journal.results == results[::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"gpu": {"name": "H100"}}, "gpu A100 -> H100"),
+        ({"commit": "def"}, "commit abc -> def"),
+        ({"packages": {"torch": "2.12.0"}}, "torch 2.13.0 -> 2.12.0"),
+    ],
+)
+def test_results_of_another_machine_are_kept_apart_and_said(
+    controller: Controller, change: dict[str, Any], what: str
+) -> None:
+    one, two, three = (result_of(batch) for batch in (1, 2, 3))
+    send(controller, "gw0", one)
+    send(controller, "gw1", two, environment={**MACHINE, **change})
+    send(controller, "gw1", three, environment={**MACHINE, **change})
+    state = controller._state
+    assert state.journal is not None
+    assert state.journal.path is not None
+    assert state.journal.results == [one]
+    apart = state.journal.path.with_name(f"{state.journal.path.stem}-gw1.jsonl")
+    assert read(apart).results == [two, three]
+    assert read(apart).environment == {**MACHINE, **change}
+    name = what.partition(" ")[0]
+    [problem] = controller.problems()
+    assert problem == (
+        f"gw1 (h) measured on another machine or software than the first results: {what}; its 2 "
+        f"results are apart from the others, in {apart}; to put them together: --int8-allow {name}"
+    )
+
+
+def test_differences_that_are_allowed_are_no_reason(pytester: pytest.Pytester) -> None:
+    controller = controller_of(pytester, "--int8-allow=gpu")
+    send(controller, "gw0", result_of(1))
+    send(controller, "gw1", result_of(2), environment={**MACHINE, "gpu": {"name": "H100"}})
+    assert controller.problems() == []
+    assert controller._state.journal is not None
+    assert len(controller._state.journal.results) == 2
+
+
+def test_a_point_that_was_measured_before_its_worker_crashed_has_failed(
+    controller: Controller,
+) -> None:
+    send(controller, "gw0", result_of(1))
+    crash(controller, result_of(1).nodeid)
+    assert controller._state.journal is not None
+    [result] = controller._state.journal.results
+    assert (result.status, result.reason, result.samples_per_s) == ("failed", "gw0 crashed", 10.0)
+
+
+def test_a_crash_before_the_first_result_waits_for_the_machine(controller: Controller) -> None:
+    crash(controller, result_of(1).nodeid)
+    crash(controller, "a.py::test_plain")
+    assert controller._state.journal is None
+    point = ("toy", RunParams.from_run_name(name_of(2)).to_dict())
+    send(controller, "gw1", result_of(2), point=point)
+    journal = controller._state.journal
+    assert journal is not None
+    assert journal.environment == MACHINE
+    assert [(r.run_name, r.status) for r in journal.results] == [
+        (name_of(1), "failed"),
+        (name_of(2), "ok"),
+    ]
+
+
+def test_a_worker_without_its_device_runs_its_next_test_in_a_new_one(
+    controller: Controller,
+) -> None:
+    again: list[str] = []
+    sched = SimpleNamespace(mark_test_pending=again.append)
+    reports = []
+    for worker in ("gw0", "gw1"):
+        node = SimpleNamespace(gateway=SimpleNamespace(id=worker))
+        reports.append(SimpleNamespace(node=node, outcome="failed", when="???"))
+    send(controller, "gw1", result_of(1, status="failed"), device_lost=True)
+    for report, item in zip(reports, ("first", "second"), strict=True):
+        controller.pytest_handlecrashitem(item, report, sched)
+    assert again == ["second"]
+    assert [report.outcome for report in reports] == ["failed", "rerun"]
+    assert controller.pytest_report_teststatus(reports[0]) is None
+    assert controller.pytest_report_teststatus(reports[1]) == ("", "", "")
+
+
+# -- in a worker --------------------------------------------------------------------------------
+
+
+def worker_of(
+    pytester: pytest.Pytester, number: int, count: int, *options: str, seat: bool = True
+) -> Worker:
+    if seat:
+        os.environ[SEAT] = f"{number}/{count}"  # which parsing takes out again
+    config: Any = pytester.parseconfig(*options)
+    assert SEAT not in os.environ
+    config.workerinput = {"workerid": f"gw{number}"}
+    if seat:
+        config.workerinput[KEY] = {"number": number, "count": count}
+    return Worker(config)
+
+
+CUDA, CPU = RunParams(), RunParams(gpu_type="cpu")
+
+
+@pytest.fixture
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setattr("pytest_int8bench.nvml._uuids", lambda: None)
+
+
+def test_an_option_makes_workers_take_their_gpu_at_once(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
+) -> None:
+    worker = worker_of(pytester, 1, 3)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # it may run other tests
+    worker.pin()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    worker.pin()
+    assert worker.fingerprint({"gpu_count": 1}) == {"gpu_count": 3}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    worker_of(pytester, 2, 3, "--int8-mode=w8")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_the_only_worker_of_a_host_keeps_all_gpus(
+    pytester: pytest.Pytester, three_gpus: None
+) -> None:
+    worker = worker_of(pytester, 0, 1, "--int8-mode=w8")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
+    assert worker.fingerprint({"gpu_count": 3}) == {"gpu_count": 3}
+    assert worker.no_gpu(CUDA) is None
+
+
+def test_a_worker_without_a_gpu_says_so(pytester: pytest.Pytester, three_gpus: None) -> None:
+    worker = worker_of(pytester, 3, 4, "--int8-mode=w8")
+    assert worker.no_gpu(CPU) is None
+    assert worker.no_gpu(CUDA) == (
+        "worker gw3 has no GPU of its own: 4 workers of this host share 3 GPUs"
+    )
+
+
+def test_a_worker_that_took_its_gpu_too_late_says_so(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
+) -> None:
+    worker = worker_of(pytester, 1, 2, "--int8-mode=w8")
+    late = (
+        "worker gw1 sees 3 GPUs instead of its own: something that was imported before this test "
+        "has started CUDA; with an --int8 option on the command line, workers take their GPUs "
+        "before they import anything"
+    )
+    for seen, why in ((1, None), (3, late)):
+        monkeypatch.setattr("pytest_int8bench.nvml.seen_by_cuda", lambda seen=seen: seen)
+        assert worker.no_gpu(CUDA) == why
+
+
+def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: None) -> None:
+    several, alone = worker_of(pytester, 0, 2), worker_of(pytester, 0, 1)
+    config = pytester.parseconfig()
+    assert several.not_timed(config, CUDA) is None
+    assert alone.not_timed(config, CPU) is None
+    assert several.not_timed(config, CPU) == (
+        "2 workers on one CPU slow each other down, run with -n1"
+    )
+    off = pytester.parseconfig("--benchmark-disable")
+    assert several.not_timed(off, CUDA) == "pytest-benchmark is disabled"
+    on = pytester.parseconfig("--benchmark-disable", "--benchmark-enable")
+    assert several.not_timed(on, CUDA) is None
+
+
+def test_results_that_nobody_takes_are_not_measured(pytester: pytest.Pytester) -> None:
+    worker = worker_of(pytester, 0, 1, seat=False)
+    why = "the process that started this worker runs without pytest-int8bench"
+    assert worker.not_kept() == worker.not_timed(pytester.parseconfig(), CUDA) == why
+
+
+def test_messages_hold_plain_values_whatever_is_in_them() -> None:
+    message = Message(
+        worker="gw0",
+        host="h",
+        gpus=["0"],
+        preset=None,
+        point=None,
+        environment=None,
+        records=[("Result", result_of(1, samples_per_s=np.float64(3.5)).to_dict())],
+        timings=[{"params": {"int8_params": CUDA}}],
+    )
+    read_back = Message.from_json(message.to_json())
+    assert read_back.unpacked() == [result_of(1, samples_per_s=3.5)]
+    assert read_back.timings == [{"params": {"int8_params": f"UNSERIALIZABLE[{CUDA!r}]"}}]

@@ -1,0 +1,341 @@
+"""The report of a comparison: text, Markdown, JSON and JUnit cases say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_int8bench.gate.compare import Comparison, compare
+from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.report.compare import cases, page, to_dict
+from pytest_int8bench.report.junit import Case, to_xml
+from pytest_int8bench.report.tables import Grid, Page, number
+from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.records import STATUSES, Accuracy, Record, Result, Saved
+
+
+def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
+    times = {
+        "samples_per_s": 1000 / slower,
+        "batch_time_s": 0.128 * slower,
+        "batch_time_p95_s": 0.130 * slower,
+        "compile_s": 20.0,
+        "peak_memory_bytes": 1 << 30,
+    }
+    measured = times if values.get("status", "ok") == "ok" else {"reason": f"{name} it is"}
+    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
+    return Result(**{**point, "params": {}, **measured, **values})
+
+
+def verdict_of(outcome: str = "PASS", **values: Any) -> Accuracy:
+    point = {"nodeid": "test_a.py::test_accuracy[x]", "workload": "toy", "run_name": "x"}
+    judged = {"metric": "top1", "outcome": outcome, "samples": 100, "limit": "1%"}
+    return Accuracy(**{**point, "params": {}, **judged, **values})
+
+
+def side(name: str, records: Sequence[Record], **environment: Any) -> Run:
+    results = [record for record in records if isinstance(record, Result)]
+    accuracy = [record for record in records if isinstance(record, Accuracy)]
+    return Run(Path(name), Saved({"commit": name * 20, **environment}, results, accuracy))
+
+
+def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Comparison:
+    return compare([side("base", base)], [side("new", new)], Rules(**rules))
+
+
+def text_of(comparison: Comparison) -> str:
+    return page(comparison).text(width=None, color=False)
+
+
+MIXED = compared(
+    [result_of("same"), result_of("slow_one"), result_of("big"), result_of("gone"), verdict_of()],
+    [
+        result_of("same"),
+        result_of("slow_one", slower=1.25),
+        result_of("big", status="oom"),
+        result_of("fresh"),
+        verdict_of("FAIL", reason="top1 dropped"),
+    ],
+)
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+TEXT = """\
+run samples/s ms/batch peak MiB compile s outcome
+toy: same 1,000 -> 1,000 128 -> 128 (+0.0%) 1,024 -> 1,024 (+0.0%) 20.0 -> 20.0 (+0.0%) same
+toy: slow_one 1,000 -> 800 128 -> 160 (+25.0%) 1,024 -> 1,024 (+0.0%) 20.0 -> 20.0 (+0.0%) regressed
+toy: big 1,000 -> OOM 128 -> - 1,024 -> - 20.0 -> - oom
+toy: gone 1,000 -> - 128 -> - 1,024 -> - 20.0 -> - missing
+toy: fresh - -> 1,000 - -> 128 - -> 1,024 - -> 20.0 new
+
+accuracy metric base new outcome
+toy: x top1 PASS FAIL regressed
+regressed: toy: slow_one: max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%)
+oom: toy: big: big it is
+missing: toy: gone: not in the new run
+new: toy: fresh: not in the base
+regressed: toy: x top1: top1 dropped
+base: base (basebaseba)
+new: new (newnewnewn)
+max-slowdown: 5.0%; noise floor between processes 2.0% (the default of one process a side)
+max-memory-growth: 5.0%; noise floor between processes 1.0% (the default of one process a side)
+int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; \
+1 verdict: 1 regressed)
+"""
+
+
+def test_the_text_lists_all_and_ends_with_what_came_out() -> None:
+    assert re.sub(" +", " ", text_of(MIXED)) == TEXT
+
+
+def test_the_95th_percentile_is_shown_where_it_is_judged() -> None:
+    assert "p95" not in text_of(compared([result_of()], [result_of()]))
+    judged = text_of(compared([result_of()], [result_of(slower=2)], limits={"p95": 0.1}))
+    assert "130 -> 260 (+100.0%)" in judged
+    assert "max-p95-growth: 10.0%; noise floor between processes 5.0%" in judged
+
+
+def test_differences_are_listed_once_with_what_would_allow_them() -> None:
+    names = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}}
+    base = side("base", [result_of("a"), result_of("b"), verdict_of()], **names)
+    new = side("new", [result_of("a"), result_of("b"), verdict_of()], cpu="Xeon")
+    lines = text_of(compare([base], [new], Rules())).splitlines()
+    assert [line for line in lines if "->" not in line or "differs" in line][3:] == [
+        "toy: x               top1   PASS PASS incomparable",
+        "differs: cpu: EPYC -> Xeon",
+        "differs: torch: 2.11.0 -> None",
+        (
+            "another machine or software cannot be compared; to do it all the same: --allow cpu "
+            "--allow torch"
+        ),
+        "base: base (basebaseba)",
+        "new: new (newnewnewn)",
+        "int8bench compare: NOT COMPARED (2 runs: 2 incomparable; 1 verdict: 0 regressed)",
+    ]
+    fingerprint = Case(
+        classname="int8bench compare",
+        name="fingerprint",
+        status="error",
+        message="cpu: EPYC -> Xeon; torch: 2.11.0 -> None",
+    )
+    assert fingerprint in cases(compare([base], [new], Rules()))
+    allowed = Rules(allow=frozenset({"cpu", "torch"}))
+    lines = text_of(compare([base], [new], allowed)).splitlines()
+    assert "differs, as allowed: cpu: EPYC -> Xeon" in lines
+    assert lines[-1] == (
+        "int8bench compare: nothing regressed (2 runs: 2 same; 1 verdict: 0 regressed)"
+    )
+
+
+def test_nothing_compared_is_said() -> None:
+    lines = text_of(compared([], [])).splitlines()
+    assert lines == [
+        "nothing was compared: no run or verdict was measured on both sides",
+        "base: base (basebaseba)",
+        "new: new (newnewnewn)",
+        "int8bench compare: NOT COMPARED (no run)",
+    ]
+
+
+def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None:
+    base = [side(name, [result_of(slower=f)]) for name, f in (("one", 1.0), ("two", 1.01))]
+    new = side("new", [result_of()], dirty=True, commit=None)
+    limits = {"batch-time": 0.1, "memory": None}
+    rules = Rules(limits=limits, floors={"batch-time": 0.04}, runs=(("x", {"throughput": 0.15}),))
+    lines = text_of(compare(base, [new], rules)).splitlines()
+    assert lines[2:-1] == [
+        "note: the new was measured with uncommitted changes",
+        "base: one, two (oneoneoneo, twotwotwot)",
+        "new: new (unknown, uncommitted changes)",
+        "max-slowdown: 15.0%; noise floor between processes 11.6% (learned from the files)",
+        "max-batch-time-growth: 10.0%; noise floor between processes 4.0% (as given)",
+    ]
+
+
+def test_a_range_of_limits_is_said() -> None:
+    both = [result_of("x"), result_of("y")]
+    found = compared(both, both, runs=(("x", {"throughput": 0.15}),))
+    assert "max-slowdown: 5.0% to 15.0%; noise floor" in text_of(found)
+
+
+def test_random_weights_are_marked() -> None:
+    checks = [verdict_of(random_weights=True), result_of()]
+    text = text_of(compared(checks, checks))
+    assert "toy: x               top1   PASS PASS* not judged\n" in text
+    assert "not judged: toy: x top1: pipeline check: the weights are random\n" in text
+
+
+# -- Markdown -----------------------------------------------------------------------------------
+
+
+def test_markdown_starts_with_what_came_out() -> None:
+    lines = page(MIXED).markdown().splitlines()
+    assert lines[0] == (
+        "## int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; "
+        "1 verdict: 1 regressed)"
+    )
+    assert lines[2:6] == [
+        "| run | samples/s | ms/batch | peak MiB | compile s | outcome |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        (
+            r"| toy: same | 1,000 -\> 1,000 | 128 -\> 128 (+0.0%) | 1,024 -\> 1,024 (+0.0%) "
+            r"| 20.0 -\> 20.0 (+0.0%) | same |"
+        ),
+        (
+            r"| toy: slow\_one | 1,000 -\> 800 | 128 -\> 160 (+25.0%) "
+            r"| 1,024 -\> 1,024 (+0.0%) | 20.0 -\> 20.0 (+0.0%) | regressed |"
+        ),
+    ]
+    assert (
+        r"- regressed: toy: slow\_one: max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%)" in lines
+    )
+    assert "<sub>base: base (basebaseba)</sub><br>" in lines
+
+
+def test_markdown_of_names_with_marks_is_one_row() -> None:
+    grid = Grid(columns=["run"], rows=[["a|b\n<c>_d_ `e` ~f~ &lt;"]], styles=[None], name="run")
+    assert grid.markdown().splitlines()[2:] == [r"| a\|b \<c\>\_d\_ \`e\` \~f\~ \&lt; |"]
+    text = Page(title="t", headline="h", grids=[], remarks=["one\n## two"], footer=[]).markdown()
+    assert text == "## t: h\n\n- one \\#\\# two\n"
+
+
+def test_columns_are_as_wide_as_their_figures() -> None:
+    grid = Grid(columns=["run", "x"], rows=[["a" * 30, "1,234,567"]], styles=["red"], name="run")
+    assert "1,234,567" in grid.text(width=20, color=False)
+    assert "\x1b[31m" in grid.text(width=20, color=True)
+    assert "\x1b" not in grid.text(width=20, color=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.01234, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+# -- JSON ---------------------------------------------------------------------------------------
+
+
+def test_the_json_holds_all_that_the_text_says() -> None:
+    block = json.loads(json.dumps(to_dict(MIXED)))
+    assert set(block) == {"int8bench_compare"}
+    values = block["int8bench_compare"]
+    assert (values["schema"], values["exit_code"]) == (1, 1)
+    assert values["counts"] == {"regressed": 1, "same": 1, "new": 1, "missing": 1, "oom": 1}
+    slow = values["runs"][1]
+    assert (slow["run_name"], slow["outcome"], slow["exit_code"]) == ("slow_one", "regressed", 1)
+    assert slow["base"]["throughput"] == 1000
+    assert slow["new"]["throughput"] == 800
+    assert slow["changes"][0] == {
+        "metric": "throughput",
+        "growth": 0.25,
+        "limit": 0.05,
+        "floor": 0.02,
+        "learned": False,
+        "outcome": "regressed",
+    }
+    assert values["accuracy"][0]["metric"] == "top1"
+    assert values["base"]["commits"] == ["base" * 20]
+
+
+# -- JUnit --------------------------------------------------------------------------------------
+
+
+def test_junit_cases() -> None:
+    def case(name: str, status: str, message: str) -> Case:
+        test = "test_accuracy[x]" if "top1" in name else f"test[{name.removeprefix('toy: ')}]"
+        return Case(classname=f"test_a.py::{test}", name=name, status=status, message=message)
+
+    why = "max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%)"
+    assert cases(MIXED) == [
+        case("toy: same", "passed", "same"),
+        case("toy: slow_one", "failure", f"regressed: {why}"),
+        case("toy: big", "failure", "oom: big it is"),
+        case("toy: gone", "error", "missing: not in the new run"),
+        case("toy: fresh", "skipped", "new: not in the base"),
+        case("toy: x top1", "failure", "regressed: top1 dropped"),
+        Case(classname="int8bench compare", name="fingerprint", status="passed"),
+    ]
+
+
+def test_allowed_losses_are_skipped_cases() -> None:
+    found = compared([result_of("x"), result_of("y")], [result_of("x")], allow_missing=True)
+    assert [case.status for case in cases(found)] == ["passed", "skipped", "passed"]
+
+
+# -- all agree ----------------------------------------------------------------------------------
+
+states = st.sampled_from([*STATUSES, "slow", "hot", "none"])
+outcomes = st.sampled_from(["PASS", "FAIL", "INCONCLUSIVE", "random", "none"])
+
+
+def records(results: list[str], verdicts: list[str]) -> list[Record]:
+    found: list[Record] = []
+    for index, state in enumerate(results):
+        if state in STATUSES:
+            found.append(result_of(f"run{index}", status=state))
+        elif state != "none":
+            heat = ["power brake"] if state == "hot" else []
+            found.append(result_of(f"run{index}", slower=2, throttled=heat))
+    for index, outcome in enumerate(verdicts):
+        if outcome != "none":
+            is_random = outcome == "random"
+            found.append(
+                verdict_of(
+                    "FAIL" if is_random else outcome,
+                    metric=f"metric{index}",
+                    random_weights=is_random,
+                )
+            )
+    return found
+
+
+@given(
+    st.lists(st.tuples(states, states), max_size=4),
+    st.lists(st.tuples(outcomes, outcomes), max_size=2),
+    st.sampled_from(["EPYC", "Xeon"]),
+    st.booleans(),
+)
+def test_text_markdown_json_and_junit_agree(
+    runs: list[tuple[str, str]], verdicts: list[tuple[str, str]], cpu: str, lenient: bool
+) -> None:
+    base, new = (records([r[i] for r in runs], [v[i] for v in verdicts]) for i in (0, 1))
+    found = compare(
+        [side("base", base, cpu="EPYC")], [side("new", new, cpu=cpu)], Rules(allow_missing=lenient)
+    )
+    code = found.exit_code
+
+    root = ElementTree.fromstring(to_xml("int8bench compare", cases(found)))
+    failures, errors = len(root.findall(".//failure")), len(root.findall(".//error"))
+    assert code == (1 if failures else 2 if errors else 0)
+    values = json.loads(json.dumps(to_dict(found)))["int8bench_compare"]
+    assert values["exit_code"] == code
+    entries = [*values["runs"], *values["accuracy"]]
+    assert sum(entry["exit_code"] == 1 for entry in entries) == failures
+
+    text, markdown = text_of(found), page(found).markdown()
+    headline = text.splitlines()[-1].removeprefix("int8bench compare: ")
+    assert headline.startswith(["nothing regressed", "REGRESSED", "NOT COMPARED"][code])
+    assert markdown.splitlines()[0] == f"## int8bench compare: {headline}"
+    for outcome, count in values["counts"].items():
+        assert re.search(rf"\b{count} {outcome}\b", headline)
+    for entry in entries:
+        name = f"toy: {entry['run_name']}"
+        row = re.compile(rf"^{re.escape(name)} .*{re.escape(entry['outcome'])}$", re.MULTILINE)
+        assert row.search(text)
+        assert f"| toy: {entry['run_name']} |" in markdown
+
+
+def test_brackets_in_a_header_are_no_markup() -> None:
+    grid = Grid(columns=["drop [one-sided]"], rows=[["1"]], styles=[None], name="")
+    assert grid.text(width=None, color=False).splitlines()[0] == "drop [one-sided]"

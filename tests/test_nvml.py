@@ -1,0 +1,130 @@
+"""Which GPUs a process may use: NVML, MIG, and ``CUDA_VISIBLE_DEVICES``."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.nvml import described, pin, visible
+
+A, B, C = "GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3"
+M1, M2 = "MIG-1111", "MIG-2222"
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a machine in place of this one: UUIDs, and lists of those of MIG instances."""
+
+    def put(*devices: Any) -> None:
+        def mig_mode(handle: int) -> tuple[int, int]:
+            if devices[handle] == C:
+                raise NVMLError("not supported")
+            return (int(isinstance(devices[handle], list)),) * 2
+
+        def instance(handle: int, i: int) -> str:
+            if devices[handle][i] is None:
+                raise NVMLError("not found")
+            return str(devices[handle][i])
+
+        fake = SimpleNamespace(
+            NVMLError=NVMLError,
+            nvmlInit=lambda: None,
+            nvmlDeviceGetCount=lambda: len(devices),
+            nvmlDeviceGetHandleByIndex=lambda i: i,
+            nvmlDeviceGetMigMode=mig_mode,
+            nvmlDeviceGetMaxMigDeviceCount=lambda handle: len(devices[handle]),
+            nvmlDeviceGetMigDeviceHandleByIndex=instance,
+            nvmlDeviceGetUUID=lambda h: h if isinstance(h, str) else devices[h].encode(),
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+
+    return put
+
+
+@pytest.fixture
+def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise NVMLError("driver not loaded")
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=refuse))
+
+
+def asked(value: str) -> list[str] | None:
+    return visible({"CUDA_VISIBLE_DEVICES": value})
+
+
+def test_all_gpus_by_uuid(machine: Any) -> None:
+    machine(A, B, C)
+    assert visible({}) == [A, B, C]
+
+
+def test_instances_of_a_gpu_with_mig_in_its_place(machine: Any) -> None:
+    machine([M1, None, M2], C)
+    assert visible({}) == [M1, M2, C]
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("2,0", ["2", "0"]),
+        (" 1 , 2 ", ["1", "2"]),
+        (f"{C},{A}", [C, A]),
+        ("GPU-cc,GPU-aab", ["GPU-cc", "GPU-aab"]),
+        ("", []),
+        ("-1,0", []),
+        ("0,-1,1", ["0"]),
+        ("0,7,1", ["0"]),
+        ("0,GPU-cccc-3", ["0"]),
+        (f"{A},GPU-dead,{B}", [A]),
+        ("0,1,0", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_what_the_variable_names_as_cuda_reads_it(
+    machine: Any, value: str, names: list[str]
+) -> None:
+    machine(A, B, C)
+    assert asked(value) == names
+
+
+def test_instances_that_the_variable_names(machine: Any) -> None:
+    machine([M1, M2])
+    assert asked(f"{M2},{M1}") == [M2, M1]
+    assert asked(f"MIG-9999,{M1}") == []
+
+
+def test_without_nvml_only_the_variable_is_known(no_nvml: None) -> None:
+    assert visible({}) is None
+    assert asked("3,5") == ["3", "5"]
+    assert asked(f"{M1},MIG-3333") == [M1, "MIG-3333"]
+
+
+def test_each_process_gets_one_of_what_there_is(machine: Any) -> None:
+    machine(A, B, C)
+    for given, names in (({}, [A, B, C]), ({"CUDA_VISIBLE_DEVICES": "2,0"}, ["2", "0"])):
+        for number, name in enumerate(names):
+            environ = dict(given)
+            assert pin(number, environ) == name
+            assert environ == {"CUDA_VISIBLE_DEVICES": name}
+        environ = dict(given)
+        assert pin(len(names), environ) is None
+        assert environ == given
+
+
+def test_without_nvml_gpus_go_by_number(no_nvml: None) -> None:
+    environ: dict[str, str] = {}
+    assert pin(3, environ) == "3"
+    assert environ == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+def test_where_the_number_comes_from_is_said() -> None:
+    assert described([A], {}) == "this machine has 1 GPU"
+    environ = {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert described(["2", "3"], environ) == "CUDA_VISIBLE_DEVICES names 2 GPUs"

@@ -1,0 +1,295 @@
+"""Encoders of transformers by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import coverage
+from pytest_int8bench.quantization.filters import is_transformer_linear
+from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.registry import load_workload
+from pytest_int8bench.workloads.weights import WeightsError
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+POINT = RunParams(gpu_type="cpu", batch_size=3, compile_mode="off", bf16=False)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def workload(name: str, root: Path = Path()) -> Workload:
+    return load_workload(f"hf:{name}", root)
+
+
+def point(**extra: Any) -> RunParams:
+    return POINT.replace(extra={**SMALL, "max_position_embeddings": 64, **extra})
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    config = transformers.BertConfig(**SMALL, max_position_embeddings=48)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize(
+    ("name", "converted", "left_out"),
+    [
+        ("bert", 72, {"pooler.dense"}),
+        ("roberta", 72, {"pooler.dense"}),
+        ("distilbert", 36, set()),
+        ("modernbert", 88, set()),
+        ("deberta-v2", 144, set()),
+        ("vit", 72, {"pooler.dense"}),
+        ("dinov2", 72, set()),
+        ("convnext", 36, set()),
+        ("siglip_vision_model", 72, {"head.attention.out_proj", "head.mlp.fc1", "head.mlp.fc2"}),
+        ("t5", 36, set()),
+    ],
+)
+def test_the_default_filter_knows_the_layers(name: str, converted: int, left_out: set[str]) -> None:
+    loaded = workload(name)
+    with torch.device("meta"):
+        model = loaded.build(loaded.with_axes(POINT))
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = {n for n, m in linears.items() if is_transformer_linear(m, n)}
+    assert len(chosen) == converted
+    assert set(linears) - chosen == left_out
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("bert", 512), ("roberta", 510), ("ibert", 510), ("luke", 510), ("t5", 512)],
+)
+def test_the_sequence_is_as_long_as_positions_allow(name: str, length: int) -> None:
+    assert workload(name).axes["sequence_length"] == length
+
+
+def test_text_comes_from_the_configuration() -> None:
+    loaded = workload("bert")
+    seen = loaded.with_axes(point(sequence_length=16))
+    inputs = loaded.inputs(seen, CPU)
+    assert isinstance(inputs, dict)
+    assert set(inputs) == {"input_ids"}
+    ids = inputs["input_ids"]
+    assert ids.shape == (3, 16)
+    assert 0 < int(ids.min()) <= int(ids.max()) < 100  # 0 is the padding token
+    assert dict(loaded.units(seen)) == {"samples": 3, "tokens": 48}
+    output = loaded.build(seen).eval()(**inputs)
+    assert output.last_hidden_state.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_layers_compile_once(mask: bool) -> None:
+    loaded = workload("bert")
+    seen = loaded.with_axes(point(num_hidden_layers=3, sequence_length=16, attention_mask=mask))
+    model, inputs = loaded.build(seen).eval(), loaded.inputs(seen, CPU)
+    compiled = compile_for_a100(model, mode="default", attention="math")
+    output = compiled(**inputs).last_hidden_state
+    assert (compiled.regions, compiled.regions_refused) == (3, None)
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+    assert torch.allclose(output, expected, atol=1e-4)
+
+
+def test_a_mask_has_samples_of_different_lengths() -> None:
+    loaded = workload("bert")
+    asked = point(sequence_length=16, attention_mask=True)
+    inputs: Any = loaded.inputs(loaded.with_axes(asked), CPU)
+    lengths = inputs["attention_mask"].sum(-1)
+    assert inputs["attention_mask"].shape == (3, 16)
+    assert 8 <= int(lengths.min()) < int(lengths.max()) <= 16
+    assert loaded.impossible_reason is not None
+    reason = "flash attention takes no attention mask on CUDA; use attention=efficient or auto"
+    assert loaded.impossible_reason(asked.replace(gpu_type="cuda")) == reason
+    assert loaded.impossible_reason(asked.replace(gpu_type="cuda", attention="auto")) is None
+    assert loaded.impossible_reason(asked) is None
+
+
+def test_images_come_from_the_configuration() -> None:
+    loaded = workload("vit")
+    seen = loaded.with_axes(
+        POINT.replace(
+            extra={**{k: v for k, v in SMALL.items() if k != "vocab_size"}, "image_size": 32}
+        )
+    )
+    inputs: Any = loaded.inputs(seen, CPU)
+    assert inputs["pixel_values"].shape == (3, 3, 32, 32)
+    assert dict(loaded.units(seen)) == {"samples": 3, "pixels": 3 * 32 * 32}
+    assert loaded.tokens is not None
+    assert loaded.tokens(loaded.build(seen).eval()(**inputs)) == 3 * (2 * 2 + 1)
+
+
+def test_a_decoder_keeps_no_cache() -> None:
+    loaded = workload("qwen2")
+    seen = loaded.with_axes(point(sequence_length=8, num_key_value_heads=2))
+    output = loaded.build(seen).eval()(**loaded.inputs(seen, CPU))
+    assert output.last_hidden_state.shape == (3, 8, 32)
+    assert output.past_key_values is None
+
+
+def test_fields_that_do_not_go_together_are_one_line() -> None:
+    loaded = workload("bert")
+    seen = loaded.with_axes(point(hidden_size="big"))
+    with pytest.raises(
+        ValueError, match=r"bert cannot take .*extra\.hidden_size=big.*: "
+    ) as caught:
+        loaded.build(seen)
+    assert "\n" not in str(caught.value)
+
+
+def test_random_weights_repeat_and_int8_covers_them() -> None:
+    loaded = workload("bert")
+    params = point(sequence_length=16).replace(int8_enabled=True)
+    first, second = (ModelPool().get(loaded, params.baseline()).eager for _ in range(2))
+    assert torch.equal(
+        first.embeddings.word_embeddings.weight, second.embeddings.word_embeddings.weight
+    )
+    covered = coverage(ModelPool().get(loaded, params).eager)
+    assert len(covered.converted) == 6
+    assert [layer.name for layer in covered.left_out] == ["pooler.dense"]
+
+
+@pytest.mark.parametrize("weights", ["hub", "folder", "file"])
+def test_weights_come_from_a_folder_or_a_file(bert_folder: Path, weights: str) -> None:
+    # A local folder stands in for a repository of the hub: transformers reads both alike.
+    loaded = workload("bert", bert_folder.parent)
+    assert loaded.axes["max_position_embeddings"] == loaded.axes["sequence_length"] == 48
+    source = {"hub": "hub", "folder": bert_folder, "file": bert_folder / "model.safetensors"}
+    model = ModelPool(weights=str(source[weights])).get(loaded, POINT).eager
+    saved = transformers.BertModel.from_pretrained(bert_folder).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+def test_weights_that_do_not_fit_are_one_line(bert_folder: Path) -> None:
+    other = POINT.replace(extra={"num_hidden_layers": 2})
+    loaded = workload("bert", bert_folder.parent)
+    with pytest.raises(WeightsError, match="16 missing") as caught:
+        ModelPool(weights=str(bert_folder / "model.safetensors")).get(loaded, other)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_must_have_every_layer(bert_folder: Path) -> None:
+    loaded, deeper = workload("bert", bert_folder.parent), {"num_hidden_layers": 2}
+    with pytest.raises(WeightsError, match=r"do not fit the model: 16 keys are missing") as caught:
+        ModelPool(weights="hub").get(loaded, POINT.replace(extra=deeper))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_one_line(bert_folder: Path) -> None:
+    (bert_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(WeightsError, match="cannot be loaded: ") as caught:
+        ModelPool(weights="hub").get(workload("bert", bert_folder.parent), POINT)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_tokens_than_positions_are_impossible() -> None:
+    loaded = workload("roberta")
+    assert loaded.impossible_reason is not None
+    reason = "sequence_length=511 is more than the 510 positions of hf:roberta"
+    assert loaded.impossible_reason(POINT.replace(extra={"sequence_length": 511})) == reason
+    assert loaded.impossible_reason(POINT.replace(extra={"sequence_length": 510})) is None
+
+
+def test_a_model_type_has_no_weights_on_the_hub() -> None:
+    with pytest.raises(WeightsError, match="hf:bert is a model type without weights of its own"):
+        ModelPool(weights="hub").get(workload("bert"), point())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such", "hf:no/such is no folder with a config.json, no model type of transformers"),
+        ("wav2vec2", "hf:wav2vec2 takes input_values; by name only models that take input_ids or"),
+        ("clip", "hf:clip takes input_ids, but its configuration has no whole number vocab_size"),
+    ],
+)
+def test_names_that_cannot_be_had_are_one_line(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        workload(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "none-such"}))
+    with pytest.raises(ValueError, match="hf:model: ") as caught:
+        workload("model", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "masked"),
+    [
+        ("bert", {}, False),
+        ("bert", {"attention_mask": True}, True),
+        ("roberta", {}, False),
+        ("qwen2", {"num_key_value_heads": 2}, False),  # causal, without a mask
+        ("modernbert", {"sequence_length": 40, "local_attention": 8}, True),  # a window
+    ],
+)
+def test_compiled_attention_has_no_mask_it_does_not_need(
+    name: str, extra: dict[str, Any], masked: bool
+) -> None:
+    """Flash attention on CUDA takes none."""
+    loaded = workload(name)
+    fields = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    seen = loaded.with_axes(
+        POINT.replace(extra={**fields, "num_hidden_layers": 2, "sequence_length": 16, **extra})
+    )
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        attention = nn.functional.scaled_dot_product_attention
+        calls.extend(node for node in graph.graph.nodes if node.target is attention)
+        return graph.forward
+
+    model = loaded.build(seen).eval()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        compiled(**loaded.inputs(seen, CPU))
+    masks = [node.kwargs.get("attn_mask") for node in calls]
+    assert len(masks) == 2
+    assert any(mask is not None for mask in masks) is masked
+    assert {bool(node.kwargs["is_causal"]) for node in calls} == {name == "qwen2"}
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "electra", "llama", "olmo2", "qwen2", "qwen3", "doge"]
+)
+def test_leaving_the_mask_out_changes_nothing(name: str) -> None:
+    loaded = workload(name)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sequence_length": 16}
+    small |= {"n_layers": 2, "dim": 32, "n_heads": 2, "hidden_dim": 64}  # DistilBERT's names
+    own = {key: value for key, value in small.items() if key in loaded.axes}
+    seen = loaded.with_axes(POINT.replace(extra=own))
+    model: Any = loaded.build(seen).eval()
+    assert ("unmasked" in model.config._attn_implementation) == (name != "doge")
+    with torch.inference_mode():
+        ours = model(**loaded.inputs(seen, CPU)).last_hidden_state
+        model.set_attn_implementation("sdpa")
+        theirs = model(**loaded.inputs(seen, CPU)).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=1e-5)
