@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from forking import Template, popen_for
 
 if not Path("/dev/nvidiactl").exists():

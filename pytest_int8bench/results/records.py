@@ -234,6 +234,14 @@ class Result(Record):
     ``throttle_reasons``."""
     gpu_after: dict[str, Any] | None = None
     """The same after the rounds."""
+    joules_per_sample: float | None = None
+    """Energy of the whole GPU per sample during the rounds, from NVML's counter; None on a CPU,
+    where NVML does not answer, and where the rounds were too short for the counter."""
+    samples_per_joule: float | None = None
+    """Its inverse."""
+    energy_ratio: float | None = None
+    """Joules per sample of the baseline over those of the candidate, from the alternating blocks
+    of the speedup: above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
     worker: dict[str, Any] | None = None

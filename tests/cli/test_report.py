@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from saved_files import BASE, CPU, GPU, commits, everything, result, write
 
 from pytest_int8bench.cli.main import main
 from pytest_int8bench.files import FileError
@@ -22,6 +21,7 @@ from pytest_int8bench.report import write as outputs
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Saved
+from saved_files import BASE, CPU, GPU, commits, everything, result, write
 
 INSTALL = "pip install 'pytest-int8bench[report]'"
 

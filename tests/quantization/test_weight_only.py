@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from int8_layers import quantized
 from torch import fx, nn
 from torch.nn import functional as F
 
+from int8_layers import quantized
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.compiler.fusion import nodes, passes
 from pytest_int8bench.kernels import ops, reference

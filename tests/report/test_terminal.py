@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import pytest
-from saved_files import W8A8, verdict
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.records import Result, Saved
+from saved_files import W8A8, verdict
 
 NAME = RunParams(int8_enabled=True).run_name
 CPU: dict[str, Any] = {

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from int8_layers import lowered
 from torch import fx, nn
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -19,6 +18,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 )
 from torch.nn import functional as F
 
+from int8_layers import lowered
 from pytest_int8bench.compiler import compiled_model
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.compiler.fusion import inline_triton, passes

@@ -10,10 +10,10 @@ from typing import Any
 import einops
 import pytest
 import torch
-from int8_layers import lowered
 from torch import fx, nn
 from torch.nn import functional as F
 
+from int8_layers import lowered
 from pytest_int8bench.compiler.backend import FusingInductor
 from pytest_int8bench.compiler.fusion import nodes, passes
 from pytest_int8bench.kernels import ops

@@ -10,6 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.report.page import html, markdown
+from pytest_int8bench.report.page.build import build
+from pytest_int8bench.report.page.charts import Bars, Lines, Pareto, Stacks
+from pytest_int8bench.report.page.model import Section, View
+from pytest_int8bench.report.page.sources import sources
+from pytest_int8bench.report.tables import number
+from pytest_int8bench.report.terminal import render
+from pytest_int8bench.results.records import Result, Saved
 from saved_files import (
     BASE,
     CPU,
@@ -23,16 +33,6 @@ from saved_files import (
     result,
     verdict,
 )
-
-from pytest_int8bench.params import RunParams
-from pytest_int8bench.report.page import html, markdown
-from pytest_int8bench.report.page.build import build
-from pytest_int8bench.report.page.charts import Bars, Lines, Pareto, Stacks
-from pytest_int8bench.report.page.model import Section, View
-from pytest_int8bench.report.page.sources import sources
-from pytest_int8bench.report.tables import number
-from pytest_int8bench.report.terminal import render
-from pytest_int8bench.results.records import Result, Saved
 
 
 def view_of(*saved: Saved) -> View:

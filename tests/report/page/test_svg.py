@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from saved_files import commits, everything
 
 from pytest_int8bench.report.page.build import build
 from pytest_int8bench.report.page.charts import (
@@ -25,6 +24,7 @@ from pytest_int8bench.report.page.charts import (
 )
 from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.page.svg import DARK, LIGHT, draw
+from saved_files import commits, everything
 
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
