@@ -87,9 +87,7 @@ def test_instances_of_a_gpu_with_mig_in_its_place(machine: Any) -> None:
         ("NoDevFiles", []),
     ],
 )
-def test_what_the_variable_names_as_cuda_reads_it(
-    machine: Any, value: str, names: list[str]
-) -> None:
+def test_variable_is_read_as_cuda_does(machine: Any, value: str, names: list[str]) -> None:
     machine(A, B, C)
     assert asked(value) == names
 

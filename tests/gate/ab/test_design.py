@@ -155,9 +155,7 @@ def test_identical_code_never_fails_in_five_percent_of_families(machine: Machine
 
 
 @with_heavy_tails
-def test_code_slower_by_the_margin_fails_in_at_most_five_percent_of_families(
-    machine: Machine,
-) -> None:
+def test_at_the_margin_five_percent_of_families_fail(machine: Machine) -> None:
     session = simulate(machine, families=600, slowdowns=DEFAULT.margin)
     assert not_over(session.families_with("FAIL"), 600, 0.05)
     assert session.families_with("FAIL") > 5  # not by never failing
@@ -205,9 +203,7 @@ def test_every_run_slower_by_what_must_be_found_is_found(machine: Machine) -> No
         (4, 0.003, 0.0),
     ],
 )
-def test_few_screening_blocks_flag_more_but_miss_little(
-    blocks: int, noise: float, unchanged: float
-) -> None:
+def test_few_screening_blocks_flag_more(blocks: int, noise: float, unchanged: float) -> None:
     """As the docstring of ``screening_blocks`` says."""
     design = Design(screening_blocks=blocks)
     rng = np.random.default_rng(RNG_SEED)
@@ -247,9 +243,7 @@ def test_bounds_hold_at_their_level(tails: float | None) -> None:
 
 
 @pytest.mark.parametrize(("step", "low", "high"), [(1.01, 0.04, 0.06), (1.0, 0.0, 0.0)])
-def test_a_control_is_called_unsteady_by_chance_at_the_level(
-    step: float, low: float, high: float
-) -> None:
+def test_unsteady_controls_at_the_level(step: float, low: float, high: float) -> None:
     """At half the level if the base differs by the margin in one direction, here in either for
     half of the runs; not at all if it does not differ."""
     rng = np.random.default_rng(RNG_SEED)
@@ -306,9 +300,7 @@ def test_the_blocks_needed_are_the_fewest(
 
 
 @given(st.integers(1, 100), st.integers(2, 30), st.floats(1e-15, 10))
-def test_power_falls_with_runs_and_noise_and_grows_with_blocks(
-    runs: int, blocks: int, noise: float
-) -> None:
+def test_power_by_runs_noise_and_blocks(runs: int, blocks: int, noise: float) -> None:
     power = Design(verdict_blocks=blocks, noise=noise).power(runs)
     more = 1e-9  # SciPy's rounding
     assert 0 < power <= 1
@@ -323,14 +315,7 @@ def test_power_falls_with_runs_and_noise_and_grows_with_blocks(
         ({"verdict_blocks": 2}, 24, "5%", "2%", "24 runs, noise 1%", "6 blocks"),
         # 89.96 %, which must not read as the 90 % that are needed.
         ({"noise": 0.0109}, 24, "5%", "89%", "24 runs, noise 1.09%", "7 blocks"),
-        (
-            {"verdict_blocks": 3, "noise": 0.0135},
-            1,
-            "5%",
-            "81%",
-            "1 run, noise 1.35%",
-            "4 blocks",
-        ),
+        ({"verdict_blocks": 3, "noise": 0.0135}, 1, "5%", "81%", "1 run, noise 1.35%", "4 blocks"),
         (
             {"noise": 0.5, "max_slowdown": 0.025},
             24,
@@ -541,9 +526,7 @@ def test_inconclusive_for_ever() -> None:
 
 
 @given(st.floats(-0.1, 0.2), st.floats(0.002, 0.1), st.integers(2, 12), st.integers(1, 30))
-def test_the_blocks_asked_for_would_decide(
-    slowdown: float, spread: float, count: int, runs: int
-) -> None:
+def test_blocks_needed_decide(slowdown: float, spread: float, count: int, runs: int) -> None:
     """With 90 %, and one fewer with less, for a true slowdown and a noise as seen."""
     base = np.full((runs, count), 0.02)
     new = np.repeat(blocks(slowdown, spread, count), runs, axis=0)
@@ -575,9 +558,7 @@ def test_the_blocks_asked_for_would_decide(
 @pytest.mark.parametrize(
     ("again", "text"), [(0.023, "2.3% [1.5, 3.1]"), (-0.023, "-2.3% [-3.1, -1.5]")]
 )
-def test_a_base_that_differs_from_itself_decides_nothing(
-    slowdown: float, again: float, text: str
-) -> None:
+def test_unsteady_base_decides_nothing(slowdown: float, again: float, text: str) -> None:
     # t with 5 degrees of freedom reaches 2.571 standard errors at 2.5 %.
     found = verdict(slowdown, again=again, again_spread=0.0076)
     assert found.outcome == "INCONCLUSIVE"
@@ -608,9 +589,7 @@ def test_what_is_not_shown_of_the_control_does_not_count() -> None:
 )
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("second", [0.1, 1.0, 1 / 3])
-def test_times_without_noise(
-    slowdown: float, outcome: str, p: float, count: int, second: float
-) -> None:
+def test_noiseless(slowdown: float, outcome: str, p: float, count: int, second: float) -> None:
     """Those of a fake clock: nothing is divided by zero, and rounding proves nothing."""
     base = np.full((3, count), second) * np.array([[1.0], [3.0], [7.0]])
     with warnings.catch_warnings():
@@ -804,9 +783,7 @@ def test_swapping_the_revisions_mirrors_the_estimate(seed: int) -> None:
 
 
 @given(seeds, st.lists(st.floats(-0.003, 0.003), min_size=4, max_size=4))
-def test_linear_drift_within_blocks_cancels_in_the_verdict_stage(
-    seed: int, drifts: list[float]
-) -> None:
+def test_linear_drift_cancels_in_verdicts(seed: int, drifts: list[float]) -> None:
     """Of each block its own, and whatever the level at which a block starts."""
     base, new, again = draw(seed)
     start = np.exp(np.random.default_rng(seed).normal(0, 0.1, 4))
