@@ -15,7 +15,7 @@ from torch import nn
 
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import QuantizationError
-from pytest_int8bench.measure import point
+from pytest_int8bench.measure import device_time
 from pytest_int8bench.measure import steps as measure_steps
 from pytest_int8bench.measure.device_rates import RateError, Rates
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
@@ -192,7 +192,7 @@ def test_the_wait_for_the_loader_is_that_of_the_rounds(
     monkeypatch.setattr(Model, "run", run)
     monkeypatch.setattr(Model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
-    monkeypatch.setattr("pytest_int8bench.measure.point._evidence", lambda model, keep: {})
+    monkeypatch.setattr("pytest_int8bench.measure.point.kernels_of", lambda model, keep: None)
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_workers == 3
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
@@ -442,7 +442,7 @@ def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
 
 
 def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
-    """The twin's labels are checked also where it has no test of its own."""
+    """The baseline's labels are checked also where it has no test of its own."""
 
     def build(p: RunParams) -> nn.Module:
         return Toy() if p.int8_enabled else apply_int8_quant(Toy().eval(), mode="w8")
@@ -517,8 +517,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         int8 = dict.fromkeys(sizes, 2e12) if with_int8 else {}
         return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30)
 
-    monkeypatch.setattr(point, "WITH_KERNELS", ("cpu",))
-    monkeypatch.setattr(point, "measure_rates", measure_rates)
+    monkeypatch.setattr(device_time, "WITH_KERNELS", ("cpu",))
+    monkeypatch.setattr(device_time, "measure_rates", measure_rates)
     monkeypatch.setattr(
         Model, "evidence", lambda self, keep=None: PROFILES[self.params.int8_enabled]
     )
@@ -565,7 +565,7 @@ def test_layers_that_stay_in_bf16_count_against_the_ceiling(
 ) -> None:
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(
-        point,
+        device_time,
         "measure_rates",
         lambda sizes, *args, **kwargs: Rates(
             dict.fromkeys(sizes, 1e12), dict.fromkeys(sizes, 2e12), 1e30
@@ -602,7 +602,7 @@ def test_a_ceiling_that_is_not_known_loses_no_measurement(
         raise error
 
     on_a_gpu(monkeypatch)
-    monkeypatch.setattr(point, "measure_rates", fail)
+    monkeypatch.setattr(device_time, "measure_rates", fail)
     result = measure(throughput, make_workload(), W8A8)
     assert (result.status, result.speedup, result.reason) == ("ok", 1.25, None)
     assert (result.ceiling_speedup, result.ceiling_reached) == (None, None)
@@ -655,19 +655,19 @@ def test_only_steps_that_run_are_told() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     workload = make_workload()
-    twin, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
+    baseline, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
 
     measure(throughput, workload, W8A8)
     assert steps.take() == [
-        ("building", twin),
-        ("warming up", twin),
+        ("building", baseline),
+        ("warming up", baseline),
         ("building", candidate),
         ("warming up", candidate),
         ("measuring", candidate),
         ("comparing", candidate),
     ]
     measure(throughput, workload, BF16)
-    assert steps.take() == [("measuring", twin)]
+    assert steps.take() == [("measuring", baseline)]
     measure(throughput, workload, W8)
     assert steps.take() == [
         ("building", other),
