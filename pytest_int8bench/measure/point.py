@@ -11,16 +11,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
+
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.device_time import kernels_of, upper_bound
+from pytest_int8bench.measure.energy import EnergyCounter, counter_of
 from pytest_int8bench.measure.evidence import Keep
 from pytest_int8bench.measure.feeding import FeedWatch, with_cost
 from pytest_int8bench.measure.memory import oom_of, release, requested_bytes
 from pytest_int8bench.measure.model import Model, Ready
 from pytest_int8bench.measure.pool import Key, ModelPool
-from pytest_int8bench.measure.steps import Step, built, interleave, step_label, warmed
+from pytest_int8bench.measure.steps import Step, built, interleave, side_by_side, step_label, warmed
 from pytest_int8bench.measure.timing import Plan, Run, Timer, pilot, summarize
 from pytest_int8bench.measure.traces import Profiles
 from pytest_int8bench.nvml import throttled
@@ -72,6 +75,7 @@ class Throughput:
         profiles: where profiles of points that want one go; None for nowhere.
         timer: a timer that waits for the device.
         step: entered around each long step that really runs.
+        energy_counter: returns the energy counter of a device.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Throughput:
         profiles: Profiles | None = None,
         timer: Timer = synchronized_perf_counter,
         step: Step = lambda action, name: nullcontext(),
+        energy_counter: Callable[[torch.device], EnergyCounter] = counter_of,
     ) -> None:
         self._pool = pool
         self._with_baseline = with_baseline
@@ -90,6 +95,7 @@ class Throughput:
         self._profiles = profiles
         self._timer = timer
         self._step = step
+        self._energy_counter = energy_counter
         self._baseline_s: dict[Key, float] = {}
         self._baseline_oom: set[Key] = set()
 
@@ -229,18 +235,24 @@ class Throughput:
                 min_batches=params.min_batches_per_interval,
             )
             watch = FeedWatch(model)
+            counter = self._energy_counter(model.device)
             with model.compiled.no_compilation():
+                start = counter.next_step()
                 times = time_rounds(model.run, plan)
+                end_s = self._timer()
             feeding = watch.waited()
         after = gpu_state()
+        watts = counter.watts(start, end_s)
+        timing = summarize(times)
         rounds = Rounds(
-            timing=summarize(times),
+            timing=timing,
             count=len(times),
             iterations=plan.iterations,
             synchronization_share=plan.synchronization_share,
             gpu_before=before,
             gpu_after=after,
             throttled=sorted({*throttled(before), *throttled(after)}),
+            joules_per_batch=None if watts is None else watts * timing.mean_s,
         )
         return rounds, feeding
 
@@ -259,7 +271,7 @@ class Throughput:
         apart = None if apart_s is None else apart_s / candidate_s
         if baseline is not None:
             try:
-                comparison = self._alternate(baseline, candidate)
+                comparison = self._alternate(baseline, candidate, candidate_s)
             except Exception as error:
                 if oom_of(error) is None:
                     raise
@@ -277,14 +289,40 @@ class Throughput:
             return None, problem
         return Comparison(speedup=apart, method="separate"), problem
 
-    def _alternate(self, baseline: Model, candidate: Model) -> Comparison:
-        """Measure the speedup in alternating blocks."""
+    def _alternate(self, baseline: Model, candidate: Model, candidate_s: float) -> Comparison:
+        """Measure the speedup in alternating blocks, and then what energy both take."""
         interval_s = candidate.params.benchmark_interval_s
         with self._step("comparing", step_label(candidate.workload, candidate.params)):
             speedup = interleave(baseline, candidate, self._timer, interval_s)
+            batch_s = (speedup.ratio * candidate_s, candidate_s)
+            energy_ratio = self._energy_ratio(baseline, candidate, batch_s)
         return Comparison(
-            speedup=speedup.ratio, low=speedup.low, high=speedup.high, method="interleaved"
+            speedup=speedup.ratio,
+            low=speedup.low,
+            high=speedup.high,
+            method="interleaved",
+            energy_ratio=energy_ratio,
         )
+
+    def _energy_ratio(
+        self, baseline: Model, candidate: Model, batch_s: tuple[float, float]
+    ) -> float | None:
+        """Return the baseline's energy over the candidate's, or None where it is not known."""
+        counter = self._energy_counter(candidate.device)
+        try:
+            with side_by_side(baseline, candidate):
+                return counter.ratio(
+                    baseline.run,
+                    candidate.run,
+                    self._timer,
+                    batch_s=batch_s,
+                    interval_s=candidate.params.benchmark_interval_s,
+                )
+        except Exception as error:
+            if oom_of(error) is None:
+                raise
+            release(error)
+        return None
 
     def _keep(self, model: Model) -> Keep | None:
         """Return what writes the profile of the point down, where one is wanted."""

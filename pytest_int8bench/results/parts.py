@@ -105,7 +105,7 @@ class FeedingCost:
 class Feeding:
     """How a model was fed from the host during the rounds."""
 
-    workers: int
+    workers: int | None
     wait_s: float
     """Seconds per batch that the host waited for the loader."""
     cost: FeedingCost | None = None

@@ -243,8 +243,8 @@ class Result(Record):
     samples_per_joule: float | None = None
     """Its inverse."""
     energy_ratio: float | None = None
-    """Joules per sample of the baseline over those of the candidate, from the alternating blocks
-    of the speedup: above 1, INT8 saves energy."""
+    """Joules per sample of the baseline over those of the candidate, from one long block of each
+    after the speedup: above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
     worker: dict[str, Any] | None = None
@@ -319,6 +319,18 @@ class Result(Record):
             rounds=rounds.count,
             iterations=rounds.iterations,
             synchronization_share=rounds.synchronization_share,
+            gpu_before=None if rounds.gpu_before is None else dict(rounds.gpu_before),
+            gpu_after=None if rounds.gpu_after is None else dict(rounds.gpu_after),
+            throttled=list(rounds.throttled),
+            joules_per_sample=joules,
+            samples_per_joule=None if joules is None else 1 / joules,
+        )
+        result = result._with_setup(setup)._with_feeding(feeding)._with_comparison(comparison)
+        return result._with_kernels(kernels)._with_upper_bound(bound)
+
+    def _with_setup(self, setup: parts.Setup) -> Self:
+        return replace(
+            self,
             peak_memory_bytes=setup.peak_memory_bytes,
             compile_s=setup.compile_s,
             compile_cache=setup.compile_cache,
@@ -328,14 +340,7 @@ class Result(Record):
             regions=setup.regions,
             regions_refused=setup.regions_refused,
             attention_backend=setup.attention_backend,
-            gpu_before=None if rounds.gpu_before is None else dict(rounds.gpu_before),
-            gpu_after=None if rounds.gpu_after is None else dict(rounds.gpu_after),
-            throttled=list(rounds.throttled),
-            joules_per_sample=joules,
-            samples_per_joule=None if joules is None else 1 / joules,
         )
-        result = result._with_feeding(feeding)._with_comparison(comparison)
-        return result._with_kernels(kernels)._with_upper_bound(bound)
 
     def _with_feeding(self, feeding: parts.Feeding | None) -> Self:
         if feeding is None:

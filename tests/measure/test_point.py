@@ -18,6 +18,7 @@ from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure import device_time
 from pytest_int8bench.measure import steps as measure_steps
 from pytest_int8bench.measure.device_rates import RateError, Rates
+from pytest_int8bench.measure.energy import EnergyCounter, Step
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.measure.model import Model
@@ -242,6 +243,88 @@ def test_without_baselines_there_is_no_speedup() -> None:
     assert len(built) == 1
     measure(throughput, workload, BF16)
     assert measure(throughput, workload, W8A8).speedup is None
+
+
+# -- energy -------------------------------------------------------------------------------------
+
+
+class Counter(EnergyCounter):
+    """Says 200 W for any work, and a ratio of 1.5; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def next_step(self) -> Step | None:
+        self.asked.append("start")
+        return Step(10.0, 1.0)
+
+    def watts(self, start: Step | None, end_s: float) -> float | None:
+        assert start == Step(10.0, 1.0)
+        self.asked.append("end")
+        return 200.0
+
+    def ratio(
+        self,
+        first: Run,
+        second: Run,
+        timer: Timer,
+        *,
+        batch_s: tuple[float, float],
+        interval_s: float,
+    ) -> float | None:
+        self.asked.append((batch_s, interval_s))
+        first()
+        second()
+        return 1.5
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_energy_of_a_sample_is_that_of_the_rounds(feed: str) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    told: list[Any] = []
+
+    def rounds(run: Run, plan: Plan) -> list[float]:
+        told.append(list(counter.asked))
+        run()
+        return [0.5, 0.25, 4.5]
+
+    params = BF16.replace(feed=feed)
+    result = throughput.measure(make_workload(), params, rounds, nodeid="a")
+    # 200 W for the mean of 1.75 s, over 32 samples.
+    assert result.joules_per_sample == pytest.approx(200 * 1.75 / 32)
+    assert result.samples_per_joule == pytest.approx(32 / (200 * 1.75))
+    assert result.energy_ratio is None
+    assert told == [["start"]]
+    assert counter.asked == ["start", "end"]
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_energy_of_both_is_compared_after_the_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    monkeypatch.setattr(
+        measure_steps, "measure_speedup", lambda *args, **kwargs: Speedup(1.25, 1.2, 1.3, 6)
+    )
+    result = throughput.measure(make_workload(), W8A8, lambda run, plan: [0.5] * 5, nodeid="a")
+    assert (result.speedup, result.energy_ratio) == (1.25, 1.5)
+    assert counter.asked == ["start", "end", ((0.625, 0.5), W8A8.benchmark_interval_s)]
+
+
+def test_running_out_of_memory_in_the_energy_keeps_the_speedup() -> None:
+    class Full(Counter):
+        def ratio(self, *args: Any, **kwargs: Any) -> float | None:
+            raise torch.OutOfMemoryError(ASKED)
+
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: Full())
+    result = measure(throughput, make_workload(), W8A8)
+    assert (result.status, result.reason, result.speedup_method) == ("ok", None, "interleaved")
+    assert (result.energy_ratio, result.joules_per_sample is not None) == (None, True)
+
+
+def test_a_cpu_has_no_energy(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(), W8A8)
+    assert result.joules_per_sample is result.samples_per_joule is result.energy_ratio is None
 
 
 # -- out of memory ------------------------------------------------------------------------------
