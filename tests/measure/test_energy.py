@@ -163,6 +163,25 @@ def test_a_step_during_a_slow_reading_is_not_precise() -> None:
     assert step.at_s == pytest.approx(0.2, abs=0.006)
 
 
+def test_slow_readings_do_not_make_steps_longer() -> None:
+    gpu = FakeGpu()
+    start = gpu.counter().next_step()
+    gpu.work(1.0, 700.0)
+    end_s = gpu.now
+    moved = False
+
+    def answer(joules: float) -> float:
+        nonlocal moved
+        if not moved and gpu.now > math.ceil(end_s / 0.1) * 0.1 + 0.1:  # the second step since
+            moved = True
+            gpu.now += 0.03
+        return joules
+
+    gpu.answer = answer
+    assert gpu.counter().watts(start, end_s) == pytest.approx(700.0, rel=0.01)
+    assert moved
+
+
 def test_a_counter_that_never_answers_is_read_once() -> None:
     gpu = FakeGpu()
     gpu.answer = lambda joules: None
