@@ -223,7 +223,7 @@ class Guardrail:
         return found
 
     def _key(self, workload: Workload, params: RunParams) -> _Key:
-        return self.pool.key(workload, params).twin(), part_key(workload.evaluation)
+        return self.pool.key(workload, params).baseline(), part_key(workload.evaluation)
 
     def candidate(self, workload: Workload, params: RunParams) -> Model:
         """Return the candidate, ready; without the baseline where both do not fit in memory."""

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from pytest_int8bench.errors import QuantizationError
-from pytest_int8bench.measure import point
+from pytest_int8bench.measure import device_time
 from pytest_int8bench.measure import steps as measure_steps
 from pytest_int8bench.measure.device_rates import RateError, Rates
+from pytest_int8bench.measure.energy import EnergyCounter, Step
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.measure.model import Model
@@ -157,7 +158,7 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
     monkeypatch.setattr(Model, "run", run)
     monkeypatch.setattr(Model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
-    monkeypatch.setattr("pytest_int8bench.measure.point._evidence", lambda model, keep: {})
+    monkeypatch.setattr("pytest_int8bench.measure.point.kernels_of", lambda model, keep: None)
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_workers == 3
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
@@ -207,6 +208,88 @@ def test_without_baselines_there_is_no_speedup() -> None:
     assert len(built) == 1
     measure(throughput, workload, BF16)
     assert measure(throughput, workload, W8A8).speedup is None
+
+
+# -- energy -------------------------------------------------------------------------------------
+
+
+class Counter(EnergyCounter):
+    """Says 200 W for any work, and a ratio of 1.5; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def next_step(self) -> Step | None:
+        self.asked.append("start")
+        return Step(10.0, 1.0)
+
+    def watts(self, start: Step | None, end_s: float) -> float | None:
+        assert start == Step(10.0, 1.0)
+        self.asked.append("end")
+        return 200.0
+
+    def ratio(
+        self,
+        first: Run,
+        second: Run,
+        timer: Timer,
+        *,
+        batch_s: tuple[float, float],
+        interval_s: float,
+    ) -> float | None:
+        self.asked.append((batch_s, interval_s))
+        first()
+        second()
+        return 1.5
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_energy_of_a_sample_is_that_of_the_rounds(feed: str) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    told: list[Any] = []
+
+    def rounds(run: Run, plan: Plan) -> list[float]:
+        told.append(list(counter.asked))
+        run()
+        return [0.5, 0.25, 4.5]
+
+    params = BF16.replace(feed=feed)
+    result = throughput.measure(make_workload(), params, rounds, nodeid="a")
+    # 200 W for the mean of 1.75 s, over 32 samples.
+    assert result.joules_per_sample == pytest.approx(200 * 1.75 / 32)
+    assert result.samples_per_joule == pytest.approx(32 / (200 * 1.75))
+    assert result.energy_ratio is None
+    assert told == [["start"]]
+    assert counter.asked == ["start", "end"]
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_energy_of_both_is_compared_after_the_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    monkeypatch.setattr(
+        measure_steps, "measure_speedup", lambda *args, **kwargs: Speedup(1.25, 1.2, 1.3, 6)
+    )
+    result = throughput.measure(make_workload(), W8A8, lambda run, plan: [0.5] * 5, nodeid="a")
+    assert (result.speedup, result.energy_ratio) == (1.25, 1.5)
+    assert counter.asked == ["start", "end", ((0.625, 0.5), W8A8.benchmark_interval_s)]
+
+
+def test_running_out_of_memory_in_the_energy_keeps_the_speedup() -> None:
+    class Full(Counter):
+        def ratio(self, *args: Any, **kwargs: Any) -> float | None:
+            raise torch.OutOfMemoryError(ASKED)
+
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: Full())
+    result = measure(throughput, make_workload(), W8A8)
+    assert (result.status, result.reason, result.speedup_method) == ("ok", None, "interleaved")
+    assert (result.energy_ratio, result.joules_per_sample is not None) == (None, True)
+
+
+def test_a_cpu_has_no_energy(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(), W8A8)
+    assert result.joules_per_sample is result.samples_per_joule is result.energy_ratio is None
 
 
 # -- out of memory ------------------------------------------------------------------------------
@@ -401,7 +484,7 @@ def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
 
 
 def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
-    """The twin's labels are checked also where it has no test of its own."""
+    """The baseline's labels are checked also where it has no test of its own."""
 
     def build(p: RunParams) -> nn.Module:
         return Mlp() if p.int8_enabled else apply_int8_quant(Mlp().eval(), mode="w8")
@@ -471,8 +554,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         int8 = dict.fromkeys(sizes, 2e12) if with_int8 else {}
         return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30)
 
-    monkeypatch.setattr(point, "WITH_KERNELS", ("cpu",))
-    monkeypatch.setattr(point, "measure_rates", measure_rates)
+    monkeypatch.setattr(device_time, "WITH_KERNELS", ("cpu",))
+    monkeypatch.setattr(device_time, "measure_rates", measure_rates)
     monkeypatch.setattr(
         Model, "evidence", lambda self, keep=None: PROFILES[self.params.int8_enabled]
     )
@@ -515,7 +598,7 @@ def test_w8_ceiling_at_many_rows(throughput: Throughput, monkeypatch: pytest.Mon
 def test_bf16_layers_in_ceiling(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(
-        point,
+        device_time,
         "measure_rates",
         lambda sizes, *args, **kwargs: Rates(
             dict.fromkeys(sizes, 1e12), dict.fromkeys(sizes, 2e12), 1e30
@@ -550,7 +633,7 @@ def test_a_ceiling_that_is_not_known_loses_no_measurement(
         raise error
 
     on_a_gpu(monkeypatch)
-    monkeypatch.setattr(point, "measure_rates", fail)
+    monkeypatch.setattr(device_time, "measure_rates", fail)
     result = measure(throughput, make_workload(), W8A8)
     assert (result.status, result.speedup, result.reason) == ("ok", 1.25, None)
     assert (result.ceiling_speedup, result.ceiling_reached) == (None, None)
@@ -601,19 +684,19 @@ def test_only_steps_that_run_are_told() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     workload = make_workload()
-    twin, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
+    baseline, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
 
     measure(throughput, workload, W8A8)
     assert steps.take() == [
-        ("building", twin),
-        ("warming up", twin),
+        ("building", baseline),
+        ("warming up", baseline),
         ("building", candidate),
         ("warming up", candidate),
         ("measuring", candidate),
         ("comparing", candidate),
     ]
     measure(throughput, workload, BF16)
-    assert steps.take() == [("measuring", twin)]
+    assert steps.take() == [("measuring", baseline)]
     measure(throughput, workload, W8)
     assert steps.take() == [
         ("building", other),
