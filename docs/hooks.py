@@ -58,13 +58,19 @@ def options(holder: str, *names: str) -> str:
 
 def sweeps(holder: str) -> str:
     """Return a table of the sweep keys but ``all``."""
+    sweeps = _import(holder)
     rows = [
-        (f"`{key}`", f"`{field}`", ", ".join(f"`{value}`" for value in values))
-        for key, axes in _import(holder).items()
+        (
+            f"`{key}`",
+            f"`{field}`",
+            ", ".join(f"`{value}`" for value in values),
+            sweeps.help.get(key, ""),
+        )
+        for key, axes in sweeps.items()
         if key != "all"
         for field, values in axes.items()
     ]
-    return _table(("key", "field", "values"), rows)
+    return _table(("key", "field", "values", "meaning"), rows)
 
 
 def metrics(holder: str) -> str:

@@ -315,7 +315,15 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
             "options",
             ["<code>--int8-journal PATH</code>", None, "a new file in .benchmarks/int8bench"],
         ),
-        ("options", ["<code>patch</code>", "<code>patch_size</code>", None]),
+        (
+            "options",
+            [
+                "<code>patch</code>",
+                "<code>patch_size</code>",
+                None,
+                "patch height and width in pixels",
+            ],
+        ),
         ("options", ["<code>batch_size</code>", "<code>128</code>", "Samples per forward."]),
         ("options", ["<code>extra</code>", "<code>{}</code>", None]),
         ("workloads", ["<code>build</code>", "needed", None]),
