@@ -73,6 +73,12 @@ def sweeps(holder: str) -> str:
     return _table(("key", "field", "values", "meaning"), rows)
 
 
+def workloads(holder: str) -> str:
+    """Return a table of the workloads that have a name."""
+    rows = [(f"`{row.usage}`", row.help, f"`{row.extra}`") for row in _import(holder)]
+    return _table(("workload", "what it is", "extra"), rows)
+
+
 def metrics(holder: str) -> str:
     """Return a table of the metrics that the gate compares, with their limits."""
     rows = [
@@ -117,7 +123,7 @@ def fixtures(path: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
-    for table in (options, sweeps, metrics, meanings, fields, record, fixtures)
+    for table in (options, sweeps, workloads, metrics, meanings, fields, record, fixtures)
 }
 
 

@@ -15,6 +15,12 @@ from pytest_int8bench.gate.rules import (
 )
 from pytest_int8bench.plugin.pytest_benchmark import STORAGE
 from pytest_int8bench.sweep import SWEEPS
+from pytest_int8bench.workloads.registry import (
+    GROUP,
+    OLMOEARTH,
+    REFERENCE_FORMS,
+    built_in_names,
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ OPTIONS = {
         ),
         Option(
             "workload",
-            "What to measure: olmoearth, digits, timm:NAME, hf:NAME, module:callable or "
-            "path.py:callable returning a Workload. Default: olmoearth",
+            f"What to measure: {', '.join(built_in_names())}, a name of the entry-point group "
+            f"{GROUP}, or {REFERENCE_FORMS} returning a Workload. Default: {OLMOEARTH}",
             "NAME",
         ),
         Option(
@@ -228,13 +234,10 @@ def check_forced_product() -> None:
 
 def check_workload(values: dict[str, Any]) -> None:
     """Refuse data for another workload than OlmoEarth."""
-    if "eval_data" in values and "workload" in values:
-        from pytest_int8bench.workloads.registry import OLMOEARTH
-
-        if values["workload"] != OLMOEARTH:
-            raise pytest.UsageError(
-                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
-            )
+    if "eval_data" in values and "workload" in values and values["workload"] != OLMOEARTH:
+        raise pytest.UsageError(
+            f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+        )
 
 
 def check_fields(values: dict[str, Any]) -> None:
