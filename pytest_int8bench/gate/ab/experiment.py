@@ -19,8 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pytest_int8bench.environment import differences
-from pytest_int8bench.gate.ab.design import judge, screen
 from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
+from pytest_int8bench.gate.ab.judging import judge, screen
 from pytest_int8bench.gate.ab.matching import (
     block_times,
     match_runs,
