@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from pytest_int8bench import files
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.gate.ab import experiment
+from pytest_int8bench.gate.ab import blocks, experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
 from pytest_int8bench.gate.ab.design import Design, DesignError
 from pytest_int8bench.gate.ab.journal import AbError
@@ -126,7 +126,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         gmtime=lambda: machine.now,
         strftime=lambda form, now: f"{now:.0f}",
     )
-    for module in (experiment, files):
+    for module in (blocks, files):
         monkeypatch.setattr(module, "time", clock)
     return machine
 
@@ -740,7 +740,7 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
         def killed(*_: object) -> Iterator[str]:
             raise KeyboardInterrupt
 
-        patch.setattr(experiment, "throttle_reasons", killed)
+        patch.setattr(blocks, "throttle_reasons", killed)
         with pytest.raises(KeyboardInterrupt):
             compare()
     assert len(machine.calls) == 4
