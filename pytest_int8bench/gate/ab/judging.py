@@ -110,10 +110,6 @@ def judge(base: ArrayLike, new: ArrayLike, base_again: ArrayLike, design: Design
     than two blocks, or if the base differs from itself by more than the margin: whatever moved it
     may have moved the new revision, so that nothing is said about that.
 
-    The control is tested in both directions at half the level, and not corrected for the number
-    of runs. That is the cautious side: a correction would call fewer machines unsteady, and so
-    let more verdicts stand.
-
     Args:
         base: seconds, of shape (runs, blocks).
         new: seconds, of the same shape.
@@ -130,11 +126,9 @@ def judge(base: ArrayLike, new: ArrayLike, base_again: ArrayLike, design: Design
         return [_too_few(blocks, design) for _ in range(runs)]
     ratios = _Ratios(between - (before + after) / 2, VERDICT_VARIANCE)
     control = _Ratios(after - before, SCREENING_VARIANCE)
-    margin = math.log1p(design.margin)
-    p = ratios.p_over(margin)
+    p = ratios.p_over(math.log1p(design.margin))
     p_holm = holm(p)
-    is_unsteady = control.low(design.level / 2) > margin + ROUNDING
-    is_unsteady |= control.high(design.level / 2) < -margin - ROUNDING
+    is_unsteady = _is_unsteady(control, design)
     is_excluded = ratios.high(design.level) < math.log1p(design.max_slowdown)
     estimates = ratios.estimates(design.level)
     controls = control.estimates(design.level / 2)
@@ -144,10 +138,8 @@ def judge(base: ArrayLike, new: ArrayLike, base_again: ArrayLike, design: Design
         outcome: Outcome = "INCONCLUSIVE"
         reason, needed = None, None
         if is_unsteady[run]:
-            reason = (
-                f"base differs from itself by {_interval(controls[run])}: "
-                "the machine was not steady"
-            )
+            shown = _interval(controls[run])
+            reason = f"base differs from itself by {shown}: the machine was not steady"
         elif p_holm[run] <= design.level:
             outcome = "FAIL"
         elif is_excluded[run]:
@@ -167,6 +159,18 @@ def judge(base: ArrayLike, new: ArrayLike, base_again: ArrayLike, design: Design
             )
         )
     return judged
+
+
+def _is_unsteady(control: _Ratios, design: Design) -> NDArray[np.bool_]:
+    """Return for each run whether the base differs from itself by more than the margin.
+
+    The control is tested in both directions at half the level, and not corrected for the number
+    of runs. That is the cautious side: a correction would call fewer machines unsteady, and so
+    let more verdicts stand.
+    """
+    limit = math.log1p(design.margin) + ROUNDING
+    slower, faster = control.low(design.level / 2) > limit, control.high(design.level / 2) < -limit
+    return np.logical_or(slower, faster)
 
 
 def holm(p: ArrayLike) -> Floats:
