@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from pytest_int8bench.processes.running import (
     NO_TESTS,
     ending,
     is_pytests,
-    wait,
+    run,
 )
 from pytest_int8bench.report import wandb
 from pytest_int8bench.report.terminal import render
@@ -240,9 +239,10 @@ class ThroughputBenchmarkRunner:
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         sys.stdout.flush()
-        return wait(
-            subprocess.Popen([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
-        )
+        try:
+            return run([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
+        except KeyboardInterrupt:  # after pytest has said what it has to say
+            return INTERRUPTED
 
     def _note_killed(self, code: int, handover: Handover, part: Path) -> Result:
         """Write the point that took the process down into its journal, as failed."""
