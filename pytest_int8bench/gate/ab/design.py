@@ -15,6 +15,7 @@ multiple testing: Holm's correction counts the flagged runs only.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from pytest_int8bench.errors import ClearError
@@ -138,12 +139,9 @@ def fewest_blocks(
     def enough(blocks: int) -> bool:
         return any(_power(gap, spread, level, blocks) >= power for gap, level in tests)
 
-    # The power grows with the blocks.
-    low, high = 1, MOST_BLOCKS + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high if high <= MOST_BLOCKS else None
+    numbers = range(2, MOST_BLOCKS + 1)
+    fewest = bisect_left(numbers, True, key=enough)  # the power grows with the blocks
+    return numbers[fewest] if fewest < len(numbers) else None
 
 
 def _power(gap: float, spread: float, level: float, blocks: int) -> float:
