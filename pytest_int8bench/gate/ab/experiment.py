@@ -19,6 +19,7 @@ from pytest_int8bench.gate.ab.blocks import BlockRunner
 from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
 from pytest_int8bench.gate.ab.judging import judge, screen
 from pytest_int8bench.gate.ab.matching import (
+    BlockTimes,
     block_times,
     match_runs,
     median_or_none,
@@ -65,7 +66,11 @@ def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
         with worktrees(plan.root, revisions) as trees:
             sides = {key: _side(plan, folder, journal, key, trees[key]) for key in revisions}
             blocks = BlockRunner(plan, sides, journal, tell)
-            result = _Experiment(plan, sides, journal, blocks, tell).run()
+            if plan.install is not None:
+                for side in sides.values():
+                    tell(f"installing {side.revision.label}")
+                    side.install(plan.install)
+            result = _Experiment(plan, journal, blocks, tell).run()
         _prune_caches(folder / "cache")
         if not blocks.is_cut_short:
             journal.finish()
@@ -123,23 +128,17 @@ class _Experiment:
     def __init__(
         self,
         plan: Plan,
-        sides: Mapping[str, Side],
         journal: AbJournal,
         blocks: BlockRunner,
         tell: Callable[[str], None],
     ) -> None:
         self._plan = plan
-        self._sides = sides
         self._journal = journal
         self._blocks = blocks
         self._tell = tell
         self._statistic = MEDIAN
 
     def run(self) -> AbResult:
-        if self._plan.install is not None:
-            for side in self._sides.values():
-                self._tell(f"installing {side.revision.label}")
-                side.install(self._plan.install)
         warm = self._blocks.warm_up()
         found = match_runs(warm[BASE], warm[NEW], allow_missing=self._plan.allow_missing)
         compared = [identity for identity, run in found.items() if run is None]
@@ -186,13 +185,10 @@ class _Experiment:
         return FASTEST if gpu is None and has_fastest else MEDIAN
 
     def _screen(self, compared: Sequence[Identity]) -> dict[Identity, AbRun]:
-        blocks = self._blocks.measure(SCREENING, self._plan.design.screening_blocks, compared)
-        times, broken = block_times(SCREENING, blocks, compared, FIELDS[self._statistic])
-        kept = [identity for identity in compared if identity not in broken]
-        before, after = to_arrays(times, kept, 2)
-        outcomes = screen(before, after, self._plan.design) if kept else []
-        found = {identity: self._broken(identity, broken[identity]) for identity in broken}
-        for identity, screened in zip(kept, outcomes, strict=True):
+        times, found = self._measure(SCREENING, self._plan.design.screening_blocks, compared)
+        base, new = to_arrays(times, 2)
+        outcomes = screen(base, new, self._plan.design) if times else []
+        for identity, screened in zip(times, outcomes, strict=True):
             found[identity] = self._entry(
                 identity, times[identity], "PASS", PASSES, screened=screened
             )
@@ -203,15 +199,12 @@ class _Experiment:
     ) -> dict[Identity, AbRun]:
         names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
         self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
-        blocks = self._blocks.measure(VERDICT, self._plan.design.verdict_blocks, flagged)
-        times, broken = block_times(VERDICT, blocks, flagged, FIELDS[self._statistic])
-        kept = [identity for identity in flagged if identity not in broken]
-        before, after, again = to_arrays(times, kept, 3)
-        outcomes = judge(before, after, again, self._plan.design) if kept else []
-        found = {identity: self._broken(identity, broken[identity]) for identity in broken}
+        times, found = self._measure(VERDICT, self._plan.design.verdict_blocks, flagged)
+        base, new, base_again = to_arrays(times, 3)
+        outcomes = judge(base, new, base_again, self._plan.design) if times else []
         undecided = PASSES if self._plan.allow_inconclusive else UNDECIDED
         codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": undecided}
-        for identity, judged in zip(kept, outcomes, strict=True):
+        for identity, judged in zip(times, outcomes, strict=True):
             found[identity] = self._entry(
                 identity,
                 times[identity],
@@ -223,7 +216,17 @@ class _Experiment:
             )
         return found
 
-    # -- entries ------------------------------------------------------------------------------
+    def _measure(
+        self, stage: str, count: int, identities: Sequence[Identity]
+    ) -> tuple[BlockTimes, dict[Identity, AbRun]]:
+        """Return the times of the runs that have them, and the entries of those that failed."""
+        blocks = self._blocks.measure(stage, count, identities)
+        times, broken = block_times(stage, blocks, identities, FIELDS[self._statistic])
+        failed = {
+            identity: self._entry(identity, (), "failed", UNDECIDED, reason=reason)
+            for identity, reason in broken.items()
+        }
+        return {i: seconds for i, seconds in times.items() if i not in broken}, failed
 
     def _entry(
         self,
@@ -233,9 +236,7 @@ class _Experiment:
         exit_code: int,
         **values: Any,
     ) -> AbRun:
-        base = [
-            block[position] for block in times for position in range(len(block)) if position != 1
-        ]
+        base = [seconds for block in times for seconds in (block[0], *block[2:])]
         return AbRun(
             nodeid=identity[0],
             workload=identity[1],
@@ -245,16 +246,6 @@ class _Experiment:
             base_s=median_or_none(base),
             new_s=median_or_none([block[1] for block in times]),
             **values,
-        )
-
-    def _broken(self, identity: Identity, reason: str) -> AbRun:
-        return AbRun(
-            nodeid=identity[0],
-            workload=identity[1],
-            run_name=self._name(identity),
-            outcome="failed",
-            exit_code=UNDECIDED,
-            reason=reason,
         )
 
     def _name(self, identity: Identity) -> str:
