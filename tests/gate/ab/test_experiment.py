@@ -11,14 +11,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from filelock import FileLock
 
+from pytest_int8bench import files
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.gate.ab import experiment, matching
-from pytest_int8bench.gate.ab import journal as ab_journal
+from pytest_int8bench.gate.ab import blocks, experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
 from pytest_int8bench.gate.ab.design import Design, DesignError, Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.journal import AbError
@@ -118,7 +118,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         gmtime=lambda: machine.now,
         strftime=lambda form, now: f"{now:.0f}",
     )
-    for module in (experiment, ab_journal):
+    for module in (blocks, files):
         monkeypatch.setattr(module, "time", clock)
     return machine
 
@@ -709,7 +709,7 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
         def killed(*_: object) -> Iterator[str]:
             raise KeyboardInterrupt
 
-        patch.setattr(matching, "throttle_reasons", killed)
+        patch.setattr(blocks, "throttle_reasons", killed)
         with pytest.raises(KeyboardInterrupt):
             compare()
     assert len(machine.calls) == 4
@@ -838,18 +838,21 @@ def test_the_same_comparison_by_another_name_goes_on(
 class FullDisk:
     """Takes what fits."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        self.path, self.room = path, room
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self._room = file, room
 
     def __enter__(self) -> FullDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._file.close()
 
-    def write(self, text: str) -> None:
-        with open(self.path, "ab") as file:
-            file.write(text.encode()[: self.room])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data[: self._room])
+        self._file.flush()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -860,9 +863,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
     with monkeypatch.context() as patch:
 
         def full(path: Path, mode: str = "r", **options: Any) -> Any:
-            if path.suffix == ".jsonl" and mode == "a" and machine.number == 5:
-                return FullDisk(path, 20)
-            return opened(path, mode, **options)
+            file = opened(path, mode, **options)
+            is_full = path.suffix == ".jsonl" and mode == "ab" and machine.number == 5
+            return FullDisk(file, 20) if is_full else file
 
         patch.setattr(Path, "open", full)
         with pytest.raises(AbError) as caught:

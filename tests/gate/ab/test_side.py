@@ -84,7 +84,7 @@ def side(tmp_path: Path) -> Side:
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     process = Process()
-    monkeypatch.setattr(module, "_run", process.run)
+    monkeypatch.setattr(module, "run", process.run)
     return process
 
 
@@ -393,7 +393,7 @@ def test_headerless_journal(side: Side, process: Process, monkeypatch: pytest.Mo
         SideFiles(Path(env["INT8BENCH_SIDE"])).journal.write_text("")
         return code
 
-    monkeypatch.setattr(module, "_run", truncated)
+    monkeypatch.setattr(module, "run", truncated)
     assert "pytest measured nothing: no test ran" in refusal(side)
 
 
