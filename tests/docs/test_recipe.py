@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(config, items):
     import subprocess
     from pathlib import Path
 
-    from pytest_int8bench.results import Journal, Result
+    from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result
 
     if not config.getoption("int8_lean"):
         return

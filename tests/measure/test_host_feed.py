@@ -409,7 +409,7 @@ def test_loader_errors_propagate_and_close(monkeypatch: pytest.MonkeyPatch) -> N
 FEEDING = """
 import itertools
 import torch
-from pytest_int8bench.feed import HostFeed
+from pytest_int8bench.measure.host_feed import HostFeed
 
 if __name__ == "__main__":
     feed = HostFeed((torch.ones(4, 4),), torch.device("cpu"), samples=4, workers=1)

@@ -20,8 +20,9 @@ from pytest_int8bench import files
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.ab import blocks, experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
-from pytest_int8bench.gate.ab.design import Design, DesignError, Estimate, Judged, Screened
+from pytest_int8bench.gate.ab.design import Design, DesignError
 from pytest_int8bench.gate.ab.journal import AbError
+from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.side import Measured, Side
 from pytest_int8bench.gate.ab.worktrees import Revision
