@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pytest_int8bench.processes.running import ending, stop, wait
+from pytest_int8bench.processes.running import ending, run
 from pytest_int8bench.processes.scan_request import ScanRequest
 
 _SUITE = Path(__file__).parents[1] / "suite"
@@ -58,24 +57,21 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     environ = {**os.environ, **request.to_env_vars()}
     environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     sys.stdout.flush()
-    code = _finish(subprocess.Popen([*command, *pytest_args], env=environ))
+    code = _run([*command, *pytest_args], environ)
     if code >= 0:
         return code
     print(f"int8bench sensitivity: {ending(code)}", file=sys.stderr)
     return 128 - code
 
 
-def _finish(process: subprocess.Popen[bytes]) -> int:
-    """Wait for ``process`` and return its exit code; it ends with this one on SIGTERM."""
+def _run(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run ``command`` and return its exit code; SIGTERM ends it with this process."""
     try:
         before = signal.signal(signal.SIGTERM, _exit)
     except ValueError:  # not the main thread, where signals arrive
-        return wait(process)
+        return run(command, cwd=Path.cwd(), env=environ)
     try:
-        return wait(process)
-    except SystemExit:
-        stop(process)
-        raise
+        return run(command, cwd=Path.cwd(), env=environ)
     finally:
         signal.signal(signal.SIGTERM, before)
 
