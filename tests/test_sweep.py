@@ -74,9 +74,7 @@ def typed(values: list[Any]) -> set[tuple[type, Any]]:
 
 def test_sweep_keys() -> None:
     expected: dict[str, dict[str, list[Any]]] = {
-        "batch": {
-            "batch_size": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192],
-        },
+        "batch": {"batch_size": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]},
         "image": {"image_size": [1, 2, 4, 8, 16, 32, 64, 128]},
         "patch": {"patch_size": [1, 2, 4, 8]},
         "time": {"num_timesteps": [1, 2, 4, 6, 8, 12]},
@@ -270,9 +268,7 @@ def test_cross_product_counts(default: RunParams, axes: dict[str, list[Any]]) ->
 
 
 @given(defaults, axes_strategy, st.booleans())
-def test_points_and_names_are_unique_and_their_order_is_stable(
-    default: RunParams, axes: dict[str, list[Any]], cross_product: bool
-) -> None:
+def test_unique_points(default: RunParams, axes: dict[str, list[Any]], cross_product: bool) -> None:
     points = expand(default, axes, cross_product=cross_product)
     assert len(set(points)) == len(points)
     assert len({point.run_name for point in points}) == len(points)
@@ -280,9 +276,7 @@ def test_points_and_names_are_unique_and_their_order_is_stable(
 
 
 @given(defaults, axes_strategy)
-def test_points_take_their_values_from_the_axes(
-    default: RunParams, axes: dict[str, list[Any]]
-) -> None:
+def test_points_come_from_the_axes(default: RunParams, axes: dict[str, list[Any]]) -> None:
     for point in expand(default, axes):
         differs = [name for name in axes if field_of(point, name) != field_of(default, name)]
         assert len(differs) <= 1

@@ -12,12 +12,12 @@ import importlib.util
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.files import timestamp
 from pytest_int8bench.results.records import Accuracy, Record, Result, Saved
 
 #: The project where neither ``WANDB_PROJECT`` nor a settings file of wandb names one.
@@ -183,7 +183,7 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
     import wandb
 
     settings = wandb.setup().settings
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    stamp = timestamp()
     for tracked in runs:
         run = wandb.init(
             name=tracked.name,

@@ -226,9 +226,7 @@ def check_int8bench(
     check_pytest(pytester, [*rest, *words[at + 1 :]])
 
 
-def test_a_command_that_is_wrong_is_noticed(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detects_wrong_command(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.UsageError, match="unrecognized arguments: --int8-modes"):
         check_pytest(pytester, ["benchmarks", "--int8-modes=w8a8"])
     with pytest.raises(pytest.UsageError, match="--int8-mode: must be one or more of"):

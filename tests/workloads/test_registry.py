@@ -155,9 +155,7 @@ def test_any_object_can_be_loaded(folder: Path) -> None:
         ("digits", "safetensors", "eval"),
     ],
 )
-def test_a_library_that_is_missing_is_named(
-    name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_lib(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for loaded in list(sys.modules):
         if loaded.partition(".")[0] == module or loaded.startswith("pytest_int8bench.workloads."):
             monkeypatch.delitem(sys.modules, loaded)
