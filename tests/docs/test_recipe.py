@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
     from pathlib import Path
 
     from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Result
+    from pytest_int8bench.results.records import Result
 
     if not config.getoption("int8_lean"):
         return
