@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pytest_int8bench.processes.running import ending, run
+from pytest_int8bench.processes.running import INTERRUPTED, ending, run
 from pytest_int8bench.processes.scan_request import ScanRequest
 
 _SUITE = Path(__file__).parents[1] / "suite"
@@ -57,21 +58,27 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     environ = {**os.environ, **request.to_env_vars()}
     environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     sys.stdout.flush()
-    code = _run([*command, *pytest_args], environ)
+    try:
+        with _ending_on_sigterm():
+            code = run([*command, *pytest_args], cwd=Path.cwd(), env=environ)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if code >= 0:
         return code
     print(f"int8bench sensitivity: {ending(code)}", file=sys.stderr)
     return 128 - code
 
 
-def _run(command: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run ``command`` and return its exit code; SIGTERM ends it with this process."""
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit for a while, so that the child process is stopped too."""
     try:
         before = signal.signal(signal.SIGTERM, _exit)
     except ValueError:  # not the main thread, where signals arrive
-        return run(command, cwd=Path.cwd(), env=environ)
+        yield
+        return
     try:
-        return run(command, cwd=Path.cwd(), env=environ)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

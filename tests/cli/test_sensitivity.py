@@ -35,25 +35,15 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
 
-class Ended:
-    """A process that ended at once."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-    def wait(self, timeout: float | None = None) -> int:
-        return self.code
-
-
 def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int, list[str], Any]:
     """Return the exit code, the command and the environment of the process that is started."""
     calls: list[Any] = []
 
-    def popen(command: list[str], env: dict[str, str]) -> Ended:
+    def run(command: list[str], *, cwd: Path, env: dict[str, str]) -> int:
         calls.append((command, env))
-        return Ended(code)
+        return code
 
-    monkeypatch.setattr(sensitivity.subprocess, "Popen", popen)
+    monkeypatch.setattr(sensitivity, "run", run)
     returned = main(["sensitivity", *args])
     [(command, environ)] = calls
     return returned, command, environ
