@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from pytest_int8bench.gate.rules import (
-    METRICS,
-)
 from pytest_int8bench.plugin.pytest_benchmark import STORAGE
+from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.sweep import SWEEPS
 
 

@@ -189,7 +189,7 @@ def test_a_metric_of_random_weights_is_a_pipeline_check() -> None:
 
 
 def test_unknown_fields_are_left_out() -> None:
-    assert Result.from_dict({**MEASURED.to_dict(), "joules_per_sample": 0.1}) == MEASURED
+    assert Result.from_dict({**MEASURED.to_dict(), "watts_per_sample": 0.1}) == MEASURED
 
 
 def test_nothing_is_measured_by_default() -> None:
