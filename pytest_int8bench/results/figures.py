@@ -276,6 +276,23 @@ _COSTS = (
     Figure(field="compile_cache", kind="text"),
 )
 
+_ENERGY = (
+    Figure(
+        field="joules_per_sample",
+        check="positive",
+        header="J/sample",
+        title="Energy",
+        unit="J/sample",
+        shown="where measured",
+        name="energy",
+        option="max-energy-growth",
+        help="growth of the GPU's energy per sample (CUDA only)",
+        floor=0.03,
+    ),
+    Figure(field="samples_per_joule", check="positive", higher_is_better=True),
+    Figure(field="energy_ratio", check="positive", kind="ratio", higher_is_better=True),
+)
+
 _FEEDING = (
     Figure(field="feed_copy_s", check="positive"),
     Figure(
@@ -323,5 +340,5 @@ _TEXTS = (
     Figure(field="trace", check="text", kind="text"),
 )
 
-for _figure in (*_RATES, *_TIMES, *_COSTS, *_FEEDING, *_INT8, *_TEXTS):
+for _figure in (*_RATES, *_TIMES, *_COSTS, *_ENERGY, *_FEEDING, *_INT8, *_TEXTS):
     register(_figure)

@@ -23,7 +23,7 @@ from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.report.wandb import metrics_of
 from pytest_int8bench.results.figures import FIGURES, METRICS, Figure, register, unregister
-from pytest_int8bench.results.locating import Run
+from pytest_int8bench.results.locating import Run, read_runs
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result, Saved, SchemaError
 from saved_files import BASE, environment, result
@@ -294,3 +294,57 @@ def test_the_gate_leaves_out_values_that_have_no_growth(value: float) -> None:
         assert found.exit_code == 0
     finally:
         unregister(figure)
+
+
+# -- energy -------------------------------------------------------------------------------------
+
+
+def powered(joules: float, **values: Any) -> Result:
+    return measured(joules_per_sample=joules, samples_per_joule=1 / joules, **values)
+
+
+def test_the_table_shows_energy_where_it_was_measured() -> None:
+    assert "J/sample" not in render(saved_of(measured()), width=None, color=False)
+    assert column("J/sample", powered(0.25), measured()) == ["0.25", "-"]
+
+
+def test_more_energy_is_a_regression_on_request() -> None:
+    found = compared(powered(2.0), powered(2.5))
+    change = found.runs[0].change("energy")
+    assert change is not None
+    assert (change.growth, change.limit, change.floor) == (0.25, None, 0.03)
+    assert (found.exit_code, change.outcome) == (0, "not judged")
+    text = compare_report.page(found).text(width=None, color=False)
+    assert "J/sample" in text.splitlines()[0]
+    assert "2.00 -> 2.50 (+25.0%)" in text
+
+    found = compared(powered(2.0), powered(2.5), limits={"energy": 0.1})
+    assert found.exit_code == 1
+    assert found.runs[0].reason == "max-energy-growth: +25.0%, limit 10.0% (noise floor 3.0%)"
+    assert compared(powered(2.5), powered(2.0), limits={"energy": 0.1}).exit_code == 0
+    hot = powered(2.5, throttled=["power brake"])
+    assert compared(powered(2.0), hot, limits={"energy": 0.1}).runs[0].outcome == "incomparable"
+
+
+def test_energy_is_logged() -> None:
+    logged = metrics_of(powered(0.5, energy_ratio=1.5), None)
+    names = ("joules_per_sample", "samples_per_joule", "energy_ratio")
+    assert [logged[name] for name in names] == [0.5, 2.0, 1.5]
+
+
+def test_files_saved_before_a_field_existed_compare_with_files_saved_after(tmp_path: Path) -> None:
+    block = saved_of(measured()).to_dict()
+    [old] = block["results"]
+    for name in ("joules_per_sample", "samples_per_joule", "energy_ratio"):
+        del old[name]
+    files = [tmp_path / name for name in ("before.json", "after.json")]
+    files[0].write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    new = {"benchmarks": [], "int8bench": saved_of(powered(2.0)).to_dict()}
+    files[1].write_text(json.dumps(new))
+    before, after = ([run] for run in read_runs(files))
+    rules = Rules(limits={"energy": 0.0})
+    for sides, cell in (((before, after), "- -> 2.00"), ((after, before), "2.00 -> -")):
+        found = compare(*sides, rules)
+        assert (found.exit_code, found.runs[0].outcome) == (0, "same")
+        assert found.runs[0].change("energy") is None
+        assert cell in compare_report.page(found).text(width=None, color=False)
