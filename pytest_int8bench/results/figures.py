@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # made at every start of pytest
 class Figure:
     """One quantity of a result, or a text that belongs to its figures."""
 
