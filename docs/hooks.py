@@ -59,13 +59,25 @@ def options(holder: str, *patterns: str) -> str:
 
 def sweeps(holder: str) -> str:
     """Return a table of the sweep keys but ``all``."""
+    sweeps = _import(holder)
     rows = [
-        (f"`{key}`", f"`{field}`", ", ".join(f"`{value}`" for value in values))
-        for key, axes in _import(holder).items()
+        (
+            f"`{key}`",
+            f"`{field}`",
+            ", ".join(f"`{value}`" for value in values),
+            sweeps.help.get(key, ""),
+        )
+        for key, axes in sweeps.items()
         if key != "all"
         for field, values in axes.items()
     ]
-    return _table(("key", "field", "values"), rows)
+    return _table(("key", "field", "values", "meaning"), rows)
+
+
+def workloads(holder: str) -> str:
+    """Return a table of the workloads that have a name."""
+    rows = [(f"`{row.usage}`", row.help, f"`{row.extra}`") for row in _import(holder)]
+    return _table(("workload", "what it is", "extra"), rows)
 
 
 def metrics(holder: str) -> str:
@@ -112,7 +124,7 @@ def fixtures(path: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
-    for table in (options, sweeps, metrics, meanings, fields, record, fixtures)
+    for table in (options, sweeps, workloads, metrics, meanings, fields, record, fixtures)
 }
 
 

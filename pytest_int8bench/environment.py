@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.nvml import nvml
+from pytest_int8bench.nvml import Gpu, GpuState, find_gpu
 
 # torch's name for its settings of the allocator, and the older one.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "sm_count": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            **{k: v for k, v in nvml(str(properties.uuid)).items() if k != "state"},
+            **_driver_and_limits(find_gpu(str(properties.uuid))),
         }
     return {
         "gpu": gpu,
@@ -88,6 +88,12 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_threads": torch.get_num_threads(),
     }
+
+
+def _driver_and_limits(gpu: Gpu | None) -> dict[str, Any]:
+    if gpu is None:
+        return {}
+    return {"driver": gpu.driver(), "power_limit_w": gpu.power_limit_w(), "mig": gpu.mig()}
 
 
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -140,7 +146,7 @@ def describe(environment: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part and "None" not in part)
 
 
-def gpu_state() -> dict[str, Any] | None:
+def gpu_state() -> GpuState | None:
     """Read clock, temperature, power and throttle reasons of the current GPU through NVML.
 
     Returns None without CUDA or where NVML does not answer.
@@ -150,7 +156,8 @@ def gpu_state() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return nvml(str(properties.uuid)).get("state")
+    gpu = find_gpu(str(properties.uuid))
+    return None if gpu is None else gpu.state()
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,13 @@
-"""Write files whole or not at all, and check paths before anything is measured."""
+"""Write files whole or not at all, name them by time, and find the folder for cached ones."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pytest_int8bench.errors import ClearError
@@ -39,24 +42,9 @@ def write(path: Path, text: str) -> None:
     Raises:
         FileError: one line, if ``path`` holds benchmarks or cannot be written.
     """
-    partial = None
-    try:
+    with _one_line(path):
         check_writable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        partial = Path(name)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-        partial = None
-    except OSError as error:
-        raise FileError(f"{path} is not written: {error.strerror or error}") from None
-    finally:  # also at Ctrl-C
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        replace_text(path, text)
 
 
 def append(path: Path, text: str) -> None:
@@ -66,23 +54,85 @@ def append(path: Path, text: str) -> None:
     Raises:
         FileError: one line, if it cannot be written.
     """
+    with _one_line(path):
+        append_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Make a file with this text, or replace the one that is there, which keeps its mode.
+
+    The text is on disk when this returns. Readers see the old text or the new one, never a part.
+    The folder is made if it does not exist.
+
+    Raises:
+        OSError: if it cannot be written; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
     try:
-        with path.open("ab") as file:
-            before = file.tell() if path.is_file() else None
-            try:
-                file.write(text.encode())
-                file.flush()
-                if before is not None:
-                    os.fsync(file.fileno())
-            except OSError:
-                if before is not None:
-                    file.truncate(before)
-                raise
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(_mode(path))
+        partial.replace(path)
+    except BaseException:  # also at Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add all of ``text`` to a file, which is made if it does not exist, or nothing of it. It is
+    on disk when this returns.
+
+    Raises:
+        OSError: if it cannot be written; the file is as it was.
+    """
+    with path.open("ab") as file:
+        before = file.tell() if path.is_file() else None  # None for a device or a pipe
+        try:
+            file.write(text.encode())
+            file.flush()
+            if before is not None:
+                os.fsync(file.fileno())
+        except OSError:
+            if before is not None:
+                file.truncate(before)
+            raise
+
+
+def timestamp() -> str:
+    """Return the current time for the name of a file, in UTC: 20260131T235959Z."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for files that can be made again; it may not exist yet.
+
+    It is ``pytest-int8bench`` in ``$XDG_CACHE_HOME``, or in ``~/.cache`` where that variable is
+    empty or holds a relative path, which the XDG specification tells programs to ignore.
+
+    Raises:
+        RuntimeError: if there is no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    return folder / "pytest-int8bench"
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise FileError(f"{path} is not written: {error.strerror or error}") from None
 
 
-def _umask() -> int:
+def _mode(path: Path) -> int:
+    """Return the mode of a file, or the one that a new file gets."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mode & 0o777
     current = os.umask(0)
     os.umask(current)
-    return current
+    return 0o666 & ~current

@@ -1,11 +1,15 @@
-"""Which GPUs a process may use, and giving it one of them. Nothing here starts CUDA."""
+"""GPUs through NVML: which ones a process may use, their state and their energy counter.
+
+The only module that knows pynvml. Only :func:`seen_by_cuda` starts CUDA.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _UUIDS = ("GPU-", "MIG-")
@@ -75,6 +79,24 @@ def seen_by_cuda() -> int:
     return int(torch._C._cuda_getDeviceCount())
 
 
+_initialized: Any = None
+
+
+def _library() -> Any | None:
+    """Return pynvml, initializing NVML on the first call; None if NVML is missing or refuses
+    (containers, WSL)."""
+    global _initialized
+    try:
+        import pynvml
+
+        if pynvml is not _initialized:
+            pynvml.nvmlInit()
+            _initialized = pynvml
+    except Exception:
+        return None
+    return pynvml
+
+
 def _kind(entry: str) -> str:
     return entry[:4] if entry.startswith(_UUIDS) else "index"
 
@@ -87,13 +109,12 @@ def _is_device(entry: str, there: list[list[str]] | None) -> bool:
 
 def _uuids() -> list[list[str]] | None:
     """Return the UUID of each GPU, or those of its MIG instances; None without NVML."""
+    if (pynvml := _library()) is None:
+        return None
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
         return [_of_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
-    except Exception:  # NVML is missing, or refuses (containers, WSL)
+    except Exception:  # NVML refuses (containers, WSL)
         return None
 
 
@@ -118,24 +139,97 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-# Reasons of clocks that are held down by heat or power. Power capping by software (0x4) is
-# left out: a GPU at full load touches it in normal operation.
+# Clocks held down by heat or power. Power capping by software (0x4) is left out: a GPU at full load
+# touches it in normal operation.
 _THROTTLED = {0x8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
 _THROTTLED |= {0x80: "power brake"}
 
 
-def throttled(state: dict[str, Any] | None) -> list[str]:
+class GpuState(TypedDict):
+    """Clock, temperature, power and throttling of a GPU at one time; None where NVML does not
+    answer."""
+
+    sm_clock_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
+    throttle_reasons: list[str]
+
+
+def throttled(state: GpuState | None) -> list[str]:
     """Return the reasons in ``state`` for which the GPU runs slower than it could."""
     return list(state["throttle_reasons"]) if state else []
 
 
-def nvml(uuid: str) -> dict[str, Any]:
-    try:
-        import pynvml
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as NVML knows it. Each method returns None where NVML does not answer."""
 
-        pynvml.nvmlInit()
-    except Exception:  # NVML is missing, or refuses (containers, WSL): nothing to read
-        return {}
+    pynvml: Any
+    handle: Any
+    """The whole GPU, also for a MIG instance: driver, clocks and power are the whole GPU's."""
+    instance: Any | None
+    """The MIG instance, where the process has one."""
+    is_instance: bool
+    """The UUID names a MIG instance; an old driver gives no handle of the whole GPU for one."""
+
+    def driver(self) -> str | None:
+        """Return the version of the driver."""
+        try:
+            return _text(self.pynvml.nvmlSystemGetDriverVersion())
+        except self.pynvml.NVMLError:
+            return None
+
+    def power_limit_w(self) -> float | None:
+        """Return the power limit in watts."""
+        milliwatts = self._read(self.pynvml.nvmlDeviceGetPowerManagementLimit)
+        return None if milliwatts is None else milliwatts / 1000
+
+    def mig(self) -> str | None:
+        """Return ``off``, ``on``, or the profile of the MIG instance."""
+        if self.instance is not None:
+            return _mig_profile(self.pynvml, self.instance)
+        mode = self._read(self.pynvml.nvmlDeviceGetMigMode)
+        return _MIG_STATES.get(mode and mode[0])
+
+    def state(self) -> GpuState:
+        """Return clock, temperature, power and throttle reasons."""
+        pynvml = self.pynvml
+        reasons = self._read(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
+        usage = self._read(pynvml.nvmlDeviceGetPowerUsage)
+        return {
+            "sm_clock_mhz": self._read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            "temperature_c": self._read(
+                pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU
+            ),
+            "power_w": None if usage is None else usage / 1000,
+            "throttle_reasons": [
+                name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
+            ],
+        }
+
+    def counts_own_energy(self) -> bool:
+        """Return whether :meth:`energy_j` counts what this process uses: not with MIG, where the
+        counter is that of the whole GPU and all its instances."""
+        return not self.is_instance and self.mig() != "on"
+
+    def energy_j(self) -> float | None:
+        """Return the energy in joules since the driver was loaded (Volta and later)."""
+        try:
+            return float(self.pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
+        except Exception:  # an old GPU, driver or pynvml
+            return None
+
+    def _read(self, function: Any, *args: Any) -> Any:
+        try:
+            return function(self.handle, *args)
+        except self.pynvml.NVMLError:
+            return None
+
+
+def find_gpu(uuid: str) -> Gpu | None:
+    """Return the GPU or MIG instance with the UUID that torch gives, or None without NVML."""
+    if (pynvml := _library()) is None:
+        return None
     # torch leaves out which of the two a UUID is of.
     candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for candidate in candidates:
@@ -145,43 +239,12 @@ def nvml(uuid: str) -> dict[str, Any]:
         except pynvml.NVMLError:
             continue
     else:
-        return {}
+        return None
     instance = None
     with suppress(pynvml.NVMLError):
         if pynvml.nvmlDeviceIsMigDeviceHandle(handle):
-            # Driver, clocks and power are those of the whole GPU.
             instance, handle = handle, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-
-    def read(function: Any, *args: Any) -> Any:
-        try:
-            value = function(handle, *args)
-        except pynvml.NVMLError:
-            return None
-        return value.decode() if isinstance(value, bytes) else value
-
-    reasons = read(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
-    milliwatts = read(pynvml.nvmlDeviceGetPowerManagementLimit)
-    usage = read(pynvml.nvmlDeviceGetPowerUsage)
-    mig = read(pynvml.nvmlDeviceGetMigMode)
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError:
-        driver = None
-    return {
-        "driver": driver.decode() if isinstance(driver, bytes) else driver,
-        "power_limit_w": None if milliwatts is None else milliwatts / 1000,
-        "mig": (
-            _MIG_STATES.get(mig and mig[0]) if instance is None else _mig_profile(pynvml, instance)
-        ),
-        "state": {
-            "sm_clock_mhz": read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            "temperature_c": read(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-            "power_w": None if usage is None else usage / 1000,
-            "throttle_reasons": [
-                name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
-            ],
-        },
-    }
+    return Gpu(pynvml, handle, instance, candidate.startswith("MIG") or instance is not None)
 
 
 #: By NVML's current mode: without an instance of its own a process sees the whole GPU, or none.
@@ -194,5 +257,5 @@ def _mig_profile(pynvml: Any, instance: Any) -> str:
         name = pynvml.nvmlDeviceGetName(instance)
     except pynvml.NVMLError:
         return "on"
-    name = name.decode() if isinstance(name, bytes) else name
+    name = _text(name)
     return name.rpartition(" MIG ")[2] if " MIG " in name else "on"

@@ -13,16 +13,15 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.files import replace_text, timestamp
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.processes.runner_files import Handover
 from pytest_int8bench.processes.running import (
@@ -31,7 +30,7 @@ from pytest_int8bench.processes.running import (
     NO_TESTS,
     ending,
     is_pytests,
-    wait,
+    run,
 )
 from pytest_int8bench.report import wandb
 from pytest_int8bench.report.terminal import render
@@ -210,7 +209,7 @@ class ThroughputBenchmarkRunner:
         if self._save_folder is not None:
             self.saved = parts[0]
             merged = _merged([json.loads(p.read_text()) for p in parts if _is_json(p)], saved)
-            parts[0].write_text(json.dumps(merged, indent=2), encoding="utf-8")
+            replace_text(parts[0], json.dumps(merged, indent=2))
             for part in parts[1:]:
                 part.unlink(missing_ok=True)
         if len(parts) > 1:
@@ -240,9 +239,10 @@ class ThroughputBenchmarkRunner:
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         sys.stdout.flush()
-        return wait(
-            subprocess.Popen([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
-        )
+        try:
+            return run([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
+        except KeyboardInterrupt:  # after pytest has said what it has to say
+            return INTERRUPTED
 
     def _note_killed(self, code: int, handover: Handover, part: Path) -> Result:
         """Write the point that took the process down into its journal, as failed."""
@@ -262,7 +262,7 @@ class ThroughputBenchmarkRunner:
 
 def _free_stem(folder: Path, group: str) -> str:
     """Return the start of file names that are not in ``folder`` yet."""
-    stem = f"{group}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    stem = f"{group}-{timestamp()}"
     number = 1
     free = stem
     while any(folder.glob(f"{free}[.-]*")):

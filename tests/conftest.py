@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ if not Path("/dev/nvidiactl").exists():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads of torch would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before the tests' modules, which pytest's importlib mode leaves in sys.modules where it began to
+# import them: pickle names torch's constants after the first module that has ``torch``, and the key
+# of a compile cache holds that name.
+importlib.import_module("torch")
 
 # What is started in the background, or by nohup, ignores these, and so would the processes that
 # tests start and interrupt.

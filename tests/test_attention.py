@@ -35,9 +35,7 @@ def enabled() -> set[str]:
         ("auto", ALL),
     ],
 )
-def test_one_backend_is_allowed_inside_and_the_old_ones_after(
-    attention: str, allowed: set[str]
-) -> None:
+def test_allows_one_backend_and_restores_others(attention: str, allowed: set[str]) -> None:
     before = enabled()
     with FlashSDPA(attention):
         assert enabled() == allowed

@@ -28,9 +28,7 @@ def test_readings_do_not_go_back() -> None:
     assert readings[-1] > readings[0]
 
 
-def test_the_device_is_waited_for_before_the_clock_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_synchronizes_before_reading_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     events = fake_torch(monkeypatch, initialized=True)
 
     def perf_counter() -> float:

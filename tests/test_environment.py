@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -22,14 +21,7 @@ from pytest_int8bench.environment import (
     gpu_state,
 )
 from pytest_int8bench.nvml import throttled
-
-
-def git(folder: Path, *args: str) -> str:
-    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    done = subprocess.run(
-        ["git", "-C", str(folder), *name, *args], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+from toys.repositories import git, isolate
 
 
 def test_the_fingerprint_names_software_and_machine(tmp_path: Path) -> None:
@@ -44,7 +36,8 @@ def test_the_fingerprint_names_software_and_machine(tmp_path: Path) -> None:
     assert f"torch {found['packages']['torch']}" in describe(found)
 
 
-def test_the_fingerprint_holds_the_commit(tmp_path: Path) -> None:
+def test_the_fingerprint_holds_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path)
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
     found = fingerprint(tmp_path)
@@ -54,9 +47,7 @@ def test_the_fingerprint_holds_the_commit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_allocator_is_as_the_user_set_it(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_allocator_setting(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     assert fingerprint(tmp_path)["allocator"] is None
@@ -66,12 +57,11 @@ def test_the_allocator_is_as_the_user_set_it(
 
 # -- what differs -----------------------------------------------------------------------------
 
+GPU = {"compute_capability": "8.0", "sm_count": 108, "memory_bytes": 80 << 30}
 MACHINE: dict[str, Any] = {
     "gpu": {
         "name": "A100",
-        "compute_capability": "8.0",
-        "sm_count": 108,
-        "memory_bytes": 80 << 30,
+        **GPU,
         "driver": "580.1",
         "power_limit_w": 400.0,
         "mig": "off",
@@ -250,9 +240,7 @@ def test_the_fingerprint_describes_the_gpu(gpu: pytest.MonkeyPatch, tmp_path: Pa
     use(gpu, FakeNvml())
     assert fingerprint(tmp_path)["gpu"] == {
         "name": "Fake A100",
-        "compute_capability": "8.0",
-        "sm_count": 108,
-        "memory_bytes": 80 << 30,
+        **GPU,
         "driver": "580.1",
         "power_limit_w": 700.0,
         "mig": "off",
@@ -282,9 +270,7 @@ def test_the_profile_of_a_mig_instance_is_part_of_the_fingerprint(
     assert nvml.asked == ["GPU-1-2-3", "MIG-1-2-3"][: 1 if nvml.instance is None else 2]
 
 
-def test_a_uuid_that_says_what_it_is_of_is_asked_for_alone(
-    gpu: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_prefixed_uuid_is_asked_for_as_is(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     properties = torch.cuda.get_device_properties(0)
     gpu.setattr(properties, "uuid", "MIG-7-8-9")
     nvml = use(gpu, FakeNvml(mig=1, instance="NVIDIA A100 MIG 2g.20gb"))
@@ -292,18 +278,11 @@ def test_a_uuid_that_says_what_it_is_of_is_asked_for_alone(
     assert nvml.asked == ["MIG-7-8-9"]
 
 
-def test_a_gpu_that_nvml_does_not_know_has_the_rest_of_its_fingerprint(
-    gpu: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unknown_gpu_keeps_other_values(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvml = use(gpu, FakeNvml())
     gpu.setattr(nvml, "nvmlDeviceGetHandleByUUID", lambda uuid: nvml.answer("uuid", None))
     nvml.refuses = ("uuid",)
-    assert fingerprint(tmp_path)["gpu"] == {
-        "name": "Fake A100",
-        "compute_capability": "8.0",
-        "sm_count": 108,
-        "memory_bytes": 80 << 30,
-    }
+    assert fingerprint(tmp_path)["gpu"] == {"name": "Fake A100", **GPU}
 
 
 @pytest.mark.parametrize(
@@ -315,9 +294,7 @@ def test_a_gpu_that_nvml_does_not_know_has_the_rest_of_its_fingerprint(
         (0x80, ["power brake"]),
     ],
 )
-def test_only_what_slows_a_measurement_down_counts(
-    gpu: pytest.MonkeyPatch, reasons: int, named: list[str]
-) -> None:
+def test_throttle_reasons_counted(gpu: pytest.MonkeyPatch, reasons: int, named: list[str]) -> None:
     use(gpu, FakeNvml(reasons))
     assert throttled(gpu_state()) == named
 

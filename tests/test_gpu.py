@@ -14,7 +14,6 @@ from torch import nn
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure.evidence import EvidenceError, profile_forward
@@ -22,12 +21,12 @@ from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.measure.memory import allocated_bytes
 from pytest_int8bench.measure.point import Throughput
 from pytest_int8bench.measure.pool import ModelPool
-from pytest_int8bench.measure.timing import Plan, Run
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
 from pytest_int8bench.workloads.registry import load_workload
+from toys.models import normal, time_rounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,21 +65,7 @@ class Block(nn.Module):
 
 
 def toy(tokens: int = 128) -> Workload:
-    return Workload(
-        name="toy",
-        build=lambda p: Block(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, tokens, DIM, device=device),),
-    )
-
-
-def time_rounds(run: Run, plan: Plan) -> list[float]:
-    times = []
-    for _ in range(plan.rounds):
-        start = synchronized_perf_counter()
-        for _ in range(plan.iterations):
-            run()
-        times.append((synchronized_perf_counter() - start) / plan.iterations)
-    return times
+    return Workload(name="toy", build=lambda p: Block(), inputs=normal(tokens, DIM))
 
 
 def measure(workload: Workload, *points: RunParams) -> list[Result]:
@@ -277,11 +262,7 @@ class Greedy(nn.Module):
 
 
 def test_out_of_memory_in_a_forward_leaves_clean_memory() -> None:
-    workload = Workload(
-        name="greedy",
-        build=lambda p: Greedy(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 64, device=device),),
-    )
+    workload = Workload(name="greedy", build=lambda p: Greedy(), inputs=normal(64))
     before = allocated_bytes(torch.device("cuda"))
     small = POINT.replace(compile_mode="off", batch_size=32)
     oom, after = measure(workload, small.replace(batch_size=2000), small)
@@ -308,7 +289,7 @@ def test_peak_memory_is_of_this_model_alone() -> None:
     workload = Workload(
         name="linear",
         build=lambda p: nn.Sequential(nn.Linear(4096, 4096, bias=False)),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 4096, device=device),),
+        inputs=normal(4096),
         filter_fn=lambda module, name: True,
     )
     (result,) = measure(workload, POINT.replace(batch_size=4096, compile_mode="off"))
@@ -401,7 +382,7 @@ def test_each_worker_of_xdist_has_a_gpu_of_its_own(
             return Workload(
                 name="toy",
                 build=lambda p: nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)),
-                inputs=lambda p, device: (torch.randn(p.batch_size, 256, device=device),),
+                inputs=normal(256),
                 filter_fn=lambda module, name: isinstance(module, nn.Linear),
             )
 

@@ -1,4 +1,4 @@
-"""Which GPUs a process may use: NVML, MIG, and ``CUDA_VISIBLE_DEVICES``."""
+"""GPUs through NVML: which ones a process may use, MIG, ``CUDA_VISIBLE_DEVICES``, energy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_int8bench.nvml import described, pin, visible
+from pytest_int8bench.nvml import described, find_gpu, pin, visible
 
 A, B, C = "GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3"
 M1, M2 = "MIG-1111", "MIG-2222"
@@ -87,9 +87,7 @@ def test_instances_of_a_gpu_with_mig_in_its_place(machine: Any) -> None:
         ("NoDevFiles", []),
     ],
 )
-def test_what_the_variable_names_as_cuda_reads_it(
-    machine: Any, value: str, names: list[str]
-) -> None:
+def test_variable_is_read_as_cuda_does(machine: Any, value: str, names: list[str]) -> None:
     machine(A, B, C)
     assert asked(value) == names
 
@@ -128,3 +126,110 @@ def test_where_the_number_comes_from_is_said() -> None:
     assert described([A], {}) == "this machine has 1 GPU"
     environ = {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert described(["2", "3"], environ) == "CUDA_VISIBLE_DEVICES names 2 GPUs"
+
+
+# -- one GPU ------------------------------------------------------------------------------------
+
+
+class OneGpu:
+    """NVML of one GPU, whole or with MIG; what is in ``missing`` it does not know."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, *, mig: bool = False, missing: tuple[str, ...] = ()) -> None:
+        self.mig = mig
+        self.missing = missing
+        self.initialized = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("nvml") or name not in self.missing:
+            return super().__getattribute__(name)
+
+        def refuse(*args: Any) -> None:
+            raise NVMLError(f"{name}: not found")
+
+        return refuse
+
+    def nvmlInit(self) -> None:
+        self.initialized += 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid != ("MIG-1" if self.mig else "GPU-1"):
+            raise NVMLError("not found")
+        return "instance" if self.mig else "whole"
+
+    def nvmlDeviceIsMigDeviceHandle(self, handle: str) -> bool:
+        return handle == "instance"
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
+        return "whole"
+
+    def nvmlDeviceGetName(self, handle: str) -> str:
+        return "NVIDIA H200 MIG 1g.18gb"
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
+        return [int(self.mig)] * 2
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        assert handle == "whole"
+        return 1_500
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts NVML of one GPU in place."""
+
+    def put(**kwargs: Any) -> OneGpu:
+        nvml = OneGpu(**kwargs)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        return nvml
+
+    return put
+
+
+def test_nvml_is_initialized_once(one_gpu: Any) -> None:
+    nvml = one_gpu()
+    assert visible({}) == []
+    assert find_gpu("1") is not None
+    assert find_gpu("GPU-1") is not None
+    assert nvml.initialized == 1
+
+
+def test_energy_is_in_joules(one_gpu: Any) -> None:
+    one_gpu()
+    gpu = find_gpu("1")
+    assert gpu is not None
+    assert (gpu.energy_j(), gpu.counts_own_energy()) == (1.5, True)
+
+
+def test_a_gpu_that_does_not_count_energy_has_none(one_gpu: Any) -> None:
+    one_gpu(missing=("nvmlDeviceGetTotalEnergyConsumption",))
+    gpu = find_gpu("1")
+    assert gpu is not None
+    assert gpu.energy_j() is None
+
+
+@pytest.mark.parametrize(
+    "missing", [(), ("nvmlDeviceIsMigDeviceHandle", "nvmlDeviceGetMigMode")], ids=["new", "old"]
+)
+def test_a_mig_instance_has_no_energy_of_its_own(one_gpu: Any, missing: tuple[str, ...]) -> None:
+    one_gpu(mig=True, missing=missing)
+    gpu = find_gpu("1")
+    assert gpu is not None
+    assert not gpu.counts_own_energy()
+
+
+def test_a_gpu_that_cannot_be_split_counts_its_own_energy(one_gpu: Any) -> None:
+    one_gpu(missing=("nvmlDeviceGetMigMode",))
+    gpu = find_gpu("1")
+    assert gpu is not None
+    assert gpu.counts_own_energy()
+
+
+def test_no_gpu_of_that_uuid(one_gpu: Any, no_nvml: None) -> None:
+    assert find_gpu("1") is None
+    one_gpu()
+    assert find_gpu("2") is None

@@ -77,8 +77,7 @@ FIELD_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 # Most fields at their defaults, so that pairs of points are often equal or close.
 run_params = st.one_of(
-    st.fixed_dictionaries(FIELD_VALUES),
-    st.fixed_dictionaries({}, optional=FIELD_VALUES),
+    st.fixed_dictionaries(FIELD_VALUES), st.fixed_dictionaries({}, optional=FIELD_VALUES)
 ).map(lambda values: RunParams(**values))
 
 
@@ -121,9 +120,7 @@ def test_name_is_the_identity(one: RunParams, other: RunParams) -> None:
 
 
 @given(run_params, scalars, scalars)
-def test_extra_values_of_other_types_have_other_names(
-    params: RunParams, one: Any, other: Any
-) -> None:
+def test_extra_types_change_the_name(params: RunParams, one: Any, other: Any) -> None:
     names = {params.replace(extra={"axis": value}).run_name for value in (one, other)}
     assert len(names) == (1 if FrozenDict({"axis": one}) == {"axis": other} else 2)
 

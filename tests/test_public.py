@@ -14,8 +14,8 @@ import pytest_int8bench
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pytest_int8bench"
-#: Only these, and the command that shares its tests, import pytest.
-EDGE = ("plugin/", "suite/", "cli/sensitivity")
+#: Only these import pytest.
+EDGE = ("plugin/", "suite/")
 #: Library -> the one module, or folder, that knows it.
 HOMES = {
     "jinja2": "report/page/html",

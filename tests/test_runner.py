@@ -27,6 +27,7 @@ from pytest_int8bench.runner import (
     ThroughputBenchmarkRunnerConfig,
 )
 from pytest_int8bench.sweep import SWEEPS
+from toys import projects
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
@@ -84,49 +85,24 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]
     ),
 }
 
-# A model whose batches of 5 fail, of 6 run out of memory, of 7 kill the process, of 8 leave the
-# device unusable, and of 9 interrupt.
-TOY = """
-import os
-import signal
-import torch
-from torch import nn
-
-from pytest_int8bench import Workload
-
-
-class Toy(nn.Module):
-    broken = False
-
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 32)
-
-    def forward(self, x):
-        if Toy.broken:
-            raise torch.AcceleratorError("CUDA error: the device is still broken")
-        if x.shape[0] == 5:
-            raise ValueError("five is too many")
-        if x.shape[0] == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if x.shape[0] == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if x.shape[0] == 8:
-            Toy.broken = True
-            raise torch.AcceleratorError("CUDA error: an illegal memory access")
-        if x.shape[0] == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
-
-
-def make():
-    return Workload(
-        name="toy",
-        build=lambda p: Toy(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
+TOY = (
+    projects.toy(
+        bs5=projects.FAILS,
+        bs6=projects.OUT_OF_MEMORY,
+        bs7="os.kill(os.getpid(), signal.SIGKILL)",
+        bs8="Toy.forward = still; broken('an illegal memory access')",
+        bs9="os.kill(os.getpid(), signal.SIGINT)",
     )
+    + """
+
+def broken(why):
+    raise torch.AcceleratorError(f"CUDA error: {why}")
+
+
+def still(self, x):
+    broken("the device is still broken")
 """
+)
 SMALL = RunParams(
     model_size="nano",
     image_size=8,
@@ -228,10 +204,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"sweep_keys": ["image"], "workload": "hf:bert"},
         "image_size is OlmoEarth's and does nothing for hf:bert; its own axes are extra.NAME=VALUE",
     ),
-    "workload": (
-        {"sweep_keys": ["batch"], "workload": "olmo"},
-        "must be olmoearth, ",
-    ),
+    "workload": ({"sweep_keys": ["batch"], "workload": "olmo"}, "must be olmoearth, "),
 }
 
 
@@ -277,7 +250,7 @@ def test_the_examples_run_at_a_small_size(
         config.sweep_dict = {"int8_enabled": [True, False], "batch_size": batches}
     config.work_dir = tmp_path
     if name != "int8_vs_fp16":  # one of them on a real encoder, the others on what starts fast
-        whole, one_layer = "self.fc2(torch.nn.functional.gelu(self.fc1(x)))", "self.fc1(x)"
+        whole, one_layer = "self.fc2(nn.functional.gelu(self.fc1(x)))", "self.fc1(x)"
         is_compiled = name == "compile_mode_sweep"  # six times: less of it does
         (tmp_path / "toy.py").write_text(TOY.replace(whole, one_layer) if is_compiled else TOY)
         config.workload = "toy.py:make"
@@ -351,9 +324,7 @@ def test_no_point_stops_the_sweep_or_loses_another(
     assert {benchmark["group"] for benchmark in benchmarks} == {"toy"}
 
 
-def test_options_of_the_environment_do_not_reach_the_measurement(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ignores_pytest_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only -p no:int8bench")
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")  # pytest-benchmark turns itself off
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\nint8_mode = w8\n")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.sweep import SWEEPS, axes_of, expand, expand_modes, unique, with_baselines
+from pytest_int8bench.sweep import (
+    SWEEPS,
+    Sweep,
+    Sweeps,
+    axes_of,
+    expand,
+    expand_modes,
+    unique,
+    with_baselines,
+)
 
 SMOKE = RunParams(gpu_type="cpu", model_size="nano", image_size=16, num_timesteps=3, batch_size=4)
 
@@ -60,9 +74,7 @@ def typed(values: list[Any]) -> set[tuple[type, Any]]:
 
 def test_sweep_keys() -> None:
     expected: dict[str, dict[str, list[Any]]] = {
-        "batch": {
-            "batch_size": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192],
-        },
+        "batch": {"batch_size": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]},
         "image": {"image_size": [1, 2, 4, 8, 16, 32, 64, 128]},
         "patch": {"patch_size": [1, 2, 4, 8]},
         "time": {"num_timesteps": [1, 2, 4, 6, 8, 12]},
@@ -114,6 +126,69 @@ def test_unknown_key() -> None:
         "use_landsat, bf16, model_size, int8_enabled, int8_mode, int8_smoothquant, compile_mode, "
         "attention, int8_backend, feed, all"
     )
+
+
+DEPTH = Sweep("depth", "extra.depth", (1, 2), "layers of the model")
+
+
+@pytest.fixture
+def with_depth() -> Iterator[None]:
+    SWEEPS.add(DEPTH)
+    yield
+    del SWEEPS["depth"]
+
+
+def test_a_row_makes_a_key(with_depth: None) -> None:
+    assert list(SWEEPS)[-2:] == ["depth", "all"]
+    assert SWEEPS["depth"] == {"extra.depth": [1, 2]}
+    assert SWEEPS["all"]["extra.depth"] == [1, 2]
+    default = RunParams(extra={"depth": 4})
+    assert [p.extra["depth"] for p in expand(default, axes_of(["depth"]))] == [1, 2]
+    with pytest.raises(
+        ValueError, match=r"^unknown sweep key 'x'; keys are batch, .*, depth, all$"
+    ):
+        axes_of(["x"])
+
+
+def test_a_row_is_in_help_and_documentation(with_depth: None) -> None:
+    code = "import pytest_int8bench.sweep as s; s.SWEEPS.add(s.Sweep(*{!r}))"
+    code = code.format((DEPTH.key, DEPTH.field, DEPTH.values, DEPTH.help))
+    show = "from pytest_int8bench.plugin.options import OPTIONS; print(OPTIONS['sweep'].help)"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {show}"], capture_output=True, text=True)
+    assert "feed, depth, all. Default: none" in done.stdout, done.stderr
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    hooks = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "hooks.py"))
+    row = "| `depth` | `extra.depth` | `1`, `2` | layers of the model |"
+    assert row in hooks["sweeps"]("pytest_int8bench.sweep.SWEEPS").splitlines()
+
+
+@pytest.mark.parametrize("key", ["batch", "all"])
+def test_a_key_is_taken_once(key: str) -> None:
+    before = dict(SWEEPS)
+    with pytest.raises(ValueError, match=f"^sweep key '{key}' is taken$"):
+        SWEEPS.add(Sweep(key, "patch_size", (1,), "another"))
+    assert before == SWEEPS
+
+
+def test_the_mapping_is_an_ordinary_dict_to_its_readers() -> None:
+    assert repr(Sweeps([DEPTH])) == repr(
+        {"depth": {"extra.depth": [1, 2]}, "all": {"extra.depth": [1, 2]}}
+    )
+
+
+def test_a_key_that_is_assigned_or_deleted_changes_all() -> None:
+    sweeps = Sweeps([DEPTH])
+    sweeps["width"] = {"extra.width": [8]}
+    assert sweeps["all"] == {"extra.depth": [1, 2], "extra.width": [8]}
+    del sweeps["depth"]
+    assert list(sweeps.items()) == [
+        ("width", {"extra.width": [8]}),
+        ("all", {"extra.width": [8]}),
+    ]
+
+
+def test_every_key_says_what_is_varied() -> None:
+    assert [key for key in SWEEPS if not SWEEPS.help.get(key)] == ["all"]
 
 
 # -- expand -----------------------------------------------------------------------------------
@@ -193,9 +268,7 @@ def test_cross_product_counts(default: RunParams, axes: dict[str, list[Any]]) ->
 
 
 @given(defaults, axes_strategy, st.booleans())
-def test_points_and_names_are_unique_and_their_order_is_stable(
-    default: RunParams, axes: dict[str, list[Any]], cross_product: bool
-) -> None:
+def test_unique_points(default: RunParams, axes: dict[str, list[Any]], cross_product: bool) -> None:
     points = expand(default, axes, cross_product=cross_product)
     assert len(set(points)) == len(points)
     assert len({point.run_name for point in points}) == len(points)
@@ -203,9 +276,7 @@ def test_points_and_names_are_unique_and_their_order_is_stable(
 
 
 @given(defaults, axes_strategy)
-def test_points_take_their_values_from_the_axes(
-    default: RunParams, axes: dict[str, list[Any]]
-) -> None:
+def test_points_come_from_the_axes(default: RunParams, axes: dict[str, list[Any]]) -> None:
     for point in expand(default, axes):
         differs = [name for name in axes if field_of(point, name) != field_of(default, name)]
         assert len(differs) <= 1

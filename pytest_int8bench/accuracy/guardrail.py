@@ -94,19 +94,13 @@ class Guardrail:
         """
         if not params.int8_enabled:
             raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")
-        common: dict[str, Any] = {
-            "nodeid": nodeid,
-            "workload": workload.name,
-            "run_name": params.run_name,
-            "params": params.to_dict(),
-            "random_weights": has_random_weights(workload, self.pool.weights),
-        }
+        point = self._point(workload, params, nodeid)
         evaluations = self.evaluations(workload, params)
-        compared = not evaluations or common["random_weights"]
+        compared = not evaluations or point["random_weights"]
         verdicts: list[Accuracy] = []
 
         def add(**values: Any) -> None:
-            verdicts.append(Accuracy(**common, **values))
+            verdicts.append(Accuracy(**point, **values))
             record(verdicts[-1])
 
         # All of the baseline first: it may have to make room for the candidate.
@@ -128,6 +122,16 @@ class Guardrail:
         if outputs is not None:
             add(**_compared(candidate, *outputs))
         return verdicts
+
+    def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
+        """Return what all verdicts of a point have in common."""
+        return {
+            "nodeid": nodeid,
+            "workload": workload.name,
+            "run_name": params.run_name,
+            "params": params.to_dict(),
+            "random_weights": has_random_weights(workload, self.pool.weights),
+        }
 
     def _spent_s(self, score: Callable[[], Any]) -> float:
         before_s = self._scoring_s
@@ -223,7 +227,7 @@ class Guardrail:
         return found
 
     def _key(self, workload: Workload, params: RunParams) -> _Key:
-        return self.pool.key(workload, params).twin(), part_key(workload.evaluation)
+        return self.pool.key(workload, params).baseline(), part_key(workload.evaluation)
 
     def candidate(self, workload: Workload, params: RunParams) -> Model:
         """Return the candidate, ready; without the baseline where both do not fit in memory."""

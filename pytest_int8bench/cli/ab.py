@@ -9,24 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.cli.outputs import (
-    add_outputs,
-    as_argument_type,
-    check_outputs,
-    publish,
-    refuse,
-)
+from pytest_int8bench.cli.arguments import add_flag, as_argument_type, with_default
+from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.ab.design import Design
-from pytest_int8bench.gate.rules import (
-    parse_share,
-)
+from pytest_int8bench.gate.flags import ALLOW_MISSING
+from pytest_int8bench.gate.rules import parse_share
+
+#: Field of Design -> meaning of its option.
+_DESIGN = {
+    "margin": "slowdown that is never a FAIL",
+    "max_slowdown": "slowdown that must be found, and that a PASS excludes",
+    "noise": "standard deviation between processes that the number of blocks must cope with",
+    "screening_blocks": "blocks of two processes, AB or BA",
+    "verdict_blocks": "blocks of three processes, ABA, for what screening flags",
+}
 
 
 def add_ab(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
-    design = Design()
     parser = commands.add_parser(
         "ab",
         help="measure two revisions in alternation, and fail if the new one is slower",
@@ -45,41 +47,7 @@ def add_ab(commands: Any) -> None:
         help="shell command that builds or installs packages, run in each worktree with PIP_TARGET "
         "set to a folder of that side, e.g. 'pip install --no-deps .'",
     )
-    parser.add_argument(
-        "--margin",
-        type=as_argument_type(parse_share),
-        default=design.margin,
-        help=f"slowdown that is never a FAIL (default: {design.margin:.0%})".replace("%", "%%"),
-    )
-    parser.add_argument(
-        "--max-slowdown",
-        type=as_argument_type(parse_share),
-        default=design.max_slowdown,
-        help="slowdown that must be found, and that a PASS excludes (default: "
-        f"{design.max_slowdown:.0%})".replace("%", "%%"),
-    )
-    parser.add_argument(
-        "--noise",
-        type=as_argument_type(parse_share),
-        default=design.noise,
-        help="standard deviation between processes that the number of blocks must cope with "
-        f"(default: {design.noise:.0%})".replace("%", "%%"),
-    )
-    parser.add_argument(
-        "--screening-blocks",
-        type=int,
-        default=design.screening_blocks,
-        metavar="N",
-        help=f"blocks of two processes, AB or BA (default: {design.screening_blocks})",
-    )
-    parser.add_argument(
-        "--verdict-blocks",
-        type=int,
-        default=design.verdict_blocks,
-        metavar="N",
-        help="blocks of three processes, ABA, for what screening flags (default: "
-        f"{design.verdict_blocks})",
-    )
+    _add_design(parser)
     parser.add_argument(
         "--statistic",
         choices=("auto", "median", "fastest"),
@@ -101,17 +69,28 @@ def add_ab(commands: Any) -> None:
         help="time to end in, such as 30m: no block is begun that would take longer, and nothing "
         "is measured if screening alone would (default: none)",
     )
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="runs of the base that the new revision does not have do not count",
-    )
+    add_flag(parser, ALLOW_MISSING)
     parser.add_argument(
         "--allow-inconclusive",
         action="store_true",
         help="what the blocks cannot decide does not count; it is still listed",
     )
     add_outputs(parser)
+
+
+def _add_design(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of :class:`Design` that is planned with."""
+    design = Design()
+    for field, text in _DESIGN.items():
+        default = getattr(design, field)
+        is_share = isinstance(default, float)
+        parser.add_argument(
+            f"--{field.replace('_', '-')}",
+            type=as_argument_type(parse_share) if is_share else int,
+            default=default,
+            metavar=None if is_share else "N",
+            help=with_default(text, f"{default:.0%}" if is_share else str(default)),
+        )
 
 
 def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
@@ -144,13 +123,7 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
             base=base,
             new=new,
             pytest_args=tuple(pytest_args),
-            design=Design(
-                margin=arguments.margin,
-                max_slowdown=arguments.max_slowdown,
-                noise=arguments.noise,
-                screening_blocks=arguments.screening_blocks,
-                verdict_blocks=arguments.verdict_blocks,
-            ),
+            design=Design(**{field: getattr(arguments, field) for field in _DESIGN}),
             install=arguments.install,
             budget_s=arguments.budget,
             retries=arguments.retries,

@@ -1,4 +1,4 @@
-"""``int8bench compare`` and ``int8bench ab``: options in, reports and an exit code out."""
+"""``int8bench compare``: options in, reports and an exit code out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.cli.outputs import (
-    add_outputs,
+from pytest_int8bench.cli.arguments import (
+    add_flag,
+    add_storage,
     as_argument_type,
-    check_outputs,
-    publish,
-    refuse,
+    with_default,
 )
+from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.compare import compare
+from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
 from pytest_int8bench.gate.rules import (
     Rules,
     check_allow,
     find_pyproject,
     parse_floor,
-    parse_limit,
     read_rules,
 )
 from pytest_int8bench.report import compare as report
@@ -51,46 +51,24 @@ def add_compare(commands: Any) -> None:
     parser.add_argument(
         "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
     )
-    parser.add_argument(
-        "--storage",
-        type=Path,
-        default=Path(".benchmarks"),
-        help="folder that pytest-benchmark saves in (default: .benchmarks)",
-    )
-    for metric in METRICS.values():
-        default = "off" if metric.limit is None else f"{metric.limit:.0%}"
-        parser.add_argument(
-            f"--{metric.option}",
-            dest=metric.name,
-            type=as_argument_type(parse_limit),
-            metavar="LIMIT",
-            default=...,
-            help=f"{metric.help}, a percentage or off (default: {default})".replace("%", "%%"),
-        )
+    add_storage(parser)
+    for limit in LIMITS:
+        add_flag(parser, limit, default=...)
+    floors = ", ".join(f"{metric.name} {metric.floor:.0%}" for metric in METRICS.values())
     parser.add_argument(
         "--noise-floor",
         action="append",
         default=[],
         type=as_argument_type(parse_floor),
         metavar="METRIC=SHARE",
-        help="difference between two processes that is taken for noise, such as throughput=3%%; "
-        f"metrics are {', '.join(METRICS)} (default: learned where several files are given for a "
-        "side, else "
-        + ", ".join(f"{m.name} {m.floor:.0%}" for m in METRICS.values()).replace("%", "%%")
-        + ")",
+        help=with_default(
+            "difference between two processes that is taken for noise, such as throughput=3%; "
+            f"metrics are {', '.join(METRICS)}",
+            f"learned where several files are given for a side, else {floors}",
+        ),
     )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="part of the fingerprint that may differ, such as driver; or throttled",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="runs of the base that are gone, or skipped now, do not count",
-    )
+    add_flag(parser, ALLOW)
+    add_flag(parser, ALLOW_MISSING)
     parser.add_argument(
         "--fail-on-inconclusive",
         action="store_true",

@@ -81,15 +81,3 @@ def check_outputs(arguments: argparse.Namespace, inputs: set[Path]) -> None:
         if output.resolve() in {other.resolve() for other in outputs[:index]}:
             raise FileError(f"{output} is given for two reports")
         check_writable(output)
-
-
-def as_argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader whose errors argparse shows."""
-
-    def typed(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return typed

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pytest_int8bench.cli.arguments import add_storage
 from pytest_int8bench.files import FileError
 from pytest_int8bench.report.write import check_output, publish
 from pytest_int8bench.results.locating import Run, find, read_runs
@@ -43,12 +44,7 @@ def add_report(commands: Any) -> None:
         metavar="FILE",
         help=f"report to write, .html or .md; repeatable (default: {_DEFAULT})",
     )
-    parser.add_argument(
-        "--storage",
-        type=Path,
-        default=Path(".benchmarks"),
-        help="folder that pytest-benchmark saves in (default: .benchmarks)",
-    )
+    add_storage(parser)
 
 
 def run_report(arguments: argparse.Namespace) -> int:

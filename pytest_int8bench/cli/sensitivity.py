@@ -1,45 +1,84 @@
-"""``int8bench sensitivity``: the packaged test of layers, run by pytest in this process."""
+"""``int8bench sensitivity``: the packaged test of layers, run by pytest in a child process."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-import pytest
+from pytest_int8bench.processes.running import ending, stop, wait
+from pytest_int8bench.processes.scan_request import ScanRequest
 
 _SUITE = Path(__file__).parents[1] / "suite"
 
 
-class _Scan:
-    """Hands the command's own options to the test."""
+def add_sensitivity(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "sensitivity",
+        help="quantize one layer at a time and rank the layers by what that loses",
+        description="Quantize one layer, or block, at a time and rank them by the SQNR of the "
+        "model's outputs, worst first. The cost is linear in their number. Every other option "
+        "is the plugin's: --int8-workload, --int8-mode, --int8-set, --int8-weights …",
+    )
+    parser.add_argument(
+        "--by", choices=("layer", "block"), default="layer", help="what is quantized at a time"
+    )
+    parser.add_argument(
+        "--metric",
+        action="store_true",
+        help="rank by the drop of the workload's metric (on its samples for selection, if any)",
+    )
+    parser.add_argument("--json", type=Path, help="file to save the table in")
 
-    def __init__(self, by: str, metric: bool) -> None:
-        self._asked = {"by": by, "metric": metric}
 
-    @pytest.fixture
-    def int8_scan(self) -> dict[str, object]:
-        return self._asked
-
-
-def run(*, by: str, metric: bool, json: Path | None, pytest_args: Sequence[str]) -> int:
-    """Scan the layers and print the table.
+def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
+    """Scan the layers; pytest prints as it goes.
 
     Args:
-        by: ``layer`` or ``block``.
-        metric: score each on labelled samples too.
-        json: file to save the table in.
+        arguments: the command's own.
         pytest_args: options of the plugin, such as ``--int8-workload=digits``.
 
     Returns:
-        pytest's exit code.
+        pytest's exit code, or 128 and the number of the signal that ended it.
     """
-    arguments = [
-        f"-c={_SUITE / 'pytest.ini'}",
-        "--no-header",
-        "-W=ignore::pytest.PytestAssertRewriteWarning",  # this package is loaded already
-        "--int8-set=compile_mode=off",  # layers run eagerly; the user's own comes later and wins
-        str(_SUITE / "test_sensitivity.py"),
-        *([f"--benchmark-json={json}"] if json is not None else []),
-        *pytest_args,
-    ]
-    return int(pytest.main(arguments, plugins=[_Scan(by, metric)]))
+    # -P: the folder that the command is called in does not become importable.
+    command = [sys.executable, "-P", "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}", "--no-header"]
+    # Layers run eagerly; the user's own compile mode comes later and wins.
+    command += ["--int8-set=compile_mode=off", str(_SUITE / "test_sensitivity.py")]
+    if arguments.json is not None:
+        command.append(f"--benchmark-json={arguments.json}")
+    request = ScanRequest(by=arguments.by, metric=arguments.metric)
+    environ = {**os.environ, **request.to_env_vars()}
+    environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    sys.stdout.flush()
+    code = _finish(subprocess.Popen([*command, *pytest_args], env=environ))
+    if code >= 0:
+        return code
+    print(f"int8bench sensitivity: {ending(code)}", file=sys.stderr)
+    return 128 - code
+
+
+def _finish(process: subprocess.Popen[bytes]) -> int:
+    """Wait for ``process`` and return its exit code; it ends with this one on SIGTERM."""
+    try:
+        before = signal.signal(signal.SIGTERM, _exit)
+    except ValueError:  # not the main thread, where signals arrive
+        return wait(process)
+    try:
+        return wait(process)
+    except SystemExit:
+        stop(process)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def run_show(path: Path) -> int:
+def add_show(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser("show", help="print the table of a saved JSON file or a journal")
+    parser.add_argument("file", type=Path, help="JSON of pytest-benchmark, or a journal (.jsonl)")
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code: 0, or 2 if the file cannot be read."""
     from pytest_int8bench.report.terminal import render
     from pytest_int8bench.results.reading import read
     from pytest_int8bench.results.records import SchemaError
 
+    path: Path = arguments.file
     try:
         saved = read(path)
     except (OSError, SchemaError) as error:

@@ -24,6 +24,7 @@ import torch._functorch.config
 
 from pytest_int8bench.environment import compiled_for
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.files import replace_text
 
 # Where torch and Triton look, at each use.
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
@@ -100,9 +101,7 @@ class CompileCache:
         description = self.folder.with_suffix(".json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = description.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(self._key, indent=2) + "\n", encoding="utf-8")
-            part.replace(description)
+            replace_text(description, json.dumps(self._key, indent=2) + "\n")
         except OSError as error:
             raise CompileCacheError(
                 f"the compile cache cannot be written: {error.strerror}: {error.filename}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pytest_int8bench.files import cache_folder, replace_text
 from pytest_int8bench.kernels.tile_types import Product
 
 #: Environment variable with the folder where tuning is kept.
@@ -23,10 +23,7 @@ _FILE = "int8-products.json"
 def tuning_file() -> Path:
     """Return the file that tuning is kept in."""
     folder = os.environ.get(CACHE_VARIABLE)
-    if folder:
-        return Path(folder) / _FILE
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "pytest-int8bench" / _FILE
+    return (Path(folder) if folder else cache_folder()) / _FILE
 
 
 def _section(kernel: str, device: torch.device) -> str:
@@ -58,7 +55,4 @@ def save_tuned(kernel: str, device: torch.device, known: dict[str, Product]) -> 
         # Another process may have tuned something else meanwhile.
         others = there if isinstance(there, dict) else {}
         everything[section] = others | {key: asdict(tile) for key, tile in known.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(everything, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        replace_text(path, json.dumps(everything, indent=1, sort_keys=True))

@@ -56,7 +56,7 @@ class Key(NamedTuple):
     quantization: tuple[Any, ...]
     params: RunParams
 
-    def twin(self) -> Key:
+    def baseline(self) -> Key:
         """Return the key of the baseline."""
         return Key(self.workload, (), self.params.baseline())
 
@@ -91,7 +91,7 @@ class ModelPool:
         key = self.key(workload, params)
         if self._keys.get(role) != key:
             for held, kept in list(self._keys.items()):
-                if held == role or kept.twin() != key.twin():
+                if held == role or kept.baseline() != key.baseline():
                     self.evict(held)
             try:
                 inputs = self.batch(workload, params)

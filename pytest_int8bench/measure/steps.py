@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from pytest_int8bench.measure.model import Model, Ready
@@ -46,12 +46,23 @@ def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: floa
     Raises:
         CompileError: if something was compiled while the clock ran.
     """
+    with side_by_side(baseline, candidate):
+        return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+
+
+@contextmanager
+def side_by_side(baseline: Model, candidate: Model) -> Iterator[None]:
+    """Enter the settings of two models that are ready, to run both by turns.
+
+    Raises:
+        CompileError: at the end, if something was compiled.
+    """
     with (
         baseline.compiled.entered(),
         candidate.compiled.entered(),
         candidate.compiled.no_compilation(),
     ):
-        return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+        yield
 
 
 def step_label(workload: Workload, params: RunParams) -> str:

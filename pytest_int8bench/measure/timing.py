@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.results.parts import Timing
 
 Run = Callable[[], object]
 Timer = Callable[[], float]
@@ -62,20 +63,6 @@ class Plan:
     """Batches per round."""
     synchronization_share: float = 0.0
     """Part of a round that its two synchronizations are estimated to cost."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per batch over the rounds of a measurement."""
-
-    median_s: float
-    mean_s: float
-    p95_s: float
-    """95th percentile of the rounds; a round is the mean of its iterations."""
-    min_s: float
-    """The fastest round."""
-    standard_error: float
-    """Estimated standard error of the median, relative to it."""
 
 
 def time_once(run: Run, timer: Timer) -> float:

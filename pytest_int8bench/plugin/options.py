@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS, Flag
 from pytest_int8bench.plugin.pytest_benchmark import STORAGE
-from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.sweep import SWEEPS
+from pytest_int8bench.workloads.registry import (
+    GROUP,
+    OLMOEARTH,
+    REFERENCE_FORMS,
+    built_in_names,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,14 @@ class Option:
     def source(self, config: pytest.Config) -> str:
         """Return how the user wrote this option, for error messages."""
         return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
+
+
+def _gate_option(flag: Flag, text: str) -> Option:
+    """Return pytest's option for one that ``int8bench`` takes too; ``text`` has a place for its
+    help."""
+    meaning = text.format(flag.help)
+    meaning = meaning[0].upper() + meaning[1:]
+    return Option(flag.name, f"{meaning}. Default: {flag.default}", flag.metavar, flag.repeatable)
 
 
 OPTIONS = {
@@ -80,8 +94,8 @@ OPTIONS = {
         ),
         Option(
             "workload",
-            "What to measure: olmoearth, digits, timm:NAME, hf:NAME, module:callable or "
-            "path.py:callable returning a Workload. Default: olmoearth",
+            f"What to measure: {', '.join(built_in_names())}, a name of the entry-point group "
+            f"{GROUP}, or {REFERENCE_FORMS} returning a Workload. Default: {OLMOEARTH}",
             "NAME",
         ),
         Option(
@@ -135,27 +149,13 @@ OPTIONS = {
             "BASE",
             repeatable=True,
         ),
-        *(
-            Option(
-                metric.option,
-                f"With --int8-compare, largest {metric.help}: a percentage, or off. Default: "
-                + ("off" if metric.limit is None else f"{metric.limit:.0%}"),
-                "LIMIT",
-            )
-            for metric in METRICS.values()
+        *(_gate_option(limit, "With --int8-compare, {}") for limit in LIMITS),
+        _gate_option(
+            ALLOW,
+            "{}. It counts for a file that is compared with, and between workers of pytest-xdist. "
+            "Repeatable",
         ),
-        Option(
-            "allow",
-            "Part of the fingerprint that may differ from a file that is compared with, or between "
-            "workers of pytest-xdist, such as driver; or throttled. Repeatable. Default: none",
-            "NAME",
-            repeatable=True,
-        ),
-        Option(
-            "allow-missing",
-            "With --int8-compare, points of the base that are not measured do not count. "
-            "Default: off",
-        ),
+        _gate_option(ALLOW_MISSING, "With --int8-compare, {}"),
         Option(
             "profile",
             "Write a trace of one forward of each point, for Perfetto or chrome://tracing, and a "
@@ -226,13 +226,10 @@ def check_forced_product() -> None:
 
 def check_workload(values: dict[str, Any]) -> None:
     """Refuse data for another workload than OlmoEarth."""
-    if "eval_data" in values and "workload" in values:
-        from pytest_int8bench.workloads.registry import OLMOEARTH
-
-        if values["workload"] != OLMOEARTH:
-            raise pytest.UsageError(
-                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
-            )
+    if "eval_data" in values and "workload" in values and values["workload"] != OLMOEARTH:
+        raise pytest.UsageError(
+            f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+        )
 
 
 def check_fields(values: dict[str, Any]) -> None:

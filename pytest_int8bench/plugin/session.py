@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.files import timestamp
 from pytest_int8bench.plugin.pytest_benchmark import leave_out
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.sweep import unique, with_baselines
@@ -288,7 +288,7 @@ class State:
 
         if self.worker is not None:
             return Journal(None, environment)
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        stamp = timestamp()
         # Two sessions in one process may start within a second.
         name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
         try:

@@ -12,13 +12,8 @@ import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.choices import INT8_MODES
-from pytest_int8bench.gate.rules import (
-    Rules,
-    check_allow,
-    find_pyproject,
-    parse_limit,
-    read_rules,
-)
+from pytest_int8bench.gate.flags import GATE_FLAGS, Flag
+from pytest_int8bench.gate.rules import Rules, find_pyproject, read_rules
 from pytest_int8bench.plugin.options import (
     OPTIONS,
     check_fields,
@@ -332,8 +327,9 @@ def _read_flag(name: str, on: Any = True) -> Callable[[bool | str], dict[str, An
     return read
 
 
-def _limit_reader(metric: str) -> Callable[[str], dict[str, Any]]:
-    return lambda text: {metric: parse_limit(text)}
+def _gate_reader(flag: Flag) -> Callable[[Any], dict[str, Any]]:
+    read = flag.read
+    return _read_flag(flag.dest) if read is None else lambda raw: {flag.dest: read(raw)}
 
 
 def _split(text: str) -> list[str]:
@@ -367,9 +363,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "eval-data": _read_eval_data,
     "remedy": _read_flag("remedy"),
     "compare": read_compare,
-    **{metric.option: _limit_reader(metric.name) for metric in METRICS.values()},
-    "allow": lambda items: {"allow": check_allow(items)},
-    "allow-missing": _read_flag("allow_missing"),
+    **{flag.name: _gate_reader(flag) for flag in GATE_FLAGS},
     "profile": _folder_reader("profile"),
     "wandb": _read_flag("wandb"),
     "report": _read_reports,

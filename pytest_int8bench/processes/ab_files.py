@@ -1,4 +1,4 @@
-"""What ``int8bench ab`` and a process that measures tell each other, through files."""
+"""Files that ``int8bench ab`` and a process that measures exchange."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from os.path import isabs
 from pathlib import Path
+from typing import Any
 
 _FOLDER = "INT8BENCH_SIDE"
+_PARENT, _ONLY, _MODULES = "parent", "only.json", "modules.json"
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """A folder in which the two processes tell each other what they must know."""
+    """A folder that both processes write to."""
 
     folder: Path
 
@@ -24,9 +26,9 @@ class SideFiles:
         """Make the folder for a process to be started, which runs the node ids ``only``."""
         files = cls(folder)
         folder.mkdir(parents=True)
-        files._parent.write_text(str(os.getpid()))
+        (folder / _PARENT).write_text(str(os.getpid()))
         if only is not None:
-            files._only.write_text(json.dumps(sorted(only)))
+            (folder / _ONLY).write_text(json.dumps(sorted(only)))
         return files
 
     @classmethod
@@ -45,31 +47,26 @@ class SideFiles:
 
     def only(self) -> list[str] | None:
         """Return the node ids to run; None for all."""
-        return json.loads(self._only.read_text()) if self._only.exists() else None
+        only: list[str] | None = self._read(_ONLY)
+        return only
 
     def is_started_by(self, pid: int) -> bool:
-        """Say whether it was the process ``pid`` that made the folder."""
-        return self._parent.exists() and self._parent.read_text() == str(pid)
+        """Return whether the process ``pid`` made the folder."""
+        path = self.folder / _PARENT
+        return path.exists() and path.read_text() == str(pid)
 
     def note_modules(self) -> None:
         """Write down the files of all modules that are loaded."""
         files = {name: getattr(module, "__file__", None) for name, module in [*sys.modules.items()]}
         # torch.classes and the like make up a relative one.
         found = {n: file for n, file in files.items() if isinstance(file, str) and isabs(file)}
-        self._modules.write_text(json.dumps(found))
+        (self.folder / _MODULES).write_text(json.dumps(found))
 
     def modules(self) -> dict[str, str] | None:
         """Return module -> file; None if the process did not get as far as that."""
-        return json.loads(self._modules.read_text()) if self._modules.exists() else None
+        files: dict[str, str] | None = self._read(_MODULES)
+        return files
 
-    @property
-    def _parent(self) -> Path:
-        return self.folder / "parent"
-
-    @property
-    def _only(self) -> Path:
-        return self.folder / "only.json"
-
-    @property
-    def _modules(self) -> Path:
-        return self.folder / "modules.json"
+    def _read(self, name: str) -> Any:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Processes of pytest: their environment, waiting for them, and how they ended."""
+"""Run a child process, stop it, and say how it ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
 
 # Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
 FAILED, INTERRUPTED, NO_TESTS = 1, 2, 5
@@ -26,14 +29,41 @@ def is_pytests(variable: str) -> bool:
     return variable in own or variable.startswith("PYTEST_XDIST_")
 
 
-def wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for ``process`` and return its exit code, negative for a signal; on Ctrl-C, let pytest
-    finish what it has to say, and return pytest's code for that."""
+def run(
+    command: Sequence[str] | str,
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: IO[str] | None = None,
+    shell: bool = False,
+) -> int:
+    """Run a process, and stop it if this one is interrupted.
+
+    Args:
+        command: what to run; a string for the shell with ``shell``.
+        cwd: folder that it runs in.
+        env: all of its environment.
+        log: where its output goes, and then it reads nothing; by default it shares the terminal.
+        shell: run it by the shell, in a session of its own, which is stopped as a whole.
+
+    Returns:
+        Its exit code, negative for a signal.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=None if log is None else subprocess.DEVNULL,
+        stdout=log,
+        stderr=None if log is None else subprocess.STDOUT,
+        shell=shell,
+        start_new_session=shell,
+    )
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        stop(process)
-        return INTERRUPTED
+    except BaseException:
+        stop(process, group=shell)
+        raise
 
 
 def stop(process: subprocess.Popen[bytes], *, group: bool = False) -> None:

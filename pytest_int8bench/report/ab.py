@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_int8bench.environment import describe
-from pytest_int8bench.gate.ab.design import Estimate
 from pytest_int8bench.gate.ab.journal import SCHEMA
+from pytest_int8bench.gate.ab.judging import Estimate
 from pytest_int8bench.gate.ab.plan import FIELDS, AbResult, AbRun, duration
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
 from pytest_int8bench.report.cells import value_text

@@ -12,12 +12,12 @@ import importlib.util
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.files import timestamp
 from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Accuracy, Record, Result, Saved
 from pytest_int8bench.words import plural
@@ -143,7 +143,7 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
     import wandb
 
     settings = wandb.setup().settings
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    stamp = timestamp()
     for tracked in runs:
         run = wandb.init(
             name=tracked.name,

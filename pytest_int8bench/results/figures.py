@@ -169,9 +169,11 @@ def unregister(figure: Figure) -> None:
 
 
 def _tokens_per_batch(result: Any) -> float | None:
-    if result.tokens_per_s is None or result.batch_time_s is None:
+    tokens_per_s: float | None = result.tokens_per_s
+    batch_time_s: float | None = result.batch_time_s
+    if tokens_per_s is None or batch_time_s is None:
         return None
-    return round(result.tokens_per_s * result.batch_time_s, 6)  # a count, but for rounding
+    return round(tokens_per_s * batch_time_s, 6)  # a count, but for rounding
 
 
 def _mean_token_rate(result: Any) -> float | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.files import append_text, replace_text
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
     ACCURACY,
@@ -64,9 +64,9 @@ class Journal:
         try:
             json.loads(last)
         except ValueError:
-            path.write_text(f"{whole}\n", encoding="utf-8")
+            replace_text(path, f"{whole}\n")
         else:  # only the end of its line is missing
-            path.write_text(f"{text}\n", encoding="utf-8")
+            replace_text(path, f"{text}\n")
         journal = cls(None, saved.environment)
         journal.path = path
         journal._results = saved.results
@@ -112,10 +112,7 @@ class Journal:
     def _write(self, record: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.path, json.dumps(record) + "\n")
 
 
 def journal_folder(root: Path) -> Path:

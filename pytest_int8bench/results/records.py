@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar
 
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import parts
 from pytest_int8bench.results.figures import FIGURES
 
 SCHEMA = 1
@@ -217,8 +219,8 @@ class Result(Record):
     samples_per_joule: float | None = None
     """Its inverse."""
     energy_ratio: float | None = None
-    """Joules per sample of the baseline over those of the candidate, from the alternating blocks
-    of the speedup: above 1, INT8 saves energy."""
+    """Joules per sample of the baseline over those of the candidate, from one long block of each
+    after the speedup: above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
     worker: dict[str, Any] | None = None
@@ -238,6 +240,127 @@ class Result(Record):
             isinstance(reason, str) for reason in self.throttled
         ):
             raise ValueError(f"throttled must be a list of texts, got {self.throttled!r}")
+
+    @classmethod
+    def from_parts(
+        cls,
+        *,
+        nodeid: str,
+        workload: str,
+        params: RunParams,
+        setup: parts.Setup,
+        units: parts.Units,
+        rounds: parts.Rounds,
+        feeding: parts.Feeding | None = None,
+        comparison: parts.Comparison | None = None,
+        coverage: parts.Coverage | None = None,
+        kernels: parts.Kernels | None = None,
+        bound: parts.UpperBound | None = None,
+        remark: str | None = None,
+    ) -> Self:
+        """Join what the stages of a measurement returned; None for a stage that did not run."""
+        timing = rounds.timing
+        joules = rounds.joules_per_batch
+        joules = None if joules is None else joules / units.samples
+
+        def per_s(count: float | None) -> float | None:
+            return None if count is None else count / timing.median_s
+
+        result = cls(
+            nodeid=nodeid,
+            workload=workload,
+            run_name=params.run_name,
+            params=params.to_dict(),
+            reason=remark,
+            coverage=None if coverage is None else dict(coverage.to_dict()),
+            int8_backend=None if coverage is None else coverage.backend,
+            samples_per_s=per_s(units.samples),
+            tokens_per_s=per_s(units.tokens),
+            pixels_per_s=per_s(units.pixels),
+            square_km_per_s=per_s(units.square_km),
+            batch_time_s=timing.median_s,
+            batch_time_mean_s=timing.mean_s,
+            batch_time_p95_s=timing.p95_s,
+            batch_time_min_s=timing.min_s,
+            batch_time_standard_error=timing.standard_error,
+            rounds=rounds.count,
+            iterations=rounds.iterations,
+            synchronization_share=rounds.synchronization_share,
+            gpu_before=None if rounds.gpu_before is None else dict(rounds.gpu_before),
+            gpu_after=None if rounds.gpu_after is None else dict(rounds.gpu_after),
+            throttled=list(rounds.throttled),
+            joules_per_sample=joules,
+            samples_per_joule=None if joules is None else 1 / joules,
+        )
+        result = result._with_setup(setup)._with_feeding(feeding)._with_comparison(comparison)
+        return result._with_kernels(kernels)._with_upper_bound(bound)
+
+    def _with_setup(self, setup: parts.Setup) -> Self:
+        return replace(
+            self,
+            peak_memory_bytes=setup.peak_memory_bytes,
+            compile_s=setup.compile_s,
+            compile_cache=setup.compile_cache,
+            warm_up_s=setup.warm_up_s,
+            steady=setup.steady,
+            cuda_graphs_skipped=setup.cuda_graphs_skipped,
+            regions=setup.regions,
+            regions_refused=setup.regions_refused,
+            attention_backend=setup.attention_backend,
+        )
+
+    def _with_feeding(self, feeding: parts.Feeding | None) -> Self:
+        if feeding is None:
+            return self
+        fed = replace(self, feed_workers=feeding.workers, feed_wait_s=feeding.wait_s)
+        if (cost := feeding.cost) is None:
+            return fed
+        return replace(
+            fed,
+            feed_copy_s=cost.copy_s,
+            feed_exposed_s=cost.exposed_s,
+            feed_exposed_low_s=cost.exposed_low_s,
+            feed_exposed_high_s=cost.exposed_high_s,
+        )
+
+    def _with_comparison(self, comparison: parts.Comparison | None) -> Self:
+        if comparison is None:
+            return self
+        return replace(
+            self,
+            speedup=comparison.speedup,
+            speedup_low=comparison.low,
+            speedup_high=comparison.high,
+            speedup_method=comparison.method,
+            energy_ratio=comparison.energy_ratio,
+        )
+
+    def _with_kernels(self, kernels: parts.Kernels | None) -> Self:
+        if kernels is None:
+            return self
+        breakdown = kernels.breakdown
+        return replace(
+            self,
+            device_time_s=kernels.device_time_s,
+            int8_time_share=kernels.int8_time_share,
+            attention_kernel=kernels.attention_kernel,
+            kernels=[
+                {"name": kernel.name, "seconds": kernel.seconds, "calls": kernel.calls}
+                for kernel in kernels.longest
+            ],
+            trace=kernels.trace,
+            device_breakdown=None if breakdown is None else dict(breakdown.to_dict()),
+        )
+
+    def _with_upper_bound(self, bound: parts.UpperBound | None) -> Self:
+        if bound is None:
+            return self
+        return replace(
+            self,
+            ceiling_speedup=bound.speedup,
+            ceiling_reached=bound.reached,
+            ceiling=dict(bound.sources.to_dict()),
+        )
 
     @property
     def is_disabled(self) -> bool:

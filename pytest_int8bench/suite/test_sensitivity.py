@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pytest_int8bench.processes.scan_request import ScanRequest
 from pytest_int8bench.results.records import Sensitivity
 
 
-def test_sensitivity(
-    int8_sensitivity: Callable[..., Sensitivity], int8_scan: dict[str, object]
-) -> None:
-    int8_sensitivity(**int8_scan)
+def test_sensitivity(int8_sensitivity: Callable[..., Sensitivity]) -> None:
+    request = ScanRequest.from_env_vars()
+    int8_sensitivity(by=request.by, metric=request.metric)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,46 +59,63 @@ def huggingface(name: str, root: Path) -> Workload:
             token ids or images.
     """
     config, pretrained = _find_config(name, root)
-    label = f"hf:{name}"
-    kind = _main_input(config, label)
-    axes: dict[str, Scalar] = {
-        key: value
-        for key, value in config.to_dict().items()
-        if isinstance(value, str | int | float) and EXTRA_NAME.fullmatch(key) and _finite(value)
-    }
-    if kind == "input_ids":
-        axes |= {"sequence_length": _sequence_length(config), "attention_mask": False}
+    model = _NamedModel(f"hf:{name}", config, pretrained)
+    is_text = _main_input(config, model.label) == "input_ids"
+    return Workload(
+        name=model.label,
+        build=model.build,
+        load=model.load,
+        inputs=_text if is_text else _images,
+        units=_text_units if is_text else _image_units,
+        tokens=None if is_text else _count_tokens,
+        axes=_axes(config, is_text),
+        impossible_reason=model.impossible_reason,
+    )
 
-    positions = _positions(config)
 
-    def impossible_reason(params: RunParams) -> str | None:
-        length = params.extra.get("sequence_length")
+@dataclass(frozen=True)
+class _NamedModel:
+    """A model by the name that the user gave, with its configuration."""
+
+    label: str
+    """The workload's name."""
+    config: Any
+    pretrained: str | None
+    """Folder or repository of its weights, None if it has none."""
+
+    def impossible_reason(self, params: RunParams) -> str | None:
+        length, positions = params.extra.get("sequence_length"), _positions(self.config)
         if positions and length and int(length) > positions:
-            return f"sequence_length={length} is more than the {positions} positions of {label}"
+            return (
+                f"sequence_length={length} is more than the {positions} positions of {self.label}"
+            )
         return _mask_reason(params)
 
-    def build(params: RunParams) -> torch.nn.Module:
-        attention = _attention(config, params)
-        return _encoder(AutoModel.from_config(_configured(config, params), **attention))
+    def build(self, params: RunParams) -> torch.nn.Module:
+        attention = _attention(self.config, params)
+        return _encoder(AutoModel.from_config(_configured(self.config, params), **attention))
 
-    def load(params: RunParams, weights: str) -> torch.nn.Module:
+    def load(self, params: RunParams, weights: str) -> torch.nn.Module:
         if weights != HUB and not Path(weights).is_dir():
-            model = build(params)
+            model = self.build(params)
             load_state_dict(model, read_state_dict(Path(weights)), source=weights)
             return model
-        source = weights if weights != HUB else pretrained
+        source = weights if weights != HUB else self.pretrained
         if source is None:
             raise WeightsError(
-                f"--int8-weights=hub: {label} is a model type without weights of its own; "
+                f"--int8-weights=hub: {self.label} is a model type without weights of its own; "
                 "name a repository"
             )
+        return self._from_pretrained(params, source)
+
+    def _from_pretrained(self, params: RunParams, source: str) -> torch.nn.Module:
         try:
             model, loaded = AutoModel.from_pretrained(
                 source,
-                config=_configured(config, params),
+                config=_configured(self.config, params),
                 dtype=torch.float32,
                 output_loading_info=True,
-                **_attention(config, params),
+                **_attention(self.config, params),
             )
         except Exception as error:  # of the hub's client, or of safetensors
             raise WeightsError(
@@ -113,16 +131,17 @@ def huggingface(name: str, root: Path) -> Workload:
             )
         return _encoder(model)
 
-    return Workload(
-        name=label,
-        build=build,
-        load=load,
-        inputs=_text if kind == "input_ids" else _images,
-        units=_text_units if kind == "input_ids" else _image_units,
-        tokens=None if kind == "input_ids" else _count_tokens,
-        axes=axes,
-        impossible_reason=impossible_reason,
-    )
+
+def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
+    """Return every plain field of the configuration, and the axes of a text model's inputs."""
+    axes: dict[str, Scalar] = {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, str | int | float) and EXTRA_NAME.fullmatch(key) and _finite(value)
+    }
+    if is_text:
+        axes |= {"sequence_length": _sequence_length(config), "attention_mask": False}
+    return axes
 
 
 def _find_config(name: str, root: Path) -> tuple[Any, str | None]:

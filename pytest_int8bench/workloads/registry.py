@@ -1,4 +1,13 @@
-"""Workloads and callables by name: checked when options are read, loaded when a test is set up."""
+"""Workloads by name: checked when options are read, loaded when a test is set up.
+
+A workload is one row of :data:`WORKLOADS`, or an entry point of another distribution::
+
+    [project.entry-points."pytest_int8bench.workloads"]
+    my-encoder = "my_package.bench:make"
+
+The pytest plugin imports this module at its start, so it loads neither torch nor
+``importlib.metadata``.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +16,126 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_int8bench.workloads import Workload
 
-#: RunParams fields that models of a library do not read.
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+#: Entry-point group in which other distributions offer workloads.
+GROUP = "pytest_int8bench.workloads"
+#: RunParams fields that only OlmoEarth reads.
 OLMOEARTH_FIELDS = (
     *("model_size", "model_version", "image_size", "patch_size", "num_timesteps"),
     *("use_s1", "use_s2", "use_landsat"),
 )
-OLMOEARTH, DIGITS = "olmoearth", "digits"
-_LIBRARY = re.compile(r"(?P<library>timm|hf):(?P<name>\S+)")
-_REFERENCE = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)")
+OLMOEARTH = "olmoearth"
+#: The two forms, for error messages and help.
+REFERENCE_FORMS = "module:callable or path.py:callable"
+# Compiled when a name is checked, not when pytest starts.
+_REFERENCE = r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)"
+
+
+class WorkloadRow(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
+    """A workload of this package, or a family of them behind a prefix such as ``timm:``."""
+
+    name: str
+    """Name, or the prefix with its colon."""
+    help: str
+    """What it is, for the documentation."""
+    loader: str
+    """``module:callable`` that returns the Workload; its module imports the library."""
+    extra: str
+    """Extra of this package that installs the library."""
+    takes: tuple[str, ...] = ()
+    """What the loader is called with: any of ``argument``, ``root`` (the folder that relative
+    paths start from) and ``eval_data``."""
+    argument: str | None = None
+    """Pattern of what follows the prefix; None for a plain name."""
+    example: str = ""
+    """An argument, for the error message when it is absent."""
+    ignores: tuple[str, ...] = ()
+    """RunParams fields that it does not read, and refuses."""
+
+    @property
+    def usage(self) -> str:
+        """How the name is written, e.g. ``timm:NAME``."""
+        return self.name if self.argument is None else f"{self.name}NAME"
+
+    def matches(self, text: str) -> bool:
+        """Return whether ``text`` names this workload."""
+        return re.fullmatch(re.escape(self.name) + (self.argument or ""), text) is not None
+
+    def load(self, name: str, root: Path, eval_data: Path | None) -> Workload:
+        """Import the loader and return the workload ``name``.
+
+        Raises:
+            ValueError: one line, if the library is missing or has no such model.
+        """
+        module, function = split_reference(self.loader)
+        try:
+            loader = getattr(importlib.import_module(module), function)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
+            raise ValueError(
+                f"{name} needs pip install 'pytest-int8bench[{self.extra}]' ({error})"
+            ) from None
+        known = {
+            "argument": name.removeprefix(self.name),
+            "root": root,
+            "eval_data": eval_data,
+        }
+        workload: Workload = loader(*(known[value] for value in self.takes))
+        return workload
+
+
+WORKLOADS = (
+    WorkloadRow(
+        OLMOEARTH,
+        "OlmoEarth encoders, v1 to v1.3",
+        "pytest_int8bench.workloads.olmoearth:olmoearth",
+        "olmoearth",
+        takes=("eval_data",),
+    ),
+    WorkloadRow(
+        "digits",
+        "a small ViT trained on handwritten digits, with its test set",
+        "pytest_int8bench.workloads.digits:digits",
+        "eval",
+        ignores=OLMOEARTH_FIELDS,
+    ),
+    WorkloadRow(
+        "timm:",
+        "an image model of timm",
+        "pytest_int8bench.workloads.timm:timm_model",
+        "timm",
+        takes=("argument",),
+        argument=r"\S+",
+        example="vit_base_patch16_224",
+        ignores=OLMOEARTH_FIELDS,
+    ),
+    WorkloadRow(
+        "hf:",
+        "an encoder of Hugging Face transformers: a model type, a folder, or a repository of the "
+        "hub",
+        "pytest_int8bench.workloads.huggingface:huggingface",
+        "hf",
+        takes=("argument", "root"),
+        argument=r"\S+",
+        example="bert",
+        ignores=OLMOEARTH_FIELDS,
+    ),
+)
+
+
+def built_in_names() -> list[str]:
+    """Return how the workloads of this package are written."""
+    return [row.usage for row in WORKLOADS]
+
+
+def is_reference(text: str) -> bool:
+    """Return whether ``text`` looks like ``module:callable`` or ``path.py:callable``."""
+    return re.fullmatch(_REFERENCE, text) is not None
 
 
 def check_reference(text: str) -> str:
@@ -27,42 +144,20 @@ def check_reference(text: str) -> str:
     Raises:
         ValueError: if it does not.
     """
-    if not _REFERENCE.fullmatch(text):
-        raise ValueError(f"must be module:callable or path.py:callable, got {text!r}")
+    if not is_reference(text):
+        raise ValueError(f"must be {REFERENCE_FORMS}, got {text!r}")
     return text
 
 
-def check_workload_name(text: str) -> str:
-    """Return ``text`` if it may name a workload.
-
-    Raises:
-        ValueError: if it may not.
-    """
-    if text in ("timm:", "hf:"):
-        raise ValueError(f"must name a model, such as timm:vit_base_patch16_224, got {text!r}")
-    known = text in (OLMOEARTH, DIGITS)
-    if not known and not (_LIBRARY.fullmatch(text) or _REFERENCE.fullmatch(text)):
-        raise ValueError(
-            "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or path.py:callable, "
-            f"got {text!r}"
-        )
-    return text
-
-
-def check_fields(workload: str, fields: Iterable[str]) -> None:
-    """Refuse fields that would label a model without changing it.
-
-    Raises:
-        ValueError: for a field of OlmoEarth with digits or a model of timm or transformers.
-    """
-    for field in fields:
-        if field in OLMOEARTH_FIELDS and (workload == DIGITS or _LIBRARY.fullmatch(workload)):
-            own = "" if workload == DIGITS else "; its own axes are extra.NAME=VALUE"
-            raise ValueError(f"{field} is OlmoEarth's and does nothing for {workload}{own}")
+def split_reference(reference: str) -> tuple[str, str]:
+    """Return the module, or path, and the name that ``reference`` consists of."""
+    match = re.fullmatch(_REFERENCE, reference)
+    assert match is not None, reference
+    return match["module"], match["name"]
 
 
 def load_object(reference: str, root: Path) -> Any:
-    """Import what ``module:callable`` or ``path.py:callable`` names.
+    """Import the object that ``module:callable`` or ``path.py:callable`` names.
 
     Args:
         reference: checked by :func:`check_reference`.
@@ -71,9 +166,7 @@ def load_object(reference: str, root: Path) -> Any:
     Raises:
         ValueError: one line, if there is no such file, module or name.
     """
-    match = _REFERENCE.fullmatch(reference)
-    assert match is not None, reference
-    module_name, name = match["module"], match["name"]
+    module_name, name = split_reference(reference)
     if module_name.endswith(".py"):
         path = root / module_name
         if not path.is_file():
@@ -95,8 +188,39 @@ def load_object(reference: str, root: Path) -> Any:
     return target
 
 
+def check_workload_name(text: str) -> str:
+    """Return ``text`` if it may name a workload.
+
+    Raises:
+        ValueError: if it may not, or if several distributions offer that name.
+    """
+    for row in WORKLOADS:
+        if row.argument is not None and text == row.name:
+            raise ValueError(f"must name a model, such as {row.name}{row.example}, got {text!r}")
+    if _row(text) is not None or is_reference(text) or _entry_point(text) is not None:
+        return text
+    offered = sorted({point.name for point in _entry_points()})
+    names = ", ".join([*built_in_names(), *offered])
+    raise ValueError(f"must be {names}, {REFERENCE_FORMS}, got {text!r}")
+
+
+def check_fields(workload: str, fields: Iterable[str]) -> None:
+    """Refuse fields that would label a model without changing it.
+
+    Raises:
+        ValueError: for a field that the workload ignores.
+    """
+    row = _row(workload)
+    if row is None:
+        return
+    for field in fields:
+        if field in row.ignores:
+            own = "" if row.argument is None else "; its own axes are extra.NAME=VALUE"
+            raise ValueError(f"{field} is OlmoEarth's and does nothing for {workload}{own}")
+
+
 def load_workload(name: str, root: Path, *, eval_data: Path | None = None) -> Workload:
-    """Return the workload that ``name`` says.
+    """Return the workload ``name``.
 
     Args:
         name: checked by :func:`check_workload_name`.
@@ -104,43 +228,60 @@ def load_workload(name: str, root: Path, *, eval_data: Path | None = None) -> Wo
         eval_data: folder of labelled images for OlmoEarth.
 
     Raises:
-        ValueError: one line, if it cannot be had.
+        ValueError: one line, if it cannot be loaded.
     """
-    if name == OLMOEARTH:
-        try:
-            from pytest_int8bench.workloads.olmoearth import olmoearth
-        except ImportError as error:
-            raise ValueError(_needs(name, "olmoearth", error)) from None
-        return olmoearth(eval_data)
-    if name == DIGITS:
-        try:
-            from pytest_int8bench.workloads.digits import digits
-        except ImportError as error:
-            raise ValueError(_needs(name, "eval", error)) from None
-        return digits()
-    if match := _LIBRARY.fullmatch(name):
-        if match["library"] == "hf":
-            try:
-                from pytest_int8bench.workloads.huggingface import huggingface
-            except ImportError as error:
-                raise ValueError(_needs(name, "hf", error)) from None
-            return huggingface(match["name"], root)
-        try:
-            from pytest_int8bench.workloads.timm import timm_model
-        except (ImportError, RuntimeError) as error:  # torchvision for another torch
-            raise ValueError(_needs(name, "timm", error)) from None
-        return timm_model(match["name"])
-    target = load_object(name, root)
+    row = _row(name)
+    if row is not None:
+        return row.load(name, root, eval_data)
+    if is_reference(name):
+        return _workload_from(load_object(name, root), name)
+    point = _entry_point(name)
+    if point is None:
+        raise ValueError(f"no installed distribution offers the workload {name!r} any more")
+    label = f"{name} ({point.value} of the distribution {_distribution(point)})"
+    try:
+        target = point.load()
+    except Exception as error:
+        raise ValueError(f"{label} cannot be loaded: {type(error).__name__}: {error}") from error
+    return _workload_from(target, label)
+
+
+def _row(name: str) -> WorkloadRow | None:
+    return next((row for row in WORKLOADS if row.matches(name)), None)
+
+
+def _workload_from(target: Any, label: str) -> Workload:
+    """Return the Workload that ``target`` is, or that it returns when it is called."""
     workload = target
     if callable(target):
         try:
             workload = target()
         except Exception as error:
-            raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
+            raise ValueError(f"{label} raised {type(error).__name__}: {error}") from error
     if not isinstance(workload, Workload):
-        raise ValueError(f"{name} must give a pytest_int8bench.Workload, got {workload!r}")
+        raise ValueError(f"{label} must give a pytest_int8bench.Workload, got {workload!r}")
     return workload
 
 
-def _needs(name: str, extra: str, error: Exception) -> str:
-    return f"{name} needs pip install 'pytest-int8bench[{extra}]' ({error})"
+def _entry_points() -> list[EntryPoint]:
+    """Return what other distributions offer."""
+    from importlib.metadata import entry_points  # slow, and needed for unknown names only
+
+    return list(entry_points(group=GROUP))
+
+
+def _entry_point(name: str) -> EntryPoint | None:
+    """Return the entry point ``name``, None if there is none.
+
+    Raises:
+        ValueError: if several distributions have one.
+    """
+    found = [point for point in _entry_points() if point.name == name]
+    if len(found) > 1:
+        owners = " and ".join(sorted(_distribution(point) for point in found))
+        raise ValueError(f"workload {name} is offered by several distributions: {owners}")
+    return found[0] if found else None
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "unknown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,62 +37,93 @@ def timm_model(name: str) -> Workload:
         close = difflib.get_close_matches(name, timm.list_models())
         hint = f"; there is {', '.join(close)}" if close else ""
         raise ValueError(f"timm has no model {name!r}{hint}")
+    model = _describe(name)
+    return Workload(
+        name=f"timm:{name}",
+        build=model.build,
+        load=model.load,
+        inputs=model.inputs,
+        units=model.units,
+        filter_fn=model.is_quantized,
+        axes={"image_size": model.height},
+        channels_last=model.convolutions > 1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NamedModel:
+    """What timm says about a model."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    is_sized: bool
+    """It is built for one image size, rather than for any."""
+    heads: frozenset[str]
+    """Paths of its classifiers."""
+    convolutions: int
+    patch: tuple[int, int] | None
+    """Pixels of a token, also behind the convolutions of a hybrid; None without tokens."""
+    prefix_tokens: int
+    """Tokens that stand for no patch."""
+
+    def size(self, params: RunParams) -> tuple[int, int]:
+        asked = int(params.extra["image_size"])
+        return (self.height, self.width) if asked == self.height else (asked, asked)
+
+    def build(self, params: RunParams, *, pretrained: bool = False) -> torch.nn.Module:
+        size = self.size(params)
+        changed = {"img_size": size} if self.is_sized and size != (self.height, self.width) else {}
+        model: torch.nn.Module = timm.create_model(self.name, pretrained=pretrained, **changed)
+        return model
+
+    def load(self, params: RunParams, weights: str) -> torch.nn.Module:
+        if weights == HUB:
+            try:
+                return self.build(params, pretrained=True)
+            except Exception as error:  # the hub's client raises errors of its own
+                raise WeightsError(
+                    f"weights of timm:{self.name} cannot be loaded: {first_line(error)}"
+                ) from None
+        model = self.build(params)
+        load_state_dict(model, read_state_dict(Path(weights)), source=weights)
+        return model
+
+    def inputs(self, params: RunParams, device: torch.device) -> tuple[torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(INPUT_SEED)
+        shape = (params.batch_size, self.channels, *self.size(params))
+        return (torch.randn(shape, generator=generator, device=device),)
+
+    def units(self, params: RunParams) -> dict[str, float]:
+        rows, columns = self.size(params)
+        pixels = params.batch_size * rows * columns
+        counted: dict[str, float] = {"samples": params.batch_size, "pixels": pixels}
+        if self.patch is not None:
+            patches = (rows // self.patch[0]) * (columns // self.patch[1])
+            counted["tokens"] = params.batch_size * (patches + self.prefix_tokens)
+        return counted
+
+    def is_quantized(self, module: torch.nn.Module, path: str) -> bool:
+        return path not in self.heads and is_transformer_linear(module, path)
+
+
+def _describe(name: str) -> _NamedModel:
+    """Build the model once, and return what is needed to measure it."""
     with torch.random.fork_rng(devices=[]):
         shell: Any = timm.create_model(name)
     channels, height, width = resolve_model_data_config(shell)["input_size"]
     classifiers = shell.pretrained_cfg.get("classifier") or ()
-    heads = {classifiers} if isinstance(classifiers, str) else set(classifiers)
-    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in shell.modules())
     embedding: Any = getattr(shell, "patch_embed", None)
-    sized = hasattr(embedding, "img_size")
-    # Pixels a token, also behind the convolutions of a hybrid.
     patched = hasattr(shell, "num_prefix_tokens") and hasattr(embedding, "feat_ratio")
-    patch = embedding.feat_ratio(as_scalar=False) if patched else None
-    prefix = getattr(shell, "num_prefix_tokens", 0)
-    del shell
-
-    def size(params: RunParams) -> tuple[int, int]:
-        asked = int(params.extra["image_size"])
-        return (height, width) if asked == height else (asked, asked)
-
-    def create(params: RunParams, *, pretrained: bool = False) -> torch.nn.Module:
-        changed = {"img_size": size(params)} if sized and size(params) != (height, width) else {}
-        model: torch.nn.Module = timm.create_model(name, pretrained=pretrained, **changed)
-        return model
-
-    def load(params: RunParams, weights: str) -> torch.nn.Module:
-        if weights == HUB:
-            try:
-                return create(params, pretrained=True)
-            except Exception as error:  # the hub's client raises errors of its own
-                raise WeightsError(
-                    f"weights of timm:{name} cannot be loaded: {first_line(error)}"
-                ) from None
-        model = create(params)
-        load_state_dict(model, read_state_dict(Path(weights)), source=weights)
-        return model
-
-    def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor]:
-        generator = torch.Generator(device).manual_seed(INPUT_SEED)
-        shape = (params.batch_size, channels, *size(params))
-        return (torch.randn(shape, generator=generator, device=device),)
-
-    def units(params: RunParams) -> dict[str, float]:
-        rows, columns = size(params)
-        pixels = params.batch_size * rows * columns
-        counted: dict[str, float] = {"samples": params.batch_size, "pixels": pixels}
-        if patch is not None:
-            tokens = (rows // patch[0]) * (columns // patch[1]) + prefix
-            counted["tokens"] = params.batch_size * tokens
-        return counted
-
-    return Workload(
-        name=f"timm:{name}",
-        build=create,
-        load=load,
-        inputs=inputs,
-        units=units,
-        filter_fn=lambda module, path: path not in heads and is_transformer_linear(module, path),
-        axes={"image_size": height},
-        channels_last=convolutions > 1,
+    return _NamedModel(
+        name=name,
+        channels=channels,
+        height=height,
+        width=width,
+        is_sized=hasattr(embedding, "img_size"),
+        heads=frozenset([classifiers] if isinstance(classifiers, str) else classifiers),
+        convolutions=sum(isinstance(module, torch.nn.Conv2d) for module in shell.modules()),
+        patch=embedding.feat_ratio(as_scalar=False) if patched else None,
+        prefix_tokens=getattr(shell, "num_prefix_tokens", 0),
     )

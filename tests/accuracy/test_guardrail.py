@@ -23,6 +23,7 @@ from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.report.verdict_text import beside_row, describe, message
 from pytest_int8bench.results.records import Accuracy
 from pytest_int8bench.workloads import Evaluation, Workload
+from toys.models import Mlp, make_workload
 
 BF16 = RunParams(gpu_type="cpu", compile_mode="off", batch_size=32, model_size="nano")
 W8A8 = BF16.replace(int8_enabled=True)
@@ -31,23 +32,8 @@ ONE_PERCENT = Limit.parse("1%")
 SAMPLES = 2000
 
 
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
-def toy_inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
-    return (torch.randn(p.batch_size, 32, device=device),)
-
-
-def make_workload(evaluation: Any = None, **changes: Any) -> Workload:
-    values = {"name": "toy", "build": lambda p: Toy(), "inputs": toy_inputs}
-    return Workload(**{**values, "evaluation": evaluation, **changes})
+def toy() -> Mlp:
+    return Mlp(out=8)
 
 
 def is_candidate(forward: Forward) -> bool:
@@ -74,7 +60,9 @@ def check(
     evaluation: Any, params: RunParams = W8A8, limit: str = "1%", **changes: Any
 ) -> list[Accuracy]:
     guardrail = Guardrail(ModelPool(), Limit.parse(limit))
-    return guardrail.check(make_workload(evaluation, **changes), params, nodeid="test.py::test")
+    return guardrail.check(
+        make_workload(toy, evaluation=evaluation, **changes), params, nodeid="test.py::test"
+    )
 
 
 # -- verdicts -----------------------------------------------------------------------------------
@@ -168,7 +156,7 @@ def test_several_evaluations_are_judged_each() -> None:
         asked.append(p)
         return pair
 
-    workload = make_workload(evaluation, axes={"depth": 3})
+    workload = make_workload(toy, evaluation=evaluation, axes={"depth": 3})
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
     assert len(guardrail.check(workload, W8A8, nodeid="a")) == 2
     guardrail.check(workload, W8, nodeid="b")
@@ -177,7 +165,7 @@ def test_several_evaluations_are_judged_each() -> None:
 
 def test_random_weights_of_a_library_are_marked() -> None:
     evaluation = Evaluation(metric="top1", scores=flips(lost=0))
-    judged, compared = check(evaluation, load=lambda p, weights: Toy())
+    judged, compared = check(evaluation, load=lambda p, weights: toy())
     assert judged.random_weights
     assert judged.is_pipeline_check
     assert describe(judged)[0].endswith("limit 1% (pipeline check: random weights)")
@@ -216,7 +204,7 @@ def test_the_baseline_is_scored_once_for_all_candidates() -> None:
         return flips(lost=0)(forward)
 
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
-    workload = make_workload(Evaluation(metric="top1", scores=scores))
+    workload = make_workload(toy, evaluation=Evaluation(metric="top1", scores=scores))
     for params in (W8A8, W8, W8A8.replace(int8_smoothquant=True)):
         guardrail.check(workload, params, nodeid="a")
     assert scored == ["baseline", "candidate", "candidate", "candidate"]
@@ -259,7 +247,7 @@ def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPa
         return build(workload, params, inputs)
 
     monkeypatch.setattr(pool, "_build", tight)
-    workload = make_workload(Evaluation(metric="top1", scores=flips(lost=0)))
+    workload = make_workload(toy, evaluation=Evaluation(metric="top1", scores=flips(lost=0)))
     [found] = Guardrail(pool, ONE_PERCENT).check(workload, W8A8, nodeid="a")
     assert (found.outcome, len(refused)) == ("PASS", 1)
 
@@ -275,7 +263,9 @@ def test_several_evaluations_are_scored_apart_too(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(pool, "_build", tight)
     pair = [Evaluation(metric=name, scores=flips(lost=0)) for name in ("a", "b")]
-    found = Guardrail(pool, ONE_PERCENT).check(make_workload(pair), W8A8, nodeid="a")
+    found = Guardrail(pool, ONE_PERCENT).check(
+        make_workload(toy, evaluation=pair), W8A8, nodeid="a"
+    )
     assert [verdict.outcome for verdict in found] == ["PASS", "PASS"]
 
 
@@ -292,7 +282,7 @@ def test_verdicts_are_recorded_as_they_come() -> None:
     kept: list[Accuracy] = []
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
     with pytest.raises(torch.OutOfMemoryError):
-        guardrail.check(make_workload(pair), W8A8, nodeid="a", record=kept.append)
+        guardrail.check(make_workload(toy, evaluation=pair), W8A8, nodeid="a", record=kept.append)
     assert [(verdict.metric, verdict.outcome) for verdict in kept] == [("first", "FAIL")]
 
 
@@ -308,9 +298,7 @@ def test_scores_may_be_written_to_again() -> None:
 
 
 @pytest.mark.parametrize("compile_mode", ["default", "off"])
-def test_variants_are_scored_with_what_was_fitted(
-    compile_mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variants_share_the_fit(compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))  # as it is
     monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
     asked: list[RunParams] = []
@@ -325,7 +313,9 @@ def test_variants_are_scored_with_what_was_fitted(
 
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
     scan = SensitivityScan(
-        guardrail, make_workload(evaluation), W8A8.replace(compile_mode=compile_mode)
+        guardrail,
+        make_workload(toy, evaluation=evaluation),
+        W8A8.replace(compile_mode=compile_mode),
     )
     assert len(scan.run(nodeid="a", metric=True).layers) == 2
     assert len(asked) == 1
@@ -339,7 +329,7 @@ def test_long_steps_are_said() -> None:
         steps.append((action, name.removeprefix("toy: ")))
         yield
 
-    workload = make_workload(Evaluation(metric="top1", scores=flips(lost=0)))
+    workload = make_workload(toy, evaluation=Evaluation(metric="top1", scores=flips(lost=0)))
     Guardrail(ModelPool(), ONE_PERCENT, step=step).check(workload, W8A8, nodeid="a")
     assert steps == [
         (action, params.run_name)
@@ -378,7 +368,7 @@ def test_a_point_without_labels_is_one_for_which_the_evaluation_is_none() -> Non
 
 def test_outputs_that_are_too_far_fail() -> None:
     def outliers(p: RunParams) -> nn.Module:
-        model = Toy()
+        model = toy()
         with torch.no_grad():
             model.fc1.bias[0] = 1e5  # takes the whole range of a row
             model.fc2.weight[:, 0] = 0  # and no part in the output

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,8 @@ from pytest_int8bench.cli.main import main
 from pytest_int8bench.gate.ab import experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
 from pytest_int8bench.gate.ab.design import Design
+from toys.processes import runs
+from toys.repositories import git, isolate, isolate_pytest, make_temporary_folder
 
 DEADLINE_S = 60
 MAIN = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
@@ -39,7 +40,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_int8bench.results import Journal, Result
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result
 
 COUNTER = Path(os.environ["TOY_COUNTER"])
 
@@ -94,11 +96,6 @@ def toy(steady: float = 0.01, other: float = 0.02) -> str:
     return f'SECONDS = {{"steady": {steady}, "Größe": {other}}}\n'
 
 
-def git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, check=True)
-    return os.fsdecode(done.stdout).strip()
-
-
 def commit(root: Path, **files: str) -> str:
     """Commit files, in which ``__`` stands for a folder, and return the short hash."""
     for name, text in files.items():
@@ -129,32 +126,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def isolate(patch: pytest.MonkeyPatch, ceiling: Path) -> None:
-    """Let git read no configuration of this machine, and find no repository above."""
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        patch.delenv(name)
-    patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    patch.setenv("GIT_CEILING_DIRECTORIES", str(ceiling))
-    for who in ("AUTHOR", "COMMITTER"):
-        patch.setenv(f"GIT_{who}_NAME", "a")
-        patch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
-
-
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for temporary files."""
-    isolate(monkeypatch, tmp_path)
-    folder = tmp_path / "temp"
-    folder.mkdir()
+    isolate_pytest(monkeypatch)
     (tmp_path / "count").touch()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("TOY_COUNTER", str(tmp_path / "count"))
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "GITHUB_STEP_SUMMARY"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
+    return make_temporary_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -274,9 +252,7 @@ def append_path(folder: Path, entry: Path, place: str = "append(") -> str:
     return str(folder)
 
 
-def test_an_editable_install_of_the_main_checkout_is_shadowed(
-    ab: Ab, root: Path, tmp_path: Path
-) -> None:
+def test_worktree_shadows_editable_install(ab: Ab, root: Path, tmp_path: Path) -> None:
     git(root, "checkout", "-q", "-b", "src", "v1")
     (root / "toy.py").unlink()
     commit(root, src__toy_py=toy())
@@ -323,9 +299,7 @@ def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -
     )
 
 
-def test_a_revision_passes_against_itself_with_packages_built_by_install(
-    ab: Ab, root: Path
-) -> None:
+def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None:
     """A virtual environment in the repository is no code of the project."""
     packages = root / ".venv" / "lib" / "site-packages"
     packages.mkdir(parents=True)
@@ -367,9 +341,7 @@ def test_a_revision_passes_against_itself_with_packages_built_by_install(
         (["v1", "--install", "echo why >&2; false"], None),
     ],
 )
-def test_what_is_refused_before_anything_is_measured(
-    ab_here: Ab, root: Path, args: list[str], message: str | None
-) -> None:
+def test_rejected_at_start(ab_here: Ab, root: Path, args: list[str], message: str | None) -> None:
     [log] = [root / ".benchmarks" / "int8bench" / "ab"]
     done = ab_here(root, *args, "--", "bench")
     text = refusal(done)
@@ -426,9 +398,7 @@ TOO_OLD = "pytest-int8bench is missing there, turned off, or too old to be measu
         (["bench", "-o", "addopts="], TOO_OLD),
     ],
 )
-def test_arguments_with_which_nothing_is_measured(
-    ab_here: Ab, root: Path, args: list[str], message: str
-) -> None:
+def test_rejects_unmeasurable_args(ab_here: Ab, root: Path, args: list[str], message: str) -> None:
     if "xdist.plugin" in args:
         pytest.importorskip("xdist")
     done = ab_here(root, "v1", "--", *args)
@@ -468,9 +438,7 @@ def test_a_budget_that_is_too_small(ab_here: Ab, root: Path) -> None:
         ("--verdict-blocks=x", "invalid int value: 'x'"),
     ],
 )
-def test_an_option_that_is_none(
-    option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rejects_bad_option(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["ab", "v1", option, "--", "bench"])
     assert caught.value.code == 2
@@ -514,15 +482,6 @@ def test_two_gates_at_once(ab_here: Ab, root: Path) -> None:
 # -- interrupts -------------------------------------------------------------------------------
 
 
-def runs(pid: int) -> bool:
-    """Say whether a process runs; one that ended may be waiting for somebody to ask how."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return fields[0] not in "ZX"
-
-
 @contextlib.contextmanager
 def hanging(root: Path, *args: str, at: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Start the command and wait until its process number ``at`` hangs, which is the second
@@ -545,11 +504,7 @@ def hanging(root: Path, *args: str, at: int) -> Iterator[tuple[subprocess.Popen[
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
     ("number", "is_group", "code"),
-    [
-        (signal.SIGINT, True, 2),
-        (signal.SIGINT, False, 2),
-        (signal.SIGTERM, False, 143),
-    ],
+    [(signal.SIGINT, True, 2), (signal.SIGINT, False, 2), (signal.SIGTERM, False, 143)],
 )
 def test_an_interrupt_leaves_nothing_behind(
     root: Path, temporary: Path, number: signal.Signals, is_group: bool, code: int
@@ -569,9 +524,7 @@ def test_an_interrupt_leaves_nothing_behind(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_killed_command_leaves_no_process_and_goes_on(
-    ab: Ab, root: Path, temporary: Path, tmp_path: Path
-) -> None:
+def test_resumes_after_kill(ab: Ab, root: Path, temporary: Path, tmp_path: Path) -> None:
     before = state(root)
     args = ("v1", "same", "--", "bench")
     with hanging(root, *args, at=3) as (process, child):  # the second one of a block

@@ -14,7 +14,8 @@ import pytest
 from pytest_int8bench import files
 from pytest_int8bench.cli.main import main
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Accuracy, Result, Saved
+from pytest_int8bench.results.records import Record, Saved
+from toys.results import saved, timed, verdict_of, write
 
 Capture = pytest.CaptureFixture[str]
 ENVIRONMENT: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "commit": "a" * 40}
@@ -27,25 +28,13 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("pyproject.toml").write_text("")  # whatever there is above does not count
 
 
-def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
-    times = {"samples_per_s": 1000 / slower, "batch_time_s": 0.128 * slower}
-    measured = times if values.get("status", "ok") == "ok" else {"reason": "why"}
-    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
-    return Result(**{**point, "params": {}, **measured, **values})
-
-
-def save(
-    path: str, *results: Result, accuracy: tuple[Accuracy, ...] = (), **environment: Any
-) -> str:
-    saved = Saved({**ENVIRONMENT, **environment}, [*results], [*accuracy])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({"benchmarks": [], "int8bench": saved.to_dict()}))
-    return path
+def save(path: str, *records: Record, **environment: Any) -> str:
+    return str(write(path, saved(*records, **{**ENVIRONMENT, **environment})))
 
 
 @pytest.fixture
 def base() -> str:
-    return save("base.json", result_of())
+    return save("base.json", timed())
 
 
 def run(capsys: Capture, *args: str) -> tuple[int, list[str]]:
@@ -80,14 +69,14 @@ def misused(capsys: Capture, *args: str) -> str:
 
 
 def test_equal_files_pass(base: str, capsys: Capture) -> None:
-    code, lines = run(capsys, base, save("new.json", result_of()))
+    code, lines = run(capsys, base, save("new.json", timed()))
     assert code == 0
     assert lines[-1] == "int8bench compare: nothing regressed (1 run: 1 same)"
 
 
 def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) -> None:
-    base = save("base.json", result_of("x"), result_of("y"))
-    code, lines = run(capsys, base, save("new.json", result_of("x", slower=1.1)))
+    base = save("base.json", timed("x"), timed("y"))
+    code, lines = run(capsys, base, save("new.json", timed("x", slower=1.1)))
     assert code == 1
     assert lines[-1] == "int8bench compare: REGRESSED (2 runs: 1 regressed, 1 missing)"
     assert "missing: toy: y: not in the new run" in lines
@@ -96,7 +85,7 @@ def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) ->
 
 
 def test_another_machine_is_2_until_it_is_allowed(base: str, capsys: Capture) -> None:
-    new = save("new.json", result_of(), cpu="Xeon")
+    new = save("new.json", timed(), cpu="Xeon")
     code, lines = run(capsys, base, new)
     assert code == 2
     assert "differs: cpu: EPYC -> Xeon" in lines
@@ -106,7 +95,7 @@ def test_another_machine_is_2_until_it_is_allowed(base: str, capsys: Capture) ->
 
 
 def test_another_commit_is_always_allowed(base: str, capsys: Capture) -> None:
-    new = save("new.json", result_of(), commit="b" * 40, dirty=True)
+    new = save("new.json", timed(), commit="b" * 40, dirty=True)
     code, lines = run(capsys, base, new)
     assert code == 0
     assert "new: new.json (bbbbbbbbbb, uncommitted changes)" in lines
@@ -114,9 +103,9 @@ def test_another_commit_is_always_allowed(base: str, capsys: Capture) -> None:
 
 def test_every_metric_can_be_judged(capsys: Capture) -> None:
     fields = {"batch_time_p95_s": 1.0, "compile_s": 1.0, "peak_memory_bytes": 1000}
-    base = save("base.json", result_of(**fields))
+    base = save("base.json", timed(**fields))
     worse = {name: value * 2 for name, value in fields.items()}
-    new = save("new.json", result_of(batch_time_s=0.2, **worse))
+    new = save("new.json", timed(batch_time_s=0.2, **worse))
     off = "--max-memory-growth=off"
     assert run(capsys, base, new)[0] == 1
     assert run(capsys, base, new, off)[0] == 0
@@ -126,19 +115,14 @@ def test_every_metric_can_be_judged(capsys: Capture) -> None:
 
 
 def test_a_floor_can_be_given(base: str, capsys: Capture) -> None:
-    new = save("new.json", result_of(slower=1.1))
+    new = save("new.json", timed(slower=1.1))
     assert run(capsys, base, new, "--noise-floor", "throughput=15%")[0] == 0
     assert run(capsys, base, new, "--noise-floor", "memory=15%")[0] == 1
 
 
 def test_an_undecided_verdict_counts_on_request(capsys: Capture) -> None:
-    point = {"nodeid": "test_a.py::test[x]", "workload": "toy", "run_name": "x", "params": {}}
-    verdicts = [
-        Accuracy(**point, metric="top1", outcome=outcome, samples=9)
-        for outcome in ("PASS", "INCONCLUSIVE")
-    ]
-    base = save("base.json", accuracy=(verdicts[0],))
-    new = save("new.json", accuracy=(verdicts[1],))
+    base = save("base.json", verdict_of("PASS"))
+    new = save("new.json", verdict_of("INCONCLUSIVE"))
     assert run(capsys, base, new)[0] == 0
     assert run(capsys, base, new, "--fail-on-inconclusive")[0] == 1
 
@@ -148,7 +132,7 @@ def test_an_undecided_verdict_counts_on_request(capsys: Capture) -> None:
 
 def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> None:
     for number, slower in ((1, 5.0), (2, 1.0), (3, 1.2)):
-        save(f".benchmarks/Linux/000{number}_run.json", result_of(slower=slower))
+        save(f".benchmarks/Linux/000{number}_run.json", timed(slower=slower))
     code, lines = run(capsys)
     assert code == 1
     assert "base: .benchmarks/Linux/0002_run.json (aaaaaaaaaa)" in lines
@@ -161,9 +145,9 @@ def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> 
 
 def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
     for index, slower in enumerate((1.0, 1.3, 0.8)):
-        save(f"runs/{index}.json", result_of(slower=slower))
-    new = save("new.json", result_of(slower=1.2))
-    more = save("more.json", result_of(slower=0.9))
+        save(f"runs/{index}.json", timed(slower=slower))
+    new = save("new.json", timed(slower=1.2))
+    more = save("more.json", timed(slower=0.9))
     found = [run(capsys, *args) for args in (
         ("runs", "new.json", "--new", more),
         ("--base", "runs/0.json", "--base=runs/1.json", "--base=runs/2.json", "--new", new,
@@ -177,7 +161,7 @@ def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
 
 
 def test_journals_are_compared(base: str, capsys: Capture) -> None:
-    Journal(Path("run.jsonl"), ENVIRONMENT).append(result_of(slower=2))
+    Journal(Path("run.jsonl"), ENVIRONMENT).append(timed(slower=2))
     assert run(capsys, base, "run.jsonl")[0] == 1
 
 
@@ -212,7 +196,7 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
     ],
 )
 def test_bad_use_is_one_line(base: str, args: list[str], why: str, capsys: Capture) -> None:
-    save("new.json", result_of())
+    save("new.json", timed())
     assert refused(capsys, *args) == why
 
 
@@ -226,10 +210,7 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (
-            ["--max-slowdown=5"],
-            "--max-slowdown: must be a percentage such as 5%, or off, got '5'",
-        ),
+        (["--max-slowdown=5"], "--max-slowdown: must be a percentage such as 5%, or off, got '5'"),
         (
             ["--noise-floor=3%"],
             (
@@ -246,15 +227,15 @@ def test_bad_options_are_refused(base: str, args: list[str], why: str, capsys: C
 # -- bad input ----------------------------------------------------------------------------------
 
 WHOLE = json.dumps(
-    {"benchmarks": [], "int8bench": Saved(ENVIRONMENT, [result_of()]).to_dict()}, indent=1
+    {"benchmarks": [], "int8bench": Saved(ENVIRONMENT, [timed()]).to_dict()}, indent=1
 )
-TWICE = Saved(ENVIRONMENT, [result_of(), result_of()]).to_dict()
+TWICE = Saved(ENVIRONMENT, [timed(), timed()]).to_dict()
 BAD = "new.json: test_a.py::test[x]: not a result:"
 
 
 def with_result(**values: Any) -> str:
     block = Saved(ENVIRONMENT, []).to_dict()
-    block["results"] = [{**result_of().to_dict(), **values}]
+    block["results"] = [{**timed().to_dict(), **values}]
     return json.dumps({"benchmarks": [], "int8bench": block})
 
 
@@ -273,18 +254,12 @@ def with_result(**values: Any) -> str:
             '{"int8bench": {"schema": 9}, "benchmarks": []}',
             "new.json has schema 9, this version reads up to 1: update pytest-int8bench",
         ),
-        (
-            with_result(batch_time_s=0),
-            f"{BAD} batch_time_s must be a number above 0, got 0",
-        ),
+        (with_result(batch_time_s=0), f"{BAD} batch_time_s must be a number above 0, got 0"),
         (
             with_result(samples_per_s=-5.0),
             f"{BAD} samples_per_s must be a number above 0, got -5.0",
         ),
-        (
-            with_result(throttled=None),
-            f"{BAD} throttled must be a list of texts, got None",
-        ),
+        (with_result(throttled=None), f"{BAD} throttled must be a list of texts, got None"),
         (
             json.dumps({"benchmarks": [], "int8bench": TWICE}),
             "new.json holds a result 2 times: test_a.py::test[x], toy",
@@ -307,8 +282,8 @@ def test_damaged_files_are_one_line(base: str, content: str, why: str, capsys: C
 
 
 def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Capture) -> None:
-    base = save("base.json", result_of("x"), result_of("y"))
-    new = save("new.json", result_of("x", slower=1.1), result_of("y"))
+    base = save("base.json", timed("x"), timed("y"))
+    new = save("new.json", timed("x", slower=1.1), timed("y"))
     Path("deep").mkdir()
     Path("pyproject.toml").write_text('[tool.int8bench.gate]\nmax-slowdown = "15%"\n')
     assert run(capsys, base, new)[0] == 0
@@ -324,8 +299,8 @@ def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Ca
 
 
 def test_flags_and_names_of_the_table_and_the_command_line_add_up(capsys: Capture) -> None:
-    base = save("base.json", result_of("x"), result_of("y"))
-    new = save("new.json", result_of("x"), cpu="Xeon", packages={"torch": "2.12.0"})
+    base = save("base.json", timed("x"), timed("y"))
+    new = save("new.json", timed("x"), cpu="Xeon", packages={"torch": "2.12.0"})
     Path("pyproject.toml").write_text(
         '[tool.int8bench.gate]\nallow = ["cpu"]\nallow-missing = true\n'
     )
@@ -335,7 +310,7 @@ def test_flags_and_names_of_the_table_and_the_command_line_add_up(capsys: Captur
 
 def test_a_bad_table_is_one_line(base: str, capsys: Capture) -> None:
     Path("pyproject.toml").write_text('[tool.int8bench.gate]\nallow-missing = "yes"\n')
-    assert refused(capsys, base, save("new.json", result_of())) == (
+    assert refused(capsys, base, save("new.json", timed())) == (
         f"{Path('pyproject.toml').resolve()}: tool.int8bench.gate: allow-missing must be true or "
         "false, got 'yes'"
     )
@@ -346,13 +321,11 @@ def test_a_bad_table_is_one_line(base: str, capsys: Capture) -> None:
 REPORTS = ("--json=out/a.json", "--markdown=out/a.md", "--junit=out/a.xml")
 
 
-def test_reports_are_written_and_replaced(
-    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_writes_reports(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     Path("summary.md").write_text("earlier\n")
     for slower, code in ((1.0, 0), (1.2, 1)):
-        new = save("new.json", result_of(slower=slower))
+        new = save("new.json", timed(slower=slower))
         assert run(capsys, base, new, *REPORTS)[0] == code
         loaded = json.loads(Path("out/a.json").read_text())
         assert loaded["int8bench_compare"]["exit_code"] == code
@@ -368,7 +341,7 @@ def test_reports_are_written_and_replaced(
 
 
 def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> None:
-    new, other = save("new.json", result_of()), save("other.json", result_of("y"))
+    new, other = save("new.json", timed()), save("other.json", timed("y"))
     before = Path(other).read_text()
     assert main(["compare", base, new, f"--json={other}"]) == 2
     assert capsys.readouterr() == (
@@ -385,7 +358,7 @@ def test_a_full_disk_is_said_and_does_not_pass(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    new = save("new.json", result_of(slower=slower))
+    new = save("new.json", timed(slower=slower))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     monkeypatch.setattr(files.os, "fsync", full)
     assert main(["compare", base, new, *REPORTS]) == code

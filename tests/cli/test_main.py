@@ -13,31 +13,16 @@ import pytest
 import pytest_int8bench
 from pytest_int8bench.cli.main import main
 from pytest_int8bench.report.terminal import render
-from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.records import Saved
+from toys.results import CPU, result_of, write, write_journal
 
-ENVIRONMENT: dict[str, Any] = {
-    "gpu": None,
-    "cuda": None,
-    "cpu": "EPYC",
-    "cpu_threads": 8,
-    "packages": {"torch": "2.11.0", "triton": None, "torchao": "0.18.0"},
-}
-RESULT = Result(
-    nodeid="test_a.py::test[x]",
-    workload="olmoearth",
-    run_name="nano_cpu_bf16_s2_is16_ps4_ts3_bs4",
-    params={},
-    samples_per_s=123.4,
-)
-SAVED = Saved(ENVIRONMENT, [RESULT], [])
+RESULT = result_of("nano_cpu_bf16_s2_is16_ps4_ts3_bs4", workload="olmoearth", samples_per_s=123.4)
+SAVED = Saved(CPU, [RESULT], [])
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
-    journal.append(RESULT)
-    return journal.path
+    return write_journal(tmp_path / "run.jsonl", SAVED)
 
 
 def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +35,7 @@ def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "0001_run.json"
-    path.write_text(json.dumps({"benchmarks": [], "int8bench": SAVED.to_dict()}))
+    write(path, SAVED)
     assert main(["show", str(path)]) == 0
     out, err = capsys.readouterr()
     assert out == render(SAVED, width=None, color=False)

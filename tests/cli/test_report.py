@@ -21,7 +21,8 @@ from pytest_int8bench.report import write as outputs
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Saved
-from saved_files import BASE, CPU, GPU, commits, everything, result, write
+from toys.projects import OUT_OF_MEMORY, SMOKE, THROUGHPUT, make_project, toy, without
+from toys.results import BASE, CPU, GPU, commits, everything, result, write, write_journal
 
 INSTALL = "pip install 'pytest-int8bench[report]'"
 
@@ -69,13 +70,6 @@ def test_a_folder_and_a_journal_make_a_page_and_markdown() -> None:
     assert "| 0abcdef | 1abcdef | 2abcdef | 3abcdef | f00dfac |" in Path("b.md").read_text()
 
 
-def journal_of(path: Path, saved: Saved) -> Path:
-    journal = Journal(path, saved.environment)
-    for record in (*saved.results, *saved.accuracy, *saved.sensitivity):
-        journal.append(record)
-    return path
-
-
 def files_of(*args: str) -> list[list[str]]:
     """Return label, file, device and points of each file in the history; of a single file, the
     report has none."""
@@ -90,7 +84,7 @@ def files_of(*args: str) -> list[list[str]]:
 def test_a_folder_of_journals_makes_a_report() -> None:
     Path("runs").mkdir()
     for name, saved in commits():
-        journal_of(Path(name).with_suffix(".jsonl"), saved)
+        write_journal(Path(name).with_suffix(".jsonl"), saved)
     assert [row[:2] for row in files_of("runs")] == [
         [f"{n}abcdef", f"000{n}.jsonl"] for n in range(4)
     ]
@@ -100,8 +94,8 @@ def test_a_folder_of_journals_makes_a_report() -> None:
 def test_of_a_file_and_its_journal_the_file_counts(args: list[str]) -> None:
     Path("runs").mkdir()
     write(Path("runs/z.json"), everything())
-    journal_of(Path("runs/a.jsonl"), everything())
-    journal_of(Path("whole.jsonl"), everything())
+    write_journal(Path("runs/a.jsonl"), everything())
+    write_journal(Path("whole.jsonl"), everything())
     assert files_of(*args) == []
     text = Path("r.md").read_text()
     assert files_of("runs/z.json") == []
@@ -112,16 +106,16 @@ def test_several_journals_of_one_file_do_not_count() -> None:
     # The runner puts what several processes measured into one file. The second one died early.
     whole = everything()
     write(Path("run.json"), whole)
-    journal_of(Path("run.jsonl"), replace(whole, results=whole.results[:2], sensitivity=[]))
+    write_journal(Path("run.jsonl"), replace(whole, results=whole.results[:2], sensitivity=[]))
     [failed] = [r for r in whole.results if r.status == "failed"]
-    journal_of(Path("run-2.jsonl"), Saved({}, [failed]))
+    write_journal(Path("run-2.jsonl"), Saved({}, [failed]))
     assert files_of(".") == []
 
 
 def test_a_journal_keeps_what_its_file_lacks() -> None:
     first, *others = everything().results
     write(Path("part.json"), Saved(GPU, [first]))
-    journal_of(Path("part.jsonl"), Saved(GPU, [first, *others[:2]]))
+    write_journal(Path("part.jsonl"), Saved(GPU, [first, *others[:2]]))
     assert [row[1:] for row in files_of(".")] == [
         ["part.json", "A100", "1 of 1"],
         ["part.jsonl", "A100", "2 of 2"],
@@ -132,8 +126,8 @@ def test_journals_of_other_sessions_count() -> None:
     # A point that is skipped is skipped alike in every session.
     skipped = [r for r in everything().results if r.status == "skipped"]
     write(Path("a.json"), Saved(GPU, [result(BASE, 100.0), *skipped]))
-    journal_of(Path("b.jsonl"), Saved(GPU, [result(BASE, 101.0), *skipped]))
-    journal_of(Path("c.jsonl"), Saved(CPU, skipped))
+    write_journal(Path("b.jsonl"), Saved(GPU, [result(BASE, 101.0), *skipped]))
+    write_journal(Path("c.jsonl"), Saved(CPU, skipped))
     assert [row[1:] for row in files_of(".")] == [
         ["a.json", "A100", "1 of 2"],
         ["b.jsonl", "A100", "1 of 2"],
@@ -180,7 +174,7 @@ def test_a_file_without_a_time_stays_behind_the_one_before_it(time: object) -> N
 
 def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
     timed("before.json", "2001-01-01T00:00:00Z")
-    journal_of(Path("now.jsonl"), Saved(GPU, [result(BASE, 3.0)]))
+    write_journal(Path("now.jsonl"), Saved(GPU, [result(BASE, 3.0)]))
     timed("later.json", "2999-01-01T00:00:00Z")
     assert order_of("later.json", "now.jsonl", "before.json") == [
         *("before.json", "now.jsonl", "later.json")
@@ -235,9 +229,7 @@ def test_a_report_is_replaced() -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["one.json", "r.md"]
 
 
-def test_a_page_needs_the_extra_and_markdown_does_not(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_needs_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write(Path("one.json"), everything())
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -265,9 +257,7 @@ def test_a_missing_folder_is_said_before_anything_is_measured(pytester: pytest.P
     )
 
 
-def test_a_missing_extra_is_said_before_anything_is_measured(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extra_at_start(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(pytest.UsageError) as caught:
         read_settings(pytester.parseconfig("--int8-report=r.html"))
@@ -310,61 +300,18 @@ def test_a_report_that_cannot_be_made_is_said_and_stops_nothing(
     ]
 
 
-# Batches of 6 run out of memory, batches of 7 fail, batches of 8 are interrupted.
-TOY = """
-import pytest
-import torch
-from torch import nn
-
-from pytest_int8bench import Workload
-
-
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 32)
-
-    def forward(self, x):
-        if x.shape[0] == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if x.shape[0] == 7:
-            raise ValueError("seven <is> too many")
-        if x.shape[0] == 8:
-            raise KeyboardInterrupt
-        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    return Workload(
-        name="toy",
-        build=lambda p: Toy(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 16, 32, device=device),),
-    )
-
-
-def test_throughput(int8_throughput):
-    int8_throughput()
-"""
-CONFTEST = """
-def pytest_benchmark_generate_machine_info():
-    return {"node": "here"}  # pytest-benchmark's own takes seconds
-"""
+TOY = toy(
+    bs6=OUT_OF_MEMORY, bs7='raise ValueError("seven <is> too many")', bs8="raise KeyboardInterrupt"
+)
 
 
 def test_an_interrupted_session_reports_what_it_has(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    others = [f"-pno:{name}" for name in ("randomly", "codspeed", "hypothesispytest", "xdist")]
-    pytester.makepyfile(TOY)
-    pytester.makeconftest(CONFTEST)
+    make_project(pytester, monkeypatch, toy=TOY, test_one=THROUGHPUT)
     result = pytester.runpytest_subprocess(
-        *others,
-        "--int8-preset=smoke",
-        "--int8-set=compile_mode=off",
-        "--int8-set=benchmark_interval_s=0.02",
+        *without(),
+        *SMOKE,
         "--int8-set=batch_size=2,6,7,8",
         "--int8-report=r.html",
         "--int8-report=r.md",

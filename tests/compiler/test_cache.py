@@ -14,27 +14,22 @@ import pytest
 import torch
 import torch._functorch.config
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_int8bench.compiler import cache as compile_cache
 from pytest_int8bench.compiler.cache import CompileCache, CompileCacheError
 from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
 from pytest_int8bench.measure.evidence import profile_forward
+from toys.models import BareAttention
 
 CPU = torch.device("cpu")
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MACHINE = {"gpu": "A100", "driver": "570", "torch": "2.13.0"}
 
 
-class Attention(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return scaled_dot_product_attention(x, x, x)
-
-
 def compiled(folder: Path, attention: str = "flash") -> CompiledModel:
-    model = compile_for_a100(Attention(), mode="default", attention=attention, cache_dir=folder)
+    model = compile_for_a100(BareAttention(), mode="default", attention=attention, cache_dir=folder)
     x = torch.linspace(-1, 1, 512).reshape(1, 2, 16, 16)
-    torch.testing.assert_close(model(x), Attention()(x))
+    torch.testing.assert_close(model(x), BareAttention()(x))
     evidence = profile_forward(lambda: model(x), CPU)
     assert evidence.attention_kernel == ("flash" if attention == "flash" else None)
     return model
@@ -50,9 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 # -- folders ------------------------------------------------------------------------------------
 
 
-def test_each_backend_and_machine_has_a_folder_that_says_what_it_is_for(
-    tmp_path: Path, machine: dict[str, Any]
-) -> None:
+def test_one_folder_per_backend_and_machine(tmp_path: Path, machine: dict[str, Any]) -> None:
     caches = [CompileCache(tmp_path / "new", attention) for attention in ("flash", "cudnn")]
     assert [cache.is_empty() for cache in caches] == [True, True]
     for cache in caches:
@@ -72,9 +65,7 @@ def test_each_backend_and_machine_has_a_folder_that_says_what_it_is_for(
     assert caches[0].is_empty()
 
 
-def test_what_was_in_an_emptied_folder_comes_back_after_an_error_only(
-    tmp_path: Path, machine: dict[str, Any]
-) -> None:
+def test_restores_folder_only_after_error(tmp_path: Path, machine: dict[str, Any]) -> None:
     cache = CompileCache(tmp_path, "flash")
     with cache.entered():
         (cache.folder / "old").touch()
@@ -104,9 +95,7 @@ def test_what_the_folder_is_for_leaves_out_the_commit_and_the_host() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "/somewhere"])
-def test_the_compilers_look_into_the_folder_inside_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
-) -> None:
+def test_folder_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -139,22 +128,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 AGAIN = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_compile_cache
 print(test_compile_cache.compiled(Path(sys.argv[1])).compile_cache)
 """
 
 
-def test_graphs_come_back_under_their_own_backend_only_also_where_the_folder_was_moved(
-    tmp_path: Path,
-) -> None:
+def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
     first, moved = tmp_path / "first", tmp_path / "moved"
     # The second time in this process nothing is left of the first but the folder.
     found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
     assert found == ["cold", "cold", "warm", "warm"]
     first.rename(moved)
-    script = AGAIN.format(tests=str(Path(__file__).parents[1]))
+    script = AGAIN.format(paths=[str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", script, str(moved)], capture_output=True, text=True, check=True
     )

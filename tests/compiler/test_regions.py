@@ -177,9 +177,7 @@ class Shortened(nn.Module):
         return self.fc(x)[:, 1:]
 
 
-def test_blocks_that_return_a_view_from_the_middle_are_no_regions(
-    graphs: list[torch.fx.GraphModule],
-) -> None:
+def test_blocks_returning_views_are_not_regions(graphs: list[torch.fx.GraphModule]) -> None:
     x = torch.randn(2, 6, X.shape[-1])
     compiled = compiled_and_eager(nn.Sequential(*(Shortened() for _ in range(3))), x)
     assert compiled.regions == 0
@@ -240,9 +238,7 @@ class Scaled(Block):
 
 
 @pytest.mark.parametrize("count", [3, 12])
-def test_blocks_that_differ_in_a_number_keep_it(
-    count: int, graphs: list[torch.fx.GraphModule]
-) -> None:
+def test_blocks_keep_their_numbers(count: int, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(Blocks(*(Scaled(1 + index / 8) for index in range(count))))
     assert (compiled.regions, compiled.regions_refused) == (count, None)
 
@@ -289,24 +285,16 @@ class Keyed(Block):
 
 @pytest.mark.parametrize(
     "model",
-    [
-        Blocks(Mutates(), Mutates()),
-        Blocks(Counts(), Counts()),
-        Keywords(Keyed(), Keyed()),
-    ],
+    [Blocks(Mutates(), Mutates()), Blocks(Counts(), Counts()), Keywords(Keyed(), Keyed())],
     ids=["mutation", "side effect", "keywords"],
 )
-def test_odd_blocks_give_what_they_give_without_regions(
-    model: nn.Module, graphs: list[torch.fx.GraphModule]
-) -> None:
+def test_odd_blocks_keep_outputs(model: nn.Module, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(model)
     # Which of them can be regions differs by version of torch.
     assert (compiled.regions > 0) is (compiled.regions_refused is None)
 
 
-def test_blocks_that_return_what_they_are_given_compile_as_before(
-    graphs: list[torch.fx.GraphModule],
-) -> None:
+def test_blocks_returning_inputs_still_compile(graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(Blocks(Returns(), Returns(), Block()))
     assert compiled.regions == 0
     assert "alias" in str(compiled.regions_refused)

@@ -29,6 +29,7 @@ from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
 from pytest_int8bench.runner import ThroughputBenchmarkRunnerConfig
 from pytest_int8bench.sweep import SWEEPS
 from pytest_int8bench.workloads import Evaluation, Workload
+from pytest_int8bench.workloads.registry import GROUP, WORKLOADS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -58,6 +59,16 @@ def test_every_extra_is_named() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra in extras["optional-dependencies"]:
         assert f"| `{extra}` |" in text_of("index.md")
+
+
+def test_the_extra_of_every_workload_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {row.extra for row in WORKLOADS} <= set(extras["optional-dependencies"])
+
+
+def test_the_example_of_an_entry_point_names_the_group() -> None:
+    [example] = blocks(DOCS / "workloads.md", "toml")
+    assert list(tomllib.loads(example)["project"]["entry-points"]) == [GROUP]
 
 
 # -- examples ---------------------------------------------------------------------------------
@@ -215,9 +226,7 @@ def check_int8bench(
     check_pytest(pytester, [*rest, *words[at + 1 :]])
 
 
-def test_a_command_that_is_wrong_is_noticed(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detects_wrong_command(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.UsageError, match="unrecognized arguments: --int8-modes"):
         check_pytest(pytester, ["benchmarks", "--int8-modes=w8a8"])
     with pytest.raises(pytest.UsageError, match="--int8-mode: must be one or more of"):
@@ -288,7 +297,11 @@ ROWS: dict[str, list[str]] = {
         *(key for key in SWEEPS if key != "all"),
     ],
     "fixtures": [name for name in vars(fixtures) if name.startswith("int8_")],
-    "workloads": [*fields_of(Workload), *fields_of(Evaluation)],
+    "workloads": [
+        *(row.usage for row in WORKLOADS),
+        *fields_of(Workload),
+        *fields_of(Evaluation),
+    ],
     "gate": list(METRICS),
     "schema": [
         *{name for kind in (Result, Accuracy, Sensitivity) for name in fields_of(kind)},
@@ -315,9 +328,18 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
             "options",
             ["<code>--int8-journal PATH</code>", None, "a new file in .benchmarks/int8bench"],
         ),
-        ("options", ["<code>patch</code>", "<code>patch_size</code>", None]),
+        (
+            "options",
+            [
+                "<code>patch</code>",
+                "<code>patch_size</code>",
+                None,
+                "patch height and width in pixels",
+            ],
+        ),
         ("options", ["<code>batch_size</code>", "<code>128</code>", "Samples per forward."]),
         ("options", ["<code>extra</code>", "<code>{}</code>", None]),
+        ("workloads", ["<code>timm:NAME</code>", "an image model of timm", "<code>timm</code>"]),
         ("workloads", ["<code>build</code>", "needed", None]),
         ("schema", ["<code>rounds</code>", "integer, null", "Rounds that were timed."]),
         ("schema", ["<code>throttled</code>", "array", None]),

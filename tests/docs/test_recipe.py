@@ -14,61 +14,31 @@ import pytest
 import yaml
 
 from pytest_int8bench.gate.rules import METRICS, read_rules
+from toys import projects
+from toys.repositories import git, isolate, isolate_pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "docs" / "int8-gate.yml"
 
-TOY = """
-import torch
-from torch import nn
-
-from pytest_int8bench import Workload
-
-
-def make():
-    return Workload(
-        name="toy",
-        build=lambda p: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 64, device=device),),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear),
-    )
-"""
 # Where int8bench ab measures, times are made up: ten processes that load torch take minutes.
-CONFTEST = """
-import subprocess
-from pathlib import Path
-
-import pytest
-
-from pytest_int8bench.results import Journal, Result
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_generate_machine_info():
-    return {"node": "here"}  # pytest-benchmark's own takes seconds
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    import toy
-
-    return toy.make()
-
+CONFTEST = f"""{projects.CONFTEST}
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    import subprocess
+    from pathlib import Path
+
+    from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result
+
     if not config.getoption("int8_lean"):
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    journal = Journal(Path(config.getoption("int8_journal")), {"commit": commit.strip()})
+    journal = Journal(Path(config.getoption("int8_journal")), {{"commit": commit.strip()}})
     for item in items:
-        named = {"nodeid": item.nodeid, "workload": "toy", "run_name": item.name, "params": {}}
+        named = {{"nodeid": item.nodeid, "workload": "toy", "run_name": item.name, "params": {{}}}}
         journal.append(Result(**named, batch_time_s=float(Path("speed").read_text())))
     items.clear()
-"""
-TEST = """
-def test_throughput(int8_throughput):
-    assert int8_throughput().samples_per_s > 0
 """
 INI = """
 [pytest]
@@ -136,21 +106,16 @@ def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone of a repository with benchmarks, one commit ahead of its origin."""
-    for name in [name for name in os.environ if name.startswith(("GIT_", "GITHUB_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
-        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    isolate(monkeypatch, tmp_path)
+    isolate_pytest(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     origin = tmp_path / "origin"
     (origin / "benchmarks").mkdir(parents=True)
-    files = {"conftest.py": CONFTEST, "toy.py": TOY, "pytest.ini": INI, "speed": "0.01"}
-    files |= {"benchmarks/test_toy.py": TEST, ".gitignore": "__pycache__\n.pytest_cache\n*.json\n"}
+    files = {"conftest.py": CONFTEST, "toy.py": projects.TOY, "pytest.ini": INI, "speed": "0.01"}
+    files |= {
+        "benchmarks/test_toy.py": projects.THROUGHPUT,
+        ".gitignore": "__pycache__\n.pytest_cache\n*.json\n",
+    }
     for name, text in files.items():
         (origin / name).write_text(text)
     git(origin, "init", "-q", "-b", "main")
@@ -159,10 +124,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(origin), str(clone))
     return clone
-
-
-def git(folder: Path, *args: str) -> None:
-    subprocess.run(["git", "-C", str(folder), *args], check=True)
 
 
 def run(project: Path, job: str, name: str, **env: str) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from pytest_int8bench.gate.rules import METRICS, Rules
 from pytest_int8bench.gate.verdicts import VerdictChange
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import NOT_MEASURED, Accuracy, Record, Result, Saved
+from toys.results import saved, timed, verdict_of
 
 ENVIRONMENT: dict[str, Any] = {
     "gpu": {"name": "A100", "driver": "580.1"},
@@ -33,37 +34,11 @@ RULES = Rules()
 DEFAULT_LIMIT = 0.05
 
 
-def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
-    """A point whose times are ``slower`` times those of the default."""
-    times = {
-        "samples_per_s": 1000 / slower,
-        "batch_time_s": 0.128 * slower,
-        "batch_time_p95_s": 0.130 * slower,
-        "compile_s": 20 * slower,
-        "peak_memory_bytes": 1 << 30,
-    }
-    measured = times if values.get("status", "ok") == "ok" else {}
-    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
-    return Result(**{**point, "params": {}, **measured, **values})
-
-
-def not_measured(status: str, reason: str | None = "why", **values: Any) -> Result:
-    return result_of(status=status, reason=reason, **values)
-
-
-DISABLED = not_measured("skipped", f"{NOT_MEASURED}: pytest-benchmark is disabled")
-
-
-def verdict_of(outcome: str = "PASS", **values: Any) -> Accuracy:
-    point = {"nodeid": "test_a.py::test_accuracy[x]", "workload": "toy", "run_name": "x"}
-    judged = {"metric": "top1", "outcome": outcome, "samples": 100, "limit": "1%"}
-    return Accuracy(**{**point, "params": {}, **judged, **values})
+DISABLED = timed(status="skipped", reason=f"{NOT_MEASURED}: pytest-benchmark is disabled")
 
 
 def side(*records: Record, name: str = "file.json", **environment: Any) -> Run:
-    results = [record for record in records if isinstance(record, Result)]
-    accuracy = [record for record in records if isinstance(record, Accuracy)]
-    return Run(Path(name), Saved({**ENVIRONMENT, **environment}, results, accuracy))
+    return Run(Path(name), saved(*records, **{**ENVIRONMENT, **environment}))
 
 
 def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Comparison:
@@ -72,7 +47,7 @@ def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Com
 
 def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int, str | None]:
     """Compare one run beside another one that is the same: outcome, exit code and reason."""
-    same = result_of("same")
+    same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [run] = [run for run in found.runs if run.run_name == "x"]
     assert found.exit_code == run.exit_code
@@ -84,7 +59,7 @@ def verdict(
     base: Accuracy | None, new: Accuracy | None, **rules: Any
 ) -> tuple[str, int, str | None]:
     """The same for one verdict."""
-    same = result_of("same")
+    same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [change] = found.accuracy
     assert found.exit_code == change.exit_code
@@ -108,15 +83,13 @@ def verdict(
         (3.0, "regressed", 1),
     ],
 )
-def test_a_slowdown_over_limit_and_noise_is_a_regression(
-    slower: float, outcome: str, exit_code: int
-) -> None:
-    assert one(result_of(), result_of(slower=slower))[:2] == (outcome, exit_code)
+def test_slowdown_over_limit_regresses(slower: float, outcome: str, exit_code: int) -> None:
+    assert one(timed(), timed(slower=slower))[:2] == (outcome, exit_code)
 
 
 def test_the_reason_names_option_growth_limit_and_noise() -> None:
-    bigger = result_of(slower=1.25, peak_memory_bytes=3 << 29)
-    assert one(result_of(), bigger)[2] == (
+    bigger = timed(slower=1.25, peak_memory_bytes=3 << 29)
+    assert one(timed(), bigger)[2] == (
         "max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%); "
         "max-memory-growth: +50.0%, limit 5.0% (noise floor 1.0%)"
     )
@@ -125,21 +98,19 @@ def test_the_reason_names_option_growth_limit_and_noise() -> None:
 @pytest.mark.parametrize("metric", ["batch-time", "p95", "compile"])
 def test_metrics_without_a_limit_are_shown_and_judged_on_request(metric: str) -> None:
     spec = METRICS[metric]
-    worse = dataclasses.replace(result_of(), **{spec.field: getattr(result_of(), spec.field) * 2})
+    worse = dataclasses.replace(timed(), **{spec.field: getattr(timed(), spec.field) * 2})
     [change] = [
-        change
-        for change in compared([result_of()], [worse]).runs[0].changes
-        if change.metric == metric
+        change for change in compared([timed()], [worse]).runs[0].changes if change.metric == metric
     ]
     assert (change.growth, change.limit, change.outcome) == (1.0, None, "not judged")
-    assert one(result_of(), worse)[:2] == ("same", 0)
-    assert one(result_of(), worse, limits={metric: 0.9})[:2] == ("regressed", 1)
-    assert one(result_of(), worse, limits={metric: 1.1})[:2] == ("same", 0)
+    assert one(timed(), worse)[:2] == ("same", 0)
+    assert one(timed(), worse, limits={metric: 0.9})[:2] == ("regressed", 1)
+    assert one(timed(), worse, limits={metric: 1.1})[:2] == ("same", 0)
 
 
 def test_more_memory_is_a_regression_however_fast() -> None:
-    faster = result_of(slower=0.5, peak_memory_bytes=round(1.1 * (1 << 30)))
-    assert one(result_of(), faster) == (
+    faster = timed(slower=0.5, peak_memory_bytes=round(1.1 * (1 << 30)))
+    assert one(timed(), faster) == (
         "regressed",
         1,
         "max-memory-growth: +10.0%, limit 5.0% (noise floor 1.0%)",
@@ -147,8 +118,8 @@ def test_more_memory_is_a_regression_however_fast() -> None:
 
 
 def test_a_metric_of_one_side_only_is_not_compared() -> None:
-    on_cpu = result_of(peak_memory_bytes=None)
-    for base, new in ((result_of(), on_cpu), (on_cpu, result_of())):
+    on_cpu = timed(peak_memory_bytes=None)
+    for base, new in ((timed(), on_cpu), (on_cpu, timed())):
         [run] = compared([base], [new]).runs
         assert run.outcome == "same"
         assert run.change("memory") is None
@@ -157,22 +128,22 @@ def test_a_metric_of_one_side_only_is_not_compared() -> None:
 
 def test_a_run_can_have_limits_of_its_own() -> None:
     runs = (("x", {"throughput": 0.5}),)
-    slow = [result_of("x", slower=1.25), result_of("y", slower=1.25)]
-    found = compared([result_of("x"), result_of("y")], slow, runs=runs)
+    slow = [timed("x", slower=1.25), timed("y", slower=1.25)]
+    found = compared([timed("x"), timed("y")], slow, runs=runs)
     assert [run.outcome for run in found.runs] == ["same", "regressed"]
-    named = ((result_of().nodeid, {"throughput": None}),)
-    assert one(result_of(), result_of(slower=2), runs=named)[:2] == ("same", 0)
+    named = ((timed().nodeid, {"throughput": None}),)
+    assert one(timed(), timed(slower=2), runs=named)[:2] == ("same", 0)
 
 
 def test_a_given_floor_goes_before_the_default() -> None:
-    slower = result_of(slower=1.25)
-    assert one(result_of(), slower, floors={"throughput": 0.3})[:2] == ("same", 0)
+    slower = timed(slower=1.25)
+    assert one(timed(), slower, floors={"throughput": 0.3})[:2] == ("same", 0)
     quiet = {"limits": {"throughput": 0.0}, "floors": {"throughput": 0.001}}
-    assert one(result_of(), result_of(slower=1.01), **quiet)[:2] == ("regressed", 1)
+    assert one(timed(), timed(slower=1.01), **quiet)[:2] == ("regressed", 1)
 
 
 def test_a_limit_under_the_noise_is_noted() -> None:
-    found = compared([result_of()], [result_of()], limits={"throughput": 0.01})
+    found = compared([timed()], [timed()], limits={"throughput": 0.01})
     assert found.notes == (
         (
             "max-slowdown 1.0% is under the noise floor of 2.0%, which decides: give several files "
@@ -182,13 +153,13 @@ def test_a_limit_under_the_noise_is_noted() -> None:
 
 
 def test_a_pattern_that_matches_no_run_is_noted() -> None:
-    found = compared([result_of()], [result_of()], runs=(("y*", {}), ("x", {})))
+    found = compared([timed()], [timed()], runs=(("y*", {}), ("x", {})))
     assert found.notes == ("no run matches 'y*' in pyproject.toml",)
 
 
 def test_uncommitted_changes_are_noted_and_never_in_the_way() -> None:
-    new = side(result_of(), dirty=True, commit="b" * 40)
-    found = compare([side(result_of())], [new], RULES)
+    new = side(timed(), dirty=True, commit="b" * 40)
+    found = compare([side(timed())], [new], RULES)
     assert found.exit_code == 0
     assert found.notes == ("the new was measured with uncommitted changes",)
     assert (found.new.commits, found.new.dirty) == (("b" * 40,), True)
@@ -197,8 +168,8 @@ def test_uncommitted_changes_are_noted_and_never_in_the_way() -> None:
 
 # -- statuses -----------------------------------------------------------------------------------
 
-OK, FAILED, SKIPPED = result_of(), not_measured("failed"), not_measured("skipped")
-OOM, WRONG = not_measured("oom"), not_measured("accuracy-failed")
+OK, FAILED, SKIPPED = timed(), timed(status="failed"), timed(status="skipped")
+OOM, WRONG = timed(status="oom"), timed(status="accuracy-failed")
 
 
 @pytest.mark.parametrize(
@@ -239,12 +210,12 @@ def test_what_was_not_measured_on_both_sides(
 
 
 def test_a_missing_reason_is_said() -> None:
-    assert one(OK, not_measured("failed", None))[2] == "no reason given"
+    assert one(OK, timed(status="failed", reason=None))[2] == "no reason given"
 
 
 def test_wrong_timings_are_no_baseline() -> None:
     wrong = dataclasses.replace(OK, status="accuracy-failed", reason="top1 dropped")
-    [run] = compared([wrong], [result_of(slower=5)]).runs
+    [run] = compared([wrong], [timed(slower=5)]).runs
     assert (run.outcome, run.reason, run.changes) == (
         "new",
         "was accuracy-failed: top1 dropped",
@@ -255,13 +226,13 @@ def test_wrong_timings_are_no_baseline() -> None:
 
 def test_another_point_under_the_same_name_is_not_compared() -> None:
     other = dataclasses.replace(OK, run_name="y")
-    found = compared([other, result_of("same")], [OK, result_of("same")])
+    found = compared([other, timed("same")], [OK, timed("same")])
     assert (found.runs[0].outcome, found.runs[0].reason) == ("incomparable", "another point: y")
     assert found.exit_code == 2
 
 
 def test_a_point_without_a_batch_time_is_not_compared() -> None:
-    bare = result_of(batch_time_s=None)
+    bare = timed(batch_time_s=None)
     assert one(OK, bare) == ("incomparable", 2, "has no batch time")
 
 
@@ -274,9 +245,9 @@ def test_nothing_compared_does_not_pass(results: tuple[list[Result], list[Result
 
 
 def test_a_regression_goes_before_what_could_not_be_compared() -> None:
-    base = [result_of(name) for name in "abc"]
-    assert compared(base, [result_of("a"), result_of("b", slower=2)]).exit_code == 1
-    assert compared(base, [result_of("a"), result_of("b")]).exit_code == 2
+    base = [timed(name) for name in "abc"]
+    assert compared(base, [timed("a"), timed("b", slower=2)]).exit_code == 1
+    assert compared(base, [timed("a"), timed("b")]).exit_code == 2
     assert compared(base, base).exit_code == 0
 
 
@@ -285,7 +256,7 @@ def test_a_regression_goes_before_what_could_not_be_compared() -> None:
 
 def test_another_machine_is_not_compared() -> None:
     gpu = {"name": "H200", "driver": "590.2"}
-    base, new = side(OK, verdict_of()), side(result_of(slower=9), verdict_of(), gpu=gpu)
+    base, new = side(OK, verdict_of()), side(timed(slower=9), verdict_of(), gpu=gpu)
     found = compare([base], [new], RULES)
     assert found.differences == {"gpu": ("A100", "H200"), "driver": ("580.1", "590.2")}
     assert [entry.outcome for entry in (*found.runs, *found.accuracy)] == ["incomparable"] * 2
@@ -324,7 +295,7 @@ def test_out_of_memory_on_another_gpu_is_no_regression() -> None:
 
 
 def hot(slower: float = 1.0, **values: Any) -> Result:
-    return result_of(slower=slower, throttled=["power brake"], **values)
+    return timed(slower=slower, throttled=["power brake"], **values)
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 2.0])
@@ -345,7 +316,7 @@ def test_heat_does_not_excuse_memory() -> None:
 
 
 def test_of_several_files_the_cool_ones_are_used() -> None:
-    new = [side(hot(3)), side(result_of()), side(result_of(slower=1.001))]
+    new = [side(hot(3)), side(timed()), side(timed(slower=1.001))]
     [run] = compare([side(OK)], new, RULES).runs
     assert (run.outcome, run.new["batch-time"]) == ("same", pytest.approx(0.128, rel=1e-3))
 
@@ -354,7 +325,7 @@ def test_of_several_files_the_cool_ones_are_used() -> None:
 
 
 def files_of(*slower: float, name: str = "x") -> list[Run]:
-    return [side(result_of(name, slower=factor)) for factor in slower]
+    return [side(timed(name, slower=factor)) for factor in slower]
 
 
 def test_several_files_are_taken_at_their_median() -> None:
@@ -384,8 +355,8 @@ def test_the_floor_is_learned_from_the_files() -> None:
 
 def test_a_noisy_run_does_not_hide_behind_steady_ones() -> None:
     def both(factors: Sequence[float]) -> list[Run]:
-        steady = [result_of(f"steady{number}") for number in range(20)]
-        return [side(*steady, result_of("x", slower=factor)) for factor in factors]
+        steady = [timed(f"steady{number}") for number in range(20)]
+        return [side(*steady, timed("x", slower=factor)) for factor in factors]
 
     found = compare(both([1, 1.2, 0.8]), both([1.1, 0.95, 1.3]), RULES)
     floors = {run.run_name: run.change("throughput").floor for run in found.runs}
@@ -417,7 +388,7 @@ def test_identical_code_rarely_regresses_beyond_a_learned_floor(spread: str) -> 
     for _ in range(trials):
         noise = np.exp(random_state.normal(0, 1, (6, 24)) * deviations)
         files = [
-            side(*(result_of(str(index), slower=factor) for index, factor in enumerate(row)))
+            side(*(timed(str(index), slower=factor) for index, factor in enumerate(row)))
             for row in noise
         ]
         found = compare(files[:3], files[3:], rules)
@@ -511,7 +482,7 @@ factors = st.floats(0.25, 4)
 many = st.lists(factors, min_size=1, max_size=4)
 SEVERITY = {0: 0, 2: 1, 1: 2}
 STATES: dict[str, Callable[[float], Result | None]] = {
-    "ok": lambda f: result_of(slower=f),
+    "ok": lambda f: timed(slower=f),
     "hot": hot,
     "oom": lambda f: OOM,
     "failed": lambda f: FAILED,
@@ -551,9 +522,7 @@ def test_a_copy_never_regresses(states: list[tuple[str, float]], copies: int) ->
 
 
 @given(many, many, st.sampled_from([2.0**power for power in (-20, -1, 1, 20)]))
-def test_the_speed_of_the_machine_does_not_matter(
-    base: list[float], new: list[float], scale: float
-) -> None:
+def test_machine_speed_cancels(base: list[float], new: list[float], scale: float) -> None:
     rules = Rules(limits=dict.fromkeys(METRICS, 0.0))
     found = compare(files_of(*base), files_of(*new), rules)
     scaled = compare(
@@ -592,9 +561,7 @@ def test_slower_files_never_look_better(base: list[float], new: list[float], fac
 
 
 @given(st.lists(st.lists(points, max_size=4), min_size=2, max_size=5), st.randoms())
-def test_the_order_of_results_and_files_does_not_matter(
-    states: list[list[tuple[str, float]]], random_state: random.Random
-) -> None:
+def test_order_cancels(states: list[list[tuple[str, float]]], random_state: random.Random) -> None:
     sides = [[side(*named(file)) for file in part] for part in (states[:1], states[1:])]
     found = compare(sides[0], sides[1], RULES)
     shuffled = []

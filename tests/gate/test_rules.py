@@ -238,10 +238,7 @@ def test_without_a_table_the_defaults_count(pyproject: Path, content: str) -> No
                 "p95, memory, compile, energy, got 'speed=3%'"
             ),
         ),
-        (
-            "noise-floor = { memory = 3 }",
-            "noise-floor: must be a percentage such as 5%, got '3'",
-        ),
+        ("noise-floor = { memory = 3 }", "noise-floor: must be a percentage such as 5%, got '3'"),
         ("runs = ['*']", "runs must be a table of patterns, got ['*']"),
         ("runs = { '*' = '5%' }", "runs.'*': must be a table, got '5%'"),
         (

@@ -13,19 +13,13 @@ from pytest_int8bench.gate.rules import Rules
 from pytest_int8bench.gate.session import IncomparableError, RegressionError, SessionGate
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved
+from toys.results import timed
 
 HERE: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "commit": "abc"}
 
 
 def node(name: str) -> str:
     return f"test_a.py::test[{name}]"
-
-
-def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
-    times = {"samples_per_s": 1000 / slower, "batch_time_s": 0.128 * slower}
-    measured = times if values.get("status", "ok") == "ok" else {"reason": "why"}
-    point = {"nodeid": node(name), "workload": "toy", "run_name": name}
-    return Result(**{**point, "params": {}, **measured, **values})
 
 
 def gate_of(*results: Result, rules: Rules | None = None, **environment: Any) -> SessionGate:
@@ -57,14 +51,14 @@ def problems(
 
 
 def test_a_point_that_did_not_change_passes() -> None:
-    gate = gate_of(result_of(), result_of("other"))
-    gate.judge(result_of(slower=1.01), HERE)
+    gate = gate_of(timed(), timed("other"))
+    gate.judge(timed(slower=1.01), HERE)
     assert gate.summary() == ["compared with base.json: 1 same"]
 
 
 def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
-    gate = gate_of(result_of())
-    assert said(lambda: gate.judge(result_of(slower=1.25), HERE), RegressionError) == (
+    gate = gate_of(timed())
+    assert said(lambda: gate.judge(timed(slower=1.25), HERE), RegressionError) == (
         "regressed: toy: x: max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%); compared with "
         "base.json"
     )
@@ -72,49 +66,48 @@ def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
 
 
 def test_limits_are_those_of_the_rules() -> None:
-    gate = gate_of(result_of(), rules=Rules(limits={"throughput": 0.3}))
-    gate.judge(result_of(slower=1.25), HERE)
+    gate = gate_of(timed(), rules=Rules(limits={"throughput": 0.3}))
+    gate.judge(timed(slower=1.25), HERE)
     with pytest.raises(RegressionError):
-        gate.judge(result_of(slower=1.35), HERE)
+        gate.judge(timed(slower=1.35), HERE)
 
 
 def test_a_new_point_passes_and_is_listed() -> None:
-    gate = gate_of(result_of("other"))
-    gate.judge(result_of(), HERE)
+    gate = gate_of(timed("other"))
+    gate.judge(timed(), HERE)
     assert gate.summary() == ["compared with base.json: 1 new", "new: toy: x: not in the base"]
 
 
 def test_out_of_memory_regresses_where_it_is_new() -> None:
-    oom = result_of(status="oom")
-    assert said(lambda: gate_of(result_of()).judge(oom, HERE), RegressionError) == (
+    oom = timed(status="oom")
+    assert said(lambda: gate_of(timed()).judge(oom, HERE), RegressionError) == (
         "oom: toy: x: why; compared with base.json"
     )
     gate_of(oom).judge(oom, HERE)
 
 
 def test_a_throttled_point_cannot_be_compared() -> None:
-    hot = result_of(throttled=["power brake"])
-    assert said(lambda: gate_of(result_of()).judge(hot, HERE), IncomparableError) == (
+    hot = timed(throttled=["power brake"])
+    assert said(lambda: gate_of(timed()).judge(hot, HERE), IncomparableError) == (
         "incomparable: toy: x: measured while the GPU was slowed down: power brake; compared with "
         "base.json"
     )
 
 
 def test_points_are_those_of_their_own_test_and_workload() -> None:
-    other = result_of(slower=0.1, workload="vit")
-    gate = gate_of(other, result_of())
-    gate.judge(result_of(), HERE)
+    other = timed(slower=0.1, workload="vit")
+    gate = gate_of(other, timed())
+    gate.judge(timed(), HERE)
     with pytest.raises(RegressionError):
-        gate.judge(result_of(workload="vit"), HERE)
+        gate.judge(timed(workload="vit"), HERE)
 
 
 def test_several_files_of_the_base_show_the_noise() -> None:
     runs = [
-        Run(Path(f"{slower}.json"), Saved(HERE, [result_of(slower=slower)]))
-        for slower in (1.0, 1.3)
+        Run(Path(f"{slower}.json"), Saved(HERE, [timed(slower=slower)])) for slower in (1.0, 1.3)
     ]
     gate = SessionGate(runs, Rules())
-    gate.judge(result_of(slower=1.4), HERE)
+    gate.judge(timed(slower=1.4), HERE)
     assert gate.summary() == ["compared with 1.0.json, 1.3.json: 1 same"]
 
 
@@ -135,23 +128,23 @@ def test_another_machine_is_refused_before_anything_is_measured() -> None:
 
 
 def test_all_measured_is_no_problem() -> None:
-    gate = gate_of(result_of(), result_of("skipped", status="skipped"))
-    gate.judge(result_of(), HERE)
+    gate = gate_of(timed(), timed("skipped", status="skipped"))
+    gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
 
 
 def test_nothing_compared_is_a_problem() -> None:
-    gate = gate_of(result_of("other"))
+    gate = gate_of(timed("other"))
     assert problems(gate, set(), by_node=True) == ["nothing was compared with base.json"]
-    gate.judge(result_of(), HERE)  # new
+    gate.judge(timed(), HERE)  # new
     rules = Rules(allow_missing=True)
     assert problems(gate, {node("x")}, by_node=True) == ["nothing was compared with base.json"]
     assert problems(gate_of(rules=rules), set()) == ["nothing was compared with base.json"]
 
 
 def test_points_that_are_gone_or_were_not_measured_are_problems() -> None:
-    gate = gate_of(result_of("x"), result_of("gone"), result_of("idle", status="oom"))
-    gate.judge(result_of("x"), HERE)
+    gate = gate_of(timed("x"), timed("gone"), timed("idle", status="oom"))
+    gate.judge(timed("x"), HERE)
     found = {node("x"), node("idle")}
     idle = f"not measured, so not compared: {node('idle')}"
     missing = f"missing: {node('gone')} is in base.json and not in this session"
@@ -162,9 +155,9 @@ def test_points_that_are_gone_or_were_not_measured_are_problems() -> None:
 
 
 def test_files_that_were_not_asked_for_are_not_missing() -> None:
-    elsewhere = result_of(nodeid="test_b.py::test[x]")
-    gate = gate_of(result_of(), elsewhere)
-    gate.judge(result_of(), HERE)
+    elsewhere = timed(nodeid="test_b.py::test[x]")
+    gate = gate_of(timed(), elsewhere)
+    gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
     # But for those that were deleted from a folder that was.
     assert problems(gate, {node("x")}, gone=("test_b.py",)) == [
@@ -173,10 +166,10 @@ def test_files_that_were_not_asked_for_are_not_missing() -> None:
 
 
 def test_missing_points_can_be_allowed() -> None:
-    gate = gate_of(result_of(), result_of("gone"), rules=Rules(allow_missing=True))
-    gate.judge(result_of(), HERE)
+    gate = gate_of(timed(), timed("gone"), rules=Rules(allow_missing=True))
+    gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
 
 
 def test_a_session_without_points_says_so() -> None:
-    assert gate_of(result_of()).summary() == ["compared with base.json: nothing"]
+    assert gate_of(timed()).summary() == ["compared with base.json: nothing"]

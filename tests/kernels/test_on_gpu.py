@@ -79,9 +79,7 @@ def int8(*shape: int) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_products_are_those_of_float64(
-    kernel: str, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+def test_products_match(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, k, n = shape
     q, weight = int8(m, k), int8(n, k)
     scale, weight_scale = (torch.rand(size, device=CUDA) / 1e3 for size in (m, n))
@@ -112,9 +110,7 @@ def test_products_are_those_of_float64(
         (768, "none", "gelu", torch.float16),
     ],
 )
-def test_rows_are_quantized_as_the_reference_does(
-    columns: int, norm: str, activation: str, dtype: torch.dtype
-) -> None:
+def test_quantizes_rows(columns: int, norm: str, activation: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, columns, 37, device=CUDA, dtype=dtype).transpose(1, 2)
     x[0, 0] = 0
     # The square of a larger one has no FP32, and itself no FP16.
@@ -319,9 +315,7 @@ def test_a_block_compiles_to_its_kernels(kernel: str, mode: str) -> None:
         assert error(again, eager(changed)) < 0.01
 
 
-def test_inductor_launches_the_kernels_of_repeated_blocks(
-    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_blocks(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = nn.Sequential(fused_block(), fused_block())
     x = torch.randn(4, 96, 256, device=CUDA, dtype=torch.bfloat16)
     with torch.inference_mode():

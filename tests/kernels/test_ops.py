@@ -271,9 +271,7 @@ def test_rows_are_quantized_as_the_reference_says(case: Case) -> None:
     ("norm", "activation"),
     [("none", "none"), ("layer", "none"), ("rms", "none"), *(("none", a) for a in ACTIVATED)],
 )
-def test_a_row_with_nan_or_infinity_is_nan_and_no_other(
-    value: float, how: str, norm: str, activation: str
-) -> None:
+def test_nan_or_infinity_spoils_one_row(value: float, how: str, norm: str, activation: str) -> None:
     if how == "kernel" and not triton.knobs.runtime.interpret:
         pytest.skip("needs TRITON_INTERPRET=1, set where no GPU is")
     arguments = list(Case(6, 35, norm=norm, activation=activation, keep=norm != "none").make())
@@ -480,9 +478,7 @@ def test_which_product_runs(case: Multiplied, ran: str) -> None:
         ("specialized", None, "specialized"),
     ],
 )
-def test_warps_with_roles_take_residuals_of_the_dtype_of_the_output(
-    kernel: str, residual: torch.dtype | None, takes: str
-) -> None:
+def test_roles_need_residual_dtype(kernel: str, residual: torch.dtype | None, takes: str) -> None:
     problem = tile_types.Problem(64, 128, 128, 2, residual is not None)
     tensor = None if residual is None else torch.zeros(64, 128, dtype=residual)
     given = (0 if residual is None else 128, tensor, torch.bfloat16)
@@ -552,9 +548,7 @@ def test_rows_of_one_kind_are_prepared_once() -> None:
 @pytest.mark.usefixtures("_nothing_kept")
 @pytest.mark.parametrize("position", [1, 3, 4])
 @pytest.mark.parametrize("change", ["dtype", "address"])
-def test_vectors_of_another_kind_are_another_launch(
-    position: int, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vector_kinds_differ(position: int, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "product", lambda *_: TILES[0])
     arguments = list(Multiplied(16, 16, 16).make())
     with poisoned():
@@ -582,9 +576,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-def test_without_given_tiles_those_of_the_configuration_are_taken(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_default_tiles_come_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def product(

@@ -238,10 +238,7 @@ def test_each_tile_is_of_one_program_and_what_it_needs_fits(problem: Problem, co
     ],
 )
 def test_large_problems_on_sm90_have_warps_with_roles(
-    monkeypatch: pytest.MonkeyPatch,
-    size: tuple[int, int, int],
-    residual: bool,
-    found: Specialized,
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], residual: bool, found: Specialized
 ) -> None:
     pretend(monkeypatch, (9, 0), 132)
     problem = Problem(*size, 2, residual)
@@ -260,9 +257,7 @@ def test_large_problems_on_sm90_have_warps_with_roles(
     ],
     ids=str,
 )
-def test_others_are_left_to_the_next_kernel(
-    monkeypatch: pytest.MonkeyPatch, problem: Problem
-) -> None:
+def test_leaves_others_to_next_kernel(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
     pretend(monkeypatch, (9, 0), 132)
     assert specialized(problem, 132) is None
     tile = product(problem, "specialized", GPU, never)
@@ -394,9 +389,7 @@ def test_a_file_that_cannot_be_read_is_tuned_anew(content: str) -> None:
     assert product(PROBLEM, "pointers", GPU, never) == POINTER_CANDIDATES[4]
 
 
-def test_a_folder_that_cannot_be_written_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unwritable_folder_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("INT8BENCH_TUNING_DIR", str(tmp_path / "file" / "folder"))
     assert (

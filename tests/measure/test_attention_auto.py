@@ -81,9 +81,7 @@ def test_a_backend_that_raises_in_one_call_is_out() -> None:
 
 
 @pytest.mark.parametrize(("shorts", "longs", "chosen"), [(3, 1, "flash"), (1, 3, "math")])
-def test_calls_count_by_their_number(
-    shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [short], [long] = calls_of(X[:, :, :2], X, X), calls_of(X, X, X)
     seconds = {("flash", 2): 1.0, ("flash", 8): 3.0, ("math", 2): 2.0, ("math", 8): 2.0}
 

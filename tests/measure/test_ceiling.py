@@ -203,9 +203,7 @@ def test_no_known_product_is_said() -> None:
     ("speedup", "ceiling", "part"),
     [(1.25, 1.5, 0.5), (1.5, 1.5, 1.0), (1.0, 1.5, 0.0), (0.5, 2.0, -0.5), (2.0, 1.5, 2.0)],
 )
-def test_what_was_reached_is_a_part_of_the_gain(
-    speedup: float, ceiling: float, part: float
-) -> None:
+def test_reached_share_of_gain(speedup: float, ceiling: float, part: float) -> None:
     assert reached(speedup, ceiling) == part
 
 

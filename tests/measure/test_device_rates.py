@@ -120,9 +120,7 @@ def test_each_is_measured_once_a_process(clock: Clock, monkeypatch: pytest.Monke
     assert set(clock.calls) == {"torch.float32 512x16x32"}
 
 
-def test_int8_products_are_left_alone_where_none_are_wanted(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skips_unwanted_int8_products(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, clock.taking("ours", 1e-3))
     assert measure_rates([SMALL], CPU, torch.bfloat16, clock, with_int8=False).int8_ops_per_s == {}
     assert not [call for call in clock.calls if call.startswith("ours")]
@@ -135,9 +133,7 @@ def fails(error: Exception) -> Callable[..., Run]:
     return product
 
 
-def test_a_product_that_does_not_take_a_size_is_left_out(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skips_unsupported_product(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, fails(RuntimeError("no such shape\nadvice")), clock.taking("ours", 1e-3))
     assert len(measure_rates([SMALL], CPU, torch.bfloat16, clock).int8_ops_per_s) == 1
     use(monkeypatch, fails(RuntimeError("no such shape\nadvice")))
@@ -146,9 +142,7 @@ def test_a_product_that_does_not_take_a_size_is_left_out(
         measure_rates([WIDE], CPU, torch.bfloat16, clock)
 
 
-def test_running_out_of_memory_is_no_matter_of_a_size(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_propagates(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, fails(torch.OutOfMemoryError("CUDA out of memory.")), clock.taking("b", 1e-3))
     with pytest.raises(torch.OutOfMemoryError):
         measure_rates([SMALL], CPU, torch.bfloat16, clock)

@@ -131,9 +131,7 @@ def test_fused_kernels_tell_no_attention_backend() -> None:
     ],
     ids=["w8a8", "w8a8-no-attention", "w8", "w8-packed", "bf16", "auto", "cudnn"],
 )
-def test_labels_that_agree_pass(
-    params: RunParams, evidence: Evidence, stored: tuple[int, int]
-) -> None:
+def test_matching_labels(params: RunParams, evidence: Evidence, stored: tuple[int, int]) -> None:
     check_labels(evidence, params, stored)
 
 
@@ -178,9 +176,7 @@ def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
         ),
     ],
 )
-def test_a_backend_that_the_kernels_contradict(
-    names: tuple[str, ...], fused: bool, message: str
-) -> None:
+def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str) -> None:
     with pytest.raises(EvidenceError) as caught:
         check_labels(ran(*names), W8A8, (24, 24), fused=fused)
     assert str(caught.value) == message
@@ -231,12 +227,7 @@ def test_a_backend_that_the_kernels_contradict(
             (1, 1),
             f"{BF16.run_name} is a baseline, but 1 layers are quantized",
         ),
-        (
-            W8,
-            ran(GEMM_INT8),
-            (24, 24),
-            f"{W8.run_name} is labelled W8, but {GEMM_INT8} ran",
-        ),
+        (W8, ran(GEMM_INT8), (24, 24), f"{W8.run_name} is labelled W8, but {GEMM_INT8} ran"),
         (
             W8A8,
             ran("aten::_weight_int8pack_mm"),  # INT8 weights, 16-bit activations

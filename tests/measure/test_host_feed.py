@@ -80,9 +80,7 @@ def test_batches_whose_rows_are_not_all_samples_come_as_they_are(other: torch.Te
         assert torch.equal(kept, other)
 
 
-def test_one_batch_is_handed_out_again_where_several_take_too_much(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reuses_one_batch_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_feed, "VARIANT_BYTES", 2 * pixels().nbytes + 100)
     assert feed_of((pixels(),)).variants == 2
     monkeypatch.setattr(host_feed, "VARIANT_BYTES", 10)
@@ -396,9 +394,7 @@ def test_a_worker_that_died_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert feed.nbytes == 0
 
 
-def test_other_errors_of_the_loader_pass_and_close_what_was_opened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_loader_errors_propagate_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Iterator[torch.Tensor]:
         raise RuntimeError("CUDA out of memory")
         yield
@@ -413,7 +409,7 @@ def test_other_errors_of_the_loader_pass_and_close_what_was_opened(
 FEEDING = """
 import itertools
 import torch
-from pytest_int8bench.feed import HostFeed
+from pytest_int8bench.measure.host_feed import HostFeed
 
 if __name__ == "__main__":
     feed = HostFeed((torch.ones(4, 4),), torch.device("cpu"), samples=4, workers=1)

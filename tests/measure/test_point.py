@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,59 +13,30 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import QuantizationError
-from pytest_int8bench.measure import point
+from pytest_int8bench.measure import device_time
 from pytest_int8bench.measure import steps as measure_steps
 from pytest_int8bench.measure.device_rates import RateError, Rates
+from pytest_int8bench.measure.energy import EnergyCounter, Step
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.point import OutputError, Throughput
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.measure.speedup import Speedup
-from pytest_int8bench.measure.timing import Plan, Run, Timer, time_block
+from pytest_int8bench.measure.timing import Plan, Run, Timer
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
+from toys.models import Mlp, make_workload, time_rounds
 
 BF16 = RunParams(
-    gpu_type="cpu",
-    compile_mode="off",
-    batch_size=32,
-    model_size="nano",
-    benchmark_interval_s=0.05,
+    gpu_type="cpu", compile_mode="off", batch_size=32, model_size="nano", benchmark_interval_s=0.05
 )
 W8A8 = BF16.replace(int8_enabled=True)
 W8 = BF16.replace(int8_enabled=True, int8_mode="w8")
 ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB"
-
-
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 32)
-
-    @property
-    def quantized(self) -> bool:
-        return type(self.fc1.weight) is not nn.Parameter
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
-def toy_inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
-    return (torch.randn(p.batch_size, 32, device=device),)
-
-
-def make_workload(model: Callable[[], nn.Module] = Toy, **changes: Any) -> Workload:
-    return Workload(**{"name": "toy", "build": lambda p: model(), "inputs": toy_inputs, **changes})
-
-
-def time_rounds(run: Run, plan: Plan) -> list[float]:
-    return [time_block(run, synchronized_perf_counter, plan.iterations) for _ in range(plan.rounds)]
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +89,7 @@ def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> No
 
 
 @pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
-def test_a_candidate_is_compared_with_its_baseline(
-    throughput: Throughput, params: RunParams
-) -> None:
+def test_candidate_has_a_speedup(throughput: Throughput, params: RunParams) -> None:
     result = measure(throughput, make_workload(), params)
     assert result.status == "ok"
     assert 0 < result.speedup_low <= result.speedup <= result.speedup_high
@@ -152,9 +121,7 @@ def test_inputs_on_the_device_have_no_feed(throughput: Throughput) -> None:
     assert result.feed_exposed_s is result.feed_exposed_low_s is result.feed_exposed_high_s is None
 
 
-def test_the_wait_for_the_loader_is_that_of_the_rounds(
-    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     """A simulated feed: from the host a batch takes 3 s and every tenth one 5 s, on the device 2 s,
     and a copy 0.5 s."""
     now = 0.0
@@ -192,7 +159,7 @@ def test_the_wait_for_the_loader_is_that_of_the_rounds(
     monkeypatch.setattr(Model, "run", run)
     monkeypatch.setattr(Model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
-    monkeypatch.setattr("pytest_int8bench.measure.point._evidence", lambda model, keep: {})
+    monkeypatch.setattr("pytest_int8bench.measure.point.kernels_of", lambda model, keep: None)
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_workers == 3
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
@@ -230,7 +197,7 @@ def test_tokens_are_counted_from_the_output(throughput: Throughput) -> None:
 def test_without_baselines_there_is_no_speedup() -> None:
     built = []
 
-    class Counted(Toy):
+    class Counted(Mlp):
         def __init__(self) -> None:
             super().__init__()
             built.append(self)
@@ -244,28 +211,110 @@ def test_without_baselines_there_is_no_speedup() -> None:
     assert measure(throughput, workload, W8A8).speedup is None
 
 
+# -- energy -------------------------------------------------------------------------------------
+
+
+class Counter(EnergyCounter):
+    """Says 200 W for any work, and a ratio of 1.5; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def next_step(self) -> Step | None:
+        self.asked.append("start")
+        return Step(10.0, 1.0)
+
+    def watts(self, start: Step | None, end_s: float) -> float | None:
+        assert start == Step(10.0, 1.0)
+        self.asked.append("end")
+        return 200.0
+
+    def ratio(
+        self,
+        first: Run,
+        second: Run,
+        timer: Timer,
+        *,
+        batch_s: tuple[float, float],
+        interval_s: float,
+    ) -> float | None:
+        self.asked.append((batch_s, interval_s))
+        first()
+        second()
+        return 1.5
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_energy_of_a_sample_is_that_of_the_rounds(feed: str) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    told: list[Any] = []
+
+    def rounds(run: Run, plan: Plan) -> list[float]:
+        told.append(list(counter.asked))
+        run()
+        return [0.5, 0.25, 4.5]
+
+    params = BF16.replace(feed=feed)
+    result = throughput.measure(make_workload(), params, rounds, nodeid="a")
+    # 200 W for the mean of 1.75 s, over 32 samples.
+    assert result.joules_per_sample == pytest.approx(200 * 1.75 / 32)
+    assert result.samples_per_joule == pytest.approx(32 / (200 * 1.75))
+    assert result.energy_ratio is None
+    assert told == [["start"]]
+    assert counter.asked == ["start", "end"]
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_energy_of_both_is_compared_after_the_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
+    monkeypatch.setattr(
+        measure_steps, "measure_speedup", lambda *args, **kwargs: Speedup(1.25, 1.2, 1.3, 6)
+    )
+    result = throughput.measure(make_workload(), W8A8, lambda run, plan: [0.5] * 5, nodeid="a")
+    assert (result.speedup, result.energy_ratio) == (1.25, 1.5)
+    assert counter.asked == ["start", "end", ((0.625, 0.5), W8A8.benchmark_interval_s)]
+
+
+def test_running_out_of_memory_in_the_energy_keeps_the_speedup() -> None:
+    class Full(Counter):
+        def ratio(self, *args: Any, **kwargs: Any) -> float | None:
+            raise torch.OutOfMemoryError(ASKED)
+
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: Full())
+    result = measure(throughput, make_workload(), W8A8)
+    assert (result.status, result.reason, result.speedup_method) == ("ok", None, "interleaved")
+    assert (result.energy_ratio, result.joules_per_sample is not None) == (None, True)
+
+
+def test_a_cpu_has_no_energy(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(), W8A8)
+    assert result.joules_per_sample is result.samples_per_joule is result.energy_ratio is None
+
+
 # -- out of memory ------------------------------------------------------------------------------
 
 
-class CandidateRunsOut(Toy):
+class CandidateRunsOut(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.quantized:
             raise torch.OutOfMemoryError(ASKED)
         return super().forward(x)
 
 
-class BaselineRunsOut(Toy):
+class BaselineRunsOut(Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.quantized:
             raise torch.OutOfMemoryError(ASKED)
         return super().forward(x)
 
 
-def two_do_not_fit() -> type[Toy]:
+def two_do_not_fit() -> type[Mlp]:
     """Return a model that runs out of memory where two that ran are alive."""
-    alive: weakref.WeakSet[Toy] = weakref.WeakSet()
+    alive: weakref.WeakSet[Mlp] = weakref.WeakSet()
 
-    class OneFits(Toy):
+    class OneFits(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             alive.add(self)
             if len(alive) > 1:
@@ -300,9 +349,7 @@ def test_a_baseline_that_runs_out_of_memory_is_a_result(throughput: Throughput) 
     assert (result.speedup, result.speedup_method) == (None, None)
 
 
-def test_a_baseline_that_runs_out_of_memory_beside_no_test_of_its_own(
-    throughput: Throughput,
-) -> None:
+def test_untested_baseline_runs_out_of_memory(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(BaselineRunsOut), W8A8)
     assert (result.status, result.reason) == ("ok", "the baseline ran out of memory")
     assert result.speedup is None
@@ -319,9 +366,7 @@ def test_two_that_do_not_fit_together_are_measured_apart(throughput: Throughput)
     assert (result.speedup_low, result.speedup_high) == (None, None)
 
 
-def test_the_next_candidate_after_two_that_did_not_fit_is_measured_apart_too(
-    throughput: Throughput,
-) -> None:
+def test_next_candidate_is_measured_apart_too(throughput: Throughput) -> None:
     workload = make_workload(two_do_not_fit())
     measure(throughput, workload, BF16)
     measure(throughput, workload, W8A8)
@@ -332,9 +377,7 @@ def test_the_next_candidate_after_two_that_did_not_fit_is_measured_apart_too(
     assert result.speedup_method == "separate"
 
 
-def test_two_that_do_not_fit_without_a_time_of_the_baseline_have_no_speedup(
-    throughput: Throughput,
-) -> None:
+def test_no_speedup_apart_without_baseline_time(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(two_do_not_fit()), W8A8)
     assert result.reason == "baseline and candidate do not fit in memory together"
     assert (result.status, result.speedup) == ("ok", None)
@@ -352,7 +395,7 @@ def test_running_out_of_memory_while_the_clock_runs_is_a_result(throughput: Thro
 
 
 def test_other_errors_are_raised_and_the_next_point_works(throughput: Throughput) -> None:
-    class Fails(Toy):
+    class Fails(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.quantized:
                 raise KeyError("mine")
@@ -365,7 +408,7 @@ def test_other_errors_are_raised_and_the_next_point_works(throughput: Throughput
 
 
 def test_outputs_of_another_dtype_are_an_error(throughput: Throughput) -> None:
-    class Widens(Toy):
+    class Widens(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             output = super().forward(x)
             return output.float() if self.quantized else output
@@ -379,7 +422,7 @@ def test_outputs_of_another_dtype_are_an_error(throughput: Throughput) -> None:
 
 
 def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> None:
-    class Overflows(Toy):
+    class Overflows(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * (float("nan") if self.quantized else 1)
 
@@ -389,7 +432,7 @@ def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> N
 
 
 def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput) -> None:
-    class Skips(Toy):
+    class Skips(Mlp):
         """Has INT8 weights and computes without them."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -442,19 +485,17 @@ def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
 
 
 def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
-    """The twin's labels are checked also where it has no test of its own."""
+    """The baseline's labels are checked also where it has no test of its own."""
 
     def build(p: RunParams) -> nn.Module:
-        return Toy() if p.int8_enabled else apply_int8_quant(Toy().eval(), mode="w8")
+        return Mlp() if p.int8_enabled else apply_int8_quant(Mlp().eval(), mode="w8")
 
     throughput_apart = Throughput(ModelPool())
     with pytest.raises((EvidenceError, QuantizationError)):
         measure(throughput_apart, make_workload(build=build), BF16.replace(int8_enabled=True))
 
 
-def test_running_out_of_memory_in_the_speedup_keeps_the_measurement(
-    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_in_speedup(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = make_workload()
     baseline = measure(throughput, workload, BF16)
 
@@ -483,10 +524,7 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
         lambda *args, **kwargs: Speedup(0.5, 0.49, 0.51, 6),
     )
     result = throughput.measure(
-        workload,
-        BF16.replace(int8_enabled=True),
-        lambda run, plan: [2.0 / factor] * 5,
-        nodeid="b",
+        workload, BF16.replace(int8_enabled=True), lambda run, plan: [2.0 / factor] * 5, nodeid="b"
     )
     assert result.speedup == 0.5
     assert result.reason == (
@@ -517,8 +555,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         int8 = dict.fromkeys(sizes, 2e12) if with_int8 else {}
         return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30)
 
-    monkeypatch.setattr(point, "WITH_KERNELS", ("cpu",))
-    monkeypatch.setattr(point, "measure_rates", measure_rates)
+    monkeypatch.setattr(device_time, "WITH_KERNELS", ("cpu",))
+    monkeypatch.setattr(device_time, "measure_rates", measure_rates)
     monkeypatch.setattr(
         Model, "evidence", lambda self, keep=None: PROFILES[self.params.int8_enabled]
     )
@@ -551,21 +589,17 @@ def test_a_candidate_has_a_ceiling(throughput: Throughput, monkeypatch: pytest.M
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
-def test_weights_alone_have_no_gain_at_many_rows(
-    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_w8_ceiling_at_many_rows(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
     result = measure(throughput, make_workload(), W8)
     assert (result.ceiling_speedup, result.ceiling_reached) == (1.0, None)
     assert result.ceiling["int8_ops_per_s"] is None
 
 
-def test_layers_that_stay_in_bf16_count_against_the_ceiling(
-    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_layers_in_ceiling(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(
-        point,
+        device_time,
         "measure_rates",
         lambda sizes, *args, **kwargs: Rates(
             dict.fromkeys(sizes, 1e12), dict.fromkeys(sizes, 2e12), 1e30
@@ -577,9 +611,7 @@ def test_layers_that_stay_in_bf16_count_against_the_ceiling(
     assert result.ceiling["products_speedup"] == pytest.approx(10 / 8.5)
 
 
-def test_a_baseline_has_a_breakdown_and_no_ceiling(
-    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_baseline_breakdown_only(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
     result = measure(throughput, make_workload(), BF16)
     assert result.device_breakdown["other_products"] == 6.0
@@ -602,7 +634,7 @@ def test_a_ceiling_that_is_not_known_loses_no_measurement(
         raise error
 
     on_a_gpu(monkeypatch)
-    monkeypatch.setattr(point, "measure_rates", fail)
+    monkeypatch.setattr(device_time, "measure_rates", fail)
     result = measure(throughput, make_workload(), W8A8)
     assert (result.status, result.speedup, result.reason) == ("ok", 1.25, None)
     assert (result.ceiling_speedup, result.ceiling_reached) == (None, None)
@@ -618,9 +650,7 @@ def test_a_cpu_has_neither_breakdown_nor_ceiling(throughput: Throughput) -> None
 @pytest.mark.parametrize(
     "changes", [{"with_baseline": False}, {"with_evidence": False}], ids=["alone", "lean"]
 )
-def test_without_baseline_or_evidence_there_is_no_ceiling(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]
-) -> None:
+def test_ceiling_needs_both(monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]) -> None:
     on_a_gpu(monkeypatch)
     result = measure(Throughput(ModelPool(), **changes), make_workload(), W8A8)
     assert (result.status, result.ceiling, result.ceiling_speedup) == ("ok", None, None)
@@ -655,19 +685,19 @@ def test_only_steps_that_run_are_told() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     workload = make_workload()
-    twin, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
+    baseline, candidate, other = (f"toy: {p.run_name}" for p in (BF16, W8A8, W8))
 
     measure(throughput, workload, W8A8)
     assert steps.take() == [
-        ("building", twin),
-        ("warming up", twin),
+        ("building", baseline),
+        ("warming up", baseline),
         ("building", candidate),
         ("warming up", candidate),
         ("measuring", candidate),
         ("comparing", candidate),
     ]
     measure(throughput, workload, BF16)
-    assert steps.take() == [("measuring", twin)]
+    assert steps.take() == [("measuring", baseline)]
     measure(throughput, workload, W8)
     assert steps.take() == [
         ("building", other),
@@ -703,7 +733,7 @@ def test_each_step_is_around_what_it_tells() -> None:
     steps = Steps()
     during: dict[str, list[tuple[str, str]]] = {}
 
-    class Watched(Toy):
+    class Watched(Mlp):
         def __init__(self) -> None:
             super().__init__()
             during["build"] = list(steps.now)

@@ -648,9 +648,10 @@ def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch
     """A simulated device: 1000 bytes of others, the inputs, then the weights, then a peak."""
     weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
     allocated = iter([1000 + inputs, 1000 + inputs + weights, 1000 + inputs + weights])
-    monkeypatch.setattr(
-        "pytest_int8bench.measure.pool.allocated_bytes", lambda device: next(allocated)
-    )
+    for module in ("pool", "model"):
+        monkeypatch.setattr(
+            f"pytest_int8bench.measure.{module}.allocated_bytes", lambda device: next(allocated)
+        )
 
     @contextlib.contextmanager
     def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
@@ -665,9 +666,10 @@ def test_peak_memory_holds_both_batches_of_a_feed(monkeypatch: pytest.MonkeyPatc
     weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
     held = 1000 + weights
     allocated = iter([1000, held, held + 2 * inputs])
-    monkeypatch.setattr(
-        "pytest_int8bench.measure.pool.allocated_bytes", lambda device: next(allocated)
-    )
+    for module in ("pool", "model"):
+        monkeypatch.setattr(
+            f"pytest_int8bench.measure.{module}.allocated_bytes", lambda device: next(allocated)
+        )
 
     @contextlib.contextmanager
     def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:

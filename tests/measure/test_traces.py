@@ -44,9 +44,7 @@ def rows_of(trace: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_trace_and_the_table_of_the_kernels_of_the_evidence(
-    profiles: Profiles, tmp_path: Path
-) -> None:
+def test_writes_trace_and_kernel_table(profiles: Profiles, tmp_path: Path) -> None:
     evidence = profiled(profiles.writer("olmoearth", NAME, CPU))
     assert evidence.trace == f"out/profiles/{NAME}.trace.json.gz"
     assert (profiles.traces, profiles.problems) == ([evidence.trace], [])
@@ -110,9 +108,7 @@ def test_what_cannot_be_written_is_told_and_costs_no_evidence(tmp_path: Path) ->
     assert problem.startswith(f"{NAME}: NotADirectoryError: ")
 
 
-def test_no_half_of_a_profile_stays(
-    profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_half_stays(profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
@@ -123,9 +119,7 @@ def test_no_half_of_a_profile_stays(
     assert list((tmp_path / "out" / "profiles").iterdir()) == []
 
 
-def test_a_model_is_profiled_once_for_evidence_and_profile(
-    profiles: Profiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_profiles_a_model_once(profiles: Profiles, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Keep | None] = []
 
     def counted(run: object, device: torch.device, keep: Keep | None = None) -> Evidence:

@@ -5,54 +5,35 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pytest_int8bench.cli.main import main
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Saved
+from toys import projects
+from toys.projects import SMOKE, THROUGHPUT, load, make_project
 
-SMOKE = (
-    "--int8-preset=smoke",
-    "--int8-set=compile_mode=off",
-    "--int8-set=benchmark_interval_s=0.05",
-)
-BF16 = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4_compile_mode-off"
-W8A8 = "nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs4"
+BF16, W8A8 = projects.bf16(4), projects.int8(4)
 
 # A model whose scores are made up: the candidate gets LOST samples of SAMPLES wrong that the
 # baseline gets right.
-TOY = """
-import os
+TOY = f"""{projects.TOY}
 
 import numpy as np
-import torch
-from torch import nn
 
-from pytest_int8bench import Evaluation, Workload
+from pytest_int8bench import Evaluation
 
+plain = make
 SAMPLES, LOST = 1000, int(os.environ.get("LOST", "0"))
-
-
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 32)
-
-    def forward(self, x):
-        if x.shape[0] == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 def scores_of(samples, lost):
     baseline = []
 
     def scores(forward):
-        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-        exact = nn.functional.normalize(forward(x), dim=1)
+        x = torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(0))
+        exact = nn.functional.normalize(forward(x), dim=-1)
         right = np.ones(samples)
         right[: samples // 10] = 0
         if baseline and not torch.equal(exact, baseline[0]):
@@ -63,24 +44,9 @@ def scores_of(samples, lost):
     return scores
 
 
-def make(name="toy", samples=SAMPLES, lost=LOST, build=Toy, **more):
-    return Workload(
-        name=name,
-        build=lambda p: build(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        evaluation=Evaluation(metric="top1", scores=scores_of(samples, lost)),
-        **more,
-    )
-"""
-CONFTEST = """
-import pytest
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    import toy
-
-    return toy.make()
+def make(name="toy", samples=SAMPLES, lost=LOST, **more):
+    evaluation = Evaluation(metric="top1", scores=scores_of(samples, lost))
+    return plain(name, evaluation=evaluation, **more)
 """
 ACCURACY = """
 def test_accuracy(int8_guardrail):
@@ -100,10 +66,6 @@ def int8_workload():
 def test_few(int8_guardrail):
     int8_guardrail()
 """
-THROUGHPUT = """
-def test_throughput(int8_throughput):
-    int8_throughput()
-"""
 LOST = 18  # of 900 right ones: 2 %
 
 
@@ -112,13 +74,11 @@ def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its accuracy."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The last one takes a second to load.
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
-    pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
-    pytester.makepyfile(toy=TOY, test_accuracy=ACCURACY, test_throughput=THROUGHPUT)
-    pytester.makeconftest(CONFTEST)
-    return pytester
+    files = {"toy": TOY, "test_accuracy": ACCURACY, "test_throughput": THROUGHPUT}
+    ini = f"addopts = --strict-markers {without}\n"
+    return make_project(pytester, monkeypatch, ini=ini, **files)
 
 
 def run(project: pytest.Pytester, *args: str) -> tuple[pytest.RunResult, Saved | None]:
@@ -130,13 +90,10 @@ def run(project: pytest.Pytester, *args: str) -> tuple[pytest.RunResult, Saved |
 
 def timed(path: Path) -> list[str]:
     """The tests in pytest-benchmark's own part of the file."""
-    data: dict[str, Any] = json.loads(path.read_text())
-    return [benchmark["name"] for benchmark in data["benchmarks"]]
+    return [benchmark["name"] for benchmark in load(path)["benchmarks"]]
 
 
-def test_a_model_that_lost_nothing_passes_along_with_its_throughput(
-    project: pytest.Pytester,
-) -> None:
+def test_lossless_model_passes(project: pytest.Pytester) -> None:
     project.makepyfile(test_few=FEW)
     result, saved = run(project, "--int8-inconclusive=warn")
     # The baseline's throughput too, but not its accuracy.
@@ -157,9 +114,7 @@ def test_a_model_that_lost_nothing_passes_along_with_its_throughput(
     assert main(["show", str(project.path / "out.json")]) == 0
 
 
-def test_a_drop_of_two_percent_fails_and_marks_timings_before_and_after_it(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOST", str(LOST))
     project.makepyfile(test_few=FEW, test_later=THROUGHPUT)
     files = ("test_throughput.py", "test_accuracy.py", "test_later.py", "test_few.py")
@@ -198,9 +153,7 @@ def test_a_drop_of_two_percent_fails_and_marks_timings_before_and_after_it(
     )
 
 
-def test_a_slowdown_shows_although_accuracy_is_inconclusive(
-    project: pytest.Pytester, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inconclusive_timings(project: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
     project.makepyfile(
         test_few=f"""{FEW}
 
@@ -231,9 +184,7 @@ def test_both(int8_throughput, int8_guardrail):
     assert [row[-4:] for row in rows] == [["top1", "INCONCLUSIVE", "INCONCLUSIVE", "same"]] * 2
 
 
-def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_weights_proxy(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOST", str(LOST))
     # The second one has a channel that takes the whole range of a row, and no part in the output.
     project.makepyfile(
@@ -255,7 +206,7 @@ def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(
         def int8_workload(request):
             build = Broken if "broken" in request.node.name else toy.Toy
             name = build.__name__.lower()
-            return toy.make(name, build=build, load=lambda p, weights: build())
+            return toy.make(name, build=lambda p: build(), load=lambda p, weights: build())
 
 
         def test_toy(int8_guardrail):
@@ -275,9 +226,7 @@ def test_a_metric_of_random_weights_fails_nothing_but_outputs_may(
     result.stdout.fnmatch_lines([f"AccuracyError: FAIL: broken: {W8A8}: SQNR * dB is under 10 dB"])
 
 
-def test_remedies_are_walked_on_request_and_the_limit_is_the_sessions_or_the_tests(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOST", str(LOST))
     project.makepyfile(
         test_own="def test_own(int8_guardrail):\n    int8_guardrail(max_drop='20%')\n"
@@ -379,9 +328,7 @@ def test_accuracy_needs_no_benchmarks(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*PASS"])
 
 
-def test_layers_are_ranked_in_a_test_and_by_the_command(
-    project: pytest.Pytester, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ranks_layers(project: pytest.Pytester, capfd: pytest.CaptureFixture[str]) -> None:
     project.makepyfile(
         test_layers="""
         def test_layers(int8_sensitivity):

@@ -10,46 +10,11 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.results.reading import read
+from toys import projects
+from toys.projects import load, make_project, without
 
-SMOKE = (
-    "--int8-preset=smoke",
-    "--int8-mode=off",
-    "--int8-set=compile_mode=off",
-    "--int8-set=benchmark_interval_s=0.02",
-)
-#: Plugins that may be installed: each is off but in the tests about it.
-OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest", "anyio")
+SMOKE = (*projects.SMOKE, "--int8-mode=off")
 
-TOY = """
-import torch
-from torch import nn
-
-from pytest_int8bench import Workload
-
-
-def make():
-    return Workload(
-        name="toy",
-        build=lambda p: nn.Linear(32, 32),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        units=lambda p: {"samples": p.batch_size},
-    )
-"""
-CONFTEST = """
-import pytest
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    import toy
-
-    return toy.make()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_generate_machine_info():
-    return {"node": "here"}  # pytest-benchmark's own takes seconds
-"""
 TESTS = """
 import pytest
 
@@ -68,30 +33,19 @@ def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
     """A project with two tests of one point."""
-    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    pytester.makeini("[pytest]\npythonpath = .\n")
-    pytester.makepyfile(toy=TOY, test_one=TESTS)
-    pytester.makeconftest(CONFTEST)
-    return pytester
+    return make_project(pytester, monkeypatch, test_one=TESTS)
 
 
 def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
     """Run pytest with none of the optional plugins but the one that is named."""
-    without = [option for name in OTHERS if name != using for option in ("-p", f"no:{name}")]
-    return project.runpytest_subprocess(*SMOKE, *without, *options)
+    return project.runpytest_subprocess(*SMOKE, *without(using), *options)
 
 
-POINT = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4_compile_mode-off"
+POINT = projects.bf16(4)
 
 
 def node(name: str, file: str = "test_one.py") -> str:
     return f"{file}::test_{name}[{POINT}]"
-
-
-def load(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
 
 
 class Base:
@@ -173,12 +127,7 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
     skipped = "\n\n@pytest.mark.skip\ndef test_skipped(int8_throughput):\n    pass\n"
     (project.path / "test_one.py").write_text(TESTS + skipped)
     base.write(
-        {
-            first: SLOW,
-            node("skipped"): 1.0,
-            node("gone"): 1.0,
-            node("old", "test_gone.py"): 1.0,
-        }
+        {first: SLOW, node("skipped"): 1.0, node("gone"): 1.0, node("old", "test_gone.py"): 1.0}
     )
     result = run(project, *compare)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -201,9 +150,7 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
     assert gate_lines(result) == ["compared with base.json: 1 improved"]
 
 
-def test_another_machine_fails_each_test_before_it_is_measured(
-    project: pytest.Pytester, base: Base
-) -> None:
+def test_another_machine_fails_before_measuring(project: pytest.Pytester, base: Base) -> None:
     base.write({node("first"): SLOW}, cpu="Other CPU", commit="def")
     result = run(project, "--int8-compare=base.json")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -222,9 +169,7 @@ def test_another_machine_fails_each_test_before_it_is_measured(
     ]
 
 
-def test_pytest_benchmarks_own_comparison_looks_at_the_machine(
-    project: pytest.Pytester, base: Base
-) -> None:
+def test_benchmark_compare_checks_the_machine(project: pytest.Pytester, base: Base) -> None:
     stored = project.path / ".benchmarks" / "Linux" / "0001_base.json"
     stored.parent.mkdir(parents=True)
     base.path.rename(stored)
@@ -233,25 +178,15 @@ def test_pytest_benchmarks_own_comparison_looks_at_the_machine(
     base.write({node("first"): 1.0}, cpu="Other CPU", commit="def", dirty=True)
     result = run(project, *options)
     assert result.ret == pytest.ExitCode.OK
-    result.stdout.fnmatch_lines(
-        [
-            (
-                "*UserWarning: int8bench: the file that is compared with was measured on another "
-                "machine or software: cpu Other CPU -> *; see --int8-allow"
-            )
-        ]
+    why = (
+        "the file that is compared with was measured on another machine or software: "
+        "cpu Other CPU -> *; see --int8-allow"
     )
+    result.stdout.fnmatch_lines([f"*UserWarning: int8bench: {why}"])
     result = run(project, *options, "--benchmark-compare-fail=min:100000%")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(failed=1, deselected=1)
-    result.stdout.fnmatch_lines(
-        [
-            (
-                "IncomparableError: --benchmark-compare-fail: the file that is compared with was "
-                "measured on another machine or software: cpu Other CPU -> *; see --int8-allow"
-            )
-        ]
-    )
+    result.stdout.fnmatch_lines([f"IncomparableError: --benchmark-compare-fail: {why}"])
 
 
 # -- without measuring --------------------------------------------------------------------------
@@ -308,9 +243,7 @@ def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> No
         ),
     ],
 )
-def test_a_base_that_cannot_be_read_is_refused_at_the_start(
-    project: pytest.Pytester, content: str, why: str
-) -> None:
+def test_rejects_unreadable_base(project: pytest.Pytester, content: str, why: str) -> None:
     (project.path / "base.json").write_text(content)
     result = run(project, "--int8-compare=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

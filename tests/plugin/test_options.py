@@ -147,17 +147,13 @@ def test_all_options_have_bad_values() -> None:
 
 
 @pytest.mark.parametrize(("name", "text", "why"), CASES)
-def test_bad_value_on_the_command_line(
-    pytester: pytest.Pytester, name: str, text: str, why: str
-) -> None:
+def test_rejects_bad_value(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     with pytest.raises(pytest.UsageError, match=rf"^{re.escape(f'--int8-{name}: {why}')}$"):
         settings_of(pytester, f"--int8-{name}={text}")
 
 
 @pytest.mark.parametrize(("name", "text", "why"), CASES + FLAG_CASES)
-def test_bad_value_in_the_ini_file(
-    pytester: pytest.Pytester, name: str, text: str, why: str
-) -> None:
+def test_rejects_bad_ini_value(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     stem = f"int8_{name.replace('-', '_')}"
     with pytest.raises(pytest.UsageError, match=rf"^{re.escape(f'{stem}: {why}')}$"):
         settings_of(pytester, ini=f"{stem} = {text}")
@@ -170,9 +166,7 @@ def test_empty_value_on_the_command_line(pytester: pytest.Pytester, name: str) -
 
 
 @pytest.mark.parametrize(("name", "text", "why"), FEW)
-def test_bad_option_is_one_line_and_exit_4(
-    pytester: pytest.Pytester, name: str, text: str, why: str
-) -> None:
+def test_bad_option_exits_4(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     result = run(pytester, f"--int8-{name}={text}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert [line for line in result.errlines if line] == [f"ERROR: --int8-{name}: {why}"]
@@ -180,9 +174,7 @@ def test_bad_option_is_one_line_and_exit_4(
 
 
 @pytest.mark.parametrize(("name", "text", "why"), FEW + FLAG_CASES[:1])
-def test_bad_ini_value_is_one_line_and_exit_4(
-    pytester: pytest.Pytester, name: str, text: str, why: str
-) -> None:
+def test_bad_ini_value_exits_4(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     stem = f"int8_{name.replace('-', '_')}"
     pytester.makeini(f"[pytest]\n{stem} = {text}")
     result = run(pytester)
@@ -194,9 +186,7 @@ def test_bad_ini_value_is_one_line_and_exit_4(
 # -- good values ------------------------------------------------------------------------------
 
 
-def test_an_unknown_kernel_in_the_environment_is_one_line_and_exit_4(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_kernel_exits_4(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "foo")
     result = run(pytester)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -344,9 +334,7 @@ def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize("option", ["--int8-set=image_size=32", "--int8-sweep=image"])
-def test_fields_that_a_library_does_not_read_are_refused(
-    pytester: pytest.Pytester, option: str
-) -> None:
+def test_rejects_fields_a_library_ignores(pytester: pytest.Pytester, option: str) -> None:
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, option, "--int8-workload=hf:bert")
     assert str(caught.value) == (
@@ -361,9 +349,7 @@ def test_weights_are_found_from_where_pytest_starts(pytester: pytest.Pytester) -
     assert settings_of(pytester, "--int8-weights=weights.pth").weights == str(path)
 
 
-def test_a_bad_ini_value_does_not_count_where_the_command_line_wins(
-    pytester: pytest.Pytester,
-) -> None:
+def test_command_line_hides_bad_ini_value(pytester: pytest.Pytester) -> None:
     assert settings_of(pytester, "--int8-mode=w8", ini="int8_mode = w4").modes == ("w8",)
 
 
@@ -418,12 +404,9 @@ def test_a_set_smoothquant_wins_over_the_flag(pytester: pytest.Pytester) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("12", 12), ("0.5", 0.5), ("true", True), ('"12"', "12"), ("relu", "relu")],
+    ("text", "value"), [("12", 12), ("0.5", 0.5), ("true", True), ('"12"', "12"), ("relu", "relu")]
 )
-def test_axes_of_a_workload_keep_their_types(
-    pytester: pytest.Pytester, text: str, value: Any
-) -> None:
+def test_axes_keep_their_types(pytester: pytest.Pytester, text: str, value: Any) -> None:
     settings = settings_of(pytester, f"--int8-set=extra.x={text}")
     assert settings.default_params("seed").extra == {"x": value}
 
@@ -452,9 +435,7 @@ def test_the_gate_is_off_by_default(pytester: pytest.Pytester) -> None:
     assert (settings.compare, settings.rules, settings.lean) == ((), Rules(), False)
 
 
-def test_limits_of_the_command_line_go_before_the_tables(
-    pytester: pytest.Pytester, base: Path
-) -> None:
+def test_command_line_limits_win(pytester: pytest.Pytester, base: Path) -> None:
     runs = (("*_bs1", {"throughput": 0.3}),)
     pytester.makepyprojecttoml(TABLE)
     settings = settings_of(pytester, "--int8-compare=base.json")
@@ -518,9 +499,7 @@ def test_limits_need_something_to_compare_with(pytester: pytest.Pytester, option
     assert settings_of(pytester, ini=ini).rules == Rules()
 
 
-def test_allowed_names_also_count_for_pytest_benchmarks_comparison(
-    pytester: pytest.Pytester,
-) -> None:
+def test_allowed_names_in_benchmark_compare(pytester: pytest.Pytester) -> None:
     assert settings_of(pytester, "--int8-allow=driver").rules == Rules(allow=frozenset({"driver"}))
 
 
@@ -542,9 +521,7 @@ def test_options_under_which_nothing_is_measured_are_refused(
     assert str(caught.value) == f"{flag}: nothing is measured with {name}"
 
 
-def test_other_plugins_under_which_nothing_is_measured_are_refused(
-    pytester: pytest.Pytester, base: Path
-) -> None:
+def test_rejects_plugins_that_prevent_timing(pytester: pytest.Pytester, base: Path) -> None:
     for flag, dest, value, name in (
         ("--int8-compare=base.json", "codspeed", True, "--codspeed"),
         ("--int8-lean", "dist", "load", "pytest-xdist (-n)"),

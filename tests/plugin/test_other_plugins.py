@@ -10,92 +10,57 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result
-
-SMOKE = (
-    "--int8-preset=smoke",
-    "--int8-set=compile_mode=off",
-    "--int8-set=benchmark_interval_s=0.02",
+from toys import projects
+from toys.projects import (
+    FAILS,
+    SMOKE,
+    THROUGHPUT,
+    bf16,
+    ids,
+    int8,
+    journals,
+    load,
+    make_project,
+    statuses,
+    toy,
+    without,
 )
-#: Plugins that may be installed: each is off but in the tests about it.
-OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest", "anyio")
 
-# Two layers. Batches of 5 fail until there is a file "fixed". In batches of 7 a signal comes when
-# the baseline runs again after the candidate: while the speedup is measured, with the rounds of
-# the candidate's test already over.
-TOY = """
-import os
-import signal
-from pathlib import Path
-
-import torch
-from torch import nn
-
-from pytest_int8bench import Workload
+# In batches of 7 a signal comes when the baseline runs again after the candidate: while the speedup
+# is measured, with the rounds of the candidate's test already over.
+TOY = f"""{toy(bs5=FAILS, bs7="interrupt(self)")}
 
 ran = []
 
 
-class Toy(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(32, width)
-        self.fc2 = nn.Linear(width, 32)
-
-    def forward(self, x):
-        if x.shape[0] == 5 and not Path("fixed").exists():
-            raise ValueError("five is too many")
-        if x.shape[0] == 7 and (not ran or ran[-1] != id(self)):
-            if id(self) in ran:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
-            ran.append(id(self))
-        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
+def interrupt(model):
+    if not ran or ran[-1] != id(model):
+        if id(model) in ran:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
+        ran.append(id(model))
 
 
-def make(name="toy", width=64):
+def sized(name, width):
     # As many tokens as the model is wide, so that results tell models apart.
-    return Workload(
-        name=name,
-        build=lambda p: Toy(width),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 16, 32, device=device),),
-        units=lambda p: {"samples": p.batch_size, "tokens": width * p.batch_size},
-    )
+    units = lambda p: {{"samples": p.batch_size, "tokens": width * p.batch_size}}
+    return make(name, lambda p: Toy(width), units=units)
 
 
 def first():
-    return make("first", 48)
+    return sized("first", 48)
 
 
 def second():
-    return make("second", 96)
+    return sized("second", 96)
 """
-CONFTEST = """
-import sys
-from pathlib import Path
-
-import pytest
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    import toy
-
-    return toy.make()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_generate_machine_info():
-    return {"node": "here"}  # pytest-benchmark's own takes seconds
-
+CONFTEST = f"""{projects.CONFTEST}
 
 def pytest_unconfigure():
+    import sys
+    from pathlib import Path
+
     Path("torch.loaded").write_text(str("torch" in sys.modules))
-"""
-THROUGHPUT = """
-def test_throughput(int8_throughput):
-    result = int8_throughput()
-    assert result.samples_per_s > 0
 """
 MODEL = """
 def test_model(int8_model, int8_batch):
@@ -108,51 +73,19 @@ def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
     """A project with a workload, a test of its throughput and one of its model."""
-    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for other tests' processes
-    pytester.makeini("[pytest]\npythonpath = .\naddopts = --strict-markers\nmarkers =\n    slow\n")
-    pytester.makepyfile(toy=TOY, test_one=THROUGHPUT, test_two=MODEL)
-    pytester.makeconftest(CONFTEST)
-    return pytester
+    files = {"toy": TOY, "conftest": CONFTEST, "test_one": THROUGHPUT, "test_two": MODEL}
+    ini = "addopts = --strict-markers\nmarkers =\n    slow\n"
+    return make_project(pytester, monkeypatch, ini=ini, **files)
 
 
 def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
     """Run pytest with none of the optional plugins but the one that is named."""
-    without = [option for name in OTHERS if name != using for option in ("-p", f"no:{name}")]
-    return project.runpytest_subprocess(*SMOKE, *without, *options)
-
-
-def bf16(batch: int) -> str:
-    return f"nano_cpu_bf16_s2_is16_ps4_ts3_bs{batch}_compile_mode-off"
-
-
-def w8a8(batch: int) -> str:
-    return f"nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs{batch}"
+    return project.runpytest_subprocess(*SMOKE, *without(using), *options)
 
 
 def one(*names: str) -> list[str]:
     """Node ids of the test of throughput."""
     return [f"test_one.py::test_throughput[{name}]" for name in names]
-
-
-def ids(result: pytest.RunResult) -> list[str]:
-    """What ``--collect-only -q`` lists."""
-    return [line for line in result.outlines if "::" in line]
-
-
-def journals(project: pytest.Pytester) -> list[Path]:
-    """The journals, oldest first."""
-    found = (project.path / ".benchmarks" / "int8bench").glob("*.jsonl")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
-
-
-def statuses(results: list[Result]) -> dict[str, str]:
-    return {result.nodeid: result.status for result in results}
-
-
-def load(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
 
 
 def nothing_saved(project: pytest.Pytester) -> bool:
@@ -165,13 +98,13 @@ def nothing_saved(project: pytest.Pytester) -> bool:
 def test_collecting_builds_and_writes_nothing(project: pytest.Pytester) -> None:
     result = run(project, "--collect-only", "-q", "--benchmark-json=out.json")
     assert result.ret == pytest.ExitCode.OK
-    assert ids(result) == [*one(bf16(4), w8a8(4)), f"test_two.py::test_model[{w8a8(4)}]"]
+    assert ids(result) == [*one(bf16(4), int8(4)), f"test_two.py::test_model[{int8(4)}]"]
     assert (project.path / "torch.loaded").read_text() == "False"
     assert nothing_saved(project)
 
     # Tests of throughput are benchmarks to -m as well.
     result = run(project, "--collect-only", "-q", "-m", "not benchmark")
-    assert ids(result) == [f"test_two.py::test_model[{w8a8(4)}]"]
+    assert ids(result) == [f"test_two.py::test_model[{int8(4)}]"]
 
 
 def test_points_stay_together_whoever_reorders_tests(project: pytest.Pytester) -> None:
@@ -204,8 +137,8 @@ def test_points_stay_together_whoever_reorders_tests(project: pytest.Pytester) -
         for width in ("b", "a")
         for line in (
             *(f"{test}[{width}-{bf16(4)}]" for test in tests),
-            f"test_two.py::test_model[{width}-{w8a8(4)}]",
-            *(f"{test}[{width}-{w8a8(4)}]" for test in tests),
+            f"test_two.py::test_model[{width}-{int8(4)}]",
+            *(f"{test}[{width}-{int8(4)}]" for test in tests),
         )
     ] + ["test_four.py::test_plain"]
 
@@ -224,9 +157,7 @@ def test_benchmarks_can_be_skipped(project: pytest.Pytester) -> None:
     assert nothing_saved(project)
 
 
-def test_disabled_benchmarks_run_once_and_are_not_measured_or_saved(
-    project: pytest.Pytester,
-) -> None:
+def test_disabled_benchmarks_run_once_unmeasured(project: pytest.Pytester) -> None:
     (project.path / "test_two.py").unlink()
     (project.path / "out.json").write_text("an earlier measurement")
     save = ("--benchmark-json=out.json", "--benchmark-autosave")
@@ -241,7 +172,7 @@ def test_disabled_benchmarks_run_once_and_are_not_measured_or_saved(
     assert not list(project.path.glob(".benchmarks/**/*.json"))
     [path] = journals(project)
     assert [(entry.nodeid, entry.status, entry.reason) for entry in read(path).results] == [
-        (nodeid, "skipped", reason) for nodeid in one(bf16(4), w8a8(4))
+        (nodeid, "skipped", reason) for nodeid in one(bf16(4), int8(4))
     ]
 
 
@@ -286,8 +217,8 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
             "saved: .benchmarks",
         ]
     )
-    grouped = [f"test_one.py::test_grouped[{name}]" for name in (bf16(4), w8a8(4))]
-    plain = one(bf16(4), w8a8(4))
+    grouped = [f"test_one.py::test_grouped[{name}]" for name in (bf16(4), int8(4))]
+    plain = one(bf16(4), int8(4))
     [path] = project.path.glob(".benchmarks/*/0001_base.json")
     saved = load(path)
     assert {entry["fullname"]: entry["group"] for entry in saved["benchmarks"]} == {
@@ -309,7 +240,7 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     result.stdout.no_fnmatch_line("*another machine or software*")
     result.stdout.fnmatch_lines(["*- benchmark 'of the test': 2 tests -*"])
     result.stdout.fnmatch_lines_random(
-        [f"test_grouped[[]{w8a8(4)}] (NOW) *", f"test_grouped[[]{w8a8(4)}] (0001_base) *"]
+        [f"test_grouped[[]{int8(4)}] (NOW) *", f"test_grouped[[]{int8(4)}] (0001_base) *"]
     )
     [measured] = read(project.path / "out.json").results
     assert (measured.nodeid, measured.speedup_method) == (grouped[1], "interleaved")
@@ -319,8 +250,8 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     scale_times(path, saved, 1e-6)
     result = run(project, *compare, "median:5%")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stderr.fnmatch_lines(["Performance has regressed:", f"*{w8a8(4)}* (0001_base) - *"])
-    result.stdout.fnmatch_lines(["*- int8bench -*", f"toy *{w8a8(4)} *x [[]*", "journal: *"])
+    result.stderr.fnmatch_lines(["Performance has regressed:", f"*{int8(4)}* (0001_base) - *"])
+    result.stdout.fnmatch_lines(["*- int8bench -*", f"toy *{int8(4)} *x [[]*", "journal: *"])
 
 
 def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
@@ -338,12 +269,12 @@ def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
 def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -> None:
     (project.path / "test_two.py").unlink()
     sweep = "--int8-set=batch_size=4,5,3"
-    finished, failed = one(bf16(4), w8a8(4)), one(bf16(5), w8a8(5))
+    finished, failed = one(bf16(4), int8(4)), one(bf16(5), int8(5))
     result = run(project, sweep, "-x", "-Werror:Benchmark fixture was not used")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
-        [f"toy *{w8a8(4)} *", f"failed: toy: {bf16(5)}: ValueError: five is too many"]
+        [f"toy *{int8(4)} *", f"failed: toy: {bf16(5)}: ValueError: five is too many"]
     )
     [first] = journals(project)
     assert statuses(read(first).results) == {**dict.fromkeys(finished, "ok"), failed[0]: "failed"}
@@ -362,7 +293,7 @@ def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -
 
     for option, chosen in (
         ("--lf", failed),
-        ("--ff", [*failed, *finished, *one(bf16(3), w8a8(3))]),
+        ("--ff", [*failed, *finished, *one(bf16(3), int8(3))]),
     ):
         result = run(project, sweep, option, "--collect-only", "-q")
         assert result.ret == pytest.ExitCode.OK
@@ -410,13 +341,11 @@ def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> No
     assert not list(project.path.glob("*.json"))
     [path] = journals(project)
     assert {(entry.nodeid, entry.status, entry.reason) for entry in read(path).results} == {
-        (nodeid, "skipped", reason) for nodeid in one(bf16(4), w8a8(4))
+        (nodeid, "skipped", reason) for nodeid in one(bf16(4), int8(4))
     }
 
 
-def test_randomly_changes_neither_the_order_of_points_nor_their_inputs(
-    project: pytest.Pytester,
-) -> None:
+def test_randomly_keeps_points_and_inputs(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_randomly")
     project.makepyfile(
         test_two=THROUGHPUT,
@@ -442,7 +371,7 @@ def test_randomly_changes_neither_the_order_of_points_nor_their_inputs(
         points = list(dict.fromkeys(node.partition("[")[2][:-1] for node in order))
         batches = list(dict.fromkeys(int(point.split("_bs")[1][0]) for point in points))
         assert sorted(batches) == [2, 3, 4]
-        assert points == [name(batch) for batch in batches for name in (bf16, w8a8)]
+        assert points == [name(batch) for batch in batches for name in (bf16, int8)]
         # Once a point is left, it does not come again.
         assert [node.partition("[")[2][:-1] for node in order] == [
             point for point in points for _ in range(2 if "int8" not in point else 3)
@@ -471,9 +400,7 @@ def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pyteste
     assert (entry.nodeid, entry.status, entry.speedup) == (*one(bf16(4)), "ok", None)
 
 
-def test_codspeed_in_place_of_pytest_benchmark_measures_no_points(
-    project: pytest.Pytester,
-) -> None:
+def test_codspeed_alone_measures_no_points(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     project.makepyfile(
         test_three="""
@@ -489,7 +416,7 @@ def test_codspeed_in_place_of_pytest_benchmark_measures_no_points(
     result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
     assert not (project.path / "out.json").exists()
     [path] = journals(project)
-    assert statuses(read(path).results) == dict.fromkeys(one(bf16(4), w8a8(4)), "skipped")
+    assert statuses(read(path).results) == dict.fromkeys(one(bf16(4), int8(4)), "skipped")
 
 
 # -- several workloads --------------------------------------------------------------------------
@@ -515,7 +442,7 @@ def test_several_workloads_in_one_session(project: pytest.Pytester) -> None:
     )
     for name, width in (("third", 128), ("fourth", 160)):
         folder = project.mkpydir(name)
-        override = f'return toy.make("{name}", {width})'
+        override = f'return toy.sized("{name}", {width})'
         (folder / "conftest.py").write_text(CONFTEST.replace("return toy.make()", override))
         (folder / "test_one.py").write_text(THROUGHPUT)
     result = run(project)
@@ -532,7 +459,7 @@ def test_several_workloads_in_one_session(project: pytest.Pytester) -> None:
     assert sorted((entry.workload, entry.nodeid) for entry in results) == sorted(
         (name, f"{test}[{point}]")
         for name, (test, _) in tests.items()
-        for point in (bf16(4), w8a8(4))
+        for point in (bf16(4), int8(4))
     )
     for before, after in zip(results[::2], results[1::2], strict=True):
         assert (before.workload, before.run_name) == (after.workload, bf16(4))

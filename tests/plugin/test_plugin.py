@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,62 +13,33 @@ import torch
 from pytest_int8bench.plugin.session import State
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
+from toys import projects
+from toys.projects import CONFTEST, SMOKE, THROUGHPUT, ids, journaled, load, make_project
 
-SMOKE = (
-    "--int8-preset=smoke",
-    "--int8-set=compile_mode=off",
-    "--int8-set=benchmark_interval_s=0.05",
-)
-BF16 = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4_compile_mode-off"
-W8A8 = "nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs4"
-W8 = "nano_cpu_bf16_int8_w8_off_s2_is16_ps4_ts3_bs4"
+BF16, W8A8, W8 = projects.bf16(4), projects.int8(4), projects.int8(4, "w8")
 
-# A transformer of one block. Batches of 5 fail, batches of 6 run out of memory.
-TOY = """
-import torch
-from torch import nn
+# A transformer of one block.
+TOY = f"""{projects.TOY}
 
-from pytest_int8bench import Workload
+Mlp, plain = Toy, make
 
 
-class Toy(nn.Module):
+class Toy(Mlp):
     def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(32, 96)
         self.proj = nn.Linear(32, 32)
-        self.fc1 = nn.Linear(32, 64)
-        self.fc2 = nn.Linear(64, 32)
 
     def forward(self, x):
-        if x.shape[0] == 5:
-            raise ValueError("five is too many")
-        if x.shape[0] == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         out = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(out.transpose(1, 2).flatten(2))
-        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
+        return x + super().forward(x)
 
 
-def make(name="toy"):
-    return Workload(
-        name=name,
-        build=lambda p: Toy(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 16, 32, device=device),),
-        units=lambda p: {"samples": p.batch_size, "tokens": 16 * p.batch_size},
-    )
-"""
-CONFTEST = """
-import pytest
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    import toy
-
-    return toy.make()
+def make():
+    return plain(build=lambda p: Toy())
 """
 BAD_WORKLOADS = """
 from toy import Workload, make
@@ -86,11 +56,6 @@ def fails():
     return Workload(name="fails", build=build, inputs=make().inputs)
 """
 CLEAR = "WorkloadError: workload 'nothing': build must return a torch.nn.Module, got None"
-THROUGHPUT = """
-def test_throughput(int8_throughput):
-    result = int8_throughput()
-    assert result.oom or result.samples_per_s > 0
-"""
 
 
 @pytest.fixture
@@ -98,29 +63,10 @@ def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
     """A project with a workload and one test of its throughput."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its products are too small to be shared out
     # The first two have their own tests in test_manners, and loading Hypothesis takes a second.
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
-    pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
-    pytester.makepyfile(toy=TOY, test_one=THROUGHPUT)
-    pytester.makeconftest(CONFTEST)
-    return pytester
-
-
-def ids(result: pytest.RunResult) -> list[str]:
-    """What ``--collect-only -q`` lists."""
-    return [line for line in result.outlines if "::" in line]
-
-
-def journal(project: pytest.Pytester) -> dict[str, Result]:
-    """The results in the only journal, by node."""
-    [path] = (project.path / ".benchmarks" / "int8bench").glob("*.jsonl")
-    return {result.nodeid: result for result in read(path).results}
-
-
-def load(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    ini = f"addopts = --strict-markers {without}\n"
+    return make_project(pytester, monkeypatch, ini=ini, toy=TOY, test_one=THROUGHPUT)
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -224,7 +170,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     ]
     assert sorted(entry["nodeid"] for entry in block["results"]) == sorted(measured)
     assert {entry["status"] for entry in block["results"]} == {"ok"}
-    assert list(journal(project).values()) == read(project.path / "out.json").results
+    assert list(journaled(project).values()) == read(project.path / "out.json").results
 
     by_node = {entry["nodeid"]: entry for entry in block["results"]}
     assert len(saved["benchmarks"]) == 6
@@ -236,7 +182,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
         assert extra["batch_time_s"] == pytest.approx(entry["stats"]["median"])
         assert extra["samples_per_s"] == pytest.approx(4 / entry["stats"]["median"])
         assert extra["tokens_per_s"] == pytest.approx(16 * extra["samples_per_s"])
-        assert extra["params"]["benchmark_interval_s"] == 0.05
+        assert extra["params"]["benchmark_interval_s"] == 0.02
         for name in ("run_name", "speedup", "speedup_low", "speedup_high", "int8_time_share"):
             assert extra[name] == node[name]
         assert (extra["speedup"] is None) is (extra["run_name"] == BF16)
@@ -344,7 +290,7 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     node = "test_one.py::test_{}[{}]"
     other = "test_two.py::test_{}[{}]"
     lost = "nowhere/test_lost.py::test_throughput[{}]"
-    found = journal(project)
+    found = journaled(project)
     assert {nodeid: entry.status for nodeid, entry in found.items()} == {
         node.format("sizes", name.format(4)): "ok",
         node.format("sizes", name.format(5)): "failed",
@@ -383,7 +329,7 @@ def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None
     )
     at = result.outlines.index(why)
     assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
-    [found] = journal(project).values()
+    [found] = journaled(project).values()
     assert (found.status, found.reason) == ("failed", why)
 
 
@@ -432,9 +378,7 @@ def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Py
 # -- which points -------------------------------------------------------------------------------
 
 
-def test_points_are_collected_model_by_model_and_baselines_first(
-    project: pytest.Pytester,
-) -> None:
+def test_collects_by_model_baselines_first(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -531,7 +475,7 @@ def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> 
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2)
     result.stdout.re_match_lines([rf"toy +{name} .* flash +-$" for name in (W8A8, W8)])
-    found = journal(project)
+    found = journaled(project)
     assert [entry.run_name for entry in found.values()] == [W8A8, W8]
     for entry in found.values():
         assert (entry.speedup, entry.speedup_method) == (None, None)
@@ -568,7 +512,7 @@ def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> 
     result = project.runpytest_subprocess(*lean, "-Wignore:Benchmark fixture was not used")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2, deselected=2)
-    [(nodeid, measured)] = journal(project).items()
+    [(nodeid, measured)] = journaled(project).items()
     assert nodeid == f"test_one.py::test_throughput[{W8A8}]"
     assert measured.samples_per_s is not None
     assert (measured.speedup, measured.int8_time_share, measured.kernels) == (None, None, [])
@@ -625,7 +569,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
             "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
     )
-    found = journal(project).values()
+    found = journaled(project).values()
     baseline, candidate, missing, other = (r for r in found if r.workload != "hub.py:make")
     assert (baseline.workload, candidate.workload) == ("toy", "toy")
     # Points whose workload cannot be had are results too.
@@ -662,9 +606,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     ],
     ids=["file", "kind", "name", "callable", "axis"],
 )
-def test_what_no_test_can_have_is_refused_once(
-    project: pytest.Pytester, args: list[str], why: str
-) -> None:
+def test_rejects_bad_options_once(project: pytest.Pytester, args: list[str], why: str) -> None:
     project.makeconftest("")
     project.makepyfile(toy=TOY + "\n\nprint('said while it is loaded')\n")
     result = project.runpytest_subprocess(*SMOKE, *args)
@@ -676,9 +618,7 @@ def test_what_no_test_can_have_is_refused_once(
     assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
 
 
-def test_what_one_test_can_have_or_must_show_is_left_to_the_tests(
-    project: pytest.Pytester,
-) -> None:
+def test_leaves_other_errors_to_the_tests(project: pytest.Pytester) -> None:
     project.makeconftest("")
     project.makepyfile(
         broken="import nothing_like_that as x",
@@ -717,9 +657,7 @@ MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUG
     [(CONFTEST, THROUGHPUT, "int8_workload in conftest"), ("", MARKED, "@pytest.mark.int8")],
     ids=["fixture", "marker"],
 )
-def test_a_workload_that_no_test_takes_is_refused(
-    project: pytest.Pytester, conftest: str, body: str, owner: str
-) -> None:
+def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, owner: str) -> None:
     project.makeconftest(conftest)
     project.makepyfile(test_one=body)
     result = project.runpytest_subprocess(*SMOKE, "--int8-workload=digits")
@@ -735,9 +673,7 @@ def test_a_workload_that_no_test_takes_is_refused(
 
 
 @pytest.mark.parametrize("argument", ["int8_workload", "request"])
-def test_a_workload_that_one_test_takes_is_not_refused(
-    project: pytest.Pytester, argument: str
-) -> None:
+def test_accepts_workload_of_one_test(project: pytest.Pytester, argument: str) -> None:
     made = {"request": "request.getfixturevalue('int8_workload')"}.get(argument, argument)
     project.makeconftest(
         f"import pytest\n\n\n@pytest.fixture\ndef int8_workload({argument}):\n    return {made}"
@@ -782,7 +718,7 @@ def int8_workload():
     result = project.runpytest_subprocess(*SMOKE)
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=12)
-    found = journal(project)
+    found = journaled(project)
     assert [(entry.workload, entry.run_name) for entry in found.values()] == [
         (scope, name)
         for scope in ("function", "module", "session")
@@ -808,14 +744,8 @@ def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> No
     result = project.runpytest_subprocess(*SMOKE, "-p", "no:benchmark", "-rs")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=1, skipped=2)
-    result.stdout.fnmatch_lines(
-        [
-            (
-                "SKIPPED [[]2]*: not measured: int8_throughput needs pytest-benchmark, "
-                "which is not active"
-            )
-        ]
-    )
+    reason = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+    result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
 
 
 def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:

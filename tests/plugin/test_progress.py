@@ -16,6 +16,7 @@ import pytest
 
 from pytest_int8bench.measure.steps import Step
 from pytest_int8bench.plugin.progress import terminal_steps
+from toys.projects import make_project
 
 COLUMNS = 100
 #: Without the plugins that write to the terminal, and Hypothesis, which takes a second to load.
@@ -146,9 +147,7 @@ def test_a_step_is_shown_with_its_seconds(start: Any) -> None:
 
 @pytest.mark.parametrize("width", [0, 1, 12, 39, 40, 41, 79, 80, 81])
 @pytest.mark.parametrize("action", ["compiling", "measuring"])
-def test_the_line_that_pytest_has_begun_goes_on_after_a_step(
-    start: Any, width: int, action: Any
-) -> None:
+def test_resumes_pytest_line_after_a_step(start: Any, width: int, action: Any) -> None:
     session = start()
     begun = "".join(chr(ord("a") + index % 26) for index in range(width))
     session.writer.write("one\n" + begun)
@@ -491,27 +490,6 @@ def test_a_pipe_with_verbose_repeats_the_test(project: pytest.Pytester) -> None:
 
 # -- while points are measured ------------------------------------------------------------------
 
-TOY = """
-import pytest
-import torch
-from pytest_int8bench import Workload
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    def build(p):
-        model = torch.nn.Sequential()
-        model.add_module("fc1", torch.nn.Linear(32, 64))
-        model.add_module("fc2", torch.nn.Linear(64, 32))
-        return model
-
-    return Workload(
-        name="toy",
-        build=build,
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear),
-    )
-"""
 THROUGHPUT = """
 def test_throughput(int8_throughput, capfd):
     int8_throughput()
@@ -523,10 +501,8 @@ W8A8 = "toy: nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs4"
 
 
 @pytest.fixture
-def toy(pytester: pytest.Pytester) -> pytest.Pytester:
-    pytester.makeconftest(TOY)
-    pytester.makepyfile(test_one=THROUGHPUT)
-    return pytester
+def toy(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    return make_project(pytester, monkeypatch, test_one=THROUGHPUT)
 
 
 def test_a_terminal_shows_each_step_of_each_point(toy: pytest.Pytester) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from pytest_int8bench.processes import running
 from pytest_int8bench.processes.running import ending, is_pytests, stop
+from toys.processes import runs
 
 DEADLINE_S = 60
 HANGING = "import signal; print('ready', flush=True); signal.pause()"
@@ -94,15 +95,6 @@ def test_a_process_that_ended_is_left_alone(group: bool) -> None:
         assert process.wait(DEADLINE_S) == 0
         stop(process, group=group)
         assert process.returncode == 0
-
-
-def runs(pid: int) -> bool:
-    """Say whether a process runs; one that ended may be waiting for somebody to ask how."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

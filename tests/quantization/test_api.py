@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     FqnToConfig,
@@ -43,32 +43,9 @@ from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, lower
 from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.workloads.registry import load_workload
+from toys.models import Attention, Mlp
 
 DIM = 64
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(DIM, DIM)
-        self.k = nn.Linear(DIM, DIM)
-        self.v = nn.Linear(DIM, DIM)
-        self.proj = nn.Linear(DIM, DIM)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k)]
-        parts.append(self.v(x).unflatten(-1, (4, -1)).transpose(1, 2))
-        return self.proj(scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(DIM, 2 * DIM)
-        self.fc2 = nn.Linear(2 * DIM, DIM)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 class Transformer(nn.Module):
@@ -78,8 +55,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.patch_embed = nn.Linear(8, DIM)
         self.norm = nn.LayerNorm(DIM)
-        self.attn = Attention()
-        self.mlp = Mlp()
+        self.attn = Attention(DIM, heads=4)
+        self.mlp = Mlp(DIM, 2 * DIM)
         self.head = nn.Linear(DIM, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -229,9 +206,7 @@ def test_the_default_filter_takes_linear_layers_only(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("mode", "least_db"), [("w8a8", 25), ("w8", 35)])
-def test_a_transformer_is_quantized_in_place_and_stays_close(
-    model: Transformer, batch: torch.Tensor, mode: str, least_db: float
-) -> None:
+def test_in_place(model: Transformer, batch: torch.Tensor, mode: str, least_db: float) -> None:
     with torch.no_grad():
         before = model(batch)
         returned = apply_int8_quant(model, mode=mode)
@@ -416,8 +391,7 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
 
 def test_a_model_without_linear_layers_is_an_error() -> None:
     with pytest.raises(
-        QuantizationError,
-        match=r"^no layer was converted to INT8: the model has no linear layers$",
+        QuantizationError, match=r"^no layer was converted to INT8: the model has no linear layers$"
     ):
         apply_int8_quant(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
 
@@ -458,10 +432,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
             ),
         ),
         ({"backend": "cuda"}, "backend must be one of torchao, fused, auto, got 'cuda'"),
-        (
-            {"backend": "fused"},
-            "int8_backend=fused: the fused kernels run on CUDA, not on cpu",
-        ),
+        ({"backend": "fused"}, "int8_backend=fused: the fused kernels run on CUDA, not on cpu"),
         (
             {"backend": "fused", "mode": "w8"},
             "int8_backend=fused: the fused kernels run W8A8, not w8",
@@ -472,9 +443,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
         *("fqn-smoothquant", "static-smoothquant", "backend", "fused-cpu", "fused-w8"),
     ],
 )
-def test_a_bad_argument_is_refused_and_nothing_is_touched(
-    model: Transformer, arguments: dict[str, Any], message: str
-) -> None:
+def test_rejects_bad_argument(model: Transformer, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         apply_int8_quant(model, **arguments)
     assert int8_storage(model) == (0, 0)
@@ -565,9 +534,7 @@ def made(kind: type[nn.Module], dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x}],
     ids=["tensor", "tuple", "list", "mapping"],
 )
-def test_smoothquant_helps_against_outliers(
-    kind: type[nn.Module], wrap: Callable[[torch.Tensor], Any]
-) -> None:
+def test_smoothquant_helps(kind: type[nn.Module], wrap: Callable[[torch.Tensor], Any]) -> None:
     model = made(kind)
     x = torch.randn(256, DIM).to(torch.bfloat16)
     seen = torch.randn(256, DIM).to(torch.bfloat16)
@@ -819,9 +786,7 @@ def lowered(model: nn.Module, layers: tuple[Layer, ...] | None = None) -> list[L
     return lower(model, coverage(model).layers if layers is None else layers)
 
 
-def test_layers_are_lowered_with_the_values_and_scales_of_torchao(
-    model: Transformer, batch: torch.Tensor
-) -> None:
+def test_lowers_with_torchao_values(model: Transformer, batch: torch.Tensor) -> None:
     apply_int8_quant(model)
     weights = {name: model.get_submodule(name).weight for name in CONVERTED}
     biases = {name: model.get_submodule(name).bias for name in CONVERTED}
@@ -971,9 +936,7 @@ def _dequantized(model: Any) -> None:
         (_dequantized, "weight: DequantizedInt8Tensor"),
     ],
 )
-def test_a_layer_that_the_kernels_cannot_run_stays_and_says_why(
-    change: Callable[[Any], None], reason: str
-) -> None:
+def test_unsupported_layer_says_why(change: Callable[[Any], None], reason: str) -> None:
     layers: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, DIM), "fc2": nn.Linear(DIM, DIM)})
     layers.eval().requires_grad_(False)
     change(layers)
@@ -1030,13 +993,7 @@ def test_layers_that_were_left_out_are_not_lowered(model: Transformer) -> None:
         ("w8", "cuda", (9, 0), True, "the fused kernels run W8A8, not w8"),
         ("w8a8", "cpu", (9, 0), True, "the fused kernels run on CUDA, not on cpu"),
         ("w8a8", "cuda", (7, 5), True, "the fused kernels need sm80 or later, this is sm75"),
-        (
-            "w8a8",
-            "cuda",
-            (8, 0),
-            False,
-            "the fused kernels need Triton, which is not installed",
-        ),
+        ("w8a8", "cuda", (8, 0), False, "the fused kernels need Triton, which is not installed"),
         ("w8a8", "cuda", (8, 0), True, None),
         ("w8a8", "cuda", (10, 0), True, None),
     ],
@@ -1073,9 +1030,7 @@ def test_auto_takes_torchao_where_the_kernels_do_not_run(model: Transformer) -> 
     assert not any(layer.fallback for layer in covered.layers)
 
 
-def test_the_fused_backend_that_fits_no_layer_is_an_error(
-    model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_needs_one_layer(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fused_problem", lambda mode, device: None)
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     with pytest.raises(QuantizationError) as caught:
@@ -1124,10 +1079,7 @@ def joined_products(model: nn.Module, inputs: Any) -> list[int]:
     ],
 )
 def test_encoders_are_lowered(
-    name: str,
-    extra: dict[str, Any],
-    layers: int,
-    products: list[int],
+    name: str, extra: dict[str, Any], layers: int, products: list[int]
 ) -> None:
     pytest.importorskip("transformers" if name.startswith("hf:") else "olmoearth_pretrain_minimal")
     workload = load_workload(name, Path())

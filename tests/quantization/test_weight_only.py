@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
 
-from int8_layers import quantized
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.compiler.fusion import nodes, passes
 from pytest_int8bench.kernels import ops, reference
@@ -24,6 +23,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, int8_storage
 from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, dequantize
 from pytest_int8bench.workloads import Workload
+from toys.models import Attention, quantized
 
 triton = pytest.importorskip("triton")
 launch = pytest.importorskip("pytest_int8bench.kernels.cuda")
@@ -35,22 +35,11 @@ DIM = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.proj = (nn.Linear(DIM, DIM) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (f(x).unflatten(-1, (1, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(DIM)
-        self.attn = Attention()
+        self.attn = Attention(DIM)
         self.fc1, self.fc2 = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,9 +73,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_multiplies_with_the_weight_that_torchao_made(
-    dtype: torch.dtype, bias: bool
-) -> None:
+def test_multiplies_with_torchao_weight(dtype: torch.dtype, bias: bool) -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 24, bias=bias, dtype=dtype)})
     apply_int8_quant(model.requires_grad_(False), mode="w8")
     weight, vector = model["fc1"].weight.dequantize(dtype), model["fc1"].bias
@@ -136,9 +123,7 @@ SIZES = st.tuples(st.integers(0, 70), st.integers(0, 300))
 @example([(16, 256)], DTYPES[1], False)  # whole tiles
 @example([(2, 2**9), (70, 3), (0, 5), (3, 0), (1, 1), (17, 257), (4, 8)], DTYPES[0], True)
 @settings(deadline=None, max_examples=30)
-def test_weights_are_dequantized_in_one_launch(
-    sizes: list[tuple[int, int]], dtype: torch.dtype, transposed: bool
-) -> None:
+def test_one_launch(sizes: list[tuple[int, int]], dtype: torch.dtype, transposed: bool) -> None:
     weights, scales = [], []
     for n, k in sizes:
         weight = torch.randint(-128, 128, (n, k)).to(torch.int8)
@@ -217,7 +202,9 @@ def test_the_weight_follows_a_cast() -> None:
 def test_a_model_that_comes_quantized_keeps_its_scales() -> None:
     workload = Workload(
         name="toy",
-        build=lambda p: weight_only(nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "attn": Attention()})),
+        build=lambda p: weight_only(
+            nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "attn": Attention(DIM)})
+        ),
         inputs=lambda p, device: (torch.randn(p.batch_size, DIM),),
         prequantized=True,
     )
@@ -311,15 +298,10 @@ def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
-def test_weights_of_a_block_that_is_too_large_are_dequantized_by_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_large_blocks_dequantize_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "_AT_ONCE", 4 * DIM * DIM - 1)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
-    assert found == {
-        "product of 3, dequantized alone": 1,
-        "product of 1, dequantized alone": 3,
-    }
+    assert found == {"product of 3, dequantized alone": 1, "product of 1, dequantized alone": 3}
 
 
 class Two(nn.Module):

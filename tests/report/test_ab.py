@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_int8bench.gate.ab.design import Design, Estimate, Judged, Screened
+from pytest_int8bench.gate.ab.design import Design
+from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.worktrees import Revision
 from pytest_int8bench.report.ab import cases, page, to_dict

@@ -19,32 +19,12 @@ from pytest_int8bench.report.compare import cases, page, to_dict
 from pytest_int8bench.report.junit import Case, to_xml
 from pytest_int8bench.report.tables import Grid, Page, number
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import STATUSES, Accuracy, Record, Result, Saved
-
-
-def result_of(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
-    times = {
-        "samples_per_s": 1000 / slower,
-        "batch_time_s": 0.128 * slower,
-        "batch_time_p95_s": 0.130 * slower,
-        "compile_s": 20.0,
-        "peak_memory_bytes": 1 << 30,
-    }
-    measured = times if values.get("status", "ok") == "ok" else {"reason": f"{name} it is"}
-    point = {"nodeid": f"test_a.py::test[{name}]", "workload": "toy", "run_name": name}
-    return Result(**{**point, "params": {}, **measured, **values})
-
-
-def verdict_of(outcome: str = "PASS", **values: Any) -> Accuracy:
-    point = {"nodeid": "test_a.py::test_accuracy[x]", "workload": "toy", "run_name": "x"}
-    judged = {"metric": "top1", "outcome": outcome, "samples": 100, "limit": "1%"}
-    return Accuracy(**{**point, "params": {}, **judged, **values})
+from pytest_int8bench.results.records import STATUSES, Record
+from toys.results import saved, timed, verdict_of
 
 
 def side(name: str, records: Sequence[Record], **environment: Any) -> Run:
-    results = [record for record in records if isinstance(record, Result)]
-    accuracy = [record for record in records if isinstance(record, Accuracy)]
-    return Run(Path(name), Saved({"commit": name * 20, **environment}, results, accuracy))
+    return Run(Path(name), saved(*records, **{"commit": name * 20, **environment}))
 
 
 def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Comparison:
@@ -56,12 +36,12 @@ def text_of(comparison: Comparison) -> str:
 
 
 MIXED = compared(
-    [result_of("same"), result_of("slow_one"), result_of("big"), result_of("gone"), verdict_of()],
+    [timed("same"), timed("slow_one"), timed("big"), timed("gone"), verdict_of()],
     [
-        result_of("same"),
-        result_of("slow_one", slower=1.25),
-        result_of("big", status="oom"),
-        result_of("fresh"),
+        timed("same"),
+        timed("slow_one", slower=1.25, compile_s=20.0),
+        timed("big", status="oom", reason="big it is"),
+        timed("fresh"),
         verdict_of("FAIL", reason="top1 dropped"),
     ],
 )
@@ -98,16 +78,16 @@ def test_the_text_lists_all_and_ends_with_what_came_out() -> None:
 
 
 def test_the_95th_percentile_is_shown_where_it_is_judged() -> None:
-    assert "p95" not in text_of(compared([result_of()], [result_of()]))
-    judged = text_of(compared([result_of()], [result_of(slower=2)], limits={"p95": 0.1}))
+    assert "p95" not in text_of(compared([timed()], [timed()]))
+    judged = text_of(compared([timed()], [timed(slower=2)], limits={"p95": 0.1}))
     assert "130 -> 260 (+100.0%)" in judged
     assert "max-p95-growth: 10.0%; noise floor between processes 5.0%" in judged
 
 
 def test_differences_are_listed_once_with_what_would_allow_them() -> None:
     names = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}}
-    base = side("base", [result_of("a"), result_of("b"), verdict_of()], **names)
-    new = side("new", [result_of("a"), result_of("b"), verdict_of()], cpu="Xeon")
+    base = side("base", [timed("a"), timed("b"), verdict_of()], **names)
+    new = side("new", [timed("a"), timed("b"), verdict_of()], cpu="Xeon")
     lines = text_of(compare([base], [new], Rules())).splitlines()
     assert [line for line in lines if "->" not in line or "differs" in line][3:] == [
         "toy: x               top1   PASS PASS incomparable",
@@ -147,8 +127,8 @@ def test_nothing_compared_is_said() -> None:
 
 
 def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None:
-    base = [side(name, [result_of(slower=f)]) for name, f in (("one", 1.0), ("two", 1.01))]
-    new = side("new", [result_of()], dirty=True, commit=None)
+    base = [side(name, [timed(slower=f)]) for name, f in (("one", 1.0), ("two", 1.01))]
+    new = side("new", [timed()], dirty=True, commit=None)
     limits = {"batch-time": 0.1, "memory": None}
     rules = Rules(limits=limits, floors={"batch-time": 0.04}, runs=(("x", {"throughput": 0.15}),))
     lines = text_of(compare(base, [new], rules)).splitlines()
@@ -162,13 +142,13 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
 
 
 def test_a_range_of_limits_is_said() -> None:
-    both = [result_of("x"), result_of("y")]
+    both = [timed("x"), timed("y")]
     found = compared(both, both, runs=(("x", {"throughput": 0.15}),))
     assert "max-slowdown: 5.0% to 15.0%; noise floor" in text_of(found)
 
 
 def test_random_weights_are_marked() -> None:
-    checks = [verdict_of(random_weights=True), result_of()]
+    checks = [verdict_of(random_weights=True), timed()]
     text = text_of(compared(checks, checks))
     assert "toy: x               top1   PASS PASS* not judged\n" in text
     assert "not judged: toy: x top1: pipeline check: the weights are random\n" in text
@@ -269,7 +249,7 @@ def test_junit_cases() -> None:
 
 
 def test_allowed_losses_are_skipped_cases() -> None:
-    found = compared([result_of("x"), result_of("y")], [result_of("x")], allow_missing=True)
+    found = compared([timed("x"), timed("y")], [timed("x")], allow_missing=True)
     assert [case.status for case in cases(found)] == ["passed", "skipped", "passed"]
 
 
@@ -283,10 +263,10 @@ def records(results: list[str], verdicts: list[str]) -> list[Record]:
     found: list[Record] = []
     for index, state in enumerate(results):
         if state in STATUSES:
-            found.append(result_of(f"run{index}", status=state))
+            found.append(timed(f"run{index}", status=state))
         elif state != "none":
             heat = ["power brake"] if state == "hot" else []
-            found.append(result_of(f"run{index}", slower=2, throttled=heat))
+            found.append(timed(f"run{index}", slower=2, throttled=heat))
     for index, outcome in enumerate(verdicts):
         if outcome != "none":
             is_random = outcome == "random"

@@ -10,7 +10,8 @@ import pytest
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.records import Result, Saved
-from saved_files import W8A8, verdict
+from toys import results
+from toys.results import W8A8, verdict
 
 NAME = RunParams(int8_enabled=True).run_name
 CPU: dict[str, Any] = {
@@ -41,8 +42,7 @@ HEADER = (
 
 
 def result_of(**values: Any) -> Result:
-    identity = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "run_name": NAME}
-    return Result(**{**identity, "params": {}, **values})
+    return results.result_of(NAME, **{"workload": "olmoearth", **values})
 
 
 def lines_of(
@@ -275,9 +275,7 @@ def test_how_much_of_the_ceiling_was_reached(values: dict[str, Any], end: str) -
 
 
 @pytest.mark.parametrize(("batch_time_s", "told"), [(9.0, True), (6.0, False)])
-def test_a_ceiling_of_kernels_that_wait_for_the_host_is_said(
-    batch_time_s: float, told: bool
-) -> None:
+def test_reports_host_bound_ceiling(batch_time_s: float, told: bool) -> None:
     # The baseline's kernels take 10 s, and its batches 1.846 times as long as the candidate's.
     end = ": 78% of that gain reached"
     if told:
@@ -348,9 +346,7 @@ LONGER = "a batch takes {} ms longer than one that is on the device"
     ],
     ids=["part", "nothing", "noise", "all", "loader", "main process", "beside"],
 )
-def test_what_of_the_copies_is_hidden(
-    exposed_s: float, wait_s: float, workers: int, remark: str
-) -> None:
+def test_hidden_copies(exposed_s: float, wait_s: float, workers: int, remark: str) -> None:
     lines = lines_of(
         result_of(
             **{**MEASURED, "batch_time_s": 0.1},
@@ -380,9 +376,7 @@ def test_what_of_the_copies_is_hidden(
         ),
     ],
 )
-def test_what_is_not_hidden_has_an_interval(
-    exposed_s: float, low_s: float, high_s: float, remark: str
-) -> None:
+def test_exposed_interval(exposed_s: float, low_s: float, high_s: float, remark: str) -> None:
     fed = {**MEASURED, "batch_time_s": 1.0, "feed_copy_s": 0.003, "feed_wait_s": 0.0}
     ends = {"feed_exposed_low_s": low_s, "feed_exposed_high_s": high_s}
     lines = lines_of(result_of(**fed, feed_workers=4, feed_exposed_s=exposed_s, **ends))

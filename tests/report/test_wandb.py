@@ -17,6 +17,8 @@ from pytest_int8bench.report import wandb
 from pytest_int8bench.report.wandb import Tracked, check_installed, log, metrics_of, runs_of
 from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Accuracy, Result, Saved
+from toys import results
+from toys.projects import SMOKE, make_project, without
 
 W8A8 = RunParams(int8_enabled=True, wandb_enabled=True)
 BF16 = RunParams(wandb_enabled=True)
@@ -25,14 +27,12 @@ ENVIRONMENT = {"gpu": {"name": GPU}, "cuda": "13.0"}
 
 
 def result_of(params: RunParams = W8A8, test: str = "test_it", **fields: Any) -> Result:
-    identity = {"nodeid": f"test_it.py::{test}[{params.run_name}]", "workload": "toy"}
-    return Result(run_name=params.run_name, params=params.to_dict(), **{**identity, **fields})
+    return results.result_of(params, f"test_it.py::{test}", **fields)
 
 
 def verdict_of(params: RunParams = W8A8, **fields: Any) -> Accuracy:
-    identity = {"nodeid": f"test_it.py::test_accuracy[{params.run_name}]", "workload": "toy"}
-    values = {"metric": "top-1", "outcome": "PASS", "samples": 300, **identity, **fields}
-    return Accuracy(run_name=params.run_name, params=params.to_dict(), **values)
+    values = {"metric": "top-1", "samples": 300, "limit": None, **fields}
+    return results.verdict_of(point=params, test="test_it.py::test_accuracy", **values)
 
 
 MEASURED = result_of(
@@ -151,10 +151,7 @@ def test_points_that_ask_for_it_or_all() -> None:
     other = W8A8.replace(wandb_enabled=False, batch_size=4)
     saved = Saved({}, [result_of(), result_of(silent)], [verdict_of(other)])
     names = {every: [run.name for run in runs_of(saved, every=every)] for every in (False, True)}
-    assert names == {
-        False: [W8A8.run_name],
-        True: [W8A8.run_name, silent.run_name, other.run_name],
-    }
+    assert names == {False: [W8A8.run_name], True: [W8A8.run_name, silent.run_name, other.run_name]}
 
 
 def test_a_point_on_the_cpu_has_no_gpu() -> None:
@@ -225,9 +222,7 @@ def test_a_failure_is_one_line_and_the_end_of_it(
     assert sys.stdin is stdin
 
 
-def test_runs_are_logged_in_order_and_in_one_group(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_logs_one_group_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = FakeWandb(3, OSError())
     line = "wandb: 3 runs in group sweep: https://wandb.ai/me/mine"
     assert logged(monkeypatch, fake, tmp_path) == Tracked(line, failed=False)
@@ -236,17 +231,13 @@ def test_runs_are_logged_in_order_and_in_one_group(
     assert fake.finished == [0, 1, 0]
 
 
-def test_nothing_to_log_is_said_without_wandb(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_to_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = "wandb: nothing logged: no point was measured"
     assert log([], folder=tmp_path) == Tracked(line, failed=False)
 
 
-def test_the_folder_of_its_runs_is_not_wandb(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_own_folder_is_not_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb").mkdir()
@@ -259,33 +250,6 @@ def test_the_folder_of_its_runs_is_not_wandb(
 # -- a session, for real ------------------------------------------------------------------------
 
 
-CONFTEST = """
-import pytest
-import torch
-
-from pytest_int8bench import Workload
-
-
-class Toy(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = torch.nn.Linear(32, 32)
-
-    def forward(self, x):
-        if x.shape[0] == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.fc1(x)
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
-    return Workload(
-        name="toy",
-        build=lambda p: Toy(),
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        units=lambda p: {"samples": p.batch_size, "tokens": 7 * p.batch_size},
-    )
-"""
 TEST = """
 import pytest
 
@@ -340,23 +304,17 @@ def read_records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def test_a_session_logs_what_it_saves(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_logs_results(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="needs wandb")
-    for name, value in {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_RUN_GROUP", "nightly")
-    pytester.makeini("[pytest]\naddopts = -p no:randomly -p no:codspeed -p no:hypothesispytest")
-    pytester.makeconftest(CONFTEST)
-    pytester.makepyfile(TEST)
+    make_project(pytester, monkeypatch, test_it=TEST)
     result = pytester.runpytest_subprocess(
-        "--int8-preset=smoke",
+        *SMOKE,
+        *without(),
         "--int8-mode=w8",
-        "--int8-set=compile_mode=off",
-        "--int8-set=benchmark_interval_s=0.02",
         "--int8-wandb",
         "--int8-profile=profiles",
         "--benchmark-json=out.json",
@@ -387,8 +345,8 @@ def test_a_session_logs_what_it_saves(
             continue
         assert metrics["mean_batch_time"] == entry["batch_time_mean_s"]
         assert metrics["mean_batch_time"] == pytest.approx(means[nodeid])
-        assert metrics["num_tokens_per_batch"] == 28
-        assert metrics["mean_batch_token_rate"] == pytest.approx(28 / means[nodeid])
+        assert metrics["num_tokens_per_batch"] == 64
+        assert metrics["mean_batch_token_rate"] == pytest.approx(64 / means[nodeid])
         for name in ("samples_per_s", "tokens_per_s", "speedup", "speedup_low", "int8_time_share"):
             assert metrics.get(name) == entry[name]
         assert ("speedup" in metrics) is entry["params"]["int8_enabled"]

@@ -6,13 +6,13 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_int8bench.cli.main import main
 from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.rules import Rules, parse_floor, read_rules
 from pytest_int8bench.report import compare as compare_report
@@ -26,7 +26,7 @@ from pytest_int8bench.results.figures import FIGURES, METRICS, Figure, register,
 from pytest_int8bench.results.locating import Run, read_runs
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result, Saved, SchemaError
-from saved_files import BASE, environment, result
+from toys.results import BASE, environment, result
 
 #: The slowest rounds over the median one, of fields that results have had for long.
 TOY = """
@@ -190,24 +190,24 @@ def test_the_gate_reads_the_limit_of_a_new_figure(toy: Figure, tmp_path: Path) -
 
 
 def test_int8bench_compare_has_the_option_of_a_new_figure(
-    toy: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    Path("pyproject.toml").write_text("")
-    for name, tail in (("base.json", 1.5), ("new.json", 1.8)):
+    pytester.makepyprojecttoml("")
+    files = {"base.json": 1.5, "new.json": 1.8}
+    for name, tail in files.items():
         block = json.dumps({"benchmarks": [], "int8bench": saved_of(measured(tail)).to_dict()})
         Path(name).write_text(block)
-    assert main(["compare", "base.json", "new.json"]) == 0
-    assert main(["compare", "base.json", "new.json", "--max-tail-growth=10%"]) == 1
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["compare", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "--max-tail-growth LIMIT growth of the 95th percentile over the median, a percentage or "
-        "off (default: off)" in shown
+    script = pytester.makepyfile(
+        f"{IMPORTS}register({TOY})\n"
+        "import sys\nfrom pytest_int8bench.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )
+    command = (sys.executable, script, "compare")
+    assert pytester.run(*command, *files).ret == 0
+    assert pytester.run(*command, *files, "--max-tail-growth=10%").ret == 1
+    shown = " ".join(" ".join(pytester.run(*command, "--help").outlines).split())
+    meaning = "largest growth of the 95th percentile over the median: a percentage, or off"
+    assert f" --max-tail-growth LIMIT {meaning} (default: off) " in shown
 
 
 def test_pytest_has_the_option_of_a_figure_that_an_early_plugin_registers(

@@ -15,6 +15,7 @@ from pytest_int8bench.files import FileError, append, write
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.locating import find, find_side, latest_two, read_runs
 from pytest_int8bench.results.records import Saved, SchemaError
+from toys import results
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +27,7 @@ STORAGE = Path(".benchmarks")
 
 
 def save(path: str | Path, saved_at: int | None = None) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    block = Saved({"cpu": "EPYC"}, []).to_dict()
-    path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
+    path = results.write(path, results.saved(cpu="EPYC"))
     if saved_at is not None:
         os.utime(path, (saved_at, saved_at))
     return path
@@ -219,9 +217,7 @@ def test_a_folder_that_cannot_be_made_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("before", [None, "an earlier report"])
-def test_a_full_disk_leaves_no_part_of_a_report(
-    before: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_no_report(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path("report.md")
     if before is not None:
         path.write_text(before)

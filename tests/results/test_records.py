@@ -30,21 +30,14 @@ from pytest_int8bench.results.records import (
     Sensitivity,
     latest,
 )
+from toys import results as toys
 
 POINT = RunParams(int8_enabled=True, extra={"act": "relu"})
 ENVIRONMENT = {"gpu": None, "packages": {"torch": "2.11.0"}, "cpu": "Zen ☃"}
 
 
 def result_of(nodeid: str = "test_a.py::test[x]", **values: Any) -> Result:
-    return Result(
-        nodeid=nodeid,
-        **{
-            "workload": "olmoearth",
-            "run_name": POINT.run_name,
-            "params": POINT.to_dict(),
-            **values,
-        },
-    )
+    return toys.result_of(POINT, **{"nodeid": nodeid, "workload": "olmoearth", **values})
 
 
 MEASURED = result_of(
@@ -62,9 +55,8 @@ MEASURED = result_of(
 
 
 def verdict_of(**values: Any) -> Accuracy:
-    point = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "run_name": "x"}
-    judged = {"metric": "top1", "outcome": "PASS", "samples": 100}
-    return Accuracy(**{**point, "params": {}, **judged, **values})
+    olmoearth = {"nodeid": "test_a.py::test[x]", "workload": "olmoearth", "limit": None}
+    return toys.verdict_of(**{**olmoearth, **values})
 
 
 def table_of(**values: Any) -> Sensitivity:
@@ -91,26 +83,16 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "list[dict[str, Any]]": st.lists(objects, max_size=2),
     "list[str]": st.lists(text, max_size=2),
 }
+TIMES_AND_RATES = (
+    *("samples_per_s", "batch_time_s", "batch_time_mean_s", "batch_time_p95_s"),
+    *("batch_time_min_s", "compile_s", "feed_copy_s"),
+)
+ENERGIES = ("joules_per_sample", "samples_per_joule", "energy_ratio")
 positive = st.none() | st.floats(min_value=sys.float_info.min, allow_infinity=False)
 BY_NAME = {
     "status": st.sampled_from(STATUSES),
     "outcome": st.sampled_from(OUTCOMES),
-    **dict.fromkeys(
-        (
-            "samples_per_s",
-            "batch_time_s",
-            "batch_time_mean_s",
-            "batch_time_p95_s",
-            "batch_time_min_s",
-            "compile_s",
-            "ceiling_speedup",
-            "feed_copy_s",
-            "joules_per_sample",
-            "samples_per_joule",
-            "energy_ratio",
-        ),
-        positive,
-    ),
+    **dict.fromkeys((*TIMES_AND_RATES, *ENERGIES, "ceiling_speedup"), positive),
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),
     "compile_cache": st.none() | st.sampled_from(COMPILE_CACHES),
 }
@@ -220,19 +202,7 @@ def test_bad_status() -> None:
         Result.from_dict({**MEASURED.to_dict(), "status": "fine"})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "samples_per_s",
-        "batch_time_s",
-        "batch_time_mean_s",
-        "batch_time_p95_s",
-        "batch_time_min_s",
-        "peak_memory_bytes",
-        "compile_s",
-        "feed_copy_s",
-    ],
-)
+@pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
 def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
     why = re.escape(f"{name} must be a number above 0, got {value!r}")

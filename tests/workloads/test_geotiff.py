@@ -182,9 +182,7 @@ def test_an_image_that_cannot_be_read_is_named(small: Path, content: bytes | str
     assert "\n" not in str(caught.value)
 
 
-def test_without_rasterio_one_line_says_what_to_install(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_rasterio_is_one_line(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(WorkloadError) as caught:
         find_images(small)

@@ -249,9 +249,7 @@ def test_a_folder_that_is_damaged_is_one_line(tmp_path: Path) -> None:
         ("modernbert", {"sequence_length": 40, "local_attention": 8}, True),  # a window
     ],
 )
-def test_compiled_attention_has_no_mask_it_does_not_need(
-    name: str, extra: dict[str, Any], masked: bool
-) -> None:
+def test_compiled_attention_drops_full_mask(name: str, extra: dict[str, Any], masked: bool) -> None:
     """Flash attention on CUDA takes none."""
     loaded = workload(name)
     fields = {key: value for key, value in SMALL.items() if key != "vocab_size"}

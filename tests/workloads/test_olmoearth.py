@@ -94,7 +94,7 @@ def test_every_version_runs(workload: Workload, version: str, size: str) -> None
 
 @pytest.mark.parametrize("version", list(GROUPS))
 @pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
-def test_every_mix_of_modalities_runs_in_bf16(
+def test_modality_mixes(
     workload: Workload, version: str, s2: bool, s1: bool, landsat: bool
 ) -> None:
     params = SMALL.replace(model_version=version, use_s2=s2, use_s1=s1, use_landsat=landsat)
@@ -131,9 +131,7 @@ def test_bf16_is_close_to_fp32(workload: Workload) -> None:
 
 
 @pytest.mark.parametrize("version", list(GROUPS))
-def test_all_of_attention_and_mlp_is_quantized_and_nothing_else(
-    workload: Workload, version: str
-) -> None:
+def test_quantizes_attention_and_mlp_only(workload: Workload, version: str) -> None:
     params = SMALL.replace(model_version=version, int8_enabled=True)
     model = ModelPool().get(workload, params)
     leaves = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -196,15 +194,10 @@ def test_weights_repeat_between_builds(workload: Workload) -> None:
         ({"model_version": "v1", "model_size": "small"}, "OlmoEarth v1 has no size small"),
         ({"model_version": "v1.1", "model_size": "large"}, "OlmoEarth v1.1 has no size large"),
         ({"model_version": "v1.3", "model_size": "nano"}, "OlmoEarth v1.3 has no size nano"),
-        (
-            {"model_version": "v9"},
-            "OlmoEarth has no version v9; it has v1, v1.1, v1.2, v1.3",
-        ),
+        ({"model_version": "v9"}, "OlmoEarth has no version v9; it has v1, v1.1, v1.2, v1.3"),
     ],
 )
-def test_what_does_not_exist_has_a_reason(
-    workload: Workload, changes: dict[str, str], reason: str
-) -> None:
+def test_missing_has_a_reason(workload: Workload, changes: dict[str, str], reason: str) -> None:
     assert workload.impossible_reason(SMALL.replace(**changes)) == reason
 
 
@@ -274,10 +267,7 @@ def test_weights_come_from_a_path(
 
 
 def test_weights_come_from_the_hub(
-    workload: Workload,
-    tmp_path: Path,
-    pretrained: tuple[Any, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_as_on_the_hub(tmp_path, *pretrained)
     asked = set()
@@ -292,9 +282,7 @@ def test_weights_come_from_the_hub(
     assert asked == {(repository, "config.json"), (repository, "weights.pth")}
 
 
-def test_weights_of_another_size_are_one_line(
-    workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]
-) -> None:
+def test_wrong_size(workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]) -> None:
     folder = save_as_on_the_hub(tmp_path, *pretrained)
     tiny = V12.replace(model_size="tiny")
     for weights, message in {
@@ -306,9 +294,7 @@ def test_weights_of_another_size_are_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_does_not_answer_is_one_line(
-    workload: Workload, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_hub_is_one_line(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(repo_id: str, filename: str) -> str:
         raise OSError("no route to host\nand much advice")
 
@@ -348,9 +334,7 @@ def test_embeddings_are_means_of_tokens_then_of_modalities() -> None:
 
 
 @pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
-def test_only_sentinel2_alone_has_labels(
-    workload: Workload, s2: bool, s1: bool, landsat: bool
-) -> None:
+def test_labels_of_sentinel2_only(workload: Workload, s2: bool, s1: bool, landsat: bool) -> None:
     params = SMALL.replace(use_s2=s2, use_s1=s1, use_landsat=landsat)
     found = workload.evaluation(params)
     batches = workload.calibration(params, CPU)

@@ -62,10 +62,7 @@ def accuracy(evaluation: Evaluation, baseline: Encoder, candidate: Encoder) -> f
 def test_there_is_a_knn_of_20_and_a_probe() -> None:
     found = embedding_evaluations(*(split(name) for name in SIZES), lambda output: output)
     assert [evaluation.metric for evaluation in found] == ["knn20 top1", "linear probe top1"]
-    assert [evaluation.metric for evaluation in evaluations()] == [
-        "knn5 top1",
-        "linear probe top1",
-    ]
+    assert [evaluation.metric for evaluation in evaluations()] == ["knn5 top1", "linear probe top1"]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
@@ -212,9 +209,7 @@ def test_embeddings_must_be_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
-def test_without_scikit_learn_one_line_says_what_to_install(
-    index: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_scikit_learn_is_one_line(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     evaluation = evaluations()[index]
     assert evaluation.fit is not None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads import Workload, registry
 from pytest_int8bench.workloads.registry import (
+    GROUP,
+    WORKLOADS,
+    WorkloadRow,
     check_fields,
     check_reference,
     check_workload_name,
@@ -17,6 +22,7 @@ from pytest_int8bench.workloads.registry import (
     load_workload,
 )
 
+PACKAGE = Path(registry.__file__).parent
 MODULE = """
 from pytest_int8bench import Workload
 
@@ -68,6 +74,24 @@ def test_good_names(name: str) -> None:
 def test_bad_names(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^must .*, got '{re.escape(name)}'$"):
         check_workload_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "example"), [("timm:", "timm:vit_base_patch16_224"), ("hf:", "hf:bert")]
+)
+def test_a_prefix_alone_names_no_model(name: str, example: str) -> None:
+    with pytest.raises(ValueError, match=f"^must name a model, such as {example}, got '{name}'$"):
+        check_workload_name(name)
+    assert check_workload_name(example) == example
+
+
+@pytest.mark.parametrize("row", WORKLOADS, ids=lambda row: row.name)
+def test_every_row_has_a_loader_and_says_what_it_is(row: WorkloadRow) -> None:
+    module, _, function = row.loader.partition(":")
+    tree = ast.parse((PACKAGE / f"{module.rpartition('.')[2]}.py").read_text())
+    [found] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert len(found.args.args) == len(row.takes)
+    assert row.help
 
 
 def test_a_library_is_no_reference() -> None:
@@ -131,9 +155,7 @@ def test_any_object_can_be_loaded(folder: Path) -> None:
         ("digits", "safetensors", "eval"),
     ],
 )
-def test_a_library_that_is_missing_is_named(
-    name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_lib(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for loaded in list(sys.modules):
         if loaded.partition(".")[0] == module or loaded.startswith("pytest_int8bench.workloads."):
             monkeypatch.delitem(sys.modules, loaded)
@@ -141,3 +163,91 @@ def test_a_library_that_is_missing_is_named(
     needed = f"{name} needs pip install 'pytest-int8bench[{extra}]' ("
     with pytest.raises(ValueError, match=re.escape(needed)):
         load_workload(name, Path())
+
+
+# -- entry points -----------------------------------------------------------------------------
+
+NAMES = "must be olmoearth, digits, timm:NAME, hf:NAME"
+FORMS = "module:callable or path.py:callable"
+
+
+def install(folder: Path, distribution: str, **points: str) -> None:
+    """Make a distribution that offers workloads, as pip leaves it behind."""
+    info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
+
+
+@pytest.mark.parametrize("target", ["make", "made", "holder.make"])
+def test_an_entry_point_names_a_workload(folder: Path, target: str) -> None:
+    install(folder, "int8-toy", toy=f"named_by_test:{target}")
+    assert check_workload_name("toy") == "toy"
+    check_fields("toy", ["patch_size"])
+    assert load_workload("toy", Path()).name == "mine"
+
+
+def test_entry_points_are_listed_once_behind_the_own_names(folder: Path) -> None:
+    install(folder, "int8-toy", toy="named_by_test:make", other="named_by_test:make")
+    install(folder, "another-toy", toy="named_by_test:make")
+    with pytest.raises(ValueError, match=r"^must be ") as caught:
+        check_workload_name("to")
+    assert str(caught.value) == f"{NAMES}, other, toy, {FORMS}, got 'to'"
+
+
+def test_a_name_that_two_distributions_offer_is_refused(folder: Path) -> None:
+    install(folder, "int8-toy", toy="named_by_test:make")
+    install(folder, "another-toy", toy="named_by_test:make")
+    owners = "another-toy and int8-toy"
+    with pytest.raises(
+        ValueError, match=f"^workload toy is offered by several distributions: {owners}$"
+    ):
+        check_workload_name("toy")
+
+
+def test_own_names_go_before_entry_points(folder: Path) -> None:
+    install(folder, "int8-toy", digits="named_by_test:make")
+    pytest.importorskip("sklearn")
+    assert load_workload("digits", Path()).name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such_module:make", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_"),
+        ("named_by_test:none", "cannot be loaded: AttributeError: module 'named_by_test' has no "),
+        ("named_by_test:fails", "raised KeyError: 'weights.pth'"),
+        ("named_by_test:nothing", "must give a pytest_int8bench.Workload, got None"),
+    ],
+)
+def test_a_broken_entry_point_is_one_line(folder: Path, target: str, message: str) -> None:
+    install(folder, "int8-toy", toy=target)
+    where = f"toy ({target} of the distribution int8-toy) "
+    with pytest.raises(ValueError, match="^" + re.escape(where + message)) as caught:
+        load_workload(check_workload_name("toy"), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_distribution_that_was_removed_is_one_line(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no installed distribution offers the workload 'toy'"):
+        load_workload("toy", folder)
+
+
+def test_the_registry_loads_little() -> None:
+    heavy = ("torch", "numpy", "importlib.metadata", "pytest_int8bench.params")
+    names = "olmoearth", "timm:vit", "a.b:c"
+    code = f"""
+import sys
+import pytest_int8bench.sweep
+from pytest_int8bench.workloads.registry import check_workload_name
+for name in {names!r}:
+    check_workload_name(name)
+print([name for name in {heavy!r} if name in sys.modules])
+"""
+    command = [sys.executable, "-S", "-c", code]  # site-packages hold .pth files, which import too
+    root = str(PACKAGE.parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": root}, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")

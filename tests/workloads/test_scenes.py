@@ -97,13 +97,7 @@ def test_classes_take_turns() -> None:
 
 @pytest.mark.parametrize(
     ("num_timesteps", "expected"),
-    [
-        (1, [6]),
-        (2, [3, 9]),
-        (3, [2, 6, 10]),
-        (12, list(range(12))),
-        (14, list(range(14))),
-    ],
+    [(1, [6]), (2, [3, 9]), (3, [2, 6, 10]), (12, list(range(12))), (14, list(range(14)))],
 )
 def test_months_are_spread_over_the_year(num_timesteps: int, expected: list[int]) -> None:
     assert months(num_timesteps).tolist() == expected

@@ -1,5 +1,5 @@
-"""t tests of mean scores, that reckon with collapses not seen yet, and the jackknife, which makes
-scores of the images of a metric that is no mean.
+"""Test mean scores by t tests that allow for collapses not seen yet, and turn a metric that is not
+a mean into scores of images, by the jackknife.
 
 The correction for collapses is that of Cornish and Fisher, see :class:`Means`; the pseudo-values
 are Tukey's (1958), see :func:`pseudo_values`.
@@ -8,6 +8,7 @@ are Tukey's (1958), see :func:`pseudo_values`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ TIE = 1e-9
 
 
 class Means:
-    """One-sided t tests of the mean loss, that reckon with collapses not seen yet.
+    """One-sided t tests of the mean loss that allow for collapses not seen yet.
 
     A few samples that fall to the worst score can make up a whole drop, and many samples hold none
     of them. So virtual samples join: ``collapse`` in the test that may pass a model, ``jump`` in
@@ -184,14 +185,8 @@ def enough(gap: float, spread: float, extreme: float, alpha: float) -> int:
         distance = samples * gap - virtual * extreme
         return distance >= level * error + power * spread * math.sqrt(samples)
 
-    high = 2
-    while high < MOST_SAMPLES and not seen(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if seen(middle) else (middle, high)
-    return min(high, MOST_SAMPLES)
+    # Once there are enough samples, more are too: the distance grows faster than the error.
+    return 2 + bisect_left(range(2, MOST_SAMPLES), True, key=seen)
 
 
 def z(tail: float) -> float:

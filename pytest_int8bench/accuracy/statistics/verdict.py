@@ -4,8 +4,8 @@ Both models score the same samples, and two one-sided tests at level ``alpha`` d
 a drop of the limit or more is excluded, ``FAIL`` if a drop within the limit is excluded,
 ``INCONCLUSIVE`` if neither is. Too few samples never pass.
 
-Scores of 0 and 1 are judged by an exact test (:class:`.exact.Flips`), all others by a t test that
-reckons with collapses not seen yet (:class:`.means.Means`).
+Scores of 0 and 1 are judged by an exact test (:class:`.paired_exact.Flips`), all others by a t
+test that allows for collapses not seen yet (:class:`.mean_tests.Means`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.files import append_text, timestamp
 from pytest_int8bench.results.records import Result
 
 SCHEMA = 1
@@ -66,7 +66,7 @@ class AbJournal:
         found = sorted(folder.glob(f"{key}-*.jsonl"), key=lambda path: path.stem)
         journal = cls(found[-1]) if found else None
         if journal is None or not journal._read():
-            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            stamp = timestamp()
             number = sum(stamp in path.name for path in found)
             journal = cls(folder / f"{key}-{stamp}{f'-{number}' if number else ''}.jsonl")
             journal._write({"int8bench_ab": {"schema": SCHEMA, **header}})
@@ -125,9 +125,6 @@ class AbJournal:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_text(self.path, json.dumps(record) + "\n")
         except OSError as error:
             raise AbError(f"{self.path} cannot be written: {error.strerror}") from None

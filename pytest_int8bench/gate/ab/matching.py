@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from pytest_int8bench.gate.ab.journal import Identity, Process
 from pytest_int8bench.gate.ab.plan import BASE, SCREENING, AbRun
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.results.records import Result
+
+#: Seconds per batch for each run and block, in the order base, new revision, base again.
+BlockTimes = dict[Identity, list[tuple[float, ...]]]
 
 
 def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Identity, AbRun | None]:
@@ -64,10 +67,9 @@ def block_times(
     blocks: Sequence[Sequence[Process]],
     identities: Sequence[Identity],
     field_name: str,
-) -> tuple[dict[Identity, list[tuple[float, ...]]], dict[Identity, str]]:
-    """Return seconds per batch for each run and block, base first and second, then the base again;
-    and why runs have none."""
-    times: dict[Identity, list[tuple[float, ...]]] = {identity: [] for identity in identities}
+) -> tuple[BlockTimes, dict[Identity, str]]:
+    """Return the times of each run, and why runs have none."""
+    times: BlockTimes = {identity: [] for identity in identities}
     broken: dict[Identity, str] = {}
     for processes in blocks:
         ordered = sorted(processes, key=lambda p: p.position)
@@ -87,11 +89,10 @@ def block_times(
     return times, broken
 
 
-def to_arrays(
-    times: Mapping[Identity, Sequence[tuple[float, ...]]], kept: Sequence[Identity], count: int
-) -> list[list[list[float]]]:
+def to_arrays(times: BlockTimes, count: int) -> list[list[list[float]]]:
+    """Return the times as arrays of shape (runs, blocks), one for each of ``count`` positions."""
     return [
-        [[block[position] for block in times[identity]] for identity in kept]
+        [[block[position] for block in blocks] for blocks in times.values()]
         for position in range(count)
     ]
 

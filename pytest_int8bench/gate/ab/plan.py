@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.gate.ab.design import Design, Judged, Screened
+from pytest_int8bench.gate.ab.design import Design
+from pytest_int8bench.gate.ab.judging import Judged, Screened
 from pytest_int8bench.gate.ab.worktrees import Revision
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 

@@ -6,22 +6,21 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.ab.worktrees import LOCAL_VARIABLES, Revision
 from pytest_int8bench.processes.ab_files import SideFiles
-from pytest_int8bench.processes.running import ending, stop
+from pytest_int8bench.processes.running import ending, run
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result, SchemaError
 
@@ -76,11 +75,9 @@ class Side:
             SideError: one line, if it fails.
         """
         environ = {**self._environ(), "PIP_TARGET": str(self.site), "PIP_UPGRADE": "1"}
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n$ {command}  # {self.revision.label}\n")
-            log.flush()
+        with self._logged(command) as log:
             begin = log.tell()
-            code = _run(command, cwd=self.tree, env=environ, log=log, shell=True)
+            code = run(command, cwd=self.tree, env=environ, log=log, shell=True)
         if code != 0:
             lines = self._printed(begin).strip().splitlines()
             why = f": {lines[-1].strip()}" if lines else ""
@@ -104,23 +101,14 @@ class Side:
         # Beside the worktrees: it goes with them, should this process be killed.
         with tempfile.TemporaryDirectory(prefix="side-", dir=self.tree.parent) as folder:
             files = SideFiles.start(Path(folder) / "process", only)
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "pytest",
-                "-p",
-                _PLUGIN,
-                *map(self._moved, pytest_args),
-            ]
+            command = [sys.executable, "-P", "-m", "pytest", "-p", _PLUGIN]
+            command += map(self._moved, pytest_args)
             command += ["--int8-lean", f"--int8-journal={files.journal}"]
-            with self.log.open("a", encoding="utf-8") as log:
-                log.write(f"\n$ {' '.join(command)}  # {self.revision.label}\n")
-                log.flush()
+            environ = {**self._environ(), **files.to_env_vars()}
+            with self._logged(" ".join(command)) as log:
                 begin = log.tell()
                 start = time.monotonic()
-                environ = {**self._environ(), **files.to_env_vars()}
-                code = _run(command, cwd=self.folder, env=environ, log=log)
+                code = run(command, cwd=self.folder, env=environ, log=log)
                 seconds = time.monotonic() - start
             modules = files.modules()
             try:
@@ -140,6 +128,14 @@ class Side:
                 "leave out --rootdir and -c"
             )
         return Measured(saved.environment, saved.results, seconds)
+
+    @contextmanager
+    def _logged(self, command: str) -> Iterator[IO[str]]:
+        """Open the log for the output of a command, which is noted in it."""
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {command}  # {self.revision.label}\n")
+            log.flush()
+            yield log
 
     def _environ(self) -> dict[str, str]:
         left_out = {name for name in os.environ if name.startswith("PYTEST_XDIST_")}
@@ -248,9 +244,8 @@ class Side:
         found = set()
         for pattern in _PROJECTS:
             for path in self.tree.glob(pattern):
-                with suppress(
-                    OSError, ValueError, LookupError, TypeError
-                ):  # pip says what is wrong
+                # What is wrong with a file is for pip to say.
+                with suppress(OSError, ValueError, LookupError, TypeError):
                     name = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]
                     found |= {name} if name and isinstance(name, str) else set()
         return found
@@ -270,21 +265,3 @@ def _matches(pattern: re.Pattern[str], text: str) -> Iterator[str]:
     for line in text.splitlines():
         if match := pattern.fullmatch(line):
             yield match[1]
-
-
-def _run(command: Any, *, cwd: Path, env: dict[str, str], log: Any, shell: bool = False) -> int:
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        shell=shell,
-        start_new_session=shell,  # what a shell started can be ended together with it
-    )
-    try:
-        return process.wait()
-    except BaseException:
-        stop(process, group=shell)
-        raise

@@ -159,12 +159,7 @@ def _thresholds(samples: int, rights: Array, limit: float, count: int) -> Array:
     ],
 )
 def test_no_share_of_flips_between_those_tried_is_worse(
-    monkeypatch: pytest.MonkeyPatch,
-    samples: int,
-    lost: int,
-    gained: int,
-    drop: float,
-    less: bool,
+    monkeypatch: pytest.MonkeyPatch, samples: int, lost: int, gained: int, drop: float, less: bool
 ) -> None:
     def p_value() -> float:
         return paired_exact._p_value(lost, gained, samples, drop, 0.0005, less=less)
@@ -494,9 +489,7 @@ def lossless_power(
         (30, 2, 2, Limit.parse("5%")),
     ],
 )
-def test_a_lossless_model_passes_with_the_samples_asked_for(
-    samples: int, lost: int, gained: int, limit: Limit
-) -> None:
+def test_lossless_flips_pass_as_planned(samples: int, lost: int, gained: int, limit: Limit) -> None:
     right = 0.8
     verdict = judge(*zero_one(samples, lost, gained, int(right * samples)), limit)
     assert verdict.outcome == "INCONCLUSIVE"
@@ -507,9 +500,7 @@ def test_a_lossless_model_passes_with_the_samples_asked_for(
 
 @pytest.mark.parametrize("limit", [ONE_PERCENT, ONE_POINT], ids=str)
 @pytest.mark.parametrize("noise_std", [0.0, 0.02, 0.1])
-def test_a_lossless_model_with_continuous_scores_passes_with_the_samples_asked_for(
-    limit: Limit, noise_std: float
-) -> None:
+def test_lossless_continuous_scores_pass_as_planned(limit: Limit, noise_std: float) -> None:
     def draw(samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
         reference = rng.uniform(0.4, 0.9, samples)
         return reference, np.maximum(reference + rng.normal(0, noise_std, samples), 0)
@@ -526,9 +517,7 @@ def test_a_lossless_model_with_continuous_scores_passes_with_the_samples_asked_f
     ("samples", "lost", "gained", "right", "limit"),
     [(500, 50, 50, 400, ONE_POINT), (200, 60, 60, 100, Limit.parse("6%"))],
 )
-def test_a_large_ask_holds_too(
-    samples: int, lost: int, gained: int, right: int, limit: Limit
-) -> None:
+def test_large_ask_holds(samples: int, lost: int, gained: int, right: int, limit: Limit) -> None:
     """Beyond ``MANY_FLIPS`` the normal approximation computes the power."""
     verdict = judge(*zero_one(samples, lost, gained, right), limit)
     needed, q = verdict.needed, (lost + gained) / samples
@@ -613,9 +602,7 @@ def consistent(verdict: Verdict) -> bool:
 @pytest.mark.usefixtures("no_advice")
 @settings(max_examples=10)
 @given(counts_of_flips(), LIMITS, st.randoms(use_true_random=False))
-def test_bounds_bracket_the_drop_agree_with_the_outcome_and_know_no_order(
-    counts: tuple[int, int, int, int], limit: Limit, random: Any
-) -> None:
+def test_laws_of_bounds(counts: tuple[int, int, int, int], limit: Limit, random: Any) -> None:
     reference, candidate = zero_one(*counts)
     verdict = judge(reference, candidate, limit)
     assert consistent(verdict)
@@ -626,9 +613,7 @@ def test_bounds_bracket_the_drop_agree_with_the_outcome_and_know_no_order(
 @pytest.mark.usefixtures("no_advice")
 @settings(max_examples=60)
 @given(counts_of_flips(), LIMITS)
-def test_more_gained_samples_never_spoil_a_pass(
-    counts: tuple[int, int, int, int], limit: Limit
-) -> None:
+def test_gains_never_spoil_a_pass(counts: tuple[int, int, int, int], limit: Limit) -> None:
     samples, lost, gained, right = counts
     assume(right + gained < samples)
     relative = {"right": right, "relative": limit.relative}
@@ -643,9 +628,7 @@ def test_more_gained_samples_never_spoil_a_pass(
     LIMITS,
     st.integers(0, 1000),
 )
-def test_laws_of_continuous_scores(
-    scores: list[tuple[float, float]], limit: Limit, seed: int
-) -> None:
+def test_laws_of_score_means(scores: list[tuple[float, float]], limit: Limit, seed: int) -> None:
     reference, candidate = (np.array(values) for values in zip(*scores, strict=True))
     assume(np.ptp(np.concatenate([reference, candidate])) > 1e-3)
     assume(not set(np.concatenate([reference, candidate])) <= {0.0, 1.0})
@@ -729,18 +712,8 @@ GOOD = [0.5, 0.6, 0.7]
             {},
             "iou: a relative limit (1%) needs a baseline metric over 0, got 0",
         ),
-        (
-            GOOD,
-            [0.5, 0.6, -0.1],
-            {},
-            "iou: scores must be at least 0, the candidate has -0.1",
-        ),
-        (
-            GOOD,
-            GOOD,
-            {"worst": 0.55},
-            "iou: scores must be at least 0.55, the baseline has 0.5",
-        ),
+        (GOOD, [0.5, 0.6, -0.1], {}, "iou: scores must be at least 0, the candidate has -0.1"),
+        (GOOD, GOOD, {"worst": 0.55}, "iou: scores must be at least 0.55, the baseline has 0.5"),
         (
             GOOD,
             GOOD,

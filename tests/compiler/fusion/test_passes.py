@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from int8_layers import lowered
 from pytest_int8bench.compiler.backend import FusingInductor
 from pytest_int8bench.compiler.fusion import nodes, passes
 from pytest_int8bench.kernels import ops
 from pytest_int8bench.kernels.linear import Int8Linear
+from toys.models import lowered
 
 DIM = 16
 X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
@@ -111,16 +111,22 @@ def close(one: Any, other: Any) -> None:
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-30
 
 
-def joined(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, *inputs: torch.Tensor, **options: Any
-) -> Part:
-    """Compile ``model``, compare with running it eagerly, and return what its graph became."""
-    inputs = inputs or (X,)
-    compiled = Compiled(model, monkeypatch, **options)
-    with torch.inference_mode():
-        expected = model(*(x.clone() for x in inputs))
-        close(compiled.run(*(x.clone() for x in inputs)), expected)
-    return compiled.part
+Joined = Callable[..., Part]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
+    """Compiles a model, compares with running it eagerly, and returns what its graph became."""
+
+    def joined(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> Part:
+        inputs = inputs or (X,)
+        compiled = Compiled(model, monkeypatch, **options)
+        with torch.inference_mode():
+            expected = model(*(x.clone() for x in inputs))
+            close(compiled.run(*(x.clone() for x in inputs)), expected)
+        return compiled.part
+
+    return joined
 
 
 class Written(nn.Module):
@@ -185,18 +191,18 @@ class PostNorm(Block):
 PRE = (("layer", "none", "layer", "gelu"), ("3", "1+gamma+residual", "1", "1+residual"))
 
 
-def test_a_block_with_norms_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_with_norms_in_front(joined: Joined) -> None:
     torch.manual_seed(0)
-    part = joined(lowered(Block()), monkeypatch)
+    part = joined(lowered(Block()))
     assert (part.quantize, part.linear) == PRE
     # Nothing is left but attention and views.
     assert not {"layer_norm", "gelu", "dropout", "add", "mul"} & set(part.others)
     assert part.others["scaled_dot_product_attention"] == 1
 
 
-def test_blocks_with_norms_behind_keep_what_these_return(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_with_norms_behind_keep_what_these_return(joined: Joined) -> None:
     torch.manual_seed(0)
-    part = joined(lowered(nn.Sequential(PostNorm(), PostNorm())), monkeypatch)
+    part = joined(lowered(nn.Sequential(PostNorm(), PostNorm())))
     assert part.quantize == (
         *("none", "none", "layer+kept", "gelu"),
         *("layer+kept", "none", "layer+kept", "gelu"),
@@ -206,9 +212,9 @@ def test_blocks_with_norms_behind_keep_what_these_return(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_block_through_inductor(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+def test_a_block_through_inductor(joined: Joined, dynamic: bool) -> None:
     torch.manual_seed(0)
-    part = joined(lowered(Block()), monkeypatch, inductor=True, dynamic=dynamic)
+    part = joined(lowered(Block()), inductor=True, dynamic=dynamic)
     assert (part.quantize, part.linear) == PRE
 
 
@@ -225,9 +231,7 @@ def test_one_graph_for_several_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("inductor", [False, True])
-def test_regions_that_are_compiled_once_are_joined_too(
-    monkeypatch: pytest.MonkeyPatch, inductor: bool
-) -> None:
+def test_joins_in_reused_regions(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
     class Regions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -252,9 +256,7 @@ def test_regions_that_are_compiled_once_are_joined_too(
 
 
 @pytest.mark.parametrize("inductor", [False, True])
-def test_layers_whose_outputs_leave_a_region_are_made_dense(
-    monkeypatch: pytest.MonkeyPatch, inductor: bool
-) -> None:
+def test_outputs_of_regions_are_dense(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
     @torch.compiler.nested_compile_region
     def region(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return m.a(x), m.b(x).unflatten(-1, (4, 4)).transpose(-1, -2)
@@ -296,9 +298,7 @@ def _overloaded_view(m: Any, x: torch.Tensor) -> torch.Tensor:
     "forward",
     [_as_strided, _mutated_view, _sliced_view, _overloaded_view, lambda m, x: (m.a(x), m.b(x))],
 )
-def test_what_joined_layers_give_is_what_each_gave(
-    forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joined_as_each_gave(forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(forward)
     compiled = Compiled(model, monkeypatch, inductor=inductor)
     with torch.inference_mode():
@@ -311,50 +311,40 @@ def test_what_joined_layers_give_is_what_each_gave(
         assert one.stride() == other.stride()
 
 
-def test_a_layer_scale_that_is_written_to_before_the_residual_keeps_it_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scale_written_before_residual_is_kept(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         gamma = x[0, 0] * 1
         scaled = m.a(x) * gamma
         changed = gamma.mul_(3)
         return (scaled + x) + changed
 
-    model = written(forward)
-    compiled = Compiled(model, monkeypatch)
-    with torch.inference_mode():
-        close(compiled.run(X), model(X))
+    joined(written(forward))
 
 
-def test_a_product_with_itself_is_no_layer_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_with_itself_is_no_layer_scale(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.a(x)
         return y * y
 
-    model = written(forward)
-    compiled = Compiled(model, monkeypatch)
-    with torch.inference_mode():
-        close(compiled.run(X[0, 0]), model(X[0, 0]))
+    joined(written(forward), X[0, 0])
 
 
-def test_weights_called_in_another_order_than_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_called_in_another_order_than_registered(joined: Joined) -> None:
     model = written(lambda m, x: torch.cat([m.c(x), 2 * m.a(x), m.b(x)], -1))
-    assert joined(model, monkeypatch).linear == ("3",)
+    assert joined(model).linear == ("3",)
 
 
-def test_only_layers_of_adjacent_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_layers_of_adjacent_rows_are_joined(joined: Joined) -> None:
     # The rows of m.b are between.
     apart = written(lambda m, x: torch.cat([m.c(x), m.b(2 * x), m.a(x)], -1))
-    assert joined(apart, monkeypatch).linear == ("1", "1", "1")
+    assert joined(apart).linear == ("1", "1", "1")
     some = written(lambda m, x: torch.cat([m.c(x), m.a(2 * x), m.b(x)], -1))
-    assert joined(some, monkeypatch).linear == ("2", "1")
+    assert joined(some).linear == ("2", "1")
 
 
-def test_a_layer_that_is_called_twice_is_no_neighbour_of_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layer_called_twice_is_not_joined(joined: Joined) -> None:
     model = written(lambda m, x: torch.cat([m.a(x), m.b(x), m.a(x)], -1))
-    assert sorted(joined(model, monkeypatch).linear) == ["1", "2"]
+    assert sorted(joined(model).linear) == ["1", "2"]
 
 
 def test_rearranged_columns_are_read_by_strides() -> None:
@@ -383,16 +373,14 @@ def test_rearranged_columns_are_read_by_strides() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_norms(monkeypatch: pytest.MonkeyPatch, norm: nn.Module, scale: float) -> None:
-    part = joined(written(lambda m, x: m.a(m.other(x * scale)), other=norm), monkeypatch)
+def test_norms(joined: Joined, norm: nn.Module, scale: float) -> None:
+    part = joined(written(lambda m, x: m.a(m.other(x * scale)), other=norm))
     assert part.quantize == ("rms" if isinstance(norm, nn.RMSNorm) else "layer",)
     assert part.others == {"mul": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_rms_norm_of_16_bit_has_the_eps_that_torch_gives_it(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_rms_norm_eps_in_16_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     model = written(lambda m, x: m.a(m.other(x)), other=nn.RMSNorm(DIM)).to(dtype)
     compiled = Compiled(model, monkeypatch)
     with torch.inference_mode():
@@ -416,43 +404,43 @@ def test_an_rms_norm_of_16_bit_has_the_eps_that_torch_gives_it(
         lambda m, x: torch.layer_norm(x, (DIM,)),
     ],
 )
-def test_norms_called_by_name(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
-    joined(written(lambda m, x: m.a(call(m, x))), monkeypatch)
+def test_norms_called_by_name(joined: Joined, call: Any) -> None:
+    joined(written(lambda m, x: m.a(call(m, x))))
 
 
-def test_a_norm_over_two_dimensions_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: m.a(F.layer_norm(x, (5, DIM)))), monkeypatch)
+def test_a_norm_over_two_dimensions_is_left(joined: Joined) -> None:
+    part = joined(written(lambda m, x: m.a(F.layer_norm(x, (5, DIM)))))
     assert (part.quantize, part.others) == (("none",), {"layer_norm": 1})
 
 
-def test_a_norm_that_a_layer_in_floating_point_reads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_that_a_layer_in_floating_point_reads_too(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         return m.a(y) + m.b(y)
 
-    part = joined(lowered(Written(forward), keep=("b",)), monkeypatch)
+    part = joined(lowered(Written(forward), keep=("b",)))
     assert (part.quantize, part.linear) == (("layer+kept",), ("1+residual",))
     assert part.others == {"linear": 1}
 
 
-def test_a_norm_that_is_read_before_the_layer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_that_is_read_before_the_layer_is_left(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         z = y.exp()
         return m.a(y) + z
 
-    part = joined(written(forward), monkeypatch)
+    part = joined(written(forward))
     assert (part.quantize, part.linear) == (("none",), ("1+residual",))
     assert part.others == {"layer_norm": 1, "exp": 1}
 
 
-def test_layers_of_one_norm_with_factors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_one_norm_with_factors_of_their_own(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
 
     factors = {"a": torch.rand(DIM) + 0.5, "b": torch.rand(DIM) + 0.5}
-    part = joined(lowered(Written(forward), factors=factors), monkeypatch)
+    part = joined(lowered(Written(forward), factors=factors))
     assert (part.quantize, part.linear) == (("layer+kept", "none", "none"), ("1", "1", "1"))
 
 
@@ -489,17 +477,17 @@ def test_layers_of_one_norm_with_one_factor(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda x: F.relu(x) * F.relu(-x + 1), "relu+gate"),
     ],
 )
-def test_activations(monkeypatch: pytest.MonkeyPatch, call: Any, name: str) -> None:
-    part = joined(written(lambda m, x: m.b(call(m.a(x)))), monkeypatch)
+def test_activations(joined: Joined, call: Any, name: str) -> None:
+    part = joined(written(lambda m, x: m.b(call(m.a(x)))))
     assert part.quantize == ("none", name)
     assert not {"gelu", "silu"} & set(part.others)
 
 
-def test_a_gated_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: m.c(F.silu(m.a(m.norm(x))) * m.b(m.norm(x)))), monkeypatch)
+def test_a_gated_mlp(joined: Joined) -> None:
+    part = joined(written(lambda m, x: m.c(F.silu(m.a(m.norm(x))) * m.b(m.norm(x)))))
     assert "silu+gate" in part.quantize
     model = written(lambda m, x: (lambda y: m.c(F.silu(m.a(y)) * m.b(y)))(m.norm(x)))
-    part = joined(model, monkeypatch)
+    part = joined(model)
     assert (part.quantize, part.linear) == (("layer", "silu+gate"), ("2", "1"))
     assert part.others == {"split": 1}
 
@@ -516,20 +504,20 @@ def test_a_gated_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.sigmoid,
     ],
 )
-def test_other_activations_stay(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
-    part = joined(written(lambda m, x: m.b(call(m.a(x)))), monkeypatch)
+def test_other_activations_stay(joined: Joined, call: Any) -> None:
+    part = joined(written(lambda m, x: m.b(call(m.a(x)))))
     assert part.quantize == ("none", "none")
 
 
-def test_an_activation_that_is_read_twice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: (lambda y: m.b(y) + y)(F.gelu(m.a(x)))), monkeypatch)
+def test_an_activation_that_is_read_twice_stays(joined: Joined) -> None:
+    part = joined(written(lambda m, x: (lambda y: m.b(y) + y)(F.gelu(m.a(x)))))
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1+residual"))
     assert part.others == {"gelu": 1}
 
 
-def test_layers_that_share_an_activation_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_share_an_activation_read_it_once(joined: Joined) -> None:
     model = written(lambda m, x: (lambda y: m.b(y) - m.c(y))(F.gelu(m.a(x))))
-    part = joined(model, monkeypatch)
+    part = joined(model)
     assert (part.quantize, part.linear) == (("none", "gelu"), ("1", "2"))
 
 
@@ -546,10 +534,8 @@ def test_layers_that_share_an_activation_read_it_once(monkeypatch: pytest.Monkey
         (lambda m, x: F.dropout(x, 1.0), {"dropout": 1, "layer_norm": 1}),
     ],
 )
-def test_dropout_goes_where_it_does_nothing(
-    monkeypatch: pytest.MonkeyPatch, call: Any, left: dict[str, int]
-) -> None:
-    part = joined(written(lambda m, x: m.a(call(m, m.norm(x)))), monkeypatch)
+def test_removes_dropout_without_effect(joined: Joined, call: Any, left: dict[str, int]) -> None:
+    part = joined(written(lambda m, x: m.a(call(m, m.norm(x)))))
     assert part.others == left
 
 
@@ -597,60 +583,54 @@ def _power(x: torch.Tensor) -> None:
         _power,
     ],
 )
-def test_a_write_between_a_norm_and_its_layer_keeps_them_apart(
-    monkeypatch: pytest.MonkeyPatch, write: Any
-) -> None:
-    part = joined(written(_between(write)), monkeypatch)
+def test_write_after_norm_blocks_fusion(joined: Joined, write: Any) -> None:
+    part = joined(written(_between(write)))
     assert part.quantize == ("none",)
     assert part.others["layer_norm"] == 1
 
 
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), nn.ReLU(inplace=True), _add, _set])
-def test_a_write_whose_result_nobody_reads_is_kept(
-    monkeypatch: pytest.MonkeyPatch, write: Any
-) -> None:
+def test_keeps_unread_writes(joined: Joined, write: Any) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
         write(x)
         return m.a(m.norm(x)) + x
 
-    part = joined(written(forward), monkeypatch)
+    part = joined(written(forward))
     assert (part.quantize, part.linear) == (("layer",), ("1+residual",))
 
 
-def test_a_write_between_an_activation_and_its_gate_keeps_them_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_write_before_gate_blocks_fusion(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y, gate = m.a(x), m.b(x) * 1
         z = F.silu(y)
         y.add_(1)
         return m.c(z * gate) + y
 
-    part = joined(written(forward), monkeypatch)
+    part = joined(written(forward))
     assert part.quantize == ("none", "none")
     assert part.others["silu"] == 1
 
 
-def test_a_write_between_two_layers_that_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_between_two_layers_that_read_the_same(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
         one = m.a(x)
         x.add_(1)
         return one - m.b(x)
 
-    part = joined(written(forward), monkeypatch)
+    part = joined(written(forward))
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
 
 
-def test_an_activation_in_place_is_no_part_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_activation_in_place_is_no_part_of_a_layer(joined: Joined) -> None:
     model = written(lambda m, x: (lambda y: m.b(nn.ReLU(inplace=True)(y)) + y)(m.a(x)))
-    part = joined(model, monkeypatch)
+    part = joined(model)
     assert part.quantize == ("none", "none")
     assert part.others == {"relu": 1}
 
 
-def test_the_parts_of_a_joined_product_may_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_joined_product_may_be_written_to(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, k, v = m.a(x), m.b(x), m.c(x)
         q *= 2
@@ -658,16 +638,16 @@ def test_the_parts_of_a_joined_product_may_be_written_to(monkeypatch: pytest.Mon
         return q * 3 + k - v
 
     for inductor in (False, True):
-        assert joined(written(forward), monkeypatch, inductor=inductor).linear == ("3",)
+        assert joined(written(forward), inductor=inductor).linear == ("3",)
 
 
-def test_the_parts_of_a_joined_product_may_be_viewed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_joined_product_may_be_viewed(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, k = m.a(x), m.b(x)
         return q.view(-1) + k.view(x.shape[0] * 5, DIM).reshape(-1) + m.c(x).view(3, -1).flatten()
 
     for inductor in (False, True):
-        assert joined(written(forward), monkeypatch, inductor=inductor).linear == ("3",)
+        assert joined(written(forward), inductor=inductor).linear == ("3",)
 
 
 # -- layer scale and residual -------------------------------------------------------------------
@@ -698,28 +678,26 @@ def test_the_parts_of_a_joined_product_may_be_viewed(monkeypatch: pytest.MonkeyP
         (lambda m, x: m.a(x) + x.half(), "1"),
     ],
 )
-def test_layer_scale_and_residual(monkeypatch: pytest.MonkeyPatch, call: Any, linear: str) -> None:
-    part = joined(written(call), monkeypatch)
+def test_layer_scale_and_residual(joined: Joined, call: Any, linear: str) -> None:
+    part = joined(written(call))
     assert part.linear == (linear,)
     assert (sum(part.others.values()) == 0) == (linear != "1")
 
 
-def test_one_layer_is_the_residual_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: m.a(x) + m.b(x.exp())), monkeypatch)
+def test_one_layer_is_the_residual_of_another(joined: Joined) -> None:
+    part = joined(written(lambda m, x: m.a(x) + m.b(x.exp())))
     assert sorted(part.linear) == ["1", "1+residual"]
     assert part.others == {"exp": 1}
 
 
-def test_a_residual_that_is_written_to_after_the_layer_stays_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_residual_written_later_blocks_fusion(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
         y = m.a(x)
         x.add_(1)
         return y + x
 
-    assert joined(written(forward), monkeypatch).linear == ("1",)
+    assert joined(written(forward)).linear == ("1",)
 
 
 @pytest.mark.parametrize("name", ["bias", "scale"])
@@ -744,9 +722,7 @@ def test_a_layer_whose_own_tensors_are_written_to_after_it(
         close(out, model(X))
 
 
-def test_layers_of_one_input_between_which_a_scale_is_written_to_stay_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scale_written_between_layers_blocks_join(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, scale, _ = ops.quantize_rows(x)
 
@@ -758,10 +734,10 @@ def test_layers_of_one_input_between_which_a_scale_is_written_to_stay_apart(
         scale.mul_(2)
         return one - product(m.b)
 
-    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+    assert joined(written(forward)).linear == ("1", "1")
 
 
-def test_tensors_of_different_rows_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_different_rows_are_not_joined(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, scale, _ = ops.quantize_rows(x)
 
@@ -771,7 +747,7 @@ def test_tensors_of_different_rows_are_not_joined(monkeypatch: pytest.MonkeyPatc
 
         return product(m.a, m.b, m.c) - product(m.b, m.a, m.a)
 
-    assert joined(written(forward), monkeypatch).linear == ("1", "1")
+    assert joined(written(forward)).linear == ("1", "1")
 
 
 @pytest.mark.parametrize(
@@ -801,24 +777,22 @@ def test_a_cast_that_changes_nothing_is_the_tensor_itself(
 # -- inputs -------------------------------------------------------------------------------------
 
 
-def test_two_inputs_are_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x, y: m.a(x) - m.b(y)), monkeypatch, X, X + 1)
+def test_two_inputs_are_not_one(joined: Joined) -> None:
+    part = joined(written(lambda m, x, y: m.a(x) - m.b(y)), X, X + 1)
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
 
 
-def test_layers_of_two_dtypes_are_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: m.a(x) - m.b(x.double())), monkeypatch)
+def test_layers_of_two_dtypes_are_not_one(joined: Joined) -> None:
+    part = joined(written(lambda m, x: m.a(x) - m.b(x.double())))
     assert part.linear == ("1", "1")
 
 
-def test_one_layer_called_twice_on_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: m.a(x).exp() - m.a(x)), monkeypatch)
+def test_one_layer_called_twice_on_one_input(joined: Joined) -> None:
+    part = joined(written(lambda m, x: m.a(x).exp() - m.a(x)))
     assert part.quantize == ("none",)
 
 
-def test_a_weight_that_is_made_between_two_layers_keeps_them_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weight_made_between_layers_blocks_join(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, scale, _ = ops.quantize_rows(x)
 
@@ -829,13 +803,11 @@ def test_a_weight_that_is_made_between_two_layers_keeps_them_apart(
         one = product(m.a.int8_weight, m.a)
         return one - product(m.b.int8_weight.flip(0), m.b)
 
-    part = joined(written(forward), monkeypatch)
+    part = joined(written(forward))
     assert (part.linear, part.others) == (("1", "1"), {"flip": 1, "sub": 1})
 
 
-def test_a_region_between_a_norm_and_its_layer_keeps_them_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_region_after_norm_blocks_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     @torch.compiler.nested_compile_region
     def region(x: torch.Tensor) -> torch.Tensor:
         return x.exp()
@@ -850,8 +822,8 @@ def test_a_region_between_a_norm_and_its_layer_keeps_them_apart(
     assert ("none",) in [part.quantize for part in compiled.parts]
 
 
-def test_an_input_in_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = joined(written(lambda m, x: x + m.a(m.norm(x)) * m.gamma), monkeypatch, X[0, 0])
+def test_an_input_in_one_dimension(joined: Joined) -> None:
+    part = joined(written(lambda m, x: x + m.a(m.norm(x)) * m.gamma), X[0, 0])
     assert (part.quantize, part.linear) == (("layer",), ("1+gamma+residual",))
 
 

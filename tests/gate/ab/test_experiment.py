@@ -11,21 +11,23 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from filelock import FileLock
 
+from pytest_int8bench import files
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.gate.ab import experiment, matching
-from pytest_int8bench.gate.ab import journal as ab_journal
+from pytest_int8bench.gate.ab import blocks, experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
 from pytest_int8bench.gate.ab.design import Design, DesignError
 from pytest_int8bench.gate.ab.journal import AbError
+from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.side import Measured, Side
 from pytest_int8bench.gate.ab.worktrees import Revision
-from pytest_int8bench.results.records import NOT_MEASURED, Result
+from pytest_int8bench.results.records import NOT_MEASURED
+from toys.results import result_of
 
 BASE, NEW = Revision("main", "a" * 40), Revision("HEAD", "b" * 40)
 ENVIRONMENT: dict[str, Any] = {
@@ -84,15 +86,8 @@ class Machine:
             change = self.change(number, key, name)
             if change is None or (only is not None and nodeid(name) not in only):
                 continue
-            values = {
-                "nodeid": nodeid(name),
-                "workload": "toy",
-                "run_name": name,
-                "params": {},
-                "batch_time_s": times[key == "new"] * (1 + noise),
-                **change,
-            }
-            results.append(Result(**values))
+            measured = {"batch_time_s": times[key == "new"] * (1 + noise), **change}
+            results.append(result_of(name, **measured))
         return Measured(self.environment(number), results, PROCESS_S)
 
 
@@ -117,16 +112,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(experiment, "worktrees", worktrees)
     monkeypatch.setattr(Side, "measure", lambda side, args, only: machine.measure(side, args, only))
     monkeypatch.setattr(
-        Side,
-        "install",
-        lambda side, command: machine.installed.append((side.tree.name, command)),
+        Side, "install", lambda side, command: machine.installed.append((side.tree.name, command))
     )
     clock = SimpleNamespace(
         monotonic=lambda: machine.now,
         gmtime=lambda: machine.now,
         strftime=lambda form, now: f"{now:.0f}",
     )
-    for module in (experiment, ab_journal):
+    for module in (blocks, files):
         monkeypatch.setattr(module, "time", clock)
     return machine
 
@@ -158,6 +151,12 @@ def only_run(result: AbResult) -> AbRun:
     return run
 
 
+def estimate_of(stage: Screened | Judged | None) -> Estimate:
+    assert stage is not None
+    assert stage.estimate is not None
+    return stage.estimate
+
+
 # -- stages -----------------------------------------------------------------------------------
 
 
@@ -168,18 +167,14 @@ def test_unchanged_code_is_cleared_by_screening(machine: Machine, compare: Compa
     assert machine.args == {("benchmarks", "-x")}
     run = only_run(result)
     assert (run.outcome, run.exit_code, run.judged, run.reason) == ("PASS", 0, None, None)
-    assert run.screened is not None
-    assert run.screened.estimate is not None
-    assert run.screened.estimate.blocks == 4
+    assert estimate_of(run.screened).blocks == 4
     assert result.exit_code == 0
     assert (result.processes, result.seconds) == (10, 10 * PROCESS_S)
     assert result.environment == ENVIRONMENT
     assert result.notes == ()
 
 
-def test_what_screening_flags_is_judged_by_fresh_blocks_of_it_alone(
-    machine: Machine, compare: Compare
-) -> None:
+def test_verdict_blocks_run_flagged_tests_only(machine: Machine, compare: Compare) -> None:
     machine.times["slow"] = (0.02, 0.0216)
     result = compare()
     assert machine.calls == WARMING + SCREENING + VERDICT
@@ -187,10 +182,8 @@ def test_what_screening_flags_is_judged_by_fresh_blocks_of_it_alone(
     passed, failed = result.runs
     assert (passed.outcome, passed.judged) == ("PASS", None)
     assert (failed.outcome, failed.exit_code) == ("FAIL", 1)
-    assert failed.judged is not None
-    assert failed.judged.estimate is not None
-    assert failed.judged.estimate.slowdown == pytest.approx(0.08, abs=0.004)
-    assert failed.judged.estimate.blocks == 6
+    assert estimate_of(failed.judged).slowdown == pytest.approx(0.08, abs=0.004)
+    assert estimate_of(failed.judged).blocks == 6
     assert failed.base_s == pytest.approx(0.02, rel=0.004)
     assert failed.new_s == pytest.approx(0.0216, rel=0.004)
     assert result.exit_code == 1
@@ -233,9 +226,7 @@ def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Co
         compare(statistic="fastest")
 
 
-def test_the_blocks_of_screening_do_not_enter_the_verdict(
-    machine: Machine, compare: Compare
-) -> None:
+def test_verdict_ignores_screening_blocks(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: (
         {"batch_time_s": 0.02} if key == "new" and number < 10 else {}
     )
@@ -277,9 +268,7 @@ def test_each_side_has_its_own_folders(machine: Machine, compare: Compare, root:
     assert base.log == new.log == journals(root)[0].with_suffix(".log")
 
 
-def test_a_revision_without_the_folder_is_refused(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
+def test_rejects_revision_without_folder(machine: Machine, compare: Compare, root: Path) -> None:
     (root / "sub").mkdir()
     with pytest.raises(AbError) as caught:
         compare(folder=root / "sub")
@@ -397,27 +386,21 @@ def test_a_run_that_both_sides_do_not_have_measured(
 
 
 @pytest.mark.parametrize("new", [None, SKIPPED, DISABLED])
-def test_runs_may_be_allowed_to_go(
-    machine: Machine, compare: Compare, new: dict[str, Any] | None
-) -> None:
+def test_allows_missing(machine: Machine, compare: Compare, new: dict[str, Any] | None) -> None:
     machine.times["y"] = (1.0, 1.0)
     machine.change = lambda number, key, name: new if (key, name) == ("new", "y") else {}
     assert compare(allow_missing=True).exit_code == 0
 
 
 @pytest.mark.parametrize("new", [FAILED, OOM])
-def test_runs_may_not_be_allowed_to_break(
-    machine: Machine, compare: Compare, new: dict[str, Any]
-) -> None:
+def test_never_allows_failures(machine: Machine, compare: Compare, new: dict[str, Any]) -> None:
     machine.times["y"] = (1.0, 1.0)
     machine.change = lambda number, key, name: new if (key, name) == ("new", "y") else {}
     assert compare(allow_missing=True).exit_code == {"failed": 2, "oom": 1}[new["status"]]
 
 
 @pytest.mark.parametrize("change", [SKIPPED, DISABLED, FAILED, OOM])
-def test_nothing_compared_is_no_success(
-    machine: Machine, compare: Compare, change: dict[str, Any]
-) -> None:
+def test_nothing_compared_fails(machine: Machine, compare: Compare, change: dict[str, Any]) -> None:
     machine.change = lambda *_: change
     result = compare()
     assert result.exit_code == 2
@@ -435,9 +418,7 @@ def test_memory_that_only_compiling_takes_is_no_verdict(machine: Machine, compar
     assert "new ran out of memory while it compiled: once more" in machine.said
 
 
-def test_the_new_side_starts_from_what_was_compiled_for_the_base(
-    machine: Machine, compare: Compare
-) -> None:
+def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) -> None:
     """Or autotuning would choose other kernels for the same code."""
 
     def environment(number: int) -> dict[str, Any]:
@@ -454,9 +435,7 @@ def test_the_new_side_starts_from_what_was_compiled_for_the_base(
     assert (machine.sides["new"].cache / "chosen").read_text() == "x"
 
 
-def test_what_is_measured_otherwise_is_another_comparison(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_arguments_start_new_journal(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(root=root, folder=root, base=BASE, new=NEW)
     keys = {plan.key, dataclasses.replace(plan, statistic="median").key}
     monkeypatch.setenv("PYTEST_ADDOPTS", "--int8-mode=w8")
@@ -519,9 +498,7 @@ def test_a_run_that_one_process_has_not_measured(
     assert result.exit_code == 1
 
 
-def test_one_run_that_breaks_in_the_screening_is_no_success(
-    machine: Machine, compare: Compare
-) -> None:
+def test_failure_in_screening_fails(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: FAILED if number == 5 else {}
     result = compare()
     assert (result.exit_code, result.is_empty) == (2, True)
@@ -569,16 +546,12 @@ def test_blocks_that_stay_hot_are_left_out(machine: Machine, compare: Compare) -
     )
 
 
-def test_without_retries_a_hot_block_is_left_out_at_once(
-    machine: Machine, compare: Compare
-) -> None:
+def test_hot_block_is_dropped_without_retries(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if number == 2 else {}
     result = compare(retries=0)
     assert machine.calls == WARMING + SCREENING
     run = only_run(result)
-    assert run.screened is not None
-    assert run.screened.estimate is not None
-    assert (run.outcome, run.screened.estimate.blocks) == ("PASS", 3)
+    assert (run.outcome, estimate_of(run.screened).blocks) == ("PASS", 3)
 
 
 def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare) -> None:
@@ -590,9 +563,7 @@ def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare
         "verdict block 1 is left out: the GPU was slowed down (thermal (hardware))",
     )
     run = only_run(result)
-    assert run.judged is not None
-    assert run.judged.estimate is not None
-    assert (run.outcome, run.judged.estimate.blocks) == ("FAIL", 5)
+    assert (run.outcome, estimate_of(run.judged).blocks) == ("FAIL", 5)
 
 
 def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare: Compare) -> None:
@@ -622,9 +593,7 @@ def test_heat_counts_only_where_it_was_measured(machine: Machine, compare: Compa
 # -- the journal ------------------------------------------------------------------------------
 
 
-def test_each_process_is_on_disk_before_the_next_one(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
+def test_journals_each_process_at_once(machine: Machine, compare: Compare, root: Path) -> None:
     def before(number: int) -> None:
         [journal] = journals(root)
         records = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -648,13 +617,25 @@ def test_the_journal_says_what_is_compared(machine: Machine, compare: Compare, r
     }
 
 
-def interrupt(machine: Machine, at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+def interrupt(
+    machine: Machine,
+    compare: Compare,
+    at: int,
+    error: type[BaseException] = KeyboardInterrupt,
+    **changes: Any,
+) -> list[str]:
+    """End a comparison where a process would start; take the calls until then out of the list."""
+
     def before(number: int) -> None:
         if number == at:
             machine.before = lambda number: None
             raise error
 
-    machine.before = before
+    machine.before, machine.calls = before, []
+    with pytest.raises(error):
+        compare(**changes)
+    calls, machine.calls = machine.calls, []
+    return calls
 
 
 def start_of_block(number: int) -> int:
@@ -666,17 +647,13 @@ def start_of_block(number: int) -> int:
 
 # The first and last processes of each stage and those around them, in and between blocks.
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 27])
-def test_an_interrupted_comparison_goes_on(
-    machine: Machine, compare: Compare, root: Path, at: int
-) -> None:
+def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path, at: int) -> None:
     machine.times = {"same": (1, 1), "Größe": (1, 1.05), "slow": (1, 1.03)}
     whole = compare()
     assert len(machine.calls) == 28
 
     machine.number, machine.calls, machine.said, machine.now = 0, [], [], 5000.0
-    interrupt(machine, at)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+    interrupt(machine, compare, at)
     journal = journals(root)[-1]
     hint = f"{at} processes are in {journal}: the same command goes on from there"
     assert (hint in machine.said) is (at > 0)
@@ -697,19 +674,14 @@ def test_a_comparison_is_interrupted_more_than_once(machine: Machine, compare: C
     whole = compare()
     machine.number, machine.now, begun = 0, 5000.0, []
     for at in (1, 3, 3, 11, 12, 27):
-        machine.number, machine.calls = start_of_block(machine.number), []
-        interrupt(machine, at)
-        with pytest.raises(KeyboardInterrupt):
-            compare()
-        begun.append(len(machine.calls))
+        machine.number = start_of_block(machine.number)
+        begun.append(len(interrupt(machine, compare, at)))
     machine.number = start_of_block(machine.number)
     assert compare().runs == whole.runs
     assert begun == [1, 2, 1, 9, 2, 17]
 
 
-def test_hot_blocks_are_the_same_ones_after_an_interrupt(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
+def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, root: Path) -> None:
     """A retry that was used stays used, and what was left out stays so."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 4, 8, 17) else {}
@@ -721,9 +693,7 @@ def test_hot_blocks_are_the_same_ones_after_an_interrupt(
     ]
 
     machine.number, machine.calls, machine.now = 0, [], 5000.0
-    interrupt(machine, 18)
-    with pytest.raises(KeyboardInterrupt):
-        compare(retries=1)
+    interrupt(machine, compare, 18, retries=1)
     machine.number, machine.calls = 18, []
     resumed = compare(retries=1)
     assert len(machine.calls) == whole.processes - 18
@@ -740,7 +710,7 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
         def killed(*_: object) -> Iterator[str]:
             raise KeyboardInterrupt
 
-        patch.setattr(matching, "throttle_reasons", killed)
+        patch.setattr(blocks, "throttle_reasons", killed)
         with pytest.raises(KeyboardInterrupt):
             compare()
     assert len(machine.calls) == 4
@@ -750,17 +720,11 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
 
 @pytest.mark.parametrize("end", ['{"stage": "scr', '{"stage": "screening"}', "Grö"])
 def test_half_a_line_is_dropped(machine: Machine, compare: Compare, root: Path, end: str) -> None:
-    interrupt(machine, 5)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+    interrupt(machine, compare, 5)
     [journal] = journals(root)
     whole = journal.read_bytes()
     journal.write_bytes(whole + end.encode()[:-1])
-    interrupt(machine, 6)
-    machine.calls = []
-    with pytest.raises(KeyboardInterrupt):
-        compare()
-    assert machine.calls == ["new"]
+    assert interrupt(machine, compare, 6) == ["new"]
     text = journal.read_bytes()
     assert text.startswith(whole)
     assert all(json.loads(line) for line in text.splitlines())
@@ -768,12 +732,8 @@ def test_half_a_line_is_dropped(machine: Machine, compare: Compare, root: Path, 
 
 
 @pytest.mark.parametrize("left", [b"", b'{"int8bench_ab": {"sch'])
-def test_a_journal_without_a_header_is_not_gone_on_with(
-    machine: Machine, compare: Compare, root: Path, left: bytes
-) -> None:
-    interrupt(machine, 0)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+def test_needs_journal_header(machine: Machine, compare: Compare, root: Path, left: bytes) -> None:
+    interrupt(machine, compare, 0)
     [journal] = journals(root)
     journal.write_bytes(left)
     assert compare().exit_code == 0
@@ -792,12 +752,8 @@ def test_a_journal_without_a_header_is_not_gone_on_with(
         "\udce4",
     ],
 )
-def test_a_damaged_journal_is_refused(
-    machine: Machine, compare: Compare, root: Path, line: str
-) -> None:
-    interrupt(machine, 2)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+def test_rejects_damaged_journal(machine: Machine, compare: Compare, root: Path, line: str) -> None:
+    interrupt(machine, compare, 2)
     [journal] = journals(root)
     whole = journal.read_bytes()
     journal.write_bytes(whole + os.fsencode(line) + b"\n")
@@ -807,16 +763,11 @@ def test_a_damaged_journal_is_refused(
     assert journal.read_bytes().startswith(whole)
 
 
-def test_a_journal_of_another_version_is_left_alone(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
-    interrupt(machine, 5)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+def test_ignores_journal_of_other_version(machine: Machine, compare: Compare, root: Path) -> None:
+    interrupt(machine, compare, 5)
     [journal] = journals(root)
     text = journal.read_text().replace('"schema": 1', '"schema": 2', 1)
     journal.write_text(text)
-    machine.calls = []
     compare()
     assert len(machine.calls) == 10
     assert journal.read_text() == text
@@ -834,16 +785,12 @@ def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, r
     assert len(journals(root)) == 2
 
 
-def test_comparisons_that_start_within_a_second_are_told_apart(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
+def test_journals_of_one_second_differ(machine: Machine, compare: Compare, root: Path) -> None:
     for _ in range(2):
         machine.now = 1000.0
         compare()
     machine.now = 1000.0
-    interrupt(machine, 25)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+    interrupt(machine, compare, 25)
     assert len(journals(root)) == 3
     machine.calls = []
     machine.now = 1000.0
@@ -865,10 +812,7 @@ def test_comparisons_that_start_within_a_second_are_told_apart(
 def test_another_comparison_has_a_journal_of_its_own(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
-    interrupt(machine, 5)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
-    machine.calls = []
+    interrupt(machine, compare, 5)
     compare(**change)
     assert machine.calls[:2] == WARMING
     assert len(journals(root)) == 2
@@ -886,10 +830,7 @@ def test_another_comparison_has_a_journal_of_its_own(
 def test_the_same_comparison_by_another_name_goes_on(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
-    interrupt(machine, 5)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
-    machine.calls = []
+    interrupt(machine, compare, 5)
     compare(**change)
     assert len(machine.calls) == 10 - 4
     assert len(journals(root)) == 1
@@ -898,18 +839,21 @@ def test_the_same_comparison_by_another_name_goes_on(
 class FullDisk:
     """Takes what fits."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        self.path, self.room = path, room
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self._room = file, room
 
     def __enter__(self) -> FullDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._file.close()
 
-    def write(self, text: str) -> None:
-        with open(self.path, "ab") as file:
-            file.write(text.encode()[: self.room])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data[: self._room])
+        self._file.flush()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -920,9 +864,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
     with monkeypatch.context() as patch:
 
         def full(path: Path, mode: str = "r", **options: Any) -> Any:
-            if path.suffix == ".jsonl" and mode == "a" and machine.number == 5:
-                return FullDisk(path, 20)
-            return opened(path, mode, **options)
+            file = opened(path, mode, **options)
+            is_full = path.suffix == ".jsonl" and mode == "ab" and machine.number == 5
+            return FullDisk(file, 20) if is_full else file
 
         patch.setattr(Path, "open", full)
         with pytest.raises(AbError) as caught:
@@ -939,9 +883,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
 def test_after_an_error_it_is_said_where_to_go_on(
     machine: Machine, compare: Compare, root: Path, error: type[BaseException]
 ) -> None:
-    interrupt(machine, 3, error)
-    with pytest.raises(error):
-        compare()
+    interrupt(machine, compare, 3, error)
     assert machine.said[-2:] == [
         "(worktrees removed)",
         f"3 processes are in {journals(root)[0]}: the same command goes on from there",
@@ -981,9 +923,7 @@ def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: 
 
 
 @pytest.mark.parametrize("at", [2, 6])
-def test_a_machine_that_changes_half_way(
-    machine: Machine, compare: Compare, root: Path, at: int
-) -> None:
+def test_machine_changes_midway(machine: Machine, compare: Compare, root: Path, at: int) -> None:
     machine.environment = lambda number: (
         ENVIRONMENT if number < at else {**ENVIRONMENT, "cpu": "Xeon", "packages": {}}
     )
@@ -1000,12 +940,8 @@ def test_a_machine_that_changes_half_way(
     assert len(machine.calls) == 10 - start_of_block(at)
 
 
-def test_an_interrupted_comparison_does_not_go_on_on_another_machine(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
-    interrupt(machine, 4)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+def test_no_resume_on_another_machine(machine: Machine, compare: Compare, root: Path) -> None:
+    interrupt(machine, compare, 4)
     machine.environment = lambda number: {**ENVIRONMENT, "cpu": "Xeon"}
     with pytest.raises(AbError, match="began: cpu EPYC -> Xeon; remove "):
         compare()
@@ -1019,12 +955,8 @@ def test_commits_may_differ(machine: Machine, compare: Compare) -> None:
 # -- caches -----------------------------------------------------------------------------------
 
 
-def test_a_cache_that_is_gone_is_warmed_again(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
-    interrupt(machine, 5)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
+def test_resume_warms_a_lost_cache(machine: Machine, compare: Compare, root: Path) -> None:
+    interrupt(machine, compare, 5)
     cache = machine.sides["new"].cache
     for path in cache.iterdir():
         path.unlink()
@@ -1048,9 +980,7 @@ def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root:
 # -- designs and time -------------------------------------------------------------------------
 
 
-def test_a_design_that_finds_nothing_is_refused_before_anything_is_made(
-    machine: Machine, compare: Compare, root: Path
-) -> None:
+def test_rejects_powerless_design_first(machine: Machine, compare: Compare, root: Path) -> None:
     with pytest.raises(DesignError) as caught:
         compare(design=Design(verdict_blocks=2))
     assert "with 2 verdict blocks a slowdown of 5% would be found with" in str(caught.value)
@@ -1059,9 +989,7 @@ def test_a_design_that_finds_nothing_is_refused_before_anything_is_made(
     assert machine.said == []
 
 
-def test_a_design_that_is_too_small_for_the_runs_is_refused_before_screening(
-    machine: Machine, compare: Compare
-) -> None:
+def test_rejects_small_design_before_screening(machine: Machine, compare: Compare) -> None:
     machine.times = {f"x{index}": (1, 1) for index in range(30)}
     design = Design(verdict_blocks=4)
     design.check(runs=1)
@@ -1071,17 +999,13 @@ def test_a_design_that_is_too_small_for_the_runs_is_refused_before_screening(
     assert machine.calls == WARMING
 
 
-def test_runs_that_are_not_compared_do_not_count_for_the_design(
-    machine: Machine, compare: Compare
-) -> None:
+def test_design_counts_compared_runs_only(machine: Machine, compare: Compare) -> None:
     machine.times = {f"x{index}": (1, 1) for index in range(30)}
     machine.change = lambda number, key, name: {} if name == "x0" else SKIPPED
     assert compare(design=Design(verdict_blocks=4)).exit_code == 0
 
 
-def test_a_budget_that_screening_would_exceed_is_refused(
-    machine: Machine, compare: Compare
-) -> None:
+def test_rejects_budget_below_screening(machine: Machine, compare: Compare) -> None:
     with pytest.raises(AbError) as caught:
         compare(budget_s=79)
     assert str(caught.value) == (
@@ -1105,27 +1029,18 @@ def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare) -> 
     result = compare(budget_s=10 * PROCESS_S + 2.9 * 3 * PROCESS_S)
     assert machine.calls == WARMING + SCREENING + VERDICT[:6]
     assert result.notes == ("--budget: verdict ended after 2 of 6 blocks",)
-    run = only_run(result)
-    assert run.judged is not None
-    assert run.judged.estimate is not None
-    assert run.judged.estimate.blocks == 2
+    assert estimate_of(only_run(result).judged).blocks == 2
 
 
 def test_a_budget_without_a_verdict_is_no_success(machine: Machine, compare: Compare) -> None:
     machine.times["x"] = (1, 2)
     result = compare(budget_s=10 * PROCESS_S)
     run = only_run(result)
-    assert (run.outcome, run.reason, result.exit_code) == (
-        "INCONCLUSIVE",
-        "only 0 of 6 blocks",
-        2,
-    )
+    assert (run.outcome, run.reason, result.exit_code) == ("INCONCLUSIVE", "only 0 of 6 blocks", 2)
     assert result.notes == ("--budget: verdict ended after 0 of 6 blocks",)
 
 
-def test_a_budget_ends_screening_that_takes_longer_than_thought(
-    machine: Machine, compare: Compare
-) -> None:
+def test_budget_ends_slow_screening(machine: Machine, compare: Compare) -> None:
     def before(number: int) -> None:
         machine.now += 20 if number == 4 else 0
 
@@ -1133,15 +1048,10 @@ def test_a_budget_ends_screening_that_takes_longer_than_thought(
     result = compare(budget_s=10 * PROCESS_S)
     assert machine.calls == WARMING + SCREENING[:4]
     assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
-    run = only_run(result)
-    assert run.screened is not None
-    assert run.screened.estimate is not None
-    assert run.screened.estimate.blocks == 2
+    assert estimate_of(only_run(result).screened).blocks == 2
 
 
-def test_a_hot_block_is_not_measured_again_over_the_budget(
-    machine: Machine, compare: Compare
-) -> None:
+def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if number == 8 else {}
     result = compare(budget_s=10 * PROCESS_S)
     assert len(machine.calls) == 10
@@ -1150,37 +1060,24 @@ def test_a_hot_block_is_not_measured_again_over_the_budget(
 
 def test_a_budget_is_for_one_command(machine: Machine, compare: Compare) -> None:
     """An interrupted comparison goes on with a budget anew, and uses what there is for free."""
-    interrupt(machine, 8)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
-    machine.calls = []
+    interrupt(machine, compare, 8)
     result = compare(budget_s=2 * PROCESS_S)
     assert machine.calls == SCREENING[6:]
     assert (result.exit_code, result.notes) == (0, ())
 
 
-def test_a_comparison_goes_on_in_a_budget_that_is_too_small(
-    machine: Machine, compare: Compare
-) -> None:
-    interrupt(machine, 6)
-    with pytest.raises(KeyboardInterrupt):
-        compare()
-    machine.calls = []
+def test_resumes_within_small_budget(machine: Machine, compare: Compare) -> None:
+    interrupt(machine, compare, 6)
     result = compare(budget_s=1)
     assert machine.calls == []
     assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
 
 
-def test_screening_that_verdicts_were_begun_on_stays_as_it_is(
-    machine: Machine, compare: Compare
-) -> None:
+def test_resume_keeps_screening_of_begun_verdicts(machine: Machine, compare: Compare) -> None:
     """With more retries, too: other runs could be flagged, which no verdict was begun on."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number == 2 else {}
-    interrupt(machine, 12)
-    with pytest.raises(KeyboardInterrupt):
-        compare(retries=0)
-    machine.calls = []
+    interrupt(machine, compare, 12, retries=0)
     result = compare(retries=3)
     assert machine.calls == VERDICT
     assert result.notes == (
@@ -1190,9 +1087,6 @@ def test_screening_that_verdicts_were_begun_on_stays_as_it_is(
 
 def test_more_retries_help_a_screening_that_goes_on(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if number == 2 else {}
-    interrupt(machine, 8)
-    with pytest.raises(KeyboardInterrupt):
-        compare(retries=0)
-    machine.calls = []
+    interrupt(machine, compare, 8, retries=0)
     assert compare(retries=1).notes == ()
     assert machine.calls == SCREENING[:2] + SCREENING[6:]

@@ -23,10 +23,12 @@ from pytest_int8bench.gate.ab.worktrees import Revision
 from pytest_int8bench.processes.ab_files import SideFiles
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
+from toys.processes import runs
+from toys.results import result_of
 
 COMMIT = "a" * 40
 DEADLINE_S = 60
-RESULT = Result(nodeid="test_a.py::test[Größe]", workload="toy", run_name="x", params={})
+RESULT = result_of(nodeid="test_a.py::test[Größe]")
 
 
 class Process:
@@ -82,7 +84,7 @@ def side(tmp_path: Path) -> Side:
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     process = Process()
-    monkeypatch.setattr(module, "_run", process.run)
+    monkeypatch.setattr(module, "run", process.run)
     return process
 
 
@@ -128,9 +130,7 @@ def test_what_is_run_and_printed_is_in_the_log(side: Side, process: Process) -> 
 
 
 @pytest.mark.parametrize("only", [None, [], ["b::ü", "a::b[x y]"]])
-def test_the_process_is_told_what_to_run(
-    side: Side, process: Process, only: list[str] | None
-) -> None:
+def test_process_gets_its_arguments(side: Side, process: Process, only: list[str] | None) -> None:
     side.measure([], only)
     assert process.only == (only if only is None else sorted(only))
 
@@ -152,9 +152,7 @@ def test_its_own_code_is_first_on_the_path(
     ]
 
 
-def test_the_environment_of_the_process(
-    side: Side, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_environment(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", "elsewhere")
     monkeypatch.setenv("GIT_INDEX_FILE", "elsewhere")
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
@@ -267,9 +265,7 @@ def test_where_code_may_come_from(
         assert refusal(side) == expected
 
 
-def test_a_python_in_the_working_tree_is_not_project_code(
-    side: Side, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ignores_tree_python(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     stdlib = side.root / "env" / "lib" / "python3.11"
     process.modules = {"json": str(stdlib / "json" / "__init__.py")}
     assert refusal(side).startswith("main (aaaaaaaaaa): module json was loaded from ")
@@ -315,9 +311,7 @@ def test_a_project_file_that_is_none_is_left_alone(side: Side, process: Process,
 @pytest.mark.parametrize(
     ("commit", "where"), [("b" * 40, f", but at commit {'b' * 40}"), (None, "")]
 )
-def test_a_root_folder_elsewhere_is_refused(
-    side: Side, process: Process, commit: str | None, where: str
-) -> None:
+def test_rejects_other_root(side: Side, process: Process, commit: str | None, where: str) -> None:
     process.commit = commit
     assert refusal(side) == (
         f"main (aaaaaaaaaa): pytest's root folder is not in the worktree{where}: leave out "
@@ -363,9 +357,7 @@ TOO_OLD = (
         (-11, "Fatal Python error\n", "SIGSEGV"),
     ],
 )
-def test_a_process_that_measured_nothing(
-    side: Side, process: Process, code: int, output: str, why: str
-) -> None:
+def test_measured_nothing(side: Side, process: Process, code: int, output: str, why: str) -> None:
     side.log.write_text("ERROR: of another process\nE   AssertionError\n")
     process.has_journal, process.code, process.output = False, code, output
     assert refusal(side) == (
@@ -393,9 +385,7 @@ def test_a_process_without_a_result_measured_nothing(side: Side, process: Proces
     assert "pytest measured nothing: every test failed before" in refusal(side)
 
 
-def test_a_journal_without_a_header_is_nothing(
-    side: Side, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headerless_journal(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     run = process.run
 
     def truncated(*args: Any, env: dict[str, str], **options: Any) -> int:
@@ -403,7 +393,7 @@ def test_a_journal_without_a_header_is_nothing(
         SideFiles(Path(env["INT8BENCH_SIDE"])).journal.write_text("")
         return code
 
-    monkeypatch.setattr(module, "_run", truncated)
+    monkeypatch.setattr(module, "run", truncated)
     assert "pytest measured nothing: no test ran" in refusal(side)
 
 
@@ -418,9 +408,7 @@ def test_a_process_that_did_not_end_well_is_not_believed(side: Side, process: Pr
 # -- install ----------------------------------------------------------------------------------
 
 
-def test_install_runs_in_the_worktree(
-    side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_runs_install_in_tree(side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GIT_DIR", "elsewhere")
     side.install('pwd; echo "$PIP_TARGET $PIP_UPGRADE [$GIT_DIR]" && echo "$PYTHONPATH"')
     where, pip, path = side.log.read_text().splitlines()[-3:]
@@ -447,15 +435,6 @@ def test_install_fails(side: Side, command: str, how: str) -> None:
     assert str(caught.value) == (
         f"main (aaaaaaaaaa): --install ended with {how} (all of it is in {side.log})"
     )
-
-
-def runs(pid: int) -> bool:
-    """Say whether a process runs; one that ended may be waiting for somebody to ask how."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -494,9 +473,7 @@ def test_a_process_finds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "sys" not in modules
 
 
-def test_modules_with_made_up_files_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skips_modules_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, file in (("relative", "_ops.py"), ("none", None), ("number", 3)):
         fake = type(sys)(name)
         fake.__file__ = file  # type: ignore[assignment]
@@ -563,9 +540,7 @@ def test_a_process_runs_what_it_is_told(run_pytest: Pytest, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose child a process is")
-def test_a_process_of_a_command_that_was_killed_does_not_begin(
-    run_pytest: Pytest, tmp_path: Path
-) -> None:
+def test_orphaned_process_does_not_begin(run_pytest: Pytest, tmp_path: Path) -> None:
     files = SideFiles.start(tmp_path / "a", None)
     (files.folder / "parent").write_text("1")
     done = run_pytest(files)

@@ -28,13 +28,9 @@ from pytest_int8bench.gate.ab.worktrees import (
     resolve,
     worktrees,
 )
+from toys.repositories import git, isolate, make_temporary_folder
 
 DEADLINE_S = 60
-
-
-def git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, check=True)
-    return os.fsdecode(done.stdout).strip()
 
 
 def commit(root: Path, message: str, **files: str) -> None:
@@ -43,18 +39,6 @@ def commit(root: Path, message: str, **files: str) -> None:
     if files:
         git(root, "add", *files)
     git(root, "commit", "-q", "-m", message)
-
-
-def isolate(patch: pytest.MonkeyPatch, ceiling: Path) -> None:
-    """Let git read no configuration of this machine, and find no repository above."""
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        patch.delenv(name)
-    patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    patch.setenv("GIT_CEILING_DIRECTORIES", str(ceiling))
-    for who in ("AUTHOR", "COMMITTER"):
-        patch.setenv(f"GIT_{who}_NAME", "a")
-        patch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +65,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for temporary files."""
-    isolate(monkeypatch, tmp_path)
-    folder = tmp_path / "temp"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+    return make_temporary_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -306,9 +285,7 @@ def test_one_commit_twice(root: Path, temporary: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linked", "beside a bare repository", "submodule"])
-def test_other_kinds_of_working_trees(
-    kind: str, root: Path, tmp_path: Path, temporary: Path
-) -> None:
+def test_other_working_trees(kind: str, root: Path, tmp_path: Path, temporary: Path) -> None:
     tree = tmp_path / "tree"
     if kind == "linked":
         git(root, "worktree", "add", "-q", "-b", "work", str(tree))
@@ -402,9 +379,7 @@ def test_a_temporary_folder_in_the_repository(root: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_removes_the_worktrees(
-    error: type[BaseException], root: Path, temporary: Path
-) -> None:
+def test_removed_on_exception(error: type[BaseException], root: Path, temporary: Path) -> None:
     before = state(root)
     with pytest.raises(error, match=r"^in the body$"), worktrees(root, both(root)):
         raise error("in the body")
@@ -420,10 +395,7 @@ def test_a_second_worktree_that_fails_takes_the_first_along(root: Path, temporar
     git(root, "config", "filter.lfs.required", "true")
     third = resolve(root, "main")
     before = state(root)
-    with (
-        pytest.raises(GitError) as caught,
-        worktrees(root, {"base": first["base"], "new": third}),
-    ):
+    with pytest.raises(GitError) as caught, worktrees(root, {"base": first["base"], "new": third}):
         pytest.fail("the body must not run")
     assert str(caught.value) == (
         f"git cannot check out main ({third.commit[:10]}): error: external filter 'false' failed; "
@@ -461,9 +433,7 @@ def test_worktrees_that_are_gone_already(root: Path, temporary: Path) -> None:
     assert is_clean(root, temporary)
 
 
-def test_what_cannot_be_removed_is_found_again(
-    root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finds_leftovers(root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             raise OSError("Device or resource busy")
@@ -523,9 +493,7 @@ def test_worktrees_of_a_living_process_stay(root: Path, temporary: Path) -> None
 
 
 @pytest.mark.parametrize("owner", ["", "1", "x y", "{pid} 1", "{pid} {pid}", f"{2**70} 1"])
-def test_a_process_that_is_not_the_owner_does_not_count(
-    owner: str, root: Path, temporary: Path
-) -> None:
+def test_reused_pid_does_not_count(owner: str, root: Path, temporary: Path) -> None:
     folder = temporary / f"int8bench-ab-abcdefgh-{os.uname().nodename}"
     git(root, "worktree", "add", "-q", "--detach", str(folder / "base"))
     (folder / "owner").write_text(owner.format(pid=os.getpid()))
@@ -534,9 +502,7 @@ def test_a_process_that_is_not_the_owner_does_not_count(
     assert is_clean(root, temporary)
 
 
-def test_without_proc_the_number_of_the_process_counts(
-    root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pid_counts_alone(root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PROC", temporary / "none")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -548,9 +514,7 @@ def test_without_proc_the_number_of_the_process_counts(
     assert is_clean(root, temporary)
 
 
-def test_worktrees_of_another_user_stay(
-    root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeps_foreign_trees(root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = temporary / f"int8bench-ab-abcdefgh-{os.uname().nodename}"
     git(root, "worktree", "add", "-q", "--detach", str(folder / "base"))
 
@@ -568,7 +532,7 @@ def test_worktrees_of_another_user_stay(
 CHILD = """
 import signal, sys
 from pathlib import Path
-from pytest_int8bench.gate.worktrees import resolve, worktrees
+from pytest_int8bench.gate.ab.worktrees import resolve, worktrees
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 root, ready = Path(sys.argv[1]), Path(sys.argv[2])
@@ -725,9 +689,7 @@ def test_a_signal_while_git_checks_out(
     assert is_clean(root, temporary)
 
 
-def test_read_only_folders_are_removed(
-    root: Path, temporary: Path, tmp_path: Path, start: Start
-) -> None:
+def test_removes_read_only(root: Path, temporary: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "outside").mkdir(mode=0o555)
     without: tuple[str, ...] = ()
     if os.geteuid() == 0:  # root may write anywhere, unless that is taken from it

@@ -151,9 +151,7 @@ def proof(monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception) -> list[to
     return asked
 
 
-def test_it_proves_itself_once_with_a_triton_it_has_not_run_with(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_proves_itself_once_per_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = proof(monkeypatch, True)
     # While a CUDA graph is recorded nothing can be tried, and nothing is known.
     assert isinstance(chosen(may_try=False), Product)
@@ -166,9 +164,7 @@ def test_it_proves_itself_once_with_a_triton_it_has_not_run_with(
     ("outcome", "why"),
     [(False, "they give other bits"), (ValueError("no such\nlayout"), "no such")],
 )
-def test_what_does_not_prove_itself_is_off_and_said_once(
-    monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception, why: str
-) -> None:
+def test_failed_proof(monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception, why: str) -> None:
     proof(monkeypatch, outcome)
     warning = f"^INT8 products by warps with roles are off with triton 3.10.0: .*{why}$"
     with pytest.warns(UserWarning, match=warning):
@@ -190,9 +186,7 @@ def test_what_is_known_or_wanted_is_not_tried(monkeypatch: pytest.MonkeyPatch, k
 
 
 @pytest.mark.parametrize("differing", [None, 0, 1, 2])
-def test_each_form_of_it_is_compared(
-    monkeypatch: pytest.MonkeyPatch, differing: int | None
-) -> None:
+def test_compares_each_form(monkeypatch: pytest.MonkeyPatch, differing: int | None) -> None:
     """With launches that write ones, and one of the kernel's that misses an element."""
     forms: list[tuple[bool, int]] = []
 

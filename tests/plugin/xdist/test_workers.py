@@ -19,6 +19,7 @@ from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
 from pytest_int8bench.plugin.xdist.worker import Worker
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
+from toys import projects, results
 
 PLUGINS = ("-pxdist", "-pbenchmark", "-pint8bench")
 
@@ -47,37 +48,23 @@ def nvmlDeviceGetMigMode(handle):
 def nvmlDeviceGetUUID(handle):
     return f"GPU-{handle}"
 """
-CONFTEST = """
-import pytest
+CONFTEST = f"""{projects.CONFTEST.replace("return toy.make()", "return toy.make(build=build)")}
+
+def build(p):
+    import toy
+
+    with open("built", "a") as file:
+        print(p.batch_size, file=file)
+    return toy.Toy()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_generate_machine_info():
-    return {"node": "here"}  # pytest-benchmark's own takes seconds
-
-
-@pytest.fixture(scope="session")
-def int8_workload():
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
     import torch
 
-    from pytest_int8bench import Workload, building, models
+    from pytest_int8bench import building, models
 
     building.find_device = models.find_device = lambda params: torch.device("cpu")
-
-    def build(p):
-        with open("built", "a") as file:
-            print(p.batch_size, file=file)
-        model = torch.nn.Sequential()
-        model.add_module("fc1", torch.nn.Linear(32, 64))
-        model.add_module("fc2", torch.nn.Linear(64, 32))
-        return model
-
-    return Workload(
-        name="toy",
-        build=build,
-        inputs=lambda p, device: (torch.randn(p.batch_size, 32, device=device),),
-        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear),
-    )
 """
 MEASURING = """
 import pytest
@@ -109,24 +96,15 @@ def test_points(int8_params):
     if int8_params.batch_size == 3:
         os._exit(3)
 """
-SMOKE = (
-    "--int8-preset=smoke",
-    "--int8-set=gpu_type=cuda",
-    "--int8-set=compile_mode=off",
-    "--int8-set=benchmark_interval_s=0.02",
-)
+SMOKE = (*projects.SMOKE, "--int8-set=gpu_type=cuda")
 
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     pytest.importorskip("xdist")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    pytester.makeini("[pytest]\npythonpath = .\n")
-    pytester.makepyfile(pynvml=NVML)
-    pytester.makeconftest(CONFTEST)
-    return pytester
+    return projects.make_project(pytester, monkeypatch, pynvml=NVML, conftest=CONFTEST)
 
 
 def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
@@ -359,16 +337,7 @@ MACHINE = {"gpu": {"name": "A100"}, "commit": "abc", "packages": {"torch": "2.13
 
 def result_of(batch: int, **changes: Any) -> Result:
     params = RunParams.from_run_name(name_of(batch))
-    return Result(
-        **{
-            "nodeid": f"a.py::t[{params.run_name}]",
-            "workload": "toy",
-            "run_name": params.run_name,
-            "params": params.to_dict(),
-            "samples_per_s": 10.0,
-            **changes,
-        }
-    )
+    return results.result_of(params, "a.py::t", **{"samples_per_s": 10.0, **changes})
 
 
 def send(controller: Controller, worker: str, *results: Result, **changes: Any) -> None:
@@ -416,9 +385,7 @@ def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> 
         ({"packages": {"torch": "2.12.0"}}, "torch 2.13.0 -> 2.12.0"),
     ],
 )
-def test_results_of_another_machine_are_kept_apart_and_said(
-    controller: Controller, change: dict[str, Any], what: str
-) -> None:
+def test_reports_other_machine(controller: Controller, change: dict[str, Any], what: str) -> None:
     one, two, three = (result_of(batch) for batch in (1, 2, 3))
     send(controller, "gw0", one)
     send(controller, "gw1", two, environment={**MACHINE, **change})
@@ -447,9 +414,7 @@ def test_differences_that_are_allowed_are_no_reason(pytester: pytest.Pytester) -
     assert len(controller._state.journal.results) == 2
 
 
-def test_a_point_that_was_measured_before_its_worker_crashed_has_failed(
-    controller: Controller,
-) -> None:
+def test_crash_fails_measured_point(controller: Controller) -> None:
     send(controller, "gw0", result_of(1))
     crash(controller, result_of(1).nodeid)
     assert controller._state.journal is not None
@@ -472,9 +437,7 @@ def test_a_crash_before_the_first_result_waits_for_the_machine(controller: Contr
     ]
 
 
-def test_a_worker_without_its_device_runs_its_next_test_in_a_new_one(
-    controller: Controller,
-) -> None:
+def test_lost_device_restarts_worker(controller: Controller) -> None:
     again: list[str] = []
     sched = SimpleNamespace(mark_test_pending=again.append)
     reports = []
@@ -529,9 +492,7 @@ def test_an_option_makes_workers_take_their_gpu_at_once(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
-def test_the_only_worker_of_a_host_keeps_all_gpus(
-    pytester: pytest.Pytester, three_gpus: None
-) -> None:
+def test_single_worker_keeps_all_gpus(pytester: pytest.Pytester, three_gpus: None) -> None:
     worker = worker_of(pytester, 0, 1, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
     assert worker.fingerprint({"gpu_count": 3}) == {"gpu_count": 3}

@@ -20,7 +20,7 @@ from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.records import Result, Saved
-from saved_files import (
+from toys.results import (
     BASE,
     CPU,
     GPU,
@@ -354,11 +354,7 @@ def test_files_of_different_points_make_one_report() -> None:
 
 def test_environments_that_differ_have_columns_of_their_own() -> None:
     grid = section(build(sources(commits())), "environment").tables[0].grid
-    assert grid.columns == [
-        "what",
-        "0abcdef … 1abcdef (2 files)",
-        "2abcdef … 3abcdef (2 files)",
-    ]
+    assert grid.columns == ["what", "0abcdef … 1abcdef (2 files)", "2abcdef … 3abcdef (2 files)"]
     changed = [row for row, style in zip(grid.rows, grid.styles, strict=True) if style == "changed"]
     assert changed == [["driver", "550", "570"]]
 

@@ -24,7 +24,7 @@ from pytest_int8bench.report.page.charts import (
 )
 from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.page.svg import DARK, LIGHT, draw
-from saved_files import commits, everything
+from toys.results import commits, everything
 
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"

@@ -1,4 +1,4 @@
-"""Saved files as a session leaves them, for the tests of reports."""
+"""Records of results and verdicts, and saved files as a session leaves them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.results.records import Accuracy, Result, Saved, Sensitivity
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Accuracy, Record, Result, Saved, Sensitivity
 
 GPU: dict[str, Any] = {
     "gpu": {"name": "A100", "driver": "550", "memory_bytes": 80 * 2**30},
@@ -18,6 +19,7 @@ GPU: dict[str, Any] = {
     "dirty": False,
 }
 CPU: dict[str, Any] = {**GPU, "gpu": None, "cuda": None, "cpu": "EPYC", "cpu_threads": 8}
+OLMOEARTH = {"workload": "olmoearth"}
 BASE = RunParams(compile_mode="default")
 W8A8 = BASE.replace(int8_enabled=True)
 W8 = W8A8.replace(int8_mode="w8")
@@ -29,9 +31,43 @@ def environment(commit: str, **changes: Any) -> dict[str, Any]:
     return {**GPU, "gpu": {**GPU["gpu"], "driver": driver}, "commit": commit, **changes}
 
 
+def result_of(point: RunParams | str = "x", test: str = "test_a.py::test", **values: Any) -> Result:
+    """Return a result of a point, given as its parameters or as a mere name."""
+    return Result(**{**_identity(point, test), **values})
+
+
+def verdict_of(
+    outcome: str = "PASS",
+    point: RunParams | str = "x",
+    test: str = "test_a.py::test_accuracy",
+    **values: Any,
+) -> Accuracy:
+    """Return a verdict on top-1 for a point, given as its parameters or as a mere name."""
+    judged = {"metric": "top1", "outcome": outcome, "samples": 100, "limit": "1%"}
+    return Accuracy(**{**_identity(point, test), **judged, **values})
+
+
+def _identity(point: RunParams | str, test: str) -> dict[str, Any]:
+    name, params = (point, {}) if isinstance(point, str) else (point.run_name, point.to_dict())
+    return {"nodeid": f"{test}[{name}]", "workload": "toy", "run_name": name, "params": params}
+
+
+def timed(name: str = "x", slower: float = 1.0, **values: Any) -> Result:
+    """Return a result whose times are ``slower`` times those of the default, or which was not
+    measured if ``status`` says so."""
+    times = {
+        "samples_per_s": 1000 / slower,
+        "batch_time_s": 0.128 * slower,
+        "batch_time_p95_s": 0.130 * slower,
+        "compile_s": 20 * slower,
+        "peak_memory_bytes": 1 << 30,
+    }
+    measured = times if values.get("status", "ok") == "ok" else {"reason": "why"}
+    return result_of(name, **{**measured, **values})
+
+
 def result(params: RunParams, rate: float | None = None, **values: Any) -> Result:
-    """Return a result of a test of throughput; with ``rate`` it was measured."""
-    name = params.run_name
+    """Return a result of OlmoEarth; with ``rate`` it was measured."""
     measured: dict[str, Any] = {}
     if rate is not None:
         measured = {
@@ -42,8 +78,7 @@ def result(params: RunParams, rate: float | None = None, **values: Any) -> Resul
             "compile_s": 20.0,
             "compile_cache": "cold",
         }
-    identity = {"nodeid": f"b/test_t.py::test_t[{name}]", "workload": "olmoearth", "run_name": name}
-    return Result(**{**identity, "params": params.to_dict(), **measured, **values})
+    return result_of(params, "b/test_t.py::test_t", **{**OLMOEARTH, **measured, **values})
 
 
 def faster(params: RunParams, rate: float, speedup: float, **values: Any) -> Result:
@@ -55,37 +90,23 @@ def faster(params: RunParams, rate: float, speedup: float, **values: Any) -> Res
 
 
 def verdict(params: RunParams, drop: float, outcome: str, **values: Any) -> Accuracy:
-    """Return a verdict on top-1."""
-    return Accuracy(
-        **{
-            "nodeid": f"b/test_a.py::test_a[{params.run_name}]",
-            "workload": "olmoearth",
-            "run_name": params.run_name,
-            "params": params.to_dict(),
-            "metric": "top1",
-            "outcome": outcome,
-            "samples": 1000,
-            "baseline": 0.9,
-            "candidate": 0.9 * (1 - drop),
-            "limit": "1%",
-            "drop": drop,
-            "drop_low": drop - 0.003,
-            "drop_high": drop + 0.004,
-            "lost": 12,
-            "gained": 7,
-            "method": "exact",
-            **values,
-        }
-    )
+    """Return a verdict on OlmoEarth's top-1."""
+    judged = {
+        "samples": 1000,
+        "baseline": 0.9,
+        "candidate": 0.9 * (1 - drop),
+        "drop": drop,
+        "drop_low": drop - 0.003,
+        "drop_high": drop + 0.004,
+        "lost": 12,
+        "gained": 7,
+        "method": "exact",
+    }
+    return verdict_of(outcome, params, "b/test_a.py::test_a", **{**OLMOEARTH, **judged, **values})
 
 
 def breakdown(int8: float, other: float, attention: float, rest: float) -> dict[str, float]:
-    return {
-        "int8_products": int8,
-        "other_products": other,
-        "attention": attention,
-        "rest": rest,
-    }
+    return {"int8_products": int8, "other_products": other, "attention": attention, "rest": rest}
 
 
 COVERAGE: dict[str, Any] = {
@@ -173,7 +194,23 @@ def commits() -> list[tuple[str, Saved]]:
     return files
 
 
-def write(path: Path, saved: Saved, **head: Any) -> Path:
+def saved(*records: Record, **environment: Any) -> Saved:
+    """Return a file of results and verdicts."""
+    results = [record for record in records if isinstance(record, Result)]
+    return Saved(environment, results, [r for r in records if isinstance(r, Accuracy)])
+
+
+def write(path: str | Path, saved: Saved, **head: Any) -> Path:
     """Save as pytest-benchmark does; ``head`` is what it writes besides."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, "benchmarks": [], "int8bench": saved.to_dict()}))
+    return path
+
+
+def write_journal(path: Path, saved: Saved) -> Path:
+    """Write a journal with the records of ``saved``."""
+    journal = Journal(path, saved.environment)
+    for record in (*saved.results, *saved.accuracy, *saved.sensitivity):
+        journal.append(record)
     return path

@@ -1,0 +1,249 @@
+"""Measure the blocks of an A/B in fresh processes, within the budget.
+
+Blocks that the journal has are not measured again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pytest_int8bench.environment import differences
+from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
+from pytest_int8bench.gate.ab.matching import throttle_reasons, wall_time_of
+from pytest_int8bench.gate.ab.plan import (
+    BASE,
+    NEW,
+    ORDERS,
+    SCREENING,
+    VERDICT,
+    WARM_UP,
+    Plan,
+    duration,
+)
+from pytest_int8bench.gate.ab.side import Side
+
+_WARM = "warm"  # file in a cache: what a process compiles is in it, or need not be compiled
+
+
+class BlockRunner:
+    """Starts the processes of both sides, in the order that the plan asks for.
+
+    Args:
+        plan: what to compare.
+        sides: both revisions, by ``BASE`` and ``NEW``.
+        journal: keeps each process that has ended.
+        tell: called with a line for each thing that happens.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sides: Mapping[str, Side],
+        journal: AbJournal,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._sides = sides
+        self._journal = journal
+        self._tell = tell
+        self._start = time.monotonic()
+        self._compiled: set[str] = set()
+        """Sides that began with a cold cache."""
+        self._hot = 0
+        """Blocks in which the GPU was slowed down."""
+        self.is_cut_short = False
+        """The budget ended it: the same command, with more time, goes on."""
+
+    def warm_up(self) -> dict[str, Process]:
+        """Fill the compile caches of both sides, and return what there is to measure."""
+        warm = {key: self._warm_up(key) for key in self._sides}
+        self._spare_compilers(warm)
+        return warm
+
+    def estimate(self, compared: Sequence[Identity]) -> None:
+        """Tell how long it is going to take.
+
+        Raises:
+            AbError: if screening alone would exceed the budget.
+        """
+        runs = len(compared)
+        design, each = self._plan.design, self._process_s(SCREENING, compared)
+        screening = 2 * design.screening_blocks * each
+        verdict = 3 * design.verdict_blocks * each
+        self._tell(
+            f"{runs} run(s), about {duration(each)} a process: screening in "
+            f"{duration(screening)}; then verdicts on what it flags, in at most "
+            f"{duration(verdict)} more"
+        )
+        budget = self._plan.budget_s
+        done = any(p.stage == SCREENING for p in self._journal.processes)
+        if budget is not None and not done and self._spent() + screening > budget:
+            raise AbError(
+                f"--budget {duration(budget)}: screening alone needs about "
+                f"{duration(screening)}, after {duration(self._spent())} for warming up"
+            )
+
+    def measure(
+        self, stage: str, count: int, identities: Sequence[Identity]
+    ) -> list[list[Process]]:
+        """Measure the blocks that are not in the journal; return all that count."""
+        only = sorted({nodeid for nodeid, _ in identities}) if stage == VERDICT else None
+        # What verdicts were begun on must not change any more, also with more --retries.
+        is_closed = stage == SCREENING and any(
+            process.stage == VERDICT for process in self._journal.processes
+        )
+        is_over = False
+        found: list[list[Process]] = []
+        for block in range(count):
+            order = ORDERS[stage][block % len(ORDERS[stage])]
+            for attempt in itertools.count():
+                processes = self._recorded(stage, block, attempt)
+                if not processes:
+                    is_over |= is_closed
+                    if is_over or not self._affordable(len(order), stage, identities):
+                        is_over = True
+                        break
+                    processes = [
+                        self._run(stage, block, attempt, position, key, only, count)
+                        for position, key in enumerate(order)
+                    ]
+                if len(processes) < len(order):
+                    continue  # half a block, of a command that was interrupted, is measured again
+                heat = ", ".join(
+                    sorted({h for p in processes for h in throttle_reasons(p, identities)})
+                )
+                if not heat:
+                    found.append(processes)
+                    break
+                self._hot += 1
+                again = self._recorded(stage, block, attempt + 1)
+                if self._hot > self._plan.retries or (is_closed and not again):
+                    self._journal.notes.append(
+                        f"{stage} block {block + 1} is left out: the GPU was slowed down ({heat})"
+                    )
+                    break
+                if not again:
+                    self._tell(
+                        f"{stage} {block + 1}/{count}: the GPU was slowed down ({heat}): the block "
+                        "is measured again"
+                    )
+        if is_over and len(found) < count:
+            self._journal.notes.append(
+                f"--budget: {stage} ended after {len(found)} of {count} blocks"
+            )
+            self.is_cut_short = True
+        return found
+
+    def _recorded(self, stage: str, block: int, attempt: int) -> list[Process]:
+        """Return what the journal has of a block, whole or not."""
+        return [
+            process
+            for process in self._journal.processes
+            if (process.stage, process.block, process.attempt) == (stage, block, attempt)
+        ]
+
+    # -- warm-up ------------------------------------------------------------------------------
+
+    def _warm_up(self, key: str) -> Process:
+        cache = self._sides[key].cache
+        is_warm = cache / _WARM
+        was_warm = is_warm.exists()
+        for process in reversed(self._journal.processes):
+            if process.stage == WARM_UP and process.side == key and was_warm:
+                return process
+        if key == NEW and not was_warm:
+            # Autotuning chooses between kernels by their times, once for all processes of a side:
+            # where the code is the same, both sides must run what was chosen for the base.
+            shutil.copytree(self._sides[BASE].cache, cache, dirs_exist_ok=True)
+            is_warm.unlink(missing_ok=True)
+        measured = self._run(WARM_UP, 0, 0, 0, key, None)
+        is_warm.touch()
+        if not was_warm:
+            self._compiled.add(key)
+        return measured
+
+    def _spare_compilers(self, warm: dict[str, Process]) -> None:
+        """Measure a side again that ran out of memory while it compiled, where the other one did
+        not: autotuning takes memory that later processes do not need."""
+        for key, other in ((BASE, NEW), (NEW, BASE)):
+            fits = {i for i, result in warm[other].by_identity().items() if result.status == "ok"}
+            ooms = {i for i, result in warm[key].by_identity().items() if result.oom}
+            if key in self._compiled and fits & ooms:
+                self._tell(f"{key} ran out of memory while it compiled: once more")
+                warm[key] = self._run(WARM_UP, 0, 1, 0, key, None)
+
+    # -- one process --------------------------------------------------------------------------
+
+    def _run(
+        self,
+        stage: str,
+        block: int,
+        attempt: int,
+        position: int,
+        key: str,
+        only: Sequence[str] | None,
+        count: int = 1,
+    ) -> Process:
+        side = self._sides[key]
+        measured = side.measure(self._plan.pytest_args, only)
+        self._check_machine(measured.environment, side)
+        process = Process(
+            stage=stage,
+            block=block,
+            attempt=attempt,
+            position=position,
+            side=key,
+            seconds=measured.seconds,
+            results=tuple(measured.results),
+        )
+        self._journal.add(process, measured.environment)
+        where = f" {block + 1}/{count}" if stage != WARM_UP else ""
+        self._tell(f"{stage}{where}: {key} {side.revision.label}, {measured.seconds:.0f} s")
+        return process
+
+    def _check_machine(self, environment: Mapping[str, Any], side: Side) -> None:
+        first = self._journal.environment
+        if first is None:
+            return
+        if found := differences(first, environment):
+            listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in found.items())
+            begun = {self._sides[process.side].tree for process in self._journal.processes}
+            if side.tree not in begun:
+                raise AbError(
+                    f"{side.revision.label} runs with other software, or on another machine, than "
+                    f"the base: {listed}; only the project's own code may differ"
+                )
+            raise AbError(
+                f"machine or software changed since the comparison began: {listed}; remove "
+                f"{self._journal.path} to begin anew"
+            )
+
+    # -- time ---------------------------------------------------------------------------------
+
+    def _process_s(self, stage: str, identities: Sequence[Identity]) -> float:
+        """Estimate the wall time of one process of a stage that measures these runs."""
+        own = [p.seconds for p in self._journal.processes if p.stage == stage]
+        if own:
+            return statistics.fmean(own)
+        screening = [p for p in self._journal.processes if p.stage == SCREENING]
+        if screening:  # the runs that are left out take no time
+            return statistics.fmean(wall_time_of(process, identities) for process in screening)
+        first = [
+            max(p.seconds - sum(r.compile_s or 0.0 for r in p.results), 1.0)
+            for p in self._journal.processes
+        ]
+        return statistics.fmean(first)
+
+    def _spent(self) -> float:
+        return time.monotonic() - self._start
+
+    def _affordable(self, processes: int, stage: str, identities: Sequence[Identity]) -> bool:
+        budget = self._plan.budget_s
+        if budget is None:
+            return True
+        return self._spent() + processes * self._process_s(stage, identities) <= budget

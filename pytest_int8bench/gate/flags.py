@@ -1,0 +1,56 @@
+"""Options of the gate that both pytest and ``int8bench`` take: ``--int8-NAME`` and ``--NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pytest_int8bench.gate.rules import check_allow, parse_limit
+from pytest_int8bench.results.figures import METRICS
+
+
+class Flag(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
+    """One option."""
+
+    name: str
+    dest: str
+    """Name of its value."""
+    help: str
+    """Meaning, without a full stop and without the default."""
+    default: str
+    """The default as help shows it."""
+    metavar: str | None = None
+    """None makes a switch."""
+    repeatable: bool = False
+    read: Callable[[Any], Any] | None = None
+    """Convert the text, or the list of texts of a repeatable option; a ValueError names rule and
+    value. None for a switch."""
+
+
+LIMITS = tuple(
+    Flag(
+        metric.option,
+        metric.name,
+        f"largest {metric.help}: a percentage, or off",
+        "off" if metric.limit is None else f"{metric.limit:.0%}",
+        "LIMIT",
+        read=parse_limit,
+    )
+    for metric in METRICS.values()
+)
+ALLOW = Flag(
+    "allow",
+    "allow",
+    "part of the fingerprint that may differ, such as driver; or throttled",
+    "none",
+    "NAME",
+    repeatable=True,
+    read=check_allow,
+)
+ALLOW_MISSING = Flag(
+    "allow-missing",
+    "allow_missing",
+    "runs of the base that the new side lacks, or skips, do not count",
+    "off",
+)
+GATE_FLAGS = (*LIMITS, ALLOW, ALLOW_MISSING)

@@ -1,0 +1,107 @@
+"""Where the device's time goes at a point, and the upper bound of the speedup that follows from it.
+
+Both stages come after the clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.measure.ceiling import Ceiling, find_ceiling, quantized_calls, reached
+from pytest_int8bench.measure.device_rates import measure_rates
+from pytest_int8bench.measure.evidence import Keep
+from pytest_int8bench.measure.kernel_kinds import Breakdown, break_down, shortest_s
+from pytest_int8bench.measure.memory import free_memory, release
+from pytest_int8bench.measure.model import Model
+from pytest_int8bench.measure.timing import Timer
+from pytest_int8bench.quantization.api import coverage
+from pytest_int8bench.results.parts import Kernels, UpperBound
+
+KERNELS_KEPT = 20
+#: Devices whose profile lists kernels. On a CPU, what Inductor fused is one graph.
+WITH_KERNELS = ("cuda",)
+
+
+@dataclass(frozen=True)
+class NoCeiling:
+    """Why there is no ceiling."""
+
+    problem: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the problem, for JSON."""
+        return {"problem": self.problem}
+
+
+@dataclass(frozen=True)
+class CeilingSources:
+    """A ceiling, and where the baseline's time goes."""
+
+    baseline: Breakdown
+    ceiling: Ceiling
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the ceiling was computed from, for JSON."""
+        values = dataclasses.asdict(self.ceiling)
+        del values["speedup"]
+        return {"baseline": self.baseline.to_dict(), **values}
+
+
+def kernels_of(model: Model, keep: Keep | None) -> Kernels:
+    """Return the kernels that ran, having compared them with the labels."""
+    evidence = model.evidence(keep)
+    with_kernels = model.device.type in WITH_KERNELS
+    return Kernels(
+        device_time_s=evidence.total_s if model.device.type == "cuda" else None,
+        int8_time_share=evidence.int8_time_share,
+        attention_kernel=evidence.attention_kernel,
+        longest=evidence.kernels[:KERNELS_KEPT],
+        trace=evidence.trace if keep is not None else None,
+        breakdown=break_down(evidence) if with_kernels else None,
+    )
+
+
+def upper_bound(
+    baseline: Model, candidate: Model, speedup: float, timer: Timer
+) -> UpperBound | None:
+    """Return what INT8 could bring at most, or why that is not known."""
+    if baseline.device.type not in WITH_KERNELS:
+        return None
+    try:
+        sources = _find_ceiling(baseline, candidate, timer)
+    except Exception as error:  # whatever it is, the measurement is there
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, ClearError):
+            problem = first_line(error)
+        release(error)
+    else:
+        bound = sources.ceiling.speedup
+        return UpperBound(speedup=bound, reached=reached(speedup, bound), sources=sources)
+    free_memory()
+    return UpperBound(sources=NoCeiling(problem))
+
+
+def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSources:
+    evidence, mode = baseline.evidence(), candidate.params.int8_mode
+    dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
+    calls = baseline.linear_calls()
+    converted = {layer.name for layer in coverage(candidate.eager).converted}
+    sizes = {call.size for call in quantized_calls(calls, converted)}
+    with baseline.compiled.settings():
+        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=mode == "w8a8")
+    split = break_down(evidence)
+    ceiling = find_ceiling(
+        split,
+        calls,
+        converted,
+        rates,
+        mode=mode,
+        element_bytes=dtype.itemsize,
+        shortest_s=shortest_s(evidence),
+    )
+    return CeilingSources(split, ceiling)

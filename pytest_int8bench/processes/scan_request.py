@@ -1,0 +1,36 @@
+"""What ``int8bench sensitivity`` asks of the process that scans the layers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+_REQUEST = "INT8BENCH_SCAN"
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """How to scan, handed over in an environment variable."""
+
+    by: str
+    """``layer`` or ``block``."""
+    metric: bool
+    """Score each on labelled samples too."""
+
+    @classmethod
+    def from_env_vars(cls, environ: Mapping[str, str] | None = None) -> ScanRequest:
+        """Read what :meth:`to_env_vars` wrote.
+
+        Raises:
+            RuntimeError: if the variable is not set.
+        """
+        environ = os.environ if environ is None else environ
+        if _REQUEST not in environ:
+            raise RuntimeError(f"this test is run by int8bench sensitivity, which sets {_REQUEST}")
+        return cls(**json.loads(environ[_REQUEST]))
+
+    def to_env_vars(self) -> dict[str, str]:
+        """Return the environment variable that holds the request."""
+        return {_REQUEST: json.dumps(asdict(self))}

@@ -1,0 +1,161 @@
+"""The parts of a result, each returned by one stage of a measurement.
+
+``Result.from_parts`` joins them. Types of the rooms above are protocols here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pytest_int8bench.nvml import GpuState
+
+
+class Serializable(Protocol):
+    """Anything that is saved as plain values."""
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return plain values, for JSON."""
+        ...
+
+
+class KernelTime(Protocol):
+    """A kernel and its time in one forward."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def calls(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What it took to get a model ready."""
+
+    peak_memory_bytes: int | None
+    compile_s: float | None
+    compile_cache: str | None
+    warm_up_s: float
+    steady: bool
+    cuda_graphs_skipped: bool
+    regions: int
+    regions_refused: str | None
+    attention_backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """What one batch counts for."""
+
+    samples: float
+    tokens: float | None = None
+    pixels: float | None = None
+    square_km: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per batch over the rounds of a measurement."""
+
+    median_s: float
+    mean_s: float
+    p95_s: float
+    """95th percentile of the rounds; a round is the mean of its iterations."""
+    min_s: float
+    """The fastest round."""
+    standard_error: float
+    """Estimated standard error of the median, relative to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """The rounds that were timed, and the GPU around them."""
+
+    timing: Timing
+    count: int
+    iterations: int
+    """Batches per round."""
+    synchronization_share: float
+    gpu_before: GpuState | None
+    gpu_after: GpuState | None
+    throttled: Sequence[str]
+    joules_per_batch: float | None = None
+
+
+@dataclass(frozen=True)
+class FeedingCost:
+    """The cost of feeding a model from the host, measured against inputs on the device."""
+
+    copy_s: float
+    """Copying one batch, with nothing beside it."""
+    exposed_s: float
+    """How much longer a batch takes."""
+    exposed_low_s: float
+    """Lower end of the 95 % interval."""
+    exposed_high_s: float
+    """Upper end of the 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """How a model was fed from the host during the rounds."""
+
+    workers: int | None
+    wait_s: float
+    """Seconds per batch that the host waited for the loader."""
+    cost: FeedingCost | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The candidate against its baseline."""
+
+    speedup: float
+    low: float | None = None
+    """Lower end of the 95 % interval."""
+    high: float | None = None
+    """Upper end of the 95 % interval."""
+    method: str
+    """``interleaved`` or ``separate``."""
+    energy_ratio: float | None = None
+    """Joules of a batch of the baseline over those of the candidate."""
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether baseline and candidate alternated in one process."""
+        return self.method == "interleaved"
+
+
+class Coverage(Serializable, Protocol):
+    """Which layers were quantized."""
+
+    @property
+    def backend(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The kernels of one profiled forward."""
+
+    device_time_s: float | None
+    int8_time_share: float
+    attention_kernel: str | None
+    longest: Sequence[KernelTime]
+    trace: str | None
+    breakdown: Serializable | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperBound:
+    """The speedup that INT8 could reach at most, or why it is unknown."""
+
+    speedup: float | None = None
+    reached: float | None = None
+    """Part of the possible gain that was reached."""
+    sources: Serializable
+    """The quantities that it was computed from, or the problem."""

@@ -1,0 +1,139 @@
+"""``int8bench sensitivity``: pytest in a child process, its output, exit codes and signals. What it
+finds is tested with the fixture, in tests/plugin/test_accuracy.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.cli import sensitivity
+from pytest_int8bench.cli.main import main
+from pytest_int8bench.processes.scan_request import ScanRequest
+
+DEADLINE_S = 120
+HANGS = """
+import os, signal
+from pathlib import Path
+
+def make():
+    Path("pid.part").write_text(str(os.getpid()))
+    os.rename("pid.part", "pid")
+    signal.pause()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+
+
+class Ended:
+    """A process that ended at once."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self.code
+
+
+def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int, list[str], Any]:
+    """Return the exit code, the command and the environment of the process that is started."""
+    calls: list[Any] = []
+
+    def popen(command: list[str], env: dict[str, str]) -> Ended:
+        calls.append((command, env))
+        return Ended(code)
+
+    monkeypatch.setattr(sensitivity.subprocess, "Popen", popen)
+    returned = main(["sensitivity", *args])
+    [(command, environ)] = calls
+    return returned, command, environ
+
+
+def test_options_of_the_command_and_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--by=block", "--json=a.json", "--int8-mode=w8", "--metric", "--", "-k", "nano")
+    _, command, environ = started(monkeypatch, 0, *args)
+    assert command[:4] == [sys.executable, "-P", "-m", "pytest"]
+    assert command[-5:] == ["--benchmark-json=a.json", "--int8-mode=w8", "--", "-k", "nano"]
+    assert command.index("--int8-set=compile_mode=off") < command.index("--int8-mode=w8")
+    assert ScanRequest.from_env_vars(environ) == ScanRequest(by="block", metric=True)
+    assert environ["PYTHONPATH"].split(os.pathsep) == [os.path.abspath(path) for path in sys.path]
+
+    _, command, environ = started(monkeypatch, 0)
+    assert command[-1].endswith("test_sensitivity.py")
+    assert ScanRequest.from_env_vars(environ) == ScanRequest(by="layer", metric=False)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 4, 5])
+def test_the_exit_code_is_that_of_pytest(
+    monkeypatch: pytest.MonkeyPatch, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(monkeypatch, code)[0] == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_process_that_was_killed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started(monkeypatch, -signal.SIGKILL)[0] == 128 + signal.SIGKILL
+    assert capsys.readouterr() == ("", "int8bench sensitivity: SIGKILL\n")
+
+
+def test_the_test_is_run_by_the_command_only() -> None:
+    with pytest.raises(RuntimeError, match=r"^this test is run by int8bench sensitivity, which "):
+        ScanRequest.from_env_vars({})
+
+
+def test_a_bad_option_is_one_line_and_exit_4(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sensitivity", "--int8-mode=w4"]) == 4
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line for line in err.splitlines() if line] == [
+        "ERROR: --int8-mode: must be one or more of w8a8, w8, off by comma, got 'w4'"
+    ]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group", "code"),
+    [(signal.SIGINT, True, 2), (signal.SIGINT, False, 2), (signal.SIGTERM, False, 143)],
+    ids=["ctrl-c", "interrupt", "terminate"],
+)
+def test_a_signal_leaves_no_process_behind(
+    number: signal.Signals, whole_group: bool, code: int
+) -> None:
+    Path("hangs.py").write_text(HANGS)
+    script = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
+    options = ("--int8-workload=hangs.py:make", "--int8-preset=smoke", "-p", "no:randomly")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "sensitivity", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while not Path("pid").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    out, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == code
+    assert "KeyboardInterrupt" in out  # pytest had its say
+    assert not is_running(int(Path("pid").read_text()))
