@@ -7,6 +7,7 @@ holds as data, whose modules load neither torch nor numpy.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import importlib
 import re
@@ -44,11 +45,11 @@ def on_page_content(html: str, **_: Any) -> str:
     return _ROLE.sub(r"\1\2", html)
 
 
-def options(holder: str, *names: str) -> str:
-    """Return a table of the options ``names``."""
+def options(holder: str, *patterns: str) -> str:
+    """Return a table of the options whose names match ``patterns``, such as ``max-*-growth``."""
     known = _import(holder)
     rows = []
-    for name in names:
+    for name in _matching(known, patterns):
         option = known[name]
         flag = option.flag if option.metavar is None else f"{option.flag} {option.metavar}"
         meaning, _, default = option.help.rpartition(" Default: ")
@@ -132,6 +133,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     )
+
+
+def _matching(known: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return names in the order of ``patterns``; those that match several, once."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(known, pattern)
+        if not names:
+            raise PluginError(f"no option is called {pattern!r}")
+        found.update(dict.fromkeys(names))
+    return [*found]
 
 
 def _import(path: str) -> Any:

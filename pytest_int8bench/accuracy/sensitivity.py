@@ -22,6 +22,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.records import Sensitivity
 from pytest_int8bench.tensors import call, tensors_of
+from pytest_int8bench.words import plural
 from pytest_int8bench.workloads import Workload
 
 BY = ("layer", "block")
@@ -113,11 +114,8 @@ class SensitivityScan:
             record(table)
             if count == 0:
                 each_s = time.perf_counter() - begun
-                number = len(self.groups)
-                kind = self._by if number == 1 else f"{self._by}s"
-                tell(
-                    f"{number} {kind}, {each_s:.1f} s for the first: about {number * each_s:.0f} s"
-                )
+                counted, all_s = plural(len(self.groups), self._by), len(self.groups) * each_s
+                tell(f"{counted}, {each_s:.1f} s for the first: about {all_s:.0f} s")
         return table
 
     def _row(

@@ -18,7 +18,6 @@ from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
 from pytest_int8bench.gate.rules import (
-    METRICS,
     Rules,
     check_allow,
     find_pyproject,
@@ -26,6 +25,7 @@ from pytest_int8bench.gate.rules import (
     read_rules,
 )
 from pytest_int8bench.report import compare as report
+from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import find_side, latest_two, read_runs
 
 

@@ -37,8 +37,9 @@ from pytest_int8bench.gate.outcomes import (
     Identity,
     RunChange,
 )
-from pytest_int8bench.gate.rules import METRICS, THROTTLED, Metric, Rules
+from pytest_int8bench.gate.rules import THROTTLED, Rules
 from pytest_int8bench.gate.verdicts import VerdictChange, compare_verdict
+from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Record, Result
 
@@ -275,7 +276,7 @@ def _measured(
 
 
 def _change(
-    metric: Metric,
+    metric: Figure,
     base: Sequence[float],
     new: Sequence[float],
     limit: float | None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pytest_int8bench.gate.rules import METRICS, check_allow, parse_limit
+from pytest_int8bench.gate.rules import check_allow, parse_limit
+from pytest_int8bench.results.figures import METRICS
 
 
 class Flag(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_int8bench.gate.outcomes import Identity
-from pytest_int8bench.gate.rules import METRICS, Metric, Rules
+from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.records import Result
 
 _LEVEL = 0.05
@@ -48,7 +49,7 @@ class NoiseFloors:
                 self._pooled[metric.name] = (sum(squares for squares, _ in parts), freedom)
 
     def floor(
-        self, metric: Metric, base: Sequence[float], new: Sequence[float]
+        self, metric: Figure, base: Sequence[float], new: Sequence[float]
     ) -> tuple[float, bool]:
         """Return the floor for a run with these values, and whether it was learned."""
         if metric.name in self._rules.floors:
@@ -74,9 +75,10 @@ def _scatter(values: Sequence[float]) -> tuple[float, int]:
     return sum((log - mean) ** 2 for log in logs), len(logs) - 1
 
 
-def metric_values(results: Iterable[Result], metric: Metric) -> list[float]:
-    found = (getattr(result, metric.field) for result in results)
-    return [float(value) for value in found if value is not None]
+def metric_values(results: Iterable[Result], metric: Figure) -> list[float]:
+    """Return the values of a metric; those not above 0 have no relative growth."""
+    found = (metric.of(result) for result in results)
+    return [float(value) for value in found if value is not None and value > 0]
 
 
 def usable_results(results: Iterable[Result]) -> list[Result]:

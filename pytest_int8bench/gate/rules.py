@@ -11,88 +11,14 @@ max-slowdown = "15%"
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.environment import FINGERPRINT_NAMES, MAY_DIFFER
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is compared of a run, as a growth of cost: 0.05 means 5 % worse."""
-
-    name: str
-    field: str
-    """Field of ``Result``."""
-    option: str
-    """Name of its limit, on the command line and in ``pyproject.toml``."""
-    help: str
-    limit: float | None
-    """Largest growth that passes, relative; None judges nothing."""
-    floor: float
-    """Relative difference of two processes of equal code that is taken for noise where only one
-    file a side is given."""
-    is_rate: bool = False
-    """Higher is better, and the cost is the time that one takes."""
-    depends_on_clocks: bool = True
-    """A GPU that is slowed down by heat changes it."""
-
-    def growth(self, base: float, new: float) -> float:
-        """Return by how much the cost grew, relative to the base's."""
-        return (base / new if self.is_rate else new / base) - 1
-
-
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "throughput",
-            "samples_per_s",
-            "max-slowdown",
-            "growth of the median time of a sample",
-            limit=0.05,
-            floor=0.02,
-            is_rate=True,
-        ),
-        Metric(
-            "batch-time",
-            "batch_time_s",
-            "max-batch-time-growth",
-            "growth of the median time of a batch; the slowdown, as long as batches keep their "
-            "samples",
-            limit=None,
-            floor=0.02,
-        ),
-        Metric(
-            "p95",
-            "batch_time_p95_s",
-            "max-p95-growth",
-            "growth of the 95th percentile of the batch time",
-            limit=None,
-            floor=0.05,
-        ),
-        Metric(
-            "memory",
-            "peak_memory_bytes",
-            "max-memory-growth",
-            "growth of the model's peak memory (CUDA only)",
-            limit=0.05,
-            floor=0.01,
-            depends_on_clocks=False,
-        ),
-        Metric(
-            "compile",
-            "compile_s",
-            "max-compile-growth",
-            "growth of the first call's time; it depends on whether the compile cache was warm",
-            limit=None,
-            floor=0.3,
-        ),
-    )
-}
+from pytest_int8bench.results.figures import METRICS
 
 #: What may be allowed to differ: names of the fingerprint, and a GPU that was slowed down by heat.
 THROTTLED = "throttled"
@@ -196,9 +122,7 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
 
 
 _TABLE = "tool.int8bench.gate"
-_OPTIONS = {metric.option: metric for metric in METRICS.values()}
 _FLAGS = {"allow-missing": "allow_missing", "fail-on-inconclusive": "fail_on_inconclusive"}
-_KEYS = (*_OPTIONS, "noise-floor", "allow", *_FLAGS, "runs")
 
 
 def find_pyproject(folder: Path) -> Path | None:
@@ -232,7 +156,8 @@ def read_rules(path: Path | None) -> Rules:
 
 
 def _rules(table: Any) -> Rules:
-    _check_keys(table, _KEYS)
+    limited = [metric.option for metric in METRICS.values()]
+    _check_keys(table, [*limited, "noise-floor", "allow", *_FLAGS, "runs"])
     values: dict[str, Any] = {}
     for key, name in _FLAGS.items():
         if key in table:
@@ -259,14 +184,14 @@ def _rules(table: Any) -> Rules:
     patterns = []
     for pattern, limits in runs.items():
         try:
-            _check_keys(limits, tuple(_OPTIONS))
+            _check_keys(limits, limited)
             patterns.append((pattern, _limits(limits)))
         except ValueError as error:
             raise ValueError(f"runs.{pattern!r}: {error}") from None
     return Rules(limits=_limits(table), runs=tuple(patterns), **values)
 
 
-def _check_keys(table: Any, known: tuple[str, ...]) -> None:
+def _check_keys(table: Any, known: Sequence[str]) -> None:
     if not isinstance(table, dict):
         raise ValueError(f"must be a table, got {table!r}")
     for key in table:
@@ -276,10 +201,10 @@ def _check_keys(table: Any, known: tuple[str, ...]) -> None:
 
 def _limits(table: Mapping[str, Any]) -> dict[str, float | None]:
     found = {}
-    for option, metric in _OPTIONS.items():
-        if option in table:
+    for metric in METRICS.values():
+        if metric.option in table:
             try:
-                found[metric.name] = parse_limit(str(table[option]))
+                found[metric.name] = parse_limit(str(table[metric.option]))
             except ValueError as error:
-                raise ValueError(f"{option}: {error}") from None
+                raise ValueError(f"{metric.option}: {error}") from None
     return found

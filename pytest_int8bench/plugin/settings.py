@@ -13,7 +13,7 @@ import pytest
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.choices import INT8_MODES
 from pytest_int8bench.gate.flags import GATE_FLAGS, Flag
-from pytest_int8bench.gate.rules import METRICS, Rules, find_pyproject, read_rules
+from pytest_int8bench.gate.rules import Rules, find_pyproject, read_rules
 from pytest_int8bench.plugin.options import (
     OPTIONS,
     check_fields,
@@ -24,6 +24,7 @@ from pytest_int8bench.plugin.options import (
     read_workload,
 )
 from pytest_int8bench.plugin.pytest_benchmark import is_benchmark_disabled
+from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.sweep import axes_of, expand_modes
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.session import STATE, State
+from pytest_int8bench.words import plural
 
 
 def show_results(terminal: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -135,7 +136,7 @@ def _where_profiles(state: State) -> list[str]:
     folders = sorted({os.path.dirname(trace) or "." for trace in traces})
     lines = []
     if traces:
-        count = f"{len(traces)} trace{'s' if len(traces) > 1 else ''} for ui.perfetto.dev"
+        count = f"{plural(len(traces), 'trace')} for ui.perfetto.dev"
         lines.append(f"profiles: {', '.join(folders)}: {count}, tables of kernels beside them")
     problems = state.profiles.problems if state.profiles is not None else []
     return [*lines, *(f"profiles: not written: {problem}" for problem in problems)]

@@ -10,16 +10,16 @@ from typing import Any
 from pytest_int8bench.environment import describe
 from pytest_int8bench.gate.ab.journal import SCHEMA
 from pytest_int8bench.gate.ab.judging import Estimate
-from pytest_int8bench.gate.ab.plan import FASTEST, MEDIAN, AbResult, AbRun, duration
+from pytest_int8bench.gate.ab.plan import FIELDS, AbResult, AbRun, duration
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
-from pytest_int8bench.report.junit import Case
-from pytest_int8bench.report.tables import MISSING, Grid, Page, finite, number
+from pytest_int8bench.report.cells import value_text
+from pytest_int8bench.report.junit import Case, case_status
+from pytest_int8bench.report.tables import MISSING, Grid, Page, finite
+from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import point_label
 
 _TITLE = "int8bench ab"
 _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}
-_HEADERS = {MEDIAN: "ms/batch", FASTEST: "ms/batch, fastest"}
-_STATUSES = {PASSES: "passed", REGRESSES: "failure"}
 
 
 def page(result: AbResult) -> Page:
@@ -65,9 +65,7 @@ def cases(result: AbResult) -> list[Case]:
     """Return one JUnit case for each run."""
     found = []
     for run in result.runs:
-        status = _STATUSES.get(run.exit_code, "error")
-        if status == "passed" and run.outcome != "PASS":
-            status = "skipped"
+        status = case_status(run.exit_code, is_skipped=run.outcome != "PASS")
         message = f"{run.outcome}: {run.reason}" if run.reason else run.outcome
         estimate = _estimate(run)
         if estimate is not None:
@@ -81,9 +79,10 @@ def cases(result: AbResult) -> list[Case]:
 
 
 def _table(result: AbResult) -> Grid:
+    time = FIGURES[FIELDS[result.statistic]]
     columns: dict[str, Callable[[AbRun], str]] = {
         "run": _name,
-        _HEADERS[result.statistic]: _times,
+        time.header: lambda run: _times(run, time),
         "slowdown [95 %, one-sided]": lambda run: _interval(_estimate(run)),
         "noise": lambda run: MISSING if (e := _estimate(run)) is None else f"{e.noise:.1%}",
         "blocks": _blocks,
@@ -109,10 +108,10 @@ def _estimate(run: AbRun) -> Estimate | None:
     return run.screened.estimate if run.screened is not None else None
 
 
-def _times(run: AbRun) -> str:
+def _times(run: AbRun, time: Figure) -> str:
     if run.base_s is None or run.new_s is None:
         return MISSING
-    return f"{number(run.base_s * 1e3)} -> {number(run.new_s * 1e3)}"
+    return f"{value_text(time, run.base_s)} -> {value_text(time, run.new_s)}"
 
 
 def _interval(estimate: Estimate | None) -> str:

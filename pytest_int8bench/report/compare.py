@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pytest_int8bench.gate.compare import Comparison, Side
@@ -23,26 +23,19 @@ from pytest_int8bench.gate.outcomes import (
     Compared,
     RunChange,
 )
-from pytest_int8bench.gate.rules import METRICS
 from pytest_int8bench.gate.verdicts import VerdictChange
-from pytest_int8bench.report.junit import Case
+from pytest_int8bench.report.cells import value_text
+from pytest_int8bench.report.junit import Case, case_status
 from pytest_int8bench.report.tables import MISSING as NOTHING
-from pytest_int8bench.report.tables import Grid, Page, finite, number
+from pytest_int8bench.report.tables import Grid, Page, finite
+from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.records import point_label
+from pytest_int8bench.words import plural
 
 SCHEMA = 1
 _TITLE = "int8bench compare"
 _NOTHING_COMPARED = "nothing was compared"
 _HEADLINES = {0: "nothing regressed", 1: "REGRESSED", 2: "NOT COMPARED"}
-#: Metric -> factor from its unit to that of the table.
-_SHOWN = {"throughput": 1.0, "batch-time": 1e3, "p95": 1e3, "memory": 2**-20, "compile": 1.0}
-_HEADERS = {
-    "throughput": "samples/s",
-    "batch-time": "ms/batch",
-    "p95": "p95 ms/batch",
-    "memory": "peak MiB",
-    "compile": "compile s",
-}
 
 
 def page(comparison: Comparison) -> Page:
@@ -78,9 +71,8 @@ def cases(comparison: Comparison) -> list[Case]:
         name = _name(entry)
         if isinstance(entry, VerdictChange):
             name = f"{name} {entry.metric}"
-        status = {PASSES: "passed", REGRESSES: "failure"}.get(entry.exit_code, "error")
-        if status == "passed" and entry.outcome in (MISSING, SKIPPED, DISABLED, NEW):
-            status = "skipped"
+        is_skipped = entry.outcome in (MISSING, SKIPPED, DISABLED, NEW)
+        status = case_status(entry.exit_code, is_skipped=is_skipped)
         message = f"{entry.outcome}: {entry.reason}" if entry.reason else entry.outcome
         found.append(Case(classname=entry.nodeid, name=name, status=status, message=message))
     differing = _differing(comparison.differences)
@@ -101,15 +93,11 @@ def cases(comparison: Comparison) -> list[Case]:
 
 def _counts(comparison: Comparison) -> str:
     count = ", ".join(f"{number} {outcome}" for outcome, number in comparison.counts.items())
-    text = f"{_plural(len(comparison.runs), 'run')}: {count}" if comparison.runs else "no run"
+    text = f"{plural(len(comparison.runs), 'run')}: {count}" if comparison.runs else "no run"
     if comparison.accuracy:
         worse = sum(v.exit_code == REGRESSES for v in comparison.accuracy)
-        text += f"; {_plural(len(comparison.accuracy), 'verdict')}: {worse} regressed"
+        text += f"; {plural(len(comparison.accuracy), 'verdict')}: {worse} regressed"
     return text
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _side(side: Side) -> str:
@@ -176,37 +164,36 @@ def _name(entry: Compared) -> str:
 
 
 def _runs(runs: tuple[RunChange, ...]) -> Grid:
-    shown = [
-        name
-        for name in METRICS
-        if name != "p95" or any((c := run.change(name)) and c.limit is not None for run in runs)
-    ]
-    columns: dict[str, Callable[[RunChange], str]] = {"run": _name}
-    for name in shown:
-        columns[_HEADERS[name]] = lambda run, name=name: _cell(run, name)  # type: ignore[misc]
-    columns["outcome"] = lambda run: run.outcome
+    figures = [figure for figure in METRICS.values() if _has_column(figure, runs)]
     return Grid(
-        columns=[*columns],
-        rows=[[show(run) for show in columns.values()] for run in runs],
+        columns=["run", *(figure.header for figure in figures), "outcome"],
+        rows=[
+            [_name(run), *(_cell(run, figure) for figure in figures), run.outcome] for run in runs
+        ],
         styles=[_style(run) for run in runs],
         name="run",
         left=("outcome",),
-        first=(_HEADERS["throughput"], "outcome"),
+        first=[*(f.header for f in figures if f.leads), "outcome"],
     )
 
 
-def _cell(run: RunChange, metric: str) -> str:
-    base, new = (
-        number(value * _SHOWN[metric]) if (value := side.get(metric)) is not None else NOTHING
-        for side in (run.base, run.new)
-    )
-    if run.outcome == OOM and metric == "throughput":
+def _has_column(figure: Figure, runs: Sequence[RunChange]) -> bool:
+    if figure.shown == "where judged":
+        changes = (run.change(figure.name) for run in runs)
+        return any(change is not None and change.limit is not None for change in changes)
+    is_measured = any(figure.name in side for run in runs for side in (run.base, run.new))
+    return figure.shown == "always" or is_measured
+
+
+def _cell(run: RunChange, figure: Figure) -> str:
+    base, new = (value_text(figure, side.get(figure.name)) for side in (run.base, run.new))
+    if run.outcome == OOM and figure.shows_status:
         new = "OOM"
     text = NOTHING if base == new == NOTHING else f"{base} -> {new}"
-    change = run.change(metric)
+    change = run.change(figure.name)
     # The growth of a rate's cost beside the rate reads as if the rate had grown.
-    shown = change is not None and not METRICS[metric].is_rate
-    return f"{text} ({change.growth:+.1%})" if change is not None and shown else text
+    is_shown = change is not None and not figure.higher_is_better
+    return f"{text} ({change.growth:+.1%})" if change is not None and is_shown else text
 
 
 def _style(entry: Compared) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
+from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
+
 STATUSES = ("passed", "failure", "error", "skipped")
 # What XML 1.0 cannot hold.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -21,6 +23,18 @@ class Case:
     status: str
     """One of :data:`STATUSES`."""
     message: str = ""
+
+
+def case_status(exit_code: int, *, is_skipped: bool) -> str:
+    """Return the status of a case from its exit code.
+
+    Args:
+        exit_code: what the case adds to the exit code of a comparison.
+        is_skipped: a case that passes is shown as skipped.
+    """
+    if exit_code == PASSES:
+        return "skipped" if is_skipped else "passed"
+    return "failure" if exit_code == REGRESSES else "error"
 
 
 def to_xml(suite: str, cases: Sequence[Case]) -> str:

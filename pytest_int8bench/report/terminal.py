@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pytest_int8bench.environment import describe
+from pytest_int8bench.report.cells import figure_cell, status_text
 from pytest_int8bench.report.remarks import (
     THROTTLED_MARK,
     record_label,
@@ -13,7 +14,8 @@ from pytest_int8bench.report.remarks import (
     short_rounds,
     status_remarks,
 )
-from pytest_int8bench.report.tables import MISSING, Grid, number, paragraphs, plain_grid
+from pytest_int8bench.report.tables import MISSING, Grid, paragraphs, plain_grid
+from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Accuracy, Result, Saved, Sensitivity
 
 #: Behind a verdict on a model with random weights.
@@ -64,46 +66,39 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
 
 def results_table(results: Sequence[Result]) -> Grid:
     """Return the figures of points that were measured or ran out of memory."""
-    columns: dict[str, Callable[[Result], str]] = {
-        "run": lambda r: r.run_name,
-        "samples/s": lambda r: number(r.samples_per_s) + (THROTTLED_MARK if r.throttled else ""),
-        "tokens/s": lambda r: number(r.tokens_per_s),
-        "km²/s": lambda r: number(r.square_km_per_s),
-        "ms/batch": lambda r: number(None if r.batch_time_s is None else r.batch_time_s * 1e3),
-        "peak MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / 2**20),
-        "compile s": lambda r: (
-            number(r.compile_s) + (" (warm)" if r.compile_cache == "warm" else "")
-        ),
-        "INT8 time": _int8_time,
-        "attention": lambda r: r.attention_kernel or MISSING,
-        "speedup [95 %]": shown_speedup,
-    }
-    workloads = {result.workload for result in results}
-    if workloads != {"olmoearth"}:
-        columns = {"workload": lambda r: r.workload, **columns}
-    rows = []
-    for result in results:
-        cells = [show(result) for show in columns.values()]
-        if result.oom:
-            cells[list(columns).index("samples/s")] = "OOM"
-        rows.append(cells)
+    figures = [figure for figure in FIGURES.values() if _has_column(figure, results)]
+    has_workloads = {result.workload for result in results} != {"olmoearth"}
+    names = ["workload", "run"] if has_workloads else ["run"]
     return Grid(
-        columns=[*columns],
-        rows=rows,
+        columns=[*names, *(figure.header for figure in figures)],
+        rows=[
+            [
+                *([result.workload] if has_workloads else []),
+                result.run_name,
+                *(_cell(figure, result) for figure in figures),
+            ]
+            for result in results
+        ],
         styles=[None if result.status == "ok" else "red" for result in results],
         name="run",
-        left=("workload", "attention"),
+        left=("workload", *(figure.header for figure in figures if figure.kind == "text")),
         keys=("workload",),
-        first=("samples/s", "speedup [95 %]"),
+        first=[figure.header for figure in figures if figure.leads],
     )
 
 
-def _int8_time(result: Result) -> str:
-    """Return the share of INT8 products, and whose they are where they are ours."""
-    if result.int8_time_share is None:
-        return MISSING
-    ours = " fused" if result.int8_backend == "fused" else ""
-    return f"{result.int8_time_share:.0%}{ours}"
+def _has_column(figure: Figure, results: Sequence[Result]) -> bool:
+    if not figure.header or figure.shown == "where judged":
+        return False
+    return figure.shown == "always" or any(figure.of(result) is not None for result in results)
+
+
+def _cell(figure: Figure, result: Result) -> str:
+    if not figure.shows_status:
+        return figure_cell(figure, result)
+    if result.oom:
+        return status_text(result)
+    return figure_cell(figure, result) + (THROTTLED_MARK if result.throttled else "")
 
 
 def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
@@ -169,12 +164,3 @@ def sensitivity_table(found: Sensitivity) -> Grid:
         columns["worse/better"] = lambda row: f"{row['lost']}/{row['gained']}"
     rows = [[show(row) for show in columns.values()] for row in found.layers]
     return plain_grid([*columns], rows)
-
-
-def shown_speedup(result: Result) -> str:
-    """Return a speedup with its interval."""
-    if result.speedup is None:
-        return MISSING
-    if result.speedup_low is None or result.speedup_high is None:
-        return f"{result.speedup:.2f}x (apart)"
-    return f"{result.speedup:.2f}x [{result.speedup_low:.2f}, {result.speedup_high:.2f}]"

@@ -18,45 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.files import timestamp
+from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Accuracy, Record, Result, Saved
+from pytest_int8bench.words import plural
 
 #: The project where neither ``WANDB_PROJECT`` nor a settings file of wandb names one.
 PROJECT = "int8bench"
 _MAX_PROBLEM = 300
-# Figures of a result that are logged under their own names.
-_FIGURES = (
-    "status",
-    "reason",
-    "requested_bytes",
-    "samples_per_s",
-    "tokens_per_s",
-    "pixels_per_s",
-    "square_km_per_s",
-    "batch_time_s",
-    "batch_time_mean_s",
-    "batch_time_p95_s",
-    "batch_time_min_s",
-    "peak_memory_bytes",
-    "compile_s",
-    "compile_cache",
-    "feed_copy_s",
-    "feed_exposed_s",
-    "feed_exposed_low_s",
-    "feed_exposed_high_s",
-    "feed_wait_s",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
-    "speedup_method",
-    "int8_backend",
-    "device_time_s",
-    "int8_time_share",
-    "attention_backend",
-    "attention_kernel",
-    "ceiling_speedup",
-    "ceiling_reached",
-    "trace",
-)
 # What is logged of a verdict, as accuracy/METRIC/NAME.
 _VERDICT = ("outcome", "samples", "baseline", "candidate", "limit", "drop", "drop_low", "drop_high")
 
@@ -132,20 +100,12 @@ def metrics_of(result: Result, gpu: str | None) -> dict[str, Any]:
     ``mean_batch_time`` and ``mean_batch_token_rate`` (tokens over that time) are of the mean over
     all batches; rates, here and everywhere else, are of the median.
     """
-    tokens = None
-    if result.tokens_per_s is not None and result.batch_time_s is not None:
-        tokens = round(result.tokens_per_s * result.batch_time_s, 6)  # a count, but for rounding
-    mean_s = result.batch_time_mean_s
-    values = {
-        "oom_occurred": int(result.oom),
-        "gpu_name": gpu,
-        "mean_batch_time": mean_s,
-        "mean_batch_token_rate": tokens / mean_s if tokens and mean_s else None,
-        "num_tokens_per_batch": tokens,
-        "square_km_per_second": result.square_km_per_s,
-        "pixels_per_second": result.pixels_per_s,
-        **{name: getattr(result, name) for name in _FIGURES},
-    }
+    values: dict[str, Any] = {"oom_occurred": int(result.oom), "gpu_name": gpu}
+    for figure in FIGURES.values():
+        value = figure.of(result)
+        if figure.wandb_alias:
+            values[figure.wandb_alias] = value
+        values[figure.field] = value
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -175,8 +135,8 @@ def log(runs: Sequence[TrackedRun], *, folder: Path, group: str | None = None) -
         return Tracked(f"wandb: {count}, then {problem}; the journal has them all", failed=True)
     if done[0].disabled:
         return Tracked("wandb: nothing logged: it is disabled", failed=False)
-    count = f"{len(done)} run{'s' if len(done) > 1 else ''}"
-    return Tracked(f"wandb: {count} in group {done[0].group}{_where(done)}", failed=False)
+    line = f"wandb: {plural(len(done), 'run')} in group {done[0].group}{_where(done)}"
+    return Tracked(line, failed=False)
 
 
 def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> Iterator[Any]:

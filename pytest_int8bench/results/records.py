@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, ClassVar, Self, TypeGuard, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import parts
+from pytest_int8bench.results.figures import FIGURES
 
 SCHEMA = 1
 ACCURACY, SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
@@ -22,18 +22,6 @@ NO_LABELS = "outputs"
 OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
 #: Start of the reason of a test that ran where pytest-benchmark is disabled.
 NOT_MEASURED = "ran once, not measured"
-_POSITIVE = (
-    "samples_per_s",
-    "batch_time_s",
-    "batch_time_mean_s",
-    "batch_time_p95_s",
-    "batch_time_min_s",
-    "peak_memory_bytes",
-    "compile_s",
-    "ceiling_speedup",
-    "feed_copy_s",
-)
-_NUMBERS = ("feed_exposed_s", "feed_exposed_low_s", "feed_exposed_high_s", "feed_wait_s")
 
 
 class SchemaError(ValueError):
@@ -43,18 +31,6 @@ class SchemaError(ValueError):
 def point_label(workload: str, run_name: str) -> str:
     """Return the run name, with the workload where it is not the default one."""
     return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
-
-
-def _is_positive(value: object) -> bool:
-    """Say whether ``value`` is a number above 0 that a float can hold with all its digits."""
-    return _is_number(value) and value >= sys.float_info.min
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    """Say whether ``value`` is a number that a float can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,20 +231,11 @@ class Result(Record):
         super().__post_init__()
         if self.status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not _is_positive(value):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            if value is not None and not _is_number(value):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+        for figure in FIGURES.values():
+            figure.validate(self)
         if self.compile_cache not in (None, *COMPILE_CACHES):
             listed = ", ".join(COMPILE_CACHES)
             raise ValueError(f"compile_cache must be one of {listed}, got {self.compile_cache!r}")
-        for name in ("reason", "trace"):
-            if (value := getattr(self, name)) is not None and not isinstance(value, str):
-                raise ValueError(f"{name} must be a text, got {value!r}")
         if not isinstance(self.throttled, list) or not all(
             isinstance(reason, str) for reason in self.throttled
         ):
@@ -517,7 +484,7 @@ class Saved:
         }
 
 
-AnyRecord = TypeVar("_Record", bound=Record)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:

@@ -25,7 +25,8 @@ from pytest_int8bench.gate.rules import (
 from pytest_int8bench.results.records import Result
 
 OPTIONS = (
-    "max-slowdown, max-batch-time-growth, max-p95-growth, max-memory-growth, max-compile-growth"
+    "max-slowdown, max-batch-time-growth, max-p95-growth, max-memory-growth, max-compile-growth, "
+    "max-energy-growth"
 )
 KEYS = f"{OPTIONS}, noise-floor, allow, allow-missing, fail-on-inconclusive, runs"
 NAMES = ", ".join(ALLOWABLE)
@@ -42,6 +43,7 @@ def test_metrics_are_numbers_of_a_result_with_stated_defaults() -> None:
         "p95": (None, 0.05),
         "memory": (0.05, 0.01),
         "compile": (None, 0.3),
+        "energy": (None, 0.03),
     }
     assert {metric.field for metric in METRICS.values()} <= {spec.name for spec in fields(Result)}
     assert ", ".join(metric.option for metric in METRICS.values()) == OPTIONS
@@ -103,7 +105,7 @@ def test_floors_of_other_metrics_are_refused(text: str) -> None:
         parse_floor(text)
     assert str(caught.value) == (
         "must be METRIC=PERCENTAGE with a metric of throughput, batch-time, p95, memory, compile, "
-        f"got {text!r}"
+        f"energy, got {text!r}"
     )
 
 
@@ -233,7 +235,7 @@ def test_without_a_table_the_defaults_count(pyproject: Path, content: str) -> No
             "noise-floor = { speed = '3%' }",
             (
                 "noise-floor: must be METRIC=PERCENTAGE with a metric of throughput, batch-time, "
-                "p95, memory, compile, got 'speed=3%'"
+                "p95, memory, compile, energy, got 'speed=3%'"
             ),
         ),
         ("noise-floor = { memory = 3 }", "noise-floor: must be a percentage such as 5%, got '3'"),

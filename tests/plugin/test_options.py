@@ -643,6 +643,7 @@ DEFAULTS = {
     "max-p95-growth": "off",
     "max-memory-growth": "5%",
     "max-compile-growth": "off",
+    "max-energy-growth": "off",
     "allow": "none",
     "allow-missing": "off",
     "profile": "none",

@@ -87,11 +87,12 @@ TIMES_AND_RATES = (
     *("samples_per_s", "batch_time_s", "batch_time_mean_s", "batch_time_p95_s"),
     *("batch_time_min_s", "compile_s", "feed_copy_s"),
 )
+ENERGIES = ("joules_per_sample", "samples_per_joule", "energy_ratio")
 positive = st.none() | st.floats(min_value=sys.float_info.min, allow_infinity=False)
 BY_NAME = {
     "status": st.sampled_from(STATUSES),
     "outcome": st.sampled_from(OUTCOMES),
-    **dict.fromkeys((*TIMES_AND_RATES, "ceiling_speedup"), positive),
+    **dict.fromkeys((*TIMES_AND_RATES, *ENERGIES, "ceiling_speedup"), positive),
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),
     "compile_cache": st.none() | st.sampled_from(COMPILE_CACHES),
 }
@@ -173,7 +174,7 @@ def test_a_metric_of_random_weights_is_a_pipeline_check() -> None:
 
 
 def test_unknown_fields_are_left_out() -> None:
-    assert Result.from_dict({**MEASURED.to_dict(), "joules_per_sample": 0.1}) == MEASURED
+    assert Result.from_dict({**MEASURED.to_dict(), "watts_per_sample": 0.1}) == MEASURED
 
 
 def test_nothing_is_measured_by_default() -> None:
@@ -201,7 +202,7 @@ def test_bad_status() -> None:
         Result.from_dict({**MEASURED.to_dict(), "status": "fine"})
 
 
-@pytest.mark.parametrize("name", [*TIMES_AND_RATES, "peak_memory_bytes"])
+@pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
 def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
     why = re.escape(f"{name} must be a number above 0, got {value!r}")

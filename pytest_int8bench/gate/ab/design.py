@@ -19,6 +19,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.words import plural
 
 #: How often a slowdown that must be found is to be found.
 POWER = 0.9
@@ -111,7 +112,7 @@ class Design:
         raise DesignError(
             f"with {self.verdict_blocks} verdict blocks a slowdown of "
             f"{percent(self.max_slowdown)} would be found with a probability of "
-            f"{math.floor(100 * power)}% only ({count_runs(runs)}, noise {percent(self.noise)} "
+            f"{math.floor(100 * power)}% only ({plural(runs, 'run')}, noise {percent(self.noise)} "
             f"between processes): {count_blocks(self.blocks_needed(runs))} are needed for "
             f"{percent(POWER)}"
         )
@@ -163,11 +164,6 @@ def critical(level: float, blocks: int) -> float:
 def percent(share: float) -> str:
     """Return a share as people read it, such as ``5%``."""
     return f"{100 * share:.3g}%"
-
-
-def count_runs(runs: int) -> str:
-    """Return ``1 run`` or ``24 runs``."""
-    return "1 run" if runs == 1 else f"{runs} runs"
 
 
 def count_blocks(needed: int | None) -> str:

@@ -19,11 +19,11 @@ from pytest_int8bench.gate.ab.design import (
     VERDICT_VARIANCE,
     Design,
     count_blocks,
-    count_runs,
     critical,
     fewest_blocks,
     percent,
 )
+from pytest_int8bench.words import plural
 
 Outcome = Literal["FAIL", "PASS", "INCONCLUSIVE"]
 Floats = NDArray[np.float64]
@@ -278,7 +278,7 @@ def _undecided(
 ) -> str:
     return (
         f"a slowdown of {_interval(estimate)} is neither shown to be over "
-        f"{percent(design.margin)} (p {p_holm:.2g} for {count_runs(runs)}) nor under "
+        f"{percent(design.margin)} (p {p_holm:.2g} for {plural(runs, 'run')}) nor under "
         f"{percent(design.max_slowdown)}: at the noise seen "
         f"({100 * estimate.noise:.1f}%) {count_blocks(needed)} would decide"
     )

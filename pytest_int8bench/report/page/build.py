@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytest_int8bench.environment import FINGERPRINT_NAMES, describe, flat
+from pytest_int8bench.report.cells import shown_speedup, status_text
 from pytest_int8bench.report.page import labels
-from pytest_int8bench.report.page.groups import Results, Scope, plural, scopes_of, with_sources
+from pytest_int8bench.report.page.groups import Results, Scope, scopes_of, with_sources
 from pytest_int8bench.report.page.model import Section, Titled, View
 from pytest_int8bench.report.page.sections import (
     accuracy,
@@ -19,8 +20,8 @@ from pytest_int8bench.report.page.sections import (
 )
 from pytest_int8bench.report.page.sources import Found, Source, current
 from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
-from pytest_int8bench.report.terminal import shown_speedup
 from pytest_int8bench.results.records import Accuracy, Result, point_label
+from pytest_int8bench.words import plural
 
 TITLE = "INT8 inference benchmarks"
 
@@ -64,7 +65,7 @@ def _problems(results: Results, many: bool) -> Section | None:
         [
             point_label(found.record.workload, found.record.run_name),
             labels.test_of(found.record),
-            "OOM" if found.record.oom else found.record.status,
+            status_text(found.record),
             found.record.reason or "no reason given",
         ]
         for found in shown
@@ -141,7 +142,7 @@ def _missing(there: set[str]) -> Section | None:
 def _summary(
     scopes: Sequence[Scope], results: Results, verdicts: Sequence[Found[Accuracy]]
 ) -> Iterable[str]:
-    count = Counter("OOM" if f.record.oom else f.record.status for f in results)
+    count = Counter(status_text(found.record) for found in results)
     if results:
         counted = ", ".join(f"{number_of} {status}" for status, number_of in count.items())
         yield f"{plural(len(results), 'point')}: {counted}."

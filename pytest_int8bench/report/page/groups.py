@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pytest_int8bench.report.cells import status_text
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import Grid
@@ -64,10 +65,8 @@ def _names(results: Sequence[Result], params: Sequence[Params]) -> list[str]:
 
 def note(result: Result) -> str:
     """Return what a figure's reader should know in a word."""
-    if result.oom:
-        return "OOM"
     if result.status != "ok":
-        return result.status
+        return status_text(result)
     return "throttled" if result.throttled else ""
 
 
@@ -79,8 +78,3 @@ def with_sources(grid: Grid, shown: Sequence[Found[Any]], many: bool) -> Grid:
     return dataclasses.replace(
         grid, columns=[*grid.columns, "file"], rows=rows, left=(*grid.left, "file")
     )
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -15,6 +15,7 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import PIPELINE_CHECK, accuracy_table, verdict_remarks
+from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Accuracy
 
 
@@ -85,7 +86,7 @@ def _pareto(
         id=f"pareto-{scope.id}-{index}",
         title=title + (scope.title.replace(": ", ", ", 1) if scope.title else ""),
         description=f"Limit {said}. {'; '.join(parts)}.",
-        unit="samples/s",
+        unit=FIGURES["samples_per_s"].unit,
         drop_unit=unit,
         limits=tuple(sorted(limits)),
         spots=tuple(spots),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pytest_int8bench.report.cells import figure_text, shown_speedup
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Bar, Bars
-from pytest_int8bench.report.page.groups import Scope, note, plural
+from pytest_int8bench.report.page.groups import Scope, note
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import ceiling_remarks
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
-from pytest_int8bench.report.terminal import shown_speedup
+from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result, point_label
-
-_MIB = 2**20
+from pytest_int8bench.words import plural
 
 
 def speedup(scopes: Sequence[Scope]) -> Section | None:
@@ -63,15 +63,7 @@ def _speedups(scope: Scope) -> Bars | None:
     ]
     if not bars:
         return None
-    return _bars(
-        "speedup",
-        scope,
-        bars,
-        title="Speedup over the baseline",
-        unit="× baseline",
-        reference=1.0,
-        decimals=2,
-    )
+    return _bars("speedup", scope, bars, FIGURES["speedup"], reference=1.0, decimals=2)
 
 
 def _ceilings(results: Sequence[Result]) -> Titled:
@@ -117,6 +109,7 @@ def _times(value: float | None) -> str:
 
 def memory(scopes: Sequence[Scope]) -> Section | None:
     """Return the section of peak memory, None where it is not known."""
+    figure = FIGURES["peak_memory_bytes"]
     charts = []
     for scope in scopes:
         found = scope.pick(lambda r: r.peak_memory_bytes is not None or r.oom)
@@ -124,13 +117,13 @@ def memory(scopes: Sequence[Scope]) -> Section | None:
             Bar(
                 name=name,
                 style=labels.style(params),
-                value=None if result.oom else (result.peak_memory_bytes or 0) / _MIB,
+                value=None if result.oom else figure.scaled(result.peak_memory_bytes or 0),
                 note=_asked(result) if result.oom else "",
             )
             for result, params, name in found
         ]
         if bars:
-            charts.append(_bars("memory", scope, bars, title="Peak memory", unit="MiB"))
+            charts.append(_bars("memory", scope, bars, figure))
     if not charts:
         return None
     return Section(
@@ -144,7 +137,8 @@ def memory(scopes: Sequence[Scope]) -> Section | None:
 def _asked(result: Result) -> str:
     if result.requested_bytes is None:
         return "OOM"
-    return f"OOM, {number(result.requested_bytes / _MIB)} MiB more asked for"
+    asked = FIGURES["requested_bytes"]
+    return f"OOM, {figure_text(asked, result)} {asked.unit} more asked for"
 
 
 def first_call(scopes: Sequence[Scope]) -> Section | None:
@@ -161,7 +155,7 @@ def first_call(scopes: Sequence[Scope]) -> Section | None:
             for result, params, name in scope.pick(lambda r: r.compile_s is not None)
         ]
         if bars:
-            charts.append(_bars("compile", scope, bars, title="First call", unit="s"))
+            charts.append(_bars("compile", scope, bars, FIGURES["compile_s"]))
     if not charts:
         return None
     return Section(
@@ -181,9 +175,8 @@ def _bars(
     kind: str,
     scope: Scope,
     bars: Sequence[Bar],
+    figure: Figure,
     *,
-    title: str,
-    unit: str,
     reference: float | None = None,
     decimals: int | None = None,
 ) -> Bars:
@@ -191,13 +184,13 @@ def _bars(
     words = "no figure"
     if known:
         least, most = (pick(known, key=lambda bar: bar.value or 0) for pick in (min, max))
-        words = f"from {number(least.value)} {unit} ({least.name})"
-        words += f" to {number(most.value)} {unit} ({most.name})"
+        words = f"from {number(least.value)} {figure.unit} ({least.name})"
+        words += f" to {number(most.value)} {figure.unit} ({most.name})"
     return Bars(
         id=f"{kind}-{scope.id}",
-        title=title + scope.title,
+        title=f"{figure.title}{scope.title}",
         description=f"{plural(len(bars), 'point')}, {words}.",
-        unit=unit,
+        unit=figure.unit,
         bars=tuple(bars),
         reference=reference,
         decimals=decimals,

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from string import ascii_uppercase
 
 from pytest_int8bench.environment import differences
+from pytest_int8bench.report.cells import figure_text, status_text
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Lines, Mark, Point, Series, distinct
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Source, device
 from pytest_int8bench.report.tables import MISSING, Grid, number
-from pytest_int8bench.report.terminal import shown_speedup
+from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Accuracy, Record, Result, point_label
 
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
-_MIB = 2**20
 
 
 def section(sources: Sequence[Source]) -> Section | None:
@@ -109,9 +109,9 @@ def _charts(
             *([test] if len(tests) > 1 else []),
         ] or [workload]
         title = ", ".join(said)
-        for what, unit, point, reference in (
-            ("throughput", "samples/s", _rate, None),
-            ("speedup", "× baseline", _speedup, 1.0),
+        for what, field, point, reference in (
+            ("throughput", "samples_per_s", _rate, None),
+            ("speedup", "speedup", _speedup, 1.0),
         ):
             series = _series(sources, group, names, point)
             if not series:
@@ -121,7 +121,7 @@ def _charts(
                     id=f"history-{what}-{number_of}",
                     title=f"{what.capitalize()} across files: {title}",
                     description=_described(series, marks),
-                    unit=unit,
+                    unit=FIGURES[field].unit,
                     x_label="commit",
                     series=series,
                     names=tuple(source.label for source in sources),
@@ -157,7 +157,7 @@ def _series(
                     y=y,
                     low=low,
                     high=high,
-                    note="" if result.status == "ok" else _status(result),
+                    note="" if result.status == "ok" else status_text(result),
                 )
             )
         if any(point.y is not None for point in points):
@@ -172,10 +172,6 @@ def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
 
 def _speedup(result: Result) -> tuple[float | None, float | None, float | None]:
     return (result.speedup, result.speedup_low, result.speedup_high)
-
-
-def _status(result: Result) -> str:
-    return "OOM" if result.oom else result.status
 
 
 def _described(series: Sequence[Series], marks: Sequence[Mark]) -> str:
@@ -219,16 +215,13 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
 
 
 def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -> list[Titled]:
-    shown: dict[str, Callable[[Result], str]] = {
-        "Throughput, samples/s": _rate_cell,
-        "Speedup over the baseline [95 %]": shown_speedup,
-        "Peak memory, MiB": lambda r: number(r.peak_memory_bytes and r.peak_memory_bytes / _MIB),
-        "First call, s": lambda r: number(r.compile_s),
-    }
+    titled = sorted((f for f in FIGURES.values() if f.title), key=lambda figure: not figure.leads)
     tables = []
-    for caption, cell in shown.items():
+    for figure in titled:
+        unit = f", {figure.unit}" if figure.unit else ""
+        caption = f"{figure.title}{' [95 %]' if figure.interval else unit}"
         rows = {
-            _name(key, results): {place: cell(result) for place, result in found.items()}
+            _name(key, results): {place: _cell(figure, result) for place, result in found.items()}
             for key, found in results.items()
         }
         tables += _table(caption, sources, rows)
@@ -249,12 +242,11 @@ def _name(key: _Key, results: dict[_Key, dict[int, Result]]) -> str:
     return f"{name} on {where}" if len({other[0] for other in twins}) > 1 else name
 
 
-def _rate_cell(result: Result) -> str:
-    if result.status == "ok":
-        return number(result.samples_per_s)
-    if result.samples_per_s is None:
-        return _status(result)
-    return f"{number(result.samples_per_s)} ({_status(result)})"
+def _cell(figure: Figure, result: Result) -> str:
+    text = figure_text(figure, result)
+    if result.status == "ok" or not figure.shows_status:
+        return text
+    return status_text(result) if text == MISSING else f"{text} ({status_text(result)})"
 
 
 def _verdict_cell(verdict: Accuracy) -> str:

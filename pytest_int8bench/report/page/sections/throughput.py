@@ -12,6 +12,7 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import ceiling_remarks, remarks, short_rounds, status_remarks
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import results_table
+from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Result, point_label
 
 #: More lines than these in one picture cannot be told apart.
@@ -110,7 +111,7 @@ def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -
                 id=f"throughput-{scope.id}-{_slug(axis)}-{index}",
                 title=title,
                 description=_ends(series, labels.axis(axis)),
-                unit="samples/s",
+                unit=FIGURES["samples_per_s"].unit,
                 x_label=labels.axis(axis),
                 series=series,
                 names=() if numeric else tuple(labels.said(value) for value in values),
@@ -155,7 +156,7 @@ def _by_mode(scope: Scope, rows: Sequence[tuple[Result, Params, str]]) -> Lines:
         id=f"throughput-{scope.id}-mode",
         title=f"Throughput by mode{scope.title}",
         description=_ends(series, "mode"),
-        unit="samples/s",
+        unit=FIGURES["samples_per_s"].unit,
         x_label="mode",
         series=distinct(series),
         names=tuple(name for _, _, name in rows),

@@ -1,0 +1,49 @@
+"""Figures of results as cells of tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytest_int8bench.report.tables import MISSING, number
+from pytest_int8bench.results.figures import FIGURES, Figure
+from pytest_int8bench.results.records import Result
+
+
+def value_text(figure: Figure, value: Any) -> str:
+    """Return a value as the figure is written; a dash for nothing."""
+    if value is None or value == "":
+        return MISSING
+    if figure.kind == "text":
+        return str(value)
+    scaled = figure.scaled(value)
+    if figure.kind == "share":
+        return f"{scaled:.0%}"
+    return f"{scaled:.2f}x" if figure.kind == "ratio" else number(scaled)
+
+
+def figure_text(figure: Figure, result: Result) -> str:
+    """Return the figure of a result with its interval; a dash where it was not measured."""
+    text = value_text(figure, figure.of(result))
+    if text == MISSING or figure.interval is None:
+        return text
+    low, high = (getattr(result, name) for name in figure.interval)
+    if low is None or high is None:
+        return f"{text} {figure.no_interval}".rstrip()
+    ends = (value_text(figure, end).removesuffix("x") for end in (low, high))
+    return f"{text} [{', '.join(ends)}]"
+
+
+def figure_cell(figure: Figure, result: Result) -> str:
+    """Return the figure of a result with its interval and mark."""
+    text = figure_text(figure, result)
+    return text if text == MISSING or figure.mark is None else text + figure.mark(result)
+
+
+def shown_speedup(result: Result) -> str:
+    """Return a speedup with its interval."""
+    return figure_cell(FIGURES["speedup"], result)
+
+
+def status_text(result: Result) -> str:
+    """Return the status of a point as people write it."""
+    return "OOM" if result.oom else result.status
