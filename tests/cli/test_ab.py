@@ -39,7 +39,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_int8bench.results import Journal, Result
+from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.records import Result
 
 COUNTER = Path(os.environ["TOY_COUNTER"])
 

@@ -568,7 +568,7 @@ def test_worktrees_of_another_user_stay(
 CHILD = """
 import signal, sys
 from pathlib import Path
-from pytest_int8bench.gate.worktrees import resolve, worktrees
+from pytest_int8bench.gate.ab.worktrees import resolve, worktrees
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 root, ready = Path(sys.argv[1]), Path(sys.argv[2])
