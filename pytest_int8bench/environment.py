@@ -1,4 +1,4 @@
-"""The machine and the software that a result was measured on."""
+"""Describe the machine and the software that a result was measured on."""
 
 from __future__ import annotations
 

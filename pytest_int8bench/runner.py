@@ -280,7 +280,7 @@ def _journal(part: Path) -> Saved:
 
 
 def _is_json(path: Path) -> bool:
-    """Say whether a process lived to write its file; pytest-benchmark opens it at the start."""
+    """Return whether a process lived to write its file; pytest-benchmark opens it at the start."""
     return path.exists() and path.stat().st_size > 0
 
 

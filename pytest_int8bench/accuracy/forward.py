@@ -1,4 +1,4 @@
-"""Running a compiled model on any number of samples."""
+"""Run a compiled model on any number of samples."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Forward:
         return map_tensors(cut, output)
 
     def _place(self, tensor: torch.Tensor, like: torch.Tensor, rows: slice) -> torch.Tensor:
-        # Made like the tensor that was compiled for, in strides too: others would compile anew.
+        # With the strides of the compiled batch too: others would be compiled for again.
         strides = like.stride() if 0 not in like.stride() else like.contiguous().stride()
         made = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=self.device)
         if tensor.shape == like.shape:

@@ -1,4 +1,4 @@
-"""Holding a candidate's accuracy against its baseline's."""
+"""Compare a candidate's accuracy with its baseline's."""
 
 from __future__ import annotations
 
@@ -288,8 +288,8 @@ def _first(outputs: Any) -> Any:
 
 
 def has_random_weights(workload: Workload, weights: str) -> bool:
-    """Say whether the model is one of a library that was not trained. What a workload of the
-    user's builds is theirs to know."""
+    """Return whether the model comes from a library and was not trained. A user's own workload may
+    build what it likes."""
     return weights == RANDOM and workload.load is not None
 
 

@@ -1,4 +1,4 @@
-"""How far a metric may drop."""
+"""Parse and print how far a metric may drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far outputs are from the baseline's, where there are no labels.
+"""Compare outputs with the baseline's, where there are no labels.
 
 Such figures can fail a model. They cannot say how much accuracy it lost: that takes labels.
 """

@@ -1,4 +1,4 @@
-"""What evaluations return: read, checked that both models scored the same samples, judged."""
+"""Read what evaluations return, check that both models scored the same samples, and judge it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers lose most: each layer, or block, quantized alone."""
+"""Rank layers, or blocks, by what quantizing each of them alone costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate inside a pytest session: each measured point against a saved file, at once."""
+"""Compare each point of a pytest session with a saved file as soon as it is measured."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ _INTERRUPT_S = 10
 
 
 def is_pytests(variable: str) -> bool:
-    """Say whether an environment variable is of the pytest around, and none of a new one's."""
+    """Return whether an environment variable belongs to the pytest session that started this
+    process, so that a new session must not inherit it."""
     own = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
     return variable in own or variable.startswith("PYTEST_XDIST_")
 

@@ -1,7 +1,7 @@
-"""Two revisions on one machine: fresh processes in alternation, screening, and verdicts.
+"""Compare two revisions on one machine: new processes in alternation, screening, and verdicts.
 
-Everything that is measured goes to a journal at once, so that the same command goes on where an
-interrupted one ended.
+Everything that is measured goes to a journal at once, so that the same command continues an
+interrupted one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an A/B has measured, on disk at once, so that the same command goes on where one ended."""
+"""Keep on disk what an A/B has measured, so that the same command continues an interrupted one."""
 
 from __future__ import annotations
 

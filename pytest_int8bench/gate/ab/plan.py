@@ -13,7 +13,7 @@ from typing import Any
 from pytest_int8bench.gate.ab.design import Design
 from pytest_int8bench.gate.ab.judging import Judged, Screened
 from pytest_int8bench.gate.ab.worktrees import Revision
-from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
+from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED, Compared
 
 WARM_UP, SCREENING, VERDICT = "warm-up", "screening", "verdict"
 BASE, NEW = "base", "new"
@@ -71,17 +71,13 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbRun:
-    """One run of both revisions."""
+class AbRun(Compared):
+    """One run of both revisions.
 
-    nodeid: str
-    workload: str
-    run_name: str
-    outcome: str
-    """``PASS``, ``FAIL``, ``INCONCLUSIVE``, or why it was not compared: ``oom``, ``missing``,
-    ``new``, ``failed``, ``skipped``, ``disabled``."""
-    exit_code: int
-    reason: str | None = None
+    Its outcome is ``PASS``, ``FAIL``, ``INCONCLUSIVE``, or why it was not compared: ``oom``,
+    ``missing``, ``new``, ``failed``, ``skipped``, ``disabled``.
+    """
+
     base_s: float | None = None
     """Seconds per batch, median of all processes of the last stage."""
     new_s: float | None = None

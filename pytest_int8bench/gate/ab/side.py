@@ -1,5 +1,5 @@
-"""One side of an A/B: a revision in a worktree, measured by fresh processes of pytest that import
-its own code."""
+"""Measure one side of an A/B: a revision in a worktree, by new processes of pytest that import its
+own code."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ _CODE = (".py", ".so", ".pyd")
 _PROJECTS = ("pyproject.toml", "*/pyproject.toml", "*/*/pyproject.toml")
 # Lines of pytest's output that say what went wrong, the most telling ones first.
 _TELLING = tuple(map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)")))
-
-
 _TOO_OLD = re.compile(
     rf'(importing|loading) plugin "({re.escape(_PLUGIN)}|int8bench)"|'
     "unrecognized arguments: --int8"
@@ -162,7 +160,7 @@ class Side:
         return argument
 
     def _is_data(self, path: Path, moved: Path) -> bool:
-        """Say whether something is in the user's working tree only, and is not the project's
+        """Return whether something is in the user's working tree only and is not the project's
         code: weights that are not committed, a virtual environment."""
         if any(part in path.parts for part in _INSTALLED):
             return True

@@ -1,6 +1,6 @@
-"""Revisions of the user's repository, checked out side by side.
+"""Check revisions of the user's repository out side by side.
 
-Nothing of the user's changes: not the working tree, the index, the branches, the stash or HEAD.
+The user's working tree, index, branches, stash and HEAD stay as they are.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def changed_files(root: Path) -> list[str]:
 
 
 def has_submodules(folder: Path) -> bool:
-    """Say whether the revision in ``folder`` has submodules; a worktree has their folders empty."""
+    """Return whether the revision in ``folder`` has submodules, whose folders a worktree leaves
+    empty."""
     return (folder / ".gitmodules").is_file()
 
 
@@ -244,7 +245,7 @@ def _listed(root: Path) -> list[Path]:
 
 
 def _is_alive(owner: Path) -> bool:
-    """Say whether the process that wrote ``owner`` still runs."""
+    """Return whether the process that wrote ``owner`` still runs."""
     try:
         pid, start = owner.read_text().split()
         return _start_time(int(pid)) == start
