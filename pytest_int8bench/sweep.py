@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS
+from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS, SWEPT_MODES
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
@@ -23,7 +23,7 @@ SWEEPS: dict[str, dict[str, list[Any]]] = {
     "bf16": {"bf16": [True, False]},
     "model_size": {"model_size": ["nano", "tiny", "base", "large"]},
     "int8_enabled": {"int8_enabled": [True, False]},
-    "int8_mode": {"int8_mode": ["w8a8", "w8"]},
+    "int8_mode": {"int8_mode": list(SWEPT_MODES)},
     "int8_smoothquant": {"int8_smoothquant": [True, False]},
     "compile_mode": {"compile_mode": ["default", "reduce-overhead", "max-autotune"]},
     "attention": {"attention": list(ATTENTION_BACKENDS)},
@@ -87,7 +87,7 @@ def expand_modes(
     *,
     cross_product: bool = False,
 ) -> list[RunParams]:
-    """Expand ``axes`` once for each INT8 mode of ``modes`` (``w8a8``, ``w8`` or ``off``).
+    """Expand ``axes`` once for each INT8 mode of ``modes``, ``off`` for none among them.
 
     Modes always multiply, also without ``cross_product``. Points without INT8 come out as
     plain baselines, so that they fold.

@@ -13,7 +13,7 @@ import torch
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.environment import gpu_state
 from pytest_int8bench.errors import ClearError, WorkloadError, first_line
-from pytest_int8bench.measure.ceiling import find_ceiling, quantized_calls, reached
+from pytest_int8bench.measure.ceiling import bound_of, find_ceiling, quantized_calls, reached
 from pytest_int8bench.measure.device_rates import measure_rates
 from pytest_int8bench.measure.evidence import Keep
 from pytest_int8bench.measure.kernel_kinds import break_down, shortest_s
@@ -364,20 +364,20 @@ def _ceiling(baseline: Model, candidate: Model, speedup: float, timer: Timer) ->
 
 
 def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> dict[str, Any]:
-    evidence, mode = baseline.evidence(), candidate.params.int8_mode
+    evidence, bound = baseline.evidence(), bound_of(candidate.params.int8_mode)
     dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
     calls = baseline.linear_calls()
     converted = {layer.name for layer in coverage(candidate.eager).converted}
     sizes = {call.size for call in quantized_calls(calls, converted)}
     with baseline.compiled.settings():
-        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=mode == "w8a8")
+        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=bound.int8_matmuls)
     split = break_down(evidence)
     ceiling = find_ceiling(
         split,
         calls,
         converted,
         rates,
-        mode=mode,
+        bound=bound,
         element_bytes=dtype.itemsize,
         shortest_s=shortest_s(evidence),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.choices import mode_choices
 from pytest_int8bench.gate.rules import (
     METRICS,
 )
@@ -48,13 +49,14 @@ class Option:
         return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
 
 
+_MODES = ", ".join(f"{name} ({choice.summary})" for name, choice in mode_choices().items())
+
 OPTIONS = {
     option.name: option
     for option in (
         Option(
             "mode",
-            "INT8 modes by comma: w8a8 (weights and dynamic activations), w8 (weights only) or "
-            "off (BF16 only). Default: w8a8",
+            f"INT8 modes by comma: {_MODES} or off (BF16 only). Default: w8a8",
             "MODES",
         ),
         Option("smoothquant", "Apply SmoothQuant after a calibration pass. Default: off"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pytest_int8bench.choices import precision
 from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
 
 
@@ -38,14 +39,16 @@ def describe(verdict: Accuracy) -> list[str]:
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
     dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
+    quantized = precision(str(verdict.params.get("int8_mode")))
     moved = f"dropped by {drop} [{low}, {high}]"
     if (verdict.drop or 0) < 0:
         moved = f"rose by {drop.removeprefix('-')} (drop [{low}, {high}])"
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
-            f"samples: {verdict.lost} got worse, {verdict.gained} better (one-sided 95 % bounds)"
+            f"  {dtype} {verdict.baseline:.4f}, {quantized} {verdict.candidate:.4f}, "
+            f"{verdict.samples} samples: {verdict.lost} got worse, {verdict.gained} better "
+            "(one-sided 95 % bounds)"
         ),
     ]
     if verdict.needed is not None and not verdict.is_pipeline_check:
