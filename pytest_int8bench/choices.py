@@ -4,7 +4,9 @@ without loading RunParams."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MODEL_SIZES = ("nano", "tiny", "small", "base", "large")
 DEVICES = ("cuda", "cpu")
@@ -87,8 +89,14 @@ def register_mode(name: str, choice: ModeChoice) -> None:
     _modes[name] = choice
 
 
-def precision(name: str) -> str:
-    """Return what mode ``name`` stores weights in; ``INT8`` for one that is not registered, of a
-    file that was saved elsewhere."""
-    choice = _modes.get(name)
+def precision(params: Mapping[str, Any]) -> str:
+    """Return what the quantized layers of a saved point store: ``INT8``, or ``FP8``. A mode that
+    is not registered here, of a file that was saved elsewhere, counts as INT8."""
+    choice = _modes.get(str(params.get("int8_mode")))
     return choice.precision if choice is not None else "INT8"
+
+
+def takes_smoothquant(params: Mapping[str, Any]) -> bool:
+    """Say whether SmoothQuant goes with the mode of a saved point, as far as that is known."""
+    choice = _modes.get(str(params.get("int8_mode")))
+    return choice is None or choice.smoothquant

@@ -50,15 +50,15 @@ def find_ceiling(
 ) -> Ceiling:
     """Return what INT8 could bring at most.
 
-    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``,
-    in the baseline and in INT8. The measured time of the baseline's products is shared out by the
-    former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8 the
-    kernels between quantized layers may shrink too, to one pass over each input of theirs: no less
-    quantizes rows by their own maximum. Attention and everything else stays.
+    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``, in
+    the baseline and quantized. The measured time of the baseline's products is shared out by the
+    former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
+    between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
+    by their own maximum. Attention and everything else stays.
 
     Args:
         baseline: where the time of the baseline goes.
-        calls: the calls of its linear layers.
+        calls: of its linear layers.
         converted: names of the layers that were quantized.
         rates: of the device, at the sizes of the quantized layers.
         bound: what the mode's upper bound is computed from.
@@ -76,24 +76,22 @@ def find_ceiling(
     typical = _together(quantized, rates.float_ops_per_s)
     int8_rates = rates.int8_ops_per_s if bound.int8_matmuls else None
 
-    def least_s(call: LinearCall, rate: float, input_bytes: int, weight_bytes: float) -> float:
-        traffic = call.traffic(input_bytes, weight_bytes, width)
-        return max(call.ops / rate, traffic / rates.bytes_per_s)
+    def least_s(call: LinearCall, rate: float, inputs: int, weights: float) -> float:
+        return max(call.ops / rate, call.traffic(inputs, weights, width) / rates.bytes_per_s)
 
     before = [least_s(c, rates.float_ops_per_s[c.size], width, width) for c in quantized]
-    after_rates, inputs = (rates.float_ops_per_s, width) if int8_rates is None else (int8_rates, 1)
-    after = [least_s(c, after_rates[c.size], inputs, bound.weight_bytes) for c in quantized]
+    used, inputs = (rates.float_ops_per_s, width) if int8_rates is None else (int8_rates, 1)
+    after = [least_s(c, used[c.size], inputs, bound.weight_bytes) for c in quantized]
     share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
     ratio = sum(before) / sum(after)
-    total_s = baseline.total_s
-    left_s = total_s - baseline.products_s * share * (1 - 1 / ratio)
+    left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
     saved_s = 0.0
     if int8_rates is not None:
-        passes_s = _passes_s(quantized, (width + 1) / rates.bytes_per_s, shortest_s)
-        saved_s = max(_near_s(baseline, quantized, others) - passes_s, 0.0)
+        element_s = (width + 1) / rates.bytes_per_s
+        saved_s = _saved_s(baseline.rest, quantized, others, element_s, shortest_s)
     return Ceiling(
-        total_s / (left_s - saved_s),
-        total_s / left_s,
+        baseline.total_s / (left_s - saved_s),
+        baseline.total_s / left_s,
         ratio,
         share,
         typical,
@@ -102,18 +100,21 @@ def find_ceiling(
     )
 
 
-def _near_s(
-    baseline: Breakdown, quantized: Sequence[LinearCall], others: Sequence[LinearCall]
+def _saved_s(
+    rest_s: float,
+    quantized: Sequence[LinearCall],
+    others: Sequence[LinearCall],
+    element_s: float,
+    shortest_s: float,
 ) -> float:
-    """Return the seconds of the kernels between quantized layers: their part of the rest."""
+    """Return the seconds by which kernels between quantized layers, their part of the rest, are
+    longer than one pass over each input, at ``element_s`` for each element."""
     touched = sum(call.activations for call in quantized)
-    return baseline.rest * touched / (touched + sum(call.activations for call in others))
-
-
-def _passes_s(quantized: Sequence[LinearCall], element_s: float, shortest_s: float) -> float:
-    """Return the least seconds of one pass over each input of quantized layers, at ``element_s``
-    for each element."""
-    return sum(max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first)
+    near_s = rest_s * touched / (touched + sum(call.activations for call in others))
+    passes_s = sum(
+        max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first
+    )
+    return max(near_s - passes_s, 0.0)
 
 
 def bound_of(mode: str) -> Bound:

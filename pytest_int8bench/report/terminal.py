@@ -15,7 +15,7 @@ from pytest_int8bench.report.remarks import (
     status_remarks,
 )
 from pytest_int8bench.report.tables import MISSING, Grid, number, paragraphs, plain_grid
-from pytest_int8bench.results.records import Accuracy, Record, Result, Saved, Sensitivity
+from pytest_int8bench.results.records import Accuracy, Result, Saved, Sensitivity
 
 #: Behind a verdict on a model with random weights.
 _PIPELINE = "*"
@@ -101,20 +101,15 @@ def results_table(results: Sequence[Result]) -> Grid:
 
 def _int8_time(result: Result) -> str:
     """Return the share of INT8 products, and whose they are where they are ours."""
-    if result.int8_time_share is None or _precision(result) != "INT8":
+    if result.int8_time_share is None or precision(result.params) != "INT8":
         return MISSING
     ours = " fused" if result.int8_backend == "fused" else ""
     return f"{result.int8_time_share:.0%}{ours}"
 
 
-def _precision(record: Record) -> str:
-    """Return what the quantized layers of a point store: ``INT8``, or ``FP8``."""
-    return precision(str(record.params.get("int8_mode")))
-
-
 def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
     """Return the verdicts on labelled samples."""
-    candidates = {_precision(verdict) for verdict in verdicts}
+    candidates = {precision(verdict.params) for verdict in verdicts}
     columns: dict[str, Callable[[Accuracy], str]] = {
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
@@ -168,7 +163,7 @@ def verdict_remarks(verdict: Accuracy) -> list[str]:
 def sensitivity_table(found: Sensitivity) -> Grid:
     """Return what each layer, or block, loses."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        f"{_precision(found)} in one {found.by} alone": lambda row: str(row["name"]),
+        f"{precision(found.params)} in one {found.by} alone": lambda row: str(row["name"]),
         "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
     }
     if found.metric is not None:

@@ -27,7 +27,11 @@ from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel, c
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.quantization.modes import MODES, Mode, fp8, w8
+from pytest_int8bench.report.tables import MISSING
+from pytest_int8bench.report.terminal import accuracy_table, results_table
+from pytest_int8bench.report.verdict_text import message
 from pytest_int8bench.results.reading import read
+from pytest_int8bench.results.records import Accuracy, Result
 from pytest_int8bench.sweep import SWEEPS, expand_modes
 from pytest_int8bench.workloads import Workload
 
@@ -284,6 +288,39 @@ def test_what_to_try_after_fp8() -> None:
     workload = Workload(name="toy", build=nn.Identity, inputs=lambda p, device: ())
     assert next_step(workload, FP8) == "next step: weights only (--int8-mode=w8, int8_mode='w8')"
     assert not MODES["fp8"].smoothquant_helps
+
+
+def test_tables_and_messages_do_not_call_fp8_int8() -> None:
+    point = {"nodeid": "a", "workload": "olmoearth", "run_name": FP8.run_name}
+    params = FP8.to_dict()
+    results = results_table(
+        [Result(**point, params=params, samples_per_s=1.0, int8_time_share=0.0)]
+    )
+    [row] = results.rows
+    assert row[results.columns.index("INT8 time")] == MISSING
+    verdict = Accuracy(
+        **point,
+        params=params,
+        metric="top1",
+        outcome="FAIL",
+        samples=100,
+        baseline=0.9,
+        candidate=0.8,
+        limit="1%",
+        drop=0.1,
+        drop_low=0.05,
+        drop_high=0.15,
+        lost=10,
+        gained=0,
+    )
+    assert "FP8" in accuracy_table([verdict]).columns
+    int8 = dataclasses.replace(verdict, params={**params, "int8_mode": "w8a8"})
+    assert "INT8" in accuracy_table([int8]).columns
+    assert "candidate" in accuracy_table([verdict, int8]).columns
+    text = message([verdict], remedied=False)
+    assert "  BF16 0.9000, FP8 0.8000, 100 samples: 10 got worse" in text
+    assert text.endswith("--int8-remedy tries BF16 for the worst layers, and W8")
+    assert "tries SmoothQuant, BF16 for" in message([int8], remedied=False)
 
 
 def test_fp8_is_swept_only_where_it_is_asked_for() -> None:

@@ -143,7 +143,7 @@ def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
         if not bars:
             continue
         which = f", the worst {len(bars)} of {len(scan.layers)}" if scan.layers[len(bars) :] else ""
-        stored = precision(str(scan.params.get("int8_mode")))
+        stored = precision(scan.params)
         what = f"{scan.metric} drop" if by_metric else "SQNR of the outputs"
         charts.append(
             Bars(
