@@ -13,6 +13,7 @@ back::
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -27,8 +28,8 @@ from pytest_int8bench.choices import (
     DEVICES,
     FEEDS,
     INT8_BACKENDS,
-    INT8_MODES,
     MODEL_SIZES,
+    mode_choices,
 )
 from pytest_int8bench.param_values import (
     EXTRA_NAME,
@@ -46,7 +47,6 @@ from pytest_int8bench.param_values import (
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model_size": MODEL_SIZES,
     "gpu_type": DEVICES,
-    "int8_mode": INT8_MODES,
     "compile_mode": COMPILE_MODES,
     "attention": ATTENTION_BACKENDS,
     "int8_backend": INT8_BACKENDS,
@@ -97,7 +97,8 @@ class RunParams:
     int8_enabled: bool = False
     """Quantize the linear layers to INT8."""
     int8_mode: str = "w8a8"
-    """``w8a8`` (weights and dynamic activations) or ``w8`` (weights only)."""
+    """``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8`` (weights and
+    dynamic activations in FP8, for reference), or a mode that was registered."""
     int8_smoothquant: bool = False
     """Move activation outliers into the weights first, after a calibration pass."""
     compile_mode: str = "max-autotune"
@@ -168,9 +169,22 @@ class RunParams:
             return "int8_smoothquant=True without int8_enabled has nothing to smooth"
         if self.feed == "host" and not on_cuda:
             return f"feed=host has no device to copy to, gpu_type={self.gpu_type}"
-        if self.int8_backend == "fused" and self.int8_enabled:
-            if self.int8_mode != "w8a8":
-                return f"int8_backend=fused runs w8a8, int8_mode={self.int8_mode}"
+        return self._impossible_mode() if self.int8_enabled else None
+
+    def _impossible_mode(self) -> str | None:
+        """Say why the mode cannot run with the other fields, or return None."""
+        modes = mode_choices()
+        mode, on_cuda = modes[self.int8_mode], self.gpu_type == "cuda"
+        if mode.cuda_only and not on_cuda:
+            return f"int8_mode={self.int8_mode} runs on CUDA only, gpu_type={self.gpu_type}"
+        if mode.bf16_only and not self.bf16:
+            return f"int8_mode={self.int8_mode} takes BF16 weights only, bf16=False"
+        if self.int8_smoothquant and not mode.smoothquant:
+            return f"int8_smoothquant=True does not go with int8_mode={self.int8_mode}"
+        if self.int8_backend == "fused":
+            if not mode.fused:
+                fused = ", ".join(name for name, choice in modes.items() if choice.fused)
+                return f"int8_backend=fused runs {fused}, int8_mode={self.int8_mode}"
             if not on_cuda:
                 return f"int8_backend=fused runs on CUDA only, gpu_type={self.gpu_type}"
         return None
@@ -221,7 +235,7 @@ class RunParams:
         Raises:
             ValueError: if ``name`` is not a run name.
         """
-        match = _RUN_NAME.fullmatch(name)
+        match = _run_name(tuple(mode_choices())).fullmatch(name)
         if match is None:
             raise ValueError(f"not a run name: {name!r}")
         values: dict[str, Any] = {
@@ -305,15 +319,20 @@ _APPENDED = (
 )
 _APPENDED_NAMES = "|".join([*_APPENDED, rf"extra\.{EXTRA_NAME.pattern}"])
 _APPENDED_ITEM = re.compile(rf"_({_APPENDED_NAMES})-([^_]*)")
-_RUN_NAME = re.compile(
-    rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
-    r"(?P<bf16>_bf16)?"
-    rf"(?:_int8_(?P<int8_mode>{'|'.join(INT8_MODES)})(?P<smoothq>_smoothq)?"
-    rf"_(?P<compile_mode>{'|'.join(COMPILE_MODES)}))?"
-    r"(?P<s1>_s1)?(?P<s2>_s2)?(?P<ls>_ls)?"
-    r"_is(?P<image_size>\d+)_ps(?P<patch_size>\d+)_ts(?P<num_timesteps>\d+)_bs(?P<batch_size>\d+)"
-    rf"(?P<appended>(?:_(?:{_APPENDED_NAMES})-[^_]*)*)"
-)
+
+
+@functools.cache
+def _run_name(modes: tuple[str, ...]) -> re.Pattern[str]:
+    """Return the pattern of run names. Modes may be registered at any time."""
+    return re.compile(
+        rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
+        r"(?P<bf16>_bf16)?"
+        rf"(?:_int8_(?P<int8_mode>{'|'.join(modes)})(?P<smoothq>_smoothq)?"
+        rf"_(?P<compile_mode>{'|'.join(COMPILE_MODES)}))?"
+        r"(?P<s1>_s1)?(?P<s2>_s2)?(?P<ls>_ls)?"
+        r"_is(?P<image_size>\d+)_ps(?P<patch_size>\d+)_ts(?P<num_timesteps>\d+)_bs(?P<batch_size>\d+)"
+        rf"(?P<appended>(?:_(?:{_APPENDED_NAMES})-[^_]*)*)"
+    )
 
 
 def parse_field(name: str, text: str) -> Any:
@@ -353,8 +372,9 @@ def _checked(name: str, value: Any) -> Any:
     if type(value) is not kind:
         noun = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
         raise ValueError(f"{name} must be {noun[kind]}, got {value!r}")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+    choices = tuple(mode_choices()) if name == "int8_mode" else _CHOICES.get(name)
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if name == "model_version" and not re.fullmatch(r"v\d+(\.\d+)*", value):
         raise ValueError(f"model_version must look like v1 or v1.2, got {value!r}")
     if kind is int and value < 1:

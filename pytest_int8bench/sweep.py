@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS
+from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS, SWEPT_MODES
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
@@ -83,7 +83,7 @@ SWEEPS = Sweeps(
             "size of the OlmoEarth encoder",
         ),
         Sweep("int8_enabled", "int8_enabled", _BOTH, "INT8, or its baseline"),
-        Sweep("int8_mode", "int8_mode", ("w8a8", "w8"), "INT8 mode"),
+        Sweep("int8_mode", "int8_mode", SWEPT_MODES, "INT8 mode"),
         Sweep("int8_smoothquant", "int8_smoothquant", _BOTH, "with SmoothQuant, or without"),
         Sweep(
             "compile_mode",
@@ -154,7 +154,7 @@ def expand_modes(
     *,
     cross_product: bool = False,
 ) -> list[RunParams]:
-    """Expand ``axes`` once for each INT8 mode of ``modes`` (``w8a8``, ``w8`` or ``off``).
+    """Expand ``axes`` once for each INT8 mode of ``modes``, ``off`` for none among them.
 
     Modes always multiply, also without ``cross_product``. Points without INT8 come out as
     plain baselines, so that they fold.

@@ -311,7 +311,7 @@ def test_replace_leaves_the_original() -> None:
 CHOICES = {
     "model_size": "nano, tiny, small, base, large",
     "gpu_type": "cuda, cpu",
-    "int8_mode": "w8a8, w8",
+    "int8_mode": "w8a8, w8, fp8",
     "compile_mode": "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs, off",
     "attention": "flash, cudnn, efficient, math, auto",
     "int8_backend": "torchao, fused, auto",
@@ -477,7 +477,7 @@ def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("INT8BENCH_BATCH_SIZE", "many", "batch_size must be a whole number, got 'many'"),
         ("INT8BENCH_BF16", "maybe", "bf16 must be true or false, got 'maybe'"),
-        ("INT8BENCH_INT8_MODE", "w4", "int8_mode must be one of w8a8, w8, got 'w4'"),
+        ("INT8BENCH_INT8_MODE", "w4", "int8_mode must be one of w8a8, w8, fp8, got 'w4'"),
         (
             "INT8BENCH_BENCHMARK_INTERVAL_S",
             "soon",

@@ -182,7 +182,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bad value": (
         {"sweep_dict": {"int8_mode": ["w4"]}},
-        "int8_mode must be one of w8a8, w8, got 'w4'",
+        "int8_mode must be one of w8a8, w8, fp8, got 'w4'",
     ),
     "measuring": (
         {"sweep_dict": {"benchmark_interval_s": [1, 2]}},

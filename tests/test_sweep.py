@@ -294,7 +294,7 @@ def test_points_come_from_the_axes(default: RunParams, axes: dict[str, list[Any]
         ({"batch_size": {4}}, r"^sweep over batch_size must be a list of values, got \{4\}$"),
         ({"batch": [4]}, r"^unknown RunParams field 'batch'; fields are model_size, "),
         ({"batch_size": [4, 0]}, r"^batch_size must be at least 1, got 0$"),
-        ({"int8_mode": ["w8", "w4"]}, r"^int8_mode must be one of w8a8, w8, got 'w4'$"),
+        ({"int8_mode": ["w8", "w4"]}, r"^int8_mode must be one of w8a8, w8, fp8, got 'w4'$"),
         ({"extra.1x": [4]}, r"^extra names must be identifiers such as seq_len, got '1x'$"),
         ({"extra.x": [None]}, r"^extra\.x must be str, int, float or bool, got None$"),
     ],
@@ -358,7 +358,7 @@ def test_int8_swept_off_is_one_baseline_for_all_modes() -> None:
 
 
 def test_a_bad_mode() -> None:
-    with pytest.raises(ValueError, match=r"^int8_mode must be one of w8a8, w8, got 'w4'$"):
+    with pytest.raises(ValueError, match=r"^int8_mode must be one of w8a8, w8, fp8, got 'w4'$"):
         expand_modes(SMOKE, ["w4"], {})
 
 

@@ -24,6 +24,7 @@ from pytest_int8bench.measure.pool import Key, ModelPool, part_key
 from pytest_int8bench.measure.steps import Step, built, warmed
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
 from pytest_int8bench.tensors import call, map_tensors, tensors_of
 from pytest_int8bench.workloads import Evaluation, Workload
@@ -295,12 +296,14 @@ def has_random_weights(workload: Workload, weights: str) -> bool:
 
 def next_step(workload: Workload, params: RunParams) -> str:
     """Return what to try when accuracy dropped too much."""
+    mode = MODES[params.int8_mode]
     if workload.brings_quantization:
         step = "leave more layers in BF16 where the workload itself quantizes"
-    elif params.int8_mode == "w8a8" and not params.int8_smoothquant:
+    elif mode.smoothquant_helps and not params.int8_smoothquant:
         step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"
-    elif params.int8_mode == "w8a8":
-        step = "weights only (--int8-mode=w8, int8_mode='w8')"
+    elif mode.next_mode is not None:
+        name = mode.next_mode
+        step = f"{MODES[name].choice.summary} (--int8-mode={name}, int8_mode={name!r})"
     else:
         step = (
             "a filter that keeps the worst layers in BF16, often the first and last "

@@ -1,4 +1,4 @@
-"""What to do about a drop: SmoothQuant, BF16 for the worst layers, weights only."""
+"""What to do about a drop: SmoothQuant, BF16 for the worst layers, another mode."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ from pytest_int8bench.measure.memory import oom_of, release
 from pytest_int8bench.measure.steps import interleave
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.filters import is_transformer_linear
+from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.records import Accuracy
 from pytest_int8bench.workloads import Workload
 
-SMOOTHQUANT, WORST_LAYERS, WEIGHTS_ONLY = (
-    "SmoothQuant",
-    "BF16 for the worst layers",
-    "weights only",
-)
+SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Certified at most; each at this part of the level, so that the best of them is no lucky one.
 RUNGS = 3
@@ -94,7 +91,7 @@ class Remedies:
         rungs = {
             SMOOTHQUANT: self._smoothquant,
             WORST_LAYERS: self._without_worst_layers,
-            WEIGHTS_ONLY: self._weights_only,
+            _next_rung(params): self._next_mode,
         }
         for name, rung in rungs.items():
             try:
@@ -125,7 +122,7 @@ class Remedies:
     # -- the ladder -------------------------------------------------------------------------
 
     def _smoothquant(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
-        if params.int8_mode != "w8a8" or workload.brings_quantization:
+        if not MODES[params.int8_mode].smoothquant_helps or workload.brings_quantization:
             return
         for alpha in ALPHAS:
             yield Trial(
@@ -156,14 +153,15 @@ class Remedies:
             )
             count *= 2
 
-    def _weights_only(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
-        if params.int8_mode != "w8" and not workload.brings_quantization:
+    def _next_mode(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        mode = MODES[params.int8_mode].next_mode
+        if mode is not None and not workload.brings_quantization:
             yield Trial(
                 workload,
-                params.replace(int8_mode="w8", int8_smoothquant=False),
-                rung=WEIGHTS_ONLY,
-                setting="w8",
-                configuration="--int8-mode=w8",
+                params.replace(int8_mode=mode, int8_smoothquant=False),
+                rung=_next_rung(params),
+                setting=mode,
+                configuration=f"--int8-mode={mode}",
             )
 
     # -- judging ----------------------------------------------------------------------------
@@ -259,6 +257,12 @@ def filter_text(kept: list[str], *, own: bool) -> str:
         f"    return name not in IN_BF16 and {base}(module, name)",
     ]
     return "\n".join(lines)
+
+
+def _next_rung(params: RunParams) -> str:
+    """Return what the rung of the next mode is called: ``weights only``."""
+    name = MODES[params.int8_mode].next_mode
+    return "another mode" if name is None else MODES[name].choice.summary
 
 
 def _expected(error: Exception) -> str:

@@ -71,10 +71,8 @@ def kernel_for(
 FUSED_CAPABILITY = (8, 0)
 
 
-def fused_problem(mode: str, device: torch.device) -> str | None:
+def fused_problem(device: torch.device) -> str | None:
     """Say why no layer can run on the fused kernels here, or return None."""
-    if mode != "w8a8":
-        return f"the fused kernels run W8A8, not {mode}"
     if device.type != "cuda" or torch.version.hip is not None:
         return (
             f"the fused kernels run on CUDA, not on {'ROCm' if torch.version.hip else device.type}"

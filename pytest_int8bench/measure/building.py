@@ -16,6 +16,7 @@ from torch import nn
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
+from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.workloads.weights import (
     HUB,
@@ -49,6 +50,13 @@ def find_device(params: RunParams) -> torch.device:
             "use --int8-preset=smoke or --int8-set gpu_type=cpu"
         )
     return torch.device(params.gpu_type)
+
+
+def mode_problem(params: RunParams) -> str | None:
+    """Say why the mode of ``params`` does not run on this machine, or return None."""
+    if not params.int8_enabled:
+        return None
+    return MODES[params.int8_mode].device_problem(torch.device(params.gpu_type))
 
 
 def build_eager(

@@ -12,6 +12,7 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.measure.device_rates import Rates
 from pytest_int8bench.measure.kernel_kinds import Breakdown
 from pytest_int8bench.measure.linear_calls import LinearCall, Size
+from pytest_int8bench.quantization.modes import MODES, Bound
 
 
 class CeilingError(ClearError, RuntimeError):
@@ -33,7 +34,7 @@ class Ceiling:
     float_ops_per_s: float
     """Rate of their products in the baseline's dtype, as measured."""
     int8_ops_per_s: float | None
-    """The same on INT8 operands; None with W8."""
+    """The same on INT8 operands; None where the mode's matmuls run in the baseline's dtype."""
     bytes_per_s: float
 
 
@@ -43,24 +44,24 @@ def find_ceiling(
     converted: Collection[str],
     rates: Rates,
     *,
-    mode: str,
+    bound: Bound,
     element_bytes: int = 2,
     shortest_s: float = 0.0,
 ) -> Ceiling:
     """Return what INT8 could bring at most.
 
-    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``,
-    in the baseline and in INT8. The measured time of the baseline's products is shared out by the
-    former; the part of quantized layers shrinks as the latter says. With ``w8a8`` the kernels
-    between quantized layers may shrink too, to one pass over each input of theirs: no less
-    quantizes rows by their own maximum. Attention and everything else stays.
+    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``, in
+    the baseline and quantized. The measured time of the baseline's products is shared out by the
+    former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
+    between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
+    by their own maximum. Attention and everything else stays.
 
     Args:
         baseline: where the time of the baseline goes.
-        calls: the calls of its linear layers.
+        calls: of its linear layers.
         converted: names of the layers that were quantized.
         rates: of the device, at the sizes of the quantized layers.
-        mode: ``w8a8`` or ``w8``.
+        bound: what the mode's upper bound is computed from.
         element_bytes: bytes of an element of the baseline's weights and activations.
         shortest_s: seconds that a kernel takes at least.
 
@@ -73,39 +74,59 @@ def find_ceiling(
     width = element_bytes
     others = [call for call in calls if call.name not in converted]
     typical = _together(quantized, rates.float_ops_per_s)
+    int8_rates = rates.int8_ops_per_s if bound.int8_matmuls else None
 
-    def least_s(call: LinearCall, rate: float, input_bytes: int, weight_bytes: int) -> float:
-        traffic = call.traffic(input_bytes, weight_bytes, width)
-        return max(call.ops / rate, traffic / rates.bytes_per_s)
+    def least_s(call: LinearCall, rate: float, inputs: int, weights: float) -> float:
+        return max(call.ops / rate, call.traffic(inputs, weights, width) / rates.bytes_per_s)
 
     before = [least_s(c, rates.float_ops_per_s[c.size], width, width) for c in quantized]
-    if mode == "w8a8":
-        after = [least_s(c, rates.int8_ops_per_s[c.size], 1, 1) for c in quantized]
-    else:
-        after = [least_s(c, rates.float_ops_per_s[c.size], width, 1) for c in quantized]
+    used, inputs = (rates.float_ops_per_s, width) if int8_rates is None else (int8_rates, 1)
+    after = [least_s(c, used[c.size], inputs, bound.weight_bytes) for c in quantized]
     share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
     ratio = sum(before) / sum(after)
-    total_s = baseline.total_s
-    left_s = total_s - baseline.products_s * share * (1 - 1 / ratio)
-    products_speedup = total_s / left_s
-    if mode == "w8a8":
-        touched = sum(call.activations for call in quantized)
-        near_s = baseline.rest * touched / (touched + sum(call.activations for call in others))
-        passes_s = sum(
-            max(c.rows * c.size.inputs * (width + 1) / rates.bytes_per_s, shortest_s)
-            for c in quantized
-            if c.first
-        )
-        left_s -= max(near_s - passes_s, 0.0)
+    left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
+    saved_s = 0.0
+    if int8_rates is not None:
+        element_s = (width + 1) / rates.bytes_per_s
+        saved_s = _saved_s(baseline.rest, quantized, others, element_s, shortest_s)
     return Ceiling(
-        total_s / left_s,
-        products_speedup,
+        baseline.total_s / (left_s - saved_s),
+        baseline.total_s / left_s,
         ratio,
         share,
         typical,
-        _together(quantized, rates.int8_ops_per_s) if mode == "w8a8" else None,
+        None if int8_rates is None else _together(quantized, int8_rates),
         rates.bytes_per_s,
     )
+
+
+def _saved_s(
+    rest_s: float,
+    quantized: Sequence[LinearCall],
+    others: Sequence[LinearCall],
+    element_s: float,
+    shortest_s: float,
+) -> float:
+    """Return the seconds by which kernels between quantized layers, their part of the rest, are
+    longer than one pass over each input, at ``element_s`` for each element."""
+    touched = sum(call.activations for call in quantized)
+    near_s = rest_s * touched / (touched + sum(call.activations for call in others))
+    passes_s = sum(
+        max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first
+    )
+    return max(near_s - passes_s, 0.0)
+
+
+def bound_of(mode: str) -> Bound:
+    """Return what the upper bound of a mode is computed from.
+
+    Raises:
+        CeilingError: if none is known.
+    """
+    bound = MODES[mode].bound
+    if bound is None:
+        raise CeilingError(f"no upper bound is known for int8_mode={mode}")
+    return bound
 
 
 def quantized_calls(calls: Sequence[LinearCall], converted: Collection[str]) -> list[LinearCall]:

@@ -58,7 +58,7 @@ def _fused(x: torch.Tensor, weight: torch.Tensor) -> Run:
 
 def int8_products(device: torch.device) -> tuple[Int8Product, ...]:
     """Return the INT8 products there are; the fastest one at a size stands for the device."""
-    return (_int_mm,) if fused_problem("w8a8", device) else (_int_mm, _fused)
+    return (_int_mm,) if fused_problem(device) else (_int_mm, _fused)
 
 
 _measured: dict[Hashable, float] = {}

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from pytest_int8bench.errors import ClearError, first_line
-from pytest_int8bench.measure.ceiling import Ceiling, find_ceiling, quantized_calls, reached
+from pytest_int8bench.measure.ceiling import (
+    Ceiling,
+    bound_of,
+    find_ceiling,
+    quantized_calls,
+    reached,
+)
 from pytest_int8bench.measure.device_rates import measure_rates
 from pytest_int8bench.measure.evidence import Keep
 from pytest_int8bench.measure.kernel_kinds import Breakdown, break_down, shortest_s
@@ -87,20 +93,20 @@ def upper_bound(
 
 
 def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSources:
-    evidence, mode = baseline.evidence(), candidate.params.int8_mode
+    evidence, bound = baseline.evidence(), bound_of(candidate.params.int8_mode)
     dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
     calls = baseline.linear_calls()
     converted = {layer.name for layer in coverage(candidate.eager).converted}
     sizes = {call.size for call in quantized_calls(calls, converted)}
     with baseline.compiled.settings():
-        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=mode == "w8a8")
+        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=bound.int8_matmuls)
     split = break_down(evidence)
     ceiling = find_ceiling(
         split,
         calls,
         converted,
         rates,
-        mode=mode,
+        bound=bound,
         element_bytes=dtype.itemsize,
         shortest_s=shortest_s(evidence),
     )

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from pytest_int8bench.attention import attention_kernel, own_names
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.modes import MODES
 
 # Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
 # the kernels of the fused backend, and the CPU's operators.
@@ -126,7 +127,7 @@ def profile_forward(
 def check_labels(
     evidence: Evidence,
     params: RunParams,
-    int8_stored: tuple[int, int],
+    stored: tuple[int, int],
     attention: str | None = None,
     *,
     fused: bool = False,
@@ -136,35 +137,22 @@ def check_labels(
     Args:
         evidence: one profiled forward of the model.
         params: the point that the model was built for.
-        int8_stored: quantized layers that store INT8 weights, and quantized layers in all.
+        stored: quantized layers that store weights as the mode's proof says, and quantized layers
+            in all.
         attention: the backend that the model was compiled for, where ``params`` leave it open.
         fused: layers of the model are on the fused backend.
 
     Raises:
-        EvidenceError: for W8A8 without an INT8 product, W8 without INT8 weights or with an
-            INT8 product, a baseline with either, the fused backend without its kernels or its
+        EvidenceError: for a mode without its kernels or its stored weights, or with kernels of
+            another mode, a baseline with either, the fused backend without its kernels or its
             kernels without it, or another attention backend than asked for.
     """
+    if params.int8_enabled:
+        _check_mode(evidence, params, stored)
+    else:
+        _check_baseline(evidence, params, quantized=stored[1])
     label = params.run_name
-    products = evidence.int8_products
-    if params.int8_enabled and (int8_stored[0] < int8_stored[1] or int8_stored[1] == 0):
-        raise EvidenceError(
-            f"{label}: {int8_stored[0]} of {int8_stored[1]} quantized layers store INT8 weights"
-        )
-    if params.int8_enabled and params.int8_mode == "w8a8" and not products:
-        hint = ""
-        if params.gpu_type == "cuda":
-            hint = " (on CUDA, products of 16 rows or fewer run in floating point)"
-        raise EvidenceError(
-            f"{label} is labelled W8A8, but no INT8 product ran{hint}; kernels: {evidence.top()}"
-        )
-    if params.int8_enabled and params.int8_mode == "w8" and products:
-        raise EvidenceError(f"{label} is labelled W8, but {products[0].name} ran")
-    if not params.int8_enabled and products:
-        raise EvidenceError(f"{label} is a baseline, but {products[0].name} ran")
-    if not params.int8_enabled and int8_stored[1]:
-        raise EvidenceError(f"{label} is a baseline, but {int8_stored[1]} layers are quantized")
-    ours = [kernel for kernel in products if _FUSED_PRODUCT.search(kernel.name)]
+    ours = [k for k in evidence.int8_products if _FUSED_PRODUCT.search(k.name)]
     if fused != bool(ours):
         backend, ran_there = (
             ("fused", "none of its kernels") if fused else ("torchao", ours[0].name)
@@ -179,3 +167,44 @@ def check_labels(
         raise EvidenceError(
             f"{label} asked for {asked} attention, but {ran} ran; kernels: {evidence.top()}"
         )
+
+
+def _check_mode(evidence: Evidence, params: RunParams, stored: tuple[int, int]) -> None:
+    """Compare a quantized point with what proves its mode."""
+    mode, label = MODES[params.int8_mode], params.run_name
+    precision = mode.choice.precision
+    if stored[0] < stored[1] or stored[1] == 0:
+        raise EvidenceError(
+            f"{label}: {stored[0]} of {stored[1]} quantized layers store {precision} weights"
+        )
+    products = evidence.int8_products
+    if products and not mode.proof.int8_matmuls:
+        raise EvidenceError(f"{label} is labelled {mode.label}, but {products[0].name} ran")
+    needed = mode.proof.kernels
+    missing = mode.proof.int8_matmuls and not products
+    if missing or (needed is not None and not _matching(evidence, needed)):
+        hint = mode.proof.hint if params.gpu_type == "cuda" else ""
+        raise EvidenceError(
+            f"{label} is labelled {mode.label}, but no {precision} product ran{hint}; "
+            f"kernels: {evidence.top()}"
+        )
+
+
+def _check_baseline(evidence: Evidence, params: RunParams, *, quantized: int) -> None:
+    """Compare a baseline with what proves any mode."""
+    ran = list(evidence.int8_products)
+    for mode in MODES.values():
+        if mode.proof.kernels is not None:
+            ran += _matching(evidence, mode.proof.kernels)
+    if ran:
+        raise EvidenceError(f"{params.run_name} is a baseline, but {ran[0].name} ran")
+    if quantized:
+        raise EvidenceError(
+            f"{params.run_name} is a baseline, but {quantized} layers are quantized"
+        )
+
+
+def _matching(evidence: Evidence, pattern: re.Pattern[str]) -> list[Kernel]:
+    """Return the kernels whose own names match."""
+    names = set(filter(pattern.search, own_names(k.name for k in evidence.kernels)))
+    return [kernel for kernel in evidence.kernels if kernel.name in names]

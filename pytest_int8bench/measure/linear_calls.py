@@ -35,7 +35,7 @@ class LinearCall:
         """Elements of input and output."""
         return self.rows * sum(self.size)
 
-    def traffic(self, input_bytes: int, weight_bytes: int, output_bytes: int) -> int:
+    def traffic(self, input_bytes: int, weight_bytes: float, output_bytes: int) -> float:
         """Bytes that are read and written at least, by the bytes of an element of each."""
         inputs, outputs = self.size
         read = inputs * (self.rows * input_bytes + outputs * weight_bytes)

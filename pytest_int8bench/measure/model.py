@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,7 +18,8 @@ from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
 from pytest_int8bench.measure.memory import allocated_bytes, collect_garbage, peak_memory
 from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantization.api import coverage, int8_storage
+from pytest_int8bench.quantization.api import coverage, weight_storage
+from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.tensors import call, map_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 _NO_KERNEL = "No available kernel"
-_TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
 
 
 class AttentionError(ClearError, RuntimeError):
@@ -124,7 +123,7 @@ class Model:
             check_labels(
                 evidence,
                 self.params,
-                int8_storage(self.eager),
+                weight_storage(self.eager, MODES[self.params.int8_mode].proof.storage),
                 self.compiled.attention,
                 fused=fused,
             )
@@ -152,11 +151,8 @@ class Model:
                 with self.compiled.entered():
                     self._ready = self._get_ready(timer)
             except Exception as error:
-                if match := _TOO_FEW_ROWS.search(str(error)):
-                    raise QuantizationError(
-                        f"W8A8 on CUDA takes more than 16 rows in a product, got {match[1]}: "
-                        "use a larger batch, or int8_mode w8"
-                    ) from error
+                if explained := MODES[self.params.int8_mode].explain(str(error)):
+                    raise QuantizationError(explained) from error
                 if _NO_KERNEL in str(error):
                     tried = self.compiled.attention
                     usable = "efficient or math"

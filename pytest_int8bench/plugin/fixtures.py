@@ -71,7 +71,7 @@ def _int8_point(
     request: pytest.FixtureRequest, int8_params: RunParams, int8_workload: Workload
 ) -> tuple[Workload, RunParams]:
     """The point, after a look at whether it can be run at all."""
-    from pytest_int8bench.measure.building import DeviceError, find_device
+    from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
 
     _state(request).note_point(request.node, int8_params, int8_workload.name)
     problem = None
@@ -86,7 +86,7 @@ def _int8_point(
         reason = f"workload {int8_workload.name!r} is prequantized: SmoothQuant comes too late"
     if reason is None and int8_workload.impossible_reason is not None:
         reason = int8_workload.impossible_reason(seen)
-    if reason is not None:
+    if (reason := reason or mode_problem(int8_params)) is not None:
         pytest.skip(reason)
     try:
         find_device(int8_params)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.choices import mode_choices
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS, Flag
 from pytest_int8bench.plugin.pytest_benchmark import STORAGE
 from pytest_int8bench.sweep import SWEEPS
@@ -60,13 +61,14 @@ def _gate_option(flag: Flag, text: str) -> Option:
     return Option(flag.name, f"{meaning}. Default: {flag.default}", flag.metavar, flag.repeatable)
 
 
+_MODES = ", ".join(f"{name} ({choice.summary})" for name, choice in mode_choices().items())
+
 OPTIONS = {
     option.name: option
     for option in (
         Option(
             "mode",
-            "INT8 modes by comma: w8a8 (weights and dynamic activations), w8 (weights only) or "
-            "off (BF16 only). Default: w8a8",
+            f"INT8 modes by comma: {_MODES} or off (BF16 only). Default: w8a8",
             "MODES",
         ),
         Option("smoothquant", "Apply SmoothQuant after a calibration pass. Default: off"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.choices import INT8_MODES
+from pytest_int8bench.choices import mode_choices
 from pytest_int8bench.gate.flags import GATE_FLAGS, Flag
 from pytest_int8bench.gate.rules import Rules, find_pyproject, read_rules
 from pytest_int8bench.plugin.options import (
@@ -225,7 +225,7 @@ def _check_measuring(config: pytest.Config, flag: str) -> None:
 
 
 def _read_modes(text: str) -> dict[str, Any]:
-    valid = (*INT8_MODES, "off")
+    valid = (*mode_choices(), "off")
     modes = _split(text)
     for mode in modes:
         if mode not in valid:

@@ -1,46 +1,31 @@
-"""INT8 quantization of linear layers through torchao, what it covered, and what runs it."""
+"""Quantization of linear layers through torchao, what it covered, and what runs it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torchao.core.config import AOBaseConfig
-from torchao.quantization import (
-    FqnToConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    quantize_,
-)
-from torchao.utils import TorchAOBaseTensor, should_reduce_range
+from torchao.quantization import FqnToConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
 
-from pytest_int8bench.choices import INT8_BACKENDS, INT8_MODES
 from pytest_int8bench.errors import QuantizationError as QuantizationError
-from pytest_int8bench.kernels.dispatch import fused_problem, product_kernel
 from pytest_int8bench.kernels.linear import Int8Linear
+from pytest_int8bench.quantization.arguments import Arguments
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
-from pytest_int8bench.quantization.lowering import (
-    dequantize,
-    is_converted_on_cuda,
-    lower,
-    reason_to_keep,
-)
+from pytest_int8bench.quantization.lowering import lower, reason_to_keep
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
     from pytest_int8bench.quantization.filters import FilterFn
 
-
-#: CUDA's INT8 product (``torch._int_mm``) takes K and N that are multiples of this.
-CUDA_MULTIPLE = 8
 
 _coverages: weakref.WeakKeyDictionary[nn.Module, Coverage] = weakref.WeakKeyDictionary()
 
@@ -64,7 +49,8 @@ def apply_int8_quant(
 
     Args:
         model: a model in ``eval`` mode, on its device, with real BF16 (or FP32) weights.
-        mode: ``w8a8`` (weights and dynamic activations) or ``w8`` (weights only).
+        mode: ``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8``, or a mode
+            that was registered.
         filter_fn: ``filter_fn(module, name)`` says which layers to quantize;
             :func:`is_transformer_linear` by default.
         smoothquant: first move outliers of the activations into the weights (SmoothQuant,
@@ -77,8 +63,7 @@ def apply_int8_quant(
         quant_config: any torchao ``AOBaseConfig`` or ``FqnToConfig`` instead of the mode's own.
             With ``FqnToConfig`` the configuration itself says which layers, not ``filter_fn``.
         backend: what runs W8A8 layers: ``torchao``, ``fused`` (our kernels, layer by layer where
-            they fit, with torchao's weights and scales), or ``auto``: ``fused`` where
-            :func:`fused_problem` knows nothing against it.
+            they fit, with torchao's weights and scales), or ``auto``: ``fused`` where it runs.
 
     Returns:
         ``model``. :func:`coverage` tells what was converted.
@@ -86,80 +71,87 @@ def apply_int8_quant(
     Raises:
         ValueError: for an unknown mode or backend, or ``smoothquant`` without ``calibration``.
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
-            take, ``backend="fused"`` fits no layer or does not run here, or SmoothQuant cannot be
-            calibrated or does not go with ``quant_config``. The latter three leave the model as it
-            was.
+            take, ``backend="fused"`` fits no layer or does not run here, the mode does not run
+            here, or SmoothQuant cannot be calibrated or does not go with the mode or
+            ``quant_config``. The latter four leave the model as it was.
     """
-    if backend not in INT8_BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(INT8_BACKENDS)}, got {backend!r}")
-    if mode not in INT8_MODES:
-        raise ValueError(f"mode must be one of {', '.join(INT8_MODES)}, got {mode!r}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
-    if smoothquant and calibration is None:
-        raise ValueError("smoothquant=True needs calibration, an iterable of inputs; got None")
-    if quant_config is not None and not isinstance(quant_config, AOBaseConfig | FqnToConfig):
-        raise ValueError(
-            f"quant_config must be a torchao AOBaseConfig or FqnToConfig, got {quant_config!r}"
-        )
-    if smoothquant and getattr(quant_config, "act_quant_scale", None) is not None:
-        raise ValueError(
-            f"smoothquant=True does not go with {type(quant_config).__name__}: "
-            "its act_quant_scale is that of inputs before smoothing"
-        )
+    asked = Arguments(
+        mode=mode,
+        filter_fn=filter_fn or is_transformer_linear,
+        smoothquant=smoothquant,
+        calibration=calibration,
+        alpha=alpha,
+        quant_config=quant_config,
+        backend=backend,
+    )
+    _coverages[model] = _quantize(model, asked)
+    return model
+
+
+def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
     if already := [name for name, module in model.named_modules() if is_quantized(module)]:
         raise QuantizationError(f"the model is quantized already ({already[0]} is)")
-
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    problem = fused_problem(mode if quant_config is None else "w8a8", device)
-    if backend == "fused" and problem:
-        raise QuantizationError(f"int8_backend=fused: {problem}")
-    if fusing := backend != "torchao" and not problem:
-        product_kernel(device)  # raises if the environment asks for one there is not
+    fusing = asked.check_device(device)
     total = sum(parameter.numel() for parameter in model.parameters())
-    smoothing = Smoothing({})
     smoothed: tuple[str, ...] = ()
-    if isinstance(quant_config, FqnToConfig):
-        if smoothquant:
-            raise ValueError("smoothquant=True does not go with FqnToConfig")
-        layers = _select(model, lambda module, name: True, check_shapes=False)
-        quantize_(model, quant_config, filter_fn=None)
-        layers = _recheck(model, layers, "not named by FqnToConfig")
+    if isinstance(asked.quant_config, FqnToConfig):
+        layers = _quantize_named(model, asked.quant_config)
     else:
-        layers = _select(
-            model,
-            filter_fn or is_transformer_linear,
-            check_shapes=mode == "w8a8" and quant_config is None,
-            fusing=fusing,
-        )
-        chosen = {layer.name for layer in layers if layer.reason is None}
-        if not chosen:
-            raise QuantizationError(_nothing_converted(layers))
-        config = quant_config if quant_config is not None else _config(model, mode)
-        if smoothquant:
-            assert calibration is not None
-            smoothing = plan_smoothing(model, chosen, calibration, call=call, alpha=alpha)
-            _check_takes_scale(model, smoothing, config)
-            smoothing.apply(model)
-        quantize_(model, config, filter_fn=lambda module, name: name in chosen)
-        smoothed = _scale_inputs(model, smoothing)
-        layers = _recheck(model, layers, "left as it is by the configuration")
-    if all(layer.reason is not None for layer in layers):
-        raise QuantizationError(_nothing_converted(layers))
-    if mode == "w8" and quant_config is None:
-        dequantize(model, [layer for layer in layers if is_converted_on_cuda(model, layer)])
+        layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
+    if not _converted(layers):
+        raise QuantizationError(_nothing_converted(layers, asked.precision))
+    if not asked.is_custom:
+        asked.quantizer.lower(model, layers)
     if fusing:
-        layers = lower(model, layers)
-        if backend == "fused" and not any(layer.fused for layer in layers):
-            reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
-            raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
-    _coverages[model] = Coverage(
-        "custom" if quant_config is not None else mode,
-        tuple(layers),
-        total,
-        smoothed,
-    )
-    return model
+        layers = _fuse(model, layers, required=asked.backend == "fused")
+    name = "custom" if asked.is_custom else asked.mode
+    return Coverage(name, tuple(layers), total, smoothed, asked.precision)
+
+
+def _quantize_named(model: nn.Module, quant_config: Any) -> list[Layer]:
+    """Quantize the layers that an ``FqnToConfig`` names, and return every layer."""
+    layers = _select(model, lambda module, name: True)
+    quantize_(model, quant_config, filter_fn=None)
+    return _recheck(model, layers, "not named by FqnToConfig")
+
+
+def _quantize_filtered(
+    model: nn.Module, asked: Arguments, *, fusing: bool
+) -> tuple[list[Layer], tuple[str, ...]]:
+    """Quantize the layers that the filter takes. Return every layer, and the names of those whose
+    inputs SmoothQuant scales at run time."""
+    layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
+    chosen = _converted(layers)
+    if not chosen:
+        raise QuantizationError(_nothing_converted(layers, asked.precision))
+    config = asked.config(model)
+    smoothing = Smoothing({})
+    if asked.smoothquant:
+        assert asked.calibration is not None
+        smoothing = plan_smoothing(model, chosen, asked.calibration, call=call, alpha=asked.alpha)
+        _check_takes_scale(model, smoothing, config)
+        smoothing.apply(model)
+    quantize_(model, config, filter_fn=lambda module, name: name in chosen)
+    smoothed = _scale_inputs(model, smoothing)
+    return _recheck(model, layers, "left as it is by the configuration"), smoothed
+
+
+def _fuse(model: nn.Module, layers: list[Layer], *, required: bool) -> list[Layer]:
+    """Move layers to the fused kernels where they fit.
+
+    Raises:
+        QuantizationError: if they fit none, and ``required``.
+    """
+    layers = lower(model, layers)
+    if required and not any(layer.fused for layer in layers):
+        reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
+        raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
+    return layers
+
+
+def _converted(layers: Iterable[Layer]) -> set[str]:
+    return {layer.name for layer in layers if layer.reason is None}
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -171,13 +163,14 @@ def coverage(model: nn.Module) -> Coverage:
     for known in (model, getattr(model, "model", None)):
         if isinstance(known, nn.Module) and known in _coverages:
             return _coverages[known]
-    layers = _recheck(model, _select(model, lambda *_: True, check_shapes=False), "not quantized")
+    layers = _recheck(model, _select(model, lambda *_: True), "not quantized")
     total = sum(parameter.numel() for parameter in model.parameters())
     return Coverage("custom", tuple(layers), total)
 
 
-def int8_storage(model: nn.Module) -> tuple[int, int]:
-    """Return how many quantized linear layers store INT8 weights, and how many there are."""
+def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> tuple[int, int]:
+    """Return how many quantized linear layers store weights of ``dtype``, None for any, and how
+    many there are."""
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     stored = [
         getattr(layer.weight, "qdata", None)
@@ -185,7 +178,7 @@ def int8_storage(model: nn.Module) -> tuple[int, int]:
         else layer.int8_weight
         for layer in layers
     ]
-    return sum(getattr(held, "dtype", None) == torch.int8 for held in stored), len(layers)
+    return sum(dtype in (None, getattr(held, "dtype", None)) for held in stored), len(layers)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -196,11 +189,16 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def _select(
-    model: nn.Module, filter_fn: FilterFn, *, check_shapes: bool, fusing: bool = False
+    model: nn.Module,
+    filter_fn: FilterFn,
+    *,
+    layer_problem: Callable[[nn.Linear], str | None] | None = None,
+    fusing: bool = False,
 ) -> list[Layer]:
     """Return every linear layer of ``model``, those that are not to be converted with reason.
 
-    With ``fusing``, shapes are checked of layers that stay torchao's: the fused kernels take any.
+    With ``fusing``, ``layer_problem`` is asked of layers that stay torchao's: the fused kernels
+    take any.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     attention_parts = {
@@ -223,20 +221,11 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
-        elif check_shapes and not (fusing and reason_to_keep(modules, name) is None):
-            reason = _shape_reason(module)
+        elif layer_problem and not (fusing and reason_to_keep(modules, name) is None):
+            reason = layer_problem(module)
         count = module.out_features * (module.in_features + (module.bias is not None))
         layers.append(Layer(name, count, reason))
     return layers
-
-
-def _shape_reason(module: nn.Linear) -> str | None:
-    if module.weight.device.type != "cuda":
-        return None
-    rows, columns = module.weight.shape
-    if rows % CUDA_MULTIPLE or columns % CUDA_MULTIPLE:
-        return f"shape: {columns}x{rows} is not a multiple of {CUDA_MULTIPLE} (CUDA INT8 product)"
-    return None
 
 
 def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
@@ -254,27 +243,15 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
     return told
 
 
-def _nothing_converted(layers: list[Layer]) -> str:
+def _nothing_converted(layers: list[Layer], precise: str) -> str:
     if not layers:
-        return "no layer was converted to INT8: the model has no linear layers"
+        return f"no layer was converted to {precise}: the model has no linear layers"
     reasons = sorted({str(layer.reason) for layer in layers})
     names = ", ".join(layer.name for layer in layers[:3])
     hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
     return (
-        f"no layer was converted to INT8: {len(layers)} linear layers ({names} …), "
+        f"no layer was converted to {precise}: {len(layers)} linear layers ({names} …), "
         f"left out because: {'; '.join(reasons)}{hint}"
-    )
-
-
-def _config(model: nn.Module, mode: str) -> Any:
-    # set_inductor_config=True would change Inductor for the whole process, baseline included.
-    if mode == "w8":
-        return Int8WeightOnlyConfig(set_inductor_config=False)
-    devices = {parameter.device for parameter in model.parameters()}
-    return Int8DynamicActivationInt8WeightConfig(
-        set_inductor_config=False,
-        # Without VNNI the CPU's INT8 product saturates in 16 bits.
-        reduce_range=any(should_reduce_range(device) for device in devices),
     )
 
 

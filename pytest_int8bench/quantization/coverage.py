@@ -27,17 +27,19 @@ class Coverage:
     """What :func:`apply_int8_quant` did to a model."""
 
     mode: str
-    """``w8a8``, ``w8``, or ``custom`` for a configuration of the user's."""
+    """Name of the mode, or ``custom`` for a configuration of the user's."""
     layers: tuple[Layer, ...]
     """Every linear layer of the model, in order."""
     total_parameters: int
     """All parameters of the model, outside linear layers too."""
     smoothed_runtime: tuple[str, ...] = ()
     """SmoothQuant: the layers whose inputs are multiplied at run time."""
+    precision: str = "INT8"
+    """What the converted layers store their weights in."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
-        """The layers that are INT8 now."""
+        """The layers that are quantized now."""
         return tuple(layer for layer in self.layers if layer.reason is None)
 
     @property
@@ -63,7 +65,8 @@ class Coverage:
     def __str__(self) -> str:
         share = self.converted_parameters / max(self.total_parameters, 1)
         text = (
-            f"{len(self.converted)} of {len(self.layers)} linear layers in INT8 ({self.mode}), "
+            f"{len(self.converted)} of {len(self.layers)} linear layers in {self.precision} "
+            f"({self.mode}), "
             f"{self.converted_parameters:,} of {self.total_parameters:,} parameters ({share:.1%})"
         )
         if reasons := Counter(str(layer.reason) for layer in self.left_out):

@@ -87,30 +87,7 @@ def plan_smoothing(
         QuantizationError: if a layer never ran, or had NaN or infinity in its input.
     """
     layers = {name: module for name, module in model.named_modules() if name in chosen}
-    watch = _Watch()
-    hooks = [
-        module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
-        for name, module in layers.items()
-    ]
-    try:
-        # Eager, even where the model compiles itself: compiled code may run without the hooks.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for inputs in calibration:
-                call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    unseen = [name for name in layers if name not in watch.peaks]
-    if unseen:
-        raise QuantizationError(
-            f"calibration never reached {len(unseen)} of {len(layers)} layers, "
-            f"{unseen[0]} first: it must have at least one batch that runs every layer"
-        )
-    for name in layers:
-        if not watch.peaks[name].isfinite().all():
-            raise QuantizationError(f"calibration has NaN or infinity in the input of {name}")
-    return _plan(layers, watch, alpha)
+    return _plan(layers, _watched(model, layers, calibration, call), alpha)
 
 
 def multiply_weight(layer: nn.Module, factor: torch.Tensor) -> None:
@@ -142,6 +119,39 @@ class _Watch:
         peak = _largest(x)
         known = self.peaks.get(name)
         self.peaks[name] = peak if known is None else torch.maximum(known, peak)
+
+
+def _watched(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Iterable[Any],
+    call: Callable[[nn.Module, Any], Any],
+) -> _Watch:
+    """Run ``model`` on ``calibration`` and return what went into ``layers``."""
+    watch = _Watch()
+    hooks = [
+        module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
+        for name, module in layers.items()
+    ]
+    try:
+        # Eager, even where the model compiles itself: compiled code may run without the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for inputs in calibration:
+                call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    unseen = [name for name in layers if name not in watch.peaks]
+    if unseen:
+        raise QuantizationError(
+            f"calibration never reached {len(unseen)} of {len(layers)} layers, "
+            f"{unseen[0]} first: it must have at least one batch that runs every layer"
+        )
+    for name in layers:
+        if not watch.peaks[name].isfinite().all():
+            raise QuantizationError(f"calibration has NaN or infinity in the input of {name}")
+    return watch
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pytest_int8bench.choices import precision
 from pytest_int8bench.environment import describe
 from pytest_int8bench.report.cells import figure_cell, status_text
 from pytest_int8bench.report.remarks import (
@@ -103,12 +104,13 @@ def _cell(figure: Figure, result: Result) -> str:
 
 def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
     """Return the verdicts on labelled samples."""
+    candidates = {precision(verdict.params) for verdict in verdicts}
     columns: dict[str, Callable[[Accuracy], str]] = {
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
         "samples": lambda v: f"{v.samples:,}",
         "baseline": lambda v: _score(v.baseline),
-        "INT8": lambda v: _score(v.candidate),
+        candidates.pop() if len(candidates) == 1 else "candidate": lambda v: _score(v.candidate),
         "drop [one-sided 95 %]": shown_drop,
         "worse/better": lambda v: f"{v.lost}/{v.gained}",
         "limit": lambda v: v.limit or MISSING,
@@ -156,7 +158,7 @@ def verdict_remarks(verdict: Accuracy) -> list[str]:
 def sensitivity_table(found: Sensitivity) -> Grid:
     """Return what each layer, or block, loses."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        f"INT8 in one {found.by} alone": lambda row: str(row["name"]),
+        f"{precision(found.params)} in one {found.by} alone": lambda row: str(row["name"]),
         "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
     }
     if found.metric is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pytest_int8bench.choices import precision, takes_smoothquant
 from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
 
 
@@ -18,8 +19,10 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
     lines: list[str] = []
     for verdict in sorted(verdicts, key=lambda v: v.outcome != "FAIL"):
         lines += describe(verdict)
-    if any(v.outcome == "FAIL" and v.metric != NO_LABELS for v in verdicts) and not remedied:
-        lines.append("--int8-remedy tries SmoothQuant, BF16 for the worst layers, and W8")
+    failed = [v for v in verdicts if v.outcome == "FAIL" and v.metric != NO_LABELS]
+    if failed and not remedied:
+        smoothing = "SmoothQuant, " if any(takes_smoothquant(v.params) for v in failed) else ""
+        lines.append(f"--int8-remedy tries {smoothing}BF16 for the worst layers, and W8")
     if any(v.outcome == "INCONCLUSIVE" for v in verdicts):
         lines.append("--int8-inconclusive=warn lets what samples cannot decide pass with a warning")
     return "\n".join(lines)
@@ -38,14 +41,16 @@ def describe(verdict: Accuracy) -> list[str]:
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
     dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
+    quantized = precision(verdict.params)
     moved = f"dropped by {drop} [{low}, {high}]"
     if (verdict.drop or 0) < 0:
         moved = f"rose by {drop.removeprefix('-')} (drop [{low}, {high}])"
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {verdict.baseline:.4f}, INT8 {verdict.candidate:.4f}, {verdict.samples} "
-            f"samples: {verdict.lost} got worse, {verdict.gained} better (one-sided 95 % bounds)"
+            f"  {dtype} {verdict.baseline:.4f}, {quantized} {verdict.candidate:.4f}, "
+            f"{verdict.samples} samples: {verdict.lost} got worse, {verdict.gained} better "
+            "(one-sided 95 % bounds)"
         ),
     ]
     if verdict.needed is not None and not verdict.is_pipeline_check:

@@ -10,11 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pytest_int8bench.measure.ceiling import CeilingError, find_ceiling, quantized_calls, reached
+from pytest_int8bench.measure.ceiling import (
+    CeilingError,
+    bound_of,
+    find_ceiling,
+    quantized_calls,
+    reached,
+)
 from pytest_int8bench.measure.device_rates import Rates
 from pytest_int8bench.measure.kernel_kinds import Breakdown
 from pytest_int8bench.measure.linear_calls import LinearCall, Size, linear_calls
+from pytest_int8bench.quantization.modes import Bound
 
+W8A8, W8 = bound_of("w8a8"), bound_of("w8")
 SQUARE = Size(1000, 1000)
 #: 6 s of products, 3 s of attention, 1 s of the rest.
 SPLIT = Breakdown(0.0, 6.0, 3.0, 1.0)
@@ -39,7 +47,7 @@ def calls_of(*names: str, rows: int = 1000, size: Size = SQUARE) -> list[LinearC
 
 
 def test_products_twice_as_fast_halve_their_part() -> None:
-    found = find_ceiling(SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), mode="w8a8")
+    found = find_ceiling(SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), bound=W8A8)
     assert found.product_ratio == 2.0
     assert found.quantized_share == 1.0
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
@@ -51,7 +59,7 @@ def test_products_twice_as_fast_halve_their_part() -> None:
 
 
 def test_layers_left_in_bf16_gain_nothing() -> None:
-    found = find_ceiling(SPLIT, calls_of("a", "b", "c"), {"a", "b"}, rates_of(), mode="w8a8")
+    found = find_ceiling(SPLIT, calls_of("a", "b", "c"), {"a", "b"}, rates_of(), bound=W8A8)
     assert found.quantized_share == pytest.approx(2 / 3)
     assert found.products_speedup == pytest.approx(10 / (2 + 2 + 3 + 1))
 
@@ -60,18 +68,18 @@ def test_a_layer_weighs_by_its_operations() -> None:
     wide = Size(1000, 3000)
     rates = Rates({SQUARE: 1e12, wide: 1e12}, {SQUARE: 2e12, wide: 1e12}, FAST)
     calls = [LinearCall("a", 1000, SQUARE), LinearCall("b", 1000, wide)]
-    found = find_ceiling(SPLIT, calls, {"a", "b"}, rates, mode="w8a8")
+    found = find_ceiling(SPLIT, calls, {"a", "b"}, rates, bound=W8A8)
     assert found.product_ratio == pytest.approx(4 / (0.5 + 3))
     assert found.float_ops_per_s == pytest.approx(1e12)
     assert found.int8_ops_per_s == pytest.approx(4 / (0.5 + 3) * 1e12)
-    found = find_ceiling(SPLIT, calls, {"a"}, rates, mode="w8a8")
+    found = find_ceiling(SPLIT, calls, {"a"}, rates, bound=W8A8)
     assert found.quantized_share == pytest.approx(1 / 4)
     assert found.products_speedup == pytest.approx(10 / (10 - 6 / 4 / 2))
 
 
 def test_int8_that_is_slower_is_a_ceiling_below_one() -> None:
     rates = rates_of(int8_rate=0.5e12)
-    found = find_ceiling(replace(SPLIT, rest=0.0), calls_of("a"), {"a"}, rates, mode="w8a8")
+    found = find_ceiling(replace(SPLIT, rest=0.0), calls_of("a"), {"a"}, rates, bound=W8A8)
     assert found.speedup == pytest.approx(9 / (12 + 3))
     assert reached(0.9, found.speedup) is None
 
@@ -79,7 +87,7 @@ def test_int8_that_is_slower_is_a_ceiling_below_one() -> None:
 def test_memory_bounds_small_products() -> None:
     # 1 row: 2e6 operations against 2,004,000 bytes in BF16 and 1,003,000 in INT8.
     rates = rates_of(1e15, 2e15, 1e9)
-    found = find_ceiling(SPLIT, calls_of("a", rows=1), {"a"}, rates, mode="w8a8")
+    found = find_ceiling(SPLIT, calls_of("a", rows=1), {"a"}, rates, bound=W8A8)
     assert found.product_ratio == pytest.approx(2_004_000 / 1_003_000)
 
 
@@ -87,14 +95,14 @@ def test_memory_bounds_small_products() -> None:
 
 
 def test_w8_gains_nothing_where_operations_bound() -> None:
-    found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), mode="w8")
+    found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), bound=W8)
     assert (found.speedup, found.products_speedup, found.product_ratio) == (1.0, 1.0, 1.0)
     assert found.int8_ops_per_s is None
 
 
 def test_w8_halves_the_weights_that_are_read() -> None:
     rates = Rates({SQUARE: 1e15}, {}, 1e9)
-    found = find_ceiling(SPLIT, calls_of("a", rows=1), {"a"}, rates, mode="w8")
+    found = find_ceiling(SPLIT, calls_of("a", rows=1), {"a"}, rates, bound=W8)
     assert found.product_ratio == pytest.approx(2_004_000 / 1_004_000)
     assert found.speedup == found.products_speedup == pytest.approx(10 / (4 + 6 * 1004 / 2004))
 
@@ -107,25 +115,25 @@ def test_the_rest_keeps_one_pass_over_each_input() -> None:
     rates = rates_of(1e9, 2e9, 30e6)
     calls = calls_of("q", "k", "fc")
     calls[1] = replace(calls[1], first=False)  # the input of q
-    found = find_ceiling(SPLIT, calls, {"q", "k", "fc"}, rates, mode="w8a8")
+    found = find_ceiling(SPLIT, calls, {"q", "k", "fc"}, rates, bound=W8A8)
     assert found.speedup == pytest.approx(10 / (3 + 3 + 0.2))
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
 
 
 def test_no_pass_is_shorter_than_the_shortest_kernel() -> None:
     found = find_ceiling(
-        SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), mode="w8a8", shortest_s=0.25
+        SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), bound=W8A8, shortest_s=0.25
     )
     assert found.speedup == pytest.approx(10 / (3 + 3 + 0.5))
 
 
 def test_a_rest_shorter_than_the_passes_stays() -> None:
-    found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), mode="w8a8", shortest_s=5.0)
+    found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), bound=W8A8, shortest_s=5.0)
     assert found.speedup == found.products_speedup
 
 
 def test_the_rest_around_other_layers_stays() -> None:
-    found = find_ceiling(SPLIT, calls_of("a", "b"), {"a"}, rates_of(), mode="w8a8")
+    found = find_ceiling(SPLIT, calls_of("a", "b"), {"a"}, rates_of(), bound=W8A8)
     assert found.speedup == pytest.approx(10 / (1.5 + 3 + 3 + 0.5))
 
 
@@ -141,7 +149,7 @@ some_calls = st.lists(
 
 @given(
     splits, some_calls, sizes, st.floats(1e9, 1e15), st.floats(1.0, 8.0), st.floats(1.0, 8.0),
-    st.floats(1e6, 1e13), st.sampled_from(["w8a8", "w8"]),
+    st.floats(1e6, 1e13), st.sampled_from([W8A8, W8]),
 )  # fmt: skip
 def test_the_ceiling_is_one_or_more_and_grows_with_the_int8_rate(
     split: Breakdown,
@@ -151,20 +159,20 @@ def test_the_ceiling_is_one_or_more_and_grows_with_the_int8_rate(
     faster: float,
     again: float,
     bytes_per_s: float,
-    mode: str,
+    bound: Bound,
 ) -> None:
     calls = [LinearCall(str(i), m, size, first) for i, (m, first, _) in enumerate(rows)]
     converted = {str(i) for i, (_, _, yes) in enumerate(rows) if yes} | {"0"}
     one, two = (
         find_ceiling(
-            split, calls, converted, rates_of(rate, rate * r, bytes_per_s, size), mode=mode
+            split, calls, converted, rates_of(rate, rate * r, bytes_per_s, size), bound=bound
         )
         for r in (faster, faster * again)
     )
     assert 1 - 1e-9 <= one.products_speedup <= one.speedup + 1e-9
     assert one.speedup <= two.speedup * (1 + 1e-9)
     assert 0 < one.quantized_share <= 1
-    if mode == "w8a8":
+    if bound is W8A8:
         assert one.product_ratio <= max(faster, 2) * (1 + 1e-9)
     else:
         assert one.product_ratio <= 2
@@ -177,7 +185,7 @@ def test_as_fewer_layers_are_converted_the_ceiling_comes_down_to_one(
 ) -> None:
     small = LinearCall("small", 1, size)
     others = [LinearCall(str(i), 10**12 * m, size, f) for i, (m, f, _) in enumerate(rows)]
-    found = find_ceiling(split, [small, *others], {"small"}, rates_of(size=size), mode="w8a8")
+    found = find_ceiling(split, [small, *others], {"small"}, rates_of(size=size), bound=W8A8)
     assert found.speedup == pytest.approx(1.0, abs=1e-4)
 
 
@@ -185,7 +193,7 @@ def test_no_quantized_layer_is_said() -> None:
     message = r"^no quantized layer was called in an eager forward of the baseline$"
     for converted in (set(), {"other"}):
         with pytest.raises(CeilingError, match=message):
-            find_ceiling(SPLIT, calls_of("a"), converted, rates_of(), mode="w8a8")
+            find_ceiling(SPLIT, calls_of("a"), converted, rates_of(), bound=W8A8)
     with pytest.raises(CeilingError, match=message):
         quantized_calls(calls_of("a", rows=0), {"a"})
 
@@ -195,7 +203,7 @@ def test_no_known_product_is_said() -> None:
         CeilingError, match=r"^no kernel of the baseline is known to be a matrix product$"
     ):
         find_ceiling(
-            replace(SPLIT, other_products=0.0), calls_of("a"), {"a"}, rates_of(), mode="w8a8"
+            replace(SPLIT, other_products=0.0), calls_of("a"), {"a"}, rates_of(), bound=W8A8
         )
 
 

@@ -24,7 +24,7 @@ from pytest_int8bench.measure.building import DeviceError, build_eager, find_dev
 from pytest_int8bench.measure.model import AttentionError, Model
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantization.api import apply_int8_quant, coverage, int8_storage
+from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.workloads import Workload
 
@@ -706,8 +706,8 @@ def test_a_model_that_is_quantized_already_is_measured_as_it_is() -> None:
     workload, pool = make_workload(build=build, prequantized=True), ModelPool()
     baseline = pool.get(workload, BF16)
     candidate = pool.get(workload, W8A8)
-    assert int8_storage(baseline.eager) == (0, 0)
-    assert int8_storage(candidate.eager) == (2, 2)
+    assert weight_storage(baseline.eager) == (0, 0)
+    assert weight_storage(candidate.eager) == (2, 2)
     assert len(coverage(candidate.eager).converted) == 2
     assert candidate.ready().outputs == baseline.ready().outputs
     candidate.evidence()

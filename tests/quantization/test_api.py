@@ -33,14 +33,14 @@ from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.kernels import dispatch
-from pytest_int8bench.kernels.dispatch import fused_problem
 from pytest_int8bench.kernels.linear import Int8Linear, WeightOnlyLinear
 from pytest_int8bench.measure.building import build_eager
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantization.api import apply_int8_quant, coverage, int8_storage
+from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, lower
+from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.workloads.registry import load_workload
 from toys.models import Attention, Mlp
@@ -225,7 +225,7 @@ def test_in_place(model: Transformer, batch: torch.Tensor, mode: str, least_db: 
         assert weight.scale.numel() == weight.shape[0]
     for name in ("patch_embed", "head"):
         assert type(model.get_submodule(name).weight) is nn.Parameter
-    assert int8_storage(model) == (6, 6)
+    assert weight_storage(model) == (6, 6)
 
 
 def test_only_w8a8_quantizes_activations(model: Transformer) -> None:
@@ -373,7 +373,7 @@ def test_w8_on_cuda_dequantizes(model: Transformer, batch: torch.Tensor) -> None
         apply_int8_quant(model, mode="w8")
         assert sqnr_db(before, model(batch)) > 35
     assert {type(model.get_submodule(name)) for name in CONVERTED} == {WeightOnlyLinear}
-    assert int8_storage(model) == (6, 6)
+    assert weight_storage(model) == (6, 6)
 
 
 # -- what is refused ----------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
         "no layer was converted to INT8: 8 linear layers (patch_embed, attn.q, attn.k …), "
         "left out because: filtered; choose layers with filter_fn or --int8-filter"
     )
-    assert int8_storage(model) == (0, 0)
+    assert weight_storage(model) == (0, 0)
 
 
 def test_a_model_without_linear_layers_is_an_error() -> None:
@@ -399,7 +399,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "w4"}, "mode must be one of w8a8, w8, got 'w4'"),
+        ({"mode": "w4"}, "mode must be one of w8a8, w8, fp8, got 'w4'"),
         ({"alpha": 1.5}, "alpha must be from 0 to 1, got 1.5"),
         ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
         (
@@ -446,7 +446,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
 def test_rejects_bad_argument(model: Transformer, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         apply_int8_quant(model, **arguments)
-    assert int8_storage(model) == (0, 0)
+    assert weight_storage(model) == (0, 0)
 
 
 def test_a_model_is_not_quantized_twice(model: Transformer) -> None:
@@ -612,7 +612,7 @@ def test_a_calibration_that_raises_leaves_the_model_as_it_was(batch: torch.Tenso
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError):
         apply_int8_quant(model, smoothquant=True, calibration=[batch, batch[..., 1:]])
-    assert int8_storage(model) == (0, 0)
+    assert weight_storage(model) == (0, 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -804,7 +804,7 @@ def test_lowers_with_torchao_values(model: Transformer, batch: torch.Tensor) -> 
         assert layer.weight_scale.dtype == torch.float32
         assert torch.equal(layer.bias, biases[name])
         assert layer.factor is None
-    assert int8_storage(model) == (6, 6)
+    assert weight_storage(model) == (6, 6)
     attention = model.attn
     assert attention.q.block is attention.k.block is attention.v.block
 
@@ -1008,7 +1008,7 @@ def test_where_the_fused_kernels_run(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
-    assert fused_problem(mode, torch.device(device)) == problem
+    assert MODES[mode].fused_problem(torch.device(device)) == problem
 
 
 @pytest.mark.parametrize(
@@ -1017,7 +1017,7 @@ def test_where_the_fused_kernels_run(
 def test_the_backend_that_is_asked_for_is_used(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, backend: str, used: str
 ) -> None:
-    monkeypatch.setattr(dispatch, "fused_problem", lambda mode, device: None)
+    monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     covered = coverage(apply_int8_quant(model, backend=backend))
     assert covered.backend == used
     assert len(covered.fused) == (6 if used == "fused" else 0)
@@ -1031,7 +1031,7 @@ def test_auto_takes_torchao_where_the_kernels_do_not_run(model: Transformer) -> 
 
 
 def test_fused_needs_one_layer(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "fused_problem", lambda mode, device: None)
+    monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, backend="fused", quant_config=config)

@@ -20,7 +20,7 @@ from pytest_int8bench.kernels.linear import WeightOnlyLinear, replace_linears
 from pytest_int8bench.measure.building import build_eager
 from pytest_int8bench.measure.evidence import profile_forward
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantization.api import apply_int8_quant, coverage, int8_storage
+from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, dequantize
 from pytest_int8bench.workloads import Workload
 from toys.models import Attention, quantized
@@ -161,7 +161,7 @@ def test_layers_are_replaced_and_say_that_torchao_quantized_them() -> None:
     model = weight_only(Block())
     assert {type(model.get_submodule(name)) for name in LAYERS} == {WeightOnlyLinear}
     assert model.attn.q.block is model.attn.proj.block
-    assert int8_storage(model) == (6, 6)
+    assert weight_storage(model) == (6, 6)
     covered = coverage(model)
     assert (len(covered.converted), covered.backend, covered.fused) == (6, "torchao", ())
 
@@ -172,7 +172,7 @@ def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
     weight_only(model)
     assert type(model["fc1"].weight) is DequantizedInt8Tensor
     assert type(model["fc2"]) is WeightOnlyLinear
-    assert int8_storage(model) == (2, 2)
+    assert weight_storage(model) == (2, 2)
 
 
 def test_parts_of_the_attention_of_torch_are_left_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pytest_int8bench.choices import SWEPT_MODES
 from pytest_int8bench.params import MEASURING_FIELDS
 from pytest_int8bench.results.records import Record, Result
 
@@ -19,7 +20,8 @@ _SPOKEN = {
 }
 #: Standard errors on each side of a 95 % interval.
 _WIDTH = 1.96
-_MODES = ("BF16", "W8A8", "W8", "W8A8, SmoothQuant", "W8, SmoothQuant")
+_QUANTIZED = [name.upper() for name in SWEPT_MODES]
+_MODES = ("BF16", *_QUANTIZED, *(f"{name}, SmoothQuant" for name in _QUANTIZED))
 
 
 def plain(record: Record) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pytest_int8bench.choices import precision
 from pytest_int8bench.report.page.charts import Bar, Bars, Stack, Stacks
 from pytest_int8bench.report.page.groups import Results, Scope
 from pytest_int8bench.report.page.model import Section, Titled
@@ -108,8 +109,8 @@ def coverage(results: Results) -> Section | None:
                 [name, kind, reason, str(len(layers)), _some(layers)]
                 for reason, layers in by_reason.items()
             ]
-    columns = ["run", "INT8 layers", "of the parameters", "fused", "not fused", "SmoothQuant"]
-    tables = [Titled(caption="Linear layers in INT8", grid=plain_grid(columns, rows))]
+    columns = ["run", "quantized layers", "of the parameters", "fused", "not fused", "SmoothQuant"]
+    tables = [Titled(caption="Quantized linear layers", grid=plain_grid(columns, rows))]
     if reasons:
         columns = ["run", "what", "reason", "layers", "which"]
         grid = plain_grid(columns, reasons, left=("what", "reason", "which"))
@@ -142,11 +143,12 @@ def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
         if not bars:
             continue
         which = f", the worst {len(bars)} of {len(scan.layers)}" if scan.layers[len(bars) :] else ""
+        stored = precision(scan.params)
         what = f"{scan.metric} drop" if by_metric else "SQNR of the outputs"
         charts.append(
             Bars(
                 id=f"sensitivity-{index}",
-                title=f"{what} with one {scan.by} in INT8{which}: {scan.workload}",
+                title=f"{what} with one {scan.by} in {stored}{which}: {scan.workload}",
                 description=f"Worst: {bars[0].name} at {number(bars[0].value)}.",
                 unit="pp" if by_metric else "dB",
                 bars=tuple(bars),
