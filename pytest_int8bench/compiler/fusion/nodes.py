@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from pytest_int8bench.compiler.torch_workarounds import HigherOrderOperator, OpOverload
 from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 from pytest_int8bench.kernels.tile_types import ALIGNMENT
 
@@ -21,6 +22,9 @@ QUANTIZE = torch.ops.int8bench.quantize_rows.default
 LINEAR = torch.ops.int8bench.linear.default
 DEQUANTIZE = torch.ops.int8bench.dequantize.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
+
+# Where an operator takes weight, weight scale and bias.
+_LAYER_TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -37,10 +41,9 @@ NORMS: dict[Any, str] = {
     F.rms_norm: "rms",
     torch.rms_norm: "rms",
 }
-_GELU = torch._C._nn.gelu
 # Of built-in functions, which do not tell them.
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
-    _GELU: ("input", "approximate"),
+    F.gelu: ("input", "approximate"),
     torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
@@ -77,7 +80,7 @@ _READERS = {
         *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
         *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
-        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
+        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
     )
 }
@@ -133,7 +136,7 @@ def _leaves_alone(user: Node) -> bool:
 
 def _is_higher_order(node: Node) -> bool:
     """Say whether a node is a region or a kernel."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def _is_cast(node: Node) -> bool:
@@ -153,7 +156,7 @@ def activation_name(node: Any) -> str | None:
     """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or writes(node):
         return None
-    if node.target is _GELU:
+    if node.target is F.gelu:
         return "gelu_tanh" if given_arguments(node).get("approximate") == "tanh" else "gelu"
     return _ACTIVATIONS.get(node.target)
 
@@ -192,9 +195,9 @@ def writes(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return True  # what is inside is not looked at
     if target in _MUTATING or node.kwargs.get("out") is not None:
         return True
@@ -247,3 +250,51 @@ def same_dtype(one: Any, other: Any) -> bool:
 def is_row_of(vector: Any, node: Node) -> bool:
     value = value_of(vector)
     return isinstance(value, torch.Tensor) and value.shape == value_of(node).shape[-1:]
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+def is_layer(node: Node) -> bool:
+    """Return whether a node multiplies by the INT8 weight of a layer."""
+    return node.target in _LAYER_TENSORS
+
+
+def layer_tensors(node: Node) -> tuple[Node, ...]:
+    """Return weight, weight scale and bias of a layer."""
+    return tuple(node.args[_LAYER_TENSORS[node.target]])
+
+
+def layer_weight(node: Node) -> Node:
+    """Return the INT8 weight of a layer."""
+    return layer_tensors(node)[0]
+
+
+def layer_operands(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the arguments of a layer before and after its tensors."""
+    where = _LAYER_TENSORS[node.target]
+    return tuple(node.args[: where.start]), tuple(node.args[where.stop :])
+
+
+def rows_of(tensor: Node) -> tuple[Node, int, int]:
+    """Return the block that a layer's tensor is a slice of, its first row, and the row after its
+    last; the tensor itself and all its rows if it is not a slice."""
+    if tensor is None:
+        return None, 0, 0
+    if tensor.target is operator.getitem and isinstance(tensor.args[1], slice):
+        block, rows = tensor.args
+        if all(bound is None or isinstance(bound, int) for bound in (rows.start, rows.stop)):
+            start, stop, step = rows.indices(value_of(block).shape[0])
+            if step == 1:
+                return block, start, stop
+    return tensor, 0, value_of(tensor).shape[0]
+
+
+def sliced(graph: fx.Graph, block: Node, start: int, stop: int) -> Node:
+    """Return rows of a block as a node."""
+    value = value_of(block)
+    if (start, stop) == (0, value.shape[0]):
+        return block
+    node = graph.call_function(operator.getitem, (block, slice(start, stop)))
+    node.meta["example_value"] = value[start:stop]
+    return node
