@@ -1,59 +1,128 @@
-"""Scaled dot product attention: which backend may run, and which one a kernel belongs to."""
+"""Attention backends: one row of :data:`BACKENDS` for each backend of
+``torch.nn.functional.scaled_dot_product_attention``.
+
+To add a backend, add a row here and its name to ``choices.ATTENTION_BACKENDS``. The check of
+parameters, ``attention=auto``, evidence and error messages follow. Importing this module does not
+load torch: RunParams needs the table to refuse impossible combinations.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
+if TYPE_CHECKING:
+    from torch.nn.attention import SDPBackend
 
-from pytest_int8bench.choices import ATTENTION_BACKENDS
+_HALF = ("bfloat16", "float16")
+_ANY = ("float32", *_HALF)
 
-_BACKENDS = {
-    "flash": [SDPBackend.FLASH_ATTENTION],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION],
-    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
-    "math": [SDPBackend.MATH],
-    "auto": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """An attention backend, and all that the rest of the package knows about it."""
+
+    sdpa: tuple[str, ...]
+    """Names of the members of ``torch.nn.attention.SDPBackend`` that it allows."""
+    dtypes: Mapping[str, tuple[str, ...]]
+    """The dtypes of inputs that it takes, by device type; other devices do not have it."""
+    kernels: re.Pattern[str]
+    """Matches the names of its device kernels (CUDA) and operators (CPU)."""
+    is_general: bool = False
+    """Whether it takes masks and any head size, so that it can replace another backend."""
+
+    @functools.cached_property
+    def sdpa_backends(self) -> tuple[SDPBackend, ...]:
+        """The members of ``torch.nn.attention.SDPBackend`` themselves."""
+        from torch.nn.attention import SDPBackend
+
+        return tuple(getattr(SDPBackend, name) for name in self.sdpa)
+
+
+#: By name, in the order in which ``attention=auto`` prefers backends that take the same time.
+BACKENDS = {
+    "flash": Backend(
+        sdpa=("FLASH_ATTENTION",),
+        dtypes={"cuda": _HALF, "cpu": _ANY},
+        kernels=re.compile(r"flash_fwd|pytorch_flash|_scaled_dot_product_flash_attention"),
+    ),
+    "cudnn": Backend(
+        sdpa=("CUDNN_ATTENTION",),
+        dtypes={"cuda": _HALF},
+        kernels=re.compile(
+            r"cudnn.*(sdpa|attention|fmha)|_scaled_dot_product_cudnn", re.IGNORECASE
+        ),
+    ),
+    "efficient": Backend(
+        sdpa=("EFFICIENT_ATTENTION",),
+        dtypes={"cuda": _ANY},
+        kernels=re.compile(r"fmha_cutlass|_scaled_dot_product_efficient|AttentionKernel<"),
+        is_general=True,
+    ),
+    "math": Backend(
+        sdpa=("MATH",),
+        dtypes={"cuda": _ANY, "cpu": _ANY},
+        # On CUDA, math attention is matmuls and a softmax like those of other layers.
+        kernels=re.compile(r"_scaled_dot_product_attention_math"),
+        is_general=True,
+    ),
 }
 
-# Names of device kernels (CUDA) and operators (CPU) of each backend.
-_KERNELS = {
-    "flash": re.compile(r"flash_fwd|pytorch_flash|_scaled_dot_product_flash_attention"),
-    "cudnn": re.compile(r"cudnn.*(sdpa|attention|fmha)|_scaled_dot_product_cudnn", re.IGNORECASE),
-    "efficient": re.compile(r"fmha_cutlass|_scaled_dot_product_efficient|AttentionKernel<"),
-    # On CUDA, math attention is products and a softmax like those of other layers.
-    "math": re.compile(r"_scaled_dot_product_attention_math"),
-}
+# Attention kernels that SDPA does not choose, such as FlashAttention 3 and FlexAttention.
+_OTHER_KERNELS = re.compile(r"FlashAttn|flex_attention|fmha")
 
-# Inductor's pointwise and reduction kernels carry the names of the operators they were fused
-# around.
+# Inductor names pointwise and reduction kernels after the operators that they were fused with.
 _FUSED_AROUND = re.compile(r"triton_(poi|red|per|for)_")
 
 
-def own_names(kernels: Iterable[str]) -> list[str]:
-    """Return the kernels whose names say what they do themselves."""
-    return [name for name in kernels if not _FUSED_AROUND.match(name)]
+# -- choosing -----------------------------------------------------------------------------------
 
 
 def sdpa_backends(attention: str) -> list[SDPBackend]:
-    """Return the backends that ``attention`` allows.
+    """Return the SDPA backends that ``attention`` allows; ``auto`` allows all of them.
 
     Raises:
         ValueError: for an unknown name.
     """
-    if attention not in _BACKENDS:
-        raise ValueError(
-            f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {attention!r}"
-        )
-    return _BACKENDS[attention]
+    if attention == "auto":
+        return [sdpa for backend in BACKENDS.values() for sdpa in backend.sdpa_backends]
+    if attention not in BACKENDS:
+        names = ", ".join((*BACKENDS, "auto"))
+        raise ValueError(f"attention must be one of {names}, got {attention!r}")
+    return list(BACKENDS[attention].sdpa_backends)
+
+
+def backends_of(device_type: str) -> list[str]:
+    """Return the backends that a device has, in order of preference."""
+    return [name for name, backend in BACKENDS.items() if device_type in backend.dtypes]
+
+
+def general_backends() -> list[str]:
+    """Return the backends to try if another one cannot take a model's attention."""
+    return [name for name, backend in BACKENDS.items() if backend.is_general]
+
+
+def impossible_reason(attention: str, device_type: str, *, bf16: bool) -> str | None:
+    """Return why a backend cannot run on a device or in a dtype, or None if it can.
+
+    Args:
+        attention: a backend, or ``auto``.
+        device_type: ``cuda`` or ``cpu``.
+        bf16: inputs are BF16 rather than FP32.
+    """
+    if attention == "auto":
+        return None
+    dtypes = BACKENDS[attention].dtypes
+    if device_type not in dtypes:
+        devices = " and ".join(name.upper() for name in dtypes)
+        return f"attention={attention} exists on {devices} only, gpu_type={device_type}"
+    if not bf16 and "float32" not in dtypes[device_type]:
+        return f"{attention} attention takes 16-bit inputs only, bf16=False"
+    return None
 
 
 class FlashSDPA:
@@ -70,6 +139,8 @@ class FlashSDPA:
         self._entered: list[Any] = []
 
     def __enter__(self) -> FlashSDPA:
+        from torch.nn.attention import sdpa_kernel
+
         context = sdpa_kernel(self._backends)
         context.__enter__()
         self._entered.append(context)
@@ -84,10 +155,25 @@ class FlashSDPA:
         self._entered.pop().__exit__(exc_type, exc, tb)
 
 
+# -- recognizing --------------------------------------------------------------------------------
+
+
+def own_names(kernels: Iterable[str]) -> list[str]:
+    """Return the kernels that are named after what they do themselves."""
+    return [name for name in kernels if not _FUSED_AROUND.match(name)]
+
+
 def attention_kernel(kernels: Iterable[str]) -> str | None:
     """Return the backend whose kernels are among ``kernels``, or None if no kernel is known."""
     names = own_names(kernels)
-    for backend, pattern in _KERNELS.items():
-        if any(pattern.search(name) for name in names):
-            return backend
+    for name, backend in BACKENDS.items():
+        if any(backend.kernels.search(kernel) for kernel in names):
+            return name
     return None
+
+
+def is_attention_kernel(kernel: str) -> bool:
+    """Return whether a kernel computes attention, whoever chose it."""
+    return attention_kernel([kernel]) is not None or bool(
+        own_names([kernel]) and _OTHER_KERNELS.search(kernel)
+    )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import unquote
 
+from pytest_int8bench.attention import impossible_reason
 from pytest_int8bench.choices import (
     ATTENTION_BACKENDS,
     COMPILE_MODES,
@@ -161,10 +162,8 @@ class RunParams:
         if self.image_size % self.patch_size:
             return f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
         on_cuda = self.gpu_type == "cuda"
-        if self.attention in ("cudnn", "efficient") and not on_cuda:
-            return f"attention={self.attention} exists on CUDA only, gpu_type={self.gpu_type}"
-        if self.attention in ("flash", "cudnn") and on_cuda and not self.bf16:
-            return f"{self.attention} attention takes 16-bit inputs only, bf16=False"
+        if reason := impossible_reason(self.attention, self.gpu_type, bf16=self.bf16):
+            return reason
         if self.int8_smoothquant and not self.int8_enabled:
             return "int8_smoothquant=True without int8_enabled has nothing to smooth"
         if self.feed == "host" and not on_cuda:

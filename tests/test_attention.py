@@ -1,15 +1,30 @@
-"""FlashSDPA allows one attention backend; attention_kernel says which one ran."""
+"""The table of attention backends: one is allowed at a time, and the one that ran is recognized."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pytest_int8bench.attention import FlashSDPA, attention_kernel, sdpa_backends
-from pytest_int8bench.choices import ATTENTION_BACKENDS
+from pytest_int8bench import attention
+from pytest_int8bench.attention import (
+    BACKENDS,
+    Backend,
+    FlashSDPA,
+    attention_kernel,
+    backends_of,
+    general_backends,
+    impossible_reason,
+    is_attention_kernel,
+    sdpa_backends,
+)
+from pytest_int8bench.choices import ATTENTION_BACKENDS, DEVICES
+from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
+from pytest_int8bench.measure.kernel_kinds import kind_of
 
 ALL = {"flash", "efficient", "math", "cudnn"}
 
@@ -158,3 +173,64 @@ def test_a_kernel_that_is_no_attention_tells_nothing(kernel: str) -> None:
 
 def test_no_kernels_tell_nothing() -> None:
     assert attention_kernel([]) is None
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_names_that_parameters_take_agree() -> None:
+    assert (*BACKENDS, "auto") == ATTENTION_BACKENDS
+    assert {device for backend in BACKENDS.values() for device in backend.dtypes} == set(DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "bf16", "reason"),
+    [
+        ("flash", "cuda", True, None),
+        ("flash", "cuda", False, "flash attention takes 16-bit inputs only, bf16=False"),
+        ("flash", "cpu", False, None),
+        ("cudnn", "cuda", False, "cudnn attention takes 16-bit inputs only, bf16=False"),
+        ("cudnn", "cpu", True, "attention=cudnn exists on CUDA only, gpu_type=cpu"),
+        ("efficient", "cpu", False, "attention=efficient exists on CUDA only, gpu_type=cpu"),
+        ("efficient", "cuda", False, None),
+        ("math", "cpu", False, None),
+        ("auto", "cpu", False, None),
+    ],
+)
+def test_says_why_a_backend_cannot_run(
+    name: str, device: str, bf16: bool, reason: str | None
+) -> None:
+    assert impossible_reason(name, device, bf16=bf16) == reason
+
+
+def test_a_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Backend(
+        sdpa=("MATH",),
+        dtypes={"cpu": ("bfloat16",)},
+        kernels=re.compile("toy_attention"),
+        is_general=True,
+    )
+    monkeypatch.setattr(attention, "BACKENDS", {"toy": toy, **BACKENDS})
+    with FlashSDPA("toy"):
+        assert enabled() == {"math"}
+    assert backends_of("cpu") == ["toy", "flash", "math"]
+    assert general_backends() == ["toy", "efficient", "math"]
+    assert attention_kernel(["aten::mm", "toy_attention_fwd"]) == "toy"
+    assert is_attention_kernel("toy_attention_fwd")
+    assert kind_of("toy_attention_fwd") == "attention"
+    reason = "toy attention takes 16-bit inputs only, bf16=False"
+    assert impossible_reason("toy", "cpu", bf16=False) == reason
+    message = "attention=toy exists on CPU only, gpu_type=cuda"
+    assert impossible_reason("toy", "cuda", bf16=True) == message
+    with pytest.raises(ValueError, match="must be one of toy, flash, cudnn, efficient, math, auto"):
+        FlashSDPA("xformers")
+    # A timer that stands still: of equals, the first row is taken.
+    query = torch.randn(1, 2, 8, 16)
+    calls = recorded_calls(lambda: scaled_dot_product_attention(query, query, query))
+    assert fastest_backend(calls, lambda: 0.0) == "toy"
+
+
+def test_the_table_does_not_load_torch() -> None:
+    code = "import sys, pytest_int8bench.attention; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""The backend that models are compiled with: Inductor, behind what it needs and does not do."""
+"""The backend that compiles models: our passes and checks, then Inductor."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.nodes import begins_aligned, value_of
-from pytest_int8bench.compiler.torch_workarounds import cached_region_schemas
+from pytest_int8bench.compiler.torch_workarounds import (
+    SET_GRAD_ENABLED,
+    FakeTensor,
+    HigherOrderOperator,
+    InductorBackend,
+    cached_region_schemas,
+    start_compile_workers,
+)
 
 _REGION = torch.ops.higher_order.invoke_subgraph
 
 
-class FusingInductor(torch._TorchCompileInductorWrapper):
+class FusingInductor(InductorBackend):
     """Backend of ``torch.compile``: the passes of :mod:`.fusion.passes`, then Inductor.
 
     Args:
@@ -40,20 +46,12 @@ class FusingInductor(torch._TorchCompileInductorWrapper):
 
 
 def load_inductor(device_type: str) -> None:
-    """Load Inductor, and for a GPU let the processes start in which it compiles kernels. These take
-    seconds to import torch; what is needed until they have is compiled in this process."""
-    import torch._inductor.compile_fx  # noqa: F401  of which torch.compile puts off the import
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.runtime import compile_tasks
+    """Import Inductor, which torch.compile puts off, and for a GPU start the processes in which it
+    compiles kernels."""
+    import torch._inductor.compile_fx  # noqa: F401
 
     if device_type == "cuda":
-        # Those assemble with torch's own ptxas, and this process with Triton's until it compiles a
-        # kernel of Inductor. The version is part of the key of Triton's cache, and asked for once:
-        # a process that found its graph in the cache found no kernel there.
-        use_ptxas_of_torch = getattr(compile_tasks, "_set_triton_ptxas_path", None)
-        if use_ptxas_of_torch is not None:
-            use_ptxas_of_torch()
-        AsyncCompile.wakeup()
+        start_compile_workers()
 
 
 def _check_regions(module: fx.GraphModule) -> None:
@@ -96,8 +94,8 @@ def _check_settings(module: fx.GraphModule) -> None:
                     raise RuntimeError("blocks run under different settings, such as autocast")
 
     # Dynamo restores the process's settings before it calls the backend.
-    grad_mode = torch._C._set_grad_enabled
-    visit(module, {grad_mode: (grad_mode, (torch.is_grad_enabled(),), {})})
+    enabled: tuple[Any, ...] = SET_GRAD_ENABLED, (torch.is_grad_enabled(),), {}
+    visit(module, {SET_GRAD_ENABLED: enabled})
 
 
 def _subgraphs(part: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
@@ -109,20 +107,38 @@ def _subgraphs(part: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
 def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
     """Update the settings that are active after ``node``, if it changes any.
 
-    Dynamo notes no example value for a call that changes a setting. One without arguments from
-    the graph sets something; ``_exit_autocast(node)`` and the like undo what that node set.
+    Dynamo notes no example value for a call that changes a setting. Some come in pairs, such as
+    ``_enter_autocast`` and ``_exit_autocast(node)``. Of others, such as ``_set_grad_enabled`` and
+    ``_sdpa_kernel``, the latest call holds, and Dynamo restores the setting by another call.
     """
-    if node.op != "call_function" or "example_value" in node.meta:
+    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
         return
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if _has_value(node) or any(map(_has_value, node.all_input_nodes)):
         return
-    undone = node.all_input_nodes
-    if not undone:
-        # What is undone later is nested; of two other calls of a function, the later one holds.
-        settings[node if node.users else node.target] = (node.target, node.args, node.kwargs)
-    elif all("example_value" not in other.meta for other in undone):
-        for other in undone:
-            settings.pop(other, None)
+    entered = _exited_by(node)
+    if entered is not None:
+        settings.pop(entered, None)
+    elif any(_exited_by(user) is node for user in node.users):
+        settings[node] = _call(node)
+    elif not node.users:
+        settings[node.target] = _call(node)
+
+
+def _exited_by(node: fx.Node) -> fx.Node | None:
+    """Return the call that entered the setting that ``node`` exits, None for other calls."""
+    if node.users or len(node.args) != 1 or node.kwargs:
+        return None
+    [entered] = node.args
+    return entered if isinstance(entered, fx.Node) and not _has_value(entered) else None
+
+
+def _has_value(node: fx.Node) -> bool:
+    return "example_value" in node.meta
+
+
+def _call(node: fx.Node) -> tuple[Any, ...]:
+    """Return a call for comparison: arguments that are calls themselves are replaced by these."""
+    return node.target, *fx.map_arg((node.args, node.kwargs), _call)
 
 
 def _check_alignment(module: fx.GraphModule) -> None:

@@ -48,7 +48,7 @@ class CompileCache:
         return self.root / self._digest
 
     def is_empty(self) -> bool:
-        """Say whether nothing was ever compiled for this machine and backend."""
+        """Return whether nothing was ever compiled for this machine and backend."""
         return not (self.folder.is_dir() and any(self.folder.iterdir()))
 
     @contextlib.contextmanager

@@ -307,15 +307,15 @@ def _device_type(model: torch.nn.Module) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what ``error`` came of: Dynamo wraps it in ones that do not say."""
+    """Return the root cause of ``error``; Dynamo wraps errors in uninformative ones."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return error
 
 
 def _is_not_of_caches(error: Exception) -> bool:
-    """Say whether ``error`` is from before or after what a damaged cache can disturb: Dynamo's
-    reading of the model, and memory."""
+    """Return whether a damaged cache cannot have caused ``error``, because it comes from Dynamo's
+    tracing of the model or from a lack of memory."""
     of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
     of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
     return isinstance(error, torch.OutOfMemoryError) or (of_dynamo and not of_backend)

@@ -1,7 +1,11 @@
-"""Workarounds for bugs and costs of torch: every patch of its private names in one place.
+"""Workarounds for bugs and costs of torch, and the private names of torch that the compiler needs.
 
 Each docstring names the problem, the versions of torch that have it, and the upstream issue or the
 place in torch's source. Delete a workaround when the oldest supported torch no longer needs it.
+
+Two things stand elsewhere, because they configure or observe and do not patch: the settings that
+:mod:`.compiled_model` and :mod:`.cache` take from ``torch._dynamo.config`` and
+``torch._functorch.config``, and the counters that they read in ``torch._dynamo.utils``.
 """
 
 from __future__ import annotations
@@ -12,11 +16,22 @@ import gc
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch._guards
+from torch import fx
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+
+#: What ``torch.compile(backend="inductor")`` calls. Torch 2.11 to 2.13 has no public class to
+#: extend (torch/__init__.py).
+InductorBackend = torch._TorchCompileInductorWrapper
+#: The function that Dynamo puts into a graph where ``torch.no_grad`` begins or ends, in torch 2.11
+#: to 2.13 (``GradModeVariable`` in torch/_dynamo/variables/ctx_manager.py).
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 #: Objects allocated between two garbage collections while a model compiles.
 COLLECTION_THRESHOLD = 20_000
@@ -191,3 +206,92 @@ def reset_failed_cuda_graph_warm_up() -> None:
     node = None if manager is None else manager.current_node
     if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
         node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
+
+
+def start_compile_workers() -> None:
+    """Start the processes in which Inductor compiles kernels, with the right ``ptxas``.
+
+    The processes take seconds to import torch; until they are ready, this process compiles. The
+    processes assemble with torch's own ``ptxas``, this process with Triton's until it compiles a
+    kernel of Inductor. The version of ``ptxas`` is part of the key of Triton's cache and is looked
+    up once, so a process that found its graph in the cache did not find the kernels there.
+
+    Affects torch 2.11 to 2.13 (``_set_triton_ptxas_path`` in
+    torch/_inductor/runtime/compile_tasks.py). We know of no upstream issue.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime import compile_tasks
+
+    use_ptxas_of_torch = getattr(compile_tasks, "_set_triton_ptxas_path", None)
+    if use_ptxas_of_torch is not None:
+        use_ptxas_of_torch()
+    AsyncCompile.wakeup()
+
+
+# -- Triton kernels in graphs -------------------------------------------------------------------
+
+#: Torch keeps constants that a graph cannot hold in a table; this entry of it is empty.
+_NO_CONSTANTS = 1 << 60
+
+
+def register_triton_kernel(index: int, kernel: Any) -> None:
+    """Make a kernel known to torch under a number that we choose.
+
+    The key of AOTAutograd's cache contains this number but not the kernel's source, and torch
+    numbers kernels in the order in which it meets them. Another process would miss what this one
+    cached, or load it for a kernel whose source has changed.
+
+    Affects torch 2.11 to 2.13 (``KernelSideTable`` in
+    torch/_higher_order_ops/triton_kernel_wrap.py). We know of no upstream issue.
+    """
+    # Imported late, also below: this loads modules of torch that few sessions need.
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel_side_table.id_to_kernel[index] = kernel
+    kernel_side_table.constant_args.setdefault(_NO_CONSTANTS, {})
+
+
+def insert_triton_call(
+    graph: fx.Graph,
+    index: int,
+    programs: int,
+    arguments: Mapping[str, Any],
+    blocks: Mapping[str, Sequence[int]],
+    written: Sequence[str],
+) -> fx.Node:
+    """Insert the node that ``torch.compile`` makes of a launch of a user's Triton kernel.
+
+    The node stands for a kernel that first copies the tensors it writes; Inductor drops the copies,
+    as nothing else reads the originals. The other kind of node does not name outputs: AOTAutograd
+    parses the kernel to find them, each time it traces the launch.
+
+    The public way to these nodes, ``wrap_triton``, drops launches with TMA descriptors in torch
+    2.11 to 2.13 (see :mod:`.fusion.inline_triton`). We know of no upstream issue.
+
+    Args:
+        graph: where to insert the node.
+        index: the number of the kernel (:func:`register_triton_kernel`).
+        programs: how many programs to launch.
+        arguments: all arguments of the kernel by name.
+        blocks: shapes of the blocks of those tensors that the kernel addresses by TMA.
+        written: names of the arguments that the kernel writes to.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        create_tma_stable_metadata,
+        triton_kernel_wrapper_functional,
+    )
+
+    return graph.call_function(
+        triton_kernel_wrapper_functional,
+        kwargs={
+            "kernel_idx": index,
+            "constant_args_idx": _NO_CONSTANTS,
+            "grid": [(programs, 1, 1)],
+            "tma_descriptor_metadata": {
+                name: create_tma_stable_metadata(list[int | torch.SymInt](block))
+                for name, block in blocks.items()
+            },
+            "kwargs": dict(arguments),
+            "tensors_to_clone": list(written),
+        },
+    )

@@ -1,36 +1,23 @@
-"""Launching the Triton kernels behind the operators, and which product a problem takes.
+"""Run the operators on a CUDA device: keep a launch for each kind of call, and repeat it.
 
 Triton looks at every argument of every call to find the kernel that was compiled for it, which
 takes the host longer than the launch, and often longer than the GPU computes. Here it does so once
-for each kind of call; what it found is kept as a :class:`~launches.Launch` and repeated.
+for each kind of call; the result is kept as a :class:`.launch.Launch` and repeated. Which kernel
+runs is decided in :mod:`.dispatch`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pytest_int8bench.kernels import reference, tiles
-from pytest_int8bench.kernels.dispatch import kernel_for
-from pytest_int8bench.kernels.launch import (
-    AT_ONCE,
-    Launch,
-    Operands,
-    of_product,
-    of_rows,
-    of_weights,
-)
+from pytest_int8bench.kernels import dispatch, reference
+from pytest_int8bench.kernels.launch import Launch, Operands
 from pytest_int8bench.kernels.schema import Three
-from pytest_int8bench.kernels.selftest import is_specialized_proved
-from pytest_int8bench.kernels.tile_types import (
-    ALIGNMENT,
-    Problem,
-    Product,
-    Specialized,
-)
+from pytest_int8bench.kernels.tile_types import ALIGNMENT, Problem, Tile
+from pytest_int8bench.kernels.triton.dequantize import AT_ONCE
 
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
 _KEPT = 4096
@@ -47,8 +34,9 @@ def quantize_rows(
     eps: float,
     factor: torch.Tensor | None,
     keep: bool,
-) -> Three:
-    """Run the kernel of :func:`operators.quantize_rows`; x on the current device."""
+) -> Three | None:
+    """Run the kernel of :func:`.ops.quantize_rows`; x on the current device. Return None if no
+    kernel accepts rows of that length."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     kept = torch.empty(x.shape if keep else (0,), dtype=x.dtype, device=x.device)
@@ -63,7 +51,7 @@ def quantize_rows(
     if launch is None:
         columns = q.shape[-1]
         there = [part is not None for part in (gate, *vectors)]
-        launch = of_rows(
+        launch = dispatch.rows_launch(
             (q.numel() // columns, columns),
             (stride, other_stride),
             norm,
@@ -73,6 +61,8 @@ def quantize_rows(
             there,
             x.device,
         )
+        if launch is None:
+            return None
         _keep(key, launch)
     launch(*tensors)
     return q, scale, kept
@@ -89,13 +79,13 @@ def linear(
     dtype: torch.dtype,
     *,
     kernel: str,
-    tile: Product | Specialized | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Run the kernel of :func:`operators.linear`; q on the current device.
+    """Run a kernel of :func:`.ops.linear`; q on the current device.
 
     Args:
-        kernel: one of :data:`.products.PRODUCTS`; tensors that TMA cannot address take pointers.
-        tile: the tiles, instead of those of :mod:`configs`.
+        kernel: the name of the preferred kernel; operands that it does not accept take the next.
+        tile: the tiles, instead of those that :mod:`.tiles` chooses.
     """
     n, k = weight.shape
     out = torch.empty((*q.shape[:-1], n), dtype=dtype, device=q.device)
@@ -120,14 +110,16 @@ def linear(
     launch = _kept.get(key) if tile is None else None
     if launch is None:
         problem = Problem(q.numel() // k, n, k, out.element_size(), residual is not None)
-        kernel = kernel_for(problem, kernel, stride, residual, dtype, _aligned(operands[:4]))
-        there = (bias is not None, gamma is not None)
+        kernels = dispatch.accepting(
+            kernel, q.device, problem, stride, residual, dtype, _aligned(operands[:4])
+        )
+        what = problem, bias is not None, gamma is not None, stride
         recording = q.is_cuda and torch.cuda.is_current_stream_capturing()
         if tile is not None:
-            launch = of_product(problem, *there, kernel, stride, tile, q.device)
+            launch = kernels[0].launch(*what, tile, q.device)
         else:
             timed = None if recording else lambda: operands
-            launch = chosen_product(problem, *there, kernel, stride, q.device, timed)
+            launch = dispatch.matmul_launch(kernels, q.device, *what, timed)
         # While a CUDA graph is recorded, the tiles may be a guess.
         if tile is None and not recording:
             _keep(key, launch)
@@ -138,7 +130,7 @@ def linear(
 def dequantize(
     weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Run the kernel of :func:`operators.dequantize`; the tensors on the current device."""
+    """Run the kernel of :func:`.ops.dequantize`; the tensors on the current device."""
     outs = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
     whole = [
         (weight.contiguous(), scale.contiguous(), out)
@@ -153,51 +145,10 @@ def dequantize(
         key = ("dequantize", sizes, there[0][2].get_device(), _kinds(tensors))
         launch = _kept.get(key)
         if launch is None:
-            launch = of_weights(sizes)
+            launch = dispatch.weights_launch(sizes, weights[0].device)
             _keep(key, launch)
         launch(*tensors)
     return outs
-
-
-def chosen_product(
-    problem: Problem,
-    has_bias: bool,
-    has_gamma: bool,
-    kernel: str,
-    stride: int,
-    device: torch.device,
-    operands: Callable[[], Operands] | None,
-) -> Launch:
-    """Return the launch of a product with the tiles of :mod:`configs`.
-
-    Args:
-        stride: as in :func:`of_product`.
-        operands: returns what candidates are timed with, where they are; None where nothing can be
-            timed now.
-    """
-
-    def launched(tile: Product | Specialized) -> Launch:
-        return of_product(problem, has_bias, has_gamma, kernel, stride, tile, device)
-
-    if kernel == "specialized" and not is_specialized_proved(device, may_try=operands is not None):
-        kernel = "tma"
-    time = None if operands is None else lambda tile: seconds(operands(), launched(tile))
-    return launched(tiles.product(problem, kernel, device, time))
-
-
-def seconds(operands: Operands, launch: Launch) -> float:
-    """Return seconds of a product with given tiles, infinite where they do not fit."""
-    from triton.errors import TritonError
-    from triton.testing import do_bench
-
-    try:
-        with torch.cuda.device_of(operands[0]):  # while a graph is compiled, any may be current
-            milliseconds = do_bench(
-                lambda: launch(*operands), warmup=5, rep=20, return_mode="median"
-            )
-    except TritonError:  # too large for this GPU, or not to be compiled for it
-        return math.inf
-    return float(milliseconds) / 1e3
 
 
 def _keep(key: tuple[Any, ...], launch: Launch) -> None:

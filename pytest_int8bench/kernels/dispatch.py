@@ -1,78 +1,386 @@
-"""Choose the kernel that runs, and say why another does not."""
+"""Which kernel runs, and why not another: :data:`KERNELS` has one row for each Triton kernel.
+
+To add a kernel, write it in a file of :mod:`.triton`, with a function that returns its launch, and
+add a row. The choice for a device, ``INT8BENCH_PRODUCT``, tuning, the self-test, the launches of
+compiled graphs and the evidence of a result all follow from the row.
+
+Importing this module loads neither torch nor Triton: pytest checks ``INT8BENCH_PRODUCT`` when a
+session starts, and :func:`fused_problem` answers where Triton is not installed.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.kernels import device as devices
+from pytest_int8bench.kernels import selftest, tiles, tuning
+from pytest_int8bench.kernels.selftest import SelfTest
+from pytest_int8bench.kernels.tile_types import ALIGNMENT, Problem, Tile
 
-from pytest_int8bench.errors import QuantizationError as QuantizationError
-from pytest_int8bench.kernels.device import capability
-from pytest_int8bench.kernels.override import KERNEL_VARIABLE, KernelError, forced_product
-from pytest_int8bench.kernels.tile_types import (
-    ALIGNMENT,
-    Problem,
-)
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_int8bench.kernels.launch import Launch, Operands
+
+#: Environment variable that forces a kernel of the INT8 matmul: the name of its row.
+KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
+#: Compute capability from which Triton's INT8 matmul runs on tensor cores.
+FUSED_CAPABILITY = (8, 0)
 
 
-def product_kernel(device: torch.device) -> str:
-    """Return ``specialized`` for sm90, ``tma`` for later ones, else ``pointers``.
+class KernelError(ClearError, ValueError):
+    """The environment asks for a kernel that does not exist or does not run on the device."""
 
-    Raises:
-        KernelError: if ``INT8BENCH_PRODUCT`` is set to something else, or to what the device has
-            not.
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, and all that the rest of the package knows about it.
+
+    ``accepts``, ``tiles`` and ``launch`` take what is known of a call of the operator; the
+    functions below that call them say what that is.
     """
-    forced = forced_product()
-    has_tma = capability(device)[0] >= 9
-    is_hopper = capability(device) == (9, 0)
-    if forced:
-        major, minor = capability(device)
-        if forced == "tma" and not has_tma:
-            raise KernelError(
-                f"{KERNEL_VARIABLE}=tma needs sm90 or later, this is sm{major}{minor}"
-            )
-        if forced == "specialized" and not is_hopper:
-            raise KernelError(f"{KERNEL_VARIABLE}=specialized needs sm90, this is sm{major}{minor}")
-        return forced
-    return "specialized" if is_hopper else "tma" if has_tma else "pointers"
+
+    operator: str
+    """The operator of ``torch.ops.int8bench`` that it computes."""
+    name: str
+    """What ``INT8BENCH_PRODUCT`` and the file of tuned tiles call it."""
+    function: str
+    """The name of its Triton function: evidence recognizes the kernel by it in a profile."""
+    launch: Callable[..., Launch]
+    """Returns the launch of a call with given tiles; the first to import Triton."""
+    tiles: Callable[..., Any]
+    """Returns the tiles for a call, or None to leave the call to the next row."""
+    accepts: Callable[..., bool] = lambda *call: True
+    """Whether the kernel can compute a call at all."""
+    capability: tuple[int, int] | None = None
+    """The compute capability that it needs. None: none beyond :data:`FUSED_CAPABILITY`."""
+    is_for_later: bool = True
+    """Whether it also runs on devices of later compute capabilities."""
+    selftest: SelfTest | None = None
+    """The test that it must pass with versions of Triton that it is not known to work with."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Return whether the device has the compute capability that the kernel needs."""
+        if self.capability is None:
+            return True
+        found = devices.capability(device)
+        return found >= self.capability if self.is_for_later else found == self.capability
 
 
-def kernel_for(
+# -- the table ----------------------------------------------------------------------------------
+
+
+def _accepts_tma(
     problem: Problem,
-    kernel: str,
     stride: int,
     residual: torch.Tensor | None,
     dtype: torch.dtype,
-    aligned: bool,
-) -> str:
-    """Return ``kernel``, or the next one that takes the operands of a product.
-
-    Args:
-        stride: from row to row of the residual.
-        dtype: of the output.
-        aligned: the addresses of inputs, output and residual are multiples of ``ALIGNMENT``.
-    """
-    # Strides must be multiples of what TMA takes, and none may be zero.
-    takes_tma = (
-        aligned
+    is_aligned: bool,
+) -> bool:
+    # TMA takes no strides but multiples of ALIGNMENT, and none that are zero.
+    return (
+        is_aligned
         and problem.k % ALIGNMENT == 0
         and problem.n * problem.out_bytes % ALIGNMENT == 0
         and (residual is None or (stride > 0 and stride * residual.element_size() % ALIGNMENT == 0))
     )
-    if not takes_tma:
-        return "pointers"
-    # That kernel loads the residual to where it stores the output from.
-    if kernel == "specialized" and residual is not None and residual.dtype != dtype:
-        return "tma"
-    return kernel
 
 
-#: Compute capability from which Triton's INT8 product runs on tensor cores.
-FUSED_CAPABILITY = (8, 0)
+def _accepts_specialized(
+    problem: Problem,
+    stride: int,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    is_aligned: bool,
+) -> bool:
+    # The kernel loads the residual into the memory that it stores the output from.
+    fits = residual is None or residual.dtype == dtype
+    return fits and _accepts_tma(problem, stride, residual, dtype, is_aligned)
+
+
+def _launch_specialized(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_matmul_sm90
+
+    return int8_matmul_sm90.launch(*call)
+
+
+def _launch_tma(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_matmul
+
+    return int8_matmul.launch_tma(*call)
+
+
+def _launch_pointers(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_matmul
+
+    return int8_matmul.launch_pointers(*call)
+
+
+def _launch_quantize_rows(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import quantize_rows
+
+    return quantize_rows.launch(*call)
+
+
+def _launch_dequantize(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import dequantize
+
+    return dequantize.launch(*call)
+
+
+#: Kernels of one operator stand in order of preference: a call takes the first one from the row of
+#: its device on that accepts it, has passed its self-test and has tiles for it.
+KERNELS = (
+    Kernel(
+        operator="linear",
+        name="specialized",
+        function="int8_product_specialized",
+        launch=_launch_specialized,
+        tiles=tiles.specialized_tiles,
+        accepts=_accepts_specialized,
+        capability=(9, 0),
+        is_for_later=False,
+        selftest=SelfTest(
+            what="INT8 products by warps with roles",
+            # The language it is written in is experimental.
+            passed_with=("3.6.",),
+            problems=tiles.specialized_forms,
+        ),
+    ),
+    Kernel(
+        operator="linear",
+        name="tma",
+        function="int8_product_tma",
+        launch=_launch_tma,
+        tiles=tiles.tma_tiles,
+        accepts=_accepts_tma,
+        capability=(9, 0),
+    ),
+    Kernel(
+        operator="linear",
+        name="pointers",
+        function="int8_product_pointers",
+        launch=_launch_pointers,
+        tiles=tiles.pointer_tiles,
+    ),
+    Kernel(
+        operator="quantize_rows",
+        name="quantize_rows",
+        function="quantize_rows",
+        launch=_launch_quantize_rows,
+        tiles=tiles.rows,
+        accepts=tiles.fits_registers,
+    ),
+    Kernel(
+        operator="dequantize",
+        name="dequantize",
+        function="dequantize",
+        launch=_launch_dequantize,
+        tiles=tiles.weights,
+    ),
+)
+
+
+def kernels_of(operator: str) -> list[Kernel]:
+    """Return the rows of an operator, in order of preference."""
+    return [kernel for kernel in KERNELS if kernel.operator == operator]
+
+
+# -- the kernel of the INT8 matmul --------------------------------------------------------------
+
+
+def forced_product() -> str | None:
+    """Return the kernel that ``INT8BENCH_PRODUCT`` names, None if it is empty or not set.
+
+    Raises:
+        KernelError: if there is no kernel of that name.
+    """
+    forced = os.environ.get(KERNEL_VARIABLE)
+    if not forced:
+        return None
+    names = [kernel.name for kernel in kernels_of("linear")]
+    if forced not in names:
+        raise KernelError(f"{KERNEL_VARIABLE} must be one of {', '.join(names)}, got {forced!r}")
+    return forced
+
+
+def product_kernel(device: torch.device) -> str:
+    """Return the name of the preferred kernel of the INT8 matmul on a device.
+
+    Raises:
+        KernelError: if ``INT8BENCH_PRODUCT`` names no kernel, or one that the device cannot run.
+    """
+    forced = forced_product()
+    for kernel in KERNELS:
+        if kernel.operator != "linear" or (forced and kernel.name != forced):
+            continue
+        if kernel.runs_on(device):
+            return kernel.name
+        if forced and kernel.capability is not None:
+            (major, minor), (needed, minor_needed) = devices.capability(device), kernel.capability
+            later = " or later" if kernel.is_for_later else ""
+            raise KernelError(
+                f"{KERNEL_VARIABLE}={forced} needs sm{needed}{minor_needed}{later}, "
+                f"this is sm{major}{minor}"
+            )
+    raise KernelError(f"no kernel multiplies INT8 on {device}")
+
+
+def accepting(
+    name: str,
+    device: torch.device,
+    problem: Problem,
+    stride: int,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    is_aligned: bool,
+) -> list[Kernel]:
+    """Return the kernels that accept the operands of a matmul, in order of preference.
+
+    Args:
+        name: the first kernel to consider, which must run on the device.
+        device: where the operands are.
+        problem: the sizes.
+        stride: from row to row of the residual, 0 without one.
+        residual: what is added last, or None.
+        dtype: of the output.
+        is_aligned: the addresses of inputs, output and residual are multiples of ``ALIGNMENT``.
+    """
+    kernels = kernels_of("linear")
+    start = [kernel.name for kernel in kernels].index(name)
+    return [
+        kernel
+        for kernel in kernels[start:]
+        if (kernel.name == name or kernel.runs_on(device))
+        and kernel.accepts(problem, stride, residual, dtype, is_aligned)
+    ]
+
+
+def kernel_and_tile(
+    kernels: Sequence[Kernel],
+    device: torch.device,
+    problem: Problem,
+    time: Callable[[Kernel, Tile], float] | None,
+) -> tuple[Kernel, Tile]:
+    """Return the first kernel that has tiles for a matmul, with the tiles.
+
+    Args:
+        kernels: kernels that accept the operands.
+        device: where the operands are.
+        problem: the sizes.
+        time: runs the matmul and returns seconds, infinite if the tiles do not fit; None where
+            nothing can be timed now, such as while a CUDA graph is recorded.
+    """
+    for kernel in kernels:
+        timed = None if time is None else functools.partial(time, kernel)
+        tile = kernel.tiles(kernel.name, problem, device, timed)
+        if tile is not None:
+            return kernel, tile
+    raise KernelError(f"no kernel has tiles for {problem}")
+
+
+def matmul_launch(
+    kernels: Sequence[Kernel],
+    device: torch.device,
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    stride: int,
+    operands: Callable[[], Operands] | None,
+) -> Launch:
+    """Return the launch of a matmul: its kernel, its tiles and its arguments but for the tensors.
+
+    Args:
+        kernels: kernels that accept the operands, from :func:`accepting`.
+        device: where the operands are.
+        problem: the sizes.
+        has_bias: whether there is a bias.
+        has_gamma: whether there is a factor for each column.
+        stride: from row to row of the residual, 0 without one.
+        operands: returns the operands to time tiles with; None where nothing can be timed now.
+    """
+    what = problem, has_bias, has_gamma, stride
+
+    def time(kernel: Kernel, tile: Tile) -> float:
+        assert operands is not None
+        return tuning.seconds(operands(), kernel.launch(*what, tile, device))
+
+    can_run = operands is not None
+    passed = [kernel for kernel in kernels if has_passed(kernel, device, may_try=can_run)]
+    kernel, tile = kernel_and_tile(passed, device, problem, time if can_run else None)
+    return kernel.launch(*what, tile, device)
+
+
+def has_passed(kernel: Kernel, device: torch.device, *, may_try: bool) -> bool:
+    """Return whether a kernel is known to give the bits of the next one that runs on a device."""
+    test = kernel.selftest
+    if test is None or os.environ.get(KERNEL_VARIABLE):
+        return True
+
+    def launches(problem: Problem) -> list[Launch]:
+        tile = kernel.tiles(kernel.name, problem, device, None)
+        if tile is None:
+            count = devices.multiprocessors(device)
+            raise RuntimeError(f"nothing to compare on {count} multiprocessors")
+        rows = kernels_of("linear")
+        others = [other for other in rows[rows.index(kernel) + 1 :] if other.runs_on(device)]
+        pairs = kernel_and_tile(others, device, problem, None), (kernel, tile)
+        stride = problem.n if problem.residual else 0
+        return [one.launch(problem, True, False, stride, its, device) for one, its in pairs]
+
+    return selftest.has_passed(test, device, launches, may_try=may_try)
+
+
+# -- the kernels of the other operators ---------------------------------------------------------
+
+
+def rows_launch(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    norm: str,
+    activation: str,
+    eps: float,
+    keep: bool,
+    has: Sequence[bool],
+    device: torch.device,
+) -> Launch | None:
+    """Return the launch that quantizes rows, None if no kernel accepts rows of that length.
+
+    Args:
+        shape: of the rows.
+        strides: from row to row of the input, and of its gate.
+        norm: as in :func:`.ops.quantize_rows`, like ``activation``, ``eps`` and ``keep``.
+        has: whether there are a gate, a weight, a bias and a factor.
+        device: where the rows are.
+    """
+    for kernel in kernels_of("quantize_rows"):
+        if kernel.runs_on(device) and kernel.accepts(shape[1]):
+            tile = kernel.tiles(*shape, devices.multiprocessors(device))
+            return kernel.launch(shape, strides, norm, activation, eps, keep, has, tile)
+    return None
+
+
+def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> Launch:
+    """Return the launch that dequantizes weights of given sizes, as many as one launch takes."""
+    for kernel in kernels_of("dequantize"):
+        if kernel.runs_on(device) and kernel.accepts(sizes):
+            return kernel.launch(sizes, kernel.tiles())
+    raise KernelError(f"no kernel dequantizes weights of sizes {sizes}")
+
+
+# -- none at all --------------------------------------------------------------------------------
 
 
 def fused_problem(device: torch.device) -> str | None:
-    """Say why no layer can run on the fused kernels here, or return None."""
+    """Return why no layer can run on the fused kernels here, or None if layers can."""
+    import torch
+
     if device.type != "cuda" or torch.version.hip is not None:
         return (
             f"the fused kernels run on CUDA, not on {'ROCm' if torch.version.hip else device.type}"

@@ -1,43 +1,31 @@
-"""Launches of the Triton kernels: what a kernel is called with, but for its tensors."""
+"""The launch of a Triton kernel: all that it is called with but its tensors."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import precompile, tile_types
-from pytest_int8bench.kernels import tiles as kernels_tiles
-from pytest_int8bench.kernels.schema import ACTIVATIONS, NORMS
-from pytest_int8bench.kernels.tile_types import (
-    SPECIALIZED_TILE,
-    Problem,
-    Product,
-    Specialized,
-)
-from pytest_int8bench.kernels.triton import dequantize, int8_matmul, quantize_rows
+from pytest_int8bench.kernels import precompile
+from pytest_int8bench.kernels.tile_types import Problem
 
-#: Weights that one launch dequantizes.
-AT_ONCE = 4
-# Of software pipelining, Triton's own number: the rows have no loop that it would apply to.
-_STAGES = 3
+#: Triton's default for software pipelining, for kernels that have no loop to pipeline.
+DEFAULT_STAGES = 3
 
 
 class Launch:
     """A kernel with all that does not change from one call to the next of the same kind.
 
     Args:
-        kernel: a function of :mod:`kernels` or :mod:`specialized`.
-        programs: how many there are.
+        kernel: a Triton or Gluon function of :mod:`.triton`.
+        programs: how many programs to launch.
         numbers: its arguments after the tensors.
         constants: its compile-time constants.
-        options: of the compiler.
-        descriptors: of the first tensors, those that it reads and writes through TMA.
+        options: options of the compiler.
+        descriptors: descriptors of the first tensors, which it reads and writes through TMA.
     """
 
     def __init__(
@@ -47,7 +35,7 @@ class Launch:
         numbers: tuple[int, ...],
         constants: dict[str, Any],
         options: dict[str, int],
-        descriptors: tuple[_Described, ...] = (),
+        descriptors: tuple[Described, ...] = (),
     ) -> None:
         self.kernel, self.programs, self.numbers = kernel, programs, numbers
         self.constants, self.options, self.descriptors = constants, options, descriptors
@@ -95,14 +83,14 @@ class Launch:
         return (*described, *tensors[len(described) :])
 
 
-class _Described(NamedTuple):
-    """What a descriptor says of a tensor beside its address."""
+class Described(NamedTuple):
+    """All that a TMA descriptor says about a tensor but its address."""
 
     shape: tuple[int, int]
     strides: tuple[int, int]
     block: list[int]
     layout: Any = None
-    """How a block lies in shared memory, for kernels in Gluon, which are told."""
+    """How a block lies in shared memory; None for Triton, which decides that itself."""
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         if self.layout is None:
@@ -119,159 +107,15 @@ class _Descriptor(TensorDescriptor):  # type: ignore[misc]
 
 @functools.cache
 def _of_gluon() -> Any:
-    from pytest_int8bench.kernels.triton.int8_matmul_sm90 import Descriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    class Descriptor(GluonDescriptor):  # type: ignore[misc]
+        """The same in Gluon, whose module loads only for the kernels that are written in it."""
+
+        def __post_init__(self) -> None:
+            pass
 
     return Descriptor
-
-
-def of_rows(
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    norm: str,
-    activation: str,
-    eps: float,
-    keep: bool,
-    there: Sequence[bool],
-    device: torch.device,
-) -> Launch:
-    """Return the launch that quantizes rows.
-
-    Args:
-        shape: of the rows.
-        strides: from row to row of the input, and of its gate.
-        there: whether there are a gate, a weight, a bias and a factor.
-        device: where they are.
-    """
-    count, columns = shape
-    has_gate, has_weight, has_bias, has_factor = there
-    cut = kernels_tiles.rows(count, columns, kernels_device.multiprocessors(device))
-    return Launch(
-        quantize_rows.quantize_rows,
-        ceil(count, cut.rows),
-        (count, *strides),
-        {
-            "EPS": eps,
-            "K": columns,
-            "ROWS": cut.rows,
-            "BLOCK": cut.block,
-            "CHUNKS": cut.chunks,
-            "NORM": NORMS.index(norm),
-            "ACTIVATION": ACTIVATIONS.index(activation),
-            "HAS_GATE": has_gate,
-            "HAS_WEIGHT": has_weight,
-            "HAS_BIAS": has_bias,
-            "HAS_FACTOR": has_factor,
-            "KEEP": keep,
-        },
-        {"num_warps": cut.warps, "num_stages": _STAGES},
-    )
-
-
-def of_weights(sizes: Sequence[tuple[int, ...]]) -> Launch:
-    """Return the launch that dequantizes weights of given sizes, at most ``AT_ONCE``."""
-    rows, columns = tile_types.DEQUANTIZED_TILE
-    padded = [*sizes, *[(0, 0)] * (AT_ONCE - len(sizes))]
-    ends = list(itertools.accumulate(ceil(n, rows) * ceil(k, columns) for n, k in padded))
-    return Launch(
-        dequantize.dequantize,
-        ends[-1],
-        (*(n for n, _ in padded), *ends[:-1]),
-        {**{f"K{i}": k for i, (_, k) in enumerate(padded)}, "ROWS": rows, "COLUMNS": columns},
-        {"num_warps": 4, "num_stages": _STAGES},
-    )
-
-
-def of_product(
-    problem: Problem,
-    has_bias: bool,
-    has_gamma: bool,
-    kernel: str,
-    stride: int,
-    tile: Product | Specialized,
-    device: torch.device,
-) -> Launch:
-    """Return the launch of a product with given tiles.
-
-    Args:
-        stride: from row to row of the residual, 0 where there is none.
-    """
-    if isinstance(tile, Specialized):
-        assert kernel == "specialized"
-        return _specialized(problem, has_bias, has_gamma, stride, tile)
-    m, n, k = problem.m, problem.n, problem.k
-    tiles = ceil(m, tile.bm) * ceil(n, tile.bn)
-    constants: dict[str, Any] = {
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "GROUP": tile.group,
-        "HAS_BIAS": has_bias,
-        "HAS_GAMMA": has_gamma,
-        "HAS_RESIDUAL": problem.residual,
-    }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if kernel == "pointers":
-        constants["EVEN_K"] = k % tile.bk == 0
-        return Launch(
-            int8_matmul.int8_product_pointers, tiles, (m, n, k, stride), constants, options
-        )
-    programs = tile.programs_per_sm * kernels_device.multiprocessors(device)
-    constants |= {
-        "PROGRAMS": programs,
-        "PARTS": tile.parts,
-        "FLATTEN": tile.flatten,
-        "EARLY": tile.early,
-    }
-    part = [tile.bm, tile.bn // tile.parts]
-    descriptors = (
-        _Described((m, k), (k, 1), [tile.bm, tile.bk]),
-        _Described((n, k), (k, 1), [tile.bn, tile.bk]),
-        _Described((m, n), (n, 1), part),
-        _Described((m, n), (stride or n, 1), part),
-    )
-    return Launch(
-        int8_matmul.int8_product_tma,
-        min(tiles, programs),
-        (m, n, k),
-        constants,
-        options,
-        descriptors,
-    )
-
-
-def _specialized(
-    problem: Problem, has_bias: bool, has_gamma: bool, stride: int, shared_out: Specialized
-) -> Launch:
-    """Return the launch of a product by warps that have roles."""
-    from pytest_int8bench.kernels.triton.int8_matmul_sm90 import int8_product_specialized, layout
-
-    m, n, k = problem.m, problem.n, problem.k
-    tile = SPECIALIZED_TILE
-    depth = ceil(k, tile)
-    inputs, halves = layout(8), layout(8 * problem.out_bytes)
-    half = [tile, tile // 2]
-    descriptors = (
-        _Described((m, k), (k, 1), [tile, tile], inputs),
-        _Described((n, k), (k, 1), [tile, tile], inputs),
-        _Described((m, n), (n, 1), half, halves),
-        _Described((m, n), (stride or n, 1), half, halves),
-    )
-    return Launch(
-        int8_product_specialized,
-        shared_out.slots * shared_out.groups,
-        (m, shared_out.slots, shared_out.groups, shared_out.passes, depth),
-        {
-            "K_TILES": depth if shared_out.stationary else 0,
-            "STAGES": shared_out.stages,
-            "BUFFERS": shared_out.buffers,
-            "STATIONARY": shared_out.stationary,
-            "HAS_BIAS": has_bias,
-            "HAS_GAMMA": has_gamma,
-            "HAS_RESIDUAL": problem.residual,
-        },
-        {"num_warps": 4},
-        descriptors,
-    )
 
 
 def ceil(count: int, size: int) -> int:
@@ -294,7 +138,7 @@ Operands: TypeAlias = tuple[
 def operands_like(
     problem: Problem, has_bias: bool, has_gamma: bool, dtype: torch.dtype, device: torch.device
 ) -> Operands:
-    """Return random operands of a product, to time it with."""
+    """Return random operands of a matmul, to time it or to compare kernels."""
     m, n, k = problem.m, problem.n, problem.k
 
     def row(there: bool) -> torch.Tensor | None:

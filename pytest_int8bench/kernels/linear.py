@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.kernels import (
-    reference,
-)
+from pytest_int8bench.kernels import reference
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,10 @@ class Block(nn.Module):
 class Int8Linear(nn.Linear):
     """A linear layer with INT8 weights that quantizes each row of its input.
 
-    Its tensors are rows of a block that it may share with layers beside it, so that one product can
-    serve all that take the same input. The block is an input of a compiled graph as a whole: a
-    compiled region takes no inputs that overlap. By itself the layer runs two operators; compiled
-    by ``compile_for_a100``, what stands before and after it joins them (:mod:`graph`).
+    Its tensors are rows of a block that it may share with layers beside it, so that one matmul can
+    serve all layers of the same input. The whole block is one input of a compiled graph, because
+    inputs of a compiled region must not overlap. The layer runs two operators;
+    ``compile_for_a100`` joins them with the operators before and after the layer.
 
     Args:
         block: the tensors of the layers that share them.

@@ -1,10 +1,10 @@
 """The operators of the fused backend, as ``torch.ops.int8bench``.
 
-Those of W8A8 have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
-shapes take them, run Triton kernels on CUDA (:mod:`launch`), and plain torch (:mod:`reference`)
-elsewhere. They are for inference: a backward pass through them is an error. ``dequantize`` is such
-a one for W8; ``dequantized_linear`` is plain torch, which compilers see into, and an operator so
-that layers are found in a graph.
+``quantize_rows``, ``linear`` and ``dequantize`` have fake implementations, so that
+``torch.compile(fullgraph=True)`` and dynamic shapes accept them. They run Triton kernels on CUDA
+(:mod:`.cuda`) and plain torch (:mod:`.reference`) elsewhere, and are for inference: a backward pass
+through them is an error. ``dequantized_linear`` is plain torch, which compilers see into; it is an
+operator so that passes find the layers in a graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from pytest_int8bench.kernels import dispatch, reference
-from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, MAX_COLUMNS, SCHEMAS, Three
+from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, SCHEMAS, Three
 
 # Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
 _LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
@@ -138,12 +138,11 @@ def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
 
 
 def _quantize_rows_on_cuda(x: torch.Tensor, *rest: Any) -> Three:
-    if x.shape[-1] > MAX_COLUMNS:
-        return _quantize_rows(x, *rest)
     from pytest_int8bench.kernels import cuda
 
     with _current(x.device):
-        return cuda.quantize_rows(x, *rest)
+        out = cuda.quantize_rows(x, *rest)
+    return _quantize_rows(x, *rest) if out is None else out
 
 
 def _quantize_rows_of_fakes(x: torch.Tensor, *rest: Any) -> Three:

@@ -1,6 +1,6 @@
-"""What the operators of the fused backend compute, in plain torch.
+"""The operators of the fused backend in plain torch.
 
-It is what they run on devices without Triton kernels, and what the kernels are tested against.
+Devices without Triton kernels run it, and tests compare the kernels with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def quantize_rows(
     factor: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return INT8 values and shape (..., K), FP32 scales (...), and the FP32 rows before
-    ``factor``; the arguments are those of :func:`operators.quantize_rows`."""
+    ``factor``; the arguments are those of :func:`.ops.quantize_rows`."""
     rows = activated(x.float(), activation)
     if gate is not None:
         rows = rows * gate.float()
@@ -46,7 +46,7 @@ def quantize_rows(
 
 
 def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return ``x`` after an activation of :data:`operators.ACTIVATIONS`."""
+    """Return ``x`` after an activation of :data:`.schema.ACTIVATIONS`."""
     if activation == "gelu":
         return F.gelu(x)
     if activation == "gelu_tanh":
@@ -75,8 +75,8 @@ def linear(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return the product of INT8 rows with INT8 weights; the arguments are those of
-    :func:`operators.linear`. Sums are exact: INT8 products in FP64."""
+    """Return the matmul of INT8 rows and INT8 weights; the arguments are those of
+    :func:`.ops.linear`. Sums are exact: INT8 products in FP64."""
     out = (q.double() @ weight.double().T).float() * scale.unsqueeze(-1) * weight_scale
     if bias is not None:
         out = out + bias.float()

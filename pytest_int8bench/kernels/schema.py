@@ -6,8 +6,6 @@ import torch
 
 NORMS = ("none", "layer", "rms")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
-#: Columns of the longest row that stays in registers; longer ones take plain torch.
-MAX_COLUMNS = 32768
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -1,79 +1,95 @@
-"""Check the warp-specialized kernel against the TMA kernel, bit for bit, once per process."""
+"""Check a kernel against another one, bit for bit, once per process.
+
+A kernel in an experimental language may compile and compute something else with another version of
+Triton. Importing this module does not load torch (see :mod:`.dispatch`).
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import warnings
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pytest_int8bench.errors import first_line
-from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import tiles as kernels_tiles
-from pytest_int8bench.kernels.launch import (
-    ceil,
-    of_product,
-    operands_like,
-)
-from pytest_int8bench.kernels.override import KERNEL_VARIABLE
-from pytest_int8bench.kernels.tile_types import (
-    SPECIALIZED_FROM,
-    SPECIALIZED_TILE,
-    Problem,
-)
+from pytest_int8bench.kernels import device as devices
+from pytest_int8bench.kernels.tile_types import Problem
 
-#: Versions of Triton with which the kernel whose warps have roles has passed its tests on a GPU.
-#: The language it is written in is experimental: with others it has to prove itself first.
-_PROVED_WITH = ("3.6.",)
-_proved: dict[torch.device, bool] = {}
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_int8bench.kernels.launch import Launch
 
 
-def is_specialized_proved(device: torch.device, *, may_try: bool) -> bool:
-    """Say whether warps with roles are known to compute what the other kernels do."""
+@dataclass(frozen=True)
+class SelfTest:
+    """What a kernel has to show before it runs."""
+
+    what: str
+    """What the warning calls the kernel if it fails."""
+    passed_with: tuple[str, ...]
+    """How the versions of Triton begin with which the kernel has passed its tests on a GPU; it
+    needs no self-test with these."""
+    problems: Callable[[int], Sequence[Problem]]
+    """Returns matmuls that run each variant of the kernel, for a number of multiprocessors."""
+
+
+_passed: dict[tuple[SelfTest, torch.device], bool] = {}
+
+
+def has_passed(
+    test: SelfTest,
+    device: torch.device,
+    launches: Callable[[Problem], Sequence[Launch]],
+    *,
+    may_try: bool,
+) -> bool:
+    """Return whether a kernel is known to give the bits of another one.
+
+    Args:
+        test: the kernel's test.
+        device: where it runs.
+        launches: returns the launches of a matmul to compare: with a bias, without a factor.
+        may_try: run the test if it has not run yet. False while a CUDA graph is recorded.
+    """
     import triton
 
-    if triton.__version__.startswith(_PROVED_WITH) or os.environ.get(KERNEL_VARIABLE):
+    if triton.__version__.startswith(test.passed_with):
         return True
-    if device not in _proved and may_try:
+    if (test, device) not in _passed and may_try:
         try:
-            problem = None if _have_equal_bits(device) else "they give other bits"
-        except Exception as error:  # whatever comes of another language
-            problem = first_line(error)
-        _proved[device] = problem is None  # before the warning, which may be an error
-        if problem is not None:
+            problems = test.problems(devices.multiprocessors(device))
+            same = have_equal_bits(problems, launches, device)
+            failure = None if same else "they give other bits"
+        except Exception as error:  # whatever another version of the language raises
+            failure = first_line(error)
+        _passed[test, device] = failure is None  # before the warning, which may be an error
+        if failure is not None:
             warnings.warn(
-                f"INT8 products by warps with roles are off with triton {triton.__version__}: "
-                f"{problem}",
-                stacklevel=2,
+                f"{test.what} are off with triton {triton.__version__}: {failure}", stacklevel=2
             )
-    return _proved.get(device, False)
+    return _passed.get((test, device), False)
 
 
-def _have_equal_bits(device: torch.device) -> bool:
-    """Say whether the kernel whose warps have roles gives the bits of the one without, in each of
-    its forms."""
-    columns, multiprocessors = 6, kernels_device.multiprocessors(device)
-    tiles = ceil(SPECIALIZED_FROM * multiprocessors, columns)
-    for depth, residual in ((768, False), (768, True), (2048, True)):
-        n = SPECIALIZED_TILE * columns
-        problem = Problem(SPECIALIZED_TILE * tiles - 5, n, depth, 2, residual)
-        shared_out = kernels_tiles.specialized(problem, multiprocessors)
-        if shared_out is None:
-            raise RuntimeError(f"nothing to compare on {multiprocessors} multiprocessors")
-        tiles_of = {
-            "tma": kernels_tiles.product(problem, "tma", device, None),
-            "specialized": shared_out,
-        }
+def have_equal_bits(
+    problems: Sequence[Problem],
+    launches: Callable[[Problem], Sequence[Launch]],
+    device: torch.device,
+) -> bool:
+    """Return whether the launches of each matmul write the same output for random operands."""
+    import torch
+
+    from pytest_int8bench.kernels.launch import operands_like
+
+    for problem in problems:
         with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
             a, b, c, *rest = operands_like(problem, True, False, torch.bfloat16, device)
             outs = []
-            for kernel, tile in tiles_of.items():
+            for launch in launches(problem):
                 out = torch.full_like(c, math.nan)
-                stride = n if residual else 0
-                launch = of_product(problem, True, False, kernel, stride, tile, device)
                 launch(a, b, out, *rest)
                 outs.append(out)
-            if not torch.equal(*outs):
+            if not all(torch.equal(outs[0], out) for out in outs[1:]):
                 return False
     return True

@@ -1,8 +1,12 @@
-"""Describe problems and tiles as small tuples."""
+"""The sizes of a matmul, and how kernels cut them into tiles; :mod:`.tiles` chooses.
+
+Importing this module does not load torch (see :mod:`.dispatch`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 #: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
 ALIGNMENT = 16
@@ -10,7 +14,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Product:
-    """How the INT8 product is cut into tiles."""
+    """How the INT8 matmul is cut into tiles, with TMA and with pointers."""
 
     bm: int
     bn: int
@@ -24,13 +28,14 @@ class Product:
     flatten: bool = True
     """TMA only: load for the next tile while one is stored."""
     early: bool = False
-    """TMA only: load the residual before the product, into registers."""
+    """TMA only: load the residual before the matmul, into registers."""
     group: int = 8
 
 
 @dataclass(frozen=True)
 class Specialized:
-    """How :mod:`specialized` shares out its tiles, and what it keeps in shared memory."""
+    """How the warp-specialized kernel (:mod:`.triton.int8_matmul_sm90`) shares out its tiles, and
+    what it keeps in shared memory."""
 
     slots: int
     """Columns of tiles of the output that are worked on at once."""
@@ -46,9 +51,13 @@ class Specialized:
     """The rows of the weight for a column of the output stay in shared memory."""
 
 
+#: Tiles of a kernel of the INT8 matmul.
+Tile: TypeAlias = Product | Specialized
+
+
 @dataclass(frozen=True)
 class Rows:
-    """How rows are cut for :func:`kernels.quantize_rows`."""
+    """How rows are cut for :func:`.triton.quantize_rows.quantize_rows`."""
 
     rows: int
     block: int
@@ -58,7 +67,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Problem:
-    """A product: rows, columns, depth, and what its epilogue moves."""
+    """An INT8 matmul: rows, columns, depth, and what its epilogue moves."""
 
     m: int
     n: int
@@ -74,10 +83,10 @@ class Problem:
         return f"{m}x{self.n}x{self.k}:{self.out_bytes}:{'r' if self.residual else '-'}"
 
 
-#: Rows, columns and depth of a tile of the kernel whose warps have roles.
+#: Rows, columns and depth of a tile of the warp-specialized kernel.
 SPECIALIZED_TILE = 128
-#: Tiles for each multiprocessor from which on it is faster.
+#: Tiles for each multiprocessor from which the warp-specialized kernel is faster.
 SPECIALIZED_FROM = 16
 
-#: Rows and columns of a weight that a program dequantizes.
+#: Rows and columns of the weight that one program dequantizes.
 DEQUANTIZED_TILE = (16, 256)

@@ -1,14 +1,18 @@
-"""Which tile sizes the kernels run with: a small measured table, and tuning where it is silent."""
+"""Choose the tiles that a kernel runs with: by a small measured table, and by tuning for devices
+that the table does not cover.
+
+Importing this module does not load torch (see :mod:`.dispatch`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-
-from pytest_int8bench.kernels.device import capability, multiprocessors
+from pytest_int8bench.kernels import device as devices
 from pytest_int8bench.kernels.tile_types import (
+    DEQUANTIZED_TILE,
     SPECIALIZED_FROM,
     SPECIALIZED_TILE,
     Problem,
@@ -17,6 +21,12 @@ from pytest_int8bench.kernels.tile_types import (
     Specialized,
 )
 from pytest_int8bench.kernels.tuning import load_tuned, save_tuned
+
+if TYPE_CHECKING:
+    import torch
+
+#: Columns of the longest row that stays in registers; longer rows take plain torch.
+MAX_COLUMNS = 32768
 
 # Measured on an H200 (132 multiprocessors), Triton 3.6, for widths of 768 and 1024. Two programs
 # of one multiprocessor beat one with larger tiles: one stores while the other multiplies.
@@ -61,46 +71,73 @@ POINTER_CANDIDATES = (
 )
 
 
-def product(
+def specialized_tiles(
+    name: str,
     problem: Problem,
-    kernel: str,
     device: torch.device,
     time: Callable[[Product], float] | None,
-) -> Product | Specialized:
-    """Return the tiles for a problem: from the table, else what tuning once found fastest.
+) -> Specialized | None:
+    """Return the tiles of the warp-specialized kernel, None if the problem does not suit it; the
+    arguments are those of :func:`pointer_tiles`."""
+    return specialized(problem, devices.multiprocessors(device))
+
+
+def tma_tiles(
+    name: str,
+    problem: Problem,
+    device: torch.device,
+    time: Callable[[Product], float] | None,
+) -> Product:
+    """Return the tiles of the TMA kernel: from a table on sm90, elsewhere the fastest ones; the
+    arguments are those of :func:`pointer_tiles`."""
+    if devices.capability(device) == (9, 0):
+        return _hopper(problem, devices.multiprocessors(device))
+    return _fastest(TMA_CANDIDATES, name, problem, device, time)
+
+
+def pointer_tiles(
+    name: str,
+    problem: Problem,
+    device: torch.device,
+    time: Callable[[Product], float] | None,
+) -> Product:
+    """Return the fastest tiles of the kernel with pointers.
 
     Args:
-        problem: the product.
-        kernel: one of :data:`.products.PRODUCTS`.
-        device: where it runs.
-        time: runs the product with given tiles and returns seconds, infinite if they do not fit;
-            None where nothing can be timed now, as while a CUDA graph is recorded.
+        name: the kernel, in the file of tuned tiles.
+        problem: the sizes.
+        device: where the kernel runs.
+        time: runs the kernel with given tiles and returns seconds, infinite if they do not fit;
+            None where nothing can be timed now, such as while a CUDA graph is recorded.
     """
-    if kernel == "specialized":
-        shared_out = specialized(problem, multiprocessors(device))
-        if shared_out is not None:
-            return shared_out
-        kernel = "tma"
-    if kernel == "tma" and capability(device) == (9, 0):
-        return _hopper(problem, multiprocessors(device))
-    candidates = TMA_CANDIDATES if kernel == "tma" else POINTER_CANDIDATES
-    known = load_tuned(kernel, device)
+    return _fastest(POINTER_CANDIDATES, name, problem, device, time)
+
+
+def _fastest(
+    candidates: tuple[Product, ...],
+    name: str,
+    problem: Problem,
+    device: torch.device,
+    time: Callable[[Product], float] | None,
+) -> Product:
+    """Return the candidate that tuning finds, or once found, fastest."""
+    known = load_tuned(name, device)
     found = known.get(problem.key)
     if found is None:
         if time is None:
-            return _untuned(problem, candidates, multiprocessors(device))
+            return _untuned(problem, candidates, devices.multiprocessors(device))
         seconds = {tile: time(tile) for tile in candidates}
         found = min(candidates, key=seconds.__getitem__)
         if math.isinf(seconds[found]):
-            return found  # none fits: Triton says what is in the way
+            return found  # none fits: launching it makes Triton say why
         known[problem.key] = found
-        save_tuned(kernel, device, known)
+        save_tuned(name, device, known)
     return found
 
 
 def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
-    """Return how the kernel whose warps have roles shares out a problem, None if that is not one
-    for it: too small, or of sizes that leave multiprocessors idle.
+    """Return how the warp-specialized kernel shares out a problem, None if the problem is too small
+    for it or leaves multiprocessors idle.
 
     Of the ways that do not, the one with the fewest passes reads the rows least often.
     """
@@ -123,6 +160,27 @@ def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
         if columns % passes == 0 and slots * groups >= _SPECIALIZED_PART * multiprocessors:
             return Specialized(slots, groups, passes, stages, buffers, stationary)
     return None
+
+
+def specialized_forms(multiprocessors: int) -> list[Problem]:
+    """Return the smallest problems that run each variant of the warp-specialized kernel."""
+    columns = 6
+    tiles = -(-SPECIALIZED_FROM * multiprocessors // columns)
+    m, n = SPECIALIZED_TILE * tiles - 5, SPECIALIZED_TILE * columns
+    return [
+        Problem(m, n, depth, 2, residual)
+        for depth, residual in ((768, False), (768, True), (2048, True))
+    ]
+
+
+def fits_registers(columns: int) -> bool:
+    """Return whether a row stays in registers while it is quantized."""
+    return columns <= MAX_COLUMNS
+
+
+def weights() -> tuple[int, int]:
+    """Return the rows and columns of the weight that one program dequantizes."""
+    return DEQUANTIZED_TILE
 
 
 def rows(m: int, k: int, multiprocessors: int) -> Rows:

@@ -1,23 +1,47 @@
-"""Remember tuned tiles on disk."""
+"""Time tiles, and remember the fastest ones on disk.
+
+Importing this module does not load torch (see :mod:`.dispatch`).
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pytest_int8bench.files import cache_folder, replace_text
 from pytest_int8bench.kernels.tile_types import Product
 
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_int8bench.kernels.launch import Launch, Operands
+
 #: Environment variable with the folder where tuning is kept.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
 _FILE = "int8-products.json"
+
+
+def seconds(operands: Operands, launch: Launch) -> float:
+    """Return the seconds of a matmul with given tiles, infinite if they do not fit."""
+    import torch
+    from triton.errors import TritonError
+    from triton.testing import do_bench
+
+    try:
+        # While a graph is compiled, any device may be the current one.
+        with torch.cuda.device_of(operands[0]):
+            milliseconds = do_bench(
+                lambda: launch(*operands), warmup=5, rep=20, return_mode="median"
+            )
+    except TritonError:  # too large for this GPU, or the GPU cannot compile it
+        return math.inf
+    return float(milliseconds) / 1e3
 
 
 def tuning_file() -> Path:
@@ -27,6 +51,7 @@ def tuning_file() -> Path:
 
 
 def _section(kernel: str, device: torch.device) -> str:
+    import torch
     import triton
 
     return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {kernel}"
@@ -34,7 +59,7 @@ def _section(kernel: str, device: torch.device) -> str:
 
 @functools.cache
 def load_tuned(kernel: str, device: torch.device) -> dict[str, Product]:
-    """Return what is known of a device; the dictionary is kept and grows."""
+    """Return the fastest tiles known for a device by problem; callers add to the dictionary."""
     with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         saved = json.loads(tuning_file().read_text())[_section(kernel, device)]
         return {key: Product(**value) for key, value in saved.items()}
@@ -42,7 +67,7 @@ def load_tuned(kernel: str, device: torch.device) -> dict[str, Product]:
 
 
 def save_tuned(kernel: str, device: torch.device, known: dict[str, Product]) -> None:
-    """Write what is known, whole or not at all; without it the next process tunes again."""
+    """Write the fastest tiles atomically. If that fails, the next process tunes again."""
     with suppress(OSError, RuntimeError):  # the latter where there is no home
         path = tuning_file()
         everything: Any = {}

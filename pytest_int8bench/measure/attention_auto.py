@@ -1,4 +1,4 @@
-"""``attention=auto``: the backend that runs a model's attention in the least time, measured."""
+"""``attention=auto``: measure which backend runs a model's attention in the least time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from pytest_int8bench.attention import FlashSDPA
+from pytest_int8bench.attention import FlashSDPA, backends_of
 from pytest_int8bench.clock import synchronized_perf_counter
 
-# Backends to choose from. On the CPU there are no others.
-_BACKENDS = {"cuda": ("flash", "cudnn", "efficient", "math"), "cpu": ("flash", "math")}
 _ROUNDS = 5
 _ROUND_S = 0.002
 _MOST_CALLS = 20
@@ -121,7 +119,7 @@ def fastest_backend(
     if not calls:
         return None
     kind = next(iter(calls)).query.device.type
-    totals = {name: _total_s(name, calls, timer) for name in _BACKENDS.get(kind, ())}
+    totals = {name: _total_s(name, calls, timer) for name in backends_of(kind)}
     return min((name for name in totals if totals[name] < math.inf), key=totals.get, default=None)  # type: ignore[arg-type]
 
 

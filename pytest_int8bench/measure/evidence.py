@@ -1,4 +1,4 @@
-"""Which kernels ran, and for how long: the proof of what a result is labelled."""
+"""Profile one forward: the kernels that ran, and for how long, prove what a result is labelled."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from torch.profiler import ProfilerActivity, profile
 
 from pytest_int8bench.attention import attention_kernel, own_names
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.modes import MODES
 
-# Matrix products on INT8 operands: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
-# the kernels of the fused backend, and the CPU's operators.
-_INT8_PRODUCT = re.compile(
-    r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?gemm|gemm_?int8|_int_mm|int_scaled_matmul"
-    r"|triton_(tem|mm)\w*int_mm|qlinear|int8_product",
+# Names of INT8 matmuls in libraries: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
+# and operators of the CPU. The names of our own are in dispatch.KERNELS.
+_INT8_MATMUL = re.compile(
+    r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?(gemm|product)|gemm_?int8|_int_mm|int_scaled_matmul"
+    r"|triton_(tem|mm)\w*int_mm|qlinear",
     re.IGNORECASE,
 )
-_FUSED_PRODUCT = re.compile(r"int8_product_(specialized|tma|pointers)")
 
-# Copies between host and device, such as those that feed the next batch while this one computes:
-# no work of the model.
+# Copies between host and device, such as those that feed the next batch while this one computes.
+# They are not work of the model.
 _TRANSFER = re.compile(r"Memcpy (HtoD|DtoH)")
 
-# Time of the host around a compiled graph, which the CPU's profile lists among the operators.
+# Host time around a compiled graph, which a profile of the CPU lists among the operators.
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
+
+
+def is_fused_matmul(kernel: str) -> bool:
+    """Return whether a kernel is an INT8 matmul of the fused backend."""
+    return any(row.function in kernel for row in dispatch.kernels_of("linear"))
 
 
 class EvidenceError(ClearError, AssertionError):
@@ -62,13 +67,17 @@ class Evidence:
 
     @property
     def int8_products(self) -> tuple[Kernel, ...]:
-        """The matrix products on INT8 operands."""
-        names = set(filter(_INT8_PRODUCT.search, own_names(k.name for k in self.kernels)))
+        """The matmuls on INT8 operands."""
+        names = {
+            name
+            for name in own_names(kernel.name for kernel in self.kernels)
+            if _INT8_MATMUL.search(name) or is_fused_matmul(name)
+        }
         return tuple(kernel for kernel in self.kernels if kernel.name in names)
 
     @property
     def int8_time_share(self) -> float:
-        """Share of device time in matrix products on INT8 operands, 0 to 1."""
+        """Share of device time in matmuls on INT8 operands, 0 to 1."""
         return sum(kernel.seconds for kernel in self.int8_products) / self.total_s
 
     @property
@@ -152,7 +161,7 @@ def check_labels(
     else:
         _check_baseline(evidence, params, quantized=stored[1])
     label = params.run_name
-    ours = [k for k in evidence.int8_products if _FUSED_PRODUCT.search(k.name)]
+    ours = [k for k in evidence.int8_products if is_fused_matmul(k.name)]
     if fused != bool(ours):
         backend, ran_there = (
             ("fused", "none of its kernels") if fused else ("torchao", ours[0].name)

@@ -1,19 +1,17 @@
-"""Where the device time of one forward goes: INT8 products, other products, attention, the rest."""
+"""Where the device time of one forward goes: INT8 matmuls, other matmuls, attention, the rest."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
 
-from pytest_int8bench.attention import attention_kernel, own_names
+from pytest_int8bench.attention import is_attention_kernel, own_names
 from pytest_int8bench.measure.evidence import Evidence
 
-# Attention kernels that torch's own dispatch does not choose: FlashAttention 3 and FlexAttention.
-_ATTENTION = re.compile(r"FlashAttn|flex_attention|fmha")
-# Convolutions are products inside, and no linear layer.
+# Convolutions run GEMM kernels too, but are not linear layers.
 _CONVOLUTION = re.compile(r"fprop|implicit_gemm|convol|conv2d|conv3d|winograd", re.IGNORECASE)
 # cuBLAS (nvjet on Hopper and later, xmma and s16816gemm before), CUTLASS, Inductor's templates.
-_PRODUCT = re.compile(r"nvjet|gemm|gemv|splitk|cublasLt::|triton_(tem|mm)_", re.IGNORECASE)
+_MATMUL = re.compile(r"nvjet|gemm|gemv|splitk|cublasLt::|triton_(tem|mm)_", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -21,13 +19,13 @@ class Breakdown:
     """Seconds of one forward by what the kernels do."""
 
     int8_products: float
-    """Matrix products on INT8 operands."""
+    """Matmuls on INT8 operands."""
     other_products: float
-    """Other matrix products. On CUDA those of math attention are among them: their kernels are
-    those of linear layers."""
+    """Other matmuls. On CUDA they include the matmuls of math attention, which run the same kernels
+    as linear layers."""
     attention: float
     rest: float
-    """Norms, activation functions, quantizing, copies, convolutions, and whatever is not known."""
+    """Norms, activation functions, quantizing, copies, convolutions, and unknown kernels."""
 
     @property
     def total_s(self) -> float:
@@ -36,7 +34,7 @@ class Breakdown:
 
     @property
     def products_s(self) -> float:
-        """Seconds of all matrix products."""
+        """Seconds of all matmuls."""
         return self.int8_products + self.other_products
 
     def to_dict(self) -> dict[str, float]:
@@ -54,16 +52,16 @@ def break_down(evidence: Evidence) -> Breakdown:
 
 
 def kind_of(kernel: str) -> str:
-    """Return ``other_products``, ``attention`` or ``rest`` for a kernel that is no INT8 product."""
-    if not own_names([kernel]):  # fused around others, whose names it carries
+    """Return ``other_products``, ``attention`` or ``rest`` for any kernel but an INT8 matmul."""
+    if not own_names([kernel]):  # named after operators that it was fused with
         return "rest"
-    if attention_kernel([kernel]) or _ATTENTION.search(kernel):
+    if is_attention_kernel(kernel):
         return "attention"
-    if _PRODUCT.search(kernel) and not _CONVOLUTION.search(kernel):
+    if _MATMUL.search(kernel) and not _CONVOLUTION.search(kernel):
         return "other_products"
     return "rest"
 
 
 def shortest_s(evidence: Evidence) -> float:
-    """Return the seconds of the shortest kernel that ran: less than that no kernel takes here."""
+    """Return the seconds of the shortest kernel that ran, a lower bound for any kernel here."""
     return min(kernel.seconds / kernel.calls for kernel in evidence.kernels)

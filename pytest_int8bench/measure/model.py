@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from pytest_int8bench.attention import general_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100, graphs_skipped
 from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
@@ -155,7 +156,7 @@ class Model:
                     raise QuantizationError(explained) from error
                 if _NO_KERNEL in str(error):
                     tried = self.compiled.attention
-                    usable = "efficient or math"
+                    usable = " or ".join(general_backends())
                     if self.params.attention != "auto":
                         usable = f"auto, {usable}"
                     raise AttentionError(

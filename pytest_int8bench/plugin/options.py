@@ -218,7 +218,7 @@ def is_asked_for(options: argparse.Namespace) -> bool:
 def check_forced_product() -> None:
     if "INT8BENCH_PRODUCT" not in os.environ:
         return
-    from pytest_int8bench.kernels.override import KernelError, forced_product
+    from pytest_int8bench.kernels.dispatch import KernelError, forced_product
 
     try:
         forced_product()

@@ -679,6 +679,39 @@ def test_settings_may_change_between_blocks(graphs: list[torch.fx.GraphModule]) 
     compiled_regions(GradBetween(*(Block() for _ in range(3))), X)
 
 
+class Attention(Blocks):
+    """Allows one SDPA backend for some of its blocks."""
+
+    def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
+        super().__init__(*blocks)
+        self.on = on
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, on in zip(self.blocks, self.on, strict=True):
+            if on:
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                    x = block(x)
+            else:
+                x = block(x)
+        return x
+
+
+def test_all_blocks_may_run_on_one_sdpa_backend(graphs: list[torch.fx.GraphModule]) -> None:
+    compiled_regions(Attention(*(Block() for _ in range(3)), on=(True, True, True)), X)
+
+
+def test_refuses_blocks_that_run_partly_on_another_sdpa_backend(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    model = Attention(*(Block() for _ in range(3)), on=(True, False, False))
+    model.eval().requires_grad_(False)
+    compiled = compile_for_a100(model, mode="default")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(X), model(X))
+    assert compiled.regions_refused == "blocks run under different settings, such as autocast"
+    assert calls(graphs[-1]) == 0
+
+
 # -- arguments ----------------------------------------------------------------------------------
 
 

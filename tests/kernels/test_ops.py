@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from pytest_int8bench.kernels import ops, reference, schema, tile_types, tiles
+from pytest_int8bench.kernels import device as kernels_device
+from pytest_int8bench.kernels import dispatch, ops, reference, schema, tile_types, tuning
 from pytest_int8bench.kernels.tile_types import Product
 
 triton = pytest.importorskip("triton")
 launch = pytest.importorskip("pytest_int8bench.kernels.cuda")
+operands_like = pytest.importorskip("pytest_int8bench.kernels.launch").operands_like
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, set where no GPU is"
 )
@@ -352,7 +354,7 @@ class Multiplied:
         bias = normal(n).to(self.dtype) if self.bias else None
         residual = self.layout(normal(self.m, n).to(self.dtype)) if self.residual else None
         if residual is not None and residual.ndim == 3:  # as q and its scales are then
-            q, scale = q.reshape(*residual.shape[:2], -1), scale.reshape(residual.shape[:2])
+            q, scale = q.reshape(*residual.shape[:2], self.k), scale.reshape(residual.shape[:2])
         gamma = normal(n).to(self.dtype) if self.gamma else None
         return q, scale, weight, column, bias, gamma, residual, self.dtype
 
@@ -431,17 +433,25 @@ def test_every_way_to_cut_a_product(kernel: str, tile: Product, residual: bool) 
 
 @contextmanager
 def launches() -> Iterator[list[str]]:
-    """Note the kernel of each product."""
+    """Note the kernel of each matmul."""
     ran: list[str] = []
-    real = launch.of_product
 
-    def noting(problem: Any, bias: bool, gamma: bool, kernel: str, *rest: Any) -> launch.Launch:
-        made = real(problem, bias, gamma, kernel, *rest)
-        ran.append(made.kernel.fn.__name__.removeprefix("int8_product_"))
-        return made
+    def noting(kernel: dispatch.Kernel) -> dispatch.Kernel:
+        def launched(*call: Any) -> launch.Launch:
+            made = kernel.launch(*call)
+            ran.append(made.kernel.fn.__name__.removeprefix("int8_product_"))
+            return made
 
-    with mock.patch.object(launch, "of_product", noting):
+        return dataclasses.replace(kernel, launch=launched)
+
+    rows = [noting(row) if row.operator == "linear" else row for row in dispatch.KERNELS]
+    with mock.patch.object(dispatch, "KERNELS", rows):
         yield ran
+
+
+def take_first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every matmul run with the same tiles."""
+    monkeypatch.setattr(dispatch, "kernel_and_tile", lambda kernels, *_: (kernels[0], TILES[0]))
 
 
 @interpreted
@@ -478,12 +488,16 @@ def test_which_product_runs(case: Multiplied, ran: str) -> None:
         ("specialized", None, "specialized"),
     ],
 )
-def test_roles_need_residual_dtype(kernel: str, residual: torch.dtype | None, takes: str) -> None:
+def test_roles_need_residual_dtype(
+    kernel: str, residual: torch.dtype | None, takes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_device, "capability", lambda device: (9, 0))
     problem = tile_types.Problem(64, 128, 128, 2, residual is not None)
     tensor = None if residual is None else torch.zeros(64, 128, dtype=residual)
-    given = (0 if residual is None else 128, tensor, torch.bfloat16)
-    assert launch.kernel_for(problem, kernel, *given, aligned=True) == takes
-    assert launch.kernel_for(problem, kernel, *given, aligned=False) == "pointers"
+    given = (problem, 0 if residual is None else 128, tensor, torch.bfloat16)
+    gpu = torch.device("cuda", 0)
+    assert dispatch.accepting(kernel, gpu, *given, True)[0].name == takes
+    assert dispatch.accepting(kernel, gpu, *given, False)[0].name == "pointers"
 
 
 @interpreted
@@ -504,7 +518,7 @@ def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @pytest.mark.usefixtures("_nothing_kept")
 def test_calls_of_one_kind_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "product", lambda *_: TILES[0])
+    take_first_tile(monkeypatch)
     case = Multiplied(5, 16, 32, torch.bfloat16, residual=True)
     with poisoned(), launches() as seen:
         for seed in range(3):
@@ -549,7 +563,7 @@ def test_rows_of_one_kind_are_prepared_once() -> None:
 @pytest.mark.parametrize("position", [1, 3, 4])
 @pytest.mark.parametrize("change", ["dtype", "address"])
 def test_vector_kinds_differ(position: int, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "product", lambda *_: TILES[0])
+    take_first_tile(monkeypatch)
     arguments = list(Multiplied(16, 16, 16).make())
     with poisoned():
         launch.linear(*arguments, kernel="tma")
@@ -579,13 +593,14 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_tiles_come_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def product(
-        problem: tile_types.Problem, kernel: str, device: torch.device, time: Any
+    def pointer_tiles(
+        kernel: str, problem: tile_types.Problem, device: torch.device, time: Any
     ) -> Product:
         asked.append((problem, kernel, device, time is not None))
         return TILES[0]
 
-    monkeypatch.setattr(tiles, "product", product)
+    rows = [dataclasses.replace(row, tiles=pointer_tiles) for row in dispatch.kernels_of("linear")]
+    monkeypatch.setattr(dispatch, "KERNELS", rows)
     monkeypatch.setattr(launch, "_kept", {})
     arguments = Multiplied(5, 32, 16, torch.bfloat16, residual=True).make()
     check_product(arguments, launch.linear(*arguments, kernel="pointers"))
@@ -608,10 +623,10 @@ def test_products_are_timed_on_the_device_of_their_tensors(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-    operands = launch.operands_like(
+    operands = operands_like(
         tile_types.Problem(2, 3, 4, 4, False), False, False, torch.float32, torch.device("cpu")
     )
-    took = launch.seconds(operands, lambda *given: done.append("ran"))
+    took = tuning.seconds(operands, lambda *given: done.append("ran"))
     assert took == 2e-3
     assert done[0] is operands[0]
     assert done[1:] == ["ran", "left"]
@@ -651,7 +666,7 @@ def test_the_operator_that_multiplies_keeps_the_rules(case: Multiplied) -> None:
 
 def test_the_operators_may_be_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
     name = ops.__name__
-    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "operators", ops)
+    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "ops", ops)
     monkeypatch.delitem(sys.modules, name)  # as pytester does after a session in its process
     again = importlib.import_module(name)
     assert again is not ops

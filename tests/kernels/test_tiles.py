@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import tuning
+from pytest_int8bench.kernels import dispatch, tuning
 from pytest_int8bench.kernels.dispatch import product_kernel
-from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized
+from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized, Tile
 from pytest_int8bench.kernels.tiles import (
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
-    product,
     rows,
     specialized,
 )
@@ -79,6 +79,21 @@ def fastest(tile: Product) -> Clock:
 
 def never(tile: Product) -> float:
     raise AssertionError("timed")
+
+
+def product(
+    problem: Problem, name: str, device: torch.device, time: Callable[[Any], float] | None
+) -> Any:
+    """Return the tiles of the first kernel, from a name on, that has tiles for the problem."""
+
+    def timed(kernel: dispatch.Kernel, tile: Tile) -> float:
+        assert time is not None
+        return time(tile)
+
+    kernels = dispatch.kernels_of("linear")
+    kernels = kernels[[kernel.name for kernel in kernels].index(name) :]
+    chosen = dispatch.kernel_and_tile(kernels, device, problem, None if time is None else timed)
+    return chosen[1]
 
 
 # -- the kernel ---------------------------------------------------------------------------------
@@ -324,13 +339,12 @@ def test_tuning_is_read_again_by_another_process() -> None:
     product(other, "pointers", GPU, fastest(POINTER_CANDIDATES[0]))
     code = f"""
 import torch
-from pytest_int8bench.fused import configs
-configs._capability = lambda device: (8, 0)
+from pytest_int8bench.kernels import tiles
+from pytest_int8bench.kernels.tile_types import Problem
 torch.cuda.get_device_name = lambda device: "A100"
 for problem in ({PROBLEM!r}, {other!r}):
-    print(configs.product(problem, "pointers", torch.device("cuda", 0), None))
+    print(tiles.pointer_tiles("pointers", problem, torch.device("cuda", 0), None))
 """
-    code = code.replace("Problem(", "configs.Problem(")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(chosen), str(POINTER_CANDIDATES[0])]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.compiler.fusion import nodes, passes
-from pytest_int8bench.kernels import ops, reference
+from pytest_int8bench.kernels import dispatch, ops, reference
 from pytest_int8bench.kernels.linear import WeightOnlyLinear, replace_linears
 from pytest_int8bench.measure.building import build_eager
 from pytest_int8bench.measure.evidence import profile_forward
@@ -142,9 +142,11 @@ def test_one_launch(sizes: list[tuple[int, int]], dtype: torch.dtype, transposed
 @interpreted
 def test_launches_of_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    make = launch.of_weights
+    make = dispatch.weights_launch
     monkeypatch.setattr(launch, "_kept", {})
-    monkeypatch.setattr(launch, "of_weights", lambda sizes: made.append(sizes) or make(sizes))
+    monkeypatch.setattr(
+        dispatch, "weights_launch", lambda sizes, device: made.append(sizes) or make(sizes, device)
+    )
     weight, scale = torch.ones(3, 5, dtype=torch.int8), torch.ones(3)
     for _ in range(2):
         launch.dequantize([weight, weight], [scale, scale], torch.float32)
@@ -288,7 +290,7 @@ def test_smoothed_inputs_that_others_read_are_left() -> None:
 
 
 def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_AT_ONCE", 4 * DIM * DIM)
+    monkeypatch.setattr(passes.weight_only, "_AT_ONCE", 4 * DIM * DIM)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
         "pass over 1": 1,  # of q, k, v and proj
@@ -299,7 +301,7 @@ def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_large_blocks_dequantize_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_AT_ONCE", 4 * DIM * DIM - 1)
+    monkeypatch.setattr(passes.weight_only, "_AT_ONCE", 4 * DIM * DIM - 1)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {"product of 3, dequantized alone": 1, "product of 1, dequantized alone": 3}
 

@@ -4,12 +4,14 @@ Calling an operator costs a trip from Python into the dispatcher and back. Induc
 kernel that it knows like one of its own: faster, with buffers that it plans, from a compile cache
 that holds the kernel, and compiled in parallel with the others. Operators whose sizes are unknown
 or whose memory is not dense stay; kernels of operators that stay are compiled in threads
-(:mod:`ahead`).
+(:mod:`pytest_int8bench.kernels.precompile`).
 
-The nodes are those that ``torch.compile`` makes of a user's Triton kernel. The public way to them,
-``torch.library.triton_op`` with ``wrap_triton``, takes no TMA descriptors up to torch 2.13: the
-launch disappears from the graph without an error, and the output is uninitialized memory. Nor does
-its cache key cover tiles that are chosen inside the operator.
+The nodes are those that ``torch.compile`` makes of a user's Triton kernel. We do not use the public
+way to them, ``torch.library.triton_op`` with ``wrap_triton``: outside Dynamo, ``wrap_triton`` does
+not pass metadata of TMA descriptors (``TracingTritonHOPifier.call_HOP`` in
+torch/_higher_order_ops/triton_kernel_wrap.py, torch 2.11 to 2.13). A launch with descriptors made
+on the host disappears from the graph without an error, and the output is uninitialized memory. Nor
+does the cache key of ``triton_op`` cover tiles that are chosen inside the operator.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from pytest_int8bench.compiler.fusion.nodes import (
     QUANTIZE,
     Node,
     begins_aligned,
-    may_be_laid_out_anew,
+    may_change_layout,
     value_of,
 )
+from pytest_int8bench.compiler.torch_workarounds import (
+    insert_triton_call,
+    register_triton_kernel,
+)
 from pytest_int8bench.kernels import dispatch
-from pytest_int8bench.kernels.schema import MAX_COLUMNS
 from pytest_int8bench.kernels.tile_types import Problem
-
-#: Torch keeps constants that a graph cannot hold in a table; this entry of it is empty.
-_NO_CONSTANTS = 1 << 60
 
 
 def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
@@ -55,21 +57,21 @@ def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
 
 
 def _inline_quantize_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
-    from pytest_int8bench.kernels import launch as launches
-
     x, norm, activation, gate, weight, bias, eps, factor, keep = node.args
     shape = _known_shape(x)
     inputs = [part for part in (x, gate, weight, bias, factor) if part is not None]
-    if shape is None or shape[-1] > MAX_COLUMNS or not all(map(_dense, inputs)):
+    if shape is None or not all(map(_dense, inputs)):
         return
     value = value_of(x)
     columns = shape[-1]
     count = value.numel() // columns
     strides = columns, 0 if gate is None else columns
-    there = [part is not None for part in (gate, weight, bias, factor)]
-    rows = launches.of_rows(
-        (count, columns), strides, norm, activation, eps, keep, there, value.device
+    has = [part is not None for part in (gate, weight, bias, factor)]
+    rows = dispatch.rows_launch(
+        (count, columns), strides, norm, activation, eps, keep, has, value.device
     )
+    if rows is None:
+        return
     if not inline:
         written = torch.int8, torch.float32
         kinds = (*map(_dtype, (x, gate)), *written, *map(_dtype, (weight, bias, factor)))
@@ -103,8 +105,7 @@ def _inline_quantize_rows(graph: fx.Graph, node: Node, inline: bool) -> None:
 
 
 def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
-    from pytest_int8bench.kernels import cuda, launch
-    from pytest_int8bench.kernels import dispatch as kernels_dispatch
+    from pytest_int8bench.kernels.launch import operands_like  # needs Triton
 
     q, scale, weight, weight_scale, bias, gamma, residual, dtype = node.args
     shape = _known_shape(q)
@@ -117,15 +118,13 @@ def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
     problem = Problem(m, n, k, dtype.itemsize, residual is not None)
     stride = 0 if residual is None else n
     aligned = all(map(begins_aligned, (weight, residual)))
-    kernel = kernels_dispatch.kernel_for(
-        problem, dispatch.product_kernel(device), stride, value_of(residual), dtype, aligned
+    preferred = dispatch.product_kernel(device)
+    kernels = dispatch.accepting(
+        preferred, device, problem, stride, value_of(residual), dtype, aligned
     )
-    there = (bias is not None, gamma is not None)
-
-    operands = functools.cache(
-        functools.partial(launch.operands_like, problem, *there, dtype, device)
-    )
-    product = cuda.chosen_product(problem, *there, kernel, stride, device, operands)
+    has = bias is not None, gamma is not None
+    operands = functools.cache(functools.partial(operands_like, problem, *has, dtype, device))
+    product = dispatch.matmul_launch(kernels, device, problem, *has, stride, operands)
     # Inductor would compile a Gluon kernel as plain Triton.
     if not inline or any(described.layout for described in product.descriptors):
         rest = (residual, scale, weight_scale, bias, gamma)
@@ -155,53 +154,30 @@ def _insert_launch(
 ) -> list[Node]:
     """Insert a launch and return the tensors that it writes.
 
-    The node stands for a kernel that first copies what it writes; Inductor drops the copies, as
-    nothing else reads the originals. The other kind of node names no outputs: AOTAutograd parses
-    the kernel to find them, each time it traces the launch.
-
     Args:
+        graph: where to insert the launch.
+        launch: the launch.
         tensors: the kernel's first arguments.
         written: names of the parameters that the kernel writes to.
     """
-    # Imported late: this loads modules of torch that few sessions need.
-    from torch._higher_order_ops.triton_kernel_wrap import (
-        create_tma_stable_metadata,
-        triton_kernel_wrapper_functional,
-    )
-
     names = launch.kernel.arg_names
     given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
-    call = graph.call_function(
-        triton_kernel_wrapper_functional,
-        kwargs={
-            "kernel_idx": _index(launch.kernel, **launch.options),
-            "constant_args_idx": _NO_CONSTANTS,
-            "grid": [(launch.programs, 1, 1)],
-            "tma_descriptor_metadata": {
-                name: create_tma_stable_metadata(described.block)
-                for name, described in zip(names, launch.descriptors, strict=False)
-                if given[name] is not None
-            },
-            "kwargs": given,
-            "tensors_to_clone": list(written),
-        },
-    )
+    blocks = {
+        name: described.block
+        for name, described in zip(names, launch.descriptors, strict=False)
+        if given[name] is not None
+    }
+    index = _index(launch.kernel, **launch.options)
+    call = insert_triton_call(graph, index, launch.programs, given, blocks, written)
     return [graph.call_function(operator.getitem, (call, name)) for name in written]
 
 
 def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
-    """Return the number under which torch finds a kernel with options of the compiler.
-
-    The key of AOTAutograd's cache contains this number but not the kernel's source, and torch
-    numbers kernels in the order in which it meets them. Another process would miss what this one
-    cached, or load it for a kernel whose source has changed. So hash the source and the options.
-    """
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
+    """Return the number under which torch finds a kernel with options of the compiler: a hash of
+    the options and of the kernel's source, so that caches of torch tell them apart."""
     name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {_source(kernel)}"
     index = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    kernel_side_table.id_to_kernel[index] = _with_options(kernel, num_warps, num_stages)
-    kernel_side_table.constant_args.setdefault(_NO_CONSTANTS, {})
+    register_triton_kernel(index, _with_options(kernel, num_warps, num_stages))
     return index
 
 
@@ -279,4 +255,4 @@ def _dense(node: Node) -> bool:
     """
     value = value_of(node)
     dense = isinstance(value, torch.Tensor) and value.is_contiguous()
-    return dense and not may_be_laid_out_anew(node)
+    return dense and not may_change_layout(node)

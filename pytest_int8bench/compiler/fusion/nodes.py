@@ -1,4 +1,4 @@
-"""What a node of Dynamo's graph is and does, as far as joining operators has to know."""
+"""Properties of nodes in Dynamo's graph that the passes need."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from pytest_int8bench.compiler.torch_workarounds import HigherOrderOperator, OpOverload
 from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 from pytest_int8bench.kernels.tile_types import ALIGNMENT
 
@@ -21,6 +22,9 @@ QUANTIZE = torch.ops.int8bench.quantize_rows.default
 LINEAR = torch.ops.int8bench.linear.default
 DEQUANTIZE = torch.ops.int8bench.dequantize.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
+
+# Where an operator takes weight, weight scale and bias.
+_LAYER_TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -37,10 +41,9 @@ NORMS: dict[Any, str] = {
     F.rms_norm: "rms",
     torch.rms_norm: "rms",
 }
-_GELU = torch._C._nn.gelu
-# Of built-in functions, which do not tell them.
+# Parameters of built-in functions, which have no signature.
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
-    _GELU: ("input", "approximate"),
+    F.gelu: ("input", "approximate"),
     torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
@@ -59,11 +62,11 @@ _VIEWS = {
         *(torch.split, torch.unbind, operator.getitem),
     )
 }
-# Operators that return their tensor where its dtype is the one they are to return.
+# Operators that may return their own tensor, if it already has the dtype asked for.
 _CASTS = {
     ("call_method", name) for name in ("to", "float", "half", "bfloat16", "double", "type_as")
 }
-# Operators that read any tensor by its strides, and return new ones.
+# Operators that read a tensor with any strides, and return new tensors.
 _READERS = {
     ("call_method", name)
     for name in (
@@ -77,11 +80,11 @@ _READERS = {
         *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
         *(operator.pow, operator.matmul, torch.add, torch.sub, torch.mul, torch.div, torch.neg),
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
-        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, _GELU),
+        *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
     )
 }
-# Those of them for which Inductor chooses how the tensor is laid out.
+# Those of them for which Inductor chooses the layout of the tensor.
 _LAYING_OUT = {
     *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
     *(operator.matmul, "matmul", F.scaled_dot_product_attention),
@@ -94,8 +97,8 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 def views_read_by_strides(node: Node) -> list[Node] | None:
-    """Return all views of ``node``, or None if something else reads one of them than what is known
-    to go by strides: a kernel may have been promised rows without gaps."""
+    """Return all views of ``node``, or None if one of them is read by an operator that is not known
+    to respect strides: a kernel may rely on rows without gaps."""
     views: list[Node] = []
     for user in node.users:
         dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
@@ -109,21 +112,21 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
     return views
 
 
-def may_be_laid_out_anew(node: Node) -> bool:
-    """Say whether Inductor may lay out a tensor with its rows apart: inside of what ``torch.cat``
-    or ``torch.stack`` makes of it, or padded for a product. A kernel that was promised rows without
-    gaps does not see that (torch 2.11)."""
+def may_change_layout(node: Node) -> bool:
+    """Return whether Inductor may leave gaps between the rows of a tensor: if it places the tensor
+    inside the output of ``torch.cat`` or ``torch.stack``, or pads it for a matmul. A kernel that
+    relies on rows without gaps does not notice (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
         node = node.all_input_nodes[0]
     ours = node.target in (QUANTIZE, LINEAR)
     if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
-        return False  # these have the layout that they have
+        return False  # Inductor does not choose their layout
     return not all(map(_leaves_alone, node.users))
 
 
 def _leaves_alone(user: Node) -> bool:
-    """Say whether a reader, and those of a view that it is, are known to take what they read as it
-    lies."""
+    """Return whether a reader, and all readers of it if it is a view, are known to take any
+    layout."""
     if _is_view(user) or _is_cast(user):
         return all(map(_leaves_alone, user.users))
     if user.op == "output" or _is_higher_order(user):
@@ -132,8 +135,8 @@ def _leaves_alone(user: Node) -> bool:
 
 
 def _is_higher_order(node: Node) -> bool:
-    """Say whether a node is a region or a kernel."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    """Return whether a node is a region or a kernel."""
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def _is_cast(node: Node) -> bool:
@@ -141,10 +144,10 @@ def _is_cast(node: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    """Say whether a call may return a view of its first argument, and goes by its strides."""
+    """Return whether a call may return a view of its first argument and respects its strides."""
     if (node.op, node.target) in _VIEWS:
         return True
-    # Where Dynamo does not look into einops, as that of torch 2.11. It reshapes and transposes.
+    # Torch 2.11 does not trace into einops, which reshapes and transposes.
     whose = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
     return whose == ("einops.einops", "rearrange")
 
@@ -153,7 +156,7 @@ def activation_name(node: Any) -> str | None:
     """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or writes(node):
         return None
-    if node.target is _GELU:
+    if node.target is F.gelu:
         return "gelu_tanh" if given_arguments(node).get("approximate") == "tanh" else "gelu"
     return _ACTIVATIONS.get(node.target)
 
@@ -177,8 +180,8 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def nothing_written(start: Node, end: Node) -> bool:
-    """Say whether no operator between two nodes writes to a tensor: what is read at ``start`` may
-    then be read at ``end``."""
+    """Return whether no operator between two nodes writes to a tensor, so that a tensor read at
+    ``start`` may be read at ``end`` instead."""
     node = start.next
     while node is not end:
         if writes(node):
@@ -188,14 +191,14 @@ def nothing_written(start: Node, end: Node) -> bool:
 
 
 def writes(node: Node) -> bool:
-    """Say whether a call may write to one of its arguments."""
+    """Return whether a call may write to one of its arguments."""
     if node.op not in ("call_function", "call_method"):
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True  # what is inside is not looked at
+    if isinstance(target, HigherOrderOperator):
+        return True  # we do not look inside
     if target in _MUTATING or node.kwargs.get("out") is not None:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -220,8 +223,8 @@ def value_of(node: Any) -> Any:
 
 
 def begins_aligned(node: Any) -> bool:
-    """Say whether a tensor begins at an aligned place of its memory; so does what is no tensor, and
-    one of which it is not known."""
+    """Return whether a tensor begins at an aligned address of its memory; True for other values,
+    and if the address is unknown."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return True
@@ -230,7 +233,7 @@ def begins_aligned(node: Any) -> bool:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Say whether two nodes are tensors of one shape and dtype."""
+    """Return whether two nodes are tensors of the same shape and dtype."""
     if one is other:
         return False
     a, b = value_of(one), value_of(other)
@@ -247,3 +250,51 @@ def same_dtype(one: Any, other: Any) -> bool:
 def is_row_of(vector: Any, node: Node) -> bool:
     value = value_of(vector)
     return isinstance(value, torch.Tensor) and value.shape == value_of(node).shape[-1:]
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+def is_layer(node: Node) -> bool:
+    """Return whether a node multiplies by the INT8 weight of a layer."""
+    return node.target in _LAYER_TENSORS
+
+
+def layer_tensors(node: Node) -> tuple[Node, ...]:
+    """Return weight, weight scale and bias of a layer."""
+    return tuple(node.args[_LAYER_TENSORS[node.target]])
+
+
+def layer_weight(node: Node) -> Node:
+    """Return the INT8 weight of a layer."""
+    return layer_tensors(node)[0]
+
+
+def layer_operands(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the arguments of a layer before and after its tensors."""
+    where = _LAYER_TENSORS[node.target]
+    return tuple(node.args[: where.start]), tuple(node.args[where.stop :])
+
+
+def rows_of(tensor: Node) -> tuple[Node, int, int]:
+    """Return the block that a layer's tensor is a slice of, its first row, and the row after its
+    last; the tensor itself and all its rows if it is not a slice."""
+    if tensor is None:
+        return None, 0, 0
+    if tensor.target is operator.getitem and isinstance(tensor.args[1], slice):
+        block, rows = tensor.args
+        if all(bound is None or isinstance(bound, int) for bound in (rows.start, rows.stop)):
+            start, stop, step = rows.indices(value_of(block).shape[0])
+            if step == 1:
+                return block, start, stop
+    return tensor, 0, value_of(tensor).shape[0]
+
+
+def sliced(graph: fx.Graph, block: Node, start: int, stop: int) -> Node:
+    """Return rows of a block as a node."""
+    value = value_of(block)
+    if (start, stop) == (0, value.shape[0]):
+        return block
+    node = graph.call_function(operator.getitem, (block, slice(start, stop)))
+    node.meta["example_value"] = value[start:stop]
+    return node

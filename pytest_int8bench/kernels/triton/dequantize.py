@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+
+from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
+
+#: Weights that one launch dequantizes.
+AT_ONCE = 4
 
 
 @triton.jit
@@ -64,3 +72,22 @@ def dequantize(
             _dequantized_tile(weight2, scale2, out2, program - end1, N2, K2, ROWS, COLUMNS)
     elif K3 > 0:
         _dequantized_tile(weight3, scale3, out3, program - end2, N3, K3, ROWS, COLUMNS)
+
+
+def launch(sizes: Sequence[tuple[int, ...]], tile: tuple[int, int]) -> Launch:
+    """Return the launch of the kernel.
+
+    Args:
+        sizes: sizes of the weights, at most ``AT_ONCE``.
+        tile: rows and columns of a weight that one program dequantizes.
+    """
+    rows, columns = tile
+    padded = [*sizes, *[(0, 0)] * (AT_ONCE - len(sizes))]
+    ends = list(itertools.accumulate(ceil(n, rows) * ceil(k, columns) for n, k in padded))
+    return Launch(
+        dequantize,
+        ends[-1],
+        (*(n for n, _ in padded), *ends[:-1]),
+        {**{f"K{i}": k for i, (_, k) in enumerate(padded)}, "ROWS": rows, "COLUMNS": columns},
+        {"num_warps": 4, "num_stages": DEFAULT_STAGES},
+    )

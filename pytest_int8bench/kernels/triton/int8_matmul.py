@@ -1,16 +1,23 @@
-"""Triton kernels of INT8 inference: the INT8 product, the pass that quantizes its rows, and the one
-that dequantizes weights.
+"""The INT8 matmul in Triton, with TMA and with pointers, and the launches of both kernels.
 
-All symbols follow the usual letters: the product is ``C[M, N] = A[M, K] @ B[N, K].T``.
+All symbols follow the usual letters: ``C[M, N] = A[M, K] @ B[N, K].T``.
 
-Nothing here chooses a tile size or checks an argument: that is ``operators``. The kernels also run
-on the CPU under Triton's interpreter (``TRITON_INTERPRET=1``), which is how CI tests them.
+Nothing here chooses a tile size or checks an argument: see :mod:`..tiles` and :mod:`..dispatch`.
+The kernels also run on the CPU under Triton's interpreter (``TRITON_INTERPRET=1``), which is how CI
+tests them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from pytest_int8bench.kernels import device as devices
+from pytest_int8bench.kernels.launch import Described, Launch, ceil
+from pytest_int8bench.kernels.tile_types import Problem, Product
 
 
 @triton.jit
@@ -223,3 +230,81 @@ def int8_product_pointers(
         out += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     at = c + long_rows * N + columns[None, :]
     tl.store(at, out.to(c.dtype.element_ty), mask=mask)
+
+
+def launch_tma(
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    stride: int,
+    tile: Product,
+    device: torch.device,
+) -> Launch:
+    """Return the launch of the kernel with tensor descriptors.
+
+    Args:
+        problem: the sizes.
+        has_bias: whether there is a bias.
+        has_gamma: whether there is a factor for each column.
+        stride: from row to row of the residual, 0 without one.
+        tile: the tiles.
+        device: where the kernel runs.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    programs = tile.programs_per_sm * devices.multiprocessors(device)
+    part = [tile.bm, tile.bn // tile.parts]
+    return Launch(
+        int8_product_tma,
+        min(_count(problem, tile), programs),
+        (m, n, k),
+        _constants(problem, has_bias, has_gamma, tile)
+        | {
+            "PROGRAMS": programs,
+            "PARTS": tile.parts,
+            "FLATTEN": tile.flatten,
+            "EARLY": tile.early,
+        },
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        (
+            Described((m, k), (k, 1), [tile.bm, tile.bk]),
+            Described((n, k), (k, 1), [tile.bn, tile.bk]),
+            Described((m, n), (n, 1), part),
+            Described((m, n), (stride or n, 1), part),
+        ),
+    )
+
+
+def launch_pointers(
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    stride: int,
+    tile: Product,
+    device: torch.device,
+) -> Launch:
+    """Return the launch of the kernel with pointers; the arguments are those of
+    :func:`launch_tma`."""
+    return Launch(
+        int8_product_pointers,
+        _count(problem, tile),
+        (problem.m, problem.n, problem.k, stride),
+        _constants(problem, has_bias, has_gamma, tile) | {"EVEN_K": problem.k % tile.bk == 0},
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+
+
+def _count(problem: Problem, tile: Product) -> int:
+    """Return the number of tiles of the output."""
+    return ceil(problem.m, tile.bm) * ceil(problem.n, tile.bn)
+
+
+def _constants(problem: Problem, has_bias: bool, has_gamma: bool, tile: Product) -> dict[str, Any]:
+    return {
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "GROUP": tile.group,
+        "HAS_BIAS": has_bias,
+        "HAS_GAMMA": has_gamma,
+        "HAS_RESIDUAL": problem.residual,
+    }

@@ -1,16 +1,17 @@
-"""The INT8 product of large matrices on sm90: a kernel whose warps have roles.
+"""The INT8 matmul of large matrices on sm90: a warp-specialized kernel, and its launch.
 
-One group of warps loads, two multiply; what one of these scales and stores, the other multiplies
-meanwhile. A GPU that runs INT8 products is held back by its power limit, so bytes that need not
-travel are speed: where a tile of weights fits, it stays in shared memory while rows pass by, which
-halves what comes from the L2 cache.
+One group of warps loads, two multiply; while one of these scales and stores, the other multiplies.
+The power limit holds back a GPU that multiplies INT8, so saving memory traffic makes it faster:
+where a tile of weights fits, it stays in shared memory while rows pass by, which halves the traffic
+from the L2 cache.
 
-Triton's own language has no roles, so this is in Gluon, its lower one. Triton's interpreter does
-not run it: tests on a GPU do, and CI compiles it.
+Triton's own language cannot give warps different roles, so this kernel is in Gluon, the
+lower-level one. Triton's interpreter does not run Gluon: tests on a GPU do, and CI compiles it.
 """
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pytest_int8bench.kernels.tile_types import SPECIALIZED_TILE
+from pytest_int8bench.kernels.launch import Described, Launch, ceil
+from pytest_int8bench.kernels.tile_types import SPECIALIZED_TILE, Problem, Specialized
 
 # Triton 3.9 took the longer names away.
 _copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -35,18 +36,6 @@ HALF = gl.constexpr(SPECIALIZED_TILE // 2)
 # Registers of a thread of the second group that multiplies, and of the one that loads. The first
 # one has what is left of 504, which is 248.
 _MULTIPLYING, _LOADING = gl.constexpr(232), gl.constexpr(24)
-
-
-class Descriptor(TensorDescriptor):
-    """A descriptor of a tensor that is known to fit, without the checks of each call."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-def layout(bits: int) -> gl.NVMMASharedLayout:
-    """Return how tiles lie in shared memory, for elements of ``bits`` bits."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
 
 
 @gluon.jit
@@ -288,3 +277,54 @@ def int8_product_specialized(
         [4, 1],
         [_MULTIPLYING, _LOADING],
     )
+
+
+def launch(
+    problem: Problem,
+    has_bias: bool,
+    has_gamma: bool,
+    stride: int,
+    tile: Specialized,
+    device: torch.device,
+) -> Launch:
+    """Return the launch of the kernel.
+
+    Args:
+        problem: the sizes.
+        has_bias: whether there is a bias.
+        has_gamma: whether there is a factor for each column.
+        stride: from row to row of the residual, 0 without one.
+        tile: how the tiles are shared out.
+        device: where the kernel runs.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    size = SPECIALIZED_TILE
+    depth = ceil(k, size)
+    inputs, halves = _layout(8), _layout(8 * problem.out_bytes)
+    half = [size, size // 2]
+    return Launch(
+        int8_product_specialized,
+        tile.slots * tile.groups,
+        (m, tile.slots, tile.groups, tile.passes, depth),
+        {
+            "K_TILES": depth if tile.stationary else 0,
+            "STAGES": tile.stages,
+            "BUFFERS": tile.buffers,
+            "STATIONARY": tile.stationary,
+            "HAS_BIAS": has_bias,
+            "HAS_GAMMA": has_gamma,
+            "HAS_RESIDUAL": problem.residual,
+        },
+        {"num_warps": 4},
+        (
+            Described((m, k), (k, 1), [size, size], inputs),
+            Described((n, k), (k, 1), [size, size], inputs),
+            Described((m, n), (n, 1), half, halves),
+            Described((m, n), (stride or n, 1), half, halves),
+        ),
+    )
+
+
+def _layout(bits: int) -> gl.NVMMASharedLayout:
+    """Return how tiles lie in shared memory, for elements of ``bits`` bits."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)

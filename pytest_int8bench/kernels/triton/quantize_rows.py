@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+
+from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
+from pytest_int8bench.kernels.schema import ACTIVATIONS, NORMS
+from pytest_int8bench.kernels.tile_types import Rows
 
 # What quantize_rows does to a row before it quantizes it.
 PLAIN, LAYER_NORM, RMS_NORM = 0, 1, 2
@@ -153,3 +159,46 @@ def quantize_rows(
         bits = (ready[chunk] * inverse[:, None] + _ROUND).to(tl.int32, bitcast=True)
         mask = row_ok if EVEN else row_ok & (columns < K)[None, :]
         tl.store(q + rows[:, None] * K + columns[None, :], bits.to(tl.int8), mask=mask)
+
+
+def launch(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    norm: str,
+    activation: str,
+    eps: float,
+    keep: bool,
+    has: Sequence[bool],
+    tile: Rows,
+) -> Launch:
+    """Return the launch of the kernel.
+
+    Args:
+        shape: of the rows.
+        strides: from row to row of the input, and of its gate.
+        norm: as in :func:`..ops.quantize_rows`, like ``activation``, ``eps`` and ``keep``.
+        has: whether there are a gate, a weight, a bias and a factor.
+        tile: how the rows are cut.
+    """
+    count, columns = shape
+    has_gate, has_weight, has_bias, has_factor = has
+    return Launch(
+        quantize_rows,
+        ceil(count, tile.rows),
+        (count, *strides),
+        {
+            "EPS": eps,
+            "K": columns,
+            "ROWS": tile.rows,
+            "BLOCK": tile.block,
+            "CHUNKS": tile.chunks,
+            "NORM": NORMS.index(norm),
+            "ACTIVATION": ACTIVATIONS.index(activation),
+            "HAS_GATE": has_gate,
+            "HAS_WEIGHT": has_weight,
+            "HAS_BIAS": has_bias,
+            "HAS_FACTOR": has_factor,
+            "KEEP": keep,
+        },
+        {"num_warps": tile.warps, "num_stages": DEFAULT_STAGES},
+    )

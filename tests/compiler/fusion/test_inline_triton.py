@@ -48,12 +48,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str
     """Let the CPU pass for a GPU, and note for which products tiles were chosen."""
     problems: list[tuple[tile_types.Problem, str]] = []
 
-    def product(problem: tile_types.Problem, kernel: str, *_: Any) -> Product:
-        problems.append((problem, kernel))
-        return Product(16, 16, 16, 4, 2, parts=2, group=2)
+    def kernel_and_tile(
+        kernels: list[dispatch.Kernel], device: torch.device, problem: tile_types.Problem, time: Any
+    ) -> tuple[dispatch.Kernel, Product]:
+        problems.append((problem, kernels[0].name))
+        return kernels[0], Product(16, 16, 16, 4, 2, parts=2, group=2)
 
     monkeypatch.setattr(inline_triton, "_has_kernels", lambda device: True)
-    monkeypatch.setattr(tiles, "product", product)
+    monkeypatch.setattr(dispatch, "kernel_and_tile", kernel_and_tile)
     monkeypatch.setenv("INT8BENCH_PRODUCT", "pointers")
     return problems
 
@@ -291,7 +293,7 @@ def test_sizes_that_are_not_known_stay_with_operators() -> None:
 
 
 def test_rows_that_fit_no_registers_stay_with_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inline_triton, "MAX_COLUMNS", DIM - 1)
+    monkeypatch.setattr(tiles, "MAX_COLUMNS", DIM - 1)
     run = Run(lowered(Model(lambda m, x: m.a(x))), torch.randn(3, DIM))
     assert (run.kernels, run.operators) == (["int8_product_pointers"], 1)
 

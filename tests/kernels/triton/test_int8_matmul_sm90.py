@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from pytest_int8bench.kernels import device as kernels_device
+from pytest_int8bench.kernels import dispatch, selftest
 from pytest_int8bench.kernels import tiles as kernels_tiles
-from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized
+from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized, Tile
 
 triton = pytest.importorskip("triton")
-launch = pytest.importorskip("pytest_int8bench.kernels.cuda")
+launch = pytest.importorskip("pytest_int8bench.kernels.launch")
 
 # In a process of its own: where no GPU is, Triton's own functions are interpreted in this one. The
 # driver is one of an H200 that runs nothing; all before it is what runs on a GPU.
@@ -29,8 +31,9 @@ from types import SimpleNamespace
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from pytest_int8bench.fused import ahead, configs, launch
-from pytest_int8bench.fused.specialized import int8_product_specialized
+from pytest_int8bench.kernels import cuda, device as devices, dispatch, launch, precompile
+from pytest_int8bench.kernels.tile_types import Problem
+from pytest_int8bench.kernels.triton.int8_matmul_sm90 import int8_product_specialized
 
 grids, new = [], []
 
@@ -52,10 +55,10 @@ driver.set_active(SimpleNamespace(
     get_current_device=lambda: 0,
     get_current_stream=lambda device: 0,
 ))
-configs.multiprocessors = lambda device: 132
-configs._capability = lambda device: (9, 0)
+devices.multiprocessors = lambda device: 132
+devices.capability = lambda device: (9, 0)
 for rows, outputs, inputs, has_bias, has_residual, aligned in json.loads(sys.argv[1]):
-    problem = configs.Problem(rows, outputs, inputs, 2, has_residual)
+    problem = Problem(rows, outputs, inputs, 2, has_residual)
     device = torch.device("cpu")
     q, weight, out, residual, *vectors = launch.operands_like(
         problem, has_bias, has_residual, torch.bfloat16, device
@@ -63,21 +66,25 @@ for rows, outputs, inputs, has_bias, has_residual, aligned in json.loads(sys.arg
     if not aligned:
         vectors = [v if v is None else torch.cat([v[:1], v])[1:] for v in vectors]
     scale, weight_scale, bias, gamma = vectors
-    product = launch.chosen_product(
-        problem, has_bias, has_residual, "specialized", outputs * has_residual, device, None
+    stride = outputs * has_residual
+    kernels = dispatch.accepting(
+        "specialized", device, problem, stride, residual, torch.bfloat16, True
+    )
+    product = dispatch.matmul_launch(
+        kernels, device, problem, has_bias, has_residual, stride, None
     )
     operands = (q, weight, out, residual, *vectors)
     dtypes = [None if operand is None else operand.dtype for operand in operands]
     product.compile_ahead(dtypes, device)
-    ahead.finish()
+    precompile.finish()
     compiled = int8_product_specialized.device_caches[0][0]
     known = set(compiled)
     for _ in range(2):  # the second one repeats what was prepared
-        launch.linear(
+        cuda.linear(
             q, scale, weight, weight_scale, bias, gamma, residual, out.dtype, kernel="specialized"
         )
     new.append(len(set(compiled) - known))
-kept = list(launch._kept.values())
+kept = list(cuda._kept.values())
 compiled = [kernel for one in kept for kernel in one.kernel.device_caches[0][0].values()]
 print(json.dumps({
     "kernels": [one.kernel.fn.__name__ for one in kept],
@@ -128,26 +135,25 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_device, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     monkeypatch.delenv("INT8BENCH_PRODUCT", raising=False)
-    monkeypatch.setattr(launch, "_proved", {})
-    monkeypatch.setattr(launch, "of_product", lambda *args: args[5])
+    monkeypatch.setattr(selftest, "_passed", {})
 
 
-def chosen(*, may_try: bool = True) -> Product | Specialized:
-    operands = (lambda: None) if may_try else None
-    tile: Any = launch.chosen_product(LARGE, True, False, "specialized", 0, GPU, operands)
-    return tile
+def chosen(*, may_try: bool = True) -> Tile:
+    kernels = dispatch.kernels_of("linear")
+    passed = [one for one in kernels if dispatch.has_passed(one, GPU, may_try=may_try)]
+    return dispatch.kernel_and_tile(passed, GPU, LARGE, None)[1]
 
 
 def proof(monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception) -> list[torch.device]:
     asked = []
 
-    def have_equal_bits(device: torch.device) -> bool:
+    def have_equal_bits(problems: Any, launches: Any, device: torch.device) -> bool:
         asked.append(device)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(launch, "_have_equal_bits", have_equal_bits)
+    monkeypatch.setattr(selftest, "have_equal_bits", have_equal_bits)
     return asked
 
 
@@ -190,8 +196,7 @@ def test_compares_each_form(monkeypatch: pytest.MonkeyPatch, differing: int | No
     """With launches that write ones, and one of the kernel's that misses an element."""
     forms: list[tuple[bool, int]] = []
 
-    def of_product(problem: Problem, *args: Any) -> Any:
-        tile = args[4]
+    def launched(problem: Problem, bias: bool, gamma: bool, stride: int, tile: Tile, _: Any) -> Any:
         if isinstance(tile, Specialized):
             forms.append((tile.stationary, tile.buffers))
         misses = isinstance(tile, Specialized) and len(forms) - 1 == differing
@@ -203,12 +208,14 @@ def test_compares_each_form(monkeypatch: pytest.MonkeyPatch, differing: int | No
 
         return run
 
-    monkeypatch.setattr(launch, "of_product", of_product)
+    rows = [dataclasses.replace(row, launch=launched) for row in dispatch.kernels_of("linear")]
+    monkeypatch.setattr(dispatch, "KERNELS", rows)
     monkeypatch.setattr(
         launch, "operands_like", lambda p, *_: (None, None, torch.empty(8, 4), *[None] * 5)
     )
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    assert launch._have_equal_bits(GPU) is (differing is None)
+    with nullcontext() if differing is None else pytest.warns(UserWarning, match="other bits"):
+        assert dispatch.has_passed(rows[0], GPU, may_try=True) is (differing is None)
     every = [(True, 1), (False, 2), (False, 1)]
     assert forms == (every if differing is None else every[: differing + 1])
