@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_int8bench.param_values import Scalar
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.quantization.filters import FilterFn
 
 if TYPE_CHECKING:
     import torch
+
+    from pytest_int8bench.quantization.filters import FilterFn
 
     Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
