@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 from pytest_int8bench.clock import synchronize, synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.measure.timing import pilot, summarize, time_block
-from pytest_int8bench.plugin.session import STATE
+from pytest_int8bench.plugin.recorder import RECORDER
 
 LIMIT = 0.01
 REPETITIONS = 3
@@ -40,11 +40,13 @@ class Check:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        state = item.config.stash[STATE]
-        results = state.journal.results if state.journal else []
+        recorder = item.config.stash[RECORDER]
+        results = recorder.journal.results if recorder.journal else []
         if not results or results[-1].nodeid != item.nodeid or results[-1].batch_time_s is None:
             return
-        model = state.pool().get(item.funcargs["int8_workload"], item.funcargs["int8_params"])
+        model = recorder.session.pool().get(
+            item.funcargs["int8_workload"], item.funcargs["int8_params"]
+        )
         count = max(10, math.ceil(SECONDS / results[-1].batch_time_s))
         product, loop, timer = [], [], []
         with model.compiled.entered():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pytest_int8bench.gate.rules import check_allow, parse_limit
 from pytest_int8bench.results.figures import METRICS
 
 
@@ -27,6 +26,18 @@ class Flag(NamedTuple):  # made at every start of pytest, where a dataclass take
     value. None for a switch."""
 
 
+def _read_limit(text: str) -> float | None:
+    from pytest_int8bench.gate.rules import parse_limit
+
+    return parse_limit(text)
+
+
+def _read_allow(names: list[str]) -> frozenset[str]:
+    from pytest_int8bench.gate.rules import check_allow
+
+    return check_allow(names)
+
+
 LIMITS = tuple(
     Flag(
         metric.option,
@@ -34,7 +45,7 @@ LIMITS = tuple(
         f"largest {metric.help}: a percentage, or off",
         "off" if metric.limit is None else f"{metric.limit:.0%}",
         "LIMIT",
-        read=parse_limit,
+        read=_read_limit,
     )
     for metric in METRICS.values()
 )
@@ -45,7 +56,7 @@ ALLOW = Flag(
     "none",
     "NAME",
     repeatable=True,
-    read=check_allow,
+    read=_read_allow,
 )
 ALLOW_MISSING = Flag(
     "allow-missing",

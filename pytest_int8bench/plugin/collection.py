@@ -1,5 +1,4 @@
-"""Collected tests: which have points, whose workload they take, their benchmark markers, and the
-order they run in."""
+"""Collected tests: which workload each takes, and the order they run in."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ import pytest
 from pytest_int8bench.plugin.markers import marker_changes
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.points import params_of
-from pytest_int8bench.plugin.session import STATE
+from pytest_int8bench.plugin.session import Session
 
 
 def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is no test of throughput."""
+    """Deselect all tests but those of throughput."""
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
@@ -27,33 +26,32 @@ def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> No
         items[:] = kept
 
 
-def check_workload(config: pytest.Config, items: list[pytest.Item]) -> None:
+def check_workload(session: Session, items: list[pytest.Item]) -> None:
     """Refuse ``--int8-workload`` where every test brings a workload of its own.
 
     Raises:
         pytest.UsageError: one line that says whose they are.
     """
     option = OPTIONS["workload"]
-    if option.source(config) != option.flag:
+    if option.source(session.config) != option.flag:
         return  # in an ini file it waits for tests that take it
     owners = [_workload_owner(item) for item in items if params_of(item) is not None]
     if owners and None not in owners:
         listed = ", ".join(dict.fromkeys(str(owner) for owner in owners))
         raise pytest.UsageError(
             f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
-            f"{config.stash[STATE].settings.workload!r}"
+            f"{session.settings.workload!r}"
         )
 
 
-def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse a workload, an axis of it, or a filter that cannot be had, once for all tests. Where
-    workloads differ, an axis may be another's, and each test says so for itself.
+def check_named(session: Session, items: list[pytest.Item]) -> None:
+    """Refuse a workload, an axis of it, or a filter that cannot be loaded, once for all tests.
+    Where workloads differ, an axis may be another's, and each test reports it by itself.
 
     Raises:
         pytest.UsageError: one line.
     """
-    state = config.stash[STATE]
-    settings = state.settings
+    config, settings = session.config, session.settings
     users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
     takers = [item for item in users if _takes_workload(item)]
     names = {*settings.changes, *settings.axes}
@@ -61,7 +59,7 @@ def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_common = len(takers) == len(users) and bool(axes)
     if takers and (OPTIONS["workload"].read(config) is not None or is_common):
         with _captured(config), _refused(config, "workload"):
-            workload = state.workload(None)
+            workload = session.workload(None)
             if is_common:
                 from pytest_int8bench.params import RunParams
 
@@ -69,12 +67,13 @@ def check_named(config: pytest.Config, items: list[pytest.Item]) -> None:
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
         with _captured(config), _refused(config, "filter"):
-            state.filter()
+            session.filter()
 
 
 @contextmanager
 def _captured(config: pytest.Config) -> Iterator[None]:
-    """Keep what libraries say while they are loaded off the terminal, as in a test that passes."""
+    """Keep the output of libraries that are being loaded off the terminal, as in a test that
+    passes."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     if capture is None:  # of -p no:capture
         yield
@@ -89,8 +88,8 @@ def _captured(config: pytest.Config) -> Iterator[None]:
 
 @contextmanager
 def _refused(config: pytest.Config, option: str) -> Iterator[None]:
-    """Turn a ValueError into one of the option. Others are of the user's code: the tests show
-    their traceback."""
+    """Turn a ValueError into a usage error of the option. Other errors come from the user's code:
+    the tests show their traceback."""
     try:
         yield
     except ValueError as error:
@@ -102,14 +101,14 @@ def _refused(config: pytest.Config, option: str) -> Iterator[None]:
 
 
 def _takes_workload(item: pytest.Item) -> bool:
-    """Say whether ``item`` surely has the session's workload."""
+    """Return whether ``item`` certainly has the session's workload."""
     definitions = _fixture_definitions(item).get("int8_workload", ())
     own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.plugin.fixtures"
     return not own and _workload_owner(item) is None
 
 
 def _workload_owner(item: pytest.Item) -> str | None:
-    """Return what gives ``item`` its workload, None if it is, or may be, the session's."""
+    """Return where ``item`` gets its workload from, None if it is, or may be, the session's."""
     for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
@@ -156,11 +155,11 @@ def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
 
 
 def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
-    """Return which parameters, the point aside, ``item`` gives a fixture and what it is made
-    from."""
+    """Return the parameters, except the point, that ``item`` gives a fixture and those that it
+    depends on."""
     definitions = _fixture_definitions(item)
     names = [fixture]
-    for name in names:  # it grows
+    for name in names:  # names grows while we iterate: transitive closure over fixtures
         for made in definitions.get(name, ()):
             names += [other for other in made.argnames if other not in names]
     indices = dict(getattr(getattr(item, "callspec", None), "indices", {}))

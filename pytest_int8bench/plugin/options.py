@@ -1,5 +1,4 @@
-"""Command line and ini options, read once into a frozen ``Settings``. What only checks an option is
-imported once the option is given: a session without benchmarks pays for what this file imports."""
+"""Command line and ini options. A session without benchmarks pays for what this file imports."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import pytest
 
 from pytest_int8bench.choices import mode_choices
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS, Flag
-from pytest_int8bench.plugin.pytest_benchmark import STORAGE
 from pytest_int8bench.sweep import SWEEPS
 from pytest_int8bench.workloads.registry import (
     GROUP,
@@ -20,6 +18,9 @@ from pytest_int8bench.workloads.registry import (
     REFERENCE_FORMS,
     built_in_names,
 )
+
+#: Environment variable that forces a kernel.
+FORCED_KERNEL = "INT8BENCH_PRODUCT"
 
 
 @dataclass(frozen=True)
@@ -209,55 +210,14 @@ def add_options(parser: pytest.Parser) -> None:
         parser.addini(option.dest, f"Same as {option.flag}", type=ini_type, default=None)
 
 
-def is_asked_for(options: argparse.Namespace) -> bool:
-    """Say whether the command line has one of our options: an ini file speaks for every session,
-    also for those without benchmarks."""
+def are_on_command_line(options: argparse.Namespace) -> bool:
+    """Return whether the command line has one of our options: an ini file applies to every
+    session, including those without benchmarks."""
     return any(getattr(options, one.dest, None) not in (None, []) for one in OPTIONS.values())
 
 
-def check_forced_product() -> None:
-    if "INT8BENCH_PRODUCT" not in os.environ:
-        return
-    from pytest_int8bench.kernels.dispatch import KernelError, forced_product
-
-    try:
-        forced_product()
-    except KernelError as error:
-        raise pytest.UsageError(str(error)) from None
-
-
-def check_workload(values: dict[str, Any]) -> None:
-    """Refuse data for another workload than OlmoEarth."""
-    if "eval_data" in values and "workload" in values and values["workload"] != OLMOEARTH:
-        raise pytest.UsageError(
-            f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
-        )
-
-
-def check_fields(values: dict[str, Any]) -> None:
-    """Refuse fields that the workload does not read."""
-    if "workload" in values:
-        from pytest_int8bench.workloads.registry import check_fields
-
-        try:
-            check_fields(values["workload"], (*values["changes"], *values["axes"]))
-        except ValueError as error:
-            raise pytest.UsageError(f"--int8-workload: {error}") from None
-
-
-def read_workload(text: str) -> dict[str, Any]:
-    from pytest_int8bench.workloads.registry import check_workload_name
-
-    return {"workload": check_workload_name(text)}
-
-
-def read_filter(text: str) -> dict[str, Any]:
-    from pytest_int8bench.workloads.registry import check_reference
-
-    return {"filter": check_reference(text)}
-
-
-def read_compare(items: list[str]) -> dict[str, Any]:
-    from pytest_int8bench.results.locating import find_side
-
-    return {"compare": tuple(find_side(items, STORAGE))}
+def are_given(config: pytest.Config) -> bool:
+    """Return whether the command line, the ini file or the environment sets anything of ours."""
+    return FORCED_KERNEL in os.environ or any(
+        option.read(config) is not None for option in OPTIONS.values()
+    )

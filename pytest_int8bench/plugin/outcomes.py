@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_int8bench.errors import UndecidedError
+from pytest_int8bench.errors import ClearError, UndecidedError
+from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
-from pytest_int8bench.plugin.session import State
-
-if TYPE_CHECKING:
-    from pytest_int8bench.params import RunParams
-
+from pytest_int8bench.plugin.recorder import Recorder
 
 _MAX_REASON = 500
 
 
 def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) -> None:
-    """Show an error that says all in its message without a traceback of this package, unless
-    ``--tb`` asks for one."""
+    """Show a ClearError without a traceback of this package, unless ``--tb`` asks for one."""
     if call.excinfo is None or not report.failed or style != "auto":
         return
-    from pytest_int8bench.errors import ClearError
-
     error = call.excinfo.value
     if isinstance(error, ClearError) and error.__cause__ is None:
         notes = getattr(error, "__notes__", [])
@@ -32,24 +25,29 @@ def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) 
 
 
 def record_outcome(
-    state: State,
+    recorder: Recorder,
     item: pytest.Item,
     report: pytest.TestReport,
-    params: RunParams | None,
     error: BaseException | None,
 ) -> None:
-    """Write the point of ``item`` to the journal if it was skipped or failed; ``params`` are those
-    it was parametrized with, ``error`` what ended it.
+    """Write the point of ``item`` to the journal if it was skipped or failed; ``error`` is what
+    ended it.
 
     A point that was measured is written when it is; if its test fails after that, for instance
-    by an assertion of its own, its result is written again as ``failed``. One that fails because
-    samples do not decide shows nothing against what was measured.
+    by an assertion of its own, its result is written again as ``failed``. If samples do not
+    decide, nothing is shown against what was measured.
     """
     stands = isinstance(error, UndecidedError)
-    mark_outcome(state, item, report, stands=stands)
-    point = state.points_of.get(item.nodeid)
-    if point is None and report.failed and params is not None:
-        point = (state.settings.workload, params)  # it failed before its workload was known
+    measured = recorder.results_of(item.nodeid)
+    point = recorder.points_of.get(item.nodeid)
+    if point is not None:
+        is_oom = any(result.oom for result in measured)
+        mark_outcome(
+            item, leaves_out=report.failed and not stands, may_be_unused=report.failed or is_oom
+        )
+    elif report.failed and (params := params_of(item)) is not None:
+        # It failed before its workload was known.
+        point = (recorder.session.settings.workload, params)
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
     from pytest_int8bench.results.records import Result
@@ -57,14 +55,13 @@ def record_outcome(
     workload, params = point
     status = "failed" if report.failed else "skipped"
     reason = _reason(report)
-    measured = state.results_of(item.nodeid)
     if measured:
         if measured[0].status == "ok" and report.failed and not stands:
-            state.record(dataclasses.replace(measured[0], status=status, reason=reason))
+            recorder.record(dataclasses.replace(measured[0], status=status, reason=reason))
         return
-    if state.journal and any(v.nodeid == item.nodeid for v in state.journal.accuracy):
+    if recorder.journal and any(v.nodeid == item.nodeid for v in recorder.journal.accuracy):
         return  # the verdict says it
-    state.record(
+    recorder.record(
         Result(
             nodeid=item.nodeid,
             workload=workload,

@@ -1,4 +1,4 @@
-"""Find the points that a test is parametrized with."""
+"""The points that a test is parametrized with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,41 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_int8bench.plugin.session import Session
+
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
 
+#: Fixtures of a test that is ours: all others depend on one of them.
+_OURS = frozenset({"int8_params", "int8_workload", "int8_throughput"})
+
+
+def is_ours(item: pytest.Item) -> bool:
+    """Return whether a test uses the fixtures of this plugin."""
+    return not _OURS.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
+    """Give a test the points of its markers and of the options, unless it brings its own."""
+    from pytest_int8bench.plugin.markers import marker_changes
+
+    problem, points = None, []
+    try:
+        changes, _ = marker_changes(metafunc.definition)
+        if has_points(metafunc):
+            return
+        points = session.points(changes, baselines="int8_throughput" in metafunc.fixturenames)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
+    # Names, not objects: pytest-benchmark saves parameters as JSON.
+    names = [point.run_name for point in points]
+    metafunc.parametrize("int8_params", names, ids=names, indirect=True)
+
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
-    """Say whether a test brings its own points, by parametrize or by a fixture."""
+    """Return whether a test brings its own points, by parametrize or by a fixture."""
     for marker in metafunc.definition.iter_markers("parametrize"):
         names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
         names = names.split(",") if isinstance(names, str) else names

@@ -3,19 +3,143 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_int8bench.plugin.session import State
+    from pytest_int8bench.measure.timing import Plan, Run
+
+#: Folder that pytest-benchmark saves in, from the folder that pytest is started in.
+STORAGE = Path(".benchmarks")
+
+DISABLED = "pytest-benchmark is disabled"
+_NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+_COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
+"""Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
+#: What pytest-benchmark wants of a fixture whose times it saves.
+_TIMING_NAMES = ("name", "group", "param", "params", "extra_info", "has_error")
 
 
-def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give tests of throughput the synchronizing timer, and keep their own benchmark options:
+# -- whether it is there ------------------------------------------------------------------------
+
+
+def is_active(config: pytest.Config) -> bool:
+    """Return whether pytest-benchmark is loaded."""
+    return config.pluginmanager.hasplugin("benchmark")
+
+
+def is_disabled_by_user(config: pytest.Config) -> bool:
+    """Return whether the user has disabled pytest-benchmark. Under pytest-xdist it also disables
+    itself."""
+    disable = config.getoption("benchmark_disable", False)
+    return bool(disable and not config.getoption("benchmark_enable", False))
+
+
+def find_obstacle(config: pytest.Config) -> str | None:
+    """Return the option under which nothing is measured, None if there is none."""
+    obstacles = {
+        "-p no:benchmark": not is_active(config),
+        "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
+        "--benchmark-disable": is_disabled_by_user(config),
+        "--benchmark-skip": config.getoption("benchmark_skip", False),
+    }
+    return next((name for name, is_given in obstacles.items() if is_given), None)
+
+
+def json_target(config: pytest.Config) -> Path | None:
+    """Return the path of ``--benchmark-json``, None without it."""
+    return _path_of(config.getoption("benchmark_json", None))
+
+
+def _path_of(target: Any) -> Path | None:
+    if not target:
+        return None
+    # An open file before pytest-benchmark 5.3, a path since.
+    return Path(target if isinstance(target, str | Path) else target.name)
+
+
+def _session_of(config: pytest.Config) -> Any:
+    """Return pytest-benchmark's session, None if it is turned off or missing."""
+    return config.pluginmanager.get_plugin("pytest-benchmark")
+
+
+# -- one test -----------------------------------------------------------------------------------
+
+
+class Benchmark:
+    """The ``benchmark`` fixture of one test."""
+
+    def __init__(self, fixture: Any) -> None:
+        self._fixture = fixture
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the fixture calls functions without timing them."""
+        return bool(self._fixture.disabled)
+
+    def set_disabled(self, is_disabled: bool) -> None:
+        """Turn the clock of this test off or on."""
+        self._fixture.disabled = is_disabled
+
+    def run_once(self, run: Run) -> None:
+        """Run a model as a disabled benchmark does: once, without a clock."""
+        self._fixture.pedantic(run)
+
+    def time_rounds(self, run: Run, plan: Plan) -> list[float]:
+        """Time the rounds of ``plan``. Return the seconds of each."""
+        from pytest_int8bench import clock
+        from pytest_int8bench.measure.timing import ClockError
+
+        self._fixture.pedantic(run, rounds=plan.rounds, iterations=plan.iterations)
+        stats = self._fixture.stats
+        if stats.options["timer"] is not clock.synchronized_perf_counter:
+            raise ClockError(
+                "the benchmark ran with a timer that does not wait for the device: "
+                f"{stats.options['timer']!r}"
+            )
+        return list(stats.stats.data)
+
+    def add_extra_info(self, values: Mapping[str, Any]) -> None:
+        """Save ``values`` beside the timing."""
+        self._fixture.extra_info.update(values)
+
+    def leave_out(self) -> None:
+        """Keep the timing out of the saved file."""
+        self._fixture.has_error = True
+
+
+class WithBenchmark:
+    """Fixtures for when pytest-benchmark is active."""
+
+    @pytest.fixture
+    def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Benchmark:
+        # pytest-codspeed, with --codspeed, turns it off late and puts a fixture in its place.
+        if _session_of(request.config) is None:
+            pytest.skip(_NOT_ACTIVE)
+        return Benchmark(benchmark)
+
+
+class WithoutBenchmark:
+    """Fixtures for when pytest-benchmark is turned off or missing."""
+
+    @pytest.fixture
+    def _int8_benchmark(self) -> Benchmark:
+        pytest.skip(_NOT_ACTIVE)
+
+
+def benchmark_fixtures(config: pytest.Config) -> WithBenchmark | WithoutBenchmark:
+    """Return the plugin whose fixtures this session can use."""
+    return WithBenchmark() if is_active(config) else WithoutBenchmark()
+
+
+def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
+    """Give throughput tests the synchronizing timer, and keep their own benchmark options:
     pytest-benchmark reads the closest marker only."""
-    if not config.pluginmanager.hasplugin("benchmark"):
+    if not is_active(config):
         return
     for item in items:
         if "int8_throughput" not in getattr(item, "fixturenames", ()):
@@ -32,51 +156,44 @@ def merge_benchmark_markers(config: pytest.Config, items: list[pytest.Item]) -> 
         item.add_marker(pytest.mark.benchmark(**merged), append=False)
 
 
-#: Folder that pytest-benchmark saves in, from the folder that pytest is started in.
-STORAGE = Path(".benchmarks")
-
-
-def is_benchmark_disabled(config: pytest.Config) -> bool:
-    """Say whether the user has disabled pytest-benchmark, which under pytest-xdist does so by
-    itself."""
-    disable = config.getoption("benchmark_disable", False)
-    return bool(disable and not config.getoption("benchmark_enable", False))
-
-
 def leave_out(config: pytest.Config, nodeid: str) -> None:
-    """Keep the timing of a test out of pytest-benchmark's file, where it would pass for a
-    baseline."""
-    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-    for found in benchmarks.benchmarks if benchmarks is not None else []:
-        if found.fullname == nodeid:
-            found.fixture.has_error = True
+    """Keep the timing of a test out of the saved file, where it would pass for a baseline."""
+    session = _session_of(config)
+    for timed in session.benchmarks if session is not None else []:
+        if timed.fullname == nodeid:
+            timed.fixture.has_error = True
 
 
-def mark_outcome(
-    state: State, item: pytest.Item, report: pytest.TestReport, *, stands: bool
-) -> None:
-    """Keep timings of failed tests out of pytest-benchmark's file, where they would pass for
-    baselines (unless what was measured ``stands``), and its warning about unused benchmarks from
-    points that failed or ran out of memory."""
+def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) -> None:
+    """Apply the outcome of a test to its ``benchmark`` fixture.
+
+    Args:
+        item: a test, with or without the fixture.
+        leaves_out: keep its timing out of the saved file, where it would pass for a baseline.
+        may_be_unused: do not warn if nothing was timed.
+    """
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
-    if benchmark is None or item.nodeid not in state.points_of:
+    if benchmark is None:
         return
-    if report.failed and not stands:
+    if leaves_out:
         benchmark.has_error = True
-    if report.failed or any(result.oom for result in state.results_of(item.nodeid)):
+    if may_be_unused:
         benchmark.skipped = True
 
 
-def save_without_timings(config: pytest.Config, state: State) -> None:
+# -- the session --------------------------------------------------------------------------------
+
+
+def save_without_timings(config: pytest.Config) -> None:
     """Save a session in which nothing was timed (all out of memory, skipped, accuracy only):
     pytest-benchmark writes no file then."""
-    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-    if state.journal is None or benchmarks is None or benchmarks.benchmarks or state.worker:
+    session = _session_of(config)
+    if session is None or session.benchmarks:
         return
-    if benchmarks.disabled:  # it saves nothing either: the latest measured file stays the latest
+    if session.disabled:  # it saves nothing either: the latest measured file stays the latest
         return
-    name = benchmarks.save or benchmarks.autosave
-    if not (name or benchmarks.json):
+    name = session.save or session.autosave
+    if not (name or session.json):
         return
     hook = config.hook
     commit = hook.pytest_benchmark_generate_commit_info(config=config)
@@ -85,19 +202,48 @@ def save_without_timings(config: pytest.Config, state: State) -> None:
         config=config,
         benchmarks=[],
         include_data=False,
-        machine_info=benchmarks.get_machine_info(),
+        machine_info=session.get_machine_info(),
         commit_info=commit,
     )
     hook.pytest_benchmark_update_json(config=config, benchmarks=[], output_json=output)
-    if benchmarks.json:
-        benchmarks.save_json(output)
+    if session.json:
+        session.save_json(output)
     if name:
-        benchmarks.storage.save(output, name)
+        session.storage.save(output, name)
 
 
-def check_compared(config: pytest.Config, state: State) -> None:
-    """Say if a file of ``--benchmark-compare`` was measured on another machine or software, of
-    which pytest-benchmark knows a part only.
+def describe_saved(config: pytest.Config) -> str:
+    """Return one line that says where the session's JSON is, or why it is not saved."""
+    session = _session_of(config)
+    if session is None or session.disabled:
+        return f"not saved as JSON: {DISABLED}"
+    saved = []
+    if session.json:
+        saved.append(str(_path_of(session.json)))
+    if session.save or session.autosave:
+        saved.append(str(session.storage.location))
+    if not saved:
+        return "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH"
+    return f"saved: {', '.join(saved)}"
+
+
+def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
+    """Remember the fingerprint in a file of ``--benchmark-compare``, for :func:`check_compared`:
+    ours needs torch, which is not loaded before a test does."""
+    block = compared.get("int8bench") or {}
+    config.stash.setdefault(_COMPARED, []).append(block.get("environment"))
+
+
+def check_compared(
+    config: pytest.Config, environment: Callable[[], Mapping[str, Any]], allowed: Container[str]
+) -> None:
+    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or software,
+    of which pytest-benchmark checks only a part.
+
+    Args:
+        config: of this session.
+        environment: returns its fingerprint; called if a file is compared with.
+        allowed: parts of the fingerprint that may differ.
 
     Raises:
         IncomparableError: with ``--benchmark-compare-fail``, whose verdict would mean nothing.
@@ -105,12 +251,11 @@ def check_compared(config: pytest.Config, state: State) -> None:
     from pytest_int8bench.environment import differences
     from pytest_int8bench.gate.session import IncomparableError
 
-    for base in state.compared_with:
+    for base in config.stash.get(_COMPARED, []):
         if base is None:
             problem = "was not saved by pytest-int8bench, so the machine is unknown"
         else:
-            allowed = state.settings.rules.allow
-            found = differences(base, state.environment())
+            found = differences(base, environment())
             listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
             if not listed:
                 continue
@@ -119,5 +264,72 @@ def check_compared(config: pytest.Config, state: State) -> None:
         if config.getoption("benchmark_compare_fail"):
             raise IncomparableError(f"--benchmark-compare-fail: {text}")
         warnings.warn(f"int8bench: {text}", stacklevel=2)
-        state.compared_with = []  # said once
+        config.stash[_COMPARED] = []
         return
+
+
+# -- pytest-xdist -------------------------------------------------------------------------------
+
+
+def uses_benchmark(item: pytest.Item) -> bool:
+    """Return whether a test has the ``benchmark`` fixture."""
+    return "benchmark" in getattr(item, "fixturenames", ())
+
+
+def silence_xdist_warning(config: pytest.Config) -> None:
+    """Keep pytest-benchmark from warning (since 5.3, at the end) that xdist has disabled it."""
+    session = _session_of(config)
+    if session is not None:
+        session.xdist_benchmark_found = False
+
+
+def take_timings(config: pytest.Config) -> list[dict[str, Any]]:
+    """Remove the timings of this worker from pytest-benchmark's session, which would write a file
+    of its own, and return them."""
+    session = _session_of(config)
+    if session is None:
+        return []
+    timed = [entry for entry in session.benchmarks if entry]
+    session.benchmarks.clear()
+    return [{**entry.as_dict(), "has_error": entry.has_error} for entry in timed]
+
+
+def add_timing(config: pytest.Config, fullname: str, values: Mapping[str, Any]) -> None:
+    """Add a timing of a worker to pytest-benchmark's session, as if this process had timed it.
+
+    Args:
+        config: of the process that started the worker.
+        fullname: node id of the test.
+        values: an entry of :func:`take_timings`.
+    """
+    from pytest_benchmark import stats
+
+    session = _session_of(config)
+    if session is None:
+        return
+    fixture = SimpleNamespace(
+        fullname=fullname,
+        cprofile_stats=None,
+        **{name: values[name] for name in _TIMING_NAMES},
+    )
+    metadata: Any = stats.Metadata
+    timed = metadata(fixture, values["stats"]["iterations"], values["options"])
+    for seconds in values["stats"]["data"]:
+        timed.stats.update(seconds)
+    session.benchmarks.append(timed)
+
+
+def enable_saving(config: pytest.Config, order: Mapping[str, int], *, untimed: bool) -> None:
+    """Make pytest-benchmark, which disabled itself, save and compare the timings of workers.
+
+    Args:
+        config: of the process that started the workers.
+        order: places of node ids among the tests.
+        untimed: whether to save a session without timings too.
+    """
+    session = _session_of(config)
+    if session is None:
+        return
+    session.benchmarks.sort(key=lambda timed: order.get(timed.fullname, -1))
+    if (session.benchmarks or untimed) and not is_disabled_by_user(config):
+        session.disabled = False

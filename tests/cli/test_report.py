@@ -14,9 +14,9 @@ import pytest
 
 from pytest_int8bench.cli.main import main
 from pytest_int8bench.files import FileError
-from pytest_int8bench.plugin.session import State
-from pytest_int8bench.plugin.settings import read_settings
-from pytest_int8bench.plugin.summary import write_reports
+from pytest_int8bench.plugin.reading import read_settings
+from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.report import write as outputs
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
@@ -283,17 +283,17 @@ def test_a_report_that_cannot_be_made_is_said_and_stops_nothing(
         raise error
 
     config = pytester.parseconfig("--int8-report=r.md", "--int8-report=r.html")
-    state = State(config, read_settings(config))
-    state.journal = Journal(pytester.path / "j.jsonl", GPU)
+    recorder = Recorder(Session(config, read_settings(config)))
+    recorder.journal = Journal(pytester.path / "j.jsonl", GPU)
     made = []
     monkeypatch.setattr(
         outputs,
         "publish",
         lambda named, path: fail() if path.suffix == ".md" else made.append(path),
     )
-    assert not write_reports(config, state)
+    assert not recorder.write_reports()
     assert made == [pytester.path / "r.html"]
-    assert state.reported == [
+    assert recorder.reported == [
         f"report: {why.format(folder=pytester.path)}",
         "report: try int8bench report j.jsonl",
         "report: r.html",

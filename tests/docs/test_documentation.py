@@ -24,7 +24,7 @@ from pytest_int8bench.gate.rules import METRICS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import fixtures
 from pytest_int8bench.plugin.options import OPTIONS
-from pytest_int8bench.plugin.settings import read_settings
+from pytest_int8bench.plugin.reading import read_settings
 from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
 from pytest_int8bench.runner import ThroughputBenchmarkRunnerConfig
 from pytest_int8bench.sweep import SWEEPS

@@ -12,7 +12,8 @@ import pytest
 from pytest_int8bench.gate.rules import ALLOWABLE, METRICS, Rules
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.plugin.options import OPTIONS
-from pytest_int8bench.plugin.settings import PRESETS, Settings, read_settings
+from pytest_int8bench.plugin.reading import read_settings
+from pytest_int8bench.plugin.settings import PRESETS, Settings
 from pytest_int8bench.results.records import Saved
 from pytest_int8bench.sweep import SWEEPS
 
@@ -737,19 +738,20 @@ def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple
 #: Modules of ours that a session without our fixtures may load: each one costs every suite time.
 IDLE = (
     "pytest_int8bench",
-    "pytest_int8bench.accuracy",
-    "pytest_int8bench.accuracy.limit",
     "pytest_int8bench.choices",
-    "pytest_int8bench.plugin.collection",
-    "pytest_int8bench.environment",
-    "pytest_int8bench.errors",
-    "pytest_int8bench.plugin.fixtures",
     "pytest_int8bench.gate",
-    "pytest_int8bench.gate.rules",
-    "pytest_int8bench.plugin.options",
+    "pytest_int8bench.gate.limits",
+    "pytest_int8bench.plugin",
+    "pytest_int8bench.plugin.fixtures",
     "pytest_int8bench.plugin.hooks",
+    "pytest_int8bench.plugin.options",
+    "pytest_int8bench.plugin.points",
+    "pytest_int8bench.plugin.pytest_benchmark",
+    "pytest_int8bench.plugin.recorder",
     "pytest_int8bench.plugin.session",
+    "pytest_int8bench.plugin.settings",
     "pytest_int8bench.sweep",
+    "pytest_int8bench.version",
 )
 LISTING = """
 import sys

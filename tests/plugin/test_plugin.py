@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_int8bench.plugin.session import State
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.workloads import Workload
@@ -524,10 +524,10 @@ def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> 
     config: Any = SimpleNamespace(
         inipath=None, rootpath=tmp_path, invocation_params=SimpleNamespace(dir=tmp_path)
     )
-    state = State(config, replace(Settings(), filter="os:sep"))
+    session = Session(config, replace(Settings(), filter="os:sep"))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^--int8-filter: os:sep is not callable$"):
-            state.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
+            session.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
 def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:

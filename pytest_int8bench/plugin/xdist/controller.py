@@ -9,7 +9,6 @@ import json
 import platform
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +19,11 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
 from pytest_int8bench.plugin.points import params_in
-from pytest_int8bench.plugin.pytest_benchmark import leave_out
-from pytest_int8bench.plugin.session import State
+from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
 
 _HERE = "localhost"
 #: What pytest-xdist puts in place of a phase, for the test that a worker crashed in.
@@ -42,17 +41,17 @@ def is_controller(config: pytest.Config) -> bool:
 def capped(config: pytest.Config, workers: int) -> int:
     """Return how many workers ``-n auto`` starts: one per GPU at most, where the command line asks
     for INT8 benchmarks."""
-    if not options.is_asked_for(config.option) or (there := nvml.visible()) is None:
+    if not options.are_on_command_line(config.option) or (there := nvml.visible()) is None:
         return workers
     return max(1, min(workers, len(there)))
 
 
-class Controller:
-    """What a session does whose tests run in workers, as a plugin of pytest."""
+class Controller(Recorder):
+    """The recorder of the process that starts workers, as a plugin of pytest: it takes the records
+    that they send."""
 
-    def __init__(self, config: pytest.Config, state: State) -> None:
-        self._config = config
-        self._state = state
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         #: Which host each worker runs on, and as which of its workers.
         self._seats: dict[Any, tuple[str, int]] = {}
         #: Where each test comes in the order of the tests.
@@ -84,23 +83,23 @@ class Controller:
         text = getattr(node, "workeroutput", {}).get(KEY)
         if text is not None:
             found = json.loads(text)
-            self._state.collected |= set(map(self._bare, found["collected"]))
-            self._state.deselected |= set(map(self._bare, found["deselected"]))
+            self.session.collected |= set(map(self._bare, found["collected"]))
+            self.session.deselected |= set(map(self._bare, found["deselected"]))
 
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """Look, before a test runs, whether there is a GPU for each worker of this host."""
         if not self._order:
             self._order = {self._bare(nodeid): index for index, nodeid in enumerate(ids)}
-            self._state.collected |= set(self._order)
+            self.session.collected |= set(self._order)
         found = [params for params in map(params_in, ids) if params is not None]
-        if found and self._config.option.dist == "each":
+        if found and self.config.option.dist == "each":
             raise pytest.UsageError("--dist=each: every worker would measure the same points")
         workers = _count(_HERE, node.nodemanager)
         if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
             return
         there = nvml.visible()
         if there and workers > len(there):
-            asked = f"-n {workers}" if self._config.option.numprocesses else "--tx"
+            asked = f"-n {workers}" if self.config.option.numprocesses else "--tx"
             raise pytest.UsageError(
                 f"{asked}: each worker needs a GPU of its own, and {nvml.described(there)}: "
                 f"at most {len(there)}, got {workers} workers"
@@ -142,57 +141,63 @@ class Controller:
     def _merge(self, nodeid: str, message: Message) -> None:
         if message.device_lost:
             self._lost.add(message.worker)
+        if message.problems:
+            self._has_failed = True
+            self.reported += [f"{message.worker}: {text}" for text in message.problems]
         if message.records:
             self._measured[message.worker] = message
         if message.point is not None:
             workload, values = message.point
-            self._state.points_of[nodeid] = (workload, RunParams.from_dict(values))
+            self.points_of[nodeid] = (workload, RunParams.from_dict(values))
         for record in message.unpacked():
-            self._record(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
+            self._take(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
         for timing in message.timings:
             if message.worker not in self._apart:
-                self._add_timing(timing)
+                fullname = self._bare(timing["fullname"])
+                pytest_benchmark.add_timing(self.config, fullname, timing)
 
-    def _record(self, record: Any, message: Message) -> None:
+    def _take(self, record: Result | Accuracy | Sensitivity, message: Message) -> None:
         environment = message.environment or {}
-        if self._state.journal is None:
-            self._start_journal(environment)
+        if self.journal is None:
+            self.start_journal(environment)
         if (journal := self._journal_apart(message, environment)) is not None:
             try:
                 journal.append(record)
             except OSError as error:
                 warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
             return
-        self._state.record(record)
+        self.record(record)
         if not isinstance(record, Result):
             return
         if record.status not in ("ok", "oom"):
-            leave_out(self._config, record.nodeid)
-        gate = self._state.gate()
+            pytest_benchmark.leave_out(self.config, record.nodeid)
+        gate = self.session.gate
         if gate is not None and record.status in ("ok", "oom", "accuracy-failed"):
             with contextlib.suppress(ClearError):  # it failed the test, in the worker
                 gate.judge(record, environment)
 
-    def _start_journal(self, environment: Mapping[str, Any]) -> None:
-        journal = self._state.start_journal(environment)
+    def start_journal(self, environment: Mapping[str, Any]) -> Journal:
+        """Start the journal with the fingerprint of the first worker that measured."""
+        journal = super().start_journal(environment)
         journal.order = self._order
         for result in self._waiting:
-            self._state.record(result)
+            self.record(result)
         self._waiting = []
+        return journal
 
     def _journal_apart(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
         """Return where the results of a worker go that is another machine or has other software
         than the first ones, None for one that is and has not."""
         if message.worker in self._apart:
             return self._apart[message.worker][0]
-        together = self._state.environment()
+        together = self.environment()
         found = differences(together, environment)
         if together.get("commit") != environment.get("commit"):
             found["commit"] = (together.get("commit"), environment.get("commit"))
-        names = [name for name in found if name not in self._state.settings.rules.allow]
+        names = [name for name in found if name not in self.session.settings.rules.allow]
         if not names:
             return None
-        main = self._state.journal.path if self._state.journal else None
+        main = self.journal.path if self.journal else None
         path = main and main.with_name(f"{main.stem}-{message.worker}.jsonl")
         try:
             journal = Journal(path, environment)
@@ -203,47 +208,27 @@ class Controller:
         self._apart[message.worker] = (journal, listed)
         return journal
 
-    def _add_timing(self, values: dict[str, Any]) -> None:
-        """Put what a worker timed into the session of pytest-benchmark, as if it were its own."""
-        from pytest_benchmark import stats
-
-        benchmarks: Any = self._config.pluginmanager.get_plugin("pytest-benchmark")
-        if benchmarks is None:
-            return
-        names = ("name", "group", "param", "params", "extra_info", "has_error")
-        fixture = SimpleNamespace(
-            fullname=self._bare(values["fullname"]),
-            cprofile_stats=None,
-            **{name: values[name] for name in names},
-        )
-        metadata: Any = stats.Metadata
-        timed = metadata(fixture, values["stats"]["iterations"], values["options"])
-        for seconds in values["stats"]["data"]:
-            timed.stats.update(seconds)
-        benchmarks.benchmarks.append(timed)
-
     def _note_crashed(self, nodeid: str, reason: str) -> None:
         """Write down the point that took a worker down, as failed."""
-        state = self._state
-        point = state.points_of.get(nodeid)
+        point = self.points_of.get(nodeid)
         params = point[1] if point else params_in(nodeid)
         if params is None:
             return
         result = Result(
             nodeid=nodeid,
-            workload=point[0] if point else state.settings.workload,
+            workload=point[0] if point else self.session.settings.workload,
             run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
             reason=reason,
         )
-        leave_out(self._config, nodeid)
-        if state.journal is None:
+        pytest_benchmark.leave_out(self.config, nodeid)
+        if self.journal is None:
             self._waiting.append(result)
             return
-        measured = [entry for entry in state.journal.results if entry.nodeid == nodeid]
+        measured = [entry for entry in self.journal.results if entry.nodeid == nodeid]
         kept = [dataclasses.replace(entry, status="failed", reason=reason) for entry in measured]
-        state.record(kept[0] if kept else result)
+        self.record(kept[0] if kept else result)
 
     # -- at the end ---------------------------------------------------------------------------
 
@@ -252,18 +237,14 @@ class Controller:
         """Make pytest-benchmark save and compare what the workers timed, in the order of the
         tests. It took itself for disabled."""
         if self._waiting:
-            self._start_journal({})
-        benchmarks: Any = self._config.pluginmanager.get_plugin("pytest-benchmark")
-        if benchmarks is not None and self._state.journal is not None:
-            benchmarks.benchmarks.sort(key=lambda timed: self._order.get(timed.fullname, -1))
-            results = self._state.journal.results
-            is_timed = benchmarks.benchmarks or not any(result.is_disabled for result in results)
-            if is_timed and not pytest_benchmark.is_benchmark_disabled(self._config):
-                benchmarks.disabled = False
+            self.start_journal({})
+        if self.journal is not None:
+            has_disabled = any(result.is_disabled for result in self.journal.results)
+            pytest_benchmark.enable_saving(self.config, self._order, untimed=not has_disabled)
         return (yield)
 
-    def summary(self) -> list[str]:
-        """Return who measured, on which GPU."""
+    def measured_by(self) -> list[str]:
+        """Return the workers that measured, and their GPUs."""
         places = [
             f"{name} ({', '.join([message.host, *message.gpus])})"
             for name, message in sorted(self._measured.items())
@@ -272,7 +253,7 @@ class Controller:
         return [*lines, *([f"measured by {', '.join(places)}"] if places else [])]
 
     def problems(self) -> list[str]:
-        """Return what must not pass silently, a line each."""
+        """Return which results are apart from the others and why, a line each."""
         lines = []
         for worker, (journal, listed) in self._apart.items():
             names = " ".join(f"--int8-allow {text.partition(' ')[0]}" for text in listed)
@@ -285,7 +266,7 @@ class Controller:
 
     def _bare(self, nodeid: str) -> str:
         """Return a node id without the group that ``--dist=loadgroup`` puts behind it."""
-        if self._config.option.dist == "loadgroup" and nodeid.rfind("@") > nodeid.rfind("]"):
+        if self.config.option.dist == "loadgroup" and nodeid.rfind("@") > nodeid.rfind("]"):
             return nodeid.rpartition("@")[0]
         return nodeid
 

@@ -13,7 +13,9 @@ KEY = "int8bench"
 #: Environment variable that tells a worker, before it reads anything else, which of how many it is
 #: on its host: ``1/2`` for the second of two.
 SEAT = "INT8BENCH_SEAT"
-_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Result, Accuracy, Sensitivity)}
+_KINDS: dict[str, type[Result | Accuracy | Sensitivity]] = {
+    kind.__name__: kind for kind in (Result, Accuracy, Sensitivity)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,14 @@ class Message:
     """What pytest-benchmark timed, as it would save it, and ``has_error``."""
     device_lost: bool = False
     """The worker ends before its next test."""
+    problems: list[str] = field(default_factory=list)
+    """What failed in the worker beside its tests, a line each."""
 
     @property
     def says_something(self) -> bool:
         """Whether it is worth sending."""
-        return bool(self.point or self.records or self.timings or self.device_lost)
+        found = (self.point, self.records, self.timings, self.device_lost, self.problems)
+        return any(found)
 
     def to_json(self) -> str:
         """Return it as a text: pytest-xdist sends built-in types only, not those of numpy."""
@@ -50,7 +55,7 @@ class Message:
         """Read what :meth:`to_json` wrote."""
         return cls(**json.loads(text))
 
-    def unpacked(self) -> list[Record]:
+    def unpacked(self) -> list[Result | Accuracy | Sensitivity]:
         """Return the records."""
         return [_KINDS[kind].from_dict(values) for kind, values in self.records]
 

@@ -10,18 +10,19 @@ import platform
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pytest_int8bench import nvml
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.points import params_of
+from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
+from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Accuracy, Record, Result, Sensitivity
-
-if TYPE_CHECKING:
-    from pytest_int8bench.plugin.session import State
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,21 @@ def pin_at_start(config: pytest.Config) -> None:
     start it, where the command line asks for INT8 benchmarks."""
     # Not for the processes that tests start.
     number, count = map(int, os.environ.pop(SEAT).split("/"))
-    if count > 1 and options.is_asked_for(config.known_args_namespace):
+    if count > 1 and options.are_on_command_line(config.known_args_namespace):
         config.stash[_PINNED] = _Pinned.to(number)
 
 
-class Worker:
-    """What a session in a worker does beyond others, as a plugin of pytest."""
+class Worker(Recorder):
+    """The recorder of a worker, as a plugin of pytest: it keeps records in memory, and sends each
+    with the next report to the process that started it, which writes them."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        given: dict[str, Any] = config.workerinput  # type: ignore[attr-defined]
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        given: dict[str, Any] = self.config.workerinput  # type: ignore[attr-defined]
         self.id: str = given["workerid"]
         #: Set by our plugin in the process that started this one.
         self._seat: dict[str, int] | None = given.get(KEY)
-        self._pinned: _Pinned | None = config.stash.get(_PINNED, None)
+        self._pinned: _Pinned | None = self.config.stash.get(_PINNED, None)
         self._is_lost = False
         self._records: list[Result | Accuracy | Sensitivity] = []
 
@@ -77,16 +80,16 @@ class Worker:
         if self._pinned is None and self._seat is not None and self.count > 1:
             self._pinned = _Pinned.to(self._seat["number"])
 
-    def placed(self, result: Result) -> Result:
-        """Return ``result`` with who measured it."""
-        gpu = self._gpu if _is_on_gpu(result) else None
-        where = {"id": self.id, "host": platform.node(), "gpu": gpu}
-        return dataclasses.replace(result, worker=where)
+    def check_collection(self, items: list[pytest.Item]) -> None:
+        """Refuse nothing: in a worker that would look like a crash."""
 
-    def fingerprint(self, environment: dict[str, Any]) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """Return the fingerprint as a process sees it that has all the host's GPUs."""
-        there = self._pinned.among if self._pinned else None
-        return {**environment, "gpu_count": len(there)} if there else environment
+        if self._environment is None:
+            there = self._pinned.among if self._pinned else None
+            count = {"gpu_count": len(there)} if there else {}
+            self._environment = {**super().environment(), **count}
+        return self._environment
 
     # -- what cannot be measured here ---------------------------------------------------------
 
@@ -114,46 +117,62 @@ class Worker:
             return None
         return "the process that started this worker runs without pytest-int8bench"
 
-    def not_timed(self, config: pytest.Config, params: RunParams) -> str | None:
+    def not_timed(self, params: RunParams) -> str | None:
         """Return why times would mean nothing, None if they do."""
-        if pytest_benchmark.is_benchmark_disabled(config):
-            return "pytest-benchmark is disabled"
+        if pytest_benchmark.is_disabled_by_user(self.config):
+            return pytest_benchmark.DISABLED
         if params.gpu_type != "cuda" and self.count > 1:
             return f"{self.count} workers on one CPU slow each other down, run with -n1"
         return self.not_kept()
 
+    def not_benchmarked(
+        self, benchmark: pytest_benchmark.Benchmark, params: RunParams
+    ) -> str | None:
+        """Return why pytest-benchmark is not to time a test, None if it is. It disables itself in
+        every worker, including one that is alone on its device."""
+        why = self.not_timed(params)
+        benchmark.set_disabled(why is not None)
+        return why
+
     # -- what is sent -------------------------------------------------------------------------
 
-    def keep(self, record: Result | Accuracy | Sensitivity) -> Result | Accuracy | Sensitivity:
-        """Send ``record`` with the next report. Return it, with who measured it."""
+    def placed(self, result: Result) -> Result:
+        """Return ``result`` with who measured it."""
+        gpu = self._gpu if _is_on_gpu(result) else None
+        where = {"id": self.id, "host": platform.node(), "gpu": gpu}
+        return dataclasses.replace(result, worker=where)
+
+    def record(self, record: Result | Accuracy | Sensitivity) -> None:
+        """Send ``record`` with the next report."""
         if isinstance(record, Result):
             record = self.placed(record)
         self._records.append(record)
-        return record
+        super().record(record)
+
+    def _open_journal(self, environment: dict[str, Any]) -> Journal:
+        return Journal(None, environment)
 
     def attach(
-        self,
-        state: State,
-        item: pytest.Item,
-        report: pytest.TestReport,
-        call: pytest.CallInfo[None],
+        self, item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo[None]
     ) -> None:
         """Put what was found since the last report onto ``report``."""
         if call.excinfo is not None:
             self._note_error(call.excinfo.value)
-        point = state.points_of.get(item.nodeid)
+        point = self.points_of.get(item.nodeid)
+        is_over = report.when == "teardown"
         message = Message(
             worker=self.id,
             host=platform.node(),
             gpus=[self._gpu] if self._gpu and any(map(_is_on_gpu, self._records)) else [],
-            preset=state.preset,
+            preset=self.session.preset,
             point=(point[0], point[1].to_dict()) if point and report.when == "setup" else None,
-            environment=state.environment() if self._records else None,
+            environment=self.environment() if self._records else None,
             records=[(kind_of(record), record.to_dict()) for record in self._records],
-            timings=_take_timings(item.config) if report.when == "teardown" else [],
+            timings=pytest_benchmark.take_timings(self.config) if is_over else [],
             device_lost=self._is_lost,
+            problems=self.reported,
         )
-        self._records = []
+        self._records, self.reported = [], []
         if message.says_something:
             setattr(report, KEY, message.to_json())
 
@@ -180,39 +199,28 @@ class Worker:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, object, object]:
         result = yield
-        from pytest_int8bench.plugin.points import params_of
-
-        benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-        points = [params_of(item) for item in items if "benchmark" in _fixtures(item)]
-        if benchmarks is not None and all(p and not self.not_timed(config, p) for p in points):
-            # Or it says that xdist has disabled them (since 5.3, at the end).
-            benchmarks.xdist_benchmark_found = False
+        points = [params_of(item) for item in items if pytest_benchmark.uses_benchmark(item)]
+        if all(params and not self.not_timed(params) for params in points):
+            pytest_benchmark.silence_xdist_warning(config)
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
-        from pytest_int8bench.plugin.session import STATE
-
-        _take_timings(session.config)  # or pytest-benchmark writes a file of this worker's
-        if (state := session.config.stash.get(STATE, None)) is not None:
-            found = {"collected": [*state.collected], "deselected": [*state.deselected]}
-            session.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """Send which tests were found, before pytest-benchmark writes a file of this worker's."""
+        pytest_benchmark.take_timings(self.config)
+        found = {
+            "collected": [*self.session.collected],
+            "deselected": [*self.session.deselected],
+        }
+        self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
         return (yield)
+
+    def finish(self) -> bool:
+        """Free the models: the process that started this one saves and reports."""
+        with self.guard("freeing the models"):
+            self.session.close()
+        return True
 
 
 def _is_on_gpu(record: Record) -> bool:
     return record.params.get("gpu_type") == "cuda"
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    return getattr(item, "fixturenames", [])
-
-
-def _take_timings(config: pytest.Config) -> list[dict[str, Any]]:
-    """Take what was timed out of pytest-benchmark's session."""
-    benchmarks: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-    if benchmarks is None:
-        return []
-    timed = [entry for entry in benchmarks.benchmarks if entry]
-    benchmarks.benchmarks.clear()
-    return [{**entry.as_dict(), "has_error": entry.has_error} for entry in timed]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.plugin import settings
-from pytest_int8bench.plugin.session import State
+from pytest_int8bench.plugin.pytest_benchmark import Benchmark
+from pytest_int8bench.plugin.reading import read_settings
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.controller import Controller, capped
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
 from pytest_int8bench.plugin.xdist.worker import Worker
@@ -62,9 +63,9 @@ def build(p):
 def on_the_cpu():
     import torch
 
-    from pytest_int8bench import building, models
+    from pytest_int8bench.measure import building, pool
 
-    building.find_device = models.find_device = lambda params: torch.device("cpu")
+    building.find_device = pool.find_device = lambda params: torch.device("cpu")
 """
 MEASURING = """
 import pytest
@@ -261,10 +262,8 @@ def controller(pytester: pytest.Pytester) -> Controller:
 
 def controller_of(pytester: pytest.Pytester, *options: str) -> Controller:
     config = pytester.parseconfig(*options)
-    state = State(config, settings.read_settings(config))
     config.option.dist = "load"
-    state.controller = Controller(config, state)
-    return state.controller
+    return Controller(Session(config, read_settings(config)))
 
 
 def test_workers_are_numbered_by_host(controller: Controller) -> None:
@@ -292,7 +291,7 @@ def test_a_new_worker_takes_the_place_of_one_that_crashed(controller: Controller
 
 def test_the_same_points_in_every_worker_are_refused(controller: Controller) -> None:
     workers = Workers(controller, Spec())
-    controller._config.option.dist = "each"
+    controller.config.option.dist = "each"
     with pytest.raises(pytest.UsageError) as caught:
         controller.pytest_xdist_node_collection_finished(
             workers.start(workers.specs[0]), [f"a.py::t[{name_of(1)}]"]
@@ -372,9 +371,9 @@ def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> 
     )
     for result in reversed(results):
         send(controller, "gw0", result)
-    assert controller._state.journal is not None
-    assert controller._state.journal.saved().results == results
-    assert controller._state.journal.results == results[::-1]
+    assert controller.journal is not None
+    assert controller.journal.saved().results == results
+    assert controller.journal.results == results[::-1]
 
 
 @pytest.mark.parametrize(
@@ -390,11 +389,11 @@ def test_reports_other_machine(controller: Controller, change: dict[str, Any], w
     send(controller, "gw0", one)
     send(controller, "gw1", two, environment={**MACHINE, **change})
     send(controller, "gw1", three, environment={**MACHINE, **change})
-    state = controller._state
-    assert state.journal is not None
-    assert state.journal.path is not None
-    assert state.journal.results == [one]
-    apart = state.journal.path.with_name(f"{state.journal.path.stem}-gw1.jsonl")
+    journal = controller.journal
+    assert journal is not None
+    assert journal.path is not None
+    assert journal.results == [one]
+    apart = journal.path.with_name(f"{journal.path.stem}-gw1.jsonl")
     assert read(apart).results == [two, three]
     assert read(apart).environment == {**MACHINE, **change}
     name = what.partition(" ")[0]
@@ -410,25 +409,25 @@ def test_differences_that_are_allowed_are_no_reason(pytester: pytest.Pytester) -
     send(controller, "gw0", result_of(1))
     send(controller, "gw1", result_of(2), environment={**MACHINE, "gpu": {"name": "H100"}})
     assert controller.problems() == []
-    assert controller._state.journal is not None
-    assert len(controller._state.journal.results) == 2
+    assert controller.journal is not None
+    assert len(controller.journal.results) == 2
 
 
 def test_crash_fails_measured_point(controller: Controller) -> None:
     send(controller, "gw0", result_of(1))
     crash(controller, result_of(1).nodeid)
-    assert controller._state.journal is not None
-    [result] = controller._state.journal.results
+    assert controller.journal is not None
+    [result] = controller.journal.results
     assert (result.status, result.reason, result.samples_per_s) == ("failed", "gw0 crashed", 10.0)
 
 
 def test_a_crash_before_the_first_result_waits_for_the_machine(controller: Controller) -> None:
     crash(controller, result_of(1).nodeid)
     crash(controller, "a.py::test_plain")
-    assert controller._state.journal is None
+    assert controller.journal is None
     point = ("toy", RunParams.from_run_name(name_of(2)).to_dict())
     send(controller, "gw1", result_of(2), point=point)
-    journal = controller._state.journal
+    journal = controller.journal
     assert journal is not None
     assert journal.environment == MACHINE
     assert [(r.run_name, r.status) for r in journal.results] == [
@@ -466,7 +465,7 @@ def worker_of(
     config.workerinput = {"workerid": f"gw{number}"}
     if seat:
         config.workerinput[KEY] = {"number": number, "count": count}
-    return Worker(config)
+    return Worker(Session(config, read_settings(config)))
 
 
 CUDA, CPU = RunParams(), RunParams(gpu_type="cpu")
@@ -486,16 +485,20 @@ def test_an_option_makes_workers_take_their_gpu_at_once(
     worker.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     worker.pin()
-    assert worker.fingerprint({"gpu_count": 1}) == {"gpu_count": 3}
+    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda root: {"gpu_count": 1})
+    assert worker.environment() == {"gpu_count": 3}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     worker_of(pytester, 2, 3, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
-def test_single_worker_keeps_all_gpus(pytester: pytest.Pytester, three_gpus: None) -> None:
+def test_single_worker_keeps_all_gpus(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
+) -> None:
     worker = worker_of(pytester, 0, 1, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
-    assert worker.fingerprint({"gpu_count": 3}) == {"gpu_count": 3}
+    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda root: {"gpu_count": 3})
+    assert worker.environment() == {"gpu_count": 3}
     assert worker.no_gpu(CUDA) is None
 
 
@@ -523,22 +526,30 @@ def test_a_worker_that_took_its_gpu_too_late_says_so(
 
 def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: None) -> None:
     several, alone = worker_of(pytester, 0, 2), worker_of(pytester, 0, 1)
-    config = pytester.parseconfig()
-    assert several.not_timed(config, CUDA) is None
-    assert alone.not_timed(config, CPU) is None
-    assert several.not_timed(config, CPU) == (
-        "2 workers on one CPU slow each other down, run with -n1"
-    )
-    off = pytester.parseconfig("--benchmark-disable")
-    assert several.not_timed(off, CUDA) == "pytest-benchmark is disabled"
-    on = pytester.parseconfig("--benchmark-disable", "--benchmark-enable")
-    assert several.not_timed(on, CUDA) is None
+    assert several.not_timed(CUDA) is None
+    assert alone.not_timed(CPU) is None
+    assert several.not_timed(CPU) == "2 workers on one CPU slow each other down, run with -n1"
+    off = worker_of(pytester, 0, 2, "--benchmark-disable")
+    assert off.not_timed(CUDA) == "pytest-benchmark is disabled"
+    on = worker_of(pytester, 0, 2, "--benchmark-disable", "--benchmark-enable")
+    assert on.not_timed(CUDA) is None
+
+
+def test_a_worker_turns_the_clock_on_for_what_it_can_time(
+    pytester: pytest.Pytester, three_gpus: None
+) -> None:
+    worker = worker_of(pytester, 0, 2)
+    fixture = SimpleNamespace(disabled=True)  # pytest-benchmark does so in every worker
+    assert worker.not_benchmarked(Benchmark(fixture), CUDA) is None
+    assert not fixture.disabled
+    assert worker.not_benchmarked(Benchmark(fixture), CPU) == worker.not_timed(CPU)
+    assert fixture.disabled
 
 
 def test_results_that_nobody_takes_are_not_measured(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1, seat=False)
     why = "the process that started this worker runs without pytest-int8bench"
-    assert worker.not_kept() == worker.not_timed(pytester.parseconfig(), CUDA) == why
+    assert worker.not_kept() == worker.not_timed(CUDA) == why
 
 
 def test_messages_hold_plain_values_whatever_is_in_them() -> None:

@@ -1,0 +1,176 @@
+"""Read options and ini values into Settings, once, at the edge; check them against each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.plugin.option_values import READERS
+from pytest_int8bench.plugin.options import FORCED_KERNEL, OPTIONS
+from pytest_int8bench.plugin.pytest_benchmark import find_obstacle, json_target
+from pytest_int8bench.plugin.settings import Settings
+from pytest_int8bench.results.figures import METRICS
+
+#: Option -> RunParams field that it turns on.
+_SWITCHES = {
+    "smoothquant": "int8_smoothquant",
+    "profile": "profiler_enabled",
+    "wandb": "wandb_enabled",
+}
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """Read and check all options, and the environment variable that forces a kernel.
+
+    Raises:
+        pytest.UsageError: one line that names option, rule and value.
+    """
+    _check_forced_kernel()
+    values = _read_values(config)
+    _check_eval_data(values)
+    values["rules"] = _take_rules(config, values)
+    if values.get("lean"):
+        _check_lean(config)
+        _make_lean(values)
+    if values["changes"].get("wandb_enabled"):
+        _check_wandb(config)
+    # The sweep's axes come first, as they were named first in the documentation's examples;
+    # an axis of --int8-set replaces the sweep key's values.
+    values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
+    _check_cross_product(config, values)
+    _check_fields(values)
+    return Settings(**values)
+
+
+def _read_values(config: pytest.Config) -> dict[str, Any]:
+    """Return the fields of Settings that the options set, and others that only make them."""
+    values: dict[str, Any] = {}
+    for option in OPTIONS.values():
+        raw = option.read(config)
+        if raw is None or (option.name == "journal" and hasattr(config, "workerinput")):
+            # The journal is written by the process that started this worker.
+            continue
+        try:
+            values |= READERS[option.name](raw)
+        except ValueError as error:
+            raise pytest.UsageError(f"{option.source(config)}: {error}") from None
+    on = {field: True for name, field in _SWITCHES.items() if name in values}
+    values["changes"] = {**on, **values.get("changes", {})}  # --int8-set may say otherwise
+    for name in ("smoothquant", "wandb"):
+        values.pop(name, None)
+    return values
+
+
+def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
+    """Take the options of the gate out of ``values``; return the rules they make."""
+    if values.get("lean"):
+        values.pop("compare", None)  # of an ini file: two revisions are compared, not with a file
+    limits = {name: values.pop(name) for name in METRICS if name in values}
+    allow = values.pop("allow", frozenset())
+    allow_missing = values.pop("allow_missing", False)
+    if not values.get("compare"):
+        given = [METRICS[name].option for name in limits]
+        for name in (*given, *(["allow-missing"] if allow_missing else [])):
+            # In an ini file they wait for the option.
+            if (option := OPTIONS[name]).source(config) == option.flag:
+                raise pytest.UsageError(f"{option.flag}: needs --int8-compare")
+        return Rules(allow=allow)
+    _check_measuring(config, OPTIONS["compare"].flag)
+    target = json_target(config)
+    if target is not None and target.resolve() in {base.resolve() for base in values["compare"]}:
+        raise pytest.UsageError(
+            f"--benchmark-json: {target} is compared with (--int8-compare), and not overwritten"
+        )
+    from pytest_int8bench.gate.rules import find_pyproject, read_rules
+
+    try:
+        rules = read_rules(find_pyproject(config.rootpath))
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--int8-compare: {error}") from None
+    return replace(
+        rules,
+        limits={**rules.limits, **limits},
+        allow=rules.allow | allow,
+        allow_missing=rules.allow_missing or allow_missing,
+    )
+
+
+def _make_lean(values: dict[str, Any]) -> None:
+    """Drop from ``values`` whatever goes beyond measuring throughput."""
+    values["baseline"] = False
+    values.pop("reports", None)
+    values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
+    values.pop("profile", None)
+    for name in ("profiler_enabled", "wandb_enabled"):
+        values["changes"].pop(name, None)
+
+
+# -- checks -------------------------------------------------------------------------------------
+
+
+def _check_forced_kernel() -> None:
+    if FORCED_KERNEL not in os.environ:
+        return
+    from pytest_int8bench.kernels.dispatch import KernelError, forced_product
+
+    try:
+        forced_product()
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _check_eval_data(values: dict[str, Any]) -> None:
+    """Refuse data for another workload than OlmoEarth."""
+    if "eval_data" in values and "workload" in values:
+        from pytest_int8bench.workloads.registry import OLMOEARTH
+
+        if values["workload"] != OLMOEARTH:
+            raise pytest.UsageError(
+                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+            )
+
+
+def _check_lean(config: pytest.Config) -> None:
+    flag = OPTIONS["lean"].flag
+    if config.getoption("dist", "no") != "no":
+        raise pytest.UsageError(f"{flag}: nothing is measured with pytest-xdist (-n)")
+    _check_measuring(config, flag)
+
+
+def _check_measuring(config: pytest.Config, flag: str) -> None:
+    """Refuse options under which nothing is measured, so that everything would pass."""
+    obstacle = find_obstacle(config)
+    if obstacle is not None:
+        raise pytest.UsageError(f"{flag}: nothing is measured with {obstacle}")
+
+
+def _check_wandb(config: pytest.Config) -> None:
+    from pytest_int8bench.report.wandb import check_installed
+
+    option = OPTIONS["wandb" if OPTIONS["wandb"].read(config) else "set"]
+    try:
+        check_installed()
+    except ValueError as error:
+        raise pytest.UsageError(f"{option.source(config)}: {error}") from None
+
+
+def _check_cross_product(config: pytest.Config, values: dict[str, Any]) -> None:
+    option = OPTIONS["cross-product"]
+    if not values.get("cross_product") or values["axes"] or option.source(config) != option.flag:
+        return  # in an ini file it waits for a sweep
+    raise pytest.UsageError(f"{option.flag}: needs --int8-sweep, or --int8-set with several values")
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    """Refuse fields that the workload does not read."""
+    if "workload" in values:
+        from pytest_int8bench.workloads.registry import check_fields
+
+        try:
+            check_fields(values["workload"], (*values["changes"], *values["axes"]))
+        except ValueError as error:
+            raise pytest.UsageError(f"--int8-workload: {error}") from None

@@ -1,0 +1,189 @@
+"""Where records go, and that one failing step takes down no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.plugin import hooks, pytest_benchmark, summary
+from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.session import Session
+from pytest_int8bench.plugin.settings import Settings
+from pytest_int8bench.report import terminal
+from pytest_int8bench.results.records import Result
+
+MACHINE = {"gpu": {"name": "A100"}}
+POINT = RunParams()
+
+
+@pytest.fixture
+def recorder(pytester: pytest.Pytester) -> Recorder:
+    made = Recorder(Session(pytester.parseconfig(), Settings()))
+    made.start_journal(MACHINE)
+    return made
+
+
+def result(**changes: Any) -> Result:
+    values = {
+        "nodeid": "a.py::t",
+        "workload": "toy",
+        "run_name": POINT.run_name,
+        "params": POINT.to_dict(),
+        "samples_per_s": 10.0,
+    }
+    return Result(**{**values, **changes})
+
+
+def fail(*_: object, **__: object) -> None:
+    raise KeyError("bug")
+
+
+#: What a session does at its end, in order.
+STEPS = {
+    "the gate": (Session, "gate_problems"),
+    "saving": (pytest_benchmark, "save_without_timings"),
+    "reports": (Recorder, "write_reports"),
+    "freeing the models": (Session, "close"),
+    "Weights & Biases": (Recorder, "track"),
+}
+
+
+@pytest.mark.parametrize("failing", STEPS)
+def test_a_step_that_fails_at_the_end_is_said_and_stops_no_other(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    done = []
+
+    def note(what: str) -> Callable[..., Any]:
+        return lambda *_: done.append(what) or what == "reports"
+
+    for what, (owner, name) in STEPS.items():
+        monkeypatch.setattr(owner, name, fail if what == failing else note(what))
+    assert not recorder.finish()
+    assert done == [what for what in STEPS if what != failing]
+    assert recorder.reported == [f"int8bench: {failing} failed: KeyError: 'bug'"]
+
+
+def test_a_session_whose_steps_succeed_passes(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest_benchmark, "save_without_timings", lambda config: None)
+    assert recorder.finish()
+    assert recorder.reported == []
+
+
+class Terminal:
+    """Keeps the lines that are written."""
+
+    isatty = hasmarkup = False
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def section(self, title: str, **_: object) -> None:
+        self.lines.append(title)
+
+    def write(self, text: str) -> None:
+        self.lines += text.splitlines()
+
+    def write_line(self, line: str, **_: object) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "what"),
+    [
+        (terminal, "render", "the results"),
+        (Recorder, "measured_by", "the workers"),
+        (summary, "describe_saved", "the saved files"),
+        (summary, "_where_profiles", "the profiles"),
+    ],
+)
+def test_a_part_that_cannot_be_shown_hides_no_other(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, what: str
+) -> None:
+    recorder.record(result())
+    recorder.reported.append("report: r.md")
+    monkeypatch.setattr(owner, name, fail)
+    shown: Any = Terminal()
+    summary.show_results(shown, recorder)
+    assert f"int8bench: {what} cannot be shown: KeyError: 'bug'" in shown.lines
+    assert shown.lines[-1] == "report: r.md"
+    assert sum("cannot be shown" in line for line in shown.lines) == 1
+    assert any(line.startswith("journal: ") for line in shown.lines)
+
+
+def test_a_result_that_cannot_be_recorded_ends_no_session(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        from pytest_int8bench.params import RunParams
+        from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+
+        def fail(self, record):
+            raise KeyError("bug")
+
+        Recorder.record = fail
+
+        def pytest_runtest_setup(item):
+            if "int8_params" in item.fixturenames:
+                item.config.stash[RECORDER].note_point(item.nodeid, RunParams(), "toy")
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_skips(int8_params):
+            pytest.skip("not today")
+
+        def test_other():
+            pass
+        """
+    )
+    found = pytester.runpytest_subprocess("--int8-preset=seed", "-pno:randomly")
+    assert found.ret == pytest.ExitCode.TESTS_FAILED
+    found.assert_outcomes(passed=1, skipped=1)
+    found.stdout.fnmatch_lines(["int8bench: recording failed: KeyError: 'bug'"])
+    found.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_the_journal_keeps_what_cannot_be_written(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr("pytest_int8bench.results.journal.Journal._write", full)
+    with pytest.warns(UserWarning, match=r"^int8bench: a result is not in the journal: No space"):
+        recorder.record(result())
+    assert recorder.results_of("a.py::t") == [result()]
+
+
+def test_hooks_and_fixtures_are_registered_once(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_one="""
+        def test_one(request):
+            manager = request.config.pluginmanager
+            names = [name for name, _ in manager.list_name_plugin() if "int8bench" in name]
+            assert sorted(names) == [
+                "int8bench", "int8bench-benchmark", "int8bench-fixtures", "int8bench-recorder"
+            ]
+            for name in ("int8_throughput", "int8_params", "_int8_point", "_int8_benchmark"):
+                found = request.session._fixturemanager.getfixturedefs(name, request.node)
+                assert len(found) == 1, name
+            hooks = manager.hook.pytest_runtest_makereport.get_hookimpls()
+            assert [hook.plugin_name for hook in hooks].count("int8bench") == 1
+        """
+    )
+    pytester.runpytest_subprocess("-pno:randomly").assert_outcomes(passed=1)
+
+
+def test_the_entry_point_has_every_hook() -> None:
+    from pytest_int8bench import plugin
+
+    names = [name for name in vars(hooks) if name.startswith("pytest_")]
+    assert len(names) > 10
+    assert all(getattr(plugin, name) is getattr(hooks, name) for name in names)
