@@ -21,6 +21,7 @@ HOMES = {
     "jinja2": "report/page/html",
     "matplotlib": "report/page/svg",
     "olmoearth_pretrain_minimal": "workloads/olmoearth",
+    "pytest_benchmark": "plugin/pytest_benchmark",
     "timm": "workloads/timm",
     "torchao": "quantization/",
     "transformers": "workloads/huggingface",

@@ -302,7 +302,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from pytest_int8bench.progress import terminal_steps
+from pytest_int8bench.plugin.progress import terminal_steps
 
 
 class Steps:

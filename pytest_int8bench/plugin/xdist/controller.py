@@ -81,7 +81,9 @@ class Controller(Recorder):
     def pytest_testnodedown(self, node: Any) -> None:
         self._seats.pop(node, None)
         text = getattr(node, "workeroutput", {}).get(KEY)
-        if text is not None:
+        if text is None:
+            return
+        with self.guard("reading a worker's tests"):
             found = json.loads(text)
             self.session.collected |= set(map(self._bare, found["collected"]))
             self.session.deselected |= set(map(self._bare, found["deselected"]))
@@ -122,10 +124,11 @@ class Controller(Recorder):
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         nodeid = self._bare(report.nodeid)
         text = getattr(report, KEY, None)
-        if text is not None:
-            self._merge(nodeid, Message.from_json(text))
-        elif report.when == _CRASHED and report.failed:
-            self._note_crashed(nodeid, str(report.longrepr))
+        with self.guard("recording"):
+            if text is not None:
+                self._merge(nodeid, Message.from_json(text))
+            elif report.when == _CRASHED and report.failed:
+                self._note_crashed(nodeid, str(report.longrepr))
 
     def pytest_handlecrashitem(self, crashitem: str, report: Any, sched: Any) -> None:
         """Run a test again that its worker ended before: a device that was lost with the test
@@ -236,11 +239,12 @@ class Controller(Recorder):
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """Make pytest-benchmark save and compare what the workers timed, in the order of the
         tests. It took itself for disabled."""
-        if self._waiting:
-            self.start_journal({})
-        if self.journal is not None:
-            has_disabled = any(result.is_disabled for result in self.journal.results)
-            pytest_benchmark.enable_saving(self.config, self._order, untimed=not has_disabled)
+        with self.guard("saving"):
+            if self._waiting:
+                self.start_journal({})
+            if self.journal is not None:
+                has_disabled = any(result.is_disabled for result in self.journal.results)
+                pytest_benchmark.enable_saving(self.config, self._order, untimed=not has_disabled)
         return (yield)
 
     def measured_by(self) -> list[str]:

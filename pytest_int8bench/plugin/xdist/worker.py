@@ -207,12 +207,13 @@ class Worker(Recorder):
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """Send which tests were found, before pytest-benchmark writes a file of this worker's."""
-        pytest_benchmark.take_timings(self.config)
-        found = {
-            "collected": [*self.session.collected],
-            "deselected": [*self.session.deselected],
-        }
-        self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
+        with self.guard("sending the tests"):
+            pytest_benchmark.take_timings(self.config)
+            found = {
+                "collected": [*self.session.collected],
+                "deselected": [*self.session.deselected],
+            }
+            self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
         return (yield)
 
     def finish(self) -> bool:

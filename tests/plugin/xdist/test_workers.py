@@ -363,6 +363,20 @@ def crash(controller: Controller, nodeid: str) -> None:
     controller.pytest_runtest_logreport(report)  # type: ignore[arg-type]
 
 
+def test_what_fails_in_a_worker_fails_the_session(controller: Controller) -> None:
+    send(controller, "gw1", result_of(1), problems=["int8bench: recording failed: bug"])
+    assert controller.reported == ["gw1: int8bench: recording failed: bug"]
+    assert not controller.finish()
+
+
+def test_a_message_that_cannot_be_taken_ends_no_session(controller: Controller) -> None:
+    one, two = result_of(1), result_of(2)
+    send(controller, "gw0", one, records=[("Unknown", {})])
+    send(controller, "gw0", two)
+    assert controller.reported == ["int8bench: recording failed: KeyError: 'Unknown'"]
+    assert controller.results_of(two.nodeid) == [two]
+
+
 def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> None:
     workers = Workers(controller, Spec())
     results = [result_of(batch) for batch in (1, 2, 3)]
