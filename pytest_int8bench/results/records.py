@@ -517,7 +517,7 @@ class Saved:
         }
 
 
-AnyRecord = TypeVar("_Record", bound=Record)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
