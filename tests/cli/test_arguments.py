@@ -12,7 +12,7 @@ from pytest_int8bench.cli.arguments import add_flag, as_argument_type
 from pytest_int8bench.cli.compare import add_compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, GATE_FLAGS, Flag
 from pytest_int8bench.plugin.options import OPTIONS
-from pytest_int8bench.plugin.settings import read_settings
+from pytest_int8bench.plugin.reading import read_settings
 
 SHARE = Flag("max-share", "share", "largest share", "5%", "LIMIT", read=int)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_int8bench.cli.main import main
-from pytest_int8bench.plugin.settings import read_settings
+from pytest_int8bench.plugin.reading import read_settings
 from pytest_int8bench.results.reading import read
 
 TOY = """
