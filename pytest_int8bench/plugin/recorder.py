@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.files import timestamp
 from pytest_int8bench.plugin import pytest_benchmark
 from pytest_int8bench.plugin.session import Session
 
@@ -111,6 +110,7 @@ class Recorder:
         return self.journal
 
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
+        from pytest_int8bench.files import timestamp
         from pytest_int8bench.results.journal import Journal, journal_folder
 
         stamp = timestamp()

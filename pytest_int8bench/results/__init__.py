@@ -1,5 +1,18 @@
-"""Saved results: records, the journal, and reading them back."""
+"""Saved results: records, the journal, and reading them back.
 
-from pytest_int8bench.results.reading import read as read
-from pytest_int8bench.results.records import Saved as Saved
-from pytest_int8bench.results.records import SchemaError as SchemaError
+``read`` and ``Saved`` are public. They are loaded when they are first used, because pytest loads
+this package at every start.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {"read": "reading", "Saved": "records", "SchemaError": "records"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

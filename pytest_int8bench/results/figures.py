@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from pytest_int8bench.choices import precision
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # made at every start of pytest
 class Figure:
@@ -36,6 +38,8 @@ class Figure:
     the figure's name in Weights & Biases."""
     compute: Callable[[Any], Any] | None = None
     """Computes the figure from a result that has no field for it."""
+    applies: Callable[[Any], bool] | None = None
+    """Returns whether a result can have the figure; None for every result."""
     check: Literal["positive", "number", "text"] | None = None
     """What a value must be for a result to be read; None checks nothing."""
     wandb_alias: str = ""
@@ -93,6 +97,8 @@ class Figure:
 
     def of(self, result: Any) -> Any:
         """Return the value that ``result`` has, None where it was not measured."""
+        if self.applies is not None and not self.applies(result):
+            return None
         if self.compute is not None:
             return self.compute(result)
         return getattr(result, self.field, None)
@@ -307,9 +313,11 @@ _FEEDING = (
     Figure(field="feed_wait_s", check="number"),
 )
 
+
 _INT8 = (
     Figure(
         field="int8_time_share",
+        applies=lambda result: precision(result.params) == "INT8",
         header="INT8 time",
         kind="share",
         mark=lambda result: " fused" if result.int8_backend == "fused" else "",

@@ -130,8 +130,8 @@ AGAIN = """
 import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-import test_compile_cache
-print(test_compile_cache.compiled(Path(sys.argv[1])).compile_cache)
+import test_cache
+print(test_cache.compiled(Path(sys.argv[1])).compile_cache)
 """
 
 
@@ -141,7 +141,7 @@ def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
     found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
     assert found == ["cold", "cold", "warm", "warm"]
     first.rename(moved)
-    script = AGAIN.format(paths=[str(Path(__file__).parents[1]), *sys.path])
+    script = AGAIN.format(paths=[str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", script, str(moved)], capture_output=True, text=True, check=True
     )

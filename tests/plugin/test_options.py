@@ -740,6 +740,7 @@ IDLE = (
     "pytest_int8bench",
     "pytest_int8bench.choices",
     "pytest_int8bench.gate",
+    "pytest_int8bench.gate.flags",
     "pytest_int8bench.gate.limits",
     "pytest_int8bench.plugin",
     "pytest_int8bench.plugin.fixtures",
@@ -750,8 +751,12 @@ IDLE = (
     "pytest_int8bench.plugin.recorder",
     "pytest_int8bench.plugin.session",
     "pytest_int8bench.plugin.settings",
+    "pytest_int8bench.results",
+    "pytest_int8bench.results.figures",
     "pytest_int8bench.sweep",
     "pytest_int8bench.version",
+    "pytest_int8bench.workloads",
+    "pytest_int8bench.workloads.registry",
 )
 LISTING = """
 import sys

@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 def script() -> Iterator[Any]:
     """The module that trains the weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         yield importlib.import_module("train_digits")
 
 

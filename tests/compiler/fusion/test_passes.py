@@ -444,13 +444,13 @@ def test_layers_of_one_norm_with_factors_of_their_own(joined: Joined) -> None:
     assert (part.quantize, part.linear) == (("layer+kept", "none", "none"), ("1", "1", "1"))
 
 
-def test_layers_of_one_norm_with_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_one_norm_with_one_factor(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
 
     factors = dict.fromkeys("abc", torch.rand(DIM) + 0.5)
-    part = joined(lowered(Written(forward), factors=factors), monkeypatch)
+    part = joined(lowered(Written(forward), factors=factors))
     assert (part.quantize, part.linear) == (("layer",), ("3",))
 
 
