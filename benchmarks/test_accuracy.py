@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.results.verdicts import Accuracy
 
 
 def test_accuracy(int8_guardrail: Callable[..., list[Accuracy]]) -> None:

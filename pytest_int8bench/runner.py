@@ -34,9 +34,10 @@ from pytest_int8bench.processes.running import (
 )
 from pytest_int8bench.report import wandb
 from pytest_int8bench.report.terminal import render
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal, journal_folder
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result, Saved, SchemaError
+from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.sweep import axes_of, expand
 from pytest_int8bench.workloads.registry import check_fields, check_workload_name
 

@@ -25,7 +25,8 @@ from pytest_int8bench.measure.steps import Step, built, warmed
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 from pytest_int8bench.tensors import call, map_tensors, tensors_of
 from pytest_int8bench.workloads import Evaluation, Workload
 from pytest_int8bench.workloads.weights import RANDOM

@@ -22,7 +22,7 @@ from pytest_int8bench.measure.steps import interleave
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.workloads import Workload
 
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"

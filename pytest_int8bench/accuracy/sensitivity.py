@@ -20,7 +20,7 @@ from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
-from pytest_int8bench.results.records import Sensitivity
+from pytest_int8bench.results.verdicts import Sensitivity
 from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.words import plural
 from pytest_int8bench.workloads import Workload

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from pytest_int8bench.cli.arguments import add_storage
 from pytest_int8bench.files import FileError
 from pytest_int8bench.report.write import check_output, publish
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.locating import Run, find, read_runs
-from pytest_int8bench.results.records import Record, Result, Saved
+from pytest_int8bench.results.records import Result, Saved
 
 _DEFAULT = "report.html"
 _FAILED = 2

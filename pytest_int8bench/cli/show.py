@@ -18,8 +18,8 @@ def add_show(commands: Any) -> None:
 def run_show(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code: 0, or 2 if the file cannot be read."""
     from pytest_int8bench.report.terminal import render
+    from pytest_int8bench.results.base import SchemaError
     from pytest_int8bench.results.reading import read
-    from pytest_int8bench.results.records import SchemaError
 
     path: Path = arguments.file
     try:

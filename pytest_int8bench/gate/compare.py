@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pytest_int8bench.environment import differences
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.noise import NoiseFloors, metric_values, usable_results
 from pytest_int8bench.gate.outcomes import (
     ACCURACY_FAILED,
@@ -37,11 +38,12 @@ from pytest_int8bench.gate.outcomes import (
     Identity,
     RunChange,
 )
-from pytest_int8bench.gate.rules import THROTTLED, Rules
+from pytest_int8bench.gate.rules import THROTTLED
 from pytest_int8bench.gate.verdicts import VerdictChange, compare_verdict
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import Record, Result
+from pytest_int8bench.results.records import Result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import Any
 from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.compare import compare
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, RunChange
-from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import Result, Saved, point_label
+from pytest_int8bench.results.records import Result, Saved
 
 
 class RegressionError(ClearError, AssertionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import (
     ACCURACY_FAILED,
     IMPROVED,
@@ -20,8 +21,7 @@ from pytest_int8bench.gate.outcomes import (
     UNDECIDED_NOW,
     Compared,
 )
-from pytest_int8bench.gate.rules import Rules
-from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.results.verdicts import Accuracy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,10 @@ from typing import Literal
 
 from pytest_int8bench.measure.model import Model, Ready
 from pytest_int8bench.measure.pool import ModelPool
-from pytest_int8bench.measure.speedup import (
-    Speedup,
-    measure_speedup,
-)
+from pytest_int8bench.measure.speedup import Speedup, measure_speedup
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.results.records import point_label
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.workloads import Workload
 
 Action = Literal["building", "compiling", "warming up", "measuring", "comparing", "evaluating"]

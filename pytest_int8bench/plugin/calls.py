@@ -15,13 +15,8 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.progress import say
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark, check_compared
 from pytest_int8bench.plugin.recorder import Recorder
-from pytest_int8bench.results.records import (
-    NO_LABELS,
-    NOT_MEASURED,
-    Accuracy,
-    Result,
-    Sensitivity,
-)
+from pytest_int8bench.results.records import NOT_MEASURED, Result
+from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity
 from pytest_int8bench.workloads import Workload
 
 #: Fields of a Result that pytest-benchmark's file has elsewhere, or that are too long for it.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pytest_int8bench.compiler.compiled_model import CompiledModel
     from pytest_int8bench.measure.model import Model
     from pytest_int8bench.params import RunParams
-    from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
+    from pytest_int8bench.results.records import Result
+    from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
     from pytest_int8bench.workloads import Workload
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.report.wandb import Tracked
     from pytest_int8bench.results.journal import Journal
-    from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
+    from pytest_int8bench.results.records import Result
+    from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 RECORDER = pytest.StashKey["Recorder"]()

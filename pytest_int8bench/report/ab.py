@@ -15,8 +15,8 @@ from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
 from pytest_int8bench.report.cells import value_text
 from pytest_int8bench.report.junit import Case, case_status
 from pytest_int8bench.report.tables import MISSING, Grid, Page, finite
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import point_label
 
 _TITLE = "int8bench ab"
 _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}

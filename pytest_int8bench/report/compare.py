@@ -28,8 +28,8 @@ from pytest_int8bench.report.cells import value_text
 from pytest_int8bench.report.junit import Case, case_status
 from pytest_int8bench.report.tables import MISSING as NOTHING
 from pytest_int8bench.report.tables import Grid, Page, finite
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import METRICS, Figure
-from pytest_int8bench.results.records import point_label
 from pytest_int8bench.words import plural
 
 SCHEMA = 1

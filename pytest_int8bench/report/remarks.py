@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pytest_int8bench.report.tables import number
-from pytest_int8bench.results.records import Accuracy, Result, Sensitivity, point_label
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 #: Behind a rate that was measured while the GPU was slowed down.
 THROTTLED_MARK = "*"

@@ -17,7 +17,8 @@ from pytest_int8bench.report.remarks import (
 )
 from pytest_int8bench.report.tables import MISSING, Grid, paragraphs, plain_grid
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Accuracy, Result, Saved, Sensitivity
+from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 #: Behind a verdict on a model with random weights.
 _PIPELINE = "*"

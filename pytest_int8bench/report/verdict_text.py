@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pytest_int8bench.choices import precision, takes_smoothquant
-from pytest_int8bench.results.records import NO_LABELS, Accuracy, point_label
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 
 
 def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:

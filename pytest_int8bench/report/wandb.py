@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.files import timestamp
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import FIGURES
-from pytest_int8bench.results.records import Accuracy, Record, Result, Saved
+from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
 
 #: The project where neither ``WANDB_PROJECT`` nor a settings file of wandb names one.

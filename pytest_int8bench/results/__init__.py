@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"read": "reading", "Saved": "records", "SchemaError": "records"}
+_HOME = {"read": "reading", "Saved": "records", "SchemaError": "base"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,12 @@ from pytest_int8bench.results.records import (
     ACCURACY,
     SCHEMA,
     SENSITIVITY,
-    Accuracy,
     AnyRecord,
     Result,
     Saved,
-    Sensitivity,
     latest,
 )
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 _FOLDER = Path(".benchmarks") / "int8bench"
 

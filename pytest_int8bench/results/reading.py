@@ -20,18 +20,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.records import (
     ACCURACY,
     SCHEMA,
     SENSITIVITY,
-    Accuracy,
     AnyRecord,
     Result,
     Saved,
-    SchemaError,
-    Sensitivity,
     latest,
 )
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 def read(path: Path) -> Saved:

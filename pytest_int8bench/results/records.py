@@ -1,93 +1,25 @@
-"""Records of a session: results, accuracy verdicts and layer sensitivities."""
+"""Records of a session: results, and the file that holds them with verdicts and layers."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results import parts
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 SCHEMA = 1
 ACCURACY, SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: What a first call may find.
 COMPILE_CACHES = ("cold", "warm")
-#: Metric of a comparison without labels.
-NO_LABELS = "outputs"
-OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
 #: Start of the reason of a test that ran where pytest-benchmark is disabled.
 NOT_MEASURED = "ran once, not measured"
-
-
-class SchemaError(ValueError):
-    """A file that is not ours, is damaged, or was written by a newer version."""
-
-
-def point_label(workload: str, run_name: str) -> str:
-    """Return the run name, with the workload where it is not the default one."""
-    return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What is saved of one test at one point."""
-
-    KIND: ClassVar[str]
-    """What it is called in errors."""
-
-    nodeid: str
-    """pytest node id; with ``workload`` the identity across commits."""
-    workload: str
-    """Name of the workload."""
-    run_name: str
-    """Run name of the point."""
-    params: dict[str, Any]
-    """Every field of RunParams."""
-
-    def __post_init__(self) -> None:
-        for name in ("nodeid", "workload", "run_name"):
-            if not isinstance(value := getattr(self, name), str):
-                raise ValueError(f"{name} must be a text, got {value!r}")
-
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """What stays the same across commits: node id and workload name."""
-        return (self.nodeid, self.workload)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
-
-        Raises:
-            SchemaError: if ``values`` is nothing of this kind.
-        """
-        if not isinstance(values, Mapping):
-            raise SchemaError(f"not {cls.KIND}: {values!r}")
-        names = {spec.name for spec in dataclasses.fields(cls)}
-        if missing := [name for name in _needed(cls) if name not in values]:
-            raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
-        try:
-            return cls(**{name: value for name, value in values.items() if name in names})
-        except (TypeError, ValueError) as error:
-            raise SchemaError(f"not {cls.KIND}: {error}") from None
-
-
-def _needed(kind: type[Record]) -> list[str]:
-    """Return the fields that a record cannot be without."""
-    return [
-        spec.name
-        for spec in dataclasses.fields(kind)
-        if spec.default is spec.default_factory is dataclasses.MISSING
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,89 +307,6 @@ class Result(Record):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, and ``oom``."""
         return {**super().to_dict(), "oom": self.oom}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy(Record):
-    """One verdict: a metric of a candidate against its baseline's."""
-
-    KIND = "a verdict"
-
-    metric: str
-    """Name of the metric; ``outputs`` where there are no labels."""
-    outcome: str
-    """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
-    reason: str | None = None
-    """What its reader should know: why a comparison without labels failed, the next step."""
-    random_weights: bool = False
-    """The model is not trained: the verdict only checks that the pipeline works."""
-    samples: int
-    """Samples that were scored."""
-    baseline: float | None = None
-    """The baseline's metric."""
-    candidate: float | None = None
-    """The candidate's metric."""
-    limit: str | None = None
-    """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
-    drop: float | None = None
-    """In the limit's terms: a share of the baseline's metric, or a difference of both."""
-    drop_low: float | None = None
-    """One-sided 95 % lower bound of the drop."""
-    drop_high: float | None = None
-    """One-sided 95 % upper bound of the drop."""
-    lost: int | None = None
-    """Samples whose score got worse."""
-    gained: int | None = None
-    """Samples whose score got better."""
-    needed: int | None = None
-    """Samples that would decide, with ``INCONCLUSIVE``."""
-    method: str | None = None
-    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
-    distance: dict[str, Any] | None = None
-    """Without labels: how far the outputs are from the baseline's."""
-    floor: dict[str, Any] | None = None
-    """Without labels: the same for the eager baseline, the noise floor."""
-    remedies: list[dict[str, Any]] = field(default_factory=list)
-    """What ``--int8-remedy`` tried, and what came of it."""
-    seconds: float | None = None
-    """Time that the scores took, compiling aside; with the first candidate of a baseline, that of
-    the baseline's too. Evaluations that share outputs pay for them once."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.metric, str):
-            raise ValueError(f"metric must be a text, got {self.metric!r}")
-        if self.outcome not in OUTCOMES:
-            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
-
-    @property
-    def is_pipeline_check(self) -> bool:
-        """A metric of random weights shows that the evaluation works, and judges nothing."""
-        return self.random_weights and self.metric != NO_LABELS
-
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """What stays the same across commits: node id, workload name and metric."""
-        return (self.nodeid, self.workload, self.metric)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity(Record):
-    """What each layer, or block, of a model costs when it alone is quantized."""
-
-    KIND = "a table of layers"
-
-    by: str
-    """``layer`` or ``block``."""
-    metric: str | None = None
-    """Metric of ``drop``; None where only SQNR was measured."""
-    samples: int
-    """Samples that the metric, or else the SQNR, was measured on."""
-    layers: list[dict[str, Any]]
-    """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
-    outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
-    seconds: float | None = None
-    """Time that measuring the table took."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pytest_int8bench.processes.scan_request import ScanRequest
-from pytest_int8bench.results.records import Sensitivity
+from pytest_int8bench.results.verdicts import Sensitivity
 
 
 def test_sensitivity(int8_sensitivity: Callable[..., Sensitivity]) -> None:

@@ -21,7 +21,7 @@ from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.report.verdict_text import beside_row, describe, message
-from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.workloads import Evaluation, Workload
 from toys.models import Mlp, make_workload
 

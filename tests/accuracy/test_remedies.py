@@ -21,7 +21,7 @@ from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.report.verdict_text import describe
-from pytest_int8bench.results.records import Accuracy, Sensitivity
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from pytest_int8bench.workloads import Evaluation, Workload
 
 WIDTH, CLASSES, SAMPLES = 32, 4, 3000

@@ -13,8 +13,9 @@ import pytest
 
 from pytest_int8bench import files
 from pytest_int8bench.cli.main import main
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Record, Saved
+from pytest_int8bench.results.records import Saved
 from toys.results import saved, timed, verdict_of, write
 
 Capture = pytest.CaptureFixture[str]

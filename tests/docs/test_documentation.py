@@ -20,12 +20,13 @@ import pytest
 import pytest_int8bench
 from pytest_int8bench.cli import main
 from pytest_int8bench.environment import FINGERPRINT_NAMES
-from pytest_int8bench.gate.rules import METRICS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import fixtures
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.reading import read_settings
-from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
+from pytest_int8bench.results.figures import METRICS
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from pytest_int8bench.runner import ThroughputBenchmarkRunnerConfig
 from pytest_int8bench.sweep import SWEEPS
 from pytest_int8bench.workloads import Evaluation, Workload

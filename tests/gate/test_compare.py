@@ -14,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench.gate.compare import Comparison, compare
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import RunChange
-from pytest_int8bench.gate.rules import METRICS, Rules
 from pytest_int8bench.gate.verdicts import VerdictChange
+from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import NOT_MEASURED, Accuracy, Record, Result, Saved
+from pytest_int8bench.results.records import NOT_MEASURED, Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy
 from toys.results import saved, timed, verdict_of
 
 ENVIRONMENT: dict[str, Any] = {

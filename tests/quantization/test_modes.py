@@ -31,7 +31,8 @@ from pytest_int8bench.report.tables import MISSING
 from pytest_int8bench.report.terminal import accuracy_table, results_table
 from pytest_int8bench.report.verdict_text import message
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Accuracy, Result
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.sweep import SWEEPS, expand_modes
 from pytest_int8bench.workloads import Workload
 

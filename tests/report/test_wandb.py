@@ -16,7 +16,8 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.report import wandb
 from pytest_int8bench.report.wandb import Tracked, check_installed, log, metrics_of, runs_of
 from pytest_int8bench.results.figures import FIGURES
-from pytest_int8bench.results.records import Accuracy, Result, Saved
+from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy
 from toys import results
 from toys.projects import SMOKE, make_project, without
 

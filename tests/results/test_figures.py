@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.gate.compare import Comparison, compare
-from pytest_int8bench.gate.rules import Rules, parse_floor, read_rules
+from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.gate.rules import parse_floor, read_rules
 from pytest_int8bench.report import compare as compare_report
 from pytest_int8bench.report.page import markdown
 from pytest_int8bench.report.page.build import build
@@ -22,10 +23,11 @@ from pytest_int8bench.report.page.model import View
 from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.report.wandb import metrics_of
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.figures import FIGURES, METRICS, Figure, register, unregister
 from pytest_int8bench.results.locating import Run, read_runs
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result, Saved, SchemaError
+from pytest_int8bench.results.records import Result, Saved
 from toys.results import BASE, environment, result
 
 #: The slowest rounds over the median one, of fields that results have had for long.

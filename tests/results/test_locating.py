@@ -12,9 +12,10 @@ import pytest
 
 from pytest_int8bench import files
 from pytest_int8bench.files import FileError, append, write
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.locating import find, find_side, latest_two, read_runs
-from pytest_int8bench.results.records import Saved, SchemaError
+from pytest_int8bench.results.records import Saved
 from toys import results
 
 

@@ -15,21 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
     COMPILE_CACHES,
     NOT_MEASURED,
-    OUTCOMES,
     SCHEMA,
     STATUSES,
-    Accuracy,
     Result,
     Saved,
-    SchemaError,
-    Sensitivity,
     latest,
 )
+from pytest_int8bench.results.verdicts import OUTCOMES, Accuracy, Sensitivity
 from toys import results as toys
 
 POINT = RunParams(int8_enabled=True, extra={"act": "relu"})

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Accuracy, Record, Result, Saved, Sensitivity
+from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 GPU: dict[str, Any] = {
     "gpu": {"name": "A100", "driver": "550", "memory_bytes": 80 * 2**30},

@@ -21,8 +21,9 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.ab.worktrees import LOCAL_VARIABLES, Revision
 from pytest_int8bench.processes.ab_files import SideFiles
 from pytest_int8bench.processes.running import ending, run
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result, SchemaError
+from pytest_int8bench.results.records import Result
 
 _PLUGIN = "pytest_int8bench.suite.side"
 # What the two sides must not share.

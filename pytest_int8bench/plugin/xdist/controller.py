@@ -23,7 +23,8 @@ from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Accuracy, Result, Sensitivity
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 _HERE = "localhost"
 #: What pytest-xdist puts in place of a phase, for the test that a worker crashed in.

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_int8bench.results.records import Accuracy, Record, Result, Sensitivity
+from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 #: Name of what is ours, on reports and in what pytest-xdist hands to and from workers.
 KEY = "int8bench"

@@ -21,8 +21,10 @@ from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
-from pytest_int8bench.results.records import Accuracy, Record, Result, Sensitivity
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from pytest_int8bench.report.page.sections import (
 )
 from pytest_int8bench.report.page.sources import Found, Source, current
 from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
-from pytest_int8bench.results.records import Accuracy, Result, point_label
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
 
 TITLE = "INT8 inference benchmarks"

@@ -7,7 +7,8 @@ from typing import Any
 
 from pytest_int8bench.choices import SWEPT_MODES
 from pytest_int8bench.params import MEASURING_FIELDS
-from pytest_int8bench.results.records import Record, Result
+from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.records import Result
 
 #: Parameters that say how a model is quantized, apart from where its kernels come from.
 MODE_FIELDS = ("int8_enabled", "int8_mode", "int8_smoothquant", "bf16")

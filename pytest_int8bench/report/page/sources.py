@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pytest_int8bench.results.records import Accuracy, Record, Result, Saved, Sensitivity
+from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 _RecordT = TypeVar("_RecordT", bound=Record)
 _COMMIT_DIGITS = 7

@@ -16,7 +16,7 @@ from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import PIPELINE_CHECK, accuracy_table, verdict_remarks
 from pytest_int8bench.results.figures import FIGURES
-from pytest_int8bench.results.records import Accuracy
+from pytest_int8bench.results.verdicts import Accuracy
 
 
 def section(scopes: Sequence[Scope], verdicts: list[Found[Accuracy]]) -> Section | None:

@@ -11,8 +11,9 @@ from pytest_int8bench.report.page.groups import Scope, note
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import ceiling_remarks
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Result, point_label
+from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import plural
 
 

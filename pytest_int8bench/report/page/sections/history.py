@@ -12,8 +12,10 @@ from pytest_int8bench.report.page.charts import Lines, Mark, Point, Series, dist
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Source, device
 from pytest_int8bench.report.tables import MISSING, Grid, number
+from pytest_int8bench.results.base import Record, point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Accuracy, Record, Result, point_label
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Accuracy
 
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
 

@@ -12,7 +12,9 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
 from pytest_int8bench.report.terminal import sensitivity_table
-from pytest_int8bench.results.records import Result, Sensitivity, point_label
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.verdicts import Sensitivity
 
 #: Layers in the picture of a sensitivity scan; the table has all.
 _MOST_LAYERS = 30

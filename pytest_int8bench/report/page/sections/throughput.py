@@ -12,8 +12,9 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import ceiling_remarks, remarks, short_rounds, status_remarks
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import results_table
+from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES
-from pytest_int8bench.results.records import Result, point_label
+from pytest_int8bench.results.records import Result
 
 #: More lines than these in one picture cannot be told apart.
 _MOST_SERIES = 6

@@ -1,0 +1,74 @@
+"""What all saved records share: identity, plain values, and reading them back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+
+class SchemaError(ValueError):
+    """A file that is not ours, is damaged, or was written by a newer version."""
+
+
+def point_label(workload: str, run_name: str) -> str:
+    """Return the run name, with the workload where it is not the default one."""
+    return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is saved of one test at one point."""
+
+    KIND: ClassVar[str]
+    """What it is called in errors."""
+
+    nodeid: str
+    """pytest node id; with ``workload`` the identity across commits."""
+    workload: str
+    """Name of the workload."""
+    run_name: str
+    """Run name of the point."""
+    params: dict[str, Any]
+    """Every field of RunParams."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodeid", "workload", "run_name"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {value!r}")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What stays the same across commits: node id and workload name."""
+        return (self.nodeid, self.workload)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+
+        Raises:
+            SchemaError: if ``values`` is nothing of this kind.
+        """
+        if not isinstance(values, Mapping):
+            raise SchemaError(f"not {cls.KIND}: {values!r}")
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        if missing := [name for name in _needed(cls) if name not in values]:
+            raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except (TypeError, ValueError) as error:
+            raise SchemaError(f"not {cls.KIND}: {error}") from None
+
+
+def _needed(kind: type[Record]) -> list[str]:
+    """Return the fields that a record cannot be without."""
+    return [
+        spec.name
+        for spec in dataclasses.fields(kind)
+        if spec.default is spec.default_factory is dataclasses.MISSING
+    ]

@@ -1,0 +1,95 @@
+"""Records of accuracy: verdicts, and what each layer costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_int8bench.results.base import Record
+
+#: Metric of a comparison without labels.
+NO_LABELS = "outputs"
+OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Record):
+    """One verdict: a metric of a candidate against its baseline's."""
+
+    KIND = "a verdict"
+
+    metric: str
+    """Name of the metric; ``outputs`` where there are no labels."""
+    outcome: str
+    """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
+    reason: str | None = None
+    """What its reader should know: why a comparison without labels failed, the next step."""
+    random_weights: bool = False
+    """The model is not trained: the verdict only checks that the pipeline works."""
+    samples: int
+    """Samples that were scored."""
+    baseline: float | None = None
+    """The baseline's metric."""
+    candidate: float | None = None
+    """The candidate's metric."""
+    limit: str | None = None
+    """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
+    drop: float | None = None
+    """In the limit's terms: a share of the baseline's metric, or a difference of both."""
+    drop_low: float | None = None
+    """One-sided 95 % lower bound of the drop."""
+    drop_high: float | None = None
+    """One-sided 95 % upper bound of the drop."""
+    lost: int | None = None
+    """Samples whose score got worse."""
+    gained: int | None = None
+    """Samples whose score got better."""
+    needed: int | None = None
+    """Samples that would decide, with ``INCONCLUSIVE``."""
+    method: str | None = None
+    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
+    distance: dict[str, Any] | None = None
+    """Without labels: how far the outputs are from the baseline's."""
+    floor: dict[str, Any] | None = None
+    """Without labels: the same for the eager baseline, the noise floor."""
+    remedies: list[dict[str, Any]] = field(default_factory=list)
+    """What ``--int8-remedy`` tried, and what came of it."""
+    seconds: float | None = None
+    """Time that the scores took, compiling aside; with the first candidate of a baseline, that of
+    the baseline's too. Evaluations that share outputs pay for them once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.metric, str):
+            raise ValueError(f"metric must be a text, got {self.metric!r}")
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+
+    @property
+    def is_pipeline_check(self) -> bool:
+        """A metric of random weights shows that the evaluation works, and judges nothing."""
+        return self.random_weights and self.metric != NO_LABELS
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What stays the same across commits: node id, workload name and metric."""
+        return (self.nodeid, self.workload, self.metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Record):
+    """What each layer, or block, of a model costs when it alone is quantized."""
+
+    KIND = "a table of layers"
+
+    by: str
+    """``layer`` or ``block``."""
+    metric: str | None = None
+    """Metric of ``drop``; None where only SQNR was measured."""
+    samples: int
+    """Samples that the metric, or else the SQNR, was measured on."""
+    layers: list[dict[str, Any]]
+    """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
+    outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
+    seconds: float | None = None
+    """Time that measuring the table took."""
