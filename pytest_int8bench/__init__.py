@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.results.records import Result
     from pytest_int8bench.runner import ThroughputBenchmarkRunner, ThroughputBenchmarkRunnerConfig
     from pytest_int8bench.sweep import SWEEPS
-    from pytest_int8bench.workloads import Evaluation, Workload
+    from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 
 __all__ = [
@@ -40,13 +40,13 @@ __all__ = [
 
 _HOME = {
     "SWEEPS": "sweep",
-    "Evaluation": "workloads",
+    "Evaluation": "workloads.workload",
     "FlashSDPA": "attention",
     "Result": "results.records",
     "RunParams": "params",
     "ThroughputBenchmarkRunner": "runner",
     "ThroughputBenchmarkRunnerConfig": "runner",
-    "Workload": "workloads",
+    "Workload": "workloads.workload",
     "apply_int8_quant": "quantization.api",
     "compile_for_a100": "compiler.compiled_model",
     "coverage": "quantization.api",

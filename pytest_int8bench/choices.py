@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 MODEL_SIZES = ("nano", "tiny", "small", "base", "large")
 DEVICES = ("cuda", "cpu")
@@ -22,8 +21,7 @@ INT8_BACKENDS = ("torchao", "fused", "auto")
 FEEDS = ("device", "host")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModeChoice:
+class ModeChoice(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
     """What options, run names and reports need to know of a quantization mode before torch is
     imported."""
 

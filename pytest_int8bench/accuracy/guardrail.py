@@ -28,8 +28,8 @@ from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 from pytest_int8bench.tensors import call, map_tensors, tensors_of
-from pytest_int8bench.workloads import Evaluation, Workload
 from pytest_int8bench.workloads.weights import RANDOM
+from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 #: Numbers of an output that are compared without labels, at most.
 MAX_COMPARED = 1 << 26

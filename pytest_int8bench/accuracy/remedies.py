@@ -23,7 +23,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.verdicts import Accuracy
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.workload import Workload
 
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

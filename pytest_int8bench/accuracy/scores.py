@@ -11,7 +11,7 @@ import torch
 
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.statistics.verdict import ALPHA, ScoreError, Verdict, judge
-from pytest_int8bench.workloads import Evaluation
+from pytest_int8bench.workloads.workload import Evaluation
 
 
 @dataclass(frozen=True)

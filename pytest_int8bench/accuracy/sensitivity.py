@@ -23,7 +23,7 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.verdicts import Sensitivity
 from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.words import plural
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.workload import Workload
 
 BY = ("layer", "block")
 _POINTS = Limit(1.0, relative=False)  # drops are differences here

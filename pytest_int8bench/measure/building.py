@@ -27,7 +27,7 @@ from pytest_int8bench.workloads.weights import (
 )
 
 if TYPE_CHECKING:
-    from pytest_int8bench.workloads import Workload
+    from pytest_int8bench.workloads.workload import Workload
 
 
 #: Of weights and inputs.

@@ -24,7 +24,7 @@ from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.tensors import call, map_tensors, tensors_of
 
 if TYPE_CHECKING:
-    from pytest_int8bench.workloads import Workload
+    from pytest_int8bench.workloads.workload import Workload
 
 
 _NO_KERNEL = "No available kernel"

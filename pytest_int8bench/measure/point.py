@@ -37,7 +37,7 @@ from pytest_int8bench.results.parts import (
     Units,
 )
 from pytest_int8bench.results.records import Result
-from pytest_int8bench.workloads import UNITS, Workload
+from pytest_int8bench.workloads.workload import UNITS, Workload
 
 #: Runs a plan and returns seconds per batch, one value a round.
 TimeRounds = Callable[[Run, Plan], list[float]]

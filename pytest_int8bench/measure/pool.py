@@ -37,7 +37,7 @@ from pytest_int8bench.tensors import call
 from pytest_int8bench.workloads.weights import RANDOM
 
 if TYPE_CHECKING:
-    from pytest_int8bench.workloads import Workload
+    from pytest_int8bench.workloads.workload import Workload
 
 
 #: Parts of a workload that a baseline has nothing to do with.

@@ -12,7 +12,7 @@ from pytest_int8bench.measure.speedup import Speedup, measure_speedup
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.base import point_label
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.workload import Workload
 
 Action = Literal["building", "compiling", "warming up", "measuring", "comparing", "evaluating"]
 #: Entered around a long step: what is done, and to which point.

@@ -17,7 +17,7 @@ from pytest_int8bench.plugin.pytest_benchmark import Benchmark, check_compared
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.results.records import NOT_MEASURED, Result
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.workload import Workload
 
 #: Fields of a Result that pytest-benchmark's file has elsewhere, or that are too long for it.
 _NOT_EXTRA = ("nodeid", "status", "gpu_before", "gpu_after", "kernels")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.results.records import Result
     from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
-    from pytest_int8bench.workloads import Workload
+    from pytest_int8bench.workloads.workload import Workload
 
 
 def _session(request: pytest.FixtureRequest) -> Session:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.measure.pool import ModelPool
     from pytest_int8bench.measure.traces import Profiles
     from pytest_int8bench.params import RunParams
-    from pytest_int8bench.workloads import Workload
+    from pytest_int8bench.workloads.workload import Workload
 
 
 SESSION = pytest.StashKey["Session"]()

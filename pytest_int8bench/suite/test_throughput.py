@@ -9,7 +9,7 @@ import pytest
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.processes.runner_files import Handover
 from pytest_int8bench.results.records import Result
-from pytest_int8bench.workloads import Workload
+from pytest_int8bench.workloads.workload import Workload
 
 HANDOVER = Handover.from_env_vars()
 

@@ -34,8 +34,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.workloads import Evaluation, Workload
 from pytest_int8bench.workloads.weights import WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 #: The trained weights; the file's header holds the recipe, the versions and the accuracy.
 WEIGHTS = Path(__file__).parent / "data" / "digits.safetensors"

@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.param_values import EXTRA_NAME, Scalar
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.workloads import Workload
 from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.workload import Workload
 
 INPUT_SEED = 0
 # Decoders whose masks say no more than that attention is causal.

@@ -29,9 +29,10 @@ from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.datatypes import (
 
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.workloads import Evaluation, Workload, geotiff, scenes
+from pytest_int8bench.workloads import geotiff, scenes
 from pytest_int8bench.workloads.probes import Split, embedding_evaluations
 from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 #: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
 VERSION_SIZES = {

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.workloads import Evaluation
+from pytest_int8bench.workloads.workload import Evaluation
 
 Forward: TypeAlias = Callable[..., Any]
 Scores: TypeAlias = tuple[Sequence[Any], NDArray[np.float64]]

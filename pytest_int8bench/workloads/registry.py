@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_int8bench.workloads import Workload
-
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from pytest_int8bench.workloads.workload import Workload
 
 #: Entry-point group in which other distributions offer workloads.
 GROUP = "pytest_int8bench.workloads"
@@ -252,6 +252,8 @@ def _row(name: str) -> WorkloadRow | None:
 
 def _workload_from(target: Any, label: str) -> Workload:
     """Return the Workload that ``target`` is, or that it returns when it is called."""
+    from pytest_int8bench.workloads.workload import Workload
+
     workload = target
     if callable(target):
         try:

@@ -14,8 +14,8 @@ from timm.data import resolve_model_data_config
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.filters import is_transformer_linear
-from pytest_int8bench.workloads import Workload
 from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.workload import Workload
 
 INPUT_SEED = 0
 
