@@ -144,7 +144,7 @@ class RunParams:
         return dataclasses.replace(self, **changes)
 
     def baseline(self) -> RunParams:
-        """Return the BF16 (or FP32) twin: the same point with every INT8 field at its default."""
+        """Return the BF16 (or FP32) baseline: this point with every INT8 field at its default."""
         return self.replace(**{name: _DEFAULTS[name] for name in FIELD_TYPES if name in _INT8})
 
     def identity(self) -> RunParams:

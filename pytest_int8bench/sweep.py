@@ -172,7 +172,7 @@ def expand_modes(
 
 
 def with_baselines(points: Iterable[RunParams]) -> list[RunParams]:
-    """Put the BF16 twin of each point before it; duplicates fold."""
+    """Put the baseline of each point before it; duplicates fold."""
     return unique(point for p in points for point in (p.baseline(), p))
 
 

@@ -92,7 +92,7 @@ class Guardrail:
             ValueError: if ``params`` is a baseline.
             EvidenceError: if the kernels that ran contradict the label of the candidate.
             ScoreError: one line, if the scores cannot be judged.
-            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+            torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
         """
         if not params.int8_enabled:
             raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")

@@ -86,7 +86,7 @@ def measure_rates(
 
     Raises:
         RateError: if no INT8 product takes a size.
-        torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+        torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
     """
     where = (device.type, torch.cuda.current_device() if device.type == "cuda" else 0)
     sizes = sorted(set(sizes))

@@ -83,7 +83,7 @@ def requested_bytes(error: BaseException) -> int | None:
 
 
 def collect_garbage(device: torch.device) -> None:
-    """Free what nothing refers to, where allocated bytes are read: it takes a while."""
+    """Collect garbage before reading allocated bytes (CUDA only; slow)."""
     if device.type == "cuda":
         free_memory()
 

@@ -145,7 +145,7 @@ class Model:
         Raises:
             QuantizationError: if the INT8 product cannot take the shapes.
             AttentionError: if the attention backend cannot take the model's attention.
-            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+            torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
         """
         if self._ready is None:
             try:

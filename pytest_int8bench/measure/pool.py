@@ -85,7 +85,7 @@ class ModelPool:
 
         Raises:
             DeviceError: if ``params`` asks for CUDA and there is none.
-            torch.OutOfMemoryError: or another error that ``measure.oom_of`` knows.
+            torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
         """
         role = _role(params)
         key = self.key(workload, params)

@@ -1,4 +1,4 @@
-"""How long a batch takes: warm-up, how many rounds, speedup, peak memory, out of memory.
+"""How long a batch takes: warm-up, pilot, how many rounds, and their summary.
 
 Nothing here knows pytest. A ``run`` is a callable without arguments that submits one batch; a
 ``timer`` returns seconds with all submitted work done

@@ -120,7 +120,7 @@ OPTIONS = {
             "that kind. Default: torch's own, for this machine",
             "DIR",
         ),
-        Option("no-baseline", "Leave out BF16 twins and the speedup. Default: off"),
+        Option("no-baseline", "Leave out BF16 baselines and the speedup. Default: off"),
         Option(
             "max-drop",
             "Largest drop of a metric against BF16 that an accuracy test passes: 1% of the "
@@ -181,7 +181,7 @@ OPTIONS = {
         ),
         Option(
             "lean",
-            "Measure throughput only: no other tests, no BF16 twins, no speedup, no look at the "
+            "Measure throughput only: no other tests, no baselines, no speedup, no look at the "
             "kernels, no profiles, nothing to Weights & Biases, 2 s a point unless "
             "benchmark_interval_s is set; for int8bench ab. Default: off",
         ),

@@ -14,7 +14,6 @@ from torchao.quantization import (
     PerRow,
 )
 
-from pytest_int8bench.errors import QuantizationError as QuantizationError
 from pytest_int8bench.kernels.linear import Quantized, WeightOnlyLinear, replace_linears
 from pytest_int8bench.quantization.coverage import Layer
 

@@ -1,1 +1,1 @@
-"""What people read: the table of a session."""
+"""Results as people read them: tables, pages, comparisons, JUnit XML and Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Saved files on disk: which ones to compare, and reports that are written whole or not at all."""
+"""Find the saved files that are to be compared, and read them."""
 
 from __future__ import annotations
 

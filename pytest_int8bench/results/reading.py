@@ -1,4 +1,4 @@
-"""What is saved: results, the journal they are written to at once, and the JSON block.
+"""Read saved files: pytest-benchmark's JSON with our block, and journals.
 
 pytest-benchmark's JSON gets a top-level ``int8bench`` object::
 

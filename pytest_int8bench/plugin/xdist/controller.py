@@ -21,7 +21,7 @@ from pytest_int8bench.plugin import options, pytest_benchmark
 from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
-from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
+from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
@@ -88,6 +88,7 @@ class Controller(Recorder):
             found = json.loads(text)
             self.session.collected |= set(map(self._bare, found["collected"]))
             self.session.deselected |= set(map(self._bare, found["deselected"]))
+            self._take_problems(node.gateway.id, found["problems"])
 
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """Look, before a test runs, whether there is a GPU for each worker of this host."""
@@ -145,20 +146,26 @@ class Controller(Recorder):
     def _merge(self, nodeid: str, message: Message) -> None:
         if message.device_lost:
             self._lost.add(message.worker)
-        if message.problems:
-            self._has_failed = True
-            self.reported += [f"{message.worker}: {text}" for text in message.problems]
+        self._take_problems(message.worker, message.problems)
         if message.records:
             self._measured[message.worker] = message
         if message.point is not None:
             workload, values = message.point
             self.points_of[nodeid] = (workload, RunParams.from_dict(values))
-        for record in message.unpacked():
-            self._take(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
+        for kind, fields in message.records:
+            with self.guard("recording"):  # one that fails must not lose the others
+                record = unpacked(kind, fields)
+                self._take(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
         for timing in message.timings:
             if message.worker not in self._apart:
                 fullname = self._bare(timing["fullname"])
-                pytest_benchmark.add_timing(self.config, fullname, timing)
+                with self.guard("recording"):
+                    pytest_benchmark.add_timing(self.config, fullname, timing)
+
+    def _take_problems(self, worker: str, problems: Sequence[str]) -> None:
+        if problems:
+            self._has_failed = True
+            self.reported += [f"{worker}: {text}" for text in problems]
 
     def _take(self, record: Result | Accuracy | Sensitivity, message: Message) -> None:
         environment = message.environment or {}

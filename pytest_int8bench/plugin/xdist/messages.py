@@ -57,9 +57,10 @@ class Message:
         """Read what :meth:`to_json` wrote."""
         return cls(**json.loads(text))
 
-    def unpacked(self) -> list[Result | Accuracy | Sensitivity]:
-        """Return the records."""
-        return [_KINDS[kind].from_dict(values) for kind, values in self.records]
+
+def unpacked(kind: str, values: dict[str, Any]) -> Result | Accuracy | Sensitivity:
+    """Return a record of a message."""
+    return _KINDS[kind].from_dict(values)
 
 
 def kind_of(record: Record) -> str:

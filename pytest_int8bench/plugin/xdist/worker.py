@@ -214,6 +214,8 @@ class Worker(Recorder):
             found = {
                 "collected": [*self.session.collected],
                 "deselected": [*self.session.deselected],
+                # Those that no report could take: the last one may have failed to be sent.
+                "problems": self.reported,
             }
             self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
         return (yield)

@@ -16,7 +16,7 @@ from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.reading import read_settings
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.controller import Controller, capped
-from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message
+from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
 from pytest_int8bench.plugin.xdist.worker import Worker
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
@@ -377,6 +377,30 @@ def test_a_message_that_cannot_be_taken_ends_no_session(controller: Controller) 
     assert controller.results_of(two.nodeid) == [two]
 
 
+def test_a_record_that_cannot_be_taken_loses_no_other(controller: Controller) -> None:
+    one, two = result_of(1), result_of(2)
+    records = [("Unknown", {}), ("Result", two.to_dict())]
+    send(controller, "gw0", one, records=records)
+    assert controller.reported == ["int8bench: recording failed: KeyError: 'Unknown'"]
+    assert controller.results_of(two.nodeid) == [two]
+
+
+def test_what_failed_after_the_last_report_fails_the_session(
+    controller: Controller, pytester: pytest.Pytester
+) -> None:
+    worker = worker_of(pytester, 0, 1)
+    with worker.guard("sending results"):
+        raise KeyError("bug")
+    output: dict[str, Any] = {}
+    worker.config.workeroutput = output  # type: ignore[attr-defined]
+    next(worker.pytest_sessionfinish())
+    node = Workers(controller, Spec()).start(Spec())
+    node.workeroutput = output
+    controller.pytest_testnodedown(node)
+    assert controller.reported == ["gw0: int8bench: sending results failed: KeyError: 'bug'"]
+    assert not controller.finish()
+
+
 def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> None:
     workers = Workers(controller, Spec())
     results = [result_of(batch) for batch in (1, 2, 3)]
@@ -578,5 +602,5 @@ def test_messages_hold_plain_values_whatever_is_in_them() -> None:
         timings=[{"params": {"int8_params": CUDA}}],
     )
     read_back = Message.from_json(message.to_json())
-    assert read_back.unpacked() == [result_of(1, samples_per_s=3.5)]
+    assert unpacked(*read_back.records[0]) == result_of(1, samples_per_s=3.5)
     assert read_back.timings == [{"params": {"int8_params": f"UNSERIALIZABLE[{CUDA!r}]"}}]
