@@ -152,9 +152,9 @@ def check_labels(
         fused: layers of the model are on the fused backend.
 
     Raises:
-        EvidenceError: for a mode without its kernels or its stored weights, or with kernels of
-            another mode, a baseline with either, the fused backend without its kernels or its
-            kernels without it, or another attention backend than asked for.
+        EvidenceError: for a mode without its kernels or its stored weights, or with INT8 matmuls
+            that it must not run, a baseline with either, the fused backend without its kernels or
+            its kernels without it, or another attention backend than asked for.
     """
     if params.int8_enabled:
         _check_mode(evidence, params, stored)
