@@ -277,12 +277,13 @@ def test_energy_of_both_is_compared_after_the_speedup(monkeypatch: pytest.Monkey
     assert counter.asked == ["start", "end", ((0.625, 0.5), W8A8.benchmark_interval_s)]
 
 
-def test_running_out_of_memory_in_the_energy_keeps_the_speedup() -> None:
-    class Full(Counter):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(ASKED), RuntimeError("recompiled")])
+def test_an_error_in_the_energy_keeps_the_speedup(error: Exception) -> None:
+    class Failing(Counter):
         def ratio(self, *args: Any, **kwargs: Any) -> float | None:
-            raise torch.OutOfMemoryError(ASKED)
+            raise error
 
-    throughput = Throughput(ModelPool(), energy_counter=lambda device: Full())
+    throughput = Throughput(ModelPool(), energy_counter=lambda device: Failing())
     result = measure(throughput, make_workload(), W8A8)
     assert (result.status, result.reason, result.speedup_method) == ("ok", None, "interleaved")
     assert (result.energy_ratio, result.joules_per_sample is not None) == (None, True)
