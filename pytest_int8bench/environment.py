@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.nvml import Gpu, GpuState, find_gpu
+from pytest_int8bench.words import plural
 
 # torch's name for its settings of the allocator, and the older one.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -141,7 +142,7 @@ def describe(environment: dict[str, Any]) -> str:
     if gpu := environment.get("gpu"):
         parts = [gpu.get("name"), f"CUDA {environment.get('cuda')}"]
     else:
-        parts = [environment.get("cpu"), f"{environment.get('cpu_threads')} threads"]
+        parts = [environment.get("cpu"), plural(environment.get("cpu_threads"), "thread")]
     parts += [f"{name} {packages.get(name)}" for name in ("torch", "triton", "torchao")]
     return ", ".join(part for part in parts if part and "None" not in part)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from pytest_int8bench.cli.outputs import refuse
 from pytest_int8bench.processes.running import INTERRUPTED, ending, run
 from pytest_int8bench.processes.scan_request import ScanRequest
 
@@ -48,6 +49,9 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     Returns:
         pytest's exit code, or 128 and the number of the signal that ended it.
     """
+    if (path := arguments.json) is not None and (path.is_dir() or not path.parent.is_dir()):
+        problem = ValueError(f"--json: must be a file in an existing folder, got {str(path)!r}")
+        return refuse("sensitivity", problem)
     # -P: the folder that the command is called in does not become importable.
     command = [sys.executable, "-P", "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}", "--no-header"]
     # Layers run eagerly; the user's own compile mode comes later and wins.

@@ -78,6 +78,15 @@ def test_a_process_that_was_killed_is_named(
     assert capsys.readouterr() == ("", "int8bench sensitivity: SIGKILL\n")
 
 
+@pytest.mark.parametrize("path", [".", "nowhere/a.json"])
+def test_rejects_json_that_cannot_be_written(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sensitivity", "--json", path]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"int8bench sensitivity: --json: must be a file in an existing folder, got {path!r}\n",
+    )
+
+
 def test_the_test_is_run_by_the_command_only() -> None:
     with pytest.raises(RuntimeError, match=r"^this test is run by int8bench sensitivity, which "):
         ScanRequest.from_env_vars({})

@@ -164,7 +164,10 @@ def test_fp8_matmuls_prove_fp8(kernel: str) -> None:
 @pytest.mark.usefixtures("own_registry")
 def test_a_registered_mode_that_does_not_load_stops_no_baseline() -> None:
     register_mode("broken", ModeChoice(summary="a toy", target="nowhere:MODE"))
-    with pytest.raises(ModuleNotFoundError):
+    message = (
+        "int8_mode=broken: nowhere:MODE cannot be loaded: ModuleNotFoundError: No module named"
+    )
+    with pytest.raises(QuantizationError, match=f"^{message} 'nowhere'$"):
         MODES["broken"]
     check_labels(ran("nvjet_sm90_tst"), FP8.baseline(), (0, 0))
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench.choices import ModeChoice, mode_choices
+from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.quantization.coverage import Layer
 
@@ -106,8 +107,14 @@ class _Modes(Mapping[str, Mode]):
     """Every mode that is registered, imported when it is first asked for."""
 
     def __getitem__(self, name: str) -> Mode:
-        module, _, attribute = mode_choices()[name].target.partition(":")
-        mode = getattr(importlib.import_module(module), attribute)
+        target = mode_choices()[name].target
+        module, _, attribute = target.partition(":")
+        try:
+            mode = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # code of another package runs here
+            raise QuantizationError(
+                f"int8_mode={name}: {target} cannot be loaded: {type(error).__name__}: {error}"
+            ) from None
         if not isinstance(mode, Mode) or mode.name != name:
             raise TypeError(f"{module}:{attribute} must be a Mode named {name!r}, got {mode!r}")
         return mode
