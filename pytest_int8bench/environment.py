@@ -142,7 +142,8 @@ def describe(environment: dict[str, Any]) -> str:
     if gpu := environment.get("gpu"):
         parts = [gpu.get("name"), f"CUDA {environment.get('cuda')}"]
     else:
-        parts = [environment.get("cpu"), plural(environment.get("cpu_threads"), "thread")]
+        threads = environment.get("cpu_threads")
+        parts = [environment.get("cpu"), plural(threads, "thread") if threads else None]
     parts += [f"{name} {packages.get(name)}" for name in ("torch", "triton", "torchao")]
     return ", ".join(part for part in parts if part and "None" not in part)
 
