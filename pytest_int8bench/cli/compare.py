@@ -17,8 +17,8 @@ from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, re
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.rules import (
-    Rules,
     check_allow,
     find_pyproject,
     parse_floor,

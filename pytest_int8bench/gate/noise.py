@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import Identity
-from pytest_int8bench.gate.rules import Rules
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.records import Result
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.environment import FINGERPRINT_NAMES, MAY_DIFFER
-from pytest_int8bench.gate.limits import Rules as Rules
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.results.figures import METRICS
 
 #: What may be allowed to differ: names of the fingerprint, and a GPU that was slowed down by heat.

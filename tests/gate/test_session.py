@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.gate.rules import Rules
+from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.session import IncomparableError, RegressionError, SessionGate
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved

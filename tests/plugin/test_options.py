@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_int8bench.gate.rules import ALLOWABLE, METRICS, Rules
+from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.gate.rules import ALLOWABLE, METRICS
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.reading import read_settings
