@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 #: The key of every axis together.
 ALL = "all"
+#: A session of more points would take weeks, and pytest gigabytes to collect it.
+MAX_POINTS = 100_000
 
 
 class Sweep(NamedTuple):
@@ -132,11 +135,14 @@ def expand(
         The points in the order of the axes, each once.
 
     Raises:
-        ValueError: for an unknown field, a bad value, or an axis without values.
+        ValueError: for an unknown field, a bad value, an axis without values, or more than
+            :data:`MAX_POINTS` points.
     """
     for name, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"sweep over {name} must be a list of values, got {values!r}")
+    lengths = [len(values) for values in axes.values()]
+    _check_count(math.prod(lengths) if cross_product else sum(lengths))
     if cross_product or not axes:
         combinations = [
             dict(zip(axes, combination, strict=True))
@@ -158,7 +164,12 @@ def expand_modes(
 
     Modes always multiply, also without ``cross_product``. Points without INT8 come out as
     plain baselines, so that they fold.
+
+    Raises:
+        ValueError: as :func:`expand`; modes count towards :data:`MAX_POINTS`.
     """
+    if cross_product:
+        _check_count(len(modes) * math.prod(len(values) for values in axes.values()))
     points: list[RunParams] = []
     for mode in modes:
         start = (
@@ -169,6 +180,15 @@ def expand_modes(
         expanded = expand(start, axes, cross_product=cross_product)
         points += [p if p.int8_enabled and mode != "off" else p.baseline() for p in expanded]
     return unique(points)
+
+
+def _check_count(count: int) -> None:
+    """Count before anything is expanded: the product of all axes does not fit in memory."""
+    if count > MAX_POINTS:
+        raise ValueError(
+            f"a sweep must have at most {MAX_POINTS:,} points, got {count:,}: sweep over fewer "
+            "keys or values, or not over their cross product"
+        )
 
 
 def with_baselines(points: Iterable[RunParams]) -> list[RunParams]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.sweep import (
+    MAX_POINTS,
     SWEEPS,
     Sweep,
     Sweeps,
@@ -418,3 +419,17 @@ def test_unique_keeps_the_first_of_each(points: list[RunParams]) -> None:
     assert set(kept) == set(points)
     assert len(kept) == len(set(points))
     assert kept == sorted(kept, key=points.index)
+
+
+def test_more_points_than_the_limit_are_counted_and_refused() -> None:
+    message = "a sweep must have at most 100,000 points, got 82,575,360: "
+    with pytest.raises(ValueError, match=message):
+        expand(RunParams(), axes_of(["all"]), cross_product=True)
+    with pytest.raises(ValueError, match="got 330,301,440: "):
+        expand_modes(
+            RunParams(), ["off", "w8", "w8a8", "fp8"], axes_of(["all"]), cross_product=True
+        )
+    with pytest.raises(ValueError, match="got 100,001: "):
+        expand(RunParams(), {"batch_size": range(1, 100_002)})
+    every = expand_modes(RunParams(), ["off", "w8"], axes_of(["all"]))
+    assert 0 < len(every) < MAX_POINTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -122,5 +123,10 @@ def journal_folder(root: Path) -> Path:
     """
     folder = root / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
+    # "x", so that nothing is written through a symbolic link.
+    with (
+        contextlib.suppress(FileExistsError),
+        open(folder / ".gitignore", "x", encoding="utf-8") as file,
+    ):
+        file.write("*\n")
     return folder

@@ -7,6 +7,7 @@ while OlmoEarth was trained on the surface's (L2A).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ FILE_BANDS = (
 SHARES = {"train": 0.30, "selection": 0.15, "certification": 0.55}
 #: So many images of each class at least, or a split would have none of it.
 LEAST_IMAGES = 10
+#: Decoded pixels of one file. A few kilobytes of compressed zeros can claim any size.
+MAX_IMAGE_BYTES = 2**30
 #: June, counted from 0 for January: the files do not say when they were taken.
 MONTH = 5
 
@@ -147,20 +150,43 @@ def _read(path: Path) -> NDArray[Any]:
         raise WorkloadError(
             f"GeoTIFF images need pip install 'pytest-int8bench[eval]' ({error})"
         ) from None
+    if not path.is_file():
+        raise WorkloadError(f"image {path} must be a regular file")
     with warnings.catch_warnings():
         # Where an image lies does not matter here.
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
-            with rasterio.open(path) as file:
-                count = file.count
-                pixels = file.read(_BAND_INDICES) if count == len(FILE_BANDS) else None
+            # GTiff alone: by its content, GDAL would take a file for any of its formats, and
+            # some of them name other files and URLs to read. So do files beside it.
+            with (
+                rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"),
+                rasterio.open(path, driver="GTiff") as file,
+            ):
+                _check_shape(path, file)
+                pixels = file.read(_BAND_INDICES)
+        except WorkloadError:
+            raise
         except Exception as error:  # of rasterio or of GDAL
             raise WorkloadError(f"image {path} cannot be read: {first_line(error)}") from None
-    if pixels is None:
-        raise WorkloadError(
-            f"image {path} must have {len(FILE_BANDS)} bands ({', '.join(FILE_BANDS)}), got {count}"
-        )
     return np.moveaxis(np.asarray(pixels), 0, -1)
+
+
+def _check_shape(path: Path, file: Any) -> None:
+    """Raise ``WorkloadError`` for other bands or too many pixels, before any are read."""
+    if file.count != len(FILE_BANDS):
+        raise WorkloadError(
+            f"image {path} must have {len(FILE_BANDS)} bands ({', '.join(FILE_BANDS)}), "
+            f"got {file.count}"
+        )
+    # GDAL decodes whole blocks, which may be larger than the image.
+    sides = [file.shape, *file.block_shapes]
+    itemsize = max(np.dtype(dtype).itemsize for dtype in file.dtypes)
+    size = max(math.prod(shape) for shape in sides) * len(FILE_BANDS) * itemsize
+    if size > MAX_IMAGE_BYTES:
+        raise WorkloadError(
+            f"image {path} must have at most {MAX_IMAGE_BYTES / 2**30:g} GiB of pixels, "
+            f"got {size / 2**30:.1f} GiB ({_size(max(sides, key=math.prod))}, {file.count} bands)"
+        )
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ INPUT_SEED = 0
 # What the package's models are made for by default.
 _MAX_PATCH_SIZE, _MAX_TIMESTEPS = 8, 12
 _ENCODER = "encoder."
+# config.json names classes, which the package imports. ``helios`` is the package's former name,
+# which it maps to itself.
+_CONFIG, _CLASS = "config.json", "_CLASS_"
+_CONFIG_PACKAGES = ("olmoearth_pretrain", "olmoearth_pretrain_minimal", "helios")
 _SENTINEL2 = "sentinel2_l2a"
 _NORMALIZERS = {
     "v1": NormalizerV1,
@@ -169,7 +174,11 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
             version = params.model_version.replace(".", "_")
             model = load_model_from_id(ModelID(f"OlmoEarth-{version}-{params.model_size.title()}"))
         else:
+            config = json.loads((Path(weights) / _CONFIG).read_bytes())
+            _check_classes(config["model"], weights)  # the package makes no other part's classes
             model = load_model_from_path(weights)
+    except WeightsError:
+        raise
     except Exception as error:  # of the hub's client, or of the package
         raise WeightsError(
             f"weights {weights} of {name} cannot be loaded: {first_line(error)}"
@@ -182,6 +191,23 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
             f"weights {weights} do not fit the model: {theirs:,} parameters for {own:,} of {name}"
         )
     return _wrapped(model.encoder, params)
+
+
+def _check_classes(config: Any, weights: str) -> None:
+    """Refuse a config that names classes from elsewhere: importing them would run their code."""
+    pending = [config]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        elif isinstance(part, dict):
+            pending += part.values()
+            name = part.get(_CLASS, _CONFIG_PACKAGES[0])
+            if not isinstance(name, str) or name.split(".")[0] not in _CONFIG_PACKAGES:
+                raise WeightsError(
+                    f"{_CONFIG} of {weights} must name classes of olmoearth_pretrain only, which "
+                    f"are imported and so run as code, got {name!r:.80}"
+                )
 
 
 def _pretrain_model(params: RunParams) -> Any:

@@ -386,6 +386,12 @@ def test_tuning_is_kept_by_device_kernel_and_version(monkeypatch: pytest.MonkeyP
         '{"A100, triton VERSION, pointers": 3}',
         '{"A100, triton VERSION, pointers": {"1024x768x768:2:-": {"bm": 1, "no": 2}}}',
         '{"A100, triton VERSION, pointers": {"1024x768x768:2:-": null}}',
+        # Tiles that tuning never tried.
+        *(
+            '{"A100, triton VERSION, pointers": {"1024x768x768:2:-": {"bn": 128, "bk": 64, '
+            f'"warps": 8, "stages": 3, "bm": {value}}}}}}}'
+            for value in ('"__import__(1)"', "-128", "96", "1e400", "[128]", "true")
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_tuned_anew(content: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -189,3 +190,84 @@ def test_missing_rasterio_is_one_line(small: Path, monkeypatch: pytest.MonkeyPat
     assert str(caught.value).startswith(
         "GeoTIFF images need pip install 'pytest-int8bench[eval]' ("
     )
+
+
+# -- files that claim to be images -------------------------------------------------------------
+
+VRT = """<VRTDataset rasterXSize="6" rasterYSize="6">{bands}</VRTDataset>"""
+VRT_BAND = """<VRTRasterBand dataType="UInt16" band="{band}"><SimpleSource>
+<SourceFilename relativeToVRT="0">{source}</SourceFilename><SourceBand>1</SourceBand>
+</SimpleSource></VRTRasterBand>"""
+
+
+def refused(folder: Path, replaced: Path) -> str:
+    """Return the error of reading all images after one was replaced."""
+    with pytest.raises(WorkloadError) as caught:
+        find_images(folder).read(range(2 * LEAST_IMAGES), 6)
+    message = str(caught.value)
+    assert message.startswith(f"image {replaced} ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_vrt_named_tif_reads_no_other_file(
+    small: Path, tmp_path_factory: pytest.TempPathFactory, index: int
+) -> None:
+    other = tmp_path_factory.mktemp("private") / "other.tif"
+    write(other, value=7)
+    path = small / "Forest" / f"Forest_{index:02}.tif"
+    bands = "".join(VRT_BAND.format(band=band + 1, source=other) for band in range(13))
+    path.write_text(VRT.format(bands=bands))
+    with rasterio.open(path) as file:  # GDAL alone would take it
+        assert file.driver == "VRT"
+    assert "cannot be read: " in refused(small, path)
+
+
+def test_files_beside_an_image_are_not_read(small: Path) -> None:
+    image = small / "Forest" / "Forest_00.tif"
+    Path(f"{image}.aux.xml").write_text("<PAMDataset><Metadata>")  # GDAL warns of what it reads
+    Path(f"{image}.ovr").write_text(VRT.format(bands=""))
+    assert find_images(small).read([0], 6).shape == (1, 6, 6, 12)
+
+
+def sparse(path: Path, side: int, **options: object) -> None:
+    """A file of a few kilobytes that claims side x side pixels."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            height=side,
+            width=side,
+            count=13,
+            dtype="uint16",
+            sparse_ok=True,
+            **options,
+        ),
+    ):
+        pass
+
+
+def test_an_image_of_too_many_pixels_is_refused_unread(small: Path) -> None:
+    path = small / "Forest" / "Forest_00.tif"
+    sparse(path, 20_000, tiled=True, blockxsize=4096, blockysize=4096, interleave="band")
+    assert path.stat().st_size < 2**20
+    assert refused(small, path) == (
+        f"image {path} must have at most 1 GiB of pixels, got 9.7 GiB (20000x20000, 13 bands)"
+    )
+
+
+def test_a_small_image_in_too_large_blocks_is_refused(small: Path) -> None:
+    path = small / "Forest" / "Forest_00.tif"
+    sparse(path, 6, tiled=True, blockxsize=16384, blockysize=16384)
+    assert "must have at most 1 GiB of pixels, got 6.5 GiB (16384x16384" in refused(small, path)
+
+
+def test_what_is_no_file_is_not_opened(small: Path) -> None:
+    path = small / "Forest" / "Forest_00.tif"
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer
+    assert refused(small, path) == f"image {path} must be a regular file"

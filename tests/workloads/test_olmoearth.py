@@ -282,6 +282,50 @@ def test_weights_come_from_the_hub(
     assert asked == {(repository, "config.json"), (repository, "weights.pth")}
 
 
+@pytest.mark.parametrize(
+    "name", ["evil.Config", "olmoearth_pretrain_evil.Config", "os.path.X", ".evil.X", 3, ["evil.X"]]
+)
+@pytest.mark.parametrize("place", ["model", "encoder_config", "list"])
+def test_a_config_imports_no_other_package(
+    tmp_path: Path,
+    pretrained: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    name: Any,
+    place: str,
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of the config ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = save_as_on_the_hub(tmp_path, *pretrained)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    part = {"_CLASS_": name}
+    if place == "list":
+        values["model"]["extra"] = [[part]]
+    elif place == "model":
+        values["model"] |= part
+    else:
+        values["model"][place] |= part
+    path.write_text(json.dumps(values))
+    with pytest.raises(WeightsError) as caught:
+        module.load(V12, str(folder))
+    assert str(caught.value) == (
+        f"config.json of {folder} must name classes of olmoearth_pretrain only, which are "
+        f"imported and so run as code, got {name!r}"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model": ' + "[" * 100_000])
+def test_a_damaged_config_is_one_line(
+    tmp_path: Path, pretrained: tuple[Any, Any], text: str
+) -> None:
+    folder = save_as_on_the_hub(tmp_path, *pretrained)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError) as caught:
+        module.load(V12, str(folder))
+    assert str(caught.value).startswith(f"weights {folder} of OlmoEarth v1.2 nano cannot be loaded")
+    assert "\n" not in str(caught.value)
+
+
 def test_wrong_size(workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]) -> None:
     folder = save_as_on_the_hub(tmp_path, *pretrained)
     tiny = V12.replace(model_size="tiny")
