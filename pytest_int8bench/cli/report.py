@@ -96,6 +96,8 @@ def _by_time(runs: Sequence[Run]) -> list[Run]:
 
 
 def _without_twins(runs: Sequence[Run]) -> list[Run]:
+    if not any(run.saved.is_journal for run in runs):
+        return [*runs]
     files = [(run.saved, _texts(run.saved)) for run in runs if not run.saved.is_journal]
     kept = []
     for run in runs:

@@ -9,6 +9,7 @@ from typing import Any
 from pytest_int8bench.environment import FINGERPRINT_NAMES, describe, flat
 from pytest_int8bench.report.cells import shown_speedup, status_text
 from pytest_int8bench.report.page import labels
+from pytest_int8bench.report.page.fitting import fitted
 from pytest_int8bench.report.page.groups import Results, Scope, scopes_of, with_sources
 from pytest_int8bench.report.page.model import Section, Titled, View
 from pytest_int8bench.report.page.sections import (
@@ -51,12 +52,13 @@ def build(sources: Sequence[Source]) -> View:
     missing = _missing({section.id for section in found})
     machines = list(dict.fromkeys(describe(source.saved.environment) for source in sources))
     others = f" (the last of {len(machines)} environments)" if len(machines) > 1 else ""
-    return View(
+    view = View(
         title=TITLE,
         subtitle=describe(sources[-1].saved.environment) + others,
         summary=tuple(_summary(scopes, results, verdicts)),
         sections=(*found, *([missing] if missing is not None else [])),
     )
+    return fitted(view)
 
 
 def _problems(results: Results, many: bool) -> Section | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.report.page import labels
@@ -16,6 +15,7 @@ from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import PIPELINE_CHECK, accuracy_table, verdict_remarks
 from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy
 
 
@@ -96,25 +96,27 @@ def _pareto(
 def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
     """Return the judged points that were timed, and their baselines, which lose nothing."""
     timed = {r.run_name: (r, p, n) for r, p, n in scope.pick(labels.is_measured)}
+    baselines: dict[str, list[tuple[Result, str]]] = {}
+    for base, params, name in timed.values():
+        if not params.get("int8_enabled"):
+            baselines.setdefault(_without_int8(params), []).append((base, name))
     spots: dict[str, Spot] = {}
     for verdict in group:
         if verdict.run_name not in timed or verdict.drop is None:
             continue
         result, params, name = timed[verdict.run_name]
         rate = result.samples_per_s or 0.0
-        twin = _without_int8(params)
-        for base, base_params, base_name in timed.values():
-            if not base_params.get("int8_enabled") and _without_int8(base_params) == twin:
-                spots[base_name] = Spot(
-                    name=base_name,
-                    style=0,
-                    drop=0.0,
-                    low=None,
-                    high=None,
-                    rate=base.samples_per_s or 0.0,
-                    verdict="baseline",
-                    best=False,
-                )
+        for base, base_name in baselines.get(_without_int8(params), ()):
+            spots[base_name] = Spot(
+                name=base_name,
+                style=0,
+                drop=0.0,
+                low=None,
+                high=None,
+                rate=base.samples_per_s or 0.0,
+                verdict="baseline",
+                best=False,
+            )
         spots[name] = Spot(
             name=name,
             style=labels.style(params),
@@ -125,21 +127,27 @@ def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
             verdict=verdict.outcome + ("*" if verdict.is_pipeline_check else ""),
             best=False,
         )
-    everything = list(spots.values())
-    return [
-        dataclasses.replace(spot, best=not any(_beats(other, spot) for other in everything))
-        for spot in everything
-    ]
+    best = _unbeaten(list(spots.values()))
+    return [dataclasses.replace(s, best=(s.drop, s.rate) in best) for s in spots.values()]
 
 
-def _beats(one: Spot, other: Spot) -> bool:
-    as_good = one.drop <= other.drop and one.rate >= other.rate
-    return as_good and (one.drop < other.drop or one.rate > other.rate)
+def _unbeaten(spots: Sequence[Spot]) -> set[tuple[float, float]]:
+    """Return drop and rate of the spots that no other one beats in one and equals in the other."""
+    best: set[tuple[float, float]] = set()
+    highest = -math.inf
+    for drop, rate in sorted(
+        {(s.drop, s.rate) for s in spots}, key=lambda pair: (pair[0], -pair[1])
+    ):
+        if rate > highest:
+            highest = rate
+            best.add((drop, rate))
+    return best
 
 
 def _percent(share: float | None) -> float | None:
     return None if share is None or not math.isfinite(share) else 100 * share
 
 
-def _without_int8(params: Params) -> dict[str, Any]:
-    return {name: value for name, value in params.items() if not name.startswith("int8_")}
+def _without_int8(params: Params) -> str:
+    """Return a key of all parameters but those of INT8."""
+    return str(sorted((n, v) for n, v in params.items() if not n.startswith("int8_")))

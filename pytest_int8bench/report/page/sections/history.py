@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from string import ascii_uppercase
 
 from pytest_int8bench.environment import differences
@@ -217,13 +217,14 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
 
 
 def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -> list[Titled]:
+    names = _names(results)
     titled = sorted((f for f in FIGURES.values() if f.title), key=lambda figure: not figure.leads)
     tables = []
     for figure in titled:
         unit = f", {figure.unit}" if figure.unit else ""
         caption = f"{figure.title}{' [95 %]' if figure.interval else unit}"
         rows = {
-            _name(key, results): {place: _cell(figure, result) for place, result in found.items()}
+            names[key]: {place: _cell(figure, result) for place, result in found.items()}
             for key, found in results.items()
         }
         tables += _table(caption, sources, rows)
@@ -235,13 +236,23 @@ def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -
     return tables + _table("Accuracy verdicts, drop", sources, verdicts)
 
 
-def _name(key: _Key, results: dict[_Key, dict[int, Result]]) -> str:
-    where, workload, test, run_name = key
-    twins = [other for other in results if other[1] == workload and other[3] == run_name]
-    name = point_label(workload, run_name)
-    if len({other[2] for other in twins}) > 1:
-        name += f" ({test})"
-    return f"{name} on {where}" if len({other[0] for other in twins}) > 1 else name
+def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
+    """Return a name for each point; test and device are in it where the rest does not differ."""
+    keys = list(keys)
+    tests: dict[tuple[str, str], set[str]] = {}
+    devices: dict[tuple[str, str], set[str]] = {}
+    for where, workload, test, run_name in keys:
+        tests.setdefault((workload, run_name), set()).add(test)
+        devices.setdefault((workload, run_name), set()).add(where)
+    names = {}
+    for where, workload, test, run_name in keys:
+        name = point_label(workload, run_name)
+        if len(tests[workload, run_name]) > 1:
+            name += f" ({test})"
+        if len(devices[workload, run_name]) > 1:
+            name += f" on {where}"
+        names[where, workload, test, run_name] = name
+    return names
 
 
 def _cell(figure: Figure, result: Result) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Lines, Point, Series, distinct
+from pytest_int8bench.report.page.fitting import MOST_CHARTS
 from pytest_int8bench.report.page.groups import Params, Results, Scope, note, with_sources
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import ceiling_remarks, remarks, short_rounds, status_remarks
@@ -65,10 +67,11 @@ def _axes(scope: Scope) -> list[Lines]:
     rows = scope.pick(lambda r: labels.is_measured(r) or r.status in ("oom", "failed"))
     if not any(labels.is_measured(result) for result, _, _ in rows):
         return []
-    charts: list[Lines] = []
-    for axis in labels.differing([params for _, params, _ in rows]):
-        charts += _axis(scope, axis, rows)
-    return charts or [_by_mode(scope, rows)]
+    axes = labels.differing([params for _, params, _ in rows])
+    by_axis = [_axis(scope, axis, rows) for axis in axes]
+    if sum(map(len, by_axis)) > MOST_CHARTS:  # not all are drawn: some of every axis
+        by_axis = [[c for c in charts if c] for charts in itertools.zip_longest(*by_axis)]
+    return [chart for charts in by_axis for chart in charts] or [_by_mode(scope, rows)]
 
 
 def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -> list[Lines]:

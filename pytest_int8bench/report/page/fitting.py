@@ -1,0 +1,111 @@
+"""Keep a page readable, however many points it has: pictures of what can be seen, and tables that
+say what they leave out. The saved files have everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from pytest_int8bench.report.page.charts import AnyChart, Bar, Bars, Pareto, Spot, Stack, Stacks
+from pytest_int8bench.report.page.model import Section, Titled, View
+from pytest_int8bench.report.tables import Grid
+from pytest_int8bench.words import plural
+
+#: Rows of one picture, and pictures of one section.
+MOST_BARS = 40
+MOST_CHARTS = 24
+#: Cells of one table, unless fewer than ``LEAST_ROWS`` rows would be left.
+MOST_CELLS = 20_000
+LEAST_ROWS = 50
+MOST_NOTES = 200
+
+_T = TypeVar("_T")
+
+
+def fitted(view: View) -> View:
+    """Return the view without what is too much to be seen; its notes say how much that is."""
+    return dataclasses.replace(view, sections=tuple(map(_fitted_section, view.sections)))
+
+
+def _fitted_section(section: Section) -> Section:
+    tables, left_out = [], []
+    for titled in section.tables:
+        grid, omitted = _fitted_grid(titled.grid)
+        tables.append(Titled(caption=titled.caption, grid=grid))
+        if omitted:
+            left_out.append(
+                f"{titled.caption}: {plural(omitted, 'more row')} not shown here; the saved file "
+                "has all, and int8bench show prints them."
+            )
+    if (more := len(section.charts) - MOST_CHARTS) > 0:
+        left_out.append(f"{plural(more, 'more picture')} not drawn; the tables have the figures.")
+    notes = section.notes[:MOST_NOTES]
+    if more := len(section.notes) - len(notes):
+        left_out.append(f"{plural(more, 'more remark')} not shown here.")
+    return dataclasses.replace(
+        section,
+        charts=tuple(map(_fitted_chart, section.charts[:MOST_CHARTS])),
+        tables=tuple(tables),
+        notes=(*notes, *left_out),
+    )
+
+
+def _fitted_grid(grid: Grid) -> tuple[Grid, int]:
+    """Return a table that fits, and how many rows it lacks. Rows that stand out are kept first."""
+    most = max(MOST_CELLS // len(grid.columns), LEAST_ROWS)
+    if len(grid.rows) <= most:
+        return grid, 0
+    places = range(len(grid.rows))
+    kept = sorted(sorted(places, key=lambda place: grid.styles[place] is None)[:most])
+    shorter = dataclasses.replace(
+        grid,
+        rows=[grid.rows[place] for place in kept],
+        styles=[grid.styles[place] for place in kept],
+    )
+    return shorter, len(grid.rows) - len(kept)
+
+
+def _fitted_chart(chart: AnyChart) -> AnyChart:
+    """Return a chart with its lowest and its highest rows; of a Pareto chart, what nothing beats
+    comes first. A chart of lines was cut into chunks where it was made."""
+    if isinstance(chart, Bars):
+        bars = _ends(chart.bars, _length)
+        return dataclasses.replace(chart, bars=bars, title=_title(chart, bars, chart.bars))
+    if isinstance(chart, Stacks):
+        stacks = _ends(chart.stacks, _total)
+        return dataclasses.replace(chart, stacks=stacks, title=_title(chart, stacks, chart.stacks))
+    if isinstance(chart, Pareto):
+        spots = _best(chart.spots)
+        return dataclasses.replace(chart, spots=spots, title=_title(chart, spots, chart.spots))
+    return chart
+
+
+def _title(chart: AnyChart, kept: Sequence[_T], rows: Sequence[_T]) -> str:
+    if len(kept) == len(rows):
+        return chart.title
+    which = "best" if isinstance(chart, Pareto) else "lowest and highest"
+    return f"{chart.title} (the {which} {len(kept)} of {len(rows):,} points)"
+
+
+def _ends(rows: tuple[_T, ...], value: Callable[[_T], float]) -> tuple[_T, ...]:
+    if len(rows) <= MOST_BARS:
+        return rows
+    places = sorted(range(len(rows)), key=lambda place: value(rows[place]))
+    return tuple(rows[p] for p in sorted(places[: MOST_BARS // 2] + places[-MOST_BARS // 2 :]))
+
+
+def _best(spots: tuple[Spot, ...]) -> tuple[Spot, ...]:
+    if len(spots) <= MOST_BARS:
+        return spots
+    places = sorted(range(len(spots)), key=lambda place: (not spots[place].best, spots[place].drop))
+    return tuple(spots[place] for place in sorted(places[:MOST_BARS]))
+
+
+def _length(bar: Bar) -> float:
+    return math.inf if bar.value is None else bar.value  # out of memory: more than any
+
+
+def _total(stack: Stack) -> float:
+    return sum(stack.values)
