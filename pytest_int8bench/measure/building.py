@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 #: Of weights and inputs.
 SEED = 0
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 class DeviceError(ClearError, RuntimeError):
@@ -119,6 +120,19 @@ def run_once(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     be repeated."""
     with _seeded(device), torch.compiler.set_stance("force_eager"):
         return call(model, map_tensors(lambda t: t.to(device, copy=True), inputs))
+
+
+def fingerprint(model: nn.Module) -> tuple[int, ...]:
+    """Return a number for each tensor of the model, from its bits, by which weights are told from
+    others."""
+    return tuple(map(_sum_of_bits, _tensors(model)))
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    if tensor.layout != torch.strided or type(tensor) not in _PLAIN or tensor.is_complex():
+        return 0
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def _moved(model: nn.Module, **where: Any) -> nn.Module:
@@ -275,7 +289,7 @@ def build_with_weights(workload: Workload, params: RunParams, weights: str) -> t
     return model
 
 
-def _usable(model: Any, workload: Workload) -> nn.Module:
+def _usable(returned: Any, workload: Workload) -> nn.Module:
     """Return what ``build`` returned as a module that can be quantized, and that compiles where
     ``compile_mode`` says so, not by itself.
 
@@ -283,10 +297,10 @@ def _usable(model: Any, workload: Workload) -> nn.Module:
         WorkloadError: if it is no such module.
     """
     must = f"workload {workload.name!r}: build must return a torch.nn.Module"
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(f"{must}, got {_short(model)}")
+    if not isinstance(returned, nn.Module):
+        raise WorkloadError(f"{must}, got {_short(returned)}")
     try:
-        model = without_compilation(model)
+        model = without_compilation(returned)
     except ValueError as error:
         raise WorkloadError(f"{must} that is not compiled, got one in which {error}") from None
     for name, module in model.named_modules():

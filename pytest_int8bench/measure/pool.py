@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
-from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
 from pytest_int8bench.measure.building import (
     build_eager,
     calibration_inputs,
+    check_dense,
     find_device,
+    fingerprint,
     make_inputs,
     run_once,
 )
@@ -74,6 +76,7 @@ class ModelPool:
         self.weights = weights
         self._cache_dir = cache_dir
         self._chosen: dict[Key, str] = {}
+        self._fingerprints: dict[Key, tuple[int, ...]] = {}
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
         self._inputs: tuple[Key, Any] | None = None
@@ -180,6 +183,8 @@ class ModelPool:
             before += workspaces
         else:
             eager = self._build_eager(workload, params, inputs)
+            if not workload.prequantized:
+                self._check_weights(workload, params, eager)
         attention = params.attention
         if attention == "auto":
             held = allocated_bytes(device)
@@ -219,6 +224,17 @@ class ModelPool:
             feed=self._feed(params, inputs, device),
         )
 
+    def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
+        """Raise ``WorkloadError`` if a baseline and candidate that are built apart, or a baseline
+        that is built once more, differ in their weights."""
+        found = fingerprint(eager)
+        if self._fingerprints.setdefault(self.key(workload, params).baseline(), found) != found:
+            raise WorkloadError(
+                f"workload {workload.name!r}: build must return the same weights each time, as "
+                "baseline and candidate may have to be built apart, got others at "
+                f"{params.run_name}; draw them from torch's, numpy's or Python's own generator"
+            )
+
     def _build_eager(self, workload: Workload, params: RunParams, inputs: Any) -> nn.Module:
         device = find_device(params)
         return build_eager(
@@ -237,6 +253,7 @@ class ModelPool:
             held = allocated_bytes(device)
             with baseline.compiled.settings():
                 output = run_once(model, baseline.inputs, device)
+            check_dense(workload, "outputs", output)
             output = map_tensors(lambda t: t.cpu(), output)
             left += allocated_bytes(device) - held
             return output

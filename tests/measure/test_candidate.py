@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -117,6 +118,21 @@ class Later(Blocks):
         return out
 
 
+def later_and_closure() -> nn.Module:
+    """Return a model that cannot be copied right, and whose second forward needs the first."""
+
+    class LaterBuffer(Blocks):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.randn(16, dtype=x.dtype), persistent=False)
+            out: torch.Tensor = super().forward(x) + self.table
+            return out
+
+    net = LaterBuffer()
+    rebound.closure(net)
+    return net
+
+
 def scaled_by_chance() -> nn.Module:
     net: Any = Blocks()
     factor = float(torch.rand(())) + 0.5
@@ -126,8 +142,24 @@ def scaled_by_chance() -> nn.Module:
 
 @pytest.mark.parametrize(
     "build",
-    [Blocks, Buffers, changed(rebound.closure), changed(closure_and_lock), Later, scaled_by_chance],
-    ids=["plain", "buffers", "closure", "closure and lock", "made later", "hidden in a closure"],
+    [
+        Blocks,
+        Buffers,
+        changed(rebound.closure),
+        changed(closure_and_lock),
+        Later,
+        later_and_closure,
+        scaled_by_chance,
+    ],
+    ids=[
+        "plain",
+        "buffers",
+        "closure",
+        "closure and lock",
+        "made later",
+        "buffer made later",
+        "hidden",
+    ],
 )
 def test_weights_are_the_baselines_where_build_does_not_repeat_itself(build: Any) -> None:
     of, pool = workload(Unseeded(build)), ModelPool()
@@ -241,6 +273,21 @@ def numbered() -> Callable[[], nn.Module]:
     return build
 
 
+def forgets(net: Any) -> None:
+    """Lose a table when copied, and never build it again."""
+    net.table = torch.randn(16)
+
+    class Forgetful(Blocks):
+        def __getstate__(self) -> Any:
+            return {**vars(self), "table": torch.zeros(16)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().forward(x) + self.table
+            return out
+
+    net.__class__ = Forgetful
+
+
 def first_only(change: Any) -> Callable[[], nn.Module]:
     models = iter([changed(change)()])
 
@@ -270,6 +317,7 @@ _RUNS = "it runs 'blocks.1.fc1.weight' of another model"
         (KeptClosure(rebound.hook), _RETURNED, _RUNS),
         (KeptClosure(rebound.lock), _RETURNED, "TypeError: cannot pickle '_thread.lock' object"),
         (KeptClosure(copies_itself), _RETURNED, "it shares 'blocks.1' with the baseline"),
+        (KeptClosure(forgets), _RETURNED, "its output is not the baseline's"),
         (first_only(rebound.closure), "KeyError: 'opened already'", _RUNS),
         (
             numbered(),
@@ -282,7 +330,7 @@ _RUNS = "it runs 'blocks.1.fc1.weight' of another model"
             "TypeError: cannot pickle '_thread.lock' object",
         ),
     ],
-    ids=["closure", "hook", "lock", "copies itself", "fails", "grows", "other numbers"],
+    ids=["closure", "hook", "lock", "copies itself", "forgets", "fails", "grows", "other numbers"],
 )
 def test_a_model_that_cannot_be_made_twice_is_one_line(build: Any, again: str, copied: str) -> None:
     pool, of = ModelPool(), workload(build)
@@ -324,3 +372,61 @@ def test_random_forwards_and_failing_ones_are_left_to_the_measurement() -> None:
         pool, of = ModelPool(), workload(changed(change))
         pool.get(of, BF16)
         assert len(coverage(pool.get(of, W8A8).eager).converted) == 4
+
+
+def test_activations_may_be_shared() -> None:
+    act = nn.GELU()
+
+    def build() -> nn.Module:
+        net: Any = nn.Sequential(nn.Linear(16, 64), act, nn.Linear(64, 16))
+        rebound.lock(net)
+        return net
+
+    output(ModelPool(), workload(build))
+
+
+# -- baselines and candidates that are built apart ----------------------------------------------
+
+
+@pytest.mark.parametrize("first", [BF16, W8A8], ids=["baseline", "candidate"])
+def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
+    first: RunParams,
+) -> None:
+    second = W8A8 if first is BF16 else BF16
+    pool, of = ModelPool(), workload(Unseeded(Blocks))
+    pool.get(of, first)
+    pool.evict("baseline")
+    pool.evict("candidate")
+    line = (
+        "workload 'toy': build must return the same weights each time, as baseline and candidate "
+        f"may have to be built apart, got others at {second.run_name}; draw them from torch's, "
+        "numpy's or Python's own generator"
+    )
+    with pytest.raises(WorkloadError, match=f"^{re.escape(line)}$"):
+        pool.get(of, second)
+
+
+@pytest.mark.parametrize("change", [rebound.csr_buffer, rebound.lock])
+def test_weights_that_repeat_may_be_built_apart(change: Any) -> None:
+    pool, of = ModelPool(), workload(changed(change, Buffers))
+    for params in (BF16, W8A8, BF16, W8A8.replace(int8_mode="w8")):
+        pool.get(of, params)
+        pool.evict("baseline")
+        pool.evict("candidate")
+
+
+def test_build_sees_the_baselines_point() -> None:
+    seen: list[tuple[bool, str]] = []
+
+    def build(p: RunParams) -> nn.Module:
+        seen.append((p.int8_enabled, p.compile_mode))
+        return Blocks()
+
+    point = W8A8.replace(compile_mode="default")
+    of = dataclasses.replace(workload(Blocks), build=build)
+    pool = ModelPool()
+    pool.get(of, point)
+    pool.get(of, point.baseline())
+    pool.evict("candidate")
+    pool.get(of, point)
+    assert seen == [(False, "default")] * 3
