@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 #: Of weights and inputs.
 SEED = 0
-_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class DeviceError(ClearError, RuntimeError):
@@ -129,7 +129,8 @@ def fingerprint(model: nn.Module) -> tuple[int, ...]:
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    if tensor.layout != torch.strided or type(tensor) not in _PLAIN or tensor.is_complex():
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided
+    if not plain or tensor.is_complex() or tensor.is_quantized:
         return 0
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64))

@@ -406,7 +406,9 @@ def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
         pool.get(of, second)
 
 
-@pytest.mark.parametrize("change", [rebound.csr_buffer, rebound.lock])
+@pytest.mark.parametrize(
+    "change", [rebound.csr_buffer, rebound.lock, rebound.quantized_buffer, rebound.old_weight_norm]
+)
 def test_weights_that_repeat_may_be_built_apart(change: Any) -> None:
     pool, of = ModelPool(), workload(changed(change, Buffers))
     for params in (BF16, W8A8, BF16, W8A8.replace(int8_mode="w8")):

@@ -102,6 +102,15 @@ def csr_buffer(net: Any) -> None:
     net.register_buffer("adjacency", torch.eye(3).to_sparse_csr())
 
 
+def quantized_buffer(net: Any) -> None:
+    net.register_buffer("codes", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+
+
+def old_weight_norm(net: Any) -> None:
+    """A weight that a hook computes, and that is no leaf."""
+    net.norm = nn.utils.spectral_norm(nn.Linear(4, 4))
+
+
 def python_generator(net: Any) -> None:
     net.ids = (number for number in range(10))
 
@@ -141,6 +150,7 @@ SAME_NUMBERS = (
     lock,
     python_module,
     csr_buffer,
+    quantized_buffer,
     python_generator,
     random_generator,
     thread_local,
