@@ -15,7 +15,7 @@ from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
 from pytest_int8bench.errors import WorkloadError
-from pytest_int8bench.measure.building import calibration_inputs
+from pytest_int8bench.measure.building import calibration_inputs, check_dense
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
@@ -181,8 +181,10 @@ def _block(name: str) -> str:
 
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
-    with model.compiled.settings():
-        return [t.float() for t in tensors_of(call(model.eager, batch)) if t.is_floating_point()]
+    with model.compiled.settings(), torch.compiler.set_stance("force_eager"):
+        output = call(model.eager, batch)
+    check_dense(model.workload, "outputs", output)
+    return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float]:

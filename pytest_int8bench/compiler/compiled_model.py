@@ -221,6 +221,10 @@ class CompiledModel(torch.nn.Module):
             # cache, which holds the kernels, stays on. A cache of ours has a folder for each.
             torch._functorch.config.patch(enable_autograd_cache=False),
             contextlib.nullcontext() if self._cache is None else self._cache.entered(),
+            # For functions that the model compiles itself.
+            torch.compiler.set_stance("force_eager")
+            if self.mode == "off"
+            else contextlib.nullcontext(),
         ):
             yield
 

@@ -16,10 +16,12 @@ import gc
 import importlib
 import logging
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._guards
 from torch import fx
 from torch._ops import HigherOrderOperator as HigherOrderOperator
@@ -94,6 +96,59 @@ def _reuse_functions() -> dict[str, tuple[Any, Any]]:
 
     originals = {name: getattr(module, name) for name in ("has_reuse_entries", "is_reuse_eligible")}
     return {name: (original, refusing(original)) for name, original in originals.items()}
+
+
+def without_compilation(model: torch.nn.Module) -> torch.nn.Module:
+    """Take ``torch.compile`` off ``model`` and the modules and methods in it, in place.
+
+    Return the module that was compiled, which may be another one than ``model``.
+    ``torch.compiler.disable`` is kept. torch has no public way to undo a compilation.
+
+    Affects torch 2.11 to 2.13 (``OptimizedModule``, ``innermost_fn`` and ``DisableContext`` in
+    torch/_dynamo/eval_frame.py; ``Module.compile`` in torch/nn/modules/module.py). We know of no
+    upstream issue.
+
+    Raises:
+        ValueError: if a compiled module has hooks of its own, which would be lost.
+    """
+    model = _compiled_module(model)
+    for module in list(model.modules()):
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[name] = _compiled_module(child)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, types.FunctionType) and (inner := _innermost(value)) is not value:
+                if getattr(inner, "__self__", None) is module:
+                    del vars(module)[name]
+                if getattr(module, name, None) != inner:
+                    vars(module)[name] = inner
+    return model
+
+
+def _compiled_module(module: torch.nn.Module) -> torch.nn.Module:
+    while isinstance(module, torch._dynamo.OptimizedModule):
+        wrapper, module = module, module._orig_mod
+        if any(value for name, value in vars(wrapper).items() if name.endswith("_hooks")):
+            raise ValueError(f"a compiled {type(module).__name__} has hooks")
+        if _is_disabled(wrapper.forward):
+            module.forward = torch.compiler.disable(module.forward)
+    return module
+
+
+def _innermost(function: Any) -> Any:
+    """Return what ``torch.compile`` was given; attributes that ``functools.wraps`` copied to
+    another function do not count."""
+    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
+        if _is_disabled(function):
+            break
+        function = function._torchdynamo_orig_callable
+    return function
+
+
+def _is_disabled(function: Any) -> bool:
+    return bool(getattr(function, "_torchdynamo_disable", False))
 
 
 @contextlib.contextmanager

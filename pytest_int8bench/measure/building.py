@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import weakref
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from pytest_int8bench.compiler.torch_workarounds import OpOverload, without_compilation
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.tensors import map_tensors, tensors_of
+from pytest_int8bench.tensors import call, map_tensors, tensors_of
 from pytest_int8bench.workloads.weights import (
     HUB,
     RANDOM,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 #: Of weights and inputs.
 SEED = 0
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class DeviceError(ClearError, RuntimeError):
@@ -66,12 +70,14 @@ def build_eager(
     *,
     weights: str = RANDOM,
     built: weakref.WeakSet[nn.Module] | None = None,
+    inputs: Any = None,
 ) -> nn.Module:
     """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
-    ``params``.
+    ``params``, and not compiled.
 
     Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. Modules that
-    ``workload.keep_fp32`` names are FP32 in both cases.
+    ``workload.keep_fp32`` names are FP32 in both cases. ``build`` sees the point of the baseline,
+    unless the workload is prequantized: both sides of a comparison are built in one way.
 
     Args:
         workload: what to build.
@@ -79,16 +85,15 @@ def build_eager(
         device: where it is moved to.
         weights: ``random``, ``hub`` or the path of a file.
         built: modules that were built before; the new one is added.
+        inputs: of one batch, which lazy modules take their sizes from.
 
     Raises:
-        ValueError: if ``workload.build`` returns no module, or one that it returned before.
+        ValueError: if ``workload.build`` returns no module, one that it returned before, or one
+            that cannot be quantized or compiled.
     """
+    seen = params if workload.prequantized else params.baseline()
     with _seeded(device), _told("build", workload, params):
-        model = build_with_weights(workload, workload.with_axes(params), weights)
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(
-            f"workload {workload.name!r}: build must return a torch.nn.Module, got {model!r}"
-        )
+        model = build_with_weights(workload, workload.with_axes(seen), weights)
     if built is not None:
         if model in built:
             # It is cast, moved and perhaps quantized by now.
@@ -97,23 +102,47 @@ def build_eager(
                 "that it returned before; return copy.deepcopy(model)"
             )
         built.add(model)
-    model.eval().requires_grad_(False)
-    kept = {
-        id(part)
-        for name, module in model.named_modules()
-        if workload.keep_fp32 and workload.keep_fp32(module, name)
-        for part in module.modules()
-    }
-    quantized = {
-        id(part) for module in model.modules() if is_quantized(module) for part in module.modules()
-    }
-    for module in model.modules():
-        low = params.bf16 and id(module) not in kept
-        if id(module) not in quantized:
-            _cast(module, torch.bfloat16 if low else torch.float32)
+    model.eval()  # may be the model's own and return nothing
+    if inputs is not None and any(map(is_lazy, _tensors(model))):
+        _cast_all(model, workload, params)
+        model = _moved(model, device=device)
+        with torch.no_grad():
+            run_once(model, inputs, device)
+    model.requires_grad_(False)
+    _cast_all(model, workload, params)
     if workload.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.to(device)
+        model = _moved(model, memory_format=torch.channels_last)
+    return _moved(model, device=device)
+
+
+def run_once(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """Run one forward eagerly, on a copy of ``inputs`` and with seeded generators, so that it can
+    be repeated."""
+    with _seeded(device), torch.compiler.set_stance("force_eager"):
+        return call(model, map_tensors(lambda t: t.to(device, copy=True), inputs))
+
+
+def fingerprint(model: nn.Module) -> tuple[int, ...]:
+    """Return a number for each tensor of the model, from its bits, by which weights are told from
+    others."""
+    return tuple(map(_sum_of_bits, _tensors(model)))
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided
+    if not plain or tensor.is_complex() or tensor.is_quantized:
+        return 0
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+def _moved(model: nn.Module, **where: Any) -> nn.Module:
+    moved = model.to(**where)
+    return moved if isinstance(moved, nn.Module) else model
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 @contextmanager
@@ -144,6 +173,23 @@ def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
         raise
 
 
+def _cast_all(model: nn.Module, workload: Workload, params: RunParams) -> None:
+    """Cast the model, but for what is kept in FP32 and what is quantized."""
+    kept = {
+        id(part)
+        for name, module in model.named_modules()
+        if workload.keep_fp32 and workload.keep_fp32(module, name)
+        for part in module.modules()
+    }
+    quantized = {
+        id(part) for module in model.modules() if is_quantized(module) for part in module.modules()
+    }
+    for module in model.modules():
+        low = params.bf16 and id(module) not in kept
+        if id(module) not in quantized:
+            _cast(module, torch.bfloat16 if low else torch.float32)
+
+
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters(recurse=False):
         if parameter.is_floating_point():
@@ -158,7 +204,7 @@ def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> 
     ``feed=host`` on the host.
 
     Raises:
-        WorkloadError: if they are no tuple or mapping with tensors that hold data.
+        WorkloadError: if they are no tuple or mapping with dense tensors that hold data.
     """
     with _seeded(device), _told("inputs", workload, params):
         inputs = workload.inputs(workload.with_axes(params), device)
@@ -171,10 +217,26 @@ def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> 
         raise WorkloadError(
             f"workload {workload.name!r}: inputs must hold data, got a tensor on the device meta"
         )
+    check_dense(workload, "inputs", inputs)
     if params.feed == "device":
         return _placed(inputs, workload, params, device)
     # Dense, as what arrives on the device: other strides would compile anew.
     return map_tensors(torch.clone, _placed(inputs, workload, params, torch.device("cpu")))
+
+
+def check_dense(workload: Workload, what: str, value: Any) -> None:
+    """Refuse sparse and nested tensors, whose values and shapes cannot be compared or cut.
+
+    Raises:
+        WorkloadError: one line, for the first one in ``value``.
+    """
+    for tensor in tensors_of(value):
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise WorkloadError(
+                f"workload {workload.name!r}: {what} must be dense tensors, got a {kind} one; "
+                "convert it inside the model"
+            )
 
 
 def calibration_inputs(
@@ -184,7 +246,9 @@ def calibration_inputs(
     if workload.calibration is None:
         return [_placed(inputs, workload, params, device)]
     with _seeded(device), _told("calibration", workload, params):
-        batches = workload.calibration(workload.with_axes(params), device)
+        batches = list(workload.calibration(workload.with_axes(params), device))
+        for batch in batches:
+            check_dense(workload, "calibration", batch)
         return [_placed(batch, workload, params, device) for batch in batches]
 
 
@@ -213,14 +277,57 @@ def build_with_weights(workload: Workload, params: RunParams, weights: str) -> t
         WeightsError: one line, if the weights cannot be had or do not fit.
     """
     if weights == RANDOM:
-        return workload.build(params)
+        return _usable(workload.build(params), workload)
     if workload.load is not None:
-        return workload.load(params, weights)
+        return _usable(workload.load(params, weights), workload)
     if weights == HUB:
         raise WeightsError(
             f"--int8-weights=hub: workload {workload.name!r} has no weights on a hub; "
             "give the path of a file, or load them in build"
         )
-    model = workload.build(params)
+    model = _usable(workload.build(params), workload)
     load_state_dict(model, read_state_dict(Path(weights)), source=weights)
     return model
+
+
+def _usable(returned: Any, workload: Workload) -> nn.Module:
+    """Return what ``build`` returned as a module that can be quantized, and that compiles where
+    ``compile_mode`` says so, not by itself.
+
+    Raises:
+        WorkloadError: if it is no such module.
+    """
+    must = f"workload {workload.name!r}: build must return a torch.nn.Module"
+    if not isinstance(returned, nn.Module):
+        raise WorkloadError(f"{must}, got {_short(returned)}")
+    try:
+        model = without_compilation(returned)
+    except ValueError as error:
+        raise WorkloadError(f"{must} that is not compiled, got one in which {error}") from None
+    for name, module in model.named_modules():
+        where = f" ({name})" if name else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WorkloadError(
+                f"{must} in Python, got a scripted or traced one{where}: its layers cannot be "
+                "quantized; return the module that it was made from"
+            )
+        if _is_exported(module):
+            raise WorkloadError(
+                f"{must} in Python, got an exported one{where}: it has no layers to quantize; "
+                "return the module that it was made from"
+            )
+    return model
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Return whether ``torch.export`` made ``module``: it runs operators, not layers."""
+    graph = getattr(module, "graph", None)
+    return isinstance(graph, torch.fx.Graph) and any(
+        isinstance(node.target, OpOverload) for node in graph.nodes
+    )
+
+
+def _short(value: Any) -> str:
+    """Return ``value`` on one short line."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"an object of {type(value)!r}"

@@ -13,6 +13,7 @@ from pytest_int8bench.attention import general_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100, graphs_skipped
 from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
+from pytest_int8bench.measure.building import check_dense
 from pytest_int8bench.measure.evidence import Evidence, Keep, check_labels, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
@@ -176,6 +177,7 @@ class Model:
         collect_garbage(self.device)
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self.run()
+        check_dense(self.workload, "outputs", output)
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         tensors = list(tensors_of(output))
         if not tensors:

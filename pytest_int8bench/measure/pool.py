@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import types
 import weakref
@@ -15,14 +14,18 @@ import torch
 from torch import nn
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
-from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
 from pytest_int8bench.measure.building import (
     build_eager,
     calibration_inputs,
+    check_dense,
     find_device,
+    fingerprint,
     make_inputs,
+    run_once,
 )
+from pytest_int8bench.measure.candidate import Origin, make_candidate
 from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.measure.memory import (
     allocated_bytes,
@@ -33,7 +36,7 @@ from pytest_int8bench.measure.memory import (
 from pytest_int8bench.measure.model import Model, to_device
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, is_quantized
-from pytest_int8bench.tensors import call
+from pytest_int8bench.tensors import call, map_tensors
 from pytest_int8bench.workloads.weights import RANDOM
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ class ModelPool:
         self.weights = weights
         self._cache_dir = cache_dir
         self._chosen: dict[Key, str] = {}
+        self._fingerprints: dict[Key, tuple[int, ...]] = {}
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
         self._inputs: tuple[Key, Any] | None = None
@@ -160,11 +164,14 @@ class ModelPool:
         """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
         it: for a look at one of many ways to quantize."""
         baseline = self.get(workload, params.baseline())
-        model = self._build(workload, params.replace(compile_mode="off"), baseline.inputs)
+        point = params.replace(compile_mode="off")
+        model = self._build(workload, point, baseline.inputs, copy_first=True)
         model.params = params  # whose evaluations and baseline are the point's
         return model
 
-    def _build(self, workload: Workload, params: RunParams, inputs: Any) -> Model:
+    def _build(
+        self, workload: Workload, params: RunParams, inputs: Any, *, copy_first: bool = False
+    ) -> Model:
         device = find_device(params)
         collect_garbage(
             device
@@ -172,10 +179,12 @@ class ModelPool:
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
         if params.int8_enabled and baseline is not None and not workload.prequantized:
-            # The very weights of the baseline, also where build does not repeat itself.
-            eager = copy.deepcopy(baseline.eager)
+            eager, workspaces = self._like(baseline, workload, copy_first=copy_first)
+            before += workspaces
         else:
-            eager = build_eager(workload, params, device, weights=self.weights, built=self._built)
+            eager = self._build_eager(workload, params, inputs)
+            if not workload.prequantized:
+                self._check_weights(workload, params, eager)
         attention = params.attention
         if attention == "auto":
             held = allocated_bytes(device)
@@ -214,6 +223,51 @@ class ModelPool:
             cache_dir=self._cache_dir,
             feed=self._feed(params, inputs, device),
         )
+
+    def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
+        """Raise ``WorkloadError`` if a baseline and candidate that are built apart, or a baseline
+        that is built once more, differ in their weights."""
+        found = fingerprint(eager)
+        if self._fingerprints.setdefault(self.key(workload, params).baseline(), found) != found:
+            raise WorkloadError(
+                f"workload {workload.name!r}: build must return the same weights each time, as "
+                "baseline and candidate may have to be built apart, got others at "
+                f"{params.run_name}; draw them from torch's, numpy's or Python's own generator"
+            )
+
+    def _build_eager(self, workload: Workload, params: RunParams, inputs: Any) -> nn.Module:
+        device = find_device(params)
+        return build_eager(
+            workload, params, device, weights=self.weights, built=self._built, inputs=inputs
+        )
+
+    def _like(
+        self, baseline: Model, workload: Workload, *, copy_first: bool
+    ) -> tuple[nn.Module, int]:
+        """Return a model with the very weights of the baseline, also where build does not repeat
+        itself; and the bytes that running models left allocated, such as workspaces of matmuls."""
+        device, left = baseline.device, 0
+
+        def run(model: nn.Module) -> Any:
+            nonlocal left
+            held = allocated_bytes(device)
+            with baseline.compiled.settings():
+                output = run_once(model, baseline.inputs, device)
+            check_dense(workload, "outputs", output)
+            output = map_tensors(lambda t: t.cpu(), output)
+            left += allocated_bytes(device) - held
+            return output
+
+        origin = Origin(
+            workload=workload.name,
+            baseline=baseline.eager,
+            build=lambda: self._build_eager(workload, baseline.params, baseline.inputs),
+            run=run,
+            built=self._built,
+        )
+        model = make_candidate(origin, copy_first=copy_first)
+        self._built.add(model)
+        return model, left
 
     def _feed(self, params: RunParams, inputs: Any, device: torch.device) -> HostFeed | None:
         """Return what feeds a model from the host: one feed for baseline and candidate, so that

@@ -72,7 +72,8 @@ class Workload:
     name: str
     """Part of the identity of every result."""
     build: Callable[[RunParams], torch.nn.Module]
-    """Return a new model for a point, on the CPU or any device; it is cast and moved. The
+    """Return a new model for a point, on the CPU or any device; it is cast and moved. It is called
+    for the baseline and again for the candidate, both times with the baseline's point. The
     generators of torch, numpy and Python are seeded before the call, so that random weights
     repeat."""
     inputs: Callable[[RunParams, torch.device], Inputs]

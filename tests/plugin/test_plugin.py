@@ -686,7 +686,7 @@ def test_accepts_workload_of_one_test(project: pytest.Pytester, argument: str) -
     result.assert_outcomes(passed=3)
 
 
-def test_a_workload_of_any_scope_is_built_once(project: pytest.Pytester) -> None:
+def test_a_workload_of_any_scope_is_built_once_for_each_model(project: pytest.Pytester) -> None:
     (project.path / "test_one.py").unlink()
     for scope in ("function", "module", "session"):
         folder = project.mkpydir(scope)
@@ -725,10 +725,10 @@ def int8_workload():
         for name in (BF16, BF16, W8A8, W8A8)
     ]
     assert all(entry.workload == nodeid.split("/")[0] for nodeid, entry in found.items())
-    # A candidate is a quantized copy of its baseline. A module-scoped workload of two modules
-    # does the same in both, and so is one.
+    # Once for the baseline and once for the candidate. A module-scoped workload of two modules does
+    # the same in both, and so is one.
     built = {path.stem: path.read_text().split() for path in project.path.glob("*.built")}
-    assert built == {scope: ["built"] for scope in ("function", "module", "session")}
+    assert built == {scope: ["built"] * 2 for scope in ("function", "module", "session")}
 
 
 # -- turned off ---------------------------------------------------------------------------------

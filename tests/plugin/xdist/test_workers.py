@@ -129,7 +129,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
         result.assert_outcomes(passed=6, failed=1)
         assert "disabled" not in result.stdout.str() + result.stderr.str()
 
-    # Every model was built once in each session, and each family in one worker.
+    # Every model was built as often in both sessions, and each family in one worker.
     built = (project.path / "built").read_text().split()
     assert sorted(built[: len(built) // 2]) == sorted(built[len(built) // 2 :])
     a, b = (

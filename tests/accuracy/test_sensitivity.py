@@ -1,0 +1,72 @@
+"""Sensitivity of models that a copy does not repeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.accuracy.guardrail import Guardrail
+from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.workloads import Workload
+from toys import rebound
+from toys.models import make_workload, normal
+from toys.rebound import Blocks
+
+W8A8 = RunParams(gpu_type="cpu", compile_mode="off", batch_size=4, int8_enabled=True)
+
+
+def blocks(change: Any) -> Workload:
+    def build() -> nn.Module:
+        net = Blocks()
+        change(net)
+        return net
+
+    return make_workload(
+        build, inputs=normal(16), filter_fn=lambda module, name: isinstance(module, nn.Linear)
+    )
+
+
+def scan(of: Workload) -> list[dict[str, Any]]:
+    guardrail = Guardrail(ModelPool(), Limit(0.01, relative=True))
+    table = SensitivityScan(guardrail, of, W8A8, by="block").run(nodeid="")
+    return sorted(table.layers, key=lambda row: str(row["name"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [rebound.closure, rebound.hook, rebound.lock, rebound.compiled_in_place],
+    ids=lambda change: change.__name__,
+)
+def test_every_block_is_quantized(change: Any) -> None:
+    rows = scan(blocks(change))
+    assert rows == scan(blocks(lambda net: None))
+    assert [row["name"] for row in rows] == ["blocks.0", "blocks.1"]
+    assert all(row["sqnr_db"] is not None for row in rows)
+
+
+def test_a_model_that_cannot_be_made_twice_is_an_error() -> None:
+    net: Any = Blocks()
+    rebound.closure(net)
+    of = make_workload(lambda: net, inputs=normal(16), filter_fn=lambda module, name: True)
+    with pytest.raises(WorkloadError, match=r"^workload 'toy': build must return a new model each"):
+        scan(of)
+
+
+def test_sparse_outputs_are_one_line() -> None:
+    def sparse(net: Any) -> None:
+        net.register_forward_hook(lambda module, args, out: out.to_sparse())
+
+    with pytest.raises(WorkloadError) as caught:
+        scan(blocks(sparse))
+    assert str(caught.value) == (
+        "workload 'toy': outputs must be dense tensors, got a sparse_coo one; convert it inside "
+        "the model"
+    )
+    assert torch.is_inference_mode_enabled() is False
