@@ -17,8 +17,8 @@ _JOINERS = "\u200c\u200d"
 # Controls but for tabs, newlines, and the escapes that set colors.
 _CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
 # What the log of a CI server would take for a command: GitHub Actions at the start of a line
-# (`::error::`), GitHub and Azure anywhere in it (`##[error]`, `##vso[task…]`).
-_COMMAND = re.compile(r"^([^\S\n]*):(?=:)|#(?=#(?:\[|vso\[))", re.MULTILINE)
+# (`::error::`), others anywhere in it (`##[error]`, `##vso[task…]`, `##teamcity[…]`).
+_COMMAND = re.compile(r"^([^\S\n]*):(?=:)|#(?=#(?:vso|teamcity)?\[)", re.MULTILINE)
 
 
 def one_line(text: str) -> str:

@@ -56,6 +56,7 @@ def test_all_texts_of_a_file_are_cleaned() -> None:
         ("::error::boom", r"\::error::boom"),
         ("x\n  ::set-output name=a::b", "x\n  \\::set-output name=a::b"),
         ("a ##[error]b ##vso[task.complete]c", r"a #\#[error]b #\#vso[task.complete]c"),
+        ("##teamcity[buildStop]", r"#\#teamcity[buildStop]"),
         ("tests/test_a.py::test ## title", "tests/test_a.py::test ## title"),
         ("\x1b[1mbold\x1b[0m \x1b]0;title\x07", "\x1b[1mbold\x1b[0m \\x1b]0;title\\x07"),
         ("tab\tand\nline", "tab\tand\nline"),
