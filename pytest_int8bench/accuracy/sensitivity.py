@@ -14,7 +14,7 @@ from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
-from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.building import calibration_inputs, check_dense
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
@@ -29,6 +29,10 @@ BY = ("layer", "block")
 _POINTS = Limit(1.0, relative=False)  # drops are differences here
 
 
+class ScanError(ClearError, ValueError):
+    """A scan that was asked for in words that are not known."""
+
+
 class SensitivityScan:
     """Quantizes one layer, or block, of a workload's model at a time.
 
@@ -40,14 +44,14 @@ class SensitivityScan:
 
     Raises:
         WorkloadError: if the workload itself says which layers are quantized, and how.
-        ValueError: for another ``by``.
+        ScanError: for another ``by``.
     """
 
     def __init__(
         self, guardrail: Guardrail, workload: Workload, params: RunParams, *, by: str = "layer"
     ) -> None:
         if by not in BY:
-            raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
+            raise ScanError(f"by must be one of {', '.join(BY)}, got {by!r}")
         if workload.brings_quantization:
             raise WorkloadError(
                 f"workload {workload.name!r} brings its own quantization: its layers cannot be "

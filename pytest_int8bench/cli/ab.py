@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.ab.design import Design
 from pytest_int8bench.gate.flags import ALLOW_MISSING
 from pytest_int8bench.gate.rules import parse_share
+from pytest_int8bench.printing import one_line, show
 
 #: Field of Design -> meaning of its option.
 _DESIGN = {
@@ -99,7 +99,7 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
     from pytest_int8bench.gate.ab import plan as ab_plan
 
     def tell(text: str) -> None:
-        print(f"int8bench ab: {text}", file=sys.stderr, flush=True)
+        show(one_line(f"int8bench ab: {text}"), error=True)
 
     try:
         check_outputs(arguments, set())  # before it takes its time
@@ -134,8 +134,6 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
         result = experiment.run(plan, tell)
     except (ClearError, OSError) as error:
         return refuse("ab", error)
-    except KeyboardInterrupt:
-        return refuse("ab", KeyboardInterrupt("interrupted"))
     from pytest_int8bench.report import ab as ab_report
 
     return publish(

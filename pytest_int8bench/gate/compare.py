@@ -40,6 +40,7 @@ from pytest_int8bench.gate.outcomes import (
 )
 from pytest_int8bench.gate.rules import THROTTLED
 from pytest_int8bench.gate.verdicts import VerdictChange, compare_verdict
+from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.locating import Run
@@ -138,7 +139,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
 def _side(runs: Sequence[Run]) -> Side:
     environments = [run.saved.environment for run in runs]
     return Side(
-        files=tuple(str(run.path) for run in runs),
+        files=tuple(one_line(str(run.path)) for run in runs),
         environment=environments[0],
         commits=tuple(str(e.get("commit") or "unknown") for e in environments),
         dirty=any(bool(e.get("dirty")) for e in environments),
@@ -248,10 +249,14 @@ def _measured(
     heat = sorted({reason for result in (*base, *new) for reason in result.throttled})
     is_hot = bool(heat) and THROTTLED not in rules.allow
     changes = []
+    lacking = []
     for metric in METRICS.values():
         before, after = metric_values(base, metric), metric_values(new, metric)
+        limit = rules.limit(metric.name, common["run_name"], common["nodeid"])
+        if limit is not None and bool(before) != bool(after):
+            side = "new run" if before else "base"
+            lacking.append(f"{metric.option}: the {side} has no {metric.header}")
         if before and after:
-            limit = rules.limit(metric.name, common["run_name"], common["nodeid"])
             change = _change(metric, before, after, limit, floors)
             if is_hot and metric.depends_on_clocks:
                 # Neither a slowdown nor its absence is evidence then.
@@ -264,6 +269,14 @@ def _measured(
             outcome=INCOMPARABLE,
             exit_code=UNDECIDED,
             reason=f"measured while the GPU was slowed down: {', '.join(heat)}",
+            changes=tuple(changes),
+        )
+    if lacking and REGRESSED not in judged:
+        return RunChange(
+            **common,
+            outcome=INCOMPARABLE,
+            exit_code=UNDECIDED,
+            reason="; ".join(lacking),
             changes=tuple(changes),
         )
     outcome = next((o for o in (REGRESSED, IMPROVED) if o in judged), SAME)

@@ -7,13 +7,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.control import Control
 from rich.live import Live
 from rich.text import Text
+
+from pytest_int8bench.printing import printable
 
 if TYPE_CHECKING:
     import pytest
@@ -94,8 +96,10 @@ class _Terminal:
             self._write(f" {self._clock() - start:.0f} s\n{begun}")
 
     def _write(self, text: str) -> None:
-        with self._uncaptured():
-            self._writer.write(text, flush=True)
+        encoding = getattr(self._writer._file, "encoding", None)
+        # A point is measured also where nobody can read along.
+        with self._uncaptured(), suppress(OSError, ValueError):
+            self._writer.write(printable(text, encoding), flush=True)
 
     @contextmanager
     def live(self, action: Action, name: str) -> Iterator[None]:

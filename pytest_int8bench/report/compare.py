@@ -20,6 +20,7 @@ from pytest_int8bench.gate.outcomes import (
     REGRESSES,
     SAME,
     SKIPPED,
+    UNDECIDED,
     Compared,
     RunChange,
 )
@@ -146,17 +147,22 @@ def _remarks(comparison: Comparison) -> list[str]:
     if not comparison.compared:
         lines.append(f"{_NOTHING_COMPARED}: no run or verdict was measured on both sides")
     incomparable_everywhere = bool(comparison.differences)
-    for run in comparison.runs:
+    for run in sorted(comparison.runs, key=_badness):
         if run.outcome == INCOMPARABLE and incomparable_everywhere and not run.changes:
             continue  # said once
         if run.reason is not None:
             lines.append(f"{run.outcome}: {_name(run)}: {run.reason}")
-    for verdict in comparison.accuracy:
+    for verdict in sorted(comparison.accuracy, key=_badness):
         if verdict.outcome == INCOMPARABLE and incomparable_everywhere:
             continue
         if verdict.reason is not None:
             lines.append(f"{verdict.outcome}: {_name(verdict)} {verdict.metric}: {verdict.reason}")
     return lines + [f"note: {note}" for note in comparison.notes]
+
+
+def _badness(entry: Compared) -> int:
+    """Return the place of an entry where the worst come first."""
+    return (REGRESSES, UNDECIDED, PASSES).index(entry.exit_code)
 
 
 def _name(entry: Compared) -> str:

@@ -104,7 +104,7 @@ class Journal:
             self._in_order(self.results),
             self._in_order(self.accuracy),
             self._in_order(latest(self._sensitivity)),
-        )
+        ).cleaned()
 
     def _in_order(self, records: list[AnyRecord]) -> list[AnyRecord]:
         return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))

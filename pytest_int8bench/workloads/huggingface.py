@@ -22,7 +22,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.param_values import EXTRA_NAME, Scalar
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.weights import (
+    HUB,
+    WeightsError,
+    check_not_pointer,
+    load_state_dict,
+    read_state_dict,
+)
 from pytest_int8bench.workloads.workload import Workload
 
 INPUT_SEED = 0
@@ -109,6 +115,7 @@ class _NamedModel:
         return self._from_pretrained(params, source)
 
     def _from_pretrained(self, params: RunParams, source: str) -> torch.nn.Module:
+        check_not_pointer(Path(source))
         try:
             model, loaded = AutoModel.from_pretrained(
                 source,

@@ -120,13 +120,38 @@ def test_more_memory_is_a_regression_however_fast() -> None:
     )
 
 
-def test_a_metric_of_one_side_only_is_not_compared() -> None:
-    on_cpu = timed(peak_memory_bytes=None)
-    for base, new in ((timed(), on_cpu), (on_cpu, timed())):
+@pytest.mark.parametrize(
+    ("field", "option", "header"),
+    [
+        ("peak_memory_bytes", "max-memory-growth", "peak MiB"),
+        ("samples_per_s", "max-slowdown", "samples/s"),
+    ],
+)
+def test_a_judged_metric_of_one_side_only_is_incomparable(
+    field: str, option: str, header: str
+) -> None:
+    lacking = timed(slower=1.2, **{field: None})
+    for base, new, side in ((timed(slower=1.2), lacking, "new run"), (lacking, timed(), "base")):
         [run] = compared([base], [new]).runs
-        assert run.outcome == "same"
-        assert run.change("memory") is None
-        assert run.change("throughput") is not None
+        assert (run.outcome, run.exit_code) == ("incomparable", 2)
+        assert run.reason == f"{option}: the {side} has no {header}"
+
+
+def test_a_regression_goes_before_a_metric_that_is_lacking() -> None:
+    [run] = compared([timed()], [timed(slower=1.2, peak_memory_bytes=None)]).runs
+    assert (run.outcome, run.exit_code) == ("regressed", 1)
+
+
+def test_a_metric_of_one_side_only_may_be_left_out() -> None:
+    [run] = compared([timed()], [timed(peak_memory_bytes=None)], limits={"memory": None}).runs
+    assert (run.outcome, run.exit_code) == ("same", 0)
+    [run] = compared([timed()], [timed(compile_s=None)]).runs  # has no limit
+    assert (run.outcome, run.exit_code) == ("same", 0)
+
+
+def test_a_metric_of_some_files_of_a_side_is_compared() -> None:
+    some = compare([side(timed()), side(timed(peak_memory_bytes=None))], [side(timed())], RULES)
+    assert [(run.outcome, run.exit_code) for run in some.runs] == [("same", 0)]
 
 
 def test_a_run_can_have_limits_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,7 @@ class Terminal:
     """Keeps the lines that are written."""
 
     isatty = hasmarkup = False
+    _tw: Any = None
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -114,6 +116,33 @@ def test_a_part_that_cannot_be_shown_hides_no_other(
     assert shown.lines[-1] == "report: r.md"
     assert sum("cannot be shown" in line for line in shown.lines) == 1
     assert any(line.startswith("journal: ") for line in shown.lines)
+
+
+class Broken(Terminal):
+    """Writes to a pipe whose reader is gone."""
+
+    def write_line(self, line: str, **_: object) -> None:
+        super().write_line(line)
+        raise BrokenPipeError
+
+
+def test_a_terminal_that_is_gone_ends_no_session(recorder: Recorder) -> None:
+    recorder.record(result())
+    recorder.reported.append("report: r.md")
+    shown: Any = Broken()
+    summary.show_results(shown, recorder)
+    assert shown.lines[-1] == "report: r.md"
+
+
+def test_lines_suit_the_encoding_and_hold_no_commands(recorder: Recorder) -> None:
+    recorder.record(result(workload="größe\n::error::x\x1b[2J\udcff"))
+    shown: Any = Terminal()
+    shown._tw = SimpleNamespace(_file=SimpleNamespace(encoding="ascii"))
+    summary.show_results(shown, recorder)
+    text = "\n".join(shown.lines)
+    assert "gr\\xf6\\xdfe ::error::x\\x1b[2J\\udcff" in text
+    assert text.isascii()
+    assert not any(line.startswith("::") for line in shown.lines)
 
 
 def test_a_result_that_cannot_be_recorded_ends_no_session(pytester: pytest.Pytester) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import append_text, timestamp
+from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.records import Result
 
 SCHEMA = 1
@@ -94,7 +95,7 @@ class AbJournal:
             os.truncate(self.path, len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = cleaned(json.loads(line))
                 if "finished" in record:
                     return False
                 if "environment" in record:
