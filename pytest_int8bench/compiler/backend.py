@@ -39,9 +39,9 @@ class FusingInductor(InductorBackend):
         self.graphs: list[Graph] = []
         """What it has compiled."""
 
-    # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends were
-    # equal, as torch's are, it would run one model's graph for another of its class, though it was
-    # compiled under another attention backend.
+    # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends
+    # were equal, as torch's are, it would run one model's graph for another of its class, though it
+    # was compiled under another attention backend.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

@@ -73,7 +73,7 @@ class _Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.runs: dict[str, LayerRun] = {}
         # Weak references keep the addresses of freed memory from being used again.
         self._held: dict[StorageWeakRef, list[tuple[int, int, str]]] = defaultdict(list)
@@ -163,8 +163,8 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the bytes of its storage that a tensor lies in: the first, and the one after the
     last."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = sum((size - 1) * stride for size, stride in steps) + 1 if tensor.numel() else 0
-    start = tensor.storage_offset()
+    elements = sum((size - 1) * int(stride) for size, stride in steps) + 1 if tensor.numel() else 0
+    start = int(tensor.storage_offset())
     return start * tensor.itemsize, (start + elements) * tensor.itemsize
 
 

@@ -113,7 +113,7 @@ def check_every_layer(
     if runs is None:
         return Layers(problem=forward.problem)
     used = [name for name, run in runs.items() if run.was_used]
-    outside, dropped = ([], []) if graphs is None else _compare_graphs(model, used, graphs)
+    outside, dropped = _compare_graphs(model, used, graphs)
     if not params.int8_enabled:
         return Layers(runs, outside=tuple(outside))
     own_config = coverage(model).mode == "custom"
@@ -127,13 +127,15 @@ def check_every_layer(
 
 
 def _compare_graphs(
-    model: nn.Module, used: Sequence[str], graphs: Sequence[Graph]
+    model: nn.Module, used: Sequence[str], graphs: Sequence[Graph] | None
 ) -> tuple[list[str], list[str]]:
-    """Return those of the layers that are in no graph, and those that graphs drop."""
-    outside, dropped = [], []
-    for name in used:
+    """Return those of the layers that are in no graph, and those that graphs drop; without graphs
+    there are none."""
+    outside: list[str] = []
+    dropped: list[str] = []
+    for name in used if graphs is not None else ():
         weight = stored_weight(model.get_submodule(name))
-        if any(graph.computes_with(weight) for graph in graphs):
+        if any(graph.computes_with(weight) for graph in graphs or ()):
             continue
-        (dropped if any(graph.drops(weight) for graph in graphs) else outside).append(name)
+        (dropped if any(graph.drops(weight) for graph in graphs or ()) else outside).append(name)
     return outside, dropped

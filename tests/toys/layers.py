@@ -125,4 +125,4 @@ class Experts(nn.Module):
 def values(layer: nn.Linear) -> torch.Tensor:
     """Return the weight as a plain tensor, whatever it is stored as."""
     weight = layer.weight
-    return weight.dequantize() if hasattr(weight, "qdata") else weight
+    return weight.dequantize() if hasattr(weight, "qdata") else weight * 1
