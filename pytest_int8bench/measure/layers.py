@@ -24,6 +24,9 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.quantization.stored import stored_weight
 
+#: Part of the kernels' time outside compiled graphs over which the reader is told.
+EAGER_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -39,12 +42,18 @@ class Layers:
     """Quantized layers that ran other matmuls, as the user's configuration has it."""
     problem: str | None = None
     """Why no eager forward was looked at."""
+    eager_share: float = 0.0
+    """Part of the time of the kernels that ran outside the compiled graphs."""
 
     def remarks(self, precision: str) -> list[str]:
         """Return what the reader should know."""
         lines = []
         if self.problem is not None:
             lines.append(f"not proven layer by layer: {self.problem}")
+        if self.eager_share > EAGER_SHARE and not self.outside:
+            lines.append(
+                f"{self.eager_share:.0%} of the kernels' time is spent outside the compiled graphs"
+            )
         if self.runs is None:
             return lines
         count = len(quantized(self.runs))
@@ -109,13 +118,13 @@ def check_every_layer(
     Raises:
         EvidenceError: if a quantized layer did not run as the label says.
     """
-    runs = forward.runs
+    runs, eager_share = forward.runs, evidence.eager_s / evidence.total_s
     if runs is None:
-        return Layers(problem=forward.problem)
+        return Layers(problem=forward.problem, eager_share=eager_share)
     used = [name for name, run in runs.items() if run.was_used]
     outside, dropped = _compare_graphs(model, used, graphs)
     if not params.int8_enabled:
-        return Layers(runs, outside=tuple(outside))
+        return Layers(runs, outside=tuple(outside), eager_share=eager_share)
     own_config = coverage(model).mode == "custom"
     check_layers(runs, params, own_config=own_config)
     if params.gpu_type == "cuda":
@@ -123,7 +132,7 @@ def check_every_layer(
     unused = [n for n, run in quantized(runs).items() if not run.was_used or n in dropped]
     by_matmuls = MODES[params.int8_mode].proof.int8_matmuls
     other = in_other_precision(runs) if own_config and by_matmuls else []
-    return Layers(runs, tuple(unused), tuple(outside), tuple(other))
+    return Layers(runs, tuple(unused), tuple(outside), tuple(other), eager_share=eager_share)
 
 
 def _compare_graphs(

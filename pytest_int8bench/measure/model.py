@@ -131,8 +131,11 @@ class Model:
             profiled: list[Evidence] = []
             with self.compiled.entered():
                 self._compile_again()
+                may_break = self.compiled.mode != "off" and not self.compiled.fullgraph
                 graphs = self.compiled.graphs_run(
-                    lambda: profiled.append(profile_forward(self.run, self.device, keep))
+                    lambda: profiled.append(
+                        profile_forward(self.run, self.device, keep, find_eager=may_break)
+                    )
                 )
             [evidence] = profiled
             fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"

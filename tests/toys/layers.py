@@ -105,6 +105,21 @@ class NotCompiled(FourLayers):
         return super().second(x)
 
 
+class ConvolvesEagerly(nn.Module):
+    """A convolution outside compiled graphs, and a linear layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv1d(32, 32, 5), nn.Linear(32, 32)
+
+    @torch.compiler.disable
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.first(x[:, :, None].expand(-1, -1, 64)).amax(-1))
+
+
 class Experts(nn.Module):
     """A router and experts, the last of which it never chooses."""
 
