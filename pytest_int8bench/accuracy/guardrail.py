@@ -113,6 +113,8 @@ class Guardrail:
         ]
         candidate = self.candidate(workload, params)
         candidate.evidence()
+        if self.pool.holds(workload, params.baseline()):
+            candidate.check_against(self.pool.get(workload, params.baseline()))
         for index, evaluation in enumerate(evaluations):
             before_s = self._scoring_s
             verdict = self.judge(workload, params, index, limit=limit)

@@ -21,6 +21,7 @@ from pytest_int8bench.choices import COMPILE_MODES
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compiler.backend import FusingInductor, load_inductor
 from pytest_int8bench.compiler.cache import CompileCache, lookups
+from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     hide_metrics_error,
@@ -68,6 +69,7 @@ class CompiledModel(torch.nn.Module):
             ``cold`` if not; None before it, and where nothing was looked up.
         regions: repeated blocks that were compiled as one (:mod:`.regions`).
         regions_refused: why blocks that repeat were not, or None.
+        graphs: what the model was compiled to so far, if anything.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class CompiledModel(torch.nn.Module):
         self._cache = (
             None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
         )
+        self.graphs: list[Graph] = []
         self._entry = self._new_entry(fullgraph, inline=False)
         self._regions = Regions([])
         self._entered = 0
@@ -110,11 +113,10 @@ class CompiledModel(torch.nn.Module):
         entry = _fresh_entry(self.model)
         if self.mode == "off":
             return entry
+        backend = FusingInductor(self.mode, self._dynamic, inline)
+        self.graphs = backend.graphs
         compiled: Callable[..., Any] = torch.compile(
-            entry,
-            fullgraph=fullgraph,
-            backend=FusingInductor(self.mode, self._dynamic, inline),
-            dynamic=self._dynamic,
+            entry, fullgraph=fullgraph, backend=backend, dynamic=self._dynamic
         )
         return compiled
 
@@ -215,6 +217,8 @@ class CompiledModel(torch.nn.Module):
                 recompile_limit=_RECOMPILE_LIMIT,
                 accumulated_recompile_limit=_RECOMPILE_LIMIT,
                 ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _LOGGING,
+                # What does not compile is an error: it would run eagerly under a compiled label.
+                suppress_errors=False,
             ),
             # The key of AOTAutograd's cache leaves out the attention backend, so that a graph
             # compiled under another one comes back (pytorch/pytorch#185449). Inductor's own
@@ -239,6 +243,31 @@ class CompiledModel(torch.nn.Module):
                 f"{graphs_compiled() - before} graph(s) were compiled while the clock ran: inputs "
                 "or global settings changed between calls"
             )
+
+    def graphs_run(self, run: Callable[[], object]) -> list[Graph]:
+        """Call ``run``, which calls this model, and return the graphs that ran.
+
+        Raises:
+            CompileError: if none did, though the model is compiled.
+        """
+        before = [graph.calls for graph in self.graphs]
+        run()
+        before += [0] * (len(self.graphs) - len(before))  # compiled meanwhile
+        ran = [g for g, calls in zip(self.graphs, before, strict=True) if g.calls != calls]
+        if self.graphs and not ran:
+            raise CompileError("none of the compiled graphs ran: the model ran eagerly")
+        return ran
+
+    def compiles_again(self, run: Callable[[], object]) -> bool:
+        """Call ``run``, which calls this model, and return whether it had to be compiled anew,
+        after ``torch._dynamo.reset()`` for example.
+
+        Raises:
+            CompileError: if it ran eagerly.
+        """
+        before = len(self.graphs)
+        self.graphs_run(run)
+        return len(self.graphs) != before
 
 
 def compile_for_a100(

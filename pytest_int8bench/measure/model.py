@@ -16,6 +16,13 @@ from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
 from pytest_int8bench.measure.building import check_dense
 from pytest_int8bench.measure.evidence import Evidence, Keep, check_labels, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed
+from pytest_int8bench.measure.layer_checks import check_same_work
+from pytest_int8bench.measure.layers import (
+    EagerForward,
+    Layers,
+    check_every_layer,
+    eager_forward,
+)
 from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
 from pytest_int8bench.measure.memory import allocated_bytes, collect_garbage, peak_memory
 from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
@@ -94,6 +101,9 @@ class Model:
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
+        self._eager_forward: EagerForward | None = None
+        self.layers = Layers()
+        """What became of the linear layers in one forward, as far as :meth:`evidence` saw."""
 
     @property
     def is_ready(self) -> bool:
@@ -119,8 +129,16 @@ class Model:
             EvidenceError: if they contradict.
         """
         if self._evidence is None or (keep is not None and self._evidence.trace is None):
+            profiled: list[Evidence] = []
             with self.compiled.entered():
-                evidence = profile_forward(self.run, self.device, keep)
+                self._compile_again()
+                may_break = self.compiled.mode != "off" and not self.compiled.fullgraph
+                graphs = self.compiled.graphs_run(
+                    lambda: profiled.append(
+                        profile_forward(self.run, self.device, keep, find_eager=may_break)
+                    )
+                )
+            [evidence] = profiled
             fused = self.params.int8_enabled and coverage(self.eager).backend == "fused"
             check_labels(
                 evidence,
@@ -129,21 +147,50 @@ class Model:
                 self.compiled.attention,
                 fused=fused,
             )
+            self.layers = check_every_layer(
+                self.eager,
+                self.eager_forward(),
+                evidence,
+                None if self.compiled.mode == "off" else graphs,
+                self.params,
+            )
             self._evidence = evidence
         return self._evidence
+
+    def eager_forward(self) -> EagerForward:
+        """Run one eager forward, once, and return what it did with each linear layer's weight."""
+        if self._eager_forward is None:
+            self._eager_forward = eager_forward(self.eager, self.run_eager)
+        return self._eager_forward
+
+    def check_against(self, baseline: Model) -> None:
+        """Compare what the forwards of this candidate and its baseline run.
+
+        Raises:
+            EvidenceError: if the candidate's runs less.
+        """
+        ours, theirs = self.eager_forward().runs, baseline.eager_forward().runs
+        if ours is not None and theirs is not None:
+            check_same_work(theirs, ours, self.params)
+
+    def run_eager(self) -> Any:
+        """Run the model eagerly, on a batch that is on the device."""
+        inputs = to_device(self.inputs, self.device)
+        with self.compiled.settings():
+            return call(self.eager, inputs)
 
     def linear_calls(self) -> tuple[LinearCall, ...]:
         """Run one eager forward, once, and return what its linear layers were called with."""
         if self._linear_calls is None:
-            inputs = to_device(self.inputs, self.device)
-            with self.compiled.settings():
-                self._linear_calls = linear_calls(self.eager, lambda: call(self.eager, inputs))
+            self._linear_calls = linear_calls(self.eager, self.run_eager)
         return self._linear_calls
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
-        """Compile and warm up, once.
+        """Compile and warm up, once; and again what has to be compiled anew, as after
+        ``torch._dynamo.reset()``. Call it before each clock.
 
         Raises:
+            CompileError: if what was compiled runs eagerly now.
             QuantizationError: if the INT8 product cannot take the shapes.
             AttentionError: if the attention backend cannot take the model's attention.
             torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
@@ -166,7 +213,15 @@ class Model:
                         f"dtypes differ by backend): use attention={usable}"
                     ) from None
                 raise
+        else:
+            with self.compiled.entered():
+                self._compile_again(timer)
         return self._ready
+
+    def _compile_again(self, timer: Timer = synchronized_perf_counter) -> None:
+        """Run one batch, and warm up if that compiled: what was compiled may be gone."""
+        if self.compiled.compiles_again(self.run):
+            warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
 
     def _get_ready(self, timer: Timer) -> Ready:
         kind = self.device.type

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -146,9 +147,10 @@ class Throughput:
         if feeding is not None and self._with_evidence:
             feeding = self._cost_of(feeding, model)
         comparison, covered = None, None
+        remarks = [remark]
         if params.int8_enabled:
             comparison, problem = self._compare(baseline, model, rounds.timing.median_s)
-            remark = remark or problem
+            remarks = [remark or problem]
             covered = coverage(model.eager)
         interleaved = comparison if comparison and comparison.is_interleaved else None
         if baseline is not None and interleaved is not None:
@@ -156,7 +158,11 @@ class Throughput:
         kernels, bound = None, None
         if self._with_evidence:
             kernels = kernels_of(model, self._keep(model))
+            remarks += model.layers.remarks(covered.precision if covered else "")
+            if covered is not None:
+                covered = dataclasses.replace(covered, unused=model.layers.unused)
             if baseline is not None and interleaved is not None:
+                model.check_against(baseline)
                 bound = upper_bound(baseline, model, interleaved.speedup, self._timer)
         if not params.int8_enabled:
             self._baseline_s[self._pool.key(workload, params)] = rounds.timing.median_s
@@ -172,7 +178,7 @@ class Throughput:
             coverage=covered,
             kernels=kernels,
             bound=bound,
-            remark=remark,
+            remark="; ".join(filter(None, remarks)) or None,
         )
 
     # -- the models ---------------------------------------------------------------------------

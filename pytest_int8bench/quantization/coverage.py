@@ -36,6 +36,8 @@ class Coverage:
     """SmoothQuant: the layers whose inputs are multiplied at run time."""
     precision: str = "INT8"
     """What the converted layers store their weights in."""
+    unused: tuple[str, ...] = ()
+    """Converted layers that the forward which was measured did not use."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -90,6 +92,7 @@ class Coverage:
             "left_out": {layer.name: layer.reason for layer in self.left_out},
             "fused_layers": len(self.fused),
             "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
+            "unused": list(self.unused),
             "smoothed_folded": {},  # of schema 1; norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
         }

@@ -144,9 +144,15 @@ def _watched(
 
     unseen = [name for name in layers if name not in watch.peaks]
     if unseen:
+        uncalled = ""
+        if watch.peaks:  # the calibration has data
+            uncalled = (
+                "; layers that no forward calls are to be left out with filter_fn or "
+                f"--int8-filter: {', '.join(unseen)}"
+            )
         raise QuantizationError(
             f"calibration never reached {len(unseen)} of {len(layers)} layers, "
-            f"{unseen[0]} first: it must have at least one batch that runs every layer"
+            f"{unseen[0]} first: it must have at least one batch that runs every layer{uncalled}"
         )
     for name in layers:
         if not watch.peaks[name].isfinite().all():

@@ -138,7 +138,8 @@ class Result(Record):
     coverage: dict[str, Any] | None = None
     """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
-    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels),
+    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels), ``unused``
+    (converted layers that the forward does not use),
     ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
     norm -> layers in older files)."""
     gpu_before: dict[str, Any] | None = None

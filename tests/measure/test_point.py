@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import (
+    FqnToConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+)
 
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure import device_time
@@ -29,6 +34,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
+from toys import layers
 from toys.models import Mlp, make_workload, time_rounds
 
 BF16 = RunParams(
@@ -441,6 +447,112 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
 
     with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 product ran; "):
         measure(throughput, make_workload(Skips), W8A8)
+
+
+@pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
+def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: RunParams) -> None:
+    workload = make_workload(layers.Uncalled, filter_fn=layers.is_linear)
+    result = measure(throughput, workload, params)
+    told = "the forward does not use 2 of 4 quantized layers: c, d"
+    assert (result.status, result.reason) == ("ok", told)
+    assert (result.coverage["converted_layers"], result.coverage["unused"]) == (4, ["c", "d"])
+
+
+@pytest.mark.parametrize(
+    "toy",
+    [
+        layers.FourLayers,
+        layers.CallsTwice,
+        layers.SharesWeight,
+        layers.Checkpointed,
+        layers.ChangesGradMode,
+    ],
+)
+def test_layers_that_are_called_in_other_ways_hold_the_label(
+    throughput: Throughput, toy: type[nn.Module]
+) -> None:
+    result = measure(throughput, make_workload(toy, filter_fn=layers.is_linear), W8A8)
+    assert (result.status, result.reason, result.coverage["unused"]) == ("ok", None, [])
+
+
+@pytest.mark.parametrize("toy", [layers.Multiplies, layers.MultipliesOnce])
+def test_a_layer_that_runs_another_matmul_contradicts_the_label(
+    throughput: Throughput, toy: type[nn.Module]
+) -> None:
+    workload = make_workload(toy, filter_fn=layers.is_linear)
+    with pytest.raises(
+        EvidenceError,
+        match=r" is labelled W8A8, but 1 of 4 quantized layers ran matmuls that are not INT8: c ",
+    ):
+        measure(throughput, workload, W8A8)
+    assert measure(throughput, workload, W8).status == "ok"
+
+
+@pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
+def test_a_candidate_that_calls_another_models_layers_is_an_error(
+    throughput: Throughput, params: RunParams
+) -> None:
+    original = layers.FourLayers()
+
+    class CallsOriginal(layers.FourLayers):
+        def second(self, x: torch.Tensor) -> torch.Tensor:
+            quantized = type(self.a.weight) is not nn.Parameter
+            return original.to(x.dtype).second(x) if quantized else super().second(x)
+
+    workload = make_workload(CallsOriginal, filter_fn=layers.is_linear)
+    problem = r" candidate's forward runs less of 2 layers than the baseline's: c, d; "
+    with pytest.raises(EvidenceError, match=problem):
+        measure(throughput, workload, params)
+
+
+def test_layers_of_a_configuration_of_the_users_may_differ(throughput: Throughput) -> None:
+    own = FqnToConfig(
+        {"fc1": Int8DynamicActivationInt8WeightConfig(), "fc2": Int8WeightOnlyConfig()}
+    )
+    result = measure(throughput, make_workload(quant_config=own), W8A8)
+    told = "1 of 2 quantized layers ran matmuls that are not INT8: fc2"
+    assert (result.status, result.reason) == ("ok", told)
+
+
+def test_an_eager_forward_that_fails_is_told(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: nn.Module, run: Run) -> None:
+        raise torch.OutOfMemoryError(ASKED)
+
+    monkeypatch.setattr("pytest_int8bench.measure.layers.layer_runs", fails)
+    result = measure(throughput, make_workload(), W8A8)
+    told = "not proven layer by layer: an eager forward runs out of memory"
+    assert (result.status, result.reason) == ("ok", told)
+
+
+def test_layers_outside_the_graphs_are_named(throughput: Throughput) -> None:
+    workload = make_workload(layers.NotCompiled, filter_fn=layers.is_linear)
+    params = BF16.replace(compile_mode="default", compile_fullgraph=False)
+    told = "2 of 4 linear layers ran eagerly, outside the compiled graphs: c, d"
+    assert measure(throughput, workload, params).reason == told
+
+
+def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Throughput) -> None:
+    params = BF16.replace(compile_mode="default", compile_fullgraph=False)
+    workload = make_workload(layers.ConvolvesEagerly, filter_fn=layers.is_linear)
+    told = r"\d\d% of the kernels' time is spent outside the compiled graphs"
+    assert re.fullmatch(told, measure(throughput, workload, params).reason)
+    assert measure(throughput, workload, BF16).reason is None
+
+
+def test_layers_that_compilers_drop_are_named(throughput: Throughput) -> None:
+    workload = make_workload(layers.Discarded, filter_fn=layers.is_linear)
+    result = measure(throughput, workload, W8A8.replace(compile_mode="default"))
+    assert result.coverage["unused"] == ["c", "d"]
+    assert "the forward does not use 2 of 4 quantized layers: c, d" in result.reason
+
+
+def test_what_was_compiled_may_be_gone_before_each_clock(throughput: Throughput) -> None:
+    params = BF16.replace(compile_mode="default")
+    for point in (params, params, params.replace(int8_enabled=True)):
+        torch._dynamo.reset()
+        assert measure(throughput, make_workload(), point).status == "ok"
 
 
 def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

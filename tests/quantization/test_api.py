@@ -475,7 +475,8 @@ def test_calibration_that_misses_a_layer_names_it(batch: torch.Tensor) -> None:
         )
     assert str(caught.value) == (
         "calibration never reached 2 of 6 layers, mlp.fc1 first: "
-        "it must have at least one batch that runs every layer"
+        "it must have at least one batch that runs every layer; layers that no forward calls are "
+        "to be left out with filter_fn or --int8-filter: mlp.fc1, mlp.fc2"
     )
 
 
