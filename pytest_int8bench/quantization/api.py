@@ -21,6 +21,7 @@ from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.lowering import lower, reason_to_keep
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
+from pytest_int8bench.quantization.structure import within
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _quantize_filtered(
 ) -> tuple[list[Layer], tuple[str, ...]]:
     """Quantize the layers that the filter takes. Return every layer, and the names of those whose
     inputs SmoothQuant scales at run time."""
-    layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
+    with within(model):
+        layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
     chosen = _converted(layers)
     if not chosen:
         raise QuantizationError(_nothing_converted(layers, asked.precision))
