@@ -48,8 +48,8 @@ _EMBEDDING = re.compile(
 _NORM = re.compile(r".*norm.*|ln(_?\w)?", re.IGNORECASE)
 _ADAPTER = re.compile(r"(\w*_)?(lora|loha|lokr|dora|ia3|vera|adalora)(_\w*)?", re.IGNORECASE)
 _ROUTER = re.compile(r"(\w+_)?(routers?|routing)(_\w+)?", re.IGNORECASE)
-_GATE = re.compile(r"(\w+_)?(gates?|gating\w*)|wg", re.IGNORECASE)
-_WRAPPED = re.compile(r"linear|lin|base_layer|module|inner|wrapped|_orig_mod|original_\w+|fn")
+_GATE = re.compile(r"(\w+_)?(gates?|gating\w*)(_(linear|layer|net(work)?|fc))?|wg", re.IGNORECASE)
+_WRAPPED = re.compile(r"linear|lin|base_layer|module|inner|wrapped|_\w+|original_\w+|fn")
 # What stands beside attention and MLP: between stages, tables of positions, the condition of a
 # diffusion model, and the decisions of a detector.
 _BESIDE = re.compile(
@@ -106,8 +106,7 @@ class _Place:
             return False
         if self._is_known:
             return True
-        in_attention = bool(self.parents and _ATTENTION_PARENT.fullmatch(self.parents[-1]))
-        placed = self.block is not None or in_attention
+        placed = self.block is not None or self._is_in_attention
         return placed and not self.is_beside and not self._is_narrow
 
     @property
@@ -130,18 +129,29 @@ class _Place:
         )
 
     @property
+    def _is_in_attention(self) -> bool:
+        return bool(self.parents and _ATTENTION_PARENT.fullmatch(self.parents[-1]))
+
+    @property
+    def _chooses_experts(self) -> bool:
+        if self.structure is None or self._is_in_attention:
+            return False
+        return self.structure.is_router(self.layer, self.name)
+
+    @property
     def _is_gate(self) -> bool:
         if min(self.layer.in_features + 1, self.layer.out_features) < 2 or any(
             _ROUTER.fullmatch(part) for part in self.path
         ):
             return True
-        if self.structure is not None and self.structure.is_router(self.layer, self.name):
+        if self._chooses_experts:
             return True
         if any(_GATE.fullmatch(part) for part in self.parents):
             return True
         if not _GATE.fullmatch(self.leaf) or self.layer.out_features > self.layer.in_features:
             return False
-        return self.structure is None or not self.structure.is_gated_unit(self.layer, self.name)
+        holder = ".".join(self.parents)
+        return self.structure is None or not self.structure.is_gated_unit(self.layer, holder)
 
     @property
     def _is_kept(self) -> bool:

@@ -85,31 +85,42 @@ class Structure:
         if any(part.in_features == count for part in self._beside(layer, name)):
             return False  # the first layer of an MLP
         below: nn.Module = layer
-        for holder in (self._modules[above_it] for above_it in above(name)[:_REACH]):
+        for holder_name in above(name)[:_REACH]:
+            holder = self._modules[holder_name]
             if not isinstance(holder, nn.ModuleList):  # whose items are not experts of each other
                 held = [child for child in holder.children() if child is not below]
                 counts = [_expert_counts(child, layer.in_features) for child in held]
                 counts.append(_stacked_counts(holder, layer.in_features))
                 if any(count in found for found in counts):
                     return True
+            if self._linears[holder_name] > 1:  # then it is a part of its own beside the experts
+                return False
             below = holder
         return False
 
     def is_adapter(self, layer: nn.Linear, name: str) -> bool:
         """Say whether a linear layer is half of a low-rank pair beside a layer of full size."""
-        for module_name in above(name)[:_REACH]:
-            if not 3 <= self._linears[module_name] <= _MANY:
+        for holder_name in above(name)[:_REACH]:
+            if not 3 <= self._linears[holder_name] <= _MANY:
                 continue
-            parts = [m for m in self._modules[module_name].modules() if isinstance(m, nn.Linear)]
-            if any(base is not layer and _is_adapted(base, parts) for base in parts):
+            holder = self._modules[holder_name]
+            own = [part for part in holder.children() if isinstance(part, nn.Linear)]
+            others = [part for part in holder.modules() if isinstance(part, nn.Linear)]
+            if len(own) > 3:  # projections side by side
+                continue
+            if any(base is not layer and _is_adapted(base, others) for base in own):
                 return True
         return False
 
-    def is_gated_unit(self, layer: nn.Linear, name: str) -> bool:
-        """Say whether a linear layer is the gate of a gated MLP: it has a twin of its size, and
-        a layer that goes back."""
+    def is_gated_unit(self, layer: nn.Linear, holder: str) -> bool:
+        """Say whether a linear layer is the gate of the MLP that holds it: the MLP has a twin of
+        its size, and a layer that goes back."""
         size = (layer.in_features, layer.out_features)
-        sizes = [(part.in_features, part.out_features) for part in self._beside(layer, name)]
+        sizes = [
+            (part.in_features, part.out_features)
+            for part in self._modules[holder].modules()
+            if isinstance(part, nn.Linear) and part is not layer
+        ]
         return size[0] != size[1] and size in sizes and size[::-1] in sizes
 
     def _beside(self, layer: nn.Linear, name: str) -> list[nn.Linear]:

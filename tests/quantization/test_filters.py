@@ -145,6 +145,8 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
 @pytest.mark.parametrize("inner", [4 * DIM, DIM // 2])
 def test_the_gate_of_a_gated_mlp_is_taken(inner: int) -> None:
     assert left_out(repeated(lambda: Block(mlp=Gated(inner)))) == set()
+    wrapped = {name: Holder(linear=part) for name, part in Gated(inner).named_children()}
+    assert left_out(repeated(lambda: Block(mlp=Holder(**wrapped)))) == set()
 
 
 @pytest.mark.parametrize(
@@ -159,17 +161,40 @@ def test_an_adapted_layer_is_taken_without_its_adapters(names: tuple[str, str, s
     }
 
 
-def test_low_rank_attention_is_no_adapter() -> None:
+LOW_RANK = {
+    "queries whole": {"q": (DIM, DIM), "kv_a": (DIM, 8), "k_b": (8, DIM), "v_b": (8, DIM)},
+    "all halved": {"q_a": (DIM, 16), "q_b": (16, DIM), "kv_a": (DIM, 8), "kv_b": (8, DIM)},
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("sizes", LOW_RANK.values(), ids=LOW_RANK)
+def test_low_rank_attention_is_no_adapter(sizes: dict[str, tuple[int, int]], wrapped: bool) -> None:
     def attention() -> nn.Module:
-        return Holder(
-            q_proj=linear(),
-            kv_down=linear(DIM, 8),
-            k_up=linear(8, DIM),
-            v_up=linear(8, DIM),
-            o_proj=linear(),
-        )
+        layers = {name: linear(*size) for name, size in {**sizes, "o": (DIM, DIM)}.items()}
+        return Holder(**{n: Holder(linear=m) if wrapped else m for n, m in layers.items()})
 
     assert left_out(repeated(lambda: Block(attention()))) == set()
+
+
+def test_a_layer_may_have_adapters_of_its_own_class() -> None:
+    model = repeated(
+        projections(lambda: Holder(frozen=linear(), down=linear(DIM, 4), up=linear(4, DIM)))
+    )
+    assert {name.rpartition(".")[2] for name in left_out(model)} == {"down", "up"}
+
+
+@pytest.mark.parametrize("outputs", [EXPERTS, DIM])
+def test_projections_with_as_many_outputs_as_experts_are_no_routers(outputs: int) -> None:
+    experts = nn.ModuleList([Mlp() for _ in range(outputs)])
+    model = repeated(
+        lambda: Block(
+            Holder(q=linear(), k=linear(DIM, outputs), v=linear(DIM, outputs), proj=linear()),
+            Holder(experts=experts, choice=linear(DIM, outputs)),
+        ),
+        count=1,
+    )
+    assert left_out(model) == {"layers.N.mlp.choice"}
 
 
 @pytest.mark.parametrize("inner", ["linear", "base_layer", "module", "impl"])
