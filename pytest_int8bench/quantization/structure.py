@@ -53,8 +53,8 @@ class Structure:
 
     def is_batch_normed(self, name: str) -> bool:
         """Say whether a module is a layer with the batch norm of its outputs."""
-        batch_norm = nn.modules.batchnorm._NormBase
-        return any(isinstance(part, batch_norm) for part in self._modules[name].children())
+        parts = self._modules[name].children()
+        return any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in parts)
 
     def is_stage(self, name: str) -> bool:
         """Say whether a module holds repeated blocks itself, as the stages of a pyramid do."""

@@ -75,12 +75,14 @@ LEFT_OUT_OF = {
 
 @pytest.mark.parametrize("kind", LEFT_OUT_OF)
 def test_attention_and_mlp_of_a_model_type_are_taken(kind: str) -> None:
+    pytest.importorskip("transformers")
     model = hf_model(kind)
     assert left_out(model) == LEFT_OUT_OF[kind]
     assert survey(model).unexplained == []
 
 
 def test_a_network_is_not_lost_below_a_part_called_embed() -> None:
+    pytest.importorskip("transformers")
     left = left_out(hf_model("phi4_multimodal"))
     assert not any("layers.N." in name or "encoders.N." in name for name in left)
     assert any("embed" in name for name in left)
