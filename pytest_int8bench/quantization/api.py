@@ -19,8 +19,10 @@ from pytest_int8bench.kernels.linear import Int8Linear
 from pytest_int8bench.quantization.arguments import Arguments
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
+from pytest_int8bench.quantization.left_out import expected, hidden_matmuls
 from pytest_int8bench.quantization.lowering import lower, reason_to_keep
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
+from pytest_int8bench.quantization.structure import within
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
@@ -84,7 +86,10 @@ def apply_int8_quant(
         quant_config=quant_config,
         backend=backend,
     )
-    _coverages[model] = _quantize(model, asked)
+    hoped = expected(model)
+    covered = _quantize(model, asked)
+    missed = hoped.missed(layer.name for layer in covered.left_out)
+    _coverages[model] = dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
     return model
 
 
@@ -100,7 +105,7 @@ def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
     else:
         layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
     if not _converted(layers):
-        raise QuantizationError(_nothing_converted(layers, asked.precision))
+        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
     if not asked.is_custom:
         asked.quantizer.lower(model, layers)
     if fusing:
@@ -121,10 +126,11 @@ def _quantize_filtered(
 ) -> tuple[list[Layer], tuple[str, ...]]:
     """Quantize the layers that the filter takes. Return every layer, and the names of those whose
     inputs SmoothQuant scales at run time."""
-    layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
+    with within(model):
+        layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
     chosen = _converted(layers)
     if not chosen:
-        raise QuantizationError(_nothing_converted(layers, asked.precision))
+        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
     config = asked.config(model)
     smoothing = Smoothing({})
     if asked.smoothquant:
@@ -243,15 +249,17 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
     return told
 
 
-def _nothing_converted(layers: list[Layer], precise: str) -> str:
+def _nothing_converted(model: nn.Module, layers: list[Layer], precise: str) -> str:
+    hidden = hidden_matmuls(model)
+    where = f"; its weights are not in nn.Linear, but in {hidden}" if hidden else ""
     if not layers:
-        return f"no layer was converted to {precise}: the model has no linear layers"
+        return f"no layer was converted to {precise}: the model has no linear layers{where}"
     reasons = sorted({str(layer.reason) for layer in layers})
     names = ", ".join(layer.name for layer in layers[:3])
     hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
     return (
         f"no layer was converted to {precise}: {len(layers)} linear layers ({names} …), "
-        f"left out because: {'; '.join(reasons)}{hint}"
+        f"left out because: {'; '.join(reasons)}{hint}{where}"
     )
 
 

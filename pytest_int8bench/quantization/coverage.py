@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -38,6 +38,12 @@ class Coverage:
     """What the converted layers store their weights in."""
     unused: tuple[str, ...] = ()
     """Converted layers that the forward which was measured did not use."""
+    missed: dict[str, Any] = field(default_factory=dict)
+    """Attention and MLP layers of repeated blocks that were left out (``layers``), and how many
+    such layers there are (``of``)."""
+    elsewhere: dict[str, Any] = field(default_factory=dict)
+    """Where most weights are if not in ``nn.Linear``: their ``share``, and by kind the number of
+    ``parameters`` and the ``layers``."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -95,4 +101,6 @@ class Coverage:
             "unused": list(self.unused),
             "smoothed_folded": {},  # of schema 1; norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
+            **({"missed": self.missed} if self.missed else {}),
+            **({"elsewhere": self.elsewhere} if self.elsewhere else {}),
         }
