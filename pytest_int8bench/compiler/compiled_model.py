@@ -23,6 +23,7 @@ from pytest_int8bench.compiler.backend import FusingInductor, load_inductor
 from pytest_int8bench.compiler.cache import CompileCache, lookups
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
+    float32_matmul_precision,
     hide_metrics_error,
     infrequent_garbage_collection,
     register_tensor_types_with_einops,
@@ -209,7 +210,7 @@ class CompiledModel(torch.nn.Module):
             torch.autocast(
                 device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ),
-            _tf32(self._allow_tf32),
+            float32_matmul_precision("high" if self._allow_tf32 else "highest"),
             FlashSDPA(self.attention),
             torch._dynamo.config.patch(
                 recompile_limit=_RECOMPILE_LIMIT,
@@ -336,13 +337,3 @@ def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
     return types.FunctionType(
         code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
     )
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
