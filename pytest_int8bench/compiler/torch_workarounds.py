@@ -252,6 +252,16 @@ def reset_failed_cuda_graph_warm_up() -> None:
         node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
 
 
+def inductor_folder() -> str:
+    """Return where Inductor keeps compiled code when ``TORCHINDUCTOR_CACHE_DIR`` is not set.
+
+    In torch 2.11 to 2.13: ``default_cache_dir`` in torch/_inductor/runtime/cache_dir_utils.py.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return default_cache_dir()
+
+
 def start_compile_workers() -> None:
     """Start the processes in which Inductor compiles kernels, with the right ``ptxas``.
 
