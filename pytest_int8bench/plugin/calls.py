@@ -173,7 +173,7 @@ class GuardrailCall(_Call):
         return verdicts, f"not judged: {problem}"
 
     def _note_failed(self, reason: str) -> None:
-        self._recorder.note_accuracy_failed(self._workload.name, self._params, reason)
+        self._recorder.note_accuracy_failed(self._nodeid, self._workload.name, self._params, reason)
 
     def _remedied(self, verdicts: list[Accuracy], limit: Limit) -> list[Accuracy]:
         """Try remedies for the metrics that failed. Return ``verdicts`` with what was tried."""

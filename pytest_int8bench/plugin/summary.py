@@ -8,21 +8,26 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pytest_int8bench.errors import first_line
+from pytest_int8bench.files import relative
 from pytest_int8bench.plugin.pytest_benchmark import describe_saved
 from pytest_int8bench.plugin.recorder import Recorder
-from pytest_int8bench.plugin.reports import relative
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.words import plural
+
+
+def show(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
+    """Show what a session found. Whatever a line of it raises, the others are shown."""
+    show_results(terminal, recorder)
+    show_gate(terminal, recorder)
 
 
 def show_results(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
     """Show the results of a session, and where they are."""
     if recorder.journal is not None:
         _show_journal(terminal, recorder, recorder.journal)
-    for line in recorder.reported:
-        terminal.write_line(line)
+    _show(terminal, "the reports", lambda: recorder.reported)
     if (tracked := recorder.tracked) is not None:
-        terminal.write_line(tracked.line, yellow=tracked.failed)
+        _show(terminal, "the log", lambda: [tracked.line], yellow=tracked.failed)
     if recorder.journal is not None:
         _show(terminal, "the workers", recorder.problems, red=True)
 
@@ -38,9 +43,9 @@ def show_gate(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
 
 
 def _show_journal(terminal: pytest.TerminalReporter, recorder: Recorder, journal: Journal) -> None:
-    from pytest_int8bench.report.terminal import render
-
     def table() -> list[str]:
+        from pytest_int8bench.report.terminal import render
+
         width = terminal._tw.fullwidth if terminal.isatty else None
         terminal.write(render(journal.saved(), width=width, color=terminal.hasmarkup))
         return []
@@ -49,8 +54,7 @@ def _show_journal(terminal: pytest.TerminalReporter, recorder: Recorder, journal
     _show(terminal, "the results", table)
     _show(terminal, "the workers", recorder.measured_by)
     _show(terminal, "the saved files", lambda: [describe_saved(recorder.config)])
-    path = journal.path and relative(journal.path)
-    terminal.write_line(f"journal: {path or 'none, see the warnings'}")
+    _show(terminal, "the journal", lambda: [_where_journal(journal)])
     _show(terminal, "the profiles", lambda: _where_profiles(recorder, journal))
 
 
@@ -66,6 +70,10 @@ def _show(
         return
     for line in lines:
         terminal.write_line(line, **markup)
+
+
+def _where_journal(journal: Journal) -> str:
+    return f"journal: {relative(journal.path) if journal.path else 'none, see the warnings'}"
 
 
 def _where_profiles(recorder: Recorder, journal: Journal) -> list[str]:
