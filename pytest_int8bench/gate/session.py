@@ -76,6 +76,10 @@ class SessionGate:
         name = point_label(result.workload, result.run_name)
         raise kind(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
 
+    def forget(self, nodeid: str) -> None:
+        """Forget how a test's point compared: the test is run again."""
+        self._judged.pop(nodeid, None)
+
     def problems(
         self,
         collected: Collection[str],

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from pytest_int8bench.compiler.torch_workarounds import OpOverload, without_compilation
 from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.modes import MODES
@@ -149,17 +150,14 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 def _seeded(device: torch.device) -> Iterator[None]:
     """Seed the random number generators of torch, numpy and Python, and put them back
     afterwards."""
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(SEED)
+    with kept_generators():
+        # Not torch.manual_seed: while CUDA is not started, it would seed the GPUs for later.
+        torch.default_generator.manual_seed(SEED)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(SEED)
         random.seed(SEED)
         np.random.seed(SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+        yield
 
 
 @contextmanager

@@ -103,7 +103,10 @@ def _int8_point(
 
 
 def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams) -> Model:
-    return _session(request).pool().get(workload, params)
+    from pytest_int8bench.measure.generators import kept_generators
+
+    with kept_generators():
+        return _session(request).pool().get(workload, params)
 
 
 @pytest.fixture

@@ -10,15 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.control import Control
-from rich.live import Live
-from rich.text import Text
-
 from pytest_int8bench.printing import printable
 
 if TYPE_CHECKING:
     import pytest
+    from rich.text import Text
 
     from pytest_int8bench.measure.steps import Action, Step
 
@@ -104,6 +100,12 @@ class _Terminal:
     @contextmanager
     def live(self, action: Action, name: str) -> Iterator[None]:
         """Show a step below the line that pytest has begun, and remove it when it ends."""
+        # Here, where random generators are kept: rich draws from Python's when it is imported.
+        from rich.console import Console
+        from rich.control import Control
+        from rich.live import Live
+        from rich.text import Text
+
         with self._uncaptured():
             self._writer.flush()
             columns = shutil.get_terminal_size().columns

@@ -65,6 +65,18 @@ def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
     assert gate.summary() == ["compared with base.json: 1 regressed"]
 
 
+def test_the_last_attempt_of_a_test_counts() -> None:
+    gate = gate_of(timed())
+    said(lambda: gate.judge(timed(slower=1.25), HERE), RegressionError)
+    gate.forget(timed().nodeid)
+    assert problems(gate, {timed().nodeid}) == [
+        "nothing was compared with base.json",
+        f"not measured, so not compared: {timed().nodeid}",
+    ]
+    gate.judge(timed(), HERE)
+    assert problems(gate, {timed().nodeid}) == []
+
+
 def test_limits_are_those_of_the_rules() -> None:
     gate = gate_of(timed(), rules=Rules(limits={"throughput": 0.3}))
     gate.judge(timed(slower=1.25), HERE)

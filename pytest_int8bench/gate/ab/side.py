@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.files import plain_path
 from pytest_int8bench.gate.ab.worktrees import LOCAL_VARIABLES, Revision
 from pytest_int8bench.processes.ab_files import SideFiles
 from pytest_int8bench.processes.running import ending, run
@@ -149,7 +150,12 @@ class Side:
         given = [part for part in kept.get("PYTHONPATH", "").split(os.pathsep) if part]
         own = [self.site, self.tree / "src", self.tree, self.folder]
         path = [*map(str, own), *map(self._moved, given)]
-        caches = {name: str(self.cache / folder) for name, folder in _CACHES.items()}
+        try:
+            cache = plain_path(self.cache)
+        except OSError as error:
+            why = f"{error.strerror}: {error.filename}"
+            raise SideError(f"compiled code cannot be kept for a side: {why}") from None
+        caches = {name: str(cache / folder) for name, folder in _CACHES.items()}
         return {**kept, **caches, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
     def _moved(self, argument: str) -> str:

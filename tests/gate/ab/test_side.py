@@ -12,11 +12,13 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pytest_int8bench.files import is_plain
 from pytest_int8bench.gate.ab import side as module
 from pytest_int8bench.gate.ab.side import Side, SideError
 from pytest_int8bench.gate.ab.worktrees import Revision
@@ -163,6 +165,17 @@ def test_process_environment(side: Side, process: Process, monkeypatch: pytest.M
     assert process.env["PYTEST_ADDOPTS"] == "-q"
     assert process.env["TORCHINDUCTOR_CACHE_DIR"] == str(side.cache / "inductor")
     assert process.env["TRITON_CACHE_DIR"] == str(side.cache / "triton")
+
+
+def test_compiled_code_is_kept_by_a_plain_path(
+    side: Side, process: Process, tmp_path: Path
+) -> None:
+    cache = tmp_path / "my repo" / "it's cache"
+    cache.mkdir(parents=True)
+    replace(side, cache=cache).measure([], None)
+    folder = Path(process.env["TORCHINDUCTOR_CACHE_DIR"])
+    assert is_plain(folder)
+    assert folder.resolve() == cache / "inductor"
 
 
 @pytest.mark.parametrize(
