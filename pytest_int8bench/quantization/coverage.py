@@ -98,9 +98,9 @@ class Coverage:
             "left_out": {layer.name: layer.reason for layer in self.left_out},
             "fused_layers": len(self.fused),
             "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
-            "unused": list(self.unused),
             "smoothed_folded": {},  # of schema 1; norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
+            **({"unused": list(self.unused)} if self.unused else {}),
             **({"missed": self.missed} if self.missed else {}),
             **({"elsewhere": self.elsewhere} if self.elsewhere else {}),
         }
