@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _OWN_PARTS = {
     "system": "operating system and architecture",
     "cpu": "model of the CPU",
     "cpu_threads": "threads that torch uses",
+    "tracers": "tracers and profilers that ran beside the clock",
 }
 _CODE_PARTS = {
     "commit": "git commit of the folder that pytest runs in",
@@ -54,17 +55,23 @@ FINGERPRINT_NAMES = tuple(FINGERPRINT)
 MAY_DIFFER = tuple(_CODE_PARTS)
 
 
-def fingerprint(root: Path) -> dict[str, Any]:
+def fingerprint(root: Path, tracers: Sequence[str] = ()) -> dict[str, Any]:
     """Return what identifies machine and software; None where something cannot be read.
 
-    Loads torch. ``root`` is the folder whose git commit is read.
+    Loads torch.
+
+    Args:
+        root: the folder whose git commit is read.
+        tracers: what slows down this process while clocks run.
     """
     commit, dirty = _git(root)
-    return {**machine(), "commit": commit, "dirty": dirty}
+    watched = ", ".join(tracers) or None
+    return {**machine(), "tracers": watched, "commit": commit, "dirty": dirty}
 
 
 def machine() -> dict[str, Any]:
-    """Return the fingerprint without the code that is measured. Loads torch."""
+    """Return the fingerprint without what traces the process, and without the code that is
+    measured. Loads torch."""
     import torch
 
     gpu: dict[str, Any] | None = None
@@ -114,7 +121,14 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 #: What compiled code does not depend on.
-_NOT_COMPILED_FOR = ("memory_bytes", "power_limit_w", "gpu_count", "allocator", "pytest-benchmark")
+_NOT_COMPILED_FOR = (
+    "memory_bytes",
+    "power_limit_w",
+    "gpu_count",
+    "allocator",
+    "tracers",
+    "pytest-benchmark",
+)
 
 
 def compiled_for() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.verdicts import Sensitivity
-from pytest_int8bench.tensors import call, tensors_of
+from pytest_int8bench.tensors import call, deep_copy, tensors_of
 from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.workload import Workload
 
@@ -90,6 +90,7 @@ class SensitivityScan:
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
+        baseline.restore()
         reference = [_eager(baseline, batch) for batch in batches]
         scores = self._scores() if metric else None
         samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
@@ -182,7 +183,8 @@ def _block(name: str) -> str:
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.settings():
-        return [t.float() for t in tensors_of(call(model.eager, batch)) if t.is_floating_point()]
+        output = call(model.eager, deep_copy(batch))
+    return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float]:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.measure.casting import cast_module, kept_by_library
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.tensors import map_tensors, tensors_of
+from pytest_int8bench.tensors import cast, map_tensors, tensors_of
 from pytest_int8bench.workloads.weights import (
     HUB,
     RANDOM,
@@ -70,8 +71,9 @@ def build_eager(
     """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
     ``params``.
 
-    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. Modules that
-    ``workload.keep_fp32`` names are FP32 in both cases.
+    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. FP32 in both
+    cases are modules that ``workload.keep_fp32`` names, and what transformers keeps in FP32 when it
+    loads a model in BF16.
 
     Args:
         workload: what to build.
@@ -107,10 +109,11 @@ def build_eager(
     quantized = {
         id(part) for module in model.modules() if is_quantized(module) for part in module.modules()
     }
-    for module in model.modules():
+    kept_names = kept_by_library(model) if params.bf16 else frozenset()
+    for name, module in model.named_modules():
         low = params.bf16 and id(module) not in kept
         if id(module) not in quantized:
-            _cast(module, torch.bfloat16 if low else torch.float32)
+            cast_module(module, torch.bfloat16 if low else torch.float32, name, kept_names)
     if workload.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
@@ -142,15 +145,6 @@ def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
         if not isinstance(error, ClearError):
             error.add_note(f"raised by {what} of workload {workload.name!r} at {params.run_name}")
         raise
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters(recurse=False):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.is_floating_point():
-            module._buffers[name] = buffer.to(dtype)
 
 
 def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> Any:
@@ -193,7 +187,7 @@ def _placed(inputs: Any, workload: Workload, params: RunParams, device: torch.de
     dtype = torch.bfloat16 if params.bf16 else torch.float32
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        placed = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        placed = (cast(tensor, dtype) if tensor.is_floating_point() else tensor).to(device)
         if workload.channels_last and placed.dim() == 4:
             placed = placed.contiguous(memory_format=torch.channels_last)
         return placed
