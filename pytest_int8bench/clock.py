@@ -43,22 +43,28 @@ def untraced() -> Iterator[None]:
     tools = _pause_monitoring()
     tracer, profiler = sys.gettrace(), sys.getprofile()
     thread_tracer, thread_profiler = threading.gettrace(), threading.getprofile()
-    threading.settrace(None)  # type: ignore[arg-type]
-    threading.setprofile(None)  # type: ignore[arg-type]
-    if profiler is not None:
+    threading.settrace(None)
+    threading.setprofile(None)
+    if _comes_back(profiler):
         _stop_profiler(profiler)
-    if tracer is not None:
+    if callable(tracer):
         sys.settrace(None)
     try:
         yield
     finally:
-        if tracer is not None:
+        if callable(tracer):
             sys.settrace(tracer)
-        if profiler is not None:
+        if _comes_back(profiler):
             _start_profiler(profiler)
-        threading.settrace(thread_tracer)  # type: ignore[arg-type]
-        threading.setprofile(thread_profiler)  # type: ignore[arg-type]
+        threading.settrace(thread_tracer)
+        threading.setprofile(thread_profiler)
         _resume_monitoring(tools)
+
+
+def _comes_back(profiler: Any) -> bool:
+    """Return whether a profiler can be put back once it is taken away; one that is written in C may
+    not be."""
+    return callable(profiler) or (hasattr(profiler, "enable") and hasattr(profiler, "disable"))
 
 
 def _stop_profiler(profiler: Any) -> None:
@@ -110,6 +116,13 @@ def lasting_tracers() -> list[str]:
     """Return what slows down this process, or each launch of a kernel, and cannot be taken away
     for a while."""
     found = ["tracemalloc"] if tracemalloc.is_tracing() else []
+    tracer, profiler = sys.gettrace(), sys.getprofile()
+    if tracer is not None and not callable(tracer):
+        found.append(type(tracer).__name__)
+    if profiler is not None and not _comes_back(profiler):
+        found.append(type(profiler).__name__)
+    yappi = sys.modules.get("yappi")  # written in C, and seen by nothing else
+    found += ["yappi"] if yappi is not None and yappi.is_running() else []
     found += ["Python's development mode"] if sys.flags.dev_mode else []
     # Set by Nsight Systems and Compute, and by compute-sanitizer.
     found += ["CUDA_INJECTION64_PATH"] if os.environ.get("CUDA_INJECTION64_PATH") else []

@@ -96,6 +96,14 @@ def deep_copy(
         return _copied(value)
 
 
+def refilled(value: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return a copy of ``value`` that holds ``tensors`` instead of those that :func:`tensors_of`
+    finds, in their order."""
+    empty, rest = torch.empty(0), iter(tensors)
+    hollow = deep_copy(map_tensors(lambda _: empty, value))
+    return map_tensors(lambda _: next(rest), hollow)
+
+
 class _CopyTensors(TorchFunctionMode):
     """Copies tensors, wherever ``copy.deepcopy`` finds them, without the rest of a storage that
     they are views of."""

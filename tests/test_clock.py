@@ -202,10 +202,23 @@ def test_events_and_callbacks_of_monitoring(monkeypatch: pytest.MonkeyPatch) -> 
     assert fake.active == {3: 0}
 
 
+class OfC:
+    """A profiler that only C code can start."""
+
+
+def test_a_profiler_that_does_not_come_back_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getprofile", OfC)
+    monkeypatch.setattr(sys, "setprofile", lambda profiler: pytest.fail("taken away"))
+    with clock.untraced():
+        pass
+
+
 def test_what_cannot_be_taken_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_INJECTION64_PATH", raising=False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
     before = clock.lasting_tracers()
+    monkeypatch.setattr(sys, "getprofile", OfC)
+    monkeypatch.setitem(sys.modules, "yappi", SimpleNamespace(is_running=lambda: True))
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     monkeypatch.setenv("CUDA_INJECTION64_PATH", "/opt/nsys.so")
     tracemalloc.start()
@@ -214,7 +227,6 @@ def test_what_cannot_be_taken_away_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         tracemalloc.stop()
     assert set(found) - set(before) == {
-        "tracemalloc",
-        "CUDA_INJECTION64_PATH",
-        "CUDA_LAUNCH_BLOCKING",
+        *("tracemalloc", "OfC", "yappi"),
+        *("CUDA_INJECTION64_PATH", "CUDA_LAUNCH_BLOCKING"),
     }

@@ -11,7 +11,7 @@ import torch
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.repeats import has_nan
-from pytest_int8bench.tensors import call, cast, map_tensors, tensors_of
+from pytest_int8bench.tensors import call, cast, map_tensors, refilled, tensors_of
 
 
 class Forward:
@@ -110,9 +110,9 @@ class Forward:
         samples: int | None,
         batch: int,
     ) -> Any:
-        placed = iter([self._place(tensor, like, rows) for tensor, like in pairs])
+        placed = [self._place(tensor, like, rows) for tensor, like in pairs]
         self._model.restore()
-        output = call(self._model.compiled, map_tensors(lambda _: next(placed), given))
+        output = call(self._model.compiled, refilled(given, placed))
         kept = None if samples is None else rows.stop - rows.start
         self.has_nan = self.has_nan or has_nan(
             tensor if kept is None or tensor.dim() == 0 else tensor[:kept]

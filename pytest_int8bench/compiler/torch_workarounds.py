@@ -44,7 +44,7 @@ def active_watchers() -> list[str]:
     """Return what torch calls around each operator of this thread: profilers and modes, such as
     that of a counter of operations.
 
-    Torch 2.11 to 2.13 has no public way to list them (torch/overrides.py,
+    Torch 2.11 to 2.13 has no public way to list them (torch/_C/_autograd.pyi, torch/overrides.py,
     torch/utils/_python_dispatch.py), and none to pause a profiler that another owns.
     """
     from torch.overrides import _get_current_function_mode_stack
@@ -54,7 +54,7 @@ def active_watchers() -> list[str]:
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     # That of torch.set_default_device is a setting of the model's process.
     found = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
-    return (["torch.profiler"] if torch.autograd._profiler_enabled() else []) + found
+    return (["torch.profiler"] if torch._C._autograd._profiler_enabled() else []) + found
 
 
 def version_of(tensor: torch.Tensor) -> int:

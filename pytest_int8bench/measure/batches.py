@@ -10,7 +10,7 @@ import torch
 from pytest_int8bench.compiler.torch_workarounds import version_of
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.host_feed import HostFeed
-from pytest_int8bench.tensors import call, deep_copy, map_tensors, same_values, tensors_of
+from pytest_int8bench.tensors import call, deep_copy, map_tensors, refilled, same_values, tensors_of
 
 #: Bytes that the copies for one block of calls may take, and how many they may be.
 COPIES_BYTES, MAX_COPIES = 1 << 28, 512
@@ -53,6 +53,10 @@ class Batch:
         return deep_copy(
             self._kept, device_of=lambda tensor: self._devices.get(id(tensor), tensor.device)
         )
+
+    def with_tensors_of(self, other: Any) -> Any:
+        """Return a copy of the inputs as they were made, but with the tensors of another batch."""
+        return refilled(self._kept, tensors_of(other))
 
     def check(self, given: Any = None) -> bool:
         """Return whether a call has written to ``given``, which is :attr:`inputs` by default, and
@@ -139,8 +143,8 @@ class BatchRun:
         if self._feed is None:
             return self._batch.inputs
         fed = self._feed.current if self._again else next(self._feed)
-        # Each batch overwrites the tensors of an earlier one, but not their containers.
-        return map_tensors(lambda t: t, fed) if self._batch.is_written else fed
+        # Each batch overwrites the tensors of an earlier one, but not what holds them.
+        return self._batch.with_tensors_of(fed) if self._batch.is_written else fed
 
     def _fresh(self) -> Any:
         inputs = self._batch.fresh()
