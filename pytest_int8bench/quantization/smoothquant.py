@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.tensors import deep_copy
 
 #: Scales lie between 2 to the power of minus this and of this. They stay clear of where a scaled
 #: weight would leave BF16's range.
@@ -137,7 +138,7 @@ def _watched(
         # Eager, even where the model compiles itself: compiled code may run without the hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for inputs in calibration:
-                call(model, inputs)
+                call(model, deep_copy(inputs))  # batches may share tensors, and models write
     finally:
         for hook in hooks:
             hook.remove()
