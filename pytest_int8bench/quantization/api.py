@@ -20,7 +20,9 @@ from pytest_int8bench.quantization.arguments import Arguments
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.lowering import lower, reason_to_keep
+from pytest_int8bench.quantization.rollback import unchanged_on_error
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
+from pytest_int8bench.quantization.weights import make_readable, stored_weight, weight_problem
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ def apply_int8_quant(
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
             take, ``backend="fused"`` fits no layer or does not run here, the mode does not run
             here, or SmoothQuant cannot be calibrated or does not go with the mode or
-            ``quant_config``. The latter four leave the model as it was.
+            ``quant_config``.
+
+    Every error leaves the model as it was.
     """
     asked = Arguments(
         mode=mode,
@@ -84,7 +88,8 @@ def apply_int8_quant(
         quant_config=quant_config,
         backend=backend,
     )
-    _coverages[model] = _quantize(model, asked)
+    with unchanged_on_error(model):
+        _coverages[model] = _quantize(model, asked)
     return model
 
 
@@ -101,6 +106,7 @@ def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
         layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
     if not _converted(layers):
         raise QuantizationError(_nothing_converted(layers, asked.precision))
+    make_readable(model)
     if not asked.is_custom:
         asked.quantizer.lower(model, layers)
     if fusing:
@@ -173,9 +179,9 @@ def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> 
     many there are."""
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     stored = [
-        getattr(layer.weight, "qdata", None)
-        if not isinstance(layer, Int8Linear)
-        else layer.int8_weight
+        layer.int8_weight
+        if isinstance(layer, Int8Linear)
+        else getattr(stored_weight(layer), "qdata", None)
         for layer in layers
     ]
     return sum(dtype in (None, getattr(held, "dtype", None)) for held in stored), len(layers)
@@ -185,7 +191,7 @@ def is_quantized(module: nn.Module) -> bool:
     """Say whether ``module`` is a linear layer that torchao quantized."""
     if isinstance(module, Int8Linear):
         return True
-    return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
+    return isinstance(module, nn.Linear) and isinstance(stored_weight(module), TorchAOBaseTensor)
 
 
 def _select(
@@ -221,6 +227,8 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
+        elif not is_quantized(module) and (problem := weight_problem(module)):
+            reason = problem
         elif layer_problem and not (fusing and reason_to_keep(modules, name) is None):
             reason = layer_problem(module)
         count = module.out_features * (module.in_features + (module.bias is not None))
