@@ -325,7 +325,8 @@ _FOR_PYTHON = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__dlpack_d
 def _transpose(weight: Any, first: int = 0, second: int = 1) -> Any:
     if first % 2 == second % 2:
         return NotImplemented
-    return weight.weight if isinstance(weight, _Transposed) else _Transposed(weight)
+    # Not the weight itself: autograd takes a view for another tensor than what it is a view of.
+    return _alias(weight.weight) if isinstance(weight, _Transposed) else _Transposed(weight)
 
 
 def _permute(weight: Any, dims: Sequence[int]) -> Any:
