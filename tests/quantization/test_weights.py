@@ -24,6 +24,7 @@ from torchao.quantization import (
     quantize_,
 )
 
+from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.kernels.schema import READ_OPERATOR
@@ -325,6 +326,42 @@ def test_parts_of_an_attention_of_torch_may_be_quantized(
         assert sqnr_db(attention(x, x, x)[0], model(x, x, x)[0]) > 35
         compiled = torch.compile(model, backend="aot_eager")
         assert sqnr_db(attention(x, x, x)[0], compiled(x, x, x)[0]) > 35
+
+
+class Attention(nn.Module):
+    """Reads one weight itself, as timm's Eva and SwinV2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = linear(self.norm(x), self.qkv.weight, bias=self.qkv.bias).chunk(3, -1)
+        out: torch.Tensor = x + self.proj(q * k + v)
+        return out
+
+
+def test_a_fused_weight_that_the_model_multiplies_by_stays_int8(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
+    baseline, x = Attention().eval().requires_grad_(False), batch()
+    model = apply_int8_quant(copy.deepcopy(baseline), filter_fn=any_layer)
+    assert len(coverage(model).fused) == 2
+
+    def fused(module: Any, inputs: Any) -> Any:
+        return passes.fuse(module).forward
+
+    for run in (model, torch.compile(model, backend=fused, fullgraph=True)):
+        with torch.no_grad():
+            run(x)
+            with profile() as profiler:
+                out = run(x)
+        ran = {row.key: row.count for row in profiler.key_averages()}
+        assert sqnr_db(baseline(x), out) > 30
+        assert (ran["int8bench::linear"], READ_OPERATOR in ran) == (2, False)
 
 
 # -- TorchAO's own matmul -----------------------------------------------------------------------

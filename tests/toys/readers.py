@@ -13,6 +13,7 @@ Reader = Callable[[Any, torch.Tensor], torch.Tensor]
 #: Each is the layer's matmul, of inputs (M, K).
 MATMULS: dict[str, Reader] = {
     "layer": lambda layer, x: layer(x),
+    "dtype": lambda layer, x: layer(x.to(layer.weight.dtype)),
     "linear": lambda layer, x: F.linear(x, layer.weight, layer.bias),
     "bias=": lambda layer, x: F.linear(x, layer.weight, bias=layer.bias),
     "weight=": lambda layer, x: F.linear(x, weight=layer.weight, bias=layer.bias),
