@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.kernels.weight import FusedWeight, autocast_dtype
+from pytest_int8bench.kernels.fused_weight import FusedWeight
+from pytest_int8bench.kernels.weight import autocast_dtype
 
 
 @dataclass(frozen=True)

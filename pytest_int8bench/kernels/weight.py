@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import functional as F
 
 from pytest_int8bench.errors import QuantizationError
-from pytest_int8bench.kernels import encoder_layer, ops, reference
+from pytest_int8bench.kernels import encoder_layer
+from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 
 #: What quantized matmuls multiply.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ class _Readable:
 
     __slots__ = ()
 
-    def values(self) -> torch.Tensor:
+    def plain(self) -> torch.Tensor:
         """Return the values as a plain tensor."""
         raise NotImplementedError
 
@@ -76,7 +77,7 @@ class QuantizedWeight(_Readable):
     factor: torch.Tensor | None
     """(K,) that the input is multiplied by (SmoothQuant)."""
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the matmul of ``x`` (..., K) with the quantized weight."""
         raise NotImplementedError
 
@@ -97,7 +98,8 @@ class QuantizedWeight(_Readable):
         this: Any = self
         names, context = this.__tensor_flatten__()
         held = {name: change(getattr(self, name)) for name in names}
-        return type(this).__tensor_unflatten__(held, context, this.shape, this.stride())
+        out: _W = type(this).__tensor_unflatten__(held, context, this.shape, this.stride())
+        return out
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the values (N, K) that multiply an input as it is, by default in the weight's
@@ -107,11 +109,11 @@ class QuantizedWeight(_Readable):
         out: torch.Tensor = torch.ops.int8bench.read_weight.default(values, self.factor)
         return out
 
-    def values(self) -> torch.Tensor:
+    def plain(self) -> torch.Tensor:
         return self.dequantize()
 
 
-class _Transposed(_Readable, torch.Tensor):
+class _Transposed(_Readable, torch.Tensor):  # type: ignore[misc]
     """The transpose (K, N) of a weight: ``x @ weight.t()`` is the layer's matmul too."""
 
     weight: Any
@@ -125,7 +127,7 @@ class _Transposed(_Readable, torch.Tensor):
     def __init__(self, weight: Any) -> None:
         self.weight = weight
 
-    def values(self) -> torch.Tensor:
+    def plain(self) -> torch.Tensor:
         out: torch.Tensor = self.weight.dequantize().t()
         return out
 
@@ -138,77 +140,6 @@ class _Transposed(_Readable, torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{self.weight!r}.t()"
-
-
-class FusedWeight(QuantizedWeight, torch.Tensor):
-    """Weight of a layer of the fused backend, which holds its tensors.
-
-    Args:
-        int8: INT8 (N, K).
-        scale: FP32 (N,).
-        factor: (K,) or None.
-        dtype: of the values.
-        dynamic: quantize the rows of the input (W8A8); otherwise dequantize the weight (W8).
-    """
-
-    @staticmethod
-    def __new__(
-        cls,
-        int8: torch.Tensor,
-        scale: torch.Tensor,
-        factor: torch.Tensor | None,
-        dtype: torch.dtype,
-        dynamic: bool,
-    ) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, int8.shape, dtype=dtype, device=int8.device)
-
-    def __init__(
-        self,
-        int8: torch.Tensor,
-        scale: torch.Tensor,
-        factor: torch.Tensor | None,
-        dtype: torch.dtype,
-        dynamic: bool,
-    ) -> None:
-        self.int8, self.scale, self.factor, self.dynamic = int8, scale, factor, dynamic
-
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        tensors = self.int8, self.scale, bias
-        if self.dynamic:
-            q, scale, _ = torch.ops.int8bench.quantize_rows.default(
-                x, "none", "none", None, None, None, 0.0, self.factor, False
-            )
-            args = (q, scale, *tensors, None, None, x.dtype)
-            product: torch.Tensor = torch.ops.int8bench.linear.default(*args)
-            return product
-        x = x if self.factor is None else x * self.factor
-        out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(x, *tensors)
-        return out
-
-    def scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in DTYPES:
-            return reference.dequantized(self.int8, self.scale, dtype)
-        return ops.dequantize([self.int8], [self.scale], dtype)[0]
-
-    def rows(self, start: int, stop: int) -> FusedWeight:
-        held = self.int8[start:stop], self.scale[start:stop]
-        return FusedWeight(*held, self.factor, self.dtype, self.dynamic)
-
-    def cast(self, dtype: torch.dtype) -> FusedWeight:
-        factor = None if self.factor is None else self.factor.to(dtype)
-        return FusedWeight(self.int8, self.scale, factor, dtype, self.dynamic)
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
-        names = ["int8", "scale"] + ([] if self.factor is None else ["factor"])
-        return names, (self.dtype, self.dynamic)
-
-    @staticmethod
-    def __tensor_unflatten__(held: Any, context: Any, size: Any, stride: Any) -> FusedWeight:
-        return FusedWeight(held["int8"], held["scale"], held.get("factor"), *context)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        parts = f"int8={self.int8}, scale={self.scale}, factor={self.factor}, dtype={self.dtype}"
-        return f"FusedWeight({parts})"
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -232,7 +163,7 @@ def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Return arguments of a function with plain tensors for weights."""
-    return _mapped(lambda weight: weight.values(), value)
+    return _mapped(lambda weight: weight.plain(), value)
 
 
 def _for_inference(weight: Any) -> Any:
@@ -276,7 +207,7 @@ def _product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.T
         return F.linear(x, weight.dequantize(dtype), bias)
     if guard_or_false(x.numel() == 0):
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
-    out: torch.Tensor = weight.multiply(x, bias)
+    out: torch.Tensor = weight.quantized_matmul(x, bias)
     return out
 
 
@@ -409,10 +340,11 @@ def _copy(weight: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(weight, QuantizedWeight):
         return NotImplemented
     this: Any = weight
-    theirs, mine = (getattr(each, "__tensor_flatten__", lambda: None)() for each in (source, this))
-    if theirs is None or theirs[0] != mine[0] or this.shape != source.shape:
+    names, _ = this.__tensor_flatten__()
+    theirs, _ = getattr(source, "__tensor_flatten__", lambda: ([], None))()
+    if theirs != names or this.shape != source.shape:
         raise _unwritable(weight, f"a copy of {type(source).__name__}")
-    for name in mine[0]:
+    for name in names:
         getattr(weight, name).copy_(getattr(source, name), non_blocking)
     return weight
 

@@ -22,7 +22,7 @@ class _TorchAOWeight(QuantizedWeight):
     def factor(self) -> torch.Tensor | None:  # type: ignore[override]
         return getattr(self, "act_pre_scale", None)
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kind, weight = self.torchao, _as(self.torchao, self)
         out: torch.Tensor = kind.__torch_function__(
             nn.functional.linear, (kind,), (x, weight, bias), {}
@@ -78,7 +78,7 @@ class DequantizedInt8Weight(Int8Weight):
     196608x768x768 matmul that cuBLAS does in 0.32 ms (H200, torch 2.11).
     """
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.act_pre_scale is not None:
             x = x * self.act_pre_scale
         return nn.functional.linear(x, self.scaled(x.dtype), bias)

@@ -87,7 +87,7 @@ def observed(run: Callable[..., torch.Tensor], *args: Any) -> tuple[torch.Tensor
 # -- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
 def test_matmuls_of_the_layer_run_quantized(
     quantize: Any, context: Callable[[], AbstractContextManager[None]]
 ) -> None:
@@ -103,7 +103,7 @@ def test_matmuls_of_the_layer_run_quantized(
             assert len(int8) == quantize.dynamic, name
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
 def test_other_readers_get_the_values(
     quantize: Any, context: Callable[[], AbstractContextManager[None]]
 ) -> None:
