@@ -37,6 +37,7 @@ from pytest_int8bench.measure.memory import (
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, is_quantized
+from pytest_int8bench.quantization.weights import make_readable
 from pytest_int8bench.tensors import call, map_tensors
 from pytest_int8bench.workloads.weights import RANDOM
 
@@ -205,6 +206,7 @@ class ModelPool:
                     f"workload {workload.name!r} is prequantized, but build returned a model "
                     f"without a layer that torchao quantized at {params.run_name}"
                 )
+            make_readable(eager)
         elif params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
