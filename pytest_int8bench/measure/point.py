@@ -151,15 +151,14 @@ class Throughput:
         if feeding is not None and self._with_evidence:
             feeding = self._cost_of(feeding, model)
         comparison, covered = None, None
-        remarks = [remark]
         if params.int8_enabled:
             comparison, problem = self._compare(baseline, model, rounds.timing.median_s)
-            remarks = [remark or problem]
+            remark = remark or problem
             covered = coverage(model.eager)
         interleaved = comparison if comparison and comparison.is_interleaved else None
         if baseline is not None and interleaved is not None:
             baseline.evidence()  # checks its labels
-        remark = joined(remark, traced, prepared.ready.remark, _nan_remark(prepared))
+        remarks = [remark, traced, prepared.ready.remark, _nan_remark(prepared)]
         kernels, bound = None, None
         if self._with_evidence:
             kernels = kernels_of(model, self._keep(model))
@@ -183,7 +182,7 @@ class Throughput:
             coverage=covered,
             kernels=kernels,
             bound=bound,
-            remark="; ".join(filter(None, remarks)) or None,
+            remark=joined(*remarks),
         )
 
     # -- the models ---------------------------------------------------------------------------

@@ -80,7 +80,10 @@ def _values(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: deep_copy(buffer.detach(), device_of=lambda tensor: host)
         for name, buffer in model.named_buffers()
-        if type(buffer) is torch.Tensor and buffer.dtype not in _WEIGHTS
+        if type(buffer) is torch.Tensor
+        and buffer.layout is torch.strided
+        and not buffer.is_quantized
+        and buffer.dtype not in _WEIGHTS
     }
 
 

@@ -521,8 +521,9 @@ def test_no_clock_runs_under_a_tracer(throughput: Throughput) -> None:
     finally:
         sys.settrace(before)
     assert (result.status, result.reason) == ("ok", None)
-    # Few calls are not timed: the first of each model, evidence, and one look at the outputs.
-    assert tracers.count(trace) <= 8
+    # Few calls are not timed: the proof of the candidate, the first of each model, a look whether
+    # it is still compiled, evidence, and a look at the outputs.
+    assert tracers.count(trace) <= 16
     assert tracers.count(None) > 50
 
 
@@ -543,7 +544,10 @@ def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: R
     result = measure(throughput, workload, params)
     told = "the forward does not use 2 of 4 quantized layers: c, d"
     assert (result.status, result.reason) == ("ok", told)
-    assert (result.coverage["converted_layers"], result.coverage["unused"]) == (4, ["c", "d"])
+    assert (result.coverage["converted_layers"], result.coverage.get("unused", [])) == (
+        4,
+        ["c", "d"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -560,7 +564,7 @@ def test_layers_that_are_called_in_other_ways_hold_the_label(
     throughput: Throughput, toy: type[nn.Module]
 ) -> None:
     result = measure(throughput, make_workload(toy, filter_fn=layers.is_linear), W8A8)
-    assert (result.status, result.reason, result.coverage["unused"]) == ("ok", None, [])
+    assert (result.status, result.reason, result.coverage.get("unused", [])) == ("ok", None, [])
 
 
 @pytest.mark.parametrize("toy", [layers.Multiplies, layers.MultipliesOnce])
@@ -632,7 +636,7 @@ def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Thr
 def test_layers_that_compilers_drop_are_named(throughput: Throughput) -> None:
     workload = make_workload(layers.Discarded, filter_fn=layers.is_linear)
     result = measure(throughput, workload, W8A8.replace(compile_mode="default"))
-    assert result.coverage["unused"] == ["c", "d"]
+    assert result.coverage.get("unused", []) == ["c", "d"]
     assert "the forward does not use 2 of 4 quantized layers: c, d" in result.reason
 
 
