@@ -164,13 +164,14 @@ def simulate_ab(
     levels = spend(design.level, design.verdict_blocks, design.looks)
     for count, level in zip(design.looks, levels, strict=True):
         is_open = outcomes == "INCONCLUSIVE"
+        in_family = flagged & (outcomes != "FAIL")
         for part in np.array_split(np.flatnonzero(is_open.any(axis=1)), 1 + families // 50):
             if not part.size:
                 continue
-            # Decided runs take no part: without a residual they are never the largest.
+            # What failed takes no part: without a residual it is never the largest.
             here = labels[part][:, :count]
             nothing = math.log1p(design.margin) * here[:, None]
-            taken = np.where(is_open[part][..., None, None], rest[part][:, :, :count], nothing)
+            taken = np.where(in_family[part][..., None, None], rest[part][:, :, :count], nothing)
             is_last = count == design.verdict_blocks
             found = decide(taken, here, design, level, noises[part], is_last=is_last).outcomes
             outcomes[part] = np.where(is_open[part], found, outcomes[part])

@@ -9,8 +9,8 @@ processes of each revision, in an order that is drawn at random, from which
 :mod:`pytest_int8bench.gate.ab.randomization` tests. Its data are fresh, so choosing runs by
 screening is not multiple testing: the flagged runs are the family.
 
-The verdict stage is looked at up to three times, after a third, two thirds and all of its blocks.
-A run that is decided is not measured any more. :func:`spend` divides the level among the looks.
+The verdict stage is looked at up to three times, after a third, two thirds and all of its blocks,
+and ends when every run is decided. :func:`spend` divides the level among the looks.
 
 :mod:`pytest_int8bench.gate.ab.judging` decides from the times.
 """

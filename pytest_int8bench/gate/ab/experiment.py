@@ -209,19 +209,23 @@ class _Experiment:
         names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
         self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
         design = self._plan.design
-        open_runs = list(flagged)
+        # Runs that pass stay in the family, and are measured on: those left would be the ones that
+        # looked slowest, and a test of them alone would take that for evidence.
+        family = list(flagged)
         found: dict[Identity, AbRun] = {}
         blocks: list[list[Process]] = []
         seen: list[int] = []
         start = 0
         for planned in design.looks:
             part = range(start, planned)
-            blocks += self._blocks.measure(VERDICT, part, design.verdict_blocks, open_runs)
+            blocks += self._blocks.measure(VERDICT, part, design.verdict_blocks, family)
             seen.append(len(blocks))
             is_last = planned == design.verdict_blocks or self._blocks.is_cut_short
-            found |= self._look(blocks, open_runs, screened, seen, is_last=is_last)
-            open_runs = [i for i in open_runs if found[i].outcome == "INCONCLUSIVE"]
-            if is_last or not open_runs:
+            looked = self._look(blocks, family, screened, seen, is_last=is_last)
+            passed = {i: run for i, run in found.items() if run.outcome == "PASS"}
+            found |= looked | passed
+            family = [i for i in family if found[i].outcome in ("PASS", "INCONCLUSIVE")]
+            if is_last or not any(found[i].outcome == "INCONCLUSIVE" for i in family):
                 break
             start = planned
         return found
@@ -229,15 +233,15 @@ class _Experiment:
     def _look(
         self,
         blocks: Sequence[Sequence[Process]],
-        open_runs: Sequence[Identity],
+        family: Sequence[Identity],
         screened: Mapping[Identity, AbRun],
         seen: Sequence[int],
         *,
         is_last: bool,
     ) -> dict[Identity, AbRun]:
-        """Judge the runs that no earlier look decided, from all blocks until now."""
+        """Judge the runs that no earlier look found slower, from all blocks until now."""
         design = self._plan.design
-        times, found = self._times(VERDICT, blocks, open_runs)
+        times, found = self._times(VERDICT, blocks, family)
         sides = sides_of(VERDICT, blocks)
         level = spend(design.level, design.verdict_blocks, seen)[-1]
         outcomes = (
