@@ -224,7 +224,7 @@ def test_a_slower_revision_fails_in_all_reports(ab: Ab, root: Path, tmp_path: Pa
     summary = tmp_path / "summary"
     done = ab(root, *args, "v1", "slow", "--", "bench", GITHUB_STEP_SUMMARY=str(summary))
     assert done.returncode == 1, done.stderr
-    assert count(root) == 2 + 4 + 12
+    assert count(root) == 2 + 4 + 8
 
     assert "int8bench ab: uncommitted changes are not measured (toy.py)\n" in done.stderr
     assert "2 flagged" not in done.stderr
