@@ -328,3 +328,10 @@ def test_text_markdown_json_and_junit_agree(
 def test_brackets_in_a_header_are_no_markup() -> None:
     grid = Grid(columns=["drop [one-sided]"], rows=[["1"]], styles=[None], name="")
     assert grid.text(width=None, color=False).splitlines()[0] == "drop [one-sided]"
+
+
+def test_a_suspicion_is_the_headline_and_an_error_in_junit() -> None:
+    found = compared([timed()], [timed(slower=1.1)])
+    assert text_of(found).splitlines()[-1] == "int8bench compare: SUSPECTED (1 run: 1 suspected)"
+    assert [case.status for case in cases(found)][:1] == ["error"]
+    assert found.exit_code == 2
