@@ -252,6 +252,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     that is masked throughout comes out as NaN.
     """
     made = tensor.to(dtype)
+    if made.layout is not torch.strided:
+        return made  # weights and adjacencies; masks are dense
     if made is tensor or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return made
     limits = torch.finfo(dtype)

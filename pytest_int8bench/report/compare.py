@@ -20,7 +20,9 @@ from pytest_int8bench.gate.outcomes import (
     REGRESSES,
     SAME,
     SKIPPED,
+    SUSPECTED,
     UNDECIDED,
+    Change,
     Compared,
     RunChange,
 )
@@ -48,7 +50,7 @@ def page(comparison: Comparison) -> Page:
         grids.append(_verdicts(comparison.accuracy))
     return Page(
         title=_TITLE,
-        headline=f"{_HEADLINES[comparison.exit_code]} ({_counts(comparison)})",
+        headline=f"{_headline(comparison)} ({_counts(comparison)})",
         grids=grids,
         remarks=_remarks(comparison),
         footer=[
@@ -57,6 +59,12 @@ def page(comparison: Comparison) -> Page:
             *_rules(comparison),
         ],
     )
+
+
+def _headline(comparison: Comparison) -> str:
+    if comparison.exit_code == UNDECIDED and SUSPECTED in comparison.counts:
+        return "SUSPECTED"
+    return _HEADLINES[comparison.exit_code]
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
@@ -122,9 +130,19 @@ def _rules(comparison: Comparison) -> list[str]:
             how = "the default of one process a side"
         lines.append(
             f"{metric.option}: {_range(limits)}; noise floor between processes "
-            f"{_range(floors)} ({how})"
+            f"{_range(floors)} ({how}){_shown_from(judged)}"
         )
     return lines
+
+
+def _shown_from(judged: Sequence[Change]) -> str:
+    """Return from what growth on a regression is shown, and what that assumes."""
+    shown = sorted({round(c.shown_from, 4) for c in judged if c.shown_from is not None})
+    if not shown:
+        return ""
+    assumed = sorted({c.assumed for c in judged if c.assumed is not None})
+    why = f", if processes differ by {_range(assumed)}, as is assumed" if assumed else ""
+    return f"; a regression is shown from {_range(shown)} on{why}"
 
 
 def _range(shares: list[float]) -> str:
