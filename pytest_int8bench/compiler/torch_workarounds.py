@@ -336,6 +336,17 @@ def reset_failed_cuda_graph_warm_up() -> None:
         node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
 
 
+def free_matmul_workspaces() -> None:
+    """Free the workspaces that cuBLAS keeps for the next matmul.
+
+    Recording a CUDA graph frees them (``clear_cublas_manager`` in
+    torch/_inductor/cudagraph_trees.py of torch 2.11 to 2.13), so that memory which was taken before
+    would be missing afterwards.
+    """
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def inductor_folder() -> str:
     """Return where Inductor keeps compiled code when ``TORCHINDUCTOR_CACHE_DIR`` is not set.
 

@@ -11,7 +11,13 @@ from torch import nn
 
 from pytest_int8bench.attention import general_backends
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100, graphs_skipped
+from pytest_int8bench.compiler.compiled_model import (
+    CUDA_GRAPH_MODES,
+    CompiledModel,
+    compile_for_a100,
+    graphs_skipped,
+)
+from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
 from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
 from pytest_int8bench.measure.batches import WRITES, Batch, BatchRun, to_device
 from pytest_int8bench.measure.building import check_dense
@@ -111,7 +117,7 @@ class Model:
         self.run_again = BatchRun(self.compiled, batch, device, feed, again=True)
         """Submits the batch of the last :attr:`run` once more, which is on the device."""
         # The candidate's model may have run before, to be compared with the baseline's.
-        self._buffers = Buffers(eager, None if baseline is None else baseline._buffers)
+        self._buffers: Buffers = Buffers(eager, None if baseline is None else baseline._buffers)
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
@@ -245,6 +251,8 @@ class Model:
             self.feed.open()
             on_device = self.feed.nbytes
         collect_garbage(self.device)
+        if self.compiled.mode in CUDA_GRAPH_MODES:
+            free_matmul_workspaces()  # of eager matmuls, which recording the graph will free
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self._first_call()
         check_dense(self.workload, "outputs", output)
