@@ -217,7 +217,8 @@ class Guardrail:
                         assert not params.int8_enabled, "the baseline is scored first"
                         self._fitted[key] = evaluation.fit(forward)
                     arguments = (forward, self._fitted[key])
-                found = read_scores(score(*arguments), evaluation.metric)
+                owner = "candidate" if params.int8_enabled else "baseline"
+                found = read_scores(score(*arguments), evaluation.metric, owner)
             except Exception as error:
                 if not isinstance(error, ClearError) and oom_of(error) is None:
                     error.add_note(
@@ -328,6 +329,7 @@ def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
         "gained": verdict.gained,
         "needed": verdict.needed,
         "method": verdict.method,
+        "groups": verdict.groups,
     }
 
 

@@ -15,7 +15,7 @@ from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail, next_step
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.accuracy.statistics.verdict import ScoreError
+from pytest_int8bench.accuracy.statistics.checks import ScoreError
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams

@@ -21,7 +21,8 @@ from scipy import stats
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.statistics import mean_tests, paired_exact
 from pytest_int8bench.accuracy.statistics import verdict as module
-from pytest_int8bench.accuracy.statistics.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.accuracy.statistics.checks import ScoreError
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge
 from pytest_int8bench.errors import ClearError
 
 ONE_PERCENT = Limit.parse("1%")
