@@ -84,4 +84,5 @@ def grouped_means(
         collapse=(largest * (high - worst), largest * (high if relative else 1.0)),
         jump=(largest * (low - highest), largest * (low if relative else 1.0)),
         alpha=alpha,
+        at_stake=sizes * (high - worst),
     )

@@ -44,6 +44,7 @@ class Means:
         collapse: loss and base of a unit with the largest loss there can be.
         jump: those of a unit with the largest gain.
         alpha: level of each test.
+        at_stake: what each unit can lose at most, where the largest of more units will be larger.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Means:
         collapse: tuple[float, float],
         jump: tuple[float, float],
         alpha: float,
+        at_stake: Floats | None = None,
     ) -> None:
+        self._at_stake = at_stake
         self._values = np.stack([loss, base])
         self._alpha = alpha
         self._virtual = (z(alpha) ** 2 + 2) / 3
@@ -83,11 +86,19 @@ class Means:
         slope = np.array([1.0, -limit])
         spread = math.sqrt(max(float(slope @ covariance @ slope), 0.0))
         scale = self._scale()
-        needed = enough(limit * scale, spread, self._largest_loss, self._alpha)
+        needed = self._enough(limit * scale, spread, self._largest_loss)
         if drop > 0:
             gap = abs(limit - drop) * scale
             extreme = self._largest_loss if drop < limit else self._largest_gain
-            needed = max(needed, enough(gap, spread, extreme, self._alpha))
+            needed = max(needed, self._enough(gap, spread, extreme))
+        return needed
+
+    def _enough(self, gap: float, spread: float, extreme: float) -> int:
+        needed = enough(gap, spread, extreme, self._alpha)
+        if self._at_stake is not None:
+            for _ in range(3):  # the more units, the larger the largest, by their logarithm
+                largest = max(extreme, largest_of(needed, self._at_stake))
+                needed = enough(gap, spread, largest, self._alpha)
         return needed
 
     def _scale(self) -> float:
@@ -206,6 +217,17 @@ def enough(gap: float, spread: float, extreme: float, alpha: float) -> int:
 
     # Once there are enough samples, more are too: the distance grows faster than the error.
     return 2 + bisect_left(range(2, MOST_SAMPLES), True, key=seen)
+
+
+def largest_of(count: int, seen: Floats) -> float:
+    """What the largest of so many numbers stays under in nine of ten draws, if the tail of those
+    seen is exponential."""
+    order = np.sort(seen)[::-1]
+    top = max(1, len(order) // 10)
+    threshold = float(order[min(top, len(order) - 1)])
+    excess = float(order[:top].mean()) - threshold
+    beyond = max(1.0, count * top / len(order))
+    return threshold + excess * (math.log(beyond) - math.log(-math.log(0.9)))
 
 
 def z(tail: float) -> float:

@@ -322,6 +322,7 @@ def _jackknifed(
         collapse=(collapse[0] - collapse[1], collapse[0] if limit.relative else 1.0),
         jump=(jump[0] - jump[1], jump[0] if limit.relative else 1.0),
         alpha=alpha,
+        at_stake=2 * np.abs(reference),
     )
     return means, "jackknife", metrics, swaps(pairs, metrics[0], value)
 
