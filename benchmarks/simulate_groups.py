@@ -9,6 +9,7 @@ independent.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -68,13 +69,18 @@ def half(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -
 
 def large(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
     """Groups lose everything, the larger the likelier."""
-    many = SIZES[_kind(sizes)](np.random.default_rng(0), 200_000).astype(np.float64)
-    chance = limit * sizes * many.mean() / (many**2).mean()
-    return reference * (rng.random(len(sizes)) >= chance)[codes]
+    return reference * (rng.random(len(sizes)) >= limit * sizes * _per_sample(sizes))[codes]
 
 
-def _kind(sizes: Array) -> int:
-    return 0 if (sizes == 10).all() else 1 if sizes.max() < 30 else 2
+@functools.cache
+def _expected(size: Callable[[Rng, int], Array]) -> float:
+    many = size(np.random.default_rng(0), 200_000).astype(np.float64)
+    return float(many.mean() / (many**2).mean())
+
+
+def _per_sample(sizes: Array) -> float:
+    """What turns the size of a group into its chance of a collapse, for a drop of the limit."""
+    return _expected(equal if (sizes == 10).all() else uneven if sizes.max() < 30 else heavy)
 
 
 def flips(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:

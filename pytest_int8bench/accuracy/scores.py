@@ -12,7 +12,7 @@ import torch
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.statistics.checks import ScoreError, check_share, numbers
 from pytest_int8bench.accuracy.statistics.groups import Codes, group_codes
-from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge, samples_to_pass
 from pytest_int8bench.workloads.workload import Evaluation
 
 
@@ -132,6 +132,35 @@ def groups_of(evaluation: Evaluation, samples: int) -> Codes | None:
     if given is None:
         return None
     return group_codes(given() if callable(given) else given, samples, evaluation.metric)
+
+
+def too_few(evaluation: Evaluation, reference: Scores, limit: Limit) -> str | None:
+    """Say that no candidate can pass on so few samples, even if nothing drops, and how many it
+    takes; None if it can, or if the baseline alone cannot tell."""
+    samples = len(reference.values)
+    try:
+        codes = groups_of(evaluation, samples)
+        needed = samples_to_pass(
+            reference.values,
+            limit,
+            aggregate=evaluation.aggregate,
+            worst=evaluation.worst,
+            groups=codes,
+            metric=evaluation.metric,
+        )
+    except ScoreError:  # a constant baseline can have a candidate that varies; else judged() raises
+        return None
+    if needed is None:
+        return None
+    counted, asked = f"{samples} samples", f"{needed:,}"
+    if codes is not None:
+        groups = int(codes.max()) + 1
+        counted += f" in {groups} groups"
+        asked += f" in {math.ceil(needed * groups / samples):,} groups"
+    return (
+        f"{evaluation.metric}: {counted} cannot pass {limit} even if nothing drops: "
+        f"it takes about {asked}"
+    )
 
 
 def seen_drop(

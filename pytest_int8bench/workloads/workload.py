@@ -56,8 +56,8 @@ class Evaluation:
     aggregate: Callable[[Any], float] | None = None
     """For a metric that is no mean over samples, such as mIoU or F1: ``aggregate(rows)`` computes
     it from the rows that ``scores`` returns, one per image (samples x anything), such as confusion
-    counts. The image is the sampling unit. To pass a limit of 1 % it takes at least 730 images,
-    and about 5,000 if their sizes differ much, even if nothing drops."""
+    counts. The image is the sampling unit. A limit of 1 % takes at least 730 images, and about
+    1,000 if they differ in size, even if nothing drops; half as many for twice the limit."""
     worst: float = 0.0
     """The lowest score that a sample can get, a finite number; not used with ``aggregate``. Clip
     scores that have no lowest one, such as log likelihoods."""

@@ -158,6 +158,31 @@ def judge(
     )
 
 
+def samples_to_pass(
+    reference: ArrayLike,
+    limit: Limit,
+    *,
+    alpha: float = ALPHA,
+    aggregate: Aggregate | None = None,
+    worst: float = 0.0,
+    groups: Any = None,
+    metric: str = "score",
+) -> int | None:
+    """Return with how many samples a candidate passes that changes nothing; None if the
+    baseline's are enough. Arguments are those of :func:`judge`.
+
+    Raises:
+        ScoreError: one line, if the baseline's scores cannot be judged.
+    """
+    check_level(alpha)
+    pairs = _pairs(reference, reference, metric)
+    codes = None if groups is None else group_codes(groups, len(pairs[0]), metric)
+    test = _found(pairs, limit, alpha, aggregate, worst, metric, codes)[0]
+    if test.at_least(limit.value) <= alpha:
+        return None
+    return _ask(test.needed(limit.value, 0.0), len(pairs[0]), codes)
+
+
 def _outcome(test: _Test, limit: Limit, drop: float, alpha: float) -> Outcome:
     # The drop seen can lie beyond the limit where the jackknife's estimate does not.
     if drop < limit.value and test.at_least(limit.value) <= alpha:
@@ -309,9 +334,10 @@ def _jackknifed(
     check_size(metric, "what aggregate returns", *metrics)
     if limit.relative:
         check_share(metric, limit, metrics[0])
-    reference, candidate = (
-        pseudo_values(rows, total, value, codes) for rows, total in zip(pairs, metrics, strict=True)
-    )
+    reference = pseudo_values(pairs[0], metrics[0], value, codes)
+    candidate = reference
+    if not np.array_equal(*pairs):
+        candidate = pseudo_values(pairs[1], metrics[1], value, codes)
     check_size(metric, "what aggregate returns", reference, candidate)
     _check_varies(reference, candidate, metric)
     collapse = image_collapse(reference, candidate)
@@ -362,7 +388,7 @@ def _reach(rejects: Callable[[float], bool], step: float) -> float:
         near, far = 0.0, near
     else:
         while not rejects(far):
-            if not far < 1e6 * step:
+            if not near < far < 1e6 * step:
                 return math.inf
             near, far = far, far + 2 * (far - near)
     while far - near > step / 100 and near < (middle := (near + far) / 2) < far:

@@ -514,6 +514,24 @@ def test_lossless_continuous_scores_pass_as_planned(limit: Limit, noise_std: flo
     assert power >= mean_tests.POWER - 3 * math.sqrt(0.16 / 300)
 
 
+@pytest.mark.parametrize("seen", [60, 300])
+@pytest.mark.parametrize(("metric", "classes"), [(f1, 1), (mean_iou, 3)])
+def test_a_lossless_aggregate_passes_as_planned(
+    metric: Callable[[Array], float], classes: int, seen: int
+) -> None:
+    """The more images there are, the larger the largest share, which a collapse may cost."""
+    limit = Limit.parse("2%")
+    rng = np.random.default_rng(RNG_SEED)
+    passed = 0
+    for _ in range(10):
+        pilot = images(rng, seen, classes)
+        needed = module.samples_to_pass(pilot, limit, aggregate=metric)
+        assert needed is not None
+        again = images(rng, needed, classes)
+        passed += module.samples_to_pass(again, limit, aggregate=metric) is None
+    assert passed / 10 >= mean_tests.POWER - 3 * math.sqrt(0.16 / 10)
+
+
 @pytest.mark.parametrize(
     ("samples", "lost", "gained", "right", "limit"),
     [(500, 50, 50, 400, ONE_POINT), (200, 60, 60, 100, Limit.parse("6%"))],
