@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.statistics.checks import ScoreError, check_share, numbers
+from pytest_int8bench.accuracy.statistics.checks import ScoreError, check_share, check_size, numbers
 from pytest_int8bench.accuracy.statistics.groups import Codes, group_codes
 from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge, samples_to_pass
 from pytest_int8bench.workloads.workload import Evaluation
@@ -179,6 +179,8 @@ def seen_drop(
             above 0 with a relative limit.
     """
     before, after = _paired(evaluation.metric, reference, candidate, rows)
+    if evaluation.aggregate is None:
+        check_size(evaluation.metric, "scores", before, after)
     metric = evaluation.aggregate or np.mean
     base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
     if not math.isfinite(drop):

@@ -40,7 +40,7 @@ def numbers(given: Any, metric: str, owner: str) -> Numbers:
             f"{metric}: the {owner}'s scores are not an array: {_line(error)}"
         ) from error
     if np.ma.isMaskedArray(array):
-        if hidden := int(np.ma.count_masked(array)):
+        if hidden := int(np.ma.getmaskarray(array).sum()):
             raise ScoreError(f"{metric}: scores must not be masked, the {owner} has {hidden}")
         array = array.data
     if array.dtype.kind == "O" and array.size:

@@ -77,12 +77,16 @@ def grouped_means(
     sizes = np.bincount(codes).astype(np.float64)
     largest = float(sizes.max())
     low, high = float(reference.min()), float(reference.max())
-    base = np.bincount(codes, weights=reference) if relative else sizes
     return Means(
-        np.bincount(codes, weights=reference - candidate),
-        base,
+        _sums(reference - candidate, codes),
+        _sums(reference, codes) if relative else sizes,
         collapse=(largest * (high - worst), largest * (high if relative else 1.0)),
         jump=(largest * (low - highest), largest * (low if relative else 1.0)),
         alpha=alpha,
         at_stake=sizes * (high - worst),
     )
+
+
+def _sums(values: Floats, codes: Codes) -> Floats:
+    found: Floats = np.bincount(codes, weights=values).astype(np.float64)
+    return found
