@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.nvml import Gpu, GpuState, find_gpu
+from pytest_int8bench.nvml import GpuState, find_gpu
 from pytest_int8bench.words import plural
 
 # torch's name for its settings of the allocator, and the older one.
@@ -35,6 +36,7 @@ _OWN_PARTS = {
     "system": "operating system and architecture",
     "cpu": "model of the CPU",
     "cpu_threads": "threads that torch uses",
+    "tracers": "tracers and profilers that ran beside the clock",
 }
 _CODE_PARTS = {
     "commit": "git commit of the folder that pytest runs in",
@@ -54,47 +56,74 @@ FINGERPRINT_NAMES = tuple(FINGERPRINT)
 MAY_DIFFER = tuple(_CODE_PARTS)
 
 
-def fingerprint(root: Path) -> dict[str, Any]:
+def fingerprint(root: Path, tracers: Sequence[str] = ()) -> dict[str, Any]:
     """Return what identifies machine and software; None where something cannot be read.
 
-    Loads torch. ``root`` is the folder whose git commit is read.
+    Loads torch.
+
+    Args:
+        root: the folder whose git commit is read.
+        tracers: what slows down this process while clocks run.
     """
-    commit, dirty = _git(root)
-    return {**machine(), "commit": commit, "dirty": dirty}
+    git = _read(
+        {
+            "commit": lambda: _git(root, "rev-parse", "HEAD"),
+            "status": lambda: _git(root, "status", "--porcelain"),
+        }
+    )
+    is_known = git["commit"] is not None and git["status"] is not None
+    dirty = bool(git["status"]) if is_known else None
+    watched = ", ".join(tracers) or None
+    return {**machine(), "tracers": watched, "commit": git["commit"], "dirty": dirty}
 
 
 def machine() -> dict[str, Any]:
-    """Return the fingerprint without the code that is measured. Loads torch."""
+    """Return the fingerprint without what traces the process, and without the code that is
+    measured. Loads torch."""
     import torch
 
-    gpu: dict[str, Any] | None = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gpu = {
-            "name": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "sm_count": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            **_driver_and_limits(find_gpu(str(properties.uuid))),
+    return _read(
+        {
+            "gpu": _gpu,
+            "gpu_count": torch.cuda.device_count,
+            "cuda": lambda: torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version,
+            "allocator": lambda: next(filter(None, map(os.environ.get, _ALLOCATOR)), None),
+            "packages": lambda: {name: _version(name) for name in _PACKAGES},
+            "python": platform.python_version,
+            "system": lambda: f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_model,
+            "cpu_threads": torch.get_num_threads,
         }
-    return {
-        "gpu": gpu,
-        "gpu_count": torch.cuda.device_count(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "allocator": next(filter(None, map(os.environ.get, _ALLOCATOR)), None),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cpu_threads": torch.get_num_threads(),
+    )
+
+
+def _gpu() -> dict[str, Any] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = _read({"gpu": lambda: find_gpu(str(properties.uuid))})["gpu"]
+    parts: dict[str, Callable[[], Any]] = {
+        "name": lambda: properties.name,
+        "compute_capability": lambda: f"{properties.major}.{properties.minor}",
+        "sm_count": lambda: properties.multi_processor_count,
+        "memory_bytes": lambda: properties.total_memory,
     }
+    if gpu is not None:
+        parts |= {"driver": gpu.driver, "power_limit_w": gpu.power_limit_w, "mig": gpu.mig}
+    return _read(parts)
 
 
-def _driver_and_limits(gpu: Gpu | None) -> dict[str, Any]:
-    if gpu is None:
-        return {}
-    return {"driver": gpu.driver(), "power_limit_w": gpu.power_limit_w(), "mig": gpu.mig()}
+def _read(parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Read each part of a description of the machine; what cannot be read is None, for a
+    measurement does not depend on it."""
+    found: dict[str, Any] = dict.fromkeys(parts)
+    for name, read in parts.items():
+        with contextlib.suppress(Exception):
+            found[name] = read()
+    return found
 
 
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -114,7 +143,14 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 #: What compiled code does not depend on.
-_NOT_COMPILED_FOR = ("memory_bytes", "power_limit_w", "gpu_count", "allocator", "pytest-benchmark")
+_NOT_COMPILED_FOR = (
+    "memory_bytes",
+    "power_limit_w",
+    "gpu_count",
+    "allocator",
+    "tracers",
+    "pytest-benchmark",
+)
 
 
 def compiled_for() -> dict[str, Any]:
@@ -153,6 +189,11 @@ def gpu_state() -> GpuState | None:
 
     Returns None without CUDA or where NVML does not answer.
     """
+    state: GpuState | None = _read({"state": _gpu_state})["state"]
+    return state
+
+
+def _gpu_state() -> GpuState | None:
     import torch
 
     if not torch.cuda.is_available():
@@ -163,32 +204,21 @@ def gpu_state() -> GpuState | None:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(Exception):  # not installed, or its metadata are damaged
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
-def _git(root: Path) -> tuple[str | None, bool | None]:
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain") if commit else None
-    return commit, None if status is None else bool(status)
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return what git prints, whatever bytes the names of files are; None where it fails."""
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+    return os.fsdecode(done.stdout).strip() if done.returncode == 0 else None

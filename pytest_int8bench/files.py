@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 from pytest_int8bench.errors import ClearError
 
 # Keys of saved files and journals, also of damaged ones and of those of newer versions.
+_PLAIN = re.compile(r"[A-Za-z0-9_./+@:%~=,-]*")
 _BENCHMARKS = re.compile(r'"(benchmarks|int8bench)"\s*:')
 
 
@@ -102,6 +105,14 @@ def append_text(path: Path, text: str) -> None:
             raise
 
 
+def relative(path: Path) -> Path:
+    """Return a path from the current folder, if it is in it and there still is one."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):
+        return path
+
+
 def timestamp() -> str:
     """Return the current time for the name of a file, in UTC: 20260131T235959Z."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -119,6 +130,58 @@ def cache_folder() -> Path:
     given = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     return folder / "pytest-int8bench"
+
+
+def is_noexec(folder: Path) -> bool:
+    """Return whether ``folder``, which may not exist yet, is where no code can be loaded from."""
+    if not hasattr(os, "statvfs"):  # Windows
+        return False
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return bool(os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0))
+
+
+def is_plain(path: Path | str) -> bool:
+    """Return whether command lines need no quotes for ``path``."""
+    return _PLAIN.fullmatch(str(path)) is not None
+
+
+def plain_path(folder: Path) -> Path:
+    """Return a path of ``folder`` that command lines need no quotes for: its own or, where that has
+    spaces or quotes, a link in :func:`cache_folder` or in a folder for temporary files.
+
+    Raises:
+        OSError: if the link cannot be made, or all these folders need quotes too.
+    """
+    if is_plain(folder):
+        return folder
+    links = _links_folder(folder)
+    link = links / hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()[:16]
+    if not (link.is_symlink() and link.readlink() == folder):
+        partial = link.with_suffix(f".{os.getpid()}")
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder)
+        partial.replace(link)
+    return link
+
+
+def _links_folder(folder: Path) -> Path:
+    """Make and return the folder for links, which the caches behind them need for good."""
+    with contextlib.suppress(RuntimeError, OSError):  # no home, or one that cannot be written to
+        links = cache_folder() / "links"
+        if is_plain(links):
+            links.parent.mkdir(parents=True, exist_ok=True)
+            links.mkdir(mode=0o700, exist_ok=True)
+            return links
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    temporary = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
+    usable = [path for path in temporary if is_plain(path) and path.is_dir()]
+    if not usable:
+        raise OSError(errno.EINVAL, "must be a path without spaces and quotes", str(folder))
+    links = usable[0] / f"int8bench-links-{user}"
+    links.mkdir(mode=0o700, exist_ok=True)
+    if links.lstat().st_uid != user:
+        raise PermissionError(errno.EACCES, "belongs to another user", str(links))
+    return links
 
 
 @contextlib.contextmanager

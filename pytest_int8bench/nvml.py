@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -97,6 +96,22 @@ def _library() -> Any | None:
     return pynvml
 
 
+def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
+    """Call a function of NVML by its name; a string among ``arguments`` that begins with ``NVML_``
+    stands for a constant. Return None where it refuses, and where this driver or pynvml has no such
+    function or constant."""
+    try:
+        values = [
+            getattr(pynvml, argument)
+            if isinstance(argument, str) and argument.startswith("NVML_")
+            else argument
+            for argument in arguments
+        ]
+        return getattr(pynvml, function)(*values)
+    except Exception:
+        return None
+
+
 def _kind(entry: str) -> str:
     return entry[:4] if entry.startswith(_UUIDS) else "index"
 
@@ -119,20 +134,12 @@ def _uuids() -> list[list[str]] | None:
 
 
 def _of_gpu(pynvml: Any, handle: Any) -> list[str]:
-    try:
-        is_split = bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
-    except pynvml.NVMLError:  # a GPU that cannot be split
-        is_split = False
-    if not is_split:
+    mode = _ask(pynvml, "nvmlDeviceGetMigMode", handle)  # None for a GPU that cannot be split
+    if not (mode and mode[0]):
         return [_text(pynvml.nvmlDeviceGetUUID(handle))]
-    found = []
-    for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        try:
-            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)
-        except pynvml.NVMLError:  # a place that no instance takes
-            continue
-        found.append(_text(pynvml.nvmlDeviceGetUUID(instance)))
-    return found
+    places = range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    instances = [_ask(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in places]
+    return [_text(pynvml.nvmlDeviceGetUUID(found)) for found in instances if found is not None]
 
 
 def _text(value: str | bytes) -> str:
@@ -174,33 +181,30 @@ class Gpu:
 
     def driver(self) -> str | None:
         """Return the version of the driver."""
-        try:
-            return _text(self.pynvml.nvmlSystemGetDriverVersion())
-        except self.pynvml.NVMLError:
-            return None
+        version = _ask(self.pynvml, "nvmlSystemGetDriverVersion")
+        return None if version is None else _text(version)
 
     def power_limit_w(self) -> float | None:
         """Return the power limit in watts."""
-        milliwatts = self._read(self.pynvml.nvmlDeviceGetPowerManagementLimit)
+        milliwatts = self._read("nvmlDeviceGetPowerManagementLimit")
         return None if milliwatts is None else milliwatts / 1000
 
     def mig(self) -> str | None:
         """Return ``off``, ``on``, or the profile of the MIG instance."""
         if self.instance is not None:
             return _mig_profile(self.pynvml, self.instance)
-        mode = self._read(self.pynvml.nvmlDeviceGetMigMode)
+        mode = self._read("nvmlDeviceGetMigMode")
         return _MIG_STATES.get(mode and mode[0])
 
     def state(self) -> GpuState:
         """Return clock, temperature, power and throttle reasons."""
-        pynvml = self.pynvml
-        reasons = self._read(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
-        usage = self._read(pynvml.nvmlDeviceGetPowerUsage)
+        reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the older name
+            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        usage = self._read("nvmlDeviceGetPowerUsage")
         return {
-            "sm_clock_mhz": self._read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            "temperature_c": self._read(
-                pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU
-            ),
+            "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            "temperature_c": self._read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
             "power_w": None if usage is None else usage / 1000,
             "throttle_reasons": [
                 name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
@@ -214,16 +218,11 @@ class Gpu:
 
     def energy_j(self) -> float | None:
         """Return the energy in joules since the driver was loaded (Volta and later)."""
-        try:
-            return float(self.pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
-        except Exception:  # an old GPU, driver or pynvml
-            return None
+        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else float(millijoules) / 1000
 
-    def _read(self, function: Any, *args: Any) -> Any:
-        try:
-            return function(self.handle, *args)
-        except self.pynvml.NVMLError:
-            return None
+    def _read(self, function: str, *arguments: str) -> Any:
+        return _ask(self.pynvml, function, self.handle, *arguments)
 
 
 def find_gpu(uuid: str) -> Gpu | None:
@@ -233,17 +232,15 @@ def find_gpu(uuid: str) -> Gpu | None:
     # torch leaves out which of the two a UUID is of.
     candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for candidate in candidates:
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(candidate)
+        if (handle := _ask(pynvml, "nvmlDeviceGetHandleByUUID", candidate)) is not None:
             break
-        except pynvml.NVMLError:
-            continue
     else:
         return None
     instance = None
-    with suppress(pynvml.NVMLError):
-        if pynvml.nvmlDeviceIsMigDeviceHandle(handle):
-            instance, handle = handle, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    if _ask(pynvml, "nvmlDeviceIsMigDeviceHandle", handle):
+        whole = _ask(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
+        if whole is not None:
+            instance, handle = handle, whole
     return Gpu(pynvml, handle, instance, candidate.startswith("MIG") or instance is not None)
 
 
@@ -253,9 +250,5 @@ _MIG_STATES = {0: "off", 1: "on"}
 
 def _mig_profile(pynvml: Any, instance: Any) -> str:
     """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``."""
-    try:
-        name = pynvml.nvmlDeviceGetName(instance)
-    except pynvml.NVMLError:
-        return "on"
-    name = _text(name)
+    name = _text(_ask(pynvml, "nvmlDeviceGetName", instance) or "")
     return name.rpartition(" MIG ")[2] if " MIG " in name else "on"

@@ -23,6 +23,7 @@ from typing import Any
 
 from pytest_int8bench.files import replace_text, timestamp
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
+from pytest_int8bench.printing import show
 from pytest_int8bench.processes.runner_files import Handover
 from pytest_int8bench.processes.running import (
     FAILED,
@@ -214,12 +215,12 @@ class ThroughputBenchmarkRunner:
             for part in parts[1:]:
                 part.unlink(missing_ok=True)
         if len(parts) > 1:
-            print(f"\nint8bench: {len(parts)} processes together:")
-            print(render(saved, width=None, color=False), end="", flush=True)
+            show(f"\nint8bench: {len(parts)} processes together:")
+            show(render(saved, width=None, color=False), end="")
         # Here, not in the processes that measure: one that is killed logs nothing.
         if runs := wandb.runs_of(saved, every=False):
             tracked = wandb.log(runs, folder=self._work_dir, group=self._group)
-            print(f"int8bench: {tracked.line}", flush=True)
+            show(f"int8bench: {tracked.line}")
 
     def _run_pytest(self, handover: Handover, json_path: Path) -> int:
         """Run the points of ``handover`` and return the exit code, negative for a signal."""

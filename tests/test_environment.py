@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ from pytest_int8bench import environment
 from pytest_int8bench.environment import (
     FINGERPRINT_NAMES,
     MAY_DIFFER,
+    compiled_for,
     describe,
     differences,
     fingerprint,
@@ -74,6 +76,7 @@ MACHINE: dict[str, Any] = {
     "system": "Linux x86_64",
     "cpu": "EPYC",
     "cpu_threads": 8,
+    "tracers": None,
     "packages": {
         "torch": "2.11.0",
         "triton": "3.6.0",
@@ -95,6 +98,13 @@ def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
     assert set(FINGERPRINT_NAMES) == set(values)
     assert len(FINGERPRINT_NAMES) == len(values)
     assert MAY_DIFFER == ("commit", "dirty")
+
+
+def test_tracers_beside_the_clock_make_runs_differ(tmp_path: Path) -> None:
+    plain, traced = fingerprint(tmp_path), fingerprint(tmp_path, ["tracemalloc", "torch.profiler"])
+    assert plain["tracers"] is None
+    assert differences(plain, traced) == {"tracers": (None, "tracemalloc, torch.profiler")}
+    assert "tracers" not in compiled_for()
 
 
 def test_triton_counts_only_where_there_is_a_gpu() -> None:
@@ -126,7 +136,10 @@ def test_what_a_fingerprint_does_not_hold_differs_from_what_it_holds() -> None:
         name: (MACHINE["gpu"]["name" if name == "gpu" else name], None)
         for name in FINGERPRINT_NAMES[:7]
     }
-    assert set(differences({}, MACHINE)) == {*FINGERPRINT_NAMES} - {*MAY_DIFFER, "allocator"}
+    assert set(differences({}, MACHINE)) == {*FINGERPRINT_NAMES} - {
+        *MAY_DIFFER,
+        *("allocator", "tracers"),
+    }
 
 
 # -- the GPU, simulated -----------------------------------------------------------------------
@@ -320,3 +333,48 @@ def test_the_machine_is_one_line(gpu: pytest.MonkeyPatch, tmp_path: Path) -> Non
     gpu.setattr(environment, "_version", {"torch": "2.13.0", "torchao": "0.18.0"}.get)
     gpu.setattr(torch.version, "cuda", "13.0")
     assert describe(fingerprint(tmp_path)) == "Fake A100, CUDA 13.0, torch 2.13.0, torchao 0.18.0"
+
+
+# -- what cannot be read -----------------------------------------------------------------------
+
+
+def test_a_file_name_that_is_no_utf8_counts_as_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "config", "core.quotePath", "false")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    assert fingerprint(tmp_path)["dirty"] is False
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    assert fingerprint(tmp_path)["dirty"] is True
+    assert len(fingerprint(tmp_path)["commit"]) == 40
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.cuda.is_available",
+        "torch.cuda.device_count",
+        "torch.backends.cudnn.version",
+        "torch.get_num_threads",
+        "platform.python_version",
+        "platform.system",
+        "subprocess.run",
+        "importlib.metadata.version",
+        "pathlib.Path.read_text",
+        "pytest_int8bench.environment.find_gpu",
+        "pytest_int8bench.environment._cpu_model",
+    ],
+)
+@pytest.mark.parametrize("error", [KeyError("bug"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad")])
+def test_what_cannot_be_read_is_none(
+    name: str, error: Exception, gpu: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    gpu.setattr(name, fail)
+    found = fingerprint(tmp_path)
+    assert set(found) == {"gpu", *MACHINE} - {"schema"}
+    gpu_state()

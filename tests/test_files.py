@@ -8,12 +8,21 @@ import re
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pytest_int8bench import files
-from pytest_int8bench.files import append_text, cache_folder, replace_text, timestamp
+from pytest_int8bench.files import (
+    append_text,
+    cache_folder,
+    is_noexec,
+    is_plain,
+    plain_path,
+    replace_text,
+    timestamp,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +113,67 @@ def test_cache_folder_is_below_home_otherwise(
         monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "pytest-int8bench"
+
+
+# -- paths that command lines can hold -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "a-b_c.d+e@f=g,h:i"])
+def test_a_plain_path_is_its_own(name: str, tmp_path: Path) -> None:
+    assert plain_path(tmp_path / name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["my cache", "it's", 'a"b', "a\\b", "$(x)", "a;b", "caf\xe9", "(1)"]
+)
+def test_another_path_gets_a_link(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / name
+    folder.mkdir()
+    link = plain_path(folder)
+    assert is_plain(link)
+    assert link.is_relative_to(tmp_path / "cache")
+    assert link.resolve() == folder
+    assert plain_path(folder) == link
+    assert stat.S_IMODE(link.parent.stat().st_mode) == 0o700
+    (folder / "file").touch()
+    assert (link / "file").exists()
+    link.unlink()
+    link.symlink_to(tmp_path)  # another's
+    assert plain_path(folder).resolve() == folder
+
+
+def test_links_are_where_temporary_paths_are_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "my tmp"))
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    link = plain_path(folder)
+    assert is_plain(link)
+    assert link.resolve() == folder
+    link.unlink()
+
+
+def test_refuses_links_in_the_folder_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        plain_path(tmp_path / "my folder")
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(0, False), (os.ST_NOEXEC, True)])
+def test_noexec_is_found_above_a_folder(
+    flag: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    found = SimpleNamespace(f_flag=flag)
+    monkeypatch.setattr(os, "statvfs", lambda path: asked.append(path) or found)
+    assert is_noexec(tmp_path / "a" / "b") is expected
+    assert asked == [tmp_path]

@@ -18,6 +18,7 @@ from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure.evidence import EvidenceError, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed
+from pytest_int8bench.measure.layer_checks import check_kernel_count
 from pytest_int8bench.measure.memory import allocated_bytes
 from pytest_int8bench.measure.point import Throughput
 from pytest_int8bench.measure.pool import ModelPool
@@ -26,6 +27,7 @@ from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
 from pytest_int8bench.workloads.registry import load_workload
+from toys import layers
 from toys.models import normal, time_rounds
 
 pytestmark = [
@@ -84,6 +86,85 @@ def test_encoder_measures_with_evidence(mode: str) -> None:
     assert result.speedup_method == "interleaved"
     names = [kernel["name"] for kernel in result.kernels]
     assert not [name for name in names if "int8pack" in name]
+
+
+LAYERS = POINT.replace(batch_size=64, int8_enabled=True)
+
+
+def with_layers(model: type[nn.Module]) -> Workload:
+    """Return a workload of a toy of ``toys.layers``, all of whose layers are quantized."""
+    return Workload(
+        name="toy", build=lambda p: model(), inputs=normal(32), filter_fn=layers.is_linear
+    )
+
+
+@pytest.mark.parametrize("backend", ["fused", "torchao"])
+@pytest.mark.parametrize("compile_mode", ["off", "default", "max-autotune"])
+@pytest.mark.parametrize("model", [layers.FourLayers, layers.CallsTwice, layers.Discarded])
+def test_every_quantized_layer_runs_in_int8(
+    model: type[nn.Module], compile_mode: str, backend: str
+) -> None:
+    params = LAYERS.replace(int8_backend=backend, compile_mode=compile_mode)
+    [result] = measure(with_layers(model), params)
+    assert result.status == "ok"
+    assert "not proven" not in (result.reason or "")
+    dropped = model is layers.Discarded and compile_mode != "off"
+    assert result.coverage.get("unused", []) == (["c", "d"] if dropped else [])
+    assert result.ceiling is not None
+    assert "problem" not in result.ceiling, result.ceiling
+
+
+@pytest.mark.parametrize("mode", ["w8", "fp8"])
+def test_other_modes_have_no_remark_about_layers(mode: str) -> None:
+    if mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs FP8")
+    [result] = measure(with_layers(layers.FourLayers), LAYERS.replace(int8_mode=mode))
+    assert (result.status, result.coverage.get("unused", [])) == ("ok", [])
+    assert "quantized layers" not in (result.reason or "")
+
+
+@pytest.mark.parametrize("backend", ["fused", "torchao"])
+def test_a_layer_that_runs_another_matmul_contradicts_the_label(backend: str) -> None:
+    params = LAYERS.replace(int8_backend=backend, compile_mode="off")
+    problem = "1 of 4 quantized layers ran matmuls that are not INT8"
+    with pytest.raises(EvidenceError, match=problem) as caught:
+        measure(with_layers(layers.Multiplies), params)
+    assert ": c " in str(caught.value)
+
+
+def test_a_layer_of_few_rows_contradicts_the_label_on_torchaos_kernels() -> None:
+    class Pools(layers.FourLayers):
+        def second(self, x: torch.Tensor) -> torch.Tensor:
+            return super().second(x[:8])
+
+    params = LAYERS.replace(compile_mode="off")
+    problem = r"products of 16 rows or fewer run in floating point\): c, d "
+    with pytest.raises(EvidenceError, match=problem):
+        measure(with_layers(Pools), params.replace(int8_backend="torchao"))
+    [result] = measure(with_layers(Pools), params.replace(int8_backend="fused"))
+    assert result.status == "ok"
+
+
+@pytest.mark.parametrize("backend", ["fused", "torchao"])
+def test_kernels_that_ran_are_counted(backend: str) -> None:
+    params = LAYERS.replace(int8_backend=backend)
+    model = ModelPool().get(with_layers(layers.FourLayers), params)
+    model.ready()
+    evidence, runs = model.evidence(), dict(model.layers.runs)
+    check_kernel_count(evidence, runs, params, ())
+    for number in range(16):  # autotuning may have run some of one's own
+        runs[f"more.{number}"] = dataclasses.replace(runs["a"], storage=-1 - number)
+    with pytest.raises(EvidenceError, match="INT8 matmuls are needed for one forward, but "):
+        check_kernel_count(evidence, runs, params, ())
+
+
+def test_dynamo_may_be_reset_between_tests() -> None:
+    throughput, workload = Throughput(ModelPool()), with_layers(layers.FourLayers)
+    candidate = LAYERS.replace(compile_mode="max-autotune")
+    for params in (candidate.baseline(), candidate, candidate):
+        torch._dynamo.reset()
+        result = throughput.measure(workload, params, time_rounds, nodeid="a")
+        assert result.status == "ok"
 
 
 def test_the_attention_backend_asked_for_runs_also_with_warm_caches() -> None:

@@ -233,3 +233,68 @@ def test_no_gpu_of_that_uuid(one_gpu: Any, no_nvml: None) -> None:
     assert find_gpu("1") is None
     one_gpu()
     assert find_gpu("2") is None
+
+
+# -- an old driver, or an old pynvml -------------------------------------------------------------
+
+FUNCTIONS = {
+    "nvmlInit": lambda: None,
+    "nvmlDeviceGetHandleByUUID": lambda uuid: 1,
+    "nvmlDeviceIsMigDeviceHandle": lambda handle: 1,
+    "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": lambda handle: 2,
+    "nvmlSystemGetDriverVersion": lambda: "580.1",
+    "nvmlDeviceGetPowerManagementLimit": lambda handle: 700_000,
+    "nvmlDeviceGetMigMode": lambda handle: (1, 1),
+    "nvmlDeviceGetName": lambda handle: "NVIDIA A100 MIG 1g.10gb",
+    "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0,
+    "nvmlDeviceGetPowerUsage": lambda handle: 100_000,
+    "nvmlDeviceGetClockInfo": lambda handle, kind: 1980,
+    "nvmlDeviceGetTemperature": lambda handle, sensor: 41,
+    "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 1000,
+    "nvmlDeviceGetCount": lambda: 1,
+    "nvmlDeviceGetHandleByIndex": lambda i: i,
+    "nvmlDeviceGetUUID": lambda handle: "GPU-1",
+    "nvmlDeviceGetMaxMigDeviceCount": lambda handle: 1,
+    "nvmlDeviceGetMigDeviceHandleByIndex": lambda handle, i: 7,
+}
+CONSTANTS = {"NVML_CLOCK_SM": 1, "NVML_TEMPERATURE_GPU": 0, "NVMLError": NVMLError}
+
+
+def everything() -> list[Any]:
+    gpu = find_gpu("1")
+    if gpu is None:
+        return [visible({})]
+    return [
+        visible({}),
+        gpu.driver(),
+        gpu.power_limit_w(),
+        gpu.mig(),
+        gpu.state(),
+        gpu.counts_own_energy(),
+        gpu.energy_j(),
+    ]
+
+
+@pytest.mark.parametrize("how", ["missing", "raises"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CONSTANTS])
+def test_what_pynvml_lacks_is_none(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the library of another version")
+
+    members: dict[str, Any] = {**FUNCTIONS, **CONSTANTS}
+    if how == "missing":
+        del members[name]
+    else:
+        members[name] = fail
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**members))
+    everything()
+
+
+def test_older_name_of_the_throttle_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    members: dict[str, Any] = {**FUNCTIONS, **CONSTANTS}
+    del members["nvmlDeviceGetCurrentClocksEventReasons"]
+    members["nvmlDeviceGetCurrentClocksThrottleReasons"] = lambda handle: 0x8
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**members))
+    gpu = find_gpu("1")
+    assert gpu is not None
+    assert gpu.state()["throttle_reasons"] == ["hardware slowdown"]

@@ -14,19 +14,23 @@ from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
-from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.building import calibration_inputs, check_dense
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.verdicts import Sensitivity
-from pytest_int8bench.tensors import call, tensors_of
+from pytest_int8bench.tensors import call, deep_copy, tensors_of
 from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.workload import Workload
 
 BY = ("layer", "block")
 _POINTS = Limit(1.0, relative=False)  # drops are differences here
+
+
+class ScanError(ClearError, ValueError):
+    """A scan that was asked for in words that are not known."""
 
 
 class SensitivityScan:
@@ -40,14 +44,14 @@ class SensitivityScan:
 
     Raises:
         WorkloadError: if the workload itself says which layers are quantized, and how.
-        ValueError: for another ``by``.
+        ScanError: for another ``by``.
     """
 
     def __init__(
         self, guardrail: Guardrail, workload: Workload, params: RunParams, *, by: str = "layer"
     ) -> None:
         if by not in BY:
-            raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
+            raise ScanError(f"by must be one of {', '.join(BY)}, got {by!r}")
         if workload.brings_quantization:
             raise WorkloadError(
                 f"workload {workload.name!r} brings its own quantization: its layers cannot be "
@@ -90,6 +94,7 @@ class SensitivityScan:
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
+        baseline.restore()
         reference = [_eager(baseline, batch) for batch in batches]
         scores = self._scores() if metric else None
         samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
@@ -182,7 +187,7 @@ def _block(name: str) -> str:
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.settings(), torch.compiler.set_stance("force_eager"):
-        output = call(model.eager, batch)
+        output = call(model.eager, deep_copy(batch))
     check_dense(model.workload, "outputs", output)
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 

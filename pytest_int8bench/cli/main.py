@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from pytest_int8bench.cli.ab import add_ab, run_ab
-from pytest_int8bench.cli.compare import add_compare, run_compare
-from pytest_int8bench.cli.report import add_report, run_report
-from pytest_int8bench.cli.sensitivity import add_sensitivity, run_sensitivity
-from pytest_int8bench.cli.show import add_show, run_show
-from pytest_int8bench.version import __version__
+from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.printing import one_line, show
+
+#: Exit code of whatever is no verdict. 1 says that something got worse, and nothing else.
+_FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 if something regressed, 2 if a file cannot be
-    read or something could not be compared, or pytest's."""
-    parser = argparse.ArgumentParser(prog="int8bench", description="INT8 inference benchmarks.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_show(commands)
-    add_sensitivity(commands)
-    add_compare(commands)
-    add_ab(commands)
-    add_report(commands)
-    given, for_pytest = _split(sys.argv[1:] if argv is None else argv)
-    arguments, rest = parser.parse_known_args(given)
-    if for_pytest and arguments.command != "ab":
-        rest += ["--", *for_pytest]
-    if arguments.command == "sensitivity":
-        return run_sensitivity(arguments, rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "ab":
-        return run_ab(arguments, for_pytest)
-    if arguments.command == "report":
-        return run_report(arguments)
-    return run_compare(arguments) if arguments.command == "compare" else run_show(arguments)
+    """Run the command; returns the exit code: 0, 1 if something got worse, else 2, whatever went
+    wrong; 128 and its number if a signal ended it."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = f"int8bench {given[0]}" if given and given[0].isalpha() else "int8bench"
+    try:
+        # Here: what cannot be imported is no verdict either.
+        from pytest_int8bench.cli.commands import run_command
+
+        return run_command(given)
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    except ClearError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {first_line(error)} ({_place(error)})"
+    finally:
+        # What others printed must not fail, and change the exit code, when Python ends.
+        show("", end="")
+        show("", error=True, end="")
+    show(one_line(f"{name}: {problem}"), error=True)
+    return _FAILED
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before and after the first ``--``."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    return list(argv[:at]), list(argv[at + 1 :])
+def _place(error: BaseException) -> str:
+    """Return where an error was raised, for a report of it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}"

@@ -13,10 +13,15 @@ from typing import Any
 
 from pytest_int8bench.files import FileError, append, check_writable, write
 from pytest_int8bench.gate.outcomes import UNDECIDED
+from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.junit import Case, to_xml
 from pytest_int8bench.report.tables import Page
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
+#: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
+MARKDOWN_BYTES = 1 << 20
+#: Characters of an error: some quote what a file holds.
+_LONGEST = 2000
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -44,32 +49,59 @@ def publish(
     cases: Sequence[Case],
     exit_code: int,
 ) -> int:
-    """Print a report and write the files asked for. Return ``exit_code``, or 2 instead of 0 if one
-    could not be written."""
-    is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else None
-    print(page.text(width=width, color=is_terminal), end="", flush=True)
+    """Write the files asked for, then print a report. Return ``exit_code``, or 2 instead of 0 if a
+    file could not be written."""
     outputs: list[Callable[[], None]] = []
     if path := arguments.json:
         outputs.append(lambda: write(path, json.dumps(values, indent=2) + "\n"))
     if markdown := arguments.markdown:
-        outputs.append(lambda: write(markdown, page.markdown()))
+        outputs.append(lambda: write(markdown, page.markdown(limit_bytes=MARKDOWN_BYTES)))
     if junit := arguments.junit:
         outputs.append(lambda: write(junit, to_xml(page.title, cases)))
     if summary := os.environ.get(SUMMARY):
-        outputs.append(lambda: append(Path(summary), page.markdown() + "\n"))
+        outputs.append(lambda: _append_summary(Path(summary), page))
     for output in outputs:
         try:
             output()
-        except FileError as error:
+        except Exception as error:  # whatever it is, the other files are still to be written
             code = refuse(command, error)
             exit_code = exit_code or code
+    print_page(page)
     return exit_code
 
 
-def refuse(command: str, error: BaseException) -> int:
+def print_page(page: Page) -> None:
+    """Print a report as wide as the terminal, or as it needs."""
+    width, color = terminal_style()
+    show(page.text(width=width, color=color), end="")
+
+
+def terminal_style() -> tuple[int | None, bool]:
+    """Return the columns of the terminal that stdout is, None where it is none, and whether to use
+    colors."""
+    try:
+        is_terminal = sys.stdout.isatty()
+    except (AttributeError, ValueError):  # closed before Python started, or since
+        is_terminal = False
+    return (shutil.get_terminal_size().columns if is_terminal else None), is_terminal
+
+
+def _append_summary(path: Path, page: Page) -> None:
+    """Add the report to the summary of a step of GitHub Actions, behind what is in it."""
+    try:
+        used = path.stat().st_size
+    except OSError:  # not made yet; what else there is, writing says
+        used = 0
+    text = page.markdown(limit_bytes=MARKDOWN_BYTES - used - 1) + "\n"
+    if used + len(text.encode()) > MARKDOWN_BYTES:
+        raise FileError(f"{path} is not written: the summary of this step is full")
+    append(path, text)
+
+
+def refuse(command: str, problem: BaseException | str) -> int:
     """Print the one line of an error and return the exit code."""
-    print(f"int8bench {command}: {error}", file=sys.stderr)
+    line = one_line(f"int8bench {command}".rstrip() + f": {problem}")
+    show(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", error=True)
     return UNDECIDED
 
 

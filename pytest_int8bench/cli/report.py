@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_int8bench.cli.arguments import add_storage
+from pytest_int8bench.cli.outputs import refuse
 from pytest_int8bench.files import FileError
+from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.write import check_output, publish
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.locating import Run, find, read_runs
 from pytest_int8bench.results.records import Result, Saved
 
 _DEFAULT = "report.html"
-_FAILED = 2
 
 
 def add_report(commands: Any) -> None:
@@ -56,13 +56,12 @@ def run_report(arguments: argparse.Namespace) -> int:
         except FileError as error:
             raise FileError(f"--output: {error}") from None
         runs = gather(arguments.files, arguments.storage)
-        named = [(str(run.path), run.saved) for run in runs]
+        named = [(one_line(str(run.path)), run.saved) for run in runs]
         for output in dict.fromkeys(outputs):
             publish(named, output)
-            print(output)
+            show(str(output))
     except (OSError, ValueError) as error:  # SchemaError and FileError among them
-        print(f"int8bench report: {error}", file=sys.stderr)
-        return _FAILED
+        return refuse("report", error)
     return 0
 
 

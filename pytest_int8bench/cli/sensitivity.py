@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from pytest_int8bench.cli.outputs import refuse
-from pytest_int8bench.processes.running import INTERRUPTED, ending, run
+from pytest_int8bench.cli.outputs import refuse, terminal_style
+from pytest_int8bench.gate.outcomes import PASSES, UNDECIDED
+from pytest_int8bench.printing import show
+from pytest_int8bench.processes.running import ending, run
 from pytest_int8bench.processes.scan_request import ScanRequest
 
 _SUITE = Path(__file__).parents[1] / "suite"
+_CHUNK_BYTES = 1 << 16
+_LAST_WORDS_S = 10
 
 
 def add_sensitivity(commands: Any) -> None:
@@ -47,7 +53,7 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
         pytest_args: options of the plugin, such as ``--int8-workload=digits``.
 
     Returns:
-        pytest's exit code, or 128 and the number of the signal that ended it.
+        0, or 2 if there is no table; 128 and its number if a signal ended pytest.
     """
     if (path := arguments.json) is not None and (path.is_dir() or not path.parent.is_dir()):
         problem = ValueError(f"--json: must be a file in an existing folder, got {str(path)!r}")
@@ -61,16 +67,39 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     request = ScanRequest(by=arguments.by, metric=arguments.metric)
     environ = {**os.environ, **request.to_env_vars()}
     environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    sys.stdout.flush()
-    try:
+    whole = [*command, *pytest_args]
+    if terminal_style()[1]:
         with _ending_on_sigterm():
-            code = run([*command, *pytest_args], cwd=Path.cwd(), env=environ)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+            code = run(whole, cwd=Path.cwd(), env=environ)
+    else:
+        # In a pipe that is closed, or on a disk that is full, pytest would end without a table.
+        environ["PYTHONIOENCODING"] = "utf-8"
+        with _ending_on_sigterm(), _shown() as out, _shown(error=True) as err:
+            code = run(whole, cwd=Path.cwd(), env=environ, log=out, errors=err)
     if code >= 0:
-        return code
-    print(f"int8bench sensitivity: {ending(code)}", file=sys.stderr)
+        return UNDECIDED if code else PASSES  # pytest's 1, a test that failed, is no verdict here
+    show(f"int8bench sensitivity: {ending(code)}", error=True)
     return 128 - code
+
+
+@contextlib.contextmanager
+def _shown(*, error: bool = False) -> Iterator[IO[str]]:
+    """Yield a file whose text is printed to stdout or stderr as it comes."""
+    read_end, write_end = os.pipe()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def copy() -> None:
+        while text := os.read(read_end, _CHUNK_BYTES):
+            show(decoder.decode(text), error=error, end="")
+        os.close(read_end)
+
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    try:
+        with open(write_end, "w", encoding="utf-8") as file:
+            yield file
+    finally:
+        reader.join(_LAST_WORDS_S)  # a process that outlives pytest may hold the other end
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ def add_show(commands: Any) -> None:
 
 def run_show(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code: 0, or 2 if the file cannot be read."""
+    from pytest_int8bench.cli.outputs import refuse, terminal_style
+    from pytest_int8bench.printing import show
     from pytest_int8bench.report.terminal import render
     from pytest_int8bench.results.base import SchemaError
     from pytest_int8bench.results.reading import read
@@ -28,9 +28,7 @@ def run_show(arguments: argparse.Namespace) -> int:
         problem = str(error)
         if isinstance(error, OSError):
             problem = f"{path} must be a saved JSON file or a journal: {error.strerror or error}"
-        print(f"int8bench: {problem}", file=sys.stderr)
-        return 2
-    is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else None
-    print(render(saved, width=width, color=is_terminal), end="")
+        return refuse("", problem)
+    width, color = terminal_style()
+    show(render(saved, width=width, color=color), end="")
     return 0

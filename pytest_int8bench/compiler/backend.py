@@ -10,6 +10,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.nodes import begins_aligned, value_of
+from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds import (
     SET_GRAD_ENABLED,
     FakeTensor,
@@ -35,14 +36,25 @@ class FusingInductor(InductorBackend):
     def __init__(self, mode: str, dynamic: bool | None, inline: bool = False) -> None:
         super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
         self._inline = inline
+        self.graphs: list[Graph] = []
+        """What it has compiled."""
+
+    # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends
+    # were equal, as torch's are, it would run one model's graph for another of its class, though it
+    # was compiled under another attention backend.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        graph = Graph(model_, inputs_)  # before passes move the operators
         _check_settings(model_)
         passes.fuse(model_, inline=self._inline)
         _check_regions(model_)
         _check_alignment(model_)
         with cached_region_schemas():
-            return super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+            compiled = super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+        self.graphs.append(graph)
+        return graph.counted(compiled)
 
 
 def load_inductor(device_type: str) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import Any
 import torch._dynamo
 import torch._functorch.config
 
+from pytest_int8bench.compiler.torch_workarounds import inductor_folder
 from pytest_int8bench.environment import compiled_for
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.files import replace_text
+from pytest_int8bench.files import is_noexec, is_plain, plain_path, replace_text
 
 # Where torch and Triton look, at each use.
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
@@ -75,9 +77,11 @@ class CompileCache:
         """
         self._make()
         before = {name: os.environ.get(name) for name in (_INDUCTOR, _TRITON)}
-        os.environ[_INDUCTOR] = str(self.folder)
-        os.environ[_TRITON] = str(self.folder / "triton")
+        with _named(self.root):
+            folder = plain_path(self.folder)
         try:
+            os.environ[_INDUCTOR] = str(folder)
+            os.environ[_TRITON] = str(folder / "triton")
             with torch._functorch.config.patch(enable_autograd_cache=True):
                 yield
         finally:
@@ -96,16 +100,72 @@ class CompileCache:
         return hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
 
     def _make(self) -> None:
+        if is_noexec(self.root):
+            raise CompileCacheError(
+                f"the compile cache {self.root} is on a file system mounted noexec, from which no "
+                "compiled code can be loaded: choose another folder (--int8-compile-cache)"
+            )
         if self.folder.is_dir():
             return
         description = self.folder.with_suffix(".json")
-        try:
+        with _named(self.root):
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(description, json.dumps(self._key, indent=2) + "\n")
-        except OSError as error:
-            raise CompileCacheError(
-                f"the compile cache cannot be written: {error.strerror}: {error.filename}"
-            ) from None
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CompileCacheError(
+            f"the compile cache cannot be written: {error.strerror}: {error.filename or folder}"
+        ) from None
+
+
+def check_temporary_folder(device_type: str) -> None:
+    """Refuse a folder for temporary files that Inductor's C++ compiler cannot take: Inductor keeps
+    precompiled headers there, and puts their path into a command without quotes.
+
+    Raises:
+        CompileCacheError: one line.
+    """
+    folder = tempfile.gettempdir()
+    if device_type == "cpu" and not is_plain(folder):
+        raise CompileCacheError(
+            f"the folder for temporary files must have a path without spaces and quotes, got "
+            f"{folder!r}: torch.compile cannot pass it to the C++ compiler; set TMPDIR to another"
+        )
+
+
+@contextlib.contextmanager
+def usable_default() -> Iterator[None]:
+    """Let torch keep compiled code where it always does, by a path that its C++ compiler can take.
+
+    Raises:
+        CompileCacheError: one line, if no code can be loaded from there.
+    """
+    given = os.environ.get(_INDUCTOR)
+    folder = Path(given or inductor_folder())
+    if is_noexec(folder):
+        raise CompileCacheError(
+            f"{folder}, where torch keeps compiled code, is on a file system mounted noexec, from "
+            f"which none can be loaded: choose another folder (--int8-compile-cache or {_INDUCTOR})"
+        )
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = plain_path(folder.absolute())
+    if str(plain) == str(folder):
+        yield
+        return
+    os.environ[_INDUCTOR] = str(plain)
+    try:
+        yield
+    finally:
+        os.environ.pop(_INDUCTOR)
+        if given is not None:
+            os.environ[_INDUCTOR] = given
 
 
 @functools.cache

@@ -18,17 +18,25 @@ import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.choices import COMPILE_MODES
-from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.compiler.backend import FusingInductor, load_inductor
-from pytest_int8bench.compiler.cache import CompileCache, lookups
+from pytest_int8bench.compiler.cache import (
+    CompileCache,
+    check_temporary_folder,
+    lookups,
+    usable_default,
+)
+from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
+    float32_matmul_precision,
     hide_metrics_error,
     infrequent_garbage_collection,
     register_tensor_types_with_einops,
     reset_failed_cuda_graph_warm_up,
 )
 from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.out_of_memory import oom_of
 from pytest_int8bench.tensors import map_tensors
 
 # A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
@@ -68,6 +76,7 @@ class CompiledModel(torch.nn.Module):
             ``cold`` if not; None before it, and where nothing was looked up.
         regions: repeated blocks that were compiled as one (:mod:`.regions`).
         regions_refused: why blocks that repeat were not, or None.
+        graphs: what the model was compiled to so far, if anything.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class CompiledModel(torch.nn.Module):
         self._cache = (
             None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
         )
+        self.graphs: list[Graph] = []
         self._entry = self._new_entry(fullgraph, inline=False)
         self._regions = Regions([])
         self._entered = 0
@@ -110,11 +120,10 @@ class CompiledModel(torch.nn.Module):
         entry = _fresh_entry(self.model)
         if self.mode == "off":
             return entry
+        backend = FusingInductor(self.mode, self._dynamic, inline)
+        self.graphs = backend.graphs
         compiled: Callable[..., Any] = torch.compile(
-            entry,
-            fullgraph=fullgraph,
-            backend=FusingInductor(self.mode, self._dynamic, inline),
-            dynamic=self._dynamic,
+            entry, fullgraph=fullgraph, backend=backend, dynamic=self._dynamic
         )
         return compiled
 
@@ -134,6 +143,7 @@ class CompiledModel(torch.nn.Module):
         with self._regions:
             return self._entry(*args, **kwargs)
 
+    @untraced()
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()
@@ -143,10 +153,10 @@ class CompiledModel(torch.nn.Module):
             # One graph in any case: with breaks in blocks, less of them might be compiled than
             # without regions.
             output = self._compiled_call(regions, True, args, kwargs) if regions else _REFUSED
-        except torch.OutOfMemoryError:
-            reset_failed_cuda_graph_warm_up()
-            raise
         except Exception as error:
+            if oom_of(error) is not None:
+                reset_failed_cuda_graph_warm_up()
+                raise
             self.regions_refused = first_line(_root(error))
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
@@ -209,24 +219,33 @@ class CompiledModel(torch.nn.Module):
             torch.autocast(
                 device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ),
-            _tf32(self._allow_tf32),
+            float32_matmul_precision("high" if self._allow_tf32 else "highest"),
             FlashSDPA(self.attention),
             torch._dynamo.config.patch(
                 recompile_limit=_RECOMPILE_LIMIT,
                 accumulated_recompile_limit=_RECOMPILE_LIMIT,
                 ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _LOGGING,
+                # What does not compile is an error: it would run eagerly under a compiled label.
+                suppress_errors=False,
             ),
             # The key of AOTAutograd's cache leaves out the attention backend, so that a graph
             # compiled under another one comes back (pytorch/pytorch#185449). Inductor's own
             # cache, which holds the kernels, stays on. A cache of ours has a folder for each.
             torch._functorch.config.patch(enable_autograd_cache=False),
-            contextlib.nullcontext() if self._cache is None else self._cache.entered(),
+            self._compiled_code(device_type),
             # For functions that the model compiles itself.
             torch.compiler.set_stance("force_eager")
             if self.mode == "off"
             else contextlib.nullcontext(),
         ):
             yield
+
+    def _compiled_code(self, device_type: str) -> contextlib.AbstractContextManager[None]:
+        """Return what lets torch keep compiled code, where it is meant to be."""
+        if self.mode == "off":
+            return contextlib.nullcontext()
+        check_temporary_folder(device_type)
+        return usable_default() if self._cache is None else self._cache.entered()
 
     @contextlib.contextmanager
     def no_compilation(self) -> Iterator[None]:
@@ -239,6 +258,31 @@ class CompiledModel(torch.nn.Module):
                 f"{graphs_compiled() - before} graph(s) were compiled while the clock ran: inputs "
                 "or global settings changed between calls"
             )
+
+    def graphs_run(self, run: Callable[[], object]) -> list[Graph]:
+        """Call ``run``, which calls this model, and return the graphs that ran.
+
+        Raises:
+            CompileError: if none did, though the model is compiled.
+        """
+        before = [graph.calls for graph in self.graphs]
+        run()
+        before += [0] * (len(self.graphs) - len(before))  # compiled meanwhile
+        ran = [g for g, calls in zip(self.graphs, before, strict=True) if g.calls != calls]
+        if self.graphs and not ran:
+            raise CompileError("none of the compiled graphs ran: the model ran eagerly")
+        return ran
+
+    def compiles_again(self, run: Callable[[], object]) -> bool:
+        """Call ``run``, which calls this model, and return whether it had to be compiled anew,
+        after ``torch._dynamo.reset()`` for example.
+
+        Raises:
+            CompileError: if it ran eagerly.
+        """
+        before = len(self.graphs)
+        self.graphs_run(run)
+        return len(self.graphs) != before
 
 
 def compile_for_a100(
@@ -322,7 +366,7 @@ def _is_not_of_caches(error: Exception) -> bool:
     tracing of the model or from a lack of memory."""
     of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
     of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
-    return isinstance(error, torch.OutOfMemoryError) or (of_dynamo and not of_backend)
+    return oom_of(error) is not None or (of_dynamo and not of_backend)
 
 
 def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
@@ -340,13 +384,3 @@ def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
     return types.FunctionType(
         code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
     )
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

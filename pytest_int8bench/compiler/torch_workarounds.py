@@ -39,6 +39,35 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 COLLECTION_THRESHOLD = 20_000
 
 
+# -- what watches a model ----------------------------------------------------------------------
+
+
+def active_watchers() -> list[str]:
+    """Return what torch calls around each operator of this thread: profilers and modes, such as
+    that of a counter of operations.
+
+    Torch 2.11 to 2.13 has no public way to list them (torch/_C/_autograd.pyi, torch/overrides.py,
+    torch/utils/_python_dispatch.py), and none to pause a profiler that another owns.
+    """
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    # That of torch.set_default_device is a setting of the model's process.
+    found = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
+    return (["torch.profiler"] if torch._C._autograd._profiler_enabled() else []) + found
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor, or a view of it, was written to.
+
+    Autograd's notes name this counter; torch 2.11 to 2.13 has no public way to read it. Inference
+    tensors have none.
+    """
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
 # -- Dynamo -------------------------------------------------------------------------------------
 
 
@@ -193,6 +222,50 @@ def infrequent_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+# -- FP32 matmuls -------------------------------------------------------------------------------
+
+_FP32_DEFAULTS = ("generic", "all"), ("cuda", "all"), ("mkldnn", "all")
+_FP32_MATMULS = ("cuda", "matmul"), ("mkldnn", "matmul")
+
+
+@contextlib.contextmanager
+def float32_matmul_precision(precision: str) -> Iterator[None]:
+    """Set the precision of FP32 matmuls as ``torch.set_float32_matmul_precision`` does, and put
+    back on leaving what either of torch's two APIs had set.
+
+    ``torch.get_float32_matmul_precision`` raises after a user has set a precision by the newer API
+    (``torch.backends.cuda.matmul.fp32_precision``), and ``torch.set_float32_matmul_precision``
+    turns ``"none"``, which follows the precision of the backend, into ``"ieee"``, which does not.
+    The public getters of the newer API return the precision that a matmul follows, not whether it
+    follows another, and mkldnn's public setter sets the precision of all backends.
+
+    Affects torch 2.11 to 2.13 (``float32MatmulPrecision``, ``float32Precision`` and
+    ``setFloat32MatmulPrecision`` in aten/src/ATen/Context.cpp; ``MkldnnModule`` in
+    torch/backends/mkldnn/__init__.py). We know of no upstream issue.
+    """
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    defaults: dict[tuple[str, str], str] = {}
+    matmuls: dict[tuple[str, str], str] = {}
+    try:
+        for key in _FP32_DEFAULTS:  # the generic one first, which the other two follow
+            defaults[key] = get(*key)
+            put(*key, "none")
+        for key in _FP32_MATMULS:
+            matmuls[key] = get(*key)
+            put(*key, "ieee")  # which agrees with each precision of the older API
+        older = torch.get_float32_matmul_precision()
+    finally:
+        for key, value in (defaults | matmuls).items():
+            put(*key, value)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for key, value in matmuls.items():
+            put(*key, value)
+
+
 # -- AOTAutograd --------------------------------------------------------------------------------
 
 
@@ -261,6 +334,27 @@ def reset_failed_cuda_graph_warm_up() -> None:
     node = None if manager is None else manager.current_node
     if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
         node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
+
+
+def free_matmul_workspaces() -> None:
+    """Free the workspaces that cuBLAS keeps for the next matmul.
+
+    Recording a CUDA graph frees them (``clear_cublas_manager`` in
+    torch/_inductor/cudagraph_trees.py of torch 2.11 to 2.13), so that memory which was taken before
+    would be missing afterwards.
+    """
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def inductor_folder() -> str:
+    """Return where Inductor keeps compiled code when ``TORCHINDUCTOR_CACHE_DIR`` is not set.
+
+    In torch 2.11 to 2.13: ``default_cache_dir`` in torch/_inductor/runtime/cache_dir_utils.py.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return default_cache_dir()
 
 
 def start_compile_workers() -> None:

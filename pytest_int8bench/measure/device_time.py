@@ -95,8 +95,9 @@ def upper_bound(
 def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSources:
     evidence, bound = baseline.evidence(), bound_of(candidate.params.int8_mode)
     dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
-    calls = baseline.linear_calls()
-    converted = {layer.name for layer in coverage(candidate.eager).converted}
+    left_out = {*candidate.layers.unused, *candidate.layers.other_precision}
+    calls = [call for call in baseline.linear_calls() if call.name not in candidate.layers.unused]
+    converted = {layer.name for layer in coverage(candidate.eager).converted} - left_out
     sizes = {call.size for call in quantized_calls(calls, converted)}
     with baseline.compiled.settings():
         rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=bound.int8_matmuls)

@@ -29,6 +29,9 @@ _INT8_MATMUL = re.compile(
 # They are not work of the model.
 _TRANSFER = re.compile(r"Memcpy (HtoD|DtoH)")
 
+# A compiled graph, around its kernels (CompiledFxGraph.__call__ in torch/_inductor/output_code.py).
+_GRAPH = "## Call CompiledFxGraph"
+
 # Host time around a compiled graph, which a profile of the CPU lists among the operators.
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
 
@@ -59,6 +62,8 @@ class Evidence:
     """The longest first. On a CPU, fused kernels of Inductor count as their graph."""
     trace: str | None = None
     """Where ``keep`` put the trace of the forward."""
+    eager_s: float = 0.0
+    """Seconds of kernels outside compiled graphs, where that was asked for."""
 
     @property
     def total_s(self) -> float:
@@ -95,7 +100,11 @@ Keep = Callable[[profile, tuple[Kernel, ...]], str | None]
 
 
 def profile_forward(
-    run: Callable[[], object], device: torch.device, keep: Keep | None = None
+    run: Callable[[], object],
+    device: torch.device,
+    keep: Keep | None = None,
+    *,
+    find_eager: bool = False,
 ) -> Evidence:
     """Profile one call of ``run`` and return the kernels it ran; copies from and to the host are
     left out.
@@ -104,6 +113,7 @@ def profile_forward(
         run: one forward.
         device: what it runs on.
         keep: called with the profile and the kernels, to write them down.
+        find_eager: also tell what ran outside compiled graphs.
 
     Raises:
         EvidenceError: if the profiler saw none.
@@ -130,7 +140,22 @@ def profile_forward(
     if not kernels:
         raise EvidenceError(f"the profiler saw no kernel on {device}: there is no evidence")
     longest_first = tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
-    return Evidence(longest_first, keep(profiler, longest_first) if keep is not None else None)
+    trace = keep(profiler, longest_first) if keep is not None else None
+    return Evidence(longest_first, trace, _eager_s(profiler, on_cuda) if find_eager else 0.0)
+
+
+def _eager_s(profiler: profile, on_cuda: bool) -> float:
+    """Return the seconds of operators outside compiled graphs, or of the kernels they launched."""
+    micros = 0.0
+    for event in profiler.events() or ():
+        if event.device_type.name != "CPU" or _HOST.match(event.name):
+            continue
+        around: Any = event
+        while around is not None and not around.name.startswith(_GRAPH):
+            around = around.cpu_parent
+        if around is None:
+            micros += event.self_device_time_total if on_cuda else event.self_cpu_time_total
+    return micros / 1e6
 
 
 def check_labels(

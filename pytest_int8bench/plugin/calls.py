@@ -11,6 +11,7 @@ import pytest
 
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, first_line
+from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.progress import say
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark, check_compared
@@ -66,6 +67,10 @@ class ThroughputCall(_Call):
         self._is_called = False
 
     def __call__(self) -> Result:
+        with kept_generators():
+            return self._recorded()
+
+    def _recorded(self) -> Result:
         if self._is_called:  # pytest-benchmark says so too, in a traceback
             raise AgainError(
                 "int8_throughput must be called once in a test, got a second call: for another "
@@ -109,6 +114,10 @@ class GuardrailCall(_Call):
     """Hold a point to its baseline's accuracy, and record the verdicts."""
 
     def __call__(self, max_drop: str | None = None) -> list[Accuracy]:
+        with kept_generators():
+            return self._verdicts(max_drop)
+
+    def _verdicts(self, max_drop: str | None) -> list[Accuracy]:
         if not self._params.int8_enabled:
             pytest.skip("nothing to compare: the point is a baseline")
         if (why := self._not_judged()) is not None:
@@ -169,7 +178,7 @@ class GuardrailCall(_Call):
         return verdicts, f"not judged: {problem}"
 
     def _note_failed(self, reason: str) -> None:
-        self._recorder.note_accuracy_failed(self._workload.name, self._params, reason)
+        self._recorder.note_accuracy_failed(self._nodeid, self._workload.name, self._params, reason)
 
     def _remedied(self, verdicts: list[Accuracy], limit: Limit) -> list[Accuracy]:
         """Try remedies for the metrics that failed. Return ``verdicts`` with what was tried."""
@@ -205,6 +214,10 @@ class SensitivityCall(_Call):
     """Quantize one layer or block at a time, rank them, and record the table."""
 
     def __call__(self, by: str = "layer", metric: bool = False) -> Sensitivity:
+        with kept_generators():
+            return self._table(by, metric)
+
+    def _table(self, by: str, metric: bool) -> Sensitivity:
         from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 
         if not self._params.int8_enabled:

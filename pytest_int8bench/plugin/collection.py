@@ -53,12 +53,12 @@ def check_named(session: Session, items: list[pytest.Item]) -> None:
     """
     config, settings = session.config, session.settings
     users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
-    takers = [item for item in users if _takes_workload(item)]
+    takers = [item for item in users if takes_workload(item)]
     names = {*settings.changes, *settings.axes}
     axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
     is_common = len(takers) == len(users) and bool(axes)
     if takers and (OPTIONS["workload"].read(config) is not None or is_common):
-        with _captured(config), _refused(config, "workload"):
+        with captured(config), _refused(config, "workload"):
             workload = session.workload(None)
             if is_common:
                 from pytest_int8bench.params import RunParams
@@ -66,12 +66,12 @@ def check_named(session: Session, items: list[pytest.Item]) -> None:
                 with _refused(config, "set"):
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
-        with _captured(config), _refused(config, "filter"):
+        with captured(config), _refused(config, "filter"):
             session.filter()
 
 
 @contextmanager
-def _captured(config: pytest.Config) -> Iterator[None]:
+def captured(config: pytest.Config) -> Iterator[None]:
     """Keep the output of libraries that are being loaded off the terminal, as in a test that
     passes."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
@@ -100,7 +100,7 @@ def _refused(config: pytest.Config, option: str) -> Iterator[None]:
         return
 
 
-def _takes_workload(item: pytest.Item) -> bool:
+def takes_workload(item: pytest.Item) -> bool:
     """Return whether ``item`` certainly has the session's workload."""
     definitions = _fixture_definitions(item).get("int8_workload", ())
     own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.plugin.fixtures"

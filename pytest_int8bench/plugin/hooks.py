@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from pytest_int8bench.plugin import fixtures, options
+from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import is_ours, parametrize
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
+    guard_saving,
     merge_markers,
     note_compared,
 )
@@ -51,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     manager.register(recorder, "int8bench-recorder")
     manager.register(fixtures, "int8bench-fixtures")
     manager.register(benchmark_fixtures(config), "int8bench-benchmark")
+    manager.register(AtTheEnd(), "int8bench-end")
 
 
 def _settings_of(config: pytest.Config) -> Settings:
@@ -77,6 +80,7 @@ def _recorder_of(session: Session) -> Recorder:
 
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
+@guarded("looking for GPUs")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
     from pytest_int8bench.plugin.xdist.controller import capped
 
@@ -86,16 +90,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int,
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "int8_params" in metafunc.fixturenames:
-        metafunc.config.stash[RECORDER].pin()
+        recorder = metafunc.config.stash[RECORDER]
+        with recorder.guard("looking for GPUs"):
+            recorder.pin()
         parametrize(metafunc, metafunc.config.stash[SESSION])
 
 
+@guarded("naming points")
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
     params = sys.modules.get("pytest_int8bench.params")  # absent: nothing is a RunParams
     return val.run_name if params is not None and isinstance(val, params.RunParams) else None
 
 
 @pytest.hookimpl(wrapper=True)
+@guarded("ordering tests")
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
@@ -115,17 +123,30 @@ def pytest_collection_modifyitems(
 
 
 @pytest.hookimpl(tryfirst=True)
+@guarded("checking the tests")
 def pytest_runtestloop(session: pytest.Session) -> None:
     if any(map(is_ours, session.items)):
         session.config.stash[RECORDER].check_collection(session.items)
+        from pytest_int8bench.plugin.loading import load_libraries
+
+        load_libraries(session.config, session.items)
 
 
+@guarded("naming the preset")
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     preset = config.stash[SESSION].preset
     return f"int8bench: {preset}" if preset is not None else None
 
 
+@pytest.hookimpl(tryfirst=True)
+@guarded("recording")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if is_ours(item):
+        item.config.stash[RECORDER].begin(item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
+@guarded("recording")
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -137,43 +158,65 @@ def pytest_runtest_makereport(
         shorten(report, call, item.config.getoption("tbstyle"))
         with recorder.guard("recording"):
             record_outcome(recorder, item, report, call.excinfo and call.excinfo.value)
-    with recorder.guard("sending results"):
-        recorder.attach(item, report, call)
+        if report.when == "teardown":
+            with recorder.guard("recording"):
+                recorder.settle(item.nodeid)
+    if call.excinfo is not None:
+        with recorder.guard("recording"):
+            recorder.note_error(call.excinfo.value)
     return report
 
 
 @pytest.hookimpl(optionalhook=True)
+@guarded("saving")
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
 ) -> None:
     recorder = config.stash[RECORDER]
-    with recorder.guard("saving"):
-        if recorder.journal is not None:
-            output_json["int8bench"] = recorder.journal.saved().to_dict()
+    if recorder.journal is not None:
+        output_json["int8bench"] = recorder.journal.saved().to_dict()
 
 
+@guarded("noting tests")
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     if items:
         items[0].config.stash[SESSION].deselected |= {item.nodeid for item in items}
 
 
 @pytest.hookimpl(optionalhook=True)
+@guarded("comparing machines")
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, compared_benchmark: dict[str, Any]
 ) -> None:
     note_compared(config, compared_benchmark)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+@guarded("saving")
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
     recorder = session.config.stash.get(RECORDER, None)
-    if recorder is None:
-        return
-    if not recorder.finish() and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if recorder is not None and recorder.has_something_to_show():
+        guard_saving(session.config, recorder.note_failure)
+    return (yield)
+
+
+class AtTheEnd:
+    """Registered between pytest-benchmark, which has saved when this runs, and pytest's terminal,
+    which shows what this finds."""
+
+    @pytest.hookimpl(wrapper=True)
+    @guarded("the end of the session")
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        try:
+            return (yield)
+        finally:  # also where another plugin failed
+            recorder = session.config.stash[RECORDER]
+            if not recorder.finish() and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(wrapper=True)
+@guarded("the summary")
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> Generator[None, object, object]:
@@ -182,7 +225,6 @@ def pytest_terminal_summary(
     finally:  # --benchmark-compare-fail raises here
         recorder = config.stash[RECORDER]
         if recorder.has_something_to_show():
-            from pytest_int8bench.plugin.summary import show_gate, show_results
+            from pytest_int8bench.plugin.summary import show
 
-            show_results(terminalreporter, recorder)
-            show_gate(terminalreporter, recorder)
+            show(terminalreporter, recorder)

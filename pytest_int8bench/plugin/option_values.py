@@ -70,6 +70,18 @@ def _read_weights(text: str) -> dict[str, Any]:
     return {"weights": str(Path(text).absolute())}
 
 
+def _read_compile_cache(text: str) -> dict[str, Any]:
+    from pytest_int8bench.files import is_noexec
+
+    read = _folder_reader("compile_cache")(text)
+    if is_noexec(read["compile_cache"]):
+        raise ValueError(
+            f"must be a folder that compiled code can be loaded from, got {text!r}, which is on a "
+            "file system mounted noexec"
+        )
+    return read
+
+
 def _folder_reader(name: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         path = Path(text).absolute()
@@ -162,7 +174,7 @@ READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workload": _read_workload,
     "weights": _read_weights,
     "filter": _read_filter,
-    "compile-cache": _folder_reader("compile_cache"),
+    "compile-cache": _read_compile_cache,
     "no-baseline": _read_flag("baseline", on=False),
     "max-drop": _read_max_drop,
     "inconclusive": _read_inconclusive,

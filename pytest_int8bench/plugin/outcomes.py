@@ -38,7 +38,8 @@ def record_outcome(
     decide, nothing is shown against what was measured.
     """
     stands = isinstance(error, UndecidedError)
-    measured = recorder.results_of(item.nodeid)
+    found = recorder.records_of(item.nodeid)
+    measured = recorder.results_of(item.nodeid) if found else []
     point = recorder.points_of.get(item.nodeid)
     if point is not None:
         is_oom = any(result.oom for result in measured)
@@ -50,16 +51,20 @@ def record_outcome(
         point = (recorder.session.settings.workload, params)
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
-    from pytest_int8bench.results.records import Result
-
     workload, params = point
     status = "failed" if report.failed else "skipped"
     reason = _reason(report)
     if measured:
-        if measured[0].status == "ok" and report.failed and not stands:
-            recorder.record(dataclasses.replace(measured[0], status=status, reason=reason))
+        result = measured[0]
+        if report.failed and not stands:
+            recorder.keep_marked(result)
+            if result.status == "ok":
+                recorder.record(dataclasses.replace(result, status=status, reason=reason))
         return
-    if recorder.journal and any(v.nodeid == item.nodeid for v in recorder.journal.accuracy):
+    from pytest_int8bench.results.records import Result
+    from pytest_int8bench.results.verdicts import Accuracy
+
+    if any(isinstance(record, Accuracy) for record in found):
         return  # the verdict says it
     recorder.record(
         Result(

@@ -7,16 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.control import Control
-from rich.live import Live
-from rich.text import Text
+from pytest_int8bench.printing import printable
 
 if TYPE_CHECKING:
     import pytest
+    from rich.text import Text
 
     from pytest_int8bench.measure.steps import Action, Step
 
@@ -94,12 +92,20 @@ class _Terminal:
             self._write(f" {self._clock() - start:.0f} s\n{begun}")
 
     def _write(self, text: str) -> None:
-        with self._uncaptured():
-            self._writer.write(text, flush=True)
+        encoding = getattr(self._writer._file, "encoding", None)
+        # A point is measured also where nobody can read along.
+        with self._uncaptured(), suppress(OSError, ValueError):
+            self._writer.write(printable(text, encoding), flush=True)
 
     @contextmanager
     def live(self, action: Action, name: str) -> Iterator[None]:
         """Show a step below the line that pytest has begun, and remove it when it ends."""
+        # Here, where random generators are kept: rich draws from Python's when it is imported.
+        from rich.console import Console
+        from rich.control import Control
+        from rich.live import Live
+        from rich.text import Text
+
         with self._uncaptured():
             self._writer.flush()
             columns = shutil.get_terminal_size().columns

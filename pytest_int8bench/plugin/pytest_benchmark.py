@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.files import relative
+
 if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
 
@@ -18,6 +20,7 @@ STORAGE = Path(".benchmarks")
 
 DISABLED = "pytest-benchmark is disabled"
 _NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+_NOT_SAVED = pytest.StashKey[bool]()
 _COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
 """Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
 #: What pytest-benchmark wants of a fixture whose times it saves.
@@ -92,9 +95,17 @@ class Benchmark:
     def time_rounds(self, run: Run, plan: Plan) -> list[float]:
         """Time the rounds of ``plan``. Return the seconds of each."""
         from pytest_int8bench import clock
-        from pytest_int8bench.measure.timing import ClockError
+        from pytest_int8bench.measure.timing import ClockError, prepare
 
-        self._fixture.pedantic(run, rounds=plan.rounds, iterations=plan.iterations)
+        prepare(run, plan.iterations)
+        with clock.untraced():
+            self._fixture.pedantic(
+                run,
+                rounds=plan.rounds,
+                iterations=plan.iterations,
+                # It follows each round, outside the clock.
+                teardown=lambda: prepare(run, plan.iterations),
+            )
         stats = self._fixture.stats
         if stats.options["timer"] is not clock.synchronized_perf_counter:
             raise ClockError(
@@ -156,12 +167,20 @@ def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(**merged), append=False)
 
 
-def leave_out(config: pytest.Config, nodeid: str) -> None:
-    """Keep the timing of a test out of the saved file, where it would pass for a baseline."""
+def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -> None:
+    """Keep the timing of a test out of the saved file, where it would pass for a baseline, or take
+    it in again."""
     session = _session_of(config)
     for timed in session.benchmarks if session is not None else []:
         if timed.fullname == nodeid:
-            timed.fixture.has_error = True
+            timed.fixture.has_error = is_left_out
+
+
+def drop_timings(config: pytest.Config, nodeid: str) -> None:
+    """Remove the timings of a test that is run again, which would be listed and compared too."""
+    session = _session_of(config)
+    if session is not None:
+        session.benchmarks[:] = [t for t in session.benchmarks if t.fullname != nodeid]
 
 
 def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) -> None:
@@ -212,16 +231,38 @@ def save_without_timings(config: pytest.Config) -> None:
         session.storage.save(output, name)
 
 
+def guard_saving(config: pytest.Config, note: Callable[[str, Exception], None]) -> None:
+    """Let an error of pytest-benchmark's saving (a full disk, a folder that cannot be written)
+    reach ``note`` instead of pytest, which would end without a summary."""
+    session = _session_of(config)
+    if session is None:
+        return
+    save = session.handle_saving
+
+    def handle_saving() -> None:
+        try:
+            save()
+        except Exception as error:
+            config.stash[_NOT_SAVED] = True
+            note("saving", error)
+
+    session.handle_saving = handle_saving
+
+
 def describe_saved(config: pytest.Config) -> str:
     """Return one line that says where the session's JSON is, or why it is not saved."""
     session = _session_of(config)
     if session is None or session.disabled:
         return f"not saved as JSON: {DISABLED}"
+    if config.stash.get(_NOT_SAVED, False):
+        return "not saved as JSON: see below"
     saved = []
     if session.json:
         saved.append(str(_path_of(session.json)))
     if session.save or session.autosave:
-        saved.append(str(session.storage.location))
+        # Not its location, which must be in the current folder.
+        path = getattr(session.storage, "path", None)
+        saved.append(str(session.storage if path is None else relative(Path(path))))
     if not saved:
         return "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH"
     return f"saved: {', '.join(saved)}"

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 RECORDER = pytest.StashKey["Recorder"]()
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier attempts of a test found."""
+
+    records: tuple[Result | Accuracy | Sensitivity, ...] = ()
+    points: tuple[tuple[str, str], ...] = ()
+    """Workload and run name of points whose accuracy it found to have dropped."""
+
+
 class Recorder:
     """Takes the records of a session. Those of pytest-xdist's processes build on it."""
 
@@ -40,7 +50,12 @@ class Recorder:
         self.reported: list[str] = []
         """Lines for the end of the session: reports that were written, and steps that failed."""
         self._environment: dict[str, Any] | None = None
-        self._accuracy_failed: dict[tuple[str, str], str] = {}
+        self._accuracy_failed: dict[tuple[str, str], dict[str, str]] = {}
+        """Workload and run name -> accuracy test that failed -> why."""
+        self._unmarked: dict[tuple[str, ...], Result] = {}
+        """Identity -> the result that was marked as ``accuracy-failed``."""
+        self._earlier: dict[str, Earlier] = {}
+        """Node id of a test that runs again -> what its earlier attempts found."""
         self._has_failed = False
 
     # -- what this process can measure --------------------------------------------------------
@@ -83,8 +98,9 @@ class Recorder:
         """Return the fingerprint of machine and software."""
         if self._environment is None:
             from pytest_int8bench.environment import fingerprint
+            from pytest_int8bench.measure.watchers import active_tracers
 
-            self._environment = fingerprint(self.session.root)
+            self._environment = fingerprint(self.session.root, active_tracers())
         return self._environment
 
     # -- records ------------------------------------------------------------------------------
@@ -102,7 +118,7 @@ class Recorder:
         try:
             (self.journal or self.start_journal(self.environment())).append(record)
         except OSError as error:
-            warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
+            self.warn(f"a result is not in the journal: {error}")
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
         """Start the journal of the session with a fingerprint, and return it."""
@@ -122,16 +138,26 @@ class Recorder:
             folder = self.session.invocation if asked else journal_folder(self.session.root)
             return Journal(folder / (asked or name), environment)
         except OSError as error:
-            warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
+            self.warn(f"no journal: {error}")
             return Journal(None, environment)
 
-    def results_of(self, nodeid: str) -> list[Result]:
-        """Return the results of a test so far."""
-        return [r for r in self.journal.results if r.nodeid == nodeid] if self.journal else []
+    def records_of(self, nodeid: str) -> list[Result | Accuracy | Sensitivity]:
+        """Return what this attempt of a test has found so far, the latest last."""
+        earlier = self._earlier.get(nodeid, Earlier()).records
+        found = self.journal.records_of(nodeid) if self.journal else []
+        return [record for record in found if all(record is not old for old in earlier)]
 
-    def note_accuracy_failed(self, workload: str, params: RunParams, reason: str) -> None:
+    def results_of(self, nodeid: str) -> list[Result]:
+        """Return the results of this attempt of a test so far."""
+        from pytest_int8bench.results.records import Result, latest
+
+        return latest(r for r in self.records_of(nodeid) if isinstance(r, Result))
+
+    def note_accuracy_failed(
+        self, nodeid: str, workload: str, params: RunParams, reason: str
+    ) -> None:
         """Mark the timing of a point whose accuracy test failed, also one yet to be measured."""
-        self._accuracy_failed[workload, params.run_name] = reason
+        self._accuracy_failed.setdefault((workload, params.run_name), {})[nodeid] = reason
         for result in self.journal.results if self.journal else []:
             marked = self.marked(result)
             if marked is not result:
@@ -140,15 +166,50 @@ class Recorder:
 
     def marked(self, result: Result) -> Result:
         """Return ``result``, as ``accuracy-failed`` if the accuracy test of its point failed."""
-        reason = self._accuracy_failed.get((result.workload, result.run_name))
-        if reason is None or result.status != "ok":
+        reasons = self._accuracy_failed.get((result.workload, result.run_name))
+        if not reasons or result.status != "ok":
             return result
-        return dataclasses.replace(result, status="accuracy-failed", reason=reason)
+        self._unmarked[result.identity] = result
+        return dataclasses.replace(result, status="accuracy-failed", reason=[*reasons.values()][-1])
 
-    def attach(
-        self, item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo[None]
-    ) -> None:
-        """Send what was found since the last report with ``report``, from a worker."""
+    def note_error(self, error: BaseException) -> None:
+        """Take note of an error that ended a phase of a test."""
+
+    # -- tests that are run again -------------------------------------------------------------
+
+    def begin(self, nodeid: str) -> None:
+        """Note that a test starts, perhaps once more (pytest-rerunfailures, flaky): then this
+        attempt counts, and what earlier ones found is withdrawn when it is over. Until then it
+        stays, for a crash would lose it."""
+        records = tuple(self.journal.records_of(nodeid)) if self.journal else ()
+        points = tuple(point for point, by in self._accuracy_failed.items() if by.pop(nodeid, None))
+        if not (records or points):
+            return
+        before = self._earlier.get(nodeid, Earlier())
+        self._earlier[nodeid] = Earlier(records, (*before.points, *points))
+        pytest_benchmark.drop_timings(self.config, nodeid)
+        if self.session.gate is not None:
+            self.session.gate.forget(nodeid)
+
+    def settle(self, nodeid: str) -> None:
+        """Let the attempt of a test that is over count instead of earlier ones."""
+        earlier = self._earlier.pop(nodeid, None)
+        if earlier is None or self.journal is None:
+            return
+        try:
+            self.journal.withdraw(earlier.records)
+        except OSError as error:
+            self.warn(f"the journal is not up to date: {error}")
+        for result in self.journal.results:
+            point = (result.workload, result.run_name)
+            is_marked = result.status == "accuracy-failed" and not self._accuracy_failed.get(point)
+            if point in earlier.points and is_marked and result.identity in self._unmarked:
+                self.record(self._unmarked.pop(result.identity))
+                pytest_benchmark.leave_out(self.config, result.nodeid, is_left_out=False)
+
+    def keep_marked(self, result: Result) -> None:
+        """Leave ``result`` marked whatever becomes of its accuracy test: its own test failed."""
+        self._unmarked.pop(result.identity, None)
 
     # -- the end of the session ---------------------------------------------------------------
 
@@ -176,11 +237,19 @@ class Recorder:
         try:
             yield
         except Exception as error:
-            self._has_failed = True
-            self._note_failed(f"int8bench: {what} failed: {type(error).__name__}: {error}")
+            self.note_failure(what, error)
 
-    def _note_failed(self, text: str) -> None:
-        self.reported.append(text)
+    def note_failure(self, what: str, error: Exception) -> None:
+        """Add a line to the end of the session, and make the session fail."""
+        self._has_failed = True
+        self.reported.append(f"int8bench: {what} failed: {type(error).__name__}: {error}")
+
+    def warn(self, text: str) -> None:
+        """Warn about something that the session can do without, also where warnings are errors."""
+        try:
+            warnings.warn(f"int8bench: {text}", stacklevel=3)
+        except Warning:
+            self.reported.append(f"int8bench: {text}")
 
     def problems(self) -> list[str]:
         """Return what must not pass silently about how tests were distributed, a line each."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_int8bench.files import relative
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.results.journal import Journal
 
@@ -39,8 +40,3 @@ def _not_written(path: Path, error: Exception) -> str:
     if isinstance(error, FileError):
         return str(error)
     return f"{path} is not written: {type(error).__name__}: {error}"
-
-
-def relative(path: Path) -> Path:
-    """Return a path from the current folder, if it is in it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

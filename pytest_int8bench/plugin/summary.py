@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
 import pytest
 
 from pytest_int8bench.errors import first_line
+from pytest_int8bench.files import relative
 from pytest_int8bench.plugin.pytest_benchmark import describe_saved
 from pytest_int8bench.plugin.recorder import Recorder
-from pytest_int8bench.plugin.reports import relative
+from pytest_int8bench.printing import printable
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.words import plural
+
+
+def show(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
+    """Show what a session found. Whatever a line of it raises, the others are shown."""
+    show_results(terminal, recorder)
+    show_gate(terminal, recorder)
 
 
 def show_results(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
     """Show the results of a session, and where they are."""
     if recorder.journal is not None:
         _show_journal(terminal, recorder, recorder.journal)
-    for line in recorder.reported:
-        terminal.write_line(line)
+    _show(terminal, "the reports", lambda: recorder.reported)
     if (tracked := recorder.tracked) is not None:
-        terminal.write_line(tracked.line, yellow=tracked.failed)
+        _show(terminal, "the log", lambda: [tracked.line], yellow=tracked.failed)
     if recorder.journal is not None:
         _show(terminal, "the workers", recorder.problems, red=True)
 
@@ -38,19 +45,18 @@ def show_gate(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
 
 
 def _show_journal(terminal: pytest.TerminalReporter, recorder: Recorder, journal: Journal) -> None:
-    from pytest_int8bench.report.terminal import render
-
     def table() -> list[str]:
+        from pytest_int8bench.report.terminal import render
+
         width = terminal._tw.fullwidth if terminal.isatty else None
-        terminal.write(render(journal.saved(), width=width, color=terminal.hasmarkup))
+        _say(terminal, render(journal.saved(), width=width, color=terminal.hasmarkup))
         return []
 
     terminal.section("int8bench", sep="-", bold=True)
     _show(terminal, "the results", table)
     _show(terminal, "the workers", recorder.measured_by)
     _show(terminal, "the saved files", lambda: [describe_saved(recorder.config)])
-    path = journal.path and relative(journal.path)
-    terminal.write_line(f"journal: {path or 'none, see the warnings'}")
+    _show(terminal, "the journal", lambda: [_where_journal(journal)])
     _show(terminal, "the profiles", lambda: _where_profiles(recorder, journal))
 
 
@@ -62,10 +68,24 @@ def _show(
         lines = make()
     except Exception as error:  # whatever it is, the other lines are still to be shown
         problem = f"{type(error).__name__}: {first_line(error)}"
-        terminal.write_line(f"int8bench: {what} cannot be shown: {problem}", red=True)
+        _say(terminal, f"int8bench: {what} cannot be shown: {problem}", red=True)
         return
     for line in lines:
-        terminal.write_line(line, **markup)
+        _say(terminal, line, **markup)
+
+
+def _say(terminal: pytest.TerminalReporter, text: str, **markup: bool) -> None:
+    """Write a line, or lines with their ends, whatever is in them and wherever they go: pytest
+    writes what the encoding lacks without its ends of line, and a pipe that is closed must not
+    cost the lines of others."""
+    file = getattr(terminal._tw, "_file", None)
+    text = printable(text, getattr(file, "encoding", None))
+    with contextlib.suppress(OSError, ValueError):
+        (terminal.write if text.endswith("\n") else terminal.write_line)(text, **markup)
+
+
+def _where_journal(journal: Journal) -> str:
+    return f"journal: {relative(journal.path) if journal.path else 'none, see the warnings'}"
 
 
 def _where_profiles(recorder: Recorder, journal: Journal) -> list[str]:

@@ -36,6 +36,7 @@ def run(
     cwd: Path,
     env: Mapping[str, str],
     log: IO[str] | None = None,
+    errors: IO[str] | None = None,
     shell: bool = False,
 ) -> int:
     """Run a process, and stop it if this one is interrupted.
@@ -45,6 +46,7 @@ def run(
         cwd: folder that it runs in.
         env: all of its environment.
         log: where its output goes, and then it reads nothing; by default it shares the terminal.
+        errors: where its stderr goes, if it does not go to ``log`` as well.
         shell: run it by the shell, in a session of its own, which is stopped as a whole.
 
     Returns:
@@ -56,7 +58,7 @@ def run(
         env=env,
         stdin=None if log is None else subprocess.DEVNULL,
         stdout=log,
-        stderr=None if log is None else subprocess.STDOUT,
+        stderr=errors or (None if log is None else subprocess.STDOUT),
         shell=shell,
         start_new_session=shell,
     )

@@ -19,8 +19,12 @@ from pytest_int8bench.kernels.linear import Int8Linear
 from pytest_int8bench.quantization.arguments import Arguments
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
+from pytest_int8bench.quantization.left_out import expected, hidden_matmuls
 from pytest_int8bench.quantization.lowering import lower, reason_to_keep
+from pytest_int8bench.quantization.rollback import unchanged_on_error
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
+from pytest_int8bench.quantization.structure import within
+from pytest_int8bench.quantization.weights import make_readable, weight_of, weight_problem
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
@@ -73,7 +77,9 @@ def apply_int8_quant(
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
             take, ``backend="fused"`` fits no layer or does not run here, the mode does not run
             here, or SmoothQuant cannot be calibrated or does not go with the mode or
-            ``quant_config``. The latter four leave the model as it was.
+            ``quant_config``.
+
+    Every error leaves the model as it was.
     """
     asked = Arguments(
         mode=mode,
@@ -84,7 +90,11 @@ def apply_int8_quant(
         quant_config=quant_config,
         backend=backend,
     )
-    _coverages[model] = _quantize(model, asked)
+    hoped = expected(model)
+    with unchanged_on_error(model):
+        covered = _quantize(model, asked)
+    missed = hoped.missed(layer.name for layer in covered.left_out)
+    _coverages[model] = dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
     return model
 
 
@@ -100,7 +110,8 @@ def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
     else:
         layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
     if not _converted(layers):
-        raise QuantizationError(_nothing_converted(layers, asked.precision))
+        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
+    make_readable(model)
     if not asked.is_custom:
         asked.quantizer.lower(model, layers)
     if fusing:
@@ -121,10 +132,11 @@ def _quantize_filtered(
 ) -> tuple[list[Layer], tuple[str, ...]]:
     """Quantize the layers that the filter takes. Return every layer, and the names of those whose
     inputs SmoothQuant scales at run time."""
-    layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
+    with within(model):
+        layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
     chosen = _converted(layers)
     if not chosen:
-        raise QuantizationError(_nothing_converted(layers, asked.precision))
+        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
     config = asked.config(model)
     smoothing = Smoothing({})
     if asked.smoothquant:
@@ -173,9 +185,9 @@ def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> 
     many there are."""
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     stored = [
-        getattr(layer.weight, "qdata", None)
-        if not isinstance(layer, Int8Linear)
-        else layer.int8_weight
+        layer.int8_weight
+        if isinstance(layer, Int8Linear)
+        else getattr(weight_of(layer), "qdata", None)
         for layer in layers
     ]
     return sum(dtype in (None, getattr(held, "dtype", None)) for held in stored), len(layers)
@@ -185,7 +197,7 @@ def is_quantized(module: nn.Module) -> bool:
     """Say whether ``module`` is a linear layer that torchao quantized."""
     if isinstance(module, Int8Linear):
         return True
-    return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
+    return isinstance(module, nn.Linear) and isinstance(weight_of(module), TorchAOBaseTensor)
 
 
 def _select(
@@ -221,6 +233,8 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
+        elif not is_quantized(module) and (problem := weight_problem(module)):
+            reason = problem
         elif layer_problem and not (fusing and reason_to_keep(modules, name) is None):
             reason = layer_problem(module)
         count = module.out_features * (module.in_features + (module.bias is not None))
@@ -243,15 +257,17 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
     return told
 
 
-def _nothing_converted(layers: list[Layer], precise: str) -> str:
+def _nothing_converted(model: nn.Module, layers: list[Layer], precise: str) -> str:
+    hidden = hidden_matmuls(model)
+    where = f"; its weights are not in nn.Linear, but in {hidden}" if hidden else ""
     if not layers:
-        return f"no layer was converted to {precise}: the model has no linear layers"
+        return f"no layer was converted to {precise}: the model has no linear layers{where}"
     reasons = sorted({str(layer.reason) for layer in layers})
     names = ", ".join(layer.name for layer in layers[:3])
     hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
     return (
         f"no layer was converted to {precise}: {len(layers)} linear layers ({names} …), "
-        f"left out because: {'; '.join(reasons)}{hint}"
+        f"left out because: {'; '.join(reasons)}{hint}{where}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -36,6 +36,14 @@ class Coverage:
     """SmoothQuant: the layers whose inputs are multiplied at run time."""
     precision: str = "INT8"
     """What the converted layers store their weights in."""
+    unused: tuple[str, ...] = ()
+    """Converted layers that the forward which was measured did not use."""
+    missed: dict[str, Any] = field(default_factory=dict)
+    """Attention and MLP layers of repeated blocks that were left out (``layers``), and how many
+    such layers there are (``of``)."""
+    elsewhere: dict[str, Any] = field(default_factory=dict)
+    """Where most weights are if not in ``nn.Linear``: their ``share``, and by kind the number of
+    ``parameters`` and the ``layers``."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -92,4 +100,7 @@ class Coverage:
             "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
             "smoothed_folded": {},  # of schema 1; norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
+            **({"unused": list(self.unused)} if self.unused else {}),
+            **({"missed": self.missed} if self.missed else {}),
+            **({"elsewhere": self.elsewhere} if self.elsewhere else {}),
         }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench.errors import QuantizationError as QuantizationError
+from pytest_int8bench.quantization.structure import Structure, current, is_numbered
 
 if TYPE_CHECKING:
     import torch
@@ -17,49 +18,216 @@ if TYPE_CHECKING:
     Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
+# Names that say what a layer is for. Those of a repeated block need none.
 _ATTENTION = re.compile(
-    r"(q|k|v|o|qkv|kv|q_proj|k_proj|v_proj|o_proj|out_proj|proj|out|to_q|to_k|to_v|to_out|to_qkv"
-    r"|(query|key|value)(_proj)?|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn|c_proj"
-    r"|att_in|att_out|wq|wk|wv|wo|wqkv|dense)",
+    r"(q|k|v|o|qkv|kv|qk|(q|k|v|o|out)_proj(_\w+)?|proj|out|to_q|to_k|to_v|to_out|to_qkv"
+    r"|to_kv|(query|key|value)(_proj)?|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn"
+    r"|c_proj|att_in|att_out|wq|wk|wv|wo|wqkv|dense"
+    r"|(qkv|kv|qk)_proj|(q|k|v|kv|qkv|o)_[ab]_proj(_with_mqa)?|in_proj_qkvz?"
+    r"|linear_(q|k|v|qkv|out)|to_(query|key|value))",
     re.IGNORECASE,
 )
 _MLP = re.compile(
     r"(fc_?\d|w_?\d|w12|lin\d|linear_?\d|up_proj|down_proj|gate_proj|gate_up_proj|wi(_\d)?|c_fc|dense\w*|pwconv\d|ffn_output)",
     re.IGNORECASE,
 )
+_ATTENTION_PARENT = re.compile(r"(\w+_)?(attn|attention)\d*", re.IGNORECASE)
 _MLP_PARENT = re.compile(r"(mlp|ffn|ff|feed_?forward|intermediate)")
-_KEPT = re.compile(
-    r"(?!multi_?head)(\w*_)?heads?(_\w+)?"
-    r"|(\w+_)?embed(s|ding|dings)?(_(tokens|proj|layer|layers|positions|in|out))?|\w+_embedder"
-    r"|.*(norm|classifier|pooler|logits|score|project_and_aggregate|tokenizer).*"
-    r"|ln(_?\w)?|stem|patchify",
+_PART_OF_BLOCK = re.compile(
+    r"(\w*_)?(self_?|cross_?)?(attn|attention|mlp|ffn|ff|feed_?forward)\w*", re.I
+)
+_HEAD = re.compile(
+    r"(?!multi_?head)(\w*_)?heads?(_\w+)?|.*(classifier|pooler|logits|score|project_and_aggregate).*",
     re.IGNORECASE,
 )
+_EMBEDDING = re.compile(
+    r"(\w+_)?embed(s|ding|dings)?(_(tokens|proj|layer|layers|positions|in|out))?|\w+_embedder"
+    r"|.*tokenizer.*|stem|patchify",
+    re.IGNORECASE,
+)
+_NORM = re.compile(r".*norm.*|ln(_?\w)?", re.IGNORECASE)
+_ADAPTER = re.compile(r"(\w*_)?(lora|loha|lokr|dora|ia3|vera|adalora)(_\w*)?", re.IGNORECASE)
+_ROUTER = re.compile(r"(\w+_)?(routers?|routing)(_\w+)?", re.IGNORECASE)
+_GATE = re.compile(r"(\w+_)?(gates?|gating\w*)(_(linear|layer|net(work)?|fc))?|wg", re.IGNORECASE)
+_WRAPPED = re.compile(r"linear|lin|base_layer|module|inner|wrapped|_\w+|original_\w+|fn")
+# What stands beside attention and MLP: between stages, tables of positions, the condition of a
+# diffusion model, and the decisions of a detector.
+_BESIDE = re.compile(
+    r"(down|up)_?sampl\w*|\w*merging\w*|reduction|pool(ing)?|proj_[lw]|cpb_mlp|pos_proj|rel_?pos(_\w+)?"
+    r"|\w*(position|pos)_bias\w*|ada(_?(ln|norm|in|group|layer|rms)\w*)?|(\w+_)?time_emb\w*|\w*hypernet\w*|\w*bbox\w*"
+    r"|\w*confidence\w*|reg_\w+",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(r"(\w+_)?mod(ulation)?", re.IGNORECASE)
+#: Part of its inputs under which a layer of unknown name has so few outputs, or the reverse, that
+#: it is a gate, a bias or a factor rather than attention or MLP.
+_NARROW = 16
 
 
 def is_transformer_linear(module: nn.Module, name: str) -> bool:
     """The default filter: attention projections and MLP layers of a transformer.
 
-    Goes by the module's type and dotted name. Embeddings, norms, heads, classifiers and poolers
-    stay as they are.
+    In a repeated block, such as ``layers.3``, it takes linear layers under any name; elsewhere it
+    goes by the usual names. Embeddings, norms, heads, classifiers, poolers, routers, gates and
+    low-rank adapters stay as they are. While :func:`apply_int8_quant` runs, it also sees the model
+    around the layer, and so recognizes blocks, routers and adapters whatever they are called.
 
     Args:
         module: any module of the model.
         name: its dotted name, as in ``model.named_modules()``.
     """
-    if not isinstance(module, nn.Linear):
+    return isinstance(module, nn.Linear) and _Place(module, name, current()).is_taken
+
+
+def is_missed(module: nn.Linear, name: str, structure: Structure) -> bool:
+    """Say whether a layer is missed if it is not quantized: it is of the attention or the MLP of a
+    repeated block, or cannot be told from them."""
+    place = _Place(module, name, structure)
+    if place.block is None or place.is_other:
         return False
-    parts = name.split(".")
-    if any(_KEPT.fullmatch(part) for part in parts):
-        return False
-    leaf, parents = parts[-1], parts[:-1]
-    while leaf.isdigit() and parents:  # nn.Sequential, such as to_out.0 or mlp.2
-        leaf, parents = parents[-1], parents[:-1]
-    return bool(
-        _ATTENTION.fullmatch(leaf)
-        or _MLP.fullmatch(leaf)
-        or any(_MLP_PARENT.fullmatch(part) for part in (*parents, leaf))
-    )
+    return place.is_taken or not place.is_beside
+
+
+class _Place:
+    """A linear layer, and where in its model it stands."""
+
+    def __init__(self, layer: nn.Linear, name: str, structure: Structure | None) -> None:
+        self.layer, self.name, self.structure = layer, name, structure
+        self.path = name.split(".")
+        parts = list(self.path)
+        while len(parts) > 1 and (parts[-1].isdigit() or _WRAPPED.fullmatch(parts[-1])):
+            parts.pop()  # an item of nn.Sequential, such as to_out.0, or a wrapped layer
+        self.leaf, self.parents = parts[-1], parts[:-1]
+        self.block = self._find_block()
+
+    @property
+    def is_taken(self) -> bool:
+        if self.is_other:
+            return False
+        if self._is_known:
+            return True
+        placed = self.block is not None or self._is_in_attention
+        return placed and not self.is_beside and not self._is_narrow
+
+    @property
+    def is_other(self) -> bool:
+        """It is neither attention nor MLP by its name, its size or its neighbours."""
+        return (
+            any(_ADAPTER.fullmatch(part) for part in self.path)
+            or self._is_gate
+            or self._is_kept
+            or (self.structure is not None and self.structure.is_adapter(self.layer, self.name))
+        )
+
+    @property
+    def _is_known(self) -> bool:
+        """Its name is one that attention or MLP layers usually have."""
+        return bool(
+            _ATTENTION.fullmatch(self.leaf)
+            or _MLP.fullmatch(self.leaf)
+            or any(_MLP_PARENT.fullmatch(part) for part in (*self.parents, self.leaf))
+        )
+
+    @property
+    def _is_in_attention(self) -> bool:
+        return bool(self.parents and _ATTENTION_PARENT.fullmatch(self.parents[-1]))
+
+    @property
+    def _chooses_experts(self) -> bool:
+        if self.structure is None or self._is_in_attention:
+            return False
+        return self.structure.is_router(self.layer, self.name)
+
+    @property
+    def _is_gate(self) -> bool:
+        if min(self.layer.in_features + 1, self.layer.out_features) < 2 or any(
+            _ROUTER.fullmatch(part) for part in self.path
+        ):
+            return True
+        if self._chooses_experts:
+            return True
+        if any(_GATE.fullmatch(part) for part in self.parents):
+            return True
+        if not _GATE.fullmatch(self.leaf) or self.layer.out_features > self.layer.in_features:
+            return False
+        holder = ".".join(self.parents)
+        return self.structure is None or not self.structure.is_gated_unit(self.layer, holder)
+
+    @property
+    def _is_kept(self) -> bool:
+        """It is of a norm, a head or an embedding, and not of a block inside of one."""
+        start = 0
+        if self.block is not None:
+            start = self.block + is_numbered(self.path[self.block])
+        if any(self._keeps(index) for index in range(start, len(self.path))):
+            return True
+        holders = [index for index in range(start) if self._keeps(index)]
+        return bool(holders) and not self._is_transformer_block(holders)
+
+    def _keeps(self, index: int) -> bool:
+        part = self.path[index]
+        if _HEAD.fullmatch(part):
+            return True
+        if _EMBEDDING.fullmatch(part):
+            return self.block is not None or not self._attends_below(index)
+        if not _NORM.fullmatch(part) or self._attends_below(index):
+            return False
+        return self.structure is None or not self.structure.is_batch_normed(self._prefix(index))
+
+    def _attends_below(self, index: int) -> bool:
+        """Say whether the layer is of a block in an embedding that is a network of its own."""
+        below = self.path[index + 1 : -1]
+        if self.structure is not None and not self.structure.attends(self._prefix(index)):
+            return False
+        wanted = _ATTENTION_PARENT if self.structure is None else _PART_OF_BLOCK
+        return any(wanted.fullmatch(part) for part in below)
+
+    def _is_transformer_block(self, holders: list[int]) -> bool:
+        """Say whether the block is one of a whole network, which a head or an embedding may be."""
+        assert self.block is not None
+        if self.structure is None:
+            below = self.path[self.block + 1 : -1]
+            return any(_PART_OF_BLOCK.fullmatch(part) for part in below)
+        prefix = self._prefix(self.block)
+        if self.structure.attends(prefix):
+            return True
+        return holders[-1] < self.block - 1 and self.structure.is_normed_mlp(prefix)
+
+    @property
+    def is_beside(self) -> bool:
+        """It stands between blocks, or in a block beside its attention and MLP."""
+        block = self.block or 0
+        if any(_CONDITION.fullmatch(part) for part in self.path[block:]):
+            factor, rest = divmod(self.layer.out_features, self.layer.in_features)
+            return factor > 1 and not rest
+        places = [i for i in range(len(self.path)) if _BESIDE.fullmatch(self.path[i])]
+        if self.block is not None:
+            places = [i for i in places if i >= self.block - 1]
+            if self.structure is not None and self.structure.is_stage(self._prefix(self.block)):
+                places.append(self.block)
+        if not places:
+            return False
+        return not any(_PART_OF_BLOCK.fullmatch(part) for part in self.path[max(places) + 1 : -1])
+
+    @property
+    def _is_narrow(self) -> bool:
+        size = self.layer.in_features, self.layer.out_features
+        return min(size) * _NARROW <= max(size)
+
+    def _find_block(self) -> int | None:
+        """Return where in the name the innermost repeated block stands."""
+        for index in reversed(range(len(self.path) - 1)):
+            if self.structure is not None:
+                if self.structure.is_block(self._prefix(index)):
+                    return index
+            elif is_numbered(self.path[index]) and not all(
+                part.isdigit() or _WRAPPED.fullmatch(part) for part in self.path[index + 1 :]
+            ):
+                return index
+        return None
+
+    def _prefix(self, index: int) -> str:
+        return ".".join(self.path[: index + 1])
 
 
 #: Whether to quantize a module, given it and its name.

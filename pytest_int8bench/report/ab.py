@@ -11,7 +11,7 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.gate.ab.journal import SCHEMA
 from pytest_int8bench.gate.ab.judging import Estimate
 from pytest_int8bench.gate.ab.plan import FIELDS, AbResult, AbRun, duration
-from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
+from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.report.cells import value_text
 from pytest_int8bench.report.junit import Case, case_status
 from pytest_int8bench.report.tables import MISSING, Grid, Page, finite
@@ -26,13 +26,14 @@ def page(result: AbResult) -> Page:
     """Return the report that people read."""
     count = Counter(run.outcome for run in result.runs)
     listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "no run"
+    runs = sorted(result.runs, key=lambda run: (REGRESSES, UNDECIDED, PASSES).index(run.exit_code))
     return Page(
         title=_TITLE,
         headline=f"{_HEADLINES[result.exit_code]} ({listed})",
         grids=[_table(result)] if result.runs else [],
         remarks=[
             *(["nothing was compared"] if result.is_empty else []),
-            *(f"{run.outcome}: {_name(run)}: {run.reason}" for run in result.runs if run.reason),
+            *(f"{run.outcome}: {_name(run)}: {run.reason}" for run in runs if run.reason),
             *(f"note: {note}" for note in result.notes),
         ],
         footer=_footer(result),
@@ -145,8 +146,8 @@ def _footer(result: AbResult) -> list[str]:
         f"{duration(result.seconds)}"
     )
     how = (
-        f"FAIL: shown to be slower by over {design.margin:.1%} (one-sided t test of log ratios, "
-        f"family-wise error {design.level:.0%} by Holm); PASS: a slowdown of "
+        f"FAIL: shown to be slower by over {design.margin:.1%} (test by the random order of "
+        f"processes, family-wise error {design.level:.0%} over all looks); PASS: a slowdown of "
         f"{design.max_slowdown:.1%} is excluded"
     )
     return [what, how, describe(dict(result.environment))]

@@ -20,6 +20,9 @@ from pytest_int8bench.gate.outcomes import (
     REGRESSES,
     SAME,
     SKIPPED,
+    SUSPECTED,
+    UNDECIDED,
+    Change,
     Compared,
     RunChange,
 )
@@ -47,7 +50,7 @@ def page(comparison: Comparison) -> Page:
         grids.append(_verdicts(comparison.accuracy))
     return Page(
         title=_TITLE,
-        headline=f"{_HEADLINES[comparison.exit_code]} ({_counts(comparison)})",
+        headline=f"{_headline(comparison)} ({_counts(comparison)})",
         grids=grids,
         remarks=_remarks(comparison),
         footer=[
@@ -56,6 +59,12 @@ def page(comparison: Comparison) -> Page:
             *_rules(comparison),
         ],
     )
+
+
+def _headline(comparison: Comparison) -> str:
+    if comparison.exit_code == UNDECIDED and SUSPECTED in comparison.counts:
+        return "SUSPECTED"
+    return _HEADLINES[comparison.exit_code]
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
@@ -121,9 +130,19 @@ def _rules(comparison: Comparison) -> list[str]:
             how = "the default of one process a side"
         lines.append(
             f"{metric.option}: {_range(limits)}; noise floor between processes "
-            f"{_range(floors)} ({how})"
+            f"{_range(floors)} ({how}){_shown_from(judged)}"
         )
     return lines
+
+
+def _shown_from(judged: Sequence[Change]) -> str:
+    """Return from what growth on a regression is shown, and what that assumes."""
+    shown = sorted({round(c.shown_from, 4) for c in judged if c.shown_from is not None})
+    if not shown:
+        return ""
+    assumed = sorted({c.assumed for c in judged if c.assumed is not None})
+    why = f", if processes differ by {_range(assumed)}, as is assumed" if assumed else ""
+    return f"; a regression is shown from {_range(shown)} on{why}"
 
 
 def _range(shares: list[float]) -> str:
@@ -146,17 +165,22 @@ def _remarks(comparison: Comparison) -> list[str]:
     if not comparison.compared:
         lines.append(f"{_NOTHING_COMPARED}: no run or verdict was measured on both sides")
     incomparable_everywhere = bool(comparison.differences)
-    for run in comparison.runs:
+    for run in sorted(comparison.runs, key=_badness):
         if run.outcome == INCOMPARABLE and incomparable_everywhere and not run.changes:
             continue  # said once
         if run.reason is not None:
             lines.append(f"{run.outcome}: {_name(run)}: {run.reason}")
-    for verdict in comparison.accuracy:
+    for verdict in sorted(comparison.accuracy, key=_badness):
         if verdict.outcome == INCOMPARABLE and incomparable_everywhere:
             continue
         if verdict.reason is not None:
             lines.append(f"{verdict.outcome}: {_name(verdict)} {verdict.metric}: {verdict.reason}")
     return lines + [f"note: {note}" for note in comparison.notes]
+
+
+def _badness(entry: Compared) -> int:
+    """Return the place of an entry where the worst come first."""
+    return (REGRESSES, UNDECIDED, PASSES).index(entry.exit_code)
 
 
 def _name(entry: Compared) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
@@ -48,6 +49,7 @@ def remarks(result: Result) -> list[str]:
         reasons = Counter(falls.values())
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         lines.append(f"not fused: {name}: layers on torchao's kernels: {listed}")
+    lines += left_out_remarks(result)
     lines += ceiling_remarks(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")

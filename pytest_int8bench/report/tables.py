@@ -15,10 +15,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from pytest_int8bench.printing import one_line
+
 MISSING = "-"
 _WIDE = 1000
 #: How narrow a name is folded.
 _FOLDED = 20
+#: Where a reader finds what a Markdown file leaves out.
+_ALL_ARE = "the worst come first; all are in the log, and in the file of --json"
+#: Styles of rows that say that something is wrong, the worst one first.
+_WORST = ("red", "yellow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +126,24 @@ class Grid:
     def _width(self, column: str) -> int:
         return max(map(cell_len, (column, *self._cells(column))))
 
-    def markdown(self) -> str:
-        """Return the table as GitHub shows it."""
+    def markdown(self, rows: int | None = None) -> str:
+        """Return the table as GitHub shows it; of its rows only so many, the worst ones first."""
         marks = ["---" if c in (self.name, *self.left) else "---:" for c in self.columns]
-        columns = [column.replace("|", r"\|").replace("<", r"\<") for column in self.columns]
-        rows = [[escaped(cell) for cell in row] for row in self.rows]
-        return "".join(f"| {' | '.join(row)} |\n" for row in (columns, marks, *rows))
+        shown = self.rows if rows is None else self._worst_first()[:rows]
+        lines = [[*map(escaped, self.columns)], marks, *([*map(escaped, row)] for row in shown)]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        if left_out := len(self.rows) - len(shown):
+            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {_ALL_ARE}\n"
+        return text
+
+    def _worst_first(self) -> list[Sequence[str]]:
+        order = sorted(range(len(self.rows)), key=lambda row: _badness(self.styles[row]))
+        return [self.rows[row] for row in order]
+
+
+def _badness(style: str | None) -> int:
+    """Return the place of a row of this style, where the worst come first."""
+    return _WORST.index(style) if style in _WORST else len(_WORST)
 
 
 def _total(widths: Sequence[int]) -> int:
@@ -195,7 +213,7 @@ class Page:
     headline: str
     grids: Sequence[Grid]
     remarks: Sequence[str]
-    """What must be known beyond the tables."""
+    """What must be known beyond the tables, the worst first."""
     footer: Sequence[str]
     """What was compared, and how."""
 
@@ -209,15 +227,43 @@ class Page:
         )
         return tables + "".join(folded)
 
-    def markdown(self) -> str:
-        """Return the page as Markdown; the headline comes first."""
-        parts = [f"## {self.title}: {self.headline}\n"]
-        parts += [grid.markdown() for grid in self.grids]
-        parts += ["".join(f"- {escaped(line)}\n" for line in self.remarks)]
+    def markdown(self, limit_bytes: int | None = None) -> str:
+        """Return the page as Markdown; the headline comes first.
+
+        Where it would be larger than ``limit_bytes``, it has as many rows and remarks as fit, the
+        worst ones first, and says how many are left out.
+        """
+        text = self._markdown(None)
+        if limit_bytes is None or len(text.encode()) <= limit_bytes:
+            return text
+        most = max([len(self.remarks), *(len(grid.rows) for grid in self.grids)])
+        # As many as fit: _markdown(0), and _markdown(most) is all of it.
+        fits, too_many = 0, most
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if len(self._markdown(middle).encode()) <= limit_bytes:
+                fits = middle
+            else:
+                too_many = middle
+        text = self._markdown(fits)
+        return text if len(text.encode()) <= limit_bytes else self._head()
+
+    def _head(self) -> str:
+        return f"## {escaped(self.title)}: {escaped(self.headline)}\n"
+
+    def _markdown(self, most: int | None) -> str:
+        """Return the page with so many rows in each table, and so many remarks."""
+        remarks = self.remarks if most is None else self.remarks[:most]
+        lines = [f"- {escaped(line)}\n" for line in remarks]
+        if left_out := len(self.remarks) - len(remarks):
+            lines.append(
+                f"- {left_out:,} of {len(self.remarks):,} remarks are left out, {_ALL_ARE}\n"
+            )
+        parts = [self._head(), *(grid.markdown(most) for grid in self.grids), "".join(lines)]
         parts += ["".join(f"<sub>{escaped(line)}</sub><br>\n" for line in self.footer)]
         return "\n".join(part for part in parts if part)
 
 
 def escaped(line: str) -> str:
     """Return one line in which Markdown finds nothing: run names are full of underscores."""
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(line.splitlines()))
+    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", one_line(line))

@@ -84,6 +84,9 @@ class Figure:
     floor: float = 0.0
     """Relative difference between two processes of the same code that counts as noise where only
     one file a side is given; needed with ``option``."""
+    spread: float | None = None
+    """Standard deviation between processes of the same code, relative, that is assumed where files
+    are too few to show it; None takes twice the floor."""
     depends_on_clocks: bool = True
     """A GPU that is slowed down by heat changes it."""
 
@@ -94,6 +97,16 @@ class Figure:
                 f"noise floor above 0, got {self.name!r}, {self.header!r}, {self.help!r} and "
                 f"{self.floor!r}"
             )
+
+    @property
+    def assumed_spread(self) -> float:
+        """Standard deviation between processes that is assumed."""
+        return 2 * self.floor if self.spread is None else self.spread
+
+    @property
+    def is_time_of_batch(self) -> bool:
+        """``int8bench ab`` measures it."""
+        return self.field in ("samples_per_s", "batch_time_s")
 
     def of(self, result: Any) -> Any:
         """Return the value that ``result`` has, None where it was not measured."""
@@ -266,6 +279,7 @@ _COSTS = (
         help="growth of the model's peak memory (CUDA only)",
         limit=0.05,
         floor=0.01,
+        spread=0.01,
         depends_on_clocks=False,
     ),
     Figure(field="requested_bytes", unit="MiB", scale=2**-20),
@@ -280,6 +294,7 @@ _COSTS = (
         option="max-compile-growth",
         help="growth of the first call's time; it depends on whether the compile cache was warm",
         floor=0.3,
+        spread=0.2,
     ),
     Figure(field="compile_cache", kind="text"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Journal:
             path.touch(exist_ok=False)
         now = datetime.now(UTC).isoformat()
         header = {"schema": SCHEMA, "datetime": now, "environment": self.environment}
-        self._write({"int8bench": header})
+        self._header = json.dumps({"int8bench": header})
+        self._write(self._header)
 
     @classmethod
     def reopen(cls, path: Path) -> Journal:
@@ -69,6 +70,7 @@ class Journal:
             replace_text(path, f"{text}\n")
         journal = cls(None, saved.environment)
         journal.path = path
+        journal._header = text.partition("\n")[0]
         journal._results = saved.results
         journal._accuracy = saved.accuracy
         journal._sensitivity = saved.sensitivity
@@ -89,13 +91,33 @@ class Journal:
         # What cannot be written is still kept.
         if isinstance(record, Result):
             self._results.append(record)
-            self._write(record.to_dict())
         elif isinstance(record, Accuracy):
             self._accuracy.append(record)
-            self._write({ACCURACY: record.to_dict()})
         else:
             self._sensitivity.append(record)
-            self._write({SENSITIVITY: record.to_dict()})
+        self._write(_line_of(record))
+
+    def records_of(self, nodeid: str) -> list[Result | Accuracy | Sensitivity]:
+        """Return all records of a test so far, of every kind."""
+        return [record for record in self._records if record.nodeid == nodeid]
+
+    def withdraw(self, records: Iterable[Result | Accuracy | Sensitivity]) -> None:
+        """Take back records of a test that was run again, also from the file.
+
+        Raises:
+            OSError: if the file cannot be written; it is as it was.
+        """
+        gone = {id(record) for record in records}
+        self._results = [r for r in self._results if id(r) not in gone]
+        self._accuracy = [r for r in self._accuracy if id(r) not in gone]
+        self._sensitivity = [r for r in self._sensitivity if id(r) not in gone]
+        if self.path is not None and gone:
+            lines = [self._header, *map(_line_of, self._records)]
+            replace_text(self.path, "".join(f"{line}\n" for line in lines))
+
+    @property
+    def _records(self) -> list[Result | Accuracy | Sensitivity]:
+        return [*self._results, *self._accuracy, *self._sensitivity]
 
     def saved(self) -> Saved:
         """Return what the JSON is to hold."""
@@ -104,15 +126,21 @@ class Journal:
             self._in_order(self.results),
             self._in_order(self.accuracy),
             self._in_order(latest(self._sensitivity)),
-        )
+        ).cleaned()
 
     def _in_order(self, records: list[AnyRecord]) -> list[AnyRecord]:
         return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        append_text(self.path, json.dumps(record) + "\n")
+    def _write(self, line: str) -> None:
+        if self.path is not None:
+            append_text(self.path, f"{line}\n")
+
+
+def _line_of(record: Result | Accuracy | Sensitivity) -> str:
+    if isinstance(record, Result):
+        return json.dumps(record.to_dict())
+    kind = ACCURACY if isinstance(record, Accuracy) else SENSITIVITY
+    return json.dumps({kind: record.to_dict()})
 
 
 def journal_folder(root: Path) -> Path:

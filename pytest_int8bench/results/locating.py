@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pytest_int8bench.files import FileError
+from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Saved
 
-_NUMBER = re.compile(r"\d{4}")
+_NUMBER = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
+# As pytest-benchmark names what it saves: four digits or, past 9999, more, and what comes after.
+_NUMBERED = re.compile(rf"({_NUMBER.pattern})_.*\.json")
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,47 @@ def find_side(names: Sequence[str], storage: Path) -> list[Path]:
 def latest_two(storage: Path) -> tuple[Path, Path]:
     """Return the two files that pytest-benchmark saved last on one machine, the older one first.
 
+    Its numbers say which these are. Names can look like numbers, such as ``2024_results.json``: the
+    times in the files must not say otherwise.
+
     Raises:
-        FileError: if there are not two.
+        FileError: if there are not two, or numbers and times disagree.
     """
-    files = [path for path in storage.glob("*/*.json") if _NUMBER.match(path.name)]
-    if files:
-        newest = max(files, key=lambda path: path.stat().st_mtime)
-        files = sorted(path for path in files if path.parent == newest.parent)
-    if len(files) < 2:
+    numbers = {path: int(m[1]) for path in storage.glob("*/*.json") if (m := _numbered(path))}
+    if numbers:
+        newest = max(numbers, key=_modified)
+        numbers = {path: n for path, n in numbers.items() if path.parent == newest.parent}
+    if len(numbers) < 2:
         raise FileError(
-            f"{storage} holds {len(files)} saved file(s), two are needed: save with "
+            f"{storage} holds {len(numbers)} saved file(s), two are needed: save with "
             "--benchmark-autosave, or name BASE and NEW"
         )
-    return files[-2], files[-1]
+    # pytest-benchmark does not count past 10000: several files have that number.
+    base, new = sorted(numbers, key=lambda path: (numbers[path], _modified(path), path))[-2:]
+    others = sorted(numbers, key=_modified)[-2:]
+    times = {path: time for path in (base, new, *others) if (time := _time(path)) is not None}
+    by_time = sorted(times, key=times.__getitem__)[-2:]
+    if len({numbers[path] for path in (base, new, *by_time)}) == 1 and len(by_time) == 2:
+        base, new = by_time
+    if base in times and new in times and by_time != [base, new]:
+        raise FileError(
+            f"by their numbers, {base.name} and {new.name} were saved last in {new.parent}, by the "
+            f"times in them {by_time[0].name} and {by_time[1].name}: name BASE and NEW"
+        )
+    return base, new
+
+
+def _numbered(path: Path) -> re.Match[str] | None:
+    return _NUMBERED.fullmatch(path.name)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _time(path: Path) -> datetime | None:
+    """Return when a file was saved; None where it does not say, or cannot be read."""
+    try:
+        return read(path).time
+    except (OSError, SchemaError):
+        return None

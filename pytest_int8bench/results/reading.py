@@ -9,6 +9,9 @@ finished point (:class:`Result`), whatever its status, ``accuracy`` every verdic
 (:class:`Accuracy`) and ``sensitivity`` every table of layers (:class:`Sensitivity`). The journal
 holds the same records as JSON lines, the first one being the header; verdicts and tables are
 wrapped in an object that names their kind.
+
+All texts are cleaned here, once: whoever can write a file must not reach a terminal, the log of a
+CI server or Markdown through it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.git_lfs import POINTER, is_pointer
+from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.records import (
     ACCURACY,
@@ -46,8 +51,10 @@ def read(path: Path) -> Saved:
         raise SchemaError(f"{path} is not UTF-8 text: {error}") from None
     if not text.strip():
         raise SchemaError(f"{path} is empty")
+    if is_pointer(text):
+        raise SchemaError(f"{path} {POINTER}")
     try:
-        data = json.loads(text)
+        data = cleaned(json.loads(text))
     except json.JSONDecodeError as error:
         return _read_journal(path, text, error)
     except (RecursionError, ValueError) as error:  # ValueError: thousands of digits
@@ -75,8 +82,8 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
     records: list[Any] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(cleaned(json.loads(line)))
+        except (RecursionError, ValueError):
             if error is not None and not records:
                 raise SchemaError(_no_json(path, text, error)) from None
             # A kill in the middle of a write leaves half a last line.

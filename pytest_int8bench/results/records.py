@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Self, TypeVar
 
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results import parts
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import FIGURES
@@ -137,7 +138,8 @@ class Result(Record):
     coverage: dict[str, Any] | None = None
     """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
-    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels),
+    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels), ``unused``
+    (converted layers that the forward does not use),
     ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
     norm -> layers in older files)."""
     gpu_before: dict[str, Any] | None = None
@@ -322,6 +324,16 @@ class Saved:
     time: datetime | None = field(default=None, compare=False)
     """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
 
+    def cleaned(self) -> Self:
+        """Return the same with all texts as they are when the file is read again."""
+        return replace(
+            self,
+            environment=cleaned(self.environment),
+            results=list(map(_cleaned, self.results)),
+            accuracy=list(map(_cleaned, self.accuracy)),
+            sensitivity=list(map(_cleaned, self.sensitivity)),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the ``int8bench`` object of the JSON."""
         return {
@@ -334,6 +346,12 @@ class Saved:
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def _cleaned(record: AnyRecord) -> AnyRecord:
+    values = vars(record)
+    changed = {name: v for name in values if (v := cleaned(values[name])) != values[name]}
+    return replace(record, **changed) if changed else record
 
 
 def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +19,21 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModel,
+    PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.param_values import EXTRA_NAME, Scalar
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.weights import (
+    HUB,
+    WeightsError,
+    check_not_pointer,
+    load_state_dict,
+    read_state_dict,
+)
 from pytest_int8bench.workloads.workload import Workload
 
 INPUT_SEED = 0
@@ -109,6 +120,7 @@ class _NamedModel:
         return self._from_pretrained(params, source)
 
     def _from_pretrained(self, params: RunParams, source: str) -> torch.nn.Module:
+        check_not_pointer(Path(source))
         try:
             model, loaded = AutoModel.from_pretrained(
                 source,
@@ -249,6 +261,52 @@ def _attention(config: Any, params: RunParams) -> dict[str, str]:
 def _encoder(model: Any) -> torch.nn.Module:
     encoder: torch.nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder
+
+
+def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
+    """Return the parameters and buffers that transformers keeps in FP32 when it loads a model in
+    BF16 (``from_pretrained(dtype=torch.bfloat16)``), such as the frequencies of rotary embeddings.
+
+    Args:
+        model: any model; only models of transformers in it are looked at.
+    """
+    kept: set[str] = set()
+    seen: set[torch.nn.Module] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or module in seen:
+            continue
+        shell = _empty_bf16(module)
+        if shell is None:  # models inside of it may do
+            continue
+        seen.update(part for part in module.modules() if isinstance(part, PreTrainedModel))
+        prefix = f"{path}." if path else ""
+        plan = module._get_dtype_plan(torch.bfloat16)
+        stored = shell.state_dict().keys()
+        for name, tensor in itertools.chain(shell.named_parameters(), shell.named_buffers()):
+            planned = name in stored and any(_matches(pattern, name) for pattern in plan)
+            if planned or (tensor.is_floating_point() and tensor.dtype != torch.bfloat16):
+                kept.add(prefix + name)
+    return frozenset(kept)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    # As build_glob_alternation of transformers 5.17 to 5.23 (core_model_loading.py) reads it.
+    return re.search(pattern.replace("*", ".*"), name) is not None
+
+
+def _empty_bf16(model: Any) -> torch.nn.Module | None:
+    """Return a model like ``model``, made as transformers makes one in BF16, without weights; None
+    where that takes more than a configuration."""
+    for device in ("meta", "cpu"):  # some models compute with numbers of tensors
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device), no_init_weights():
+                shell: torch.nn.Module = type(model)._from_config(
+                    copy.deepcopy(model.config), dtype=torch.bfloat16
+                )
+                return shell
+        except Exception:
+            continue
+    return None
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -32,7 +32,13 @@ from pytest_int8bench.errors import first_line
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.workloads import geotiff, scenes
 from pytest_int8bench.workloads.probes import Split, embedding_evaluations
-from pytest_int8bench.workloads.weights import HUB, WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.weights import (
+    HUB,
+    WeightsError,
+    check_not_pointer,
+    load_state_dict,
+    read_state_dict,
+)
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 #: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
@@ -168,6 +174,7 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
         inside = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
         load_state_dict(encoder, inside or state, source=weights)
         return _wrapped(encoder, params)
+    check_not_pointer(Path(weights))
     name = f"OlmoEarth {params.model_version} {params.model_size}"
     try:
         if weights == HUB:

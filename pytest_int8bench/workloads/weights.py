@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.git_lfs import POINTER, is_pointer
 
 RANDOM, HUB = "random", "hub"
 _SHOWN = 3
@@ -29,6 +31,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         WeightsError: one line, if the file cannot be read as one.
     """
+    check_not_pointer(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -51,6 +54,26 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
                 f"{type(value).__name__} under {name!r}"
             )
     return dict(values)
+
+
+def check_not_pointer(path: Path) -> None:
+    """Refuse weights that Git LFS did not download.
+
+    Args:
+        path: a file, or a folder of a model, of which all files count.
+
+    Raises:
+        WeightsError: one line that names the first such file.
+    """
+    with contextlib.suppress(OSError):  # loading it says why
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and is_pointer(_start(file)):
+                raise WeightsError(f"weights {file} {POINTER}")
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(100)
 
 
 def _unreadable(path: Path, error: Exception) -> str:

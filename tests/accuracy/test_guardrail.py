@@ -66,6 +66,45 @@ def check(
     )
 
 
+# -- NaN ----------------------------------------------------------------------------------------
+
+
+class Breaks(Mlp):
+    """Has NaN in the first output of its last row."""
+
+    def __init__(self) -> None:
+        super().__init__(out=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        y[-1, 0] = float("nan")
+        return y
+
+
+def test_nan_in_both_is_told_with_the_verdict() -> None:
+    evaluation = Evaluation(metric="top1", scores=flips(lost=4))
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+
+    def judge(samples: int) -> str | None:
+        def scores(forward: Forward) -> Any:
+            forward(torch.ones(samples, 32))
+            return flips(lost=4)(forward)
+
+        workload = make_workload(Breaks, evaluation=Evaluation(metric="top1", scores=scores))
+        return guardrail.check(workload, W8A8, nodeid="t")[0].reason
+
+    assert judge(32) == "outputs of the baseline and the candidate hold NaN"
+    assert check(evaluation)[0].reason is None
+
+
+def test_nan_in_outputs_without_labels_is_told() -> None:
+    [found] = Guardrail(ModelPool(), ONE_PERCENT).check(make_workload(Breaks), W8A8, nodeid="t")
+    assert (found.outcome, found.reason) == (
+        "proxy-ok",
+        "the baseline's own outputs hold NaN (1 of 256 values, left out of the comparison)",
+    )
+
+
 # -- verdicts -----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.remedies import ALPHAS, Remedies, _half
-from pytest_int8bench.accuracy.sensitivity import SensitivityScan, grouped
+from pytest_int8bench.accuracy.sensitivity import ScanError, SensitivityScan, grouped
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
@@ -263,7 +263,7 @@ def test_blocks_are_what_the_first_number_counts() -> None:
 
 def test_what_cannot_be_scanned_is_said() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
-    with pytest.raises(ValueError, match=r"^by must be one of layer, block, got 'model'$"):
+    with pytest.raises(ScanError, match=r"^by must be one of layer, block, got 'model'$"):
         SensitivityScan(guardrail, make_workload(), W8A8, by="model")
     with pytest.raises(WorkloadError, match=r"^workload 'net' brings its own quantization: its"):
         SensitivityScan(guardrail, make_workload(prequantized=True), W8A8)

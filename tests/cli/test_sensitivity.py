@@ -15,6 +15,7 @@ import pytest
 
 from pytest_int8bench.cli import sensitivity
 from pytest_int8bench.cli.main import main
+from pytest_int8bench.processes import running
 from pytest_int8bench.processes.scan_request import ScanRequest
 
 DEADLINE_S = 120
@@ -39,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int
     """Return the exit code, the command and the environment of the process that is started."""
     calls: list[Any] = []
 
-    def run(command: list[str], *, cwd: Path, env: dict[str, str]) -> int:
+    def run(command: list[str], *, cwd: Path, env: dict[str, str], **files: Any) -> int:
         calls.append((command, env))
         return code
 
@@ -63,11 +64,11 @@ def test_options_of_the_command_and_of_the_plugin(monkeypatch: pytest.MonkeyPatc
     assert ScanRequest.from_env_vars(environ) == ScanRequest(by="layer", metric=False)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 4, 5])
-def test_the_exit_code_is_that_of_pytest(
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5])
+def test_the_exit_code_says_whether_there_is_a_table(
     monkeypatch: pytest.MonkeyPatch, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert started(monkeypatch, code)[0] == code
+    assert started(monkeypatch, code)[0] == (2 if code else 0)  # 1 would say that it got worse
     assert capsys.readouterr() == ("", "")
 
 
@@ -92,13 +93,36 @@ def test_the_test_is_run_by_the_command_only() -> None:
         ScanRequest.from_env_vars({})
 
 
-def test_a_bad_option_is_one_line_and_exit_4(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["sensitivity", "--int8-mode=w4"]) == 4
+def test_a_bad_option_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sensitivity", "--int8-mode=w4"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert [line for line in err.splitlines() if line] == [
         "ERROR: --int8-mode: must be one or more of w8a8, w8, fp8, off by comma, got 'w4'"
     ]
+
+
+def test_a_workload_that_is_missing_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sensitivity", "--int8-workload=missing.py:make"]) == 2
+    assert "missing.py" in "".join(capfd.readouterr())
+
+
+def test_output_is_shown_where_it_goes_and_costs_nothing_where_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = "import sys; print('größe ' * 99999 + 'end'); print('²', file=sys.stderr)"
+
+    def run(command: list[str], **places: Any) -> int:
+        return running.run([sys.executable, "-c", says], **places)
+
+    monkeypatch.setattr(sensitivity, "run", run)
+    assert main(["sensitivity"]) == 0
+    assert capsys.readouterr() == ("größe " * 99999 + "end\n", "²\n")
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["sensitivity"]) == 0
+    lost = "int8bench: what is printed is lost: No space left on device\n"
+    assert sorted(capsys.readouterr().err.splitlines(True)) == [lost, "²\n"]
 
 
 def is_running(pid: int) -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch import nn
 from pytest_int8bench.compiler import cache as compile_cache
 from pytest_int8bench.compiler.cache import CompileCache, CompileCacheError
 from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
+from pytest_int8bench.files import is_plain
 from pytest_int8bench.measure.evidence import profile_forward
 from toys.models import BareAttention
 
@@ -136,7 +141,8 @@ print(test_cache.compiled(Path(sys.argv[1])).compile_cache)
 
 
 def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
-    first, moved = tmp_path / "first", tmp_path / "moved"
+    # By names that the C++ compiler's command line cannot hold.
+    first, moved = tmp_path / "my first", tmp_path / 'it\'s "moved"'
     # The second time in this process nothing is left of the first but the folder.
     found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
     assert found == ["cold", "cold", "warm", "warm"]
@@ -240,3 +246,63 @@ def test_without_a_folder_graphs_are_not_kept_and_eager_models_keep_nothing(tmp_
     eager(torch.ones(2, 4))
     assert eager.compile_cache is None
     assert list(tmp_path.iterdir()) == []
+
+
+# -- folders that compilers cannot use ----------------------------------------------------------
+
+
+def noexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = SimpleNamespace(f_flag=os.ST_NOEXEC)
+    monkeypatch.setattr(os, "statvfs", lambda path: flags)
+
+
+def test_refuses_a_noexec_folder(
+    tmp_path: Path, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noexec(monkeypatch)
+    folder = re.escape(str(tmp_path / "new"))
+    message = rf"^the compile cache {folder} is on a file system mounted noexec, .*--int8-compile-c"
+    with (
+        pytest.raises(CompileCacheError, match=message),
+        CompileCache(tmp_path / "new", "flash").entered(),
+    ):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_refuses_a_noexec_folder_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    noexec(monkeypatch)
+    model = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
+    with pytest.raises(CompileCacheError, match=r"mounted noexec.*TORCHINDUCTOR_CACHE_DIR"):
+        model(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("given", [None, "my code", "it's", "plain"])
+def test_the_folder_of_torch_is_reached_by_a_plain_path(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / (given or "own folder")
+    monkeypatch.setattr(compile_cache, "inductor_folder", lambda: str(folder))
+    if given is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    before = dict(os.environ)
+    with compile_cache.usable_default():
+        inside = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert is_plain(inside)
+        assert inside.resolve() == folder
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cpu", True), ("cuda", False)])
+def test_temporary_files_must_have_a_plain_path(
+    device: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/my tmp")
+    match = (
+        "^the folder for temporary files must have a path without spaces and quotes, got '/my tmp'"
+    )
+    with pytest.raises(CompileCacheError, match=match) if refused else nullcontext():
+        compile_cache.check_temporary_folder(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch._functorch.config
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from pytest_int8bench.compiler.backend import FusingInductor
 from pytest_int8bench.compiler.compiled_model import (
     CompiledModel,
     CompileError,
@@ -223,6 +225,79 @@ def test_a_graph_break_is_an_error_with_fullgraph_and_not_without() -> None:
         compile_for_a100(Breaks(), mode="default")(X)
     compiled = compile_for_a100(Breaks(), mode="default", fullgraph=False)
     assert torch.equal(compiled(X), (X + 1) * 2)
+
+
+class Breaks(nn.Module):
+    """Two layers with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("broken", [1, 2], ids=["first-graph", "second-graph"])
+def test_a_graph_that_does_not_compile_is_an_error_however_torch_is_set(
+    broken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``suppress_errors``, torch runs it eagerly and says so in its log."""
+    calls = itertools.count(1)
+
+    def compile_graph(self: FusingInductor, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        if next(calls) == broken:
+            raise NotImplementedError("no lowering")
+        return model_.forward
+
+    monkeypatch.setattr(FusingInductor, "__call__", compile_graph)
+    compiled = compile_for_a100(Breaks().eval(), mode="default", fullgraph=False)
+    with (
+        torch._dynamo.config.patch(suppress_errors=True),
+        pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no lowering"),
+    ):
+        compiled(X)
+
+
+def test_graphs_that_ran_are_told() -> None:
+    model = Breaks().eval()
+    compiled = compile_for_a100(model, mode="default", fullgraph=False)
+    assert compiled.graphs == []
+    first, second = compiled.graphs_run(lambda: compiled(X))
+    assert (first.computes_with(model.first.weight), first.computes_with(model.second.weight)) == (
+        True,
+        False,
+    )
+    assert second.computes_with(model.second.weight)
+    assert compiled.graphs_run(lambda: compiled(X)) == [first, second]
+    assert not compiled.compiles_again(lambda: compiled(X))
+    torch._dynamo.reset()
+    assert compiled.compiles_again(lambda: compiled(X))
+    assert not compiled.compiles_again(lambda: compiled(X))
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(
+            CompileError, match=r"^none of the compiled graphs ran: the model ran eagerly$"
+        ),
+    ):
+        compiled.compiles_again(lambda: compiled(X))
+
+
+def test_models_of_one_class_have_graphs_of_their_own() -> None:
+    """Dynamo keeps graphs by code, which they share where the graph breaks in their forward."""
+    for _ in range(2):
+        model = Breaks().eval()
+        compiled = compile_for_a100(model, mode="default", fullgraph=False)
+        torch.testing.assert_close(compiled(X), model(X))
+        assert len(compiled.graphs) == 2
+
+
+def test_eager_models_have_no_graphs() -> None:
+    compiled = compile_for_a100(Breaks().eval(), mode="off")
+    assert compiled.graphs_run(lambda: compiled(X)) == []
+    assert not compiled.compiles_again(lambda: compiled(X))
 
 
 def test_a_model_that_logs_is_one_graph() -> None:

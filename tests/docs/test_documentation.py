@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import pytest_int8bench
-from pytest_int8bench.cli import main
+from pytest_int8bench.cli.commands import run_command
 from pytest_int8bench.environment import FINGERPRINT_NAMES
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import fixtures
@@ -221,7 +221,7 @@ def check_int8bench(
     with monkeypatch.context() as patched:
         patched.setattr(argparse.ArgumentParser, "parse_known_args", only_parse)
         with pytest.raises(Parsed) as parsed:
-            main.main(words[:at])
+            run_command(words[:at])
     namespace, rest = parsed.value.args
     assert not rest or namespace.command == "sensitivity", f"unknown {rest}"
     check_pytest(pytester, [*rest, *words[at + 1 :]])

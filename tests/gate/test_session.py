@@ -65,6 +65,18 @@ def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
     assert gate.summary() == ["compared with base.json: 1 regressed"]
 
 
+def test_the_last_attempt_of_a_test_counts() -> None:
+    gate = gate_of(timed())
+    said(lambda: gate.judge(timed(slower=1.25), HERE), RegressionError)
+    gate.forget(timed().nodeid)
+    assert problems(gate, {timed().nodeid}) == [
+        "nothing was compared with base.json",
+        f"not measured, so not compared: {timed().nodeid}",
+    ]
+    gate.judge(timed(), HERE)
+    assert problems(gate, {timed().nodeid}) == []
+
+
 def test_limits_are_those_of_the_rules() -> None:
     gate = gate_of(timed(), rules=Rules(limits={"throughput": 0.3}))
     gate.judge(timed(slower=1.25), HERE)
@@ -173,3 +185,11 @@ def test_missing_points_can_be_allowed() -> None:
 
 def test_a_session_without_points_says_so() -> None:
     assert gate_of(timed()).summary() == ["compared with base.json: nothing"]
+
+
+def test_what_one_process_cannot_show_is_listed_and_fails_nothing() -> None:
+    gate = gate_of(timed(), timed("other"))
+    gate.judge(timed(slower=1.08), HERE)
+    first, suspected = gate.summary()
+    assert first == "compared with base.json: 1 suspected"
+    assert suspected.startswith("suspected: toy: x: max-slowdown: +8.0%, limit 5.0%, shown from ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import (
+    FqnToConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+)
 
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure import device_time
@@ -29,6 +38,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
+from toys import layers
 from toys.models import Mlp, make_workload, time_rounds
 
 BF16 = RunParams(
@@ -135,14 +145,14 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
 
     feed = Feed()
 
-    def run(self: Model) -> torch.Tensor:
+    def run() -> torch.Tensor:
         nonlocal now
         now += 5.0 if feed.batches % 10 == 9 else 3.0
         feed.batches += 1
         feed.wait_s += 0.25
         return torch.zeros(1)
 
-    def run_again(self: Model) -> torch.Tensor:
+    def run_again() -> torch.Tensor:
         nonlocal now
         now += 2.0
         return torch.zeros(1)
@@ -156,8 +166,8 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
     model = throughput._pool.get(make_workload(), BF16)
     model.ready()
     model.feed = feed  # type: ignore[assignment]
-    monkeypatch.setattr(Model, "run", run)
-    monkeypatch.setattr(Model, "run_again", run_again)
+    monkeypatch.setattr(model, "run", run)
+    monkeypatch.setattr(model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
     monkeypatch.setattr("pytest_int8bench.measure.point.kernels_of", lambda model, keep: None)
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
@@ -432,6 +442,91 @@ def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> N
         measure(throughput, make_workload(Overflows), W8A8)
 
 
+class Divides(Mlp):
+    """Has NaN in its last row, whatever its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return torch.cat([y[:-1], y[-1:] * float("nan")])
+
+
+class Masks(Mlp):
+    """Has minus infinity in its output, as masked classes do, and NaN with INT8 weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        y[:, 0] = float("nan") if self.quantized else -float("inf")
+        return y
+
+
+def test_nan_in_the_baseline_is_told(throughput: Throughput) -> None:
+    workload = make_workload(Divides)
+    assert measure(throughput, workload, BF16).reason == "the model's output holds NaN"
+    candidate = measure(Throughput(ModelPool()), workload, W8A8)
+    assert candidate.status == "ok"
+    assert candidate.reason == "the outputs of baseline and candidate hold NaN"
+
+
+def test_nan_where_the_baseline_has_infinity_is_an_error(throughput: Throughput) -> None:
+    assert measure(throughput, make_workload(Masks), BF16).reason is None
+    with pytest.raises(OutputError, match=r"the candidate's output holds NaN or infinity$"):
+        measure(throughput, make_workload(Masks), W8A8)
+
+
+class CountsOperators(TorchDispatchMode):
+    """Sees each operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Watcher(TorchFunctionMode):
+    """Sees each function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("watching", "name"),
+    [
+        (CountsOperators, "CountsOperators"),
+        (Watcher, "Watcher"),
+        (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU]), "torch.profiler"),
+    ],
+)
+def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, name: str) -> None:
+    with watching():
+        result = measure(throughput, make_workload(), BF16)
+    assert result.reason == f"timed beside {name}: the times include what that costs"
+    with torch.device("cpu"):  # what torch.set_default_device enters
+        assert measure(throughput, make_workload(), BF16).reason is None
+
+
+def test_no_clock_runs_under_a_tracer(throughput: Throughput) -> None:
+    class Looks(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tracers.append(sys.gettrace())
+            return super().forward(x)
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        return None
+
+    tracers: list[Any] = []
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = measure(throughput, make_workload(Looks), W8A8)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+    assert (result.status, result.reason) == ("ok", None)
+    # Few calls are not timed: the proof of the candidate, the first of each model, a look whether
+    # it is still compiled, evidence, and a look at the outputs.
+    assert tracers.count(trace) <= 16
+    assert tracers.count(None) > 50
+
+
 def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput) -> None:
     class Skips(Mlp):
         """Has INT8 weights and computes without them."""
@@ -441,6 +536,115 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
 
     with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 product ran; "):
         measure(throughput, make_workload(Skips), W8A8)
+
+
+@pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
+def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: RunParams) -> None:
+    workload = make_workload(layers.Uncalled, filter_fn=layers.is_linear)
+    result = measure(throughput, workload, params)
+    told = "the forward does not use 2 of 4 quantized layers: c, d"
+    assert (result.status, result.reason) == ("ok", told)
+    assert (result.coverage["converted_layers"], result.coverage.get("unused", [])) == (
+        4,
+        ["c", "d"],
+    )
+
+
+@pytest.mark.parametrize(
+    "toy",
+    [
+        layers.FourLayers,
+        layers.CallsTwice,
+        layers.SharesWeight,
+        layers.Checkpointed,
+        layers.ChangesGradMode,
+    ],
+)
+def test_layers_that_are_called_in_other_ways_hold_the_label(
+    throughput: Throughput, toy: type[nn.Module]
+) -> None:
+    result = measure(throughput, make_workload(toy, filter_fn=layers.is_linear), W8A8)
+    assert (result.status, result.reason, result.coverage.get("unused", [])) == ("ok", None, [])
+
+
+@pytest.mark.parametrize("toy", [layers.Multiplies, layers.MultipliesOnce])
+def test_a_layer_that_runs_another_matmul_contradicts_the_label(
+    throughput: Throughput, toy: type[nn.Module]
+) -> None:
+    workload = make_workload(toy, filter_fn=layers.is_linear)
+    with pytest.raises(
+        EvidenceError,
+        match=r" is labelled W8A8, but 1 of 4 quantized layers ran matmuls that are not INT8: c ",
+    ):
+        measure(throughput, workload, W8A8)
+    assert measure(throughput, workload, W8).status == "ok"
+
+
+@pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
+def test_a_candidate_that_calls_another_models_layers_is_an_error(
+    throughput: Throughput, params: RunParams
+) -> None:
+    original = layers.FourLayers()
+
+    class CallsOriginal(layers.FourLayers):
+        def second(self, x: torch.Tensor) -> torch.Tensor:
+            quantized = type(self.a.weight) is not nn.Parameter
+            return original.to(x.dtype).second(x) if quantized else super().second(x)
+
+    workload = make_workload(CallsOriginal, filter_fn=layers.is_linear)
+    problem = r" candidate's forward runs less of 2 layers than the baseline's: c, d; "
+    with pytest.raises(EvidenceError, match=problem):
+        measure(throughput, workload, params)
+
+
+def test_layers_of_a_configuration_of_the_users_may_differ(throughput: Throughput) -> None:
+    own = FqnToConfig(
+        {"fc1": Int8DynamicActivationInt8WeightConfig(), "fc2": Int8WeightOnlyConfig()}
+    )
+    result = measure(throughput, make_workload(quant_config=own), W8A8)
+    told = "1 of 2 quantized layers ran matmuls that are not INT8: fc2"
+    assert (result.status, result.reason) == ("ok", told)
+
+
+def test_an_eager_forward_that_fails_is_told(
+    throughput: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: nn.Module, run: Run) -> None:
+        raise torch.OutOfMemoryError(ASKED)
+
+    monkeypatch.setattr("pytest_int8bench.measure.layers.layer_runs", fails)
+    result = measure(throughput, make_workload(), W8A8)
+    told = "not proven layer by layer: an eager forward runs out of memory"
+    assert (result.status, result.reason) == ("ok", told)
+
+
+def test_layers_outside_the_graphs_are_named(throughput: Throughput) -> None:
+    workload = make_workload(layers.NotCompiled, filter_fn=layers.is_linear)
+    params = BF16.replace(compile_mode="default", compile_fullgraph=False)
+    told = "2 of 4 linear layers ran eagerly, outside the compiled graphs: c, d"
+    assert measure(throughput, workload, params).reason == told
+
+
+def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Throughput) -> None:
+    params = BF16.replace(compile_mode="default", compile_fullgraph=False)
+    workload = make_workload(layers.ConvolvesEagerly, filter_fn=layers.is_linear)
+    told = r"\d\d% of the kernels' time is spent outside the compiled graphs"
+    assert re.fullmatch(told, measure(throughput, workload, params).reason)
+    assert measure(throughput, workload, BF16).reason is None
+
+
+def test_layers_that_compilers_drop_are_named(throughput: Throughput) -> None:
+    workload = make_workload(layers.Discarded, filter_fn=layers.is_linear)
+    result = measure(throughput, workload, W8A8.replace(compile_mode="default"))
+    assert result.coverage.get("unused", []) == ["c", "d"]
+    assert "the forward does not use 2 of 4 quantized layers: c, d" in result.reason
+
+
+def test_what_was_compiled_may_be_gone_before_each_clock(throughput: Throughput) -> None:
+    params = BF16.replace(compile_mode="default")
+    for point in (params, params, params.replace(int8_enabled=True)):
+        torch._dynamo.reset()
+        assert measure(throughput, make_workload(), point).status == "ok"
 
 
 def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

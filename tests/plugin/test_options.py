@@ -793,3 +793,15 @@ def test_collecting_points_of_a_named_preset_loads_nothing(pytester: pytest.Pyte
 def test_the_check_of_loaded_modules_can_fail(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import torch\ndef test_torch(): pass")
     assert {"pytest_int8bench.plugin.hooks", "torch"} <= set(loaded(pytester))
+
+
+def test_a_compile_cache_must_not_be_mounted_noexec(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_int8bench.files.is_noexec", lambda folder: True)
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, "--int8-compile-cache=my cache")
+    assert str(caught.value) == (
+        "--int8-compile-cache: must be a folder that compiled code can be loaded from, got "
+        "'my cache', which is on a file system mounted noexec"
+    )

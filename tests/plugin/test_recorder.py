@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.report import terminal
+from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
 
 MACHINE = {"gpu": {"name": "A100"}}
@@ -79,6 +82,7 @@ class Terminal:
     """Keeps the lines that are written."""
 
     isatty = hasmarkup = False
+    _tw: Any = None
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -114,6 +118,33 @@ def test_a_part_that_cannot_be_shown_hides_no_other(
     assert shown.lines[-1] == "report: r.md"
     assert sum("cannot be shown" in line for line in shown.lines) == 1
     assert any(line.startswith("journal: ") for line in shown.lines)
+
+
+class Broken(Terminal):
+    """Writes to a pipe whose reader is gone."""
+
+    def write_line(self, line: str, **_: object) -> None:
+        super().write_line(line)
+        raise BrokenPipeError
+
+
+def test_a_terminal_that_is_gone_ends_no_session(recorder: Recorder) -> None:
+    recorder.record(result())
+    recorder.reported.append("report: r.md")
+    shown: Any = Broken()
+    summary.show_results(shown, recorder)
+    assert shown.lines[-1] == "report: r.md"
+
+
+def test_lines_suit_the_encoding_and_hold_no_commands(recorder: Recorder) -> None:
+    recorder.record(result(workload="größe\n::error::x\x1b[2J\udcff"))
+    shown: Any = Terminal()
+    shown._tw = SimpleNamespace(_file=SimpleNamespace(encoding="ascii"))
+    summary.show_results(shown, recorder)
+    text = "\n".join(shown.lines)
+    assert "gr\\xf6\\xdfe ::error::x\\x1b[2J\\udcff" in text
+    assert text.isascii()
+    assert not any(line.startswith("::") for line in shown.lines)
 
 
 def test_a_result_that_cannot_be_recorded_ends_no_session(pytester: pytest.Pytester) -> None:
@@ -169,7 +200,8 @@ def test_hooks_and_fixtures_are_registered_once(pytester: pytest.Pytester) -> No
             manager = request.config.pluginmanager
             names = [name for name, _ in manager.list_name_plugin() if "int8bench" in name]
             assert sorted(names) == [
-                "int8bench", "int8bench-benchmark", "int8bench-fixtures", "int8bench-recorder"
+                "int8bench", "int8bench-benchmark", "int8bench-end", "int8bench-fixtures",
+                "int8bench-recorder",
             ]
             for name in ("int8_throughput", "int8_params", "_int8_point", "_int8_benchmark"):
                 found = request.session._fixturemanager.getfixturedefs(name, request.node)
@@ -187,3 +219,108 @@ def test_the_entry_point_has_every_hook() -> None:
     names = [name for name in vars(hooks) if name.startswith("pytest_")]
     assert len(names) > 10
     assert all(getattr(plugin, name) is getattr(hooks, name) for name in names)
+
+
+# -- tests that are run again ------------------------------------------------------------------
+
+TIMED, JUDGED = "a.py::t", "a.py::accuracy"
+
+
+def fail_accuracy(recorder: Recorder, nodeid: str = JUDGED) -> None:
+    recorder.note_accuracy_failed(nodeid, "toy", POINT, "1.2 % is over the limit")
+
+
+def statuses(recorder: Recorder) -> list[str]:
+    assert recorder.journal is not None
+    assert recorder.journal.path is not None
+    kept = [entry.status for entry in recorder.journal.results]
+    assert [entry.status for entry in read(recorder.journal.path).results] == kept
+    return kept
+
+
+def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None:
+    recorder.record(result())
+    recorder.begin(JUDGED)
+    fail_accuracy(recorder)
+    assert statuses(recorder) == ["accuracy-failed"]
+    recorder.begin(JUDGED)
+    assert statuses(recorder) == ["accuracy-failed"]  # as long as the attempt is not over
+    recorder.settle(JUDGED)
+    assert recorder.journal is not None
+    assert recorder.journal.results == [result()]
+    assert recorder.marked(result()) == result()
+
+
+def test_a_point_whose_accuracy_fails_again_stays_marked(recorder: Recorder) -> None:
+    recorder.record(result())
+    for _ in range(2):
+        recorder.begin(JUDGED)
+        fail_accuracy(recorder)
+        recorder.settle(JUDGED)
+    assert statuses(recorder) == ["accuracy-failed"]
+
+
+def test_a_point_that_fails_another_accuracy_test_stays_marked(recorder: Recorder) -> None:
+    recorder.record(result())
+    fail_accuracy(recorder)
+    fail_accuracy(recorder, "a.py::another")
+    recorder.begin(JUDGED)
+    recorder.settle(JUDGED)
+    assert statuses(recorder) == ["accuracy-failed"]
+
+
+def test_a_point_whose_own_test_failed_stays_marked(recorder: Recorder) -> None:
+    fail_accuracy(recorder)
+    marked = recorder.marked(result())
+    recorder.record(marked)
+    recorder.keep_marked(marked)
+    recorder.begin(JUDGED)
+    recorder.settle(JUDGED)
+    assert statuses(recorder) == ["accuracy-failed"]
+
+
+def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder) -> None:
+    recorder.record(result(status="failed"))
+    recorder.begin(TIMED)
+    assert recorder.results_of(TIMED) == []
+    assert statuses(recorder) == ["failed"]
+
+
+def test_an_attempt_that_finds_nothing_counts(recorder: Recorder) -> None:
+    recorder.record(result(status="failed"))
+    recorder.record(result(nodeid="a.py::other"))
+    recorder.begin(TIMED)
+    recorder.settle(TIMED)
+    assert statuses(recorder) == ["ok"]
+
+
+def test_the_comparison_of_an_attempt_is_forgotten(recorder: Recorder) -> None:
+    forgotten: list[str] = []
+    recorder.session.gate = SimpleNamespace(forget=forgotten.append)  # type: ignore[assignment]
+    recorder.begin(TIMED)
+    assert forgotten == []
+    recorder.record(result(status="failed"))
+    recorder.begin(TIMED)
+    assert forgotten == [TIMED]
+
+
+def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left")
+
+    recorder.record(result(status="failed"))
+    recorder.begin(TIMED)
+    monkeypatch.setattr("pytest_int8bench.results.journal.replace_text", full)
+    with pytest.warns(UserWarning, match=r"^int8bench: the journal is not up to date: No space"):
+        recorder.settle(TIMED)
+    assert recorder.results_of(TIMED) == []
+
+
+def test_a_warning_that_is_an_error_is_a_line(
+    recorder: Recorder, recwarn: pytest.WarningsRecorder
+) -> None:
+    warnings.simplefilter("error")
+    recorder.warn("no journal: full")
+    assert recorder.reported == ["int8bench: no journal: full"]

@@ -344,9 +344,11 @@ def test_files_saved_before_a_field_existed_compare_with_files_saved_after(tmp_p
     new = {"benchmarks": [], "int8bench": saved_of(powered(2.0)).to_dict()}
     files[1].write_text(json.dumps(new))
     before, after = ([run] for run in read_runs(files))
-    rules = Rules(limits={"energy": 0.0})
+    asked = Rules(limits={"energy": 0.0})
     for sides, cell in (((before, after), "- -> 2.00"), ((after, before), "2.00 -> -")):
-        found = compare(*sides, rules)
+        found = compare(*sides, Rules())
         assert (found.exit_code, found.runs[0].outcome) == (0, "same")
         assert found.runs[0].change("energy") is None
+        judged = compare(*sides, asked)
+        assert (judged.exit_code, judged.runs[0].outcome) == (2, "incomparable")
         assert cell in compare_report.page(found).text(width=None, color=False)

@@ -119,6 +119,50 @@ def test_the_latest_two_are_those_of_the_machine_that_saved_last() -> None:
     assert latest_two(STORAGE) == (base, new)
 
 
+def save_at(name: str, day: int) -> Path:
+    """Save a file that says on which day of January it was made."""
+    path = STORAGE / "Here" / name
+    results.write(path, results.saved(cpu="EPYC"), datetime=f"2026-01-{day:02}T12:00:00")
+    return path
+
+
+def test_the_latest_two_past_9999() -> None:
+    for number in (9998, 9999):
+        save_at(f"{number}_a.json", number - 9990)
+    base, new = save_at("10000_a.json", 10), save_at("10001_a.json", 11)
+    assert latest_two(STORAGE) == (base, new)
+    assert find("10000", STORAGE) == [base]
+    # pytest-benchmark does not count further.
+    later = save_at("10001_b.json", 12)
+    os.utime(later, (1, 1))
+    for path in (base, new):
+        os.utime(path, (0, 0))
+    assert latest_two(STORAGE) == (new, later)
+
+
+def test_names_that_merely_begin_with_digits_are_no_numbers() -> None:
+    base, new = save_at("0001_a.json", 1), save_at("0002_a.json", 2)
+    for name in ("2024-notes.json", "1234abc.json", "20260131T120000Z.json", "99999.json"):
+        save_at(name, 20)
+    save_at("00003_a.json", 21)
+    save_at("٠٠٠٤_a.json", 22)  # digits of another script
+    assert latest_two(STORAGE) == (base, new)
+
+
+@pytest.mark.parametrize("names", [["2024_results.json"], ["20250101_a.json", "20250102_a.json"]])
+def test_numbers_that_the_times_in_the_files_contradict_are_refused(names: list[str]) -> None:
+    for day, name in enumerate(names, start=1):
+        os.utime(save_at(name, day), (day, day))
+    base, new = save_at("0001_a.json", 10), save_at("0002_a.json", 11)
+    with pytest.raises(FileError) as error:
+        latest_two(STORAGE)
+    last = [base.name, new.name, *names][-2:]
+    assert said(error) == (
+        f"by their numbers, {last[0]} and {last[1]} were saved last in {STORAGE}/Here, by the "
+        "times in them 0001_a.json and 0002_a.json: name BASE and NEW"
+    )
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_two_files_are_needed(count: int) -> None:
     for number in range(count):

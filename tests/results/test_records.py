@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
@@ -66,7 +67,7 @@ def table_of(**values: Any) -> Sensitivity:
 
 # -- results ----------------------------------------------------------------------------------
 
-text = st.text(max_size=8)
+text = st.text(max_size=8).map(one_line)  # other texts are cleaned when they are read
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.one_of(text, st.integers(-(2**60), 2**60), numbers, st.booleans(), st.none())
 objects = st.dictionaries(text, scalars, max_size=3)

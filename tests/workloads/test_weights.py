@@ -11,7 +11,12 @@ from torch import nn
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.workloads import Workload
-from pytest_int8bench.workloads.weights import WeightsError, load_state_dict, read_state_dict
+from pytest_int8bench.workloads.weights import (
+    WeightsError,
+    check_not_pointer,
+    load_state_dict,
+    read_state_dict,
+)
 
 POINT = RunParams(gpu_type="cpu", compile_mode="off", batch_size=2)
 WORKLOAD = Workload(
@@ -50,6 +55,30 @@ def test_a_file_of_safetensors_is_loaded(tmp_path: Path) -> None:
     read = read_state_dict(tmp_path / "weights.safetensors")
     assert read.keys() == ones().keys()
     assert all(bool((value == 1).all()) for value in read.values())
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+IS_POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull"
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "model.safetensors", "weights"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(LFS)
+    with pytest.raises(WeightsError) as error:
+        read_state_dict(path)
+    assert str(error.value) == f"weights {path} {IS_POINTER}"
+
+
+def test_a_folder_with_a_pointer_in_it_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "deeper").mkdir()
+    check_not_pointer(tmp_path)
+    check_not_pointer(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").write_text(LFS)
+    with pytest.raises(WeightsError) as error:
+        check_not_pointer(tmp_path)
+    assert str(error.value) == f"weights {tmp_path / 'model.safetensors'} {IS_POINTER}"
 
 
 def test_the_workload_loads_its_own_weights() -> None:

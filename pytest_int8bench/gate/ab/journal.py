@@ -12,9 +12,13 @@ from typing import Any
 
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import append_text, timestamp
+from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.records import Result
 
 SCHEMA = 1
+"""Of the JSON that a comparison writes."""
+JOURNAL_SCHEMA = 2
+"""Of the journal. With 1, verdict blocks had three processes, in an order that was not drawn."""
 
 Identity = tuple[str, str]
 
@@ -65,11 +69,11 @@ class AbJournal:
         """
         found = sorted(folder.glob(f"{key}-*.jsonl"), key=lambda path: path.stem)
         journal = cls(found[-1]) if found else None
-        if journal is None or not journal._read():
+        if journal is None or not journal._read(tell):
             stamp = timestamp()
             number = sum(stamp in path.name for path in found)
             journal = cls(folder / f"{key}-{stamp}{f'-{number}' if number else ''}.jsonl")
-            journal._write({"int8bench_ab": {"schema": SCHEMA, **header}})
+            journal._write({"int8bench_ab": {"schema": JOURNAL_SCHEMA, **header}})
         elif journal.processes:
             tell(f"going on with {len(journal.processes)} processes of {journal.path}")
         try:
@@ -82,7 +86,7 @@ class AbJournal:
                 )
             raise
 
-    def _read(self) -> bool:
+    def _read(self, tell: Callable[[str], None]) -> bool:
         """Read what an earlier command wrote; return whether it can be gone on with.
 
         Raises:
@@ -94,7 +98,7 @@ class AbJournal:
             os.truncate(self.path, len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = cleaned(json.loads(line))
                 if "finished" in record:
                     return False
                 if "environment" in record:
@@ -102,8 +106,12 @@ class AbJournal:
                 elif number > 1:
                     results = tuple(map(Result.from_dict, record.pop("results")))
                     self.processes.append(Process(**record, results=results))
-                elif record["int8bench_ab"]["schema"] != SCHEMA:
-                    return False  # of another version: it stays there, and a new one is begun
+                elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
+                    tell(
+                        f"{self.path} is of another version of int8bench ab (journal {schema}, "
+                        f"this one writes {JOURNAL_SCHEMA}): it stays there, and a new one is begun"
+                    )
+                    return False
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise AbError(
                     f"{self.path} is damaged (line {number}): remove it to begin anew"

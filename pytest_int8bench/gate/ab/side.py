@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.files import plain_path
 from pytest_int8bench.gate.ab.worktrees import LOCAL_VARIABLES, Revision
 from pytest_int8bench.processes.ab_files import SideFiles
 from pytest_int8bench.processes.running import ending, run
@@ -41,6 +42,12 @@ _TOO_OLD = re.compile(
     rf'(importing|loading) plugin "({re.escape(_PLUGIN)}|int8bench)"|'
     "unrecognized arguments: --int8"
 )
+# Python's errors of imports: of a module, and of a name of a package, which may be a module.
+_NO_MODULE = re.compile(
+    r"No module named '([\w.]+)'|cannot import name '(\w+)' from (?:partially initialized module )?"
+    r"'([\w.]+)'"
+)
+_MODULE_ENDS = (".py", "/__init__.py", ".so", ".*.so", ".pyd", ".*.pyd")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -143,7 +150,12 @@ class Side:
         given = [part for part in kept.get("PYTHONPATH", "").split(os.pathsep) if part]
         own = [self.site, self.tree / "src", self.tree, self.folder]
         path = [*map(str, own), *map(self._moved, given)]
-        caches = {name: str(self.cache / folder) for name, folder in _CACHES.items()}
+        try:
+            cache = plain_path(self.cache)
+        except OSError as error:
+            why = f"{error.strerror}: {error.filename}"
+            raise SideError(f"compiled code cannot be kept for a side: {why}") from None
+        caches = {name: str(cache / folder) for name, folder in _CACHES.items()}
         return {**kept, **caches, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
     def _moved(self, argument: str) -> str:
@@ -176,6 +188,8 @@ class Side:
                 "pytest-int8bench is missing there, turned off, or too old to be measured by "
                 "int8bench ab"
             )
+        if (lacking := self._lacking(text)) is not None:
+            return where + lacking
         found = (next(_matches(pattern, text), None) for pattern in _TELLING)
         why = next(filter(None, found), None)
         return (
@@ -184,6 +198,25 @@ class Side:
             + (f": {why.strip()}" if why else "")
             + f" (its output is in {self.log})"
         )
+
+    def _lacking(self, text: str) -> str | None:
+        """Return a line about a module that could not be imported because the user's working tree
+        has its file and the revision does not: one that a build makes, and git ignores."""
+        here = self.folder.relative_to(self.tree).as_posix()
+        tops = dict.fromkeys(("", "src/", f"{here}/", f"{here}/src/"))
+        for match in _NO_MODULE.finditer(text):
+            module = (match[1] or f"{match[3]}.{match[2]}").strip(".")
+            stem = module.replace(".", "/")
+            patterns = [f"{top}{stem}{end}" for top in tops for end in _MODULE_ENDS if stem]
+            found = (path for pattern in patterns for path in self.root.glob(pattern))
+            files = (path.relative_to(self.root) for path in found)
+            if (file := next((f for f in files if not (self.tree / f).exists()), None)) is not None:
+                return (
+                    f"module {module} is missing: {file} is in your working tree and not in the "
+                    "revision; a file that a build makes needs --install, such as "
+                    "--install 'pip install --no-deps .'"
+                )
+        return None
 
     def _printed(self, begin: int) -> str:
         """Return what was printed from byte ``begin`` of the log on, without colors."""

@@ -51,6 +51,11 @@ LOCAL_VARIABLES = {
     "GIT_SHALLOW_FILE",
     "GIT_WORK_TREE",
 }
+# Lines of git that are no errors: advice, progress, and what git-lfs says where to read on.
+_BESIDE = re.compile(
+    r"warning: |hint: |Preparing worktree|HEAD is now|Note: |[A-Z]\w+ing [\w ]+:\s+\d+%|"
+    r"Downloading .*\(\d|Errors logged to |Use `git lfs"
+)
 _PROC = Path("/proc")
 _SHORT = 10
 _SHORTEST = 4  # git takes nothing shorter for the start of a hash
@@ -340,7 +345,11 @@ def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def _complaint(err: str) -> str:
-    """Return git's last line of an error, after the one before it, which has the cause."""
-    lines = [line.strip() for line in err.splitlines() if line.strip()]
+    """Return the first line of an error that git prints, and the last one, which names what git
+    could not do. The first has the cause: what a filter such as git-lfs says goes before git's
+    own."""
+    lines = [line for part in re.split(r"[\r\n]+", err) if (line := part.strip())]
+    lines = [line for line in lines if not _BESIDE.match(line)] or lines
     errors = [line for line in lines if line.startswith(("error: ", "fatal: "))]
-    return "; ".join(errors[-2:] or lines[-1:]) or "git failed without a message"
+    telling = dict.fromkeys([*lines[:1], *(errors or lines)[-1:]])
+    return "; ".join(telling) or "git failed without a message"

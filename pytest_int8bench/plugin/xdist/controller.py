@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import platform
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
@@ -63,11 +63,14 @@ class Controller(Recorder):
         self._measured: dict[str, Message] = {}
         #: Points that took a worker down before it was known what machine it is.
         self._waiting: list[Result] = []
+        #: Node id -> which worker runs it, and which attempt of that worker's it is.
+        self._attempts: dict[str, tuple[str, int] | None] = {}
         #: By worker, what does not belong with the first results, and in what it differs.
         self._apart: dict[str, tuple[Journal, list[str]]] = {}
 
     # -- workers ------------------------------------------------------------------------------
 
+    @guarded("placing a worker")
     def pytest_configure_node(self, node: Any) -> None:
         """Give a worker its place on its host; a new one gets that of one that crashed."""
         host = _host_of(node.gateway.spec, node.nodemanager)
@@ -79,6 +82,7 @@ class Controller(Recorder):
         told = f"import os; os.environ[{SEAT!r}] = '{number}/{count}'"
         node.gateway.remote_exec(told).waitclose()
 
+    @guarded("reading a worker's tests")
     def pytest_testnodedown(self, node: Any) -> None:
         self._seats.pop(node, None)
         text = getattr(node, "workeroutput", {}).get(KEY)
@@ -90,6 +94,7 @@ class Controller(Recorder):
             self.session.deselected |= set(map(self._bare, found["deselected"]))
             self._take_problems(node.gateway.id, found["problems"])
 
+    @guarded("looking for GPUs")
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """Look, before a test runs, whether there is a GPU for each worker of this host."""
         if not self._order:
@@ -110,6 +115,7 @@ class Controller(Recorder):
             )
 
     @pytest.hookimpl(wrapper=True)
+    @guarded("choosing a distribution")
     def pytest_xdist_make_scheduler(
         self, config: pytest.Config, log: Any
     ) -> Generator[None, Any, Any]:
@@ -123,6 +129,7 @@ class Controller(Recorder):
     # -- what they find -----------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
+    @guarded("recording")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         nodeid = self._bare(report.nodeid)
         text = getattr(report, KEY, None)
@@ -132,6 +139,7 @@ class Controller(Recorder):
             elif report.when == _CRASHED and report.failed:
                 self._note_crashed(nodeid, str(report.longrepr))
 
+    @guarded("recording")
     def pytest_handlecrashitem(self, crashitem: str, report: Any, sched: Any) -> None:
         """Run a test again that its worker ended before: a device that was lost with the test
         before it is of no use to others."""
@@ -140,6 +148,7 @@ class Controller(Recorder):
                 sched.mark_test_pending(crashitem)
             report.outcome = _RERUN
 
+    @guarded("recording")
     def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
         return ("", "", "") if (report.when, report.outcome) == (_CRASHED, _RERUN) else None
 
@@ -147,6 +156,11 @@ class Controller(Recorder):
         if message.device_lost:
             self._lost.add(message.worker)
         self._take_problems(message.worker, message.problems)
+        attempt = (message.worker, message.attempt)
+        if self._attempts.setdefault(nodeid, attempt) != attempt:
+            self._attempts[nodeid] = attempt
+            self.begin(nodeid)
+            self.settle(nodeid)
         if message.records:
             self._measured[message.worker] = message
         if message.point is not None:
@@ -175,17 +189,24 @@ class Controller(Recorder):
             try:
                 journal.append(record)
             except OSError as error:
-                warnings.warn(f"int8bench: a result is not in the journal: {error}", stacklevel=2)
+                self.warn(f"a result is not in the journal: {error}")
             return
         self.record(record)
         if not isinstance(record, Result):
             return
-        if record.status not in ("ok", "oom"):
-            pytest_benchmark.leave_out(self.config, record.nodeid)
+        is_left_out = record.status not in ("ok", "oom")
+        pytest_benchmark.leave_out(self.config, record.nodeid, is_left_out=is_left_out)
         gate = self.session.gate
         if gate is not None and record.status in ("ok", "oom", "accuracy-failed"):
             with contextlib.suppress(ClearError):  # it failed the test, in the worker
                 gate.judge(record, environment)
+
+    def settle(self, nodeid: str) -> None:
+        """Withdraw what earlier attempts found, wherever it was written."""
+        self._waiting = [result for result in self._waiting if result.nodeid != nodeid]
+        for journal, _ in self._apart.values():
+            journal.withdraw(journal.records_of(nodeid))
+        super().settle(nodeid)
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
         """Start the journal with the fingerprint of the first worker that measured."""
@@ -213,7 +234,7 @@ class Controller(Recorder):
         try:
             journal = Journal(path, environment)
         except OSError as error:
-            warnings.warn(f"int8bench: no journal: {error}", stacklevel=2)
+            self.warn(f"no journal: {error}")
             journal = Journal(None, environment)
         listed = [f"{name} {found[name][0]} -> {found[name][1]}" for name in names]
         self._apart[message.worker] = (journal, listed)
@@ -221,6 +242,7 @@ class Controller(Recorder):
 
     def _note_crashed(self, nodeid: str, reason: str) -> None:
         """Write down the point that took a worker down, as failed."""
+        self._attempts[nodeid] = None
         point = self.points_of.get(nodeid)
         params = point[1] if point else params_in(nodeid)
         if params is None:
@@ -244,6 +266,7 @@ class Controller(Recorder):
     # -- at the end ---------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @guarded("saving")
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """Make pytest-benchmark save and compare what the workers timed, in the order of the
         tests. It took itself for disabled."""

@@ -41,12 +41,14 @@ class Message:
     """The worker ends before its next test."""
     problems: list[str] = field(default_factory=list)
     """What failed in the worker beside its tests, a line each."""
+    attempt: int = 1
+    """How often this worker has started the test."""
 
     @property
     def says_something(self) -> bool:
         """Whether it is worth sending."""
         found = (self.point, self.records, self.timings, self.device_lost, self.problems)
-        return any(found)
+        return any(found) or self.attempt > 1
 
     def to_json(self) -> str:
         """Return it as a text: pytest-xdist sends built-in types only, not those of numpy."""

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from pytest_int8bench import nvml
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
@@ -67,6 +69,7 @@ class Worker(Recorder):
         self._pinned: _Pinned | None = self.config.stash.get(_PINNED, None)
         self._is_lost = False
         self._records: list[Result | Accuracy | Sensitivity] = []
+        self._attempts: Counter[str] = Counter()
 
     @property
     def count(self) -> int:
@@ -154,13 +157,17 @@ class Worker(Recorder):
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         return Journal(None, environment)
 
-    def attach(
-        self, item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo[None]
-    ) -> None:
-        """Put what was found since the last report onto ``report``."""
-        if call.excinfo is not None:
-            self._note_error(call.excinfo.value)
-        point = self.points_of.get(item.nodeid)
+    def begin(self, nodeid: str) -> None:
+        """Count the attempts of a test."""
+        self._attempts[nodeid] += 1
+        super().begin(nodeid)
+
+    @pytest.hookimpl(tryfirst=True)
+    @guarded("sending results")
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Send what was found with a report that is sent: those of an attempt that failed and is
+        run again are made, but not all of them sent."""
+        point = self.points_of.get(report.nodeid)
         is_over = report.when == "teardown"
         message = Message(
             worker=self.id,
@@ -173,12 +180,13 @@ class Worker(Recorder):
             timings=pytest_benchmark.take_timings(self.config) if is_over else [],
             device_lost=self._is_lost,
             problems=self.reported,
+            attempt=self._attempts[report.nodeid],
         )
         self._records, self.reported = [], []
         if message.says_something:
             setattr(report, KEY, message.to_json())
 
-    def _note_error(self, error: BaseException) -> None:
+    def note_error(self, error: BaseException) -> None:
         """Look whether ``error`` is of a device that cannot go on in this process."""
         torch = sys.modules.get("torch")
         if torch is None or self._seat is None:
@@ -190,6 +198,7 @@ class Worker(Recorder):
             self._is_lost = self._is_lost or is_lost
 
     @pytest.hookimpl(tryfirst=True)
+    @guarded("looking at the device")
     def pytest_runtest_protocol(self) -> None:
         if self._is_lost:
             # Every later call on the device would fail. A new worker takes over, and runs this
@@ -197,6 +206,7 @@ class Worker(Recorder):
             os._exit(1)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
+    @guarded("looking at the tests")
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, object, object]:
@@ -207,6 +217,7 @@ class Worker(Recorder):
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @guarded("sending the tests")
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """Send which tests were found, before pytest-benchmark writes a file of this worker's."""
         with self.guard("sending the tests"):

@@ -12,11 +12,13 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pytest_int8bench.files import is_plain
 from pytest_int8bench.gate.ab import side as module
 from pytest_int8bench.gate.ab.side import Side, SideError
 from pytest_int8bench.gate.ab.worktrees import Revision
@@ -163,6 +165,17 @@ def test_process_environment(side: Side, process: Process, monkeypatch: pytest.M
     assert process.env["PYTEST_ADDOPTS"] == "-q"
     assert process.env["TORCHINDUCTOR_CACHE_DIR"] == str(side.cache / "inductor")
     assert process.env["TRITON_CACHE_DIR"] == str(side.cache / "triton")
+
+
+def test_compiled_code_is_kept_by_a_plain_path(
+    side: Side, process: Process, tmp_path: Path
+) -> None:
+    cache = tmp_path / "my repo" / "it's cache"
+    cache.mkdir(parents=True)
+    replace(side, cache=cache).measure([], None)
+    folder = Path(process.env["TORCHINDUCTOR_CACHE_DIR"])
+    assert is_plain(folder)
+    assert folder.resolve() == cache / "inductor"
 
 
 @pytest.mark.parametrize(
@@ -403,6 +416,54 @@ def test_a_process_that_did_not_end_well_is_not_believed(side: Side, process: Pr
     assert refusal(side) == (
         f"main (aaaaaaaaaa): pytest did not finish: SIGSEGV (its output is in {side.log})"
     )
+
+
+# -- modules that only the working tree has -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "name"),
+    [
+        ("pkg/_version.py", "ModuleNotFoundError: No module named 'pkg._version'", "pkg._version"),
+        (
+            "src/pkg/_version.py",
+            "ImportError: cannot import name '_version' from 'pkg' (src/pkg/__init__.py)",
+            "pkg._version",
+        ),
+        (
+            "pkg/_core.cpython-311-x86_64-linux-gnu.so",
+            "ImportError: cannot import name '_core' from partially initialized module 'pkg'",
+            "pkg._core",
+        ),
+        ("sub/src/made/__init__.py", "ModuleNotFoundError: No module named 'made'", "made"),
+        ("made_pb2.py", "ModuleNotFoundError: No module named 'made_pb2'", "made_pb2"),
+    ],
+)
+def test_a_module_that_git_ignores_is_named(
+    side: Side, process: Process, file: str, error: str, name: str
+) -> None:
+    (side.root / file).parent.mkdir(parents=True, exist_ok=True)
+    (side.root / file).touch()
+    process.has_journal, process.code, process.output = False, 2, f"E   {error}\n"
+    assert refusal(side) == (
+        f"main (aaaaaaaaaa): module {name} is missing: {file} is in your working tree and not in "
+        "the revision; a file that a build makes needs --install, such as --install 'pip install "
+        "--no-deps .'"
+    )
+
+
+def test_a_module_that_both_have_or_none_has_is_no_matter_of_git(
+    side: Side, process: Process
+) -> None:
+    for folder in (side.root, side.tree):
+        (folder / "a.py").touch()
+    for name in ("a", "b.c", "."):
+        error = f"ModuleNotFoundError: No module named '{name}'"
+        process.has_journal, process.code, process.output = False, 2, f"E   {error}\n"
+        assert refusal(side) == (
+            f"main (aaaaaaaaaa): pytest measured nothing: the tests could not be collected: {error}"
+            f" (its output is in {side.log})"
+        )
 
 
 # -- install ----------------------------------------------------------------------------------

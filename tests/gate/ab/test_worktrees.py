@@ -398,11 +398,68 @@ def test_a_second_worktree_that_fails_takes_the_first_along(root: Path, temporar
     with pytest.raises(GitError) as caught, worktrees(root, {"base": first["base"], "new": third}):
         pytest.fail("the body must not run")
     assert str(caught.value) == (
-        f"git cannot check out main ({third.commit[:10]}): error: external filter 'false' failed; "
-        "fatal: text: smudge filter lfs failed"
+        f"git cannot check out main ({third.commit[:10]}): error: external filter 'false' failed "
+        "1; fatal: text: smudge filter lfs failed"
     )
     assert state(root) == before
     assert is_clean(root, temporary)
+
+
+LFS = """Downloading model.pt (5.2 MB)
+Error downloading object: model.pt (4d7a214): Smudge error: Object does not exist
+
+Errors logged to '/r/.git/lfs/logs/20260131T000000.1.log'.
+Use `git lfs logs last` to view the log.
+error: external filter 'git-lfs filter-process' failed
+fatal: model.pt: smudge filter lfs failed
+"""
+
+
+NO_LFS = """git-lfs filter-process: 1: git-lfs: not found
+fatal: the remote end hung up unexpectedly
+"""
+FULL = """Updating files:  50% (1/2)\rUpdating files: 100% (2/2), done.
+hint: free some space
+error: unable to write file a: No space left
+fatal: Could not reset index file
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "first", "last"),
+    [
+        (
+            LFS,
+            "Error downloading object: model.pt (4d7a214): Smudge error: Object does not exist",
+            "; fatal: model.pt: smudge filter lfs failed",
+        ),
+        (
+            NO_LFS,
+            "git-lfs filter-process: 1: git-lfs: not found",
+            "; fatal: the remote end hung up unexpectedly",
+        ),
+        (
+            FULL,
+            "error: unable to write file a: No space left",
+            "; fatal: Could not reset index file",
+        ),
+        ("fatal: bad object\n", "fatal: bad object", ""),
+        ("warning: only this\n", "warning: only this", ""),
+        ("", "git failed without a message", ""),
+    ],
+)
+def test_the_first_line_of_git_is_kept(
+    printed: str, first: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "bin" / "git"
+    fake.parent.mkdir()
+    (tmp_path / "printed").write_text(printed)
+    fake.write_text(f"#!/bin/sh\ncat '{tmp_path}/printed' >&2\nexit 128\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    with pytest.raises(GitError) as caught:
+        changed_files(tmp_path)
+    assert str(caught.value) == first + last
 
 
 def test_a_missing_object_is_named(root: Path, temporary: Path) -> None:

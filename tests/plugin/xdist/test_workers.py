@@ -401,6 +401,46 @@ def test_what_failed_after_the_last_report_fails_the_session(
     assert not controller.finish()
 
 
+FAILED = {"status": "failed", "reason": "first attempt", "samples_per_s": None}
+
+
+@pytest.mark.parametrize("again", [{"attempt": 2}, {"worker": "gw1"}], ids=["same", "another"])
+def test_the_last_attempt_of_a_test_counts(controller: Controller, again: dict[str, Any]) -> None:
+    send(controller, "gw0", result_of(1, **FAILED))
+    send(controller, again.pop("worker", "gw0"), result_of(1), records=[], **again)
+    assert controller.journal is not None
+    assert controller.journal.results == []
+    assert read(controller.journal.path).results == []  # type: ignore[arg-type]
+
+
+def test_an_attempt_after_a_crash_counts(controller: Controller) -> None:
+    first, second = result_of(1), result_of(2)
+    send(controller, "gw0", second)
+    crash(controller, first.nodeid)
+    crash(controller, second.nodeid)
+    assert [r.status for r in controller.journal.results] == ["failed", "failed"]  # type: ignore[union-attr]
+    send(controller, "gw1", first)
+    send(controller, "gw1", second)
+    assert controller.journal.results == [first, second]  # type: ignore[union-attr]
+
+
+def test_an_attempt_after_a_crash_of_the_first_test_counts(controller: Controller) -> None:
+    crash(controller, result_of(1).nodeid)
+    send(controller, "gw1", result_of(1))
+    assert controller.journal.results == [result_of(1)]  # type: ignore[union-attr]
+
+
+def test_a_worker_counts_its_attempts(pytester: pytest.Pytester) -> None:
+    worker = worker_of(pytester, 0, 1)
+    for attempt, is_said in ((1, False), (2, True)):
+        worker.begin("a.py::t")
+        report = SimpleNamespace(nodeid="a.py::t", when="teardown")
+        worker.pytest_runtest_logreport(report)  # type: ignore[arg-type]
+        assert hasattr(report, KEY) is is_said
+        if is_said:
+            assert Message.from_json(getattr(report, KEY)).attempt == attempt
+
+
 def test_results_are_shown_in_the_order_of_the_tests(controller: Controller) -> None:
     workers = Workers(controller, Spec())
     results = [result_of(batch) for batch in (1, 2, 3)]

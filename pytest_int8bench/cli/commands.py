@@ -1,0 +1,67 @@
+"""The arguments of ``int8bench``, and the function of each subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+
+from pytest_int8bench.cli.ab import add_ab, run_ab
+from pytest_int8bench.cli.compare import add_compare, run_compare
+from pytest_int8bench.cli.report import add_report, run_report
+from pytest_int8bench.cli.sensitivity import add_sensitivity, run_sensitivity
+from pytest_int8bench.cli.show import add_show, run_show
+from pytest_int8bench.printing import show
+from pytest_int8bench.version import __version__
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run the subcommand that ``argv`` names and return its exit code.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version``, and with 2 for arguments that argparse
+            refuses.
+    """
+    parser = argparse.ArgumentParser(prog="int8bench", description="INT8 inference benchmarks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_show(commands)
+    add_sensitivity(commands)
+    add_compare(commands)
+    add_ab(commands)
+    add_report(commands)
+    arguments, rest, for_pytest = _parse(parser, argv)
+    if arguments.command == "sensitivity":
+        return run_sensitivity(arguments, rest)
+    if arguments.command == "ab":
+        return run_ab(arguments, for_pytest)
+    if arguments.command == "report":
+        return run_report(arguments)
+    return run_compare(arguments) if arguments.command == "compare" else run_show(arguments)
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Return the arguments, those that are not the command's own, and those behind ``--``."""
+    given, for_pytest = _split(argv)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        # argparse prints in the encoding of the terminal, or fails.
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            arguments, rest = parser.parse_known_args(given)
+            if for_pytest and arguments.command != "ab":
+                rest += ["--", *for_pytest]
+            if rest and arguments.command != "sensitivity":
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    finally:
+        show(out.getvalue(), end="")
+        show(err.getvalue(), error=True, end="")
+    return arguments, rest, for_pytest
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments before and after the first ``--``."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])

@@ -1,0 +1,42 @@
+"""Leave the process's random number generators as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Put the generators of torch, numpy and Python back on leaving.
+
+    Whatever a test measures draws from them: a workload's callables, Inductor, which times kernels
+    on random inputs, libraries when they are imported.
+    """
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(cpu)
+        _restore_cuda(cuda)
+
+
+def _restore_cuda(states: list[torch.Tensor] | None) -> None:
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        if states is not None:
+            torch.cuda.set_rng_state_all(states)
+            return
+        # CUDA was started inside, so nothing had been drawn before.
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(generator.initial_seed())
+    except torch.AcceleratorError:  # a device that failed: its error is the one to show
+        return

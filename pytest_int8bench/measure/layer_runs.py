@@ -1,0 +1,188 @@
+"""What became of each linear layer's weight in one eager forward, operator by operator."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pytest_int8bench.measure.linear_calls import Size
+from pytest_int8bench.quantization.api import is_quantized
+from pytest_int8bench.quantization.stored import stored_weight
+
+# In inference mode, composite operators such as linear arrive whole; elsewhere as their parts.
+_MATMULS = {
+    "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "einsum", "tensordot",
+    "inner", "_addmm_activation", "_int_mm", "_scaled_mm", "_weight_int8pack_mm",
+    "dequantized_linear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
+}  # fmt: skip
+
+
+@dataclass
+class LayerRun:
+    """What one forward did with the weight of a layer."""
+
+    size: Size
+    storage: int
+    """Names the memory that the weight is part of. Neighbours in one block share it, and may share
+    a matmul."""
+    quantized: bool
+    quantized_work: float = 0.0
+    """Multiplications in matmuls of which both operands are quantized."""
+    other_work: float = 0.0
+    """Multiplications in other matmuls, such as those of a weight that was dequantized before."""
+    readers: set[str] = field(default_factory=set)
+    """Other operators that read the weight."""
+    hidden: bool = False
+    """An operator took the weight that runs others, which were not seen."""
+
+    @property
+    def work(self) -> float:
+        """Multiplications in all matmuls."""
+        return self.quantized_work + self.other_work
+
+    @property
+    def rows(self) -> float:
+        """Rows that were multiplied with the weight, in all calls together."""
+        return self.work / max(self.size.inputs * self.size.outputs, 1)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether the forward read the weight."""
+        return bool(self.work or self.readers or self.hidden)
+
+
+#: Dotted name of a layer -> what a forward did with its weight.
+LayerRuns = Mapping[str, LayerRun]
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator that reads a weight, or a copy of it in another dtype or layout.
+
+    Modules and functions are left alone: what a forward does with the weight counts, however it
+    calls a layer.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.runs: dict[str, LayerRun] = {}
+        # Weak references keep the addresses of freed memory from being used again.
+        self._held: dict[StorageWeakRef, list[tuple[int, int, str]]] = defaultdict(list)
+        self._copies: dict[StorageWeakRef, frozenset[str]] = {}
+        for name, layer in layers.items():
+            weight = stored_weight(layer)
+            storage = StorageWeakRef(weight.untyped_storage())
+            self._held[storage].append((*_extent(weight), name))
+            outputs, inputs = weight.shape
+            self.runs[name] = LayerRun(Size(inputs, outputs), storage.cdata, is_quantized(layer))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(kind not in (torch.Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # the subclass runs operators on the tensors that it wraps
+        output = func(*args, **kwargs)
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)]
+        for operand in operands:
+            if names := self._layers_of(operand):
+                self._note(func, operand, names, operands, output)
+        return output
+
+    def _layers_of(self, tensor: torch.Tensor) -> Collection[str]:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage in self._held:
+            start, stop = _extent(tensor)
+            return [n for first, last, n in self._held[storage] if first < stop and start < last]
+        return self._copies.get(storage, ())
+
+    def _note(
+        self,
+        func: Any,
+        weight: torch.Tensor,
+        names: Collection[str],
+        operands: list[torch.Tensor],
+        output: Any,
+    ) -> None:
+        outputs = [leaf for leaf in tree_leaves(output) if _is_strided(leaf)]
+        kept = weight.untyped_storage().data_ptr()
+        new = [tensor for tensor in outputs if tensor.untyped_storage().data_ptr() != kept]
+        if not new:  # a view
+            return
+        runs = [self.runs[name] for name in names]
+        others = [other for other in operands if other is not weight]
+        if weight.dim() > 1 and (kind := _matmul_kind(func, weight, others, runs[0].size.inputs)):
+            for run in runs:  # several, where layers share a weight
+                work = new[0].numel() * run.size.inputs / len(runs)
+                setattr(run, kind, getattr(run, kind) + work)
+            return
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            for run in runs:
+                run.hidden = True
+            return
+        for run in runs:
+            run.readers.add(str(func))
+        for tensor in new:
+            if tensor.numel() == weight.numel():
+                self._copies[StorageWeakRef(tensor.untyped_storage())] = frozenset(names)
+
+
+def _matmul_kind(
+    func: Any, weight: torch.Tensor, others: list[torch.Tensor], inputs: int
+) -> str | None:
+    """Return which kind of work an operator that is given a weight does, or None if it is not a
+    matmul."""
+    # Whatever the operator is called: a weight of one byte and rows of one byte, not zero points.
+    if weight.itemsize == 1 and any(o.itemsize == 1 and o.shape[-1:] == (inputs,) for o in others):
+        return "quantized_work"
+    if getattr(func, "__name__", "").partition(".")[0] not in _MATMULS:
+        return None
+    # Exact sums of INT8 products on devices without INT8 matmuls.
+    exact = not weight.is_floating_point() and all(not o.is_floating_point() for o in others)
+    return "quantized_work" if exact else "other_work"
+
+
+def _is_strided(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and type(value) in (torch.Tensor, nn.Parameter)
+    )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of its storage that a tensor lies in: the first, and the one after the
+    last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = sum((size - 1) * int(stride) for size, stride in steps) + 1 if tensor.numel() else 0
+    start = int(tensor.storage_offset())
+    return start * tensor.itemsize, (start + elements) * tensor.itemsize
+
+
+def layer_runs(model: nn.Module, run: Callable[[], object]) -> LayerRuns:
+    """Run an eager forward of ``model`` and return what it did with each linear layer's weight.
+
+    Args:
+        model: the model, quantized or not.
+        run: one forward of it.
+    """
+    watch = _Watch(dict(_linear_layers(model)))
+    # What a model compiles itself would not run operator by operator.
+    with torch.compiler.set_stance("force_eager"), watch:
+        run()
+    return watch.runs
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and stored_weight(module).dim() == 2:
+            yield name, module

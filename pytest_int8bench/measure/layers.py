@@ -1,0 +1,150 @@
+"""What became of a model's linear layers in one forward, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pytest_int8bench.compiler.graphs import Graph
+from pytest_int8bench.errors import first_line
+from pytest_int8bench.measure.evidence import Evidence
+from pytest_int8bench.measure.layer_checks import (
+    check_kernel_count,
+    check_layers,
+    in_other_precision,
+    listed,
+    quantized,
+)
+from pytest_int8bench.measure.layer_runs import LayerRuns, layer_runs
+from pytest_int8bench.measure.memory import free_memory, oom_of, release
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.quantization.api import coverage
+from pytest_int8bench.quantization.modes import MODES
+from pytest_int8bench.quantization.stored import stored_weight
+
+#: Part of the kernels' time outside compiled graphs over which the reader is told.
+EAGER_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What became of the linear layers of a model in one forward."""
+
+    runs: LayerRuns | None = None
+    """What an eager forward did with each weight; None if there was none."""
+    unused: tuple[str, ...] = ()
+    """Quantized layers whose weights have no part in the outputs."""
+    outside: tuple[str, ...] = ()
+    """Layers that ran eagerly beside the compiled graphs."""
+    other_precision: tuple[str, ...] = ()
+    """Quantized layers that ran other matmuls, as the user's configuration has it."""
+    problem: str | None = None
+    """Why no eager forward was looked at."""
+    eager_share: float = 0.0
+    """Part of the time of the kernels that ran outside the compiled graphs."""
+
+    def remarks(self, precision: str) -> list[str]:
+        """Return what the reader should know."""
+        lines = []
+        if self.problem is not None:
+            lines.append(f"not proven layer by layer: {self.problem}")
+        if self.eager_share > EAGER_SHARE and not self.outside:
+            lines.append(
+                f"{self.eager_share:.0%} of the kernels' time is spent outside the compiled graphs"
+            )
+        if self.runs is None:
+            return lines
+        count = len(quantized(self.runs))
+        if self.unused:
+            lines.append(
+                f"the forward does not use {len(self.unused)} of {count} quantized layers: "
+                f"{listed(self.unused)}"
+            )
+        if self.other_precision:
+            lines.append(
+                f"{len(self.other_precision)} of {count} quantized layers ran matmuls that are not "
+                f"{precision}: {listed(self.other_precision)}"
+            )
+        if self.outside:
+            lines.append(
+                f"{len(self.outside)} of {len(self.runs)} linear layers ran eagerly, outside the "
+                f"compiled graphs: {listed(self.outside)}"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class EagerForward:
+    """An eager forward, operator by operator."""
+
+    runs: LayerRuns | None
+    """What it did with each weight; None if it failed."""
+    problem: str | None = None
+    """Why."""
+
+
+def eager_forward(model: nn.Module, run: Callable[[], object]) -> EagerForward:
+    """Run an eager forward of ``model``; one that fails, as for lack of memory where the compiled
+    one fits, is no error."""
+    try:
+        return EagerForward(layer_runs(model, run))
+    except Exception as error:
+        problem = f"an eager forward raised {type(error).__name__}: {first_line(error)}"
+        if oom_of(error) is not None:
+            problem = "an eager forward runs out of memory"
+        release(error)
+    free_memory()
+    return EagerForward(None, problem)
+
+
+def check_every_layer(
+    model: nn.Module,
+    forward: EagerForward,
+    evidence: Evidence,
+    graphs: Sequence[Graph] | None,
+    params: RunParams,
+) -> Layers:
+    """Compare an eager forward with the label, the graphs and the kernels that ran.
+
+    Args:
+        model: the eager model.
+        forward: an eager forward of it.
+        evidence: a profiled forward of the point, compiled if the point is.
+        graphs: the graphs that ran in it; None for a point that is not compiled.
+        params: the point.
+
+    Raises:
+        EvidenceError: if a quantized layer did not run as the label says.
+    """
+    runs, eager_share = forward.runs, evidence.eager_s / evidence.total_s
+    if runs is None:
+        return Layers(problem=forward.problem, eager_share=eager_share)
+    used = [name for name, run in runs.items() if run.was_used]
+    outside, dropped = _compare_graphs(model, used, graphs)
+    if not params.int8_enabled:
+        return Layers(runs, outside=tuple(outside), eager_share=eager_share)
+    own_config = coverage(model).mode == "custom"
+    check_layers(runs, params, own_config=own_config)
+    if params.gpu_type == "cuda":
+        check_kernel_count(evidence, runs, params, dropped)
+    unused = [n for n, run in quantized(runs).items() if not run.was_used or n in dropped]
+    by_matmuls = MODES[params.int8_mode].proof.int8_matmuls
+    other = in_other_precision(runs) if own_config and by_matmuls else []
+    return Layers(runs, tuple(unused), tuple(outside), tuple(other), eager_share=eager_share)
+
+
+def _compare_graphs(
+    model: nn.Module, used: Sequence[str], graphs: Sequence[Graph] | None
+) -> tuple[list[str], list[str]]:
+    """Return those of the layers that are in no graph, and those that graphs drop; without graphs
+    there are none."""
+    outside: list[str] = []
+    dropped: list[str] = []
+    for name in used if graphs is not None else ():
+        weight = stored_weight(model.get_submodule(name))
+        if any(graph.computes_with(weight) for graph in graphs or ()):
+            continue
+        (dropped if any(graph.drops(weight) for graph in graphs or ()) else outside).append(name)
+    return outside, dropped

@@ -1,0 +1,108 @@
+"""What a reader would miss among the converted layers: attention and MLP layers of repeated
+blocks, and weights that are not in ``nn.Linear``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pytest_int8bench.quantization.filters import is_missed
+from pytest_int8bench.quantization.structure import Structure, above
+from pytest_int8bench.words import plural
+
+#: Part of a model's weights outside nn.Linear from which on the reader is told.
+_MOST = 0.5
+# Parameters of two or more dimensions that no matmul reads.
+_TABLE = re.compile(
+    r".*(pos|token|embed|table|latent|quer(y|ies)$|prompt|bias|codebook).*", re.IGNORECASE
+)
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What of a model was to be converted, as its structure says."""
+
+    layers: tuple[str, ...]
+    """Attention and MLP layers of repeated blocks."""
+    elsewhere: dict[str, Any]
+    """Most of the weights, where they are not in ``nn.Linear``; else empty."""
+
+    def missed(self, left_out: Iterable[str]) -> dict[str, Any]:
+        """Return which of the layers were left out, and of how many; empty if none was."""
+        left = set(left_out)
+        missed = [name for name in self.layers if name in left]
+        return {"layers": missed, "of": len(self.layers)} if missed else {}
+
+
+def expected(model: nn.Module) -> Expected:
+    """Return which layers a reader expects to be converted, before they are."""
+    structure = Structure(model)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            if any(structure.is_block(holder) for holder in above(name)):
+                layers.append(f"{name}.in_proj")
+        elif isinstance(module, nn.Linear) and is_missed(module, name, structure):
+            layers.append(name)
+    return Expected(tuple(layers), weights_elsewhere(model))
+
+
+def weights_elsewhere(model: nn.Module) -> dict[str, Any]:
+    """Return where most weights of a model are if not in ``nn.Linear``, else an empty dictionary.
+
+    Weights are what matmuls and convolutions read: no embeddings, norms or biases.
+    """
+    linear = 0
+    kinds: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for kind, parameter in _weights(module):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, nn.Linear):
+                linear += parameter.numel()
+                continue
+            found = kinds.setdefault(kind, {"parameters": 0, "layers": []})
+            found["parameters"] += parameter.numel()
+            if name not in found["layers"][-1:]:
+                found["layers"].append(name)
+    outside = sum(found["parameters"] for found in kinds.values())
+    if outside <= _MOST * (linear + outside):
+        return {}
+    ordered = sorted(kinds.items(), key=lambda item: -item[1]["parameters"])
+    return {"share": outside / (linear + outside), "weights": dict(ordered)}
+
+
+def hidden_matmuls(model: nn.Module) -> str:
+    """Return where the weights of matmuls are if most are not in ``nn.Linear``, such as
+    ``Conv1D (48 modules: h.0.attn.c_attn …)``; empty if there are none."""
+    return ", ".join(
+        f"{kind} ({plural(len(found['layers']), 'module')}: {found['layers'][0]} …)"
+        for kind, found in weights_elsewhere(model).get("weights", {}).items()
+        if not kind.endswith(_CONVOLUTIONS)
+    )
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's own weights, and what to call their kind."""
+    if isinstance(module, _LOOKED_UP):
+        return
+    kind = type(module).__name__
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if leaf == "weight":
+                yield _convolution(kind, module.kernel_size), parameter
+        elif sum(size > 1 for size in parameter.shape) > 1 and not _TABLE.fullmatch(leaf):
+            dimensions = f"{parameter.dim()}-D parameters of " if parameter.dim() > 2 else ""
+            yield dimensions + kind, parameter
+
+
+def _convolution(kind: str, kernel: tuple[int, ...]) -> str:
+    return f"{'x'.join(map(str, kernel))} {kind}" if set(kernel) == {1} else kind

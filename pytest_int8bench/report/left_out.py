@@ -1,0 +1,45 @@
+"""Remarks on what quantization left out of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from pytest_int8bench.results.base import point_label
+from pytest_int8bench.results.records import Result
+
+#: Layers that are named before the rest is counted.
+_NAMED = 3
+
+
+def left_out_remarks(result: Result) -> list[str]:
+    """Return which attention and MLP layers stayed as they were, and whether most weights did."""
+    covered = result.coverage or {}
+    label = point_label(result.workload, result.run_name)
+    dtype = "BF16" if result.params.get("bf16", True) else "FP32"
+    lines = []
+    if names := (covered.get("missed") or {}).get("layers"):
+        reasons = covered.get("left_out") or {}
+        counted = Counter(str(reasons.get(name, "left out")) for name in names)
+        lines.append(
+            f"left in {dtype}: {label}: {len(names)} of {covered['missed'].get('of')} attention "
+            f"and MLP layers of repeated blocks ({_some(names)}): "
+            + ", ".join(f"{count} {reason}" for reason, count in counted.items())
+        )
+    if kinds := (covered.get("elsewhere") or {}).get("weights"):
+        listed = ", ".join(_kind(kind, found) for kind, found in kinds.items())
+        lines.append(
+            f"left in {dtype}: {label}: {covered['elsewhere'].get('share', 0):.0%} of the weights "
+            f"are not in nn.Linear: {listed}"
+        )
+    return lines
+
+
+def _kind(kind: str, found: dict[str, Any]) -> str:
+    names = [name or "the model itself" for name in found["layers"]]
+    return f"{kind} ({found['parameters']:,} in {_some(names)})"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -1,0 +1,155 @@
+"""What reports, records or looks at the machine never ends a session."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.plugin import hooks
+from pytest_int8bench.plugin.guarding import guarded
+from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+from pytest_int8bench.plugin.session import Session
+from pytest_int8bench.plugin.settings import Settings
+from pytest_int8bench.plugin.xdist.controller import Controller
+from pytest_int8bench.plugin.xdist.worker import Worker
+
+#: Hooks that decide what runs: an error there must be seen before anything does.
+DECIDING = {
+    "pytest_addoption",
+    "pytest_load_initial_conftests",
+    "pytest_configure",
+    "pytest_generate_tests",
+}
+
+
+@pytest.mark.parametrize("owner", [hooks, hooks.AtTheEnd, Recorder, Controller, Worker])
+def test_every_hook_is_guarded_that_does_not_decide_what_runs(owner: Any) -> None:
+    for name, hook in inspect.getmembers(owner, inspect.isfunction):
+        if name.startswith("pytest_") and name not in DECIDING:
+            assert getattr(hook, "is_guarded", False), name
+
+
+@pytest.fixture
+def config(pytester: pytest.Pytester) -> pytest.Config:
+    config = pytester.parseconfig()
+    config.stash[RECORDER] = Recorder(Session(config, Settings()))
+    return config
+
+
+LINE = "int8bench: trying failed: KeyError: 'bug'"
+
+
+def drive(steps: Generator[None, Any, Any], answer: Any) -> Any:
+    """Run a wrapper as pluggy does around hooks that return or raise ``answer``."""
+    next(steps)
+    try:
+        if isinstance(answer, BaseException):
+            steps.throw(answer)
+        else:
+            steps.send(answer)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a wrapper has one step")
+
+
+def test_an_error_becomes_a_line(config: pytest.Config) -> None:
+    @guarded("trying")
+    def hook(config: pytest.Config) -> None:
+        raise KeyError("bug")
+
+    hook(config)
+    assert config.stash[RECORDER].reported == [LINE]
+    assert not config.stash[RECORDER].finish()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_error_of_a_wrapper_keeps_what_is_inside(config: pytest.Config, when: str) -> None:
+    @guarded("trying")
+    def hook(config: pytest.Config) -> Generator[None, Any, Any]:
+        if when == "before":
+            raise KeyError("bug")
+        yield
+        raise KeyError("bug")
+
+    assert drive(hook(config), "found") == "found"
+    assert config.stash[RECORDER].reported == [LINE]
+
+
+def test_an_error_from_inside_passes_a_wrapper(config: pytest.Config) -> None:
+    @guarded("trying")
+    def hook(config: pytest.Config) -> Generator[None, Any, Any]:
+        try:
+            return (yield)
+        finally:
+            raise KeyError("bug")  # must not take its place
+
+    with pytest.raises(OSError, match="inside"):
+        drive(hook(config), OSError("inside"))
+    assert config.stash[RECORDER].reported == [LINE]
+
+
+@pytest.mark.parametrize(
+    "error", [pytest.UsageError("u"), pytest.exit.Exception("x"), KeyboardInterrupt()], ids=repr
+)
+def test_what_ends_a_session_on_purpose_does(config: pytest.Config, error: BaseException) -> None:
+    @guarded("trying")
+    def hook(config: pytest.Config) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        hook(config)
+
+
+#: Functions that hooks call, each broken in a session of its own.
+BROKEN = {
+    "plugin.points.params_of": "",
+    "plugin.collection.sort_by_model": "ordering tests",
+    "plugin.session.Session.preset": "naming the preset",
+    "plugin.recorder.Recorder.begin": "recording",
+    "plugin.recorder.Recorder.settle": "recording",
+    "plugin.recorder.Recorder.note_error": "recording",
+    "plugin.outcomes.record_outcome": "recording",
+    "plugin.outcomes.shorten": "recording",
+    "plugin.recorder.Recorder.check_collection": "checking the tests",
+    "plugin.recorder.Recorder.has_something_to_show": "the",
+    "plugin.summary.show": "the summary",
+    "environment.fingerprint": "recording",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken: str) -> None:
+    pytester.makeconftest(
+        f"""
+        import pytest
+
+        def fail(*args, **kwargs):
+            raise KeyError("bug")
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_configure():
+            patch = pytest.MonkeyPatch()
+            patch.setattr("pytest_int8bench.{broken}", fail, raising=True)
+        """
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_skips(int8_params):
+            pytest.skip("not today")
+
+        def test_fails(int8_params):
+            assert 1 == 2
+
+        def test_other():
+            pass
+        """
+    )
+    found = pytester.runpytest_inprocess("--int8-preset=seed", "-pno:randomly", "-pno:xdist")
+    found.stdout.no_fnmatch_line("*INTERNALERROR*")
+    found.assert_outcomes(passed=1, skipped=1, failed=1)
+    assert found.ret == pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,143 @@
+"""Models that call their linear layers in other ways than each once, as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def is_linear(module: nn.Module, name: str) -> bool:
+    """Filter that takes every linear layer."""
+    return isinstance(module, nn.Linear)
+
+
+class FourLayers(nn.Module):
+    """Two pairs of layers; what becomes of the second pair differs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.c, self.d = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(F.gelu(self.a(x)))
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(F.gelu(self.c(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+class InClosure(FourLayers):
+    """A function holds the second pair: a copy of the model goes on calling the original's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        c, d = self.c, self.d
+        self.called = lambda x: d(F.gelu(c(x)))
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x)
+
+
+class Uncalled(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Discarded(FourLayers):
+    """Computes with the second pair, and drops the result."""
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        super().second(x)
+        return x
+
+
+class Multiplies(FourLayers):
+    """Multiplies by the values of one weight."""
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(F.gelu(x @ values(self.c).T))
+
+
+class MultipliesOnce(FourLayers):
+    """Calls a layer, and multiplies by its values a second time."""
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return super().second(x) + self.d(F.gelu(x @ values(self.c).T))
+
+
+class CallsTwice(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return super().second(super().second(x))
+
+
+class SharesLayer(FourLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = self.a
+
+
+class SharesWeight(FourLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c.weight = self.a.weight
+
+
+class Checkpointed(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(super().second, x, use_reentrant=False)
+        return out
+
+
+class ChangesGradMode(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return super().second(x.clone())
+
+
+class NotCompiled(FourLayers):
+    @torch.compiler.disable
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return super().second(x)
+
+
+class ConvolvesEagerly(nn.Module):
+    """A convolution outside compiled graphs, and a linear layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv1d(32, 32, 5), nn.Linear(32, 32)
+
+    @torch.compiler.disable
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.first(x[:, :, None].expand(-1, -1, 64)).amax(-1))
+
+
+class Experts(nn.Module):
+    """A router and experts, the last of which it never chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(x)[:, :3].argmax(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(-1)
+            out[rows] = expert(x[rows]) if len(rows) else x[rows]
+        return out
+
+
+def values(layer: nn.Linear) -> torch.Tensor:
+    """Return the weight as a plain tensor, whatever it is stored as."""
+    weight = layer.weight
+    return weight.dequantize() if hasattr(weight, "qdata") else weight * 1
