@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import Distance, distance, nan_remark, problem
-from pytest_int8bench.accuracy.scores import Scores, judged, read_scores
+from pytest_int8bench.accuracy.scores import Scores, judged, read_scores, too_few
 from pytest_int8bench.accuracy.statistics.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
@@ -61,6 +61,7 @@ class Guardrail:
         self._evaluations: dict[_Key, list[Evaluation]] = {}
         self._baselines: dict[tuple[_Key, int, bool], Scores] = {}
         self._fitted: dict[tuple[_Key, int], Any] = {}
+        self._told: set[tuple[_Key, int, Limit]] = set()
         self._scoring_s = 0.0
         self._nan: set[Key] = set()
         # One for each model, so that evaluations of the same outputs can share them.
@@ -74,6 +75,7 @@ class Guardrail:
         nodeid: str,
         limit: Limit | None = None,
         record: Callable[[Accuracy], None] = lambda verdict: None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> list[Accuracy]:
         """Judge the candidate of ``params``, compiled, against its baseline, compiled.
 
@@ -83,6 +85,7 @@ class Guardrail:
             nodeid: identity of the verdicts.
             limit: the largest drop that passes, instead of that of the guardrail.
             record: called with each verdict as soon as it is there.
+            tell: called with what is wrong with the samples, before the candidate is built.
 
         Returns:
             One verdict for each evaluation of the workload. Without labels, and with random
@@ -111,6 +114,8 @@ class Guardrail:
             self._spent_s(partial(self.baseline_scores, workload, params, index))
             for index in range(len(evaluations))
         ]
+        if not point["random_weights"]:  # a check of the pipeline decides nothing
+            self._tell_too_few(workload, params, limit or self.limit, tell)
         candidate = self.candidate(workload, params)
         candidate.evidence()
         if self.pool.holds(workload, params.baseline()):
@@ -127,6 +132,18 @@ class Guardrail:
         if outputs is not None:
             add(**_compared(candidate, *outputs))
         return verdicts
+
+    def _tell_too_few(
+        self, workload: Workload, params: RunParams, limit: Limit, tell: Callable[[str], None]
+    ) -> None:
+        """Say once for all candidates of a baseline what has too few samples to pass."""
+        for index, evaluation in enumerate(self.evaluations(workload, params)):
+            key = (self._key(workload, params), index, limit)
+            if key not in self._told:
+                self._told.add(key)
+                reference = self.baseline_scores(workload, params, index)
+                if (text := too_few(evaluation, reference, limit)) is not None:
+                    tell(text)
 
     def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
         """Return what all verdicts of a point have in common."""
@@ -228,7 +245,8 @@ class Guardrail:
                         assert not params.int8_enabled, "the baseline is scored first"
                         self._fitted[key] = evaluation.fit(forward)
                     arguments = (forward, self._fitted[key])
-                found = read_scores(score(*arguments), evaluation.metric)
+                owner = "candidate" if params.int8_enabled else "baseline"
+                found = read_scores(score(*arguments), evaluation.metric, owner)
             except Exception as error:
                 if not isinstance(error, ClearError) and oom_of(error) is None:
                     error.add_note(
@@ -342,4 +360,5 @@ def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
         "gained": verdict.gained,
         "needed": verdict.needed,
         "method": verdict.method,
+        "groups": verdict.groups,
     }

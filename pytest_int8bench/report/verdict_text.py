@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def describe(verdict: Accuracy) -> list[str]:
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
             f"  {dtype} {verdict.baseline:.4f}, {quantized} {verdict.candidate:.4f}, "
-            f"{verdict.samples} samples: {verdict.lost} got worse, {verdict.gained} better "
+            f"{_counted(verdict)}: {verdict.lost} got worse, {verdict.gained} better "
             "(one-sided 95 % bounds)"
         ),
     ]
@@ -71,8 +72,18 @@ def beside_row(verdict: Accuracy) -> list[str]:
     return describe(verdict)
 
 
+def _counted(verdict: Accuracy) -> str:
+    groups = "" if verdict.groups is None else f" in {verdict.groups} groups"
+    return f"{verdict.samples} samples{groups}"
+
+
 def _undecided(verdict: Accuracy) -> str:
-    return f"{verdict.samples} samples cannot decide it: about {verdict.needed:,} would"
+    needed = verdict.needed or 0
+    said = f"{_counted(verdict)} cannot decide it: about {needed:,}"
+    if verdict.groups is None:
+        return f"{said} would"
+    groups = math.ceil(needed * verdict.groups / verdict.samples)
+    return f"{said} in {groups:,} groups would"
 
 
 def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -47,7 +47,10 @@ class Accuracy(Record):
     needed: int | None = None
     """Samples that would decide, with ``INCONCLUSIVE``."""
     method: str | None = None
-    """``exact`` (0/1 scores), ``mean`` (continuous scores) or ``jackknife`` (aggregated)."""
+    """``exact`` (0/1 scores), ``mean`` (continuous scores, and groups of any scores) or
+    ``jackknife`` (aggregated)."""
+    groups: int | None = None
+    """Groups of samples that belong together; None if every sample stands for itself."""
     distance: dict[str, Any] | None = None
     """Without labels: how far the outputs are from the baseline's."""
     floor: dict[str, Any] | None = None
