@@ -372,3 +372,71 @@ def test_models_of_transformers_in_workloads_of_users(dtype: torch.dtype) -> Non
     assert kept == {"inner.rotary_emb.inv_freq", "inner.rotary_emb.original_inv_freq"}
     whole = ModelPool().get(own, POINT.replace(bf16=False, batch_size=2))
     assert {t.dtype for t in tensors_in(whole.eager).values()} == {torch.float32}
+
+
+# -- models that bring code --------------------------------------------------------------------
+
+OWN_CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A model whose classes are in a file of its folder, which leaves a mark when it runs."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    config = {"model_type": "own", "auto_map": classes, **SMALL, "max_position_embeddings": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    return folder
+
+
+def no_questions(prompt: str = "") -> str:
+    raise AssertionError(f"asked on standard input: {prompt}")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["config-too", "model-only"])
+def test_code_of_a_model_is_not_run(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setattr("builtins.input", no_questions)
+    if known:  # transformers knows the configuration, but no model for it
+        path = own_folder / "config.json"
+        values = json.loads(path.read_text())
+        del values["auto_map"]["AutoConfig"]
+        path.write_text(json.dumps(values | {"model_type": "pix2struct_text_model"}))
+    with pytest.raises(ValueError, match="--int8-trust-remote-code") as caught:
+        workload(own_folder.name, tmp_path)
+    assert str(caught.value) == (
+        "hf:own: the model needs Python code that comes with it (auto_map in its config.json), "
+        "which is not run: give --int8-trust-remote-code if you trust it"
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trusted_code_of_a_model_is_run(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", no_questions)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    found = load_workload("hf:own", tmp_path, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+    model = ModelPool().get(found, POINT.replace(extra={"sequence_length": 8})).eager
+    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 7
+
+
+def test_a_known_model_does_not_need_its_code(bert_folder: Path, tmp_path: Path) -> None:
+    path = bert_folder / "config.json"
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "missing.Model"}}
+    path.write_text(json.dumps(values))
+    assert workload("bert", tmp_path).name == "hf:bert"
