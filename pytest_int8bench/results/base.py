@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from pytest_int8bench.results.checks import check_fields, shown
+from pytest_int8bench.results.shapes import Params
+
 
 class SchemaError(ValueError):
     """A file that is not ours, is damaged, or was written by a newer version."""
@@ -30,13 +33,11 @@ class Record:
     """Name of the workload."""
     run_name: str
     """Run name of the point."""
-    params: dict[str, Any]
+    params: Params
     """Every field of RunParams."""
 
     def __post_init__(self) -> None:
-        for name in ("nodeid", "workload", "run_name"):
-            if not isinstance(value := getattr(self, name), str):
-                raise ValueError(f"{name} must be a text, got {value!r}")
+        check_fields(self)
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ class Record:
             SchemaError: if ``values`` is nothing of this kind.
         """
         if not isinstance(values, Mapping):
-            raise SchemaError(f"not {cls.KIND}: {values!r}")
+            raise SchemaError(f"not {cls.KIND}: {shown(values)}")
         names = {spec.name for spec in dataclasses.fields(cls)}
         if missing := [name for name in _needed(cls) if name not in values]:
             raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
