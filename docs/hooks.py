@@ -34,6 +34,7 @@ _JSON = {
     "None": "null",
     "Count": "integer",
     "Share": "number",
+    "Bound": "number",
     **dict.fromkeys(
         ("Params", "Breakdown", "Ceiling", "Coverage", "Distance", "GpuState", "Worker"), "object"
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -323,18 +322,13 @@ def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
         "candidate": verdict.candidate,
         "limit": str(verdict.limit),
         "drop": verdict.drop,
-        "drop_low": known_bound(verdict.drop_low),
-        "drop_high": known_bound(verdict.drop_high),
+        "drop_low": verdict.drop_low,
+        "drop_high": verdict.drop_high,
         "lost": verdict.lost,
         "gained": verdict.gained,
         "needed": verdict.needed,
         "method": verdict.method,
     }
-
-
-def known_bound(value: float) -> float | None:
-    """Return a bound of a drop, None for one that is infinite: samples cannot tell it."""
-    return value if math.isfinite(value) else None
 
 
 def _on_device(inputs: Any, device: torch.device) -> Any:

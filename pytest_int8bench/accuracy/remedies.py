@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pytest_int8bench.accuracy.guardrail import Guardrail, known_bound
+from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.scores import judged, seen_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
@@ -197,8 +197,8 @@ class Remedies:
         row: dict[str, Any] = {
             "outcome": verdict.outcome,
             "drop": verdict.drop,
-            "drop_low": known_bound(verdict.drop_low),
-            "drop_high": known_bound(verdict.drop_high),
+            "drop_low": verdict.drop_low,
+            "drop_high": verdict.drop_high,
             "samples": verdict.samples,
             "needed": verdict.needed,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -9,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from pytest_int8bench.printing import one_line
+from pytest_int8bench.report.rows import Row, cell_width, longest_word, print_rows
 
 MISSING = "-"
 _WIDE = 1000
@@ -54,7 +55,8 @@ class Grid:
         """
         if width is None:
             return self._printed(self.columns, {}, _WIDE, color)
-        whole = self._table(self.columns, {}, self._deciding())
+        deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
+        whole = self._table(self.columns, {}, ((row, None) for row in deciding))
         wide = _console(io.StringIO(), _WIDE, color)
         if width >= Measurement.get(wide, wide.options, whole).minimum:
             return self._printed(self.columns, {}, width, color)
@@ -71,40 +73,31 @@ class Grid:
         """Return the table of some columns, of which those in ``widths`` are folded, as rich prints
         it, in a hundredth of the time: rich lays out the rows that decide how wide columns are."""
         places = [self.columns.index(column) for column in columns]
-        table = self._table(columns, widths, self._deciding())
-        justified = [column.justify == "right" for column in table.columns]
-        header, spans = _laid_out(table, width, color)
-        lines = [*header]
-        for row, style in zip(self.rows, self.styles, strict=True):
-            cells = [row[place] for place in places]
-            folded = [
-                _folded(cell, end - start, is_right)
-                for cell, (start, end), is_right in zip(cells, spans, justified, strict=True)
-            ]
-            for number in range(max(map(len, folded))):
-                line = [
-                    texts[number] if number < len(texts) else " " * (end - start)
-                    for texts, (start, end) in zip(folded, spans, strict=True)
-                ]
-                lines.append(_styled(line, style, color))
-        return "".join(f"{line.rstrip()}\n" for line in lines)
-
-    def _deciding(self) -> list[Sequence[str]]:
-        """Return the rows that decide how wide columns are."""
-        return self._deciding_rows
+        rows: list[Row] = [
+            ([one_line(row[place]) for place in places], style)
+            for row, style in zip(self.rows, self.styles, strict=True)
+        ]
+        return print_rows(
+            lambda rows: self._table(columns, widths, rows),
+            [[self._deciding[column][n] for column in columns] for n in range(2)],
+            rows,
+            lambda stream: _console(stream, width, color),
+        )
 
     @functools.cached_property
-    def _deciding_rows(self) -> list[Sequence[str]]:
-        found: dict[int, Sequence[str]] = {}
-        for place in range(len(self.columns)):
-            for size in (_cells_wide, _longest_word):
-                if self.rows:
-                    row = max(range(len(self.rows)), key=lambda n: size(self.rows[n][place]))
-                    found[row] = self.rows[row]
-        return list(found.values())
+    def _deciding(self) -> dict[str, tuple[str, str]]:
+        """The cells that decide how wide columns are: the widest, and that of the longest word."""
+        return {
+            column: (
+                max(cells, key=cell_width, default=""),
+                max(cells, key=longest_word, default=""),
+            )
+            for column in self.columns
+            for cells in [list(map(one_line, self._cells(column)))]
+        }
 
     def _table(
-        self, columns: Sequence[str], widths: Mapping[str, int], rows: Iterable[Sequence[str]]
+        self, columns: Sequence[str], widths: Mapping[str, int], rows: Iterable[Row]
     ) -> Table:
         """Return a table of some columns, of which those in ``widths`` are folded."""
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -117,9 +110,9 @@ class Grid:
                 width=widths.get(column),
                 min_width=_FOLDED if column == self.name and not widths else None,
             )
-        places = [self.columns.index(column) for column in columns]
-        for row in rows:
-            table.add_row(*(Text(row[place]) for place in places))
+        for row, style in rows:
+            cells = (cell if isinstance(cell, Text) else Text(cell) for cell in row)
+            table.add_row(*cells, style=style)
         return table
 
     def _parts(self, width: int) -> list[list[str]]:
@@ -164,7 +157,13 @@ class Grid:
         return [row[place] for row in self.rows]
 
     def _width(self, column: str) -> int:
-        return max(map(cell_len, (column, *self._cells(column))))
+        return self._widths[column]
+
+    @functools.cached_property
+    def _widths(self) -> dict[str, int]:
+        return {
+            column: max(map(cell_width, (column, *self._cells(column)))) for column in self.columns
+        }
 
     def markdown(self, rows: int | None = None) -> str:
         """Return the table as GitHub shows it; of its rows only so many, the worst ones first."""

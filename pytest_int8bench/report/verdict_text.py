@@ -51,7 +51,8 @@ def describe(verdict: Accuracy) -> list[str]:
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {score_text(verdict.baseline)}, {quantized} {score_text(verdict.candidate)}, "
+            f"  {dtype} {score_text(verdict.baseline)}, "
+            f"{quantized} {score_text(verdict.candidate)}, "
             f"{verdict.samples} samples: {verdict.lost} got worse, {verdict.gained} better "
             "(one-sided 95 % bounds)"
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import reprlib
 import types
 import typing
@@ -49,6 +50,11 @@ NotNegative = Annotated[
 #: Part of a whole, which rounding may exceed.
 Share = Annotated[
     float, Rule("a share, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-6)
+]
+#: End of an interval: a number, or an infinity where samples give no bound.
+Bound = Annotated[
+    float,
+    Rule("a number", lambda value: is_number(value) or value in (-math.inf, math.inf)),
 ]
 #: A number of things.
 Count = Annotated[
@@ -141,7 +147,9 @@ def _check_of(hint: Any) -> _Check:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         plain, *further = arguments
-        return _all([*map(_check_of, further), _check_of(plain)])  # rules say more in errors
+        if any(isinstance(argument, Rule) for argument in further):  # they check the type too
+            return _all(list(map(_check_of, further)))
+        return _all([*map(_check_of, further), _check_of(plain)])
     if origin in (Union, types.UnionType):
         [kind] = [argument for argument in arguments if argument is not types.NoneType]
         return _optional(_check_of(kind))

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from pytest_int8bench.results.checks import Count, Needs, NotNegative, Positive, Scalar, Share
+from pytest_int8bench.results.checks import (
+    Bound,
+    Count,
+    Needs,
+    NotNegative,
+    Positive,
+    Scalar,
+    Share,
+)
 
 # What records hold is annotated as plain dictionaries for whoever reads them.
 
@@ -137,8 +145,8 @@ class _Remedy(TypedDict):
     problem: str | None
     outcome: str | None
     drop: NotRequired[float]
-    drop_low: NotRequired[float | None]
-    drop_high: NotRequired[float | None]
+    drop_low: NotRequired[Bound | None]
+    drop_high: NotRequired[Bound | None]
     samples: NotRequired[Count]
     needed: NotRequired[Count | None]
     speedup: NotRequired[Positive | None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from pytest_int8bench.results.base import Record
-from pytest_int8bench.results.checks import Count, one_of
+from pytest_int8bench.results.checks import Bound, Count, one_of
 from pytest_int8bench.results.shapes import Distance, Layer, Remedy
 
 #: Metric of a comparison without labels.
@@ -38,9 +38,9 @@ class Accuracy(Record):
     """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
     drop: float | None = None
     """In the limit's terms: a share of the baseline's metric, or a difference of both."""
-    drop_low: float | None = None
+    drop_low: Bound | None = None
     """One-sided 95 % lower bound of the drop."""
-    drop_high: float | None = None
+    drop_high: Bound | None = None
     """One-sided 95 % upper bound of the drop."""
     lost: Count | None = None
     """Samples whose score got worse."""

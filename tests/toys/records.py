@@ -29,6 +29,7 @@ BY_HINT: dict[Any, st.SearchStrategy[Any]] = {
     checks.Scalar: scalars,
     checks.Positive: positive,
     checks.NotNegative: st.floats(min_value=0, allow_infinity=False),
+    checks.Bound: st.floats(allow_nan=False),
     checks.Share: st.floats(0, 1),
     checks.Count: st.integers(0, 2**60),
 }
