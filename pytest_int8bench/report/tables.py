@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from pytest_int8bench.printing import one_line
 from pytest_int8bench.report.rows import Row, cell_width, longest_word, print_rows
 
 MISSING = "-"
+#: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
+MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
 #: How narrow a name is folded.
 _FOLDED = 20
@@ -165,19 +167,41 @@ class Grid:
             column: max(map(cell_width, (column, *self._cells(column)))) for column in self.columns
         }
 
-    def markdown(self, rows: int | None = None) -> str:
-        """Return the table as GitHub shows it; of its rows only so many, the worst ones first."""
+    def markdown(self, rows: int | None = None, all_are: str = _ALL_ARE) -> str:
+        """Return the table as GitHub shows it; of its rows only so many, the worst ones first.
+
+        ``all_are`` says where the others are.
+        """
         marks = ["---" if c in (self.name, *self.left) else "---:" for c in self.columns]
         shown = self.rows if rows is None else self._worst_first()[:rows]
         lines = [[*map(escaped, self.columns)], marks, *([*map(escaped, row)] for row in shown)]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         if left_out := len(self.rows) - len(shown):
-            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {_ALL_ARE}\n"
+            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {all_are}\n"
         return text
 
     def _worst_first(self) -> list[Sequence[str]]:
         order = sorted(range(len(self.rows)), key=lambda row: _badness(self.styles[row]))
         return [self.rows[row] for row in order]
+
+
+def as_much_as_fits(text_of: Callable[[int], str], most: int, limit_bytes: int) -> str:
+    """Return the text with as many rows of each table as fit into ``limit_bytes``; the one without
+    any row, which may be larger, if none fits.
+
+    Args:
+        text_of: returns the text with at most so many rows.
+        most: rows with which it is whole, and too large.
+        limit_bytes: size of the text in UTF-8.
+    """
+    fits, too_many = 0, most
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(text_of(middle).encode()) <= limit_bytes:
+            fits = middle
+        else:
+            too_many = middle
+    return text_of(fits)
 
 
 def _badness(style: str | None) -> int:
@@ -276,15 +300,7 @@ class Page:
         if limit_bytes is None or len(text.encode()) <= limit_bytes:
             return text
         most = max([len(self.remarks), *(len(grid.rows) for grid in self.grids)])
-        # As many as fit: _markdown(0), and _markdown(most) is all of it.
-        fits, too_many = 0, most
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if len(self._markdown(middle).encode()) <= limit_bytes:
-                fits = middle
-            else:
-                too_many = middle
-        text = self._markdown(fits)
+        text = as_much_as_fits(self._markdown, most, limit_bytes)
         return text if len(text.encode()) <= limit_bytes else self._head()
 
     def _head(self) -> str:

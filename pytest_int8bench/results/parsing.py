@@ -88,7 +88,7 @@ def cleaned_values(path: Path, values: Any) -> Any:
     Raises:
         SchemaError: one line, if they are nested too deeply, or hold a text that is too long.
     """
-    level = [values]
+    level, are_clean = [values], True
     for _ in range(MAX_LEVELS):
         inner: list[Any] = []
         for value in level:
@@ -98,13 +98,14 @@ def cleaned_values(path: Path, values: Any) -> Any:
                         f"{path} holds a text of {len(value):,} characters, more than "
                         f"{MAX_CHARACTERS:,}"
                     )
+                are_clean = are_clean and value.isprintable()
             elif isinstance(value, dict):
                 inner += value
                 inner += value.values()
             elif isinstance(value, list):
                 inner += value
         if not inner:
-            return cleaned(values)
+            return values if are_clean else cleaned(values)
         level = inner
     raise SchemaError(f"{path} {_TOO_DEEP}")
 
