@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +60,7 @@ def page(comparison: Comparison) -> Page:
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, under ``int8bench_compare``."""
-    values = finite(dataclasses.asdict(comparison))
+    values = finite(comparison)
     return {"int8bench_compare": {"schema": SCHEMA, "exit_code": comparison.exit_code, **values}}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.cells import cell_len
 from rich.color import ColorSystem
@@ -73,7 +73,7 @@ def _lines(printer: Console, cell: str, width: int, is_right: bool, is_whole: bo
     room = width - cell_width(cell)
     if room >= 0:
         return [" " * room + cell if is_right else cell + " " * room]
-    side = "right" if is_right else "left"
+    side: Literal["left", "right"] = "right" if is_right else "left"
     folded = Text(cell).wrap(printer, width, justify=side, overflow="fold", no_wrap=is_whole)
     return [line.plain + " " * (width - cell_width(line.plain)) for line in folded]
 

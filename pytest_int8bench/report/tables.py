@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -232,7 +233,11 @@ def paragraphs(
 
 
 def finite(value: Any) -> Any:
-    """Return plain values without infinities, which JSON does not know: None instead."""
+    """Return plain values, of dataclasses too, without infinities, which JSON does not know: None
+    instead."""
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: finite(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -256,7 +261,7 @@ def _printed(what: RenderableType, width: int, color: bool) -> str:
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
-def _console(stream: io.StringIO, width: int, color: bool) -> Console:
+def _console(stream: TextIO, width: int, color: bool) -> Console:
     return Console(
         file=stream,
         width=width,

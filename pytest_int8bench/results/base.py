@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -46,7 +47,8 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values."""
-        return {spec.name: _copy(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
+        kind: Any = type(self)  # mypy takes the class of a dataclass for unhashable
+        return {name: _copy(getattr(self, name)) for name in _names(kind)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -57,8 +59,9 @@ class Record:
         """
         if not isinstance(values, Mapping):
             raise SchemaError(f"not {cls.KIND}: {shown(values)}")
-        names = {spec.name for spec in dataclasses.fields(cls)}
-        if missing := [name for name in _needed(cls) if name not in values]:
+        kind: Any = cls
+        names = _names(kind)
+        if missing := [name for name in _needed(kind) if name not in values]:
             raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
         try:
             return cls(**{name: value for name, value in values.items() if name in names})
@@ -75,6 +78,13 @@ def _copy(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _names(kind: type[Record]) -> dict[str, None]:
+    """Return the fields of a record, in their order."""
+    return dict.fromkeys(spec.name for spec in dataclasses.fields(kind))
+
+
+@functools.cache
 def _needed(kind: type[Record]) -> list[str]:
     """Return the fields that a record cannot be without."""
     return [

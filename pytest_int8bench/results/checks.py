@@ -99,7 +99,8 @@ def check_fields(record: Any) -> None:
     Raises:
         ValueError: naming field, rule and value.
     """
-    for name, check in _checks_of(type(record)):
+    kind: Any = type(record)
+    for name, check in _checks_of(kind):
         try:
             check(getattr(record, name))
         except WrongValueError as error:
@@ -117,7 +118,7 @@ def check(kind: Any, value: Any) -> None:
 
 def shown(value: Any) -> str:
     """Return a value as errors show it, in Python's notation: short, whatever it is."""
-    return _REPR.repr(value)
+    return short(_REPR.repr(value))
 
 
 def short(text: str) -> str:

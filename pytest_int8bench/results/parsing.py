@@ -88,26 +88,33 @@ def cleaned_values(path: Path, values: Any) -> Any:
     Raises:
         SchemaError: one line, if they are nested too deeply, or hold a text that is too long.
     """
-    level, are_clean = [values], True
-    for _ in range(MAX_LEVELS):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, str):
-                if len(value) > MAX_CHARACTERS:
-                    raise SchemaError(
-                        f"{path} holds a text of {len(value):,} characters, more than "
-                        f"{MAX_CHARACTERS:,}"
-                    )
-                are_clean = are_clean and value.isprintable()
-            elif isinstance(value, dict):
-                inner += value
-                inner += value.values()
-            elif isinstance(value, list):
-                inner += value
+    names: set[str] = set()
+    level: list[Any] = [[values]]
+    are_clean = True
+    for _ in range(MAX_LEVELS + 1):
+        inner = []
+        for holder in level:
+            if isinstance(holder, dict):
+                names.update(holder)
+            for value in holder.values() if isinstance(holder, dict) else holder:
+                if isinstance(value, str):
+                    are_clean = _is_clean(path, value) and are_clean
+                elif isinstance(value, dict | list):
+                    inner.append(value)
         if not inner:
+            for name in names:
+                are_clean = _is_clean(path, name) and are_clean
             return values if are_clean else cleaned(values)
         level = inner
     raise SchemaError(f"{path} {_TOO_DEEP}")
+
+
+def _is_clean(path: Path, text: str) -> bool:
+    if len(text) > MAX_CHARACTERS:
+        raise SchemaError(
+            f"{path} holds a text of {len(text):,} characters, more than {MAX_CHARACTERS:,}"
+        )
+    return text.isprintable()
 
 
 _TOO_DEEP = f"is nested too deeply, beyond {MAX_LEVELS} levels"
