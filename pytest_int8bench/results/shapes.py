@@ -159,6 +159,7 @@ Remedy = Annotated[
     dict[str, Any],
     _Remedy,
     Needs("outcome", ("drop", "samples", "configuration")),
+    Needs("selection_drop", ("selection_samples",)),
     Needs("speedup", ("speedup_low", "speedup_high")),
 ]
 

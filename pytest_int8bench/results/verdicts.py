@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pytest_int8bench.results.base import Record
-from pytest_int8bench.results.checks import Bound, Count, one_of
+from pytest_int8bench.results.checks import Bound, Count, Rule, one_of
 from pytest_int8bench.results.shapes import Distance, Layer, Remedy
 
 #: Metric of a comparison without labels.
 NO_LABELS = "outputs"
+# As :class:`~pytest_int8bench.accuracy.limit.Limit` writes it.
+_LIMIT_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:%|pp)\s*")
 OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
+
+
+def _is_limit(value: Any) -> bool:
+    found = _LIMIT_TEXT.fullmatch(value) if isinstance(value, str) else None
+    return found is not None and 0 < float(found[1]) <= 100
+
+
+_LIMIT = Rule("a percentage such as 1% or 1pp, over 0 and at most 100", _is_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +45,7 @@ class Accuracy(Record):
     """The baseline's metric."""
     candidate: float | None = None
     """The candidate's metric."""
-    limit: str | None = None
+    limit: Annotated[str, _LIMIT] | None = None
     """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
     drop: float | None = None
     """In the limit's terms: a share of the baseline's metric, or a difference of both."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
@@ -16,6 +17,7 @@ NAN = float("nan")
 TABLE = Sensitivity(
     nodeid="scan", workload="toy", run_name="x", params={}, by="layer", samples=1, layers=[]
 )
+LIMIT = "limit must be a percentage such as 1% or 1pp, over 0 and at most 100, got "
 ROW = {"name": "a", "sqnr_db": 1.0}
 
 
@@ -73,7 +75,10 @@ def test_values_of_results(name: str, value: Any, why: str) -> None:
     [
         ("samples", None, "samples must be a whole number of at least 0, got None"),
         ("random_weights", "no", "random_weights must be true or false, got 'no'"),
-        ("limit", 0.01, "limit must be a text, got 0.01"),
+        ("limit", 0.01, f"{LIMIT}0.01"),
+        ("limit", "0%", f"{LIMIT}'0%'"),
+        ("limit", "1e400pp", f"{LIMIT}'1e400pp'"),
+        ("limit", "1", f"{LIMIT}'1'"),
         ("drop", float("inf"), "drop must be a number, got inf"),
         ("drop_low", NAN, "drop_low must be a number, got nan"),
         ("distance", {"cosine": "1"}, "distance.cosine must be a number, got '1'"),
@@ -93,6 +98,13 @@ def test_remedies_that_were_judged_have_figures() -> None:
     assert verdict_of(remedies=[tried]).remedies == [tried]
     with pytest.raises(ValueError, match=r"^remedies\[0\] must be an object with drop, samples, "):
         verdict_of(remedies=[{**tried, "outcome": "PASS"}])
+
+
+def test_small_limits_are_read_as_they_are_written() -> None:
+    limit = Limit.parse("0.000025%")
+    assert str(limit).startswith("0.000025")
+    assert Limit.parse(str(limit)).value == pytest.approx(limit.value)
+    assert verdict_of(limit=str(limit)).limit == str(limit)
 
 
 def test_bounds_may_be_infinite() -> None:

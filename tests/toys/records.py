@@ -35,6 +35,7 @@ BY_HINT: dict[Any, st.SearchStrategy[Any]] = {
 }
 BY_NAME = {
     "status": st.sampled_from(STATUSES),
+    "limit": st.none() | st.sampled_from(["1%", "0.5pp", "0.000025%"]),
     "outcome": st.sampled_from(OUTCOMES),
     "compile_cache": st.none() | st.sampled_from(COMPILE_CACHES),
     **{f.field: st.none() | positive for f in FIGURES.values() if f.check == "positive"},
