@@ -44,4 +44,7 @@ class Limit:
         return cls(percent / 100, relative=match[2] == "%")
 
     def __str__(self) -> str:
-        return f"{100 * self.value:g}{'%' if self.relative else 'pp'}"
+        number = f"{100 * self.value:g}"
+        if "e" in number:  # as it can be read
+            number = f"{100 * self.value:.20f}".rstrip("0")
+        return f"{number}{'%' if self.relative else 'pp'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +68,7 @@ def _headline(comparison: Comparison) -> str:
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, under ``int8bench_compare``."""
-    values = finite(dataclasses.asdict(comparison))
+    values = finite(comparison)
     return {"int8bench_compare": {"schema": SCHEMA, "exit_code": comparison.exit_code, **values}}
 
 
