@@ -141,8 +141,7 @@ def expand(
     for name, values in axes.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"sweep over {name} must be a list of values, got {values!r}")
-    lengths = [len(values) for values in axes.values()]
-    _check_count(math.prod(lengths) if cross_product else sum(lengths))
+    check_count(axes, cross_product=cross_product)
     if cross_product or not axes:
         combinations = [
             dict(zip(axes, combination, strict=True))
@@ -168,8 +167,7 @@ def expand_modes(
     Raises:
         ValueError: as :func:`expand`; modes count towards :data:`MAX_POINTS`.
     """
-    if cross_product:
-        _check_count(len(modes) * math.prod(len(values) for values in axes.values()))
+    check_count(axes, cross_product=cross_product, modes=len(modes))
     points: list[RunParams] = []
     for mode in modes:
         start = (
@@ -182,8 +180,16 @@ def expand_modes(
     return unique(points)
 
 
-def _check_count(count: int) -> None:
-    """Count before anything is expanded: the product of all axes does not fit in memory."""
+def check_count(
+    axes: Mapping[str, Sequence[Any]], *, cross_product: bool = False, modes: int = 1
+) -> None:
+    """Count before anything is expanded: the product of all axes does not fit in memory.
+
+    Raises:
+        ValueError: for more than :data:`MAX_POINTS` points.
+    """
+    lengths = [len(values) for values in axes.values()]
+    count = modes * (math.prod(lengths) if cross_product else sum(lengths))
     if count > MAX_POINTS:
         raise ValueError(
             f"a sweep must have at most {MAX_POINTS:,} points, got {count:,}: sweep over fewer "

@@ -103,8 +103,8 @@ OPTIONS = {
         ),
         Option(
             "trust-remote-code",
-            "Let hf:NAME run Python code that comes with a model (auto_map in its config.json). "
-            "Default: off, such models are refused",
+            "Let hf:NAME run Python code that comes with a model (auto_map in its config.json); "
+            "models that need it are refused otherwise. Default: off",
         ),
         Option(
             "weights",

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.files import relative
-
 if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
 
@@ -260,6 +258,8 @@ def describe_saved(config: pytest.Config) -> str:
     if session.json:
         saved.append(str(_path_of(session.json)))
     if session.save or session.autosave:
+        from pytest_int8bench.files import relative
+
         # Not its location, which must be in the current folder.
         path = getattr(session.storage, "path", None)
         saved.append(str(session.storage if path is None else relative(Path(path))))

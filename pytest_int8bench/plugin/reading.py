@@ -14,6 +14,7 @@ from pytest_int8bench.plugin.options import FORCED_KERNEL, OPTIONS
 from pytest_int8bench.plugin.pytest_benchmark import find_obstacle, json_target
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.figures import METRICS
+from pytest_int8bench.sweep import check_count
 
 #: Option -> RunParams field that it turns on.
 _SWITCHES = {
@@ -42,6 +43,7 @@ def read_settings(config: pytest.Config) -> Settings:
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
     _check_cross_product(config, values)
+    _check_count(values)
     _check_fields(values)
     return Settings(**values)
 
@@ -163,6 +165,15 @@ def _check_cross_product(config: pytest.Config, values: dict[str, Any]) -> None:
     if not values.get("cross_product") or values["axes"] or option.source(config) != option.flag:
         return  # in an ini file it waits for a sweep
     raise pytest.UsageError(f"{option.flag}: needs --int8-sweep, or --int8-set with several values")
+
+
+def _check_count(values: dict[str, Any]) -> None:
+    """Refuse a sweep of too many points, before any is made."""
+    modes = len(values.get("modes", ("w8a8",)))
+    try:
+        check_count(values["axes"], cross_product=values.get("cross_product", False), modes=modes)
+    except ValueError as error:
+        raise pytest.UsageError(f"--int8-sweep: {error}") from None
 
 
 def _check_fields(values: dict[str, Any]) -> None:

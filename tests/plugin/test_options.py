@@ -121,6 +121,7 @@ BAD_FLAGS = {
         "allow-missing",
         "wandb",
         "lean",
+        "trust-remote-code",
     )
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
@@ -505,6 +506,15 @@ def test_allowed_names_in_benchmark_compare(pytester: pytest.Pytester) -> None:
     assert settings_of(pytester, "--int8-allow=driver").rules == Rules(allow=frozenset({"driver"}))
 
 
+def test_a_sweep_of_too_many_points_is_refused_at_the_start(pytester: pytest.Pytester) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settings_of(pytester, "--int8-sweep=all", "--int8-cross-product", "--int8-mode=w8,w8a8")
+    assert str(caught.value) == (
+        "--int8-sweep: a sweep must have at most 100,000 points, got 165,150,720: sweep over fewer "
+        "keys or values, or not over their cross product"
+    )
+
+
 @pytest.mark.parametrize("option", ["--int8-compare=base.json", "--int8-lean"])
 @pytest.mark.parametrize(
     ("obstacle", "name"),
@@ -652,6 +662,7 @@ DEFAULTS = {
     "wandb": "off",
     "report": "none",
     "lean": "off",
+    "trust-remote-code": "off",
     "journal": "a new file in .benchmarks/int8bench",
 }
 
@@ -745,6 +756,7 @@ IDLE = (
     "pytest_int8bench.gate.limits",
     "pytest_int8bench.plugin",
     "pytest_int8bench.plugin.fixtures",
+    "pytest_int8bench.plugin.guarding",
     "pytest_int8bench.plugin.hooks",
     "pytest_int8bench.plugin.options",
     "pytest_int8bench.plugin.points",
