@@ -434,15 +434,29 @@ def test_the_suite_says_who_runs_it() -> None:
         Handover.from_env_vars({})
 
 
-def test_a_point_is_handed_over_and_back(tmp_path: Path) -> None:
-    given = Handover.start(tmp_path, "group", ["a", "b"])
-    assert (given.running(), given.asked_for_new_process()) == (None, False)
-    taken = Handover.from_env_vars(given.to_env_vars())
-    assert taken == given
-    taken.note_running("a")
-    taken.ask_for_new_process()
-    assert (given.running(), given.asked_for_new_process()) == ("a", True)
-    taken.note_running("")
-    assert given.running() is None
-    Handover.start(tmp_path, "group", ["b"])
-    assert not given.asked_for_new_process()
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_a_point_is_handed_over_and_back(
+    is_in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if not is_in_memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with Handover.start("group", ["a", "b"], wants_json=True) as given:
+        assert bool([*tmp_path.iterdir()]) is not is_in_memory
+        assert (given.running(), given.asked_for_new_process()) == (None, False)
+        taken = Handover.from_env_vars(given.to_env_vars())
+        assert taken == given
+        taken.note_running("a")
+        taken.ask_for_new_process()
+        assert (given.running(), given.asked_for_new_process()) == ("a", True)
+        taken.note_running("")
+        assert given.running() is None
+        assert (given.json(), given.lines(), given.is_interrupted()) == (None, [], False)
+        taken.note_json({"benchmarks": []})
+        taken.note_line('{"int8bench": {}}')
+        taken.note_interrupted()
+        assert given.json() == {"benchmarks": []}
+        assert given.lines() == [{"int8bench": {}}]
+        assert given.is_interrupted()
+    taken.note_running("b")  # the runner is gone: nothing to be done about it
+    assert not [*tmp_path.iterdir()]

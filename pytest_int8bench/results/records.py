@@ -321,6 +321,8 @@ class Saved:
     sensitivity: list[Sensitivity] = field(default_factory=list)
     is_journal: bool = field(default=False, compare=False)
     """It was read from a journal."""
+    skipped: tuple[int, ...] = field(default=(), compare=False)
+    """Lines of the journal that are no JSON, such as half a line from a disk that was full."""
     time: datetime | None = field(default=None, compare=False)
     """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
 
