@@ -119,6 +119,7 @@ class SessionGate:
         new = [change for change in self._judged.values() if change.outcome == NEW]
         return [
             f"compared with {self.name}: {listed}",
+            *(f"{run.path}: {broken}" for run in self._base if (broken := run.saved.broken())),
             *(f"new: {point_label(c.workload, c.run_name)}: {c.reason}" for c in new),
         ]
 

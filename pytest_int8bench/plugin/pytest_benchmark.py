@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.files import relative, replace_text
-
 if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
     from pytest_int8bench.processes.runner_files import Handover
@@ -253,6 +251,8 @@ def guard_saving(
     def save_json(output: Any) -> None:
         from pytest_benchmark.utils import safe_dumps
 
+        from pytest_int8bench.files import replace_text
+
         text = safe_dumps(output, ensure_ascii=True, indent=4)
         if handover is not None:
             handover.note_json(json.loads(text))
@@ -286,6 +286,8 @@ def describe_saved(config: pytest.Config) -> str:
     if session.json:
         saved.append(str(_path_of(session.json)))
     if session.save or session.autosave:
+        from pytest_int8bench.files import relative
+
         # Not its location, which must be in the current folder.
         path = getattr(session.storage, "path", None)
         saved.append(str(session.storage if path is None else relative(Path(path))))
