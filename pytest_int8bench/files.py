@@ -206,7 +206,7 @@ class LineFile:
         if start == self._mark and size == self._size:
             if self._unwritten:
                 append_text(self.path, _joined(self._unwritten))
-        elif start and start != self._mark:
+        elif not self._mark.startswith(start):
             self._move()
         else:
             replace_text(self.path, _joined(self._lines()))
