@@ -455,10 +455,14 @@ def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
 @pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9), (signal.SIGINT, -2)],
+    ("number", "expected", "finished"),
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGHUP, 129, 0),
+        (signal.SIGKILL, -9, 1),
+        (signal.SIGINT, -2, 0),
+    ],
 )
-@pytest.mark.parametrize("finished", [0, 1])
 def test_a_runner_that_is_ended_takes_its_process_along(
     number: signal.Signals, expected: int, finished: int, tmp_path: Path
 ) -> None:

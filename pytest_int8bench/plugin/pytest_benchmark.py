@@ -249,11 +249,12 @@ def guard_saving(
     save_in_place = session.save_json
 
     def save_json(output: Any) -> None:
-        from pytest_benchmark.utils import safe_dumps
+        from pytest_benchmark import utils
 
         from pytest_int8bench.files import replace_text
 
-        text = safe_dumps(output, ensure_ascii=True, indent=4)
+        dumps: Any = utils.safe_dumps
+        text = dumps(output, ensure_ascii=True, indent=4)
         if handover is not None:
             handover.note_json(json.loads(text))
             return
