@@ -64,9 +64,9 @@ class ThroughputBenchmarkRunnerConfig:
     """Group of the results in pytest-benchmark's JSON and of the runs in Weights & Biases, and
     start of the names of the files; ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
-    """Where the JSON and the journals are written, made if it is not there. Of a process that was
-    killed, the JSON has the results, but not the rounds. By default, journals go to
-    ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
+    """Where the JSON and the journals are written, made if it is not there. Several runners may use
+    one folder at once. Of a process that was killed, the JSON has the results, but not the rounds.
+    By default, journals go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
     work_dir: str | os.PathLike[str] = "."
     """Folder the benchmarks run in, made if it is not there."""
     workload: str = "olmoearth"

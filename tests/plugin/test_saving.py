@@ -236,6 +236,22 @@ def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, th
     )
 
 
+def test_one_of_two_sessions_gets_a_journal(project: pytest.Pytester) -> None:
+    """Both find that it is not there, and both would measure."""
+    inner = (
+        "\nimport pathlib, subprocess, sys\n\ndef pytest_configure(config):\n"
+        "    if pathlib.Path('once').exists():\n        return\n    pathlib.Path('once').touch()\n"
+        "    done = subprocess.run([sys.executable, '-m', 'pytest', *sys.argv[1:]])\n"
+        "    pathlib.Path('once').write_text(str(done.returncode))\n"
+    )
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(inner)
+    found = project.runpytest_subprocess(*SMOKE, BASELINE, "--int8-journal=mine.jsonl", *without())
+    inner_code = int((project.path / "once").read_text())
+    assert sorted([int(found.ret), inner_code]) == [0, pytest.ExitCode.USAGE_ERROR]
+    assert len(read(project.path / "mine.jsonl").results) == 1
+
+
 def test_a_journal_that_cannot_be_made_is_refused_at_once(project: pytest.Pytester) -> None:
     (project.path / "taken").touch()
     found = project.runpytest_subprocess(*SMOKE, "--int8-journal=taken/mine.jsonl", *without())
