@@ -745,6 +745,7 @@ IDLE = (
     "pytest_int8bench.gate.limits",
     "pytest_int8bench.plugin",
     "pytest_int8bench.plugin.fixtures",
+    "pytest_int8bench.plugin.guarding",
     "pytest_int8bench.plugin.hooks",
     "pytest_int8bench.plugin.options",
     "pytest_int8bench.plugin.points",
