@@ -32,6 +32,12 @@ _JSON = {
     "dict": "object",
     "list": "array",
     "None": "null",
+    "Count": "integer",
+    "Share": "number",
+    "Bound": "number",
+    **dict.fromkeys(
+        ("Params", "Breakdown", "Ceiling", "Coverage", "Distance", "GpuState", "Worker"), "object"
+    ),
 }
 
 
@@ -182,6 +188,8 @@ def _default(field: Any) -> str:
 
 
 def _json_type(annotation: str) -> str:
+    # The type of an annotated one comes first, what it must be beyond that behind it.
+    annotation = re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", annotation)
     return ", ".join(_JSON[part.partition("[")[0].strip()] for part in annotation.split("|"))
 
 

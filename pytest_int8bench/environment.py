@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _OWN_PARTS = {
     "system": "operating system and architecture",
     "cpu": "model of the CPU",
     "cpu_threads": "threads that torch uses",
+    "tracers": "tracers and profilers that ran beside the clock",
 }
 _CODE_PARTS = {
     "commit": "git commit of the folder that pytest runs in",
@@ -55,10 +56,14 @@ FINGERPRINT_NAMES = tuple(FINGERPRINT)
 MAY_DIFFER = tuple(_CODE_PARTS)
 
 
-def fingerprint(root: Path) -> dict[str, Any]:
+def fingerprint(root: Path, tracers: Sequence[str] = ()) -> dict[str, Any]:
     """Return what identifies machine and software; None where something cannot be read.
 
-    Loads torch. ``root`` is the folder whose git commit is read.
+    Loads torch.
+
+    Args:
+        root: the folder whose git commit is read.
+        tracers: what slows down this process while clocks run.
     """
     git = _read(
         {
@@ -68,11 +73,13 @@ def fingerprint(root: Path) -> dict[str, Any]:
     )
     is_known = git["commit"] is not None and git["status"] is not None
     dirty = bool(git["status"]) if is_known else None
-    return {**machine(), "commit": git["commit"], "dirty": dirty}
+    watched = ", ".join(tracers) or None
+    return {**machine(), "tracers": watched, "commit": git["commit"], "dirty": dirty}
 
 
 def machine() -> dict[str, Any]:
-    """Return the fingerprint without the code that is measured. Loads torch."""
+    """Return the fingerprint without what traces the process, and without the code that is
+    measured. Loads torch."""
     import torch
 
     return _read(
@@ -136,7 +143,14 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 #: What compiled code does not depend on.
-_NOT_COMPILED_FOR = ("memory_bytes", "power_limit_w", "gpu_count", "allocator", "pytest-benchmark")
+_NOT_COMPILED_FOR = (
+    "memory_bytes",
+    "power_limit_w",
+    "gpu_count",
+    "allocator",
+    "tracers",
+    "pytest-benchmark",
+)
 
 
 def compiled_for() -> dict[str, Any]:

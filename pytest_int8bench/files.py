@@ -284,13 +284,31 @@ def is_plain(path: Path | str) -> bool:
 
 def plain_path(folder: Path) -> Path:
     """Return a path of ``folder`` that command lines need no quotes for: its own or, where that has
-    spaces or quotes, a link in the folder for temporary files.
+    spaces or quotes, a link in :func:`cache_folder` or in a folder for temporary files.
 
     Raises:
-        OSError: if the link cannot be made, or the folder for temporary files needs quotes too.
+        OSError: if the link cannot be made, or all these folders need quotes too.
     """
     if is_plain(folder):
         return folder
+    links = _links_folder(folder)
+    link = links / hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()[:16]
+    if not (link.is_symlink() and link.readlink() == folder):
+        partial = link.with_suffix(f".{os.getpid()}")
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder)
+        partial.replace(link)
+    return link
+
+
+def _links_folder(folder: Path) -> Path:
+    """Make and return the folder for links, which the caches behind them need for good."""
+    with contextlib.suppress(RuntimeError, OSError):  # no home, or one that cannot be written to
+        links = cache_folder() / "links"
+        if is_plain(links):
+            links.parent.mkdir(parents=True, exist_ok=True)
+            links.mkdir(mode=0o700, exist_ok=True)
+            return links
     user = os.getuid() if hasattr(os, "getuid") else 0
     temporary = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
     usable = [path for path in temporary if is_plain(path) and path.is_dir()]
@@ -300,13 +318,7 @@ def plain_path(folder: Path) -> Path:
     links.mkdir(mode=0o700, exist_ok=True)
     if links.lstat().st_uid != user:
         raise PermissionError(errno.EACCES, "belongs to another user", str(links))
-    link = links / hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()[:16]
-    if not (link.is_symlink() and link.readlink() == folder):
-        partial = link.with_suffix(f".{os.getpid()}")
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(folder)
-        partial.replace(link)
-    return link
+    return links
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

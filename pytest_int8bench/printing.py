@@ -14,6 +14,8 @@ from typing import IO, Any
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 #: Formats that scripts and emoji are written with: the zero-width joiner and non-joiner.
 _JOINERS = "\u200c\u200d"
+#: What XML, and so SVG and JUnit, cannot hold besides.
+_NO_CHARACTERS = "\ufffe\uffff"
 # Controls but for tabs, newlines, and the escapes that set colors.
 _CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
 # What the log of a CI server would take for a command: GitHub Actions at the start of a line
@@ -32,7 +34,8 @@ def one_line(text: str) -> str:
 
 
 def _seen(character: str) -> str:
-    if unicodedata.category(character) in _UNSEEN and character not in _JOINERS:
+    is_unseen = unicodedata.category(character) in _UNSEEN and character not in _JOINERS
+    if is_unseen or character in _NO_CHARACTERS:
         return character.encode("unicode-escape").decode("ascii")
     return character
 

@@ -1,13 +1,20 @@
-"""The tensors in what models take and return: tensors, sequences, mappings and dataclasses."""
+"""The tensors in what models take and return: tensors, sequences, mappings and dataclasses.
+
+Copies and comparisons go further: they also see arrays, and what other objects hold.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pytest_int8bench.errors import QuantizationError as QuantizationError
 
@@ -63,3 +70,192 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+# -- copies -------------------------------------------------------------------------------------
+
+
+def deep_copy(
+    value: Any,
+    *,
+    device_of: Callable[[torch.Tensor], torch.device] = lambda tensor: tensor.device,
+    made: Callable[[torch.Tensor, torch.Tensor], None] = lambda tensor, copied: None,
+) -> Any:
+    """Return a copy of what a model takes, so that writing to it leaves ``value`` as it is.
+
+    Tensors keep their strides, and a tensor that occurs twice is one tensor in the copy. Objects
+    that Python cannot copy, such as locks, are shared.
+
+    Args:
+        value: tensors, arrays and any containers and objects that hold them.
+        device_of: returns the device for the copy of a tensor.
+        made: called with each tensor and its copy.
+    """
+    # Not inference tensors: Dynamo tells the two apart, and would compile for the copy again.
+    with torch.inference_mode(False), torch.no_grad(), _CopyTensors(device_of, made):
+        return _copied(value)
+
+
+def refilled(value: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return a copy of ``value`` that holds ``tensors`` instead of those that :func:`tensors_of`
+    finds, in their order."""
+    empty, rest = torch.empty(0), iter(tensors)
+    hollow = deep_copy(map_tensors(lambda _: empty, value))
+    return map_tensors(lambda _: next(rest), hollow)
+
+
+class _CopyTensors(TorchFunctionMode):
+    """Copies tensors, wherever ``copy.deepcopy`` finds them, without the rest of a storage that
+    they are views of."""
+
+    def __init__(
+        self,
+        device_of: Callable[[torch.Tensor], torch.device],
+        made: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        super().__init__()
+        self._device_of = device_of
+        self._made = made
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.Tensor.__deepcopy__ or not _is_plain(args[0]):
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        span = 0  # elements from the first to the last
+        if tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            span = 1 + sum((size - 1) * stride for size, stride in steps)
+        held = tensor.detach().as_strided((span,), (1,))
+        memory = torch.empty(span, dtype=tensor.dtype, device=self._device_of(tensor)).copy_(held)
+        copied = memory.as_strided(tensor.shape, tensor.stride())
+        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        self._made(tensor, copied)
+        return copied
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # something in it cannot be copied: all but that
+        pass
+    if isinstance(value, torch.Tensor):  # computed with gradients
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    if not hasattr(value, "__dict__"):
+        return value
+    try:
+        same = copy.copy(value)
+        vars(same).update({name: _copied(item) for name, item in vars(value).items()})
+    except Exception:
+        return value
+    return same
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Return whether two values are equal bit by bit, in all that :func:`deep_copy` copies.
+
+    Devices do not count, and neither does memory that no element lies in.
+    """
+    return _same(a, b, {})
+
+
+# Pairs that were met, by their ids, and the objects themselves, so that no id is used again.
+_Seen: TypeAlias = dict[tuple[int, int], tuple[Any, Any]]
+
+
+def _same(a: Any, b: Any, seen: _Seen) -> bool:
+    if a is b or (id(a), id(b)) in seen:
+        return True
+    if type(a) is not type(b):
+        return False
+    seen[id(a), id(b)] = (a, b)
+    if isinstance(a, torch.Tensor):
+        return _same_tensor(a, b)
+    if isinstance(a, np.ndarray):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return _same(a.tolist(), b.tolist(), seen) if a.dtype.hasobject else _bits(a) == _bits(b)
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    if isinstance(a, str | bytes | int | complex | set | frozenset | None):
+        return bool(a == b)
+    if isinstance(a, dict) and not _same([*a.items()], [*b.items()], seen):
+        return False
+    if isinstance(a, list | tuple | deque) and not (
+        len(a) == len(b) and _all_same(zip(a, b, strict=True), seen)
+    ):
+        return False
+    if hasattr(a, "__dict__") and not _same(vars(a), vars(b), seen):
+        return False
+    if isinstance(a, dict | list | tuple | deque):
+        return True
+    try:  # what pickle would write, such as the state of a random number generator
+        return _same(a.__reduce_ex__(2), b.__reduce_ex__(2), seen)
+    except Exception:
+        return True
+
+
+def _all_same(pairs: Iterable[tuple[Any, Any]], seen: _Seen) -> bool:
+    return all(_same(a, b, seen) for a, b in pairs)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if (a.dtype, a.layout, a.is_nested) != (b.dtype, b.layout, b.is_nested):
+        return False
+    if a.is_nested:
+        return _all_same(zip(a.unbind(), b.unbind(), strict=True), {})
+    if a.shape != b.shape:
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        if a.layout is not torch.strided:
+            a, b = a.to_dense(), b.to_dense()
+        elif any(
+            first != second
+            for size, first, second in zip(a.shape, a.stride(), b.stride(), strict=True)
+            if size > 1
+        ):
+            return False
+        return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).cpu()
+
+
+def _bits(array: np.ndarray[Any, Any]) -> bytes:
+    return array.tobytes()
+
+
+# -- dtypes -------------------------------------------------------------------------------------
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a floating tensor in ``dtype``, and finite where it was.
+
+    Masks hold the lowest number of their dtype, and FP32's rounds to minus infinity in BF16: a row
+    that is masked throughout comes out as NaN.
+    """
+    made = tensor.to(dtype)
+    if made.layout is not torch.strided:
+        return made  # weights and adjacencies; masks are dense
+    if made is tensor or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return made
+    limits = torch.finfo(dtype)
+    overflowed = made.isinf() & tensor.isfinite()
+    return torch.where(overflowed, made.clamp(limits.min, limits.max), made)

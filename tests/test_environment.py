@@ -16,6 +16,7 @@ from pytest_int8bench import environment
 from pytest_int8bench.environment import (
     FINGERPRINT_NAMES,
     MAY_DIFFER,
+    compiled_for,
     describe,
     differences,
     fingerprint,
@@ -75,6 +76,7 @@ MACHINE: dict[str, Any] = {
     "system": "Linux x86_64",
     "cpu": "EPYC",
     "cpu_threads": 8,
+    "tracers": None,
     "packages": {
         "torch": "2.11.0",
         "triton": "3.6.0",
@@ -96,6 +98,13 @@ def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
     assert set(FINGERPRINT_NAMES) == set(values)
     assert len(FINGERPRINT_NAMES) == len(values)
     assert MAY_DIFFER == ("commit", "dirty")
+
+
+def test_tracers_beside_the_clock_make_runs_differ(tmp_path: Path) -> None:
+    plain, traced = fingerprint(tmp_path), fingerprint(tmp_path, ["tracemalloc", "torch.profiler"])
+    assert plain["tracers"] is None
+    assert differences(plain, traced) == {"tracers": (None, "tracemalloc, torch.profiler")}
+    assert "tracers" not in compiled_for()
 
 
 def test_triton_counts_only_where_there_is_a_gpu() -> None:
@@ -127,7 +136,10 @@ def test_what_a_fingerprint_does_not_hold_differs_from_what_it_holds() -> None:
         name: (MACHINE["gpu"]["name" if name == "gpu" else name], None)
         for name in FINGERPRINT_NAMES[:7]
     }
-    assert set(differences({}, MACHINE)) == {*FINGERPRINT_NAMES} - {*MAY_DIFFER, "allocator"}
+    assert set(differences({}, MACHINE)) == {*FINGERPRINT_NAMES} - {
+        *MAY_DIFFER,
+        *("allocator", "tracers"),
+    }
 
 
 # -- the GPU, simulated -----------------------------------------------------------------------

@@ -217,11 +217,15 @@ def test_a_plain_path_is_its_own(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["my cache", "it's", 'a"b', "a\\b", "$(x)", "a;b", "caf\xe9", "(1)"]
 )
-def test_another_path_gets_a_link(name: str, tmp_path: Path) -> None:
+def test_another_path_gets_a_link(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / name
     folder.mkdir()
     link = plain_path(folder)
     assert is_plain(link)
+    assert link.is_relative_to(tmp_path / "cache")
     assert link.resolve() == folder
     assert plain_path(folder) == link
     assert stat.S_IMODE(link.parent.stat().st_mode) == 0o700
@@ -235,6 +239,7 @@ def test_another_path_gets_a_link(name: str, tmp_path: Path) -> None:
 def test_links_are_where_temporary_paths_are_plain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "my tmp"))
     folder = tmp_path / "my folder"
     folder.mkdir()
@@ -247,6 +252,7 @@ def test_links_are_where_temporary_paths_are_plain(
 def test_refuses_links_in_the_folder_of_another_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):

@@ -10,7 +10,8 @@ import torch
 
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.model import Model
-from pytest_int8bench.tensors import call, map_tensors, tensors_of
+from pytest_int8bench.measure.repeats import has_nan
+from pytest_int8bench.tensors import call, cast, map_tensors, refilled, tensors_of
 
 
 class Forward:
@@ -27,6 +28,8 @@ class Forward:
 
     def __init__(self, model: Model) -> None:
         self._reference = weakref.ref(model)
+        self.has_nan = False
+        """Whether an output held NaN."""
 
     @property
     def _model(self) -> Model:
@@ -107,11 +110,16 @@ class Forward:
         samples: int | None,
         batch: int,
     ) -> Any:
-        placed = iter([self._place(tensor, like, rows) for tensor, like in pairs])
-        output = call(self._model.compiled, map_tensors(lambda _: next(placed), given))
-        if samples is None:
+        placed = [self._place(tensor, like, rows) for tensor, like in pairs]
+        self._model.restore()
+        output = call(self._model.compiled, refilled(given, placed))
+        kept = None if samples is None else rows.stop - rows.start
+        self.has_nan = self.has_nan or has_nan(
+            tensor if kept is None or tensor.dim() == 0 else tensor[:kept]
+            for tensor in tensors_of(output)
+        )
+        if kept is None:
             return map_tensors(_copy, output)
-        kept = rows.stop - rows.start
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.dim() == 0 or len(tensor) != batch:
@@ -124,6 +132,8 @@ class Forward:
         return map_tensors(cut, output)
 
     def _place(self, tensor: torch.Tensor, like: torch.Tensor, rows: slice) -> torch.Tensor:
+        if tensor.is_floating_point():
+            tensor = cast(tensor, like.dtype)
         # With the strides of the compiled batch too: others would be compiled for again.
         strides = like.stride() if 0 not in like.stride() else like.contiguous().stride()
         made = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=self.device)

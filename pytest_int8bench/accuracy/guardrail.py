@@ -9,18 +9,17 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
-
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.outputs import Distance, distance, problem
-from pytest_int8bench.accuracy.scores import Scores, judged, read_scores
+from pytest_int8bench.accuracy.outputs import Distance, distance, nan_remark, problem
+from pytest_int8bench.accuracy.scores import Scores, judged, read_scores, too_few
 from pytest_int8bench.accuracy.statistics.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.memory import oom_of, release
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import Key, ModelPool, part_key
+from pytest_int8bench.measure.repeats import joined
 from pytest_int8bench.measure.steps import Step, built, warmed
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams
@@ -62,7 +61,9 @@ class Guardrail:
         self._evaluations: dict[_Key, list[Evaluation]] = {}
         self._baselines: dict[tuple[_Key, int, bool], Scores] = {}
         self._fitted: dict[tuple[_Key, int], Any] = {}
+        self._told: set[tuple[_Key, int, Limit]] = set()
         self._scoring_s = 0.0
+        self._nan: set[Key] = set()
         # One for each model, so that evaluations of the same outputs can share them.
         self._forwards: weakref.WeakKeyDictionary[Model, Forward] = weakref.WeakKeyDictionary()
 
@@ -74,6 +75,7 @@ class Guardrail:
         nodeid: str,
         limit: Limit | None = None,
         record: Callable[[Accuracy], None] = lambda verdict: None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> list[Accuracy]:
         """Judge the candidate of ``params``, compiled, against its baseline, compiled.
 
@@ -83,6 +85,7 @@ class Guardrail:
             nodeid: identity of the verdicts.
             limit: the largest drop that passes, instead of that of the guardrail.
             record: called with each verdict as soon as it is there.
+            tell: called with what is wrong with the samples, before the candidate is built.
 
         Returns:
             One verdict for each evaluation of the workload. Without labels, and with random
@@ -111,6 +114,8 @@ class Guardrail:
             self._spent_s(partial(self.baseline_scores, workload, params, index))
             for index in range(len(evaluations))
         ]
+        if not point["random_weights"]:  # a check of the pipeline decides nothing
+            self._tell_too_few(workload, params, limit or self.limit, tell)
         candidate = self.candidate(workload, params)
         candidate.evidence()
         if self.pool.holds(workload, params.baseline()):
@@ -118,14 +123,27 @@ class Guardrail:
         for index, evaluation in enumerate(evaluations):
             before_s = self._scoring_s
             verdict = self.judge(workload, params, index, limit=limit)
+            step = next_step(workload, params) if verdict.outcome == "FAIL" else None
             add(
                 **_fields(verdict, evaluation.metric),
-                reason=next_step(workload, params) if verdict.outcome == "FAIL" else None,
+                reason=joined(step, self._nan_remark(workload, params)),
                 seconds=spent_s[index] + self._scoring_s - before_s,
             )
         if outputs is not None:
             add(**_compared(candidate, *outputs))
         return verdicts
+
+    def _tell_too_few(
+        self, workload: Workload, params: RunParams, limit: Limit, tell: Callable[[str], None]
+    ) -> None:
+        """Say once for all candidates of a baseline what has too few samples to pass."""
+        for index, evaluation in enumerate(self.evaluations(workload, params)):
+            key = (self._key(workload, params), index, limit)
+            if key not in self._told:
+                self._told.add(key)
+                reference = self.baseline_scores(workload, params, index)
+                if (text := too_few(evaluation, reference, limit)) is not None:
+                    tell(text)
 
     def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
         """Return what all verdicts of a point have in common."""
@@ -136,6 +154,14 @@ class Guardrail:
             "params": params.to_dict(),
             "random_weights": has_random_weights(workload, self.pool.weights),
         }
+
+    def _nan_remark(self, workload: Workload, params: RunParams) -> str | None:
+        """Return whose outputs held NaN while they were scored, which scores may not show."""
+        roles = {"baseline": params.baseline(), "candidate": params}
+        found = [
+            role for role, point in roles.items() if self.pool.key(workload, point) in self._nan
+        ]
+        return f"outputs of the {' and the '.join(found)} hold NaN" if found else None
 
     def _spent_s(self, score: Callable[[], Any]) -> float:
         before_s = self._scoring_s
@@ -219,7 +245,8 @@ class Guardrail:
                         assert not params.int8_enabled, "the baseline is scored first"
                         self._fitted[key] = evaluation.fit(forward)
                     arguments = (forward, self._fitted[key])
-                found = read_scores(score(*arguments), evaluation.metric)
+                owner = "candidate" if params.int8_enabled else "baseline"
+                found = read_scores(score(*arguments), evaluation.metric, owner)
             except Exception as error:
                 if not isinstance(error, ClearError) and oom_of(error) is None:
                     error.add_note(
@@ -228,6 +255,8 @@ class Guardrail:
                     )
                 raise
         self._scoring_s += time.perf_counter() - start
+        if forward.has_nan:
+            self._nan.add(self.pool.key(workload, params))
         return found
 
     def _key(self, workload: Workload, params: RunParams) -> _Key:
@@ -258,8 +287,9 @@ class Guardrail:
         self.pool.evict_other_candidate(workload, params)
         baseline = self.ready(workload, params.baseline())
         outputs = _outputs(baseline)
+        baseline.restore()
         with baseline.compiled.settings():
-            eager = call(baseline.eager, _on_device(baseline.inputs, baseline.device))
+            eager = call(baseline.eager, baseline.fresh_inputs())
         return outputs, distance(outputs, _first(eager))
 
 
@@ -270,7 +300,7 @@ def _compared(candidate: Model, reference: Any, floor: Distance) -> dict[str, An
     return {
         "metric": NO_LABELS,
         "outcome": "FAIL" if why else "proxy-ok",
-        "reason": why,
+        "reason": joined(why, nan_remark(reference)),
         "samples": found.samples,
         "distance": found.to_dict(),
         "floor": floor.to_dict(),
@@ -330,8 +360,5 @@ def _fields(verdict: Verdict, metric: str) -> dict[str, Any]:
         "gained": verdict.gained,
         "needed": verdict.needed,
         "method": verdict.method,
+        "groups": verdict.groups,
     }
-
-
-def _on_device(inputs: Any, device: torch.device) -> Any:
-    return map_tensors(lambda tensor: tensor.to(device), inputs)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 _TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|pp)\s*")
 
+#: No number of samples shows that a drop is smaller.
+LEAST = 1e-9
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -16,6 +19,10 @@ class Limit:
     """0.01 for ``1%`` as for ``1pp``."""
     relative: bool
     """A share of the baseline's metric, else a difference of both."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, int | float) or not LEAST <= self.value <= 1:  # NaN too
+            raise ValueError(f"a limit must be at least {LEAST:g} and at most 1, got {self.value}")
 
     @classmethod
     def parse(cls, text: str) -> Limit:
@@ -32,7 +39,12 @@ class Limit:
         percent = float(match[1])
         if not 0 < percent <= 100:
             raise ValueError(f"must be over 0 and at most 100, got {text!r}")
+        if percent / 100 < LEAST:
+            raise ValueError(f"must be at least {100 * LEAST:g}, got {text!r}")
         return cls(percent / 100, relative=match[2] == "%")
 
     def __str__(self) -> str:
-        return f"{100 * self.value:g}{'%' if self.relative else 'pp'}"
+        number = f"{100 * self.value:g}"
+        if "e" in number:  # as it can be read
+            number = f"{100 * self.value:.20f}".rstrip("0")
+        return f"{number}{'%' if self.relative else 'pp'}"

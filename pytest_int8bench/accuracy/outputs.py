@@ -128,6 +128,18 @@ def problem(candidate: Distance, floor: Distance) -> str | None:
     return None
 
 
+def nan_remark(reference: Any) -> str | None:
+    """Return what the reader should know where the reference itself holds NaN, or None."""
+    values = _rows(reference)
+    count = int(values.isnan().sum())
+    if not count:
+        return None
+    return (
+        f"the baseline's own outputs hold NaN ({count} of {values.numel()} values, left out of the "
+        "comparison)"
+    )
+
+
 def _floating(output: Any) -> Iterator[torch.Tensor]:
     yield from (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.scores import judged, seen_drop
+from pytest_int8bench.accuracy.scores import groups_of, judged, seen_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
@@ -23,7 +23,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.verdicts import Accuracy
-from pytest_int8bench.workloads.workload import Workload
+from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -175,7 +175,7 @@ class Remedies:
             )
             model = guardrail.pool.variant(trial.workload, trial.params)
             scores = guardrail.scores(model, index, selection=True)
-            rows = None if evaluation.selection else _halves(len(reference.values))[0]
+            rows = _half(evaluation, len(reference.values), 0)
             drop, samples = seen_drop(evaluation, reference, scores, self._limit, rows=rows)
         except Exception as error:
             return dataclasses.replace(trial, problem=_expected(error))
@@ -219,7 +219,7 @@ class Remedies:
             scores,
             self._limit,
             alpha=ALPHA / RUNGS,
-            rows=None if evaluation.selection else _halves(len(reference.values))[1],
+            rows=_half(evaluation, len(reference.values), 1),
         )
 
     def _speedup(self, workload: Workload, params: RunParams) -> dict[str, Any]:
@@ -281,10 +281,19 @@ def _without(workload: Workload, kept: frozenset[str]) -> Workload:
     )
 
 
-def _halves(samples: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Split samples at random, always in the same way."""
-    order = np.random.default_rng(_SPLIT_SEED).permutation(samples)
-    return np.sort(order[: samples // 2]), np.sort(order[samples // 2 :])
+def _half(evaluation: Evaluation, samples: int, half: int) -> np.ndarray[Any, Any] | None:
+    """Return the samples to select on (0) or to certify on (1), None for all of them.
+
+    They are split at random, always in the same way, and groups stay together.
+    """
+    if evaluation.selection is not None:
+        return None
+    codes = groups_of(evaluation, samples)
+    codes = np.arange(samples) if codes is None else codes
+    units = int(codes.max()) + 1
+    order = np.random.default_rng(_SPLIT_SEED).permutation(units)
+    chosen = order[: units // 2] if half == 0 else order[units // 2 :]
+    return np.flatnonzero(np.isin(codes, chosen))
 
 
 def _row(trial: Trial) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.statistics.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.accuracy.statistics.checks import ScoreError, check_share, check_size, numbers
+from pytest_int8bench.accuracy.statistics.groups import Codes, group_codes
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge, samples_to_pass
 from pytest_int8bench.workloads.workload import Evaluation
 
 
@@ -22,8 +24,13 @@ class Scores:
     values: np.ndarray[Any, Any]
 
 
-def read_scores(given: Any, metric: str) -> Scores:
+def read_scores(given: Any, metric: str, owner: str) -> Scores:
     """Read what ``Evaluation.scores`` returned: one score per sample, or ``(ids, scores)``.
+
+    Args:
+        given: what it returned.
+        metric: the metric's name, for errors.
+        owner: whose scores they are, ``baseline`` or ``candidate``.
 
     Raises:
         ScoreError: one line, if it is anything else.
@@ -36,12 +43,12 @@ def read_scores(given: Any, metric: str) -> Scores:
                 f"of {len(given)}"
             )
         ids, given = _ids(given[0], metric), given[1]
-    try:
-        values = np.array(_array(given), dtype=np.float64)  # a copy: it may be used again
-    except (TypeError, ValueError):
-        raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}") from None
-    if values.ndim == 0:
-        raise ScoreError(f"{metric}: scores must be one per sample, got the number {values:g}")
+    if isinstance(given, str | bytes):
+        raise ScoreError(f"{metric}: scores must be numbers, got {type(given).__name__}")
+    found = numbers(_array(given), metric, owner)
+    if found.ndim == 0:
+        raise ScoreError(f"{metric}: scores must be one per sample, got the number {found:g}")
+    values = np.array(found, dtype=np.float64)  # a copy: it may be used again
     if ids is not None and len(ids) != len(values):
         raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
     return Scores(ids, values)
@@ -57,7 +64,7 @@ def _ids(given: Any, metric: str) -> np.ndarray[Any, Any]:
 def _array(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        return (value.float() if value.is_floating_point() else value).numpy()
+        return (value.double() if value.is_floating_point() else value).numpy()
     return value
 
 
@@ -100,6 +107,9 @@ def judged(
         ScoreError: one line, if the samples are not the same or cannot be judged.
     """
     before, after = _paired(evaluation.metric, reference, candidate, rows)
+    codes = groups_of(evaluation, len(reference.values))
+    if codes is not None and rows is not None:
+        codes = codes[rows]
     return judge(
         before,
         after,
@@ -107,7 +117,49 @@ def judged(
         alpha=alpha,
         aggregate=evaluation.aggregate,
         worst=evaluation.worst,
+        groups=codes,
         metric=evaluation.metric,
+    )
+
+
+def groups_of(evaluation: Evaluation, samples: int) -> Codes | None:
+    """Return the number of each sample's group, None if every sample stands for itself.
+
+    Raises:
+        ScoreError: one line, if there is not one label per sample, or only one group.
+    """
+    given = evaluation.groups
+    if given is None:
+        return None
+    return group_codes(given() if callable(given) else given, samples, evaluation.metric)
+
+
+def too_few(evaluation: Evaluation, reference: Scores, limit: Limit) -> str | None:
+    """Say that no candidate can pass on so few samples, even if nothing drops, and how many it
+    takes; None if it can, or if the baseline alone cannot tell."""
+    samples = len(reference.values)
+    try:
+        codes = groups_of(evaluation, samples)
+        needed = samples_to_pass(
+            reference.values,
+            limit,
+            aggregate=evaluation.aggregate,
+            worst=evaluation.worst,
+            groups=codes,
+            metric=evaluation.metric,
+        )
+    except ScoreError:  # a constant baseline can have a candidate that varies; else judged() raises
+        return None
+    if needed is None:
+        return None
+    counted, asked = f"{samples} samples", f"{needed:,}"
+    if codes is not None:
+        groups = int(codes.max()) + 1
+        counted += f" in {groups} groups"
+        asked += f" in {math.ceil(needed * groups / samples):,} groups"
+    return (
+        f"{evaluation.metric}: {counted} cannot pass {limit} even if nothing drops: "
+        f"it takes about {asked}"
     )
 
 
@@ -127,12 +179,14 @@ def seen_drop(
             above 0 with a relative limit.
     """
     before, after = _paired(evaluation.metric, reference, candidate, rows)
+    if evaluation.aggregate is None:
+        check_size(evaluation.metric, "scores", before, after)
     metric = evaluation.aggregate or np.mean
     base, drop = float(metric(before)), float(metric(before)) - float(metric(after))
     if not math.isfinite(drop):
         raise ScoreError(f"{evaluation.metric}: scores must be finite, got a drop of {drop}")
-    if limit.relative and base <= 0:
-        raise ScoreError(f"{evaluation.metric}: must be over 0 for the baseline, got {base:g}")
+    if limit.relative:
+        check_share(evaluation.metric, limit, base)
     return (drop / base if limit.relative else drop), len(before)
 
 

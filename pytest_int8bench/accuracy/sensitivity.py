@@ -21,7 +21,7 @@ from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.verdicts import Sensitivity
-from pytest_int8bench.tensors import call, tensors_of
+from pytest_int8bench.tensors import call, deep_copy, tensors_of
 from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.workload import Workload
 
@@ -94,6 +94,7 @@ class SensitivityScan:
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
+        baseline.restore()
         reference = [_eager(baseline, batch) for batch in batches]
         scores = self._scores() if metric else None
         samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
@@ -186,7 +187,7 @@ def _block(name: str) -> str:
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.settings(), torch.compiler.set_stance("force_eager"):
-        output = call(model.eager, batch)
+        output = call(model.eager, deep_copy(batch))
     check_dense(model.workload, "outputs", output)
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 

@@ -22,8 +22,9 @@ _DESIGN = {
     "margin": "slowdown that is never a FAIL",
     "max_slowdown": "slowdown that must be found, and that a PASS excludes",
     "noise": "standard deviation between processes that the number of blocks must cope with",
-    "screening_blocks": "blocks of two processes, AB or BA",
-    "verdict_blocks": "blocks of three processes, ABA, for what screening flags",
+    "screening_blocks": "blocks of two processes, AB or BA, in an order drawn at random",
+    "verdict_blocks": "most blocks of four processes, two of each revision in an order drawn at "
+    "random, for what screening flags; a clear case takes a third of them",
 }
 
 
@@ -35,9 +36,9 @@ def add_ab(commands: Any) -> None:
         usage="int8bench ab [options] BASE_REV [NEW_REV] -- PYTEST ARGS",
         description="Check both revisions out into git worktrees and measure them by fresh "
         "processes of pytest in alternation, throughput only. Screening clears most runs; what it "
-        "flags is measured afresh and judged. Exit code 1: a run is slower (FAIL); else 2: one is "
-        "undecided (INCONCLUSIVE) or could not be compared; else 0. An interrupted command goes "
-        "on from its journal when it is given again.",
+        "flags is measured afresh and judged, until it is decided. Exit code 1: a run is slower "
+        "(FAIL); else 2: one is undecided (INCONCLUSIVE) or could not be compared; else 0. An "
+        "interrupted command goes on from its journal when it is given again.",
     )
     parser.add_argument("base_rev", metavar="BASE_REV", help="branch, tag or commit, e.g. main")
     parser.add_argument("new_rev", metavar="NEW_REV", nargs="?", help="default: HEAD")

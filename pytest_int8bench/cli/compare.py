@@ -36,7 +36,8 @@ def add_compare(commands: Any) -> None:
         help="compare saved files of two commits, and fail if anything regressed",
         description="Compare what was saved at two commits: throughput, batch time, peak memory, "
         "compile time and accuracy verdicts. Exit code 1: something regressed; else 2: something "
-        "could not be compared; else 0.",
+        "could not be compared, or is suspected: it grew over its limit, but no more than "
+        "processes of the same code may differ by; else 0.",
     )
     parser.add_argument(
         "files",
@@ -62,7 +63,8 @@ def add_compare(commands: Any) -> None:
         type=as_argument_type(parse_floor),
         metavar="METRIC=SHARE",
         help=with_default(
-            "difference between two processes that is taken for noise, such as throughput=3%; "
+            "largest difference between two processes of your machine, such as throughput=3%: what "
+            "grew by more than that and its limit regressed; "
             f"metrics are {', '.join(METRICS)}",
             f"learned where several files are given for a side, else {floors}",
         ),

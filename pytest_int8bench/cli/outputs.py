@@ -15,12 +15,10 @@ from pytest_int8bench.files import FileError, append, check_writable, write
 from pytest_int8bench.gate.outcomes import UNDECIDED
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.junit import Case, to_xml
-from pytest_int8bench.report.tables import Page
+from pytest_int8bench.report.tables import MARKDOWN_BYTES, Page
 from pytest_int8bench.results.locating import Run
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-#: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
-MARKDOWN_BYTES = 1 << 20
 #: Characters of an error: some quote what a file holds.
 _LONGEST = 2000
 

@@ -18,7 +18,7 @@ import torch._functorch.config
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.choices import COMPILE_MODES
-from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.compiler.backend import FusingInductor, load_inductor
 from pytest_int8bench.compiler.cache import (
     CompileCache,
@@ -143,6 +143,7 @@ class CompiledModel(torch.nn.Module):
         with self._regions:
             return self._entry(*args, **kwargs)
 
+    @untraced()
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
         start = synchronized_perf_counter()

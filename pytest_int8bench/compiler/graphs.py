@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -25,16 +26,17 @@ class Graph:
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.calls = 0
         """How often it ran."""
-        self._computed, self._dropped = _storages(module, inputs)
+        self._computed, self._dropped = _memory(module, inputs)
 
     def computes_with(self, tensor: torch.Tensor) -> bool:
         """Return whether an output of the graph depends on the memory that holds ``tensor``."""
-        return StorageWeakRef(tensor.untyped_storage()) in self._computed
+        return any(map(_Memory.of(tensor).overlaps, self._computed))
 
     def drops(self, tensor: torch.Tensor) -> bool:
         """Return whether the memory that holds ``tensor`` only leads to results that nobody uses,
         which compilers leave out."""
-        return StorageWeakRef(tensor.untyped_storage()) in self._dropped
+        is_there = any(map(_Memory.of(tensor).overlaps, self._dropped))
+        return is_there and not self.computes_with(tensor)
 
     def counted(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``compiled``, counting its calls."""
@@ -46,13 +48,34 @@ class Graph:
         return run
 
 
-def _storages(
-    module: fx.GraphModule, inputs: Sequence[Any]
-) -> tuple[set[StorageWeakRef], set[StorageWeakRef]]:
-    """Return the memory of the inputs that outputs depend on, and that of the others."""
+class _Memory(NamedTuple):
+    """Where the numbers of a tensor are. Layers may share a storage and have some of its rows."""
+
+    storage: StorageWeakRef
+    start: int
+    end: int
+    """Behind the last byte, counted from the start of the storage."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Memory:
+        last = sum(
+            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        end = start + int(last + 1) * tensor.itemsize if tensor.numel() else start
+        return cls(StorageWeakRef(tensor.untyped_storage()), start, end)
+
+    def overlaps(self, other: _Memory) -> bool:
+        apart = self.end <= other.start or other.end <= self.start
+        return self.storage == other.storage and not apart
+
+
+def _memory(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[set[_Memory], set[_Memory]]:
+    """Return the memory of the inputs that outputs depend on, and that of all inputs which some
+    outputs do not."""
     live = set(_needed(module.graph))
-    computed: set[StorageWeakRef] = set()
-    dropped: set[StorageWeakRef] = set()
+    computed: set[_Memory] = set()
+    dropped: set[_Memory] = set()
     placeholders = module.graph.find_nodes(op="placeholder")
     held = [*zip(placeholders, inputs, strict=False)]
     held += [
@@ -64,9 +87,22 @@ def _storages(
             continue
         for tensor in plain_tensors(value):
             if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                (computed if node in live else dropped).add(storage)
-    return computed, dropped - computed
+                dropped.add(_Memory.of(tensor))
+                if node in live:
+                    computed.update(map(_Memory.of, _used(node, tensor, live)))
+    return computed, dropped
+
+
+def _used(node: fx.Node, tensor: torch.Tensor, live: set[fx.Node]) -> list[torch.Tensor]:
+    """Return the parts of an input that outputs depend on: the rows that are taken from it, where
+    nothing else is done with it."""
+    users = [user for user in node.users if user in live]
+    rows: list[Any] = [user.args[1] for user in users if user.target is operator.getitem]
+    if not users or len(rows) < len(users) or not all(isinstance(r, slice) for r in rows):
+        return [tensor]
+    if not all(isinstance(end, int | None) for r in rows for end in (r.start, r.stop, r.step)):
+        return [tensor]
+    return [tensor[r] for r in rows]
 
 
 def _needed(graph: fx.Graph) -> Iterator[fx.Node]:

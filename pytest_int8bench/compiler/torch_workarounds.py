@@ -39,6 +39,35 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 COLLECTION_THRESHOLD = 20_000
 
 
+# -- what watches a model ----------------------------------------------------------------------
+
+
+def active_watchers() -> list[str]:
+    """Return what torch calls around each operator of this thread: profilers and modes, such as
+    that of a counter of operations.
+
+    Torch 2.11 to 2.13 has no public way to list them (torch/_C/_autograd.pyi, torch/overrides.py,
+    torch/utils/_python_dispatch.py), and none to pause a profiler that another owns.
+    """
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    # That of torch.set_default_device is a setting of the model's process.
+    found = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
+    return (["torch.profiler"] if torch._C._autograd._profiler_enabled() else []) + found
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor, or a view of it, was written to.
+
+    Autograd's notes name this counter; torch 2.11 to 2.13 has no public way to read it. Inference
+    tensors have none.
+    """
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
 # -- Dynamo -------------------------------------------------------------------------------------
 
 
@@ -305,6 +334,17 @@ def reset_failed_cuda_graph_warm_up() -> None:
     node = None if manager is None else manager.current_node
     if isinstance(node, cudagraph_trees.CUDAWarmupNode) and node.stack_traces is not None:
         node.stack_traces = node.stack_traces[: len(node.tensor_weakrefs)]
+
+
+def free_matmul_workspaces() -> None:
+    """Free the workspaces that cuBLAS keeps for the next matmul.
+
+    Recording a CUDA graph frees them (``clear_cublas_manager`` in
+    torch/_inductor/cudagraph_trees.py of torch 2.11 to 2.13), so that memory which was taken before
+    would be missing afterwards.
+    """
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def inductor_folder() -> str:

@@ -1,13 +1,14 @@
 """Saved runs of two commits, metric by metric.
 
 A saved file is one process. What differs by no more than the noise floor between processes is the
-same; where several files are given for a side, the floor is learned from them.
+same; where several files are given for a side, the floor is learned from them. A growth over a
+limit that the files do not show is suspected. :mod:`pytest_int8bench.gate.noise` says what they
+show.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from pytest_int8bench.environment import differences
 from pytest_int8bench.gate.limits import Rules
-from pytest_int8bench.gate.noise import NoiseFloors, metric_values, usable_results
+from pytest_int8bench.gate.noise import Noise, NoiseFloors, metric_values, typical, usable_results
 from pytest_int8bench.gate.outcomes import (
     ACCURACY_FAILED,
     DISABLED,
@@ -32,6 +33,7 @@ from pytest_int8bench.gate.outcomes import (
     REGRESSES,
     SAME,
     SKIPPED,
+    SUSPECTED,
     UNDECIDED,
     WITHIN,
     Change,
@@ -96,8 +98,8 @@ class Comparison:
 def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison:
     """Compare two sides, each of one file or more.
 
-    A metric regressed if its cost grew by more than its limit, and by more than the noise floor.
-    Several values of a side are taken at their median.
+    A metric regressed if its cost grew by more than its limit, and the growth is shown. Several
+    values of a side are taken at their geometric mean.
     """
     found = _differences(base, new)
     blocking = {name: values for name, values in found.items() if name not in rules.allow}
@@ -165,11 +167,11 @@ def _by_identity(records: Iterable[_Record]) -> dict[Identity, list[_Record]]:
     return found
 
 
-def _medians(results: Sequence[Result]) -> dict[str, float]:
+def _means(results: Sequence[Result]) -> dict[str, float]:
     found = {
         metric.name: metric_values(usable_results(results), metric) for metric in METRICS.values()
     }
-    return {name: statistics.median(values) for name, values in found.items() if values}
+    return {name: typical(values) for name, values in found.items() if values}
 
 
 # -- one run --------------------------------------------------------------------------------
@@ -193,8 +195,8 @@ def _compare_run(
         "nodeid": known.nodeid,
         "workload": known.workload,
         "run_name": known.run_name,
-        "base": _medians(base),
-        "new": _medians(new),
+        "base": _means(base),
+        "new": _means(new),
     }
 
     def entry(outcome: str, exit_code: int, reason: str | None = None) -> RunChange:
@@ -257,7 +259,8 @@ def _measured(
             side = "new run" if before else "base"
             lacking.append(f"{metric.option}: the {side} has no {metric.header}")
         if before and after:
-            change = _change(metric, before, after, limit, floors)
+            noise = floors.of(base[0].identity, metric)
+            change = _change(metric, before, after, limit, noise)
             if is_hot and metric.depends_on_clocks:
                 # Neither a slowdown nor its absence is evidence then.
                 change = dataclasses.replace(change, outcome=NOT_JUDGED)
@@ -279,12 +282,16 @@ def _measured(
             reason="; ".join(lacking),
             changes=tuple(changes),
         )
-    outcome = next((o for o in (REGRESSED, IMPROVED) if o in judged), SAME)
+    outcome = next((o for o in (REGRESSED, SUSPECTED, IMPROVED) if o in judged), SAME)
     return RunChange(
         **common,
         outcome=outcome,
-        exit_code=REGRESSES if outcome == REGRESSED else PASSES,
-        reason="; ".join(_over(change) for change in changes if change.outcome == REGRESSED)
+        exit_code={REGRESSED: REGRESSES, SUSPECTED: UNDECIDED}.get(outcome, PASSES),
+        reason="; ".join(
+            _over(change)
+            for change in changes
+            if change.outcome == outcome and outcome in (REGRESSED, SUSPECTED)
+        )
         or None,
         changes=tuple(changes),
     )
@@ -295,33 +302,45 @@ def _change(
     base: Sequence[float],
     new: Sequence[float],
     limit: float | None,
-    floors: NoiseFloors,
+    noise: Noise,
 ) -> Change:
-    growth = metric.growth(statistics.median(base), statistics.median(new))
-    floor, learned = floors.floor(metric, base, new)
+    growth = metric.growth(typical(base), typical(new))
     if limit is None:
         outcome = NOT_JUDGED
-    elif abs(growth) <= floor:
+    elif abs(growth) <= noise.floor:
         outcome = SAME
     elif growth < 0:
         outcome = IMPROVED
+    elif growth <= limit:
+        outcome = WITHIN
     else:
-        outcome = REGRESSED if growth > limit else WITHIN
+        outcome = REGRESSED if noise.is_shown else SUSPECTED
     return Change(
         metric=metric.name,
         growth=growth,
         limit=limit,
-        floor=floor,
-        learned=learned,
+        floor=noise.floor,
+        learned=noise.learned,
+        shown_from=noise.shown_from,
+        assumed=noise.assumed,
+        files_needed=noise.files_needed,
         outcome=outcome,
     )
 
 
 def _over(change: Change) -> str:
-    return (
-        f"{METRICS[change.metric].option}: {change.growth:+.1%}, limit {change.limit:.1%}"
-        f" (noise floor {change.floor:.1%})"
-    )
+    metric = METRICS[change.metric]
+    grew = f"{metric.option}: {change.growth:+.1%}, limit {change.limit:.1%}"
+    if change.outcome == REGRESSED:
+        return f"{grew} (noise floor {change.floor:.1%})"
+    why = "by the scatter of the files"
+    if change.assumed is not None:
+        why = f"if processes differ by {change.assumed:.1%}, as is assumed"
+    files = "more files"
+    if change.files_needed is not None:
+        files = f"{change.files_needed} files of the base"
+    who = f"int8bench ab or {files}" if metric.is_time_of_batch else files
+    return f"{grew}, shown from {change.shown_from:.1%} on {why}: {who} can decide"
 
 
 def _reason(results: Sequence[Result], status: str) -> str:

@@ -1,33 +1,80 @@
-"""Estimate noise floors: differences that repeated runs of the same code show."""
+"""Say which growths saved files can show, by the noise between processes.
+
+A file is one process. The test compares the means of the logs of both sides: unchanged code gives a
+difference of 0, with the noise of a process times ``sqrt(1 / files + 1 / files)``. All metrics of
+all runs that are judged are one family, corrected by Holm, so that unchanged code regresses in at
+most 5 % of comparisons.
+
+How noisy processes are is seen where a side has several files: the standard deviation of the logs
+inside the sides, of the run or pooled over all runs, whichever is larger. With few files it cannot
+be trusted: clocks that have two states can be in one of them in all files of a side, and look as
+steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import Identity
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.records import Result
 
-_LEVEL = 0.05
+#: Family-wise error of "regressed", for code that did not change.
+LEVEL = 0.05
 #: Floors that are learned are not below this: files hold rounded figures.
 _LEAST_FLOOR = 0.001
 #: Logs of absurd files, whose exponential would not be finite.
 _WIDEST = 100.0
+#: Fewer degrees of freedom would ask for growths that nobody would miss.
+_LEAST_FREEDOM = 4
 
 
-# -- noise ----------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What the noise allows to be said of one metric of one run."""
+
+    floor: float
+    """Growth, relative, that is no difference."""
+    learned: bool
+    """The floor comes from the scatter of the files."""
+    shown_from: float | None = None
+    """Growth from which on the files show a regression. None where the floor was given."""
+    assumed: float | None = None
+    """Standard deviation between processes that was assumed; None where the files show it, or show
+    a larger one."""
+    files_needed: int | None = None
+    """Files of the base that would show the noise; None where there are enough."""
+    is_shown: bool = True
+    """This growth is shown, at the family's level."""
+
+
+class _Sample(NamedTuple):
+    """The logs of one metric of one run: those of the cost, that is."""
+
+    base: list[float]
+    new: list[float]
+    is_judged: bool
+
+    @property
+    def scatter(self) -> tuple[float, int]:
+        """Sum of squares around the mean of each side, and its degrees of freedom."""
+        squares = sum(_squares(side) for side in (self.base, self.new))
+        return squares, sum(max(len(side) - 1, 0) for side in (self.base, self.new))
+
+
+def _squares(logs: Sequence[float]) -> float:
+    mean = statistics.fmean(logs) if logs else 0.0
+    return sum((log - mean) ** 2 for log in logs)
 
 
 class NoiseFloors:
-    """Noise between processes, for each metric, from what the files of a side differ by.
-
-    The standard deviation of the log values inside a side is pooled over all runs of a metric; a
-    run that is noisier than that has its own. The floor is the half-width of the two-sided 95 %
-    interval (Student's t) of the difference of both sides' means.
-    """
+    """Noise between processes, for each metric of each run of two sides."""
 
     def __init__(
         self,
@@ -35,50 +82,161 @@ class NoiseFloors:
         new: Mapping[Identity, list[Result]],
         rules: Rules,
     ) -> None:
-        self._rules = rules
-        self._pooled: dict[str, tuple[float, int]] = {}
-        for metric in METRICS.values():
-            parts = [
-                _scatter(values)
-                for side in (base, new)
-                for results in side.values()
-                if len(values := metric_values(usable_results(results), metric)) > 1
-            ]
-            freedom = sum(freedom for _, freedom in parts)
-            if freedom:
-                self._pooled[metric.name] = (sum(squares for squares, _ in parts), freedom)
+        self._found: dict[tuple[Identity, str], Noise] = {}
+        samples: dict[tuple[Identity, str], _Sample] = {}
+        for identity in dict.fromkeys((*base, *new)):
+            sides = [usable_results(side.get(identity, ())) for side in (base, new)]
+            for metric in METRICS.values():
+                values = [metric_values(side, metric) for side in sides]
+                if not any(values):
+                    continue
+                known = next(iter(sides[0] or sides[1]))
+                limit = rules.limit(metric.name, known.run_name, known.nodeid)
+                is_judged = limit is not None and metric.name not in rules.floors
+                sign = -1 if metric.higher_is_better else 1
+                before, after = ([sign * math.log(value) for value in side] for side in values)
+                samples[identity, metric.name] = _Sample(before, after, is_judged)
+        self._judge(samples, rules)
 
-    def floor(
-        self, metric: Figure, base: Sequence[float], new: Sequence[float]
-    ) -> tuple[float, bool]:
-        """Return the floor for a run with these values, and whether it was learned."""
-        if metric.name in self._rules.floors:
-            return self._rules.floors[metric.name], False
-        if metric.name not in self._pooled:
-            return metric.floor, False
-        from scipy.stats import t
+    def of(self, identity: Identity, metric: Figure) -> Noise:
+        """Return the noise of a metric that both sides have."""
+        return self._found[identity, metric.name]
 
-        squares, freedom = self._pooled[metric.name]
-        own = [_scatter(values) for values in (base, new) if len(values) > 1]
-        own_freedom = sum(part for _, part in own)
-        own_variance = sum(part for part, _ in own) / own_freedom if own_freedom else 0.0
-        deviation = math.sqrt(max(squares / freedom, own_variance))
-        width = float(t.ppf(1 - _LEVEL / 2, freedom)) * deviation
-        width *= math.sqrt(1 / len(base) + 1 / len(new))
-        return max(math.expm1(min(width, _WIDEST)), _LEAST_FLOOR), True
+    def _judge(self, samples: Mapping[tuple[Identity, str], _Sample], rules: Rules) -> None:
+        pooled = {name: _pooled(samples, name) for name in METRICS}
+        # Runs of the base count in the family before they are measured, as in a session of pytest.
+        family = max(sum(sample.is_judged and bool(sample.base) for sample in samples.values()), 1)
+        tests = {
+            key: _Test(METRICS[key[1]], sample, pooled[key[1]])
+            for key, sample in samples.items()
+            if sample.base and sample.new
+        }
+        judged = [key for key in tests if samples[key].is_judged]
+        is_shown = dict(zip(judged, _holm([tests[key].p for key in judged], family), strict=True))
+        left = LEVEL / max(family - sum(is_shown.values()), 1)
+        for key, test in tests.items():
+            if (given := rules.floors.get(key[1])) is not None:
+                self._found[key] = Noise(floor=given, learned=False)
+                continue
+            self._found[key] = test.noise(left, is_shown=is_shown.get(key, False))
 
 
-def _scatter(values: Sequence[float]) -> tuple[float, int]:
-    """Return the sum of squares of the logs around their mean, and its degrees of freedom."""
-    logs = [math.log(value) for value in values]
-    mean = statistics.fmean(logs)
-    return sum((log - mean) ** 2 for log in logs), len(logs) - 1
+def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> float:
+    """Return the standard deviation of a metric inside the sides of all runs."""
+    parts = [sample.scatter for (_, metric), sample in samples.items() if metric == name]
+    freedom = sum(freedom for _, freedom in parts)
+    return math.sqrt(sum(squares for squares, _ in parts) / freedom) if freedom else 0.0
+
+
+class _Test:
+    """One-sided test of one metric of one run: did its cost grow?
+
+    With four degrees of freedom or more it is a t test: for one new file, that is the prediction
+    interval of the base's scatter. Where the files are too few to show the noise, the growth must
+    exceed what processes that differ by ``Figure.spread`` would show, too.
+    """
+
+    def __init__(self, metric: Figure, sample: _Sample, pooled: float) -> None:
+        self._metric = metric
+        squares, self._freedom = sample.scatter
+        own = math.sqrt(squares / self._freedom) if self._freedom else 0.0
+        self._seen = max(own, pooled)
+        self._files = len(sample.base), len(sample.new)
+        self._error = math.sqrt(1 / self._files[0] + 1 / self._files[1])
+        self._difference = statistics.fmean(sample.new) - statistics.fmean(sample.base)
+
+    @property
+    def _assumed(self) -> float | None:
+        """The standard deviation that processes differ by at least; None where files show it."""
+        if shows_noise(*self._files):
+            return None
+        return max(self._metric.assumed_spread, self._seen)
+
+    @property
+    def p(self) -> float:
+        """Of H0: the cost did not grow."""
+        from scipy import special
+
+        p = 0.0 if self._difference > 0 else 1.0
+        difference = self._difference / self._error
+        if self._freedom >= _LEAST_FREEDOM and self._seen:
+            p = float(special.stdtr(self._freedom, -difference / self._seen))
+        if self._assumed is not None:
+            p = max(p, float(special.ndtr(-difference / self._assumed)))
+        return p
+
+    def noise(self, level: float, *, is_shown: bool) -> Noise:
+        """Return what the noise allows to be said, at the level that is left for this test."""
+        from scipy import special
+
+        normal = -float(special.ndtri(level)) * self._error
+        learned = self._seen > 0 or self._freedom > 0
+        floor = self._metric.floor
+        if learned:
+            floor = max(_share(normal * self._seen), _LEAST_FLOOR)
+        reach = 0.0
+        if self._freedom >= _LEAST_FREEDOM:
+            reach = -float(special.stdtrit(self._freedom, level)) * self._error * self._seen
+        assumed = self._assumed
+        is_binding = assumed is not None and assumed > self._seen and normal * assumed > reach
+        return Noise(
+            floor=floor,
+            learned=learned,
+            shown_from=max(_share(max(reach, normal * (assumed or 0.0))), floor),
+            assumed=assumed if is_binding else None,
+            files_needed=None if assumed is None else files_needed(self._files[1]),
+            is_shown=is_shown,
+        )
+
+
+def _share(log: float) -> float:
+    return math.expm1(min(log, _WIDEST))
+
+
+def shows_noise(base: int, new: int) -> bool:
+    """Return whether so many files show the noise between processes without an assumption.
+
+    If processes have two states, all files of the base can be in one of them and all new ones in
+    the other: the files look steady, and the difference real. However often each state is, that has
+    a probability of at most ``base ** base * new ** new / files ** files``. It must be under the
+    level, as it is from 7 and 1, 4 and 2, or 3 and 3 files on.
+    """
+    files = base + new
+    chance = math.exp(base * math.log(base / files) + new * math.log(new / files))
+    return files - 2 >= _LEAST_FREEDOM and chance <= LEVEL
+
+
+def files_needed(new: int) -> int:
+    """Return how many files of the base show the noise, with so many new ones."""
+    return next(base for base in itertools.count(1) if shows_noise(base, new))
+
+
+def _holm(p: Sequence[float], family: int) -> list[bool]:
+    """Return which hypotheses are rejected, with a family-wise error of ``LEVEL`` however the tests
+    depend on each other.
+
+    Holm, Scandinavian Journal of Statistics 6, 1979, 65-70: the i-th smallest of the p-values times
+    the number of hypotheses less i - 1, until one is over the level.
+    """
+    rejected = [False] * len(p)
+    for place, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[index] * (family - place) > LEVEL:
+            break
+        rejected[index] = True
+    return rejected
 
 
 def metric_values(results: Iterable[Result], metric: Figure) -> list[float]:
     """Return the values of a metric; those not above 0 have no relative growth."""
     found = (metric.of(result) for result in results)
     return [float(value) for value in found if value is not None and value > 0]
+
+
+def typical(values: Sequence[float]) -> float:
+    """Return the geometric mean, the mean of the logs."""
+    if min(values) == max(values):
+        return values[0]  # as it was measured, without rounding
+    return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def usable_results(results: Iterable[Result]) -> list[Result]:

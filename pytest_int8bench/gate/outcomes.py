@@ -9,10 +9,13 @@ Identity = tuple[str, ...]
 
 #: Outcomes of a run, in the order in which they are counted.
 REGRESSED, IMPROVED, SAME, NEW, MISSING = "regressed", "improved", "same", "new", "missing"
+#: Worse by more than the limit, but no more than processes of the same code may differ by.
+SUSPECTED = "suspected"
 OOM, FAILED, ACCURACY_FAILED = "oom", "failed", "accuracy-failed"
 SKIPPED, DISABLED, INCOMPARABLE = "skipped", "disabled", "incomparable"
 OUTCOMES = (
     REGRESSED,
+    SUSPECTED,
     IMPROVED,
     SAME,
     NEW,
@@ -46,6 +49,14 @@ class Change:
     learned: bool
     """The floor comes from the files given, not from the metric's default or the rules."""
     outcome: str
+    shown_from: float | None = None
+    """Growth from which on the files show a regression, corrected for all that is judged; None
+    where the rules give the floor, which decides then."""
+    assumed: float | None = None
+    """Standard deviation between processes that was assumed; None where the files show it, or show
+    a larger one."""
+    files_needed: int | None = None
+    """Files of the base with which nothing is assumed; None where there are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +76,8 @@ class RunChange(Compared):
     """One run of both sides."""
 
     base: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> median over the files of the base, in the unit of the field of ``Result``."""
+    """Metric -> geometric mean over the files of the base, in the unit of the field of
+    ``Result``."""
     new: Mapping[str, float] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
     """Of the metrics that both sides have; empty where the run could not be compared."""

@@ -10,7 +10,7 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.limits import Rules
-from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, RunChange
+from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, SUSPECTED, RunChange
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved
@@ -70,8 +70,8 @@ class SessionGate:
         found = compare(self._base, [run], self._rules)
         [change] = [entry for entry in found.runs if _is_of(entry, result)]
         self._judged[result.nodeid] = change
-        if change.exit_code == PASSES:
-            return
+        if change.exit_code == PASSES or change.outcome == SUSPECTED:
+            return  # one process cannot show it: the summary lists it
         kind = RegressionError if change.exit_code == REGRESSES else IncomparableError
         name = point_label(result.workload, result.run_name)
         raise kind(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
@@ -113,14 +113,14 @@ class SessionGate:
         return lines
 
     def summary(self) -> list[str]:
-        """Return what came out, and the points that have no baseline."""
+        """Return what came out, the points that are suspected, and those without a baseline."""
         count = Counter(change.outcome for change in self._judged.values())
         listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "nothing"
-        new = [change for change in self._judged.values() if change.outcome == NEW]
+        found = [c for o in (SUSPECTED, NEW) for c in self._judged.values() if c.outcome == o]
         return [
             f"compared with {self.name}: {listed}",
             *(f"{run.path}: {broken}" for run in self._base if (broken := run.saved.broken())),
-            *(f"new: {point_label(c.workload, c.run_name)}: {c.reason}" for c in new),
+            *(f"{c.outcome}: {point_label(c.workload, c.run_name)}: {c.reason}" for c in found),
         ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.kernels import reference
+from pytest_int8bench.kernels.fused_weight import FusedWeight
+from pytest_int8bench.kernels.weight import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Int8Linear(nn.Linear):
         stop: the row after its last one.
     """
 
+    quantizes_rows = True
+
     def __init__(self, block: Block, start: int, stop: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = block.weight.shape[1], stop - start
@@ -100,10 +103,12 @@ class Int8Linear(nn.Linear):
         return self._tensors()[1]
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> FusedWeight:  # type: ignore[override]
         """The weight (N, K) in the dtype it had, or that the model was cast to, for code that reads
-        it. Computed each time."""
-        return reference.dequantized(self.int8_weight, self.weight_scale, self.block.dtype)
+        it or multiplies by it. Made each time."""
+        block = self.block
+        int8, scale, _ = self._tensors()
+        return FusedWeight(int8, scale, block.factor, block.dtype, self.quantizes_rows)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -131,7 +136,7 @@ class Int8Linear(nn.Linear):
             input, "none", "none", None, None, None, 0.0, self.block.factor, False
         )
         out: torch.Tensor = torch.ops.int8bench.linear.default(
-            q, scale, *self._tensors(), None, None, input.dtype
+            q, scale, *self._tensors(), None, None, autocast_dtype(input)
         )
         return out
 
@@ -142,6 +147,8 @@ class Int8Linear(nn.Linear):
 
 class WeightOnlyLinear(Int8Linear):
     """A linear layer with INT8 weights that multiplies in the dtype of its input."""
+
+    quantizes_rows = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""

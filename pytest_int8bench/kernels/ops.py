@@ -1,10 +1,11 @@
 """The operators of the fused backend, as ``torch.ops.int8bench``.
 
-``quantize_rows``, ``linear`` and ``dequantize`` have fake implementations, so that
-``torch.compile(fullgraph=True)`` and dynamic shapes accept them. They run Triton kernels on CUDA
-(:mod:`.cuda`) and plain torch (:mod:`.reference`) elsewhere, and are for inference: a backward pass
-through them is an error. ``dequantized_linear`` is plain torch, which compilers see into; it is an
-operator so that passes find the layers in a graph.
+``quantize_rows``, ``linear``, ``dequantize`` and ``read_weight`` have fake implementations, so that
+``torch.compile(fullgraph=True)`` and dynamic shapes accept them. The first three run Triton kernels
+on CUDA (:mod:`.cuda`) and plain torch (:mod:`.reference`) elsewhere; all are for inference: a
+backward pass through them is an error. ``read_weight`` is an operator so that profiles show it.
+``dequantized_linear`` is plain torch, which compilers see into; it is an operator so that passes
+find the layers in a graph.
 """
 
 from __future__ import annotations
@@ -192,6 +193,15 @@ def _dequantize_of_fakes(
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
 
 
+def _read_weight(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """Return the values of a weight, of which ``factor`` multiplied the input."""
+    return values.clone() if factor is None else (values * factor).to(values.dtype)
+
+
+def _read_weight_of_fakes(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(values)
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one: Triton launches there, wherever the tensors are."""
     if device.index == torch.cuda.current_device():
@@ -208,6 +218,7 @@ def _register() -> None:
         (SCHEMAS[0], _quantize_rows, _quantize_rows_on_cuda, _quantize_rows_of_fakes),
         (SCHEMAS[1], _linear, _linear_on_cuda, _linear_of_fakes),
         (SCHEMAS[2], _dequantize, _dequantize_on_cuda, _dequantize_of_fakes),
+        (SCHEMAS[3], _read_weight, _read_weight, _read_weight_of_fakes),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

@@ -22,4 +22,7 @@ SCHEMAS = (
         " Tensor? gamma, Tensor? residual, ScalarType dtype) -> Tensor"
     ),
     "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
+    "read_weight(Tensor values, Tensor? factor) -> Tensor",
 )
+#: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
+READ_OPERATOR = "int8bench::read_weight"

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from pytest_int8bench.attention import FlashSDPA, backends_of
-from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.clock import synchronized_perf_counter, untraced
 
 _ROUNDS = 5
 _ROUND_S = 0.002
@@ -136,6 +136,7 @@ def _total_s(attention: str, calls: Mapping[Call, int], timer: Callable[[], floa
             return math.inf
 
 
+@untraced()
 def _median_s(run: Callable[[], object], timer: Callable[[], float]) -> float:
     run()  # what is loaded and planned at the first call
     start = timer()

@@ -17,11 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from pytest_int8bench.compiler.torch_workarounds import OpOverload, without_compilation
 from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.measure.casting import cast_module, kept_by_library
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.tensors import call, map_tensors, tensors_of
+from pytest_int8bench.tensors import call, cast, deep_copy, map_tensors, tensors_of
 from pytest_int8bench.workloads.weights import (
     HUB,
     RANDOM,
@@ -76,9 +77,10 @@ def build_eager(
     """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
     ``params``, and not compiled.
 
-    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. Modules that
-    ``workload.keep_fp32`` names are FP32 in both cases. ``build`` sees the point of the baseline,
-    unless the workload is prequantized: both sides of a comparison are built in one way.
+    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. FP32 in both
+    cases are modules that ``workload.keep_fp32`` names, and what transformers keeps in FP32 when it
+    loads a model in BF16. ``build`` sees the point of the baseline, unless the workload is
+    prequantized: both sides of a comparison are built in one way.
 
     Args:
         workload: what to build.
@@ -120,7 +122,7 @@ def run_once(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     """Run one forward eagerly, on a copy of ``inputs`` and with seeded generators, so that it can
     be repeated."""
     with _seeded(device), torch.compiler.set_stance("force_eager"):
-        return call(model, map_tensors(lambda t: t.to(device, copy=True), inputs))
+        return call(model, deep_copy(inputs, device_of=lambda tensor: device))
 
 
 def fingerprint(model: nn.Module) -> tuple[int, ...]:
@@ -182,19 +184,11 @@ def _cast_all(model: nn.Module, workload: Workload, params: RunParams) -> None:
     quantized = {
         id(part) for module in model.modules() if is_quantized(module) for part in module.modules()
     }
-    for module in model.modules():
+    kept_names = kept_by_library(model) if params.bf16 else frozenset()
+    for name, module in model.named_modules():
         low = params.bf16 and id(module) not in kept
         if id(module) not in quantized:
-            _cast(module, torch.bfloat16 if low else torch.float32)
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters(recurse=False):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.is_floating_point():
-            module._buffers[name] = buffer.to(dtype)
+            cast_module(module, torch.bfloat16 if low else torch.float32, name, kept_names)
 
 
 def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> Any:
@@ -255,7 +249,7 @@ def _placed(inputs: Any, workload: Workload, params: RunParams, device: torch.de
     dtype = torch.bfloat16 if params.bf16 else torch.float32
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
-        placed = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        placed = (cast(tensor, dtype) if tensor.is_floating_point() else tensor).to(device)
         if workload.channels_last and placed.dim() == 4:
             placed = placed.contiguous(memory_format=torch.channels_last)
         return placed

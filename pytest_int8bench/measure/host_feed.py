@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pytest_int8bench.clock import untraced
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.tensors import map_tensors
 
@@ -149,6 +150,7 @@ class HostFeed:
             self.close()
             raise
 
+    @untraced()  # threads that pin memory would be traced for good
     def _open(self) -> tuple[_Slot, _Slot]:
         if self.workers is None:
             self.workers = workers_for(
@@ -387,9 +389,8 @@ def _layout(tensors: Sequence[torch.Tensor]) -> list[_Part]:
 
 
 def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def _free_shared_bytes() -> int | None:

@@ -11,8 +11,15 @@ from torch import nn
 
 from pytest_int8bench.attention import general_backends
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100, graphs_skipped
+from pytest_int8bench.compiler.compiled_model import (
+    CUDA_GRAPH_MODES,
+    CompiledModel,
+    compile_for_a100,
+    graphs_skipped,
+)
+from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
 from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
+from pytest_int8bench.measure.batches import WRITES, Batch, BatchRun, to_device
 from pytest_int8bench.measure.building import check_dense
 from pytest_int8bench.measure.evidence import Evidence, Keep, check_labels, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed
@@ -25,11 +32,12 @@ from pytest_int8bench.measure.layers import (
 )
 from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
 from pytest_int8bench.measure.memory import allocated_bytes, collect_garbage, peak_memory
+from pytest_int8bench.measure.repeats import Buffers, has_nan, is_finite, joined, repeats, sample_of
 from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage, weight_storage
 from pytest_int8bench.quantization.modes import MODES
-from pytest_int8bench.tensors import call, map_tensors, tensors_of
+from pytest_int8bench.tensors import call, tensors_of
 
 if TYPE_CHECKING:
     from pytest_int8bench.workloads.workload import Workload
@@ -57,6 +65,8 @@ class Ready:
     """Shape and dtype of each output tensor."""
     finite: bool
     """No output holds NaN or infinity."""
+    has_nan: bool
+    """An output holds NaN."""
     compile_cache: str | None = None
     """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
     cuda_graphs_skipped: bool = False
@@ -65,6 +75,8 @@ class Ready:
     """Repeated blocks that were compiled once for all."""
     regions_refused: str | None = None
     """Why blocks that repeat were compiled one by one; None if they were not."""
+    remark: str | None = None
+    """What the reader should know about how the model treats its inputs and its state."""
 
 
 class Model:
@@ -75,18 +87,19 @@ class Model:
         workload: Workload,
         params: RunParams,
         eager: nn.Module,
-        inputs: Any,
+        batch: Batch,
         *,
         device: torch.device,
         weight_bytes: int,
         attention: str,
         cache_dir: Path | None,
         feed: HostFeed | None = None,
+        baseline: Model | None = None,
     ) -> None:
         self.workload = workload
         self.params = params
         self.eager = eager
-        self.inputs = inputs
+        self.batch = batch
         self.device = device
         self.feed = feed
         """Where the batches come from with ``feed=host``."""
@@ -98,6 +111,13 @@ class Model:
             attention=attention,
             cache_dir=cache_dir,
         )
+        self.run = BatchRun(self.compiled, batch, device, feed)
+        """Submits one batch and returns the output. With ``feed=host`` it comes from the host, and
+        the next one is on its way meanwhile."""
+        self.run_again = BatchRun(self.compiled, batch, device, feed, again=True)
+        """Submits the batch of the last :attr:`run` once more, which is on the device."""
+        # The candidate's model may have run before, to be compared with the baseline's.
+        self._buffers: Buffers = Buffers(eager, None if baseline is None else baseline._buffers)
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
@@ -110,14 +130,14 @@ class Model:
         """Whether :meth:`ready` has compiled and warmed up."""
         return self._ready is not None
 
-    def run(self) -> Any:
-        """Submit one batch and return the output. With ``feed=host`` it comes from the host, and
-        the next one is on its way meanwhile."""
-        return call(self.compiled, self.inputs if self.feed is None else next(self.feed))
+    @property
+    def inputs(self) -> Any:
+        """One batch, to look at: what is called with it may write to it."""
+        return self.batch.inputs
 
-    def run_again(self) -> Any:
-        """Submit the batch of the last :meth:`run` once more, which is on the device."""
-        return call(self.compiled, self.inputs if self.feed is None else self.feed.current)
+    def fresh_inputs(self) -> Any:
+        """Return a copy of the batch on the device, as it was made."""
+        return to_device(self.batch.fresh(), self.device)
 
     def evidence(self, keep: Keep | None = None) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.
@@ -132,6 +152,7 @@ class Model:
             profiled: list[Evidence] = []
             with self.compiled.entered():
                 self._compile_again()
+                self.run.prepare(1)
                 may_break = self.compiled.mode != "off" and not self.compiled.fullgraph
                 graphs = self.compiled.graphs_run(
                     lambda: profiled.append(
@@ -174,8 +195,8 @@ class Model:
             check_same_work(theirs, ours, self.params)
 
     def run_eager(self) -> Any:
-        """Run the model eagerly, on a batch that is on the device."""
-        inputs = to_device(self.inputs, self.device)
+        """Run the model eagerly, on a copy of the batch."""
+        inputs = self.fresh_inputs()
         with self.compiled.settings():
             return call(self.eager, inputs)
 
@@ -230,45 +251,66 @@ class Model:
             self.feed.open()
             on_device = self.feed.nbytes
         collect_garbage(self.device)
+        if self.compiled.mode in CUDA_GRAPH_MODES:
+            free_matmul_workspaces()  # of eager matmuls, which recording the graph will free
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
-        output = self.run()
+        output = self._first_call()
         check_dense(self.workload, "outputs", output)
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
-        tensors = list(tensors_of(output))
-        if not tensors:
+        if not list(tensors_of(output)):
             raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
-        outputs = _describe(output)
-        finite = all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
-        del output, tensors
+        outputs, first = _describe(output), sample_of(output)
+        finite, nan = is_finite(tensors_of(output)), has_nan(tensors_of(output))
+        del output
         # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
         # call records the graph and with it allocates what each replay uses.
         skips = graphs_skipped()
         with peak_memory(self.device) as peak:
             warm = warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
             peak_bytes = peak()
-        again = _describe(self.run())
+        if self.batch.is_written and self.feed is None:
+            other_bytes += on_device  # what is copied is not what a call gets
+        self._buffers.settle()
+        output = self._call_once()
+        self._buffers.compare()
+        again = _describe(output)
         if again != outputs:
             raise WorkloadError(
                 f"workload {self.workload.name!r}: the same inputs gave {_listed(outputs)} at the "
                 f"first call and {_listed(again)} at a later one"
             )
+        self.batch.check()
+        changing = self._buffers.remark() or repeats(first, sample_of(output))
+        self.restore()
         return Ready(
             compile_s=self.compiled.first_call_s,
             warm_up=warm,
             peak_memory_bytes=None if peak_bytes is None else peak_bytes - other_bytes,
             tokens=tokens,
             outputs=outputs,
-            finite=finite,
+            finite=finite and is_finite(tensors_of(output)),
+            has_nan=nan or has_nan(tensors_of(output)),
             compile_cache=self.compiled.compile_cache,
             cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
             regions=self.compiled.regions,
             regions_refused=self.compiled.regions_refused,
+            remark=joined(WRITES if self.batch.is_written else None, changing),
         )
 
+    def _first_call(self) -> Any:
+        """Call the model and look whether it writes to its inputs, also where it fails."""
+        given = self.batch.inputs if self.feed is None else self.fresh_inputs()
+        try:
+            return call(self.compiled, given)
+        finally:
+            self.batch.check(given)
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Return inputs that may be on the host, with ``feed=host``, on the device."""
-    return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
+    def _call_once(self) -> Any:
+        return self.run() if self.feed is None else call(self.compiled, self.fresh_inputs())
+
+    def restore(self) -> None:
+        """Put back the buffers that every call changes, before a call whose output counts."""
+        self._buffers.restore()
 
 
 def _describe(output: Any) -> Outputs:

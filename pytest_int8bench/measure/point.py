@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.environment import gpu_state
 from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.measure.batches import check_late_writes
 from pytest_int8bench.measure.device_time import kernels_of, upper_bound
 from pytest_int8bench.measure.energy import EnergyCounter, counter_of
 from pytest_int8bench.measure.evidence import Keep
@@ -24,9 +25,11 @@ from pytest_int8bench.measure.feeding import FeedWatch, with_cost
 from pytest_int8bench.measure.memory import oom_of, release, requested_bytes
 from pytest_int8bench.measure.model import Model, Ready
 from pytest_int8bench.measure.pool import Key, ModelPool
+from pytest_int8bench.measure.repeats import joined
 from pytest_int8bench.measure.steps import Step, built, interleave, side_by_side, step_label, warmed
 from pytest_int8bench.measure.timing import Plan, Run, Timer, pilot, summarize
 from pytest_int8bench.measure.traces import Profiles
+from pytest_int8bench.measure.watchers import tracer_remark
 from pytest_int8bench.nvml import throttled
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
@@ -140,6 +143,7 @@ class Throughput:
     def _measure(
         self, workload: Workload, params: RunParams, time_rounds: TimeRounds, nodeid: str
     ) -> Result:
+        traced = tracer_remark()
         prepared = self._prepare(workload, params)
         model, baseline, remark = prepared.model, prepared.baseline, prepared.remark
         units = _units(model, prepared.ready)
@@ -147,14 +151,14 @@ class Throughput:
         if feeding is not None and self._with_evidence:
             feeding = self._cost_of(feeding, model)
         comparison, covered = None, None
-        remarks = [remark]
         if params.int8_enabled:
             comparison, problem = self._compare(baseline, model, rounds.timing.median_s)
-            remarks = [remark or problem]
+            remark = remark or problem
             covered = coverage(model.eager)
         interleaved = comparison if comparison and comparison.is_interleaved else None
         if baseline is not None and interleaved is not None:
             baseline.evidence()  # checks its labels
+        remarks = [remark, traced, prepared.ready.remark, _nan_remark(prepared)]
         kernels, bound = None, None
         if self._with_evidence:
             kernels = kernels_of(model, self._keep(model))
@@ -178,7 +182,7 @@ class Throughput:
             coverage=covered,
             kernels=kernels,
             bound=bound,
-            remark="; ".join(filter(None, remarks)) or None,
+            remark=joined(*remarks),
         )
 
     # -- the models ---------------------------------------------------------------------------
@@ -247,8 +251,10 @@ class Throughput:
                 times = time_rounds(model.run, plan)
                 end_s = self._timer()
             feeding = watch.waited()
+        check_late_writes(model.workload.name, model.batch)
         after = gpu_state()
-        watts = counter.watts(start, end_s)
+        # Between rounds, inputs that the model writes to are made anew.
+        watts = None if model.batch.is_written else counter.watts(start, end_s)
         timing = summarize(times)
         rounds = Rounds(
             timing=timing,
@@ -314,9 +320,11 @@ class Throughput:
         self, baseline: Model, candidate: Model, batch_s: tuple[float, float]
     ) -> float | None:
         """Return the baseline's energy over the candidate's, or None where it is not known."""
+        if candidate.batch.is_written:  # each call would count the copy of its inputs too
+            return None
         counter = self._energy_counter(candidate.device)
         try:
-            with side_by_side(baseline, candidate):
+            with side_by_side(baseline, candidate), untraced():
                 return counter.ratio(
                     baseline.run,
                     candidate.run,
@@ -369,11 +377,21 @@ def _units(model: Model, ready: Ready) -> Units:
     return Units(**{unit: float(count) for unit, count in units.items()})
 
 
+def _nan_remark(prepared: Prepared) -> str | None:
+    """Return whose outputs hold NaN; a candidate with NaN where its baseline has none has
+    failed."""
+    if not prepared.ready.has_nan:
+        return None
+    both = prepared.baseline is not None
+    whose = "the outputs of baseline and candidate hold" if both else "the model's output holds"
+    return f"{whose} NaN"
+
+
 def _compare_outputs(baseline: Ready, candidate: Ready, params: RunParams) -> None:
     if baseline.outputs != candidate.outputs:
         raise OutputError(
             f"{params.run_name}: outputs of baseline and candidate differ in shape or dtype: "
             f"{baseline.outputs} against {candidate.outputs}"
         )
-    if baseline.finite and not candidate.finite:
+    if (baseline.finite and not candidate.finite) or candidate.has_nan > baseline.has_nan:
         raise OutputError(f"{params.run_name}: the candidate's output holds NaN or infinity")

@@ -16,6 +16,7 @@ from torch import nn
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
+from pytest_int8bench.measure.batches import Batch, to_device
 from pytest_int8bench.measure.building import (
     build_eager,
     calibration_inputs,
@@ -33,9 +34,10 @@ from pytest_int8bench.measure.memory import (
     free_memory,
     oom_of,
 )
-from pytest_int8bench.measure.model import Model, to_device
+from pytest_int8bench.measure.model import Model
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, is_quantized
+from pytest_int8bench.quantization.weights import make_readable
 from pytest_int8bench.tensors import call, map_tensors
 from pytest_int8bench.workloads.weights import RANDOM
 
@@ -79,7 +81,7 @@ class ModelPool:
         self._fingerprints: dict[Key, tuple[int, ...]] = {}
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
-        self._inputs: tuple[Key, Any] | None = None
+        self._inputs: tuple[Key, Batch] | None = None
         # Keys hold ids of what workloads refer to; kept alive, an id is not used again.
         self._seen: list[Workload] = []
         self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -98,8 +100,8 @@ class ModelPool:
                 if held == role or kept.baseline() != key.baseline():
                     self.evict(held)
             try:
-                inputs = self.batch(workload, params)
-                self._models[role] = self._build(workload, params, inputs)
+                batch = self._batch(workload, params)
+                self._models[role] = self._build(workload, params, batch)
             except Exception as error:
                 if oom_of(error):
                     free_memory()
@@ -113,10 +115,17 @@ class ModelPool:
 
     def batch(self, workload: Workload, params: RunParams) -> Any:
         """Return the inputs of ``params``, shared by baseline and candidate."""
+        return self._batch(workload, params).inputs
+
+    def fresh_batch(self, workload: Workload, params: RunParams) -> Any:
+        """Return a copy of the inputs of ``params`` on the device."""
+        return to_device(self._batch(workload, params).fresh(), find_device(params))
+
+    def _batch(self, workload: Workload, params: RunParams) -> Batch:
         key = self.key(workload, params.baseline())
         if self._inputs is None or self._inputs[0] != key:
             self._inputs = None
-            self._inputs = (key, make_inputs(workload, params, find_device(params)))
+            self._inputs = (key, Batch(make_inputs(workload, params, find_device(params))))
         return self._inputs[1]
 
     def evict(self, role: str) -> None:
@@ -165,12 +174,12 @@ class ModelPool:
         it: for a look at one of many ways to quantize."""
         baseline = self.get(workload, params.baseline())
         point = params.replace(compile_mode="off")
-        model = self._build(workload, point, baseline.inputs, copy_first=True)
+        model = self._build(workload, point, baseline.batch, copy_first=True)
         model.params = params  # whose evaluations and baseline are the point's
         return model
 
     def _build(
-        self, workload: Workload, params: RunParams, inputs: Any, *, copy_first: bool = False
+        self, workload: Workload, params: RunParams, batch: Batch, *, copy_first: bool = False
     ) -> Model:
         device = find_device(params)
         collect_garbage(
@@ -179,16 +188,17 @@ class ModelPool:
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
         if params.int8_enabled and baseline is not None and not workload.prequantized:
+            baseline.restore()
             eager, workspaces = self._like(baseline, workload, copy_first=copy_first)
             before += workspaces
         else:
-            eager = self._build_eager(workload, params, inputs)
+            eager = self._build_eager(workload, params, batch.inputs)
             if not workload.prequantized:
                 self._check_weights(workload, params, eager)
         attention = params.attention
         if attention == "auto":
             held = allocated_bytes(device)
-            attention = self._fastest_attention(workload, params, eager, inputs, device)
+            attention = self._fastest_attention(workload, params, eager, batch, device)
             before += allocated_bytes(device) - held  # workspaces of the products, which stay
         if params.int8_enabled and workload.prequantized:
             if not any(map(is_quantized, eager.modules())):
@@ -196,10 +206,11 @@ class ModelPool:
                     f"workload {workload.name!r} is prequantized, but build returned a model "
                     f"without a layer that torchao quantized at {params.run_name}"
                 )
+            make_readable(eager)
         elif params.int8_enabled:
             calibration = None
             if params.int8_smoothquant:
-                calibration = calibration_inputs(workload, params, inputs, device)
+                calibration = calibration_inputs(workload, params, batch.inputs, device)
             apply_int8_quant(
                 eager,
                 mode=params.int8_mode,
@@ -216,12 +227,13 @@ class ModelPool:
             workload,
             params,
             eager,
-            inputs,
+            batch,
             device=device,
             weight_bytes=weight_bytes,
             attention=attention,
             cache_dir=self._cache_dir,
-            feed=self._feed(params, inputs, device),
+            feed=self._feed(params, batch, device),
+            baseline=baseline if params.int8_enabled and not workload.prequantized else None,
         )
 
     def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
@@ -252,7 +264,7 @@ class ModelPool:
             nonlocal left
             held = allocated_bytes(device)
             with baseline.compiled.settings():
-                output = run_once(model, baseline.inputs, device)
+                output = run_once(model, baseline.batch.fresh(), device)
             check_dense(workload, "outputs", output)
             output = map_tensors(lambda t: t.cpu(), output)
             left += allocated_bytes(device) - held
@@ -269,22 +281,22 @@ class ModelPool:
         self._built.add(model)
         return model, left
 
-    def _feed(self, params: RunParams, inputs: Any, device: torch.device) -> HostFeed | None:
+    def _feed(self, params: RunParams, batch: Batch, device: torch.device) -> HostFeed | None:
         """Return what feeds a model from the host: one feed for baseline and candidate, so that
         both get the same batches from the same processes."""
         if params.feed != "host":
             return None
         for model in self._models.values():
-            if model.feed is not None and model.inputs is inputs:
+            if model.feed is not None and model.batch is batch:
                 return model.feed
-        return HostFeed(inputs, device, samples=params.batch_size)
+        return HostFeed(batch.inputs, device, samples=params.batch_size)
 
     def _fastest_attention(
         self,
         workload: Workload,
         params: RunParams,
         eager: nn.Module,
-        inputs: Any,
+        batch: Batch,
         device: torch.device,
     ) -> str:
         """Return the fastest attention backend, chosen once for a baseline and its candidates, or
@@ -294,7 +306,7 @@ class ModelPool:
         if key not in self._chosen:
             model = compile_for_a100(eager, mode="off", attention="auto")
             try:
-                calls = recorded_calls(lambda: call(model, to_device(inputs, device)))
+                calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
             except Exception:  # out of memory, where compiled it may fit, or told when it compiles
                 calls = Counter()
             self._chosen[key] = fastest_backend(calls) or "auto"

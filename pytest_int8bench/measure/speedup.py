@@ -11,6 +11,7 @@ from pytest_int8bench.measure.timing import (
     Run,
     Timer,
     iterations_for,
+    most_calls,
     synchronization_cost,
     time_block,
 )
@@ -75,7 +76,8 @@ def alternate(
     # Both sides average over the same number of batches: means of unequal numbers of skewed times
     # have unequal medians.
     wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
-    iterations = max(1, min(wanted, fitting))
+    prepared = [most for run in runs if (most := most_calls(run)) is not None]
+    iterations = max(1, min(wanted, fitting, *prepared))
     pair_s = iterations * both_s
     count = min(max(math.floor(interval_s / pair_s), MIN_PAIRS), MAX_PAIRS)
     count += count % 2

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
+from pytest_int8bench.measure.batches import check_late_writes
 from pytest_int8bench.measure.model import Model, Ready
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.measure.speedup import Speedup, measure_speedup
@@ -42,9 +43,12 @@ def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: floa
 
     Raises:
         CompileError: if something was compiled while the clock ran.
+        WorkloadError: if the inputs were written to meanwhile.
     """
     with side_by_side(baseline, candidate):
-        return measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+        speedup = measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
+    check_late_writes(candidate.workload.name, candidate.batch)
+    return speedup
 
 
 @contextmanager

@@ -12,9 +12,11 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from pytest_int8bench.clock import untraced
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.results.parts import Timing
 
@@ -65,6 +67,32 @@ class Plan:
     """Part of a round that its two synchronizations are estimated to cost."""
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """A run that needs something made for each call, before the clock starts."""
+
+    @property
+    def most_calls(self) -> int | None:
+        """Calls that can be prepared at once; None for any number."""
+        ...
+
+    def prepare(self, calls: int) -> None:
+        """Make what the next calls use up."""
+        ...
+
+
+def prepare(run: Run, calls: int) -> None:
+    """Make what the next ``calls`` calls of ``run`` use up, where they use up anything."""
+    if isinstance(run, Prepared):
+        run.prepare(calls)
+
+
+def most_calls(run: Run) -> int | None:
+    """Return how many calls of ``run`` may follow each other under the clock; None for any
+    number."""
+    return run.most_calls if isinstance(run, Prepared) else None
+
+
 def time_once(run: Run, timer: Timer) -> float:
     """Return the seconds of one batch."""
     return time_block(run, timer, 1)
@@ -72,10 +100,12 @@ def time_once(run: Run, timer: Timer) -> float:
 
 def time_block(run: Run, timer: Timer, iterations: int) -> float:
     """Return the seconds per batch of ``iterations`` batches."""
-    start = timer()
-    for _ in range(iterations):
-        run()
-    return (timer() - start) / iterations
+    prepare(run, iterations)
+    with untraced():
+        start = timer()
+        for _ in range(iterations):
+            run()
+        return (timer() - start) / iterations
 
 
 def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
@@ -107,7 +137,10 @@ def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
     it came to 3.7 ms a batch (H200, torch 2.11): the bare clock reading is not the cost.
     """
     single = min(time_once(run, timer) for _ in range(2))
-    count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50)
+    count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50, most_calls(run) or 50)
+    if count == 1:  # inputs of which only one copy fits: no pipeline fills
+        reading = [timer() for _ in range(3)]
+        return max(single, 1e-9), min(b - a for a, b in itertools.pairwise(reading))
     block = time_block(run, timer, count) * count
     # One more, so that a stall before the block does not pass for the cost of a synchronization.
     single = min(single, time_once(run, timer))
@@ -120,7 +153,8 @@ def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
 def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
     """Time some rounds and plan the measurement; see :func:`plan`."""
     batch_s, sync_s = synchronization_cost(run, timer)
-    iterations = iterations_for(batch_s, sync_s, max_round_s=interval_s / MAX_ROUND_PART)
+    most = most_calls(run)
+    iterations = iterations_for(batch_s, sync_s, max_round_s=interval_s / MAX_ROUND_PART, most=most)
     times: list[float] = []
     spent = 0.0
     while len(times) < MIN_PILOT_ROUNDS or (
@@ -128,19 +162,28 @@ def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Pla
     ):
         times.append(time_block(run, timer, iterations))
         spent += times[-1] * iterations
-    return plan(times, sync_s=sync_s, interval_s=interval_s, min_batches=min_batches)
+    return plan(times, sync_s=sync_s, interval_s=interval_s, min_batches=min_batches, most=most)
 
 
-def iterations_for(batch_s: float, sync_s: float, *, max_round_s: float = math.inf) -> int:
+def iterations_for(
+    batch_s: float, sync_s: float, *, max_round_s: float = math.inf, most: int | None = None
+) -> int:
     """Return the batches per round at which its two synchronizations cost under 0.1 % of it, or
-    as many as fit into ``max_round_s``."""
+    as many as fit into ``max_round_s``, and ``most`` at most."""
     batch_s = max(batch_s, 1e-9)
     wanted = math.ceil(2 * sync_s / (MAX_SYNC_SHARE * batch_s))
     fitting = wanted if math.isinf(max_round_s) else math.floor(max_round_s / batch_s)
-    return max(1, min(wanted, fitting))
+    return max(1, min(wanted, fitting, wanted if most is None else most))
 
 
-def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batches: int) -> Plan:
+def plan(
+    times: Sequence[float],
+    *,
+    sync_s: float,
+    interval_s: float,
+    min_batches: int,
+    most: int | None = None,
+) -> Plan:
     """Plan a measurement from pilot times.
 
     Args:
@@ -148,6 +191,7 @@ def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batche
         sync_s: seconds that one synchronization adds.
         interval_s: seconds that all rounds together may take.
         min_batches: batches to run at least, also where they take longer than ``interval_s``.
+        most: batches per round at most.
 
     Returns:
         Iterations such that the synchronizations of a round cost under 0.1 % of it (where ten
@@ -155,7 +199,7 @@ def plan(times: Sequence[float], *, sync_s: float, interval_s: float, min_batche
         median comes under 0.5 % (where ``interval_s`` allows).
     """
     median = statistics.median(times)
-    iterations = iterations_for(median, sync_s, max_round_s=interval_s / MAX_ROUND_PART)
+    iterations = iterations_for(median, sync_s, max_round_s=interval_s / MAX_ROUND_PART, most=most)
     wanted = math.ceil((_MEDIAN_EFFICIENCY * spread(times) / TARGET_STANDARD_ERROR) ** 2)
     round_s = iterations * max(median, 1e-9)
     affordable = math.floor(interval_s / round_s)

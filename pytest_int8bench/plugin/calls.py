@@ -162,7 +162,12 @@ class GuardrailCall(_Call):
         problem = None
         try:
             self._session.guardrail().check(
-                self._workload, self._params, nodeid=self._nodeid, limit=limit, record=keep
+                self._workload,
+                self._params,
+                nodeid=self._nodeid,
+                limit=limit,
+                record=keep,
+                tell=_teller(self._session.config, "accuracy"),
             )
         except Exception as error:
             if (problem := self._out_of_memory(error)) is None:

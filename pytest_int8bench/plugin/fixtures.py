@@ -112,11 +112,7 @@ def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams
 @pytest.fixture
 def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]) -> Any:
     """The inputs of one batch, on the device, in the model's dtype."""
-    from pytest_int8bench.measure.building import find_device
-    from pytest_int8bench.tensors import map_tensors
-
-    device = find_device(_int8_point[1])
-    return map_tensors(lambda t: t.to(device), _session(request).pool().batch(*_int8_point))
+    return _session(request).pool().fresh_batch(*_int8_point)
 
 
 @pytest.fixture

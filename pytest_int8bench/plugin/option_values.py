@@ -172,6 +172,7 @@ READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "set": _read_set,
     "preset": _read_preset,
     "workload": _read_workload,
+    "trust-remote-code": _read_flag("trust_remote_code"),
     "weights": _read_weights,
     "filter": _read_filter,
     "compile-cache": _read_compile_cache,

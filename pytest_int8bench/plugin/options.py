@@ -102,6 +102,11 @@ OPTIONS = {
             "NAME",
         ),
         Option(
+            "trust-remote-code",
+            "Let hf:NAME run Python code that comes with a model (auto_map in its config.json). "
+            "Default: off, such models are refused",
+        ),
+        Option(
             "weights",
             "random (seeded), hub (pretrained), or a path: a state dict, read without running code "
             "from it, or for olmoearth and hf:NAME a folder as on the hub. Default: random",

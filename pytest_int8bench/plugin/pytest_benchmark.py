@@ -92,9 +92,17 @@ class Benchmark:
     def time_rounds(self, run: Run, plan: Plan) -> list[float]:
         """Time the rounds of ``plan``. Return the seconds of each."""
         from pytest_int8bench import clock
-        from pytest_int8bench.measure.timing import ClockError
+        from pytest_int8bench.measure.timing import ClockError, prepare
 
-        self._fixture.pedantic(run, rounds=plan.rounds, iterations=plan.iterations)
+        prepare(run, plan.iterations)
+        with clock.untraced():
+            self._fixture.pedantic(
+                run,
+                rounds=plan.rounds,
+                iterations=plan.iterations,
+                # It follows each round, outside the clock.
+                teardown=lambda: prepare(run, plan.iterations),
+            )
         stats = self._fixture.stats
         if stats.options["timer"] is not clock.synchronized_perf_counter:
             raise ClockError(

@@ -107,8 +107,9 @@ class Recorder:
         """Return the fingerprint of machine and software."""
         if self._environment is None:
             from pytest_int8bench.environment import fingerprint
+            from pytest_int8bench.measure.watchers import active_tracers
 
-            self._environment = fingerprint(self.session.root)
+            self._environment = fingerprint(self.session.root, active_tracers())
         return self._environment
 
     # -- records ------------------------------------------------------------------------------

@@ -100,7 +100,10 @@ class Session:
         if name not in self._workloads:
             try:
                 self._workloads[name] = load_workload(
-                    name, self.invocation, eval_data=self.settings.eval_data
+                    name,
+                    self.invocation,
+                    eval_data=self.settings.eval_data,
+                    trust_remote_code=self.settings.trust_remote_code,
                 )
             except ValueError as error:  # kept: a hub that does not answer takes its time
                 self._workloads[name] = error

@@ -49,6 +49,8 @@ class Settings:
     """Sweep all combinations of the axes instead of one axis at a time."""
     workload: str = "olmoearth"
     """Name of the workload, or a reference such as ``module:callable``."""
+    trust_remote_code: bool = False
+    """``hf:NAME`` may run code that comes with a model."""
     weights: str = "random"
     """``random``, ``hub`` or an absolute path."""
     filter: str | None = None

@@ -21,8 +21,10 @@ from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.left_out import expected, hidden_matmuls
 from pytest_int8bench.quantization.lowering import lower, reason_to_keep
+from pytest_int8bench.quantization.rollback import unchanged_on_error
 from pytest_int8bench.quantization.smoothquant import Smoothing, multiply_weight, plan_smoothing
 from pytest_int8bench.quantization.structure import within
+from pytest_int8bench.quantization.weights import make_readable, weight_of, weight_problem
 from pytest_int8bench.tensors import call
 
 if TYPE_CHECKING:
@@ -75,7 +77,9 @@ def apply_int8_quant(
         QuantizationError: if no layer was converted, one has a shape that the kernels cannot
             take, ``backend="fused"`` fits no layer or does not run here, the mode does not run
             here, or SmoothQuant cannot be calibrated or does not go with the mode or
-            ``quant_config``. The latter four leave the model as it was.
+            ``quant_config``.
+
+    Every error leaves the model as it was.
     """
     asked = Arguments(
         mode=mode,
@@ -87,7 +91,8 @@ def apply_int8_quant(
         backend=backend,
     )
     hoped = expected(model)
-    covered = _quantize(model, asked)
+    with unchanged_on_error(model):
+        covered = _quantize(model, asked)
     missed = hoped.missed(layer.name for layer in covered.left_out)
     _coverages[model] = dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
     return model
@@ -106,6 +111,7 @@ def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
         layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
     if not _converted(layers):
         raise QuantizationError(_nothing_converted(model, layers, asked.precision))
+    make_readable(model)
     if not asked.is_custom:
         asked.quantizer.lower(model, layers)
     if fusing:
@@ -179,9 +185,9 @@ def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> 
     many there are."""
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     stored = [
-        getattr(layer.weight, "qdata", None)
-        if not isinstance(layer, Int8Linear)
-        else layer.int8_weight
+        layer.int8_weight
+        if isinstance(layer, Int8Linear)
+        else getattr(weight_of(layer), "qdata", None)
         for layer in layers
     ]
     return sum(dtype in (None, getattr(held, "dtype", None)) for held in stored), len(layers)
@@ -191,7 +197,7 @@ def is_quantized(module: nn.Module) -> bool:
     """Say whether ``module`` is a linear layer that torchao quantized."""
     if isinstance(module, Int8Linear):
         return True
-    return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor)
+    return isinstance(module, nn.Linear) and isinstance(weight_of(module), TorchAOBaseTensor)
 
 
 def _select(
@@ -227,6 +233,8 @@ def _select(
             reason = "type: inside nn.MultiheadAttention"
         elif not filter_fn(module, name):
             reason = "filtered"
+        elif not is_quantized(module) and (problem := weight_problem(module)):
+            reason = problem
         elif layer_problem and not (fusing and reason_to_keep(modules, name) is None):
             reason = layer_problem(module)
         count = module.out_features * (module.in_features + (module.bias is not None))

@@ -6,38 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from torchao.quantization import (
-    Int8Tensor,
-    MappingType,
-    PerRow,
-)
+from torchao.quantization import Int8Tensor, MappingType, PerRow
 
 from pytest_int8bench.kernels.linear import Quantized, WeightOnlyLinear, replace_linears
 from pytest_int8bench.quantization.coverage import Layer
+from pytest_int8bench.quantization.weights import DequantizedInt8Weight, Int8Weight, set_weight
 
-
-class DequantizedInt8Tensor(Int8Tensor):  # type: ignore[misc]
-    """INT8 weight whose product is dequantize, then the 16-bit product of the device's library, as
-    that of :class:`WeightOnlyLinear`, for layers that cannot be replaced by one.
-
-    torchao's own weight-only product is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
-    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
-    196608x768x768 product that cuBLAS does in 0.32 ms (H200, torch 2.11).
-    """
-
-
-@DequantizedInt8Tensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
-@DequantizedInt8Tensor.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
-def _dequantized_linear(
-    func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> torch.Tensor:
-    activation, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    if weight.act_pre_scale is not None:
-        activation = activation * weight.act_pre_scale
-    return nn.functional.linear(activation, weight.dequantize(activation.dtype), bias)
+# The weights of layers that can be lowered: TorchAO's, and ours with its tensors.
+_INT8 = (Int8Tensor, Int8Weight)
 
 
 def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
@@ -74,7 +51,7 @@ def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
 
     They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is,
     repeated blocks cannot compile once, and each call of a compiled model costs the host some 20 us
-    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Tensor`.
+    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Weight`.
 
     Args:
         model: quantized; changed in place.
@@ -89,13 +66,8 @@ def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
         tensors = reason_to_keep(modules, layer.name) or _plain(module)
         if isinstance(tensors, Quantized):
             plain[layer.name] = tensors
-        elif type(module.weight) is Int8Tensor:
-            names, context = module.weight.__tensor_flatten__()
-            held = {name: getattr(module.weight, name) for name in names}
-            weight = DequantizedInt8Tensor.__tensor_unflatten__(
-                held, context, module.weight.shape, module.weight.stride()
-            )
-            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif type(module.weight) in _INT8:
+            set_weight(module, DequantizedInt8Weight, module.weight)
     replace_linears(model, plain, WeightOnlyLinear)
 
 
@@ -115,6 +87,8 @@ def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
         return f"type: {type(module).__name__} has a forward of its own"
     if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
         return "type: inside nn.TransformerEncoderLayer"
+    if "bias" not in module._parameters:
+        return "bias: computed when the layer is called"
     if module._forward_hooks or module._forward_pre_hooks:
         return "type: has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
@@ -124,7 +98,7 @@ def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
 
 def _activation_problem(weight: Any) -> str | None:
     """Say why the fused kernels cannot quantize the input of a layer, or return None."""
-    if type(weight) is not Int8Tensor:
+    if type(weight) not in _INT8:
         return f"weight: {type(weight).__name__}"
     dynamic = weight.act_quant_kwargs
     if dynamic is None:

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.tensors import deep_copy
 
 #: Scales lie between 2 to the power of minus this and of this. They stay clear of where a scaled
 #: weight would leave BF16's range.
@@ -98,27 +100,72 @@ def multiply_weight(layer: nn.Module, factor: torch.Tensor) -> None:
     layer.weight = nn.Parameter(product, requires_grad=weight.requires_grad)
 
 
-class _Watch:
-    """Records what goes into layers."""
+class _Inputs:
+    """What goes into layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Callable[[torch.Tensor], int]) -> None:
         self.peaks: dict[str, torch.Tensor] = {}
         """Layer -> largest absolute input (in_features,), FP32."""
-        self.inputs: dict[str, list[int]] = {}
+        self.tensors: dict[str, list[int]] = {}
         """Layer -> the numbers of the tensors it read, in order."""
-        # Not by id(), which Python reuses, and without keeping the tensors alive.
-        self._numbers = WeakTensorKeyDictionary()
-        self._next = itertools.count()
+        self._number = numbers
 
-    def before_layer(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
-        """Record an input of a layer; a forward pre-hook."""
-        x = args[0] if args else kwargs["input"]
+    def add(self, name: str, x: torch.Tensor) -> None:
+        """Record an input of a layer."""
         if x.numel() == 0:
             return
-        self.inputs.setdefault(name, []).append(self._numbers.setdefault(x, next(self._next)))
+        self.tensors.setdefault(name, []).append(self._number(x))
         peak = _largest(x)
         known = self.peaks.get(name)
         self.peaks[name] = peak if known is None else torch.maximum(known, peak)
+
+
+class _Watch(TorchFunctionMode):
+    """Records what layers' weights are multiplied by: what ``F.linear`` is given with a weight, by
+    the layer or by other code, and what a layer is called with that multiplies in another way."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        # Not by id(), which Python reuses, and without keeping the tensors alive.
+        numbers, count = WeakTensorKeyDictionary(), itertools.count()
+
+        def number(x: torch.Tensor) -> int:
+            known: int = numbers.setdefault(x, next(count))
+            return known
+
+        self._matmuls, self._calls = _Inputs(number), _Inputs(number)
+        weights = [id(layer.weight) for layer in layers.values()]
+        # Which layer multiplies by a weight that two share, only a call of it tells.
+        self._names = {
+            weight: name
+            for name, weight in zip(layers, weights, strict=True)
+            if weights.count(weight) == 1
+        }
+
+    def before_layer(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        """Record the call of a layer; a forward pre-hook."""
+        self._calls.add(name, args[0] if args else kwargs["input"])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            if (name := self._names.get(id(given["weight"]))) is not None:
+                self._matmuls.add(name, given["input"])
+        return func(*args, **kwargs)
+
+    def peak(self, name: str) -> torch.Tensor | None:
+        """Return the largest absolute input (in_features,) of a layer; None if it never ran."""
+        return self._seen(name).peaks.get(name)
+
+    def tensors(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of the tensors that a layer read, in order."""
+        return tuple(self._seen(name).tensors[name])
+
+    def _seen(self, name: str) -> _Inputs:
+        return self._matmuls if name in self._matmuls.peaks else self._calls
 
 
 def _watched(
@@ -128,7 +175,7 @@ def _watched(
     call: Callable[[nn.Module, Any], Any],
 ) -> _Watch:
     """Run ``model`` on ``calibration`` and return what went into ``layers``."""
-    watch = _Watch()
+    watch = _Watch(layers)
     hooks = [
         module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
         for name, module in layers.items()
@@ -137,15 +184,17 @@ def _watched(
         # Eager, even where the model compiles itself: compiled code may run without the hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for inputs in calibration:
-                call(model, inputs)
+                with watch:
+                    call(model, deep_copy(inputs))  # batches may share tensors, and models write
     finally:
         for hook in hooks:
             hook.remove()
 
-    unseen = [name for name in layers if name not in watch.peaks]
+    peaks = {name: watch.peak(name) for name in layers}
+    unseen = [name for name, peak in peaks.items() if peak is None]
     if unseen:
         uncalled = ""
-        if watch.peaks:  # the calibration has data
+        if len(unseen) < len(layers):  # the calibration has data
             uncalled = (
                 "; layers that no forward calls are to be left out with filter_fn or "
                 f"--int8-filter: {', '.join(unseen)}"
@@ -154,8 +203,8 @@ def _watched(
             f"calibration never reached {len(unseen)} of {len(layers)} layers, "
             f"{unseen[0]} first: it must have at least one batch that runs every layer{uncalled}"
         )
-    for name in layers:
-        if not watch.peaks[name].isfinite().all():
+    for name, peak in peaks.items():
+        if peak is not None and not peak.isfinite().all():
             raise QuantizationError(f"calibration has NaN or infinity in the input of {name}")
     return watch
 
@@ -172,10 +221,11 @@ def _plan(layers: Mapping[str, Any], watch: _Watch, alpha: float) -> Smoothing:
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in layers:
         parent = name.rpartition(".")[0]
-        groups.setdefault((parent, tuple(watch.inputs[name])), []).append(name)
+        groups.setdefault((parent, watch.tensors(name)), []).append(name)
     scales = {}
     for group in groups.values():
-        inputs = torch.stack([watch.peaks[name] for name in group]).amax(0)
+        peaks: list[Any] = [watch.peak(name) for name in group]
+        inputs = torch.stack(peaks).amax(0)
         weights = torch.stack([_largest(layers[name].weight) for name in group]).amax(0)
         scales.update(dict.fromkeys(group, _scale(inputs, weights, alpha)))
     return Smoothing({name: scales[name] for name in layers})

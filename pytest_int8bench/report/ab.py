@@ -146,8 +146,8 @@ def _footer(result: AbResult) -> list[str]:
         f"{duration(result.seconds)}"
     )
     how = (
-        f"FAIL: shown to be slower by over {design.margin:.1%} (one-sided t test of log ratios, "
-        f"family-wise error {design.level:.0%} by Holm); PASS: a slowdown of "
+        f"FAIL: shown to be slower by over {design.margin:.1%} (test by the random order of "
+        f"processes, family-wise error {design.level:.0%} over all looks); PASS: a slowdown of "
         f"{design.max_slowdown:.1%} is excluded"
     )
     return [what, how, describe(dict(result.environment))]

@@ -47,3 +47,8 @@ def shown_speedup(result: Result) -> str:
 def status_text(result: Result) -> str:
     """Return the status of a point as people write it."""
     return "OOM" if result.oom else result.status
+
+
+def score_text(value: float | None) -> str:
+    """Return a metric as it is written; a dash where it is not known."""
+    return MISSING if value is None else f"{value:.4f}"

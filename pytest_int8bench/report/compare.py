@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,9 @@ from pytest_int8bench.gate.outcomes import (
     REGRESSES,
     SAME,
     SKIPPED,
+    SUSPECTED,
     UNDECIDED,
+    Change,
     Compared,
     RunChange,
 )
@@ -48,7 +49,7 @@ def page(comparison: Comparison) -> Page:
         grids.append(_verdicts(comparison.accuracy))
     return Page(
         title=_TITLE,
-        headline=f"{_HEADLINES[comparison.exit_code]} ({_counts(comparison)})",
+        headline=f"{_headline(comparison)} ({_counts(comparison)})",
         grids=grids,
         remarks=_remarks(comparison),
         footer=[
@@ -59,9 +60,15 @@ def page(comparison: Comparison) -> Page:
     )
 
 
+def _headline(comparison: Comparison) -> str:
+    if comparison.exit_code == UNDECIDED and SUSPECTED in comparison.counts:
+        return "SUSPECTED"
+    return _HEADLINES[comparison.exit_code]
+
+
 def to_dict(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, under ``int8bench_compare``."""
-    values = finite(dataclasses.asdict(comparison))
+    values = finite(comparison)
     return {"int8bench_compare": {"schema": SCHEMA, "exit_code": comparison.exit_code, **values}}
 
 
@@ -122,9 +129,19 @@ def _rules(comparison: Comparison) -> list[str]:
             how = "the default of one process a side"
         lines.append(
             f"{metric.option}: {_range(limits)}; noise floor between processes "
-            f"{_range(floors)} ({how})"
+            f"{_range(floors)} ({how}){_shown_from(judged)}"
         )
     return lines
+
+
+def _shown_from(judged: Sequence[Change]) -> str:
+    """Return from what growth on a regression is shown, and what that assumes."""
+    shown = sorted({round(c.shown_from, 4) for c in judged if c.shown_from is not None})
+    if not shown:
+        return ""
+    assumed = sorted({c.assumed for c in judged if c.assumed is not None})
+    why = f", if processes differ by {_range(assumed)}, as is assumed" if assumed else ""
+    return f"; a regression is shown from {_range(shown)} on{why}"
 
 
 def _range(shares: list[float]) -> str:

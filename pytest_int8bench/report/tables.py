@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
-from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from pytest_int8bench.printing import one_line
+from pytest_int8bench.report.rows import Row, cell_width, longest_word, print_rows
 
 MISSING = "-"
+#: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
+MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
 #: How narrow a name is folded.
 _FOLDED = 20
@@ -53,20 +57,52 @@ class Grid:
         figure: a table is rather too wide than that.
         """
         if width is None:
-            return _printed(self._table(self.columns, {}), _WIDE, color)
-        whole = self._table(self.columns, {})
+            return self._printed(self.columns, {}, _WIDE, color)
+        deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
+        whole = self._table(self.columns, {}, ((row, None) for row in deciding))
         wide = _console(io.StringIO(), _WIDE, color)
         if width >= Measurement.get(wide, wide.options, whole).minimum:
-            return _printed(whole, width, color)
+            return self._printed(self.columns, {}, width, color)
         tables = []
         for columns in self._parts(width):
             widths = self._key_widths(columns, width)
             least = _total([widths.get(column, self._width(column)) for column in columns])
-            tables.append(_printed(self._table(columns, widths), max(width, least), color))
+            tables.append(self._printed(columns, widths, max(width, least), color))
         return "\n".join(tables)
 
-    def _table(self, columns: Sequence[str], widths: Mapping[str, int]) -> Table:
-        """Return the table of some columns, of which those in ``widths`` are folded."""
+    def _printed(
+        self, columns: Sequence[str], widths: Mapping[str, int], width: int, color: bool
+    ) -> str:
+        """Return the table of some columns, of which those in ``widths`` are folded, as rich prints
+        it, in a hundredth of the time: rich lays out the rows that decide how wide columns are."""
+        places = [self.columns.index(column) for column in columns]
+        rows: list[Row] = [
+            ([one_line(row[place]) for place in places], style)
+            for row, style in zip(self.rows, self.styles, strict=True)
+        ]
+        return print_rows(
+            lambda rows: self._table(columns, widths, rows),
+            [[self._deciding[column][n] for column in columns] for n in range(2)],
+            rows,
+            lambda stream: _console(stream, width, color),
+        )
+
+    @functools.cached_property
+    def _deciding(self) -> dict[str, tuple[str, str]]:
+        """The cells that decide how wide columns are: the widest, and that of the longest word."""
+        return {
+            column: (
+                max(cells, key=cell_width, default=""),
+                max(cells, key=longest_word, default=""),
+            )
+            for column in self.columns
+            for cells in [list(map(one_line, self._cells(column)))]
+        }
+
+    def _table(
+        self, columns: Sequence[str], widths: Mapping[str, int], rows: Iterable[Row]
+    ) -> Table:
+        """Return a table of some columns, of which those in ``widths`` are folded."""
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for column in columns:
             table.add_column(
@@ -77,9 +113,9 @@ class Grid:
                 width=widths.get(column),
                 min_width=_FOLDED if column == self.name and not widths else None,
             )
-        places = [self.columns.index(column) for column in columns]
-        for row, style in zip(self.rows, self.styles, strict=True):
-            table.add_row(*(Text(row[place]) for place in places), style=style)
+        for row, style in rows:
+            cells = (cell if isinstance(cell, Text) else Text(cell) for cell in row)
+            table.add_row(*cells, style=style)
         return table
 
     def _parts(self, width: int) -> list[list[str]]:
@@ -124,21 +160,49 @@ class Grid:
         return [row[place] for row in self.rows]
 
     def _width(self, column: str) -> int:
-        return max(map(cell_len, (column, *self._cells(column))))
+        return self._widths[column]
 
-    def markdown(self, rows: int | None = None) -> str:
-        """Return the table as GitHub shows it; of its rows only so many, the worst ones first."""
+    @functools.cached_property
+    def _widths(self) -> dict[str, int]:
+        return {
+            column: max(map(cell_width, (column, *self._cells(column)))) for column in self.columns
+        }
+
+    def markdown(self, rows: int | None = None, all_are: str = _ALL_ARE) -> str:
+        """Return the table as GitHub shows it; of its rows only so many, the worst ones first.
+
+        ``all_are`` says where the others are.
+        """
         marks = ["---" if c in (self.name, *self.left) else "---:" for c in self.columns]
         shown = self.rows if rows is None else self._worst_first()[:rows]
         lines = [[*map(escaped, self.columns)], marks, *([*map(escaped, row)] for row in shown)]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         if left_out := len(self.rows) - len(shown):
-            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {_ALL_ARE}\n"
+            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {all_are}\n"
         return text
 
     def _worst_first(self) -> list[Sequence[str]]:
         order = sorted(range(len(self.rows)), key=lambda row: _badness(self.styles[row]))
         return [self.rows[row] for row in order]
+
+
+def as_much_as_fits(text_of: Callable[[int], str], most: int, limit_bytes: int) -> str:
+    """Return the text with as many rows of each table as fit into ``limit_bytes``; the one without
+    any row, which may be larger, if none fits.
+
+    Args:
+        text_of: returns the text with at most so many rows.
+        most: rows with which it is whole, and too large.
+        limit_bytes: size of the text in UTF-8.
+    """
+    fits, too_many = 0, most
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(text_of(middle).encode()) <= limit_bytes:
+            fits = middle
+        else:
+            too_many = middle
+    return text_of(fits)
 
 
 def _badness(style: str | None) -> int:
@@ -169,7 +233,11 @@ def paragraphs(
 
 
 def finite(value: Any) -> Any:
-    """Return plain values without infinities, which JSON does not know: None instead."""
+    """Return plain values, of dataclasses too, without infinities, which JSON does not know: None
+    instead."""
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: finite(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -193,7 +261,7 @@ def _printed(what: RenderableType, width: int, color: bool) -> str:
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
-def _console(stream: io.StringIO, width: int, color: bool) -> Console:
+def _console(stream: TextIO, width: int, color: bool) -> Console:
     return Console(
         file=stream,
         width=width,
@@ -237,15 +305,7 @@ class Page:
         if limit_bytes is None or len(text.encode()) <= limit_bytes:
             return text
         most = max([len(self.remarks), *(len(grid.rows) for grid in self.grids)])
-        # As many as fit: _markdown(0), and _markdown(most) is all of it.
-        fits, too_many = 0, most
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if len(self._markdown(middle).encode()) <= limit_bytes:
-                fits = middle
-            else:
-                too_many = middle
-        text = self._markdown(fits)
+        text = as_much_as_fits(self._markdown, most, limit_bytes)
         return text if len(text.encode()) <= limit_bytes else self._head()
 
     def _head(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pytest_int8bench.choices import precision
 from pytest_int8bench.environment import describe
-from pytest_int8bench.report.cells import figure_cell, status_text
+from pytest_int8bench.report.cells import figure_cell, score_text, status_text
 from pytest_int8bench.report.remarks import (
     THROTTLED_MARK,
     record_label,
@@ -110,8 +110,10 @@ def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
         "accuracy": lambda v: v.run_name,
         "metric": lambda v: v.metric,
         "samples": lambda v: f"{v.samples:,}",
-        "baseline": lambda v: _score(v.baseline),
-        candidates.pop() if len(candidates) == 1 else "candidate": lambda v: _score(v.candidate),
+        "baseline": lambda v: score_text(v.baseline),
+        candidates.pop() if len(candidates) == 1 else "candidate": lambda v: score_text(
+            v.candidate
+        ),
         "drop [one-sided 95 %]": shown_drop,
         "worse/better": lambda v: f"{v.lost}/{v.gained}",
         "limit": lambda v: v.limit or MISSING,
@@ -136,17 +138,14 @@ def _style(verdict: Accuracy) -> str | None:
     return None if verdict.outcome == "PASS" else "red"
 
 
-def _score(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4f}"
-
-
 def shown_drop(verdict: Accuracy) -> str:
     """Return a drop with its bounds."""
     unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
-        f"{100 * (value or 0):.2f}" for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
+        MISSING if value is None else f"{100 * value:.2f}"
+        for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
-    return f"{drop}{unit} [{low}, {high}]"
+    return MISSING if drop == MISSING else f"{drop}{unit} [{low}, {high}]"
 
 
 def verdict_remarks(verdict: Accuracy) -> list[str]:

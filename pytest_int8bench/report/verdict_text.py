@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pytest_int8bench.choices import precision, takes_smoothquant
+from pytest_int8bench.report.cells import score_text
+from pytest_int8bench.report.tables import MISSING
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 
@@ -38,7 +41,7 @@ def describe(verdict: Accuracy) -> list[str]:
         return [f"{verdict.outcome}: {name}: {why}", f"  {describe_distance(verdict)}"]
     unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
-        f"{100 * (value or 0):.2f}{unit}"
+        MISSING if value is None else f"{100 * value:.2f}{unit}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
     dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
@@ -49,8 +52,9 @@ def describe(verdict: Accuracy) -> list[str]:
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {verdict.baseline:.4f}, {quantized} {verdict.candidate:.4f}, "
-            f"{verdict.samples} samples: {verdict.lost} got worse, {verdict.gained} better "
+            f"  {dtype} {score_text(verdict.baseline)}, "
+            f"{quantized} {score_text(verdict.candidate)}, "
+            f"{_counted(verdict)}: {verdict.lost} got worse, {verdict.gained} better "
             "(one-sided 95 % bounds)"
         ),
     ]
@@ -71,8 +75,18 @@ def beside_row(verdict: Accuracy) -> list[str]:
     return describe(verdict)
 
 
+def _counted(verdict: Accuracy) -> str:
+    groups = "" if verdict.groups is None else f" in {verdict.groups} groups"
+    return f"{verdict.samples} samples{groups}"
+
+
 def _undecided(verdict: Accuracy) -> str:
-    return f"{verdict.samples} samples cannot decide it: about {verdict.needed:,} would"
+    needed = verdict.needed or 0
+    said = f"{_counted(verdict)} cannot decide it: about {needed:,}"
+    if verdict.groups is None:
+        return f"{said} would"
+    groups = math.ceil(needed * verdict.groups / verdict.samples)
+    return f"{said} in {groups:,} groups would"
 
 
 def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -92,8 +106,8 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
                 lines.append(f"    {row['problem']}")
             continue
         lines.append(
-            f"    {row['outcome']}: drop {row['drop']:.2%} [{row['drop_low']:.2%}, "
-            f"{row['drop_high']:.2%}] on {row['samples']} others"
+            f"    {row['outcome']}: drop {row['drop']:.2%} [{_share(row.get('drop_low'))}, "
+            f"{_share(row.get('drop_high'))}] on {row['samples']} others"
         )
         lines[-1] += f", {_cost(row)}" + (f"; {row['problem']}" if row["problem"] else "")
     passed = [row for row in tried if row["outcome"] == "PASS"]
@@ -103,6 +117,10 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
     if tried and not passed:
         lines.append("  remedy: none of these passes")
     return lines
+
+
+def _share(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2%}"
 
 
 def _cost(row: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ pytest imports this module when it starts: nothing heavy is imported here. Nor i
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ class Figure:
     floor: float = 0.0
     """Relative difference between two processes of the same code that counts as noise where only
     one file a side is given; needed with ``option``."""
+    spread: float | None = None
+    """Standard deviation between processes of the same code, relative, that is assumed where files
+    are too few to show it; None takes twice the floor."""
     depends_on_clocks: bool = True
     """A GPU that is slowed down by heat changes it."""
 
@@ -94,6 +98,16 @@ class Figure:
                 f"noise floor above 0, got {self.name!r}, {self.header!r}, {self.help!r} and "
                 f"{self.floor!r}"
             )
+
+    @property
+    def assumed_spread(self) -> float:
+        """Standard deviation between processes that is assumed."""
+        return 2 * self.floor if self.spread is None else self.spread
+
+    @property
+    def is_time_of_batch(self) -> bool:
+        """``int8bench ab`` measures it."""
+        return self.field in ("samples_per_s", "batch_time_s")
 
     def of(self, result: Any) -> Any:
         """Return the value that ``result`` has, None where it was not measured."""
@@ -119,18 +133,18 @@ class Figure:
         """
         if self.check is None or self.compute is not None:
             return
-        value = self.of(result)
+        value = getattr(result, self.field, None)
         rule, is_valid = _CHECKS[self.check]
         if value is not None and not is_valid(value):
-            raise ValueError(f"{self.field} must be {rule}, got {value!r}")
+            raise ValueError(f"{self.field} must be {rule}, got {reprlib.repr(value)}")
 
 
-def _is_positive(value: object) -> bool:
+def is_positive(value: object) -> bool:
     """Return whether ``value`` is a number above 0 that a float can hold with all its digits."""
-    return _is_number(value) and value >= sys.float_info.min
+    return is_number(value) and value >= sys.float_info.min
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether ``value`` is a number that a float can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
@@ -138,8 +152,8 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 _CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "positive": ("a number above 0", _is_positive),
-    "number": ("a number", _is_number),
+    "positive": ("a number above 0", is_positive),
+    "number": ("a number", is_number),
     "text": ("a text", lambda value: isinstance(value, str)),
 }
 
@@ -204,10 +218,22 @@ _RATES = (
         limit=0.05,
         floor=0.02,
     ),
-    Figure(field="tokens_per_s", header="tokens/s", unit="tokens/s", higher_is_better=True),
-    Figure(field="pixels_per_s", wandb_alias="pixels_per_second", higher_is_better=True),
+    Figure(
+        field="tokens_per_s",
+        check="positive",
+        header="tokens/s",
+        unit="tokens/s",
+        higher_is_better=True,
+    ),
+    Figure(
+        field="pixels_per_s",
+        check="positive",
+        wandb_alias="pixels_per_second",
+        higher_is_better=True,
+    ),
     Figure(
         field="square_km_per_s",
+        check="positive",
         wandb_alias="square_km_per_second",
         header="km²/s",
         unit="km²/s",
@@ -266,6 +292,7 @@ _COSTS = (
         help="growth of the model's peak memory (CUDA only)",
         limit=0.05,
         floor=0.01,
+        spread=0.01,
         depends_on_clocks=False,
     ),
     Figure(field="requested_bytes", unit="MiB", scale=2**-20),
@@ -280,6 +307,7 @@ _COSTS = (
         option="max-compile-growth",
         help="growth of the first call's time; it depends on whether the compile cache was warm",
         floor=0.3,
+        spread=0.2,
     ),
     Figure(field="compile_cache", kind="text"),
 )
@@ -317,6 +345,7 @@ _FEEDING = (
 _INT8 = (
     Figure(
         field="int8_time_share",
+        check="number",
         applies=lambda result: precision(result.params) == "INT8",
         header="INT8 time",
         kind="share",
@@ -327,6 +356,7 @@ _INT8 = (
     Figure(field="attention_backend", kind="text"),
     Figure(
         field="speedup",
+        check="positive",
         header="speedup [95 %]",
         title="Speedup over the baseline",
         unit="× baseline",
@@ -336,10 +366,10 @@ _INT8 = (
         leads=True,
         higher_is_better=True,
     ),
-    Figure(field="speedup_low", kind="ratio", higher_is_better=True),
-    Figure(field="speedup_high", kind="ratio", higher_is_better=True),
+    Figure(field="speedup_low", check="positive", kind="ratio", higher_is_better=True),
+    Figure(field="speedup_high", check="positive", kind="ratio", higher_is_better=True),
     Figure(field="speedup_method", kind="text"),
-    Figure(field="device_time_s"),
+    Figure(field="device_time_s", check="number"),
     Figure(field="ceiling_speedup", check="positive", kind="ratio", higher_is_better=True),
     Figure(field="ceiling_reached", kind="share", higher_is_better=True),
 )

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.git_lfs import POINTER, is_pointer
-from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.base import SchemaError
+from pytest_int8bench.results.checks import check, short, shown
+from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
 from pytest_int8bench.results.records import (
     ACCURACY,
     SCHEMA,
@@ -35,6 +36,7 @@ from pytest_int8bench.results.records import (
     Saved,
     latest,
 )
+from pytest_int8bench.results.shapes import Block, Header
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
@@ -45,31 +47,24 @@ def read(path: Path) -> Saved:
         SchemaError: one line, if the file is not ours or from a newer version.
         OSError: if it cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SchemaError(f"{path} is not UTF-8 text: {error}") from None
+    text = read_text(path)
     if not text.strip():
         raise SchemaError(f"{path} is empty")
     if is_pointer(text):
         raise SchemaError(f"{path} {POINTER}")
     try:
-        data = cleaned(json.loads(text))
+        data = parse(path, text)
     except json.JSONDecodeError as error:
         return _read_journal(path, text, error)
-    except (RecursionError, ValueError) as error:  # ValueError: thousands of digits
-        raise SchemaError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
         return _read_journal(path, text)  # a journal with its header only
     block = data.get("int8bench") if isinstance(data, dict) else None
     if not isinstance(block, dict):
         raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
-    _check_schema(path, block)
-    for name in ("results", "accuracy"):
-        if not isinstance(block.get(name), list):
-            raise SchemaError(f"{path}: {name} must be a list, got {block.get(name)!r}")
+    block = cleaned_values(path, block)
+    _check_head(path, block, Block)
     return Saved(
-        _environment(path, block),
+        block["environment"],
         _records(path, Result, block["results"]),
         _records(path, Accuracy, block["accuracy"]),
         _records(path, Sensitivity, block.get("sensitivity", [])),
@@ -78,13 +73,13 @@ def read(path: Path) -> Saved:
 
 
 def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
-    lines = text.splitlines()
+    lines = text.rstrip("\r\n").split("\n")
     records: list[Any] = []
     skipped: list[int] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(cleaned(json.loads(line)))
-        except (RecursionError, ValueError):
+            records.append(cleaned_values(path, parse(path, line)))
+        except json.JSONDecodeError:
             if error is not None and not records:
                 raise SchemaError(_no_json(path, text, error)) from None
             # A kill in the middle of a write leaves half a last line, which is not worth a word.
@@ -93,7 +88,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
     header = records[0].get("int8bench") if isinstance(records[0], dict) else None
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
-    _check_schema(path, header)
+    _check_head(path, header, Header)
     kept: dict[str, list[Any]] = {ACCURACY: [], SENSITIVITY: [], "results": []}
     for record in records[1:]:
         [kind] = record if isinstance(record, dict) and len(record) == 1 else ["results"]
@@ -102,7 +97,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         else:
             kept["results"].append(record)
     return Saved(
-        _environment(path, header),
+        header["environment"],
         _records(path, Result, kept["results"], again=True),
         _records(path, Accuracy, kept[ACCURACY], again=True),
         _records(path, Sensitivity, kept[SENSITIVITY], again=True),
@@ -142,33 +137,27 @@ def _records(
             found.append(kind.from_dict(value))
         except SchemaError as error:
             nodeid = value.get("nodeid") if isinstance(value, dict) else None
-            where = f"{path}: {nodeid}" if nodeid else str(path)
+            where = f"{path}: {short(nodeid)}" if nodeid and isinstance(nodeid, str) else str(path)
             raise SchemaError(f"{where}: {error}") from None
     kept = latest(found)
     if not again and len(kept) < len(found):
         count = Counter(record.identity for record in found)
         [(identity, times)] = count.most_common(1)
-        raise SchemaError(f"{path} holds {kind.KIND} {times} times: {', '.join(identity)}")
+        raise SchemaError(f"{path} holds {kind.KIND} {times} times: {short(', '.join(identity))}")
     return kept
 
 
-def _environment(path: Path, block: Mapping[str, Any]) -> dict[str, Any]:
-    environment = block.get("environment")
-    if not isinstance(environment, dict):
-        raise SchemaError(f"{path}: environment must be an object, got {environment!r}")
-    for name in ("gpu", "packages"):
-        part = environment.get(name)
-        if part is not None and not isinstance(part, dict):
-            raise SchemaError(f"{path}: environment.{name} must be an object, got {part!r}")
-    return environment
-
-
-def _check_schema(path: Path, block: Mapping[str, Any]) -> None:
-    schema = block.get("schema")
-    if not isinstance(schema, int):
-        raise SchemaError(f"{path}: schema must be a whole number, got {schema!r}")
+def _check_head(path: Path, head: Mapping[str, Any], kind: Any) -> None:
+    """Check what stands around the records. Newer versions may have other things there."""
+    schema = head.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise SchemaError(f"{path}: schema must be a whole number, got {shown(schema)}")
     if schema > SCHEMA:
         raise SchemaError(
-            f"{path} has schema {schema}, this version reads up to {SCHEMA}: "
+            f"{path} has schema {shown(schema)}, this version reads up to {SCHEMA}: "
             "update pytest-int8bench"
         )
+    try:
+        check(kind, head)
+    except ValueError as error:
+        raise SchemaError(f"{path}: {error}") from None

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results import parts
 from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.checks import Count, Share, one_of
 from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.results.shapes import (
+    Breakdown,
+    Ceiling,
+    Coverage,
+    GpuState,
+    Kernel,
+    Worker,
+)
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 SCHEMA = 1
@@ -29,11 +38,11 @@ class Result(Record):
 
     KIND = "a result"
 
-    status: str = "ok"
+    status: Annotated[str, one_of(STATUSES)] = "ok"
     """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
     reason: str | None = None
     """Why the point is not ``ok``, or what its reader should know."""
-    requested_bytes: int | None = None
+    requested_bytes: Count | None = None
     """Allocation that failed, with status ``oom``."""
 
     samples_per_s: float | None = None
@@ -54,19 +63,19 @@ class Result(Record):
     """The fastest round; what other load on a CPU disturbs least."""
     batch_time_standard_error: float | None = None
     """Estimated standard error of the median, relative to it."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Rounds that were timed."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Batches per round."""
     synchronization_share: float | None = None
     """Part of ``batch_time_s`` that is waiting for the host at the start of a round, estimated;
     over 0.005 the interval was too short for long rounds."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Count | None = None
     """Peak of this model alone: weights, inputs, activations. None on a CPU."""
     compile_s: float | None = None
     """The first call, compiling included, not the loading of Inductor; None in compile mode
     ``off``."""
-    compile_cache: str | None = None
+    compile_cache: Annotated[str, one_of(COMPILE_CACHES)] | None = None
     """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
     None where nothing was looked up."""
     warm_up_s: float | None = None
@@ -75,12 +84,12 @@ class Result(Record):
     """False if batch times had not settled when the warm-up's time ran out."""
     cuda_graphs_skipped: bool | None = None
     """The compile mode asks for CUDA graphs, and Inductor did without."""
-    regions: int | None = None
+    regions: Count | None = None
     """Repeated blocks that were compiled once for all; 0 where none repeat, or none could be."""
     regions_refused: str | None = None
     """Why blocks that repeat were compiled one by one; None if they were not."""
 
-    feed_workers: int | None = None
+    feed_workers: Count | None = None
     """Processes that load batches with ``feed=host``; 0 where the main process does. None with
     ``feed=device``, as are the next five."""
     feed_copy_s: float | None = None
@@ -109,19 +118,19 @@ class Result(Record):
     device_time_s: float | None = None
     """Seconds of all kernels of one forward; None on a CPU. Well under ``batch_time_s``, the GPU
     waits for the host."""
-    int8_time_share: float | None = None
+    int8_time_share: Share | None = None
     """Share of device time in INT8 matrix products, 0 to 1."""
     attention_backend: str | None = None
     """The attention backend that the model was compiled for: the one asked for, or that ``auto``
     chose; ``auto`` where there was nothing to choose by."""
     attention_kernel: str | None = None
     """The attention backend that ran."""
-    kernels: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
     """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
     trace: str | None = None
     """Trace of that forward for Perfetto, a path from the folder that the session was started in;
     the table of all kernels lies beside it."""
-    device_breakdown: dict[str, Any] | None = None
+    device_breakdown: Breakdown | None = None
     """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
     ``rest``; None on a CPU."""
     ceiling_speedup: float | None = None
@@ -129,23 +138,23 @@ class Result(Record):
     ceiling_reached: float | None = None
     """Part of that gain that ``speedup`` reached: 0 for none, below 0 where INT8 is slower; None
     where there is no gain to be had."""
-    ceiling: dict[str, Any] | None = None
+    ceiling: Ceiling | None = None
     """What ``ceiling_speedup`` comes from: ``baseline`` (its ``device_breakdown``),
     ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
     times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
     and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
     ``bytes_per_s``. Or ``problem``: why there is none."""
-    coverage: dict[str, Any] | None = None
+    coverage: Coverage | None = None
     """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
     ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels), ``unused``
     (converted layers that the forward does not use),
     ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
     norm -> layers in older files)."""
-    gpu_before: dict[str, Any] | None = None
+    gpu_before: GpuState | None = None
     """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
     ``throttle_reasons``."""
-    gpu_after: dict[str, Any] | None = None
+    gpu_after: GpuState | None = None
     """The same after the rounds."""
     joules_per_sample: float | None = None
     """Energy of the whole GPU per sample during the rounds, from NVML's counter; None on a CPU,
@@ -157,23 +166,14 @@ class Result(Record):
     after the speedup: above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
     """Reasons for which the GPU ran slower than it could."""
-    worker: dict[str, Any] | None = None
+    worker: Worker | None = None
     """Under pytest-xdist, the worker that ran it: ``id``, ``host``, and ``gpu``, its own GPU as
     ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
         for figure in FIGURES.values():
             figure.validate(self)
-        if self.compile_cache not in (None, *COMPILE_CACHES):
-            listed = ", ".join(COMPILE_CACHES)
-            raise ValueError(f"compile_cache must be one of {listed}, got {self.compile_cache!r}")
-        if not isinstance(self.throttled, list) or not all(
-            isinstance(reason, str) for reason in self.throttled
-        ):
-            raise ValueError(f"throttled must be a list of texts, got {self.throttled!r}")
+        super().__post_init__()
 
     @classmethod
     def from_parts(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +19,10 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModel,
+    PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pytest_int8bench.errors import first_line
@@ -44,9 +50,16 @@ _UNMASKED = "int8bench_unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 #: Tokens a text model is fed by default, where its positions allow.
 SEQUENCE_LENGTH = 512
+#: Entry of ``auto_map`` that names the model's class, and the argument that transformers asks for
+#: in its error where such code is not trusted.
+_CLASS_REFERENCE, _TRUST = "AutoModel", "trust_remote_code"
+_UNTRUSTED = (
+    "the model needs Python code that comes with it (auto_map in its config.json), which is not "
+    "run: give --int8-trust-remote-code if you trust it"
+)
 
 
-def huggingface(name: str, root: Path) -> Workload:
+def huggingface(name: str, root: Path, trust_remote_code: bool = False) -> Workload:
     """Return the workload of a transformers encoder with random weights and random inputs.
 
     Text models get ``sequence_length`` (512, or what their positions allow) tokens a sample, all
@@ -59,14 +72,15 @@ def huggingface(name: str, root: Path) -> Workload:
         name: a folder with a ``config.json``, a model type of transformers (``bert``: its default
             configuration), or a repository of the hub.
         root: folder that relative paths start from.
+        trust_remote_code: run the Python code of a model that brings its own.
 
     Raises:
-        ValueError: one line, if there is no such configuration, or it takes other inputs than
-            token ids or images.
+        ValueError: one line, if there is no such configuration, it takes other inputs than token
+            ids or images, or it needs code of its own that is not trusted.
     """
-    config, pretrained = _find_config(name, root)
-    model = _NamedModel(f"hf:{name}", config, pretrained)
-    is_text = _main_input(config, model.label) == "input_ids"
+    config, pretrained = _find_config(name, root, trust_remote_code)
+    model = _NamedModel(f"hf:{name}", config, pretrained, trust_remote_code)
+    is_text = _main_input(config, model) == "input_ids"
     return Workload(
         name=model.label,
         build=model.build,
@@ -88,6 +102,8 @@ class _NamedModel:
     config: Any
     pretrained: str | None
     """Folder or repository of its weights, None if it has none."""
+    trusted: bool
+    """Its own code may be run."""
 
     def impossible_reason(self, params: RunParams) -> str | None:
         length, positions = params.extra.get("sequence_length"), _positions(self.config)
@@ -99,7 +115,11 @@ class _NamedModel:
 
     def build(self, params: RunParams) -> torch.nn.Module:
         attention = _attention(self.config, params)
-        return _encoder(AutoModel.from_config(_configured(self.config, params), **attention))
+        return _encoder(
+            AutoModel.from_config(
+                _configured(self.config, params), trust_remote_code=self.trusted, **attention
+            )
+        )
 
     def load(self, params: RunParams, weights: str) -> torch.nn.Module:
         if weights != HUB and not Path(weights).is_dir():
@@ -122,6 +142,7 @@ class _NamedModel:
                 config=_configured(self.config, params),
                 dtype=torch.float32,
                 output_loading_info=True,
+                trust_remote_code=self.trusted,
                 **_attention(self.config, params),
             )
         except Exception as error:  # of the hub's client, or of safetensors
@@ -151,23 +172,39 @@ def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
     return axes
 
 
-def _find_config(name: str, root: Path) -> tuple[Any, str | None]:
+def _find_config(name: str, root: Path, trusted: bool) -> tuple[Any, str | None]:
     """Return the configuration, and where its weights are if there are any."""
     folder = root / name
     if (folder / "config.json").is_file():
         try:
-            return AutoConfig.from_pretrained(folder), str(folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"hf:{name}: {first_line(error)}") from None
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        except Exception as error:  # of JSON, of the configuration, or of its own code
+            problem = _UNTRUSTED if _TRUST in str(error) else first_line(error)
+            raise ValueError(f"hf:{name}: {problem}") from None
+        return _checked(config, name, trusted), str(folder)
     if name in CONFIG_MAPPING:
         return AutoConfig.for_model(name), None
     try:
-        return AutoConfig.from_pretrained(name), name
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+    except Exception as error:
+        if _TRUST in str(error):
+            raise ValueError(f"hf:{name}: {_UNTRUSTED}") from None
         raise ValueError(
             f"hf:{name} is no folder with a config.json, no model type of transformers such as "
             f"bert, and the hub did not answer with one: {first_line(error)}"
         ) from None
+    return _checked(config, name, trusted), name
+
+
+def _checked(config: Any, name: str, trusted: bool) -> Any:
+    """Return a configuration whose model is of transformers, or whose code is trusted."""
+    if (
+        _model_class(config) is None
+        and _CLASS_REFERENCE in (getattr(config, "auto_map", None) or {})
+        and not trusted
+    ):
+        raise ValueError(f"hf:{name}: {_UNTRUSTED}")
+    return config
 
 
 def _finite(value: Scalar) -> bool:
@@ -179,8 +216,17 @@ def _model_class(config: Any) -> Any:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-def _main_input(config: Any, label: str) -> str:
-    kind = getattr(_model_class(config), "main_input_name", None)
+def _main_input(config: Any, model: _NamedModel) -> str:
+    label, found = model.label, _model_class(config)
+    reference = (getattr(config, "auto_map", None) or {}).get(_CLASS_REFERENCE)
+    if found is None and reference and model.trusted and model.pretrained:
+        try:
+            found = get_class_from_dynamic_module(reference, model.pretrained)
+        except Exception as error:  # of the model's own code
+            raise ValueError(
+                f"{label}: its code cannot be loaded: {type(error).__name__}: {first_line(error)}"
+            ) from None
+    kind = getattr(found, "main_input_name", None)
     needs = {"input_ids": ("vocab_size",), "pixel_values": ("image_size", "num_channels")}
     if kind not in needs:
         raise ValueError(
@@ -256,6 +302,52 @@ def _attention(config: Any, params: RunParams) -> dict[str, str]:
 def _encoder(model: Any) -> torch.nn.Module:
     encoder: torch.nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder
+
+
+def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
+    """Return the parameters and buffers that transformers keeps in FP32 when it loads a model in
+    BF16 (``from_pretrained(dtype=torch.bfloat16)``), such as the frequencies of rotary embeddings.
+
+    Args:
+        model: any model; only models of transformers in it are looked at.
+    """
+    kept: set[str] = set()
+    seen: set[torch.nn.Module] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or module in seen:
+            continue
+        shell = _empty_bf16(module)
+        if shell is None:  # models inside of it may do
+            continue
+        seen.update(part for part in module.modules() if isinstance(part, PreTrainedModel))
+        prefix = f"{path}." if path else ""
+        plan = module._get_dtype_plan(torch.bfloat16)
+        stored = shell.state_dict().keys()
+        for name, tensor in itertools.chain(shell.named_parameters(), shell.named_buffers()):
+            planned = name in stored and any(_matches(pattern, name) for pattern in plan)
+            if planned or (tensor.is_floating_point() and tensor.dtype != torch.bfloat16):
+                kept.add(prefix + name)
+    return frozenset(kept)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    # As build_glob_alternation of transformers 5.17 to 5.23 (core_model_loading.py) reads it.
+    return re.search(pattern.replace("*", ".*"), name) is not None
+
+
+def _empty_bf16(model: Any) -> torch.nn.Module | None:
+    """Return a model like ``model``, made as transformers makes one in BF16, without weights; None
+    where that takes more than a configuration."""
+    for device in ("meta", "cpu"):  # some models compute with numbers of tensors
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device), no_init_weights():
+                shell: torch.nn.Module = type(model)._from_config(
+                    copy.deepcopy(model.config), dtype=torch.bfloat16
+                )
+                return shell
+        except Exception:
+            continue
+    return None
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -50,7 +50,7 @@ class WorkloadRow(NamedTuple):  # made at every start of pytest, where a datacla
     """Extra of this package that installs the library."""
     takes: tuple[str, ...] = ()
     """What the loader is called with: any of ``argument``, ``root`` (the folder that relative
-    paths start from) and ``eval_data``."""
+    paths start from), ``eval_data`` and ``trust_remote_code``."""
     argument: str | None = None
     """Pattern of what follows the prefix; None for a plain name."""
     example: str = ""
@@ -67,7 +67,9 @@ class WorkloadRow(NamedTuple):  # made at every start of pytest, where a datacla
         """Return whether ``text`` names this workload."""
         return re.fullmatch(re.escape(self.name) + (self.argument or ""), text) is not None
 
-    def load(self, name: str, root: Path, eval_data: Path | None) -> Workload:
+    def load(
+        self, name: str, root: Path, eval_data: Path | None, trust_remote_code: bool
+    ) -> Workload:
         """Import the loader and return the workload ``name``.
 
         Raises:
@@ -84,6 +86,7 @@ class WorkloadRow(NamedTuple):  # made at every start of pytest, where a datacla
             "argument": name.removeprefix(self.name),
             "root": root,
             "eval_data": eval_data,
+            "trust_remote_code": trust_remote_code,
         }
         workload: Workload = loader(*(known[value] for value in self.takes))
         return workload
@@ -120,7 +123,7 @@ WORKLOADS = (
         "hub",
         "pytest_int8bench.workloads.huggingface:huggingface",
         "hf",
-        takes=("argument", "root"),
+        takes=("argument", "root", "trust_remote_code"),
         argument=r"\S+",
         example="bert",
         ignores=OLMOEARTH_FIELDS,
@@ -219,20 +222,23 @@ def check_fields(workload: str, fields: Iterable[str]) -> None:
             raise ValueError(f"{field} is OlmoEarth's and does nothing for {workload}{own}")
 
 
-def load_workload(name: str, root: Path, *, eval_data: Path | None = None) -> Workload:
+def load_workload(
+    name: str, root: Path, *, eval_data: Path | None = None, trust_remote_code: bool = False
+) -> Workload:
     """Return the workload ``name``.
 
     Args:
         name: checked by :func:`check_workload_name`.
         root: folder that relative paths start from.
         eval_data: folder of labelled images for OlmoEarth.
+        trust_remote_code: ``hf:NAME`` may run code that comes with a model.
 
     Raises:
         ValueError: one line, if it cannot be loaded.
     """
     row = _row(name)
     if row is not None:
-        return row.load(name, root, eval_data)
+        return row.load(name, root, eval_data, trust_remote_code)
     if is_reference(name):
         return _workload_from(load_object(name, root), name)
     point = _entry_point(name)

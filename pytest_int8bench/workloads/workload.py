@@ -56,9 +56,15 @@ class Evaluation:
     aggregate: Callable[[Any], float] | None = None
     """For a metric that is no mean over samples, such as mIoU or F1: ``aggregate(rows)`` computes
     it from the rows that ``scores`` returns, one per image (samples x anything), such as confusion
-    counts. The image is the sampling unit."""
+    counts. The image is the sampling unit. A limit of 1 % takes at least 730 images, and about
+    1,000 if they differ in size, even if nothing drops; half as many for twice the limit."""
     worst: float = 0.0
-    """The lowest score that a sample can get; not used with ``aggregate``."""
+    """The lowest score that a sample can get, a finite number; not used with ``aggregate``. Clip
+    scores that have no lowest one, such as log likelihoods."""
+    groups: Any = field(default=None, hash=False)
+    """One label per sample of ``scores``, in their order, or a callable that returns them. Samples
+    with the same label belong together: frames of a video, crops of a scene, questions on one
+    text. The groups are then the sampling units. Without it, samples must be independent."""
 
 
 def _samples(params: RunParams) -> dict[str, float]:

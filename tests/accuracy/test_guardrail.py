@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail, next_step
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.accuracy.statistics.verdict import ScoreError
+from pytest_int8bench.accuracy.statistics.checks import ScoreError
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
@@ -65,6 +66,45 @@ def check(
     )
 
 
+# -- NaN ----------------------------------------------------------------------------------------
+
+
+class Breaks(Mlp):
+    """Has NaN in the first output of its last row."""
+
+    def __init__(self) -> None:
+        super().__init__(out=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        y[-1, 0] = float("nan")
+        return y
+
+
+def test_nan_in_both_is_told_with_the_verdict() -> None:
+    evaluation = Evaluation(metric="top1", scores=flips(lost=4))
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+
+    def judge(samples: int) -> str | None:
+        def scores(forward: Forward) -> Any:
+            forward(torch.ones(samples, 32))
+            return flips(lost=4)(forward)
+
+        workload = make_workload(Breaks, evaluation=Evaluation(metric="top1", scores=scores))
+        return guardrail.check(workload, W8A8, nodeid="t")[0].reason
+
+    assert judge(32) == "outputs of the baseline and the candidate hold NaN"
+    assert check(evaluation)[0].reason is None
+
+
+def test_nan_in_outputs_without_labels_is_told() -> None:
+    [found] = Guardrail(ModelPool(), ONE_PERCENT).check(make_workload(Breaks), W8A8, nodeid="t")
+    assert (found.outcome, found.reason) == (
+        "proxy-ok",
+        "the baseline's own outputs hold NaN (1 of 256 values, left out of the comparison)",
+    )
+
+
 # -- verdicts -----------------------------------------------------------------------------------
 
 
@@ -105,6 +145,92 @@ def test_forty_samples_are_inconclusive_and_say_how_many_are_needed() -> None:
     assert describe(found)[-1] == f"  {undecided}"
     # A table has the rest, its outcome among it.
     assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
+
+
+def test_groups_are_what_was_sampled() -> None:
+    videos = [f"video {index // 20}" for index in range(SAMPLES)]
+    for groups in (videos, lambda: videos):
+        [found] = check(Evaluation(metric="top1", scores=flips(4, 2), groups=groups))
+        assert (found.outcome, found.samples, found.groups) == ("INCONCLUSIVE", SAMPLES, 100)
+        assert found.needed > SAMPLES
+    assert describe(found)[1].strip() == (
+        "BF16 0.9000, INT8 0.8990, 2000 samples in 100 groups: 4 got worse, 2 better "
+        "(one-sided 95 % bounds)"
+    )
+    assert describe(found)[-1].strip() == (
+        f"2000 samples in 100 groups cannot decide it: about {found.needed:,} in "
+        f"{found.needed // 20:,} groups would"
+    )
+    assert Accuracy.from_dict(found.to_dict()) == found
+
+
+def test_evaluations_with_other_groups_are_judged_apart() -> None:
+    guardrail = Guardrail(ModelPool(), ONE_PERCENT)
+    scores = flips(4, 2)
+
+    def judged(groups: Any) -> Any:
+        evaluation = Evaluation(metric="top1", scores=scores, groups=groups)
+        workload = make_workload(toy, evaluation=evaluation)
+        return guardrail.check(workload, W8A8, nodeid="test.py::test")[0].groups
+
+    each = np.arange(SAMPLES)
+    assert [judged(each // size) for size in (20, 40)] == [100, 50]
+    assert judged(list(each // 50)) == 40
+    assert judged(None) is None
+
+
+def test_groups_need_a_label_for_each_sample() -> None:
+    with pytest.raises(ScoreError, match=r"^top1: groups must be one label per sample, got 3 "):
+        check(Evaluation(metric="top1", scores=flips(0), groups=[1, 2, 3]))
+
+
+def f1(rows: np.ndarray[Any, Any]) -> float:
+    right, wrong = rows.sum(axis=0)
+    return float(2 * right / (2 * right + wrong))
+
+
+def told(evaluation: Evaluation, limit: str) -> list[str]:
+    """Return what is said of the samples, and that it is said before the candidate is built."""
+    guardrail = Guardrail(ModelPool(), Limit.parse(limit))
+    workload, said = make_workload(toy, evaluation=evaluation), []
+
+    def tell(text: str) -> None:
+        assert not any(model.params.int8_enabled for model in guardrail._forwards)
+        said.append(text)
+
+    for params in (W8A8, W8):
+        guardrail.check(workload, params, nodeid="test.py::test", tell=tell)
+    return said
+
+
+def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.poisson(30, 300) + 1, rng.poisson(3, 300)], axis=1)
+    found = Evaluation(metric="F1", scores=lambda forward: rows, aggregate=f1)
+    [text] = told(found, "1%")
+    match = re.fullmatch(
+        r"F1: 300 samples cannot pass 1% even if nothing drops: it takes about (\d+)", text
+    )
+    assert match is not None
+    assert 730 <= int(match[1]) < 1000
+    assert told(found, "10%") == []
+    more = Evaluation(
+        metric="F1", scores=lambda forward: np.resize(rows, (int(match[1]), 2)), aggregate=f1
+    )
+    assert told(more, "1%") == []
+
+
+def test_too_few_samples_and_groups_are_said() -> None:
+    [text] = told(Evaluation(metric="top1", scores=flips(0, samples=40)), "1%")
+    assert text.startswith("top1: 40 samples cannot pass 1% even if nothing drops: it takes about ")
+    groups = np.arange(SAMPLES) // 20
+    [text] = told(Evaluation(metric="top1", scores=flips(0), groups=groups), "1%")
+    assert text.startswith("top1: 2000 samples in 100 groups cannot pass 1% even if nothing drops:")
+    assert text.endswith(" groups")
+    assert told(Evaluation(metric="top1", scores=flips(0)), "1%") == []
+    # A constant baseline cannot say; its candidate can.
+    constant = Evaluation(metric="top1", scores=lambda forward: 1.0 - is_candidate(forward) * GOOD)
+    assert told(constant, "1%") == []
 
 
 def test_a_metric_that_rose_did_not_drop() -> None:
@@ -422,6 +548,26 @@ BAD = {
     "not finite": (
         by_role(GOOD, np.where(IDS == 3, np.nan, GOOD)),
         "top1: scores must be finite, the candidate has 1",
+    ),
+    "complex": (
+        by_role(GOOD + 1j, GOOD),
+        "top1: scores must be numbers, the baseline has complex128",
+    ),
+    "numbers as text": (
+        by_role(GOOD.astype(str), GOOD),
+        "top1: scores must be numbers, the baseline has <U",
+    ),
+    "masked": (
+        by_role(GOOD, np.ma.masked_array(GOOD, mask=IDS < 3)),
+        "top1: scores must not be masked, the candidate has 3",
+    ),
+    "huge": (
+        by_role(GOOD, torch.full((100,), 1e155, dtype=torch.float64)),
+        r"top1: scores and worst must be at most 1e\+100 in size, got 1e\+155",
+    ),
+    "log likelihoods": (
+        Evaluation(metric="loglik", scores=lambda forward: -IDS / 7, worst=float("-inf")),
+        "loglik: worst must be a finite number, got -inf; if scores have no lowest one",
     ),
     "one": (by_role(GOOD[:1], GOOD[:1]), "top1: .*2 samples"),
     "constant": (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from torch import nn
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.remedies import ALPHAS, Remedies
+from pytest_int8bench.accuracy.remedies import ALPHAS, Remedies, _half
 from pytest_int8bench.accuracy.sensitivity import ScanError, SensitivityScan, grouped
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
@@ -268,3 +270,17 @@ def test_what_cannot_be_scanned_is_said() -> None:
     scan = SensitivityScan(guardrail, make_workload(evaluation=None), W8A8)
     with pytest.raises(WorkloadError, match=r"^workload 'net' has no evaluation at .*SQNR only$"):
         scan.run(nodeid="a", metric=True)
+
+
+def test_groups_are_not_torn_apart() -> None:
+    """Or what certifies a remedy would have been seen when it was chosen."""
+    groups = np.arange(300) % 30
+    evaluation = Evaluation(metric="top1", scores=lambda forward: [], groups=groups)
+    first, second = (_half(evaluation, 300, half) for half in (0, 1))
+    assert first is not None
+    assert second is not None
+    assert sorted([*first, *second]) == list(range(300))
+    assert len(set(groups[first])) == len(set(groups[second])) == 15
+    assert not set(groups[first]) & set(groups[second])
+    chosen = dataclasses.replace(evaluation, selection=lambda forward: [])
+    assert _half(chosen, 300, 0) is None

@@ -224,7 +224,7 @@ def test_a_slower_revision_fails_in_all_reports(ab: Ab, root: Path, tmp_path: Pa
     summary = tmp_path / "summary"
     done = ab(root, *args, "v1", "slow", "--", "bench", GITHUB_STEP_SUMMARY=str(summary))
     assert done.returncode == 1, done.stderr
-    assert count(root) == 2 + 4 + 12
+    assert count(root) == 2 + 4 + 8
 
     assert "int8bench ab: uncommitted changes are not measured (toy.py)\n" in done.stderr
     assert "2 flagged" not in done.stderr
@@ -332,10 +332,10 @@ def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None
         ),
         (["v1", "--screening-blocks=1"], "screening_blocks must be at least 2, got 1"),
         (
-            ["v1", "--verdict-blocks=2"],
+            ["v1", "--verdict-blocks=2", "--noise=3%"],
             (
-                "with 2 verdict blocks a slowdown of 5% would be found with a probability of 51% "
-                "only (1 run, noise 1% between processes): 3 blocks are needed for 90%"
+                "with 2 verdict blocks a slowdown of 5% would be found with a probability of 34% "
+                "only (1 run, noise 3% between processes): 9 blocks are needed for 90%"
             ),
         ),
         (["v1", "--install", "echo why >&2; false"], None),

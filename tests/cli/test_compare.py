@@ -77,7 +77,7 @@ def test_equal_files_pass(base: str, capsys: Capture) -> None:
 
 def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) -> None:
     base = save("base.json", timed("x"), timed("y"))
-    code, lines = run(capsys, base, save("new.json", timed("x", slower=1.1)))
+    code, lines = run(capsys, base, save("new.json", timed("x", slower=1.2)))
     assert code == 1
     assert lines[-1] == "int8bench compare: REGRESSED (2 runs: 1 regressed, 1 missing)"
     assert "missing: toy: y: not in the new run" in lines
@@ -284,13 +284,13 @@ def test_damaged_files_are_one_line(base: str, content: str, why: str, capsys: C
 
 def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Capture) -> None:
     base = save("base.json", timed("x"), timed("y"))
-    new = save("new.json", timed("x", slower=1.1), timed("y"))
+    new = save("new.json", timed("x", slower=1.2), timed("y"))
     Path("deep").mkdir()
-    Path("pyproject.toml").write_text('[tool.int8bench.gate]\nmax-slowdown = "15%"\n')
+    Path("pyproject.toml").write_text('[tool.int8bench.gate]\nmax-slowdown = "25%"\n')
     assert run(capsys, base, new)[0] == 0
     assert run(capsys, base, new, "--max-slowdown=6%")[0] == 1
     with Path("pyproject.toml").open("a") as file:
-        file.write('[tool.int8bench.gate.runs."x*"]\nmax-slowdown = "12%"\n')
+        file.write('[tool.int8bench.gate.runs."x*"]\nmax-slowdown = "22%"\n')
         file.write('[tool.int8bench.gate.runs."z*"]\nmax-slowdown = "1%"\n')
     code, lines = run(capsys, base, new, "--max-slowdown=6%")
     assert code == 0

@@ -47,6 +47,25 @@ def test_weights_that_outputs_depend_on(
     assert not graph.drops(torch.zeros(1))
 
 
+@pytest.mark.parametrize(
+    ("function", "is_used"),
+    [
+        (lambda x, block: (F.linear(x, block[:4]), F.linear(x, block[4:]))[0], False),
+        (lambda x, block: F.linear(x, block[:4]) + F.linear(x, block[4:]), True),
+        (lambda x, block: F.linear(x, block[:4]) + block.sum(), True),
+        (lambda x, block: F.linear(x, block[:5])[:, :4], True),
+    ],
+    ids=["dropped", "both", "whole", "one-row"],
+)
+def test_layers_may_share_a_block(function: Callable[..., object], is_used: bool) -> None:
+    block = torch.randn(8, 4)
+    graph = Graph(fx.symbolic_trace(function), (X, block))
+    assert graph.computes_with(block[:4])
+    assert not graph.drops(block[:4])
+    assert graph.computes_with(block[4:]) is is_used
+    assert graph.drops(block[4:]) is (not is_used)
+
+
 def test_regions_compute_with_what_they_use() -> None:
     region = fx.symbolic_trace(
         lambda x, kept, spare: (F.linear(x, kept), F.linear(x, spare))[0],

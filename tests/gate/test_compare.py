@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +81,9 @@ def verdict(
         (1.019, "same", 0),
         (1.021, "same", 0),  # over the noise, within the limit
         (1.049, "same", 0),
-        (1.051, "regressed", 1),
+        (1.051, "suspected", 2),  # over the limit: two processes may differ by that
+        (1.12, "suspected", 2),
+        (1.15, "regressed", 1),
         (3.0, "regressed", 1),
     ],
 )
@@ -105,7 +106,11 @@ def test_metrics_without_a_limit_are_shown_and_judged_on_request(metric: str) ->
     [change] = [
         change for change in compared([timed()], [worse]).runs[0].changes if change.metric == metric
     ]
-    assert (change.growth, change.limit, change.outcome) == (1.0, None, "not judged")
+    assert (change.growth, change.limit, change.outcome) == (
+        pytest.approx(1.0),
+        None,
+        "not judged",
+    )
     assert one(timed(), worse)[:2] == ("same", 0)
     assert one(timed(), worse, limits={metric: 0.9})[:2] == ("regressed", 1)
     assert one(timed(), worse, limits={metric: 1.1})[:2] == ("same", 0)
@@ -356,10 +361,11 @@ def files_of(*slower: float, name: str = "x") -> list[Run]:
     return [side(timed(name, slower=factor)) for factor in slower]
 
 
-def test_several_files_are_taken_at_their_median() -> None:
-    [run] = compare(files_of(1, 1.01, 3), files_of(1.01), RULES).runs
-    assert run.base["batch-time"] == pytest.approx(0.128 * 1.01)
-    assert run.change("throughput").growth == pytest.approx(0)
+def test_several_files_are_taken_at_the_mean_of_their_logs() -> None:
+    [run] = compare(files_of(1, 1.21, 1.331), files_of(1.1), RULES).runs
+    middle = (1 * 1.21 * 1.331) ** (1 / 3)
+    assert run.base["batch-time"] == pytest.approx(0.128 * middle)
+    assert run.change("throughput").growth == pytest.approx(1.1 / middle - 1)
 
 
 def test_the_worst_status_of_the_new_files_counts_and_the_best_of_the_base() -> None:
@@ -373,8 +379,11 @@ def test_the_floor_is_learned_from_the_files() -> None:
     steady = compare(files_of(1, 1.001, 0.999), files_of(1.03, 1.031, 1.029), RULES)
     change = steady.runs[0].change("throughput")
     assert change.learned
-    # Student's t with 4 degrees of freedom: 2.776 * 0.0987 % * sqrt(2 / 3).
-    assert change.floor == pytest.approx(0.00224, rel=0.01)
+    # 1.645 * 0.0987 % * sqrt(2 / 3), and Student's t with 4 degrees of freedom, 2.132, for a
+    # regression: at 5 %, since memory is the only other test, and is left.
+    assert change.floor == pytest.approx(0.00133, rel=0.01)
+    assert change.shown_from == pytest.approx(0.00172, rel=0.01)
+    assert (change.assumed, change.files_needed) == (None, None)
     assert change.outcome == "within limit"
     noisy = compare(files_of(1, 1.3, 0.8), files_of(1.2, 1.0, 1.5), RULES)
     assert noisy.runs[0].change("throughput").floor > 0.4
@@ -401,31 +410,6 @@ def test_equal_files_have_a_floor_all_the_same() -> None:
 def test_absurd_files_are_compared() -> None:
     found = compare(files_of(1e-200, 1e200), files_of(1e-200, 1e200), RULES)
     assert found.exit_code == 0
-
-
-@pytest.mark.parametrize("spread", ["alike", "one noisy run"])
-def test_identical_code_rarely_regresses_beyond_a_learned_floor(spread: str) -> None:
-    """Simulated: 24 runs of identical code, three files a side, a limit of 0 %."""
-    random_state = np.random.default_rng(7)
-    deviations = np.full(24, 0.01)
-    if spread != "alike":
-        deviations[0] = 0.05
-    rules = Rules(limits={"throughput": 0.0, "memory": None})
-    regressed = np.zeros(24)
-    trials = 60
-    for _ in range(trials):
-        noise = np.exp(random_state.normal(0, 1, (6, 24)) * deviations)
-        files = [
-            side(*(timed(str(index), slower=factor) for index, factor in enumerate(row)))
-            for row in noise
-        ]
-        found = compare(files[:3], files[3:], rules)
-        regressed += [run.outcome == "regressed" for run in found.runs]
-    rates = regressed / trials
-    print("RATES", spread, rates[0], rates[1:].mean())
-    # Two-sided 5 %, so that half of it is slower; medians of three scatter more than means.
-    assert 0.002 < rates[1:].mean() < 0.04
-    assert rates[0] < 0.08
 
 
 # -- verdicts -----------------------------------------------------------------------------------
@@ -585,7 +569,7 @@ def test_worse_never_looks_better(states: Any, field: str, factor: float) -> Non
 def test_slower_files_never_look_better(base: list[float], new: list[float], factor: float) -> None:
     before = compare(files_of(*base), files_of(*new), RULES).exit_code
     after = compare(files_of(*base), files_of(*(factor * f for f in new)), RULES).exit_code
-    assert after >= before
+    assert SEVERITY[after] >= SEVERITY[before]
 
 
 @given(st.lists(st.lists(points, max_size=4), min_size=2, max_size=5), st.randoms())

@@ -185,3 +185,11 @@ def test_missing_points_can_be_allowed() -> None:
 
 def test_a_session_without_points_says_so() -> None:
     assert gate_of(timed()).summary() == ["compared with base.json: nothing"]
+
+
+def test_what_one_process_cannot_show_is_listed_and_fails_nothing() -> None:
+    gate = gate_of(timed(), timed("other"))
+    gate.judge(timed(slower=1.08), HERE)
+    first, suspected = gate.summary()
+    assert first == "compared with base.json: 1 suspected"
+    assert suspected.startswith("suspected: toy: x: max-slowdown: +8.0%, limit 5.0%, shown from ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -141,14 +145,14 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
 
     feed = Feed()
 
-    def run(self: Model) -> torch.Tensor:
+    def run() -> torch.Tensor:
         nonlocal now
         now += 5.0 if feed.batches % 10 == 9 else 3.0
         feed.batches += 1
         feed.wait_s += 0.25
         return torch.zeros(1)
 
-    def run_again(self: Model) -> torch.Tensor:
+    def run_again() -> torch.Tensor:
         nonlocal now
         now += 2.0
         return torch.zeros(1)
@@ -162,8 +166,8 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
     model = throughput._pool.get(make_workload(), BF16)
     model.ready()
     model.feed = feed  # type: ignore[assignment]
-    monkeypatch.setattr(Model, "run", run)
-    monkeypatch.setattr(Model, "run_again", run_again)
+    monkeypatch.setattr(model, "run", run)
+    monkeypatch.setattr(model, "run_again", run_again)
     simulated = Throughput(throughput._pool, with_evidence=True, timer=lambda: now)
     monkeypatch.setattr("pytest_int8bench.measure.point.kernels_of", lambda model, keep: None)
     result = simulated.measure(make_workload(), BF16, rounds, nodeid="a")
@@ -438,6 +442,91 @@ def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> N
         measure(throughput, make_workload(Overflows), W8A8)
 
 
+class Divides(Mlp):
+    """Has NaN in its last row, whatever its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return torch.cat([y[:-1], y[-1:] * float("nan")])
+
+
+class Masks(Mlp):
+    """Has minus infinity in its output, as masked classes do, and NaN with INT8 weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        y[:, 0] = float("nan") if self.quantized else -float("inf")
+        return y
+
+
+def test_nan_in_the_baseline_is_told(throughput: Throughput) -> None:
+    workload = make_workload(Divides)
+    assert measure(throughput, workload, BF16).reason == "the model's output holds NaN"
+    candidate = measure(Throughput(ModelPool()), workload, W8A8)
+    assert candidate.status == "ok"
+    assert candidate.reason == "the outputs of baseline and candidate hold NaN"
+
+
+def test_nan_where_the_baseline_has_infinity_is_an_error(throughput: Throughput) -> None:
+    assert measure(throughput, make_workload(Masks), BF16).reason is None
+    with pytest.raises(OutputError, match=r"the candidate's output holds NaN or infinity$"):
+        measure(throughput, make_workload(Masks), W8A8)
+
+
+class CountsOperators(TorchDispatchMode):
+    """Sees each operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Watcher(TorchFunctionMode):
+    """Sees each function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("watching", "name"),
+    [
+        (CountsOperators, "CountsOperators"),
+        (Watcher, "Watcher"),
+        (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU]), "torch.profiler"),
+    ],
+)
+def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, name: str) -> None:
+    with watching():
+        result = measure(throughput, make_workload(), BF16)
+    assert result.reason == f"timed beside {name}: the times include what that costs"
+    with torch.device("cpu"):  # what torch.set_default_device enters
+        assert measure(throughput, make_workload(), BF16).reason is None
+
+
+def test_no_clock_runs_under_a_tracer(throughput: Throughput) -> None:
+    class Looks(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tracers.append(sys.gettrace())
+            return super().forward(x)
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        return None
+
+    tracers: list[Any] = []
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = measure(throughput, make_workload(Looks), W8A8)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+    assert (result.status, result.reason) == ("ok", None)
+    # Few calls are not timed: the proof of the candidate, the first of each model, a look whether
+    # it is still compiled, evidence, and a look at the outputs.
+    assert tracers.count(trace) <= 16
+    assert tracers.count(None) > 50
+
+
 def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput) -> None:
     class Skips(Mlp):
         """Has INT8 weights and computes without them."""
@@ -455,7 +544,10 @@ def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: R
     result = measure(throughput, workload, params)
     told = "the forward does not use 2 of 4 quantized layers: c, d"
     assert (result.status, result.reason) == ("ok", told)
-    assert (result.coverage["converted_layers"], result.coverage["unused"]) == (4, ["c", "d"])
+    assert (result.coverage["converted_layers"], result.coverage.get("unused", [])) == (
+        4,
+        ["c", "d"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -472,7 +564,7 @@ def test_layers_that_are_called_in_other_ways_hold_the_label(
     throughput: Throughput, toy: type[nn.Module]
 ) -> None:
     result = measure(throughput, make_workload(toy, filter_fn=layers.is_linear), W8A8)
-    assert (result.status, result.reason, result.coverage["unused"]) == ("ok", None, [])
+    assert (result.status, result.reason, result.coverage.get("unused", [])) == ("ok", None, [])
 
 
 @pytest.mark.parametrize("toy", [layers.Multiplies, layers.MultipliesOnce])
@@ -544,7 +636,7 @@ def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Thr
 def test_layers_that_compilers_drop_are_named(throughput: Throughput) -> None:
     workload = make_workload(layers.Discarded, filter_fn=layers.is_linear)
     result = measure(throughput, workload, W8A8.replace(compile_mode="default"))
-    assert result.coverage["unused"] == ["c", "d"]
+    assert result.coverage.get("unused", []) == ["c", "d"]
     assert "the forward does not use 2 of 4 quantized layers: c, d" in result.reason
 
 

@@ -213,6 +213,29 @@ def test_inputs_must_be_a_tuple_or_mapping_with_tensors(returned: Any, kind: str
         ModelPool().batch(workload, BF16)
 
 
+def test_a_mask_of_the_lowest_number_stays_finite_in_bf16() -> None:
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.tensor([[0.0, lowest, -torch.inf, torch.nan]]).expand(4, 4)
+
+    class Masked(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", mask.clone())
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + mask.sum() * 0
+
+    pool = ModelPool()
+    workload = make_workload(
+        build=lambda p: Masked(), inputs=lambda p, device: (torch.randn(4, 16), mask)
+    )
+    bf16 = torch.finfo(torch.bfloat16).min
+    expected = torch.tensor([0.0, bf16, -torch.inf, torch.nan], dtype=torch.bfloat16)
+    for found in (pool.batch(workload, BF16)[1], pool.get(workload, BF16).eager.mask):
+        torch.testing.assert_close(found[0], expected, equal_nan=True)
+    assert pool.batch(workload, FP32)[1][0, 1] == lowest
+
+
 def test_inputs_fed_from_the_host_give_the_same_output() -> None:
     workload = make_workload()
     host = BF16.replace(feed="host")

@@ -566,3 +566,40 @@ def test_an_error_that_hides_its_context_is_no_oom() -> None:
 )
 def test_requested_bytes(text: str, size: int | None) -> None:
     assert requested_bytes(RuntimeError(text)) == size
+
+
+# -- runs that are prepared -----------------------------------------------------------------------
+
+
+class Prepared:
+    """Uses up something at each call, of which three can be made at once."""
+
+    most_calls = 3
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def prepare(self, calls: int) -> None:
+        assert calls <= self.most_calls
+        self.left = calls
+
+    def __call__(self) -> None:
+        assert self.left > 0
+        self.left -= 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_no_more_calls_follow_each_other_than_were_prepared(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(Prepared, "most_calls", most)
+    first, second, ticks = Prepared(), Prepared(), itertools.count()
+
+    def timer() -> float:
+        return next(ticks) * 1e-3
+
+    warm_up(first, timer, max_s=0.01)
+    planned = pilot(first, timer, interval_s=10, min_batches=10)
+    assert planned.iterations <= most
+    assert planned.rounds * planned.iterations >= 10
+    alternate(first, second, timer, interval_s=0.1)

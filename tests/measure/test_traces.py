@@ -122,9 +122,11 @@ def test_no_half_stays(profiles: Profiles, tmp_path: Path, monkeypatch: pytest.M
 def test_profiles_a_model_once(profiles: Profiles, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Keep | None] = []
 
-    def counted(run: object, device: torch.device, keep: Keep | None = None) -> Evidence:
+    def counted(
+        run: object, device: torch.device, keep: Keep | None = None, **more: bool
+    ) -> Evidence:
         calls.append(keep)
-        return profile_forward(run, device, keep)  # type: ignore[arg-type]
+        return profile_forward(run, device, keep, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("pytest_int8bench.measure.model.profile_forward", counted)
     workload = Workload(

@@ -4,6 +4,7 @@ own test, and nothing passes silently."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,26 @@ def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> No
             '{"benchmarks": []}',
             ("base.json has no int8bench block: it was not saved by pytest-int8bench"),
         ),
+        (
+            '{"benchmarks": [], "int8bench": {"schema": 1, "environment": {"a": DEEP}, '
+            '"results": [], "accuracy": []}}'.replace("DEEP", "[" * 250 + "]" * 250),
+            "base.json is nested too deeply, beyond 32 levels",
+        ),
+        ("[" * 100_000, "base.json is nested too deeply, beyond 32 levels"),
     ],
+    ids=["empty", "not ours", "nested", "nested and cut"],
 )
 def test_rejects_unreadable_base(project: pytest.Pytester, content: str, why: str) -> None:
     (project.path / "base.json").write_text(content)
     result = run(project, "--int8-compare=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert [line for line in result.errlines if line] == [f"ERROR: --int8-compare: {why}"]
+
+
+def test_rejects_a_base_that_is_a_pipe(project: pytest.Pytester) -> None:
+    os.mkfifo(project.path / "base.json")
+    result = run(project, "--int8-compare=base.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [
+        "ERROR: --int8-compare: base.json must be a regular file, got a pipe"
+    ]

@@ -39,8 +39,9 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.quantization.coverage import Coverage, Layer
 from pytest_int8bench.quantization.filters import is_transformer_linear
-from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, lower
+from pytest_int8bench.quantization.lowering import lower
 from pytest_int8bench.quantization.modes import MODES
+from pytest_int8bench.quantization.weights import DequantizedInt8Weight, Int8Weight
 from pytest_int8bench.tensors import call, tensors_of
 from pytest_int8bench.workloads.registry import load_workload
 from toys.models import Attention, Mlp
@@ -731,10 +732,10 @@ def test_fqn_to_config_that_names_no_layer_is_an_error(model: Transformer) -> No
 # -- weight-only products -----------------------------------------------------------------------
 
 
-def dequantized(weight: Int8Tensor) -> DequantizedInt8Tensor:
+def dequantized(weight: Int8Tensor) -> DequantizedInt8Weight:
     names, context = weight.__tensor_flatten__()
     parts = {name: getattr(weight, name) for name in names}
-    return DequantizedInt8Tensor.__tensor_unflatten__(parts, context, weight.shape, weight.stride())
+    return DequantizedInt8Weight.__tensor_unflatten__(parts, context, weight.shape, weight.stride())
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -759,7 +760,7 @@ def test_a_dequantized_product_after_smoothquant_scales_its_input() -> None:
     apply_int8_quant(model, mode="w8", smoothquant=True, calibration=[x])
     weight, bias = model.fc1.weight, model.fc1.bias
     assert weight.act_pre_scale is not None
-    expected = linear(x * weight.act_pre_scale, weight.dequantize(torch.bfloat16), bias)
+    expected = linear(x * weight.act_pre_scale, weight.scaled(torch.bfloat16), bias)
     assert torch.equal(linear(x, dequantized(weight), bias), expected)
 
 
@@ -934,7 +935,7 @@ def _dequantized(model: Any) -> None:
         (_hook, "type: has forward hooks"),
         (_pre_hook, "type: has forward hooks"),
         (_own_forward, "type: Doubled has a forward of its own"),
-        (_dequantized, "weight: DequantizedInt8Tensor"),
+        (_dequantized, "weight: DequantizedInt8Weight"),
     ],
 )
 def test_unsupported_layer_says_why(change: Callable[[Any], None], reason: str) -> None:
@@ -969,7 +970,7 @@ def test_a_model_that_is_one_layer_stays() -> None:
     apply_int8_quant(model, filter_fn=lambda module, name: True)
     (layer,) = lowered(model)
     assert layer.fallback == "type: the model itself, which cannot be replaced in place"
-    assert type(model.weight) is Int8Tensor
+    assert type(model.weight) is Int8Weight
 
 
 def test_a_layer_of_two_names_is_lowered_under_both() -> None:

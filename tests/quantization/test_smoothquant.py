@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.quantization.smoothquant import (
@@ -456,6 +456,44 @@ def test_layers_inside_what_a_model_compiles_itself_are_measured() -> None:
     compiled = torch.compile(lambda layer, x: layer(x), backend="eager", fullgraph=True)
     model = prepared(Reads(lambda m, x, h: compiled(m.fc, h) + m.other(h)))
     assert joint(plan(model, ["fc", "other"])) == [("fc", "other")]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x, h: m.fc(h) + linear(h, m.other.weight, m.other.bias),
+        lambda m, x, h: m.fc(h) + linear(input=h, weight=m.other.weight),
+        lambda m, x, h: m.fc(h) + linear(h, m.other.weight, bias=m.other.bias).relu(),
+    ],
+    ids=["positional", "weight=", "bias="],
+)
+@torch.no_grad()
+def test_a_weight_that_other_code_multiplies_by_is_measured(use: Callable[..., Any]) -> None:
+    assert joint(plan(prepared(Reads(use)), ["fc", "other"])) == [("fc", "other")]
+
+
+@torch.no_grad()
+def test_what_a_layer_multiplies_counts_and_not_what_it_is_called_with() -> None:
+    class Halved(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input / 1024)
+
+    model = prepared(nn.ModuleDict({"fc": nn.Linear(DIM, DIM), "other": Halved(DIM, DIM)}))
+    model["other"].weight = nn.Parameter(model["fc"].weight.clone())
+    smoothing = plan_smoothing(
+        model,
+        ["fc", "other"],
+        batches(),
+        call=lambda m, x: m["fc"](x) + m["other"](x),
+    )
+    assert torch.equal(smoothing.scales["fc"], smoothing.scales["other"] * 32)
+
+
+@torch.no_grad()
+def test_layers_that_share_a_weight_are_measured_by_their_calls() -> None:
+    model = prepared(Reads(lambda m, x, h: m.fc(h) + m.other(x)))
+    model.other.weight = model.fc.weight
+    assert joint(plan(model, ["fc", "other"])) == []
 
 
 def test_torchao_is_not_needed() -> None:

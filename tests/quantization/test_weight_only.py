@@ -21,7 +21,8 @@ from pytest_int8bench.measure.building import build_eager
 from pytest_int8bench.measure.evidence import profile_forward
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
-from pytest_int8bench.quantization.lowering import DequantizedInt8Tensor, dequantize
+from pytest_int8bench.quantization.lowering import dequantize
+from pytest_int8bench.quantization.weights import DequantizedInt8Weight
 from pytest_int8bench.workloads import Workload
 from toys.models import Attention, quantized
 
@@ -172,7 +173,7 @@ def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "fc2": nn.Linear(DIM, 8)})
     model["fc1"].register_forward_hook(lambda module, inputs, output: None)
     weight_only(model)
-    assert type(model["fc1"].weight) is DequantizedInt8Tensor
+    assert type(model["fc1"].weight) is DequantizedInt8Weight
     assert type(model["fc2"]) is WeightOnlyLinear
     assert weight_storage(model) == (2, 2)
 

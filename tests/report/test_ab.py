@@ -142,8 +142,8 @@ def test_the_report_as_text() -> None:
         "note: a note",
         "base: main (aaaaaaaaaa); new: HEAD (bbbbbbbbbb); 28 processes, 4 min",
         (
-            "FAIL: shown to be slower by over 1.0% (one-sided t test of log ratios, family-wise "
-            "error 5% by Holm); PASS: a slowdown of 5.0% is excluded"
+            "FAIL: shown to be slower by over 1.0% (test by the random order of processes, "
+            "family-wise error 5% over all looks); PASS: a slowdown of 5.0% is excluded"
         ),
         "EPYC, 8 threads, torch 2.11.0",
         "int8bench ab: FAIL (2 PASS, 1 FAIL, 1 INCONCLUSIVE, 1 missing)",
@@ -153,7 +153,7 @@ def test_the_report_as_text() -> None:
 def test_the_level_of_the_bounds_is_the_designs() -> None:
     found = result(CLEARED, design=Design(level=0.01))
     assert "slowdown [99 %, one-sided]" in text_of(found)
-    assert "family-wise error 1% by Holm" in text_of(found)
+    assert "family-wise error 1% over all looks" in text_of(found)
 
 
 @pytest.mark.parametrize(

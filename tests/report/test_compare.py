@@ -67,8 +67,10 @@ new: toy: fresh: not in the base
 regressed: toy: x top1: top1 dropped
 base: base (basebaseba)
 new: new (newnewnewn)
-max-slowdown: 5.0%; noise floor between processes 2.0% (the default of one process a side)
-max-memory-growth: 5.0%; noise floor between processes 1.0% (the default of one process a side)
+max-slowdown: 5.0%; noise floor between processes 2.0% (the default of one process a side); \
+a regression is shown from 14.9% on, if processes differ by 4.0%, as is assumed
+max-memory-growth: 5.0%; noise floor between processes 1.0% (the default of one process a side); \
+a regression is shown from 3.5% on, if processes differ by 1.0%, as is assumed
 int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; \
 1 verdict: 1 regressed)
 """
@@ -137,7 +139,10 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
         "note: the new was measured with uncommitted changes",
         "base: one, two (oneoneoneo, twotwotwot)",
         "new: new (unknown, uncommitted changes)",
-        "max-slowdown: 15.0%; noise floor between processes 11.6% (learned from the files)",
+        (
+            "max-slowdown: 15.0%; noise floor between processes 1.4% (learned from the files); a "
+            "regression is shown from 8.4% on, if processes differ by 4.0%, as is assumed"
+        ),
         "max-batch-time-growth: 10.0%; noise floor between processes 4.0% (as given)",
     ]
 
@@ -224,6 +229,9 @@ def test_the_json_holds_all_that_the_text_says() -> None:
         "floor": 0.02,
         "learned": False,
         "outcome": "regressed",
+        "shown_from": pytest.approx(0.1487, abs=0.0001),
+        "assumed": 0.04,
+        "files_needed": 7,
     }
     assert values["accuracy"][0]["metric"] == "top1"
     assert values["base"]["commits"] == ["base" * 20]
@@ -320,3 +328,10 @@ def test_text_markdown_json_and_junit_agree(
 def test_brackets_in_a_header_are_no_markup() -> None:
     grid = Grid(columns=["drop [one-sided]"], rows=[["1"]], styles=[None], name="")
     assert grid.text(width=None, color=False).splitlines()[0] == "drop [one-sided]"
+
+
+def test_a_suspicion_is_the_headline_and_an_error_in_junit() -> None:
+    found = compared([timed()], [timed(slower=1.1)])
+    assert text_of(found).splitlines()[-1] == "int8bench compare: SUSPECTED (1 run: 1 suspected)"
+    assert [case.status for case in cases(found)][:1] == ["error"]
+    assert found.exit_code == 2

@@ -291,3 +291,152 @@ def test_leaving_the_mask_out_changes_nothing(name: str) -> None:
         model.set_attn_implementation("sdpa")
         theirs = model(**loaded.inputs(seen, CPU)).last_hidden_state
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+# -- BF16 ----------------------------------------------------------------------------------------
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "modernbert": {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+    "deepseek_v3": {
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "bert": {},
+}
+
+
+def tiny(name: str) -> Any:
+    config = transformers.AutoConfig.for_model(name, **{**SMALL, **TINY[name]})
+    return transformers.AutoModel.from_config(config)
+
+
+def tensors_in(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bf16_is_what_transformers_loads(name: str, tmp_path: Path) -> None:
+    tiny(name).save_pretrained(tmp_path / name)
+    expected = tensors_in(
+        transformers.AutoModel.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+    )
+    eager = (
+        ModelPool(weights="hub")
+        .get(workload(name, tmp_path), POINT.replace(bf16=True, extra={"sequence_length": 16}))
+        .eager
+    )
+    found = tensors_in(eager)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key].dtype, torch.equal(found[key], value)) == (value.dtype, True), key
+    if name == "llama":
+        assert found["rotary_emb.inv_freq"].dtype == torch.float32
+    if name == "deepseek_v3":
+        assert found["layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+        self.register_buffer("own", torch.ones(2))
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self.inner(**inputs).last_hidden_state + self.own.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_of_transformers_in_workloads_of_users(dtype: torch.dtype) -> None:
+    def build(p: RunParams) -> torch.nn.Module:
+        config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, use_cache=False)
+        return Wrapped(transformers.AutoModel.from_config(config, dtype=dtype))
+
+    def inputs(p: RunParams, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(6).reshape(2, 3)}
+
+    own = Workload(name="own", build=build, inputs=inputs)
+    model = ModelPool().get(own, POINT.replace(bf16=True, batch_size=2))
+    kept = {name for name, t in tensors_in(model.eager).items() if t.dtype == torch.float32}
+    assert kept == {"inner.rotary_emb.inv_freq", "inner.rotary_emb.original_inv_freq"}
+    whole = ModelPool().get(own, POINT.replace(bf16=False, batch_size=2))
+    assert {t.dtype for t in tensors_in(whole.eager).values()} == {torch.float32}
+
+
+# -- models that bring code --------------------------------------------------------------------
+
+OWN_CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A model whose classes are in a file of its folder, which leaves a mark when it runs."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    config = {"model_type": "own", "auto_map": classes, **SMALL, "max_position_embeddings": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    return folder
+
+
+def no_questions(prompt: str = "") -> str:
+    raise AssertionError(f"asked on standard input: {prompt}")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["config-too", "model-only"])
+def test_code_of_a_model_is_not_run(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setattr("builtins.input", no_questions)
+    if known:  # transformers knows the configuration, but no model for it
+        path = own_folder / "config.json"
+        values = json.loads(path.read_text())
+        del values["auto_map"]["AutoConfig"]
+        path.write_text(json.dumps(values | {"model_type": "pix2struct_text_model"}))
+    with pytest.raises(ValueError, match="--int8-trust-remote-code") as caught:
+        workload(own_folder.name, tmp_path)
+    assert str(caught.value) == (
+        "hf:own: the model needs Python code that comes with it (auto_map in its config.json), "
+        "which is not run: give --int8-trust-remote-code if you trust it"
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trusted_code_of_a_model_is_run(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", no_questions)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    found = load_workload("hf:own", tmp_path, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+    model = ModelPool().get(found, POINT.replace(extra={"sequence_length": 8})).eager
+    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 7
+
+
+def test_a_known_model_does_not_need_its_code(bert_folder: Path, tmp_path: Path) -> None:
+    path = bert_folder / "config.json"
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "missing.Model"}}
+    path.write_text(json.dumps(values))
+    assert workload("bert", tmp_path).name == "hf:bert"

@@ -33,32 +33,37 @@ class Means:
     their rate by about k + m + z sqrt(k + m), no less than the exact limit of Garwood (Biometrika
     28, 1936, 437-442) for any k: it is the correction for skewness of Cornish and Fisher.
 
+    The drop is the sum of all losses over that of all bases. A test looks at the mean of
+    ``loss - drop * base``, which no division makes skew (Fieller 1954).
+
     Args:
-        reference: scores, or pseudo-values, of the baseline.
-        candidate: those of the candidate.
-        collapse: reference and candidate of a sample with the largest loss there can be.
-        jump: those of a sample with the largest gain.
-        relative: drops are shares of the reference's mean.
+        loss: reference less candidate of each sampling unit: scores, sums of scores of a group, or
+            pseudo-values.
+        base: what a drop is a share of: the reference, or with an absolute limit the number of
+            samples in the unit.
+        collapse: loss and base of a unit with the largest loss there can be.
+        jump: those of a unit with the largest gain.
         alpha: level of each test.
+        at_stake: what each unit can lose at most, where the largest of more units will be larger.
     """
 
     def __init__(
         self,
-        reference: Floats,
-        candidate: Floats,
+        loss: Floats,
+        base: Floats,
         *,
         collapse: tuple[float, float],
         jump: tuple[float, float],
-        relative: bool,
         alpha: float,
+        at_stake: Floats | None = None,
     ) -> None:
-        self._reference = reference
-        self._loss = reference - candidate
-        self._relative = relative
+        self._at_stake = at_stake
+        self._values = np.stack([loss, base])
         self._alpha = alpha
         self._virtual = (z(alpha) ** 2 + 2) / 3
-        self._largest_loss = max(collapse[0] - collapse[1], 0.0)
-        self._largest_gain = max(jump[1] - jump[0], 0.0)
+        self._largest_loss = max(collapse[0], 0.0)
+        self._largest_gain = max(-jump[0], 0.0)
+        self._largest_base = collapse[1]
         self._seen = self._moments(None)
         self._with_collapse = self._moments(collapse)
         self._with_jump = self._moments(jump)
@@ -73,28 +78,39 @@ class Means:
         widest = max(self._error_of(self._with_collapse), self._error_of(self._with_jump))
         return max(widest / self._scale(), TIE)
 
+    def largest(self) -> float:
+        return max(self._largest_loss, self._largest_gain) / self._largest_base
+
     def needed(self, limit: float, drop: float) -> int:
         _, covariance, _ = self._seen
-        slope = np.array([1.0, -limit if self._relative else 0.0])
+        slope = np.array([1.0, -limit])
         spread = math.sqrt(max(float(slope @ covariance @ slope), 0.0))
         scale = self._scale()
-        needed = enough(limit * scale, spread, self._largest_loss, self._alpha)
+        needed = self._enough(limit * scale, spread, self._largest_loss)
         if drop > 0:
             gap = abs(limit - drop) * scale
             extreme = self._largest_loss if drop < limit else self._largest_gain
-            needed = max(needed, enough(gap, spread, extreme, self._alpha))
+            needed = max(needed, self._enough(gap, spread, extreme))
+        return needed
+
+    def _enough(self, gap: float, spread: float, extreme: float) -> int:
+        needed = enough(gap, spread, extreme, self._alpha)
+        if self._at_stake is not None:
+            for _ in range(3):  # the more units, the larger the largest, by their logarithm
+                largest = max(extreme, largest_of(needed, self._at_stake))
+                needed = enough(gap, spread, largest, self._alpha)
         return needed
 
     def _scale(self) -> float:
-        return abs(float(self._reference.mean())) if self._relative else 1.0
+        return abs(float(self._values[1].mean()))
 
     def _moments(self, virtual: tuple[float, float] | None) -> tuple[Floats, Floats, float]:
-        """Means and covariances of loss and reference, and the number of samples with virtual
-        ones. They make the test quick at any drop."""
-        values = np.stack([self._loss, self._reference])
-        weights = np.ones(len(self._loss))
+        """Means and covariances of loss and base, and the number of units with virtual ones. They
+        make the test quick at any drop."""
+        values = self._values
+        weights = np.ones(values.shape[1])
         if virtual is not None:
-            values = np.append(values, [[virtual[0] - virtual[1]], [virtual[0]]], axis=1)
+            values = np.append(values, [[virtual[0]], [virtual[1]]], axis=1)
             weights = np.append(weights, self._virtual)
         total = float(weights.sum())
         means = values @ weights / total
@@ -106,26 +122,40 @@ class Means:
         return math.sqrt(max(float(covariance[0, 0]), 0.0) / total)
 
     def _p_value(self, moments: tuple[Floats, Floats, float], drop: float, *, sign: int) -> float:
-        """p-value of H0: sign * (loss - drop) >= 0, loss being (1 - drop) reference - candidate
-        for a relative drop."""
+        """p-value of H0: sign * (loss - drop * base) >= 0."""
         from scipy import special
 
         means, covariance, total = moments
-        slope = np.array([1.0, -drop if self._relative else 0.0])
-        excess = sign * float(slope @ means - (0.0 if self._relative else drop))
+        # A t statistic has no scale: this one does not overflow.
+        slope = np.array([1.0, -drop]) / max(1.0, abs(drop))
+        excess = sign * float(slope @ means)
         error = math.sqrt(max(float(slope @ covariance @ slope), 0.0) / total)
         if error == 0:
             return 0.0 if excess < 0 else 1.0
-        return float(special.stdtr(len(self._loss) - 1, excess / error))
+        return float(special.stdtr(self._values.shape[1] - 1, excess / error))
 
 
 # --- Jackknife ---
 
 
 def pseudo_values(
-    rows: NDArray[Any], total: float, value: Callable[[NDArray[Any]], float]
+    rows: NDArray[Any],
+    total: float,
+    value: Callable[[NDArray[Any]], float],
+    codes: NDArray[np.int64] | None = None,
 ) -> Floats:
-    """What each image adds to the metric: n T - (n - 1) T without it (Tukey 1958)."""
+    """What each image adds to the metric: n T - (n - 1) T without it (Tukey 1958).
+
+    Args:
+        rows: one per image.
+        total: the metric of all.
+        value: computes the metric.
+        codes: number of each image's group; then groups are left out, not images.
+    """
+    if codes is not None:
+        count = int(codes.max()) + 1
+        without = np.array([value(rows[codes != code]) for code in range(count)])
+        return count * total - (count - 1) * without
     count = len(rows)
     without = np.empty(count)
     rest = rows[1:].copy()
@@ -187,6 +217,17 @@ def enough(gap: float, spread: float, extreme: float, alpha: float) -> int:
 
     # Once there are enough samples, more are too: the distance grows faster than the error.
     return 2 + bisect_left(range(2, MOST_SAMPLES), True, key=seen)
+
+
+def largest_of(count: int, seen: Floats) -> float:
+    """What the largest of so many numbers stays under in nine of ten draws, if the tail of those
+    seen is exponential."""
+    order = np.sort(seen)[::-1]
+    top = max(1, len(order) // 10)
+    threshold = float(order[min(top, len(order) - 1)])
+    excess = float(order[:top].mean()) - threshold
+    beyond = max(1.0, count * top / len(order))
+    return threshold + excess * (math.log(beyond) - math.log(-math.log(0.9)))
 
 
 def z(tail: float) -> float:

@@ -79,6 +79,9 @@ class Flips:
         scale = self.right if self.relative else self.samples
         return math.sqrt(self.lost + self.gained + 1) / scale
 
+    def largest(self) -> float:
+        return 1.0
+
     def needed(self, limit: float, drop: float) -> int:
         share = self.right / self.samples if self.relative else 1.0
         flips = (self.lost + self.gained + 1) / (self.samples + 2)
@@ -103,7 +106,7 @@ class Flips:
         share = self.right / self.samples if self.relative else 1.0
         needed = max(
             enough(limit * share, math.sqrt(flips), 0.0, self.alpha),
-            math.ceil(math.log(1 / self.alpha) / (limit * share)),
+            math.ceil(min(math.log(1 / self.alpha) / (limit * share), MOST_SAMPLES)),
         )
         while needed < MOST_SAMPLES:
             needed = round_up(needed)

@@ -18,12 +18,13 @@ from pytest_int8bench.gate.ab.matching import throttle_reasons, wall_time_of
 from pytest_int8bench.gate.ab.plan import (
     BASE,
     NEW,
-    ORDERS,
+    PROCESSES,
     SCREENING,
     VERDICT,
     WARM_UP,
     Plan,
     duration,
+    order_of,
 )
 from pytest_int8bench.gate.ab.side import Side
 
@@ -74,7 +75,7 @@ class BlockRunner:
         runs = len(compared)
         design, each = self._plan.design, self._process_s(SCREENING, compared)
         screening = 2 * design.screening_blocks * each
-        verdict = 3 * design.verdict_blocks * each
+        verdict = PROCESSES[VERDICT] * design.verdict_blocks * each
         self._tell(
             f"{runs} run(s), about {duration(each)} a process: screening in "
             f"{duration(screening)}; then verdicts on what it flags, in at most "
@@ -89,9 +90,16 @@ class BlockRunner:
             )
 
     def measure(
-        self, stage: str, count: int, identities: Sequence[Identity]
+        self, stage: str, part: range, count: int, identities: Sequence[Identity]
     ) -> list[list[Process]]:
-        """Measure the blocks that are not in the journal; return all that count."""
+        """Measure the blocks that are not in the journal; return all that count.
+
+        Args:
+            stage: screening or verdict.
+            part: which blocks of the stage.
+            count: how many the stage has at most.
+            identities: the runs that are measured.
+        """
         only = sorted({nodeid for nodeid, _ in identities}) if stage == VERDICT else None
         # What verdicts were begun on must not change any more, also with more --retries.
         is_closed = stage == SCREENING and any(
@@ -99,10 +107,10 @@ class BlockRunner:
         )
         is_over = False
         found: list[list[Process]] = []
-        for block in range(count):
-            order = ORDERS[stage][block % len(ORDERS[stage])]
+        for block in part:
             for attempt in itertools.count():
                 processes = self._recorded(stage, block, attempt)
+                order = order_of(stage, block, attempt, self._journal.path.stem)
                 if not processes:
                     is_over |= is_closed
                     if is_over or not self._affordable(len(order), stage, identities):
@@ -132,10 +140,9 @@ class BlockRunner:
                         f"{stage} {block + 1}/{count}: the GPU was slowed down ({heat}): the block "
                         "is measured again"
                     )
-        if is_over and len(found) < count:
-            self._journal.notes.append(
-                f"--budget: {stage} ended after {len(found)} of {count} blocks"
-            )
+        if is_over and len(found) < len(part):
+            done = part.start + len(found)
+            self._journal.notes.append(f"--budget: {stage} ended after {done} of {count} blocks")
             self.is_cut_short = True
         return found
 

@@ -10,19 +10,22 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pytest_int8bench.gate.ab.blocks import BlockRunner
+from pytest_int8bench.gate.ab.design import spend
 from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
-from pytest_int8bench.gate.ab.judging import judge, screen
+from pytest_int8bench.gate.ab.judging import judge, scales, screen, too_few
 from pytest_int8bench.gate.ab.matching import (
     BlockTimes,
     block_times,
     match_runs,
     median_or_none,
+    sides_of,
     to_arrays,
 )
 from pytest_int8bench.gate.ab.plan import (
@@ -137,6 +140,8 @@ class _Experiment:
         self._blocks = blocks
         self._tell = tell
         self._statistic = MEDIAN
+        self._scales: dict[Identity, float] = {}
+        """How noisy each run is, from screening."""
 
     def run(self) -> AbResult:
         warm = self._blocks.warm_up()
@@ -185,12 +190,16 @@ class _Experiment:
         return FASTEST if gpu is None and has_fastest else MEDIAN
 
     def _screen(self, compared: Sequence[Identity]) -> dict[Identity, AbRun]:
-        times, found = self._measure(SCREENING, self._plan.design.screening_blocks, compared)
-        base, new = to_arrays(times, 2)
+        count = self._plan.design.screening_blocks
+        blocks = self._blocks.measure(SCREENING, range(count), count, compared)
+        times, found = self._times(SCREENING, blocks, compared)
+        base, new = to_arrays(times)
         outcomes = screen(base, new, self._plan.design) if times else []
+        self._scales = dict(zip(times, scales(outcomes), strict=True))
+        sides = sides_of(SCREENING, blocks)
         for identity, screened in zip(times, outcomes, strict=True):
             found[identity] = self._entry(
-                identity, times[identity], "PASS", PASSES, screened=screened
+                identity, times[identity], sides, "PASS", PASSES, screened=screened
             )
         return {identity: found[identity] for identity in compared}
 
@@ -199,15 +208,61 @@ class _Experiment:
     ) -> dict[Identity, AbRun]:
         names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
         self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
-        times, found = self._measure(VERDICT, self._plan.design.verdict_blocks, flagged)
-        base, new, base_again = to_arrays(times, 3)
-        outcomes = judge(base, new, base_again, self._plan.design) if times else []
+        design = self._plan.design
+        # Runs that pass stay in the family, and are measured on: those left would be the ones that
+        # looked slowest, and a test of them alone would take that for evidence.
+        family = list(flagged)
+        found: dict[Identity, AbRun] = {}
+        blocks: list[list[Process]] = []
+        seen: list[int] = []
+        start = 0
+        for planned in design.looks:
+            part = range(start, planned)
+            blocks += self._blocks.measure(VERDICT, part, design.verdict_blocks, family)
+            seen.append(len(blocks))
+            is_last = planned == design.verdict_blocks or self._blocks.is_cut_short
+            looked = self._look(blocks, family, screened, seen, is_last=is_last)
+            passed = {i: run for i, run in found.items() if run.outcome == "PASS"}
+            found |= looked | passed
+            family = [i for i in family if found[i].outcome in ("PASS", "INCONCLUSIVE")]
+            if is_last or not any(found[i].outcome == "INCONCLUSIVE" for i in family):
+                break
+            start = planned
+        return found
+
+    def _look(
+        self,
+        blocks: Sequence[Sequence[Process]],
+        family: Sequence[Identity],
+        screened: Mapping[Identity, AbRun],
+        seen: Sequence[int],
+        *,
+        is_last: bool,
+    ) -> dict[Identity, AbRun]:
+        """Judge the runs that no earlier look found slower, from all blocks until now."""
+        design = self._plan.design
+        times, found = self._times(VERDICT, blocks, family)
+        sides = sides_of(VERDICT, blocks)
+        level = spend(design.level, design.verdict_blocks, seen)[-1]
+        outcomes = (
+            judge(
+                list(times.values()),
+                [[side == NEW for side in block] for block in sides],
+                design,
+                scale=[self._scales[identity] for identity in times],
+                level=level,
+                is_last=is_last,
+            )
+            if times and blocks
+            else [too_few(0, design) for _ in times]
+        )
         undecided = PASSES if self._plan.allow_inconclusive else UNDECIDED
         codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": undecided}
         for identity, judged in zip(times, outcomes, strict=True):
             found[identity] = self._entry(
                 identity,
                 times[identity],
+                sides,
                 judged.outcome,
                 codes[judged.outcome],
                 screened=screened[identity].screened,
@@ -216,14 +271,13 @@ class _Experiment:
             )
         return found
 
-    def _measure(
-        self, stage: str, count: int, identities: Sequence[Identity]
+    def _times(
+        self, stage: str, blocks: Sequence[Sequence[Process]], identities: Sequence[Identity]
     ) -> tuple[BlockTimes, dict[Identity, AbRun]]:
         """Return the times of the runs that have them, and the entries of those that failed."""
-        blocks = self._blocks.measure(stage, count, identities)
         times, broken = block_times(stage, blocks, identities, FIELDS[self._statistic])
         failed = {
-            identity: self._entry(identity, (), "failed", UNDECIDED, reason=reason)
+            identity: self._entry(identity, (), (), "failed", UNDECIDED, reason=reason)
             for identity, reason in broken.items()
         }
         return {i: seconds for i, seconds in times.items() if i not in broken}, failed
@@ -232,19 +286,22 @@ class _Experiment:
         self,
         identity: Identity,
         times: Sequence[Sequence[float]],
+        sides: Sequence[Sequence[str]],
         outcome: str,
         exit_code: int,
         **values: Any,
     ) -> AbRun:
-        base = [seconds for block in times for seconds in (block[0], *block[2:])]
+        seconds: dict[str, list[float]] = {BASE: [], NEW: []}
+        for side, time in zip(chain(*sides), chain(*times), strict=False):
+            seconds[side].append(time)
         return AbRun(
             nodeid=identity[0],
             workload=identity[1],
             run_name=self._name(identity),
             outcome=outcome,
             exit_code=exit_code,
-            base_s=median_or_none(base),
-            new_s=median_or_none([block[1] for block in times]),
+            base_s=median_or_none(seconds[BASE]),
+            new_s=median_or_none(seconds[NEW]),
             **values,
         )
 

@@ -16,6 +16,9 @@ from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.records import Result
 
 SCHEMA = 1
+"""Of the JSON that a comparison writes."""
+JOURNAL_SCHEMA = 2
+"""Of the journal. With 1, verdict blocks had three processes, in an order that was not drawn."""
 _FINISHED = json.dumps({"finished": True})
 
 Identity = tuple[str, str]
@@ -51,7 +54,7 @@ class AbJournal:
         self.processes: list[Process] = []
         self.notes: list[str] = []
         self._is_finished = False
-        self._header = json.dumps({"int8bench_ab": {"schema": SCHEMA, **header}})
+        self._header = json.dumps({"int8bench_ab": {"schema": JOURNAL_SCHEMA, **header}})
         self._tell = tell
         self._file = LineFile(path, self._lines, mark=self._header, size=None)
 
@@ -78,7 +81,7 @@ class AbJournal:
         """
         found = sorted(folder.glob(f"{key}-*.jsonl"), key=lambda path: path.stem)
         journal = cls(found[-1], header, tell) if found else None
-        if journal is None or not journal._read():
+        if journal is None or not journal._read(tell):
             stamp = timestamp()
             number = sum(stamp in path.name for path in found)
             path = folder / f"{key}-{stamp}{f'-{number}' if number else ''}.jsonl"
@@ -102,7 +105,7 @@ class AbJournal:
                 )
             raise
 
-    def _read(self) -> bool:
+    def _read(self, tell: Callable[[str], None]) -> bool:
         """Read what an earlier command wrote; return whether it can be gone on with.
 
         Raises:
@@ -123,8 +126,12 @@ class AbJournal:
                 elif number > 1:
                     results = tuple(map(Result.from_dict, record.pop("results")))
                     self.processes.append(Process(**record, results=results))
-                elif record["int8bench_ab"]["schema"] != SCHEMA:
-                    return False  # of another version: it stays there, and a new one is begun
+                elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
+                    tell(
+                        f"{path} is of another version of int8bench ab (journal {schema}, "
+                        f"this one writes {JOURNAL_SCHEMA}): it stays there, and a new one is begun"
+                    )
+                    return False
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise AbError(
                     f"{path} is damaged (line {number}): remove it to begin anew"

@@ -1,12 +1,15 @@
 """Decide whether a revision is slower than its base, from processes measured in alternation.
 
-Everything is computed from log ratios of new to base, one for each block, by one-sided t tests.
+Screening and the control look at log ratios, one for each block, by one-sided t tests. Verdicts are
+those of :mod:`pytest_int8bench.gate.ab.randomization`.
 :mod:`pytest_int8bench.gate.ab.design` says which blocks there are, and how many.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from pytest_int8bench.gate.ab.design import (
     ROUNDING,
     SCREENING_VARIANCE,
-    VERDICT_VARIANCE,
     Design,
     count_blocks,
     critical,
     fewest_blocks,
     percent,
 )
+from pytest_int8bench.gate.ab.randomization import bounds, center, p_faster, p_slower_of_family
 from pytest_int8bench.words import plural
 
 Outcome = Literal["FAIL", "PASS", "INCONCLUSIVE"]
@@ -34,10 +37,11 @@ class Estimate:
     """What the blocks of one run say. Shares, not percentages."""
 
     slowdown: float
-    """Geometric mean of the ratios of time, less 1. Negative if it got faster."""
+    """Ratio of the times, less 1; negative if it got faster. The geometric mean over blocks, and
+    in the verdict stage one that outliers do not move far."""
     low: float
     """One-sided bounds of the slowdown, each at the level of the design; those of a control at
-    half of it."""
+    half of it, and those of the verdict stage at the level of its last look."""
     high: float
     noise: float
     """Standard deviation between processes, as estimated from the blocks."""
@@ -65,7 +69,8 @@ class Judged:
     p: float
     """Of H0: it is slower by no more than the margin. 1 with fewer than two blocks."""
     p_holm: float
-    """The same, adjusted for all runs that were judged together."""
+    """The same, adjusted for all runs that were judged together, by the largest statistic of all of
+    them. (Holm's correction did that once; the name is that of saved files.)"""
     control: Estimate | None
     """The base's second process of each block against its first; ``None`` as above."""
     reason: str | None
@@ -102,63 +107,116 @@ def screen(base: ArrayLike, new: ArrayLike, design: Design) -> list[Screened]:
     ]
 
 
-def judge(base: ArrayLike, new: ArrayLike, base_again: ArrayLike, design: Design) -> list[Judged]:
-    """Judge the runs that screening flagged, from fresh blocks of base, new and base again.
+def judge(
+    times: ArrayLike,
+    is_new: ArrayLike,
+    design: Design,
+    *,
+    scale: ArrayLike = 1.0,
+    level: float | None = None,
+    is_last: bool = True,
+) -> list[Judged]:
+    """Judge the runs that screening flagged, from fresh blocks of four processes.
 
     ``FAIL`` if a slowdown within the margin is excluded, the runs given being one family.
-    ``PASS`` if it is not, but ``max_slowdown`` is. ``INCONCLUSIVE`` if neither is, with fewer
-    than two blocks, or if the base differs from itself by more than the margin: whatever moved it
-    may have moved the new revision, so that nothing is said about that.
+    ``PASS`` if it is not, but ``max_slowdown`` is; before the last look only where nothing points
+    over the margin, so that more blocks can find what is smaller. ``INCONCLUSIVE`` if neither is,
+    with fewer than two blocks, or if the base differs from itself by more than the margin:
+    whatever moved it may have moved the new revision, so that nothing is said about that.
 
     Args:
-        base: seconds, of shape (runs, blocks).
-        new: seconds, of the same shape.
-        base_again: seconds of the base's second process of each block, of the same shape.
+        times: seconds, of shape (runs, blocks, 4), in the order in which processes ran.
+        is_new: which processes are the new revision's, two in each block; of shape (blocks, 4).
         design: its levels and limits. There may be fewer blocks than planned, since blocks can
             have been dropped: it is judged by those that there are.
+        scale: how noisy each run is, as other times showed; see :func:`scales`.
+        level: of this look; that of the design if it is the only one.
+        is_last: no blocks follow.
 
     Raises:
-        ValueError: one line, if the times are not positive and finite, or differ in shape.
+        ValueError: one line, if the times are not positive and finite, or the shapes do not fit.
     """
-    before, between, after = _logs(base=base, new=new, base_again=base_again)
-    runs, blocks = before.shape
+    logs, labels = _blocks_of_four(times, is_new)
+    runs, blocks = logs.shape[:2]
     if blocks < 2:
-        return [_too_few(blocks, design) for _ in range(runs)]
-    ratios = _Ratios(between - (before + after) / 2, VERDICT_VARIANCE)
-    control = _Ratios(after - before, SCREENING_VARIANCE)
-    p = ratios.p_over(math.log1p(design.margin))
-    p_holm = holm(p)
-    is_unsteady = _is_unsteady(control, design)
-    is_excluded = ratios.high(design.level) < math.log1p(design.max_slowdown)
-    estimates = ratios.estimates(design.level)
-    controls = control.estimates(design.level / 2)
-
+        return [too_few(blocks, design) for _ in range(runs)]
+    if not runs:
+        return []
+    level = design.level if level is None else level
+    decided = decide(logs, labels, design, level, np.asarray(scale, float), is_last=is_last)
+    controls = _control(logs, labels).estimates(design.level / 2)
+    # A look that has no new blocks may have no level left.
+    estimates, centers = _estimates(logs, labels, level or design.level)
     judged = []
-    for run in range(runs):
-        outcome: Outcome = "INCONCLUSIVE"
+    for run, outcome in enumerate(decided.outcomes.tolist()):
         reason, needed = None, None
-        if is_unsteady[run]:
+        if decided.is_unsteady[run]:
             shown = _interval(controls[run])
             reason = f"base differs from itself by {shown}: the machine was not steady"
-        elif p_holm[run] <= design.level:
-            outcome = "FAIL"
-        elif is_excluded[run]:
-            outcome = "PASS"
-        else:
-            needed = _would_decide(float(ratios.mean[run]), float(ratios.spread[run]), runs, design)
-            reason = _undecided(estimates[run], float(p_holm[run]), runs, needed, design)
+        elif outcome == "INCONCLUSIVE":
+            noise, p_holm = estimates[run].noise, float(decided.p_holm[run])
+            needed = _would_decide(float(centers[run]), noise, runs, design)
+            reason = _undecided(estimates[run], p_holm, runs, needed, design)
         judged.append(
             Judged(
                 outcome=outcome,
                 estimate=estimates[run],
-                p=float(p[run]),
-                p_holm=float(p_holm[run]),
+                p=float(decided.p[run]),
+                p_holm=float(decided.p_holm[run]),
                 control=controls[run],
                 reason=reason,
                 blocks_needed=needed,
             )
         )
     return judged
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Outcomes of one look, and what they come from; one of each for every run."""
+
+    outcomes: NDArray[np.str_]
+    p: Floats
+    p_holm: Floats
+    is_unsteady: NDArray[np.bool_]
+
+
+def scales(screened: Sequence[Screened]) -> list[float]:
+    """Return how noisy each run is, from screening: as its blocks showed, and no less than the
+    median of all runs, since four blocks can look steady by chance."""
+    noises = [run.estimate.noise if run.estimate is not None else 0.0 for run in screened]
+    middle = max(statistics.median(noises), ROUNDING) if noises else 1.0
+    return [max(noise, middle) for noise in noises]
+
+
+def decide(
+    logs: Floats,
+    is_new: NDArray[np.bool_],
+    design: Design,
+    level: float,
+    scale: Floats | float = 1.0,
+    *,
+    is_last: bool,
+) -> Decided:
+    """Decide each run, from log times of shape (..., runs, blocks, 4)."""
+    margin, most = math.log1p(design.margin), math.log1p(design.max_slowdown)
+    p, p_holm = p_slower_of_family(logs, is_new, margin, scale)
+    is_excluded = p_faster(logs, is_new, most) <= level * (1 + ROUNDING)
+    if not is_last:
+        is_excluded &= center(logs, is_new) <= margin + ROUNDING
+    is_unsteady = _is_unsteady(_control(logs, is_new), design)
+    is_slower = p_holm <= level * (1 + ROUNDING)
+    outcomes = np.select(
+        [is_unsteady, is_slower, is_excluded], ["INCONCLUSIVE", "FAIL", "PASS"], "INCONCLUSIVE"
+    )
+    return Decided(outcomes, p, p_holm, is_unsteady)
+
+
+def _control(logs: Floats, is_new: NDArray[np.bool_]) -> _Ratios:
+    """Return the log ratios of the base's second process of each block to its first."""
+    places = np.argsort(is_new, axis=-1, kind="stable")[..., None, :, :2]
+    base = np.take_along_axis(logs, np.broadcast_to(places, (*logs.shape[:-1], 2)), -1)
+    return _Ratios(base[..., 1] - base[..., 0], SCREENING_VARIANCE)
 
 
 def _is_unsteady(control: _Ratios, design: Design) -> NDArray[np.bool_]:
@@ -173,37 +231,42 @@ def _is_unsteady(control: _Ratios, design: Design) -> NDArray[np.bool_]:
     return np.logical_or(slower, faster)
 
 
-def holm(p: ArrayLike) -> Floats:
-    """Return adjusted p-values: those at most ``level`` are rejected, with a family-wise error of
-    ``level`` however the tests depend on each other.
-
-    Holm, Scandinavian Journal of Statistics 6, 1979, 65-70: the i-th smallest of m p-values times
-    m - i + 1, and no less than those before it.
-    """
-    values = np.asarray(p, dtype=np.float64)
-    order = np.argsort(values)
-    factors = np.arange(len(values), 0, -1)
-    adjusted = np.empty_like(values)
-    adjusted[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1.0)
-    return adjusted
+def _estimates(
+    logs: Floats, is_new: NDArray[np.bool_], level: float
+) -> tuple[list[Estimate], Floats]:
+    """Return the estimate of each run, and its log ratio."""
+    centers = center(logs, is_new)
+    low, high = bounds(logs, is_new, level)
+    blocks = logs.shape[1]
+    rest = logs - centers[:, None, None] * is_new
+    rest -= rest.mean(axis=-1, keepdims=True)
+    noise = np.sqrt((rest**2).sum(axis=(-2, -1)) / (3 * blocks - 1))
+    noise = np.where(noise > ROUNDING, noise, 0.0)
+    with np.errstate(over="ignore"):  # a few blocks can leave any slowdown possible
+        columns = np.expm1([centers, np.minimum(low, centers), np.maximum(high, centers)])
+    found = [
+        Estimate(slowdown=slowdown, low=low, high=high, noise=one, blocks=blocks)
+        for slowdown, low, high, one in zip(*columns.tolist(), noise.tolist(), strict=True)
+    ]
+    return found, centers
 
 
 # --- Log ratios ---
 
 
 class _Ratios:
-    """Means of log ratios, what bounds them, and t tests of them; one of each for every run.
+    """Means of log ratios, and what bounds them by t tests; one of each for every run.
 
     Args:
-        ratios: of shape (runs, blocks), with two blocks or more.
+        ratios: of shape (..., blocks), with two blocks or more.
         variance: of one of them, in variances of a process.
     """
 
     def __init__(self, ratios: Floats, variance: float) -> None:
-        self._blocks = ratios.shape[1]
+        self._blocks = ratios.shape[-1]
         self._variance = variance
-        self.mean: Floats = ratios.mean(axis=1)
-        spread = ratios.std(axis=1, ddof=1)
+        self.mean: Floats = ratios.mean(axis=-1)
+        spread = ratios.std(axis=-1, ddof=1)
         self.spread: Floats = np.where(spread > ROUNDING, spread, 0.0)
         self._error = self.spread / math.sqrt(self._blocks)
 
@@ -216,16 +279,6 @@ class _Ratios:
     def _reach(self, level: float) -> Floats:
         reach: Floats = critical(level, self._blocks) * self._error
         return reach
-
-    def p_over(self, limit: float) -> Floats:
-        """p-values of H0: the true mean is ``limit`` or less. Without any noise 0 or 1."""
-        from scipy import special
-
-        excess = self.mean - limit
-        without_noise = np.where(excess > ROUNDING, math.inf, -math.inf)
-        t = np.divide(excess, self._error, out=without_noise, where=self._error > 0)
-        p: Floats = special.stdtr(self._blocks - 1, -t)
-        return p
 
     def estimates(self, level: float) -> list[Estimate]:
         with np.errstate(over="ignore"):  # two blocks can leave any slowdown possible
@@ -245,15 +298,34 @@ def _logs(**times: ArrayLike) -> list[Floats]:
             raise ValueError(f"{name} must have the shape (runs, blocks), got {array.shape}")
         if array.shape != shape:
             raise ValueError(f"{name} must have the shape of base, {shape}, got {array.shape}")
-        if bad := array.size - int((np.isfinite(array) & (array > 0)).sum()):
-            raise ValueError(f"{name} must be positive, finite seconds: {bad} are not")
+        _check_seconds(name, array)
     return [np.log(array) for array in arrays.values()]
+
+
+def _blocks_of_four(times: ArrayLike, is_new: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    seconds, labels = np.asarray(times, dtype=np.float64), np.asarray(is_new, dtype=np.bool_)
+    if seconds.ndim != 3 or seconds.shape[2] != 4:
+        raise ValueError(f"times must have the shape (runs, blocks, 4), got {seconds.shape}")
+    if labels.shape != seconds.shape[1:]:
+        raise ValueError(
+            f"is_new must have the shape (blocks, 4), {seconds.shape[1:]}, got {labels.shape}"
+        )
+    if (labels.sum(axis=1) != 2).any():
+        raise ValueError("is_new must mark two processes of each block")
+    _check_seconds("times", seconds)
+    return np.log(seconds), labels
+
+
+def _check_seconds(name: str, array: Floats) -> None:
+    if bad := array.size - int((np.isfinite(array) & (array > 0)).sum()):
+        raise ValueError(f"{name} must be positive, finite seconds: {bad} are not")
 
 
 # --- Texts, and blocks needed ---
 
 
-def _too_few(blocks: int, design: Design) -> Judged:
+def too_few(blocks: int, design: Design) -> Judged:
+    """Return what is said of a run with fewer than two blocks."""
     return Judged(
         outcome="INCONCLUSIVE",
         estimate=None,
@@ -265,12 +337,12 @@ def _too_few(blocks: int, design: Design) -> Judged:
     )
 
 
-def _would_decide(mean: float, spread: float, runs: int, design: Design) -> int | None:
+def _would_decide(mean: float, noise: float, runs: int, design: Design) -> int | None:
     """Return the blocks with which a true mean as seen is shown to be over the margin, with so many
     runs, or under ``max_slowdown``, whichever takes fewer."""
-    to_fail = (mean - math.log1p(design.margin), design.level / runs)
-    to_pass = (math.log1p(design.max_slowdown) - mean, design.level)
-    return fewest_blocks([to_fail, to_pass], spread)
+    to_fail = (mean - math.log1p(design.margin), runs)
+    to_pass = (math.log1p(design.max_slowdown) - mean, 1)
+    return fewest_blocks([to_fail, to_pass], noise, design.level)
 
 
 def _undecided(

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from pytest_int8bench.gate.ab.journal import Identity, Process
-from pytest_int8bench.gate.ab.plan import BASE, SCREENING, AbRun
+from pytest_int8bench.gate.ab.plan import BASE, PROCESSES, SCREENING, AbRun
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.results.records import Result
 
-#: Seconds per batch for each run and block, in the order base, new revision, base again.
+#: Seconds per batch for each run and block: base and new revision in screening, and in the order in
+#: which processes ran in the verdict stage.
 BlockTimes = dict[Identity, list[tuple[float, ...]]]
 
 
@@ -72,9 +73,7 @@ def block_times(
     times: BlockTimes = {identity: [] for identity in identities}
     broken: dict[Identity, str] = {}
     for processes in blocks:
-        ordered = sorted(processes, key=lambda p: p.position)
-        if stage == SCREENING:
-            ordered.sort(key=lambda p: p.side != BASE)
+        ordered = _ordered(stage, processes)
         found = [process.by_identity() for process in ordered]
         for identity in identities:
             results = [results.get(identity) for results in found]
@@ -89,12 +88,24 @@ def block_times(
     return times, broken
 
 
-def to_arrays(times: BlockTimes, count: int) -> list[list[list[float]]]:
-    """Return the times as arrays of shape (runs, blocks), one for each of ``count`` positions."""
+def to_arrays(times: BlockTimes) -> list[list[list[float]]]:
+    """Return the times of both sides in screening, each as an array of shape (runs, blocks)."""
     return [
         [[block[position] for block in blocks] for blocks in times.values()]
-        for position in range(count)
+        for position in range(PROCESSES[SCREENING])
     ]
+
+
+def sides_of(stage: str, blocks: Sequence[Sequence[Process]]) -> list[list[str]]:
+    """Return the side of each time of each block, as :func:`block_times` orders them."""
+    return [[process.side for process in _ordered(stage, processes)] for processes in blocks]
+
+
+def _ordered(stage: str, processes: Sequence[Process]) -> list[Process]:
+    ordered = sorted(processes, key=lambda p: p.position)
+    if stage == SCREENING:
+        ordered.sort(key=lambda p: p.side != BASE)
+    return ordered
 
 
 def wall_time_of(process: Process, identities: Sequence[Identity]) -> float:

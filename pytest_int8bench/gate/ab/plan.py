@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import random
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +19,8 @@ from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED, Compare
 
 WARM_UP, SCREENING, VERDICT = "warm-up", "screening", "verdict"
 BASE, NEW = "base", "new"
-#: Who runs in a block, in this order. In screening the order alternates; in the verdict stage two
-#: processes of the base bracket the new revision.
-ORDERS = {SCREENING: ((BASE, NEW), (NEW, BASE)), VERDICT: ((BASE, NEW, BASE),)}
+#: Processes in a block.
+PROCESSES = {SCREENING: 2, VERDICT: 4}
 
 #: What stands for a process, and the field of ``Result`` that holds it.
 MEDIAN, FASTEST = "median", "fastest"
@@ -115,6 +116,28 @@ class AbResult:
         if REGRESSES in codes:
             return REGRESSES
         return UNDECIDED if self.is_empty or UNDECIDED in codes else PASSES
+
+
+def order_of(stage: str, block: int, attempt: int, seed: str) -> tuple[str, ...]:
+    """Return who runs in a block, drawn at random, so that no rhythm of the machine can favour a
+    side.
+
+    In screening, two blocks are drawn together, AB BA or BA AB: a linear drift cancels. In the
+    verdict stage each block is, from the six orders of two processes of each side.
+
+    Args:
+        stage: ``SCREENING`` or ``VERDICT``.
+        block: its number, from 0 on.
+        attempt: how often it was begun before.
+        seed: what the order depends on, besides: the same for a comparison that is continued.
+    """
+    if stage == SCREENING:
+        is_swapped = random.Random(f"{seed} {stage} {block // 2}").random() < 0.5
+        return (NEW, BASE) if is_swapped != bool(block % 2) else (BASE, NEW)
+    draw = random.Random(f"{seed} {stage} {block} {attempt}")
+    places = list(itertools.combinations(range(PROCESSES[stage]), 2))
+    new = places[draw.randrange(len(places))]
+    return tuple(NEW if place in new else BASE for place in range(PROCESSES[stage]))
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -62,10 +61,7 @@ def data(view: View) -> dict[str, Any]:
     charts = [chart for section in view.sections for chart in section.charts]
     return {
         "schema": SCHEMA,
-        "charts": [
-            {"kind": type(chart).__name__.lower(), **finite(dataclasses.asdict(chart))}
-            for chart in charts
-        ],
+        "charts": [{"kind": type(chart).__name__.lower(), **finite(chart)} for chart in charts],
     }
 
 

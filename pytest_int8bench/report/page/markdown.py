@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from pytest_int8bench.report.page.model import View
-from pytest_int8bench.report.tables import MISSING, escaped
+from pytest_int8bench.report.page.model import Section, View
+from pytest_int8bench.report.tables import (
+    MARKDOWN_BYTES,
+    MISSING,
+    Grid,
+    as_much_as_fits,
+    escaped,
+)
 from pytest_int8bench.version import __version__
 
+#: Where a reader finds what the file leaves out.
+_ALL_ARE = "the worst come first; int8bench show prints all of a saved file"
 
-def render(view: View) -> str:
-    """Return the report as GitHub shows it."""
+
+def render(view: View, limit_bytes: int = MARKDOWN_BYTES) -> str:
+    """Return the report as GitHub shows it: with all rows and remarks, or as many of each section
+    as ``limit_bytes`` hold."""
+    text = _text(view)
+    if len(text.encode()) <= limit_bytes:
+        return text
+    sizes = [len(view.summary)]
+    for section in view.sections:
+        sizes += [len(grid.rows) for _, grid in _grids(section)]
+        sizes.append(len(section.notes))
+    return as_much_as_fits(lambda most: _text(view, most), max(sizes), limit_bytes)
+
+
+def _text(view: View, most: int | None = None) -> str:
+    """Return the report with so many rows in each table, and so many remarks in each section."""
     parts = [f"# {escaped(view.title)}\n", f"{escaped(view.subtitle)}\n"]
-    parts.append(_items(view.summary))
+    parts.append(_items(view.summary, most))
     parts.append("".join(f"- [{escaped(s.title)}](#{_anchor(s.title)})\n" for s in view.sections))
     for section in view.sections:
         parts.append(f"## {escaped(section.title)}\n")
         parts += [f"{escaped(line)}\n" for line in section.intro]
-        for chart in section.charts:
-            parts += [f"### {escaped(chart.title)}\n", chart.grid().markdown()]
-        for titled in section.tables:
-            parts += [f"### {escaped(titled.caption)}\n", titled.grid.markdown()]
-        parts.append(_items(section.notes))
+        for title, grid in _grids(section):
+            parts += [f"### {escaped(title)}\n", grid.markdown(most, _ALL_ARE)]
+        parts.append(_items(section.notes, most))
     version = __version__
     parts.append(
         f"<sub>Written by pytest-int8bench {version}. Intervals are at 95 %; {MISSING} stands for "
@@ -28,8 +48,16 @@ def render(view: View) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _items(lines: tuple[str, ...]) -> str:
-    return "".join(f"- {escaped(line)}\n" for line in lines)
+def _grids(section: Section) -> list[tuple[str, Grid]]:
+    charts = [(chart.title, chart.grid()) for chart in section.charts]
+    return [*charts, *((titled.caption, titled.grid) for titled in section.tables)]
+
+
+def _items(lines: tuple[str, ...], most: int | None) -> str:
+    text = "".join(f"- {escaped(line)}\n" for line in lines[:most])
+    if left_out := len(lines) - len(lines[:most]):
+        text += f"- {left_out:,} of {len(lines):,} remarks are left out\n"
+    return text
 
 
 def _anchor(title: str) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.base import Record
-from pytest_int8bench.results.records import Result, Saved
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.results.records import Saved
 
 _RecordT = TypeVar("_RecordT", bound=Record)
 _COMMIT_DIGITS = 7
-# What XML, and so SVG, cannot hold: control characters, such as those of colors in a reason, and
-# halves of characters, as in file names that are not UTF-8.
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -44,14 +40,14 @@ class Found(Generic[_RecordT]):
 
 
 def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
-    """Return the sources of files, by their paths or another name."""
-    names = [clean(Path(name).name or name) for name, _ in named]
+    """Return the sources of files, by their paths or another name. Texts are cleaned already:
+    when files are read, and by :meth:`~.Saved.cleaned` at the end of a session."""
+    names = [one_line(Path(name).name or name) for name, _ in named]
     if len(set(names)) < len(names):
-        names = [clean(name) for name, _ in named]
-    cleaned = [_cleaned(saved) for _, saved in named]
+        names = [one_line(name) for name, _ in named]
     found: list[Source] = []
     taken: set[str] = set()
-    for name, saved in zip(names, cleaned, strict=True):
+    for name, (_, saved) in zip(names, named, strict=True):
         start = label = _label(name, saved.environment)
         again = 2
         while label in taken:
@@ -79,29 +75,6 @@ def device(environment: dict[str, Any]) -> str:
     """Return the name of the GPU, or of the CPU without one."""
     gpu = environment.get("gpu") or {}
     return str(gpu.get("name") or environment.get("cpu") or "unknown device")
-
-
-def clean(text: str) -> str:
-    """Return ``text`` without what a page or a picture cannot hold."""
-    return _UNPRINTABLE.sub("\ufffd", text)
-
-
-def _cleaned(saved: Saved) -> Saved:
-    values = _clean_values(saved.to_dict())
-    return Saved(
-        values["environment"],
-        [Result.from_dict(record) for record in values["results"]],
-        [Accuracy.from_dict(record) for record in values["accuracy"]],
-        [Sensitivity.from_dict(record) for record in values["sensitivity"]],
-    )
-
-
-def _clean_values(value: Any) -> Any:
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, dict):
-        return {clean(str(name)): _clean_values(entry) for name, entry in value.items()}
-    return [_clean_values(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _label(name: str, environment: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ from scipy import stats
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.statistics import mean_tests, paired_exact
 from pytest_int8bench.accuracy.statistics import verdict as module
-from pytest_int8bench.accuracy.statistics.verdict import ALPHA, ScoreError, Verdict, judge
+from pytest_int8bench.accuracy.statistics.checks import ScoreError
+from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict, judge
 from pytest_int8bench.errors import ClearError
 
 ONE_PERCENT = Limit.parse("1%")
@@ -511,6 +512,24 @@ def test_lossless_continuous_scores_pass_as_planned(limit: Limit, noise_std: flo
     needed = pilot.needed
     power = rate(lambda rng: draw(needed, rng), passes(limit), 300)
     assert power >= mean_tests.POWER - 3 * math.sqrt(0.16 / 300)
+
+
+@pytest.mark.parametrize("seen", [60, 300])
+@pytest.mark.parametrize(("metric", "classes"), [(f1, 1), (mean_iou, 3)])
+def test_a_lossless_aggregate_passes_as_planned(
+    metric: Callable[[Array], float], classes: int, seen: int
+) -> None:
+    """The more images there are, the larger the largest share, which a collapse may cost."""
+    limit = Limit.parse("2%")
+    rng = np.random.default_rng(RNG_SEED)
+    passed = 0
+    for _ in range(10):
+        pilot = images(rng, seen, classes)
+        needed = module.samples_to_pass(pilot, limit, aggregate=metric)
+        assert needed is not None
+        again = images(rng, needed, classes)
+        passed += module.samples_to_pass(again, limit, aggregate=metric) is None
+    assert passed / 10 >= mean_tests.POWER - 3 * math.sqrt(0.16 / 10)
 
 
 @pytest.mark.parametrize(

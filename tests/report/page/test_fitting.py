@@ -167,3 +167,31 @@ def lines_run(records: list[Record]) -> int:
 
 def test_the_work_grows_with_the_points_and_not_with_their_square() -> None:
     assert lines_run(points(80)) < 2.2 * lines_run(points(40))
+
+
+@pytest.mark.parametrize("limit", [4_000, 20_000, 100_000])
+def test_markdown_that_is_too_large_says_what_is_left_out(limit: int) -> None:
+    view = build(sources([("a.json", saved(*points(400)))]))
+    whole = markdown.render(view)
+    assert len(whole.encode()) > 100_000
+    text = markdown.render(view, limit_bytes=limit)
+    assert limit / 2 < len(text.encode()) <= limit
+    assert " rows are left out, the worst come first; int8bench show prints all of a saved" in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in whole.splitlines() if line.startswith("#")
+    ]
+    assert markdown.render(view, limit_bytes=len(whole.encode())) == whole
+
+
+def test_markdown_is_held_under_what_github_shows() -> None:
+    rows = [["x" * 900, str(number)] for number in range(2000)]
+    section = Section(
+        id="s",
+        title="S",
+        tables=tuple(Titled(caption=str(n), grid=plain_grid(["a", "b"], rows)) for n in range(2)),
+        notes=("why " * 200,) * 150,
+    )
+    view = View(title="t", subtitle="s", summary=(), sections=(section,))
+    text = markdown.render(view)
+    assert 1_000_000 < len(text.encode()) <= 1 << 20
+    assert " of 2,000 rows are left out" in text

@@ -1,0 +1,48 @@
+"""Casting a model to the dtype of a point, as its library would."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from pytest_int8bench.tensors import cast
+
+
+def kept_by_library(model: nn.Module) -> frozenset[str]:
+    """Return the parameters and buffers of ``model`` that its library keeps in FP32 where it loads
+    a model in BF16; none for models of libraries that cast all, as ``nn.Module.to`` does."""
+    kinds = {
+        f"{kind.__module__}.{kind.__qualname__}"
+        for module in model.modules()
+        for kind in type(module).__mro__
+    }
+    if "transformers.modeling_utils.PreTrainedModel" not in kinds:
+        return frozenset()
+    from pytest_int8bench.workloads.huggingface import kept_in_fp32
+
+    return kept_in_fp32(model)
+
+
+def cast_module(
+    module: nn.Module, dtype: torch.dtype, path: str = "", kept: Collection[str] = ()
+) -> None:
+    """Cast the floating parameters and buffers of one module, without its children.
+
+    Args:
+        module: the module.
+        dtype: what to cast to.
+        path: the module's name in its model.
+        kept: names in the model of what is FP32 all the same.
+    """
+
+    def wanted(name: str) -> torch.dtype:
+        return torch.float32 if f"{path}.{name}".removeprefix(".") in kept else dtype
+
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_floating_point():
+            parameter.data = cast(parameter.data, wanted(name))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_floating_point():
+            module._buffers[name] = cast(buffer, wanted(name))

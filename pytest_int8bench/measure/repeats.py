@@ -1,0 +1,139 @@
+"""What the outputs of a model say: NaN, and whether the same inputs give the same outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_int8bench.tensors import deep_copy, same_values, tensors_of
+
+#: SQNR of two calls with the same inputs under which the reader is told: rounding in another order
+#: keeps BF16 outputs above it.
+REPEATABLE_DB = 30.0
+#: Elements of each output that are compared.
+COMPARED = 1 << 16
+#: Buffers of these dtypes are quantized weights.
+_WEIGHTS = (torch.int8, torch.uint8)
+_NAMED = 3
+
+
+class Buffers:
+    """Finds buffers that every call changes, such as running statistics and caches of a decoder,
+    and puts them back to what they were before the first call.
+
+    Buffers that only the first calls fill, such as tables, stay as they are.
+
+    Args:
+        model: a model that has not been called, unless it has a baseline.
+        baseline: the buffers of the model that it has the weights of: their first values count.
+    """
+
+    def __init__(self, model: nn.Module, baseline: Buffers | None = None) -> None:
+        self._model = model
+        self._first: dict[str, torch.Tensor] = {
+            **_values(model),
+            **({} if baseline is None else baseline._first),
+        }
+        self._settled: dict[str, torch.Tensor] = {}
+        self.changing: tuple[str, ...] = ()
+        """Names of those that every call changes, known after :meth:`compare`."""
+
+    def settle(self) -> None:
+        """Remember what the first calls have filled; call it before one more call."""
+        self._settled = _values(self._model)
+
+    def compare(self) -> None:
+        """Find what has changed since :meth:`settle`, and keep the first values of nothing else."""
+        now = _values(self._model)
+        self.changing = tuple(
+            name
+            for name, value in now.items()
+            if name in self._settled and not same_values(value, self._settled[name])
+        )
+        self._first = {name: self._first[name] for name in self.changing if name in self._first}
+        self._settled = {}
+
+    def restore(self) -> None:
+        """Put the buffers that every call changes back to what they were before the first."""
+        if not self.changing:
+            return
+        buffers = dict(self._model.named_buffers())
+        with torch.inference_mode():
+            for name, value in self._first.items():
+                if name in buffers and buffers[name].shape == value.shape:
+                    buffers[name].copy_(value)
+
+    def remark(self) -> str | None:
+        """Return what the reader should know, or None."""
+        if not self.changing:
+            return None
+        named = ", ".join(self.changing[:_NAMED]) + (" …" if len(self.changing) > _NAMED else "")
+        return (
+            f"each call changes buffers of the model ({named}): they are put back before outputs "
+            "are compared or scored, but not between calls that are timed"
+        )
+
+
+def _values(model: nn.Module) -> dict[str, torch.Tensor]:
+    host = torch.device("cpu")
+    return {
+        name: deep_copy(buffer.detach(), device_of=lambda tensor: host)
+        for name, buffer in model.named_buffers()
+        if type(buffer) is torch.Tensor
+        and buffer.layout is torch.strided
+        and not buffer.is_quantized
+        and buffer.dtype not in _WEIGHTS
+    }
+
+
+def sample_of(output: Any) -> list[torch.Tensor]:
+    """Return copies of the first elements of each floating output, in FP64 on the host."""
+    return [
+        tensor.detach().reshape(-1)[:COMPARED].to("cpu", torch.float64, copy=True)
+        for tensor in tensors_of(output)
+        if tensor.is_floating_point() and tensor.layout is torch.strided
+    ]
+
+
+def repeats(first: list[torch.Tensor], again: list[torch.Tensor]) -> str | None:
+    """Return what the reader should know where two calls with the same inputs gave different
+    outputs, or None."""
+    signal = noise = 0.0
+    for a, b in zip(first, again, strict=True):
+        both = a.isfinite() & b.isfinite()
+        signal += float(a[both].square().sum())
+        noise += float((a[both] - b[both]).square().sum())
+    if noise == 0 or 10 * math.log10(max(signal, 1e-300) / noise) >= REPEATABLE_DB:
+        return None
+    return (
+        "two calls with the same inputs gave different outputs: the model draws random numbers or "
+        "keeps a state, and baseline and candidate do not compute the same"
+    )
+
+
+def is_finite(outputs: Iterable[torch.Tensor]) -> bool:
+    """Return whether no output holds NaN or infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in _real(outputs))
+
+
+def has_nan(outputs: Iterable[torch.Tensor]) -> bool:
+    """Return whether an output holds NaN."""
+    return any(bool(tensor.isnan().any()) for tensor in _real(outputs))
+
+
+def _real(outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in outputs:
+        if tensor.is_complex():
+            yield torch.view_as_real(tensor.resolve_conj())
+        elif tensor.is_floating_point():
+            yield tensor.float() if tensor.itemsize == 1 else tensor  # FP8 has few operators
+
+
+def joined(*remarks: str | None) -> str | None:
+    """Return remarks as one, each once; None where there are none."""
+    said = dict.fromkeys(filter(None, remarks))
+    return "; ".join(said) or None

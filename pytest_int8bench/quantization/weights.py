@@ -1,0 +1,143 @@
+"""TorchAO's quantized weights, such that any code can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.quantization import Float8Tensor, Int8Tensor
+
+from pytest_int8bench.kernels.weight import DTYPES, QuantizedWeight
+
+
+class _TorchAOWeight(QuantizedWeight):
+    """Mixed into a subclass of a weight type of TorchAO."""
+
+    torchao: Any
+    """The type that is extended. It knows the quantized matmul, and nothing else is left to it."""
+
+    @property
+    def factor(self) -> torch.Tensor | None:  # type: ignore[override]
+        return getattr(self, "act_pre_scale", None)
+
+    def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        kind, weight = self.torchao, _as(self.torchao, self)
+        out: torch.Tensor = kind.__torch_function__(
+            nn.functional.linear, (kind,), (x, weight, bias), {}
+        )
+        return out
+
+    def scaled(self, dtype: torch.dtype) -> torch.Tensor:
+        # TorchAO does not dequantize to FP64.
+        values = self.torchao.dequantize(self, dtype if dtype in DTYPES else torch.float32)
+        out: torch.Tensor = values.to(dtype)
+        return out
+
+    def rows(self, start: int, stop: int) -> Any:
+        this: Any = self
+        count, columns = this.shape
+        names, context = this.__tensor_flatten__()
+        held = {name: getattr(self, name) for name in names}
+        for name in ("qdata", "scale", "zero_point"):
+            tensor = held.get(name)
+            if tensor is None or tensor.numel() == 1:
+                continue
+            if tensor.dim() != 2 or tensor.shape[0] != count:
+                return NotImplemented
+            held[name] = tensor[start:stop]
+        size = [min(this.block_size[0], stop - start), *this.block_size[1:]]
+        context = {**context, "block_size": size}
+        shape = (stop - start, columns)
+        return type(this).__tensor_unflatten__(held, context, shape, this.stride())
+
+    def cast(self, dtype: torch.dtype) -> Any:
+        this: Any = self
+        names, context = this.__tensor_flatten__()
+        held = {name: getattr(self, name) for name in names}
+        if self.factor is not None:
+            held["act_pre_scale"] = self.factor.to(dtype)
+        context = {**context, "dtype": dtype}
+        return type(this).__tensor_unflatten__(held, context, this.shape, this.stride())
+
+
+class Int8Weight(_TorchAOWeight, Int8Tensor):  # type: ignore[misc]
+    """INT8 weight (N, K) that TorchAO quantized and multiplies by."""
+
+    torchao = Int8Tensor
+
+
+class DequantizedInt8Weight(Int8Weight):
+    """INT8 weight whose matmul is dequantize, then the 16-bit matmul of the device's library, as
+    that of :class:`~pytest_int8bench.kernels.linear.WeightOnlyLinear`, for layers that cannot be
+    replaced by one.
+
+    TorchAO's own weight-only matmul is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
+    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
+    196608x768x768 matmul that cuBLAS does in 0.32 ms (H200, torch 2.11).
+    """
+
+    def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.act_pre_scale is not None:
+            x = x * self.act_pre_scale
+        return nn.functional.linear(x, self.scaled(x.dtype), bias)
+
+
+class Float8Weight(_TorchAOWeight, Float8Tensor):  # type: ignore[misc]
+    """FP8 weight (N, K) that TorchAO quantized and multiplies by."""
+
+    torchao = Float8Tensor
+
+
+_OWN: dict[type, Callable[..., Any]] = {Int8Tensor: Int8Weight, Float8Tensor: Float8Weight}
+
+torch.serialization.add_safe_globals([Int8Weight, DequantizedInt8Weight, Float8Weight])
+
+
+def weight_of(layer: nn.Linear) -> torch.Tensor | None:
+    """Return the weight of a layer; None where the layer computes it when it is called, as after
+    ``weight_norm``, pruning and ``register_parametrization``."""
+    if isinstance(getattr(type(layer), "weight", None), property):
+        return None
+    return layer._parameters.get("weight")
+
+
+def weight_problem(layer: nn.Linear) -> str | None:
+    """Say why the weight of a layer that is not quantized cannot be, or return None."""
+    weight = weight_of(layer)
+    if weight is None:
+        parts = [name for name, _ in layer.named_parameters() if "bias" not in name.split(".")]
+        return f"weight: computed when the layer is called ({', '.join(parts) or 'no parameter'})"
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        return f"weight: {type(weight).__name__}"
+    if weight.layout != torch.strided:
+        return f"weight: {str(weight.layout).removeprefix('torch.')}"
+    if weight.dtype not in DTYPES:
+        return f"dtype: {str(weight.dtype).removeprefix('torch.')}"
+    if weight.numel() == 0:
+        return f"shape: {layer.in_features}x{layer.out_features} holds no weights"
+    return None
+
+
+def _as(kind: Any, weight: Any) -> Any:
+    """Return the tensors of a weight as a weight of another type."""
+    names, context = weight.__tensor_flatten__()
+    held = {name: getattr(weight, name) for name in names}
+    return kind.__tensor_unflatten__(held, context, weight.shape, weight.stride())
+
+
+def make_readable(model: nn.Module) -> None:
+    """Replace the weights of linear layers that TorchAO quantized by ours, in place."""
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = weight_of(module)
+        if (kind := _OWN.get(type(weight))) is not None:
+            set_weight(module, kind, weight)
+            vars(module).pop("extra_repr", None)  # TorchAO's, which cannot be pickled
+
+
+def set_weight(layer: Any, kind: Any, weight: Any) -> None:
+    """Give a layer the tensors of a weight as a weight of another type."""
+    layer.weight = nn.Parameter(_as(kind, weight), requires_grad=False)

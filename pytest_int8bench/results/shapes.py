@@ -1,0 +1,216 @@
+"""The objects inside records, and of the file around them, as :mod:`~.checks` checks them.
+
+What readers cannot do without is required; older versions may have left out the rest. Objects may
+hold more than stands here: newer versions add to them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from pytest_int8bench.results.checks import (
+    Bound,
+    Count,
+    Needs,
+    NotNegative,
+    Positive,
+    Scalar,
+    Share,
+)
+
+# What records hold is annotated as plain dictionaries for whoever reads them.
+
+
+class _Params(TypedDict, total=False):
+    model_size: str
+    use_s1: bool
+    use_s2: bool
+    use_landsat: bool
+    image_size: Count
+    patch_size: Count
+    num_timesteps: Count
+    batch_size: Count
+    gpu_type: str
+    bf16: bool
+    int8_enabled: bool
+    int8_mode: str
+    int8_smoothquant: bool
+    compile_mode: str
+    compile_fullgraph: bool
+    model_version: str
+    attention: str
+    int8_backend: str
+    feed: str
+    extra: dict[str, Scalar | None]
+    benchmark_interval_s: Positive
+    min_batches_per_interval: Count
+    profiler_enabled: bool
+    wandb_enabled: bool
+
+
+Params = Annotated[dict[str, Any], _Params]
+
+
+class _Kernel(TypedDict, total=False):
+    name: str
+    seconds: NotNegative
+    calls: Count
+
+
+Kernel = Annotated[dict[str, Any], _Kernel]
+
+
+#: Seconds by kind of kernel.
+Breakdown = dict[str, NotNegative]
+
+
+class _WholeBreakdown(TypedDict):
+    int8_products: NotNegative
+    other_products: NotNegative
+    attention: NotNegative
+    rest: NotNegative
+
+
+class _Ceiling(TypedDict, total=False):
+    problem: str | None
+    baseline: Annotated[Breakdown, _WholeBreakdown] | None
+    products_speedup: Positive
+    product_ratio: Positive
+    quantized_share: Share
+    float_ops_per_s: Positive | None
+    int8_ops_per_s: Positive | None
+    bytes_per_s: Positive | None
+
+
+Ceiling = Annotated[
+    dict[str, Any],
+    _Ceiling,
+    Needs("baseline", ("products_speedup", "product_ratio", "quantized_share")),
+]
+
+
+class _Coverage(TypedDict, total=False):
+    mode: str
+    converted_layers: Count
+    linear_layers: Count
+    converted_parameters: Count
+    total_parameters: Count
+    left_out: dict[str, str | None]
+    fused_layers: Count
+    fallbacks: dict[str, str | None]
+    smoothed_runtime: list[str]
+    smoothed_folded: dict[str, list[str]]
+
+
+Coverage = Annotated[dict[str, Any], _Coverage]
+
+
+class _GpuState(TypedDict, total=False):
+    sm_clock_mhz: NotNegative | None
+    temperature_c: float | None
+    power_w: NotNegative | None
+    throttle_reasons: list[str]
+
+
+GpuState = Annotated[dict[str, Any], _GpuState]
+
+
+class _Worker(TypedDict, total=False):
+    id: str
+    host: str
+    gpu: str | None
+
+
+Worker = Annotated[dict[str, Any], _Worker]
+
+
+class _Distance(TypedDict, total=False):
+    samples: Count
+    finite: bool
+    cosine: float
+    sqnr_db: float | None
+    top1_agreement: Share | None
+    knn_agreement: Share | None
+
+
+Distance = Annotated[dict[str, Any], _Distance]
+
+
+class _Remedy(TypedDict):
+    rung: str
+    setting: str | None
+    configuration: NotRequired[str]
+    selection_drop: float | None
+    selection_samples: NotRequired[Count | None]
+    problem: str | None
+    outcome: str | None
+    drop: NotRequired[float]
+    drop_low: NotRequired[Bound | None]
+    drop_high: NotRequired[Bound | None]
+    samples: NotRequired[Count]
+    needed: NotRequired[Count | None]
+    speedup: NotRequired[Positive | None]
+    speedup_low: NotRequired[Positive | None]
+    speedup_high: NotRequired[Positive | None]
+    speed_problem: NotRequired[str | None]
+
+
+Remedy = Annotated[
+    dict[str, Any],
+    _Remedy,
+    Needs("outcome", ("drop", "samples", "configuration")),
+    Needs("selection_drop", ("selection_samples",)),
+    Needs("speedup", ("speedup_low", "speedup_high")),
+]
+
+
+class _Layer(TypedDict):
+    name: str
+    layers: NotRequired[list[str]]
+    sqnr_db: float | None
+    drop: NotRequired[float]
+    lost: NotRequired[Count]
+    gained: NotRequired[Count]
+
+
+Layer = Annotated[dict[str, Any], _Layer]
+
+
+class _Gpu(TypedDict, total=False):
+    name: str | None
+    compute_capability: Scalar | None
+    sm_count: Scalar | None
+    memory_bytes: Scalar | None
+    driver: Scalar | None
+    power_limit_w: Scalar | None
+    mig: Scalar | None
+
+
+class _Environment(TypedDict, total=False):
+    gpu: _Gpu | None
+    gpu_count: Scalar | None
+    cuda: Scalar | None
+    cudnn: Scalar | None
+    allocator: Scalar | None
+    packages: dict[str, Scalar | None] | None
+    python: Scalar | None
+    system: Scalar | None
+    cpu: str | None
+    cpu_threads: Count | None
+    commit: str | None
+    dirty: bool | None
+
+
+class Block(TypedDict):
+    """The ``int8bench`` object of a JSON file."""
+
+    environment: _Environment
+    results: list[Any]
+    accuracy: list[Any]
+    sensitivity: NotRequired[list[Any]]
+
+
+class Header(TypedDict):
+    """The same of a journal, in its first line."""
+
+    environment: _Environment

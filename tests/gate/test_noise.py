@@ -1,0 +1,175 @@
+"""What saved files can show: its error rate by simulation, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pytest_int8bench.gate.compare import Comparison, compare
+from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.gate.noise import files_needed, shows_noise
+from pytest_int8bench.results.locating import Run
+from toys.gate_noise import PROCESSES, normal, outliers, simulate_compare
+from toys.results import saved, timed
+
+FAMILIES = 40
+#: At 5 % of families, more would be seen once in a thousand.
+MOST = int(stats.binom.isf(0.001, FAMILIES, 0.05))
+
+
+# All pairs of machines and files are in benchmarks/gate_error_rates.py.
+@pytest.mark.parametrize(
+    ("machine", "files"),
+    [
+        ("2 %", (1, 1)),
+        ("2 %", (2, 2)),
+        ("4 %", (1, 1)),
+        ("4 %", (2, 2)),
+        ("4 %", (5, 5)),
+        ("4 %", (5, 1)),
+        ("4 %, alike in all runs", (2, 2)),
+        ("two states, 8 % apart", (2, 2)),
+        ("a rare state, 8 % slower", (8, 1)),
+        ("two states of each run", (3, 3)),
+    ],
+)
+def test_unchanged_code_rarely_regresses(machine: str, files: tuple[int, int]) -> None:
+    outcomes = simulate_compare(PROCESSES[machine], files=files, families=FAMILIES)
+    assert (outcomes == "regressed").any(axis=1).sum() <= MOST
+
+
+@pytest.mark.parametrize("files", [(3, 3), (5, 1)])
+def test_outliers_do_not_regress_where_files_show_them(files: tuple[int, int]) -> None:
+    outcomes = simulate_compare(outliers(0.01), files=files, families=FAMILIES)
+    assert (outcomes == "regressed").any(axis=1).sum() <= MOST
+
+
+@pytest.mark.parametrize(
+    ("noise", "files", "slowdown", "outcome"),
+    [
+        (0.02, (1, 1), 0.3, "regressed"),
+        (0.02, (5, 5), 0.15, "regressed"),
+        (0.01, (3, 3), 0.15, "regressed"),
+        (0.01, (8, 1), 0.15, "regressed"),
+        (0.005, (2, 2), 0.08, "suspected"),
+        (0.005, (5, 1), 0.08, "suspected"),
+    ],
+)
+def test_slower_code_is_found(
+    noise: float, files: tuple[int, int], slowdown: float, outcome: str
+) -> None:
+    slowdowns = [slowdown] + [0.0] * 23
+    outcomes = simulate_compare(normal(noise), files=files, families=20, slowdowns=slowdowns)
+    assert (outcomes[:, 0] == outcome).mean() >= 0.9
+
+
+# -- what is said ---------------------------------------------------------------------------------
+
+
+def compared(base: list[float], new: list[float], rules: Rules | None = None) -> Comparison:
+    sides = (
+        [Run(Path(f"{name}.json"), saved(timed(slower=factor))) for factor in factors]
+        for name, factors in (("base", base), ("new", new))
+    )
+    return compare(*sides, rules or Rules())
+
+
+def outcome(*sides: list[float], rules: Rules | None = None) -> tuple[str, int, str | None]:
+    [run] = compared(*sides, rules).runs
+    return run.outcome, run.exit_code, run.reason
+
+
+def test_a_suspicion_says_what_was_assumed_and_what_decides() -> None:
+    assert outcome([1.0], [1.1]) == (
+        "suspected",
+        2,
+        (
+            "max-slowdown: +10.0%, limit 5.0%, shown from 11.7% on if processes differ by 4.0%, as "
+            "is assumed: int8bench ab or 7 files of the base can decide"
+        ),
+    )
+    assert outcome([1.0], [1.12])[:2] == ("regressed", 1)
+
+
+def test_what_ab_does_not_measure_is_decided_by_files() -> None:
+    rules = Rules(limits={"p95": 0.05, "throughput": None, "memory": None})
+    assert outcome([1.0], [1.2], rules=rules) == (
+        "suspected",
+        2,
+        (
+            "max-p95-growth: +20.0%, limit 5.0%, shown from 26.2% on if processes differ by 10.0%, "
+            "as is assumed: 7 files of the base can decide"
+        ),
+    )
+
+
+def test_a_history_gives_a_prediction_interval_for_one_process() -> None:
+    history = [1.0, 1.01, 0.99, 1.005, 0.995, 1.01, 0.99]
+    [run] = compared(history, [1.08]).runs
+    change = run.change("throughput")
+    assert change is not None
+    logs = [math.log(factor) for factor in history]
+    spread = math.sqrt(sum((log - sum(logs) / 7) ** 2 for log in logs) / 6)
+    reach = stats.t.isf(0.025, 6) * spread * math.sqrt(1 + 1 / 7)
+    # The unchanged memory is one of two tests, and this one is rejected first.
+    assert change.shown_from == pytest.approx(
+        math.expm1(reach * stats.t.isf(0.05, 6) / stats.t.isf(0.025, 6))
+    )
+    assert (change.assumed, run.outcome) == (None, "regressed")
+    assert outcome(history, [1.02])[0] == "same"
+
+
+def test_a_noisy_history_widens_what_is_assumed() -> None:
+    assert outcome([1.0, 1.3, 0.9], [1.2])[:2] == ("same", 0)
+    assert outcome([1.0, 1.3], [1.4])[:2] == ("same", 0)
+
+
+def test_a_floor_that_is_given_decides_alone() -> None:
+    rules = Rules(floors={"throughput": 0.02})
+    assert outcome([1.0], [1.06], rules=rules)[:2] == ("regressed", 1)
+    assert compared([1.0], [1.06], rules).runs[0].changes[0].shown_from is None
+
+
+def test_more_runs_ask_for_more_proof() -> None:
+    def shown_from(runs: int) -> float:
+        sides = [Run(Path("x.json"), saved(*(timed(str(run)) for run in range(runs))))] * 2
+        change = compare(sides[:1], sides[1:], Rules()).runs[0].change("throughput")
+        assert change is not None
+        assert change.shown_from is not None
+        return change.shown_from
+
+    values = [shown_from(runs) for runs in (1, 2, 24)]
+    expected = [
+        math.expm1(stats.norm.isf(0.05 / (2 * runs)) * 0.04 * math.sqrt(2)) for runs in (1, 2, 24)
+    ]
+    assert values == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "known"),
+    [
+        (1, 1, False),
+        (2, 2, False),
+        (5, 1, False),
+        (6, 1, False),
+        (7, 1, True),
+        (3, 2, False),
+        (4, 2, True),
+        (3, 3, True),
+        (1, 7, True),
+    ],
+)
+def test_how_many_files_show_the_noise(base: int, new: int, known: bool) -> None:
+    assert shows_noise(base, new) is known
+
+
+@given(st.integers(1, 30))
+def test_the_files_needed_are_the_fewest(new: int) -> None:
+    needed = files_needed(new)
+    assert shows_noise(needed, new)
+    assert needed == 1 or not shows_noise(needed - 1, new)
