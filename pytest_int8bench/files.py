@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pytest_int8bench.errors import ClearError
 
 # Keys of saved files and journals, also of damaged ones and of those of newer versions.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+@:%~=,-]*")
+#: Errors of a disk that may be gone when it is written to again.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+#: What must fit on a disk that is not full: the smallest files of benchmarks have as much.
+_ROOM_BYTES = 1 << 16
+_SHORT_NAME = 100
 _BENCHMARKS = re.compile(r'"(benchmarks|int8bench)"\s*:')
 
 
@@ -92,17 +99,147 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; the file is as it was.
     """
-    with path.open("ab") as file:
+    # Unbuffered: a buffer keeps what could not be written, and writes it when the file is closed.
+    with path.open("ab", buffering=0) as file:
         before = file.tell() if path.is_file() else None  # None for a device or a pipe
         try:
-            file.write(text.encode())
-            file.flush()
+            _write_all(file, text.encode())
             if before is not None:
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:  # also at Ctrl-C
             if before is not None:
-                file.truncate(before)
+                with contextlib.suppress(OSError):
+                    file.truncate(before)
             raise
+
+
+def create(path: Path, text: str) -> None:
+    """Make a file that is not there yet. Of several processes that do so at once, one succeeds.
+
+    Raises:
+        FileExistsError: if it is there, or a link to nowhere is.
+        OSError: if it cannot be made; then there is none.
+    """
+    with path.open("xb", buffering=0) as file:
+        try:
+            _write_all(file, text.encode())
+            os.fsync(file.fileno())
+        except BaseException:  # also at Ctrl-C
+            path.unlink(missing_ok=True)
+            raise
+
+
+def probe(path: Path) -> None:
+    """Try whether a file can be written: whether its path can be, and whether the disk has room.
+    Nothing is changed.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    target = path.resolve()
+    if target.is_fifo():
+        raise OSError(errno.EINVAL, "a named pipe, which nobody may read", str(path))
+    if target.exists():
+        with target.open("rb+" if target.is_file() else "ab"):
+            pass
+        if not target.is_file():
+            return
+    elif path.exists():  # a pipe of the shell, such as /dev/fd/63: its target has no path
+        return
+    beside = target.with_name(f".{target.name[:_SHORT_NAME]}.{os.getpid()}")
+    try:
+        create(beside, " " * _ROOM_BYTES)
+    except PermissionError:
+        if not target.exists():
+            raise
+        return  # no other file can be made beside it
+    beside.unlink()
+
+
+class LineFile:
+    """A file that lines are added to, each on disk at once.
+
+    A line that cannot be written is written with the next one. A file that is gone, or not as it
+    was left, is written anew; one that is another's by now is left alone, and another name taken.
+
+    Args:
+        path: the file, which is there; see :meth:`save`.
+        lines: returns all lines that it is to hold, without their ends.
+        mark: what the first of them starts with, and no other file.
+        size: its bytes, None if it must be written anew.
+    """
+
+    def __init__(
+        self, path: Path, lines: Callable[[], Iterable[str]], *, mark: str, size: int | None
+    ) -> None:
+        self.path = path
+        self._lines = lines
+        self._mark = mark.encode()
+        self._size = size
+        self._unwritten: list[str] = []
+
+    def add(self, line: str) -> None:
+        """Add a line, which ``lines`` returns from now on.
+
+        Raises:
+            OSError: if it cannot be written; the file is as it was.
+        """
+        self._unwritten.append(line)
+        self.save()
+
+    def rewrite(self) -> None:
+        """Write all lines anew.
+
+        Raises:
+            OSError: if they cannot be written; the file is as it was.
+        """
+        self._size = None
+        self.save()
+
+    def save(self) -> None:
+        """Write what the file lacks.
+
+        Raises:
+            OSError: if it cannot be written; the file is as it was.
+        """
+        start, size = self._found()
+        if start == self._mark and size == self._size:
+            if self._unwritten:
+                append_text(self.path, _joined(self._unwritten))
+        elif not self._mark.startswith(start):
+            self._move()
+        else:
+            replace_text(self.path, _joined(self._lines()))
+        self._size = self.path.stat().st_size
+        self._unwritten.clear()
+
+    def lacking(self) -> int:
+        """Return how many lines the file lacks, or holds otherwise than they are to be."""
+        start, size = self._found()
+        if start == self._mark and size == self._size:
+            return len(self._unwritten)
+        return len([*self._lines()])
+
+    def _found(self) -> tuple[bytes, int]:
+        """Return how the file starts, and its bytes."""
+        try:
+            with self.path.open("rb") as file:
+                return file.read(len(self._mark)), os.fstat(file.fileno()).st_size
+        except OSError:
+            return b"", 0
+
+    def _move(self) -> None:
+        text = _joined(self._lines())
+        for number in itertools.count(2):
+            path = self.path.with_stem(f"{self.path.stem}-{number}")
+            with contextlib.suppress(FileExistsError):
+                create(path, text)
+                self.path = path
+                return
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def relative(path: Path) -> Path:
@@ -182,6 +319,16 @@ def _links_folder(folder: Path) -> Path:
     if links.lstat().st_uid != user:
         raise PermissionError(errno.EACCES, "belongs to another user", str(links))
     return links
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to an unbuffered file, which may take less at a time: a disk that is nearly full."""
+    left = memoryview(data)
+    while left:
+        written = file.write(left)
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left = left[written:]
 
 
 @contextlib.contextmanager

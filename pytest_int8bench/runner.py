@@ -9,19 +9,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import re
+import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.files import replace_text, timestamp
+from pytest_int8bench.files import PASSING, relative, timestamp
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.printing import show
 from pytest_int8bench.processes.runner_files import Handover
@@ -33,12 +30,12 @@ from pytest_int8bench.processes.running import (
     is_pytests,
     run,
 )
+from pytest_int8bench.processes.signals import ENDING, exit_now, handling
 from pytest_int8bench.report import wandb
 from pytest_int8bench.report.terminal import render
-from pytest_int8bench.results.base import SchemaError
-from pytest_int8bench.results.journal import Journal, journal_folder
-from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.journal import DEFAULT_FOLDER, journal_folder
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.sweep_files import SweepFiles
 from pytest_int8bench.sweep import axes_of, expand
 from pytest_int8bench.workloads.registry import check_fields, check_workload_name
 
@@ -67,9 +64,9 @@ class ThroughputBenchmarkRunnerConfig:
     """Group of the results in pytest-benchmark's JSON and of the runs in Weights & Biases, and
     start of the names of the files; ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
-    """Where the JSON and the journals are written, made if it is not there. Of a process that was
-    killed, the JSON has the results, but not the rounds. By default, journals go to
-    ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
+    """Where the JSON and the journals are written, made if it is not there. Several runners may use
+    one folder at once. Of a process that was killed, the JSON has the results, but not the rounds.
+    By default, journals go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
     work_dir: str | os.PathLike[str] = "."
     """Folder the benchmarks run in, made if it is not there."""
     workload: str = "olmoearth"
@@ -155,85 +152,104 @@ class ThroughputBenchmarkRunner:
 
         A point that fails, runs out of memory or cannot be is a result with its status and
         reason. A point that kills the process is ``failed``, and the others go on in a new one.
-        Every finished point is in a journal at once, also after Ctrl-C.
+        Every finished point is in a journal at once, also after Ctrl-C, and is returned whatever
+        becomes of the disk.
 
         Returns:
             One result for each point that was run, in the order of ``points``.
 
         Raises:
-            RunnerError: if pytest could not run at all.
+            RunnerError: if pytest could not run at all, or nothing can ever be written to
+                ``save_folder`` or ``work_dir``.
             KeyboardInterrupt: on Ctrl-C, after the finished points are saved.
+            SystemExit: on SIGTERM and SIGHUP, likewise, in the main thread of a program that does
+                not handle them itself.
         """
-        self._work_dir.mkdir(parents=True, exist_ok=True)
-        folder = self._save_folder or journal_folder(self._work_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = _free_stem(folder, self._group)
         self.saved, self.journals = None, []
-        found: dict[str, Result] = {}
-        parts: list[Path] = []
-        with tempfile.TemporaryDirectory(prefix="int8bench-") as handover_folder:
+        sweep = SweepFiles(self._make_folder(), f"{self._group}-{timestamp()}")
+        with handling(exit_now, *ENDING, only_default=True):
             try:
-                left = [point.run_name for point in self.points]
-                while left:
-                    name = stem if not parts else f"{stem}-{len(parts) + 1}"
-                    parts.append(folder / f"{name}.json")
-                    handover = Handover.start(Path(handover_folder), self._group, left)
-                    code = self._run_pytest(handover, parts[-1])
-                    measured = {r.run_name: r for r in _journal(parts[-1]).results}
-                    found |= measured
-                    left = [name for name in left if name not in found]
-                    running = handover.running()
-                    if code not in (0, FAILED, INTERRUPTED) and running in left:
-                        found[running] = self._note_killed(code, handover, parts[-1])
-                        left.remove(running)
-                    elif left and not measured and not running and not (found and code == NO_TESTS):
-                        raise RunnerError(
-                            f"pytest measured nothing: {ending(code)}; see its output above"
-                        )
-                    if code == INTERRUPTED:
-                        raise KeyboardInterrupt
-                    if code in (0, FAILED, NO_TESTS) and not handover.asked_for_new_process():
-                        break  # what is left was not to be run: -x or -k among pytest_args
+                self._measure(sweep)
             finally:
-                for part in parts:  # also what an interrupt left unread
-                    found = {r.run_name: r for r in _journal(part).results} | found
-                results = [found[p.run_name] for p in self.points if p.run_name in found]
-                self._finish(parts, results)
+                results = [
+                    sweep.found[p.run_name] for p in self.points if p.run_name in sweep.found
+                ]
+                self._finish(sweep, results)
         return results
 
-    def _finish(self, parts: Sequence[Path], results: list[Result]) -> None:
-        """Put what several processes wrote into one JSON, and show it as one table."""
-        self.journals = [p.with_suffix(".jsonl") for p in parts if p.with_suffix(".jsonl").exists()]
-        if not results:
-            return
-        environments = [environment for p in parts if (environment := _journal(p).environment)]
-        saved = Saved(environments[0] if environments else {}, results, [])
-        if self._save_folder is not None:
-            self.saved = parts[0]
-            merged = _merged([json.loads(p.read_text()) for p in parts if _is_json(p)], saved)
-            replace_text(parts[0], json.dumps(merged, indent=2))
-            for part in parts[1:]:
-                part.unlink(missing_ok=True)
-        if len(parts) > 1:
-            show(f"\nint8bench: {len(parts)} processes together:")
-            show(render(saved, width=None, color=False), end="")
-        # Here, not in the processes that measure: one that is killed logs nothing.
-        if runs := wandb.runs_of(saved, every=False):
-            tracked = wandb.log(runs, folder=self._work_dir, group=self._group)
-            show(f"int8bench: {tracked.line}")
+    def _make_folder(self) -> Path:
+        """Make the folders that the runner writes to. Return that of the journals."""
+        name = "work_dir"
+        try:
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            if self._save_folder is None:
+                return journal_folder(self._work_dir)
+            name = "save_folder"
+            self._save_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise _not_writable(name, error) from None
+        return self._save_folder or self._work_dir / DEFAULT_FOLDER
 
-    def _run_pytest(self, handover: Handover, json_path: Path) -> int:
-        """Run the points of ``handover`` and return the exit code, negative for a signal."""
+    def _measure(self, sweep: SweepFiles) -> None:
+        """Measure the points, in as many processes as it takes."""
+        left = [point.run_name for point in self.points]
+        while left:
+            try:
+                part = sweep.begin()
+            except OSError as error:
+                name = "work_dir" if self._save_folder is None else "save_folder"
+                raise _not_writable(name, error) from None
+            with Handover.start(
+                self._group, left, journal=part.path, wants_json=self._save_folder is not None
+            ) as handover:
+                try:
+                    code, is_interrupted = self._run_pytest(handover)
+                finally:  # also what an interrupt left unread
+                    part.take(handover)
+                left = [name for name in left if name not in sweep.found]
+                running, measured = handover.running(), part.results
+                is_interrupted |= handover.is_interrupted() or code == -signal.SIGINT
+                if is_interrupted or (code == INTERRUPTED and (measured or running)):
+                    raise KeyboardInterrupt
+                if code not in (0, FAILED, INTERRUPTED) and running in left:
+                    part.add(self._killed(running, code, handover.workload()))
+                    left.remove(running)
+                elif left and not (measured or running or (sweep.found and code == NO_TESTS)):
+                    raise RunnerError(
+                        f"pytest measured nothing: {ending(code)}; see its output above"
+                    )
+                if code in (0, FAILED, NO_TESTS) and not handover.asked_for_new_process():
+                    return  # what is left was not to be run: -x or -k among pytest_args
+
+    def _finish(self, sweep: SweepFiles, results: list[Result]) -> None:
+        """Put what several processes handed over into one JSON, and show it as one table."""
+        self.journals, problems = sweep.save_journals()
+        if results:
+            saved = sweep.saved(results)
+            if self._save_folder is not None:
+                self.saved, more = sweep.save_json(saved)
+                problems += more
+            if len(sweep.parts) > 1:
+                show(f"\nint8bench: {len(sweep.parts)} processes together:")
+                show(render(saved, width=None, color=False), end="")
+            if self.saved is not None:
+                show(f"int8bench: saved: {relative(self.saved)}")
+            # Here, not in the processes that measure: one that is killed logs nothing.
+            if runs := wandb.runs_of(saved, every=False):
+                tracked = wandb.log(runs, folder=self._work_dir, group=self._group)
+                show(f"int8bench: {tracked.line}")
+        for problem in problems:
+            show(f"int8bench: {problem}", error=True)
+
+    def _run_pytest(self, handover: Handover) -> tuple[int, bool]:
+        """Run the points of ``handover``. Return the exit code, negative for a signal, and whether
+        Ctrl-C came meanwhile."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
         sets = [f"--int8-set={k}={v}" for k, v in measuring.items()]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
-        command += [
-            str(_SUITE / "test_throughput.py"),
-            f"--int8-journal={json_path.with_suffix('.jsonl')}",
-        ]
+        command += ["-p", "pytest_int8bench.suite.runner_side", str(_SUITE / "test_throughput.py")]
         command += [f"--int8-workload={self._workload}", *sets]
-        if self._save_folder is not None:
-            command.append(f"--benchmark-json={json_path}")
         # Other plugins and options of the user's environment, such as xdist, random order or
         # -x, would change what is measured; pytest_args can bring them back.
         environ = {name: value for name, value in os.environ.items() if not is_pytests(name)}
@@ -242,60 +258,23 @@ class ThroughputBenchmarkRunner:
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         sys.stdout.flush()
         try:
-            return run([*command, *self._pytest_args], cwd=self._work_dir, env=environ)
+            return run([*command, *self._pytest_args], cwd=self._work_dir, env=environ), False
         except KeyboardInterrupt:  # after pytest has said what it has to say
-            return INTERRUPTED
+            return INTERRUPTED, True
 
-    def _note_killed(self, code: int, handover: Handover, part: Path) -> Result:
-        """Write the point that took the process down into its journal, as failed."""
-        params = next(p for p in self.points if p.run_name == handover.running())
-        result = Result(
+    def _killed(self, run_name: str, code: int, workload: str | None) -> Result:
+        """Return the point that took the process down, as failed."""
+        params = next(point for point in self.points if point.run_name == run_name)
+        return Result(
             nodeid=f"test_throughput.py::test_throughput[{params.run_name}]",
-            workload=handover.workload() or self._workload,
+            workload=workload or self._workload,
             run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
             reason=f"the process ended in this point: {ending(code)}",
         )
-        path = part.with_suffix(".jsonl")
-        (Journal.reopen(path) if path.exists() else Journal(path, {})).append(result)
-        return result
 
 
-def _free_stem(folder: Path, group: str) -> str:
-    """Return the start of file names that are not in ``folder`` yet."""
-    stem = f"{group}-{timestamp()}"
-    number = 1
-    free = stem
-    while any(folder.glob(f"{free}[.-]*")):
-        number += 1
-        free = f"{stem}_{number}"
-    return free
-
-
-def _journal(part: Path) -> Saved:
-    """Return what is in the journal of a process, nothing if no point got as far as that."""
-    try:
-        return read(part.with_suffix(".jsonl"))
-    except (FileNotFoundError, SchemaError):  # a full disk leaves a file without a header
-        return Saved({}, [], [])
-
-
-def _is_json(path: Path) -> bool:
-    """Return whether a process lived to write its file; pytest-benchmark opens it at the start."""
-    return path.exists() and path.stat().st_size > 0
-
-
-def _head() -> dict[str, Any]:
-    """Return what pytest-benchmark wants to find around benchmarks, for when no process lived to
-    write it."""
-    now = datetime.now(UTC).isoformat()
-    version = importlib.metadata.version("pytest-benchmark")
-    return {"machine_info": {}, "commit_info": {}, "datetime": now, "version": version}
-
-
-def _merged(parts: Sequence[Mapping[str, Any]], saved: Saved) -> dict[str, Any]:
-    """Return one JSON of pytest-benchmark from those of several processes on one machine."""
-    benchmarks = [benchmark for part in parts for benchmark in part["benchmarks"]]
-    head = parts[-1] if parts else _head()
-    return {**head, "benchmarks": benchmarks, "int8bench": saved.to_dict()}
+def _not_writable(name: str, error: OSError) -> RunnerError:
+    why = f"{str(error.filename)!r}: {error.strerror}" if error.filename else str(error)
+    return RunnerError(f"{name} must be a folder that can be written to, got {why}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+import signal
 import stat
 import time
 from pathlib import Path
@@ -17,12 +19,15 @@ from pytest_int8bench import files
 from pytest_int8bench.files import (
     append_text,
     cache_folder,
+    create,
     is_noexec,
     is_plain,
     plain_path,
+    probe,
     replace_text,
     timestamp,
 )
+from toys.disks import failing
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +76,92 @@ def test_full_disk_leaves_file_as_it_was(write: Any, expected: str) -> None:
         write(path, "new")
     assert path.read_text() == expected
     assert os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize("room", [0, 1, 4])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fills_up_leaves_no_half_text(room: int, number: int) -> None:
+    path = Path("file")
+    path.write_text("old")
+    with failing(room, number), pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        append_text(path, "a new line\n")
+    assert path.read_text() == "old"
+    with failing(room, number), pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        create(Path("other"), "a new line\n")
+    assert os.listdir() == ["file"]
+
+
+def test_a_file_takes_less_at_a_time() -> None:
+    """As a real disk does that is nearly full: the rest is written, or nothing stays."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        append_text(Path("file"), "1234\n")
+        with pytest.raises(OSError, match="File too large"):
+            append_text(Path("file"), "5678\n")
+        with pytest.raises(OSError, match="File too large"):
+            create(Path("other"), "0123456789\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert Path("file").read_text() == "1234\n"
+    assert os.listdir() == ["file"]
+
+
+def test_one_of_those_that_make_a_file_succeeds() -> None:
+    create(Path("file"), "mine")
+    Path("link").symlink_to("nowhere")
+    for taken in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            create(Path(taken), "other")
+    assert Path("file").read_text() == "mine"
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("there", ["missing", "file", "link", "link to nowhere"])
+def test_a_file_that_can_be_written_is_not_changed(there: str) -> None:
+    path = Path("file")
+    if there == "file":
+        path.write_text("kept")
+    elif there == "link":
+        Path("target").write_text("kept")
+        path.symlink_to("target")
+    elif there == "link to nowhere":
+        path.symlink_to("target")
+    before = sorted(os.listdir())
+    probe(path)
+    assert sorted(os.listdir()) == before
+    assert not path.is_file() or path.read_text() == "kept"
+
+
+def test_a_pipe_of_the_shell_and_devices_can_be_written() -> None:
+    read_end, write_end = os.pipe()
+    probe(Path(f"/dev/fd/{write_end}"))
+    probe(Path(os.devnull))
+    os.close(write_end)
+    os.close(read_end)
+
+
+def test_what_cannot_be_written_is_found_out() -> None:
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    Path("plain").touch()
+    Path("link").symlink_to("missing/file")
+    for name, why in {
+        "folder": "Is a directory",
+        "missing/file": "No such file",
+        "plain/file": "Not a directory",
+        "pipe": "a named pipe",
+        "x" * 300: "File name too long",
+        "link": "No such file",
+        "/proc/new": "No such file",
+    }.items():
+        with pytest.raises(OSError, match=why):
+            probe(Path(name))
+    with failing(100, errno.ENOSPC), pytest.raises(OSError, match="No space"):
+        probe(Path("new"))
+    assert sorted(os.listdir()) == ["folder", "link", "pipe", "plain"]
 
 
 def test_interrupt_leaves_no_temporary_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from pytest_int8bench.runner import (
 )
 from pytest_int8bench.sweep import SWEEPS
 from toys import projects
+from toys.processes import runs
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
@@ -429,20 +433,198 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
     assert outcome(read(saved).results) == [(4, "ok")]
 
 
+def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> None:
+    """Write toy.py, and script.py, which runs a sweep of it."""
+    (folder / "toy.py").write_text(toy)
+    (folder / "script.py").write_text(
+        "import signal\n"
+        "from pytest_int8bench import RunParams, ThroughputBenchmarkRunnerConfig\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"small = RunParams.from_dict({PLAIN.to_dict()!r})\n"
+        "runner = ThroughputBenchmarkRunnerConfig(\n"
+        f"    default_run_params=small, sweep_dict={{'batch_size': {batches}}},\n"
+        "    workload='toy.py:make', save_folder='saved',\n"
+        ").build()\n"
+        "try:\n"
+        "    runner.run()\n"
+        "except BaseException as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "    raise\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
+@pytest.mark.parametrize(
+    ("number", "expected", "finished"),
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGHUP, 129, 0),
+        (signal.SIGKILL, -9, 1),
+        (signal.SIGINT, -2, 0),
+    ],
+)
+def test_a_runner_that_is_ended_takes_its_process_along(
+    number: signal.Signals, expected: int, finished: int, tmp_path: Path
+) -> None:
+    hang = "import time; open('waiting', 'w').write(str(os.getpid())); time.sleep(300)"
+    script(tmp_path, projects.toy(bs9=hang), [4] * finished + [9, 2])
+    (tmp_path / "temporary").mkdir()
+    environ = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    waiting = tmp_path / "waiting"
+    while process.poll() is None and not (waiting.exists() and waiting.read_text()):
+        time.sleep(0.05)
+    child = int(waiting.read_text())
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == expected
+    end = time.monotonic() + 60
+    while runs(child):  # a process that ends takes a moment
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert not [*(tmp_path / "temporary").glob("int8bench*")]
+    if number != signal.SIGKILL:
+        kind = "KeyboardInterrupt" if number == signal.SIGINT else f"SystemExit {expected}"
+        assert kind in output
+    found = [read(path) for path in sorted((tmp_path / "saved").glob("*"))]
+    assert [outcome(saved.results) for saved in found if saved.results] == (
+        [[(4, "ok")]] * (finished if number == signal.SIGKILL else 2 * finished)
+    )
+
+
+def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
+    script(tmp_path, TOY + "\nos.kill(os.getpid(), signal.SIGINT)\n", [4, 2])
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert "KeyboardInterrupt" in done.stdout
+    assert "RunnerError" not in done.stdout
+    assert not [*(tmp_path / "saved").iterdir()]
+
+
+# -- other runners, and the disk --------------------------------------------------------------
+
+
+def test_two_that_begin_in_one_second_keep_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_int8bench.runner.timestamp", lambda: "20260131T235959Z")
+    batches = [[2, 4], [4, 5], [2]]
+    runners = [toy_runner(tmp_path, sizes, save_folder=tmp_path / "saved") for sizes in batches]
+    with ThreadPoolExecutor() as pool:
+        results = [*pool.map(lambda runner: runner.run(), runners)]
+    assert [[r.params["batch_size"] for r in found] for found in results] == batches
+    assert len({runner.saved for runner in runners}) == 3
+    for runner, found in zip(runners, results, strict=True):
+        assert runner.saved is not None
+        assert read(runner.saved).results == found
+        assert [read(journal).results for journal in runner.journals] == [found]
+    assert len([*(tmp_path / "saved").iterdir()]) == 6
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let no file in ``folder`` be made by this process."""
+    opened, made = Path.open, tempfile.mkstemp
+
+    def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode in ("xb", "ab") and folder in path.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, mode, *args, **options)
+
+    def no_room(*args: Any, **options: Any) -> Any:
+        if options.get("dir") == folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return made(*args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(tempfile, "mkstemp", no_room)
+
+
+def test_a_full_disk_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    runner = toy_runner(tmp_path, [4, 7, 5, 2], save_folder=folder)
+    full_disk(monkeypatch, folder)
+    results = runner.run()
+    assert outcome(results) == [(4, "ok"), (7, "failed"), (5, "failed"), (2, "ok")]
+    assert (runner.saved, runner.journals) == (None, [])
+    assert not [*folder.iterdir()]
+    errors = capfd.readouterr().err
+    for line in ("no journal of 2 results: ", ".json is not written: No space left on device"):
+        assert errors.count(line) == (2 if "journal" in line else 1)
+
+
+def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The folder becomes a file while the points are measured."""
+    gone = "import shutil; shutil.rmtree('saved', ignore_errors=True); open('saved', 'w').close()"
+    runner = toy_runner(tmp_path, [4, 2], save_folder=tmp_path / "saved")
+    (tmp_path / "toy.py").write_text(projects.toy(bs4=gone))
+    results = runner.run()
+    assert outcome(results) == [(4, "ok"), (2, "ok")]
+    assert (runner.saved, runner.journals) == (None, [])
+    errors = capfd.readouterr().err
+    assert ".jsonl lacks 2 of 2 results: " in errors
+    assert ".json is not written: " in errors
+
+
+def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
+    runner = toy_runner(tmp_path, [4, 2], save_folder=tmp_path / "saved")
+    gone = "import shutil; shutil.rmtree('saved', ignore_errors=True)"
+    (tmp_path / "toy.py").write_text(projects.toy(bs2=gone))
+    results = runner.run()
+    (journal,) = runner.journals
+    assert runner.saved is not None
+    assert read(journal).results == read(runner.saved).results == results
+    assert read(journal).environment == read(runner.saved).environment != {}
+
+
+def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    for name in ("taken", "taken/below", "x" * 300):
+        runner = toy_runner(tmp_path, [4], save_folder=tmp_path / name)
+        with pytest.raises(RunnerError, match="save_folder must be a folder that can be written"):
+            runner.run()
+
+
 def test_the_suite_says_who_runs_it() -> None:
     with pytest.raises(RuntimeError, match="are run by pytest_int8bench"):
         Handover.from_env_vars({})
 
 
-def test_a_point_is_handed_over_and_back(tmp_path: Path) -> None:
-    given = Handover.start(tmp_path, "group", ["a", "b"])
-    assert (given.running(), given.asked_for_new_process()) == (None, False)
-    taken = Handover.from_env_vars(given.to_env_vars())
-    assert taken == given
-    taken.note_running("a")
-    taken.ask_for_new_process()
-    assert (given.running(), given.asked_for_new_process()) == ("a", True)
-    taken.note_running("")
-    assert given.running() is None
-    Handover.start(tmp_path, "group", ["b"])
-    assert not given.asked_for_new_process()
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_a_point_is_handed_over_and_back(
+    is_in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if not is_in_memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with Handover.start("group", ["a", "b"], wants_json=True) as given:
+        assert bool([*tmp_path.iterdir()]) is not is_in_memory
+        assert (given.running(), given.asked_for_new_process()) == (None, False)
+        taken = Handover.from_env_vars(given.to_env_vars())
+        assert taken == given
+        taken.note_running("a")
+        taken.ask_for_new_process()
+        assert (given.running(), given.asked_for_new_process()) == ("a", True)
+        taken.note_running("")
+        assert given.running() is None
+        assert (given.json(), given.lines(), given.is_interrupted()) == (None, [], False)
+        taken.note_json({"benchmarks": []})
+        taken.note_line('{"int8bench": {}}')
+        taken.note_interrupted()
+        assert given.json() == {"benchmarks": []}
+        assert given.lines() == [{"int8bench": {}}]
+        assert given.is_interrupted()
+    taken.note_running("b")  # the runner is gone: nothing to be done about it
+    assert not [*tmp_path.iterdir()]

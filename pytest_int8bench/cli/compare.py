@@ -13,7 +13,7 @@ from pytest_int8bench.cli.arguments import (
     as_argument_type,
     with_default,
 )
-from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse
+from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse, tell_broken
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
@@ -93,9 +93,11 @@ def run_compare(arguments: argparse.Namespace) -> int:
         if same := {path.resolve() for path in base} & {path.resolve() for path in new}:
             raise FileError(f"{min(same)} would be compared with itself")
         check_outputs(arguments, {path.resolve() for path in (*base, *new)})
-        found = compare(read_runs(base), read_runs(new), rules)
+        sides = read_runs(base), read_runs(new)
+        found = compare(*sides, rules)
     except (OSError, ValueError) as error:  # SchemaError, FileError and bad tables among them
         return refuse("compare", error)
+    tell_broken("compare", [*sides[0], *sides[1]])
     return publish(
         "compare",
         arguments,

@@ -16,6 +16,7 @@ from pytest_int8bench.gate.outcomes import UNDECIDED
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.junit import Case, to_xml
 from pytest_int8bench.report.tables import MARKDOWN_BYTES, Page
+from pytest_int8bench.results.locating import Run
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 #: Characters of an error: some quote what a file holds.
@@ -94,6 +95,13 @@ def _append_summary(path: Path, page: Page) -> None:
     if used + len(text.encode()) > MARKDOWN_BYTES:
         raise FileError(f"{path} is not written: the summary of this step is full")
     append(path, text)
+
+
+def tell_broken(command: str, runs: Sequence[Run]) -> None:
+    """Say which files have lines that are left out."""
+    for run in runs:
+        if broken := run.saved.broken():
+            show(one_line(f"int8bench {command}: {run.path}: {broken}"), error=True)
 
 
 def refuse(command: str, problem: BaseException | str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_int8bench.cli.arguments import add_storage
-from pytest_int8bench.cli.outputs import refuse
+from pytest_int8bench.cli.outputs import refuse, tell_broken
 from pytest_int8bench.files import FileError
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.write import check_output, publish
@@ -56,6 +56,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         except FileError as error:
             raise FileError(f"--output: {error}") from None
         runs = gather(arguments.files, arguments.storage)
+        tell_broken("report", runs)
         named = [(one_line(str(run.path)), run.saved) for run in runs]
         for output in dict.fromkeys(outputs):
             publish(named, output)

@@ -29,6 +29,8 @@ def run_show(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError):
             problem = f"{path} must be a saved JSON file or a journal: {error.strerror or error}"
         return refuse("", problem)
+    if broken := saved.broken():
+        show(f"int8bench: {path}: {broken}", error=True)
     width, color = terminal_style()
     show(render(saved, width=width, color=color), end="")
     return 0

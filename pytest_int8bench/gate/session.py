@@ -119,6 +119,7 @@ class SessionGate:
         found = [c for o in (SUSPECTED, NEW) for c in self._judged.values() if c.outcome == o]
         return [
             f"compared with {self.name}: {listed}",
+            *(f"{run.path}: {broken}" for run in self._base if (broken := run.saved.broken())),
             *(f"{c.outcome}: {point_label(c.workload, c.run_name)}: {c.reason}" for c in found),
         ]
 

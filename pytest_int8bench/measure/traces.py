@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from torch.profiler import profile
 
 from pytest_int8bench.errors import first_line
+from pytest_int8bench.files import replace_text
 from pytest_int8bench.measure.evidence import Keep, Kernel
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.journal import journal_folder
@@ -116,12 +118,11 @@ def _write_table(path: Path, kernels: Sequence[Kernel], device: torch.device) ->
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else "CPU operators"
     total_s = sum(kernel.seconds for kernel in kernels)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for kernel in kernels:
-            micros = kernel.seconds * 1e6
-            figures = (f"{micros:.3f}", f"{kernel.seconds / total_s:.6f}")
-            table.writerow(
-                (name, kernel.name, kernel.calls, *figures, f"{micros / kernel.calls:.3f}")
-            )
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for kernel in kernels:
+        micros = kernel.seconds * 1e6
+        figures = (f"{micros:.3f}", f"{kernel.seconds / total_s:.6f}")
+        table.writerow((name, kernel.name, kernel.calls, *figures, f"{micros / kernel.calls:.3f}"))
+    replace_text(path, text.getvalue())

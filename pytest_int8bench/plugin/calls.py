@@ -13,8 +13,9 @@ from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, first_line
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.plugin.benchmark_files import check_compared
 from pytest_int8bench.plugin.progress import say
-from pytest_int8bench.plugin.pytest_benchmark import Benchmark, check_compared
+from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.results.records import NOT_MEASURED, Result
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity

@@ -17,7 +17,6 @@ from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
     merge_markers,
-    note_compared,
 )
 from pytest_int8bench.plugin.recorder import RECORDER, Recorder
 from pytest_int8bench.plugin.session import SESSION, Session
@@ -49,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (OSError, ValueError) as error:
         raise pytest.UsageError(f"--int8-compare: {error}") from None
     recorder = config.stash[RECORDER] = _recorder_of(session)
+    if not config.option.collectonly:
+        recorder.reserve_journal()
     manager = config.pluginmanager
     manager.register(recorder, "int8bench-recorder")
     manager.register(fixtures, "int8bench-fixtures")
@@ -188,6 +189,8 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, compared_benchmark: dict[str, Any]
 ) -> None:
+    from pytest_int8bench.plugin.benchmark_files import note_compared
+
     note_compared(config, compared_benchmark)
 
 
@@ -196,7 +199,7 @@ def pytest_benchmark_compare_machine_info(
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
     recorder = session.config.stash.get(RECORDER, None)
     if recorder is not None and recorder.has_something_to_show():
-        guard_saving(session.config, recorder.note_failure)
+        guard_saving(session.config, recorder.note_failure, recorder.session.handover)
     return (yield)
 
 

@@ -112,7 +112,7 @@ def _read_eval_data(text: str) -> dict[str, Any]:
 
 
 def _read_journal(text: str) -> dict[str, Any]:
-    if Path(text).exists():
+    if os.path.lexists(text) or not text:
         raise ValueError(f"must be a file that is not there yet, got {text!r}")
     return {"journal": text}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
+    from pytest_int8bench.processes.runner_files import Handover
 
 #: Folder that pytest-benchmark saves in, from the folder that pytest is started in.
 STORAGE = Path(".benchmarks")
@@ -19,8 +20,6 @@ STORAGE = Path(".benchmarks")
 DISABLED = "pytest-benchmark is disabled"
 _NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
 _NOT_SAVED = pytest.StashKey[bool]()
-_COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
-"""Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
 #: What pytest-benchmark wants of a fixture whose times it saves.
 _TIMING_NAMES = ("name", "group", "param", "params", "extra_info", "has_error")
 
@@ -229,22 +228,60 @@ def save_without_timings(config: pytest.Config) -> None:
         session.storage.save(output, name)
 
 
-def guard_saving(config: pytest.Config, note: Callable[[str, Exception], None]) -> None:
+def guard_saving(
+    config: pytest.Config, note: Callable[[str, Exception], None], handover: Handover | None
+) -> None:
     """Let an error of pytest-benchmark's saving (a full disk, a folder that cannot be written)
-    reach ``note`` instead of pytest, which would end without a summary."""
+    reach ``note`` instead of pytest, which would end without a summary. What is still saved does
+    not depend on what is not, and a file that is replaced is replaced whole or not at all.
+
+    Args:
+        config: of this session.
+        note: called with what failed and the error.
+        handover: takes the JSON, if the runner started this process and wants it.
+    """
     session = _session_of(config)
     if session is None:
         return
-    save = session.handle_saving
 
-    def handle_saving() -> None:
+    def guarded(save: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            try:
+                save(*args)
+            except Exception as error:
+                config.stash[_NOT_SAVED] = True
+                note("saving", error)
+
+        return call
+
+    save_in_place = session.save_json
+
+    def save_json(output: Any) -> None:
+        from pytest_benchmark import utils
+
+        from pytest_int8bench.files import replace_text
+
+        dumps: Any = utils.safe_dumps
+        text = dumps(output, ensure_ascii=True, indent=4)
+        if handover is not None:
+            handover.note_json(json.loads(text))
+            return
+        path = session.json
+        if not isinstance(path, Path) or (path.exists() and not path.is_file()):
+            save_in_place(output)  # a device or a pipe; a file that is open already (before 5.3)
+            return
         try:
-            save()
-        except Exception as error:
-            config.stash[_NOT_SAVED] = True
-            note("saving", error)
+            replace_text(path.resolve(), text)
+        except PermissionError:  # no other file can be made beside it
+            save_in_place(output)
+        else:
+            session.logger.info(f"Wrote benchmark data in: {path}", purple=True)
 
-    session.handle_saving = handle_saving
+    if handover is not None and handover.wants_json:
+        session.json = handover.path
+    session.save_json = guarded(save_json)
+    session.storage.save = guarded(session.storage.save)
+    session.handle_saving = guarded(session.handle_saving)
 
 
 def describe_saved(config: pytest.Config) -> str:
@@ -266,47 +303,6 @@ def describe_saved(config: pytest.Config) -> str:
     if not saved:
         return "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH"
     return f"saved: {', '.join(saved)}"
-
-
-def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
-    """Remember the fingerprint in a file of ``--benchmark-compare``, for :func:`check_compared`:
-    ours needs torch, which is not loaded before a test does."""
-    block = compared.get("int8bench") or {}
-    config.stash.setdefault(_COMPARED, []).append(block.get("environment"))
-
-
-def check_compared(
-    config: pytest.Config, environment: Callable[[], Mapping[str, Any]], allowed: Container[str]
-) -> None:
-    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or software,
-    of which pytest-benchmark checks only a part.
-
-    Args:
-        config: of this session.
-        environment: returns its fingerprint; called if a file is compared with.
-        allowed: parts of the fingerprint that may differ.
-
-    Raises:
-        IncomparableError: with ``--benchmark-compare-fail``, whose verdict would mean nothing.
-    """
-    from pytest_int8bench.environment import differences
-    from pytest_int8bench.gate.session import IncomparableError
-
-    for base in config.stash.get(_COMPARED, []):
-        if base is None:
-            problem = "was not saved by pytest-int8bench, so the machine is unknown"
-        else:
-            found = differences(base, environment())
-            listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
-            if not listed:
-                continue
-            problem = f"was measured on another machine or software: {', '.join(listed)}"
-        text = f"the file that is compared with {problem}; see --int8-allow"
-        if config.getoption("benchmark_compare_fail"):
-            raise IncomparableError(f"--benchmark-compare-fail: {text}")
-        warnings.warn(f"int8bench: {text}", stacklevel=2)
-        config.stash[_COMPARED] = []
-        return
 
 
 # -- pytest-xdist -------------------------------------------------------------------------------

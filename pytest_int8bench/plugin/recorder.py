@@ -6,13 +6,15 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_int8bench.plugin import pytest_benchmark
+from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.session import Session
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Recorder:
         """Node id -> workload and point of its test."""
         self.reported: list[str] = []
         """Lines for the end of the session: reports that were written, and steps that failed."""
+        self._asked: Journal | None = None
+        """The file of ``--int8-journal``, made before anything is measured."""
         self._environment: dict[str, Any] | None = None
         self._accuracy_failed: dict[tuple[str, str], dict[str, str]] = {}
         """Workload and run name -> accuracy test that failed -> why."""
@@ -69,7 +73,12 @@ class Recorder:
         Raises:
             pytest.UsageError: one line.
         """
-        if self.session.in_suite or self.config.option.collectonly:
+        if self.config.option.collectonly:
+            return
+        from pytest_int8bench.plugin.benchmark_files import check_json
+
+        check_json(self.config)
+        if self.session.in_suite:
             return  # the runner asks for the outcome of each point
         from pytest_int8bench.plugin.collection import check_named, check_workload
 
@@ -126,20 +135,53 @@ class Recorder:
         self.journal = self._open_journal(self._environment)
         return self.journal
 
+    def reserve_journal(self) -> None:
+        """Make the file of ``--int8-journal``, which no other session has. It is removed if
+        nothing is recorded.
+
+        Raises:
+            pytest.UsageError: one line, if it is there already or cannot be made.
+        """
+        handover = self.session.handover
+        asked = self.session.settings.journal if handover is None else handover.journal
+        if asked is None:
+            return
+        from pytest_int8bench.results.base import SchemaError
+        from pytest_int8bench.results.journal import Journal
+
+        if handover is not None:  # the runner has made the file, and gets every result without it
+            with suppress(OSError, SchemaError):
+                self._asked = Journal.reopen(Path(asked))
+            return
+        try:
+            self._asked = Journal(self.session.invocation / asked, {})
+        except OSError as error:
+            rule = "must be a file that is not there yet"
+            if not isinstance(error, FileExistsError):
+                rule += " and can be written"
+            source = OPTIONS["journal"].source(self.config)
+            why = error.strerror or error
+            raise pytest.UsageError(f"{source}: {rule}, got {asked!r}: {why}") from None
+        self.config.add_cleanup(self._asked.discard)
+
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         from pytest_int8bench.files import timestamp
         from pytest_int8bench.results.journal import Journal, journal_folder
 
-        stamp = timestamp()
-        # Two sessions in one process may start within a second.
-        name = f"{stamp}-{os.getpid()}-{id(self):x}.jsonl"
+        journal = self._asked
         try:
-            asked = self.session.settings.journal
-            folder = self.session.invocation if asked else journal_folder(self.session.root)
-            return Journal(folder / (asked or name), environment)
+            if self.session.handover is not None:
+                journal = journal or Journal(None, environment)
+                journal.tell = self.session.handover.note_line
+            if journal is not None:
+                journal.begin(environment)
+                return journal
+            # Two sessions in one process may start within a second.
+            name = f"{timestamp()}-{os.getpid()}-{id(self):x}.jsonl"
+            return Journal(journal_folder(self.session.root) / name, environment)
         except OSError as error:
             self.warn(f"no journal: {error}")
-            return Journal(None, environment)
+            return journal or Journal(None, environment)
 
     def records_of(self, nodeid: str) -> list[Result | Accuracy | Sensitivity]:
         """Return what this attempt of a test has found so far, the latest last."""
@@ -219,6 +261,8 @@ class Recorder:
         is_passed = True
         with self.guard("the gate"):
             is_passed = not (self.session.gate_problems() or self.problems())
+        with self.guard("the journal"):
+            self.check_journal()
         with self.guard("saving"):
             if self.journal is not None:
                 pytest_benchmark.save_without_timings(self.config)
@@ -229,6 +273,12 @@ class Recorder:
         with self.guard("Weights & Biases"):
             self.track()
         return is_passed and not self._has_failed
+
+    def check_journal(self) -> None:
+        """Write what the journal lacks; if that is not possible, fail a session that asked for
+        one."""
+        if self._asked is not None and self._asked.problem() is not None:
+            self._has_failed = True  # the line that says where it is says why
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:

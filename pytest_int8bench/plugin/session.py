@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.measure.pool import ModelPool
     from pytest_int8bench.measure.traces import Profiles
     from pytest_int8bench.params import RunParams
+    from pytest_int8bench.processes.runner_files import Handover
     from pytest_int8bench.workloads.workload import Workload
 
 
@@ -36,6 +37,8 @@ class Session:
         # The runner's ini file makes the package's own folder the root.
         self.in_suite = config.inipath == _SUITE_INI
         self.root = self.invocation if self.in_suite else config.rootpath
+        self.handover = _handover() if self.in_suite else None
+        """What connects this process with the runner that started it; None without one."""
         self.collected: set[str] = set()
         """Node ids of all tests that were found."""
         self.deselected: set[str] = set()
@@ -221,3 +224,9 @@ def _cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _handover() -> Handover | None:
+    from pytest_int8bench.processes.runner_files import Handover
+
+    return Handover.from_env_vars() if Handover.is_given() else None

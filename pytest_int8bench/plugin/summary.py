@@ -55,8 +55,9 @@ def _show_journal(terminal: pytest.TerminalReporter, recorder: Recorder, journal
     terminal.section("int8bench", sep="-", bold=True)
     _show(terminal, "the results", table)
     _show(terminal, "the workers", recorder.measured_by)
-    _show(terminal, "the saved files", lambda: [describe_saved(recorder.config)])
-    _show(terminal, "the journal", lambda: [_where_journal(journal)])
+    if recorder.session.handover is None:  # else the runner says it
+        _show(terminal, "the saved files", lambda: [describe_saved(recorder.config)])
+        _show(terminal, "the journal", lambda: [_where_journal(journal)])
     _show(terminal, "the profiles", lambda: _where_profiles(recorder, journal))
 
 
@@ -85,7 +86,11 @@ def _say(terminal: pytest.TerminalReporter, text: str, **markup: bool) -> None:
 
 
 def _where_journal(journal: Journal) -> str:
-    return f"journal: {relative(journal.path) if journal.path else 'none, see the warnings'}"
+    problem = journal.problem()  # first: the file may have to move
+    if journal.path is None:
+        return "journal: none, see the warnings"
+    path = str(relative(journal.path))
+    return f"journal: {path}" if problem is None else f"journal: {path} {problem}"
 
 
 def _where_profiles(recorder: Recorder, journal: Journal) -> list[str]:

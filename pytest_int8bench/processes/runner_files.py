@@ -1,78 +1,169 @@
-"""Files that the runner and the process that measures exchange."""
+"""What the runner and the process that measures exchange."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_FOLDER = "INT8BENCH_HANDOVER"
-_POINTS, _RUNNING, _WORKLOAD, _AGAIN = "points.json", "running", "workload", "again"
+_FILE = "INT8BENCH_HANDOVER"
+_RUNNING, _WORKLOAD, _AGAIN, _INTERRUPTED = "running", "workload", "again", "interrupted"
+_RECORD, _JSON = "record", "json"
 
 
 @dataclass(frozen=True)
 class Handover:
-    """A folder with the points to run and the name of the one that is running."""
+    """A file with the points to run, which the process that measures adds lines to: what it does
+    and what it finds. The file is in memory where the system has such files, so that neither a full
+    disk nor a killed runner leaves anything behind or costs a result."""
 
-    folder: Path
+    path: Path
+    runner: int
+    """Process id."""
     group: str
     run_names: list[str]
+    journal: str | None
+    """Path of the file, which is there; None if there is none."""
+    wants_json: bool
+    """Whether the JSON of pytest-benchmark is to be handed over."""
 
     @classmethod
-    def start(cls, folder: Path, group: str, run_names: Sequence[str]) -> Handover:
-        """Write the points for a process to be started."""
-        handover = cls(folder, group, list(run_names))
-        for leftover in (_RUNNING, _AGAIN):
-            (folder / leftover).unlink(missing_ok=True)
-        (folder / _POINTS).write_text(json.dumps({"group": group, "points": [*run_names]}))
-        return handover
+    @contextmanager
+    def start(
+        cls,
+        group: str,
+        run_names: Sequence[str],
+        *,
+        journal: Path | None = None,
+        wants_json: bool = False,
+    ) -> Iterator[Handover]:
+        """Write the points for a process to be started.
+
+        Raises:
+            OSError: if the system has no files in memory, and the disk is full.
+        """
+        with _exchange() as path:
+            written = None if journal is None else str(journal)
+            handover = cls(path, os.getpid(), group, [*run_names], written, wants_json)
+            values = {k: v for k, v in vars(handover).items() if k != "path"}
+            _append(path, json.dumps(values))
+            yield handover
 
     @classmethod
     def from_env_vars(cls, environ: Mapping[str, str] = os.environ) -> Handover:
-        """Read what :meth:`start` wrote, in the folder that :meth:`to_env_vars` names.
+        """Read what :meth:`start` wrote, in the file that :meth:`to_env_vars` names.
 
         Raises:
             RuntimeError: if the variable is not set.
         """
-        if _FOLDER not in environ:
+        if _FILE not in environ:
             raise RuntimeError(
                 "these tests are run by pytest_int8bench.ThroughputBenchmarkRunner, "
-                f"which sets {_FOLDER}"
+                f"which sets {_FILE}"
             )
-        folder = Path(environ[_FOLDER])
-        values = json.loads((folder / _POINTS).read_text())
-        return cls(folder, values["group"], values["points"])
+        path = Path(environ[_FILE])
+        with path.open("rb") as file:
+            return cls(path, **json.loads(file.readline()))
+
+    @staticmethod
+    def is_given() -> bool:
+        """Return whether the runner started this process."""
+        return _FILE in os.environ
 
     def to_env_vars(self) -> dict[str, str]:
-        """Return the environment variable that names the folder."""
-        return {_FOLDER: str(self.folder)}
+        """Return the environment variable that names the file."""
+        return {_FILE: str(self.path)}
+
+    def is_started_by(self, pid: int) -> bool:
+        """Return whether the process ``pid`` wrote the points."""
+        return pid == self.runner
 
     def note_running(self, run_name: str) -> None:
         """Write down the point that runs now; empty for none."""
-        (self.folder / _RUNNING).write_text(run_name)
+        self._note(_RUNNING, run_name)
 
     def running(self) -> str | None:
         """Return the point that was running last, None if there was none."""
-        return self._read(_RUNNING)
+        return next(reversed(self._noted(_RUNNING)), None) or None
 
     def note_workload(self, name: str) -> None:
         """Write down the name of the workload, which is known when it is loaded."""
-        (self.folder / _WORKLOAD).write_text(name)
+        self._note(_WORKLOAD, name)
 
     def workload(self) -> str | None:
         """Return the name of the workload, None if it was not loaded."""
-        return self._read(_WORKLOAD)
+        return next(reversed(self._noted(_WORKLOAD)), None)
 
     def ask_for_new_process(self) -> None:
         """Say that the points that are left need a new process."""
-        (self.folder / _AGAIN).touch()
+        self._note(_AGAIN, True)
 
     def asked_for_new_process(self) -> bool:
         """Return whether :meth:`ask_for_new_process` was called."""
-        return (self.folder / _AGAIN).exists()
+        return bool(self._noted(_AGAIN))
 
-    def _read(self, name: str) -> str | None:
-        path = self.folder / name
-        return (path.read_text() if path.exists() else "") or None
+    def note_interrupted(self) -> None:
+        """Say that Ctrl-C ended the process."""
+        self._note(_INTERRUPTED, True)
+
+    def is_interrupted(self) -> bool:
+        """Return whether :meth:`note_interrupted` was called."""
+        return bool(self._noted(_INTERRUPTED))
+
+    def note_line(self, line: str) -> None:
+        """Hand a line of the journal over."""
+        self._note(_RECORD, json.loads(line))
+
+    def lines(self) -> list[Any]:
+        """Return the lines of the journal that were handed over, read as JSON."""
+        return self._noted(_RECORD)
+
+    def note_json(self, values: Any) -> None:
+        """Hand the JSON of pytest-benchmark over."""
+        self._note(_JSON, values)
+
+    def json(self) -> dict[str, Any] | None:
+        """Return the JSON of pytest-benchmark; None if the process did not get as far as that."""
+        return next(reversed(self._noted(_JSON)), None)
+
+    def _note(self, kind: str, value: Any) -> None:
+        # A point is still measured where the disk is full, or the runner has been killed.
+        with contextlib.suppress(OSError):
+            _append(self.path, json.dumps({kind: value}))
+
+    def _noted(self, kind: str) -> list[Any]:
+        found = []
+        for line in self.path.read_bytes().splitlines()[1:]:
+            with contextlib.suppress(ValueError):  # half a line, of a process that was killed
+                values = json.loads(line)
+                found += [values[kind]] if kind in values else []
+        return found
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+
+
+@contextmanager
+def _exchange() -> Iterator[Path]:
+    """Make an empty file that this process and its children can open."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("int8bench")
+        try:
+            path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+            if path.exists():
+                yield path
+                return
+        finally:
+            os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix="int8bench-") as folder:
+        path = Path(folder, "handover.jsonl")
+        path.touch()
+        yield path

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.files import append_text, replace_text
+from pytest_int8bench.files import LineFile, create
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
     ACCURACY,
@@ -21,8 +21,10 @@ from pytest_int8bench.results.records import (
     latest,
 )
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.words import plural
 
-_FOLDER = Path(".benchmarks") / "int8bench"
+#: Folder of journals, from the root of the project.
+DEFAULT_FOLDER = Path(".benchmarks") / "int8bench"
 
 
 class Journal:
@@ -37,20 +39,20 @@ class Journal:
         Raises:
             OSError: if the file cannot be made, ``FileExistsError`` if it is there already.
         """
-        self.path = path
         self.environment = dict(environment)
         self.order: Mapping[str, int] = {}
         """Places of node ids among the tests, where those finish in another order."""
+        self.tell: Callable[[str], None] | None = None
+        """Called with each line, whatever becomes of the file."""
+        self._time = datetime.now(UTC).isoformat()
         self._results: list[Result] = []
         self._accuracy: list[Accuracy] = []
         self._sensitivity: list[Sensitivity] = []
+        self._file: LineFile | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(exist_ok=False)
-        now = datetime.now(UTC).isoformat()
-        header = {"schema": SCHEMA, "datetime": now, "environment": self.environment}
-        self._header = json.dumps({"int8bench": header})
-        self._write(self._header)
+            create(path, self.text())
+            self._file = self._line_file(path, len(self.text().encode()))
 
     @classmethod
     def reopen(cls, path: Path) -> Journal:
@@ -58,23 +60,48 @@ class Journal:
 
         Raises:
             SchemaError: if ``path`` is not a journal.
+            OSError: if it cannot be read.
         """
         saved = read(path)
         text = path.read_text(encoding="utf-8")
-        whole, _, last = text.rpartition("\n")
-        try:
-            json.loads(last)
-        except ValueError:
-            replace_text(path, f"{whole}\n")
-        else:  # only the end of its line is missing
-            replace_text(path, f"{text}\n")
         journal = cls(None, saved.environment)
-        journal.path = path
-        journal._header = text.partition("\n")[0]
+        journal._time = json.loads(text.partition("\n")[0])["int8bench"]["datetime"]
         journal._results = saved.results
         journal._accuracy = saved.accuracy
         journal._sensitivity = saved.sensitivity
+        is_whole = text.endswith("\n") and not saved.skipped
+        journal._file = journal._line_file(path, len(text.encode()) if is_whole else None)
         return journal
+
+    def _line_file(self, path: Path, size: int | None) -> LineFile:
+        # Times have microseconds: no other journal starts like this one.
+        mark = self._header().partition('"environment"')[0]
+        return LineFile(path, self._lines, mark=mark, size=size)
+
+    def _header(self) -> str:
+        header = {"schema": SCHEMA, "datetime": self._time, "environment": self.environment}
+        return json.dumps({"int8bench": header})
+
+    def _lines(self) -> Iterator[str]:
+        yield self._header()
+        yield from map(_line_of, self._records)
+
+    @property
+    def path(self) -> Path | None:
+        """The file, None if there is none."""
+        return None if self._file is None else self._file.path
+
+    def begin(self, environment: Mapping[str, Any]) -> None:
+        """Set the fingerprint of a journal that was started before it was known.
+
+        Raises:
+            OSError: if it cannot be written; it is with the next record.
+        """
+        self.environment = dict(environment)
+        if self.tell is not None:
+            self.tell(self._header())
+        if self._file is not None:
+            self._file.rewrite()
 
     @property
     def results(self) -> list[Result]:
@@ -111,9 +138,32 @@ class Journal:
         self._results = [r for r in self._results if id(r) not in gone]
         self._accuracy = [r for r in self._accuracy if id(r) not in gone]
         self._sensitivity = [r for r in self._sensitivity if id(r) not in gone]
-        if self.path is not None and gone:
-            lines = [self._header, *map(_line_of, self._records)]
-            replace_text(self.path, "".join(f"{line}\n" for line in lines))
+        if self._file is not None and gone:
+            self._file.rewrite()
+
+    def text(self) -> str:
+        """Return what the file is to hold."""
+        return "".join(f"{line}\n" for line in self._lines())
+
+    def problem(self) -> str | None:
+        """Write what the file lacks. Return a line if it cannot be written, None if all is there
+        or there is no file."""
+        if self._file is None:
+            return None
+        try:
+            self._file.save()
+        except OSError as error:
+            count = len(self._records)
+            lacking = min(self._file.lacking(), count)
+            what = f"lacks {lacking} of {plural(count, 'record')}" if lacking else "is out of date"
+            return f"{what}: {error.strerror or error}"
+        return None
+
+    def discard(self) -> None:
+        """Remove the file if no record was to be in it."""
+        if self._file is not None and not self._records:
+            with contextlib.suppress(OSError):
+                self._file.path.unlink()
 
     @property
     def _records(self) -> list[Result | Accuracy | Sensitivity]:
@@ -132,8 +182,10 @@ class Journal:
         return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))
 
     def _write(self, line: str) -> None:
-        if self.path is not None:
-            append_text(self.path, f"{line}\n")
+        if self.tell is not None:
+            self.tell(line)
+        if self._file is not None:
+            self._file.add(line)
 
 
 def _line_of(record: Result | Accuracy | Sensitivity) -> str:
@@ -149,12 +201,9 @@ def journal_folder(root: Path) -> Path:
     Raises:
         OSError: if it cannot be made.
     """
-    folder = root / _FOLDER
+    folder = root / DEFAULT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    # "x", so that nothing is written through a symbolic link.
-    with (
-        contextlib.suppress(FileExistsError),
-        open(folder / ".gitignore", "x", encoding="utf-8") as file,
-    ):
-        file.write("*\n")
+    # Nothing is written through a symbolic link.
+    with contextlib.suppress(FileExistsError):
+        create(folder / ".gitignore", "*\n")
     return folder

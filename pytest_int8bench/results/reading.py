@@ -75,15 +75,16 @@ def read(path: Path) -> Saved:
 def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
     lines = text.rstrip("\r\n").split("\n")
     records: list[Any] = []
+    skipped: list[int] = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(cleaned_values(path, parse(path, line)))
         except json.JSONDecodeError:
             if error is not None and not records:
                 raise SchemaError(_no_json(path, text, error)) from None
-            # A kill in the middle of a write leaves half a last line.
-            if number < len(lines):
-                raise SchemaError(f"{path} is neither JSON nor a journal (line {number})") from None
+            # A kill in the middle of a write leaves half a last line, which is not worth a word.
+            if number < len(lines) or text.endswith("\n"):
+                skipped.append(number)
     header = records[0].get("int8bench") if isinstance(records[0], dict) else None
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
@@ -101,6 +102,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         _records(path, Accuracy, kept[ACCURACY], again=True),
         _records(path, Sensitivity, kept[SENSITIVITY], again=True),
         is_journal=True,
+        skipped=tuple(skipped),
         time=_time(header.get("datetime")),
     )
 

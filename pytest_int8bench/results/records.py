@@ -321,8 +321,17 @@ class Saved:
     sensitivity: list[Sensitivity] = field(default_factory=list)
     is_journal: bool = field(default=False, compare=False)
     """It was read from a journal."""
+    skipped: tuple[int, ...] = field(default=(), compare=False)
+    """Lines of the journal that are no JSON, such as half a line from a disk that was full."""
     time: datetime | None = field(default=None, compare=False)
     """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
+
+    def broken(self) -> str | None:
+        """Return what to say of lines that were left out, None if there are none."""
+        if not self.skipped:
+            return None
+        word = "line" if len(self.skipped) == 1 else "lines"
+        return f"left out broken {word} {', '.join(map(str, self.skipped))}"
 
     def cleaned(self) -> Self:
         """Return the same with all texts as they are when the file is read again."""

@@ -3,18 +3,12 @@ which files the process's modules came from. It ends with the command that start
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import signal
-import sys
 from collections.abc import Generator
 
 import pytest
 
 from pytest_int8bench.processes.ab_files import SideFiles
-
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that comes when the parent ends
+from pytest_int8bench.processes.parent import end_with
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,11 +26,7 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
     """Do not go on, with the GPU in use, where the command was killed."""
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # a C library without it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if not SideFiles.from_env_vars().is_started_by(os.getppid()):  # before that
+    if not end_with(SideFiles.from_env_vars().is_started_by):
         raise pytest.UsageError("int8bench ab, which started this process, is gone")
 
 

@@ -33,6 +33,27 @@ def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert err == ""
 
 
+def test_broken_lines_are_told(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, record = journal.read_text().splitlines()
+    for between, told in (("{half", "line 2"), ("{half\n\0\0", "lines 2, 3")):
+        journal.write_text(f"{header}\n{between}\n{record}\n")
+        assert main(["show", str(journal)]) == 0
+        out, err = capsys.readouterr()
+        assert out == render(SAVED, width=None, color=False)
+        assert err == f"int8bench: {journal}: left out broken {told}\n"
+
+
+def test_report_and_compare_tell_broken_lines(
+    journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new.jsonl"
+    new.write_text(journal.read_text() + "{half\n")
+    main(["compare", str(journal), str(new)])
+    assert capsys.readouterr().err == f"int8bench compare: {new}: left out broken line 3\n"
+    assert main(["report", str(new), "--output", str(tmp_path / "page.md")]) == 0
+    assert capsys.readouterr().err == f"int8bench report: {new}: left out broken line 3\n"
+
+
 def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "0001_run.json"
     write(path, SAVED)

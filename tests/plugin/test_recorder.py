@@ -312,7 +312,7 @@ def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
 
     recorder.record(result(status="failed"))
     recorder.begin(TIMED)
-    monkeypatch.setattr("pytest_int8bench.results.journal.replace_text", full)
+    monkeypatch.setattr("pytest_int8bench.files.replace_text", full)
     with pytest.warns(UserWarning, match=r"^int8bench: the journal is not up to date: No space"):
         recorder.settle(TIMED)
     assert recorder.results_of(TIMED) == []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from pytest_int8bench.files import relative
+from pytest_int8bench.results.reading import read
 from toys.projects import SMOKE, THROUGHPUT, int8, journals, make_project, without
 
 BASELINE = "--int8-mode=off"
@@ -73,6 +75,195 @@ def test_a_journal_that_cannot_be_written_is_no_error_with_warnings_as_errors(
     found.stdout.fnmatch_lines([f"toy *{int8(4)} *", "journal: none*", "int8bench: no journal: *"])
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
     assert not journals(project)
+
+
+#: What breaks writing in a session after its first test, in a conftest.py: a disk that is full.
+FULL = """
+import errno, os, pathlib
+
+opened = pathlib.Path.open
+
+class Full:
+    def __init__(self, file):
+        self.file, self.room = file, {room}
+    def write(self, data):
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part = bytes(data)[:self.room]
+        self.room -= len(part)
+        return self.file.write(part)
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
+
+def full(path, mode="r", *args, **options):
+    file = opened(path, mode, *args, **options)
+    return Full(file) if mode == "ab" else file
+
+def pytest_runtest_logfinish(nodeid):
+    is_first = "_int8_" not in nodeid
+    pathlib.Path.open = full if is_first else opened
+"""
+
+
+def test_a_disk_that_is_full_for_a_moment_loses_nothing(project: pytest.Pytester) -> None:
+    """The second of three results meets a full disk."""
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(FULL.replace("{room}", "40"))
+    found = project.runpytest_subprocess(
+        *SMOKE, "--int8-mode=w8a8,w8", "--int8-journal=mine.jsonl", *without()
+    )
+    found.assert_outcomes(passed=3)
+    assert found.ret == pytest.ExitCode.OK
+    found.stdout.fnmatch_lines(["*a result is not in the journal: *", "journal: mine.jsonl"])
+    saved = read(project.path / "mine.jsonl")
+    assert len(saved.results) == 3
+    assert saved.skipped == ()
+
+
+@pytest.mark.parametrize("loss", ["os.remove(path)", "os.truncate(path, 10)"])
+def test_a_journal_that_goes_missing_is_written_anew(project: pytest.Pytester, loss: str) -> None:
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(
+            "\nimport os\n\ndef pytest_runtest_logfinish():\n    path = 'mine.jsonl'\n    " + loss
+        )
+    found = project.runpytest_subprocess(*SMOKE, "--int8-journal=mine.jsonl", *without())
+    found.assert_outcomes(passed=2)
+    found.stdout.fnmatch_lines(["journal: mine.jsonl"])
+    assert len(read(project.path / "mine.jsonl").results) == 2
+
+
+def test_a_journal_that_lacks_points_says_so(project: pytest.Pytester) -> None:
+    """Its folder became a file, and one was asked for."""
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(
+            "\nimport shutil, pathlib\n\ndef pytest_runtest_logfinish():\n"
+            "    shutil.rmtree('out', ignore_errors=True)\n    pathlib.Path('out').touch()\n"
+        )
+    found = project.runpytest_subprocess(*SMOKE, REPORT, "--int8-journal=out/it.jsonl", *without())
+    found.assert_outcomes(passed=2)
+    assert found.ret == pytest.ExitCode.TESTS_FAILED
+    found.stdout.fnmatch_lines(
+        ["journal: out/it.jsonl lacks 2 of 2 records: *", "report: report.md"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("folder", "Is a directory"),
+        ("missing/new.json", "No such file or directory"),
+        ("taken/new.json", "Not a directory"),
+        ("pipe", "a named pipe, which nobody may read"),
+        ("/proc/new.json", "No such file or directory"),
+    ],
+)
+def test_a_json_that_cannot_be_written_is_refused_at_once(
+    project: pytest.Pytester, path: str, why: str
+) -> None:
+    (project.path / "folder").mkdir()
+    (project.path / "taken").touch()
+    os.mkfifo(project.path / "pipe")
+    found = project.runpytest_subprocess(*SMOKE, f"--benchmark-json={path}", *without())
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    found.stderr.fnmatch_lines(
+        [f"ERROR: --benchmark-json: must be a file that can be written, got '*{path}': {why}"]
+    )
+    assert not journals(project)
+    found.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_an_unrelated_session_may_write_where_it_likes(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_one(benchmark):\n    benchmark(lambda: None)\n")
+    found = pytester.runpytest_subprocess("--benchmark-json=/dev/stdout", *without())
+    assert found.ret == pytest.ExitCode.OK
+
+
+@pytest.mark.parametrize("change", ["shutil.rmtree('out')", "os.mkdir('out/new.json')"])
+def test_a_json_that_cannot_be_written_any_more_loses_nothing_else(
+    project: pytest.Pytester, change: str
+) -> None:
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(
+            f"\nimport os, shutil\n\ndef pytest_runtest_teardown():\n    {change}\n"
+            "    if not os.path.exists('out'):\n        open('out', 'w').close()\n"
+        )
+    (project.path / "out").mkdir()
+    found = project.runpytest_subprocess(
+        *SMOKE,
+        *(BASELINE, REPORT, "--benchmark-json=out/new.json", "--benchmark-autosave"),
+        *without(),
+    )
+    found.assert_outcomes(passed=1)
+    assert found.ret == pytest.ExitCode.TESTS_FAILED
+    found.stdout.fnmatch_lines(
+        [
+            "not saved as JSON: see below",
+            "journal: .benchmarks/*",
+            "int8bench: saving failed: *",
+            "report: report.md",
+        ]
+    )
+    found.stdout.no_fnmatch_line("*INTERNALERROR*")
+    assert [*(project.path / ".benchmarks").rglob("0001*.json")]
+
+
+def test_a_json_is_replaced_whole_or_not_at_all(project: pytest.Pytester) -> None:
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(
+            "\nimport os\n\ndef pytest_runtest_teardown():\n"
+            "    def full(*_):\n        raise OSError(28, 'No space left on device')\n"
+            "    os.fsync = full\n"
+        )
+    (project.path / "new.json").write_text("old")
+    found = project.runpytest_subprocess(*SMOKE, BASELINE, "--benchmark-json=new.json", *without())
+    found.stdout.fnmatch_lines(["int8bench: saving failed: OSError: *No space left on device"])
+    assert (project.path / "new.json").read_text() == "old"
+    assert not [*project.path.glob(".new.json*")]
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
+def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, there: str) -> None:
+    path = project.path / "mine.jsonl"
+    {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[there]()
+    found = project.runpytest_subprocess(*SMOKE, "--int8-journal=mine.jsonl", *without())
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    found.stderr.fnmatch_lines(
+        ["ERROR: --int8-journal: must be a file that is not there yet, got 'mine.jsonl'*"]
+    )
+
+
+def test_one_of_two_sessions_gets_a_journal(project: pytest.Pytester) -> None:
+    """Both find that it is not there, and both would measure."""
+    inner = (
+        "\nimport pathlib, subprocess, sys\n\ndef pytest_configure(config):\n"
+        "    if pathlib.Path('once').exists():\n        return\n    pathlib.Path('once').touch()\n"
+        "    done = subprocess.run([sys.executable, '-m', 'pytest', *sys.argv[1:]])\n"
+        "    pathlib.Path('once').write_text(str(done.returncode))\n"
+    )
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(inner)
+    found = project.runpytest_subprocess(*SMOKE, BASELINE, "--int8-journal=mine.jsonl", *without())
+    inner_code = int((project.path / "once").read_text())
+    assert sorted([int(found.ret), inner_code]) == [0, pytest.ExitCode.USAGE_ERROR]
+    assert len(read(project.path / "mine.jsonl").results) == 1
+
+
+def test_a_journal_that_cannot_be_made_is_refused_at_once(project: pytest.Pytester) -> None:
+    (project.path / "taken").touch()
+    found = project.runpytest_subprocess(*SMOKE, "--int8-journal=taken/mine.jsonl", *without())
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    found.stderr.fnmatch_lines(["ERROR: --int8-journal: must be a file *, got 'taken/mine.jsonl'*"])
+
+
+def test_a_session_that_records_nothing_leaves_no_journal(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_one():\n    pass\n")
+    for option in ("-q", "--help", "--collect-only"):
+        pytester.runpytest_subprocess("--int8-journal=mine.jsonl", option, *without())
+        assert not (pytester.path / "mine.jsonl").exists()
 
 
 def test_paths_are_relative_to_the_folder_where_there_is_one(

@@ -281,11 +281,15 @@ def test_every_torn_end_keeps_the_earlier_results(journal_path: Path) -> None:
     assert read(journal_path).results == whole
 
 
-def test_a_torn_line_in_the_middle_is_refused(journal_path: Path) -> None:
+@pytest.mark.parametrize("broken", ["{half", "\0\0\0", "x", '{"a": 1}{"b": 2}'])
+def test_a_broken_line_loses_no_other_and_is_told(journal_path: Path, broken: str) -> None:
+    whole = read(journal_path)
     lines = journal_path.read_text().splitlines()
-    lines[1] = lines[1][:40]
-    journal_path.write_text("\n".join(lines) + "\n")
-    assert refused(journal_path) == "FILE is neither JSON nor a journal (line 2)"
+    for at in (1, 2, len(lines)):
+        journal_path.write_text("\n".join([*lines[:at], broken, *lines[at:]]) + "\n")
+        found = read(journal_path)
+        assert found == whole
+        assert found.skipped == (at + 1,)
 
 
 def test_a_torn_header_is_refused(journal_path: Path) -> None:

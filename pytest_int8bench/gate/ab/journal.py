@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.files import append_text, timestamp
+from pytest_int8bench.files import LineFile, create, timestamp
 from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.records import Result
 
@@ -19,6 +19,7 @@ SCHEMA = 1
 """Of the JSON that a comparison writes."""
 JOURNAL_SCHEMA = 2
 """Of the journal. With 1, verdict blocks had three processes, in an order that was not drawn."""
+_FINISHED = json.dumps({"finished": True})
 
 Identity = tuple[str, str]
 
@@ -48,11 +49,19 @@ class Process:
 class AbJournal:
     """Keeps each finished process on disk at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, header: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         self.environment: dict[str, Any] | None = None
         self.processes: list[Process] = []
         self.notes: list[str] = []
+        self._is_finished = False
+        self._header = json.dumps({"int8bench_ab": {"schema": JOURNAL_SCHEMA, **header}})
+        self._tell = tell
+        self._file = LineFile(path, self._lines, mark=self._header, size=None)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
 
     @classmethod
     @contextmanager
@@ -66,20 +75,30 @@ class AbJournal:
             key: what makes two commands the same comparison.
             header: what is written at the start of a new one.
             tell: called with a line for each thing that happens.
+
+        Raises:
+            AbError: if a new one cannot be written.
         """
         found = sorted(folder.glob(f"{key}-*.jsonl"), key=lambda path: path.stem)
-        journal = cls(found[-1]) if found else None
+        journal = cls(found[-1], header, tell) if found else None
         if journal is None or not journal._read(tell):
             stamp = timestamp()
             number = sum(stamp in path.name for path in found)
-            journal = cls(folder / f"{key}-{stamp}{f'-{number}' if number else ''}.jsonl")
-            journal._write({"int8bench_ab": {"schema": JOURNAL_SCHEMA, **header}})
+            path = folder / f"{key}-{stamp}{f'-{number}' if number else ''}.jsonl"
+            journal = cls(path, header, tell)
+            try:
+                create(path, f"{journal._header}\n")
+            except OSError as error:
+                raise AbError(f"{path} cannot be written: {error.strerror}") from None
+            journal._file = LineFile(
+                path, journal._lines, mark=journal._header, size=path.stat().st_size
+            )
         elif journal.processes:
             tell(f"going on with {len(journal.processes)} processes of {journal.path}")
         try:
             yield journal
         except BaseException:
-            if journal.processes:
+            if journal.processes and journal._is_saved():
                 tell(
                     f"{len(journal.processes)} processes are in {journal.path}: the same command "
                     "goes on from there"
@@ -92,10 +111,11 @@ class AbJournal:
         Raises:
             AbError: if the file is damaged.
         """
-        text = self.path.read_bytes()
+        path = self.path
+        text = path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:  # half a line, of a process that was killed
-            os.truncate(self.path, len(whole))
+            os.truncate(path, len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = cleaned(json.loads(line))
@@ -108,31 +128,69 @@ class AbJournal:
                     self.processes.append(Process(**record, results=results))
                 elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
                     tell(
-                        f"{self.path} is of another version of int8bench ab (journal {schema}, "
+                        f"{path} is of another version of int8bench ab (journal {schema}, "
                         f"this one writes {JOURNAL_SCHEMA}): it stays there, and a new one is begun"
                     )
                     return False
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise AbError(
-                    f"{self.path} is damaged (line {number}): remove it to begin anew"
+                    f"{path} is damaged (line {number}): remove it to begin anew"
                 ) from None
+        self._header = whole.partition(b"\n")[0].decode()
+        self._file = LineFile(path, self._lines, mark=self._header, size=len(whole))
         return bool(whole)
 
     def add(self, process: Process, environment: dict[str, Any]) -> None:
-        """Keep a finished process."""
+        """Keep a finished process.
+
+        Raises:
+            AbError: if it cannot be written; that is tried once more when the journal is closed.
+        """
         if self.environment is None:
             self.environment = environment
-            self._write({"environment": environment})
+            self._write(_environment_line(environment))
         self.processes.append(process)
-        record = {name: getattr(process, name) for name in process.__dataclass_fields__}
-        self._write({**record, "results": [result.to_dict() for result in process.results]})
+        self._write(_process_line(process))
 
     def finish(self) -> None:
         """Note that the comparison is over: the same command starts a new one."""
-        self._write({"finished": True})
+        self._is_finished = True
+        with suppress(AbError):  # the result is still to be shown
+            self._write(_FINISHED)
+        self._is_saved()
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _lines(self) -> Iterator[str]:
+        yield self._header
+        if self.environment is not None:
+            yield _environment_line(self.environment)
+        yield from map(_process_line, self.processes)
+        if self._is_finished:
+            yield _FINISHED
+
+    def _write(self, line: str) -> None:
         try:
-            append_text(self.path, json.dumps(record) + "\n")
+            self._file.add(line)
         except OSError as error:
-            raise AbError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise AbError(f"{self.path} cannot be written: {error.strerror or error}") from None
+
+    def _is_saved(self) -> bool:
+        """Write what the file lacks; return whether all is there, and say so if not."""
+        try:
+            self._file.save()
+        except OSError as error:
+            lacking = min(self._file.lacking(), len(self.processes))
+            self._tell(
+                f"{self.path} lacks {lacking} of {len(self.processes)} processes: "
+                f"{error.strerror or error}"
+            )
+            return False
+        return True
+
+
+def _environment_line(environment: Mapping[str, Any]) -> str:
+    return json.dumps({"environment": environment})
+
+
+def _process_line(process: Process) -> str:
+    record = {name: getattr(process, name) for name in process.__dataclass_fields__}
+    return json.dumps({**record, "results": [result.to_dict() for result in process.results]})

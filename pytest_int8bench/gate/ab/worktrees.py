@@ -13,15 +13,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.printing import show
+from pytest_int8bench.processes.signals import ENDING, exit_now, handling
 
 _PREFIX = "int8bench-ab-"
 # The temporary folders of another machine (a cluster's node, a container) cannot be seen from
@@ -174,7 +173,7 @@ def worktrees(root: Path, revisions: Mapping[str, Revision]) -> Iterator[dict[st
             f"the folder for temporary files, {temporary}, is in the repository {root}: "
             "set TMPDIR to one outside of it"
         )
-    with _handlers(_exit, signal.SIGTERM, signal.SIGHUP):
+    with handling(exit_now, *ENDING):
         for folder in _left_behind(root, temporary):
             _remove(root, folder)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=f"-{_HOST}", dir=temporary))
@@ -185,7 +184,7 @@ def worktrees(root: Path, revisions: Mapping[str, Revision]) -> Iterator[dict[st
         finally:
             # Ignored rather than handled, so that git, which a terminal's Ctrl-C reaches as well,
             # inherits it.
-            with _handlers(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with handling(signal.SIG_IGN, signal.SIGINT, *ENDING):
                 _remove(root, folder)
 
 
@@ -224,7 +223,11 @@ def _remove(root: Path, folder: Path) -> None:
             if path.parent == folder:  # twice --force: also a locked one
                 _git(root, "worktree", "remove", "--force", "--force", str(path))
     except (OSError, GitError) as error:
-        warnings.warn(f"int8bench could not remove {folder}: {error}", stacklevel=2)
+        text = f"int8bench could not remove {folder}: {error}"
+        try:
+            warnings.warn(text, stacklevel=2)
+        except UserWarning:  # with warnings as errors; what was measured must not be lost for this
+            show(text, error=True)
 
 
 def _delete(folder: Path) -> None:
@@ -280,30 +283,6 @@ def _start_time(pid: int) -> str | None:
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]  # ended, but nobody asked how
-
-
-@contextlib.contextmanager
-def _handlers(handler: signal._HANDLER, *signals: signal.Signals) -> Iterator[None]:
-    """Handle signals otherwise for a while, but for those that are ignored.
-
-    Only the main thread may; in another one, nothing is done.
-    """
-    before: dict[signal.Signals, signal._HANDLER] = {}
-    if threading.current_thread() is threading.main_thread():
-        # None: set by code in C, which Python cannot set back.
-        found = {number: signal.getsignal(number) for number in signals}
-        before = {n: old for n, old in found.items() if old not in (None, signal.SIG_IGN)}
-    try:
-        for number in before:
-            signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 # -- git --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
+from pytest_int8bench.plugin.benchmark_files import check_json
 from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.recorder import Recorder
@@ -103,6 +104,8 @@ class Controller(Recorder):
         found = [params for params in map(params_in, ids) if params is not None]
         if found and self.config.option.dist == "each":
             raise pytest.UsageError("--dist=each: every worker would measure the same points")
+        if found:
+            check_json(self.config)
         workers = _count(_HERE, node.nodemanager)
         if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
             return
@@ -205,7 +208,10 @@ class Controller(Recorder):
         """Withdraw what earlier attempts found, wherever it was written."""
         self._waiting = [result for result in self._waiting if result.nodeid != nodeid]
         for journal, _ in self._apart.values():
-            journal.withdraw(journal.records_of(nodeid))
+            try:
+                journal.withdraw(journal.records_of(nodeid))
+            except OSError as error:
+                self.warn(f"the journal is not up to date: {error}")
         super().settle(nodeid)
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
@@ -292,10 +298,13 @@ class Controller(Recorder):
         lines = []
         for worker, (journal, listed) in self._apart.items():
             names = " ".join(f"--int8-allow {text.partition(' ')[0]}" for text in listed)
+            problem = journal.problem()
+            lacks = f", which {problem}" if problem else ""
             lines.append(
                 f"{worker} ({self._measured[worker].host}) measured on another machine or software "
                 f"than the first results: {', '.join(listed)}; its {len(journal.results)} results "
-                f"are apart from the others, in {journal.path}; to put them together: {names}"
+                f"are apart from the others, in {journal.path}{lacks}; to put them together: "
+                f"{names}"
             )
         return lines
 

@@ -24,12 +24,13 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.ab import blocks, experiment
 from pytest_int8bench.gate.ab import plan as ab_plan
 from pytest_int8bench.gate.ab.design import Design, DesignError
-from pytest_int8bench.gate.ab.journal import AbError
+from pytest_int8bench.gate.ab.journal import AbError, AbJournal
 from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.side import Measured, Side
 from pytest_int8bench.gate.ab.worktrees import Revision
 from pytest_int8bench.results.records import NOT_MEASURED
+from toys.disks import failing
 from toys.results import result_of
 
 BASE, NEW = Revision("main", "a" * 40), Revision("HEAD", "b" * 40)
@@ -975,6 +976,52 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
     machine.calls = []
     assert compare().exit_code == 0
     assert machine.calls == screening(root)[2:]
+
+
+@pytest.mark.parametrize("room", [0, 1, 200])
+def test_a_disk_that_was_full_for_a_moment_costs_no_process(
+    machine: Machine, compare: Compare, root: Path, room: int
+) -> None:
+    """What could not be written is written when the command ends."""
+
+    def full(number: int, key: str, name: str) -> dict[str, Any]:
+        if number == 5:
+            stack.enter_context(failing(room, errno.ENOSPC, keeps_half=room > 1))
+        return {}
+
+    machine.change = full
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        saving = AbJournal._is_saved
+
+        def saved(journal: AbJournal) -> bool:
+            stack.close()
+            return saving(journal)
+
+        patch.setattr(AbJournal, "_is_saved", saved)
+        with pytest.raises(AbError, match="cannot be written: No space left on device"):
+            compare()
+    [journal] = journals(root)
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert machine.said[-1].startswith(f"6 processes are in {journal}: ")
+    machine.calls, machine.change = [], lambda *_: {}
+    assert compare().exit_code == 0
+    assert machine.calls == screening(root)[4:]
+
+
+def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
+    machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = AbJournal.finish
+
+    def full(journal: AbJournal) -> None:
+        with failing(3, errno.EDQUOT):
+            finish(journal)
+
+    monkeypatch.setattr(AbJournal, "finish", full)
+    assert compare().exit_code == 0
+    [journal] = journals(root)
+    assert machine.said[-1].startswith(f"{journal} lacks ")
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ClearError, RuntimeError])

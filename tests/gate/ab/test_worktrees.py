@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -510,6 +511,27 @@ def test_finds_leftovers(root: Path, temporary: Path, monkeypatch: pytest.Monkey
     with worktrees(root, {}):
         assert listed(root) == [root]
     assert is_clean(root, temporary)
+
+
+def test_warnings_that_are_errors_do_not_cost_what_was_measured(
+    root: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("Device or resource busy")
+
+    warnings.simplefilter("error")
+    with monkeypatch.context() as patch:
+        with worktrees(root, both(root)) as folders:
+            patch.setattr(shutil, "rmtree", refuse)
+        folder = folders["base"].parent
+    assert capsys.readouterr().err == (
+        f"int8bench could not remove {folder}: Device or resource busy\n"
+    )
 
 
 def test_worktrees_of_the_user_stay(root: Path, temporary: Path, tmp_path: Path) -> None:

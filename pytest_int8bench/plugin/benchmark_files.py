@@ -1,0 +1,74 @@
+"""Check the files that pytest-benchmark is told to write to and to compare with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import pytest
+
+from pytest_int8bench.files import probe
+from pytest_int8bench.plugin.pytest_benchmark import is_disabled_by_user, json_target
+
+_COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
+"""Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
+
+
+def check_json(config: pytest.Config) -> None:
+    """Refuse a path of ``--benchmark-json`` that cannot be written, before anything is measured.
+
+    Raises:
+        pytest.UsageError: one line.
+    """
+    path = json_target(config)
+    if path is None or is_disabled_by_user(config):
+        return
+    try:
+        probe(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise pytest.UsageError(
+            f"--benchmark-json: must be a file that can be written, got {str(path)!r}: {why}"
+        ) from None
+
+
+def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
+    """Remember the fingerprint in a file of ``--benchmark-compare``, for :func:`check_compared`:
+    ours needs torch, which is not loaded before a test does."""
+    block = compared.get("int8bench") or {}
+    config.stash.setdefault(_COMPARED, []).append(block.get("environment"))
+
+
+def check_compared(
+    config: pytest.Config, environment: Callable[[], Mapping[str, Any]], allowed: Container[str]
+) -> None:
+    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or software,
+    of which pytest-benchmark checks only a part.
+
+    Args:
+        config: of this session.
+        environment: returns its fingerprint; called if a file is compared with.
+        allowed: parts of the fingerprint that may differ.
+
+    Raises:
+        IncomparableError: with ``--benchmark-compare-fail``, whose verdict would mean nothing.
+    """
+    from pytest_int8bench.environment import differences
+    from pytest_int8bench.gate.session import IncomparableError
+
+    for base in config.stash.get(_COMPARED, []):
+        if base is None:
+            problem = "was not saved by pytest-int8bench, so the machine is unknown"
+        else:
+            found = differences(base, environment())
+            listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
+            if not listed:
+                continue
+            problem = f"was measured on another machine or software: {', '.join(listed)}"
+        text = f"the file that is compared with {problem}; see --int8-allow"
+        if config.getoption("benchmark_compare_fail"):
+            raise IncomparableError(f"--benchmark-compare-fail: {text}")
+        warnings.warn(f"int8bench: {text}", stacklevel=2)
+        config.stash[_COMPARED] = []
+        return
