@@ -556,7 +556,9 @@ def test_worse_never_looks_better(states: Any, field: str, factor: float) -> Non
     base, new = named([before for before, _ in states]), named([after for _, after in states])
     is_rate = field == "samples_per_s"
     worse = [
-        dataclasses.replace(result, **{field: value / factor if is_rate else value * factor})
+        dataclasses.replace(
+            result, **{field: type(value)(value / factor if is_rate else value * factor)}
+        )
         if (value := getattr(result, field)) is not None
         else result
         for result in new
