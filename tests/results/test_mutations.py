@@ -112,7 +112,9 @@ def full() -> Saved:
     )
     verdicts = [
         verdict(point, 0.02, "FAIL", remedies=[REMEDY], reason="why"),
-        verdict(point.replace(batch_size=16), 0.009, "INCONCLUSIVE", needed=5000, seconds=3.0),
+        verdict(
+            point.replace(batch_size=16), 0.009, "INCONCLUSIVE", needed=5000, groups=20, seconds=3.0
+        ),
         verdict(point.replace(batch_size=2), 0.02, "FAIL"),
         replace(
             verdict(point.replace(batch_size=4), 0.0, "FAIL"),
