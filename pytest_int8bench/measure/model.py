@@ -308,6 +308,16 @@ class Model:
     def _call_once(self) -> Any:
         return self.run() if self.feed is None else call(self.compiled, self.fresh_inputs())
 
+    def find_changing_buffers(self) -> None:
+        """Find the buffers that every call changes by eager forwards, unless :meth:`ready` has."""
+        if self._buffers.compared:
+            return
+        self.run_eager()  # fills what only a first call does
+        self._buffers.settle()
+        self.run_eager()
+        self._buffers.compare()
+        self.restore()
+
     def restore(self) -> None:
         """Put back the buffers that every call changes, before a call whose output counts."""
         self._buffers.restore()

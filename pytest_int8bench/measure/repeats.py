@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ class Buffers:
         self._model = model
         self._first = {**_values(model), **({} if baseline is None else baseline._first)}
         self._settled: dict[str, torch.Tensor] = {}
-        self.changing: tuple[str, ...] = ()
-        """Names of those that every call changes, known after :meth:`compare`."""
+        self.compared = False
+        """Whether :meth:`compare` has run."""
+        self.changing: tuple[str, ...] = () if baseline is None else baseline.changing
+        """Names of those that every call changes, known after :meth:`compare`; until then, those
+        of the baseline."""
 
     def settle(self) -> None:
         """Remember what the first calls have filled; call it before one more call."""
@@ -53,16 +57,13 @@ class Buffers:
         )
         self._first = {name: self._first[name] for name in self.changing if name in self._first}
         self._settled = {}
+        self.compared = True
 
     def restore(self) -> None:
         """Put the buffers that every call changes back to what they were before the first."""
-        if not self.changing:
-            return
-        buffers = dict(self._model.named_buffers())
-        with torch.inference_mode():
-            for name, value in self._first.items():
-                if name in buffers and buffers[name].shape == value.shape:
-                    buffers[name].copy_(value)
+        _put_back(
+            self._model, {name: self._first[name] for name in self.changing if name in self._first}
+        )
 
     def remark(self) -> str | None:
         """Return what the reader should know, or None."""
@@ -73,6 +74,27 @@ class Buffers:
             f"each call changes buffers of the model ({named}): they are put back before outputs "
             "are compared or scored, but not between calls that are timed"
         )
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of a model back on leaving. The model must have been called before: a first
+    call may fill tables, and know elsewhere that it has."""
+    values = _values(model)
+    try:
+        yield
+    finally:
+        _put_back(model, values)
+
+
+def _put_back(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    if not values:
+        return
+    buffers = dict(model.named_buffers())
+    with torch.inference_mode():
+        for name, value in values.items():
+            if name in buffers and buffers[name].shape == value.shape:
+                buffers[name].copy_(value)
 
 
 def _values(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.workloads import Workload
+from toys import stateful
 
 CPU = torch.device("cpu")
 BF16 = RunParams(
@@ -884,3 +885,13 @@ def test_an_attention_backend_that_cannot_is_one_line() -> None:
         "attention=flash cannot run the attention of workload 'toy' on cpu (masks, head sizes and "
         "dtypes differ by backend): use attention=auto, efficient or math"
     )
+
+
+@pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
+def test_calibration_leaves_the_state_of_a_model_alone(kind: Any) -> None:
+    pool = ModelPool()
+    wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
+    baseline = pool.get(wl, BF16)
+    candidate = pool.get(wl, W8A8.replace(int8_smoothquant=True))
+    for name, buffer in baseline.eager.named_buffers():
+        assert torch.allclose(buffer, candidate.eager.get_buffer(name))
