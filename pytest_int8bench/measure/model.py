@@ -312,10 +312,7 @@ class Model:
         """Find the buffers that every call changes by eager forwards, unless :meth:`ready` has."""
         if self._buffers.compared:
             return
-        self.run_eager()  # fills what only a first call does
-        self._buffers.settle()
-        self.run_eager()
-        self._buffers.compare()
+        self._buffers.find(self.run_eager)
         self.restore()
 
     def restore(self) -> None:

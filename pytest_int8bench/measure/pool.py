@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import weakref
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,9 +214,11 @@ class ModelPool:
             calibration = None
             if params.int8_smoothquant:
                 calibration = calibration_inputs(workload, params, batch.inputs, device)
-            # A candidate has run once, as its baseline; calibration runs it more often.
-            calibrates = baseline is not None and calibration is not None
-            with kept_buffers(eager) if calibrates else nullcontext():
+            with (
+                self._kept_state(eager, batch, device, baseline)
+                if calibration
+                else contextlib.nullcontext()
+            ):
                 apply_int8_quant(
                     eager,
                     mode=params.int8_mode,
@@ -241,6 +243,19 @@ class ModelPool:
             feed=self._feed(params, batch, device),
             baseline=baseline if params.int8_enabled and not workload.prequantized else None,
         )
+
+    def _kept_state(
+        self, eager: nn.Module, batch: Batch, device: torch.device, baseline: Model | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Keep the state of a candidate while it is calibrated: that of its baseline."""
+        if baseline is not None:  # the two have run once, to be compared
+            return kept_buffers(eager)
+
+        def run() -> None:
+            with torch.no_grad():
+                run_once(eager, batch.fresh(), device)
+
+        return kept_buffers(eager, run)
 
     def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
         """Raise ``WorkloadError`` if a baseline and candidate that are built apart, or a baseline

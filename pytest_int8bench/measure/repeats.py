@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,17 @@ class Buffers:
         """Names of those that every call changes, known after :meth:`compare`; until then, those
         of the baseline."""
 
+    def find(self, run: Callable[[], object]) -> None:
+        """Find the buffers that every call changes, by two calls.
+
+        Args:
+            run: calls the model.
+        """
+        run()  # fills what only a first call does
+        self.settle()
+        run()
+        self.compare()
+
     def settle(self) -> None:
         """Remember what the first calls have filled; call it before one more call."""
         self._settled = _values(self._model)
@@ -77,10 +88,19 @@ class Buffers:
 
 
 @contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of a model back on leaving. The model must have been called before: a first
-    call may fill tables, and know elsewhere that it has."""
+def kept_buffers(model: nn.Module, run: Callable[[], object] | None = None) -> Iterator[None]:
+    """Put the buffers of a model back on leaving, but for those that only a first call fills.
+
+    Args:
+        model: the model.
+        run: calls it, if it has not been called yet.
+    """
     values = _values(model)
+    if run is not None:
+        buffers = Buffers(model)
+        buffers.find(run)
+        values = {name: values[name] for name in buffers.changing if name in values}
+        _put_back(model, values)
     try:
         yield
     finally:

@@ -887,11 +887,35 @@ def test_an_attention_backend_that_cannot_is_one_line() -> None:
     )
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["from baseline", "apart"])
 @pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
-def test_calibration_leaves_the_state_of_a_model_alone(kind: Any) -> None:
+def test_calibration_leaves_the_state_of_a_model_alone(kind: Any, apart: bool) -> None:
     pool = ModelPool()
     wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
-    baseline = pool.get(wl, BF16)
+    if not apart:
+        pool.get(wl, BF16)
     candidate = pool.get(wl, W8A8.replace(int8_smoothquant=True))
+    baseline = pool.get(wl, BF16)
     for name, buffer in baseline.eager.named_buffers():
         assert torch.allclose(buffer, candidate.eager.get_buffer(name))
+    assert coverage(candidate.eager).smoothed_runtime == ("fc1", "fc2")
+
+
+def test_tables_that_a_first_call_fills_stay_filled_after_calibration() -> None:
+    class Table(stateful.Counter):
+        filled = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(16))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            if not self.filled:
+                self.table.fill_(1.0)
+                self.filled = True
+            return super().forward(x) * self.table
+
+    wl = make_workload(build=lambda p: Table(), filter_fn=lambda module, name: "fc" in name)
+    candidate = ModelPool().get(wl, W8A8.replace(int8_smoothquant=True))
+    assert candidate.eager.get_buffer("table").min() == 1
+    assert candidate.eager.get_buffer("calls") == 0
