@@ -7,7 +7,7 @@ import dataclasses
 import types
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,11 +214,9 @@ class ModelPool:
             calibration = None
             if params.int8_smoothquant:
                 calibration = calibration_inputs(workload, params, batch.inputs, device)
-            with (
-                self._kept_state(eager, batch, device, baseline)
-                if calibration
-                else contextlib.nullcontext()
-            ):
+            # The two have run once, to be compared, where there is a baseline.
+            run = None if baseline is not None else _runner(eager, batch, device)
+            with contextlib.nullcontext() if calibration is None else kept_buffers(eager, run):
                 apply_int8_quant(
                     eager,
                     mode=params.int8_mode,
@@ -243,19 +241,6 @@ class ModelPool:
             feed=self._feed(params, batch, device),
             baseline=baseline if params.int8_enabled and not workload.prequantized else None,
         )
-
-    def _kept_state(
-        self, eager: nn.Module, batch: Batch, device: torch.device, baseline: Model | None
-    ) -> contextlib.AbstractContextManager[None]:
-        """Keep the state of a candidate while it is calibrated: that of its baseline."""
-        if baseline is not None:  # the two have run once, to be compared
-            return kept_buffers(eager)
-
-        def run() -> None:
-            with torch.no_grad():
-                run_once(eager, batch.fresh(), device)
-
-        return kept_buffers(eager, run)
 
     def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
         """Raise ``WorkloadError`` if a baseline and candidate that are built apart, or a baseline
@@ -327,11 +312,22 @@ class ModelPool:
         if key not in self._chosen:
             model = compile_for_a100(eager, mode="off", attention="auto")
             try:
-                calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
+                with kept_buffers(eager, _runner(eager, batch, device)):
+                    calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
             except Exception:  # out of memory, where compiled it may fit, or told when it compiles
                 calls = Counter()
             self._chosen[key] = fastest_backend(calls) or "auto"
         return self._chosen[key]
+
+
+def _runner(eager: nn.Module, batch: Batch, device: torch.device) -> Callable[[], object]:
+    """Return a function that runs one eager forward."""
+
+    def run() -> object:
+        with torch.no_grad():
+            return run_once(eager, batch.fresh(), device)
+
+    return run
 
 
 def _role(params: RunParams) -> str:

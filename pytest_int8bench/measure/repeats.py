@@ -60,12 +60,7 @@ class Buffers:
 
     def compare(self) -> None:
         """Find what has changed since :meth:`settle`, and keep the first values of nothing else."""
-        now = _values(self._model)
-        self.changing = tuple(
-            name
-            for name, value in now.items()
-            if name in self._settled and not same_values(value, self._settled[name])
-        )
+        self.changing = tuple(_changed(self._settled, _values(self._model)))
         self._first = {name: self._first[name] for name in self.changing if name in self._first}
         self._settled = {}
         self.compared = True
@@ -89,22 +84,28 @@ class Buffers:
 
 @contextmanager
 def kept_buffers(model: nn.Module, run: Callable[[], object] | None = None) -> Iterator[None]:
-    """Put the buffers of a model back on leaving, but for those that only a first call fills.
+    """Put back the buffers that calls of a model inside change, unless only a first call does.
 
     Args:
         model: the model.
-        run: calls it, if it has not been called yet.
+        run: calls it, if it had not been called before.
     """
-    values = _values(model)
-    if run is not None:
-        buffers = Buffers(model)
-        buffers.find(run)
-        values = {name: values[name] for name in buffers.changing if name in values}
-        _put_back(model, values)
-    try:
-        yield
-    finally:
-        _put_back(model, values)
+    before = _values(model)
+    yield
+    changed = _changed(before, now := _values(model))
+    if changed and run is not None:
+        run()
+        again = _changed(now, _values(model))
+        changed = [name for name in changed if name in again]
+    _put_back(model, {name: before[name] for name in changed})
+
+
+def _changed(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
+        name
+        for name, value in now.items()
+        if name in before and not same_values(value, before[name])
+    ]
 
 
 def _put_back(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

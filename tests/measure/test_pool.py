@@ -887,15 +887,18 @@ def test_an_attention_backend_that_cannot_is_one_line() -> None:
     )
 
 
+@pytest.mark.parametrize("attention", ["math", "auto"])
 @pytest.mark.parametrize("apart", [False, True], ids=["from baseline", "apart"])
 @pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
-def test_calibration_leaves_the_state_of_a_model_alone(kind: Any, apart: bool) -> None:
-    pool = ModelPool()
+def test_calibration_leaves_the_state_of_a_model_alone(
+    kind: Any, apart: bool, attention: str
+) -> None:
+    pool, bf16 = ModelPool(), BF16.replace(attention=attention)
     wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
     if not apart:
-        pool.get(wl, BF16)
-    candidate = pool.get(wl, W8A8.replace(int8_smoothquant=True))
-    baseline = pool.get(wl, BF16)
+        pool.get(wl, bf16)
+    candidate = pool.get(wl, bf16.replace(int8_enabled=True, int8_smoothquant=True))
+    baseline = pool.get(wl, bf16)
     for name, buffer in baseline.eager.named_buffers():
         assert torch.allclose(buffer, candidate.eager.get_buffer(name))
     assert coverage(candidate.eager).smoothed_runtime == ("fc1", "fc2")
