@@ -259,6 +259,7 @@ class Model:
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         if not list(tensors_of(output)):
             raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
+        self._buffers.settle()
         outputs, first = _describe(output), sample_of(output)
         finite, nan = is_finite(tensors_of(output)), has_nan(tensors_of(output))
         del output

@@ -36,7 +36,7 @@ class Buffers:
     def __init__(self, model: nn.Module, baseline: Buffers | None = None) -> None:
         self._model = model
         self._first = {**_values(model), **({} if baseline is None else baseline._first)}
-        self._settled: dict[str, torch.Tensor] = {}
+        self._settled: list[dict[str, torch.Tensor]] = []
         self.compared = False
         """Whether :meth:`compare` has run."""
         self.changing: tuple[str, ...] = () if baseline is None else baseline.changing
@@ -55,14 +55,19 @@ class Buffers:
         self.compare()
 
     def settle(self) -> None:
-        """Remember what the first calls have filled; call it before one more call."""
-        self._settled = _values(self._model)
+        """Remember the values between two calls. A ring that all calls fill with the same rows
+        changes only until it is full: call it after the first call too."""
+        self._settled.append(_values(self._model))
 
     def compare(self) -> None:
-        """Find what has changed since :meth:`settle`, and keep the first values of nothing else."""
-        self.changing = tuple(_changed(self._settled, _values(self._model)))
+        """Find what has changed since any :meth:`settle`, and keep the first values of that
+        alone."""
+        now = _values(self._model)
+        self.changing = tuple(
+            dict.fromkeys(name for values in self._settled for name in _changed(values, now))
+        )
         self._first = {name: self._first[name] for name in self.changing if name in self._first}
-        self._settled = {}
+        self._settled = []
         self.compared = True
 
     def restore(self) -> None:

@@ -922,3 +922,13 @@ def test_tables_that_a_first_call_fills_stay_filled_after_calibration() -> None:
     candidate = ModelPool().get(wl, W8A8.replace(int8_smoothquant=True))
     assert candidate.eager.get_buffer("table").min() == 1
     assert candidate.eager.get_buffer("calls") == 0
+
+
+@pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
+def test_warming_up_leaves_the_state_of_a_model_alone(kind: Any) -> None:
+    wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
+    model = ModelPool().get(wl, BF16)
+    assert model.ready().remark is not None
+    fresh = dict(kind().named_buffers())
+    for name, buffer in model.eager.named_buffers():
+        assert torch.equal(buffer, fresh[name].to(buffer.dtype))
