@@ -92,3 +92,22 @@ def test_a_state_in_python_is_one_line() -> None:
     assert str(caught.value) == (
         "two calls with the same inputs gave different outputs: layers cannot be ranked"
     )
+
+
+def masked_logits(fill: float) -> Workload:
+    class Masked(stateful.Layers):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc2(self.fc1(x)).masked_fill(torch.arange(16) > 10, fill)
+
+    return make_workload(
+        Masked, inputs=normal(16), filter_fn=lambda module, name: name.startswith("fc")
+    )
+
+
+def test_masked_logits_do_not_count() -> None:
+    assert scan(masked_logits(-torch.inf), "layer") == scan(masked_logits(0.0), "layer")
+
+
+def test_nan_in_the_outputs_is_one_line() -> None:
+    with pytest.raises(OutputsError, match=r"^the outputs hold NaN or infinity: layers cannot be"):
+        scan(masked_logits(torch.nan))

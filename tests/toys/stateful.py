@@ -11,13 +11,15 @@ from torch.nn import functional as F
 WIDTH, SLOTS = 16, 6
 
 
-class _Layers(nn.Module):
+class Layers(nn.Module):
+    """Two linear layers, without a state yet."""
+
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
 
-class Cache(_Layers):
+class Cache(Layers):
     """Writes each call's keys to the next places of a ring, as a decoder's cache."""
 
     position: torch.Tensor
@@ -35,7 +37,7 @@ class Cache(_Layers):
         return self.fc2(x) + self.keys.sum(0)
 
 
-class Counter(_Layers):
+class Counter(Layers):
     """Scales its output by the number of calls."""
 
     calls: torch.Tensor
@@ -49,7 +51,7 @@ class Counter(_Layers):
         return self.fc2(self.fc1(x)) * self.calls
 
 
-class RunningMean(_Layers):
+class RunningMean(Layers):
     """Subtracts a mean that each call moves."""
 
     mean: torch.Tensor
@@ -67,14 +69,14 @@ class RunningMean(_Layers):
 IN_BUFFERS = (Cache, Counter, RunningMean)
 
 
-class Draws(_Layers):
+class Draws(Layers):
     """Drops some of its activations in inference too."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.fc2(F.dropout(self.fc1(x), 0.3, training=True))
 
 
-class InPython(_Layers):
+class InPython(Layers):
     """Counts its calls in an attribute."""
 
     calls = 0
