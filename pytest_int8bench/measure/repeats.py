@@ -35,7 +35,10 @@ class Buffers:
 
     def __init__(self, model: nn.Module, baseline: Buffers | None = None) -> None:
         self._model = model
-        self._first = {**_values(model), **({} if baseline is None else baseline._first)}
+        self._first: dict[str, torch.Tensor] = {
+            **_values(model),
+            **({} if baseline is None else baseline._first),
+        }
         self._settled: list[dict[str, torch.Tensor]] = []
         self.compared = False
         """Whether :meth:`compare` has run."""

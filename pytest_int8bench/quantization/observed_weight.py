@@ -16,40 +16,41 @@ class ObservedWeight(QuantizedWeight, torch.Tensor):  # type: ignore[misc]
     is, so that it observes the inputs of exactly the matmuls that will run quantized.
 
     Args:
-        values: the weight.
+        held: the weight.
         observe: called with the input of each matmul.
     """
 
-    factor = None
+    factor: torch.Tensor | None = None
+    observe: Callable[[torch.Tensor], None]
 
     @staticmethod
-    def __new__(cls, values: torch.Tensor, observe: Callable[[torch.Tensor], None]) -> Any:
+    def __new__(cls, held: torch.Tensor, observe: Callable[[torch.Tensor], None]) -> Any:
         return torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
         )
 
-    def __init__(self, values: torch.Tensor, observe: Callable[[torch.Tensor], None]) -> None:
-        self.values, self.observe = values, observe
+    def __init__(self, held: torch.Tensor, observe: Callable[[torch.Tensor], None]) -> None:
+        self.held, self.observe = held, observe
 
     def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         self.observe(x)
-        return nn.functional.linear(x, self.values, bias)
+        return nn.functional.linear(x, self.held, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.values.to(dtype or self.dtype)
+        return self.held.to(dtype or self.dtype)
 
     def rows(self, start: int, stop: int) -> ObservedWeight:
-        return ObservedWeight(self.values[start:stop], self.observe)
+        return ObservedWeight(self.held[start:stop], self.observe)
 
     def cast(self, dtype: torch.dtype) -> ObservedWeight:
-        return ObservedWeight(self.values.to(dtype), self.observe)
+        return ObservedWeight(self.held.to(dtype), self.observe)
 
     def __tensor_flatten__(self) -> tuple[list[str], Callable[[torch.Tensor], None]]:
-        return ["values"], self.observe
+        return ["held"], self.observe
 
     @staticmethod
-    def __tensor_unflatten__(held: Any, context: Any, size: Any, stride: Any) -> ObservedWeight:
-        return ObservedWeight(held["values"], context)
+    def __tensor_unflatten__(tensors: Any, context: Any, size: Any, stride: Any) -> ObservedWeight:
+        return ObservedWeight(tensors["held"], context)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"ObservedWeight({self.values})"
+        return f"ObservedWeight({self.held})"

@@ -138,7 +138,7 @@ class _Watch(TorchFunctionMode):
         self._matmuls, self._calls = _Inputs(number), _Inputs(number)
         weights = [id(layer.weight) for layer in layers.values()]
         # Which layer multiplies by a weight that two share, only a call of it tells.
-        self._own = {
+        self._own: dict[str, Any] = {
             name: layer
             for (name, layer), weight in zip(layers.items(), weights, strict=True)
             if weights.count(weight) == 1 and type(layer.weight) is nn.Parameter
@@ -167,10 +167,11 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.linear:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-            if isinstance(weight := given["weight"], ObservedWeight):
+            weight: Any = given["weight"]
+            if isinstance(weight, ObservedWeight):
                 # Here and not in the weight, where autocast has made another tensor of the input.
                 weight.observe(given["input"])
-                return func(**{**given, "weight": weight.values})
+                return func(**{**given, "weight": weight.held})
         return func(*args, **kwargs)
 
     def peak(self, name: str) -> torch.Tensor | None:
