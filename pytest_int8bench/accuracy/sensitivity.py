@@ -15,13 +15,14 @@ from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
 from pytest_int8bench.accuracy.scores import Scores, seen_drop
 from pytest_int8bench.errors import ClearError, WorkloadError
-from pytest_int8bench.measure.building import calibration_inputs, check_dense
+from pytest_int8bench.measure.building import calibration_inputs, check_dense, run_once
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.measure.repeats import repeats, sample_of
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.verdicts import Sensitivity
-from pytest_int8bench.tensors import call, deep_copy, tensors_of
+from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.workload import Workload
 
@@ -94,8 +95,7 @@ class SensitivityScan:
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
-        baseline.restore()
-        reference = [_eager(baseline, batch) for batch in batches]
+        reference = _repeatable(baseline, batches)
         scores = self._scores() if metric else None
         samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
         table = Sensitivity(
@@ -133,9 +133,12 @@ class SensitivityScan:
     ) -> dict[str, Any]:
         """Return what one group loses, when it alone is quantized."""
         model = self._pool.variant(self._only(layers), self._params)
+        model.restore()
         signal = noise = 0.0
         for batch, ours in zip(batches, reference, strict=True):
             for a, b in zip(ours, _eager(model, batch), strict=True):
+                masked = a.isinf() & (a == b)  # such as logits of classes that cannot be
+                a, b = a.masked_fill(masked, 0), b.masked_fill(masked, 0)
                 signal += float(a.square().sum(dtype=torch.float64))
                 noise += float((a - b).square().sum(dtype=torch.float64))
         if not math.isfinite(signal + noise):
@@ -185,9 +188,27 @@ def _block(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
+def _repeatable(model: Model, batches: Sequence[Any]) -> list[list[torch.Tensor]]:
+    """Return the outputs of a model.
+
+    Raises:
+        OutputsError: if the same inputs give other outputs the next time, as those of a model that
+            keeps a state in Python do: the difference would count as the layers' loss.
+    """
+    model.restore()
+    outputs = [_eager(model, batch) for batch in batches]
+    model.restore()
+    again = [_eager(model, batch) for batch in batches]
+    if repeats(sample_of(outputs), sample_of(again)) is not None:
+        raise OutputsError(
+            "two calls with the same inputs gave different outputs: layers cannot be ranked"
+        )
+    return outputs
+
+
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
-    with model.compiled.settings(), torch.compiler.set_stance("force_eager"):
-        output = call(model.eager, deep_copy(batch))
+    with model.compiled.settings():
+        output = run_once(model.eager, batch, model.device)  # seeded, for models that draw
     check_dense(model.workload, "outputs", output)
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 

@@ -255,8 +255,8 @@ class CompiledModel(torch.nn.Module):
         yield
         if graphs_compiled() != before:
             raise CompileError(
-                f"{graphs_compiled() - before} graph(s) were compiled while the clock ran: inputs "
-                "or global settings changed between calls"
+                f"{graphs_compiled() - before} graph(s) were compiled while the clock ran: inputs, "
+                "global settings or a number that the model counts in Python changed between calls"
             )
 
     def graphs_run(self, run: Callable[[], object]) -> list[Graph]:

@@ -68,6 +68,21 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
+def made_in_inference_mode(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor was made in inference mode, so that autograd refuses it.
+
+    Setting ``data``, as ``Module.to`` does, makes ``is_inference()`` false, but gives the tensor no
+    version counter (c10/core/TensorImpl.cpp, ``shallow_copy_from``, torch 2.11 to 2.13).
+    """
+    if tensor.is_inference():
+        return True
+    try:
+        _ = tensor._version
+    except RuntimeError:
+        return True
+    return False
+
+
 # -- Dynamo -------------------------------------------------------------------------------------
 
 

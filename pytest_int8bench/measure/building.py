@@ -17,7 +17,11 @@ from torch.nn.parameter import is_lazy
 
 from pytest_int8bench.compiler.torch_workarounds import OpOverload, without_compilation
 from pytest_int8bench.errors import ClearError, WorkloadError
-from pytest_int8bench.measure.casting import cast_module, kept_by_library
+from pytest_int8bench.measure.casting import (
+    cast_module,
+    kept_by_library,
+    replace_inference_tensors,
+)
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
@@ -105,6 +109,7 @@ def build_eager(
                 "that it returned before; return copy.deepcopy(model)"
             )
         built.add(model)
+    replace_inference_tensors(model)
     model.eval()  # may be the model's own and return nothing
     if inputs is not None and any(map(is_lazy, _tensors(model))):
         _cast_all(model, workload, params)

@@ -6,7 +6,9 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from pytest_int8bench.compiler.torch_workarounds import made_in_inference_mode
 from pytest_int8bench.tensors import cast
 
 
@@ -46,3 +48,27 @@ def cast_module(
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.is_floating_point():
             module._buffers[name] = cast(buffer, wanted(name))
+
+
+def replace_inference_tensors(model: nn.Module) -> None:
+    """Replace parameters and buffers that were made in inference mode by copies that were not:
+    casting the former in place leaves tensors that no layer can read. Tied ones stay tied."""
+    copies: dict[int, torch.Tensor] = {}
+    replaced = []  # keeps them alive, and so their ids
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or is_lazy(tensor) or not made_in_inference_mode(tensor):
+                    continue
+                replaced.append(tensor)
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = _copied(tensor)
+                held[name] = copies[id(tensor)]  # type: ignore[assignment]
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        copy = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    return copy

@@ -259,6 +259,7 @@ class Model:
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         if not list(tensors_of(output)):
             raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
+        self._buffers.settle()
         outputs, first = _describe(output), sample_of(output)
         finite, nan = is_finite(tensors_of(output)), has_nan(tensors_of(output))
         del output
@@ -307,6 +308,13 @@ class Model:
 
     def _call_once(self) -> Any:
         return self.run() if self.feed is None else call(self.compiled, self.fresh_inputs())
+
+    def find_changing_buffers(self) -> None:
+        """Find the buffers that every call changes by eager forwards, unless :meth:`ready` has."""
+        if self._buffers.compared:
+            return
+        self._buffers.find(self.run_eager)
+        self.restore()
 
     def restore(self) -> None:
         """Put back the buffers that every call changes, before a call whose output counts."""

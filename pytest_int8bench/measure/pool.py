@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ from pytest_int8bench.measure.memory import (
     oom_of,
 )
 from pytest_int8bench.measure.model import Model
+from pytest_int8bench.measure.repeats import kept_buffers
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, is_quantized
 from pytest_int8bench.quantization.weights import make_readable
@@ -173,6 +175,7 @@ class ModelPool:
         """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
         it: for a look at one of many ways to quantize."""
         baseline = self.get(workload, params.baseline())
+        baseline.find_changing_buffers()  # for variants differ from it by quantization alone
         point = params.replace(compile_mode="off")
         model = self._build(workload, point, baseline.batch, copy_first=True)
         model.params = params  # whose evaluations and baseline are the point's
@@ -211,16 +214,19 @@ class ModelPool:
             calibration = None
             if params.int8_smoothquant:
                 calibration = calibration_inputs(workload, params, batch.inputs, device)
-            apply_int8_quant(
-                eager,
-                mode=params.int8_mode,
-                filter_fn=workload.filter_fn,
-                smoothquant=params.int8_smoothquant,
-                calibration=calibration,
-                alpha=workload.smoothquant_alpha,
-                quant_config=workload.quant_config,
-                backend=params.int8_backend,
-            )
+            # The two have run once, to be compared, where there is a baseline.
+            run = None if baseline is not None else _runner(eager, batch, device)
+            with contextlib.nullcontext() if calibration is None else kept_buffers(eager, run):
+                apply_int8_quant(
+                    eager,
+                    mode=params.int8_mode,
+                    filter_fn=workload.filter_fn,
+                    smoothquant=params.int8_smoothquant,
+                    calibration=calibration,
+                    alpha=workload.smoothquant_alpha,
+                    quant_config=workload.quant_config,
+                    backend=params.int8_backend,
+                )
         collect_garbage(device)  # the weights that were quantized
         weight_bytes = allocated_bytes(device) - before
         return Model(
@@ -306,11 +312,22 @@ class ModelPool:
         if key not in self._chosen:
             model = compile_for_a100(eager, mode="off", attention="auto")
             try:
-                calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
+                with kept_buffers(eager, _runner(eager, batch, device)):
+                    calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
             except Exception:  # out of memory, where compiled it may fit, or told when it compiles
                 calls = Counter()
             self._chosen[key] = fastest_backend(calls) or "auto"
         return self._chosen[key]
+
+
+def _runner(eager: nn.Module, batch: Batch, device: torch.device) -> Callable[[], object]:
+    """Return a function that runs one eager forward."""
+
+    def run() -> object:
+        with torch.no_grad():
+            return run_once(eager, batch.fresh(), device)
+
+    return run
 
 
 def _role(params: RunParams) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,34 +39,45 @@ class Buffers:
             **_values(model),
             **({} if baseline is None else baseline._first),
         }
-        self._settled: dict[str, torch.Tensor] = {}
-        self.changing: tuple[str, ...] = ()
-        """Names of those that every call changes, known after :meth:`compare`."""
+        self._settled: list[dict[str, torch.Tensor]] = []
+        self.compared = False
+        """Whether :meth:`compare` has run."""
+        self.changing: tuple[str, ...] = () if baseline is None else baseline.changing
+        """Names of those that every call changes, known after :meth:`compare`; until then, those
+        of the baseline."""
+
+    def find(self, run: Callable[[], object]) -> None:
+        """Find the buffers that every call changes, by two calls.
+
+        Args:
+            run: calls the model.
+        """
+        run()  # fills what only a first call does
+        self.settle()
+        run()
+        self.compare()
 
     def settle(self) -> None:
-        """Remember what the first calls have filled; call it before one more call."""
-        self._settled = _values(self._model)
+        """Remember the values between two calls. A ring that all calls fill with the same rows
+        changes only until it is full: call it after the first call too."""
+        self._settled.append(_values(self._model))
 
     def compare(self) -> None:
-        """Find what has changed since :meth:`settle`, and keep the first values of nothing else."""
+        """Find what has changed since any :meth:`settle`, and keep the first values of that
+        alone."""
         now = _values(self._model)
         self.changing = tuple(
-            name
-            for name, value in now.items()
-            if name in self._settled and not same_values(value, self._settled[name])
+            dict.fromkeys(name for values in self._settled for name in _changed(values, now))
         )
         self._first = {name: self._first[name] for name in self.changing if name in self._first}
-        self._settled = {}
+        self._settled = []
+        self.compared = True
 
     def restore(self) -> None:
         """Put the buffers that every call changes back to what they were before the first."""
-        if not self.changing:
-            return
-        buffers = dict(self._model.named_buffers())
-        with torch.inference_mode():
-            for name, value in self._first.items():
-                if name in buffers and buffers[name].shape == value.shape:
-                    buffers[name].copy_(value)
+        _put_back(
+            self._model, {name: self._first[name] for name in self.changing if name in self._first}
+        )
 
     def remark(self) -> str | None:
         """Return what the reader should know, or None."""
@@ -76,6 +88,42 @@ class Buffers:
             f"each call changes buffers of the model ({named}): they are put back before outputs "
             "are compared or scored, but not between calls that are timed"
         )
+
+
+@contextmanager
+def kept_buffers(model: nn.Module, run: Callable[[], object] | None = None) -> Iterator[None]:
+    """Put back the buffers that calls of a model inside change, unless only a first call does.
+
+    Args:
+        model: the model.
+        run: calls it, if it had not been called before.
+    """
+    before = _values(model)
+    yield
+    changed = _changed(before, now := _values(model))
+    if changed and run is not None:
+        run()
+        again = _changed(now, _values(model))
+        changed = [name for name in changed if name in again]
+    _put_back(model, {name: before[name] for name in changed})
+
+
+def _changed(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
+        name
+        for name, value in now.items()
+        if name in before and not same_values(value, before[name])
+    ]
+
+
+def _put_back(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    if not values:
+        return
+    buffers = dict(model.named_buffers())
+    with torch.inference_mode():
+        for name, value in values.items():
+            if name in buffers and buffers[name].shape == value.shape:
+                buffers[name].copy_(value)
 
 
 def _values(model: nn.Module) -> dict[str, torch.Tensor]:

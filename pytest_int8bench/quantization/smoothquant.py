@@ -13,7 +13,8 @@ FP32; without SmoothQuant 27 dB and 41 dB).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pytest_int8bench.errors import QuantizationError
+from pytest_int8bench.quantization.observed_weight import ObservedWeight
 from pytest_int8bench.tensors import deep_copy
 
 #: Scales lie between 2 to the power of minus this and of this. They stay clear of where a scaled
@@ -121,8 +123,8 @@ class _Inputs:
 
 
 class _Watch(TorchFunctionMode):
-    """Records what layers' weights are multiplied by: what ``F.linear`` is given with a weight, by
-    the layer or by other code, and what a layer is called with that multiplies in another way."""
+    """Records what layers' weights are multiplied by, by the layer or by other code, and what a
+    layer is called with that multiplies in another way."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -136,11 +138,24 @@ class _Watch(TorchFunctionMode):
         self._matmuls, self._calls = _Inputs(number), _Inputs(number)
         weights = [id(layer.weight) for layer in layers.values()]
         # Which layer multiplies by a weight that two share, only a call of it tells.
-        self._names = {
-            weight: name
-            for name, weight in zip(layers, weights, strict=True)
-            if weights.count(weight) == 1
+        self._own: dict[str, Any] = {
+            name: layer
+            for (name, layer), weight in zip(layers.items(), weights, strict=True)
+            if weights.count(weight) == 1 and type(layer.weight) is nn.Parameter
         }
+
+    @contextmanager
+    def observed_weights(self) -> Iterator[None]:
+        """Replace the weights of the layers by ones that record what they are multiplied by."""
+        weights = {name: layer.weight for name, layer in self._own.items()}
+        try:
+            for name, weight in weights.items():
+                observed: Any = ObservedWeight(weight.detach(), partial(self._matmuls.add, name))
+                self._own[name].weight = nn.Parameter(observed, requires_grad=False)
+            yield
+        finally:
+            for name, weight in weights.items():
+                self._own[name].weight = weight
 
     def before_layer(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
         """Record the call of a layer; a forward pre-hook."""
@@ -151,9 +166,12 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.linear:
-            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
-            if (name := self._names.get(id(given["weight"]))) is not None:
-                self._matmuls.add(name, given["input"])
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            weight: Any = given["weight"]
+            if isinstance(weight, ObservedWeight):
+                # Here and not in the weight, where autocast has made another tensor of the input.
+                weight.observe(given["input"])
+                return func(**{**given, "weight": weight.held})
         return func(*args, **kwargs)
 
     def peak(self, name: str) -> torch.Tensor | None:
@@ -182,7 +200,11 @@ def _watched(
     ]
     try:
         # Eager, even where the model compiles itself: compiled code may run without the hooks.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            watch.observed_weights(),
+        ):
             for inputs in calibration:
                 with watch:
                     call(model, deep_copy(inputs))  # batches may share tensors, and models write

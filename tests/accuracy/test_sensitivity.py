@@ -10,12 +10,13 @@ from torch import nn
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
+from pytest_int8bench.accuracy.outputs import OutputsError
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.workloads import Workload
-from toys import rebound
+from toys import rebound, stateful
 from toys.models import make_workload, normal
 from toys.rebound import Blocks
 
@@ -33,9 +34,9 @@ def blocks(change: Any) -> Workload:
     )
 
 
-def scan(of: Workload) -> list[dict[str, Any]]:
+def scan(of: Workload, by: str = "block") -> list[dict[str, Any]]:
     guardrail = Guardrail(ModelPool(), Limit(0.01, relative=True))
-    table = SensitivityScan(guardrail, of, W8A8, by="block").run(nodeid="")
+    table = SensitivityScan(guardrail, of, W8A8, by=by).run(nodeid="")
     return sorted(table.layers, key=lambda row: str(row["name"]))
 
 
@@ -70,3 +71,43 @@ def test_sparse_outputs_are_one_line() -> None:
         "the model"
     )
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize(
+    "kind", [*stateful.IN_BUFFERS, stateful.Draws], ids=lambda kind: kind.__name__
+)
+def test_a_state_in_buffers_and_random_draws_are_not_a_loss(kind: Any) -> None:
+    of = make_workload(kind, inputs=normal(16), filter_fn=lambda module, name: "fc" in name)
+    rows = scan(of, "layer")
+    assert [row["name"] for row in rows] == ["fc1", "fc2"]
+    assert all(row["sqnr_db"] > 35 for row in rows)
+
+
+def test_a_state_in_python_is_one_line() -> None:
+    of = make_workload(
+        stateful.InPython, inputs=normal(16), filter_fn=lambda module, name: "fc" in name
+    )
+    with pytest.raises(OutputsError) as caught:
+        scan(of)
+    assert str(caught.value) == (
+        "two calls with the same inputs gave different outputs: layers cannot be ranked"
+    )
+
+
+def masked_logits(fill: float) -> Workload:
+    class Masked(stateful.Layers):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc2(self.fc1(x)).masked_fill(torch.arange(16) > 10, fill)
+
+    return make_workload(
+        Masked, inputs=normal(16), filter_fn=lambda module, name: name.startswith("fc")
+    )
+
+
+def test_masked_logits_do_not_count() -> None:
+    assert scan(masked_logits(-torch.inf), "layer") == scan(masked_logits(0.0), "layer")
+
+
+def test_nan_in_the_outputs_is_one_line() -> None:
+    with pytest.raises(OutputsError, match=r"^the outputs hold NaN or infinity: layers cannot be"):
+        scan(masked_logits(torch.nan))

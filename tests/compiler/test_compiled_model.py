@@ -188,7 +188,7 @@ def test_compiling_while_the_clock_runs_is_an_error() -> None:
     compiled(X)
     message = (
         "1 graph(s) were compiled while the clock ran: "
-        "inputs or global settings changed between calls"
+        "inputs, global settings or a number that the model counts in Python changed between calls"
     )
     with pytest.raises(CompileError, match=f"^{re.escape(message)}$"), compiled.no_compilation():
         compiled(torch.ones(3, 4))

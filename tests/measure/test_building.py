@@ -339,3 +339,47 @@ def test_sparse_calibration_is_one_line() -> None:
         "calibration must be dense tensors, got a sparse_csr one; convert it inside the model"
     ):
         ModelPool().get(of, W8A8.replace(int8_smoothquant=True))
+
+
+# -- inference mode -----------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Layers of which two have one weight, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.again = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.again.weight = self.fc1.weight
+        self.register_buffer("scale", torch.full((16,), 0.5), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.again(self.fc2(self.fc1(x)) * self.scale)
+
+
+def cast_outside() -> nn.Module:
+    with torch.inference_mode():
+        model = Tied()
+    return model.to(torch.float16)
+
+
+def one_tensor() -> nn.Module:
+    model = Tied()
+    with torch.inference_mode():
+        model.scale = torch.full((16,), 0.25)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build", [torch.inference_mode()(Tied), cast_outside, one_tensor], ids=["all", "cast", "buffer"]
+)
+@pytest.mark.parametrize("point", [BF16, W8A8, BF16.replace(bf16=False)], ids=lambda p: p.run_name)
+def test_models_made_in_inference_mode_are_measured(build: Any, point: RunParams) -> None:
+    wl = workload(build)
+    model = build_eager(wl, point, CPU)
+    assert model.again.weight is model.fc1.weight
+    assert [*model.state_dict()] == [*Tied().state_dict()]
+    dtype = torch.bfloat16 if point.bf16 else torch.float32
+    with torch.no_grad():
+        assert model(torch.ones(4, 16, dtype=dtype)).dtype == dtype
+    assert ModelPool().get(wl, point).ready().outputs

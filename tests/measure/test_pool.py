@@ -27,6 +27,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage, weight_storage
 from pytest_int8bench.tensors import map_tensors, tensors_of
 from pytest_int8bench.workloads import Workload
+from toys import stateful
 
 CPU = torch.device("cpu")
 BF16 = RunParams(
@@ -884,3 +885,50 @@ def test_an_attention_backend_that_cannot_is_one_line() -> None:
         "attention=flash cannot run the attention of workload 'toy' on cpu (masks, head sizes and "
         "dtypes differ by backend): use attention=auto, efficient or math"
     )
+
+
+@pytest.mark.parametrize("attention", ["math", "auto"])
+@pytest.mark.parametrize("apart", [False, True], ids=["from baseline", "apart"])
+@pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
+def test_calibration_leaves_the_state_of_a_model_alone(
+    kind: Any, apart: bool, attention: str
+) -> None:
+    pool, bf16 = ModelPool(), BF16.replace(attention=attention)
+    wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
+    if not apart:
+        pool.get(wl, bf16)
+    candidate = pool.get(wl, bf16.replace(int8_enabled=True, int8_smoothquant=True))
+    baseline = pool.get(wl, bf16)
+    for name, buffer in baseline.eager.named_buffers():
+        assert torch.allclose(buffer, candidate.eager.get_buffer(name))
+    assert coverage(candidate.eager).smoothed_runtime == ("fc1", "fc2")
+
+
+def test_tables_that_a_first_call_fills_stay_filled_after_calibration() -> None:
+    class Table(stateful.Counter):
+        filled = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(16))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            if not self.filled:
+                self.table.fill_(1.0)
+                self.filled = True
+            return super().forward(x) * self.table
+
+    wl = make_workload(build=lambda p: Table(), filter_fn=lambda module, name: "fc" in name)
+    candidate = ModelPool().get(wl, W8A8.replace(int8_smoothquant=True))
+    assert candidate.eager.get_buffer("table").min() == 1
+    assert candidate.eager.get_buffer("calls") == 0
+
+
+@pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
+def test_warming_up_leaves_the_state_of_a_model_alone(kind: Any) -> None:
+    wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
+    model = ModelPool().get(wl, BF16)
+    assert model.ready().remark is not None
+    fresh = dict(kind().named_buffers())
+    for name, buffer in model.eager.named_buffers():
+        assert torch.equal(buffer, fresh[name].to(buffer.dtype))

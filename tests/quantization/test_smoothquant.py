@@ -472,6 +472,42 @@ def test_a_weight_that_other_code_multiplies_by_is_measured(use: Callable[..., A
     assert joint(plan(prepared(Reads(use)), ["fc", "other"])) == [("fc", "other")]
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight, bias, h: h @ weight.t() + bias,
+        lambda weight, bias, h: torch.matmul(h, weight.mT) + bias,
+        lambda weight, bias, h: torch.addmm(bias, h.reshape(-1, DIM), weight.T),
+        lambda weight, bias, h: linear(h.float(), weight.float()) + bias,
+        lambda weight, bias, h: [linear(h, part) for part in weight.chunk(2)],
+        lambda weight, bias, h: linear(h, weight[: DIM // 2], bias[: DIM // 2]),
+        lambda weight, bias, h: linear(h, weight.to(h.device, h.dtype).detach()),
+    ],
+    ids=["@", "matmul", "addmm", "float", "chunk", "rows", "to"],
+)
+@torch.no_grad()
+def test_calibration_observes_the_matmuls_that_run_quantized(use: Callable[..., Any]) -> None:
+    def forward(m: Any, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        used = use(m.other.weight, m.other.bias, h)
+        parts = used if isinstance(used, list) else [used]
+        return m.fc(h) + sum(part.mean() for part in parts)
+
+    model = prepared(Reads(forward))
+    model.other.weight = nn.Parameter(model.fc.weight.clone())
+    weights = dict(model.named_parameters())
+    inputs = batches()
+    expected = [model(x) for x in inputs]
+    seen = []
+
+    def call(m: Any, x: torch.Tensor) -> None:
+        seen.append(m(x))
+
+    scales = plan_smoothing(model, ["fc", "other"], inputs, call=call).scales
+    assert torch.equal(scales["fc"], scales["other"])
+    assert all(map(torch.equal, seen, expected))
+    assert all(p is weights[name] for name, p in model.named_parameters())
+
+
 @torch.no_grad()
 def test_what_a_layer_multiplies_counts_and_not_what_it_is_called_with() -> None:
     class Halved(nn.Linear):
