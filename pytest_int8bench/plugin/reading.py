@@ -169,7 +169,7 @@ def _check_cross_product(config: pytest.Config, values: dict[str, Any]) -> None:
 
 def _check_count(values: dict[str, Any]) -> None:
     """Refuse a sweep of too many points, before any is made."""
-    modes = len(values.get("modes", ("w8a8",)))
+    modes = len(values.get("modes", Settings.modes))
     try:
         check_count(values["axes"], cross_product=values.get("cross_product", False), modes=modes)
     except ValueError as error:

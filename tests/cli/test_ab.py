@@ -61,7 +61,9 @@ def journal(request):
     git = ["git", "-C", str(config.rootpath), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     environment = {"cpu": "toy", "cpu_threads": 1, "commit": commit}
-    return Journal(Path(config.getoption("int8_journal")), environment)
+    path = Path(config.getoption("int8_journal"))
+    path.unlink()  # the plugin's own, which it leaves alone from here on
+    return Journal(path, environment)
 
 
 @pytest.fixture

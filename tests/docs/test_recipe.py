@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("int8_lean"):
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    journal = Journal(Path(config.getoption("int8_journal")), {{"commit": commit.strip()}})
+    path = Path(config.getoption("int8_journal"))
+    path.unlink()  # the plugin's own, which it leaves alone from here on
+    journal = Journal(path, {{"commit": commit.strip()}})
     for item in items:
         named = {{"nodeid": item.nodeid, "workload": "toy", "run_name": item.name, "params": {{}}}}
         journal.append(Result(**named, batch_time_s=float(Path("speed").read_text())))

@@ -130,8 +130,9 @@ def test_a_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broke
             raise KeyError("bug")
 
         @pytest.hookimpl(trylast=True)
-        def pytest_configure():
+        def pytest_configure(config):
             patch = pytest.MonkeyPatch()
+            config.add_cleanup(patch.undo)
             patch.setattr("pytest_int8bench.{broken}", fail, raising=True)
         """
     )

@@ -198,7 +198,7 @@ def test_a_checkpoint_must_have_every_layer(bert_folder: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_one_line(bert_folder: Path) -> None:
-    (bert_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (bert_folder / "model.safetensors").write_text("damaged")
     with pytest.raises(WeightsError, match="cannot be loaded: ") as caught:
         ModelPool(weights="hub").get(workload("bert", bert_folder.parent), POINT)
     assert "\n" not in str(caught.value)

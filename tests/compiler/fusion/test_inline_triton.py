@@ -420,6 +420,7 @@ def test_kernels_are_inlined_in_repeated_blocks_that_no_cuda_graph_launches(
     class Backend:
         def __init__(self, mode: str, dynamic: bool | None, inline: bool) -> None:
             self.inline = inline
+            self.graphs: list[object] = []
 
         def __call__(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
             asked.append(self.inline)

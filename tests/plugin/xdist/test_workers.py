@@ -563,7 +563,7 @@ def test_an_option_makes_workers_take_their_gpu_at_once(
     worker.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     worker.pin()
-    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda root: {"gpu_count": 1})
+    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda *_: {"gpu_count": 1})
     assert worker.environment() == {"gpu_count": 3}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     worker_of(pytester, 2, 3, "--int8-mode=w8")
@@ -575,7 +575,7 @@ def test_single_worker_keeps_all_gpus(
 ) -> None:
     worker = worker_of(pytester, 0, 1, "--int8-mode=w8")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
-    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda root: {"gpu_count": 3})
+    monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda *_: {"gpu_count": 3})
     assert worker.environment() == {"gpu_count": 3}
     assert worker.no_gpu(CUDA) is None
 
