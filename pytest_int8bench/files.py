@@ -62,10 +62,13 @@ def append(path: Path, text: str) -> None:
     or nothing.
 
     Raises:
-        FileError: one line, if it cannot be written.
+        FileError: one line, if it holds benchmarks or cannot be written.
     """
     with _one_line(path):
-        append_text(path, text)
+        if path.is_file() and _is_saved(path.read_text(encoding="utf-8", errors="replace")):
+            raise FileError(f"{path} holds saved benchmarks, which are not added to")
+        with _read_if_pipe(path):
+            append_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -127,6 +130,17 @@ def create(path: Path, text: str) -> None:
         except BaseException:  # also at Ctrl-C
             path.unlink(missing_ok=True)
             raise
+
+
+def probe_report(path: Path) -> None:
+    """Try whether :func:`write` can write a file, as :func:`probe` does; its folder need not exist.
+
+    Raises:
+        FileError: one line, if it cannot be written.
+    """
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with _one_line(path):
+        probe(folder / path.name)
 
 
 def probe(path: Path) -> None:
@@ -219,6 +233,15 @@ class LineFile:
         if start == self._mark and size == self._size:
             return len(self._unwritten)
         return len([*self._lines()])
+
+    def remove(self) -> None:
+        """Remove the file, unless it is not as it was left: what is in it then is another's.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
+        if self._found() == (self._mark, self._size):
+            self.path.unlink()
 
     def _found(self) -> tuple[bytes, int]:
         """Return how the file starts, and its bytes."""
@@ -329,6 +352,29 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
         if not written:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         left = left[written:]
+
+
+def _is_saved(text: str) -> bool:
+    """Return whether a file is saved benchmarks, also damaged ones, not a page that shows some."""
+    return text.lstrip().startswith("{") and _BENCHMARKS.search(text) is not None
+
+
+@contextlib.contextmanager
+def _read_if_pipe(path: Path) -> Iterator[None]:
+    """Refuse a named pipe that nobody reads: opening it to write would wait for a reader."""
+    if not path.is_fifo():
+        yield
+        return
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(error.errno, "a named pipe that nobody reads", str(path)) from None
+    try:
+        yield  # with the pipe open, so that its reader does not take it for ended
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

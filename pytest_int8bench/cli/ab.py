@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.cli.arguments import add_flag, as_argument_type, with_default
-from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse
+from pytest_int8bench.cli.outputs import add_outputs, check_outputs, probe_outputs, publish, refuse
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.ab.design import Design
@@ -103,7 +103,8 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
         show(one_line(f"int8bench ab: {text}"), error=True)
 
     try:
-        check_outputs(arguments, set())  # before it takes its time
+        check_outputs(arguments, set())
+        probe_outputs(arguments)
         here = Path.cwd().resolve()
         root = worktrees.find_repository(here).resolve()
         base = worktrees.resolve(root, arguments.base_rev)

@@ -42,3 +42,7 @@ def _place(error: BaseException) -> str:
     """Return where an error was raised, for a report of it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}"
+
+
+if __name__ == "__main__":  # python -m, where the installed command is another environment's
+    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.files import FileError, append, check_writable, write
+from pytest_int8bench.files import FileError, append, check_writable, probe_report, write
 from pytest_int8bench.gate.outcomes import UNDECIDED
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.junit import Case, to_xml
@@ -53,12 +53,14 @@ def publish(
     outputs: list[Callable[[], None]] = []
     if path := arguments.json:
         outputs.append(lambda: write(path, json.dumps(values, indent=2) + "\n"))
-    if markdown := arguments.markdown:
+    summary = _summary()
+    # Where both are one file, it gets the report once, behind what other steps wrote.
+    if (markdown := arguments.markdown) and not _is_same(markdown, summary):
         outputs.append(lambda: write(markdown, page.markdown(limit_bytes=MARKDOWN_BYTES)))
     if junit := arguments.junit:
         outputs.append(lambda: write(junit, to_xml(page.title, cases)))
-    if summary := os.environ.get(SUMMARY):
-        outputs.append(lambda: _append_summary(Path(summary), page))
+    if summary is not None:
+        outputs.append(lambda: _append_summary(summary, page))
     for output in outputs:
         try:
             output()
@@ -112,10 +114,43 @@ def refuse(command: str, problem: BaseException | str) -> int:
 
 
 def check_outputs(arguments: argparse.Namespace, inputs: set[Path]) -> None:
-    outputs = [p for p in (arguments.json, arguments.markdown, arguments.junit) if p is not None]
+    """Refuse files that must not be written.
+
+    Raises:
+        FileError: one line, for the first of them.
+    """
+    outputs = _outputs(arguments)
     for index, output in enumerate(outputs):
         if output.resolve() in inputs:
             raise FileError(f"{output} is one of the files to compare, and not overwritten")
         if output.resolve() in {other.resolve() for other in outputs[:index]}:
             raise FileError(f"{output} is given for two reports")
         check_writable(output)
+    for output in (arguments.json, arguments.junit):
+        if output is not None and _is_same(output, _summary()):
+            raise FileError(f"{output} is ${SUMMARY}, which the report is appended to as Markdown")
+
+
+def probe_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, before the command takes its time.
+
+    Raises:
+        FileError: one line, for the first of them.
+    """
+    summary = _summary()
+    for output in (*_outputs(arguments), *([] if summary is None else [summary])):
+        probe_report(output)
+
+
+def _outputs(arguments: argparse.Namespace) -> list[Path]:
+    return [p for p in (arguments.json, arguments.markdown, arguments.junit) if p is not None]
+
+
+def _summary() -> Path | None:
+    """Return the file for the summary of a step of GitHub Actions."""
+    text = os.environ.get(SUMMARY)
+    return Path(text) if text else None
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.resolve() == other.resolve()

@@ -53,7 +53,7 @@ def record_outcome(
         return
     workload, params = point
     status = "failed" if report.failed else "skipped"
-    reason = _reason(report)
+    reason = _reason(report, error)
     if measured:
         result = measured[0]
         if report.failed and not stands:
@@ -78,9 +78,11 @@ def record_outcome(
     )
 
 
-def _reason(report: pytest.TestReport) -> str:
-    """Return what happened, in one line."""
-    if report.skipped and isinstance(report.longrepr, tuple):
+def _reason(report: pytest.TestReport, error: BaseException | None) -> str:
+    """Return what happened, in one line, whatever ``--tb`` says."""
+    if report.failed and isinstance(error, ClearError):
+        text = f"{type(error).__name__}: {error}"
+    elif report.skipped and isinstance(report.longrepr, tuple):
         text = report.longrepr[2].removeprefix("Skipped: ")
     else:
         crash = getattr(report.longrepr, "reprcrash", None)

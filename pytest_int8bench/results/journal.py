@@ -163,7 +163,7 @@ class Journal:
         """Remove the file if no record was to be in it."""
         if self._file is not None and not self._records:
             with contextlib.suppress(OSError):
-                self._file.path.unlink()
+                self._file.remove()
 
     @property
     def _records(self) -> list[Result | Accuracy | Sensitivity]:

@@ -18,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pytest_int8bench.errors import WorkloadError
+from pytest_int8bench.printing import one_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +68,15 @@ class Evaluation:
     """One label per sample of ``scores``, in their order, or a callable that returns them. Samples
     with the same label belong together: frames of a video, crops of a scene, questions on one
     text. The groups are then the sampling units. Without it, samples must be independent."""
+
+    def __post_init__(self) -> None:
+        _check_name("the metric of an evaluation", self.metric)
+
+
+def _check_name(what: str, name: Any) -> None:
+    """Refuse what does not come back from a file as it was saved, and so is another identity."""
+    if not isinstance(name, str) or not name.strip() or one_line(name) != name:
+        raise WorkloadError(f"{what} must be one line of printable text, got {name!r}")
 
 
 def _samples(params: RunParams) -> dict[str, float]:
@@ -120,6 +132,9 @@ class Workload:
     axes: Mapping[str, Scalar] = field(default_factory=dict)
     """Axes of this workload and their defaults, set as ``--int8-set extra.NAME=VALUE`` and read
     as ``p.extra[NAME]``."""
+
+    def __post_init__(self) -> None:
+        _check_name("the name of a workload", self.name)
 
     @property
     def brings_quantization(self) -> bool:

@@ -374,6 +374,11 @@ def test_reports_that_must_not_be_written(ab_here: Ab, root: Path, tmp_path: Pat
     assert refusal(done) == f"{saved} holds saved benchmarks, which are not overwritten"
     done = ab_here(root, "v1", "--json=out", "--junit=out")
     assert refusal(done) == "out is given for two reports"
+    (tmp_path / "file").touch()
+    report = tmp_path / "file" / "out.md"
+    unwritable = f"{report} is not written: Not a directory"
+    assert refusal(ab_here(root, "v1", f"--markdown={report}")) == unwritable
+    assert refusal(ab_here(root, "v1", GITHUB_STEP_SUMMARY=str(report))) == unwritable
     assert count(root) == 0
 
 

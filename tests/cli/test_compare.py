@@ -352,6 +352,72 @@ def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> Non
     assert Path(other).read_text() == before
 
 
+def test_saved_benchmarks_are_no_summary(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    new = save("new.json", timed())
+    for name in (base, save("other.json", timed("y"))):
+        before = Path(name).read_text()
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", name)
+        assert main(["compare", base, new]) == 2
+        message = f"int8bench compare: {name} holds saved benchmarks, which are not added to\n"
+        assert capsys.readouterr().err == message
+        assert Path(name).read_text() == before
+
+
+def test_a_summary_that_shows_json_is_added_to(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    Path("summary.md").write_text('```json\n{"benchmarks": []}\n```\n')
+    assert run(capsys, base, save("new.json", timed()))[0] == 0
+    assert "## int8bench compare" in Path("summary.md").read_text()
+
+
+def test_a_summary_that_is_a_report_too_gets_it_once(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    new = save("new.json", timed())
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(Path("summary").absolute()))
+    Path("summary").write_text("earlier\n")
+    assert run(capsys, base, new, "--markdown=summary")[0] == 0
+    summary = Path("summary").read_text()
+    assert summary.startswith("earlier\n")
+    assert summary.count("## int8bench compare") == 1
+    for option in ("--json=summary", "--junit=./summary"):
+        refusal = refused(capsys, base, new, option)
+        assert (
+            refusal
+            == "summary is $GITHUB_STEP_SUMMARY, which the report is appended to as Markdown"
+        )
+    assert Path("summary").read_text() == summary
+
+
+@pytest.mark.parametrize(("slower", "code"), [(1.0, 2), (2.0, 1)])
+def test_a_summary_that_nobody_reads_is_not_waited_for(
+    base: str, slower: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    new = save("new.json", timed(slower=slower))
+    for name in ("pipe", "link"):
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", name)
+        assert main(["compare", base, new]) == code
+        out, err = capsys.readouterr()
+        assert err == f"int8bench compare: {name} is not written: a named pipe that nobody reads\n"
+        assert "int8bench compare: " in out
+
+
+def test_a_summary_that_is_read_gets_the_report(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    os.mkfifo("pipe")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "pipe")
+    with open(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        assert run(capsys, base, save("new.json", timed()))[0] == 0
+        assert reader.read().startswith("## int8bench compare")
+
+
 @pytest.mark.parametrize(("slower", "code"), [(1.0, 2), (2.0, 1)])
 def test_a_full_disk_is_said_and_does_not_pass(
     base: str, slower: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture

@@ -153,6 +153,14 @@ def test_the_installed_command(journal: Path) -> None:
     assert done.stdout == render(SAVED, width=None, color=False)
 
 
+def test_the_module_is_the_command(journal: Path) -> None:
+    command = [sys.executable, "-m", "pytest_int8bench.cli.main", "show"]
+    done = subprocess.run([*command, str(journal)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    assert subprocess.run([*command, "missing"], capture_output=True).returncode == 2
+
+
 def test_show_does_not_load_torch(journal: Path) -> None:
     code = (
         "import sys; from pytest_int8bench.cli.main import main; main(sys.argv[1:]); "

@@ -800,3 +800,4 @@ def test_all_of_an_error_is_shown_on_request(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(*SMOKE, workload, "--int8-mode=off", "--tb=long")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([f"E*{CLEAR}", "*building.py:*: WorkloadError"])
+    assert [found.reason for found in journaled(project).values()] == [CLEAR]

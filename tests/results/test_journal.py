@@ -159,6 +159,20 @@ def test_a_journal_without_records_can_be_discarded(path: Path) -> None:
     assert read(path).results == [point(1)]
 
 
+@pytest.mark.parametrize("another", ["new", "longer", "gone"])
+def test_a_file_that_became_another_journal_is_not_discarded(path: Path, another: str) -> None:
+    journal = Journal(path, {})
+    if another == "longer":  # this one's, with a record of a process that goes on with it
+        Journal.reopen(path).append(point(1))
+    else:
+        path.unlink()
+    if another == "new":
+        Journal(path, {})
+    before = path.read_text() if path.exists() else None
+    journal.discard()
+    assert (path.read_text() if path.exists() else None) == before
+
+
 def test_git_ignores_the_folder_of_journals(tmp_path: Path) -> None:
     folder = journal_folder(tmp_path)
     assert (folder / ".gitignore").read_text() == "*\n"

@@ -361,8 +361,10 @@ def test_nothing_is_installed_unasked(machine: Machine, compare: Compare) -> Non
     assert machine.installed == []
 
 
-def test_what_is_said(machine: Machine, compare: Compare) -> None:
+def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
     compare(design=Design(screening_blocks=2))
+    names = {"base": "base main (aaaaaaaaaa)", "new": "new HEAD (bbbbbbbbbb)"}
+    drawn = [names[side] for side in order(root, "screening", 2)]
     assert machine.said == [
         "warm-up: base main (aaaaaaaaaa), 8 s",
         "warm-up: new HEAD (bbbbbbbbbb), 8 s",
@@ -370,10 +372,7 @@ def test_what_is_said(machine: Machine, compare: Compare) -> None:
             "1 run(s), about 8 s a process: screening in 32 s; then verdicts on what it flags, in "
             "at most 3 min more"
         ),
-        "screening 1/2: base main (aaaaaaaaaa), 8 s",
-        "screening 1/2: new HEAD (bbbbbbbbbb), 8 s",
-        "screening 2/2: new HEAD (bbbbbbbbbb), 8 s",
-        "screening 2/2: base main (aaaaaaaaaa), 8 s",
+        *(f"screening {1 + place // 2}/2: {name}, 8 s" for place, name in enumerate(drawn)),
         "(worktrees removed)",
     ]
 
