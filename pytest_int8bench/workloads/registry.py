@@ -14,12 +14,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+    from types import ModuleType
 
     from pytest_int8bench.workloads.workload import Workload
 
@@ -174,11 +176,7 @@ def load_object(reference: str, root: Path) -> Any:
         path = root / module_name
         if not path.is_file():
             raise ValueError(f"{reference}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        target: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(target)
+        target: Any = _load_file(path)
     else:
         try:
             target = importlib.import_module(module_name)
@@ -189,6 +187,30 @@ def load_object(reference: str, root: Path) -> Any:
             raise ValueError(f"{reference}: {module_name} has no {name!r}")
         target = getattr(target, part)
     return target
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file, once a process, under a name that no other module has.
+
+    Dynamo imports the module of a compiled function by its name, to read globals from it.
+    """
+    import hashlib
+
+    digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()
+    name = f"{path.stem}_{digest[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def check_workload_name(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pytest_int8bench.workloads import Workload, registry
 from pytest_int8bench.workloads.registry import (
@@ -251,3 +253,52 @@ print([name for name in {heavy!r} if name in sys.modules])
         command, capture_output=True, text=True, env={"PYTHONPATH": root}, check=False
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# -- files outside the path of imports ----------------------------------------------------------
+
+OWN_FILE = """
+import torch
+from torch.nn import functional as F
+
+count = 0
+
+class Gelu(torch.nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+def make():
+    global count
+    count += 1
+    return Gelu()
+"""
+
+
+def test_a_model_of_a_file_compiles(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text(OWN_FILE)  # no other module may be taken for it
+    model = load_object("queue.py:make", tmp_path)()
+    x = torch.randn(3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    assert importlib.import_module("queue").__file__ != str(tmp_path / "queue.py")
+    assert sys.modules[type(model).__module__].__file__ == str(tmp_path / "queue.py")
+
+
+def test_a_file_is_imported_once(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(OWN_FILE)
+    load_object("one.py:make", tmp_path)()
+    load_object("one.py:make", tmp_path)()
+    assert load_object("one.py:count", tmp_path) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "one.py").write_text(OWN_FILE)
+    assert load_object("one.py:count", other) == 0
+
+
+def test_a_file_that_fails_is_imported_again(tmp_path: Path) -> None:
+    path = tmp_path / "fails.py"
+    path.write_text("raise KeyError('bug')")
+    with pytest.raises(KeyError):
+        load_object("fails.py:make", tmp_path)
+    path.write_text("make = 3 # mended")
+    assert load_object("fails.py:make", tmp_path) == 3
