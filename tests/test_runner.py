@@ -224,7 +224,14 @@ def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
 
 
 # At a small size w8a8_vs_w8 is int8_mode_comparison, and int8_baseline is int8_batch_sweep.
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in ("w8a8_vs_w8", "int8_baseline")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n == "int8_batch_cross" else pytest.mark.slow)
+        for n in EXAMPLES
+        if n not in ("w8a8_vs_w8", "int8_baseline")
+    ],
+)
 @pytest.mark.parametrize(
     "device",
     [
@@ -391,7 +398,9 @@ def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
 
 
-@pytest.mark.parametrize("whom", ["the point itself", "the script alone"])
+@pytest.mark.parametrize(
+    "whom", [pytest.param("the point itself", marks=pytest.mark.slow), "the script alone"]
+)
 def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
     (tmp_path / "toy.py").write_text(TOY.replace("os.kill(os.getpid(), signal.SIGINT)", "wait()"))
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
@@ -458,9 +467,9 @@ def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> Non
     ("number", "expected", "finished"),
     [
         (signal.SIGTERM, 143, 1),
-        (signal.SIGHUP, 129, 0),
+        pytest.param(signal.SIGHUP, 129, 0, marks=pytest.mark.slow),
         (signal.SIGKILL, -9, 1),
-        (signal.SIGINT, -2, 0),
+        pytest.param(signal.SIGINT, -2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_runner_that_is_ended_takes_its_process_along(
@@ -547,6 +556,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(tempfile, "mkstemp", no_room)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -563,6 +573,7 @@ def test_a_full_disk_costs_no_result(
         assert errors.count(line) == (2 if "journal" in line else 1)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -578,6 +589,7 @@ def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
     assert ".json is not written: " in errors
 
 
+@pytest.mark.slow
 def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 2], save_folder=tmp_path / "saved")
     gone = "import shutil; shutil.rmtree('saved', ignore_errors=True)"

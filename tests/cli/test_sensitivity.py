@@ -135,7 +135,11 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("number", "whole_group", "code"),
-    [(signal.SIGINT, True, 2), (signal.SIGINT, False, 2), (signal.SIGTERM, False, 143)],
+    [
+        (signal.SIGINT, True, 2),
+        pytest.param(signal.SIGINT, False, 2, marks=pytest.mark.slow),
+        (signal.SIGTERM, False, 143),
+    ],
     ids=["ctrl-c", "interrupt", "terminate"],
 )
 def test_a_signal_leaves_no_process_behind(

@@ -140,6 +140,7 @@ print(test_cache.compiled(Path(sys.argv[1])).compile_cache)
 """
 
 
+@pytest.mark.slow
 def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
     # By names that the C++ compiler's command line cannot hold.
     first, moved = tmp_path / "my first", tmp_path / 'it\'s "moved"'

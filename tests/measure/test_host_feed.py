@@ -420,6 +420,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_no_process_stays_behind(tmp_path: Path) -> None:
     script = tmp_path / "feeding.py"
     script.write_text(FEEDING)

@@ -75,6 +75,7 @@ def test_nothing_is_left_for_the_first_test_to_load(
     assert run.ret == pytest.ExitCode.OK
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_loaded_is_for_the_tests_to_show(
     project: pytest.Pytester,
 ) -> None:

@@ -524,6 +524,7 @@ def test_a_terminal_shows_each_step_of_each_point(toy: pytest.Pytester) -> None:
     assert not any(" building " in line or " warming up " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_one_line_for_each_compilation(toy: pytest.Pytester) -> None:
     output = run(toy, *SMOKE, "--int8-mode=off")
     assert "\x1b" not in output

@@ -460,6 +460,7 @@ def test_modes_multiply_and_those_that_cannot_run_are_skipped(project: pytest.Py
     result.stdout.fnmatch_lines(["SKIPPED * int8_mode=fp8 runs on CUDA only, gpu_type=cpu"])
 
 
+@pytest.mark.slow
 def test_fp8_without_a_gpu_is_skipped(project: pytest.Pytester) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

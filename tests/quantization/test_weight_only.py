@@ -368,6 +368,7 @@ def test_layers_of_two_dtypes_are_dequantized_apart() -> None:
     assert found == {"pass over 1": 2, "product of 1, dequantized before": 4}
 
 
+@pytest.mark.slow
 def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
     from torch._inductor.utils import run_and_get_code
 
@@ -417,6 +418,7 @@ def test_columns_that_leave_a_region_are_tensors_of_their_own(rows: int) -> None
 
 
 @pytest.mark.parametrize("layers", [LAYERS, ["fc2"]], ids=["all", "one"])
+@pytest.mark.slow
 def test_autocast_reaches_the_products_of_regions(layers: list[str]) -> None:
     model = nn.Sequential(Block(), Block()).eval().requires_grad_(False)
     apply_int8_quant(

@@ -100,6 +100,7 @@ def test_text_comes_from_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.slow
 def test_layers_compile_once(mask: bool) -> None:
     loaded = workload("bert")
     seen = loaded.with_axes(point(num_hidden_layers=3, sequence_length=16, attention_mask=mask))

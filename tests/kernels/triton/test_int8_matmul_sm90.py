@@ -104,6 +104,7 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.slow
 def test_each_kind_of_problem_compiles_and_is_launched(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
