@@ -197,7 +197,7 @@ def _load_file(path: Path) -> ModuleType:
     import hashlib
 
     digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()
-    name = f"{path.stem}_{digest[:8]}"
+    name = re.sub(r"\W", "_", f"{path.stem}_{digest[:8]}")
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -274,14 +274,16 @@ def make():
 """
 
 
-def test_a_model_of_a_file_compiles(tmp_path: Path) -> None:
-    (tmp_path / "queue.py").write_text(OWN_FILE)  # no other module may be taken for it
-    model = load_object("queue.py:make", tmp_path)()
+@pytest.mark.parametrize("file", ["queue.py", "my-model.v2.py"])
+def test_a_model_of_a_file_compiles(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(OWN_FILE)  # no other module may be taken for it
+    model = load_object(f"{file}:make", tmp_path)()
     x = torch.randn(3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
-    assert importlib.import_module("queue").__file__ != str(tmp_path / "queue.py")
-    assert sys.modules[type(model).__module__].__file__ == str(tmp_path / "queue.py")
+    assert importlib.import_module("queue").__file__ != str(tmp_path / file)
+    module = importlib.import_module(type(model).__module__)  # as Dynamo does
+    assert module.__file__ == str(tmp_path / file)
 
 
 def test_a_file_is_imported_once(tmp_path: Path) -> None:
