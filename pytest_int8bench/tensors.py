@@ -259,3 +259,12 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     limits = torch.finfo(dtype)
     overflowed = made.isinf() & tensor.isfinite()
     return torch.where(overflowed, made.clamp(limits.min, limits.max), made)
+
+
+def cloned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a parameter or buffer, of its kind and not made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        clone = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(clone, requires_grad=tensor.requires_grad)
+    return clone

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytest_int8bench.errors import WorkloadError, first_line
 from pytest_int8bench.measure.memory import free_memory, oom_of, release
-from pytest_int8bench.tensors import tensors_of
+from pytest_int8bench.tensors import cloned, tensors_of
 
 #: A copy may differ from the baseline by this part of the output's norm: how tensors lie in memory
 #: can change the order in which libraries add.
@@ -205,7 +205,7 @@ def _load_tensors(
         if _form(source) != _form(target):
             raise DifferentError(f"its {dotted!r} has another shape, dtype or device")
         if target is source:  # a constant that each build takes from one place
-            mine[name] = target = loaded.setdefault(id(source), _cloned(source))
+            mine[name] = target = loaded.setdefault(id(source), cloned(source))
         if loaded.setdefault(id(source), target) is not target:
             raise DifferentError(f"its {dotted!r} is not tied as the baseline's is")
         _copy(target, source)
@@ -225,14 +225,6 @@ def _load_attributes(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
             continue
         if _form(source) == _form(target):
             _copy(target, source)
-
-
-def _cloned(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):
-        clone = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(clone, requires_grad=tensor.requires_grad)
-    return clone
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pytest_int8bench.compiler.torch_workarounds import made_in_inference_mode
-from pytest_int8bench.tensors import cast
+from pytest_int8bench.tensors import cast, cloned
 
 
 def kept_by_library(model: nn.Module) -> frozenset[str]:
@@ -62,13 +62,5 @@ def replace_inference_tensors(model: nn.Module) -> None:
                     continue
                 replaced.append(tensor)
                 if id(tensor) not in copies:
-                    copies[id(tensor)] = _copied(tensor)
+                    copies[id(tensor)] = cloned(tensor)
                 held[name] = copies[id(tensor)]  # type: ignore[assignment]
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        copy = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    return copy
