@@ -440,12 +440,22 @@ def test_folders_that_cannot_be_written(
     code, lines = check(capsys, "folders")
     assert (code, lines[0].mark) == (1, PROBLEM)
     assert lines[0].text.endswith("file/below: Not a directory")
-    problems = {"folders": "TMPDIR has spaces"}
+    problems = {"temporary folder": "set TMPDIR to another"}
     put(monkeypatch, nvml=Nvml(), torch=torch_says(inductor_folder=None, problems=problems))
-    assert check(capsys, "folders")[1][:2] == [
-        Line(PROBLEM, "TMPDIR has spaces", "set TMPDIR to another folder"),
-        Line(WARNING, "folder of compiled code: not known: torch does not say"),
-    ]
+    found = check(capsys, "folders")[1]
+    assert found[0] == Line(WARNING, "folder of compiled code: not known: torch does not say")
+    assert found[2] == Line(PROBLEM, "set TMPDIR to another")
+
+
+def test_a_current_folder_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(monkeypatch, nvml=Nvml())
+    Path("gone").mkdir()
+    os.chdir("gone")
+    os.rmdir("../gone")
+    code, lines = check(capsys, "folders")
+    assert (code, lines[-1].remedy) == (1, "cd to another one")
 
 
 def test_a_compiler_that_compiles_nothing(

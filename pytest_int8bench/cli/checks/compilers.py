@@ -62,9 +62,12 @@ def compiler(machine: Machine) -> Iterator[Line]:
 
 def folders(machine: Machine) -> Iterator[Line]:
     """Check the folders that are written to."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        yield Line(PROBLEM, "the current folder is gone", "cd to another one")
+        return
     report = machine.torch
-    if problem := report.problems.get("folders"):
-        yield Line(PROBLEM, problem, _SET_TMPDIR)
     if report.inductor_folder is not None:
         remedy = "set TORCHINDUCTOR_CACHE_DIR to another folder"
         yield _folder("compiled code", report.inductor_folder, remedy, runs=True)
@@ -73,11 +76,13 @@ def folders(machine: Machine) -> Iterator[Line]:
     if report.triton_folder is not None:
         remedy = "set TRITON_CACHE_DIR to another folder"
         yield _folder("compiled kernels", report.triton_folder, remedy, runs=True)
+    if problem := report.problems.get("temporary folder"):
+        yield Line(PROBLEM, problem)  # with what to do
     try:
         yield _folder("temporary files", tempfile.gettempdir(), _SET_TMPDIR)
-    except OSError as error:  # it tries several, and writes to each
+    except FileNotFoundError as error:  # it has tried several
         yield Line(PROBLEM, f"folder of temporary files: {error.strerror}", _SET_TMPDIR)
-    yield _folder("results", ".benchmarks", "call pytest in another folder, or free some space")
+    yield _folder("results", ".benchmarks", "call pytest in another folder")
 
 
 def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:

@@ -77,6 +77,7 @@ def ask() -> TorchReport:
     try:
         done = subprocess.run(
             command,
+            cwd=os.sep,  # where it is called may be gone, and torch would not load
             env=environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -126,10 +127,16 @@ def _torchao() -> dict[str, Any]:
     return {}
 
 
-def _folders() -> dict[str, Any]:
-    from pytest_int8bench.compiler.cache import check_temporary_folder, default_folder
+def _temporary_folder() -> dict[str, Any]:
+    from pytest_int8bench.compiler.cache import check_temporary_folder
 
     check_temporary_folder("cpu")
+    return {}
+
+
+def _inductor_folder() -> dict[str, Any]:
+    from pytest_int8bench.compiler.cache import default_folder
+
     return {"inductor_folder": str(default_folder())}
 
 
@@ -196,7 +203,8 @@ def _triton() -> dict[str, Any]:
 _STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": _torch,
     "torchao": _torchao,
-    "folders": _folders,
+    "inductor folder": _inductor_folder,
+    "temporary folder": _temporary_folder,
     "compiler": _compiler,
     "triton": _triton,
     "devices": _devices,
