@@ -12,7 +12,7 @@ from typing import Any
 from pytest_int8bench.cli.checks.lines import OK, PROBLEM, WARNING, Line
 from pytest_int8bench.cli.checks.machine import Machine
 from pytest_int8bench.cli.checks.registry import lines
-from pytest_int8bench.cli.outputs import refuse, terminal_style
+from pytest_int8bench.cli.outputs import print_json, refuse, terminal_style
 from pytest_int8bench.files import check_writable, probe_report, write
 from pytest_int8bench.printing import one_line, show
 
@@ -56,11 +56,11 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         code = int(any(line.mark == PROBLEM for _, line in found))
         entries = [{"check": name, **dataclasses.asdict(line)} for name, line in found]
         block = {"schema": _SCHEMA, "exit_code": code, "lines": entries}
-        text = json.dumps({"int8bench_doctor": block}, indent=2)
+        values = {"int8bench_doctor": block}
         if path == _STDOUT:
-            show(text)
+            print_json(values)
         elif path is not None:
-            write(path, text + "\n")
+            write(path, json.dumps(values, indent=2) + "\n")
     except (OSError, ValueError) as error:
         return refuse("doctor", error)
     return code
