@@ -233,18 +233,22 @@ class Gpu:
 
     def state(self) -> GpuState:
         """Return clock, temperature, power and throttle reasons."""
-        reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # the older name
-            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
         usage = self._read("nvmlDeviceGetPowerUsage")
         return {
             "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
             "temperature_c": self._read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
             "power_w": None if usage is None else usage / 1000,
-            "throttle_reasons": [
-                name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
-            ],
+            "throttle_reasons": self.throttle_reasons() or [],
         }
+
+    def throttle_reasons(self) -> list[str] | None:
+        """Return why the GPU runs slower than it could."""
+        reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the older name
+            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        if reasons is None:
+            return None
+        return [name for bit, name in _THROTTLED.items() if reasons & bit]
 
     def counts_own_energy(self) -> bool:
         """Return whether :meth:`energy_j` counts what this process uses: not with MIG, where the

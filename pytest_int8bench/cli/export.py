@@ -74,8 +74,11 @@ def run_export(arguments: argparse.Namespace) -> int:
                 metrics, run.saved.environment, higher_is_better=is_higher
             )
             path = output.with_stem(f"{output.stem}-{end}")
-            if entries:  # the tool refuses a file without any
+            if entries:
                 _put(path, entries)
+            elif path.exists():  # one of an earlier run would pass for this one's
+                check_writable(path)
+                path.unlink()
             show(f"{path if entries else 'no file'}: tool {tool}, {plural(len(entries), 'figure')}")
     except (OSError, ValueError) as error:  # SchemaError and FileError among them
         return refuse("export", error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from pytest_int8bench.environment import describe
 from pytest_int8bench.report.cells import figure_interval, status_text
 from pytest_int8bench.results.base import Record, point_label
-from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.results.figures import FIGURES, is_number
 from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.results.verdicts import Accuracy
 
@@ -90,7 +89,7 @@ def _of(result: Result) -> Iterator[Metric]:
         # A direction is known of what the gate compares, and of what charts show.
         is_history = figure.kind != "text" and (figure.option or figure.title)
         value = figure.of(result) if is_history else None
-        if value is None:
+        if not is_number(value):
             continue
         low, high = figure_interval(figure, result)
         yield Metric(
@@ -128,8 +127,8 @@ def _accuracy(
         point=_label(verdict),
         name=name,
         value=value,
-        low=low if low is not None and math.isfinite(low) else None,
-        high=high if high is not None and math.isfinite(high) else None,
+        low=low if is_number(low) else None,
+        high=high if is_number(high) else None,
         unit=verdict.metric,
         higher_is_better=higher_is_better,
         run_name=verdict.run_name,

@@ -59,10 +59,10 @@ CANNOT = (
     "not tma, which needs sm90 or later, this is sm80",
 )
 GPU = "GPU 0, NVIDIA H200, sm90, 139 GiB"
-COOL = "345 MHz now of 1980 MHz at 31 C"
+FREE = "345 MHz now of 1980 MHz at 31 C; not in use"
 LIMIT = "power limit 700 W"
 MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
-    "healthy": ({}, "gpus", [Line(OK, f"{GPU}; MIG off; {LIMIT}; {COOL}")]),
+    "healthy": ({}, "gpus", [Line(OK, f"{GPU}; MIG off; {LIMIT}; {FREE}")]),
     "throttled": (
         {"nvml": Nvml(CurrentClocksEventReasons=0x40 | 0x80, ClockInfo=1200, Temperature=91)},
         "gpus",
@@ -70,7 +70,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             Line(
                 PROBLEM,
                 f"{GPU}; MIG off; {LIMIT}; slowed down now (thermal (hardware), power brake): "
-                "1200 MHz now of 1980 MHz at 91 C",
+                "1200 MHz now of 1980 MHz at 91 C; not in use",
                 "let it cool down; check cooling and power supply",
             )
         ],
@@ -81,8 +81,9 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                f"{GPU}; MIG off; {LIMIT}; {COOL}; other processes that compute on it: 2",
-                "end them before you measure",
+                f"{GPU}; MIG off; {LIMIT}; 345 MHz now of 1980 MHz at 31 C; in use by other "
+                "processes: 2",
+                "end other processes before you measure",
             )
         ],
     ),
@@ -92,7 +93,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                f"{GPU}; MIG off; power limit 400 W of 700 W; {COOL}",
+                f"{GPU}; MIG off; power limit 400 W of 700 W; {FREE}",
                 "nvidia-smi -pl 700",
             )
         ],
@@ -104,7 +105,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             Line(
                 WARNING,
                 f"{GPU}; MIG on, 1 instance: they share clocks and power, and energy is not "
-                f"measured; {LIMIT}; {COOL}",
+                f"measured; {LIMIT}; {FREE}",
                 "nvidia-smi -mig 0 for figures of the whole GPU",
             )
         ],
@@ -115,7 +116,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                f"{GPU}; MIG on, without an instance; {LIMIT}; {COOL}",
+                f"{GPU}; MIG on, without an instance; {LIMIT}; {FREE}",
                 "nvidia-smi mig -cgi ... -C, or -mig 0",
             ),
             Line(PROBLEM, "torch sees no GPU: it does not say why", "nvidia-smi"),
@@ -126,6 +127,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             "nvml": Nvml(
                 **dict.fromkeys(("Name", "CudaComputeCapability", "MemoryInfo", "MigMode")),
                 **dict.fromkeys(("PowerManagementLimit", "ClockInfo", "Temperature")),
+                **dict.fromkeys(("CurrentClocksEventReasons", "ComputeRunningProcesses")),
             )
         },
         "gpus",
@@ -133,7 +135,8 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             Line(
                 OK,
                 "GPU 0, of unknown name, compute capability not known, memory not known; MIG not "
-                "known; power limit not known; clock not known",
+                "known; power limit not known; clock not known, throttling not known; processes "
+                "not known",
             )
         ],
     ),

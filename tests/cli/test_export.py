@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def test_each_direction_has_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_direction_without_figures_has_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("hist-bigger.json").write_text("[] of an earlier run")
     assert list(github(saved(result_of("x", compile_s=1.0)))) == ["hist-smaller"]
     assert capsys.readouterr().out.startswith("no file: tool customBiggerIsBetter, 0 figures\n")
 
@@ -197,15 +199,16 @@ def test_json_holds_what_a_ci_server_would_obey(capsys: pytest.CaptureFixture[st
 
 def test_a_registered_figure_is_exported(capsys: pytest.CaptureFixture[str]) -> None:
     def batches(result: Result) -> float | None:
-        return result.batch_time_s and 1 / result.batch_time_s
+        return result.batch_time_s and (1 / result.batch_time_s if result.iterations else math.nan)
 
     figure = Figure(field="batches_per_s", compute=batches, title="Batches", higher_is_better=True)
     register(figure)
     try:
-        values, _ = bencher(saved(timed("x", batch_time_s=0.5)), capsys)
+        values, _ = bencher(saved(timed("x", batch_time_s=0.5, iterations=1), timed("y")), capsys)
     finally:
         unregister(figure)
     assert values["toy: test_a.py::test[x]"]["batches_per_s"] == {"value": 2.0}
+    assert "batches_per_s" not in values["toy: test_a.py::test[y]"]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def _gpu(index: int, gpu: nvml.Gpu, uuids: list[str], *, is_used: bool) -> Line:
     ]
     if not is_used:
         return Line(OK, f"{', '.join(parts)}: not visible to this process")
-    findings = [_mig(gpu, uuids), _power(gpu), _clocks(gpu), *_others(gpu)]
+    findings = [_mig(gpu, uuids), _power(gpu), _clocks(gpu), _others(gpu)]
     return Line(OK, ", ".join(parts)).with_findings(findings)
 
 
@@ -86,16 +86,26 @@ def _clocks(gpu: nvml.Gpu) -> Line:
     text = "clock not known" if clock is None else f"{clock} MHz now"
     text += "" if clock is None or most is None else f" of {most} MHz"
     text += "" if heat is None else f" at {heat} C"
-    if reasons := nvml.throttled(state):
+    reasons = gpu.throttle_reasons()
+    if reasons is None:
+        return Line(OK, f"{text}, throttling not known")
+    if reasons:
         text = f"slowed down now ({', '.join(reasons)}): {text}"
         return Line(PROBLEM, text, "let it cool down; check cooling and power supply")
     return Line(OK, text)
 
 
-def _others(gpu: nvml.Gpu) -> list[Line]:
-    count = len(gpu.processes() or ())  # the process that asked torch has ended
-    text = f"other processes that compute on it: {count}"
-    return [Line(WARNING, text, "end them before you measure")] if count else []
+def _others(gpu: nvml.Gpu) -> Line:
+    processes = gpu.processes()
+    if processes is None:
+        return Line(OK, "processes not known")
+    if not processes:  # the one that asked torch has ended
+        return Line(OK, "not in use")
+    return Line(
+        WARNING,
+        f"in use by other processes: {len(processes)}",
+        "end other processes before you measure",
+    )
 
 
 def kernels(machine: Machine) -> Iterator[Line]:
