@@ -208,6 +208,20 @@ def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(numbers) == [f"17-new-{number}.json" for number in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("job", ["pull-request", "main"])
+def test_a_job_begins_without_files_of_earlier_ones(job: str, tmp_path: Path) -> None:
+    written = re.findall(
+        r"(?:=|--(?:json|junit|comment) )\"?([\w$-]+\.(?:json|xml|md))", str(steps(job))
+    )
+    names = {name.replace("$number", "7") for name in written}
+    assert len(names) >= 3
+    for name in (*names, "kept.py"):
+        (tmp_path / name).touch()
+    assert next(iter(steps(job))) == "Forget earlier jobs"
+    assert run(tmp_path, job, "Forget earlier jobs") == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.py"]
+
+
 def fake(folder: Path, command: str, script: str) -> None:
     path = folder / command
     path.write_text(f"#!/bin/sh\n{script}\n")
