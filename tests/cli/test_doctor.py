@@ -405,10 +405,16 @@ def test_json_in_a_file(
 
 
 @pytest.mark.parametrize(
-    ("free", "mark"), [(0, PROBLEM), (GIB, WARNING), (3 * GIB, OK)], ids=["full", "nearly", "room"]
+    ("free", "mark", "text"),
+    [(9 << 20, PROBLEM, "9 MiB"), (GIB, WARNING, "1.0 GiB"), (3 * GIB, OK, "3.0 GiB")],
+    ids=["full", "nearly full", "room"],
 )
 def test_space_on_disk(
-    free: int, mark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    free: int,
+    mark: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     put(monkeypatch, nvml=Nvml())
     with_room(monkeypatch, free)
@@ -416,7 +422,7 @@ def test_space_on_disk(
     assert code == (mark == PROBLEM)
     assert [line.mark for line in lines] == [mark] * 4
     results = Path.cwd() / ".benchmarks"
-    assert lines[-1].text == f"folder of results, {results}: {free / GIB:.1f} GiB free"
+    assert lines[-1].text == f"folder of results, {results}: {text} free"
 
 
 def test_folders_that_code_cannot_be_loaded_from(
@@ -470,6 +476,9 @@ def test_a_compiler_that_compiles_nothing(
     code, [line] = check(capsys, "compiler")
     assert (code, line.mark) == (1, PROBLEM)
     assert line.text.endswith("line.cpp:1: fatal error: Python.h: none")
+    assert line.remedy.startswith("install a C++ compiler and Python's headers")
+    Path("cxx").write_text("#!/bin/sh\necho 'error: No space left on device' >&2\nexit 1\n")
+    assert check(capsys, "compiler")[1][0].remedy == "free some space"
     put(monkeypatch, nvml=Nvml(), torch=torch_says(compiler="no-such-compiler"))
     code, [line] = check(capsys, "compiler")
     assert (code, line.mark) == (1, PROBLEM)

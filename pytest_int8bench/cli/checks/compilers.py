@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +59,8 @@ def compiler(machine: Machine) -> Iterator[Line]:
         return
     said = done.stderr.decode(errors="replace").splitlines()
     why = next((line for line in said if "error" in line), said[-1] if said else "it says nothing")
-    yield Line(PROBLEM, f"C++ compiler {command} compiles no line: {why.strip()}", _INSTALL)
+    remedy = "free some space" if os.strerror(errno.ENOSPC) in why else _INSTALL
+    yield Line(PROBLEM, f"C++ compiler {command} compiles no line: {why.strip()}", remedy)
 
 
 def folders(machine: Machine) -> Iterator[Line]:
@@ -106,7 +109,7 @@ def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:
         return Line(PROBLEM, f"{text}: mounted noexec, no code can be loaded from it", remedy)
     there = next(part for part in (path, *path.parents) if part.exists())
     free = shutil.disk_usage(there).free
-    text += f": {free / 2**30:.1f} GiB free"
+    text += f": {free / 2**30:.1f} GiB free" if free >= 1 << 30 else f": {free >> 20} MiB free"
     if free < _NEARLY_FULL_BYTES:
         return Line(PROBLEM if free < _FULL_BYTES else WARNING, text, f"free space, or {remedy}")
     return Line(OK, text)
