@@ -59,6 +59,8 @@ class Figure:
     """How a value is written: ``1,235``, ``42%``, ``1.85x`` or as it is."""
     interval: tuple[str, str] | None = None
     """Fields that hold the ends of its 95 % interval."""
+    standard_error: str = ""
+    """Field that holds the standard error of the time that it comes from, relative."""
     no_interval: str = ""
     """Stands in place of an interval that a result does not have."""
     mark: Callable[[Any], str] | None = None
@@ -211,6 +213,7 @@ _RATES = (
         unit="samples/s",
         leads=True,
         shows_status=True,
+        standard_error="batch_time_standard_error",
         higher_is_better=True,
         name="throughput",
         option="max-slowdown",
@@ -250,6 +253,7 @@ _TIMES = (
         header="ms/batch",
         unit="ms",
         scale=1e3,
+        standard_error="batch_time_standard_error",
         name="batch-time",
         option="max-batch-time-growth",
         help="growth of the median time of a batch; the slowdown, as long as batches keep their "

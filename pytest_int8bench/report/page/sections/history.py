@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from string import ascii_uppercase
 
 from pytest_int8bench.environment import differences
-from pytest_int8bench.report.cells import figure_text, status_text
+from pytest_int8bench.report.cells import figure_interval, figure_text, status_text
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Lines, Mark, Point, Series, distinct
 from pytest_int8bench.report.page.model import Section, Titled
@@ -169,7 +169,7 @@ def _series(
 
 
 def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
-    return (result.samples_per_s, *labels.rate_interval(result))
+    return (result.samples_per_s, *figure_interval(FIGURES["samples_per_s"], result))
 
 
 def _speedup(result: Result) -> tuple[float | None, float | None, float | None]:
