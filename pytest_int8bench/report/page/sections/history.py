@@ -20,8 +20,13 @@ from pytest_int8bench.results.verdicts import Accuracy
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
 
 
-def section(sources: Sequence[Source]) -> Section | None:
-    """Return the history of points that several files have, None for a single file."""
+def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section | None:
+    """Return the history of points that several files have, None for a single file.
+
+    Args:
+        sources: the files.
+        renames: lines that say which points older files have under other names.
+    """
     if len(sources) < 2:
         return None
     marks = changes(sources)
@@ -43,7 +48,7 @@ def section(sources: Sequence[Source]) -> Section | None:
         ),
         charts=tuple(_charts(sources, results, marks)),
         tables=(_files(sources, marks), *_tables(sources, results)),
-        notes=tuple(notes),
+        notes=(*notes, *renames),
     )
 
 
