@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from pytest_int8bench.choices import DEVICES
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.locating import Run
@@ -45,11 +46,12 @@ class Renames:
         self._tell()
 
     def of(self, record: _Record) -> _Record:
-        """Return ``record`` with the newer name, if it has one."""
+        """Return ``record`` with the newer name and its parameters, if it has one."""
         newer = self._found.get(_key(record))
         if newer is None:
             return record
-        return dataclasses.replace(record, nodeid=newer.nodeid, run_name=newer.run_name)
+        known = {name: getattr(newer, name) for name in ("nodeid", "run_name", "params")}
+        return dataclasses.replace(record, **known)
 
     @property
     def nodeids(self) -> dict[str, str]:
@@ -127,23 +129,25 @@ def _records(run: Run) -> Iterator[Record]:
 
 def _pairs(records: Sequence[Record]) -> Iterator[tuple[_Key, Record]]:
     """Yield the records that have newer names, with those that have these."""
-    newer: dict[tuple[str, str, str], list[Record]] = {}
+    newer: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in records:
         head, tail = _around_name(record)
-        for start in _heads(head, record.workload):
-            newer.setdefault((start, tail, record.workload), []).append(record)
+        starts = [*_heads(head, record.workload)]
+        if len(starts) > 1 or record.run_name.partition("_")[0] in DEVICES:
+            for start in starts:
+                tests = newer.setdefault((start, tail, record.workload), {})
+                tests.setdefault(record.run_name, []).append(record)
     candidates: dict[_Key, list[Record]] = {}
     taken: set[_Key] = set()
-    for record in records:
-        found = newer[(*_around_name(record), record.workload)]
-        names = _names(record.run_name)
-        others = [other for other in found if other.run_name in names and other is not record]
-        exact = [other for other in others if other.run_name in names[:2]]
-        if len(exact) == 1:
+    for record in records if newer else ():
+        found = newer.get((*_around_name(record), record.workload))
+        names = _names(record.run_name) if found else ()
+        named = [[r for r in (found or {}).get(name, ()) if r is not record] for name in names]
+        if len(exact := list(itertools.chain(*named[:2]))) == 1:
             taken.add(_key(exact[0]))
             yield _key(record), exact[0]
         elif names:
-            candidates[_key(record)] = others
+            candidates[_key(record)] = list(itertools.chain(*named))
     claimed = Counter(_key(other) for others in candidates.values() for other in others)
     for key, others in candidates.items():
         free = [other for other in others if _key(other) not in taken]

@@ -202,3 +202,18 @@ def test_a_report_has_one_history_of_a_renamed_point() -> None:
     assert [row[0] for row in rates.rows] == [f"digits: {NEW}"]
     assert f"1 record has a new name: {OLD} is {NEW} now" in history.notes
     assert OLD not in str([s.tables for s in view.sections])
+
+
+def test_a_history_names_the_axes_of_each_workload_only() -> None:
+    ours = [timed("a", params=p.to_dict(), workload="olmoearth") for p in (SMOKE,)]
+    other = [
+        timed("b", params=SEED.to_dict()),
+        timed("c", params=SEED.replace(batch_size=1).to_dict()),
+    ]
+    view = build(sources([("1.json", saved(*ours, *other)), ("2.json", saved(*ours, *other))]))
+    [history] = [section for section in view.sections if section.id == "history"]
+    assert {chart.title for chart in history.charts} == {
+        "Throughput across files: olmoearth",
+        "Throughput across files: toy, batch 128",
+        "Throughput across files: toy, batch 1",
+    }
