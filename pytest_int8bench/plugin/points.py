@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,12 +56,7 @@ def workload_name(item: pytest.Item, session: Session) -> str | None:
 
     if any("int8_workload" in names and not indirect for names, indirect in _parametrized(item)):
         return None
-    info = getattr(item, "_fixtureinfo", None)
-    definitions = info.name2fixturedefs.get("int8_workload") if info is not None else None
-    if definitions is None:  # it has a point and no model: its file's workload
-        manager: Any = getattr(item.session, "_fixturemanager", None)
-        definitions = manager and manager.getfixturedefs("int8_workload", item)
-    for definition in reversed(definitions or ()):
+    for definition in reversed(_workload_fixtures(item)):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
         if "int8_workload" not in definition.argnames:  # which leads to the next one
@@ -69,14 +64,27 @@ def workload_name(item: pytest.Item, session: Session) -> str | None:
     return marker_changes(item)[1] or session.settings.workload
 
 
+def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
+    """Return the definitions of the workload that a test sees, the one that it takes last."""
+    info = getattr(item, "_fixtureinfo", None)
+    found = info.name2fixturedefs.get("int8_workload") if info is not None else None
+    if found is None:  # it has a point and no model: its file's workload
+        manager: Any = getattr(item.session, "_fixturemanager", None)
+        found = manager and manager.getfixturedefs("int8_workload", item)
+    return found or ()
+
+
 def name_workload(
     item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
 ) -> None:
     """Put a workload that is not the session's into the name that pytest-benchmark shows, unless
-    the test's id names it."""
+    the test's id names it. A fixture in the root's conftest is the whole session's."""
+    definitions = _workload_fixtures(item)
     named = {workload.name, workload_name(item, session)}
     is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")
-    if workload.name != session.workload_name() and not is_named:
+    is_sessions = workload.name == session.workload_name()
+    is_everywhere = bool(definitions) and not definitions[-1].baseid and None in named
+    if not (is_named or is_sessions or is_everywhere):
         benchmark.name_workload(workload.name)
 
 

@@ -306,6 +306,7 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
         lost.format(W8A8): "failed",
     }
     assert found[lost.format(W8A8)].reason == "RuntimeError: no weights"
+    assert found[lost.format(W8A8)].workload == "unknown workload"
     slow = found[node.format("too_slow", name.format(4))]
     assert slow.samples_per_s > 0
     assert slow.reason == "AssertionError: too slow"
