@@ -100,7 +100,8 @@ class SessionGate:
             is_gone: says whether a file of tests was to be collected, and is not there any more.
         """
         measured = [r for run in self._base for r in run.saved.results if r.status in ("ok", "oom")]
-        expected = {self._nodeid_now(result, collected) for result in measured}
+        renames = self._renames()
+        expected = {self._nodeid_now(result, renames, collected) for result in measured}
         files = {nodeid.partition("::")[0] for nodeid in collected}
         files |= {file for nodeid in expected if is_gone(file := nodeid.partition("::")[0])}
         lines = []
@@ -118,15 +119,13 @@ class SessionGate:
     def _renames(self) -> Renames:
         return Renames([*(r for run in self._base for r in run.saved.results), *self._results])
 
-    def _nodeid_now(self, result: Result, collected: Collection[str]) -> str:
+    def _nodeid_now(self, result: Result, renames: Renames, collected: Collection[str]) -> str:
         """Return the node id that a point of the base has in this session; its own if none has."""
-        if result.nodeid in collected:
-            return result.nodeid
-        name = self._renames().of(result).nodeid
-        if name == result.nodeid:
-            name = new_nodeid(result, collected)
-            return result.nodeid if name in self._judged else name  # which is another model's
-        return name
+        name = renames.of(result).nodeid
+        if name in collected or name != result.nodeid:
+            return name
+        name = new_nodeid(result, collected)
+        return result.nodeid if name in self._judged else name  # one judged is another model's
 
     def summary(self) -> list[str]:
         """Return what came out, the points that are suspected, and those without a baseline."""
