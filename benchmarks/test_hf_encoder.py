@@ -6,11 +6,11 @@ from transformers import BertConfig, BertModel
 
 from pytest_int8bench.workloads import Workload
 
-SIZES = {"nano": (2, 2), "tiny": (4, 4), "small": (4, 8), "base": (12, 12), "large": (24, 16)}
+SIZES = {"cpu": (2, 2), "cuda": (12, 12)}  # layers and heads, few of them without a GPU
 
 
 def build(p):
-    layers, heads = SIZES[p.model_size]
+    layers, heads = SIZES[p.gpu_type]
     widths = {"hidden_size": 64 * heads, "intermediate_size": 256 * heads}
     return BertModel(BertConfig(num_hidden_layers=layers, num_attention_heads=heads, **widths))
 

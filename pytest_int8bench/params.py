@@ -8,20 +8,27 @@ back::
     'base_cuda_bf16_int8_w8a8_max-autotune_s2_is64_ps4_ts12_bs128'
     >>> RunParams.from_run_name(p.run_name) == p
     True
+
+Workloads other than OlmoEarth have names without OlmoEarth's fields, unless those differ from
+their defaults::
+
+    >>> p.with_short_name().run_name
+    'cuda_bf16_int8_w8a8_max-autotune_bs128'
+    >>> RunParams.from_run_name('cpu_bf16_is224_bs4').image_size
+    224
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import unquote
 
+from pytest_int8bench import run_names
 from pytest_int8bench.attention import impossible_reason
 from pytest_int8bench.choices import (
     ATTENTION_BACKENDS,
@@ -33,12 +40,9 @@ from pytest_int8bench.choices import (
     mode_choices,
 )
 from pytest_int8bench.param_values import (
-    EXTRA_NAME,
     FrozenDict,
     Scalar,
     checked_extra,
-    escape,
-    extra_text,
     parse_bool,
     parse_extra,
     parse_extras,
@@ -126,6 +130,9 @@ class RunParams:
     wandb_enabled: bool = False
     """Log the point to Weights & Biases when the session is over."""
 
+    # No field: both names stand for the same point.
+    _has_short_name = False
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             if spec.name != "extra":
@@ -141,7 +148,25 @@ class RunParams:
                 raise ValueError(
                     f"unknown RunParams field {name!r}; fields are {', '.join(FIELD_TYPES)}, extra"
                 )
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes).with_short_name(self._has_short_name)
+
+    def with_short_name(self, is_short: bool = True) -> RunParams:
+        """Return the same point, named for a workload other than OlmoEarth, or for OlmoEarth.
+
+        Args:
+            is_short: begin :attr:`run_name` with the device, and let OlmoEarth's fields enter only
+                where they differ from their defaults.
+        """
+        if is_short == self._has_short_name:
+            return self
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "_has_short_name", is_short)
+        return copy
+
+    @property
+    def has_short_name(self) -> bool:
+        """Whether the point is named for a workload other than OlmoEarth."""
+        return self._has_short_name
 
     def baseline(self) -> RunParams:
         """Return the BF16 (or FP32) baseline: this point with every INT8 field at its default."""
@@ -155,12 +180,8 @@ class RunParams:
 
     def impossible_reason(self) -> str | None:
         """Say why this combination of fields cannot be run, or return None."""
-        if not (self.use_s1 or self.use_s2 or self.use_landsat):
-            return "no modality: use_s1, use_s2 and use_landsat are all false"
-        if self.image_size < self.patch_size:
-            return f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
-        if self.image_size % self.patch_size:
-            return f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+        if not self.has_short_name and (problem := self._impossible_images()) is not None:
+            return problem
         on_cuda = self.gpu_type == "cuda"
         if reason := impossible_reason(self.attention, self.gpu_type, bf16=self.bf16):
             return reason
@@ -169,6 +190,16 @@ class RunParams:
         if self.feed == "host" and not on_cuda:
             return f"feed=host has no device to copy to, gpu_type={self.gpu_type}"
         return self._impossible_mode() if self.int8_enabled else None
+
+    def _impossible_images(self) -> str | None:
+        """Say why OlmoEarth has no such inputs, or return None."""
+        if not (self.use_s1 or self.use_s2 or self.use_landsat):
+            return "no modality: use_s1, use_s2 and use_landsat are all false"
+        if self.image_size < self.patch_size:
+            return f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
+        if self.image_size % self.patch_size:
+            return f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+        return None
 
     def _impossible_mode(self) -> str | None:
         """Say why the mode cannot run with the other fields, or return None."""
@@ -203,67 +234,21 @@ class RunParams:
     @property
     def run_name(self) -> str:
         """The name of the point. Only fields outside the fixed part that differ are appended."""
-        fixed = [
-            self.model_size,
-            self.gpu_type,
-            "bf16" if self.bf16 else None,
-            f"int8_{self.int8_mode}" if self.int8_enabled else None,
-            "smoothq" if self.int8_enabled and self.int8_smoothquant else None,
-            self.compile_mode if self.int8_enabled else None,
-            "s1" if self.use_s1 else None,
-            "s2" if self.use_s2 else None,
-            "ls" if self.use_landsat else None,
-            f"is{self.image_size}",
-            f"ps{self.patch_size}",
-            f"ts{self.num_timesteps}",
-            f"bs{self.batch_size}",
-        ]
-        said = {"int8_mode", "int8_smoothquant", "compile_mode"} if self.int8_enabled else set()
-        appended = [
-            f"{name}-{escape(to_text(getattr(self, name)))}"
-            for name in _APPENDED
-            if name not in said and getattr(self, name) != _DEFAULTS[name]
-        ]
-        extra = [f"extra.{k}-{escape(extra_text(v))}" for k, v in self.extra.items()]
-        return "_".join([item for item in fixed if item] + appended + extra)
+        return run_names.write(vars(self), _DEFAULTS, is_short=self.has_short_name)
 
     @classmethod
     def from_run_name(cls, name: str) -> RunParams:
-        """Read a run name; measuring fields get their defaults.
+        """Read a run name, of OlmoEarth or of another workload; measuring fields get their
+        defaults.
 
         Raises:
             ValueError: if ``name`` is not a run name.
         """
-        match = _run_name(tuple(mode_choices())).fullmatch(name)
-        if match is None:
-            raise ValueError(f"not a run name: {name!r}")
-        values: dict[str, Any] = {
-            "model_size": match["model_size"],
-            "gpu_type": match["gpu_type"],
-            "bf16": match["bf16"] is not None,
-            "use_s1": match["s1"] is not None,
-            "use_s2": match["s2"] is not None,
-            "use_landsat": match["ls"] is not None,
-            "image_size": int(match["image_size"]),
-            "patch_size": int(match["patch_size"]),
-            "num_timesteps": int(match["num_timesteps"]),
-            "batch_size": int(match["batch_size"]),
-        }
-        if match["int8_mode"]:
-            values |= {
-                "int8_enabled": True,
-                "int8_mode": match["int8_mode"],
-                "int8_smoothquant": match["smoothq"] is not None,
-                "compile_mode": match["compile_mode"],
-            }
-        extra: dict[str, Scalar] = {}
-        for key, text in _APPENDED_ITEM.findall(match["appended"]):
-            text = unquote(text)
-            if key.startswith("extra."):
-                extra[key.removeprefix("extra.")] = parse_extra(text)
-            else:
-                values[key] = parse_field(key, text)
-        return cls(**values, extra=extra)
+        texts, is_short = run_names.read(name)
+        axes = {k: text for k, text in texts.items() if k.startswith("extra.")}
+        values = {k: parse_field(k, text) for k, text in texts.items() if k not in axes}
+        extra = {k.removeprefix("extra."): parse_extra(text) for k, text in axes.items()}
+        return cls(**values, extra=extra).with_short_name(is_short)
 
     # -- environment ----------------------------------------------------------------------
 
@@ -306,32 +291,6 @@ _DEFAULTS: dict[str, Any] = {
     spec.name: spec.default for spec in dataclasses.fields(RunParams) if spec.name != "extra"
 }
 _INT8 = {name for name in FIELD_TYPES if name.startswith("int8_")}
-_APPENDED = (
-    "int8_mode",
-    "int8_smoothquant",
-    "compile_mode",
-    "compile_fullgraph",
-    "model_version",
-    "attention",
-    "int8_backend",
-    "feed",
-)
-_APPENDED_NAMES = "|".join([*_APPENDED, rf"extra\.{EXTRA_NAME.pattern}"])
-_APPENDED_ITEM = re.compile(rf"_({_APPENDED_NAMES})-([^_]*)")
-
-
-@functools.cache
-def _run_name(modes: tuple[str, ...]) -> re.Pattern[str]:
-    """Return the pattern of run names. Modes may be registered at any time."""
-    return re.compile(
-        rf"(?P<model_size>{'|'.join(MODEL_SIZES)})_(?P<gpu_type>{'|'.join(DEVICES)})"
-        r"(?P<bf16>_bf16)?"
-        rf"(?:_int8_(?P<int8_mode>{'|'.join(modes)})(?P<smoothq>_smoothq)?"
-        rf"_(?P<compile_mode>{'|'.join(COMPILE_MODES)}))?"
-        r"(?P<s1>_s1)?(?P<s2>_s2)?(?P<ls>_ls)?"
-        r"_is(?P<image_size>\d+)_ps(?P<patch_size>\d+)_ts(?P<num_timesteps>\d+)_bs(?P<batch_size>\d+)"
-        rf"(?P<appended>(?:_(?:{_APPENDED_NAMES})-[^_]*)*)"
-    )
 
 
 def parse_field(name: str, text: str) -> Any:

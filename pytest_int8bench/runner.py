@@ -36,8 +36,8 @@ from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.journal import DEFAULT_FOLDER, journal_folder
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.sweep_files import SweepFiles
-from pytest_int8bench.sweep import axes_of, expand
-from pytest_int8bench.workloads.registry import check_fields, check_workload_name
+from pytest_int8bench.sweep import ALL, axes_of, expand, unique
+from pytest_int8bench.workloads.registry import check_fields, check_workload_name, point_for
 
 _SUITE = Path(__file__).parent / "suite"
 _DEFAULT_GROUP = "throughput"
@@ -108,13 +108,16 @@ class ThroughputBenchmarkRunnerConfig:
             raise ValueError("pytest_args must not hold --benchmark-json; set save_folder")
         if "--int8-wandb" in self.pytest_args:
             raise ValueError("pytest_args must not hold --int8-wandb; set wandb_enabled")
-        check_fields(self.workload, axes)
+        workload = check_workload_name(self.workload)
+        if ALL not in (self.sweep_keys or ()):  # which leaves out what the workload does not read
+            check_fields(workload, axes)
+        points = expand(default, axes, cross_product=self.cross_product_sweep)
         return ThroughputBenchmarkRunner(
-            expand(default, axes, cross_product=self.cross_product_sweep),
+            unique(point_for(point, workload) for point in points),
             group=group,
             save_folder=None if self.save_folder is None else Path(self.save_folder).absolute(),
             work_dir=Path(self.work_dir).absolute(),
-            workload=check_workload_name(self.workload),
+            workload=workload,
             pytest_args=tuple(self.pytest_args),
         )
 

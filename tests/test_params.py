@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import math
+import pickle
 import re
 from typing import Any
 
@@ -76,9 +77,13 @@ FIELD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "wandb_enabled": st.booleans(),
 }
 # Most fields at their defaults, so that pairs of points are often equal or close.
-run_params = st.one_of(
-    st.fixed_dictionaries(FIELD_VALUES), st.fixed_dictionaries({}, optional=FIELD_VALUES)
-).map(lambda values: RunParams(**values))
+run_params = st.builds(
+    lambda values, is_short: RunParams(**values).with_short_name(is_short),
+    st.one_of(
+        st.fixed_dictionaries(FIELD_VALUES), st.fixed_dictionaries({}, optional=FIELD_VALUES)
+    ),
+    st.booleans(),
+)
 
 
 def test_every_field_has_a_strategy() -> None:
@@ -91,7 +96,9 @@ def test_every_field_has_a_strategy() -> None:
 
 @given(run_params)
 def test_run_name_round_trip(params: RunParams) -> None:
-    assert RunParams.from_run_name(params.run_name) == params.identity()
+    read = RunParams.from_run_name(params.run_name)
+    assert read == params.identity()
+    assert (read.run_name, read.has_short_name) == (params.run_name, params.has_short_name)
 
 
 @given(run_params)
@@ -116,7 +123,15 @@ def test_dict_round_trip(params: RunParams) -> None:
 
 @given(run_params, run_params)
 def test_name_is_the_identity(one: RunParams, other: RunParams) -> None:
-    assert (one.run_name == other.run_name) == (one.identity() == other.identity())
+    is_same = one.identity() == other.identity()
+    assert (one.run_name == other.run_name) == (
+        is_same and one.has_short_name == other.has_short_name
+    )
+
+
+@given(run_params)
+def test_a_short_name_begins_with_the_device(params: RunParams) -> None:
+    assert params.with_short_name().run_name.split("_")[0] == params.gpu_type
 
 
 @given(run_params, scalars, scalars)
@@ -220,6 +235,36 @@ def test_run_names(changes: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "cuda_bf16_bs128"),
+        ({"int8_enabled": True}, "cuda_bf16_int8_w8a8_max-autotune_bs128"),
+        (
+            {"int8_enabled": True, "int8_smoothquant": True, "gpu_type": "cpu", "bf16": False},
+            "cpu_int8_w8a8_smoothq_max-autotune_bs128",
+        ),
+        ({"image_size": 224}, "cuda_bf16_is224_bs128"),
+        ({"image_size": 16, "patch_size": 2, "num_timesteps": 3}, "cuda_bf16_is16_ps2_ts3_bs128"),
+        ({"use_s1": True, "use_landsat": True}, "cuda_bf16_s1_ls_bs128"),
+        (
+            {"use_s2": False, "model_size": "nano", "model_version": "v1.1", "extra": {"x": 1}},
+            "cuda_bf16_bs128_model_size-nano_use_s2-false_model_version-v1.1_extra.x-1",
+        ),
+        ({"compile_mode": "off"}, "cuda_bf16_bs128_compile_mode-off"),
+    ],
+)
+def test_short_run_names(changes: dict[str, Any], name: str) -> None:
+    params = RunParams(**changes)
+    assert params.with_short_name().run_name == name
+    assert RunParams.from_run_name(name) == params
+    # Whatever is made from it has such a name too.
+    made = RunParams.from_run_name(name).baseline().identity().replace(batch_size=1)
+    assert made.has_short_name
+    assert not made.with_short_name(False).has_short_name
+    assert pickle.loads(pickle.dumps(made)).run_name == made.run_name
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "",
@@ -236,6 +281,17 @@ def test_run_names(changes: dict[str, Any], name: str) -> None:
         W8A8.replace("_max-autotune", ""),
         W8A8.replace("w8a8_max", "w8a8_smoothq_smoothq_max"),
         PLAIN.replace("bf16", "bf16_smoothq"),
+        # Each form has its own items.
+        PLAIN + "_model_size-nano",
+        PLAIN + "_use_s2-false",
+        PLAIN.replace("_is64", ""),
+        PLAIN.replace("_ts12", ""),
+        PLAIN.removeprefix("base_"),
+        "cuda_bf16_s2_bs128",
+        "cuda_bf16",
+        "bf16_bs128",
+        "cuda_bf16_bs128_image_size-224",
+        "cuda_bf16_ps2_is16_bs128",
     ],
 )
 def test_not_a_run_name(name: str) -> None:
@@ -453,6 +509,12 @@ def test_replace_rejects_an_unknown_name() -> None:
 )
 def test_impossible_reason(changes: dict[str, Any], reason: str | None) -> None:
     assert RunParams(**changes).impossible_reason() == reason
+
+
+@pytest.mark.parametrize("changes", [{"image_size": 30}, {"image_size": 2}, {"use_s2": False}])
+def test_images_of_other_workloads_are_not_olmoearths(changes: dict[str, Any]) -> None:
+    assert RunParams(**changes).impossible_reason() is not None
+    assert RunParams(**changes).with_short_name().impossible_reason() is None
 
 
 # -- environment variables --------------------------------------------------------------------

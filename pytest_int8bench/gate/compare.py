@@ -40,6 +40,7 @@ from pytest_int8bench.gate.outcomes import (
     Identity,
     RunChange,
 )
+from pytest_int8bench.gate.renames import renamed
 from pytest_int8bench.gate.rules import THROTTLED
 from pytest_int8bench.gate.verdicts import VerdictChange, compare_verdict
 from pytest_int8bench.printing import one_line
@@ -101,6 +102,8 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
     A metric regressed if its cost grew by more than its limit, and the growth is shown. Several
     values of a side are taken at their geometric mean.
     """
+    runs_of_both, renames = renamed([*base, *new])
+    base, new = runs_of_both[: len(base)], runs_of_both[len(base) :]
     found = _differences(base, new)
     blocking = {name: values for name, values in found.items() if name not in rules.allow}
     before = _by_identity(result for run in base for result in run.saved.results)
@@ -130,7 +133,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
         allowed={name: values for name, values in found.items() if name in rules.allow},
         runs=runs,
         accuracy=accuracy,
-        notes=tuple(_notes(base, new, runs, rules)),
+        notes=(*renames.lines, *_notes(base, new, runs, rules)),
         counts={outcome: count[outcome] for outcome in OUTCOMES if count[outcome]},
     )
 

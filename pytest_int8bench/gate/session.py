@@ -11,6 +11,7 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, SUSPECTED, RunChange
+from pytest_int8bench.gate.renames import Renames, new_nodeid
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved
@@ -36,6 +37,7 @@ class SessionGate:
         self._base = list(base)
         self._rules = rules
         self._judged: dict[str, RunChange] = {}
+        self._results: list[Result] = []
 
     @property
     def name(self) -> str:
@@ -66,6 +68,7 @@ class SessionGate:
             RegressionError: if it got worse.
             IncomparableError: if it cannot be compared.
         """
+        self._results.append(result)
         run = Run(self._base[0].path, Saved(dict(environment), [result]))
         found = compare(self._base, [run], self._rules)
         [change] = [entry for entry in found.runs if _is_of(entry, result)]
@@ -97,7 +100,8 @@ class SessionGate:
             is_gone: says whether a file of tests was to be collected, and is not there any more.
         """
         measured = [r for run in self._base for r in run.saved.results if r.status in ("ok", "oom")]
-        expected = {result.nodeid for result in measured}
+        renames = self._renames()
+        expected = {self._nodeid_now(result, renames, collected) for result in measured}
         files = {nodeid.partition("::")[0] for nodeid in collected}
         files |= {file for nodeid in expected if is_gone(file := nodeid.partition("::")[0])}
         lines = []
@@ -112,6 +116,17 @@ class SessionGate:
                 lines.append(f"missing: {nodeid} is in {self.name} and not in this session")
         return lines
 
+    def _renames(self) -> Renames:
+        return Renames([*(r for run in self._base for r in run.saved.results), *self._results])
+
+    def _nodeid_now(self, result: Result, renames: Renames, collected: Collection[str]) -> str:
+        """Return the node id that a point of the base has in this session; its own if none has."""
+        name = renames.of(result).nodeid
+        if name in collected or name != result.nodeid:
+            return name
+        name = new_nodeid(result, collected)
+        return result.nodeid if name in self._judged else name  # one judged is another model's
+
     def summary(self) -> list[str]:
         """Return what came out, the points that are suspected, and those without a baseline."""
         count = Counter(change.outcome for change in self._judged.values())
@@ -119,6 +134,7 @@ class SessionGate:
         found = [c for o in (SUSPECTED, NEW) for c in self._judged.values() if c.outcome == o]
         return [
             f"compared with {self.name}: {listed}",
+            *self._renames().lines,
             *(f"{run.path}: {broken}" for run in self._base if (broken := run.saved.broken())),
             *(f"{c.outcome}: {point_label(c.workload, c.run_name)}: {c.reason}" for c in found),
         ]

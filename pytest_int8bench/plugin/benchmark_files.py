@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,9 +13,15 @@ from pytest_int8bench.files import probe
 from pytest_int8bench.plugin.pytest_benchmark import (
     is_disabled_by_user,
     json_target,
+    rename_entries,
     storage_target,
 )
 
+if TYPE_CHECKING:
+    from pytest_int8bench.results.records import Result
+
+_RECORDS = pytest.StashKey[list[Any]]()
+"""Results in the files of ``--benchmark-compare``, as they are in JSON."""
 _COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
 """Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
 
@@ -54,6 +60,25 @@ def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
     ours needs torch, which is not loaded before a test does."""
     block = compared.get("int8bench") or {}
     config.stash.setdefault(_COMPARED, []).append(block.get("environment"))
+    config.stash.setdefault(_RECORDS, []).extend(block.get("results") or ())
+
+
+def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[str]:
+    """Let pytest-benchmark, which compares by node id, find points of ``results`` in older files
+    of ``--benchmark-compare`` under their older names. Return lines that say so."""
+    if not (saved := config.stash.get(_RECORDS, [])):
+        return []
+    from pytest_int8bench.gate.renames import Renames
+    from pytest_int8bench.results.base import SchemaError
+    from pytest_int8bench.results.records import Result
+
+    older = []
+    for values in saved:
+        with contextlib.suppress(SchemaError):
+            older.append(Result.from_dict(values))
+    renames = Renames([*older, *results])
+    rename_entries(config, renames.nodeids)
+    return renames.lines
 
 
 def check_compared(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.plugin.points import name_workload, params_of, point_of
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.recorder import RECORDER, Recorder
 from pytest_int8bench.plugin.session import SESSION, Session
@@ -40,8 +41,8 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
     from pytest_int8bench.plugin.markers import marker_changes
 
     if isinstance(request.param, RunParams):
-        return request.param
-    params = RunParams.from_run_name(request.param)
+        return point_of(request.node, _session(request), request.param)
+    params = point_of(request.node, _session(request), RunParams.from_run_name(request.param))
     settings = _session(request).settings
     changes = {**settings.changes, **marker_changes(request.node)[0]}
     if settings.lean:
@@ -53,7 +54,6 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
 def int8_workload(request: pytest.FixtureRequest) -> Workload:
     """What to measure. Override it, at any scope, to bring a model of your own."""
     from pytest_int8bench.plugin.markers import marker_changes
-    from pytest_int8bench.plugin.points import params_of
 
     session, name = _session(request), marker_changes(request.node)[1]
     problem = None
@@ -75,6 +75,8 @@ def _int8_point(
     from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
 
     recorder = _recorder(request)
+    # A fixture of the user's may have returned the point.
+    int8_params = point_of(request.node, _session(request), int8_params)
     recorder.note_point(request.node.nodeid, int8_params, int8_workload.name)
     problem = None
     try:
@@ -150,6 +152,7 @@ def int8_throughput(
     returns its Result."""
     from pytest_int8bench.plugin.calls import ThroughputCall
 
+    name_workload(request.node, _session(request), _int8_point[0], _int8_benchmark)
     return ThroughputCall(request.node.nodeid, _recorder(request), *_int8_point, _int8_benchmark)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_ours, parametrize
+from pytest_int8bench.plugin.points import is_ours, parametrize, point_of
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
@@ -88,19 +88,27 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int,
     return capped(config, (yield))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, object]:
+    session = metafunc.config.stash[SESSION]
+    session.parametrized = metafunc.definition
+    result = yield
     if "int8_params" in metafunc.fixturenames:
         recorder = metafunc.config.stash[RECORDER]
         with recorder.guard("looking for GPUs"):
             recorder.pin()
-        parametrize(metafunc, metafunc.config.stash[SESSION])
+        parametrize(metafunc, session)
+    return result
 
 
 @guarded("naming points")
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
     params = sys.modules.get("pytest_int8bench.params")  # absent: nothing is a RunParams
-    return val.run_name if params is not None and isinstance(val, params.RunParams) else None
+    if params is None or not isinstance(val, params.RunParams):
+        return None
+    session = config.stash[SESSION]
+    item = session.parametrized
+    return (val if item is None else point_of(item, session, val)).run_name
 
 
 @pytest.hookimpl(wrapper=True)
@@ -200,6 +208,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
     recorder = session.config.stash.get(RECORDER, None)
     if recorder is not None and recorder.has_something_to_show():
         guard_saving(session.config, recorder.note_failure, recorder.session.handover)
+        if recorder.journal is not None:
+            from pytest_int8bench.plugin.benchmark_files import rename_compared
+
+            recorder.reported += rename_compared(session.config, recorder.journal.results)
     return (yield)
 
 

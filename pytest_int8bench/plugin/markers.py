@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
             raise ValueError(f"takes keywords only, got {marker.args[0]!r}")
         for key, value in marker.kwargs.items():
             if key == "workload":
-                workload = _workload_name(value)
+                workload = _workload_name(value, marker.kwargs)
             elif key not in FIELD_TYPES and key != "extra":
                 raise ValueError(
                     f"unknown key {key!r}; keys are workload, {', '.join(FIELD_TYPES)}, extra"
@@ -43,12 +44,15 @@ def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     return changes, workload
 
 
-def _workload_name(value: Any) -> str:
+def _workload_name(value: Any, fields: Iterable[str]) -> str:
+    """Return the name, which must be of a workload that reads the fields set along with it."""
     if not isinstance(value, str):
         raise ValueError(f"workload must be a name, got {value!r}")
-    from pytest_int8bench.workloads.registry import check_workload_name
+    from pytest_int8bench.workloads.registry import check_fields, check_workload_name
 
     try:
-        return check_workload_name(value)
+        name = check_workload_name(value)
     except ValueError as error:
         raise ValueError(f"workload {error}") from None
+    check_fields(name, fields)
+    return name

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 
 from pytest_int8bench.errors import ClearError, UndecidedError
-from pytest_int8bench.plugin.points import params_of
+from pytest_int8bench.plugin.points import params_of, point_of, workload_name
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
 
 _MAX_REASON = 500
+_UNKNOWN = "unknown workload"
 
 
 def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) -> None:
@@ -47,8 +48,9 @@ def record_outcome(
             item, leaves_out=report.failed and not stands, may_be_unused=report.failed or is_oom
         )
     elif report.failed and (params := params_of(item)) is not None:
-        # It failed before its workload was known.
-        point = (recorder.session.settings.workload, params)
+        # It failed before its workload was known, perhaps in the fixture that returns it.
+        session = recorder.session
+        point = (workload_name(item, session) or _UNKNOWN, point_of(item, session, params))
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
     workload, params = point

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -10,6 +11,8 @@ from pytest_int8bench.plugin.session import Session
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
+    from pytest_int8bench.plugin.pytest_benchmark import Benchmark
+    from pytest_int8bench.workloads.workload import Workload
 
 #: Fixtures of a test that is ours: all others depend on one of them.
 _OURS = frozenset({"int8_params", "int8_workload", "int8_throughput"})
@@ -24,32 +27,92 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     """Give a test the points of its markers and of the options, unless it brings its own."""
     from pytest_int8bench.plugin.markers import marker_changes
 
-    problem, points = None, []
+    problem, points, workload = None, [], None
     try:
         changes, _ = marker_changes(metafunc.definition)
         if has_points(metafunc):
             return
-        points = session.points(changes, baselines="int8_throughput" in metafunc.fixturenames)
+        workload = workload_name(metafunc.definition, session)
+        baselines = "int8_throughput" in metafunc.fixturenames
+        points = session.points(changes, workload, baselines=baselines)
     except ValueError as error:
         problem = str(error)
     if problem is not None:
         pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
     # Names, not objects: pytest-benchmark saves parameters as JSON.
     names = [point.run_name for point in points]
-    metafunc.parametrize("int8_params", names, ids=names, indirect=True)
+    label = "" if workload in (None, session.settings.workload) else f"{workload}-"
+    metafunc.parametrize("int8_params", names, ids=[label + name for name in names], indirect=True)
+
+
+def workload_name(item: pytest.Item, session: Session) -> str | None:
+    """Return the name of the workload that a test takes: its marker's or the session's. None where
+    a fixture returns one of its own, whose name is not known before it runs.
+
+    Raises:
+        ValueError: one line, if a marker is wrong.
+    """
+    from pytest_int8bench.plugin.markers import marker_changes
+
+    if any("int8_workload" in names and not indirect for names, indirect in _parametrized(item)):
+        return None
+    for definition in reversed(_workload_fixtures(item)):
+        if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
+            break
+        if "int8_workload" not in definition.argnames:  # which leads to the next one
+            return None
+    return marker_changes(item)[1] or session.settings.workload
+
+
+def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
+    """Return the definitions of the workload that a test sees, the one that it takes last."""
+    info = getattr(item, "_fixtureinfo", None)
+    found = info.name2fixturedefs.get("int8_workload") if info is not None else None
+    if found is None:  # it has a point and no model: its file's workload
+        manager: Any = getattr(item.session, "_fixturemanager", None)
+        found = manager and manager.getfixturedefs("int8_workload", item)
+    return found or ()
+
+
+def name_workload(
+    item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
+) -> None:
+    """Put a workload that is not the session's into the name that pytest-benchmark shows, unless
+    the test's id names it. A fixture in the root's conftest is the whole session's."""
+    definitions = _workload_fixtures(item)
+    named = {workload.name, workload_name(item, session)}
+    is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")
+    is_sessions = workload.name == session.workload_name()
+    is_everywhere = bool(definitions) and not definitions[-1].baseid and None in named
+    if not (is_named or is_sessions or is_everywhere):
+        benchmark.name_workload(workload.name)
+
+
+def point_of(item: pytest.Item, session: Session, params: RunParams) -> RunParams:
+    """Return a point of a test as its workload has it."""
+    from pytest_int8bench.workloads.registry import point_for
+
+    return point_for(params, workload_name(item, session))
 
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
     """Return whether a test brings its own points, by parametrize or by a fixture."""
-    for marker in metafunc.definition.iter_markers("parametrize"):
-        names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
-        names = names.split(",") if isinstance(names, str) else names
-        if "int8_params" in [name.strip() for name in names]:
-            return True
+    if any("int8_params" in names for names, _ in _parametrized(metafunc.definition)):
+        return True
     defined = metafunc._arg2fixturedefs.get("int8_params", ())
     if defined and defined[-1].func.__module__ != "pytest_int8bench.plugin.fixtures":
         return True
     return any("int8_params" in call.params for call in metafunc._calls)
+
+
+def _parametrized(item: pytest.Item) -> Iterator[tuple[list[str], bool]]:
+    """Yield the names that each parametrize marker has values for, and whether these, or some of
+    them, go to fixtures."""
+    for marker in item.iter_markers("parametrize"):
+        names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
+        names = names.split(",") if isinstance(names, str) else names
+        indirect = marker.args[2] if len(marker.args) > 2 else marker.kwargs.get("indirect")
+        yield [name.strip() for name in names], bool(indirect)
 
 
 def params_of(item: pytest.Item) -> RunParams | None:
@@ -71,7 +134,7 @@ def params_of(item: pytest.Item) -> RunParams | None:
 def params_in(nodeid: str) -> RunParams | None:
     """Return the point that a node id names, alone or among other parameters; None if none."""
     text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
-    if "_ps" not in text:  # every run name has it: other ids are not worth a closer look
+    if "_bs" not in text:  # every run name has it: other ids are not worth a closer look
         return None
     from pytest_int8bench.params import RunParams
 

@@ -96,6 +96,12 @@ class Benchmark:
         """Turn the clock of this test off or on."""
         self._fixture.disabled = is_disabled
 
+    def name_workload(self, workload: str) -> None:
+        """Put a workload into the name that tables show, which has no file in it: tests of several
+        workloads would look the same."""
+        test, bracket, parameters = self._fixture.name.partition("[")
+        self._fixture.name = f"{test}[{workload}{'-' if bracket else ''}{parameters or ']'}"
+
     def run_once(self, run: Run) -> None:
         """Run a model as a disabled benchmark does: once, without a clock."""
         self._fixture.pedantic(run)
@@ -206,6 +212,15 @@ def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) ->
         benchmark.has_error = True
     if may_be_unused:
         benchmark.skipped = True
+
+
+def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
+    """Let the files that are compared with have new node ids, given by older ones."""
+    session = _session_of(config)
+    for entries in (getattr(session, "compared_mapping", None) or {}).values():
+        for old, new in names.items():
+            if old in entries:
+                entries.setdefault(new, entries[old])
 
 
 # -- the session --------------------------------------------------------------------------------

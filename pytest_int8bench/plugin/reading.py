@@ -14,7 +14,7 @@ from pytest_int8bench.plugin.options import FORCED_KERNEL, OPTIONS
 from pytest_int8bench.plugin.pytest_benchmark import find_obstacle, json_target
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.figures import METRICS
-from pytest_int8bench.sweep import check_count
+from pytest_int8bench.sweep import ALL, check_count
 
 #: Option -> RunParams field that it turns on.
 _SWITCHES = {
@@ -39,12 +39,12 @@ def read_settings(config: pytest.Config) -> Settings:
         _make_lean(values)
     if values["changes"].get("wandb_enabled"):
         _check_wandb(config)
+    _check_fields(config, values)
     # The sweep's axes come first, as they were named first in the documentation's examples;
     # an axis of --int8-set replaces the sweep key's values.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
     _check_cross_product(config, values)
     _check_count(values)
-    _check_fields(values)
     return Settings(**values)
 
 
@@ -176,12 +176,14 @@ def _check_count(values: dict[str, Any]) -> None:
         raise pytest.UsageError(f"--int8-sweep: {error}") from None
 
 
-def _check_fields(values: dict[str, Any]) -> None:
-    """Refuse fields that the workload does not read."""
+def _check_fields(config: pytest.Config, values: dict[str, Any]) -> None:
+    """Refuse fields that the workload does not read. The sweep of all keys leaves them out."""
     if "workload" in values:
         from pytest_int8bench.workloads.registry import check_fields
 
+        keys = str(OPTIONS["sweep"].read(config) or "").split(",")
+        swept = () if ALL in [key.strip() for key in keys] else values.get("sweep", ())
         try:
-            check_fields(values["workload"], (*values["changes"], *values["axes"]))
+            check_fields(values["workload"], (*values["changes"], *values.get("axes", ()), *swept))
         except ValueError as error:
             raise pytest.UsageError(f"--int8-workload: {error}") from None

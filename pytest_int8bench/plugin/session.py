@@ -43,6 +43,8 @@ class Session:
         """Node ids of all tests that were found."""
         self.deselected: set[str] = set()
         """Those among them that are not to be run."""
+        self.parametrized: pytest.Item | None = None
+        """The test whose parameters are being named."""
         self.gate: SessionGate | None = None
         """Holds points to ``--int8-compare``; None without that option."""
         self.profiles: Profiles | None = None
@@ -67,18 +69,26 @@ class Session:
             why = f"chosen by auto: {found[self._preset]}"
         return f"preset {self._preset} ({why})"
 
-    def points(self, changes: dict[str, Any], *, baselines: bool) -> list[RunParams]:
+    def points(
+        self, changes: dict[str, Any], workload: str | None, *, baselines: bool
+    ) -> list[RunParams]:
         """Return the points of a test.
 
         Args:
             changes: RunParams fields that the test's markers set.
+            workload: name of the workload; None for one that a fixture returns.
             baselines: put the baseline of each point before it.
         """
+        from pytest_int8bench.workloads.registry import is_olmoearth, point_for
+
         if self._preset is None:
             self._preset = self.settings.resolved_preset(_cuda_available)
+        found = self.settings.points(self._preset, is_olmoearth=is_olmoearth(workload))
         points = [
-            p.replace(**{**changes, "extra": {**p.extra, **changes.get("extra", {})}})
-            for p in self.settings.points(self._preset)
+            point_for(
+                p.replace(**{**changes, "extra": {**p.extra, **changes.get("extra", {})}}), workload
+            )
+            for p in found
         ]
         points = unique(p if p.int8_enabled else p.baseline() for p in points)
         return with_baselines(points) if baselines and self.settings.baseline else points
@@ -111,6 +121,13 @@ class Session:
         if isinstance(found, ValueError):
             raise found
         return found
+
+    def workload_name(self) -> str:
+        """Return the name of the settings' workload; until it is loaded, as the user wrote it."""
+        found = self._workloads.get(self.settings.workload)
+        if found is None or isinstance(found, ValueError):
+            return self.settings.workload
+        return found.name
 
     def pool(self) -> ModelPool:
         """Return the session's models."""

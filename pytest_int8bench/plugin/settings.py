@@ -93,17 +93,20 @@ class Settings:
             return self.preset
         return "seed" if cuda_available() else "smoke"
 
-    def default_params(self, preset: str) -> RunParams:
-        """Return the point that all others are changed from."""
+    def default_params(self, preset: str, *, is_olmoearth: bool = True) -> RunParams:
+        """Return the point that all others are changed from. For other workloads than OlmoEarth,
+        a preset leaves OlmoEarth's fields at their defaults."""
         from pytest_int8bench.params import RunParams
+        from pytest_int8bench.workloads.registry import OLMOEARTH_FIELDS
 
         changes = {k: v for k, v in self.changes.items() if not k.startswith("extra.")}
         extra = {k.removeprefix("extra."): v for k, v in self.changes.items() if k not in changes}
         start = {**PRESETS[preset], **(LEAN if self.lean else {})}
+        if not is_olmoearth:
+            start = {name: v for name, v in start.items() if name not in OLMOEARTH_FIELDS}
         return RunParams(**{**start, **changes, "extra": extra})
 
-    def points(self, preset: str) -> list[RunParams]:
+    def points(self, preset: str, *, is_olmoearth: bool = True) -> list[RunParams]:
         """Return the points to run, without baselines."""
-        return expand_modes(
-            self.default_params(preset), self.modes, self.axes, cross_product=self.cross_product
-        )
+        start = self.default_params(preset, is_olmoearth=is_olmoearth)
+        return expand_modes(start, self.modes, self.axes, cross_product=self.cross_product)

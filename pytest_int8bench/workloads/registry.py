@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from types import ModuleType
 
+    from pytest_int8bench.params import RunParams
     from pytest_int8bench.workloads.workload import Workload
 
 #: Entry-point group in which other distributions offer workloads.
 GROUP = "pytest_int8bench.workloads"
-#: RunParams fields that only OlmoEarth reads.
+#: RunParams fields of OlmoEarth's own.
 OLMOEARTH_FIELDS = (
     *("model_size", "model_version", "image_size", "patch_size", "num_timesteps"),
     *("use_s1", "use_s2", "use_landsat"),
@@ -57,8 +58,9 @@ class WorkloadRow(NamedTuple):  # made at every start of pytest, where a datacla
     """Pattern of what follows the prefix; None for a plain name."""
     example: str = ""
     """An argument, for the error message when it is absent."""
-    ignores: tuple[str, ...] = ()
-    """RunParams fields that it does not read, and refuses."""
+    is_olmoearth: bool = False
+    """It reads OlmoEarth's fields: they stand in its run names, and presets set them. Others
+    refuse them."""
 
     @property
     def usage(self) -> str:
@@ -101,13 +103,13 @@ WORKLOADS = (
         "pytest_int8bench.workloads.olmoearth:olmoearth",
         "olmoearth",
         takes=("eval_data",),
+        is_olmoearth=True,
     ),
     WorkloadRow(
         "digits",
         "a small ViT trained on handwritten digits, with its test set",
         "pytest_int8bench.workloads.digits:digits",
         "eval",
-        ignores=OLMOEARTH_FIELDS,
     ),
     WorkloadRow(
         "timm:",
@@ -117,7 +119,6 @@ WORKLOADS = (
         takes=("argument",),
         argument=r"\S+",
         example="vit_base_patch16_224",
-        ignores=OLMOEARTH_FIELDS,
     ),
     WorkloadRow(
         "hf:",
@@ -128,7 +129,6 @@ WORKLOADS = (
         takes=("argument", "root", "trust_remote_code"),
         argument=r"\S+",
         example="bert",
-        ignores=OLMOEARTH_FIELDS,
     ),
 )
 
@@ -236,12 +236,43 @@ def check_fields(workload: str, fields: Iterable[str]) -> None:
         ValueError: for a field that the workload ignores.
     """
     row = _row(workload)
-    if row is None:
+    if row is None or row.is_olmoearth:
         return
     for field in fields:
-        if field in row.ignores:
+        if field in OLMOEARTH_FIELDS:
             own = "" if row.argument is None else "; its own axes are extra.NAME=VALUE"
             raise ValueError(f"{field} is OlmoEarth's and does nothing for {workload}{own}")
+
+
+def is_built_in(workload: str) -> bool:
+    """Return whether a workload is one of this package."""
+    return _row(workload) is not None
+
+
+def is_olmoearth(workload: str | None) -> bool:
+    """Return whether OlmoEarth's fields are those of a workload.
+
+    Args:
+        workload: its name; None for one that a fixture returns.
+    """
+    row = None if workload is None else _row(workload)
+    return row is not None and row.is_olmoearth
+
+
+def point_for(params: RunParams, workload: str | None) -> RunParams:
+    """Return the point as a workload has it: named for it, and with OlmoEarth's fields at their
+    defaults if it certainly does not read them.
+
+    Args:
+        params: the point.
+        workload: name of the workload; None for one that a fixture returns, which may read any.
+    """
+    if is_olmoearth(workload):
+        return params.with_short_name(False)
+    if workload is not None and _row(workload) is not None:
+        default = type(params)()
+        params = params.replace(**{name: getattr(default, name) for name in OLMOEARTH_FIELDS})
+    return params.with_short_name()
 
 
 def load_workload(

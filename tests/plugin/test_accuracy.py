@@ -90,7 +90,7 @@ def run(project: pytest.Pytester, *args: str) -> tuple[pytest.RunResult, Saved |
 
 def timed(path: Path) -> list[str]:
     """The tests in pytest-benchmark's own part of the file."""
-    return [benchmark["name"] for benchmark in load(path)["benchmarks"]]
+    return [entry["fullname"].partition("::")[2] for entry in load(path)["benchmarks"]]
 
 
 def test_lossless_model_passes(project: pytest.Pytester) -> None:

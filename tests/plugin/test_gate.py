@@ -110,7 +110,7 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
     result.stdout.re_match_lines(
         [
             (
-                r"RegressionError: regressed: toy: nano\S+: max-slowdown: \+\d+\.\d%, limit 5\.0% "
+                r"RegressionError: regressed: toy: cpu\S+: max-slowdown: \+\d+\.\d%, limit 5\.0% "
                 r"\(noise floor 2\.0%\); compared with base\.json$"
             )
         ]
@@ -119,7 +119,7 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
     assert gate_lines(result) == ["compared with base.json: 1 improved, 1 regressed"]
     saved = read(project.path / "out.json")
     assert {r.nodeid: r.status for r in saved.results} == {first: "ok", second: "failed"}
-    assert saved.results[1].reason.startswith("RegressionError: regressed: toy: nano")
+    assert saved.results[1].reason.startswith("RegressionError: regressed: toy: cpu")
     assert [b["fullname"] for b in load(project.path / "out.json")["benchmarks"]] == [first]
     assert "<failure message=" in (project.path / "out.xml").read_text()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pytest_int8bench.gate.rules import ALLOWABLE, METRICS
 from pytest_int8bench.params import FIELD_TYPES, RunParams
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.reading import read_settings
+from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.settings import PRESETS, Settings
 from pytest_int8bench.results.records import Saved
 from pytest_int8bench.sweep import SWEEPS
@@ -344,6 +346,28 @@ def test_rejects_fields_a_library_ignores(pytester: pytest.Pytester, option: str
         "--int8-workload: image_size is OlmoEarth's and does nothing for hf:bert; "
         "its own axes are extra.NAME=VALUE"
     )
+
+
+def test_the_sweep_of_all_keys_is_for_every_library(pytester: pytest.Pytester) -> None:
+    settings_of(pytester, "--int8-sweep=all", "--int8-workload=hf:bert")
+    with pytest.raises(pytest.UsageError, match="patch_size is OlmoEarth's"):
+        settings_of(
+            pytester, "--int8-sweep=all", "--int8-set=patch_size=2", "--int8-workload=digits"
+        )
+
+
+@pytest.mark.parametrize(
+    ("workload", "count"), [("olmoearth", 8), ("digits", 1), ("toy.py:make", 8), (None, 8)]
+)
+def test_points_of_a_sweep_that_a_workload_does_not_read_fold(
+    workload: str | None, count: int
+) -> None:
+    settings = Settings(preset="smoke", axes={"image_size": SWEEPS["image"]["image_size"]})
+    place = SimpleNamespace(dir=Path())
+    config: Any = SimpleNamespace(invocation_params=place, inipath=None, rootpath=Path())
+    points = Session(config, settings).points({}, workload, baselines=False)
+    assert len({point.run_name for point in points}) == len(points) == count
+    assert {point.model_size for point in points} == {"nano" if workload == "olmoearth" else "base"}
 
 
 def test_weights_are_found_from_where_pytest_starts(pytester: pytest.Pytester) -> None:

@@ -451,13 +451,13 @@ def test_several_workloads_in_one_session(project: pytest.Pytester) -> None:
     [path] = journals(project)
     results = read(path).results
     tests = {
-        "fourth": ("fourth/test_one.py::test_throughput", 160),
-        "first": ("test_one.py::test_first", 48),
-        "second": ("test_one.py::test_second", 96),
-        "third": ("third/test_one.py::test_throughput", 128),
+        "fourth": ("fourth/test_one.py::test_throughput[", 160),
+        "first": ("test_one.py::test_first[toy.py:first-", 48),
+        "second": ("test_one.py::test_second[toy.py:second-", 96),
+        "third": ("third/test_one.py::test_throughput[", 128),
     }
     assert sorted((entry.workload, entry.nodeid) for entry in results) == sorted(
-        (name, f"{test}[{point}]")
+        (name, f"{test}{point}]")
         for name, (test, _) in tests.items()
         for point in (bf16(4), int8(4))
     )

@@ -126,7 +126,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     )
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=10)
-    own = "nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts12_bs3"
+    own = "cpu_bf16_int8_w8a8_off_is16_bs3_model_size-nano"
     result.stdout.fnmatch_lines_random(
         [
             "int8bench: preset smoke (as asked)*",
@@ -240,7 +240,7 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
             assert int8_throughput().samples_per_s > 1e12, "too slow"
 
 
-        @pytest.mark.parametrize("int8_params", [START.replace(image_size=2)])
+        @pytest.mark.parametrize("int8_params", [START.replace(feed="host")])
         def test_impossible(int8_throughput):
             int8_throughput()
 
@@ -260,9 +260,9 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(*SMOKE, "-rs", "--benchmark-json=out.json")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=3, failed=4, skipped=1, xfailed=1, errors=3)
-    name = "nano_cpu_bf16_s2_is16_ps4_ts12_bs{}_compile_mode-off"
-    impossible = "nano_cpu_bf16_s2_is2_ps4_ts12_bs4_compile_mode-off"
-    reason = "image_size=2 is smaller than patch_size=4"
+    name = "cpu_bf16_is16_bs{}_model_size-nano_compile_mode-off"
+    impossible = f"{name.format(4)}_feed-host"
+    reason = "feed=host has no device to copy to, gpu_type=cpu"
     axis = "extra.depth is not an axis of workload 'toy'; its axes: none"
     result.stdout.fnmatch_lines_random(
         [
@@ -306,6 +306,7 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
         lost.format(W8A8): "failed",
     }
     assert found[lost.format(W8A8)].reason == "RuntimeError: no weights"
+    assert found[lost.format(W8A8)].workload == "unknown workload"
     slow = found[node.format("too_slow", name.format(4))]
     assert slow.samples_per_s > 0
     assert slow.reason == "AssertionError: too slow"
@@ -363,7 +364,7 @@ def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Py
     result.stdout.fnmatch_lines(
         [
             "int8bench: preset seed (as asked)*",
-            "*_ ERROR at setup of test_throughput*base_cuda_bf16_s2_is64_ps4_ts12_bs128] _*",
+            "*_ ERROR at setup of test_throughput*[[]cuda_bf16_bs128] _*",
             (
                 "gpu_type=cuda, but torch sees no CUDA device; "
                 "use --int8-preset=smoke or --int8-set gpu_type=cpu"
@@ -788,7 +789,7 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     result.stdout.fnmatch_lines(
         [
             "*int8bench: no journal: *",
-            "toy *_ts12_bs4_compile_mode-off * flash *",
+            "toy *_bs4_model_size-nano_compile_mode-off * flash *",
             "journal: none, see the warnings",
         ]
     )

@@ -496,8 +496,8 @@ def test_throughput(int8_throughput, capfd):
     assert capfd.readouterr().out == ""
 """
 SMOKE = ("--int8-preset=smoke", "--int8-set=benchmark_interval_s=0.05")
-BF16 = "toy: nano_cpu_bf16_s2_is16_ps4_ts3_bs4"
-W8A8 = "toy: nano_cpu_bf16_int8_w8a8_off_s2_is16_ps4_ts3_bs4"
+BF16 = "toy: cpu_bf16_bs4"
+W8A8 = "toy: cpu_bf16_int8_w8a8_off_bs4"
 
 
 @pytest.fixture

@@ -408,7 +408,7 @@ SMOKE = (
     "--int8-set=compile_mode=off",
     "--int8-set=benchmark_interval_s=0.05",
 )
-TOY = "nano_cpu_bf16_int8_toy_off_s2_is16_ps4_ts3_bs4"
+TOY = "cpu_bf16_int8_toy_off_bs4"
 
 
 @pytest.fixture

@@ -101,12 +101,12 @@ def make_project(
 
 def bf16(batch: int) -> str:
     """Return the run name of a baseline of the preset smoke."""
-    return f"nano_cpu_bf16_s2_is16_ps4_ts3_bs{batch}_compile_mode-off"
+    return f"cpu_bf16_bs{batch}_compile_mode-off"
 
 
 def int8(batch: int, mode: str = "w8a8") -> str:
     """Return the run name of a candidate of the preset smoke."""
-    return f"nano_cpu_bf16_int8_{mode}_off_s2_is16_ps4_ts3_bs{batch}"
+    return f"cpu_bf16_int8_{mode}_off_bs{batch}"
 
 
 def ids(result: pytest.RunResult) -> list[str]:

@@ -58,7 +58,7 @@ def test_it_appears_in_run_table_page_comparison_and_json(
         *SMOKE, "--int8-workload=toy", "--benchmark-json=base.json", "--int8-report=page.md"
     )
     result.assert_outcomes(passed=2)
-    result.stdout.re_match_lines([r"^workload run ", r"^toy +nano_\S+ ", r"^toy +nano_\S+ "])
+    result.stdout.re_match_lines([r"^workload run ", r"^toy +cpu_\S+ ", r"^toy +cpu_\S+ "])
 
     saved = read(Path("base.json"))
     assert [found.workload for found in saved.results] == ["toy", "toy"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pytest_int8bench.params import RunParams
 from pytest_int8bench.workloads import Workload, registry
 from pytest_int8bench.workloads.registry import (
     GROUP,
@@ -22,6 +23,7 @@ from pytest_int8bench.workloads.registry import (
     check_workload_name,
     load_object,
     load_workload,
+    point_for,
 )
 
 PACKAGE = Path(registry.__file__).parent
@@ -141,6 +143,27 @@ def test_fields_that_a_library_does_not_read_are_refused() -> None:
     check_fields("timm:vit_base", ["batch_size", "extra.image_size", "attention"])
     check_fields("olmoearth", ["patch_size"])
     check_fields("a.b:c", ["patch_size"])
+
+
+@pytest.mark.parametrize(
+    ("workload", "name"),
+    [
+        ("olmoearth", "nano_cpu_bf16_s2_is16_ps4_ts12_bs4"),
+        # These certainly do not read OlmoEarth's fields ...
+        ("digits", "cpu_bf16_bs4"),
+        ("timm:vit_base", "cpu_bf16_bs4"),
+        ("hf:bert", "cpu_bf16_bs4"),
+        # ... and of these nobody knows.
+        ("a.b:c", "cpu_bf16_is16_bs4_model_size-nano"),
+        ("toy.py:make", "cpu_bf16_is16_bs4_model_size-nano"),
+        (None, "cpu_bf16_is16_bs4_model_size-nano"),
+    ],
+)
+def test_points_are_named_for_their_workload(workload: str | None, name: str) -> None:
+    params = RunParams(model_size="nano", image_size=16, gpu_type="cpu", batch_size=4)
+    for point in (params, params.with_short_name()):
+        assert point_for(point, workload).run_name == name
+        assert point_for(point_for(point, workload), workload).run_name == name
 
 
 def test_any_object_can_be_loaded(folder: Path) -> None:

@@ -100,7 +100,7 @@ class BlockRunner:
             count: how many the stage has at most.
             identities: the runs that are measured.
         """
-        only = sorted({nodeid for nodeid, _ in identities}) if stage == VERDICT else None
+        only = self._journal.nodeids(identities) if stage == VERDICT else None
         # What verdicts were begun on must not change any more, also with more --retries.
         is_closed = stage == SCREENING and any(
             process.stage == VERDICT for process in self._journal.processes
@@ -209,6 +209,7 @@ class BlockRunner:
             results=tuple(measured.results),
         )
         self._journal.add(process, measured.environment)
+        process = self._journal.named(process)
         where = f" {block + 1}/{count}" if stage != WARM_UP else ""
         self._tell(f"{stage}{where}: {key} {side.revision.label}, {measured.seconds:.0f} s")
         return process

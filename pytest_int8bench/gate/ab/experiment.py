@@ -145,6 +145,8 @@ class _Experiment:
 
     def run(self) -> AbResult:
         warm = self._blocks.warm_up()
+        self._journal.match_names(warm.values())
+        warm = {key: self._journal.named(process) for key, process in warm.items()}
         found = match_runs(warm[BASE], warm[NEW], allow_missing=self._plan.allow_missing)
         compared = [identity for identity, run in found.items() if run is None]
         screened: dict[Identity, AbRun] = {}

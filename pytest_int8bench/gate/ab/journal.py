@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import LineFile, create, timestamp
+from pytest_int8bench.gate.renames import Renames
 from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.records import Result
 
@@ -51,8 +52,9 @@ class AbJournal:
 
     def __init__(self, path: Path, header: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         self.environment: dict[str, Any] | None = None
-        self.processes: list[Process] = []
         self.notes: list[str] = []
+        self._processes: list[Process] = []
+        self._renames: Renames | None = None
         self._is_finished = False
         self._header = json.dumps({"int8bench_ab": {"schema": JOURNAL_SCHEMA, **header}})
         self._tell = tell
@@ -62,6 +64,28 @@ class AbJournal:
     def path(self) -> Path:
         """The file."""
         return self._file.path
+
+    @property
+    def processes(self) -> list[Process]:
+        """The processes that finished."""
+        return [self.named(process) for process in self._processes]
+
+    def match_names(self, processes: Iterable[Process]) -> None:
+        """Let one side's points have the other side's names, where these are newer."""
+        self._renames = Renames(result for process in processes for result in process.results)
+        self.notes += self._renames.lines
+
+    def named(self, process: Process) -> Process:
+        """Return a process with the names of :meth:`match_names`."""
+        if self._renames is None:
+            return process
+        return replace(process, results=tuple(map(self._renames.of, process.results)))
+
+    def nodeids(self, identities: Iterable[Identity]) -> list[str]:
+        """Return the node ids of runs, on both sides."""
+        now = {nodeid for nodeid, _ in identities}
+        renames = self._renames.nodeids if self._renames is not None else {}
+        return sorted(now | {old for old, new in renames.items() if new in now})
 
     @classmethod
     @contextmanager
@@ -125,7 +149,7 @@ class AbJournal:
                     self.environment = record["environment"]
                 elif number > 1:
                     results = tuple(map(Result.from_dict, record.pop("results")))
-                    self.processes.append(Process(**record, results=results))
+                    self._processes.append(Process(**record, results=results))
                 elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
                     tell(
                         f"{path} is of another version of int8bench ab (journal {schema}, "
@@ -149,7 +173,7 @@ class AbJournal:
         if self.environment is None:
             self.environment = environment
             self._write(_environment_line(environment))
-        self.processes.append(process)
+        self._processes.append(process)
         self._write(_process_line(process))
 
     def finish(self) -> None:
@@ -163,7 +187,7 @@ class AbJournal:
         yield self._header
         if self.environment is not None:
             yield _environment_line(self.environment)
-        yield from map(_process_line, self.processes)
+        yield from map(_process_line, self._processes)
         if self._is_finished:
             yield _FINISHED
 
@@ -178,7 +202,7 @@ class AbJournal:
         try:
             self._file.save()
         except OSError as error:
-            lacking = min(self._file.lacking(), len(self.processes))
+            lacking = min(self._file.lacking(), len(self._processes))
             self._tell(
                 f"{self.path} lacks {lacking} of {len(self.processes)} processes: "
                 f"{error.strerror or error}"

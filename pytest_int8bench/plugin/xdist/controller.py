@@ -168,7 +168,8 @@ class Controller(Recorder):
             self._measured[message.worker] = message
         if message.point is not None:
             workload, values = message.point
-            self.points_of[nodeid] = (workload, RunParams.from_dict(values))
+            params = RunParams.from_dict(values).with_short_name(message.has_short_name)
+            self.points_of[nodeid] = (workload, params)
         for kind, fields in message.records:
             with self.guard("recording"):  # one that fails must not lose the others
                 record = unpacked(kind, fields)

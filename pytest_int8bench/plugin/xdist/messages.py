@@ -41,6 +41,8 @@ class Message:
     """The worker ends before its next test."""
     problems: list[str] = field(default_factory=list)
     """What failed in the worker beside its tests, a line each."""
+    has_short_name: bool = False
+    """The point is named for a workload other than OlmoEarth."""
     attempt: int = 1
     """How often this worker has started the test."""
 

@@ -175,6 +175,7 @@ class Worker(Recorder):
             gpus=[self._gpu] if self._gpu and any(map(_is_on_gpu, self._records)) else [],
             preset=self.session.preset,
             point=(point[0], point[1].to_dict()) if point and report.when == "setup" else None,
+            has_short_name=point is not None and point[1].has_short_name,
             environment=self.environment() if self._records else None,
             records=[(kind_of(record), record.to_dict()) for record in self._records],
             timings=pytest_benchmark.take_timings(self.config) if is_over else [],

@@ -19,7 +19,7 @@ from pytest_int8bench.report.page.sections import (
     model_internals,
     throughput,
 )
-from pytest_int8bench.report.page.sources import Found, Source, current
+from pytest_int8bench.report.page.sources import Found, Source, current, with_new_names
 from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
@@ -31,6 +31,7 @@ TITLE = "INT8 inference benchmarks"
 
 def build(sources: Sequence[Source]) -> View:
     """Return the view of files, oldest first. Of points that several have, the last one counts."""
+    sources, renames = with_new_names(sources)
     results = current(sources, lambda saved: saved.results)
     verdicts = current(sources, lambda saved: saved.accuracy)
     scans = current(sources, lambda saved: saved.sensitivity)
@@ -45,7 +46,7 @@ def build(sources: Sequence[Source]) -> View:
         model_internals.coverage(results),
         model_internals.sensitivity(scans),
         _problems(results, len(sources) > 1),
-        history.section(sources),
+        history.section(sources, renames),
         _environment(sources),
     ]
     found = tuple(section for section in sections if section is not None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pytest_int8bench.gate.renames import renamed
 from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Saved
 
 _RecordT = TypeVar("_RecordT", bound=Record)
@@ -55,6 +57,13 @@ def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
         taken.add(label)
         found.append(Source(name, label, saved))
     return tuple(found)
+
+
+def with_new_names(given: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """Return the sources with points of older files under their new names, and lines that say
+    so."""
+    runs, renames = renamed([Run(Path(source.name), source.saved) for source in given])
+    return [replace(s, saved=r.saved) for s, r in zip(given, runs, strict=True)], renames.lines
 
 
 def current(

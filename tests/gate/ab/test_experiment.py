@@ -410,6 +410,26 @@ def test_a_duration(seconds: float, text: str) -> None:
 OK: dict[str, Any] = {}
 OOM = {"status": "oom", "reason": "2 GiB asked for", "batch_time_s": None}
 FAILED = {"status": "failed", "reason": "broken", "batch_time_s": None}
+
+
+def test_a_point_that_the_new_revision_renames_is_compared(
+    machine: Machine, compare: Compare
+) -> None:
+    old, new = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4", "cpu_bf16_bs4"
+    machine.times = {old: (0.01, 0.01), new: (0.01, 0.013)}
+    machine.change = lambda number, side, name: (
+        {"workload": "digits"} if (side == "base") == (name == old) else None
+    )
+    found = compare()
+    [run] = found.runs
+    assert (run.run_name, run.nodeid, run.outcome) == (new, nodeid(new), "FAIL")
+    assert run.new_s == pytest.approx(1.3 * run.base_s, rel=0.01)
+    assert found.notes == (f"1 record has a new name: {old} is {new} now",)
+    # Each side is asked for both names, and has one of them.
+    both = tuple(sorted(map(nodeid, (old, new))))
+    assert {tuple(only) for only in machine.onlys if only} == {both}
+
+
 SKIPPED = {"status": "skipped", "reason": "no modality", "batch_time_s": None}
 DISABLED = {"status": "skipped", "reason": f"{NOT_MEASURED}: off", "batch_time_s": None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from string import ascii_uppercase
+from typing import Any
 
 from pytest_int8bench.environment import differences
 from pytest_int8bench.report.cells import figure_interval, figure_text, status_text
@@ -20,8 +21,13 @@ from pytest_int8bench.results.verdicts import Accuracy
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
 
 
-def section(sources: Sequence[Source]) -> Section | None:
-    """Return the history of points that several files have, None for a single file."""
+def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section | None:
+    """Return the history of points that several files have, None for a single file.
+
+    Args:
+        sources: the files.
+        renames: lines that say which points older files have under other names.
+    """
     if len(sources) < 2:
         return None
     marks = changes(sources)
@@ -43,7 +49,7 @@ def section(sources: Sequence[Source]) -> Section | None:
         ),
         charts=tuple(_charts(sources, results, marks)),
         tables=(_files(sources, marks), *_tables(sources, results)),
-        notes=tuple(notes),
+        notes=(*notes, *renames),
     )
 
 
@@ -90,16 +96,17 @@ def _charts(
         params = labels.plain(next(iter(found.values())))
         rest = {n: v for n, v in params.items() if not n.startswith("int8_") and n != "bf16"}
         groups.setdefault((*key[:3], *sorted(rest.items())), {})[key] = found
-    points = [
-        labels.plain(next(iter(f.values()))) for group in groups.values() for f in group.values()
-    ]
-    names = labels.differing(points)
+    points: dict[str, list[dict[str, Any]]] = {}  # by workload: one may not have another's axes
+    for key, found in ((k, f) for group in groups.values() for k, f in group.items()):
+        points.setdefault(key[1], []).append(labels.plain(next(iter(found.values()))))
+    names_of = {workload: labels.differing(each) for workload, each in points.items()}
     devices, workloads, tests = (
         {key[i] for group in groups.values() for key in group} for i in range(3)
     )
     charts = []
     for number_of, group in enumerate(groups.values(), start=1):
         where, workload, test, _ = next(iter(group))
+        names = names_of[workload]
         first = labels.plain(next(iter(next(iter(group.values())).values())))
         said = [
             labels.setting(n, first[n]) for n in names if n in first and not n.startswith("int8_")
