@@ -25,10 +25,11 @@ from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
+ATTENTION = "attention in BF16"
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Certified at most; each at this part of the level, so that the best of them is no lucky one.
-RUNGS = 3
+RUNGS = 4
 #: Part of the limit that a selection of layers must stay within, for it is measured on few samples.
 MARGIN = 0.5
 _SPLIT_SEED = 0
@@ -89,6 +90,7 @@ class Remedies:
         """
         tried: list[dict[str, Any]] = []
         rungs = {
+            ATTENTION: self._attention,
             SMOOTHQUANT: self._smoothquant,
             WORST_LAYERS: self._without_worst_layers,
             _next_rung(params): self._next_mode,
@@ -120,6 +122,16 @@ class Remedies:
             yield row
 
     # -- the ladder -------------------------------------------------------------------------
+
+    def _attention(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        if params.int8_attention:
+            yield Trial(
+                workload,
+                params.replace(int8_attention=False),
+                rung=ATTENTION,
+                setting="int8_attention=False",
+                configuration="--int8-set int8_attention=false",
+            )
 
     def _smoothquant(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
         if not MODES[params.int8_mode].smoothquant_helps or workload.brings_quantization:

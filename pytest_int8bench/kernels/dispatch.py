@@ -21,7 +21,7 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.kernels import device as devices
 from pytest_int8bench.kernels import selftest, tiles, tuning
 from pytest_int8bench.kernels.selftest import SelfTest
-from pytest_int8bench.kernels.tile_types import ALIGNMENT, Problem, Tile
+from pytest_int8bench.kernels.tile_types import ALIGNMENT, Heads, Problem, Tile
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +134,29 @@ def _launch_dequantize(*call: Any) -> Launch:
     return dequantize.launch(*call)
 
 
+def _accepts_tma_values(heads: Heads, v: torch.Tensor, is_aligned: bool) -> bool:
+    steps = [stride * v.element_size() for stride in v.stride()[:3]]
+    return is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
+
+
+def _launch_quantize_heads(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_attention
+
+    return int8_attention.launch_quantize(*call)
+
+
+def _launch_attention_tma(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_attention
+
+    return int8_attention.launch(*call, tma=True)
+
+
+def _launch_attention(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_attention
+
+    return int8_attention.launch(*call, tma=False)
+
+
 #: Kernels of one operator stand in order of preference: a call takes the first one from the row of
 #: its device on that accepts it, has passed its self-test and has tiles for it.
 KERNELS = (
@@ -183,6 +206,29 @@ KERNELS = (
         function="dequantize",
         launch=_launch_dequantize,
         tiles=tiles.weights,
+    ),
+    Kernel(
+        operator="quantize_heads",
+        name="quantize_heads",
+        function="quantize_heads",
+        launch=_launch_quantize_heads,
+        tiles=lambda *call: None,
+    ),
+    Kernel(
+        operator="int8_attention",
+        name="tma",
+        function="int8_attention",
+        launch=_launch_attention_tma,
+        tiles=tiles.attention,
+        accepts=_accepts_tma_values,
+        capability=(9, 0),
+    ),
+    Kernel(
+        operator="int8_attention",
+        name="pointers",
+        function="int8_attention",
+        launch=_launch_attention,
+        tiles=tiles.attention,
     ),
 )
 
@@ -372,6 +418,34 @@ def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> La
         if kernel.runs_on(device) and kernel.accepts(sizes):
             return kernel.launch(sizes, kernel.tiles())
     raise KernelError(f"no kernel dequantizes weights of sizes {sizes}")
+
+
+def heads_launch(heads: Heads, q: Sequence[int], k: Sequence[int], device: torch.device) -> Launch:
+    """Return the launch that quantizes queries and keys with given strides."""
+    for kernel in kernels_of("quantize_heads"):
+        if kernel.runs_on(device) and kernel.accepts(heads):
+            return kernel.launch(heads, q, k)
+    raise KernelError(f"no kernel quantizes {heads}")
+
+
+def attention_launch(
+    heads: Heads, scale: float, v: torch.Tensor, is_aligned: bool, device: torch.device
+) -> Launch:
+    """Return the launch of INT8 attention.
+
+    Args:
+        heads: the sizes.
+        scale: of the scores, in powers of two.
+        v: the values.
+        is_aligned: the addresses of keys and values are multiples of ``ALIGNMENT``.
+        device: where the tensors are.
+    """
+    without_tma = forced_product() == "pointers"
+    for kernel in kernels_of("int8_attention"):
+        skipped = without_tma and kernel.name == "tma"
+        if not skipped and kernel.runs_on(device) and kernel.accepts(heads, v, is_aligned):
+            return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads))
+    raise KernelError(f"no kernel computes attention of {heads}")
 
 
 # -- none at all --------------------------------------------------------------------------------

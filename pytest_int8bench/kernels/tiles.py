@@ -15,6 +15,8 @@ from pytest_int8bench.kernels.tile_types import (
     DEQUANTIZED_TILE,
     SPECIALIZED_FROM,
     SPECIALIZED_TILE,
+    Attention,
+    Heads,
     Problem,
     Product,
     Rows,
@@ -198,6 +200,13 @@ def rows(m: int, k: int, multiprocessors: int) -> Rows:
     if k // block > 16:
         block = 1 << (k - 1).bit_length()
     return Rows(count, block, -(-k // block), warps)
+
+
+def attention(heads: Heads) -> Attention:
+    """Return how queries are cut for INT8 attention."""
+    if heads.padded > 64:
+        return Attention(128, 8, 3)
+    return Attention(64 if heads.q_rows <= 64 else 128, 4, 3)
 
 
 def _hopper(problem: Problem, multiprocessors: int) -> Product:
