@@ -13,8 +13,8 @@ import torch
 
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.measure.ceiling import (
-    CeilingError,
     Ceiling,
+    CeilingError,
     bound_of,
     find_ceiling,
     quantized_calls,
