@@ -87,6 +87,7 @@ _READERS = {
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
         *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
+        *(QUANTIZE_HEADS, INT8_ATTENTION),
     )
 }
 # Those of them for which Inductor chooses the layout of the tensor.
