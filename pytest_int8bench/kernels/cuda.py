@@ -152,21 +152,30 @@ def dequantize(
     return outs
 
 
-def quantize_heads(q: torch.Tensor, k: torch.Tensor) -> Four:
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None,
+    k_angles: torch.Tensor | None,
+) -> Four:
     """Run the kernel of :func:`.ops.quantize_heads`; the tensors on the current device."""
     heads = Heads.of(q, k)
+    angles = [
+        None if a is None else _adjacent(a.expand(*x.shape[:3], -1))
+        for a, x in ((q_angles, q), (k_angles, k))
+    ]
     q, k = _adjacent(q), _adjacent(k)
     q8 = torch.empty((*q.shape[:3], heads.padded), dtype=torch.int8, device=q.device)
     q_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     rows = heads.k_blocks * KEY_BLOCK
     k8 = torch.empty((*k.shape[:2], rows, heads.padded), dtype=torch.int8, device=q.device)
     k_scale = torch.empty((*k.shape[:2], heads.k_blocks, 2), dtype=torch.float32, device=q.device)
-    tensors = (q, k, q8, q_scale, k8, k_scale)
-    strides = q.stride()[:3], k.stride()[:3]
+    tensors = (q, k, *angles, q8, q_scale, k8, k_scale)
+    strides = tuple(None if x is None else x.stride()[:3] for x in (q, k, *angles))
     key = ("quantize_heads", heads, strides, q.get_device(), _kinds(tensors))
     launch = _kept.get(key)
     if launch is None:
-        launch = dispatch.heads_launch(heads, *strides, q.device)
+        launch = dispatch.heads_launch(heads, strides, q.device)
         _keep(key, launch)
     launch(*tensors)
     return q8, q_scale, k8, k_scale

@@ -420,11 +420,19 @@ def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> La
     raise KernelError(f"no kernel dequantizes weights of sizes {sizes}")
 
 
-def heads_launch(heads: Heads, q: Sequence[int], k: Sequence[int], device: torch.device) -> Launch:
-    """Return the launch that quantizes queries and keys with given strides."""
+def heads_launch(
+    heads: Heads, strides: Sequence[Sequence[int] | None], device: torch.device
+) -> Launch:
+    """Return the launch that quantizes queries and keys.
+
+    Args:
+        heads: the sizes.
+        strides: of queries and keys, and of the angles of both, None without any.
+        device: where the tensors are.
+    """
     for kernel in kernels_of("quantize_heads"):
         if kernel.runs_on(device) and kernel.accepts(heads):
-            return kernel.launch(heads, q, k)
+            return kernel.launch(heads, *strides)
     raise KernelError(f"no kernel quantizes {heads}")
 
 

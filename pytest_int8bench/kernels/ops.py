@@ -130,20 +130,29 @@ def dequantized_linear(
     return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
 
 
-def quantize_heads(q: torch.Tensor, k: torch.Tensor) -> Four:
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None = None,
+    k_angles: torch.Tensor | None = None,
+) -> Four:
     """Quantize the queries and keys of attention.
 
     Args:
-        q: floating (B, H, N, D).
+        q: floating (B, H, N, D), where D is even.
         k: floating (B, G, M, D), where G divides H.
+        q_angles: FP32, broadcast to (B, H, N, D / 2): what adjacent columns are rotated by before
+            (RoPE), in radians; None for no rotation.
+        k_angles: the same for keys; None if and only if ``q_angles`` is.
 
     Returns:
-        INT8 queries (B, H, N, P), D padded with zeros to a power of two; FP32 scales (B, H, N);
-        INT8 keys (B, G, K, P) less a mean over some keys, M padded with zeros to blocks of 64;
-        FP32 (B, G, K / 64, 2): the scale of a block, and the largest norm of its keys. Scales are
-        NaN where a query or a block of keys holds NaN or infinity.
+        INT8 queries (B, H, N, P), even columns before odd ones, each half padded with zeros to a
+        power of two; FP32 scales (B, H, N); INT8 keys (B, G, K, P) in the same order, less a mean
+        over some keys, M padded with zeros to blocks of 64; FP32 (B, G, K / 64, 2): the scale of a
+        block, and the largest norm of its keys. Scales are NaN where a query or a block of keys
+        holds NaN or infinity.
     """
-    out: Four = torch.ops.int8bench.quantize_heads.default(q, k)
+    out: Four = torch.ops.int8bench.quantize_heads.default(q, k, q_angles, k_angles)
     return out
 
 
@@ -237,19 +246,21 @@ def _dequantize_of_fakes(
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
 
 
-def _quantize_heads(q: torch.Tensor, k: torch.Tensor) -> Four:
-    one, two, three, four = reference.quantize_heads(q, k)
+def _quantize_heads(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
+    one, two, three, four = reference.quantize_heads(q, k, *angles)
     return one.contiguous(), two.contiguous(), three.contiguous(), four.contiguous()
 
 
-def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor) -> Four:
+def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
     from pytest_int8bench.kernels import cuda
 
     with _current(q.device):
-        return cuda.quantize_heads(q, k)
+        return cuda.quantize_heads(q, k, *angles)
 
 
-def _quantize_heads_of_fakes(q: torch.Tensor, k: torch.Tensor) -> Four:
+def _quantize_heads_of_fakes(
+    q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None
+) -> Four:
     heads = Heads.of(q, k)
     blocks = heads.k_blocks
     return (

@@ -90,24 +90,38 @@ def linear(
     return out.to(dtype)
 
 
-def quantize_heads(q: torch.Tensor, k: torch.Tensor) -> Four:
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None,
+    k_angles: torch.Tensor | None,
+) -> Four:
     """Quantize queries and keys; arguments and results are those of :func:`.ops.quantize_heads`."""
     heads = Heads.of(q, k)
-    peak = q.float().abs().amax(-1, keepdim=True)
-    q_levels, q_scale = _levels(q.float(), peak)
+    queries, keys = _pairs(q, q_angles), _pairs(k, k_angles)
+    q_levels, q_scale = _levels(queries, queries.abs().amax(-1, keepdim=True))
     sample = torch.arange(KEY_SAMPLE, device=k.device) * heads.k_rows // KEY_SAMPLE
-    keys = k.float() - k[..., sample, :].float().mean(-2, keepdim=True)
+    keys = keys - keys[..., sample, :].mean(-2, keepdim=True)
     rows = heads.k_blocks * KEY_BLOCK
     blocks = F.pad(keys, (0, 0, 0, rows - heads.k_rows)).unflatten(-2, (-1, KEY_BLOCK))
     k_levels, k_scale = _levels(blocks, blocks.abs().amax((-2, -1), keepdim=True))
     norm = k_levels.float().norm(dim=-1).amax(-1) * k_scale[..., 0, 0]
-    padding = (0, heads.padded - heads.width)
+    halves = (0, (heads.padded - heads.width) // 2)
     return (
-        F.pad(q_levels, padding),
+        F.pad(q_levels.unflatten(-1, (2, -1)), halves).flatten(-2),
         q_scale[..., 0],
-        F.pad(k_levels.flatten(-3, -2), padding),
+        F.pad(k_levels.flatten(-3, -2).unflatten(-1, (2, -1)), halves).flatten(-2),
         torch.stack([k_scale[..., 0, 0], norm], -1),
     )
+
+
+def _pairs(x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    """Return FP32 rows with the even columns before the odd ones, rotated by ``angles``."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    if angles is not None:
+        sine, cosine = angles.sin(), angles.cos()
+        even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+    return torch.cat([even, odd], -1)
 
 
 def _levels(x: torch.Tensor, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

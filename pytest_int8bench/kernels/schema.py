@@ -24,7 +24,10 @@ SCHEMAS = (
     ),
     "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
     "read_weight(Tensor values, Tensor? factor) -> Tensor",
-    "quantize_heads(Tensor q, Tensor k) -> (Tensor, Tensor, Tensor, Tensor)",
+    (
+        "quantize_heads(Tensor q, Tensor k, Tensor? q_angles, Tensor? k_angles)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     (
         "int8_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, float scale)"
         " -> Tensor"

@@ -20,6 +20,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     subgraphs,
     value_of,
 )
+from pytest_int8bench.compiler.fusion.rotation import rotated
 from pytest_int8bench.kernels import ops
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -99,9 +100,13 @@ def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
     with graph.inserting_before(node):
         if value_of(v).dtype != dtype:  # autocast does not see into the operator
             v = _with_value(graph.call_method("to", (v, dtype)), value_of(v).to(dtype))
-        whole = graph.call_function(QUANTIZE_HEADS, (q, k))
+        (q, q_angles), (k, k_angles) = rotated(q), rotated(k)
+        if q_angles is None or k_angles is None:
+            q, k, q_angles, k_angles = given["query"], given["key"], None, None
+        operands = (q, k, q_angles, k_angles)
+        whole = graph.call_function(QUANTIZE_HEADS, operands)
         parts = [graph.call_function(operator.getitem, (whole, i)) for i in range(4)]
-        for part, value in zip(parts, QUANTIZE_HEADS(value_of(q), value_of(k)), strict=True):
+        for part, value in zip(parts, QUANTIZE_HEADS(*map(value_of, operands)), strict=True):
             _with_value(part, value)
         out = graph.call_function(INT8_ATTENTION, (*parts, v, scale))
     values = (*map(value_of, parts), value_of(v), scale)
@@ -133,7 +138,7 @@ def _refusal(q: Any, k: Any, v: Any, given: dict[str, Any]) -> str | None:
     if isinstance(given.get("scale"), fx.Node):
         return "with a scale that is computed"
     width = q.shape[-1]
-    if v.shape[-1] != width or width > MAX_WIDTH:
+    if v.shape[-1] != width or width > MAX_WIDTH or width % 2:
         return f"of heads with {max(width, v.shape[-1])} columns"
     batches = {x.shape[0] for x in (q, k, v)}
     if len(batches) > 1 or k.shape[1:3] != v.shape[1:3] or 0 in (*q.shape, *k.shape):

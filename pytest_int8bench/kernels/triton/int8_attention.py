@@ -8,7 +8,8 @@ is left out. Rows of a tile with a larger bound are computed the usual way, by a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import triton
 import triton.language as tl
@@ -29,9 +30,60 @@ _LIMIT, _FP16_LIMIT = tl.constexpr(64.0), tl.constexpr(10.0)
 
 
 @triton.jit
-def _magnitudes(x):
-    """Return magnitudes as integers: the same order, and NaN is the largest."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def _sine_and_cosine(x):
+    """Return both, at most 2e-7 off up to a hundred thousand turns, without the branch of
+    libdevice for larger ones."""
+    quarters = x * 0.63661977236758134 + _ROUND
+    turns = quarters - _ROUND
+    r = x - turns * 1.57079601287841796875
+    r -= turns * 3.1391647326017846e-07
+    r -= turns * 5.390302529957765e-15
+    square = r * r
+    sine = -1.9515295891e-4
+    sine = ((sine * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * r + r
+    cosine = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square
+    cosine = (cosine + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
+    quadrant = quarters.to(tl.int32, bitcast=True)
+    swapped = (quadrant & 1) != 0
+    first, second = tl.where(swapped, cosine, sine), tl.where(swapped, sine, cosine)
+    return (
+        tl.where((quadrant & 2) != 0, -first, first),
+        tl.where(((quadrant + 1) & 2) != 0, -second, second),
+    )
+
+
+@triton.jit
+def _pairs(
+    source,
+    row_step,
+    angles,
+    angle_step,
+    at,
+    there,
+    ROTATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return the even and the odd columns of rows, rotated by their angles if ``ROTATE``."""
+    columns = tl.arange(0, PADDED)
+    fits = there[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(source + at.to(tl.int64)[:, None] * row_step + columns[None, :], fits, 0.0)
+    pairs = tl.reshape(x.to(tl.float32), (x.shape[0], PADDED // 2, 2))
+    even, odd = tl.split(pairs)
+    if ROTATE:
+        columns = tl.arange(0, PADDED // 2)
+        fits = there[:, None] & (columns < WIDTH // 2)[None, :]
+        to = angles + at.to(tl.int64)[:, None] * angle_step + columns[None, :]
+        sine, cosine = _sine_and_cosine(tl.load(to, fits, 0.0))
+        even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+    return even, odd
+
+
+@triton.jit
+def _magnitudes(even, odd):
+    """Return the larger magnitudes of pairs as integers: the same order, and NaN is the largest."""
+    first = even.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(first, odd.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -46,14 +98,32 @@ def _scale_of(largest):
 
 
 @triton.jit
+def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
+    """Store pairs as INT8, all even columns before the odd ones, and return their squares."""
+    columns = tl.arange(0, PADDED // 2)
+    to = target + at.to(tl.int64)[:, None] * PADDED + columns[None, :]
+    squares = tl.zeros(even.shape, tl.float32)
+    for half in tl.static_range(2):
+        levels = (even if half == 0 else odd) * inverse + _ROUND
+        bits = levels.to(tl.int32, bitcast=True)
+        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), there[:, None])
+        levels -= _ROUND
+        squares += levels * levels
+    return squares
+
+
+@triton.jit
 def quantize_heads(
     q,
     k,
+    q_angles,
+    k_angles,
     q8,
     q_scale,
     k8,
     k_scale,
     Q_PROGRAMS,
+    K_PROGRAMS,
     HEADS,
     KV_HEADS,
     Q_ROWS,
@@ -64,61 +134,74 @@ def quantize_heads(
     k_batch,
     k_head,
     k_row,
+    q_angles_batch,
+    q_angles_head,
+    q_angles_row,
+    k_angles_batch,
+    k_angles_head,
+    k_angles_row,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):
     """Quantize queries ``q[B, H, N, WIDTH]`` with a scale for each row, and keys, less a mean, with
-    a scale for each block of ``BLOCK``.
+    a scale for each block of ``BLOCK``; both are rotated in pairs of columns before if ``ROTATE``.
 
     ``q8`` and ``k8`` have ``PADDED`` columns, and ``k8`` rows to a whole block; what is padded is
     zero. ``k_scale[B, H, blocks, 2]`` holds the scale of a block and the largest norm of its keys.
+    Programs take turns, so that those of a query and a key find the angles of both in the cache.
     """
     program = tl.program_id(0)
-    columns = tl.arange(0, PADDED)
-    wide = (columns < WIDTH)[None, :]
+    both = tl.minimum(Q_PROGRAMS, K_PROGRAMS)
+    paired = program < 2 * both
+    of_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
+    program = tl.where(paired, program // 2, program - both)
     rows = tl.arange(0, BLOCK)
-    if program < Q_PROGRAMS:
-        parts = tl.cdiv(Q_ROWS, BLOCK * BLOCKS)
-        head = (program // parts).to(tl.int64)
-        source = q + head // HEADS * q_batch + head % HEADS * q_head
-        for block in range(BLOCKS):
-            at = (program % parts * BLOCKS + block) * BLOCK + rows
-            there = (at < Q_ROWS)[:, None]
-            row = source + at[:, None] * q_row + columns[None, :]
-            x = tl.load(row, there & wide, 0.0).to(tl.float32)
-            scale, inverse = _scale_of(tl.max(_magnitudes(x), 1))
-            bits = (x * inverse[:, None] + _ROUND).to(tl.int32, bitcast=True)
-            to = (head * Q_ROWS + at)[:, None] * PADDED + columns[None, :]
-            tl.store(q8 + to, bits.to(tl.int8), there)
-            tl.store(q_scale + head * Q_ROWS + at, scale, at < Q_ROWS)
-    else:
-        program -= Q_PROGRAMS
+    if of_keys:
         blocks = tl.cdiv(K_ROWS, BLOCK)
         parts = tl.cdiv(blocks, BLOCKS)
         head = (program // parts).to(tl.int64)
-        source = k + head // KV_HEADS * k_batch + head % KV_HEADS * k_head
-        sample = (tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE).to(tl.int64)
-        some = tl.load(source + sample[:, None] * k_row + columns[None, :], wide, 0.0)
-        mean = tl.sum(some.to(tl.float32), 0) / _SAMPLE
+        batch, head_in = head // KV_HEADS, head % KV_HEADS
+        source = k + batch * k_batch + head_in * k_head
+        angles = k_angles
+        if ROTATE:
+            angles += batch * k_angles_batch + head_in * k_angles_head
+        sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
+        even, odd = _pairs(
+            source, k_row, angles, k_angles_row, sample, sample < K_ROWS, ROTATE, WIDTH, PADDED
+        )
+        mean_even, mean_odd = tl.sum(even, 0) / _SAMPLE, tl.sum(odd, 0) / _SAMPLE
         for part in range(BLOCKS):
             block = program % parts * BLOCKS + part
             at = block * BLOCK + rows
-            there = (at < K_ROWS)[:, None] & wide
-            row = source + at[:, None] * k_row + columns[None, :]
-            x = tl.load(row, there, 0.0).to(tl.float32) - mean[None, :]
-            x = tl.where(there, x, 0.0)
-            scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x), 1), 0))
-            levels = x * inverse + _ROUND
-            bits = levels.to(tl.int32, bitcast=True)
-            to = (head * blocks * BLOCK + at)[:, None] * PADDED + columns[None, :]
-            tl.store(k8 + to, bits.to(tl.int8), (at < blocks * BLOCK)[:, None])
-            levels -= _ROUND
-            norm = tl.sqrt(tl.max(tl.sum(levels * levels, 1), 0)) * scale
-            to = (head * blocks + block) * 2
-            tl.store(k_scale + to, scale, block < blocks)
-            tl.store(k_scale + to + 1, norm, block < blocks)
+            there = at < K_ROWS
+            x, y = _pairs(source, k_row, angles, k_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            x = tl.where(there[:, None], x - mean_even[None, :], 0.0)
+            y = tl.where(there[:, None], y - mean_odd[None, :], 0.0)
+            scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x, y), 1), 0))
+            target = k8 + head * blocks * BLOCK * PADDED
+            squares = _store_levels(target, at, at < blocks * BLOCK, x, y, inverse, PADDED)
+            norm = tl.sqrt(tl.max(tl.sum(squares, 1), 0)) * scale
+            to = k_scale + (head * blocks + block) * 2
+            tl.store(to, scale, block < blocks)
+            tl.store(to + 1, norm, block < blocks)
+    else:
+        parts = tl.cdiv(Q_ROWS, BLOCK * BLOCKS)
+        head = (program // parts).to(tl.int64)
+        batch, head_in = head // HEADS, head % HEADS
+        source = q + batch * q_batch + head_in * q_head
+        angles = q_angles
+        if ROTATE:
+            angles += batch * q_angles_batch + head_in * q_angles_head
+        for part in range(BLOCKS):
+            at = (program % parts * BLOCKS + part) * BLOCK + rows
+            there = at < Q_ROWS
+            x, y = _pairs(source, q_row, angles, q_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            scale, inverse = _scale_of(tl.max(_magnitudes(x, y), 1))
+            _store_levels(q8 + head * Q_ROWS * PADDED, at, there, x, y, inverse[:, None], PADDED)
+            tl.store(q_scale + head * Q_ROWS + at, scale, there)
 
 
 @triton.jit
@@ -279,28 +362,29 @@ def int8_attention(
     tl.store(out + to[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), fits)
 
 
-class Strides(NamedTuple):
-    """From batch to batch, head to head and row to row of a tensor whose columns are adjacent."""
-
-    batch: int
-    head: int
-    row: int
+#: From batch to batch, head to head and row to row of a tensor whose columns are adjacent.
+Strides: TypeAlias = Sequence[int]
 
 
-def launch_quantize(heads: Heads, q: Strides, k: Strides) -> Launch:
-    """Return the launch that quantizes queries and keys."""
+def launch_quantize(
+    heads: Heads, q: Strides, k: Strides, q_angles: Strides | None, k_angles: Strides | None
+) -> Launch:
+    """Return the launch that quantizes queries and keys of given strides, rotated by angles of
+    given strides if there are any."""
     rows = _BLOCKS * KEY_BLOCK
     queries = heads.batch * heads.heads * ceil(heads.q_rows, rows)
     keys = heads.batch * heads.kv_heads * ceil(heads.k_rows, rows)
+    sizes = (queries, keys, heads.heads, heads.kv_heads, heads.q_rows, heads.k_rows)
     return Launch(
         quantize_heads,
         queries + keys,
-        (queries, heads.heads, heads.kv_heads, heads.q_rows, heads.k_rows, *q, *k),
+        (*sizes, *q, *k, *(q_angles or (0, 0, 0)), *(k_angles or (0, 0, 0))),
         {
             "BLOCK": KEY_BLOCK,
             "BLOCKS": _BLOCKS,
             "WIDTH": heads.width,
             "PADDED": heads.padded,
+            "ROTATE": q_angles is not None,
         },
         {"num_warps": 4, "num_stages": DEFAULT_STAGES},
     )

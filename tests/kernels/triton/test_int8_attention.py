@@ -44,15 +44,17 @@ def operands(
     return q, k + 4, v
 
 
-def quantized(q: torch.Tensor, k: torch.Tensor) -> Four:
+def quantized(
+    q: torch.Tensor, k: torch.Tensor, angles: tuple[torch.Tensor | None, ...] = (None, None)
+) -> Four:
     heads = Heads.of(q, k)
     rows = heads.k_blocks * KEY_BLOCK
     q8 = torch.full((*q.shape[:3], heads.padded), 77, dtype=torch.int8)
     k8 = torch.full((*k.shape[:2], rows, heads.padded), 77, dtype=torch.int8)
     q_scale = torch.full(q.shape[:3], 77.0)
     k_scale = torch.full((*k.shape[:2], heads.k_blocks, 2), 77.0)
-    launch = kernels.launch_quantize(heads, q.stride()[:3], k.stride()[:3])
-    launch(q, k, q8, q_scale, k8, k_scale)
+    strides = [None if x is None else x.stride()[:3] for x in (q, k, *angles)]
+    kernels.launch_quantize(heads, *strides)(q, k, *angles, q8, q_scale, k8, k_scale)
     return q8, q_scale, k8, k_scale
 
 
@@ -66,6 +68,13 @@ def attended(parts: Four, v: torch.Tensor, scale: float, *, tma: bool = False) -
     )
     launch(k8, v, q8, q_scale, k_scale, out)
     return out.transpose(1, 2)
+
+
+def alike(part: torch.Tensor, want: torch.Tensor) -> bool:
+    """Say whether two are equal but for rounding: a value between two may become either."""
+    if part.dtype == torch.int8:
+        return bool((part.short() - want.short()).abs().max() <= 1)
+    return torch.allclose(part, want, rtol=1e-5)
 
 
 def error(out: torch.Tensor, want: torch.Tensor) -> float:
@@ -85,10 +94,8 @@ SHAPES = {
 def test_kernels_match_plain_torch(name: str) -> None:
     q, k, v = operands(*SHAPES[name])
     scale = q.shape[-1] ** -0.5
-    parts, wanted = quantized(q, k), reference.quantize_heads(q, k)
-    for got, want in zip(parts, wanted, strict=True):
-        # A value in the middle of two may be rounded to either.
-        assert (got.double() - want.double()).abs().max() <= (got.dtype == torch.int8) + 1e-5
+    parts, wanted = quantized(q, k), reference.quantize_heads(q, k, None, None)
+    assert all(map(alike, parts, wanted))
     out = attended(parts, v, scale, tma="TMA" in name)
     assert error(out, reference.int8_attention(*parts, v, scale)) < 1e-5
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
@@ -125,3 +132,12 @@ def test_zeros_are_quantized_to_zeros() -> None:
     parts = quantized(q * 0, k * 0)
     assert all(not part.any() for part in parts)
     assert torch.allclose(attended(parts, v, 1.0), v.mean(-2, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_rotation_matches_plain_torch(size: float) -> None:
+    q, k, _ = operands(2, 4, 2, 70, 5, 24)
+    q_angles = torch.randn(2, 1, 70, 12).mul(size).expand(2, 4, 70, 12)
+    k_angles = torch.randn(2, 2, 5, 12) * size
+    got = quantized(q, k, (q_angles, k_angles))
+    assert all(map(alike, got, reference.quantize_heads(q, k, q_angles, k_angles)))
