@@ -219,7 +219,7 @@ KERNELS = (
         name="tma",
         function="int8_attention",
         launch=_launch_attention_tma,
-        tiles=tiles.attention,
+        tiles=functools.partial(tiles.attention, tma=True),
         accepts=_accepts_tma_values,
         capability=(9, 0),
     ),
@@ -228,7 +228,7 @@ KERNELS = (
         name="pointers",
         function="int8_attention",
         launch=_launch_attention,
-        tiles=tiles.attention,
+        tiles=functools.partial(tiles.attention, tma=False),
     ),
 )
 

@@ -138,3 +138,5 @@ class Attention:
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Of a thread at most, so that more programs fit a multiprocessor; None for what it takes."""

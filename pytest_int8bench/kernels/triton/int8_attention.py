@@ -165,9 +165,9 @@ def quantize_heads(
         head = (program // parts).to(tl.int64)
         batch, head_in = head // KV_HEADS, head % KV_HEADS
         source = k + batch * k_batch + head_in * k_head
-        angles = k_angles
+        angles = source  # not read
         if ROTATE:
-            angles += batch * k_angles_batch + head_in * k_angles_head
+            angles = k_angles + batch * k_angles_batch + head_in * k_angles_head
         sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
         even, odd = _pairs(
             source, k_row, angles, k_angles_row, sample, sample < K_ROWS, ROTATE, WIDTH, PADDED
@@ -192,9 +192,9 @@ def quantize_heads(
         head = (program // parts).to(tl.int64)
         batch, head_in = head // HEADS, head % HEADS
         source = q + batch * q_batch + head_in * q_head
-        angles = q_angles
+        angles = source
         if ROTATE:
-            angles += batch * q_angles_batch + head_in * q_angles_head
+            angles = q_angles + batch * q_angles_batch + head_in * q_angles_head
         for part in range(BLOCKS):
             at = (program % parts * BLOCKS + part) * BLOCK + rows
             there = at < Q_ROWS
@@ -412,6 +412,7 @@ def launch(heads: Heads, scale: float, v: Strides, tile: Attention, *, tma: bool
                 [1, 1, KEY_BLOCK, heads.padded],
             ),
         )
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
     return Launch(
         int8_attention,
         heads.batch * heads.heads * ceil(heads.q_rows, tile.rows),
@@ -426,6 +427,6 @@ def launch(heads: Heads, scale: float, v: Strides, tile: Attention, *, tma: bool
             "PADDED": heads.padded,
             "BLOCKS": triton.next_power_of_2(blocks),
         },
-        {"num_warps": tile.warps, "num_stages": tile.stages},
+        {"num_warps": tile.warps, "num_stages": tile.stages, **limit},
         described,
     )
