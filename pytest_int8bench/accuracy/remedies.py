@@ -29,7 +29,7 @@ ATTENTION = "attention in BF16"
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Certified at most; each at this part of the level, so that the best of them is no lucky one.
-RUNGS = 4
+RUNGS = 3
 #: Part of the limit that a selection of layers must stay within, for it is measured on few samples.
 MARGIN = 0.5
 _SPLIT_SEED = 0
@@ -76,6 +76,7 @@ class Remedies:
         self._limit = limit
         self._record = record
         self._tell = tell
+        self._level = ALPHA / RUNGS
 
     def walk(
         self, workload: Workload, params: RunParams, index: int, verdict: Accuracy
@@ -89,6 +90,7 @@ class Remedies:
             verdict: that evaluation's.
         """
         tried: list[dict[str, Any]] = []
+        self._level = ALPHA / (RUNGS + params.int8_attention)
         rungs = {
             ATTENTION: self._attention,
             SMOOTHQUANT: self._smoothquant,
@@ -230,7 +232,7 @@ class Remedies:
             reference,
             scores,
             self._limit,
-            alpha=ALPHA / RUNGS,
+            alpha=self._level,
             rows=_half(evaluation, len(reference.values), 1),
         )
 

@@ -134,27 +134,16 @@ def _launch_dequantize(*call: Any) -> Launch:
     return dequantize.launch(*call)
 
 
-def _accepts_tma_values(heads: Heads, v: torch.Tensor, is_aligned: bool) -> bool:
-    steps = [stride * v.element_size() for stride in v.stride()[:3]]
-    return is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
-
-
 def _launch_quantize_heads(*call: Any) -> Launch:
     from pytest_int8bench.kernels.triton import int8_attention
 
     return int8_attention.launch_quantize(*call)
 
 
-def _launch_attention_tma(*call: Any) -> Launch:
-    from pytest_int8bench.kernels.triton import int8_attention
-
-    return int8_attention.launch(*call, tma=True)
-
-
 def _launch_attention(*call: Any) -> Launch:
     from pytest_int8bench.kernels.triton import int8_attention
 
-    return int8_attention.launch(*call, tma=False)
+    return int8_attention.launch(*call)
 
 
 #: Kernels of one operator stand in order of preference: a call takes the first one from the row of
@@ -216,19 +205,10 @@ KERNELS = (
     ),
     Kernel(
         operator="int8_attention",
-        name="tma",
-        function="int8_attention",
-        launch=_launch_attention_tma,
-        tiles=functools.partial(tiles.attention, tma=True),
-        accepts=_accepts_tma_values,
-        capability=(9, 0),
-    ),
-    Kernel(
-        operator="int8_attention",
-        name="pointers",
+        name="int8_attention",
         function="int8_attention",
         launch=_launch_attention,
-        tiles=functools.partial(tiles.attention, tma=False),
+        tiles=tiles.attention,
     ),
 )
 
@@ -448,11 +428,12 @@ def attention_launch(
         is_aligned: the addresses of keys and values are multiples of ``ALIGNMENT``.
         device: where the tensors are.
     """
-    without_tma = forced_product() == "pointers"
+    steps = [stride * v.element_size() for stride in v.stride()[:3]]
+    fits = is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
+    tma = fits and devices.capability(device) >= (9, 0) and forced_product() != "pointers"
     for kernel in kernels_of("int8_attention"):
-        skipped = without_tma and kernel.name == "tma"
-        if not skipped and kernel.runs_on(device) and kernel.accepts(heads, v, is_aligned):
-            return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads))
+        if kernel.runs_on(device) and kernel.accepts(heads):
+            return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads, tma), tma)
     raise KernelError(f"no kernel computes attention of {heads}")
 
 

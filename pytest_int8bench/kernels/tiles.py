@@ -202,7 +202,7 @@ def rows(m: int, k: int, multiprocessors: int) -> Rows:
     return Rows(count, block, -(-k // block), warps)
 
 
-def attention(heads: Heads, *, tma: bool) -> Attention:
+def attention(heads: Heads, tma: bool) -> Attention:
     """Return how queries are cut for INT8 attention; the fastest of those measured on an H200, with
     TMA at 197 to 9,216 tokens, and with the instructions of sm80."""
     if heads.padded > 64:

@@ -390,7 +390,7 @@ def launch_quantize(
     )
 
 
-def launch(heads: Heads, scale: float, v: Strides, tile: Attention, *, tma: bool) -> Launch:
+def launch(heads: Heads, scale: float, v: Strides, tile: Attention, tma: bool) -> Launch:
     """Return the launch that attends.
 
     Args:

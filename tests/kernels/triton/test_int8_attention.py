@@ -64,7 +64,7 @@ def attended(parts: Four, v: torch.Tensor, scale: float, *, tma: bool = False) -
     heads = Heads(batch, count, v.shape[1], rows, v.shape[2], v.shape[3])
     out = torch.full((batch, rows, count, v.shape[3]), 77.0, dtype=v.dtype)
     launch = kernels.launch(
-        heads, scale * math.log2(math.e), v.stride()[:3], tiles.attention(heads, tma=tma), tma=tma
+        heads, scale * math.log2(math.e), v.stride()[:3], tiles.attention(heads, tma), tma
     )
     launch(k8, v, q8, q_scale, k_scale, out)
     return out.transpose(1, 2)
