@@ -8,6 +8,7 @@ Inductor for the whole process; ``torchao-*`` is what its documentation tells a 
 the same layers. The time of a batch is the median over rounds; speedups are against the faster of
 the BF16 variants; dB is the SQNR of the first batch's output against the eager BF16 model.
 ``fused-warm`` compiles from the cache that ``fused`` left.
+``fused-int8attn`` is ``fused`` with INT8 attention.
 ``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
 """
 
@@ -63,6 +64,7 @@ class Point:
 
 BASE, LARGE = RunParams(model_size="base"), RunParams(model_size="large")
 POINTS = (
+    Point("encoder-v1-128", RunParams(batch_size=128)),
     Point("encoder-128", ENCODER.replace(batch_size=128)),
     Point("base-64x3072", BASE.replace(batch_size=64), 3072),
     Point("base-4096x48", BASE.replace(batch_size=4096), 48),
@@ -83,6 +85,7 @@ class Variant:
     attention: str
     quantize: Callable[[nn.Module], object] | None = None
     by_hand: bool = False
+    int8_attention: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     warm: str | None = None
     """The variant whose compile cache this one finds."""
@@ -110,6 +113,7 @@ VARIANTS = (
     Variant("bf16-cudnn", "cudnn"),
     Variant("fused", "cudnn", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
+    Variant("fused-int8attn", "cudnn", _ours("w8a8", "fused"), int8_attention=True),
     Variant("fused-flash", "flash", _ours("w8a8", "fused")),
     Variant(
         "fused-sm80",
@@ -158,7 +162,11 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
         settings: Any = FlashSDPA(variant.attention)
     else:
         compiled = compile_for_a100(
-            eager, mode=point.mode, attention=variant.attention, cache_dir=cache
+            eager,
+            mode=point.mode,
+            attention=variant.attention,
+            cache_dir=cache,
+            int8_attention=variant.int8_attention,
         )
         settings = compiled.entered()
 

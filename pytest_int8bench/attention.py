@@ -72,6 +72,10 @@ BACKENDS = {
     ),
 }
 
+#: What attention on INT8 queries and keys is called, beside the backends of SDPA.
+INT8 = "int8"
+_INT8_KERNELS = re.compile(r"\b(int8_attention|quantize_heads)\b")
+
 # Attention kernels that SDPA does not choose, such as FlashAttention 3 and FlexAttention.
 _OTHER_KERNELS = re.compile(r"FlashAttn|flex_attention|fmha")
 
@@ -163,9 +167,17 @@ def own_names(kernels: Iterable[str]) -> list[str]:
     return [name for name in kernels if not _FUSED_AROUND.match(name)]
 
 
+def is_int8_attention_kernel(kernel: str) -> bool:
+    """Return whether a kernel computes attention on INT8 queries and keys, or quantizes these."""
+    return bool(own_names([kernel]) and _INT8_KERNELS.search(kernel))
+
+
 def attention_kernel(kernels: Iterable[str]) -> str | None:
-    """Return the backend whose kernels are among ``kernels``, or None if no kernel is known."""
+    """Return the backend whose kernels are among ``kernels``, or None if no kernel is known; INT8
+    before the backends of calls that INT8 does not compute."""
     names = own_names(kernels)
+    if any(map(is_int8_attention_kernel, names)):
+        return INT8
     for name, backend in BACKENDS.items():
         if any(backend.kernels.search(kernel) for kernel in names):
             return name

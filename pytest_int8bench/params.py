@@ -116,6 +116,8 @@ class RunParams:
     """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math`` or ``auto``, the fastest."""
     int8_backend: str = "auto"
     """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
+    int8_attention: bool = False
+    """Multiply queries and keys in INT8 too, where attention has no mask and is not causal."""
     feed: str = "device"
     """``device``: inputs stay on the device; ``host``: a DataLoader streams them there (CUDA only;
     elsewhere the point is skipped)."""
@@ -187,6 +189,8 @@ class RunParams:
             return reason
         if self.int8_smoothquant and not self.int8_enabled:
             return "int8_smoothquant=True without int8_enabled has nothing to smooth"
+        if self.int8_attention and not self.int8_enabled:
+            return "int8_attention=True without int8_enabled has no baseline to compare with"
         if self.feed == "host" and not on_cuda:
             return f"feed=host has no device to copy to, gpu_type={self.gpu_type}"
         return self._impossible_mode() if self.int8_enabled else None

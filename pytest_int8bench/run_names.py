@@ -28,6 +28,7 @@ _APPENDED = (
     "model_version",
     "attention",
     "int8_backend",
+    "int8_attention",
     "feed",
 )
 #: Fields of OlmoEarth's fixed part that stand there in the names of other workloads.

@@ -98,6 +98,7 @@ SWEEPS = Sweeps(
         Sweep(
             "int8_backend", "int8_backend", ("torchao", "fused"), "where the INT8 kernels come from"
         ),
+        Sweep("int8_attention", "int8_attention", _BOTH, "attention on INT8, or in 16 bits"),
         Sweep("feed", "feed", FEEDS, "inputs that stay on the device, or come from the host"),
     )
 )

@@ -64,6 +64,7 @@ FIELD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int8_enabled": st.booleans(),
     "int8_mode": st.sampled_from(INT8_MODES),
     "int8_smoothquant": st.booleans(),
+    "int8_attention": st.booleans(),
     "compile_mode": st.sampled_from(COMPILE_MODES),
     "compile_fullgraph": st.booleans(),
     "model_version": st.from_regex(r"v[0-9]{1,3}(\.[0-9]{1,3}){0,3}", fullmatch=True),
@@ -159,7 +160,8 @@ def test_measuring_fields_do_not_enter_names(params: RunParams) -> None:
 def test_baseline_resets_int8_and_nothing_else(params: RunParams) -> None:
     twin = params.baseline()
     changed = {n for n, v in twin.to_dict().items() if v != params.to_dict()[n]}
-    assert changed <= {"int8_enabled", "int8_mode", "int8_smoothquant", "int8_backend"}
+    of_int8 = ("enabled", "mode", "smoothquant", "backend", "attention")
+    assert changed <= {f"int8_{name}" for name in of_int8}
     assert (twin.int8_enabled, twin.int8_mode) == (False, "w8a8")
     assert (twin.int8_smoothquant, twin.int8_backend) == (False, "auto")
     assert twin.baseline() == twin
@@ -329,6 +331,7 @@ def test_defaults() -> None:
         "model_version": "v1",
         "attention": "flash",
         "int8_backend": "auto",
+        "int8_attention": False,
         "feed": "device",
         "benchmark_interval_s": 10.0,
         "min_batches_per_interval": 10,
@@ -451,8 +454,8 @@ def test_replace_rejects_an_unknown_name() -> None:
         "unknown RunParams field 'batch'; fields are model_size, use_s1, use_s2, use_landsat, "
         "image_size, patch_size, num_timesteps, batch_size, gpu_type, bf16, int8_enabled, "
         "int8_mode, int8_smoothquant, compile_mode, compile_fullgraph, model_version, attention, "
-        "int8_backend, feed, benchmark_interval_s, min_batches_per_interval, profiler_enabled, "
-        "wandb_enabled, extra"
+        "int8_backend, int8_attention, feed, benchmark_interval_s, min_batches_per_interval, "
+        "profiler_enabled, wandb_enabled, extra"
     )
     with pytest.raises(ValueError, match=r"^unknown RunParams field 'later'; "):
         RunParams.from_dict({"later": 1})
@@ -493,6 +496,11 @@ def test_replace_rejects_an_unknown_name() -> None:
             "int8_smoothquant=True without int8_enabled has nothing to smooth",
         ),
         ({"int8_smoothquant": True, "int8_enabled": True}, None),
+        (
+            {"int8_attention": True},
+            "int8_attention=True without int8_enabled has no baseline to compare with",
+        ),
+        ({"int8_attention": True, "int8_enabled": True}, None),
         (
             {"int8_backend": "fused", "int8_enabled": True, "int8_mode": "w8"},
             "int8_backend=fused runs w8a8, int8_mode=w8",

@@ -38,6 +38,7 @@ AXES: dict[str, list[Any]] = {
     "int8_enabled": [True, False],
     "int8_mode": ["w8a8", "w8"],
     "int8_smoothquant": [True, False],
+    "int8_attention": [True, False],
     "compile_mode": ["default", "off"],
     "extra.width": [1, 1.0, "1", True],
 }
@@ -90,6 +91,7 @@ def test_sweep_keys() -> None:
         "compile_mode": {"compile_mode": ["default", "reduce-overhead", "max-autotune"]},
         "attention": {"attention": ["flash", "cudnn", "efficient", "math", "auto"]},
         "int8_backend": {"int8_backend": ["torchao", "fused"]},
+        "int8_attention": {"int8_attention": [True, False]},
         "feed": {"feed": ["device", "host"]},
     }
     assert {key: axis for key, axis in SWEEPS.items() if key != "all"} == expected
@@ -125,7 +127,7 @@ def test_unknown_key() -> None:
     assert str(info.value) == (
         "unknown sweep key 'batch_size'; keys are batch, image, patch, time, use_s1, use_s2, "
         "use_landsat, bf16, model_size, int8_enabled, int8_mode, int8_smoothquant, compile_mode, "
-        "attention, int8_backend, feed, all"
+        "attention, int8_backend, int8_attention, feed, all"
     )
 
 
@@ -235,9 +237,9 @@ def test_the_default_point_of_several_axes_folds() -> None:
 
 
 def test_all_counts() -> None:
-    # 62 values; 15 axes hold the default (int8_backend does not), which comes once.
-    assert sum(map(len, SWEEPS["all"].values())) == 62
-    assert len(expand(RunParams(), SWEEPS["all"])) == 62 - 14
+    # 64 values; 16 axes hold the default (int8_backend does not), which comes once.
+    assert sum(map(len, SWEEPS["all"].values())) == 64
+    assert len(expand(RunParams(), SWEEPS["all"])) == 64 - 15
 
 
 def test_an_axis_of_a_workload_keeps_the_other_axes() -> None:
@@ -422,10 +424,10 @@ def test_unique_keeps_the_first_of_each(points: list[RunParams]) -> None:
 
 
 def test_more_points_than_the_limit_are_counted_and_refused() -> None:
-    message = "a sweep must have at most 100,000 points, got 82,575,360: "
+    message = "a sweep must have at most 100,000 points, got 165,150,720: "
     with pytest.raises(ValueError, match=message):
         expand(RunParams(), axes_of(["all"]), cross_product=True)
-    with pytest.raises(ValueError, match="got 330,301,440: "):
+    with pytest.raises(ValueError, match="got 660,602,880: "):
         expand_modes(
             RunParams(), ["off", "w8", "w8a8", "fp8"], axes_of(["all"]), cross_product=True
         )

@@ -25,6 +25,7 @@ from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
+ATTENTION = "attention in BF16"
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Certified at most; each at this part of the level, so that the best of them is no lucky one.
@@ -75,6 +76,7 @@ class Remedies:
         self._limit = limit
         self._record = record
         self._tell = tell
+        self._level = ALPHA / RUNGS
 
     def walk(
         self, workload: Workload, params: RunParams, index: int, verdict: Accuracy
@@ -88,7 +90,9 @@ class Remedies:
             verdict: that evaluation's.
         """
         tried: list[dict[str, Any]] = []
+        self._level = ALPHA / (RUNGS + params.int8_attention)
         rungs = {
+            ATTENTION: self._attention,
             SMOOTHQUANT: self._smoothquant,
             WORST_LAYERS: self._without_worst_layers,
             _next_rung(params): self._next_mode,
@@ -120,6 +124,16 @@ class Remedies:
             yield row
 
     # -- the ladder -------------------------------------------------------------------------
+
+    def _attention(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
+        if params.int8_attention:
+            yield Trial(
+                workload,
+                params.replace(int8_attention=False),
+                rung=ATTENTION,
+                setting="int8_attention=False",
+                configuration="--int8-set int8_attention=false",
+            )
 
     def _smoothquant(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
         if not MODES[params.int8_mode].smoothquant_helps or workload.brings_quantization:
@@ -218,7 +232,7 @@ class Remedies:
             reference,
             scores,
             self._limit,
-            alpha=ALPHA / RUNGS,
+            alpha=self._level,
             rows=_half(evaluation, len(reference.values), 1),
         )
 

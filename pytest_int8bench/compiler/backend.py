@@ -9,7 +9,8 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pytest_int8bench.compiler.fusion import passes
-from pytest_int8bench.compiler.fusion.nodes import begins_aligned, value_of
+from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, replace_attention
+from pytest_int8bench.compiler.fusion.nodes import begins_aligned, subgraphs, value_of
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds import (
     SET_GRAD_ENABLED,
@@ -31,11 +32,20 @@ class FusingInductor(InductorBackend):
         dynamic: as in ``torch.compile``.
         inline: hand kernels to Inductor where it can launch them itself
             (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
+        attention: where to count what of the model's attention was replaced by INT8; None to
+            leave attention alone.
     """
 
-    def __init__(self, mode: str, dynamic: bool | None, inline: bool = False) -> None:
+    def __init__(
+        self,
+        mode: str,
+        dynamic: bool | None,
+        inline: bool = False,
+        attention: AttentionCoverage | None = None,
+    ) -> None:
         super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
         self._inline = inline
+        self._attention = attention
         self.graphs: list[Graph] = []
         """What it has compiled."""
 
@@ -48,6 +58,8 @@ class FusingInductor(InductorBackend):
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         graph = Graph(model_, inputs_)  # before passes move the operators
         _check_settings(model_)
+        if self._attention is not None:
+            replace_attention(model_, self._attention)
         passes.fuse(model_, inline=self._inline)
         _check_regions(model_)
         _check_alignment(model_)
@@ -95,7 +107,7 @@ def _check_settings(module: fx.GraphModule) -> None:
     def visit(part: fx.GraphModule, settings: dict[Any, Any]) -> None:
         for node in part.graph.nodes:
             _follow_setting(node, settings)
-            for subgraph in _subgraphs(part, node):
+            for subgraph in subgraphs(part, node):
                 active = list(settings.values())
                 if node.target is not _REGION:
                     visit(subgraph, dict(settings))
@@ -108,12 +120,6 @@ def _check_settings(module: fx.GraphModule) -> None:
     # Dynamo restores the process's settings before it calls the backend.
     enabled: tuple[Any, ...] = SET_GRAD_ENABLED, (torch.is_grad_enabled(),), {}
     visit(module, {SET_GRAD_ENABLED: enabled})
-
-
-def _subgraphs(part: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    names = [str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"]
-    attributes = [getattr(part, name, None) for name in names]
-    return [attribute for attribute in attributes if isinstance(attribute, fx.GraphModule)]
 
 
 def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:

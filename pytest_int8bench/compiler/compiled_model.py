@@ -26,6 +26,10 @@ from pytest_int8bench.compiler.cache import (
     lookups,
     usable_default,
 )
+from pytest_int8bench.compiler.fusion.int8_attention import (
+    AttentionCoverage,
+    EagerInt8Attention,
+)
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
@@ -77,6 +81,8 @@ class CompiledModel(torch.nn.Module):
         regions: repeated blocks that were compiled as one (:mod:`.regions`).
         regions_refused: why blocks that repeat were not, or None.
         graphs: what the model was compiled to so far, if anything.
+        int8_attention: what of the model's attention runs on INT8 queries and keys; None where
+            that was not asked for.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class CompiledModel(torch.nn.Module):
         autocast_dtype: torch.dtype | None,
         dynamic: bool | None,
         cache_dir: Path | None,
+        int8_attention: bool,
     ) -> None:
         super().__init__()
         self.model = model
@@ -103,6 +110,7 @@ class CompiledModel(torch.nn.Module):
             None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
         )
         self.graphs: list[Graph] = []
+        self.int8_attention = AttentionCoverage() if int8_attention else None
         self._entry = self._new_entry(fullgraph, inline=False)
         self._regions = Regions([])
         self._entered = 0
@@ -118,9 +126,11 @@ class CompiledModel(torch.nn.Module):
         """Return what calls the model, compiled at its first call by Inductor, with what stands
         around layers of the fused backend joined first."""
         entry = _fresh_entry(self.model)
+        if self.int8_attention is not None:
+            self.int8_attention = AttentionCoverage()  # of what is compiled from here on
         if self.mode == "off":
             return entry
-        backend = FusingInductor(self.mode, self._dynamic, inline)
+        backend = FusingInductor(self.mode, self._dynamic, inline, self.int8_attention)
         self.graphs = backend.graphs
         compiled: Callable[..., Any] = torch.compile(
             entry, fullgraph=fullgraph, backend=backend, dynamic=self._dynamic
@@ -237,6 +247,9 @@ class CompiledModel(torch.nn.Module):
             torch.compiler.set_stance("force_eager")
             if self.mode == "off"
             else contextlib.nullcontext(),
+            EagerInt8Attention(self.int8_attention)
+            if self.mode == "off" and self.int8_attention is not None
+            else contextlib.nullcontext(),
         ):
             yield
 
@@ -295,6 +308,7 @@ def compile_for_a100(
     autocast_dtype: torch.dtype | None = None,
     dynamic: bool | None = False,
     cache_dir: str | os.PathLike[str] | None = None,
+    int8_attention: bool = False,
 ) -> CompiledModel:
     """Compile ``model`` with Inductor for inference; despite its name not for A100 only.
 
@@ -315,6 +329,9 @@ def compile_for_a100(
         cache_dir: folder to keep compiled code in from process to process. It may be copied to
             another machine, and is used where hardware, driver, versions and attention backend
             are the same. By default, torch's own for this machine.
+        int8_attention: run ``scaled_dot_product_attention`` on INT8 queries and keys where it is
+            called without a mask, dropout or causality, for heads of up to 128 columns; the
+            ``int8_attention`` attribute says where it was.
 
     Returns:
         A module to call like ``model``. With CUDA graphs (``reduce-overhead``,
@@ -336,6 +353,7 @@ def compile_for_a100(
         autocast_dtype=autocast_dtype,
         dynamic=dynamic,
         cache_dir=None if cache_dir is None else Path(cache_dir).absolute(),
+        int8_attention=int8_attention,
     )
 
 

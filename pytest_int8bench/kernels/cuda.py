@@ -8,6 +8,7 @@ runs is decided in :mod:`.dispatch`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 
 from pytest_int8bench.kernels import dispatch, reference
 from pytest_int8bench.kernels.launch import Launch, Operands
-from pytest_int8bench.kernels.schema import Three
-from pytest_int8bench.kernels.tile_types import ALIGNMENT, Problem, Tile
+from pytest_int8bench.kernels.schema import Four, Three
+from pytest_int8bench.kernels.tile_types import ALIGNMENT, KEY_BLOCK, Heads, Problem, Tile
 from pytest_int8bench.kernels.triton.dequantize import AT_ONCE
 
 #: Kinds of calls that are kept: models with a dynamic batch have one for each of its sizes.
@@ -149,6 +150,65 @@ def dequantize(
             _keep(key, launch)
         launch(*tensors)
     return outs
+
+
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None,
+    k_angles: torch.Tensor | None,
+) -> Four:
+    """Run the kernel of :func:`.ops.quantize_heads`; the tensors on the current device."""
+    heads = Heads.of(q, k)
+    angles = [
+        None if a is None else _adjacent(a.expand(*x.shape[:3], -1))
+        for a, x in ((q_angles, q), (k_angles, k))
+    ]
+    q, k = _adjacent(q), _adjacent(k)
+    q8 = torch.empty((*q.shape[:3], heads.padded), dtype=torch.int8, device=q.device)
+    q_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rows = heads.k_blocks * KEY_BLOCK
+    k8 = torch.empty((*k.shape[:2], rows, heads.padded), dtype=torch.int8, device=q.device)
+    k_scale = torch.empty((*k.shape[:2], heads.k_blocks, 2), dtype=torch.float32, device=q.device)
+    tensors = (q, k, *angles, q8, q_scale, k8, k_scale)
+    strides = tuple(None if x is None else x.stride()[:3] for x in (q, k, *angles))
+    key = ("quantize_heads", heads, strides, q.get_device(), _kinds(tensors))
+    launch = _kept.get(key)
+    if launch is None:
+        launch = dispatch.heads_launch(heads, strides, q.device)
+        _keep(key, launch)
+    launch(*tensors)
+    return q8, q_scale, k8, k_scale
+
+
+def int8_attention(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Run the kernel of :func:`.ops.int8_attention`; the tensors on the current device."""
+    v = _adjacent(v)
+    batch, count, rows, _ = q.shape
+    heads = Heads(batch, count, v.shape[1], rows, v.shape[2], v.shape[3])
+    out = torch.empty((batch, rows, count, heads.width), dtype=v.dtype, device=q.device)
+    tensors = (k, v, q, q_scale, k_scale, out)
+    key = ("int8_attention", heads, scale, v.stride(), q.get_device(), _kinds(tensors))
+    launch = _kept.get(key)
+    if launch is None:
+        launch = dispatch.attention_launch(
+            heads, scale * math.log2(math.e), v, _aligned((k, v)), q.device
+        )
+        _keep(key, launch)
+    launch(*tensors)
+    return out.transpose(1, 2)
+
+
+def _adjacent(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with adjacent columns, a copy where it must be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _keep(key: tuple[Any, ...], launch: Launch) -> None:

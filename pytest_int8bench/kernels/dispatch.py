@@ -22,7 +22,7 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.kernels import device as devices
 from pytest_int8bench.kernels import selftest, tiles, tuning
 from pytest_int8bench.kernels.selftest import SelfTest
-from pytest_int8bench.kernels.tile_types import ALIGNMENT, Problem, Tile
+from pytest_int8bench.kernels.tile_types import ALIGNMENT, Heads, Problem, Tile
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +144,18 @@ def _launch_dequantize(*call: Any) -> Launch:
     return dequantize.launch(*call)
 
 
+def _launch_quantize_heads(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_attention
+
+    return int8_attention.launch_quantize(*call)
+
+
+def _launch_attention(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import int8_attention
+
+    return int8_attention.launch(*call)
+
+
 #: Kernels of one operator stand in order of preference: a call takes the first one from the row of
 #: its device on that accepts it, has passed its self-test and has tiles for it.
 KERNELS = (
@@ -193,6 +205,20 @@ KERNELS = (
         function="dequantize",
         launch=_launch_dequantize,
         tiles=tiles.weights,
+    ),
+    Kernel(
+        operator="quantize_heads",
+        name="quantize_heads",
+        function="quantize_heads",
+        launch=_launch_quantize_heads,
+        tiles=lambda *call: None,
+    ),
+    Kernel(
+        operator="int8_attention",
+        name="int8_attention",
+        function="int8_attention",
+        launch=_launch_attention,
+        tiles=tiles.attention,
     ),
 )
 
@@ -386,6 +412,43 @@ def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> La
         if kernel.runs_on(device) and kernel.accepts(sizes):
             return kernel.launch(sizes, kernel.tiles())
     raise KernelError(f"no kernel dequantizes weights of sizes {sizes}")
+
+
+def heads_launch(
+    heads: Heads, strides: Sequence[Sequence[int] | None], device: torch.device
+) -> Launch:
+    """Return the launch that quantizes queries and keys.
+
+    Args:
+        heads: the sizes.
+        strides: of queries and keys, and of the angles of both, None without any.
+        device: where the tensors are.
+    """
+    for kernel in kernels_of("quantize_heads"):
+        if kernel.runs_on(device) and kernel.accepts(heads):
+            return kernel.launch(heads, *strides)
+    raise KernelError(f"no kernel quantizes {heads}")
+
+
+def attention_launch(
+    heads: Heads, scale: float, v: torch.Tensor, is_aligned: bool, device: torch.device
+) -> Launch:
+    """Return the launch of INT8 attention.
+
+    Args:
+        heads: the sizes.
+        scale: of the scores, in powers of two.
+        v: the values.
+        is_aligned: the addresses of keys and values are multiples of ``ALIGNMENT``.
+        device: where the tensors are.
+    """
+    steps = [stride * v.element_size() for stride in v.stride()[:3]]
+    fits = is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
+    tma = fits and devices.capability(device) >= (9, 0) and forced_product() != "pointers"
+    for kernel in kernels_of("int8_attention"):
+        if kernel.runs_on(device) and kernel.accepts(heads):
+            return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads, tma), tma)
+    raise KernelError(f"no kernel computes attention of {heads}")
 
 
 # -- none at all --------------------------------------------------------------------------------

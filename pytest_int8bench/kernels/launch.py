@@ -86,8 +86,8 @@ class Launch:
 class Described(NamedTuple):
     """All that a TMA descriptor says about a tensor but its address."""
 
-    shape: tuple[int, int]
-    strides: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     block: list[int]
     layout: Any = None
     """How a block lies in shared memory; None for Triton, which decides that itself."""

@@ -1,9 +1,9 @@
 """The operators of the fused backend, as ``torch.ops.int8bench``.
 
-``quantize_rows``, ``linear``, ``dequantize`` and ``read_weight`` have fake implementations, so that
-``torch.compile(fullgraph=True)`` and dynamic shapes accept them. The first three run Triton kernels
-on CUDA (:mod:`.cuda`) and plain torch (:mod:`.reference`) elsewhere; all are for inference: a
-backward pass through them is an error. ``read_weight`` is an operator so that profiles show it.
+All but the last have fake implementations, so that ``torch.compile(fullgraph=True)`` and dynamic
+shapes accept them. They run Triton kernels on CUDA (:mod:`.cuda`) and plain torch
+(:mod:`.reference`) elsewhere; all are for inference: a backward pass through them is an error.
+``read_weight`` is plain torch, and an operator so that profiles show it.
 ``dequantized_linear`` is plain torch, which compilers see into; it is an operator so that passes
 find the layers in a graph.
 """
@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from pytest_int8bench.kernels import dispatch, reference
-from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, SCHEMAS, Three
+from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, SCHEMAS, Four, Three
+from pytest_int8bench.kernels.tile_types import KEY_BLOCK, Heads
 
 # Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
 _LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
@@ -129,6 +130,58 @@ def dequantized_linear(
     return F.linear(x, reference.dequantized(weight, weight_scale, x.dtype), bias)
 
 
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None = None,
+    k_angles: torch.Tensor | None = None,
+) -> Four:
+    """Quantize the queries and keys of attention.
+
+    Args:
+        q: floating (B, H, N, D), where D is even.
+        k: floating (B, G, M, D), where G divides H.
+        q_angles: FP32, broadcast to (B, H, N, D / 2): what adjacent columns are rotated by before
+            (RoPE), in radians; None for no rotation.
+        k_angles: the same for keys; None if and only if ``q_angles`` is.
+
+    Returns:
+        INT8 queries (B, H, N, P), even columns before odd ones, each half padded with zeros to a
+        power of two; FP32 scales (B, H, N); INT8 keys (B, G, K, P) in the same order, less a mean
+        over some keys, M padded with zeros to blocks of 64; FP32 (B, G, K / 64, 2): the scale of a
+        block, and the largest norm of its keys. Scales are NaN where a query or a block of keys
+        holds NaN or infinity.
+    """
+    out: Four = torch.ops.int8bench.quantize_heads.default(q, k, q_angles, k_angles)
+    return out
+
+
+def int8_attention(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attend with what :func:`quantize_heads` returned: scores of INT8 products summed in INT32,
+    softmax in FP32, weights and values multiplied in the dtype of ``v``.
+
+    Args:
+        q: INT8 (B, H, N, P).
+        q_scale: FP32 (B, H, N).
+        k: INT8 (B, G, K, P).
+        k_scale: FP32 (B, G, K / 64, 2).
+        v: floating (B, G, M, D).
+        scale: that the scores are multiplied by.
+
+    Returns:
+        (B, H, N, D) in the dtype of ``v``; in memory, heads stand beside each other.
+    """
+    out: torch.Tensor = torch.ops.int8bench.int8_attention.default(q, q_scale, k, k_scale, v, scale)
+    return out
+
+
 def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
     *before, keep = rest
     q, scale, kept = reference.quantize_rows(x, *before)
@@ -193,6 +246,49 @@ def _dequantize_of_fakes(
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
 
 
+def _quantize_heads(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
+    one, two, three, four = reference.quantize_heads(q, k, *angles)
+    return one.contiguous(), two.contiguous(), three.contiguous(), four.contiguous()
+
+
+def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(q.device):
+        return cuda.quantize_heads(q, k, *angles)
+
+
+def _quantize_heads_of_fakes(
+    q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None
+) -> Four:
+    heads = Heads.of(q, k)
+    blocks = heads.k_blocks
+    return (
+        q.new_empty((*q.shape[:3], heads.padded), dtype=torch.int8),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        k.new_empty((*k.shape[:2], blocks * KEY_BLOCK, heads.padded), dtype=torch.int8),
+        k.new_empty((*k.shape[:2], blocks, 2), dtype=torch.float32),
+    )
+
+
+def _int8_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = reference.int8_attention(q, *rest)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _int8_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(q.device):
+        return cuda.int8_attention(q, *rest)
+
+
+def _int8_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    v: torch.Tensor = rest[-2]
+    batch, heads, rows, _ = q.shape
+    return v.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
+
+
 def _read_weight(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     """Return the values of a weight, of which ``factor`` multiplied the input."""
     return values.clone() if factor is None else (values * factor).to(values.dtype)
@@ -210,7 +306,9 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _no_gradient(context: Any, *gradients: torch.Tensor) -> None:
-    raise RuntimeError("INT8 layers of the fused backend are for inference: they have no gradient")
+    raise RuntimeError(
+        "INT8 operators of the fused backend are for inference: they have no gradient"
+    )
 
 
 def _register() -> None:
@@ -219,6 +317,8 @@ def _register() -> None:
         (SCHEMAS[1], _linear, _linear_on_cuda, _linear_of_fakes),
         (SCHEMAS[2], _dequantize, _dequantize_on_cuda, _dequantize_of_fakes),
         (SCHEMAS[3], _read_weight, _read_weight, _read_weight_of_fakes),
+        (SCHEMAS[4], _quantize_heads, _quantize_heads_on_cuda, _quantize_heads_of_fakes),
+        (SCHEMAS[5], _int8_attention, _int8_attention_on_cuda, _int8_attention_of_fakes),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

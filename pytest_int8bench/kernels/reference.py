@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from pytest_int8bench.kernels.schema import Four
+from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Heads
+
 #: Half the range of INT8: the largest value of a row becomes this, as in torchao.
 HALF_RANGE = 127.5
 _TINY = 1e-36
@@ -85,3 +88,64 @@ def linear(
     if residual is not None:
         out = out + residual.float()
     return out.to(dtype)
+
+
+def quantize_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_angles: torch.Tensor | None,
+    k_angles: torch.Tensor | None,
+) -> Four:
+    """Quantize queries and keys; arguments and results are those of :func:`.ops.quantize_heads`."""
+    heads = Heads.of(q, k)
+    queries, keys = _pairs(q, q_angles), _pairs(k, k_angles)
+    q_levels, q_scale = _levels(queries, queries.abs().amax(-1, keepdim=True))
+    sample = torch.arange(KEY_SAMPLE, device=k.device) * heads.k_rows // KEY_SAMPLE
+    keys = keys - keys[..., sample, :].mean(-2, keepdim=True)
+    rows = heads.k_blocks * KEY_BLOCK
+    blocks = F.pad(keys, (0, 0, 0, rows - heads.k_rows)).unflatten(-2, (-1, KEY_BLOCK))
+    k_levels, k_scale = _levels(blocks, blocks.abs().amax((-2, -1), keepdim=True))
+    norm = k_levels.float().norm(dim=-1).amax(-1) * k_scale[..., 0, 0]
+    halves = (0, (heads.padded - heads.width) // 2)
+    return (
+        F.pad(q_levels.unflatten(-1, (2, -1)), halves).flatten(-2),
+        q_scale[..., 0],
+        F.pad(k_levels.flatten(-3, -2).unflatten(-1, (2, -1)), halves).flatten(-2),
+        torch.stack([k_scale[..., 0, 0], norm], -1),
+    )
+
+
+def _pairs(x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    """Return FP32 rows with the even columns before the odd ones, rotated by ``angles``."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    if angles is not None:
+        sine, cosine = angles.sin(), angles.cos()
+        even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+    return torch.cat([even, odd], -1)
+
+
+def _levels(x: torch.Tensor, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the INT8 values of ``x`` and their scale, NaN where ``peak`` is not finite."""
+    scale = torch.where(peak > _TINY, peak / 127, torch.zeros_like(peak))
+    scale = torch.where(peak.isfinite(), scale, torch.full_like(peak, torch.nan))
+    inverse = torch.where(peak > _TINY, 127 / peak, torch.zeros_like(peak))
+    return torch.nan_to_num((x * inverse).round(), 0, 127, -127).to(torch.int8), scale
+
+
+def int8_attention(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attend; the arguments are those of :func:`.ops.int8_attention`. Scores are exact."""
+    group = q.shape[1] // v.shape[1]
+    rows = v.shape[-2]
+    k, k_scale, v = (x.repeat_interleave(group, 1) for x in (k[..., :rows, :], k_scale, v))
+    # Sums of INT8 products stay below 2**24, which FP32 holds exactly.
+    scores = q.float() @ k.float().transpose(-1, -2)
+    each = k_scale[..., 0].repeat_interleave(KEY_BLOCK, -1)[..., None, :rows]
+    weights = (scores * q_scale[..., None] * each * scale).softmax(-1)
+    return (weights @ v.float()).to(v.dtype)

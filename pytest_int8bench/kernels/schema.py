@@ -8,6 +8,7 @@ NORMS = ("none", "layer", "rms")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 DEQUANTIZED_LINEAR = (
     "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
@@ -23,6 +24,14 @@ SCHEMAS = (
     ),
     "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
     "read_weight(Tensor values, Tensor? factor) -> Tensor",
+    (
+        "quantize_heads(Tensor q, Tensor k, Tensor? q_angles, Tensor? k_angles)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    (
+        "int8_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, float scale)"
+        " -> Tensor"
+    ),
 )
 #: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
 READ_OPERATOR = "int8bench::read_weight"

@@ -6,7 +6,10 @@ Importing this module does not load torch (see :mod:`.dispatch`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 #: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
 ALIGNMENT = 16
@@ -90,3 +93,50 @@ SPECIALIZED_FROM = 16
 
 #: Rows and columns of the weight that one program dequantizes.
 DEQUANTIZED_TILE = (16, 256)
+
+#: Keys that share a scale, and that INT8 attention takes at once.
+KEY_BLOCK = 64
+#: Keys, evenly spaced, whose mean is taken from all before they are quantized. Softmax does not
+#: change by it, whatever the vector; what all keys have in common goes.
+KEY_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sizes of attention."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    """Heads of keys and values, which divide those of queries."""
+    q_rows: int
+    k_rows: int
+    width: int
+    """Columns of a head."""
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor) -> Heads:
+        """Return the sizes for queries (B, H, N, D) and keys."""
+        batch, heads, q_rows, width = q.shape
+        return cls(batch, heads, k.shape[1], q_rows, k.shape[2], width)
+
+    @property
+    def k_blocks(self) -> int:
+        """Blocks of keys, the last of them padded."""
+        return -(-self.k_rows // KEY_BLOCK)
+
+    @property
+    def padded(self) -> int:
+        """Columns of a head as the kernels see them: a power of two."""
+        return max(1 << (self.width - 1).bit_length(), 32)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How queries are cut for INT8 attention."""
+
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    """Of a thread at most, so that more programs fit a multiprocessor; None for what it takes."""

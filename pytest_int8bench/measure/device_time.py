@@ -14,6 +14,7 @@ import torch
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.measure.ceiling import (
     Ceiling,
+    CeilingError,
     bound_of,
     find_ceiling,
     quantized_calls,
@@ -93,6 +94,8 @@ def upper_bound(
 
 
 def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSources:
+    if candidate.params.int8_attention:
+        raise CeilingError("how much faster INT8 attention could be is not part of the model")
     evidence, bound = baseline.evidence(), bound_of(candidate.params.int8_mode)
     dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
     left_out = {*candidate.layers.unused, *candidate.layers.other_precision}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pytest_int8bench.attention import attention_kernel, own_names
+from pytest_int8bench.attention import attention_kernel, is_int8_attention_kernel, own_names
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.params import RunParams
@@ -195,8 +195,20 @@ def check_labels(
             f"{label} is labelled int8_backend={backend}, but {ran_there} ran; "
             f"kernels: {evidence.top()}"
         )
-    ran = evidence.attention_kernel
-    asked = attention or params.attention
+    _check_attention(evidence, params, attention or params.attention)
+
+
+def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
+    """Compare the attention kernels that ran with what was asked for."""
+    label = params.run_name
+    int8 = [kernel for kernel in evidence.kernels if is_int8_attention_kernel(kernel.name)]
+    if bool(int8) != params.int8_attention:
+        what = int8[0].name if int8 else "none of its kernels"
+        raise EvidenceError(
+            f"{label} is labelled int8_attention={params.int8_attention}, but {what} ran; "
+            f"kernels: {evidence.top()}"
+        )
+    ran = attention_kernel(kernel.name for kernel in evidence.kernels if kernel not in int8)
     if asked != "auto" and ran not in (None, asked):
         raise EvidenceError(
             f"{label} asked for {asked} attention, but {ran} ran; kernels: {evidence.top()}"

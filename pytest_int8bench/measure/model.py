@@ -110,6 +110,7 @@ class Model:
             mode=params.compile_mode,
             attention=attention,
             cache_dir=cache_dir,
+            int8_attention=params.int8_enabled and params.int8_attention,
         )
         self.run = BatchRun(self.compiled, batch, device, feed)
         """Submits one batch and returns the output. With ``feed=host`` it comes from the host, and
@@ -138,6 +139,12 @@ class Model:
     def fresh_inputs(self) -> Any:
         """Return a copy of the batch on the device, as it was made."""
         return to_device(self.batch.fresh(), self.device)
+
+    def attention_coverage(self) -> dict[str, Any]:
+        """Return how many attention calls run on INT8 and why others do not; empty where INT8
+        attention was not asked for."""
+        found = self.compiled.int8_attention
+        return {} if found is None else found.to_dict()
 
     def evidence(self, keep: Keep | None = None) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.

@@ -44,6 +44,9 @@ class Coverage:
     elsewhere: dict[str, Any] = field(default_factory=dict)
     """Where most weights are if not in ``nn.Linear``: their ``share``, and by kind the number of
     ``parameters`` and the ``layers``."""
+    attention: dict[str, Any] = field(default_factory=dict)
+    """Where INT8 attention was asked for: how many calls run on INT8 queries and keys (``int8``),
+    and how many were left to torch, by reason (``left_out``)."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
@@ -103,4 +106,5 @@ class Coverage:
             **({"unused": list(self.unused)} if self.unused else {}),
             **({"missed": self.missed} if self.missed else {}),
             **({"elsewhere": self.elsewhere} if self.elsewhere else {}),
+            **({"attention": self.attention} if self.attention else {}),
         }

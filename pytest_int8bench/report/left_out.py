@@ -26,6 +26,13 @@ def left_out_remarks(result: Result) -> list[str]:
             f"and MLP layers of repeated blocks ({_some(names)}): "
             + ", ".join(f"{count} {reason}" for reason, count in counted.items())
         )
+    attention = covered.get("attention") or {}
+    if reasons := attention.get("left_out"):
+        total = sum(reasons.values())
+        lines.append(
+            f"left in {dtype}: {label}: {total} of {total + attention.get('int8', 0)} attention "
+            "calls: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        )
     if kinds := (covered.get("elsewhere") or {}).get("weights"):
         listed = ", ".join(_kind(kind, found) for kind, found in kinds.items())
         lines.append(

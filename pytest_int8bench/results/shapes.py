@@ -35,6 +35,7 @@ class _Params(TypedDict, total=False):
     int8_enabled: bool
     int8_mode: str
     int8_smoothquant: bool
+    int8_attention: bool
     compile_mode: str
     compile_fullgraph: bool
     model_version: str
@@ -89,6 +90,11 @@ Ceiling = Annotated[
 ]
 
 
+class _AttentionCalls(TypedDict):
+    int8: Count
+    left_out: dict[str, Count]
+
+
 class _Coverage(TypedDict, total=False):
     mode: str
     converted_layers: Count
@@ -100,6 +106,7 @@ class _Coverage(TypedDict, total=False):
     fallbacks: dict[str, str | None]
     smoothed_runtime: list[str]
     smoothed_folded: dict[str, list[str]]
+    attention: Annotated[dict[str, Any], _AttentionCalls]
 
 
 Coverage = Annotated[dict[str, Any], _Coverage]

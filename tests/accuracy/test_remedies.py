@@ -79,6 +79,15 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Attending(Net):
+    """A net with attention that its result does not show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.unflatten(-1, (1, 4, -1))
+        mixed = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return super().forward(x + 0 * mixed.flatten(1))
+
+
 def data(seed: int, samples: int) -> torch.Tensor:
     return torch.randn(samples, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -132,6 +141,18 @@ def walk(workload: Workload, params: RunParams = W8A8) -> Accuracy:
 def test_a_model_without_outliers_needs_no_remedy() -> None:
     [verdict] = Guardrail(ModelPool(), LIMIT).check(make_workload(), W8A8, nodeid="a")
     assert verdict.outcome != "FAIL"
+
+
+def test_attention_in_bf16_is_the_first_rung() -> None:
+    def build(p: RunParams) -> nn.Module:
+        torch.manual_seed(0)
+        return Attending(OUTLIERS, {})
+
+    verdict = walk(make_workload(channel=OUTLIERS, build=build), W8A8.replace(int8_attention=True))
+    [first, *rest] = verdict.remedies
+    assert (first["rung"], first["setting"]) == ("attention in BF16", "int8_attention=False")
+    assert first["configuration"] == "--int8-set int8_attention=false"
+    assert {row["rung"] for row in rest} == {"SmoothQuant"}
 
 
 def test_an_outlier_channel_is_remedied_by_smoothquant() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from pytest_int8bench.kernels import device as kernels_device
 from pytest_int8bench.kernels import dispatch, reference, tiles
-from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized
+from pytest_int8bench.kernels.tile_types import Heads, Problem, Product, Specialized
 from pytest_int8bench.measure.evidence import EvidenceError, check_labels, profile_forward
 from pytest_int8bench.params import RunParams
 
@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 W8A8 = RunParams(int8_enabled=True, gpu_type="cpu")
 TILE = Product(16, 16, 16, 4, 2)
+HEADS = Heads(1, 1, 1, 8, 8, 8)
 
 
 # -- a new row ----------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ def launches() -> dict[str, Any]:
             tiles.rows(4, 8, 1),
         ),
         "dequantize": ([(3, 5)], tiles.weights()),
+        "quantize_heads": (HEADS, (8, 8, 8), (8, 8, 8), None, None),
+        "int8_attention": (HEADS, 0.1, (8, 8, 8), tiles.attention(HEADS, True), True),
     }
     return {row.name: row.launch(*call[row.name]) for row in dispatch.KERNELS}
 

@@ -402,3 +402,102 @@ def test_auto_is_fused_and_says_so() -> None:
     apply_int8_quant(model)
     assert coverage(model).backend == "fused"
     assert "; 6 on fused kernels" in str(coverage(model))
+
+
+# -- INT8 attention -----------------------------------------------------------------------------
+
+# Batch, heads, heads of keys, queries, keys, columns: odd, grouped, padded, cross, tiny.
+ATTENTION = [
+    (2, 3, 3, 130, 130, 64),
+    (1, 12, 12, 1000, 1000, 64),
+    (2, 4, 2, 77, 200, 32),
+    (1, 4, 2, 65, 1281, 96),
+    (2, 4, 4, 333, 70, 128),
+    (1, 2, 2, 256, 256, 80),
+    (2, 2, 1, 1, 3, 64),
+]
+
+
+def heads_of(shape: tuple[int, ...], dtype: torch.dtype, size: float) -> list[torch.Tensor]:
+    """Return q, k and v as views of joined projections; keys have something in common."""
+    batch, heads, kv_heads, rows, keys, width = shape
+    q = torch.randn(batch, rows, 3, heads, width, dtype=dtype, device=CUDA)[:, :, 0] * size
+    kv = torch.randn(batch, keys, 2, kv_heads, width, dtype=dtype, device=CUDA)
+    return [q.transpose(1, 2), kv[:, :, 0].transpose(1, 2) + 1, kv[:, :, 1].transpose(1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "size"),
+    [
+        *((shape, torch.bfloat16, 1.0) for shape in ATTENTION),
+        (ATTENTION[0], torch.bfloat16, 40.0),  # scores beyond what a sum of exponentials holds
+        (ATTENTION[0], torch.float16, 1.0),
+        (ATTENTION[0], torch.float16, 6.0),
+    ],
+)
+def test_int8_attention(kernel: str, shape: Any, dtype: torch.dtype, size: float) -> None:
+    q, k, v = heads_of(shape, dtype, size)
+    parts = ops.quantize_heads(q, k)
+    wanted = reference.quantize_heads(q, k, None, None)
+    for part, want in zip(parts, wanted, strict=True):
+        assert (part.double() - want.double()).abs().max() <= (part.dtype == torch.int8) + 1e-4
+    scale = shape[-1] ** -0.5
+    out = ops.int8_attention(*parts, v, scale)
+    assert out.transpose(1, 2).is_contiguous()
+    assert error(out, reference.int8_attention(*parts, v.float(), scale)) < 4e-3
+    exact = nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), enable_gqa=True
+    )
+    assert error(out, exact) < (0.012 if size == 1 else 0.08)
+
+
+def test_int8_attention_keeps_what_is_not_finite_where_it_is(kernel: str) -> None:
+    q, k, v = heads_of((1, 3, 3, 200, 200, 64), torch.bfloat16, 1.0)
+    q[0, 0, 5, 3] = torch.nan
+    k[0, 1, 199, 0] = torch.inf
+    v[0, 2, 190, 7] = torch.nan
+    bad = ops.int8_attention(*ops.quantize_heads(q, k), v, 0.125).isnan()
+    assert bad[0, 0].any(-1).nonzero().flatten().tolist() == [5]
+    assert bad[0, 1].all()
+    assert bad[0, 2, :, 7].all()
+    assert bad[0, 2].sum() == 200
+
+
+def test_rotation_of_large_angles() -> None:
+    q, k, _ = heads_of(ATTENTION[3], torch.bfloat16, 1.0)
+    q_angles = torch.randn(1, 1, 65, 48, device=CUDA) * 3e4
+    k_angles = torch.randn(1, 2, 1281, 48, device=CUDA)
+    parts = ops.quantize_heads(q, k, q_angles, k_angles)
+    wanted = reference.quantize_heads(q, k, q_angles, k_angles)
+    for part, want in zip(parts, wanted, strict=True):
+        assert (part.double() - want.double()).abs().max() <= (part.dtype == torch.int8) + 1e-4
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_point_with_int8_attention(mode: str) -> None:
+    """Joined projections are read through their strides: nothing is copied in between."""
+    params = RunParams(
+        model_size="nano",
+        model_version="v1.2",
+        image_size=16,
+        batch_size=8,
+        int8_enabled=True,
+        int8_attention=True,
+        compile_mode=mode,
+        benchmark_interval_s=0.5,
+    )
+    workload = load_workload("olmoearth")
+    pool = ModelPool()
+    baseline = pool.get(workload, params.baseline())
+    model = pool.get(workload, params)
+    outputs = []
+    for one in (baseline, model):
+        one.ready()
+        outputs.append(torch.cat([t.flatten() for t in tensors_of(one.run())]).clone())
+        found = one.evidence()
+    assert found.attention_kernel == "int8"
+    assert model.attention_coverage() == {"int8": 4, "left_out": {}}
+    names = [kernel.name for kernel in found.kernels]
+    assert not any("clone" in name and "int8_attention" in name for name in names)
+    assert not any("cos" in name and "quantize_heads" in name for name in names)
+    assert 20 < decibels(outputs[1], outputs[0]) < 60

@@ -124,12 +124,17 @@ def test_fused_kernels_tell_no_attention_backend() -> None:
         (BF16, ran(GEMM_BF16, FLASH), (0, 0)),
         (BF16.replace(attention="auto"), ran("fmha_cutlassF_bf16_aligned_64x64_rf_sm80"), (0, 0)),
         (
+            W8A8.replace(int8_attention=True),
+            ran(GEMM_INT8, "int8bench::int8_attention", "int8bench::quantize_heads", FLASH),
+            (24, 24),
+        ),
+        (
             BF16.replace(attention="cudnn"),
             ran("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7"),
             (0, 0),
         ),
     ],
-    ids=["w8a8", "w8a8-no-attention", "w8", "w8-packed", "bf16", "auto", "cudnn"],
+    ids=["w8a8", "w8a8-no-attention", "w8", "w8-packed", "bf16", "auto", "int8-attention", "cudnn"],
 )
 def test_matching_labels(params: RunParams, evidence: Evidence, stored: tuple[int, int]) -> None:
     check_labels(evidence, params, stored)
@@ -247,6 +252,25 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             ),
         ),
         (
+            W8A8.replace(int8_attention=True),
+            ran(GEMM_INT8, FLASH),
+            (24, 24),
+            (
+                f"{W8A8.replace(int8_attention=True).run_name} is labelled int8_attention=True, "
+                f"but none of its kernels ran; kernels: {GEMM_INT8[:80]} 1000 us, "
+                f"{FLASH[:80]} 1000 us"
+            ),
+        ),
+        (
+            W8A8,
+            ran(GEMM_INT8, "int8_attention"),
+            (24, 24),
+            (
+                f"{W8A8.run_name} is labelled int8_attention=False, but int8_attention ran; "
+                f"kernels: {GEMM_INT8[:80]} 1000 us, int8_attention 1000 us"
+            ),
+        ),
+        (
             W8A8,
             ran(GEMM_INT8, "aten::_scaled_dot_product_attention_math"),
             (24, 24),
@@ -265,6 +289,8 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         "baseline-quantized",
         "w8-product",
         "w8a8-packed",
+        "no-int8-attention",
+        "int8-attention",
         "attention",
         "math",
     ],

@@ -21,6 +21,8 @@ Node: TypeAlias = Any
 QUANTIZE = torch.ops.int8bench.quantize_rows.default
 LINEAR = torch.ops.int8bench.linear.default
 DEQUANTIZE = torch.ops.int8bench.dequantize.default
+QUANTIZE_HEADS = torch.ops.int8bench.quantize_heads.default
+INT8_ATTENTION = torch.ops.int8bench.int8_attention.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
 
 # Where an operator takes weight, weight scale and bias.
@@ -44,6 +46,9 @@ NORMS: dict[Any, str] = {
 # Parameters of built-in functions, which have no signature.
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
     F.gelu: ("input", "approximate"),
+    F.scaled_dot_product_attention: (
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    ),
     torch.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
@@ -82,6 +87,7 @@ _READERS = {
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
         *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
+        *(QUANTIZE_HEADS, INT8_ATTENTION),
     )
 }
 # Those of them for which Inductor chooses the layout of the tensor.
@@ -118,7 +124,7 @@ def may_change_layout(node: Node) -> bool:
     relies on rows without gaps does not notice (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
         node = node.all_input_nodes[0]
-    ours = node.target in (QUANTIZE, LINEAR)
+    ours = node.target in (QUANTIZE, LINEAR, INT8_ATTENTION)
     if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
         return False  # Inductor does not choose their layout
     return not all(map(_leaves_alone, node.users))
@@ -250,6 +256,13 @@ def same_dtype(one: Any, other: Any) -> bool:
 def is_row_of(vector: Any, node: Node) -> bool:
     value = value_of(vector)
     return isinstance(value, torch.Tensor) and value.shape == value_of(node).shape[-1:]
+
+
+def subgraphs(part: fx.GraphModule, node: Node) -> list[fx.GraphModule]:
+    """Return the graphs that a node calls, such as a region."""
+    names = [str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"]
+    attributes = [getattr(part, name, None) for name in names]
+    return [attribute for attribute in attributes if isinstance(attribute, fx.GraphModule)]
 
 
 # -- layers -------------------------------------------------------------------------------------

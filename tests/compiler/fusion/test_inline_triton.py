@@ -418,7 +418,7 @@ def test_kernels_are_inlined_in_repeated_blocks_that_no_cuda_graph_launches(
     asked: list[bool] = []
 
     class Backend:
-        def __init__(self, mode: str, dynamic: bool | None, inline: bool) -> None:
+        def __init__(self, mode: str, dynamic: bool | None, inline: bool, *rest: Any) -> None:
             self.inline = inline
             self.graphs: list[object] = []
 

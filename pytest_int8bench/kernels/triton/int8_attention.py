@@ -1,0 +1,432 @@
+"""Attention with INT8 queries and keys: one kernel quantizes them, the other attends.
+
+The scores of a row are bounded by the norm of its query times the largest norm of a key. Where that
+bound is small enough, powers of two of the scores can be added up as they are: no row maximum, no
+rescaling, and each block of keys is independent of the one before. Softmax does not change by what
+is left out. Rows of a tile with a larger bound are computed the usual way, by a running maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import triton
+import triton.language as tl
+
+from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Described, Launch, ceil
+from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Attention, Heads
+
+#: Rows that one program of ``quantize_heads`` quantizes, in blocks of keys.
+_BLOCKS = 4
+_SAMPLE = tl.constexpr(KEY_SAMPLE)
+# Adding and taking away 1.5 * 2**23 rounds a float to the nearest integer.
+_ROUND = tl.constexpr(12582912.0)
+_TINY = tl.constexpr(1e-36)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+# Scores in powers of two up to which their exponentials, and the sums of these, stay far from the
+# ends of BF16 and FP32, and of FP16.
+_LIMIT, _FP16_LIMIT = tl.constexpr(64.0), tl.constexpr(10.0)
+
+
+@triton.jit
+def _sine_and_cosine(x):
+    """Return both, at most 2e-7 off up to a hundred thousand turns, without the branch of
+    libdevice for larger ones."""
+    quarters = x * 0.63661977236758134 + _ROUND
+    turns = quarters - _ROUND
+    r = x - turns * 1.57079601287841796875
+    r -= turns * 3.1391647326017846e-07
+    r -= turns * 5.390302529957765e-15
+    square = r * r
+    sine = -1.9515295891e-4
+    sine = ((sine * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * r + r
+    cosine = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square
+    cosine = (cosine + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
+    quadrant = quarters.to(tl.int32, bitcast=True)
+    swapped = (quadrant & 1) != 0
+    first, second = tl.where(swapped, cosine, sine), tl.where(swapped, sine, cosine)
+    return (
+        tl.where((quadrant & 2) != 0, -first, first),
+        tl.where(((quadrant + 1) & 2) != 0, -second, second),
+    )
+
+
+@triton.jit
+def _pairs(
+    source,
+    row_step,
+    angles,
+    angle_step,
+    at,
+    there,
+    ROTATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return the even and the odd columns of rows, rotated by their angles if ``ROTATE``."""
+    columns = tl.arange(0, PADDED)
+    fits = there[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(source + at.to(tl.int64)[:, None] * row_step + columns[None, :], fits, 0.0)
+    pairs = tl.reshape(x.to(tl.float32), (x.shape[0], PADDED // 2, 2))
+    even, odd = tl.split(pairs)
+    if ROTATE:
+        columns = tl.arange(0, PADDED // 2)
+        fits = there[:, None] & (columns < WIDTH // 2)[None, :]
+        to = angles + at.to(tl.int64)[:, None] * angle_step + columns[None, :]
+        sine, cosine = _sine_and_cosine(tl.load(to, fits, 0.0))
+        even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+    return even, odd
+
+
+@triton.jit
+def _magnitudes(even, odd):
+    """Return the larger magnitudes of pairs as integers: the same order, and NaN is the largest."""
+    first = even.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(first, odd.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _scale_of(largest):
+    """Return the scale of values whose largest magnitude is ``largest``, and its inverse; NaN where
+    that is not finite."""
+    peak = largest.to(tl.float32, bitcast=True)
+    finite = largest < _INFINITY_BITS
+    used = finite & (peak > _TINY)
+    inverse = tl.where(used, 127.0 / tl.where(used, peak, 1.0), 0.0)
+    return tl.where(used, peak / 127.0, tl.where(finite, 0.0, float("nan"))), inverse
+
+
+@triton.jit
+def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
+    """Store pairs as INT8, all even columns before the odd ones, and return their squares."""
+    columns = tl.arange(0, PADDED // 2)
+    to = target + at.to(tl.int64)[:, None] * PADDED + columns[None, :]
+    squares = tl.zeros(even.shape, tl.float32)
+    for half in tl.static_range(2):
+        levels = (even if half == 0 else odd) * inverse + _ROUND
+        bits = levels.to(tl.int32, bitcast=True)
+        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), there[:, None])
+        levels -= _ROUND
+        squares += levels * levels
+    return squares
+
+
+@triton.jit
+def quantize_heads(
+    q,
+    k,
+    q_angles,
+    k_angles,
+    q8,
+    q_scale,
+    k8,
+    k_scale,
+    Q_PROGRAMS,
+    K_PROGRAMS,
+    HEADS,
+    KV_HEADS,
+    Q_ROWS,
+    K_ROWS,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    q_angles_batch,
+    q_angles_head,
+    q_angles_row,
+    k_angles_batch,
+    k_angles_head,
+    k_angles_row,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """Quantize queries ``q[B, H, N, WIDTH]`` with a scale for each row, and keys, less a mean, with
+    a scale for each block of ``BLOCK``; both are rotated in pairs of columns before if ``ROTATE``.
+
+    ``q8`` and ``k8`` have ``PADDED`` columns, and ``k8`` rows to a whole block; what is padded is
+    zero. ``k_scale[B, H, blocks, 2]`` holds the scale of a block and the largest norm of its keys.
+    Programs take turns, so that those of a query and a key find the angles of both in the cache.
+    """
+    program = tl.program_id(0)
+    both = tl.minimum(Q_PROGRAMS, K_PROGRAMS)
+    paired = program < 2 * both
+    of_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
+    program = tl.where(paired, program // 2, program - both)
+    rows = tl.arange(0, BLOCK)
+    if of_keys:
+        blocks = tl.cdiv(K_ROWS, BLOCK)
+        parts = tl.cdiv(blocks, BLOCKS)
+        head = (program // parts).to(tl.int64)
+        batch, head_in = head // KV_HEADS, head % KV_HEADS
+        source = k + batch * k_batch + head_in * k_head
+        angles = source  # not read
+        if ROTATE:
+            angles = k_angles + batch * k_angles_batch + head_in * k_angles_head
+        sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
+        even, odd = _pairs(
+            source, k_row, angles, k_angles_row, sample, sample < K_ROWS, ROTATE, WIDTH, PADDED
+        )
+        mean_even, mean_odd = tl.sum(even, 0) / _SAMPLE, tl.sum(odd, 0) / _SAMPLE
+        for part in range(BLOCKS):
+            block = program % parts * BLOCKS + part
+            at = block * BLOCK + rows
+            there = at < K_ROWS
+            x, y = _pairs(source, k_row, angles, k_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            x = tl.where(there[:, None], x - mean_even[None, :], 0.0)
+            y = tl.where(there[:, None], y - mean_odd[None, :], 0.0)
+            scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x, y), 1), 0))
+            target = k8 + head * blocks * BLOCK * PADDED
+            squares = _store_levels(target, at, at < blocks * BLOCK, x, y, inverse, PADDED)
+            norm = tl.sqrt(tl.max(tl.sum(squares, 1), 0)) * scale
+            to = k_scale + (head * blocks + block) * 2
+            tl.store(to, scale, block < blocks)
+            tl.store(to + 1, norm, block < blocks)
+    else:
+        parts = tl.cdiv(Q_ROWS, BLOCK * BLOCKS)
+        head = (program // parts).to(tl.int64)
+        batch, head_in = head // HEADS, head % HEADS
+        source = q + batch * q_batch + head_in * q_head
+        angles = source
+        if ROTATE:
+            angles = q_angles + batch * q_angles_batch + head_in * q_angles_head
+        for part in range(BLOCKS):
+            at = (program % parts * BLOCKS + part) * BLOCK + rows
+            there = at < Q_ROWS
+            x, y = _pairs(source, q_row, angles, q_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            scale, inverse = _scale_of(tl.max(_magnitudes(x, y), 1))
+            _store_levels(q8 + head * Q_ROWS * PADDED, at, there, x, y, inverse[:, None], PADDED)
+            tl.store(q_scale + head * Q_ROWS + at, scale, there)
+
+
+@triton.jit
+def _block(
+    state,
+    tiles,
+    q_tile,
+    factor,
+    scales,
+    start,
+    where,
+    TMA: tl.constexpr,
+    ONLINE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Attend to one block of keys."""
+    acc, partial, peak = state
+    k8, v = tiles
+    batch, head, kv_row, v_row, K_ROWS = where
+    rows = start + tl.arange(0, BLOCK)
+    columns = tl.arange(0, PADDED)
+    if TMA:
+        k_tile = k8.load([kv_row + start, 0])
+        v_tile = v.load([batch, head, start, 0]).reshape(BLOCK, PADDED)
+    else:
+        k_tile = tl.load(k8 + (kv_row + rows)[:, None] * PADDED + columns[None, :])
+        there = tl.full((BLOCK, PADDED), True, tl.int1)
+        if MASKED:
+            there = there & (rows < K_ROWS)[:, None]
+        if WIDTH < PADDED:
+            there = there & (columns < WIDTH)[None, :]
+        at = rows.to(tl.int64)[:, None] * v_row + columns[None, :]
+        v_tile = tl.load(v + at, there, 0.0)
+    scores = tl.dot(q_tile, k_tile.T).to(tl.float32)
+    scores *= (factor * tl.load(scales + start // BLOCK * 2))[:, None]
+    if ONLINE:
+        if MASKED:
+            scores = tl.where((rows < K_ROWS)[None, :], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        rescale = tl.exp2(peak - higher)
+        acc *= rescale[:, None]
+        partial *= rescale[:, None]
+        peak = higher
+        p = tl.exp2(scores - peak[:, None])
+    else:
+        p = tl.exp2(scores)
+        if MASKED:
+            p = tl.where((rows < K_ROWS)[None, :], p, 0.0)
+    # Of each row a thread adds up its own columns only: the rest of the sum is left for the end.
+    partial += tl.sum(tl.reshape(p, (p.shape[0], BLOCK // 8, 8)), 1)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+    return acc, partial, peak
+
+
+@triton.jit
+def _attend(
+    tiles,
+    q_tile,
+    factor,
+    scales,
+    where,
+    TMA: tl.constexpr,
+    ONLINE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return the sum of values weighted by powers of two of the scores, and the sum of these."""
+    ROWS: tl.constexpr = q_tile.shape[0]
+    state = (
+        tl.zeros((ROWS, PADDED), tl.float32),
+        tl.zeros((ROWS, 8), tl.float32),
+        tl.full((ROWS,), -1e30, tl.float32),
+    )
+    whole = where[4] // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK):
+        state = _block(
+            state, tiles, q_tile, factor, scales, start, where,
+            TMA, ONLINE, False, BLOCK, WIDTH, PADDED,
+        )  # fmt: skip
+    if not EVEN:
+        state = _block(
+            state, tiles, q_tile, factor, scales, whole, where,
+            TMA, ONLINE, True, BLOCK, WIDTH, PADDED,
+        )  # fmt: skip
+    return state[0], tl.sum(state[1], 1)
+
+
+@triton.jit
+def int8_attention(
+    k8,
+    v,
+    q8,
+    q_scale,
+    k_scale,
+    out,
+    HEADS,
+    GROUP,
+    Q_ROWS,
+    K_ROWS,
+    v_batch,
+    v_head,
+    v_row,
+    SCALE: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Attention of INT8 queries and keys from ``quantize_heads`` and values ``v[B, H, N, WIDTH]``.
+
+    ``out[B, N, H, WIDTH]`` is written as the layer after attention reads it. ``SCALE`` multiplies
+    the scores, in powers of two; ``BLOCKS`` is a power of two no smaller than the blocks of keys.
+    """
+    parts = tl.cdiv(Q_ROWS, ROWS)
+    head = (tl.program_id(0) // parts).to(tl.int64)
+    rows = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, PADDED)
+    there = rows < Q_ROWS
+    at = (head * Q_ROWS + rows)[:, None] * PADDED + columns[None, :]
+    q_tile = tl.load(q8 + at, there[:, None], 0)
+    factor = tl.load(q_scale + head * Q_ROWS + rows, there, 0.0) * SCALE
+
+    batch = head // HEADS
+    kv = batch * (HEADS // GROUP) + head % HEADS // GROUP
+    blocks = tl.cdiv(K_ROWS, BLOCK)
+    scales = k_scale + kv * blocks * 2
+    each = tl.arange(0, BLOCKS)
+    longest = tl.max(tl.load(scales + each * 2 + 1, each < blocks, 0.0), 0)
+    squares = q_tile.to(tl.float32) * q_tile.to(tl.float32)
+    bound = tl.max(tl.sqrt(tl.sum(squares, 1)) * tl.abs(factor), 0) * longest
+
+    kv_head = (head % HEADS // GROUP).to(tl.int32)
+    where = (batch.to(tl.int32), kv_head, (kv * blocks * BLOCK).to(tl.int32), v_row, K_ROWS)
+    if not TMA:
+        k8 += kv * blocks * BLOCK * PADDED
+        v += batch * v_batch + kv_head * v_head
+        where = (0, 0, 0, v_row, K_ROWS)
+    tiles = (k8, v)
+    if bound <= (_FP16_LIMIT if out.dtype.element_ty == tl.float16 else _LIMIT):
+        acc, total = _attend(
+            tiles, q_tile, factor, scales, where, TMA, False, EVEN, BLOCK, WIDTH, PADDED
+        )
+    else:
+        acc, total = _attend(
+            tiles, q_tile, factor, scales, where, TMA, True, EVEN, BLOCK, WIDTH, PADDED
+        )
+    result = acc / total[:, None]
+    to = (batch * Q_ROWS + rows) * HEADS + head % HEADS
+    fits = there[:, None] & (columns < WIDTH)[None, :]
+    tl.store(out + to[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), fits)
+
+
+#: From batch to batch, head to head and row to row of a tensor whose columns are adjacent.
+Strides: TypeAlias = Sequence[int]
+
+
+def launch_quantize(
+    heads: Heads, q: Strides, k: Strides, q_angles: Strides | None, k_angles: Strides | None
+) -> Launch:
+    """Return the launch that quantizes queries and keys of given strides, rotated by angles of
+    given strides if there are any."""
+    rows = _BLOCKS * KEY_BLOCK
+    queries = heads.batch * heads.heads * ceil(heads.q_rows, rows)
+    keys = heads.batch * heads.kv_heads * ceil(heads.k_rows, rows)
+    sizes = (queries, keys, heads.heads, heads.kv_heads, heads.q_rows, heads.k_rows)
+    return Launch(
+        quantize_heads,
+        queries + keys,
+        (*sizes, *q, *k, *(q_angles or (0, 0, 0)), *(k_angles or (0, 0, 0))),
+        {
+            "BLOCK": KEY_BLOCK,
+            "BLOCKS": _BLOCKS,
+            "WIDTH": heads.width,
+            "PADDED": heads.padded,
+            "ROTATE": q_angles is not None,
+        },
+        {"num_warps": 4, "num_stages": DEFAULT_STAGES},
+    )
+
+
+def launch(heads: Heads, scale: float, v: Strides, tile: Attention, tma: bool) -> Launch:
+    """Return the launch that attends.
+
+    Args:
+        heads: the sizes.
+        scale: of the scores, in powers of two.
+        v: strides of the values.
+        tile: how queries are cut.
+        tma: load keys and values through TMA.
+    """
+    blocks = heads.k_blocks
+    described: tuple[Described, ...] = ()
+    if tma:
+        keys = heads.batch * heads.kv_heads * blocks * KEY_BLOCK
+        described = (
+            Described((keys, heads.padded), (heads.padded, 1), [KEY_BLOCK, heads.padded]),
+            Described(
+                (heads.batch, heads.kv_heads, heads.k_rows, heads.width),
+                (*v, 1),
+                [1, 1, KEY_BLOCK, heads.padded],
+            ),
+        )
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return Launch(
+        int8_attention,
+        heads.batch * heads.heads * ceil(heads.q_rows, tile.rows),
+        (heads.heads, heads.heads // heads.kv_heads, heads.q_rows, heads.k_rows, *v),
+        {
+            "SCALE": scale,
+            "TMA": tma,
+            "EVEN": heads.k_rows % KEY_BLOCK == 0,
+            "ROWS": tile.rows,
+            "BLOCK": KEY_BLOCK,
+            "WIDTH": heads.width,
+            "PADDED": heads.padded,
+            "BLOCKS": triton.next_power_of_2(blocks),
+        },
+        {"num_warps": tile.warps, "num_stages": tile.stages, **limit},
+        described,
+    )
