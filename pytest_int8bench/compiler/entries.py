@@ -1,0 +1,51 @@
+"""What torch.compile is given to compile, and how often it has."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+
+_serial = itertools.count()
+
+
+def graphs_skipped() -> int:
+    """Return how often Inductor did without CUDA graphs that were asked for."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+
+
+def graphs_compiled() -> int:
+    """Return how many graphs this process has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def graph_breaks() -> int:
+    """Return how often this process has left part of a model out of a graph so far."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
+    """Return a function that calls ``model`` and has a code object of its own.
+
+    Dynamo keeps compiled graphs by code object. Were they kept on ``model.forward``, a second
+    compilation of the same class would find the graph of the first, whatever the attention
+    backend, and a sweep would fill one list of graphs.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = entry.__code__.replace(co_name=f"int8bench_entry_{next(_serial)}")
+    return types.FunctionType(
+        code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
+    )
+
+
+def device_type_of(model: torch.nn.Module) -> str:
+    """Return the type of the device that ``model`` is on."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return "cpu" if tensor is None else tensor.device.type
