@@ -151,7 +151,10 @@ def calls_in(module: fx.GraphModule) -> Counter[Call]:
     Call it under the settings that the graph is compiled under.
     """
     recorder = _Recorder()
-    _visit(module, recorder)
+    try:
+        _visit(module, recorder)
+    except Exception:  # of a graph that we do not understand: torch chooses then
+        return Counter()
     return recorder.found()
 
 

@@ -37,7 +37,7 @@ InductorBackend = torch._TorchCompileInductorWrapper
 #: to 2.13 (``GradModeVariable`` in torch/_dynamo/variables/ctx_manager.py).
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 #: Functions that Dynamo puts into a graph where autocast or a choice of attention backends begins
-#: or ends, in torch 2.11 to 2.13 (torch/_dynamo/variables/ctx_manager.py).
+#: or ends, in torch 2.11 to 2.15 (torch/_dynamo/variables/ctx_manager.py).
 SETTING_CALLS = (
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,

@@ -105,11 +105,12 @@ class AutoAttention:
         Args:
             error: what the chosen one failed with, or the model under it.
         """
-        if self.chosen == "auto" or isinstance(error, ClearError) or is_of_model(error):
+        if self.chosen == "auto" or isinstance(error, ClearError):
             return False
         root = root_of(error)
         problem = f"{type(root).__name__}: {first_line(root)}"
-        if problem in self._failed.values():  # it fails with any backend
+        fails_anyway = is_of_model(error) or problem in self._failed.values()
+        if fails_anyway and not no_kernel(error):
             return False
         self._failed[self.chosen] = problem
         following = self._fastest()
