@@ -37,7 +37,7 @@ from pytest_int8bench.compiler.entries import (
 )
 from pytest_int8bench.compiler.failures import CompileError as CompileError
 from pytest_int8bench.compiler.failures import is_of_model, root_of
-from pytest_int8bench.compiler.graphs import Graph
+from pytest_int8bench.compiler.graphs import Graph, forget
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     float32_matmul_precision,
@@ -152,7 +152,7 @@ class CompiledModel(torch.nn.Module):
         compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)
         backend.around = lambda module: compiling()(module)
         self.graphs = backend.graphs
-        weakref.finalize(self, backend.graphs.clear)
+        weakref.finalize(self, forget, backend.graphs)
         compiled: Callable[..., Any] = torch.compile(
             entry, fullgraph=fullgraph, backend=backend, dynamic=self._dynamic
         )
@@ -219,8 +219,7 @@ class CompiledModel(torch.nn.Module):
         """Compile and call the model; once more with an empty cache of ours, if it may be that
         what was in it is damaged."""
         self._cache_was_empty = self._cache is None or self._cache.is_empty()
-        # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
-        # failed.
+        # Where CUDA graphs launch, the host does not. Without regions is the last resort.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
         self._entry = self._new_entry(fullgraph, inline)
         try:
@@ -269,8 +268,7 @@ class CompiledModel(torch.nn.Module):
 
     @contextlib.contextmanager
     def settings(self, attention: str | None = None) -> Iterator[None]:
-        """Enter what every call runs under: inference mode, autocast, TF32, the attention
-        backend, and compiler settings. All are restored on leaving."""
+        """Enter what every call runs under; all of it is restored on leaving."""
         device_type = device_type_of(self.model)
         with (
             torch.inference_mode(),

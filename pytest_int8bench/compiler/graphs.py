@@ -33,11 +33,17 @@ class Graph:
         self.watch: AbstractContextManager[Any] | None = None
         """Entered around what was traced, which then runs in the place of what was compiled."""
         self._computed, self._dropped = _memory(module, inputs)
-        self._snapshot = _snapshot(module)
+        self._snapshot: _Snapshot | None = _snapshot(module)
 
     @functools.cached_property
     def _traced(self) -> fx.GraphModule:
+        assert self._snapshot is not None
         return _rebuilt(self._snapshot)
+
+    def forget(self) -> None:
+        """Let go of what was traced: its model is gone."""
+        self._snapshot = None
+        vars(self).pop("_traced", None)
 
     def computes_with(self, tensor: torch.Tensor) -> bool:
         """Return whether an output of the graph depends on the memory that holds ``tensor``."""
@@ -60,6 +66,12 @@ class Graph:
             return compiled(*args)
 
         return run
+
+
+def forget(graphs: list[Graph]) -> None:
+    """Let go of what was traced: Dynamo keeps compiled graphs longer than their model lives."""
+    for graph in graphs:
+        graph.forget()
 
 
 @contextlib.contextmanager

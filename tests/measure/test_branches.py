@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from torch import nn
 
@@ -84,3 +86,16 @@ def test_blocks_are_looked_into() -> None:
     runs = model.forward().runs
     assert runs is not None
     assert {name: run.rows for name, run in runs.items()} == dict.fromkeys(runs, 32)
+
+
+def test_what_was_traced_goes_with_its_model() -> None:
+    """Dynamo keeps backends, and with them what they hold, for as long as the process lives."""
+    pool = ModelPool()
+    model = pool.get(make_workload(layers.OnlyCompiled), BASELINE)
+    model.ready()
+    model.forward()
+    [graph] = model.compiled.graphs
+    left = [weakref.ref(each) for each in (model.eager, model.compiled, graph._traced)]
+    del model
+    pool.clear()
+    assert [ref() for ref in left] == [None] * 3
