@@ -126,11 +126,6 @@ class Outside(Attends):
         return masked_outside(attend(x))
 
 
-class AllOutside(Attends):
-    def attention(self, x: torch.Tensor) -> torch.Tensor:
-        return masked_outside(x)
-
-
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
