@@ -288,7 +288,7 @@ class Guardrail:
         baseline = self.ready(workload, params.baseline())
         outputs = _outputs(baseline)
         baseline.restore()
-        with baseline.compiled.settings():
+        with baseline.compiled.eager_settings():
             eager = call(baseline.eager, baseline.fresh_inputs())
         return outputs, distance(outputs, _first(eager))
 

@@ -207,7 +207,7 @@ def _repeatable(model: Model, batches: Sequence[Any]) -> list[list[torch.Tensor]
 
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
-    with model.compiled.settings():
+    with model.compiled.eager_settings():
         output = run_once(model.eager, batch, model.device)  # seeded, for models that draw
     check_dense(model.workload, "outputs", output)
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +50,10 @@ class FusingInductor(InductorBackend):
         self._attention = attention
         self.graphs: list[Graph] = []
         """What it has compiled."""
+        self.around: Callable[[fx.GraphModule], AbstractContextManager[None]] = lambda module: (
+            nullcontext()
+        )
+        """What each graph is compiled inside of."""
 
     # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends
     # were equal, as torch's are, it would run one model's graph for another of its class, though it
@@ -56,6 +62,10 @@ class FusingInductor(InductorBackend):
     __hash__ = object.__hash__
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        with self.around(model_):
+            return self._compile(model_, inputs_, **kwargs)
+
+    def _compile(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         graph = Graph(model_, inputs_)  # before passes move the operators
         _check_settings(model_)
         if self._attention is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-import logging
 import os
-import types
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config
+from torch import fx
 
 from pytest_int8bench.attention import FlashSDPA, sdpa_backends
 from pytest_int8bench.choices import COMPILE_MODES
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
+from pytest_int8bench.compiler.attention_calls import Call, calls_in
 from pytest_int8bench.compiler.backend import FusingInductor, load_inductor
 from pytest_int8bench.compiler.cache import (
     CompileCache,
@@ -26,11 +27,18 @@ from pytest_int8bench.compiler.cache import (
     lookups,
     usable_default,
 )
-from pytest_int8bench.compiler.fusion.int8_attention import (
-    AttentionCoverage,
-    EagerInt8Attention,
+from pytest_int8bench.compiler.entries import (
+    device_type_of,
+    dynamo_settings,
+    fresh_entry,
+    graph_breaks,
+    graphs_compiled,
+    graphs_skipped,
 )
-from pytest_int8bench.compiler.graphs import Graph
+from pytest_int8bench.compiler.failures import CompileError as CompileError
+from pytest_int8bench.compiler.failures import is_of_model, root_of
+from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, eager_attention
+from pytest_int8bench.compiler.graphs import Graph, forget
 from pytest_int8bench.compiler.regions import Regions, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     float32_matmul_precision,
@@ -39,31 +47,14 @@ from pytest_int8bench.compiler.torch_workarounds import (
     register_tensor_types_with_einops,
     reset_failed_cuda_graph_warm_up,
 )
-from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.errors import first_line
 from pytest_int8bench.out_of_memory import oom_of
 from pytest_int8bench.tensors import map_tensors
-
-# A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
-# after which calls silently run eagerly.
-_RECOMPILE_LIMIT = 1 << 16
-
-# OlmoEarth's forward logs, which breaks the graph unless Dynamo leaves these calls out.
-_LOGGING = {
-    logging.Logger.debug,
-    logging.Logger.info,
-    logging.Logger.warning,
-    logging.Logger.error,
-}
 
 #: Modes in which Inductor records CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
-_serial = itertools.count()
 _REFUSED = object()
-
-
-class CompileError(ClearError, RuntimeError):
-    """The model did not compile, ran eagerly, or compiled again when it must not."""
 
 
 class CompiledModel(torch.nn.Module):
@@ -73,6 +64,8 @@ class CompiledModel(torch.nn.Module):
         model: the model that was given.
         mode: the torch.compile mode, or ``off``.
         attention: the attention backend allowed on every call.
+        choose_attention: returns the attention backend to compile a graph for, given the calls in
+            it; None once it is known (:meth:`fix_attention`).
         first_call_s: seconds of the first call, compiling included, but not the loading of
             Inductor; None before it, and in mode ``off``.
         cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
@@ -81,8 +74,8 @@ class CompiledModel(torch.nn.Module):
         regions: repeated blocks that were compiled as one (:mod:`.regions`).
         regions_refused: why blocks that repeat were not, or None.
         graphs: what the model was compiled to so far, if anything.
-        int8_attention: what of the model's attention runs on INT8 queries and keys; None where
-            that was not asked for.
+        is_whole: all of the model is in one graph, or in none.
+        int8_attention: what of the model's attention runs in INT8; None if nothing was to.
     """
 
     def __init__(
@@ -102,36 +95,58 @@ class CompiledModel(torch.nn.Module):
         self.model = model
         self.mode = mode
         self.fullgraph = fullgraph
-        self.attention = attention
+        self.choose_attention: Callable[[Counter[Call]], str] | None = None
         self._allow_tf32 = allow_tf32
         self._autocast_dtype = autocast_dtype
         self._dynamic = dynamic
-        self._cache = (
-            None if cache_dir is None or mode == "off" else CompileCache(cache_dir, attention)
-        )
+        self._cache_dir = None if mode == "off" else cache_dir
         self.graphs: list[Graph] = []
         self.int8_attention = AttentionCoverage() if int8_attention else None
-        self._entry = self._new_entry(fullgraph, inline=False)
-        self._regions = Regions([])
         self._entered = 0
+        self._late = contextlib.ExitStack()
+        self._start(attention)
+        if mode != "off":
+            load_inductor(device_type_of(model))
+
+    def use_attention(self, attention: str) -> None:
+        """Allow another attention backend, and compile for it at the next call."""
+        reset_failed_cuda_graph_warm_up()
+        self._start(attention)
+
+    def fix_attention(self) -> None:
+        """Allow ``attention`` alone from now on, also outside graphs."""
+        self.choose_attention = None
+        self._late.enter_context(self._for_attention())
+
+    def _start(self, attention: str) -> None:
+        self.attention = attention
+        self._entry = self._new_entry(self.fullgraph, inline=False)
+        self._regions = Regions([])
+        self.is_whole = True
         self.first_call_s: float | None = None
         self.cuda_graphs_skipped = False
         self.compile_cache: str | None = None
         self.regions = 0
         self.regions_refused: str | None = None
-        if mode != "off":
-            load_inductor(_device_type(model))
+
+    @property
+    def _cache(self) -> CompileCache | None:
+        return None if self._cache_dir is None else CompileCache(self._cache_dir, self.attention)
 
     def _new_entry(self, fullgraph: bool, inline: bool) -> Callable[..., Any]:
         """Return what calls the model, compiled at its first call by Inductor, with what stands
         around layers of the fused backend joined first."""
-        entry = _fresh_entry(self.model)
+        entry = fresh_entry(self.model)
         if self.int8_attention is not None:
             self.int8_attention = AttentionCoverage()  # of what is compiled from here on
         if self.mode == "off":
             return entry
         backend = FusingInductor(self.mode, self._dynamic, inline, self.int8_attention)
+        # Dynamo keeps backends for as long as the process lives.
+        compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)
+        backend.around = lambda module: compiling()(module)
         self.graphs = backend.graphs
+        weakref.finalize(self, forget, backend.graphs)
         compiled: Callable[..., Any] = torch.compile(
             entry, fullgraph=fullgraph, backend=backend, dynamic=self._dynamic
         )
@@ -156,6 +171,7 @@ class CompiledModel(torch.nn.Module):
     @untraced()
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         graphs, skips, (found, missed) = graphs_compiled(), graphs_skipped(), lookups()
+        self._choosing_s, breaks = 0.0, graph_breaks()
         start = synchronized_perf_counter()
         register_tensor_types_with_einops()
         regions = Regions(repeated_blocks(self.model))
@@ -167,19 +183,22 @@ class CompiledModel(torch.nn.Module):
             if oom_of(error) is not None:
                 reset_failed_cuda_graph_warm_up()
                 raise
-            self.regions_refused = first_line(_root(error))
+            self.regions_refused = first_line(root_of(error))
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
             if self.regions_refused is not None:
                 gc.collect()  # the frames are a cycle
                 reset_failed_cuda_graph_warm_up()
-            graphs, regions = graphs_compiled(), Regions([])
+            graphs, breaks, regions = graphs_compiled(), graph_breaks(), Regions([])
             output = self._compiled_call(regions, self.fullgraph, args, kwargs)
         seconds = synchronized_perf_counter() - start
         if graphs_compiled() == graphs:
             raise CompileError("torch.compile made no graph: the model ran eagerly")
-        self.first_call_s = seconds
+        self.first_call_s = seconds - self._choosing_s
         self._regions, self.regions = regions, len(regions)
+        self.is_whole = self.fullgraph or bool(regions) or graph_breaks() == breaks
+        if self.is_whole:
+            self.fix_attention()
         self.cuda_graphs_skipped = graphs_skipped() > skips
         now_found, now_missed = lookups()
         if now_missed > missed:
@@ -193,20 +212,38 @@ class CompiledModel(torch.nn.Module):
     ) -> Any:
         """Compile and call the model; once more with an empty cache of ours, if it may be that
         what was in it is damaged."""
-        was_empty = self._cache is None or self._cache.is_empty()
-        # Where CUDA graphs launch, the host does not. Without regions is what runs where all else
-        # failed.
+        self._cache_was_empty = self._cache is None or self._cache.is_empty()
+        # Where CUDA graphs launch, the host does not. Without regions is the last resort.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
         self._entry = self._new_entry(fullgraph, inline)
         try:
             with regions:
                 return self._entry(*args, **kwargs)
         except Exception as error:
-            if self._cache is None or was_empty or _is_not_of_caches(error):
+            if self._cache is None or self._cache_was_empty or is_of_model(error):
                 raise
         self._entry = self._new_entry(fullgraph, inline)
         with self._cache.emptied(), regions:
             return self._entry(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _compiling(self, module: fx.GraphModule) -> Iterator[None]:
+        """Choose an attention backend for a graph, and enter what it is compiled under."""
+        if self.choose_attention is not None:
+            start = synchronized_perf_counter()
+            self.attention = self.choose_attention(calls_in(module))
+            self._choosing_s += synchronized_perf_counter() - start
+            if not self.graphs:
+                self._cache_was_empty = self._cache is None or self._cache.is_empty()
+        with self._for_attention():
+            yield
+
+    @contextlib.contextmanager
+    def _for_attention(self) -> Iterator[None]:
+        """Allow the attention backend alone, and keep compiled code where it is for that."""
+        cache = contextlib.nullcontext() if self._cache is None else self._cache.entered()
+        with FlashSDPA(self.attention), cache:
+            yield
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -219,25 +256,22 @@ class CompiledModel(torch.nn.Module):
             finally:
                 self._entered -= 1
 
+    def eager_settings(self) -> contextlib.AbstractContextManager[None]:
+        """Enter :meth:`settings` for an eager call, which may mask attention differently."""
+        return self.settings(None if self.mode == "off" else "auto")
+
     @contextlib.contextmanager
-    def settings(self) -> Iterator[None]:
-        """Enter what every call runs under: inference mode, autocast, TF32, the attention
-        backend, and compiler settings. All are restored on leaving."""
-        device_type = _device_type(self.model)
+    def settings(self, attention: str | None = None) -> Iterator[None]:
+        """Enter what every call runs under; all of it is restored on leaving."""
+        device_type = device_type_of(self.model)
         with (
             torch.inference_mode(),
             torch.autocast(
                 device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ),
             float32_matmul_precision("high" if self._allow_tf32 else "highest"),
-            FlashSDPA(self.attention),
-            torch._dynamo.config.patch(
-                recompile_limit=_RECOMPILE_LIMIT,
-                accumulated_recompile_limit=_RECOMPILE_LIMIT,
-                ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _LOGGING,
-                # What does not compile is an error: it would run eagerly under a compiled label.
-                suppress_errors=False,
-            ),
+            FlashSDPA(attention or ("auto" if self.choose_attention else self.attention)),
+            dynamo_settings(),
             # The key of AOTAutograd's cache leaves out the attention backend, so that a graph
             # compiled under another one comes back (pytorch/pytorch#185449). Inductor's own
             # cache, which holds the kernels, stays on. A cache of ours has a folder for each.
@@ -247,10 +281,11 @@ class CompiledModel(torch.nn.Module):
             torch.compiler.set_stance("force_eager")
             if self.mode == "off"
             else contextlib.nullcontext(),
-            EagerInt8Attention(self.int8_attention)
-            if self.mode == "off" and self.int8_attention is not None
-            else contextlib.nullcontext(),
+            eager_attention(self.int8_attention if self.mode == "off" else None),
+            contextlib.ExitStack() as late,
         ):
+            late.callback(setattr, self, "_late", self._late)
+            self._late = late
             yield
 
     def _compiled_code(self, device_type: str) -> contextlib.AbstractContextManager[None]:
@@ -258,7 +293,9 @@ class CompiledModel(torch.nn.Module):
         if self.mode == "off":
             return contextlib.nullcontext()
         check_temporary_folder(device_type)
-        return usable_default() if self._cache is None else self._cache.entered()
+        if self._cache is None:
+            return usable_default()
+        return contextlib.nullcontext() if self.choose_attention else self._cache.entered()
 
     @contextlib.contextmanager
     def no_compilation(self) -> Iterator[None]:
@@ -354,51 +391,4 @@ def compile_for_a100(
         dynamic=dynamic,
         cache_dir=None if cache_dir is None else Path(cache_dir).absolute(),
         int8_attention=int8_attention,
-    )
-
-
-def graphs_skipped() -> int:
-    """Return how often Inductor did without CUDA graphs that were asked for."""
-    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
-
-
-def graphs_compiled() -> int:
-    """Return how many graphs this process has compiled so far."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-def _device_type(model: torch.nn.Module) -> str:
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return "cpu" if tensor is None else tensor.device.type
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return the root cause of ``error``; Dynamo wraps errors in uninformative ones."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return error
-
-
-def _is_not_of_caches(error: Exception) -> bool:
-    """Return whether a damaged cache cannot have caused ``error``, because it comes from Dynamo's
-    tracing of the model or from a lack of memory."""
-    of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
-    of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
-    return oom_of(error) is not None or (of_dynamo and not of_backend)
-
-
-def _fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
-    """Return a function that calls ``model`` and has a code object of its own.
-
-    Dynamo keeps compiled graphs by code object. Were they kept on ``model.forward``, a second
-    compilation of the same class would find the graph of the first, whatever the attention
-    backend, and a sweep would fill one list of graphs.
-    """
-
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    code = entry.__code__.replace(co_name=f"int8bench_entry_{next(_serial)}")
-    return types.FunctionType(
-        code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
     )

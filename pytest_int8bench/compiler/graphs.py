@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,20 @@ class Graph:
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.calls = 0
         """How often it ran."""
+        self.watch: AbstractContextManager[Any] | None = None
+        """Entered around what was traced, which then runs in the place of what was compiled."""
         self._computed, self._dropped = _memory(module, inputs)
+        self._snapshot: _Snapshot | None = _snapshot(module)
+
+    @functools.cached_property
+    def _traced(self) -> fx.GraphModule:
+        assert self._snapshot is not None
+        return _rebuilt(self._snapshot)
+
+    def forget(self) -> None:
+        """Let go of what was traced: its model is gone."""
+        self._snapshot = None
+        vars(self).pop("_traced", None)
 
     def computes_with(self, tensor: torch.Tensor) -> bool:
         """Return whether an output of the graph depends on the memory that holds ``tensor``."""
@@ -43,9 +60,82 @@ class Graph:
 
         def run(*args: Any) -> Any:
             self.calls += 1
+            if self.watch is not None:
+                with self.watch:
+                    return self._traced(*args)
             return compiled(*args)
 
         return run
+
+
+def forget(graphs: list[Graph]) -> None:
+    """Let go of what was traced: Dynamo keeps compiled graphs longer than their model lives."""
+    for graph in graphs:
+        graph.forget()
+
+
+@contextlib.contextmanager
+def watched(watch: AbstractContextManager[Any], graphs: Sequence[Graph]) -> Iterator[None]:
+    """Let ``watch`` see each operator of what runs inside: of graphs those that were traced, and of
+    a model that is not compiled all.
+
+    Args:
+        watch: a mode of torch. It may not be active where Dynamo looks for a compiled graph.
+        graphs: of the model; none if it is not compiled.
+
+    Raises:
+        RuntimeError: if there are graphs, and none of them ran.
+    """
+    if not graphs:
+        with watch:
+            yield
+        return
+    switched = [(graph, graph.calls) for graph in graphs]
+    for graph, _ in switched:
+        graph.watch = watch
+    try:
+        yield
+    finally:
+        for graph, _ in switched:
+            graph.watch = None
+    if all(graph.calls == calls for graph, calls in switched):
+        raise RuntimeError("none of the compiled graphs ran")
+
+
+class _Snapshot(NamedTuple):
+    """What was traced, which passes will change."""
+
+    graph: fx.Graph
+    attributes: dict[str, Any]
+
+
+def _snapshot(module: fx.GraphModule) -> _Snapshot:
+    graph = copy.deepcopy(module.graph)
+    attributes: dict[str, Any] = {}
+    for node in graph.nodes:
+        node.meta = {}  # which would keep what was traced alive
+        name = str(node.target)
+        if node.op in ("get_attr", "call_module") and name not in attributes:
+            value = operator.attrgetter(name)(module)
+            attributes[name] = _snapshot(value) if isinstance(value, fx.GraphModule) else value
+    return _Snapshot(graph, attributes)
+
+
+def _rebuilt(snapshot: _Snapshot) -> fx.GraphModule:
+    """Return what was traced. A region is a call of a module in it: torch runs a region as one
+    operator, and nobody sees those inside."""
+    graph = snapshot.graph
+    for node in graph.find_nodes(op="call_function", target=_REGION):
+        body, _, *operands = node.args
+        with graph.inserting_before(node):
+            called = graph.call_module(str(body.target), tuple(operands))
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
+    attributes = {
+        name: _rebuilt(value) if isinstance(value, _Snapshot) else value
+        for name, value in snapshot.attributes.items()
+    }
+    return fx.GraphModule(attributes, graph)
 
 
 class _Memory(NamedTuple):

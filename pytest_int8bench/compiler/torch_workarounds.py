@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._guards
+import torch.amp.autocast_mode
+import torch.nn.attention
 from torch import fx
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
@@ -34,6 +36,14 @@ InductorBackend = torch._TorchCompileInductorWrapper
 #: The function that Dynamo puts into a graph where ``torch.no_grad`` begins or ends, in torch 2.11
 #: to 2.13 (``GradModeVariable`` in torch/_dynamo/variables/ctx_manager.py).
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+#: Functions that Dynamo puts into a graph where autocast or a choice of attention backends begins
+#: or ends, in torch 2.11 to 2.15 (torch/_dynamo/variables/ctx_manager.py).
+SETTING_CALLS = (
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch.nn.attention._backend_from_string,
+    torch.nn.attention._sdpa_kernel,
+)
 
 #: Objects allocated between two garbage collections while a model compiles.
 COLLECTION_THRESHOLD = 20_000

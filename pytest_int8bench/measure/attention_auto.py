@@ -6,133 +6,176 @@ import math
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-from pytest_int8bench.attention import FlashSDPA, backends_of
+from pytest_int8bench.attention import FlashSDPA, backends_of, general_backends
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
+from pytest_int8bench.compiler.attention_calls import Call as Call
+from pytest_int8bench.compiler.attention_calls import Layout as Layout
+from pytest_int8bench.compiler.attention_calls import recorded_calls as recorded_calls
+from pytest_int8bench.compiler.failures import is_of_model, root_of
+from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.measure.generators import kept_generators
+from pytest_int8bench.params import RunParams
 
 _ROUNDS = 5
 _ROUND_S = 0.002
 _MOST_CALLS = 20
 
+#: Backend and call -> seconds, infinity where the backend does not take the call.
+Timings = dict[tuple[str, Call], float]
 
-@dataclass(frozen=True)
-class Layout:
-    """All of a tensor but its values."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+class AttentionError(ClearError, RuntimeError):
+    """The attention backend asked for does not take what the model asks of it."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Layout:
-        """Return the layout of ``tensor``."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-    def filled(self, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return a tensor of this layout, its storage filled by ``fill``, which works in place."""
-        steps = (step * (size - 1) for size, step in zip(self.shape, self.stride, strict=True))
-        storage = fill(torch.empty(1 + sum(steps), dtype=self.dtype, device=self.device))
-        return storage.as_strided(self.shape, self.stride)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of ``scaled_dot_product_attention``, without its values."""
-
-    query: Layout
-    key: Layout
-    value: Layout
-    mask: Layout | None
-    options: tuple[tuple[str, Any], ...]
-    """``dropout_p``, ``is_causal`` and the like."""
-
-    @classmethod
-    def of(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Call:
-        """Return the call with the arguments of ``scaled_dot_product_attention``."""
+    def of(cls, tried: str, params: RunParams, workload: str) -> AttentionError:
+        """Return the error of a point whose model was compiled for the backend ``tried``."""
+        usable = " or ".join(general_backends())
+        if params.attention != "auto":
+            usable = f"auto, {usable}"
         return cls(
-            Layout.of(query),
-            Layout.of(key),
-            Layout.of(value),
-            None if attn_mask is None else Layout.of(attn_mask),
-            (("dropout_p", dropout_p), ("is_causal", is_causal), *sorted(options.items())),
+            f"attention={tried} cannot run the attention of workload {workload!r} on "
+            f"{params.gpu_type} (masks, head sizes and dtypes differ by backend): "
+            f"use attention={usable}"
         )
 
-    def runner(self) -> Callable[[], torch.Tensor]:
-        """Return a function that does such a call, on values of its own; a mask lets all pass."""
-        query, key, value = (
-            layout.filled(torch.Tensor.normal_) for layout in (self.query, self.key, self.value)
+
+def no_kernel(error: BaseException) -> bool:
+    """Return whether ``error`` is torch's for an attention backend that does not take a call."""
+    return "No available kernel" in str(error)
+
+
+class AnotherBackend(Exception):
+    """Another attention backend is the fastest, now that all calls of attention are known."""
+
+
+class AutoAttention:
+    """The backend that ``attention=auto`` stands for in a baseline and its candidates.
+
+    Args:
+        timings: what was timed before, for other models too; timings of the calls are added.
+    """
+
+    def __init__(self, timings: Timings | None = None) -> None:
+        self.chosen = "auto"
+        """The backend, or ``auto`` while none is chosen and torch decides for each call."""
+        self.is_final = False
+        """The calls outside graphs are known too, or there are no graphs."""
+        self._timings: Timings = {} if timings is None else timings
+        self._calls: Counter[Call] = Counter()
+        self._failed: dict[str, str] = {}
+
+    @property
+    def chooser(self) -> Callable[[Mapping[Call, int]], str] | None:
+        """What chooses a backend for each graph; None once the choice is final."""
+        return None if self.is_final else self.choose
+
+    def choose(self, calls: Mapping[Call, int]) -> str:
+        """Return the backend to compile a graph for.
+
+        Args:
+            calls: of attention, in the graph.
+        """
+        self._calls.update(calls)
+        if self.chosen == "auto":
+            self.chosen = self._fastest()
+        return self.chosen
+
+    def settle(self, calls: Mapping[Call, int]) -> None:
+        """Choose for good.
+
+        Args:
+            calls: of attention, in a whole forward.
+
+        Raises:
+            AnotherBackend: if the choice changes.
+        """
+        before, self._calls = self.chosen, Counter(calls)
+        self.chosen, self.is_final = self._fastest(), True
+        if self.chosen != before:
+            raise AnotherBackend
+
+    def replace(self, error: Exception) -> bool:
+        """Choose the next fastest backend, and return whether there is one to try.
+
+        Args:
+            error: what the chosen one failed with, or the model under it.
+        """
+        if self.chosen == "auto" or isinstance(error, ClearError):
+            return False
+        root = root_of(error)
+        problem = f"{type(root).__name__}: {first_line(root)}"
+        fails_anyway = is_of_model(error) or problem in self._failed.values()
+        if fails_anyway and not no_kernel(error):
+            return False
+        self._failed[self.chosen] = problem
+        following = self._fastest()
+        if following != "auto":
+            self.chosen = following
+        return following != "auto"
+
+    def remark(self) -> str | None:
+        """Return which backend was taken for another one, and why, or None."""
+        if not self._failed:
+            return None
+        failed = " and ".join(
+            f"{name} failed ({problem})" for name, problem in self._failed.items()
         )
-        mask = None
-        if self.mask is not None:
-            passing = 1 if self.mask.dtype == torch.bool else 0
-            mask = self.mask.filled(lambda storage: storage.fill_(passing))
-        options = dict(self.options)
-        return lambda: scaled_dot_product_attention(query, key, value, mask, **options)
+        return f"attention=auto took {self.chosen}, because {failed}"
 
-
-def recorded_calls(run: Callable[[], object]) -> Counter[Call]:
-    """Run ``run`` and return the calls of attention it does, with their number."""
-    recorder = _Recorder()
-    with recorder:
-        run()
-    return recorder.calls
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[Call] = Counter()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            self.calls[Call.of(*args, **kwargs)] += 1
-        return func(*args, **kwargs)
+    def _fastest(self) -> str:
+        return fastest_backend(self._calls, timings=self._timings, but=self._failed) or "auto"
 
 
 def fastest_backend(
-    calls: Mapping[Call, int], timer: Callable[[], float] = synchronized_perf_counter
+    calls: Mapping[Call, int],
+    timer: Callable[[], float] = synchronized_perf_counter,
+    *,
+    timings: Timings | None = None,
+    but: Collection[str] = (),
 ) -> str | None:
     """Return the backend that does all ``calls`` in the least time, or None without one, or calls.
 
     A backend that raises in one of them, also for lack of memory, is out.
+
+    Args:
+        calls: with their number.
+        timer: a timer that waits for the device.
+        timings: known timings, to which new ones are added.
+        but: backends that are out.
     """
     if not calls:
         return None
-    kind = next(iter(calls)).query.device.type
-    totals = {name: _total_s(name, calls, timer) for name in backends_of(kind)}
+    known: Timings = {} if timings is None else timings
+    totals: dict[str, float] = {}
+    for name in backends_of(next(iter(calls)).query.device.type):
+        if name in but:
+            continue
+        totals[name] = 0.0
+        for call, count in calls.items():
+            if totals[name] < math.inf:
+                if (name, call) not in known:
+                    known[name, call] = _seconds(name, call, timer)
+                totals[name] += count * known[name, call]
     return min((name for name in totals if totals[name] < math.inf), key=totals.get, default=None)  # type: ignore[arg-type]
 
 
-def _total_s(attention: str, calls: Mapping[Call, int], timer: Callable[[], float]) -> float:
-    """Return the seconds of all ``calls`` under one backend, infinity where it does not fit."""
-    with warnings.catch_warnings(), torch.inference_mode(), FlashSDPA(attention):
+def _seconds(attention: str, call: Call, timer: Callable[[], float]) -> float:
+    """Return the seconds of a call under one backend, infinity where it does not fit."""
+    with (
+        kept_generators(),
+        warnings.catch_warnings(),
+        torch.inference_mode(),
+        FlashSDPA(attention),
+    ):
         warnings.simplefilter("ignore")  # each backend says why it does not take the inputs
         try:
-            return sum(
-                count * _median_s(call.runner(), timer)
-                for call, count in sorted(calls.items(), key=lambda item: repr(item[0]))
-            )
-        except (RuntimeError, ValueError):  # out of memory is a RuntimeError
+            return _median_s(call.runner(), timer)
+        except Exception:  # also for lack of memory
             return math.inf
 
 

@@ -137,7 +137,7 @@ def quantized_calls(calls: Sequence[LinearCall], converted: Collection[str]) -> 
     """
     quantized = [call for call in calls if call.name in converted and call.rows]
     if not quantized:
-        raise CeilingError("no quantized layer was called in an eager forward of the baseline")
+        raise CeilingError("no quantized layer was called in a forward of the baseline")
     return quantized
 
 

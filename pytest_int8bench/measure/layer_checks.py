@@ -1,8 +1,8 @@
 """Prove of each quantized layer that its matmul ran as the label says.
 
-The baseline's forward says what has to run, an eager forward of the candidate what each layer's
-weight was used for, the compiled graphs which of that is compiled, and on CUDA the kernels of one
-compiled forward that it ran.
+The baseline's forward says what has to run, a forward of the candidate operator by operator what
+each layer's weight was used for, the compiled graphs which of that is compiled, and on CUDA the
+kernels of one compiled forward that it ran.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def in_other_precision(runs: LayerRuns) -> list[str]:
 
 
 def check_layers(runs: LayerRuns, params: RunParams, *, own_config: bool = False) -> None:
-    """Compare what an eager forward did with each quantized layer with the label.
+    """Compare what a forward did with each quantized layer with the label.
 
     Args:
         runs: of the candidate.

@@ -1,9 +1,10 @@
-"""What became of each linear layer's weight in one eager forward, operator by operator."""
+"""What became of each linear layer's weight in one forward, operator by operator."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pytest_int8bench.compiler.graphs import Graph, watched
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.stored import stored_weight
@@ -168,16 +170,20 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start * tensor.itemsize, (start + elements) * tensor.itemsize
 
 
-def layer_runs(model: nn.Module, run: Callable[[], object]) -> LayerRuns:
-    """Run an eager forward of ``model`` and return what it did with each linear layer's weight.
+def layer_runs(
+    model: nn.Module, run: Callable[[], object], graphs: Sequence[Graph] = ()
+) -> LayerRuns:
+    """Run a forward of ``model`` and return what it did with each linear layer's weight.
 
     Args:
         model: the model, quantized or not.
         run: one forward of it.
+        graphs: what it was compiled to.
     """
     watch = _Watch(dict(_linear_layers(model)))
-    # What a model compiles itself would not run operator by operator.
-    with torch.compiler.set_stance("force_eager"), watch:
+    # What an eager model compiles itself would not run operator by operator.
+    stance = contextlib.nullcontext() if graphs else torch.compiler.set_stance("force_eager")
+    with stance, watched(watch, graphs):
         run()
     return watch.runs
 

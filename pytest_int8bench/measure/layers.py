@@ -1,4 +1,4 @@
-"""What became of a model's linear layers in one forward, eager and compiled."""
+"""What became of a model's linear layers in one forward, operator by operator and compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layers:
     """What became of the linear layers of a model in one forward."""
 
     runs: LayerRuns | None = None
-    """What an eager forward did with each weight; None if there was none."""
+    """What a forward did with each weight; None if it failed."""
     unused: tuple[str, ...] = ()
     """Quantized layers whose weights have no part in the outputs."""
     outside: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Layers:
     other_precision: tuple[str, ...] = ()
     """Quantized layers that ran other matmuls, as the user's configuration has it."""
     problem: str | None = None
-    """Why no eager forward was looked at."""
+    """Why no forward was looked at operator by operator."""
     eager_share: float = 0.0
     """Part of the time of the kernels that ran outside the compiled graphs."""
 
@@ -76,41 +76,55 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class EagerForward:
-    """An eager forward, operator by operator."""
+class Forward:
+    """One forward, operator by operator."""
 
     runs: LayerRuns | None
     """What it did with each weight; None if it failed."""
     problem: str | None = None
     """Why."""
 
+    def joined(self, eager: Forward) -> Forward:
+        """Return this forward, of the graphs of a model, with what runs outside of them.
 
-def eager_forward(model: nn.Module, run: Callable[[], object]) -> EagerForward:
-    """Run an eager forward of ``model``; one that fails, as for lack of memory where the compiled
-    one fits, is no error."""
+        Args:
+            eager: an eager forward of the same model.
+        """
+        if self.runs is None or eager.runs is None:
+            return self if self.runs is None else eager
+        more = {name: run for name, run in eager.runs.items() if run.work > self.runs[name].work}
+        unseen = {name: eager.runs[name] for name, run in self.runs.items() if not run.was_used}
+        return Forward({**self.runs, **unseen, **more})
+
+
+def look_at_forward(
+    model: nn.Module, run: Callable[[], object], graphs: Sequence[Graph] = ()
+) -> Forward:
+    """Run a forward of ``model`` operator by operator; one that fails, as for lack of memory where
+    the compiled one fits, is no error."""
     try:
-        return EagerForward(layer_runs(model, run))
+        return Forward(layer_runs(model, run, graphs))
     except Exception as error:
         problem = f"an eager forward raised {type(error).__name__}: {first_line(error)}"
         if oom_of(error) is not None:
             problem = "an eager forward runs out of memory"
         release(error)
     free_memory()
-    return EagerForward(None, problem)
+    return Forward(None, problem)
 
 
 def check_every_layer(
     model: nn.Module,
-    forward: EagerForward,
+    forward: Forward,
     evidence: Evidence,
     graphs: Sequence[Graph] | None,
     params: RunParams,
 ) -> Layers:
-    """Compare an eager forward with the label, the graphs and the kernels that ran.
+    """Compare a forward with the label, the graphs and the kernels that ran.
 
     Args:
         model: the eager model.
-        forward: an eager forward of it.
+        forward: one forward of it, operator by operator.
         evidence: a profiled forward of the point, compiled if the point is.
         graphs: the graphs that ran in it; None for a point that is not compiled.
         params: the point.

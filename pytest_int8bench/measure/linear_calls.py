@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from pytest_int8bench.compiler.graphs import Graph, watched
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class LinearCall:
         return read + self.rows * outputs * output_bytes
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(TorchDispatchMode):
     """Sees the calls of linear layers, and leaves the modules alone: a hook could make a compiled
     graph of theirs compile again."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names = {
             id(module.weight): name
             for name, module in model.named_modules()
@@ -56,14 +60,10 @@ class _Watch(TorchFunctionMode):
         self._seen = WeakIdKeyDictionary()
         self.calls: list[LinearCall] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear:
-            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
-            self._note(given["input"], given["weight"])
-        return func(*args, **kwargs)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.linear.default:
+            self._note(*args[:2])
+        return func(*args, **(kwargs or {}))
 
     def _note(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         name = self._names.get(id(weight))
@@ -75,12 +75,18 @@ class _Watch(TorchFunctionMode):
         self._seen[x] = True
 
 
-def linear_calls(model: nn.Module, run: Callable[[], object]) -> tuple[LinearCall, ...]:
-    """Run an eager forward of ``model`` and return the calls of its linear layers, in order.
+def linear_calls(
+    model: nn.Module, run: Callable[[], object], graphs: Sequence[Graph] = ()
+) -> tuple[LinearCall, ...]:
+    """Run a forward of ``model`` and return the calls of its linear layers, in order.
 
-    Layers inside ``nn.MultiheadAttention`` are not seen: torch calls them as one function.
+    Args:
+        model: the model.
+        run: one forward of it.
+        graphs: what it was compiled to.
     """
-    with _Watch(model) as watch:
+    watch = _Watch(model)
+    with torch.inference_mode(), watched(watch, graphs):  # elsewhere, calls arrive in parts
         run()
     return tuple(watch.calls)
 

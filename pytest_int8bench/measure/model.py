@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
-from pytest_int8bench.attention import general_backends
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.compiler.compiled_model import (
     CUDA_GRAPH_MODES,
     CompiledModel,
     compile_for_a100,
-    graphs_skipped,
 )
+from pytest_int8bench.compiler.entries import graphs_skipped
+from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
-from pytest_int8bench.errors import ClearError, QuantizationError, WorkloadError
+from pytest_int8bench.errors import QuantizationError, WorkloadError
+from pytest_int8bench.measure.attention_auto import (
+    AnotherBackend,
+    AttentionError,
+    AutoAttention,
+    no_kernel,
+    recorded_calls,
+)
 from pytest_int8bench.measure.batches import WRITES, Batch, BatchRun, to_device
 from pytest_int8bench.measure.building import check_dense
 from pytest_int8bench.measure.evidence import Evidence, Keep, check_labels, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.measure.layer_checks import check_same_work
 from pytest_int8bench.measure.layers import (
-    EagerForward,
+    Forward,
     Layers,
     check_every_layer,
-    eager_forward,
+    look_at_forward,
 )
 from pytest_int8bench.measure.linear_calls import LinearCall, linear_calls
-from pytest_int8bench.measure.memory import allocated_bytes, collect_garbage, peak_memory
+from pytest_int8bench.measure.memory import (
+    allocated_bytes,
+    collect_garbage,
+    free_memory,
+    peak_memory,
+    release,
+)
 from pytest_int8bench.measure.repeats import Buffers, has_nan, is_finite, joined, repeats, sample_of
 from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
 from pytest_int8bench.params import RunParams
@@ -43,13 +59,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads.workload import Workload
 
 
-_NO_KERNEL = "No available kernel"
-
-
-class AttentionError(ClearError, RuntimeError):
-    """The attention backend asked for does not take what the model asks of it."""
-
-
+Seen = TypeVar("Seen")
 Outputs: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
@@ -91,7 +101,7 @@ class Model:
         *,
         device: torch.device,
         weight_bytes: int,
-        attention: str,
+        auto: AutoAttention | None,
         cache_dir: Path | None,
         feed: HostFeed | None = None,
         baseline: Model | None = None,
@@ -108,10 +118,13 @@ class Model:
             eager,
             fullgraph=params.compile_fullgraph,
             mode=params.compile_mode,
-            attention=attention,
+            attention=params.attention if auto is None else auto.chosen,
             cache_dir=cache_dir,
             int8_attention=params.int8_enabled and params.int8_attention,
         )
+        self._auto = auto
+        if auto is not None:
+            self.compiled.choose_attention = auto.chooser
         self.run = BatchRun(self.compiled, batch, device, feed)
         """Submits one batch and returns the output. With ``feed=host`` it comes from the host, and
         the next one is on its way meanwhile."""
@@ -122,7 +135,7 @@ class Model:
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
-        self._eager_forward: EagerForward | None = None
+        self._forward: Forward | None = None
         self.layers = Layers()
         """What became of the linear layers in one forward, as far as :meth:`evidence` saw."""
 
@@ -139,12 +152,6 @@ class Model:
     def fresh_inputs(self) -> Any:
         """Return a copy of the batch on the device, as it was made."""
         return to_device(self.batch.fresh(), self.device)
-
-    def attention_coverage(self) -> dict[str, Any]:
-        """Return how many attention calls run on INT8 and why others do not; empty where INT8
-        attention was not asked for."""
-        found = self.compiled.int8_attention
-        return {} if found is None else found.to_dict()
 
     def evidence(self, keep: Keep | None = None) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.
@@ -177,7 +184,7 @@ class Model:
             )
             self.layers = check_every_layer(
                 self.eager,
-                self.eager_forward(),
+                self.forward(),
                 evidence,
                 None if self.compiled.mode == "off" else graphs,
                 self.params,
@@ -185,11 +192,23 @@ class Model:
             self._evidence = evidence
         return self._evidence
 
-    def eager_forward(self) -> EagerForward:
-        """Run one eager forward, once, and return what it did with each linear layer's weight."""
-        if self._eager_forward is None:
-            self._eager_forward = eager_forward(self.eager, self.run_eager)
-        return self._eager_forward
+    def forward(self) -> Forward:
+        """Run one forward operator by operator, once, and return what it did with each linear
+        layer's weight."""
+        if self._forward is None:
+            look = functools.partial(look_at_forward, self.eager)
+            first, *eager = self._seen_by(look)
+            self._forward = first.joined(*eager) if eager else first
+        return self._forward
+
+    def _seen_by(self, look: Callable[[Callable[[], object], Sequence[Graph]], Seen]) -> list[Seen]:
+        """Return what ``look`` sees in one forward: in the graphs of a compiled model, as eagerly
+        it may take other branches, and in an eager forward if some of it is in no graph."""
+        graphs = self.compiled.graphs
+        seen = [look(lambda: call(self.compiled, self.fresh_inputs()), graphs)] if graphs else []
+        if not self.compiled.is_whole or not graphs:
+            seen.append(look(self.run_eager, ()))
+        return seen
 
     def check_against(self, baseline: Model) -> None:
         """Compare what the forwards of this candidate and its baseline run.
@@ -197,20 +216,24 @@ class Model:
         Raises:
             EvidenceError: if the candidate's runs less.
         """
-        ours, theirs = self.eager_forward().runs, baseline.eager_forward().runs
+        ours, theirs = self.forward().runs, baseline.forward().runs
         if ours is not None and theirs is not None:
             check_same_work(theirs, ours, self.params)
 
     def run_eager(self) -> Any:
         """Run the model eagerly, on a copy of the batch."""
         inputs = self.fresh_inputs()
-        with self.compiled.settings():
+        with self.compiled.eager_settings():
             return call(self.eager, inputs)
 
     def linear_calls(self) -> tuple[LinearCall, ...]:
-        """Run one eager forward, once, and return what its linear layers were called with."""
+        """Run one forward operator by operator, once, and return what its linear layers were called
+        with."""
         if self._linear_calls is None:
-            self._linear_calls = linear_calls(self.eager, self.run_eager)
+            first, *eager = self._seen_by(functools.partial(linear_calls, self.eager))
+            names = {call.name for call in first}
+            outside = (call for calls in eager for call in calls if call.name not in names)
+            self._linear_calls = (*first, *outside)
         return self._linear_calls
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
@@ -223,28 +246,48 @@ class Model:
             AttentionError: if the attention backend cannot take the model's attention.
             torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
         """
-        if self._ready is None:
+        if self._auto is not None and self._auto.chosen != self.compiled.attention:
+            self._use_attention()  # it was changed for the other side of the comparison
+        if self._ready is not None:
+            with self.compiled.entered():
+                self._compile_again(timer)
+            return self._ready
+        while self._ready is None:
             try:
                 with self.compiled.entered():
                     self._ready = self._get_ready(timer)
+            except AnotherBackend:
+                pass
             except Exception as error:
-                if explained := MODES[self.params.int8_mode].explain(str(error)):
-                    raise QuantizationError(explained) from error
-                if _NO_KERNEL in str(error):
-                    tried = self.compiled.attention
-                    usable = " or ".join(general_backends())
-                    if self.params.attention != "auto":
-                        usable = f"auto, {usable}"
-                    raise AttentionError(
-                        f"attention={tried} cannot run the attention of workload "
-                        f"{self.workload.name!r} on {self.device.type} (masks, head sizes and "
-                        f"dtypes differ by backend): use attention={usable}"
-                    ) from None
-                raise
-        else:
-            with self.compiled.entered():
-                self._compile_again(timer)
+                if not self._may_try_again(error):
+                    raise
+                release(error)
+            if self._ready is None:
+                self._use_attention()
         return self._ready
+
+    def _may_try_again(self, error: Exception) -> bool:
+        """Return whether another attention backend is to be tried after ``error``.
+
+        Raises:
+            QuantizationError, AttentionError: where they explain it.
+        """
+        tried = self.compiled.attention
+        if explained := MODES[self.params.int8_mode].explain(str(error)):
+            raise QuantizationError(explained) from error
+        if self._auto is not None and self._auto.replace(error):
+            return True
+        if no_kernel(error):
+            raise AttentionError.of(tried, self.params, self.workload.name) from None
+        return False
+
+    def _use_attention(self) -> None:
+        """Compile for the backend that ``attention=auto`` stands for by now."""
+        assert self._auto is not None
+        free_memory()
+        self.compiled.use_attention(self._auto.chosen)
+        self.compiled.choose_attention = self._auto.chooser
+        self._ready = self._evidence = self._forward = self._linear_calls = None
 
     def _compile_again(self, timer: Timer = synchronized_perf_counter) -> None:
         """Run one batch, and warm up if that compiled: what was compiled may be gone."""
@@ -262,6 +305,7 @@ class Model:
             free_matmul_workspaces()  # of eager matmuls, which recording the graph will free
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self._first_call()
+        self._look_outside_graphs()
         check_dense(self.workload, "outputs", output)
         tokens = int(self.workload.tokens(output)) if self.workload.tokens else None
         if not list(tensors_of(output)):
@@ -302,7 +346,11 @@ class Model:
             cuda_graphs_skipped=self.compiled.cuda_graphs_skipped or graphs_skipped() > skips,
             regions=self.compiled.regions,
             regions_refused=self.compiled.regions_refused,
-            remark=joined(WRITES if self.batch.is_written else None, changing),
+            remark=joined(
+                WRITES if self.batch.is_written else None,
+                changing,
+                None if self._auto is None else self._auto.remark(),
+            ),
         )
 
     def _first_call(self) -> Any:
@@ -312,6 +360,23 @@ class Model:
             return call(self.compiled, given)
         finally:
             self.batch.check(given)
+
+    def _look_outside_graphs(self) -> None:
+        """Choose the attention backend anew where calls may have run outside the graphs.
+
+        Raises:
+            AnotherBackend: if the choice changes.
+        """
+        auto = self._auto
+        if auto is None or auto.is_final or self.compiled.is_whole:
+            return
+        try:
+            first, *eager = self._seen_by(recorded_calls)
+        except Exception as error:  # for lack of memory, where compiled it fits
+            release(error)
+            return
+        auto.settle(functools.reduce(operator.or_, eager, first))
+        self.compiled.fix_attention()
 
     def _call_once(self) -> Any:
         return self.run() if self.feed is None else call(self.compiled, self.fresh_inputs())

@@ -154,9 +154,9 @@ class Throughput:
         if params.int8_enabled:
             comparison, problem = self._compare(baseline, model, rounds.timing.median_s)
             remark = remark or problem
-            covered = dataclasses.replace(
-                coverage(model.eager), attention=model.attention_coverage()
-            )
+            covered = coverage(model.eager)
+            if (attention := model.compiled.int8_attention) is not None:
+                covered = dataclasses.replace(covered, attention=attention.to_dict())
         interleaved = comparison if comparison and comparison.is_interleaved else None
         if baseline is not None and interleaved is not None:
             baseline.evidence()  # checks its labels

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import types
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import nn
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
-from pytest_int8bench.measure.attention_auto import fastest_backend, recorded_calls
+from pytest_int8bench.measure.attention_auto import AutoAttention, Timings, recorded_calls
 from pytest_int8bench.measure.batches import Batch, to_device
 from pytest_int8bench.measure.building import (
     build_eager,
@@ -79,7 +78,8 @@ class ModelPool:
     def __init__(self, *, weights: str = RANDOM, cache_dir: Path | None = None) -> None:
         self.weights = weights
         self._cache_dir = cache_dir
-        self._chosen: dict[Key, str] = {}
+        self._auto: dict[Key, AutoAttention] = {}
+        self._timings: Timings = {}
         self._fingerprints: dict[Key, tuple[int, ...]] = {}
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
@@ -198,10 +198,10 @@ class ModelPool:
             eager = self._build_eager(workload, params, batch.inputs)
             if not workload.prequantized:
                 self._check_weights(workload, params, eager)
-        attention = params.attention
-        if attention == "auto":
+        auto = None
+        if params.attention == "auto":
             held = allocated_bytes(device)
-            attention = self._fastest_attention(workload, params, eager, batch, device)
+            auto = self._auto_attention(workload, params, eager, batch, device)
             before += allocated_bytes(device) - held  # workspaces of the products, which stay
         if params.int8_enabled and workload.prequantized:
             if not any(map(is_quantized, eager.modules())):
@@ -236,7 +236,7 @@ class ModelPool:
             batch,
             device=device,
             weight_bytes=weight_bytes,
-            attention=attention,
+            auto=auto,
             cache_dir=self._cache_dir,
             feed=self._feed(params, batch, device),
             baseline=baseline if params.int8_enabled and not workload.prequantized else None,
@@ -269,7 +269,7 @@ class ModelPool:
         def run(model: nn.Module) -> Any:
             nonlocal left
             held = allocated_bytes(device)
-            with baseline.compiled.settings():
+            with baseline.compiled.eager_settings():
                 output = run_once(model, baseline.inputs, device)  # copies them
             check_dense(workload, "outputs", output)
             output = map_tensors(lambda t: t.cpu(), output)
@@ -297,27 +297,28 @@ class ModelPool:
                 return model.feed
         return HostFeed(batch.inputs, device, samples=params.batch_size)
 
-    def _fastest_attention(
+    def _auto_attention(
         self,
         workload: Workload,
         params: RunParams,
         eager: nn.Module,
         batch: Batch,
         device: torch.device,
-    ) -> str:
-        """Return the fastest attention backend, chosen once for a baseline and its candidates, or
-        ``auto`` itself if none could be chosen."""
-        how_it_runs = {"compile_mode": "off", "compile_fullgraph": True, "feed": "device"}
-        key = self.key(workload, params.baseline().replace(**how_it_runs))
-        if key not in self._chosen:
+    ) -> AutoAttention:
+        """Return the choice of an attention backend for a baseline and its candidates: made here
+        for eager models, and else when the graph is there."""
+        key = self.key(workload, params.baseline().replace(feed="device"))
+        if key in self._auto:
+            return self._auto[key]
+        auto = self._auto[key] = AutoAttention(self._timings)
+        if params.compile_mode == "off":
             model = compile_for_a100(eager, mode="off", attention="auto")
-            try:
+            with contextlib.suppress(Exception):  # such as a lack of memory, told when it runs
                 with kept_buffers(eager, _runner(eager, batch, device)):
                     calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
-            except Exception:  # out of memory, where compiled it may fit, or told when it compiles
-                calls = Counter()
-            self._chosen[key] = fastest_backend(calls) or "auto"
-        return self._chosen[key]
+                auto.choose(calls)
+            auto.is_final = True
+        return auto
 
 
 def _runner(eager: nn.Module, batch: Batch, device: torch.device) -> Callable[[], object]:

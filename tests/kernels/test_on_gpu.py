@@ -496,7 +496,8 @@ def test_a_point_with_int8_attention(mode: str) -> None:
         outputs.append(torch.cat([t.flatten() for t in tensors_of(one.run())]).clone())
         found = one.evidence()
     assert found.attention_kernel == "int8"
-    assert model.attention_coverage() == {"int8": 4, "left_out": {}}
+    assert model.compiled.int8_attention is not None
+    assert model.compiled.int8_attention.to_dict() == {"int8": 4, "left_out": {}}
     names = [kernel.name for kernel in found.kernels]
     assert not any("clone" in name and "int8_attention" in name for name in names)
     assert not any("cos" in name and "quantize_heads" in name for name in names)

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure import attention_auto
-from pytest_int8bench.measure.attention_auto import Call, Layout, fastest_backend, recorded_calls
+from pytest_int8bench.measure.attention_auto import (
+    AutoAttention,
+    Call,
+    Layout,
+    fastest_backend,
+    recorded_calls,
+)
 
 X = torch.randn(2, 4, 8, 16)
 
@@ -103,6 +110,29 @@ def test_no_backend_that_fits_is_none() -> None:
     layout = Layout.of(key)
     call = Call(Layout.of(X), layout, layout, None, ())
     assert fastest_backend({call: 1}, FakeTimer(flash=1, math=1)) is None
+
+
+def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"flash": 1.0, "cudnn": 4.0, "efficient": 2.0, "math": 3.0}
+    monkeypatch.setattr(attention_auto, "_seconds", lambda name, call, timer: times[name])
+    layout = Layout((1, 1, 2, 8), (16, 16, 8, 1), torch.bfloat16, torch.device("cuda"))
+    auto = AutoAttention()
+    assert auto.choose({Call(layout, layout, layout, None, ()): 12}) == "flash"
+    refused = RuntimeError("No available kernel. Aborting execution.")
+    for name in ("efficient", "math"):  # that each says the same does not mean that all will
+        assert auto.replace(refused)
+        assert auto.chosen == name
+    assert not auto.replace(torch.OutOfMemoryError("out of memory"))
+    assert not auto.replace(WorkloadError("units must give samples"))
+    assert auto.replace(ValueError("a head is too wide\nfor this kernel"))
+    assert auto.chosen == "cudnn"
+    assert auto.remark() == (
+        "attention=auto took cudnn, because flash failed (RuntimeError: No available kernel. "
+        "Aborting execution.) and efficient failed (RuntimeError: No available kernel. Aborting "
+        "execution.) and math failed (ValueError: a head is too wide)"
+    )
+    assert not auto.replace(ValueError("a head is too wide"))
+    assert not auto.replace(refused)
 
 
 def test_settings_come_back() -> None:

@@ -190,7 +190,7 @@ def test_as_fewer_layers_are_converted_the_ceiling_comes_down_to_one(
 
 
 def test_no_quantized_layer_is_said() -> None:
-    message = r"^no quantized layer was called in an eager forward of the baseline$"
+    message = r"^no quantized layer was called in a forward of the baseline$"
     for converted in (set(), {"other"}):
         with pytest.raises(CeilingError, match=message):
             find_ceiling(SPLIT, calls_of("a"), converted, rates_of(), bound=W8A8)

@@ -609,7 +609,7 @@ def test_layers_of_a_configuration_of_the_users_may_differ(throughput: Throughpu
 def test_an_eager_forward_that_fails_is_told(
     throughput: Throughput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(model: nn.Module, run: Run) -> None:
+    def fails(model: nn.Module, run: Run, graphs: object) -> None:
         raise torch.OutOfMemoryError(ASKED)
 
     monkeypatch.setattr("pytest_int8bench.measure.layers.layer_runs", fails)

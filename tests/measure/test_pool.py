@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench.errors import QuantizationError, WorkloadError
-from pytest_int8bench.measure import pool as models
+from pytest_int8bench.measure import attention_auto
 from pytest_int8bench.measure.building import DeviceError, build_eager, find_device
 from pytest_int8bench.measure.model import AttentionError, Model
 from pytest_int8bench.measure.pool import ModelPool
@@ -846,11 +846,11 @@ def test_auto_chooses_one_attention_backend_for_a_baseline_and_its_candidates() 
 def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def fastest(calls: Any) -> str:
+    def fastest(calls: Any, **options: Any) -> str:
         asked.append(len(calls))
         return "flash"
 
-    monkeypatch.setattr(models, "fastest_backend", fastest)
+    monkeypatch.setattr(attention_auto, "fastest_backend", fastest)
     workload, pool = make_workload(build=lambda p: Attends()), ModelPool()
     points = [point.replace(attention="auto") for point in (BF16, W8A8, BF16, W8)]
     assert {pool.get(workload, point).compiled.attention for point in points} == {"flash"}

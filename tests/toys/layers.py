@@ -141,3 +141,44 @@ def values(layer: nn.Linear) -> torch.Tensor:
     """Return the weight as a plain tensor, whatever it is stored as."""
     weight = layer.weight
     return weight.dequantize() if hasattr(weight, "qdata") else weight * 1
+
+
+class OnlyCompiled(FourLayers):
+    """Runs the second pair where Dynamo traces it."""
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return super().second(x) if torch.compiler.is_compiling() else x
+
+
+class OnlyEager(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return x if torch.compiler.is_dynamo_compiling() else super().second(x)
+
+
+class DequantizesIfEager(FourLayers):
+    """Multiplies by the values of a weight where nothing is compiled."""
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().second(x)
+        return self.d(F.gelu(x @ values(self.c).T))
+
+
+class DequantizesIfCompiled(FourLayers):
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.d(F.gelu(x @ values(self.c).T))
+        return super().second(x)
+
+
+class PairOfCompiled(nn.Module):
+    """Repeated blocks, which compile once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OnlyCompiled() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from pytest_int8bench.compiler.fusion.nodes import (
@@ -24,6 +25,9 @@ from pytest_int8bench.compiler.fusion.rotation import rotated
 from pytest_int8bench.kernels import ops
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+# Dynamo does not look inside, nor does a mode of torch functions.
+_LEFT_WHOLE = multi_head_attention_forward
+_INSIDE = "inside nn.MultiheadAttention"
 #: Columns of a head that the kernels hold in registers.
 MAX_WIDTH = 128
 
@@ -69,6 +73,8 @@ def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> No
     for part in parts:
         nodes = part.graph.find_nodes(op="call_function", target=scaled_dot_product_attention)
         refusals |= {node: _refusal_of(node) for node in nodes}
+        whole = part.graph.find_nodes(op="call_function", target=_LEFT_WHOLE)
+        refusals |= dict.fromkeys(whole, _INSIDE)
     _count(module, refusals, coverage)
     for part in parts:
         for node in [node for node in part.graph.nodes if refusals.get(node, "") is None]:
@@ -150,6 +156,14 @@ def _refusal(q: Any, k: Any, v: Any, given: dict[str, Any]) -> str | None:
     return None
 
 
+def eager_attention(
+    coverage: AttentionCoverage | None,
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context for eager calls: attention in INT8, counted in ``coverage``, or as it is
+    where that is None."""
+    return contextlib.nullcontext() if coverage is None else EagerInt8Attention(coverage)
+
+
 class EagerInt8Attention(TorchFunctionMode):
     """Runs attention on INT8 queries and keys where eager code calls it.
 
@@ -165,6 +179,8 @@ class EagerInt8Attention(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(zip(_PARAMETERS, args, strict=False)) | (kwargs or {})
+        if func is _LEFT_WHOLE:
+            self._coverage.note(_INSIDE)
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (given[name] for name in _PARAMETERS[:3])

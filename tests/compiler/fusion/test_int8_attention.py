@@ -102,6 +102,14 @@ def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: 
     )
 
 
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_attention_of_torch_modules_is_left_to_torch(how: str) -> None:
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)  # training: no fast path
+    x = torch.randn(1, 5, 16)
+    _, coverage = run(layer, x, x, x, how=how)
+    assert (coverage.replaced, coverage.left) == (0, {"inside nn.MultiheadAttention": 1})
+
+
 def test_double_precision_is_left_to_torch() -> None:
     _, coverage = run(Calls(), *heads(1, 1, 4, 8, dtype=torch.float64), how="eager")
     assert coverage.left == {"in float64": 1}

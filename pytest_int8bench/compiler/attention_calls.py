@@ -1,0 +1,197 @@
+"""The calls of ``scaled_dot_product_attention`` that a forward makes, or that a graph will."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_int8bench.compiler.graphs import Graph, watched
+from pytest_int8bench.compiler.torch_workarounds import SETTING_CALLS
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention
+# Functions that Dynamo leaves whole, and that call scaled_dot_product_attention.
+_AROUND_SDPA = (F.multi_head_attention_forward,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """Return the layout of ``tensor``, as attention gets it: autocast casts before.
+
+        Raises:
+            ValueError: for a size that nobody knows before the model runs.
+        """
+        device, dtype = tensor.device, tensor.dtype
+        if dtype.is_floating_point and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return cls(
+            tuple(map(_number, tensor.shape)), tuple(map(_number, tensor.stride())), dtype, device
+        )
+
+    def filled(self, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return a tensor of this layout, its storage filled by ``fill``, which works in place."""
+        steps = (step * (size - 1) for size, step in zip(self.shape, self.stride, strict=True))
+        storage = fill(torch.empty(1 + sum(steps), dtype=self.dtype, device=self.device))
+        return storage.as_strided(self.shape, self.stride)
+
+
+def _number(size: Any) -> int:
+    """Return a size of a tensor; of one that a graph leaves open, what it was traced with."""
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise ValueError("a size depends on data")
+    return int(size.node.hint)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``scaled_dot_product_attention``, without its values."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    mask: Layout | None
+    options: tuple[tuple[str, Any], ...]
+    """``dropout_p``, ``is_causal`` and the like."""
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Call:
+        """Return the call with the arguments of ``scaled_dot_product_attention``."""
+        return cls(
+            Layout.of(query),
+            Layout.of(key),
+            Layout.of(value),
+            None if attn_mask is None else Layout.of(attn_mask),
+            (("dropout_p", dropout_p), ("is_causal", is_causal), *sorted(options.items())),
+        )
+
+    def runner(self) -> Callable[[], torch.Tensor]:
+        """Return a function that does such a call, on values of its own; a mask lets all pass."""
+        query, key, value = (
+            layout.filled(torch.Tensor.normal_) for layout in (self.query, self.key, self.value)
+        )
+        mask = None
+        if self.mask is not None:
+            passing = 1 if self.mask.dtype == torch.bool else 0
+            mask = self.mask.filled(lambda storage: storage.fill_(passing))
+        options = dict(self.options)
+        return lambda: F.scaled_dot_product_attention(query, key, value, mask, **options)
+
+
+class _Recorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.allowed = _allowed_backends()
+        self.calls: Counter[Call] = Counter()
+        self.is_free = True
+        """No call was under other backends than this process allows, by the model's own choice."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "overloadpacket", None) is _SDPA:
+            self.note(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def note(self, *args: Any, **kwargs: Any) -> None:
+        self.is_free &= _allowed_backends() == self.allowed
+        self.calls[Call.of(*args, **kwargs)] += 1
+
+    def found(self) -> Counter[Call]:
+        return self.calls if self.is_free else Counter()
+
+
+def recorded_calls(run: Callable[[], object], graphs: Sequence[Graph] = ()) -> Counter[Call]:
+    """Run ``run`` and return the calls of attention it does, with their number; none where it
+    chooses a backend for itself.
+
+    Args:
+        run: calls a model.
+        graphs: what the model was compiled to.
+    """
+    recorder = _Recorder()
+    with torch.inference_mode(), watched(recorder, graphs):  # elsewhere, calls arrive in parts
+        run()
+    return recorder.found()
+
+
+def calls_in(module: fx.GraphModule) -> Counter[Call]:
+    """Return the calls of attention in what Dynamo traced, with their number; none where the model
+    chooses a backend for itself.
+
+    Call it under the settings that the graph is compiled under.
+    """
+    recorder = _Recorder()
+    try:
+        _visit(module, recorder)
+    except Exception:  # of a graph that we do not understand: torch chooses then
+        return Counter()
+    return recorder.found()
+
+
+def _visit(part: fx.GraphModule, recorder: _Recorder) -> None:
+    settings: dict[fx.Node, Any] = {}
+    for node in part.graph.nodes:
+        if node.op != "call_function":
+            continue
+        for operand in node.all_input_nodes:
+            subgraph = (
+                getattr(part, str(operand.target), None) if operand.op == "get_attr" else None
+            )
+            if isinstance(subgraph, fx.GraphModule):
+                _visit(subgraph, recorder)
+        if node.target in SETTING_CALLS:
+            # Dynamo restores what it sets, so that the process is left as it was.
+            settings[node] = node.target(*fx.map_arg(node.args, settings.__getitem__))
+        elif node.target is F.scaled_dot_product_attention:
+            args, kwargs = _values((node.args, node.kwargs))
+            with contextlib.suppress(ValueError):
+                recorder.note(*args, **kwargs)
+        elif node.target in _AROUND_SDPA:
+            args, kwargs = _values((node.args, node.kwargs))
+            with contextlib.suppress(Exception), torch.inference_mode(), recorder:
+                node.target(*args, **kwargs)
+
+
+def _values(arguments: Any) -> Any:
+    """Return arguments of a node as Dynamo traced them: fake tensors have layouts, but no data."""
+    return fx.map_arg(arguments, lambda node: node.meta.get("example_value"))
+
+
+def _allowed_backends() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )

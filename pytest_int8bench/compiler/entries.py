@@ -1,0 +1,78 @@
+"""What torch.compile is given to compile, under which settings, and how often it has."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch._dynamo
+
+# A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
+# after which calls silently run eagerly.
+_RECOMPILE_LIMIT = 1 << 16
+
+# OlmoEarth's forward logs, which breaks the graph unless Dynamo leaves these calls out.
+_LOGGING = {
+    logging.Logger.debug,
+    logging.Logger.info,
+    logging.Logger.warning,
+    logging.Logger.error,
+}
+
+_serial = itertools.count()
+
+
+def dynamo_settings() -> AbstractContextManager[Any]:
+    """Return the context that models are compiled and called in."""
+    config = torch._dynamo.config
+    patched: AbstractContextManager[Any] = config.patch(
+        recompile_limit=_RECOMPILE_LIMIT,
+        accumulated_recompile_limit=_RECOMPILE_LIMIT,
+        ignore_logging_functions=config.ignore_logging_functions | _LOGGING,
+        # What does not compile is an error: it would run eagerly under a compiled label.
+        suppress_errors=False,
+    )
+    return patched
+
+
+def graphs_skipped() -> int:
+    """Return how often Inductor did without CUDA graphs that were asked for."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+
+
+def graphs_compiled() -> int:
+    """Return how many graphs this process has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def graph_breaks() -> int:
+    """Return how often this process has left part of a model out of a graph so far."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
+    """Return a function that calls ``model`` and has a code object of its own.
+
+    Dynamo keeps compiled graphs by code object. Were they kept on ``model.forward``, a second
+    compilation of the same class would find the graph of the first, whatever the attention
+    backend, and a sweep would fill one list of graphs.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = entry.__code__.replace(co_name=f"int8bench_entry_{next(_serial)}")
+    return types.FunctionType(
+        code, entry.__globals__, code.co_name, entry.__defaults__, entry.__closure__
+    )
+
+
+def device_type_of(model: torch.nn.Module) -> str:
+    """Return the type of the device that ``model`` is on."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return "cpu" if tensor is None else tensor.device.type

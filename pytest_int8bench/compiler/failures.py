@@ -1,0 +1,27 @@
+"""Where an error of compiling and running a model comes from."""
+
+from __future__ import annotations
+
+import torch._dynamo
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.out_of_memory import oom_of
+
+
+class CompileError(ClearError, RuntimeError):
+    """The model did not compile, ran eagerly, or compiled again when it must not."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return the root cause of ``error``; Dynamo wraps errors in uninformative ones."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
+def is_of_model(error: BaseException) -> bool:
+    """Return whether neither a compiler nor a kernel caused ``error``, because it comes from
+    Dynamo's tracing of the model or from a lack of memory."""
+    of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+    of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    return oom_of(error) is not None or (of_dynamo and not of_backend)

@@ -1,0 +1,230 @@
+"""The attention backend that attention=auto takes, by the calls of what runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_int8bench.compiler.attention_calls import Call
+from pytest_int8bench.compiler.backend import FusingInductor
+from pytest_int8bench.compiler.cache import CompileCache
+from pytest_int8bench.compiler.torch_workarounds import InductorBackend
+from pytest_int8bench.measure import attention_auto
+from pytest_int8bench.measure.attention_auto import AttentionError
+from pytest_int8bench.measure.model import Model
+from pytest_int8bench.measure.point import Throughput
+from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.params import RunParams
+from toys import attending
+from toys.attending import workload_of
+from toys.models import time_rounds
+
+AUTO = RunParams(
+    gpu_type="cpu",
+    compile_mode="default",
+    attention="auto",
+    batch_size=2,
+    benchmark_interval_s=0.001,
+)
+BREAKS = AUTO.replace(compile_fullgraph=False)
+OFF = AUTO.replace(compile_mode="off")
+NO_KERNEL = "No available kernel. Aborting execution."
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace Inductor and the clock: a graph runs as it was traced, flash is the fastest backend
+    and takes no mask, as on CUDA. Return the backends that graphs were compiled for."""
+    backends: list[str] = []
+
+    def compile_graph(self: FusingInductor, module: Any, inputs: Any) -> Callable[..., Any]:
+        backends.append(allowed())
+        return FAILS.around(module.forward)
+
+    monkeypatch.setattr(InductorBackend, "__call__", compile_graph)
+    monkeypatch.setattr(attention_auto, "_seconds", seconds)
+    return backends
+
+
+def seconds(backend: str, call: Call, timer: object) -> float:
+    return math.inf if (backend, call.mask is None) == ("flash", False) else COSTS[backend]
+
+
+COSTS = {"flash": 1.0, "math": 2.0}
+
+
+def allowed() -> str:
+    flash, math_ = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+    return "auto" if flash and math_ else "flash" if flash else "math"
+
+
+class Failing:
+    """Makes graphs fail that were compiled for a backend, at a call."""
+
+    def __init__(self) -> None:
+        self.errors: dict[tuple[str, int], Exception] = {}
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        backend, calls = allowed(), itertools.count()
+        self.fail(backend, next(calls))
+
+        def call(*args: Any) -> Any:
+            self.fail(backend, next(calls))
+            return run(*args)
+
+        return call
+
+    def fail(self, backend: str, call: int) -> None:
+        if (backend, call) in self.errors:
+            raise self.errors[backend, call]
+
+
+FAILS = Failing()
+
+
+@pytest.fixture
+def errors(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Exception]:
+    """Return the errors to raise by backend, while a graph compiles (0) or at one of its calls."""
+    monkeypatch.setattr(FAILS, "errors", {})
+    return FAILS.errors
+
+
+def ready(kind: type[nn.Module], params: RunParams = AUTO) -> Model:
+    model = ModelPool().get(workload_of(kind), params)
+    model.ready()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "chosen"),
+    [
+        (attending.NoAttention, AUTO, "auto"),
+        (attending.Attends, AUTO, "flash"),
+        (attending.MaskedIfCompiled, AUTO, "math"),
+        (attending.MaskedIfCompiled, OFF, "flash"),
+        (attending.MaskedIfEager, AUTO, "flash"),
+        (attending.MaskedIfEager, OFF, "math"),
+        (attending.Twice, AUTO, "math"),
+        (attending.MultiHead, AUTO, "math"),
+        (attending.MultiHead, OFF, "math"),
+        (attending.ChoosesMath, AUTO, "auto"),
+        (attending.Blocks, AUTO, "math"),
+        (attending.Broken, BREAKS, "math"),
+        (attending.Outside, BREAKS, "math"),
+    ],
+)
+def test_the_calls_that_run_decide(
+    kind: type[nn.Module], params: RunParams, chosen: str, compiled: list[str]
+) -> None:
+    model = ready(kind, params)
+    assert model.compiled.attention == chosen
+    assert model.ready().remark is None
+    used = compiled[-len(model.compiled.graphs) :] if model.compiled.graphs else []
+    assert len(used) == len(model.compiled.graphs)
+    assert set(used) <= {chosen}
+    with model.compiled.entered():
+        assert allowed() == chosen
+
+
+def test_a_graph_is_compiled_once(compiled: list[str]) -> None:
+    pool = ModelPool()
+    for point in (AUTO, AUTO.replace(int8_enabled=True), AUTO):
+        pool.get(workload_of(attending.Masked), point).ready()
+    assert compiled == ["math"] * 2
+
+
+def test_compiled_code_is_kept_for_the_backend_that_was_chosen(
+    tmp_path: Path, compiled: list[str]
+) -> None:
+    model = ModelPool(cache_dir=tmp_path).get(workload_of(attending.Masked), AUTO)
+    assert model.ready().remark is None
+    kept = CompileCache(tmp_path, "math").folder
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [kept]
+    with model.compiled.entered():
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)
+
+
+# -- backends that fail -------------------------------------------------------------------------
+
+TOLD = "attention=auto took math, because flash failed (RuntimeError: {})"
+
+
+@pytest.mark.parametrize("call", [0, 3], ids=["compiling", "later-call"])
+def test_the_next_backend_is_taken_and_said(
+    call: int, errors: dict[tuple[str, int], Exception]
+) -> None:
+    errors["flash", call] = RuntimeError("cuDNN error: NOT_SUPPORTED\nand more")
+    model = ready(attending.Attends)
+    assert model.compiled.attention == "math"
+    assert model.ready().remark == TOLD.format("cuDNN error: NOT_SUPPORTED")
+
+
+def test_an_eager_model_takes_the_next_backend_too() -> None:
+    class Refuses(attending.Attends):
+        def attention(self, x: torch.Tensor) -> torch.Tensor:
+            if allowed() == "flash":
+                raise RuntimeError(NO_KERNEL)
+            return super().attention(x)
+
+    model = ready(Refuses, OFF)
+    assert model.compiled.attention == "math"
+    assert model.ready().remark == TOLD.format(NO_KERNEL)
+
+
+def test_baseline_and_candidate_change_together(
+    errors: dict[tuple[str, int], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, params = workload_of(attending.Attends), AUTO.replace(int8_enabled=True)
+    pool = ModelPool()
+    baseline = pool.get(workload, AUTO)
+    baseline.ready()
+    assert baseline.compiled.attention == "flash"
+    errors["flash", 0] = RuntimeError(NO_KERNEL)  # with the weights of the candidate alone
+    throughput = Throughput(pool, with_evidence=False)
+    result = throughput.measure(workload, params, time_rounds, nodeid="test_it")
+    assert (result.status, result.attention_backend) == ("ok", "math")
+    assert TOLD.format(NO_KERNEL) in result.reason
+    assert baseline.compiled.attention == "math"
+    assert "math" in (baseline.ready().remark or "")
+
+
+@pytest.mark.parametrize(
+    ("flash", "math_", "raised", "compilations"),
+    [
+        # Under all backends alike: not of attention.
+        (RuntimeError("no compiler"), RuntimeError("no compiler"), "no compiler", 2),
+        (RuntimeError(NO_KERNEL), RuntimeError(NO_KERNEL), "use attention=efficient or math", 2),
+        (torch.OutOfMemoryError("out of memory"), None, "out of memory", 1),
+    ],
+    ids=["compiler", "attention", "memory"],
+)
+def test_what_no_backend_mends_is_raised(
+    flash: Exception,
+    math_: Exception | None,
+    raised: str,
+    compilations: int,
+    errors: dict[tuple[str, int], Exception],
+    compiled: list[str],
+) -> None:
+    errors["flash", 1] = flash
+    if math_ is not None:
+        errors["math", 1] = math_
+    with pytest.raises(RuntimeError, match=raised):
+        ready(attending.Attends)
+    assert len(compiled) == compilations
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced(
+    errors: dict[tuple[str, int], Exception],
+) -> None:
+    errors["flash", 0] = RuntimeError(NO_KERNEL)
+    with pytest.raises(AttentionError, match="attention=flash cannot run the attention"):
+        ready(attending.Masked, AUTO.replace(attention="flash"))
