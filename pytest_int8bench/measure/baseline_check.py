@@ -31,7 +31,7 @@ from pytest_int8bench.measure.rounding import (
     where_finite,
 )
 from pytest_int8bench.quantization.api import is_quantized
-from pytest_int8bench.tensors import call, cast, map_tensors, same_values, tensors_of
+from pytest_int8bench.tensors import call, map_tensors, same_values, tensors_of
 
 if TYPE_CHECKING:
     from pytest_int8bench.measure.model import Model
@@ -42,7 +42,7 @@ LIMIT = 2.0
 NOISY, AGAIN = 8, 2
 #: Samples that are compared.
 SAMPLES = 4
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HALVES = (torch.bfloat16, torch.float16)
 _DICTS = ("_parameters", "_buffers", "_modules")
 _UNUSUAL = 0x1E4D  # a seed that no model starts from
 _ALONE = 0.1  # part of its norm by which the output of a sample may change with its batch
@@ -131,7 +131,7 @@ class _Check:
         return self._excess(replicates, compiled) <= LIMIT
 
     def _excess(self, replicates: list[Outputs], compiled: Outputs) -> float:
-        reference = self._run_in(torch.float32)
+        reference = self._in_fp32()
         if any(_shapes(outputs) != _shapes(reference) for outputs in (compiled, *replicates)):
             raise _UncheckedError("its outputs differ in shape from those of an eager forward")
         reference = where_finite(reference, replicates[0])
@@ -189,39 +189,35 @@ class _Check:
             model.restore()
             return call(model.compiled, model.fresh_inputs())
 
-    def _run_eager(self, inputs: Any, attention: str | None = None) -> Any:
+    def _run_eager(self, inputs: Any, *, autocast: bool = False, attention: str = "") -> Any:
         model = self._model
         with (
             _kept_state(model.eager),
             torch.compiler.set_stance("force_eager"),
             model.compiled.settings(),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=autocast),
             FlashSDPA(attention or model.compiled.attention),
         ):
             model.restore()
             return call(model.eager, inputs)
 
-    def _run_in(self, dtype: torch.dtype) -> Outputs:
-        """Run the chosen samples in another dtype, and with any attention backend: flash takes no
-        FP32 on a GPU."""
+    def _in_fp32(self) -> Outputs:
+        """Run the chosen samples in FP32, with any attention backend: flash takes no FP32 on a
+        GPU."""
         self._model.restore()
-        with _kept_state(self._model.eager), _in_dtype(self._model.eager, dtype):
-            inputs = self._cut(self._model.fresh_inputs())
-            return outputs_of(
-                self._run_eager(map_tensors(lambda t: _cast(t, dtype), inputs), "auto")
-            )
+        with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager):
+            inputs = map_tensors(_to_fp32, self._cut(self._model.fresh_inputs()))
+            return outputs_of(self._run_eager(inputs, attention="auto"))
 
     def _eager(self, seed: int | None = None) -> Outputs:
-        """Run the chosen samples eagerly in the dtype of the point; in BF16 where that is FP32, for
-        no INT8 model is as exact as that. With noise, if it has a seed."""
+        """Run the chosen samples eagerly, a point in FP32 with BF16 matmuls: no INT8 model is more
+        exact than that. With noise, if it has a seed."""
         noise = None if seed is None else RoundingNoise(seed, self._model.device)
         seed_generators(_UNUSUAL, self._model.device)
         before = generator_states()
         with noise or contextlib.nullcontext():
-            if self._model.params.bf16:
-                inputs = self._cut(self._model.fresh_inputs())
-                outputs = outputs_of(self._run_eager(inputs))
-            else:
-                outputs = self._run_in(torch.bfloat16)
+            inputs = self._cut(self._model.fresh_inputs())
+            outputs = outputs_of(self._run_eager(inputs, autocast=not self._model.params.bf16))
         drew = noise is not None and noise.saw_generator
         if drew or not same_values(before, generator_states()):
             raise _UncheckedError("it draws random numbers")
@@ -255,13 +251,13 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def _cast_to_fp32(model: nn.Module) -> Iterator[None]:
     """Cast parameters and buffers, and put the memory back that they had, where compiled code
     finds it."""
     held = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     try:
         for tensor, data in held:
-            tensor.data = _cast(data, dtype)
+            tensor.data = _to_fp32(data)
         yield
     finally:
         for tensor, data in held:
@@ -274,7 +270,7 @@ def _other_weights(model: nn.Module, seed: int) -> Iterator[None]:
     held = [
         (parameter, parameter.detach().to("cpu", copy=True))
         for parameter in model.parameters()
-        if parameter.dtype in _DTYPES
+        if parameter.dtype in (*_HALVES, torch.float32)
     ]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -288,8 +284,8 @@ def _other_weights(model: nn.Module, seed: int) -> Iterator[None]:
             parameter.data.copy_(data)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return cast(tensor, dtype) if tensor.dtype in _DTYPES else tensor
+def _to_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 # -- samples --------------------------------------------------------------------------------------
