@@ -23,8 +23,10 @@ from pytest_int8bench.measure.generators import generator_states, kept_generator
 from pytest_int8bench.measure.memory import collect_garbage, oom_of, release
 from pytest_int8bench.measure.repeats import kept_buffers
 from pytest_int8bench.measure.rounding import (
+    HALVES,
     Outputs,
     RoundingNoise,
+    WithoutCasts,
     excess,
     outputs_of,
     real,
@@ -42,7 +44,6 @@ LIMIT = 2.0
 NOISY, AGAIN = 8, 2
 #: Samples that are compared.
 SAMPLES = 4
-_HALVES = (torch.bfloat16, torch.float16)
 _DICTS = ("_parameters", "_buffers", "_modules")
 _UNUSUAL = 0x1E4D  # a seed that no model starts from
 _ALONE = 0.1  # part of its norm by which the output of a sample may change with its batch
@@ -205,7 +206,7 @@ class _Check:
         """Run the chosen samples in FP32, with any attention backend: flash takes no FP32 on a
         GPU."""
         self._model.restore()
-        with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager):
+        with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager), WithoutCasts():
             inputs = map_tensors(_to_fp32, self._cut(self._model.fresh_inputs()))
             return outputs_of(self._run_eager(inputs, attention="auto"))
 
@@ -270,7 +271,7 @@ def _other_weights(model: nn.Module, seed: int) -> Iterator[None]:
     held = [
         (parameter, parameter.detach().to("cpu", copy=True))
         for parameter in model.parameters()
-        if parameter.dtype in (*_HALVES, torch.float32)
+        if parameter.dtype in (*HALVES, torch.float32)
     ]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -285,7 +286,7 @@ def _other_weights(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _to_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in _HALVES else tensor
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 # -- samples --------------------------------------------------------------------------------------

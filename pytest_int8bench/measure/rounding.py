@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pytest_int8bench.tensors import tensors_of
 
 #: The outputs of one forward, as :func:`outputs_of` returns them.
 Outputs = Sequence[torch.Tensor]
+
+HALVES = (torch.bfloat16, torch.float16)
 
 # Errors under this part of a tensor's root mean square are none: an output may be exact.
 _UNIT = torch.finfo(torch.bfloat16).eps / 2
@@ -180,6 +182,24 @@ def _usual_size(values: torch.Tensor) -> torch.Tensor:
     power = values.flatten(0, -2).square()
     rows, columns = power.mean(1, keepdim=True), power.mean(0, keepdim=True)
     return (rows * columns / power.mean()).nan_to_num(nan=0.0).sqrt().reshape(values.shape)
+
+
+class WithoutCasts(TorchDispatchMode):
+    """Has operators inside return FP32 where they are asked for a dtype of 16 bits, as models do
+    that cast by themselves."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if "view" not in str(func):  # which reads the same bits as another dtype
+            args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _wide(value: Any) -> Any:
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
 def _has_storage(value: Any) -> bool:

@@ -68,35 +68,36 @@ def test_wrong_fp32_code_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check(ready(Rotary, BF16.replace(bf16=False)))
 
 
-class Signs(nn.Module):
-    """Rounding changes some of what it decides, by far more than rounding itself."""
-
+class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
+class Casts(Layers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.float16):
+            h = self.fc1(x)
+        return self.fc2(h.bfloat16()) + torch.zeros_like(h, dtype=torch.bfloat16)
+
+
+class Signs(Layers):
+    """Rounding changes some of what it decides, by far more than rounding itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(torch.where(self.fc1(x) > 0, 1.0, -1.0).to(x.dtype))
 
 
-class Cancels(nn.Module):
+class Cancels(Layers):
     """The difference of two equal numbers, which eager forwards compute without any error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
         return self.fc2(h).tanh() + (3 * h - (h + h + h))
 
 
-class Largest(nn.Module):
+class Largest(Layers):
     """Logits so large that softmax picks one of them; rows that are masked throughout are NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> Any:
         logits = 300 * self.fc1(x) @ x.mT
@@ -111,6 +112,7 @@ class Largest(nn.Module):
         (Cancels, compilers.unrounded),
         (Largest, RIGHT["split"]),
         (Largest, RIGHT["reversed"]),
+        (Casts, RIGHT["same"]),
     ],
 )
 def test_decisions_that_rounding_changes_are_not_wrong(
@@ -124,25 +126,23 @@ def test_decisions_that_rounding_changes_are_not_wrong(
 # -- what cannot be checked ---------------------------------------------------------------------
 
 
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+class Insists(Layers):
+    """Runs in no other dtype than that of the point."""
 
-
-class InBf16(Odd):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.fc1(x).to(torch.bfloat16))
+        if x.dtype != torch.bfloat16:
+            raise TypeError("BF16 only")
+        return self.fc2(self.fc1(x))
 
 
-class Reseeds(Odd):
+class Reseeds(Layers):
     """Draws the same numbers at each call, which compiled code does not have to draw."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x)) + torch.rand(x.shape, dtype=x.dtype)
 
 
-class NoNumber(Odd):
+class NoNumber(Layers):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x) / 0)
 
@@ -150,7 +150,7 @@ class NoNumber(Odd):
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (InBf16, "RuntimeError: mat1 and mat2 must have the same dtype"),
+        (Insists, "TypeError: BF16 only"),
         (Reseeds, "it draws random numbers"),
         (NoNumber, "its outputs hold no finite number when it runs eagerly"),
     ],
@@ -177,14 +177,14 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_uncompiled_models_are_not_checked() -> None:
-    check(model := ready(InBf16, BF16.replace(compile_mode="off")))
+    check(model := ready(Insists, BF16.replace(compile_mode="off")))
     assert model.unchecked is None
 
 
 # -- what it leaves behind ----------------------------------------------------------------------
 
 
-class Tables(Odd):
+class Tables(Layers):
     """Keeps a table in the dtype that it last ran in, a running mean, and the number of calls."""
 
     mean: torch.Tensor
