@@ -206,7 +206,8 @@ class _Check:
         """Run the chosen samples in FP32, with any attention backend: flash takes no FP32 on a
         GPU."""
         self._model.restore()
-        with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager), WithoutCasts():
+        without_casts = WithoutCasts()  # type: ignore[no-untyped-call]
+        with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager), without_casts:
             inputs = map_tensors(_to_fp32, self._cut(self._model.fresh_inputs()))
             return outputs_of(self._run_eager(inputs, attention="auto"))
 
