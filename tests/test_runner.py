@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from pytest_int8bench.runner import (
     ThroughputBenchmarkRunner,
     ThroughputBenchmarkRunnerConfig,
 )
+from pytest_int8bench.suite import runner_side
 from pytest_int8bench.sweep import SWEEPS
 from toys import projects
 from toys.processes import runs
@@ -640,3 +643,26 @@ def test_a_point_is_handed_over_and_back(
         assert given.is_interrupted()
     taken.note_running("b")  # the runner is gone: nothing to be done about it
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, line: str) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    with Handover.start("group", ["a"]) as given:
+        monkeypatch.setattr("pytest_int8bench.processes.runner_files._append", fail)
+        with pytest.warns(UserWarning, match="the runner will lack a record: .*File too large"):
+            given.note_line("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given.note_line("{}")  # the runner is gone
+
+
+def test_a_worker_of_xdist_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(
+        "pytest_int8bench.suite.runner_side.end_with",
+        lambda is_parent: ended.append(is_parent(os.getppid())),
+    )
+    runner_side.pytest_configure(types.SimpleNamespace(workerinput={}))
+    assert ended == [True]

@@ -281,26 +281,30 @@ class Guardrail:
         warmed(model, self._timer, self.step)
         return model
 
-    def _baseline_outputs(self, workload: Workload, params: RunParams) -> tuple[Any, Distance]:
-        """Return the compiled baseline's outputs, and how far the eager baseline's are from them:
-        the noise floor."""
+    def _baseline_outputs(
+        self, workload: Workload, params: RunParams
+    ) -> tuple[Any, Distance, str | None]:
+        """Return the compiled baseline's outputs; how far the eager baseline's are from them, the
+        noise floor; and why it could not be checked, or None."""
         self.pool.evict_other_candidate(workload, params)
         baseline = self.ready(workload, params.baseline())
         outputs = _outputs(baseline)
         baseline.restore()
         with baseline.compiled.eager_settings():
             eager = call(baseline.eager, baseline.fresh_inputs())
-        return outputs, distance(outputs, _first(eager))
+        return outputs, distance(outputs, _first(eager)), baseline.unchecked
 
 
-def _compared(candidate: Model, reference: Any, floor: Distance) -> dict[str, Any]:
+def _compared(
+    candidate: Model, reference: Any, floor: Distance, unchecked: str | None
+) -> dict[str, Any]:
     start = time.perf_counter()
     found = distance(reference, _outputs(candidate))
     why = problem(found, floor)
     return {
         "metric": NO_LABELS,
         "outcome": "FAIL" if why else "proxy-ok",
-        "reason": joined(why, nan_remark(reference)),
+        "reason": joined(why, nan_remark(reference), unchecked),
         "samples": found.samples,
         "distance": found.to_dict(),
         "floor": floor.to_dict(),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import random
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -22,7 +20,7 @@ from pytest_int8bench.measure.casting import (
     kept_by_library,
     replace_inference_tensors,
 )
-from pytest_int8bench.measure.generators import kept_generators
+from pytest_int8bench.measure.generators import kept_generators, seed_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.modes import MODES
@@ -158,12 +156,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
     """Seed the random number generators of torch, numpy and Python, and put them back
     afterwards."""
     with kept_generators():
-        # Not torch.manual_seed: while CUDA is not started, it would seed the GPUs for later.
-        torch.default_generator.manual_seed(SEED)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(SEED)
-        random.seed(SEED)
-        np.random.seed(SEED)
+        seed_generators(SEED, device)
         yield
 
 

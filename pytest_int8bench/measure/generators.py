@@ -5,9 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+
+
+def generator_states() -> list[Any]:
+    """Return the states of the generators of torch, numpy and Python."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *cuda]
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    # Not torch.manual_seed: while CUDA is not started, it would seed the GPUs for later.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 @contextmanager

@@ -136,6 +136,10 @@ class Model:
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
         self._forward: Forward | None = None
+        self.is_checked = False
+        """Whether :func:`.baseline_check.check` has looked at it. What it found:"""
+        self.wrong: str | None = None
+        self.unchecked: str | None = None
         self.layers = Layers()
         """What became of the linear layers in one forward, as far as :meth:`evidence` saw."""
 

@@ -161,6 +161,7 @@ class Throughput:
         if baseline is not None and interleaved is not None:
             baseline.evidence()  # checks its labels
         remarks = [remark, traced, prepared.ready.remark, _nan_remark(prepared)]
+        remarks.append((baseline or model).unchecked)
         kernels, bound = None, None
         if self._with_evidence:
             kernels = kernels_of(model, self._keep(model))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
+from pytest_int8bench.measure.baseline_check import check
 from pytest_int8bench.measure.batches import check_late_writes
 from pytest_int8bench.measure.model import Model, Ready
 from pytest_int8bench.measure.pool import ModelPool
@@ -29,13 +30,24 @@ def built(pool: ModelPool, workload: Workload, params: RunParams, step: Step) ->
 
 
 def warmed(model: Model, timer: Timer, step: Step) -> Ready:
-    """Compile and warm up, and say so where that has not been done."""
+    """Compile and warm up, and say so where that has not been done.
+
+    Raises:
+        BaselineError: if it is a baseline, and the compiler got it wrong.
+    """
+    is_baseline = not model.params.int8_enabled
     if model.is_ready:
+        if is_baseline:
+            check(model)
         return model.ready(timer)
     compiled = model.compiled.mode == "off" or model.compiled.first_call_s is not None
     action: Action = "warming up" if compiled else "compiling"
     with step(action, step_label(model.workload, model.params)):
-        return model.ready(timer)
+        ready = model.ready(timer)
+        if is_baseline:
+            check(model)
+            model.ready(timer)  # compiles again, if the check left something behind
+        return ready
 
 
 def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: float) -> Speedup:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,9 +134,12 @@ class Handover:
         return next(reversed(self._noted(_JSON)), None)
 
     def _note(self, kind: str, value: Any) -> None:
-        # A point is still measured where the disk is full, or the runner has been killed.
-        with contextlib.suppress(OSError):
+        # A point is still measured where nothing can be written, or the runner has been killed.
+        try:
             _append(self.path, json.dumps({kind: value}))
+        except OSError as error:
+            if self.path.exists():
+                warnings.warn(f"int8bench: the runner will lack a {kind}: {error}", stacklevel=3)
 
     def _noted(self, kind: str) -> list[Any]:
         found = []

@@ -30,6 +30,8 @@ STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 COMPILE_CACHES = ("cold", "warm")
 #: Start of the reason of a test that ran where pytest-benchmark is disabled.
 NOT_MEASURED = "ran once, not measured"
+_RATES = ("samples_per_s", "tokens_per_s", "pixels_per_s", "square_km_per_s")
+_MOST_IN_BATCH = 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,13 @@ class Result(Record):
         for figure in FIGURES.values():
             figure.validate(self)
         super().__post_init__()
+        for name in _RATES:
+            rate, batch_s = getattr(self, name), self.batch_time_s
+            if rate and batch_s and not 1 / _MOST_IN_BATCH < rate * batch_s < _MOST_IN_BATCH:
+                raise ValueError(
+                    f"{name} must be what a batch holds over batch_time_s, {batch_s!r}, "
+                    f"got {rate!r}"
+                )
 
     @classmethod
     def from_parts(

@@ -165,6 +165,15 @@ def test_bad_status() -> None:
         Result.from_dict({**MEASURED.to_dict(), "status": "fine"})
 
 
+@pytest.mark.parametrize("name", ["samples_per_s", "tokens_per_s", "pixels_per_s"])
+@pytest.mark.parametrize("rate", [1e308, 1e20, 1e-20])
+def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
+    why = rf"{name} must be what a batch holds over batch_time_s, 0\.01, got {re.escape(str(rate))}"
+    with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
+        Result.from_dict({**MEASURED.to_dict(), name: rate, "batch_time_s": 0.01})
+    assert getattr(result_of(**{name: rate}), name) == rate  # without a time, who knows
+
+
 @pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
 def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:

@@ -40,6 +40,17 @@ BY_NAME = {
     "compile_cache": st.none() | st.sampled_from(COMPILE_CACHES),
     **{f.field: st.none() | positive for f in FIGURES.values() if f.check == "positive"},
     "peak_memory_bytes": st.none() | st.integers(1, 2**60),
+    # A batch holds what its time and its rates say.
+    **{
+        name: st.none() | st.floats(1e-7, 1e7)
+        for name in (
+            "batch_time_s",
+            "samples_per_s",
+            "tokens_per_s",
+            "pixels_per_s",
+            "square_km_per_s",
+        )
+    },
 }
 
 
