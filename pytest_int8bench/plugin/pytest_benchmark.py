@@ -173,6 +173,21 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
             timed.fixture.has_error = is_left_out
 
 
+def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
+    """Return what pytest-benchmark has just timed, as it saves it; None if it is not this test."""
+    session = _session_of(config)
+    timed = session.benchmarks[-1] if session is not None and session.benchmarks else None
+    if timed is None or timed.fullname != nodeid or timed.has_error or not timed:
+        return None
+    values: dict[str, Any] = timed.as_dict(include_data=False)
+    return values
+
+
+def is_disabled(item: pytest.Item) -> bool:
+    """Return whether the ``benchmark`` of a test calls functions without timing them."""
+    return bool(getattr(getattr(item, "funcargs", {}).get("benchmark"), "disabled", False))
+
+
 def drop_timings(config: pytest.Config, nodeid: str) -> None:
     """Remove the timings of a test that is run again, which would be listed and compared too."""
     session = _session_of(config)
@@ -311,6 +326,11 @@ def describe_saved(config: pytest.Config) -> str:
 def uses_benchmark(item: pytest.Item) -> bool:
     """Return whether a test has the ``benchmark`` fixture."""
     return "benchmark" in getattr(item, "fixturenames", ())
+
+
+def is_plain(item: pytest.Item) -> bool:
+    """Return whether a test has it of its own, and measures no point."""
+    return uses_benchmark(item) and "int8_throughput" not in getattr(item, "fixturenames", ())
 
 
 def silence_xdist_warning(config: pytest.Config) -> None:

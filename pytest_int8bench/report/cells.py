@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_int8bench.report.tables import MISSING, number
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Result, Timed
 
 
 def value_text(figure: Figure, value: Any) -> str:
@@ -15,13 +15,23 @@ def value_text(figure: Figure, value: Any) -> str:
         return MISSING
     if figure.kind == "text":
         return str(value)
+    if figure.kind == "time":
+        return time_text(value)
     scaled = figure.scaled(value)
     if figure.kind == "share":
         return f"{scaled:.0%}"
     return f"{scaled:.2f}x" if figure.kind == "ratio" else number(scaled)
 
 
-def figure_text(figure: Figure, result: Result) -> str:
+def time_text(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1:
+            return f"{number(seconds * factor)} {unit}"
+    return f"{number(seconds * 1e9)} ns"
+
+
+def figure_text(figure: Figure, result: Timed) -> str:
     """Return the figure of a result with its interval; a dash where it was not measured."""
     text = value_text(figure, figure.of(result))
     if text == MISSING or figure.interval is None:
@@ -33,7 +43,7 @@ def figure_text(figure: Figure, result: Result) -> str:
     return f"{text} [{', '.join(ends)}]"
 
 
-def figure_cell(figure: Figure, result: Result) -> str:
+def figure_cell(figure: Figure, result: Timed) -> str:
     """Return the figure of a result with its interval and mark."""
     text = figure_text(figure, result)
     return text if text == MISSING or figure.mark is None else text + figure.mark(result)
@@ -44,7 +54,7 @@ def shown_speedup(result: Result) -> str:
     return figure_cell(FIGURES["speedup"], result)
 
 
-def status_text(result: Result) -> str:
+def status_text(result: Timed) -> str:
     """Return the status of a point as people write it."""
     return "OOM" if result.oom else result.status
 

@@ -29,7 +29,7 @@ from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.side import Measured, Side
 from pytest_int8bench.gate.ab.worktrees import Revision
-from pytest_int8bench.results.records import NOT_MEASURED
+from pytest_int8bench.results.base import NOT_MEASURED
 from toys.disks import failing
 from toys.results import result_of
 
