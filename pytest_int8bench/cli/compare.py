@@ -36,9 +36,10 @@ def add_compare(commands: Any) -> None:
         "compare",
         help="compare saved files of two commits, and fail if anything regressed",
         description="Compare what was saved at two commits: throughput, batch time, peak memory, "
-        "compile time, accuracy verdicts, and the time per call of plain benchmarks. Exit code 1: something regressed; else 2: something "
-        "could not be compared, or is suspected: it grew over its limit, but no more than "
-        "processes of the same code may differ by; else 0.",
+        "compile time, accuracy verdicts, and the time per call of plain benchmarks. "
+        "Exit code 1: something regressed; else 2: something could not be compared, or is "
+        "suspected: it grew over its limit, but no more than processes of the same code may "
+        "differ by; else 0.",
     )
     parser.add_argument(
         "files",

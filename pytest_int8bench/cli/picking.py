@@ -1,13 +1,18 @@
-"""Pick runs as pytest's ``-k`` picks tests. What pytest evaluates it with is private to it, and only
-the plugin imports pytest."""
+"""Pick runs as pytest's ``-k`` picks tests. What pytest does that with is private, and only the
+plugin imports pytest."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Collection
 
 #: What ``-k`` takes for a name, an operator or a parenthesis.
 _TOKEN = re.compile(r"\s*([\w:+\-.\[\]\\/]+|[()])\s*")
+_ALLOWED = (
+    *(ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not),
+    *(ast.Subscript, ast.Name, ast.Constant, ast.expr_context),
+)
 _OPERATORS = ("and", "or", "not", "(", ")")
 
 
@@ -27,7 +32,10 @@ def parse_expression(text: str) -> Callable[[Collection[str]], bool]:
     try:
         if place < len(text):
             raise SyntaxError
-        rule = compile(code, "-k", "eval")
+        tree = ast.parse(code, "-k", "eval")
+        if not all(isinstance(node, _ALLOWED) for node in ast.walk(tree)):  # a(b), ()
+            raise SyntaxError
+        rule = compile(tree, "-k", "eval")
     except (SyntaxError, MemoryError, RecursionError):
         raise ValueError(
             f"must be an expression such as 'bert and not (w8 or bs1)', got {text!r}"
