@@ -369,15 +369,15 @@ def _over(change: Change) -> str:
     grew = f"{metric.option}: {change.growth:+.1%}, limit {change.limit:.1%}"
     if change.outcome == REGRESSED:
         return f"{grew} (noise floor {change.floor:.1%})"
-    why = "by the scatter of the files"
-    if change.assumed == math.inf:
-        grew, why = f"{grew}, not shown: a process with a single round says nothing of noise", ""
-    elif change.assumed is not None:
-        why = f"if processes differ by {change.assumed:.1%}, as is assumed"
     files = "more files"
     if change.files_needed is not None:
         files = f"{change.files_needed} files of the base"
     who = f"int8bench ab or {files}" if metric.is_time_of_batch else files
+    if change.assumed == math.inf:
+        return f"{grew}, after a single round, whose noise is not known: {who} can decide"
+    why = "by the scatter of the files"
+    if change.assumed is not None:
+        why = f"if processes differ by {change.assumed:.1%}, as is assumed"
     return f"{grew}, shown from {change.shown_from:.1%} on {why}: {who} can decide"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pytest_int8bench.gate.limits import Rules
@@ -37,6 +38,13 @@ def all_notes(
         for r in (*base, *new)
     )
     lines += dict.fromkeys(filter(None, timers))
+    single = [run for run in runs if any(change.assumed == math.inf for change in run.changes)]
+    if single:
+        more = f" and {len(single) - 1} more" if single[1:] else ""
+        lines.append(
+            f"{single[0].run_name}{more}: a single round says nothing of the noise: give more "
+            "rounds, or several files a side"
+        )
     for name, side in (("base", base), ("new", new)):
         if any(run.saved.environment.get("dirty") for run in side):
             lines.append(f"the {name} was measured with uncommitted changes")
