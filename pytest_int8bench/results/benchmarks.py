@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.results.base import Measured, SchemaError
-from pytest_int8bench.results.checks import Count, check
+from pytest_int8bench.results.checks import Count, check, shown
 from pytest_int8bench.results.figures import PLAIN
 from pytest_int8bench.results.shapes import Timing
 
@@ -60,6 +60,8 @@ class Benchmark(Measured):
         Raises:
             SchemaError: one line, if it is none.
         """
+        if not isinstance(timing, Mapping):
+            raise SchemaError(f"not {cls.KIND}: {shown(timing)}")
         try:
             check(Timing, timing)
             stats = timing["stats"]
