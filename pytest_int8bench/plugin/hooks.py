@@ -129,7 +129,11 @@ def pytest_collection_modifyitems(
 def pytest_runtestloop(session: pytest.Session) -> None:
     has_ours = any(map(is_ours, session.items))
     settings = session.config.stash[SESSION]
-    settings.takes_benchmarks = has_ours or settings.wants_benchmarks
+    if has_ours or settings.wants_benchmarks:
+        settings.takes_benchmarks = True
+        from pytest_int8bench.plugin.plain import PlainBenchmarks
+
+        session.config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
     if has_ours:
         session.config.stash[RECORDER].check_collection(session.items)
         from pytest_int8bench.plugin.loading import load_libraries
@@ -153,16 +157,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _is_taken(item: pytest.Item) -> bool:
     """Return whether a test is a plain benchmark that is recorded."""
     return item.config.stash[SESSION].takes_benchmarks and is_plain(item)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    result = yield
-    if _is_taken(item):
-        from pytest_int8bench.plugin.plain import record_timing
-
-        record_timing(item.config.stash[RECORDER], item)
-    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
 
 import pytest
 
-from pytest_int8bench.plugin.pytest_benchmark import DISABLED, is_disabled, timing_of
-from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.pytest_benchmark import DISABLED, is_disabled, is_plain, timing_of
+from pytest_int8bench.plugin.recorder import RECORDER, Recorder
 from pytest_int8bench.results.base import NOT_MEASURED
 from pytest_int8bench.results.benchmarks import Benchmark
 
 
-def record_timing(recorder: Recorder, item: pytest.Item) -> None:
+class PlainBenchmarks:
+    """Registered where plain benchmarks are recorded."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Not guarded: what it raises fails the test."""
+        result = yield
+        if is_plain(item):
+            _record_timing(item.config.stash[RECORDER], item)
+        return result
+
+
+def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
     """Record what a test has timed, and hold it to the files of ``--int8-compare``.
 
     Raises:

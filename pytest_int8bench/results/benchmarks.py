@@ -7,7 +7,7 @@ are, and about the machine its ``machine_info``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,8 @@ _OF_MEDIAN = math.sqrt(math.pi / 2)
 _QUARTILES = 1.349
 #: Rounds from which on quartiles say how times scatter, whatever outliers there are.
 _MANY_ROUNDS = 10
+#: What a point has in its ``extra_info``, among others.
+_OUR_EXTRA = ("run_name", "workload", "params")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +117,26 @@ def picked(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is read of pytest-benchmark's JSON, without the times of all rounds."""
     timings = data.get("benchmarks")
     if isinstance(timings, list):
-        timings = [_part(t, ("fullname", "stats", "options")) for t in timings]
+        timings = [_part(t, ("fullname", "stats", "options", "extra_info")) for t in timings]
         for timing in timings:
             if isinstance(timing, dict):
                 stats = ("median", "mean", "min", "stddev", "iqr", "rounds", "iterations")
                 timing["stats"] = _part(timing.get("stats"), stats)
                 timing["options"] = _part(timing.get("options"), ("timer",))
+                timing["extra_info"] = _part(timing.get("extra_info"), _OUR_EXTRA)
     if data.get("int8bench") is not None:  # which has a fingerprint
         return {"benchmarks": timings}
     return {**_part(data, ("machine_info", "commit_info")), "benchmarks": timings}
+
+
+def is_of_test(timing: Any, ours: Collection[str]) -> bool:
+    """Return whether an entry of ``benchmarks`` in a file with our block is of one of our tests, by
+    its node id or what it holds of us, or of no test at all."""
+    if not isinstance(timing, dict):
+        return False
+    extra, nodeid = timing.get("extra_info"), timing.get("fullname")
+    is_point = isinstance(extra, dict) and all(name in extra for name in _OUR_EXTRA)
+    return nodeid is None or str(nodeid) in ours or is_point
 
 
 def _part(value: Any, names: Iterable[str]) -> Any:

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.git_lfs import POINTER, is_pointer
 from pytest_int8bench.results.base import SchemaError
-from pytest_int8bench.results.benchmarks import Benchmark, partial_environment, picked
+from pytest_int8bench.results.benchmarks import Benchmark, is_of_test, partial_environment, picked
 from pytest_int8bench.results.checks import check, short, shown
 from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
 from pytest_int8bench.results.records import (
@@ -76,33 +76,29 @@ def read(path: Path) -> Saved:
         return Saved(
             partial_environment(file),
             [],
-            benchmarks=_benchmarks(path, file["benchmarks"], [], ()),
+            benchmarks=_benchmarks(path, file["benchmarks"], []),
             time=_time(data.get("datetime")),
         )
     block = cleaned_values(path, block)
     _check_head(path, block, Block)
     results = _records(path, Result, block["results"])
     untimed = _records(path, Benchmark, block.get("benchmarks", []))
+    ours = {result.nodeid for result in results}
+    plain = [timing for timing in file["benchmarks"] if not is_of_test(timing, ours)]
     return Saved(
         block["environment"],
         results,
         _records(path, Accuracy, block["accuracy"]),
         _records(path, Sensitivity, block.get("sensitivity", [])),
-        _benchmarks(path, file["benchmarks"], untimed, {"", *(r.nodeid for r in results)}),
+        _benchmarks(path, plain, untimed),
         time=_time(data.get("datetime")),
     )
 
 
-def _benchmarks(
-    path: Path, timings: list[Any], untimed: list[Benchmark], ours: Collection[str]
-) -> list[Benchmark]:
-    """Return the plain benchmarks of a file: those that pytest-benchmark timed, except tests of
-    ours, and those that came to nothing, which it may have timed before they failed."""
-    timed = [
-        _record(path, Benchmark.from_timing, timing, "fullname")
-        for timing in timings
-        if not (isinstance(timing, dict) and str(timing.get("fullname", "")) in ours)
-    ]
+def _benchmarks(path: Path, timings: list[Any], untimed: list[Benchmark]) -> list[Benchmark]:
+    """Return the plain benchmarks of a file: those that pytest-benchmark timed, and those that came
+    to nothing, which it may have timed before they failed."""
+    timed = [_record(path, Benchmark.from_timing, timing, "fullname") for timing in timings]
     return latest((*timed, *untimed))  # of a test that was run again, the last attempt
 
 
