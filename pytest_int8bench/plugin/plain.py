@@ -7,7 +7,14 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_int8bench.plugin.pytest_benchmark import DISABLED, is_disabled, is_plain, timing_of
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.plugin.pytest_benchmark import (
+    DISABLED,
+    is_disabled,
+    is_plain,
+    leave_out,
+    timing_of,
+)
 from pytest_int8bench.plugin.recorder import RECORDER, Recorder
 from pytest_int8bench.results.base import NOT_MEASURED
 from pytest_int8bench.results.benchmarks import Benchmark
@@ -42,7 +49,11 @@ def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
             recorder.record(found)
     gate = recorder.session.gate
     if found is not None and found.status == "ok" and gate is not None:
-        gate.judge(found, recorder.environment())
+        try:
+            gate.judge(found, recorder.environment())
+        except ClearError:
+            leave_out(recorder.config, item.nodeid)  # it is no baseline
+            raise
 
 
 def record_failure(recorder: Recorder, nodeid: str, status: str, reason: str) -> None:
