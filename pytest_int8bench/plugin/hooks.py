@@ -129,7 +129,8 @@ def pytest_collection_modifyitems(
 def pytest_runtestloop(session: pytest.Session) -> None:
     has_ours = any(map(is_ours, session.items))
     settings = session.config.stash[SESSION]
-    if has_ours or settings.wants_benchmarks:
+    is_skipping = session.config.getoption("benchmark_skip", False)
+    if (has_ours or settings.wants_benchmarks) and not is_skipping:
         settings.takes_benchmarks = True
         from pytest_int8bench.plugin.plain import PlainBenchmarks
 

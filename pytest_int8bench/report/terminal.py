@@ -20,6 +20,7 @@ from pytest_int8bench.results.benchmarks import Benchmark, unsynchronized
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result, Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.words import plural
 
 #: Behind a verdict on a model with random weights.
 _PIPELINE = "*"
@@ -62,8 +63,12 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         text += fold(PIPELINE_CHECK)
     for result in saved.results:
         text += fold(*status_remarks(result), *remarks(result))
+    disabled = [benchmark for benchmark in saved.benchmarks if benchmark.is_disabled]
     for benchmark in saved.benchmarks:
-        text += fold(*status_remarks(benchmark))
+        text += fold(*(() if benchmark.is_disabled else status_remarks(benchmark)))
+    if disabled:
+        count = plural(len(disabled), "plain benchmark")
+        text += fold(f"skipped: {count}: {disabled[0].reason}")
     if timer := unsynchronized(saved.benchmarks, saved.environment):
         text += fold(timer)
     versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}

@@ -68,10 +68,10 @@ class Benchmark(Measured):
             check(Timing, timing)
             stats = timing["stats"]
             # A call that is shorter than the tick of its timer takes no time.
-            reason = None if stats["median"] else "its timer is too coarse for its calls"
+            coarse = {"status": "skipped", "reason": "its timer is too coarse for its calls"}
             return cls.of(
                 timing["fullname"],
-                reason=reason,
+                **({} if stats["median"] else coarse),
                 call_time_s=stats["median"] or None,
                 call_time_mean_s=stats.get("mean") or None,
                 call_time_min_s=stats["min"] or None,
