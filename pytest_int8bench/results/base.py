@@ -78,6 +78,9 @@ class Record:
 class Measured(Record):
     """What is saved of a test that measures a time, whatever became of it."""
 
+    IS_PLAIN: ClassVar[bool] = False
+    """It is a plain benchmark, which its workload says."""
+
     status: Annotated[str, one_of(STATUSES)] = "ok"
     """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
     reason: str | None = None
@@ -87,6 +90,9 @@ class Measured(Record):
         for figure in FIGURES.values():
             figure.validate(self)
         super().__post_init__()
+        if (self.workload == PLAIN) != self.IS_PLAIN:
+            rule = repr(PLAIN) if self.IS_PLAIN else f"another name than {PLAIN!r}"
+            raise ValueError(f"workload must be {rule}, got {self.workload!r}")
 
     @property
     def is_disabled(self) -> bool:

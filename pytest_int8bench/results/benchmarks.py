@@ -32,6 +32,7 @@ class Benchmark(Measured):
     """A test with pytest-benchmark's own ``benchmark``. Its run name is its node id."""
 
     KIND = "a plain benchmark"
+    IS_PLAIN = True
 
     call_time_s: float | None = None
     """Median over the rounds of the time per call: that of a round over its iterations."""

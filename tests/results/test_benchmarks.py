@@ -12,7 +12,7 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.benchmarks import Benchmark, partly_known, unsynchronized
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Saved
+from pytest_int8bench.results.records import Result, Saved
 from toys.results import CPU, GPU, entry, plain, timed, write, write_journal, write_plain
 
 NODE = "test_a.py::test_sort[10]"
@@ -138,3 +138,17 @@ def test_on_a_gpu_they_say_that_the_timer_does_not_wait() -> None:
     )
     assert unsynchronized([ours, plain("d", status="failed", call_time_s=None)], GPU) is None
     assert unsynchronized([plain("a")], CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "workload", "rule"),
+    [
+        (Benchmark, plain(), "toy", "'pytest-benchmark'"),
+        (Result, timed(), "pytest-benchmark", "another name than 'pytest-benchmark'"),
+    ],
+)
+def test_the_workload_tells_the_kinds_apart(
+    kind: Any, record: Any, workload: str, rule: str
+) -> None:
+    with pytest.raises(SchemaError, match=f"workload must be {rule}, got '{workload}'"):
+        kind.from_dict({**record.to_dict(), "workload": workload})
