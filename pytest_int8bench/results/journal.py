@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_int8bench.files import LineFile, create
 from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.lines import wrapped
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
     KINDS,
@@ -19,7 +20,6 @@ from pytest_int8bench.results.records import (
     Result,
     Saved,
     latest,
-    wrapped,
 )
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural

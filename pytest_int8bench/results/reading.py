@@ -31,6 +31,7 @@ from pytest_int8bench.git_lfs import POINTER, is_pointer
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.benchmarks import Benchmark, is_of_test, partial_environment, picked
 from pytest_int8bench.results.checks import check, short, shown
+from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
 from pytest_int8bench.results.records import (
     KINDS,
@@ -39,7 +40,6 @@ from pytest_int8bench.results.records import (
     Result,
     Saved,
     latest,
-    unwrapped,
 )
 from pytest_int8bench.results.shapes import BenchmarkFile, Block, Header
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity

@@ -15,8 +15,9 @@ from pytest_int8bench.printing import cleaned
 from pytest_int8bench.processes.runner_files import Handover
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result, Saved, unwrapped
+from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.words import plural
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import LineFile, create, timestamp
 from pytest_int8bench.printing import cleaned
-from pytest_int8bench.results.records import KINDS, Saved, Timed, unwrapped, wrapped
+from pytest_int8bench.results.lines import unwrapped, wrapped
+from pytest_int8bench.results.records import KINDS, Saved, Timed
 
 SCHEMA = 1
 """Of the JSON that a comparison writes."""
