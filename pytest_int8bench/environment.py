@@ -89,7 +89,7 @@ def machine() -> dict[str, Any]:
             "cuda": lambda: torch.version.cuda,
             "cudnn": torch.backends.cudnn.version,
             "allocator": lambda: next(filter(None, map(os.environ.get, _ALLOCATOR)), None),
-            "packages": lambda: {name: _version(name) for name in _PACKAGES},
+            "packages": lambda: {name: package_version(name) for name in _PACKAGES},
             "python": platform.python_version,
             "system": lambda: f"{platform.system()} {platform.machine()}",
             "cpu": _cpu_model,
@@ -206,7 +206,8 @@ def _gpu_state() -> GpuState | None:
     return None if gpu is None else gpu.state()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, from its metadata."""
     with contextlib.suppress(Exception):  # not installed, or its metadata are damaged
         return importlib.metadata.version(package)
     return None

@@ -184,10 +184,45 @@ class Gpu:
         version = _ask(self.pynvml, "nvmlSystemGetDriverVersion")
         return None if version is None else _text(version)
 
+    def name(self) -> str | None:
+        """Return the name of the whole GPU."""
+        name = self._read("nvmlDeviceGetName")
+        return None if name is None else _text(name)
+
+    def uuid(self) -> str | None:
+        """Return the UUID of the whole GPU."""
+        uuid = self._read("nvmlDeviceGetUUID")
+        return None if uuid is None else _text(uuid)
+
+    def capability(self) -> tuple[int, int] | None:
+        """Return the compute capability."""
+        found = self._read("nvmlDeviceGetCudaComputeCapability")
+        return None if found is None else (int(found[0]), int(found[1]))
+
+    def memory_bytes(self) -> int | None:
+        """Return the memory of the whole GPU."""
+        memory = self._read("nvmlDeviceGetMemoryInfo")
+        return None if memory is None else int(memory.total)
+
     def power_limit_w(self) -> float | None:
         """Return the power limit in watts."""
         milliwatts = self._read("nvmlDeviceGetPowerManagementLimit")
         return None if milliwatts is None else milliwatts / 1000
+
+    def default_power_limit_w(self) -> float | None:
+        """Return the power limit in watts that the GPU comes with."""
+        milliwatts = self._read("nvmlDeviceGetPowerManagementDefaultLimit")
+        return None if milliwatts is None else milliwatts / 1000
+
+    def max_sm_clock_mhz(self) -> int | None:
+        """Return the clock of the multiprocessors that the GPU can reach."""
+        clock: int | None = self._read("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM")
+        return clock
+
+    def processes(self) -> list[int] | None:
+        """Return the ids of the processes that compute on the whole GPU."""
+        found = self._read("nvmlDeviceGetComputeRunningProcesses")
+        return None if found is None else [int(process.pid) for process in found]
 
     def mig(self) -> str | None:
         """Return ``off``, ``on``, or the profile of the MIG instance."""
@@ -198,18 +233,22 @@ class Gpu:
 
     def state(self) -> GpuState:
         """Return clock, temperature, power and throttle reasons."""
-        reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # the older name
-            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
         usage = self._read("nvmlDeviceGetPowerUsage")
         return {
             "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
             "temperature_c": self._read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
             "power_w": None if usage is None else usage / 1000,
-            "throttle_reasons": [
-                name for bit, name in _THROTTLED.items() if reasons is not None and reasons & bit
-            ],
+            "throttle_reasons": self.throttle_reasons() or [],
         }
+
+    def throttle_reasons(self) -> list[str] | None:
+        """Return why the GPU runs slower than it could."""
+        reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the older name
+            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        if reasons is None:
+            return None
+        return [name for bit, name in _THROTTLED.items() if reasons & bit]
 
     def counts_own_energy(self) -> bool:
         """Return whether :meth:`energy_j` counts what this process uses: not with MIG, where the
@@ -223,6 +262,27 @@ class Gpu:
 
     def _read(self, function: str, *arguments: str) -> Any:
         return _ask(self.pynvml, function, self.handle, *arguments)
+
+
+def whole_gpus() -> list[tuple[Gpu, list[str]]] | None:
+    """Return the GPUs of this machine, each with its UUID or, with MIG on, with those of its
+    instances; None without NVML."""
+    pynvml, uuids = _library(), _uuids()
+    if pynvml is None or uuids is None:
+        return None
+    handles = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(len(uuids))]
+    return [
+        (Gpu(pynvml, handle, None, False), part)
+        for handle, part in zip(handles, uuids, strict=True)
+    ]
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA that the driver knows, None without NVML."""
+    if (pynvml := _library()) is None:
+        return None
+    version = _ask(pynvml, "nvmlSystemGetCudaDriverVersion")
+    return None if version is None else (version // 1000, version % 1000 // 10)
 
 
 def find_gpu(uuid: str) -> Gpu | None:

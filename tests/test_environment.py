@@ -330,7 +330,7 @@ def test_without_nvml_there_is_no_state(gpu: pytest.MonkeyPatch) -> None:
 
 def test_the_machine_is_one_line(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(gpu, FakeNvml())
-    gpu.setattr(environment, "_version", {"torch": "2.13.0", "torchao": "0.18.0"}.get)
+    gpu.setattr(environment, "package_version", {"torch": "2.13.0", "torchao": "0.18.0"}.get)
     gpu.setattr(torch.version, "cuda", "13.0")
     assert describe(fingerprint(tmp_path)) == "Fake A100, CUDA 13.0, torch 2.13.0, torchao 0.18.0"
 

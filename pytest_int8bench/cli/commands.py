@@ -5,15 +5,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pytest_int8bench.cli.ab import add_ab, run_ab
 from pytest_int8bench.cli.compare import add_compare, run_compare
+from pytest_int8bench.cli.doctor import add_doctor, run_doctor
+from pytest_int8bench.cli.export import add_export, run_export
 from pytest_int8bench.cli.report import add_report, run_report
 from pytest_int8bench.cli.sensitivity import add_sensitivity, run_sensitivity
 from pytest_int8bench.cli.show import add_show, run_show
 from pytest_int8bench.printing import show
 from pytest_int8bench.version import __version__
+
+#: Those that take no options of pytest.
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "show": run_show,
+    "compare": run_compare,
+    "report": run_report,
+    "export": run_export,
+    "doctor": run_doctor,
+}
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -31,14 +42,14 @@ def run_command(argv: Sequence[str]) -> int:
     add_compare(commands)
     add_ab(commands)
     add_report(commands)
+    add_export(commands)
+    add_doctor(commands)
     arguments, rest, for_pytest = _parse(parser, argv)
     if arguments.command == "sensitivity":
         return run_sensitivity(arguments, rest)
     if arguments.command == "ab":
         return run_ab(arguments, for_pytest)
-    if arguments.command == "report":
-        return run_report(arguments)
-    return run_compare(arguments) if arguments.command == "compare" else run_show(arguments)
+    return _COMMANDS[arguments.command](arguments)
 
 
 def _parse(

@@ -10,13 +10,14 @@ from pathlib import Path
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.printing import one_line, show
 
-#: Exit code of whatever is no verdict. 1 says that something got worse, and nothing else.
+#: Exit code of whatever is no verdict. 1 says that something got worse or, of ``doctor``, must be
+#: mended, and nothing else.
 _FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 if something got worse, else 2, whatever went
-    wrong; 128 and its number if a signal ended it."""
+    """Run the command; returns the exit code: 0, 1 if something got worse or must be mended, else
+    2, whatever went wrong; 128 and its number if a signal ended it."""
     given = list(sys.argv[1:] if argv is None else argv)
     name = f"int8bench {given[0]}" if given and given[0].isalpha() else "int8bench"
     try:

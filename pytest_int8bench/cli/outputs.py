@@ -19,6 +19,8 @@ from pytest_int8bench.report.tables import MARKDOWN_BYTES, Page
 from pytest_int8bench.results.locating import Run
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
+#: GitHub takes 65,536 characters in a comment.
+_COMMENT_BYTES = 60_000
 #: Characters of an error: some quote what a file holds.
 _LONGEST = 2000
 
@@ -37,6 +39,13 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write JUnit XML, in which a regression is a failure",
+    )
+    parser.add_argument(
+        "--comment",
+        type=Path,
+        metavar="FILE",
+        help="write the report as Markdown for a comment on a pull request; the first line marks "
+        "the comment, so that it can be found and updated",
     )
 
 
@@ -57,6 +66,8 @@ def publish(
     # Where both are one file, it gets the report once, behind what other steps wrote.
     if (markdown := arguments.markdown) and not _is_same(markdown, summary):
         outputs.append(lambda: write(markdown, page.markdown(limit_bytes=MARKDOWN_BYTES)))
+    if comment := arguments.comment:
+        outputs.append(lambda: write(comment, _comment(page)))
     if junit := arguments.junit:
         outputs.append(lambda: write(junit, to_xml(page.title, cases)))
     if summary is not None:
@@ -69,6 +80,17 @@ def publish(
             exit_code = exit_code or code
     print_page(page)
     return exit_code
+
+
+def _comment(page: Page) -> str:
+    marker = f"<!-- {page.title} -->\n"
+    return marker + page.markdown(limit_bytes=_COMMENT_BYTES - len(marker))
+
+
+def print_json(values: Any) -> None:
+    """Print JSON, in which :func:`show` finds no command of a CI server to change."""
+    # A # stands in strings alone, and may be escaped there.
+    show(json.dumps(values, indent=2, allow_nan=False).replace("##", "#\\u0023"))
 
 
 def print_page(page: Page) -> None:
@@ -126,7 +148,7 @@ def check_outputs(arguments: argparse.Namespace, inputs: set[Path]) -> None:
         if output.resolve() in {other.resolve() for other in outputs[:index]}:
             raise FileError(f"{output} is given for two reports")
         check_writable(output)
-    for output in (arguments.json, arguments.junit):
+    for output in (arguments.json, arguments.junit, arguments.comment):
         if output is not None and _is_same(output, _summary()):
             raise FileError(f"{output} is ${SUMMARY}, which the report is appended to as Markdown")
 
@@ -143,7 +165,8 @@ def probe_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _outputs(arguments: argparse.Namespace) -> list[Path]:
-    return [p for p in (arguments.json, arguments.markdown, arguments.junit) if p is not None]
+    given = (arguments.json, arguments.markdown, arguments.junit, arguments.comment)
+    return [path for path in given if path is not None]
 
 
 def _summary() -> Path | None:

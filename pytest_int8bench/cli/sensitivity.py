@@ -6,19 +6,18 @@ import argparse
 import codecs
 import contextlib
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from pytest_int8bench.cli.outputs import refuse, terminal_style
 from pytest_int8bench.gate.outcomes import PASSES, UNDECIDED
 from pytest_int8bench.printing import show
 from pytest_int8bench.processes.running import ending, run
 from pytest_int8bench.processes.scan_request import ScanRequest
+from pytest_int8bench.processes.signals import ENDING, exit_now, handling
 
 _SUITE = Path(__file__).parents[1] / "suite"
 _CHUNK_BYTES = 1 << 16
@@ -61,7 +60,8 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     # -P: the folder that the command is called in does not become importable.
     command = [sys.executable, "-P", "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}", "--no-header"]
     # Layers run eagerly; the user's own compile mode comes later and wins.
-    command += ["--int8-set=compile_mode=off", str(_SUITE / "test_sensitivity.py")]
+    command += ["--int8-set=compile_mode=off", "-p", "pytest_int8bench.suite.sensitivity_side"]
+    command.append(str(_SUITE / "test_sensitivity.py"))
     if arguments.json is not None:
         command.append(f"--benchmark-json={arguments.json}")
     request = ScanRequest(by=arguments.by, metric=arguments.metric)
@@ -69,12 +69,12 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     whole = [*command, *pytest_args]
     if terminal_style()[1]:
-        with _ending_on_sigterm():
+        with handling(exit_now, *ENDING):
             code = run(whole, cwd=Path.cwd(), env=environ)
     else:
         # In a pipe that is closed, or on a disk that is full, pytest would end without a table.
         environ["PYTHONIOENCODING"] = "utf-8"
-        with _ending_on_sigterm(), _shown() as out, _shown(error=True) as err:
+        with handling(exit_now, *ENDING), _shown() as out, _shown(error=True) as err:
             code = run(whole, cwd=Path.cwd(), env=environ, log=out, errors=err)
     if code >= 0:
         return UNDECIDED if code else PASSES  # pytest's 1, a test that failed, is no verdict here
@@ -100,21 +100,3 @@ def _shown(*, error: bool = False) -> Iterator[IO[str]]:
             yield file
     finally:
         reader.join(_LAST_WORDS_S)  # a process that outlives pytest may hold the other end
-
-
-@contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit for a while, so that the child process is stopped too."""
-    try:
-        before = signal.signal(signal.SIGTERM, _exit)
-    except ValueError:  # not the main thread, where signals arrive
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -139,6 +139,11 @@ def check_temporary_folder(device_type: str) -> None:
         )
 
 
+def default_folder() -> Path:
+    """Return where torch keeps compiled code if it is not told otherwise."""
+    return Path(os.environ.get(_INDUCTOR) or inductor_folder())
+
+
 @contextlib.contextmanager
 def usable_default() -> Iterator[None]:
     """Let torch keep compiled code where it always does, by a path that its C++ compiler can take.
@@ -147,7 +152,7 @@ def usable_default() -> Iterator[None]:
         CompileCacheError: one line, if no code can be loaded from there.
     """
     given = os.environ.get(_INDUCTOR)
-    folder = Path(given or inductor_folder())
+    folder = default_folder()
     if is_noexec(folder):
         raise CompileCacheError(
             f"{folder}, where torch keeps compiled code, is on a file system mounted noexec, from "

@@ -372,6 +372,16 @@ def inductor_folder() -> str:
     return default_cache_dir()
 
 
+def cpp_compiler() -> str:
+    """Return the C++ compiler that Inductor calls; it raises an error that says what it looked for.
+
+    In torch 2.11 to 2.13: ``get_cpp_compiler`` in torch/_inductor/cpp_builder.py.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
 def start_compile_workers() -> None:
     """Start the processes in which Inductor compiles kernels, with the right ``ptxas``.
 

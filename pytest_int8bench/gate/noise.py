@@ -233,9 +233,9 @@ def _holm(p: Sequence[float], family: int) -> list[bool]:
 
 
 def standard_error(record: Timed, metric: Figure) -> float:
-    """Return the relative standard error of a figure that one process measured; infinite where it
-    is not known."""
-    if not metric.standard_error:
+    """Return the relative standard error of a figure of one process, infinite where it is not
+    known; 0 of points, which are measured until it is small."""
+    if not metric.of_benchmarks:
         return 0.0
     error = getattr(record, metric.standard_error)
     return math.inf if error is None else float(error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,15 @@ class Kernel:
             return True
         found = devices.capability(device)
         return found >= self.capability if self.is_for_later else found == self.capability
+
+    def unmet(self, device: torch.device) -> str:
+        """Return what the kernel needs and the device is not, for one that it does not run on."""
+        needed, later = (
+            self.capability or FUSED_CAPABILITY,
+            " or later" if self.is_for_later else "",
+        )
+        found = devices.capability(device)
+        return f"needs sm{needed[0]}{needed[1]}{later}, this is sm{found[0]}{found[1]}"
 
 
 # -- the table ----------------------------------------------------------------------------------
@@ -222,13 +232,8 @@ def product_kernel(device: torch.device) -> str:
             continue
         if kernel.runs_on(device):
             return kernel.name
-        if forced and kernel.capability is not None:
-            (major, minor), (needed, minor_needed) = devices.capability(device), kernel.capability
-            later = " or later" if kernel.is_for_later else ""
-            raise KernelError(
-                f"{KERNEL_VARIABLE}={forced} needs sm{needed}{minor_needed}{later}, "
-                f"this is sm{major}{minor}"
-            )
+        if forced:
+            raise KernelError(f"{KERNEL_VARIABLE}={forced} {kernel.unmet(device)}")
     raise KernelError(f"no kernel multiplies INT8 on {device}")
 
 
@@ -335,6 +340,15 @@ def has_passed(kernel: Kernel, device: torch.device, *, may_try: bool) -> bool:
         return [one.launch(problem, True, False, stride, its, device) for one, its in pairs]
 
     return selftest.has_passed(test, device, launches, may_try=may_try)
+
+
+def selftest_failure(kernel: Kernel, device: torch.device) -> str | None:
+    """Run the self-test of a kernel, if it needs one, and return why it failed; None if not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if has_passed(kernel, device, may_try=True):
+            return None
+    return str(caught[-1].message) if caught else "its self-test failed"
 
 
 # -- the kernels of the other operators ---------------------------------------------------------

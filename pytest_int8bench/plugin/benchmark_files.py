@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from pytest_int8bench.files import probe
-from pytest_int8bench.plugin.pytest_benchmark import is_disabled_by_user, json_target
+from pytest_int8bench.plugin.pytest_benchmark import (
+    is_disabled_by_user,
+    json_target,
+    storage_target,
+)
 
 _COMPARED = pytest.StashKey[list[dict[str, Any]]]()
 """Fingerprints of the files of ``--benchmark-compare``."""
 
 
-def check_json(config: pytest.Config) -> None:
-    """Refuse a path of ``--benchmark-json`` that cannot be written, before anything is measured.
+def check_saving(config: pytest.Config) -> None:
+    """Refuse a path of ``--benchmark-json``, or a folder of ``--benchmark-storage``, that cannot be
+    written, before anything is measured.
 
     Raises:
         pytest.UsageError: one line.
     """
-    path = json_target(config)
-    if path is None or is_disabled_by_user(config):
+    if is_disabled_by_user(config):
         return
+    if (path := json_target(config)) is not None:
+        with _refused(f"--benchmark-json: must be a file that can be written, got {str(path)!r}"):
+            probe(path)
+    if (folder := storage_target(config)) is not None:
+        given = config.getoption("benchmark_storage")
+        with _refused(
+            f"--benchmark-storage: must be a folder that can be written to, got {given!r}"
+        ):
+            there = next(part for part in (folder, *folder.parents) if part.exists())
+            probe(there / "int8bench.json")
+
+
+@contextlib.contextmanager
+def _refused(rule: str) -> Iterator[None]:
     try:
-        probe(path)
+        yield
     except OSError as error:
-        why = error.strerror or error
-        raise pytest.UsageError(
-            f"--benchmark-json: must be a file that can be written, got {str(path)!r}: {why}"
-        ) from None
+        raise pytest.UsageError(f"{rule}: {error.strerror or error}") from None
 
 
 def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:

@@ -55,6 +55,17 @@ def json_target(config: pytest.Config) -> Path | None:
     return _path_of(config.getoption("benchmark_json", None))
 
 
+def storage_target(config: pytest.Config) -> Path | None:
+    """Return the folder that ``--benchmark-save`` and ``--benchmark-autosave`` make a file in; None
+    without them, and where the storage is no folder."""
+    wants = config.getoption("benchmark_save", None) or config.getoption("benchmark_autosave", None)
+    storage = getattr(_session_of(config), "storage", None)
+    folder = getattr(storage, "path", None)
+    if not wants or folder is None:
+        return None
+    return Path(folder, getattr(storage, "default_machine_id", None) or "")
+
+
 def _path_of(target: Any) -> Path | None:
     if not target:
         return None

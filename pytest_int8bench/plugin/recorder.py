@@ -75,9 +75,9 @@ class Recorder:
         """
         if self.config.option.collectonly:
             return
-        from pytest_int8bench.plugin.benchmark_files import check_json
+        from pytest_int8bench.plugin.benchmark_files import check_saving
 
-        check_json(self.config)
+        check_saving(self.config)
         if self.session.in_suite:
             return  # the runner asks for the outcome of each point
         from pytest_int8bench.plugin.collection import check_named, check_workload

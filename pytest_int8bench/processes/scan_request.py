@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 _REQUEST = "INT8BENCH_SCAN"
 
@@ -18,6 +18,8 @@ class ScanRequest:
     """``layer`` or ``block``."""
     metric: bool
     """Score each on labelled samples too."""
+    parent: int = field(default_factory=os.getpid)
+    """Process id of the command."""
 
     @classmethod
     def from_env_vars(cls, environ: Mapping[str, str] | None = None) -> ScanRequest:
@@ -30,6 +32,10 @@ class ScanRequest:
         if _REQUEST not in environ:
             raise RuntimeError(f"this test is run by int8bench sensitivity, which sets {_REQUEST}")
         return cls(**json.loads(environ[_REQUEST]))
+
+    def is_started_by(self, pid: int) -> bool:
+        """Return whether the process ``pid`` made the request."""
+        return pid == self.parent
 
     def to_env_vars(self) -> dict[str, str]:
         """Return the environment variable that holds the request."""

@@ -8,6 +8,9 @@ from pytest_int8bench.report.tables import MISSING, number
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result, Timed
 
+#: Standard errors on each side of a 95 % interval.
+_WIDTH = 1.96
+
 
 def value_text(figure: Figure, value: Any) -> str:
     """Return a value as the figure is written; a dash for nothing."""
@@ -36,11 +39,26 @@ def figure_text(figure: Figure, result: Timed) -> str:
     text = value_text(figure, figure.of(result))
     if text == MISSING or figure.interval is None:
         return text
-    low, high = (getattr(result, name) for name in figure.interval)
+    low, high = figure_interval(figure, result)
     if low is None or high is None:
         return f"{text} {figure.no_interval}".rstrip()
     ends = (value_text(figure, end).removesuffix("x") for end in (low, high))
     return f"{text} [{', '.join(ends)}]"
+
+
+def figure_interval(figure: Figure, result: Timed) -> tuple[float | None, float | None]:
+    """Return the ends of the 95 % interval of a figure, as saved or, within its process, from its
+    standard error; Nones where that is not known."""
+    if figure.interval is not None:
+        low, high = (getattr(result, name) for name in figure.interval)
+        return low, high
+    value = figure.of(result)
+    error = getattr(result, figure.standard_error) if figure.standard_error else None
+    if value is None or error is None or not 0 <= _WIDTH * error < 1:
+        return None, None
+    if figure.higher_is_better:  # a rate: one over the time that the error is of
+        return value / (1 + _WIDTH * error), value / (1 - _WIDTH * error)
+    return value * (1 - _WIDTH * error), value * (1 + _WIDTH * error)
 
 
 def figure_cell(figure: Figure, result: Timed) -> str:

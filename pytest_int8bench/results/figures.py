@@ -46,8 +46,6 @@ class Figure:
     """Returns whether a result can have the figure; None for every result."""
     of_benchmarks: bool = False
     """A field of plain benchmarks, ``Benchmark``, and not of ``Result``."""
-    standard_error: str = ""
-    """Field of its relative standard error; empty where points are measured until it is small."""
     check: Literal["positive", "number", "text"] | None = None
     """What a value must be for a result to be read; None checks nothing."""
     wandb_alias: str = ""
@@ -66,6 +64,8 @@ class Figure:
     """How a value is written: ``1,235``, ``42%``, ``1.85x``, as it is, or seconds as ``3.5 µs``."""
     interval: tuple[str, str] | None = None
     """Fields that hold the ends of its 95 % interval."""
+    standard_error: str = ""
+    """Field that holds the standard error of the time that it comes from, relative."""
     no_interval: str = ""
     """Stands in place of an interval that a result does not have."""
     mark: Callable[[Any], str] | None = None
@@ -200,6 +200,7 @@ _RATES = (
         unit="samples/s",
         leads=True,
         shows_status=True,
+        standard_error="batch_time_standard_error",
         higher_is_better=True,
         name="throughput",
         option="max-slowdown",
@@ -239,6 +240,7 @@ _TIMES = (
         header="ms/batch",
         unit="ms",
         scale=1e3,
+        standard_error="batch_time_standard_error",
         name="batch-time",
         option="max-batch-time-growth",
         help="growth of the median time of a batch; the slowdown, if batches keep their samples",
@@ -371,7 +373,6 @@ _BENCHMARKS = (
         header="time/call",
         title="Time per call of plain benchmarks",
         kind="time",
-        leads=True,
         shows_status=True,
         name="call-time",
         option="max-call-time-growth",

@@ -341,6 +341,29 @@ def test_writes_reports(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert sorted(os.listdir("out")) == ["a.json", "a.md", "a.xml"]
 
 
+def test_a_comment_is_marked_and_fits(base: str, capsys: Capture) -> None:
+    new = save("new.json", timed(slower=1.2))
+    assert run(capsys, base, new, "--comment=a.md", "--markdown=b.md")[0] == 1
+    comment = Path("a.md").read_text()
+    assert comment == "<!-- int8bench compare -->\n" + Path("b.md").read_text()
+    many = [save(f"{side}.json", *(timed(f"x{n}é" * 9) for n in range(900))) for side in "ab"]
+    assert run(capsys, *many, "--comment=a.md")[0] == 0
+    comment = Path("a.md").read_text()
+    assert 50_000 < len(comment) < 60_000
+    assert comment.startswith("<!-- int8bench compare -->\n## int8bench compare: nothing regressed")
+    assert "rows are left out" in comment
+
+
+def test_a_comment_is_a_file_of_its_own(base: str, capsys: Capture) -> None:
+    new = save("new.json", timed())
+    assert refused(capsys, base, new, "--comment=a.md", "--markdown=a.md") == (
+        "a.md is given for two reports"
+    )
+    assert refused(capsys, base, new, f"--comment={new}") == (
+        "new.json is one of the files to compare, and not overwritten"
+    )
+
+
 def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> None:
     new, other = save("new.json", timed()), save("other.json", timed("y"))
     before = Path(other).read_text()

@@ -23,7 +23,7 @@ HANGS = """
 import os, signal
 from pathlib import Path
 
-def make():
+def pytest_collection():
     Path("pid.part").write_text(str(os.getpid()))
     os.rename("pid.part", "pid")
     signal.pause()
@@ -133,23 +133,12 @@ def is_running(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("number", "whole_group", "code"),
-    [
-        (signal.SIGINT, True, 2),
-        pytest.param(signal.SIGINT, False, 2, marks=pytest.mark.slow),
-        (signal.SIGTERM, False, 143),
-    ],
-    ids=["ctrl-c", "interrupt", "terminate"],
-)
-def test_a_signal_leaves_no_process_behind(
-    number: signal.Signals, whole_group: bool, code: int
-) -> None:
+def hanging() -> subprocess.Popen[str]:
+    """Start the command, and wait until its process hangs."""
     Path("hangs.py").write_text(HANGS)
     script = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
-    options = ("--int8-workload=hangs.py:make", "--int8-preset=smoke", "-p", "no:randomly")
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "sensitivity", *options],
+        [sys.executable, "-c", script, "sensitivity", "-p", "hangs"],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -159,8 +148,44 @@ def test_a_signal_leaves_no_process_behind(
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group", "code"),
+    [
+        (signal.SIGINT, True, 2),
+        (signal.SIGINT, False, 2),
+        (signal.SIGTERM, False, 143),
+    ],
+    ids=["ctrl-c", "interrupt", "terminate"],
+)
+def test_a_signal_leaves_no_process_behind(
+    number: signal.Signals, whole_group: bool, code: int
+) -> None:
+    process = hanging()
     (os.killpg if whole_group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == code
     assert "KeyboardInterrupt" in out  # pytest had its say
     assert not is_running(int(Path("pid").read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_command_that_is_killed_takes_its_process_along() -> None:
+    process = hanging()
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)  # the pipe is closed when both are gone
+    deadline = time.monotonic() + DEADLINE_S
+    while is_running(int(Path("pid").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_process_whose_command_is_gone_does_not_begin() -> None:
+    gone = ScanRequest(by="layer", metric=False, parent=1 << 22)
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_int8bench.suite.sensitivity_side"]
+    environ = {**os.environ, **gone.to_env_vars(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([*command, "--markers"], capture_output=True, text=True, env=environ)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "int8bench sensitivity, which started this process, is gone" in done.stderr

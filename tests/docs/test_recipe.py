@@ -153,31 +153,106 @@ def run(project: Path, job: str, name: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_push_is_compared_with_the_last_good_one(project: Path, tmp_path: Path) -> None:
-    measure = steps("main")["Measure"]["run"]
-    assert steps("pull-request")["Is it INT8, is it accurate"]["run"] == measure
-    code, out = run(project, "main", "Measure")
-    assert code == 0, out
+def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path) -> None:
+    [measures] = re.findall(r"pytest .*?(?= --benchmark-json)", steps("main")["Measure"]["run"])
+    assert measures in steps("pull-request")["Is it INT8, is it accurate"]["run"]
     summary = tmp_path / "summary.md"
     runner = {"HOME": str(tmp_path), "BASELINES": "b/r", "GITHUB_STEP_SUMMARY": str(summary)}
-    baseline = tmp_path / "b" / "r" / "main.json"
-    compare = "Compare with the last good run"
+    runner |= {"KEPT": "8", "GITHUB_EVENT_NAME": "push", "GITHUB_RUN_ID": "17"}
+    code, out = run(project, "main", "Measure", **runner)
+    assert code == 0, out
+    kept = tmp_path / "b" / "r" / "main"
+    compare = "Compare with the last good runs"
     code, out = run(project, "main", compare, **runner)
-    assert (code, out) == (2, f"int8bench compare: {baseline} is not there\n")
-    assert run(project, "main", "Make it the baseline", **runner) == (0, "")
-    saved = json.loads(baseline.read_text())
+    assert (code, out) == (2, f"int8bench compare: {kept} is not there\n")
+    assert run(project, "main", "Keep it", **runner) == (0, "")
+    [first] = kept.iterdir()
+    saved = json.loads(first.read_text())
 
     for factor, expected, outcome in ((10, 0, "improved"), (0.1, 1, "regressed")):
-        scaled = json.loads(json.dumps(saved))
-        for result in scaled["int8bench"]["results"]:
-            result["batch_time_s"] *= factor
-            result["samples_per_s"] /= factor
-        baseline.write_text(json.dumps(scaled))
+        for number in range(8):  # of the days before
+            text = json.dumps(slowed(saved, factor * (1 + number / 1000)))
+            (kept / f"20000101T00000{number}Z-1-new-1.json").write_text(text)
+        first.unlink(missing_ok=True)
         code, out = run(project, "main", compare, **runner)
         assert (code, f"2 {outcome}" in out) == (expected, True), out
         compared = json.loads((project / "compare.json").read_text())["int8bench_compare"]
         assert compared["counts"] == {outcome: 2}
     assert summary.read_text().count("## int8bench compare: ") == 2
+
+    assert run(project, "main", "Keep it", **runner) == (0, "")
+    names = sorted(path.name for path in kept.iterdir())
+    assert names[:-1] == [f"20000101T00000{number}Z-1-new-1.json" for number in range(1, 8)]
+    assert names[-1].endswith("Z-17-new-1.json")
+
+
+def slowed(saved: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return a saved file with all times ``factor`` times as long."""
+    copied: dict[str, Any] = json.loads(json.dumps(saved))
+    for result in copied["int8bench"]["results"]:
+        result["batch_time_s"] *= factor
+        result["samples_per_s"] /= factor
+    return copied
+
+
+def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, "pytest", 'echo {} > "${3#*=}"')
+    kept = tmp_path / "b" / "r" / "main"
+    kept.mkdir(parents=True)
+    (kept / "20000101T000000Z-1-new-1.json").touch()
+    runner = {"HOME": str(tmp_path), "BASELINES": "b/r", "KEPT": "3", "GITHUB_RUN_ID": "17"}
+    runner |= {"GITHUB_EVENT_NAME": "workflow_dispatch", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for step in ("Measure", "Keep it"):
+        assert run(tmp_path, "main", step, **runner) == (0, "")
+    numbers = [path.name.partition("Z-")[2] for path in kept.iterdir()]
+    assert sorted(numbers) == [f"17-new-{number}.json" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("job", ["pull-request", "main"])
+def test_a_job_begins_without_files_of_earlier_ones(job: str, tmp_path: Path) -> None:
+    written = re.findall(
+        r"(?:=|--(?:json|junit|comment) )\"?([\w$-]+\.(?:json|xml|md))", str(steps(job))
+    )
+    names = {name.replace("$number", "7") for name in written}
+    assert len(names) >= 3
+    for name in (*names, "kept.py"):
+        (tmp_path / name).touch()
+    assert next(iter(steps(job))) == "Forget earlier jobs"
+    assert run(tmp_path, job, "Forget earlier jobs") == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.py"]
+
+
+def fake(folder: Path, command: str, script: str) -> None:
+    path = folder / command
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_comments_are_posted_and_updated(tmp_path: Path) -> None:
+    # What gh is asked for, and the comments that --jq would find.
+    fake(
+        tmp_path,
+        "gh",
+        'echo "$*" >> calls; case "$*" in *"int8bench ab -->"*) printf "7\\n9\\n";; esac',
+    )
+    for name in ("ab", "compare"):
+        (tmp_path / f"{name}.md").touch()
+    runner = {"PULL": "5", "GITHUB_REPOSITORY": "o/r", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert run(tmp_path, "comment", next(iter(steps("comment"))), **runner) == (0, "")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    asked = "api --paginate repos/o/r/issues/5/comments --jq "
+    assert [call.startswith(asked) for call in calls] == [True, False, True, False]
+    assert calls[1::2] == [
+        "api --silent --method PATCH repos/o/r/issues/comments/7 -F body=@ab.md",
+        "api --silent --method POST repos/o/r/issues/5/comments -F body=@compare.md",
+    ]
+    [compare] = re.findall(
+        r"int8bench compare .*", steps("pull-request")["Compare with main"]["run"]
+    )
+    assert "--comment compare.md" in compare
+    assert "--comment ab.md" in steps("pull-request")["Compare with the merge base"]["run"]
+    for name, call in zip(("ab", "compare"), calls[::2], strict=True):
+        assert f'startswith("<!-- int8bench {name} -->")' in call
 
 
 def test_code_of_a_fork_is_refused_aloud(project: Path) -> None:
@@ -195,3 +270,4 @@ def test_a_pull_request_is_compared_with_its_merge_base(project: Path) -> None:
     assert [run["outcome"] for run in result["runs"]] == ["PASS"]
     assert result["base"]["commit"] != result["new"]["commit"]
     assert (project / "ab.xml").exists()
+    assert (project / "ab.md").read_text().startswith("<!-- int8bench ab -->\n## int8bench ab: ")

@@ -41,7 +41,11 @@ def test_storage_may_be_anywhere(project: pytest.Pytester, folder: str) -> None:
 
 
 def test_a_storage_that_cannot_be_written_loses_nothing_else(project: pytest.Pytester) -> None:
-    (project.path / "taken").touch()
+    with (project.path / "conftest.py").open("a") as conftest:
+        conftest.write(
+            "\nimport shutil, pathlib\n\ndef pytest_runtest_logfinish():\n"
+            "    shutil.rmtree('taken', ignore_errors=True)\n    pathlib.Path('taken').touch()\n"
+        )
     found = project.runpytest_subprocess(
         *SMOKE,
         BASELINE,
@@ -174,6 +178,22 @@ def test_a_json_that_cannot_be_written_is_refused_at_once(
     )
     assert not journals(project)
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("taken", "Not a directory"), ("/proc/here", "No such file or directory")],
+)
+def test_a_storage_that_cannot_be_written_is_refused_at_once(
+    project: pytest.Pytester, folder: str, why: str
+) -> None:
+    (project.path / "taken").touch()
+    options = f"--benchmark-storage={folder}", "--benchmark-save=it"
+    found = project.runpytest_subprocess(*SMOKE, *options, *without())
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    rule = "--benchmark-storage: must be a folder that can be written to"
+    found.stderr.fnmatch_lines([f"ERROR: {rule}, got '{folder}': {why}"])
+    assert not journals(project)
 
 
 def test_an_unrelated_session_may_write_where_it_likes(pytester: pytest.Pytester) -> None:

@@ -17,7 +17,7 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
-from pytest_int8bench.plugin.benchmark_files import check_json
+from pytest_int8bench.plugin.benchmark_files import check_saving
 from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.recorder import Recorder
@@ -105,7 +105,7 @@ class Controller(Recorder):
         if found and self.config.option.dist == "each":
             raise pytest.UsageError("--dist=each: every worker would measure the same points")
         if found:
-            check_json(self.config)
+            check_saving(self.config)
         workers = _count(_HERE, node.nodemanager)
         if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
             return

@@ -19,8 +19,6 @@ _SPOKEN = {
     "patch_size": "patch",
     "num_timesteps": "timesteps",
 }
-#: Standard errors on each side of a 95 % interval.
-_WIDTH = 1.96
 _QUANTIZED = [name.upper() for name in SWEPT_MODES]
 _MODES = ("BF16", *_QUANTIZED, *(f"{name}, SmoothQuant" for name in _QUANTIZED))
 
@@ -110,15 +108,6 @@ def test_of(record: Record) -> str:
 def is_measured(result: Result) -> bool:
     """Say whether there are figures of a point."""
     return result.samples_per_s is not None
-
-
-def rate_interval(result: Result) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of ``samples_per_s`` within its process, from the standard error
-    of the median batch time; Nones where that is not known."""
-    rate, error = result.samples_per_s, result.batch_time_standard_error
-    if rate is None or error is None or not 0 <= _WIDTH * error < 1:
-        return None, None
-    return rate / (1 + _WIDTH * error), rate / (1 - _WIDTH * error)
 
 
 def sortable_values(values: Iterable[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from string import ascii_uppercase
 from typing import TypeVar
 
 from pytest_int8bench.environment import differences
-from pytest_int8bench.report.cells import figure_text, status_text
+from pytest_int8bench.report.cells import figure_interval, figure_text, status_text
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Lines, Mark, Point, Series, distinct
 from pytest_int8bench.report.page.model import Section, Titled
@@ -172,7 +172,7 @@ def _series(
 
 
 def _rate(result: Result) -> tuple[float | None, float | None, float | None]:
-    return (result.samples_per_s, *labels.rate_interval(result))
+    return (result.samples_per_s, *figure_interval(FIGURES["samples_per_s"], result))
 
 
 def _speedup(result: Result) -> tuple[float | None, float | None, float | None]:

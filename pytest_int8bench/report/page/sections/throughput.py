@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pytest_int8bench.report.cells import figure_interval
 from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Lines, Point, Series, distinct
 from pytest_int8bench.report.page.fitting import MOST_CHARTS
@@ -135,7 +136,7 @@ def _points(
 
 
 def _point(result: Result, x: float, x_shown: str) -> Point:
-    low, high = labels.rate_interval(result)
+    low, high = figure_interval(FIGURES["samples_per_s"], result)
     return Point(
         name=point_label(result.workload, result.run_name),
         x=x,

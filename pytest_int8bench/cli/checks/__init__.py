@@ -1,0 +1,1 @@
+"""What ``int8bench doctor`` looks at: one function a check, one row each in :mod:`.registry`."""

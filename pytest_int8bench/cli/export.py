@@ -1,0 +1,98 @@
+"""``int8bench export``: a saved file in, files for services that keep a history out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_int8bench.cli.arguments import add_storage
+from pytest_int8bench.cli.outputs import print_json, refuse, tell_broken
+from pytest_int8bench.files import FileError, check_writable, write
+from pytest_int8bench.printing import one_line, show
+from pytest_int8bench.report import exports
+from pytest_int8bench.results.locating import find, read_runs
+from pytest_int8bench.words import plural
+
+_BENCHER, _GITHUB = "bencher", "github-action-benchmark"
+#: Tool of github-action-benchmark -> whether higher values are better, and the end of its file.
+_TOOLS = {"customBiggerIsBetter": (True, "bigger"), "customSmallerIsBetter": (False, "smaller")}
+_MOST_NAMED = 10
+
+
+def add_export(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "export",
+        help="write a saved file for Bencher or github-action-benchmark",
+        description="Write throughput, times, memory, energy, speedup and accuracy of a saved file "
+        "in the format of a service that keeps a history. Points that failed, ran out of memory, "
+        "were skipped or slowed down by heat are left out, and named on stderr.",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="a saved JSON file or a journal, or a number of pytest-benchmark such as 0003",
+    )
+    parser.add_argument("--format", choices=(_BENCHER, _GITHUB), required=True)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"file to write (default: stdout); {_GITHUB} takes a file for each direction, "
+        "FILE-bigger and FILE-smaller (default: int8bench.json, which makes int8bench-bigger.json "
+        "and int8bench-smaller.json)",
+    )
+    add_storage(parser)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code: 0, or 2 if there is nothing to export or a file
+    cannot be read or written."""
+    try:
+        found = find(arguments.file, arguments.storage, journals=True)
+        if len(found) > 1:
+            raise FileError(f"{arguments.file} holds {len(found)} files, one can be exported")
+        runs = read_runs(found)
+        [run] = runs
+        tell_broken("export", runs)
+        metrics = exports.metrics(run.saved)
+        _tell(exports.left_out(run.saved))
+        if not metrics:
+            raise FileError(f"{run.path} holds no figure of a point that was measured")
+        if arguments.format == _BENCHER:
+            values = exports.bencher(metrics)
+            if arguments.output is None:
+                print_json(values)
+            else:
+                _put(arguments.output, values)
+            return 0
+        output = arguments.output or Path("int8bench.json")
+        for tool, (is_higher, end) in _TOOLS.items():
+            entries = exports.github_action_benchmark(
+                metrics, run.saved.environment, higher_is_better=is_higher
+            )
+            path = output.with_stem(f"{output.stem}-{end}")
+            if entries:
+                _put(path, entries)
+            elif path.exists():  # one of an earlier run would pass for this one's
+                check_writable(path)
+                path.unlink()
+            show(f"{path if entries else 'no file'}: tool {tool}, {plural(len(entries), 'figure')}")
+    except (OSError, ValueError) as error:  # SchemaError and FileError among them
+        return refuse("export", error)
+    return 0
+
+
+def _put(path: Path, values: Any) -> None:
+    check_writable(path)
+    write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def _tell(left_out: list[str]) -> None:
+    if not left_out:
+        return
+    more = len(left_out) - _MOST_NAMED
+    named = "; ".join(left_out[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    show(one_line(f"int8bench export: left out: {named}"), error=True)
