@@ -12,11 +12,10 @@ import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_ours, parametrize
+from pytest_int8bench.plugin.points import is_ours, is_plain, parametrize
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
-    is_plain,
     merge_markers,
 )
 from pytest_int8bench.plugin.recorder import RECORDER, Recorder

@@ -8,8 +8,8 @@ import pytest
 
 from pytest_int8bench.errors import ClearError, UndecidedError
 from pytest_int8bench.plugin.plain import record_failure
-from pytest_int8bench.plugin.points import params_of
-from pytest_int8bench.plugin.pytest_benchmark import is_plain, mark_outcome
+from pytest_int8bench.plugin.points import is_plain, params_of
+from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import SESSION
 

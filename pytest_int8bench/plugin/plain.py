@@ -8,10 +8,10 @@ from collections.abc import Generator
 import pytest
 
 from pytest_int8bench.errors import ClearError
+from pytest_int8bench.plugin.points import is_plain
 from pytest_int8bench.plugin.pytest_benchmark import (
     DISABLED,
     is_disabled,
-    is_plain,
     leave_out,
     timing_of,
 )

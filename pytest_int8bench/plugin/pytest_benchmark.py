@@ -186,12 +186,10 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
 
 def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
     """Return what pytest-benchmark has just timed, as it saves it; None if it is not this test."""
-    session = _session_of(config)
-    timed = session.benchmarks[-1] if session is not None and session.benchmarks else None
-    if timed is None or timed.fullname != nodeid or timed.has_error or not timed:
-        return None
-    values: dict[str, Any] = timed.as_dict(include_data=False)
-    return values
+    for timed in getattr(_session_of(config), "benchmarks", [])[-1:]:
+        if timed and timed.fullname == nodeid and not timed.has_error:
+            return dict(timed.as_dict(include_data=False))
+    return None
 
 
 def is_disabled(item: pytest.Item) -> bool:
@@ -337,11 +335,6 @@ def describe_saved(config: pytest.Config) -> str:
 def uses_benchmark(item: pytest.Item) -> bool:
     """Return whether a test has the ``benchmark`` fixture."""
     return "benchmark" in getattr(item, "fixturenames", ())
-
-
-def is_plain(item: pytest.Item) -> bool:
-    """Return whether a test has it of its own, and measures no point."""
-    return uses_benchmark(item) and "int8_throughput" not in getattr(item, "fixturenames", ())
 
 
 def silence_xdist_warning(config: pytest.Config) -> None:
