@@ -129,16 +129,19 @@ def _read(parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two fingerprints and must not: name -> both values.
 
-    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None. Triton
-    counts where there is a GPU: on a CPU none of its kernels are timed, and only some ways to
-    install torch bring it.
+    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None, except
+    in one that lists in ``only`` what it knows: of the rest it says nothing. Triton counts where
+    there is a GPU: on a CPU none of its kernels are timed, and only some ways to install torch
+    bring it.
     """
     before, after = flat(base), flat(new)
     left_out = MAY_DIFFER if base.get("gpu") or new.get("gpu") else (*MAY_DIFFER, "triton")
     return {
         name: (before[name], after[name])
         for name in FINGERPRINT_NAMES
-        if name not in left_out and before[name] != after[name]
+        if name not in left_out
+        and before[name] != after[name]
+        and all(name in e.get("only", FINGERPRINT_NAMES) for e in (base, new))
     }
 
 

@@ -14,6 +14,7 @@ from pytest_int8bench.cli.arguments import (
     with_default,
 )
 from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse, tell_broken
+from pytest_int8bench.cli.picking import parse_expression
 from pytest_int8bench.files import FileError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
@@ -35,9 +36,10 @@ def add_compare(commands: Any) -> None:
         "compare",
         help="compare saved files of two commits, and fail if anything regressed",
         description="Compare what was saved at two commits: throughput, batch time, peak memory, "
-        "compile time and accuracy verdicts. Exit code 1: something regressed; else 2: something "
-        "could not be compared, or is suspected: it grew over its limit, but no more than "
-        "processes of the same code may differ by; else 0.",
+        "compile time, accuracy verdicts, and the time per call of plain benchmarks. "
+        "Exit code 1: something regressed; else 2: something could not be compared, or is "
+        "suspected: it grew over its limit, but no more than processes of the same code may "
+        "differ by; else 0.",
     )
     parser.add_argument(
         "files",
@@ -51,6 +53,14 @@ def add_compare(commands: Any) -> None:
     )
     parser.add_argument(
         "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
+    )
+    parser.add_argument(
+        "-k",
+        dest="pick",
+        type=as_argument_type(parse_expression),
+        metavar="EXPRESSION",
+        help="compare only runs whose run name, node id or workload match, as pytest's -k does: "
+        "'bert and not w8' (default: all)",
     )
     add_storage(parser)
     for limit in LIMITS:
@@ -94,7 +104,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
             raise FileError(f"{min(same)} would be compared with itself")
         check_outputs(arguments, {path.resolve() for path in (*base, *new)})
         sides = read_runs(base), read_runs(new)
-        found = compare(*sides, rules)
+        found = compare(*sides, rules, arguments.pick)
+        if arguments.pick is not None and not (found.runs or found.accuracy):
+            raise FileError("-k: no run of these files matches")
     except (OSError, ValueError) as error:  # SchemaError, FileError and bad tables among them
         return refuse("compare", error)
     tell_broken("compare", [*sides[0], *sides[1]])

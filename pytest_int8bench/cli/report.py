@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pytest_int8bench.cli.arguments import add_storage
 from pytest_int8bench.cli.outputs import refuse, tell_broken
 from pytest_int8bench.files import FileError
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.write import check_output, publish
-from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.base import Measured, Record
 from pytest_int8bench.results.locating import Run, find, read_runs
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.records import Saved
 
 _DEFAULT = "report.html"
 
@@ -67,7 +66,6 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
-_RecordT = TypeVar("_RecordT", bound=Record)
 
 
 def gather(names: Sequence[str], storage: Path) -> list[Run]:
@@ -103,45 +101,27 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         saved = run.saved
         if saved.is_journal:
-            texts, timed = _texts(saved), {_text(r) for r in _records(saved) if _is_timed(r)}
+            texts, timed = _texts(saved), {_text(r) for r in saved.records if _is_timed(r)}
             for file, known in files:
                 # The runner writes a journal for a process that died before it had an environment.
                 alike = saved.environment in ({}, file.environment)
                 # No two sessions measure the same times.
                 if alike and (timed & known if timed else texts <= known):
-                    saved = _rest(saved, file)
-            if saved is not run.saved and not _records(saved):
+                    saved = saved.without(file.records)
+            if saved is not run.saved and not saved.records:
                 continue
         kept.append(Run(run.path, saved))
     return kept
 
 
 def _texts(saved: Saved) -> set[str]:
-    return {_text(record) for record in _records(saved)}
-
-
-def _records(saved: Saved) -> tuple[Record, ...]:
-    return (*saved.results, *saved.accuracy, *saved.sensitivity)
+    return {_text(record) for record in saved.records}
 
 
 def _is_timed(record: Record) -> bool:
-    return getattr(record, "batch_time_s" if isinstance(record, Result) else "seconds") is not None
+    field = "median_s" if isinstance(record, Measured) else "seconds"
+    return getattr(record, field) is not None
 
 
 def _text(record: Record) -> str:
     return json.dumps([record.KIND, record.to_dict()], sort_keys=True)  # NaN equals itself here
-
-
-def _rest(journal: Saved, file: Saved) -> Saved:
-    """Return the points of ``journal`` that ``file`` lacks."""
-    return dataclasses.replace(
-        journal,
-        results=_others(journal.results, file.results),
-        accuracy=_others(journal.accuracy, file.accuracy),
-        sensitivity=_others(journal.sensitivity, file.sensitivity),
-    )
-
-
-def _others(records: Sequence[_RecordT], known: Sequence[_RecordT]) -> list[_RecordT]:
-    identities = {record.identity for record in known}
-    return [record for record in records if record.identity not in identities]

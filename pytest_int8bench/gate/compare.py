@@ -9,14 +9,17 @@ show.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pytest_int8bench.environment import differences
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.noise import Noise, NoiseFloors, metric_values, typical, usable_results
+from pytest_int8bench.gate.notes import all_notes
 from pytest_int8bench.gate.outcomes import (
     ACCURACY_FAILED,
     DISABLED,
@@ -47,7 +50,7 @@ from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +99,30 @@ class Comparison:
         return UNDECIDED if nothing or self.differences or UNDECIDED in codes else PASSES
 
 
-def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison:
+def compare(
+    base: Sequence[Run],
+    new: Sequence[Run],
+    rules: Rules,
+    pick: Callable[[Collection[str]], bool] | None = None,
+) -> Comparison:
     """Compare two sides, each of one file or more.
 
     A metric regressed if its cost grew by more than its limit, and the growth is shown. Several
     values of a side are taken at their geometric mean.
+
+    Args:
+        base: what was.
+        new: what is.
+        rules: what passes.
+        pick: says by its names whether a run is compared; None compares all.
     """
     runs_of_both, renames = renamed([*base, *new])
     base, new = runs_of_both[: len(base)], runs_of_both[len(base) :]
     found = _differences(base, new)
     blocking = {name: values for name, values in found.items() if name not in rules.allow}
-    before = _by_identity(result for run in base for result in run.saved.results)
-    after = _by_identity(result for run in new for result in run.saved.results)
+    before = _by_identity(record for run in base for record in run.saved.timed)
+    after = _by_identity(record for run in new for record in run.saved.timed)
+    before, after = _picked(before, after, pick)
     floors = NoiseFloors(before, after, rules)
     why = f"measured on another machine or software: {', '.join(blocking)}" if blocking else None
     runs = tuple(
@@ -116,6 +131,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
     )
     verdicts_before = _by_identity(v for run in base for v in run.saved.accuracy)
     verdicts_after = _by_identity(v for run in new for v in run.saved.accuracy)
+    verdicts_before, verdicts_after = _picked(verdicts_before, verdicts_after, pick)
     accuracy = tuple(
         compare_verdict(
             verdicts_before.get(identity, []),
@@ -133,7 +149,7 @@ def compare(base: Sequence[Run], new: Sequence[Run], rules: Rules) -> Comparison
         allowed={name: values for name, values in found.items() if name in rules.allow},
         runs=runs,
         accuracy=accuracy,
-        notes=(*renames.lines, *_notes(base, new, runs, rules)),
+        notes=(*renames.lines, *all_notes(base, new, runs, rules, is_whole=pick is None)),
         counts={outcome: count[outcome] for outcome in OUTCOMES if count[outcome]},
     )
 
@@ -152,11 +168,12 @@ def _side(runs: Sequence[Run]) -> Side:
 
 
 def _differences(base: Sequence[Run], new: Sequence[Run]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs from the first file's fingerprint in any other one."""
-    first, *others = [run.saved.environment for run in (*base, *new)]
+    """Return what differs between the fingerprints of any two files; the first one may know little
+    of its machine."""
+    environments = [run.saved.environment for run in (*base, *new)]
     found: dict[str, tuple[Any, Any]] = {}
-    for environment in others:
-        found = {**differences(first, environment), **found}
+    for one, other in itertools.combinations(environments, 2):
+        found = {**differences(one, other), **found}
     return found
 
 
@@ -170,7 +187,25 @@ def _by_identity(records: Iterable[_Record]) -> dict[Identity, list[_Record]]:
     return found
 
 
-def _means(results: Sequence[Result]) -> dict[str, float]:
+_Side = dict[Identity, list[_Record]]
+
+
+def _picked(
+    before: _Side[_Record], after: _Side[_Record], pick: Callable[[Collection[str]], bool] | None
+) -> tuple[_Side[_Record], _Side[_Record]]:
+    """Return both sides with the runs to compare: those that a name on either side picks."""
+    if pick is None:
+        return before, after
+    names: dict[Identity, set[str]] = {}
+    for identity, records in (*before.items(), *after.items()):
+        found = names.setdefault(identity, set())
+        found.update(n for r in records for n in (r.nodeid, r.workload, r.run_name))
+    kept = {identity for identity in names if pick(names[identity])}
+    one, other = ({i: side[i] for i in side if i in kept} for side in (before, after))
+    return one, other
+
+
+def _means(results: Sequence[Timed]) -> dict[str, float]:
     found = {
         metric.name: metric_values(usable_results(results), metric) for metric in METRICS.values()
     }
@@ -183,7 +218,7 @@ def _means(results: Sequence[Result]) -> dict[str, float]:
 _WORST = ("accuracy-failed", "oom", "failed", "skipped")
 
 
-def _status(results: Sequence[Result], *, worst: bool) -> str:
+def _status(results: Sequence[Timed], *, worst: bool) -> str:
     statuses = [result.status for result in results]
     if not worst and "ok" in statuses:
         return "ok"
@@ -191,7 +226,7 @@ def _status(results: Sequence[Result], *, worst: bool) -> str:
 
 
 def _compare_run(
-    base: list[Result], new: list[Result], rules: Rules, floors: NoiseFloors, why: str | None
+    base: list[Timed], new: list[Timed], rules: Rules, floors: NoiseFloors, why: str | None
 ) -> RunChange:
     known = (new or base)[0]
     common: dict[str, Any] = {
@@ -242,15 +277,16 @@ def _compare_run(
 
 def _measured(
     common: dict[str, Any],
-    base: list[Result],
-    new: list[Result],
+    base: list[Timed],
+    new: list[Timed],
     rules: Rules,
     floors: NoiseFloors,
 ) -> RunChange:
-    if not base or not new:
-        return RunChange(
-            **common, outcome=INCOMPARABLE, exit_code=UNDECIDED, reason="has no batch time"
-        )
+    problem = "has no time" if not base or not new else None
+    if len(timers := sorted({r.timer for r in (*base, *new) if r.timer})) > 1:
+        problem = f"timed with other timers: {', '.join(timers)}"
+    if problem is not None:
+        return RunChange(**common, outcome=INCOMPARABLE, exit_code=UNDECIDED, reason=problem)
     heat = sorted({reason for result in (*base, *new) for reason in result.throttled})
     is_hot = bool(heat) and THROTTLED not in rules.allow
     changes = []
@@ -336,41 +372,18 @@ def _over(change: Change) -> str:
     grew = f"{metric.option}: {change.growth:+.1%}, limit {change.limit:.1%}"
     if change.outcome == REGRESSED:
         return f"{grew} (noise floor {change.floor:.1%})"
-    why = "by the scatter of the files"
-    if change.assumed is not None:
-        why = f"if processes differ by {change.assumed:.1%}, as is assumed"
     files = "more files"
     if change.files_needed is not None:
         files = f"{change.files_needed} files of the base"
     who = f"int8bench ab or {files}" if metric.is_time_of_batch else files
+    if change.assumed == math.inf:
+        return f"{grew}, after a single round, whose noise is not known: {who} can decide"
+    why = "by the scatter of the files"
+    if change.assumed is not None:
+        why = f"if processes differ by {change.assumed:.1%}, as is assumed"
     return f"{grew}, shown from {change.shown_from:.1%} on {why}: {who} can decide"
 
 
-def _reason(results: Sequence[Result], status: str) -> str:
+def _reason(results: Sequence[Timed], status: str) -> str:
     found = (result.reason for result in results if result.status == status)
     return next(filter(None, found), "no reason given")
-
-
-# -- notes ----------------------------------------------------------------------------------
-
-
-def _notes(
-    base: Sequence[Run], new: Sequence[Run], runs: Sequence[RunChange], rules: Rules
-) -> list[str]:
-    notes = []
-    for name, side in (("base", base), ("new", new)):
-        if any(run.saved.environment.get("dirty") for run in side):
-            notes.append(f"the {name} was measured with uncommitted changes")
-    tight: dict[str, Change] = {}
-    for change in (change for run in runs for change in run.changes):
-        if change.limit is not None and change.limit < change.floor:
-            tight.setdefault(change.metric, change)
-    for change in tight.values():
-        how_many = "more" if change.learned else "several"
-        notes.append(
-            f"{METRICS[change.metric].option} {change.limit:.1%} is under the noise floor of "
-            f"{change.floor:.1%}, which decides: give {how_many} files a side, or use int8bench ab"
-        )
-    names = [(run.run_name, run.nodeid) for run in runs]
-    notes += [f"no run matches {pattern!r} in pyproject.toml" for pattern in rules.unmatched(names)]
-    return notes

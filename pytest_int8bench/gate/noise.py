@@ -8,7 +8,9 @@ most 5 % of comparisons.
 How noisy processes are is seen where a side has several files: the standard deviation of the logs
 inside the sides, of the run or pooled over all runs, whichever is larger. With few files it cannot
 be trusted: clocks that have two states can be in one of them in all files of a side, and look as
-steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``.
+steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``, and, where
+the rounds of a process do not settle its figure, by its standard error in addition
+(``Figure.standard_error``).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import NamedTuple
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import Identity
 from pytest_int8bench.results.figures import METRICS, Figure
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Timed
 
 #: Family-wise error of "regressed", for code that did not change.
 LEVEL = 0.05
@@ -47,7 +49,7 @@ class Noise:
     """Growth from which on the files show a regression. None where the floor was given."""
     assumed: float | None = None
     """Standard deviation between processes that was assumed; None where the files show it, or show
-    a larger one."""
+    a larger one; infinite where a process says nothing about its own noise."""
     files_needed: int | None = None
     """Files of the base that would show the noise; None where there are enough."""
     is_shown: bool = True
@@ -60,6 +62,8 @@ class _Sample(NamedTuple):
     base: list[float]
     new: list[float]
     is_judged: bool
+    error: float
+    """The largest standard error of a process's own figure."""
 
     @property
     def scatter(self) -> tuple[float, int]:
@@ -78,8 +82,8 @@ class NoiseFloors:
 
     def __init__(
         self,
-        base: Mapping[Identity, list[Result]],
-        new: Mapping[Identity, list[Result]],
+        base: Mapping[Identity, list[Timed]],
+        new: Mapping[Identity, list[Timed]],
         rules: Rules,
     ) -> None:
         self._found: dict[tuple[Identity, str], Noise] = {}
@@ -95,7 +99,8 @@ class NoiseFloors:
                 is_judged = limit is not None and metric.name not in rules.floors
                 sign = -1 if metric.higher_is_better else 1
                 before, after = ([sign * math.log(value) for value in side] for side in values)
-                samples[identity, metric.name] = _Sample(before, after, is_judged)
+                error = max(standard_error(record, metric) for side in sides for record in side)
+                samples[identity, metric.name] = _Sample(before, after, is_judged, error)
         self._judge(samples, rules)
 
     def of(self, identity: Identity, metric: Figure) -> Noise:
@@ -141,6 +146,7 @@ class _Test:
         squares, self._freedom = sample.scatter
         own = math.sqrt(squares / self._freedom) if self._freedom else 0.0
         self._seen = max(own, pooled)
+        self._own_error = sample.error
         self._files = len(sample.base), len(sample.new)
         self._error = math.sqrt(1 / self._files[0] + 1 / self._files[1])
         self._difference = statistics.fmean(sample.new) - statistics.fmean(sample.base)
@@ -150,7 +156,7 @@ class _Test:
         """The standard deviation that processes differ by at least; None where files show it."""
         if shows_noise(*self._files):
             return None
-        return max(self._metric.assumed_spread, self._seen)
+        return max(math.hypot(self._metric.assumed_spread, self._own_error), self._seen)
 
     @property
     def p(self) -> float:
@@ -190,7 +196,7 @@ class _Test:
 
 
 def _share(log: float) -> float:
-    return math.expm1(min(log, _WIDEST))
+    return log if log == math.inf else math.expm1(min(log, _WIDEST))
 
 
 def shows_noise(base: int, new: int) -> bool:
@@ -226,7 +232,16 @@ def _holm(p: Sequence[float], family: int) -> list[bool]:
     return rejected
 
 
-def metric_values(results: Iterable[Result], metric: Figure) -> list[float]:
+def standard_error(record: Timed, metric: Figure) -> float:
+    """Return the relative standard error of a figure of one process, infinite where it is not
+    known; 0 of points, which are measured until it is small."""
+    if not metric.of_benchmarks:
+        return 0.0
+    error = getattr(record, metric.standard_error)
+    return math.inf if error is None else float(error)
+
+
+def metric_values(results: Iterable[Timed], metric: Figure) -> list[float]:
     """Return the values of a metric; those not above 0 have no relative growth."""
     found = (metric.of(result) for result in results)
     return [float(value) for value in found if value is not None and value > 0]
@@ -239,7 +254,7 @@ def typical(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def usable_results(results: Iterable[Result]) -> list[Result]:
+def usable_results(results: Iterable[Timed]) -> list[Timed]:
     """Return what was measured; throttled ones only where there are no others."""
-    measured = [result for result in results if result.status == "ok" and result.batch_time_s]
+    measured = [result for result in results if result.status == "ok" and result.median_s]
     return [result for result in measured if not result.throttled] or measured

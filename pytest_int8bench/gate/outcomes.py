@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pytest_int8bench.results.figures import PLAIN
+
 Identity = tuple[str, ...]
 
 #: Outcomes of a run, in the order in which they are counted.
@@ -54,7 +56,7 @@ class Change:
     where the rules give the floor, which decides then."""
     assumed: float | None = None
     """Standard deviation between processes that was assumed; None where the files show it, or show
-    a larger one."""
+    a larger one; infinite where a process says nothing about its own noise."""
     files_needed: int | None = None
     """Files of the base with which nothing is assumed; None where there are enough."""
 
@@ -69,6 +71,11 @@ class Compared:
     outcome: str
     exit_code: int
     reason: str | None = None
+
+    @property
+    def is_benchmark(self) -> bool:
+        """It is a plain benchmark, not a point."""
+        return self.workload == PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)

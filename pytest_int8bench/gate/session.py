@@ -10,11 +10,12 @@ from pytest_int8bench.environment import differences
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.gate.notes import partial_notes
 from pytest_int8bench.gate.outcomes import NEW, PASSES, REGRESSES, SUSPECTED, RunChange
 from pytest_int8bench.gate.renames import Renames, new_nodeid
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.records import Saved, Timed
 
 
 class RegressionError(ClearError, AssertionError):
@@ -37,7 +38,7 @@ class SessionGate:
         self._base = list(base)
         self._rules = rules
         self._judged: dict[str, RunChange] = {}
-        self._results: list[Result] = []
+        self._timed: list[Timed] = []
 
     @property
     def name(self) -> str:
@@ -61,23 +62,23 @@ class SessionGate:
                 f"all the same: {allow}"
             )
 
-    def judge(self, result: Result, environment: Mapping[str, Any]) -> None:
+    def judge(self, result: Timed, environment: Mapping[str, Any]) -> None:
         """Compare one point.
 
         Raises:
             RegressionError: if it got worse.
             IncomparableError: if it cannot be compared.
         """
-        self._results.append(result)
-        run = Run(self._base[0].path, Saved(dict(environment), [result]))
+        self._timed.append(result)
+        run = Run(self._base[0].path, Saved.of(environment, [result]))
         found = compare(self._base, [run], self._rules)
         [change] = [entry for entry in found.runs if _is_of(entry, result)]
         self._judged[result.nodeid] = change
         if change.exit_code == PASSES or change.outcome == SUSPECTED:
             return  # one process cannot show it: the summary lists it
-        kind = RegressionError if change.exit_code == REGRESSES else IncomparableError
+        error = RegressionError if change.exit_code == REGRESSES else IncomparableError
         name = point_label(result.workload, result.run_name)
-        raise kind(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
+        raise error(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
 
     def forget(self, nodeid: str) -> None:
         """Forget how a test's point compared: the test is run again."""
@@ -99,7 +100,7 @@ class SessionGate:
             by_node: the tests were named one by one, so that others are not missing.
             is_gone: says whether a file of tests was to be collected, and is not there any more.
         """
-        measured = [r for run in self._base for r in run.saved.results if r.status in ("ok", "oom")]
+        measured = [r for run in self._base for r in run.saved.timed if r.status in ("ok", "oom")]
         renames = self._renames()
         expected = {self._nodeid_now(result, renames, collected) for result in measured}
         files = {nodeid.partition("::")[0] for nodeid in collected}
@@ -117,9 +118,9 @@ class SessionGate:
         return lines
 
     def _renames(self) -> Renames:
-        return Renames([*(r for run in self._base for r in run.saved.results), *self._results])
+        return Renames([*(r for run in self._base for r in run.saved.timed), *self._timed])
 
-    def _nodeid_now(self, result: Result, renames: Renames, collected: Collection[str]) -> str:
+    def _nodeid_now(self, result: Timed, renames: Renames, collected: Collection[str]) -> str:
         """Return the node id that a point of the base has in this session; its own if none has."""
         name = renames.of(result).nodeid
         if name in collected or name != result.nodeid:
@@ -136,9 +137,10 @@ class SessionGate:
             f"compared with {self.name}: {listed}",
             *self._renames().lines,
             *(f"{run.path}: {broken}" for run in self._base if (broken := run.saved.broken())),
+            *(f"note: {note}" for note in partial_notes(self._base)),
             *(f"{c.outcome}: {point_label(c.workload, c.run_name)}: {c.reason}" for c in found),
         ]
 
 
-def _is_of(change: RunChange, result: Result) -> bool:
+def _is_of(change: RunChange, result: Timed) -> bool:
     return (change.nodeid, change.workload) == (result.nodeid, result.workload)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _RECORDS = pytest.StashKey[list[Any]]()
 """Results in the files of ``--benchmark-compare``, as they are in JSON."""
-_COMPARED = pytest.StashKey[list[dict[str, Any] | None]]()
-"""Fingerprints of the files of ``--benchmark-compare``; None for a file without one."""
+_COMPARED = pytest.StashKey[list[dict[str, Any]]]()
+"""Fingerprints of the files of ``--benchmark-compare``."""
 
 
 def check_saving(config: pytest.Config) -> None:
@@ -58,8 +58,11 @@ def _refused(rule: str) -> Iterator[None]:
 def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
     """Remember the fingerprint in a file of ``--benchmark-compare``, for :func:`check_compared`:
     ours needs torch, which is not loaded before a test does."""
+    from pytest_int8bench.results.benchmarks import partial_environment
+
     block = compared.get("int8bench") or {}
-    config.stash.setdefault(_COMPARED, []).append(block.get("environment"))
+    found = block.get("environment") or partial_environment(compared)
+    config.stash.setdefault(_COMPARED, []).append(found)
     config.stash.setdefault(_RECORDS, []).extend(block.get("results") or ())
 
 
@@ -97,18 +100,20 @@ def check_compared(
     """
     from pytest_int8bench.environment import differences
     from pytest_int8bench.gate.session import IncomparableError
+    from pytest_int8bench.results.benchmarks import partly_known
 
     for base in config.stash.get(_COMPARED, []):
-        if base is None:
-            problem = "was not saved by pytest-int8bench, so the machine is unknown"
+        found = differences(base, environment())
+        listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
+        partly = partly_known(base)
+        if listed:
+            problem = f"was measured on another machine or software: {', '.join(listed)}; see "
+            text = f"the file that is compared with {problem}--int8-allow"
+        elif partly is not None:
+            text = f"the file that is compared with was {partly}"
         else:
-            found = differences(base, environment())
-            listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
-            if not listed:
-                continue
-            problem = f"was measured on another machine or software: {', '.join(listed)}"
-        text = f"the file that is compared with {problem}; see --int8-allow"
-        if config.getoption("benchmark_compare_fail"):
+            continue
+        if listed and config.getoption("benchmark_compare_fail"):
             raise IncomparableError(f"--benchmark-compare-fail: {text}")
         warnings.warn(f"int8bench: {text}", stacklevel=2)
         config.stash[_COMPARED] = []

@@ -17,7 +17,8 @@ from pytest_int8bench.plugin.benchmark_files import check_compared
 from pytest_int8bench.plugin.progress import say
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.recorder import Recorder
-from pytest_int8bench.results.records import NOT_MEASURED, Result
+from pytest_int8bench.results.base import NOT_MEASURED
+from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity
 from pytest_int8bench.workloads.workload import Workload
 

@@ -11,16 +11,16 @@ import pytest
 from pytest_int8bench.plugin.markers import marker_changes
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.points import params_of
+from pytest_int8bench.plugin.pytest_benchmark import uses_benchmark
 from pytest_int8bench.plugin.session import Session
 
 
 def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all tests but those of throughput."""
+    """Deselect all tests but those of throughput, and plain benchmarks."""
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        is_throughput = "int8_throughput" in getattr(item, "fixturenames", ())
-        (kept if is_throughput else others).append(item)
+        (kept if uses_benchmark(item) else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = kept

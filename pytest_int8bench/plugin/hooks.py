@@ -12,7 +12,7 @@ import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_ours, parametrize, point_of
+from pytest_int8bench.plugin.points import is_ours, is_plain, parametrize, point_of
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
@@ -134,7 +134,15 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(tryfirst=True)
 @guarded("checking the tests")
 def pytest_runtestloop(session: pytest.Session) -> None:
-    if any(map(is_ours, session.items)):
+    has_ours = any(map(is_ours, session.items))
+    settings = session.config.stash[SESSION]
+    is_skipping = session.config.getoption("benchmark_skip", False)
+    if (has_ours or settings.wants_benchmarks) and not is_skipping:
+        settings.takes_benchmarks = True
+        from pytest_int8bench.plugin.plain import PlainBenchmarks
+
+        session.config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
+    if has_ours:
         session.config.stash[RECORDER].check_collection(session.items)
         from pytest_int8bench.plugin.loading import load_libraries
 
@@ -150,8 +158,13 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
 @pytest.hookimpl(tryfirst=True)
 @guarded("recording")
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if is_ours(item):
+    if is_ours(item) or _is_taken(item):
         item.config.stash[RECORDER].begin(item.nodeid)
+
+
+def _is_taken(item: pytest.Item) -> bool:
+    """Return whether a test is a plain benchmark that is recorded."""
+    return item.config.stash[SESSION].takes_benchmarks and is_plain(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -161,7 +174,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     recorder = item.config.stash[RECORDER]
-    if is_ours(item) or "pytest_int8bench.errors" in sys.modules:  # else the error is not ours
+    # Without that module, the error is not ours.
+    if is_ours(item) or _is_taken(item) or "pytest_int8bench.errors" in sys.modules:
         from pytest_int8bench.plugin.outcomes import record_outcome, shorten
 
         shorten(report, call, item.config.getoption("tbstyle"))

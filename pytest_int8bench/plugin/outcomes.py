@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 
 from pytest_int8bench.errors import ClearError, UndecidedError
-from pytest_int8bench.plugin.points import params_of, point_of, workload_name
+from pytest_int8bench.plugin.plain import record_failure
+from pytest_int8bench.plugin.points import is_plain, params_of, point_of, workload_name
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.session import SESSION
 
 _MAX_REASON = 500
 _UNKNOWN = "unknown workload"
@@ -38,6 +40,11 @@ def record_outcome(
     by an assertion of its own, its result is written again as ``failed``. If samples do not
     decide, nothing is shown against what was measured.
     """
+    if item.config.stash[SESSION].takes_benchmarks and is_plain(item):
+        if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):
+            status = "failed" if report.failed else "skipped"
+            record_failure(recorder, item.nodeid, status, _reason(report, error))
+        return
     stands = isinstance(error, UndecidedError)
     found = recorder.records_of(item.nodeid)
     measured = recorder.results_of(item.nodeid) if found else []

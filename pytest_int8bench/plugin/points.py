@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_int8bench.plugin.pytest_benchmark import uses_benchmark
 from pytest_int8bench.plugin.session import Session
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ _OURS = frozenset({"int8_params", "int8_workload", "int8_throughput"})
 def is_ours(item: pytest.Item) -> bool:
     """Return whether a test uses the fixtures of this plugin."""
     return not _OURS.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def is_plain(item: pytest.Item) -> bool:
+    """Return whether a test has pytest-benchmark's fixture of its own, and measures no point."""
+    return uses_benchmark(item) and "int8_throughput" not in getattr(item, "fixturenames", ())
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:

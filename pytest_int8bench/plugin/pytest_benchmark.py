@@ -190,6 +190,19 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
             timed.fixture.has_error = is_left_out
 
 
+def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
+    """Return what pytest-benchmark has just timed, as it saves it; None if it is not this test."""
+    for timed in getattr(_session_of(config), "benchmarks", [])[-1:]:
+        if timed and timed.fullname == nodeid and not timed.has_error:
+            return dict(timed.as_dict(include_data=False))
+    return None
+
+
+def is_disabled(item: pytest.Item) -> bool:
+    """Return whether the ``benchmark`` of a test calls functions without timing them."""
+    return bool(getattr(getattr(item, "funcargs", {}).get("benchmark"), "disabled", False))
+
+
 def drop_timings(config: pytest.Config, nodeid: str) -> None:
     """Remove the timings of a test that is run again, which would be listed and compared too."""
     session = _session_of(config)

@@ -20,9 +20,9 @@ from pytest_int8bench.plugin.session import Session
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.report.wandb import Tracked
+    from pytest_int8bench.results.base import Record
     from pytest_int8bench.results.journal import Journal
     from pytest_int8bench.results.records import Result
-    from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 RECORDER = pytest.StashKey["Recorder"]()
@@ -32,7 +32,7 @@ RECORDER = pytest.StashKey["Recorder"]()
 class Earlier:
     """What earlier attempts of a test found."""
 
-    records: tuple[Result | Accuracy | Sensitivity, ...] = ()
+    records: tuple[Record, ...] = ()
     points: tuple[tuple[str, str], ...] = ()
     """Workload and run name of points whose accuracy it found to have dropped."""
 
@@ -122,7 +122,7 @@ class Recorder:
         """Return ``result`` with the worker that measured it."""
         return result
 
-    def record(self, record: Result | Accuracy | Sensitivity) -> None:
+    def record(self, record: Record) -> None:
         """Write ``record`` to the journal at once. If that fails, keep it in memory and warn."""
         try:
             (self.journal or self.start_journal(self.environment())).append(record)
@@ -183,7 +183,7 @@ class Recorder:
             self.warn(f"no journal: {error}")
             return journal or Journal(None, environment)
 
-    def records_of(self, nodeid: str) -> list[Result | Accuracy | Sensitivity]:
+    def records_of(self, nodeid: str) -> list[Record]:
         """Return what this attempt of a test has found so far, the latest last."""
         earlier = self._earlier.get(nodeid, Earlier()).records
         found = self.journal.records_of(nodeid) if self.journal else []

@@ -45,6 +45,8 @@ class Session:
         """Those among them that are not to be run."""
         self.parametrized: pytest.Item | None = None
         """The test whose parameters are being named."""
+        self.takes_benchmarks = False
+        """Plain benchmarks are recorded: there are tests of ours, or an option that needs them."""
         self.gate: SessionGate | None = None
         """Holds points to ``--int8-compare``; None without that option."""
         self.profiles: Profiles | None = None
@@ -92,6 +94,12 @@ class Session:
         ]
         points = unique(p if p.int8_enabled else p.baseline() for p in points)
         return with_baselines(points) if baselines and self.settings.baseline else points
+
+    @property
+    def wants_benchmarks(self) -> bool:
+        """An option needs what plain benchmarks time, whether there are tests of ours or not."""
+        settings = self.settings
+        return bool(self.gate or settings.lean or settings.reports or settings.journal)
 
     # -- made when first needed -------------------------------------------------------------
 

@@ -80,10 +80,9 @@ def cases(result: AbResult) -> list[Case]:
 
 
 def _table(result: AbResult) -> Grid:
-    time = FIGURES[FIELDS[result.statistic]]
     columns: dict[str, Callable[[AbRun], str]] = {
         "run": _name,
-        time.header: lambda run: _times(run, time),
+        **_time_columns(result),
         "slowdown [95 %, one-sided]": lambda run: _interval(_estimate(run)),
         "noise": lambda run: MISSING if (e := _estimate(run)) is None else f"{e.noise:.1%}",
         "blocks": _blocks,
@@ -101,6 +100,19 @@ def _table(result: AbResult) -> Grid:
         left=("verdict",),
         first=("verdict", next(name for name in shown if name.startswith("slowdown"))),
     )
+
+
+def _time_columns(result: AbResult) -> dict[str, Callable[[AbRun], str]]:
+    """Return a column for the times of points, and one for those of plain benchmarks."""
+
+    def column(figure: Figure) -> Callable[[AbRun], str]:
+        return lambda run: (
+            _times(run, figure) if run.is_benchmark == figure.of_benchmarks else MISSING
+        )
+
+    kinds = {run.is_benchmark for run in result.runs}
+    figures = (FIGURES[field] for field in FIELDS[result.statistic])
+    return {figure.header: column(figure) for figure in figures if figure.of_benchmarks in kinds}
 
 
 def _estimate(run: AbRun) -> Estimate | None:

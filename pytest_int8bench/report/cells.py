@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_int8bench.report.tables import MISSING, number
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Result, Timed
 
 #: Standard errors on each side of a 95 % interval.
 _WIDTH = 1.96
@@ -18,13 +18,23 @@ def value_text(figure: Figure, value: Any) -> str:
         return MISSING
     if figure.kind == "text":
         return str(value)
+    if figure.kind == "time":
+        return time_text(value)
     scaled = figure.scaled(value)
     if figure.kind == "share":
         return f"{scaled:.0%}"
     return f"{scaled:.2f}x" if figure.kind == "ratio" else number(scaled)
 
 
-def figure_text(figure: Figure, result: Result) -> str:
+def time_text(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1:
+            return f"{number(seconds * factor)} {unit}"
+    return f"{number(seconds * 1e9)} ns"
+
+
+def figure_text(figure: Figure, result: Timed) -> str:
     """Return the figure of a result with its interval; a dash where it was not measured."""
     text = value_text(figure, figure.of(result))
     if text == MISSING or figure.interval is None:
@@ -36,7 +46,7 @@ def figure_text(figure: Figure, result: Result) -> str:
     return f"{text} [{', '.join(ends)}]"
 
 
-def figure_interval(figure: Figure, result: Result) -> tuple[float | None, float | None]:
+def figure_interval(figure: Figure, result: Timed) -> tuple[float | None, float | None]:
     """Return the ends of the 95 % interval of a figure, as saved or, within its process, from its
     standard error; Nones where that is not known."""
     if figure.interval is not None:
@@ -51,7 +61,7 @@ def figure_interval(figure: Figure, result: Result) -> tuple[float | None, float
     return value * (1 - _WIDTH * error), value * (1 + _WIDTH * error)
 
 
-def figure_cell(figure: Figure, result: Result) -> str:
+def figure_cell(figure: Figure, result: Timed) -> str:
     """Return the figure of a result with its interval and mark."""
     text = figure_text(figure, result)
     return text if text == MISSING or figure.mark is None else text + figure.mark(result)
@@ -62,7 +72,7 @@ def shown_speedup(result: Result) -> str:
     return figure_cell(FIGURES["speedup"], result)
 
 
-def status_text(result: Result) -> str:
+def status_text(result: Timed) -> str:
     """Return the status of a point as people write it."""
     return "OOM" if result.oom else result.status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,11 @@ _HEADLINES = {0: "nothing regressed", 1: "REGRESSED", 2: "NOT COMPARED"}
 def page(comparison: Comparison) -> Page:
     """Return the report that people read."""
     grids = []
-    if comparison.runs:
-        grids.append(_runs(comparison.runs))
+    benchmarks = tuple(run for run in comparison.runs if run.is_benchmark)
+    if points := tuple(run for run in comparison.runs if not run.is_benchmark):
+        grids.append(_runs(points, "run"))
+    if benchmarks:
+        grids.append(_runs(benchmarks, "benchmark"))
     if comparison.accuracy:
         grids.append(_verdicts(comparison.accuracy))
     return Page(
@@ -136,10 +140,11 @@ def _rules(comparison: Comparison) -> list[str]:
 
 def _shown_from(judged: Sequence[Change]) -> str:
     """Return from what growth on a regression is shown, and what that assumes."""
-    shown = sorted({round(c.shown_from, 4) for c in judged if c.shown_from is not None})
+    limits = {c.shown_from for c in judged if c.shown_from is not None}
+    shown = sorted({round(limit, 4) for limit in limits if math.isfinite(limit)})
     if not shown:
         return ""
-    assumed = sorted({c.assumed for c in judged if c.assumed is not None})
+    assumed = sorted({c.assumed for c in judged if c.assumed is not None} - {math.inf})
     why = f", if processes differ by {_range(assumed)}, as is assumed" if assumed else ""
     return f"; a regression is shown from {_range(shown)} on{why}"
 
@@ -186,15 +191,19 @@ def _name(entry: Compared) -> str:
     return point_label(entry.workload, entry.run_name)
 
 
-def _runs(runs: tuple[RunChange, ...]) -> Grid:
-    figures = [figure for figure in METRICS.values() if _has_column(figure, runs)]
+def _runs(runs: tuple[RunChange, ...], what: str) -> Grid:
+    figures = [
+        figure
+        for figure in METRICS.values()
+        if figure.of_benchmarks == runs[0].is_benchmark and _has_column(figure, runs)
+    ]
     return Grid(
-        columns=["run", *(figure.header for figure in figures), "outcome"],
+        columns=[what, *(figure.header for figure in figures), "outcome"],
         rows=[
             [_name(run), *(_cell(run, figure) for figure in figures), run.outcome] for run in runs
         ],
         styles=[_style(run) for run in runs],
-        name="run",
+        name=what,
         left=("outcome",),
         first=[*(f.header for f in figures if f.leads), "outcome"],
     )

@@ -10,8 +10,9 @@ from typing import Any
 from pytest_int8bench.environment import describe
 from pytest_int8bench.report.cells import figure_interval, status_text
 from pytest_int8bench.results.base import Record, point_label
-from pytest_int8bench.results.figures import FIGURES, is_number
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.results.numbers import is_number
+from pytest_int8bench.results.records import Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy
 
 #: What Bencher takes at most, in characters (bencher.dev/docs/reference/bencher-metric-format).
@@ -39,7 +40,7 @@ class Metric:
 
 def metrics(saved: Saved) -> list[Metric]:
     """Return the figures of the points that were measured, and of their accuracy."""
-    found = [m for result in saved.results if _problem(result) is None for m in _of(result)]
+    found = [m for result in saved.timed if _problem(result) is None for m in _of(result)]
     for verdict in saved.accuracy:
         if not verdict.is_pipeline_check:
             found += _of_verdict(verdict)
@@ -48,7 +49,7 @@ def metrics(saved: Saved) -> list[Metric]:
 
 def left_out(saved: Saved) -> list[str]:
     """Return the points that :func:`metrics` leaves out, each with the reason."""
-    problems = [(result, _problem(result)) for result in saved.results]
+    problems = [(result, _problem(result)) for result in saved.timed]
     named = [f"{_label(result)} ({why})" for result, why in problems if why is not None]
     checks = [verdict for verdict in saved.accuracy if verdict.is_pipeline_check]
     return named + [f"{_label(v)} {v.metric} (random weights)" for v in checks]
@@ -84,7 +85,7 @@ def github_action_benchmark(
     ]
 
 
-def _of(result: Result) -> Iterator[Metric]:
+def _of(result: Timed) -> Iterator[Metric]:
     for figure in FIGURES.values():
         # A direction is known of what the gate compares, and of what charts show.
         is_history = figure.kind != "text" and (figure.option or figure.title)
@@ -98,7 +99,7 @@ def _of(result: Result) -> Iterator[Metric]:
             value=value,
             low=low,
             high=high,
-            unit=figure.unit or figure.field,
+            unit=figure.unit or ("s" if figure.kind == "time" else figure.field),
             scale=figure.scale,
             higher_is_better=figure.higher_is_better,
             run_name=result.run_name,
@@ -135,7 +136,7 @@ def _accuracy(
     )
 
 
-def _problem(result: Result) -> str | None:
+def _problem(result: Timed) -> str | None:
     """Return why the figures of a point do not belong into a history, None if they do."""
     if result.status != "ok":
         return status_text(result)

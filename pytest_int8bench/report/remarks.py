@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
-from pytest_int8bench.results.base import point_label
-from pytest_int8bench.results.records import Result
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.results.base import Record, point_label
+from pytest_int8bench.results.records import Result, Timed
 
 #: Behind a rate that was measured while the GPU was slowed down.
 THROTTLED_MARK = "*"
@@ -21,7 +20,7 @@ HOST_BOUND = 0.8
 FEED_BOUND = 0.02
 
 
-def status_remarks(result: Result) -> list[str]:
+def status_remarks(result: Timed) -> list[str]:
     """Return why a point is not ``ok``, or its note."""
     if result.status == "ok" and not result.reason:
         return []
@@ -127,7 +126,7 @@ def _feeding(result: Result) -> str | None:
     )
 
 
-def record_label(record: Result | Accuracy | Sensitivity) -> str:
+def record_label(record: Record) -> str:
     return point_label(record.workload, record.run_name)
 
 

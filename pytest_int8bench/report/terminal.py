@@ -16,9 +16,11 @@ from pytest_int8bench.report.remarks import (
     status_remarks,
 )
 from pytest_int8bench.report.tables import MISSING, Grid, paragraphs, plain_grid
+from pytest_int8bench.results.benchmarks import Benchmark, unsynchronized
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Result, Saved
+from pytest_int8bench.results.records import Result, Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.words import plural
 
 #: Behind a verdict on a model with random weights.
 _PIPELINE = "*"
@@ -37,7 +39,10 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         color: use ANSI colors.
     """
     measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
-    tables: list[tuple[str | None, Grid]] = [(None, results_table(measured))] if measured else []
+    timed = [benchmark for benchmark in saved.benchmarks if benchmark.call_time_s is not None]
+    shown = [results_table(measured)] if measured else []
+    shown += [benchmarks_table(timed)] if timed else []
+    tables: list[tuple[str | None, Grid]] = [(None, table) for table in shown]
     if judged := [v for v in saved.accuracy if v.limit is not None]:
         tables.append((None, accuracy_table(judged)))
     tables += [
@@ -58,6 +63,14 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         text += fold(PIPELINE_CHECK)
     for result in saved.results:
         text += fold(*status_remarks(result), *remarks(result))
+    disabled = [benchmark for benchmark in saved.benchmarks if benchmark.is_disabled]
+    for benchmark in saved.benchmarks:
+        text += fold(*(() if benchmark.is_disabled else status_remarks(benchmark)))
+    if disabled:
+        count = plural(len(disabled), "plain benchmark")
+        text += fold(f"skipped: {count}: {disabled[0].reason}")
+    if timer := unsynchronized(saved.benchmarks, saved.environment):
+        text += fold(timer)
     versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
     if named := sorted(version for version in versions if version):
         text += fold(f"OlmoEarth {', '.join(named)}", style="dim")
@@ -66,9 +79,28 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     return text + fold(describe(saved.environment), style="dim")
 
 
+def benchmarks_table(benchmarks: Sequence[Benchmark]) -> Grid:
+    """Return the figures of plain benchmarks."""
+    figures = [f for f in FIGURES.values() if f.of_benchmarks and _has_column(f, benchmarks)]
+    return plain_grid(
+        ["benchmark", *(figure.header for figure in figures), "rounds", "calls/round"],
+        [
+            [
+                benchmark.run_name,
+                *(figure_cell(figure, benchmark) for figure in figures),
+                *(
+                    MISSING if n is None else f"{n:,}"
+                    for n in (benchmark.rounds, benchmark.iterations)
+                ),
+            ]
+            for benchmark in benchmarks
+        ],
+    )
+
+
 def results_table(results: Sequence[Result]) -> Grid:
     """Return the figures of points that were measured or ran out of memory."""
-    figures = [figure for figure in FIGURES.values() if _has_column(figure, results)]
+    figures = [f for f in FIGURES.values() if not f.of_benchmarks and _has_column(f, results)]
     has_workloads = {result.workload for result in results} != {"olmoearth"}
     names = ["workload", "run"] if has_workloads else ["run"]
     return Grid(
@@ -89,7 +121,7 @@ def results_table(results: Sequence[Result]) -> Grid:
     )
 
 
-def _has_column(figure: Figure, results: Sequence[Result]) -> bool:
+def _has_column(figure: Figure, results: Sequence[Timed]) -> bool:
     if not figure.header or figure.shown == "where judged":
         return False
     return figure.shown == "always" or any(figure.of(result) is not None for result in results)

@@ -6,10 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pytest_int8bench.results.checks import check_fields, shown
+from pytest_int8bench.results.checks import check_fields, one_of, shown
+from pytest_int8bench.results.figures import FIGURES, PLAIN
 from pytest_int8bench.results.shapes import Params
+
+STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
+#: Start of the reason of a test that ran where pytest-benchmark is disabled.
+NOT_MEASURED = "ran once, not measured"
 
 
 class SchemaError(ValueError):
@@ -17,8 +22,8 @@ class SchemaError(ValueError):
 
 
 def point_label(workload: str, run_name: str) -> str:
-    """Return the run name, with the workload where it is not the default one."""
-    return run_name if workload == "olmoearth" else f"{workload}: {run_name}"
+    """Return the run name, with the workload where there is one, and not the default one."""
+    return run_name if workload in ("olmoearth", PLAIN) else f"{workload}: {run_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,37 @@ class Record:
             return cls(**{name: value for name, value in values.items() if name in names})
         except (TypeError, ValueError) as error:
             raise SchemaError(f"not {cls.KIND}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Record):
+    """What is saved of a test that measures a time, whatever became of it."""
+
+    IS_PLAIN: ClassVar[bool] = False
+    """It is a plain benchmark, which its workload says."""
+
+    status: Annotated[str, one_of(STATUSES)] = "ok"
+    """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
+    reason: str | None = None
+    """Why the point is not ``ok``, or what its reader should know."""
+
+    def __post_init__(self) -> None:
+        for figure in FIGURES.values():
+            figure.validate(self)
+        super().__post_init__()
+        if (self.workload == PLAIN) != self.IS_PLAIN:
+            rule = repr(PLAIN) if self.IS_PLAIN else f"another name than {PLAIN!r}"
+            raise ValueError(f"workload must be {rule}, got {self.workload!r}")
+
+    @property
+    def is_disabled(self) -> bool:
+        """The test ran without a clock, because pytest-benchmark was turned off."""
+        return self.status == "skipped" and (self.reason or "").startswith(NOT_MEASURED)
+
+    @property
+    def oom(self) -> bool:
+        """Whether the point ran out of memory (``status`` is ``oom``), which is a result."""
+        return self.status == "oom"
 
 
 def _copy(value: Any) -> Any:

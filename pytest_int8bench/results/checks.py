@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NotRequired, Union
 
-from pytest_int8bench.results.figures import is_number, is_positive
+from pytest_int8bench.results.numbers import is_number, is_positive
 
 _MOST_CHARACTERS = 80
 _REPR = reprlib.Repr()

@@ -22,12 +22,15 @@ pytest imports this module when it starts: nothing heavy is imported here. Nor i
 from __future__ import annotations
 
 import reprlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from pytest_int8bench.choices import precision
+from pytest_int8bench.results.numbers import CHECKS
+
+#: Workload of plain benchmarks of pytest-benchmark, which have none.
+PLAIN = "pytest-benchmark"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # made at every start of pytest
@@ -41,6 +44,8 @@ class Figure:
     """Computes the figure from a result that has no field for it."""
     applies: Callable[[Any], bool] | None = None
     """Returns whether a result can have the figure; None for every result."""
+    of_benchmarks: bool = False
+    """A field of plain benchmarks, ``Benchmark``, and not of ``Result``."""
     check: Literal["positive", "number", "text"] | None = None
     """What a value must be for a result to be read; None checks nothing."""
     wandb_alias: str = ""
@@ -55,8 +60,8 @@ class Figure:
     """Unit of the values that are shown."""
     scale: float = 1.0
     """Factor from the unit of the field to ``unit``."""
-    kind: Literal["number", "share", "ratio", "text"] = "number"
-    """How a value is written: ``1,235``, ``42%``, ``1.85x`` or as it is."""
+    kind: Literal["number", "share", "ratio", "text", "time"] = "number"
+    """How a value is written: ``1,235``, ``42%``, ``1.85x``, as it is, or seconds as ``3.5 µs``."""
     interval: tuple[str, str] | None = None
     """Fields that hold the ends of its 95 % interval."""
     standard_error: str = ""
@@ -109,11 +114,12 @@ class Figure:
     @property
     def is_time_of_batch(self) -> bool:
         """``int8bench ab`` measures it."""
-        return self.field in ("samples_per_s", "batch_time_s")
+        return self.field in ("samples_per_s", "batch_time_s", "call_time_s")
 
     def of(self, result: Any) -> Any:
         """Return the value that ``result`` has, None where it was not measured."""
-        if self.applies is not None and not self.applies(result):
+        is_of_kind = self.of_benchmarks == (getattr(result, "workload", None) == PLAIN)
+        if not is_of_kind or (self.applies is not None and not self.applies(result)):
             return None
         if self.compute is not None:
             return self.compute(result)
@@ -136,28 +142,9 @@ class Figure:
         if self.check is None or self.compute is not None:
             return
         value = getattr(result, self.field, None)
-        rule, is_valid = _CHECKS[self.check]
+        rule, is_valid = CHECKS[self.check]
         if value is not None and not is_valid(value):
             raise ValueError(f"{self.field} must be {rule}, got {reprlib.repr(value)}")
-
-
-def is_positive(value: object) -> bool:
-    """Return whether ``value`` is a number above 0 that a float can hold with all its digits."""
-    return is_number(value) and value >= sys.float_info.min
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Return whether ``value`` is a number that a float can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
-
-
-_CHECKS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "positive": ("a number above 0", is_positive),
-    "number": ("a number", is_number),
-    "text": ("a text", lambda value: isinstance(value, str)),
-}
 
 
 #: Field -> figure, in the order of columns.
@@ -256,8 +243,7 @@ _TIMES = (
         standard_error="batch_time_standard_error",
         name="batch-time",
         option="max-batch-time-growth",
-        help="growth of the median time of a batch; the slowdown, as long as batches keep their "
-        "samples",
+        help="growth of the median time of a batch; the slowdown, if batches keep their samples",
         floor=0.02,
     ),
     Figure(field="batch_time_mean_s", check="positive", wandb_alias="mean_batch_time"),
@@ -378,11 +364,37 @@ _INT8 = (
     Figure(field="ceiling_reached", kind="share", higher_is_better=True),
 )
 
+_BENCHMARKS = (
+    Figure(
+        field="call_time_s",
+        of_benchmarks=True,
+        standard_error="call_time_standard_error",
+        check="positive",
+        header="time/call",
+        title="Time per call of plain benchmarks",
+        kind="time",
+        shows_status=True,
+        name="call-time",
+        option="max-call-time-growth",
+        help="growth of the median time per call of a plain benchmark",
+        limit=0.05,
+        floor=0.02,
+    ),
+    Figure(
+        field="call_time_min_s",
+        of_benchmarks=True,
+        check="positive",
+        header="time/call, fastest",
+        kind="time",
+        shown="where judged",
+    ),
+)
+
 _TEXTS = (
     Figure(field="status", kind="text"),
     Figure(field="reason", check="text", kind="text"),
     Figure(field="trace", check="text", kind="text"),
 )
 
-for _figure in (*_RATES, *_TIMES, *_COSTS, *_ENERGY, *_FEEDING, *_INT8, *_TEXTS):
+for _figure in (*_RATES, *_TIMES, *_COSTS, *_ENERGY, *_FEEDING, *_INT8, *_BENCHMARKS, *_TEXTS):
     register(_figure)

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.files import LineFile, create
+from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.lines import wrapped
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
-    ACCURACY,
+    KINDS,
     SCHEMA,
-    SENSITIVITY,
     AnyRecord,
     Result,
     Saved,
     latest,
 )
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
 
 #: Folder of journals, from the root of the project.
@@ -45,9 +46,7 @@ class Journal:
         self.tell: Callable[[str], None] | None = None
         """Called with each line, whatever becomes of the file."""
         self._time = datetime.now(UTC).isoformat()
-        self._results: list[Result] = []
-        self._accuracy: list[Accuracy] = []
-        self._sensitivity: list[Sensitivity] = []
+        self._records: list[Record] = []
         self._file: LineFile | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +65,7 @@ class Journal:
         text = path.read_text(encoding="utf-8")
         journal = cls(None, saved.environment)
         journal._time = json.loads(text.partition("\n")[0])["int8bench"]["datetime"]
-        journal._results = saved.results
-        journal._accuracy = saved.accuracy
-        journal._sensitivity = saved.sensitivity
+        journal._records = saved.records
         is_whole = text.endswith("\n") and not saved.skipped
         journal._file = journal._line_file(path, len(text.encode()) if is_whole else None)
         return journal
@@ -84,7 +81,10 @@ class Journal:
 
     def _lines(self) -> Iterator[str]:
         yield self._header()
-        yield from map(_line_of, self._records)
+        # Results first, as older versions wrote them.
+        kinds = list(KINDS.values())
+        for record in sorted(self._records, key=lambda record: kinds.index(type(record))):
+            yield _line_of(record)
 
     @property
     def path(self) -> Path | None:
@@ -106,38 +106,33 @@ class Journal:
     @property
     def results(self) -> list[Result]:
         """The latest result of each node, in the order they finished."""
-        return latest(self._results)
+        return latest(self._of(Result))
 
     @property
     def accuracy(self) -> list[Accuracy]:
         """The latest verdict of each node and metric, in the order they finished."""
-        return latest(self._accuracy)
+        return latest(self._of(Accuracy))
 
-    def append(self, record: Result | Accuracy | Sensitivity) -> None:
+    def _of(self, kind: type[AnyRecord]) -> list[AnyRecord]:
+        return [record for record in self._records if isinstance(record, kind)]
+
+    def append(self, record: Record) -> None:
         """Write ``record`` to disk."""
-        # What cannot be written is still kept.
-        if isinstance(record, Result):
-            self._results.append(record)
-        elif isinstance(record, Accuracy):
-            self._accuracy.append(record)
-        else:
-            self._sensitivity.append(record)
+        self._records.append(record)  # what cannot be written is still kept
         self._write(_line_of(record))
 
-    def records_of(self, nodeid: str) -> list[Result | Accuracy | Sensitivity]:
+    def records_of(self, nodeid: str) -> list[Record]:
         """Return all records of a test so far, of every kind."""
         return [record for record in self._records if record.nodeid == nodeid]
 
-    def withdraw(self, records: Iterable[Result | Accuracy | Sensitivity]) -> None:
+    def withdraw(self, records: Iterable[Record]) -> None:
         """Take back records of a test that was run again, also from the file.
 
         Raises:
             OSError: if the file cannot be written; it is as it was.
         """
         gone = {id(record) for record in records}
-        self._results = [r for r in self._results if id(r) not in gone]
-        self._accuracy = [r for r in self._accuracy if id(r) not in gone]
-        self._sensitivity = [r for r in self._sensitivity if id(r) not in gone]
+        self._records = [record for record in self._records if id(record) not in gone]
         if self._file is not None and gone:
             self._file.rewrite()
 
@@ -165,18 +160,11 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._file.remove()
 
-    @property
-    def _records(self) -> list[Result | Accuracy | Sensitivity]:
-        return [*self._results, *self._accuracy, *self._sensitivity]
-
     def saved(self) -> Saved:
         """Return what the JSON is to hold."""
-        return Saved(
-            self.environment,
-            self._in_order(self.results),
-            self._in_order(self.accuracy),
-            self._in_order(latest(self._sensitivity)),
-        ).cleaned()
+        kinds = KINDS.values()
+        found = [r for kind in kinds for r in self._in_order(latest(self._of(kind)))]
+        return Saved.of(self.environment, found).cleaned()
 
     def _in_order(self, records: list[AnyRecord]) -> list[AnyRecord]:
         return sorted(records, key=lambda record: self.order.get(record.nodeid, -1))
@@ -188,11 +176,8 @@ class Journal:
             self._file.add(line)
 
 
-def _line_of(record: Result | Accuracy | Sensitivity) -> str:
-    if isinstance(record, Result):
-        return json.dumps(record.to_dict())
-    kind = ACCURACY if isinstance(record, Accuracy) else SENSITIVITY
-    return json.dumps({kind: record.to_dict()})
+def _line_of(record: Record) -> str:
+    return json.dumps(wrapped(record))
 
 
 def journal_folder(root: Path) -> Path:

@@ -7,8 +7,12 @@ pytest-benchmark's JSON gets a top-level ``int8bench`` object::
 ``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`, ``results`` every
 finished point (:class:`Result`), whatever its status, ``accuracy`` every verdict
 (:class:`Accuracy`) and ``sensitivity`` every table of layers (:class:`Sensitivity`). The journal
-holds the same records as JSON lines, the first one being the header; verdicts and tables are
-wrapped in an object that names their kind.
+holds the same records as JSON lines, the first one being the header; all but results are wrapped in
+an object that names their kind.
+
+What pytest-benchmark timed beside our points are plain benchmarks (:class:`Benchmark`), in its own
+``benchmarks``; ``benchmarks`` in our block are those without a time, if there are any. A file
+without our block has plain benchmarks only.
 
 All texts are cleaned here, once: whoever can write a file must not reach a terminal, the log of a
 CI server or Markdown through it.
@@ -18,25 +22,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.git_lfs import POINTER, is_pointer
 from pytest_int8bench.results.base import SchemaError
+from pytest_int8bench.results.benchmarks import Benchmark, is_of_test, partial_environment, picked
 from pytest_int8bench.results.checks import check, short, shown
+from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
 from pytest_int8bench.results.records import (
-    ACCURACY,
+    KINDS,
     SCHEMA,
-    SENSITIVITY,
     AnyRecord,
     Result,
     Saved,
     latest,
 )
-from pytest_int8bench.results.shapes import Block, Header
+from pytest_int8bench.results.shapes import BenchmarkFile, Block, Header
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
@@ -59,17 +64,42 @@ def read(path: Path) -> Saved:
     if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
         return _read_journal(path, text)  # a journal with its header only
     block = data.get("int8bench") if isinstance(data, dict) else None
-    if not isinstance(block, dict):
+    has_timings = isinstance(data, dict) and bool(data.get("benchmarks")) and block is None
+    if not isinstance(block, dict) and not has_timings:
         raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
+    file = cleaned_values(path, picked(data))
+    try:
+        check(BenchmarkFile, file)
+    except ValueError as error:
+        raise SchemaError(f"{path}: {error}") from None
+    if block is None:
+        return Saved(
+            partial_environment(file),
+            [],
+            benchmarks=_benchmarks(path, file["benchmarks"], []),
+            time=_time(data.get("datetime")),
+        )
     block = cleaned_values(path, block)
     _check_head(path, block, Block)
+    results = _records(path, Result, block["results"])
+    untimed = _records(path, Benchmark, block.get("benchmarks", []))
+    ours = {result.nodeid for result in results}
+    plain = [timing for timing in file["benchmarks"] if not is_of_test(timing, ours)]
     return Saved(
         block["environment"],
-        _records(path, Result, block["results"]),
+        results,
         _records(path, Accuracy, block["accuracy"]),
         _records(path, Sensitivity, block.get("sensitivity", [])),
+        _benchmarks(path, plain, untimed),
         time=_time(data.get("datetime")),
     )
+
+
+def _benchmarks(path: Path, timings: list[Any], untimed: list[Benchmark]) -> list[Benchmark]:
+    """Return the plain benchmarks of a file: those that pytest-benchmark timed, and those that came
+    to nothing, which it may have timed before they failed."""
+    timed = [_record(path, Benchmark.from_timing, timing, "fullname") for timing in timings]
+    return latest((*timed, *untimed))  # of a test that was run again, the last attempt
 
 
 def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
@@ -89,18 +119,15 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
     if not isinstance(header, dict):
         raise SchemaError(f"{path} is not a journal of pytest-int8bench: it has no header")
     _check_head(path, header, Header)
-    kept: dict[str, list[Any]] = {ACCURACY: [], SENSITIVITY: [], "results": []}
-    for record in records[1:]:
-        [kind] = record if isinstance(record, dict) and len(record) == 1 else ["results"]
-        if kind in (ACCURACY, SENSITIVITY):
-            kept[kind].append(record[kind])
-        else:
-            kept["results"].append(record)
+    kept: dict[str, list[Any]] = {name: [] for name in KINDS}
+    for name, values in map(unwrapped, records[1:]):
+        kept[name].append(values)
+    found: dict[str, Any] = {
+        name: _records(path, kind, kept[name], again=True) for name, kind in KINDS.items()
+    }
     return Saved(
         header["environment"],
-        _records(path, Result, kept["results"], again=True),
-        _records(path, Accuracy, kept[ACCURACY], again=True),
-        _records(path, Sensitivity, kept[SENSITIVITY], again=True),
+        **found,
         is_journal=True,
         skipped=tuple(skipped),
         time=_time(header.get("datetime")),
@@ -131,20 +158,23 @@ def _records(
 ) -> list[AnyRecord]:
     """Read records; with ``again``, later ones of the same identity replace earlier ones, which is
     an error without."""
-    found: list[AnyRecord] = []
-    for value in values:
-        try:
-            found.append(kind.from_dict(value))
-        except SchemaError as error:
-            nodeid = value.get("nodeid") if isinstance(value, dict) else None
-            where = f"{path}: {short(nodeid)}" if nodeid and isinstance(nodeid, str) else str(path)
-            raise SchemaError(f"{where}: {error}") from None
+    found = [_record(path, kind.from_dict, value, "nodeid") for value in values]
     kept = latest(found)
     if not again and len(kept) < len(found):
         count = Counter(record.identity for record in found)
         [(identity, times)] = count.most_common(1)
         raise SchemaError(f"{path} holds {kind.KIND} {times} times: {short(', '.join(identity))}")
     return kept
+
+
+def _record(path: Path, read: Callable[[Any], AnyRecord], value: Any, name: str) -> AnyRecord:
+    """Read a record, whose node id is in the field ``name``."""
+    try:
+        return read(value)
+    except SchemaError as error:
+        nodeid = value.get(name) if isinstance(value, dict) else None
+        where = f"{path}: {short(nodeid)}" if nodeid and isinstance(nodeid, str) else str(path)
+        raise SchemaError(f"{where}: {error}") from None
 
 
 def _check_head(path: Path, head: Mapping[str, Any], kind: Any) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results import parts
-from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.base import Measured, Record
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.checks import Count, Share, one_of
-from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.shapes import (
     Breakdown,
     Ceiling,
@@ -24,26 +24,19 @@ from pytest_int8bench.results.shapes import (
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 SCHEMA = 1
-ACCURACY, SENSITIVITY = "accuracy", "sensitivity"  # kinds of records in a journal
-STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: What a first call may find.
 COMPILE_CACHES = ("cold", "warm")
-#: Start of the reason of a test that ran where pytest-benchmark is disabled.
-NOT_MEASURED = "ran once, not measured"
 _RATES = ("samples_per_s", "tokens_per_s", "pixels_per_s", "square_km_per_s")
 _MOST_IN_BATCH = 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(Record):
+class Result(Measured):
     """One finished point. A quantity that was not measured is None."""
 
     KIND = "a result"
 
-    status: Annotated[str, one_of(STATUSES)] = "ok"
-    """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
-    reason: str | None = None
-    """Why the point is not ``ok``, or what its reader should know."""
+    timer: ClassVar[None] = None  # all points have the same one
     requested_bytes: Count | None = None
     """Allocation that failed, with status ``oom``."""
 
@@ -173,8 +166,6 @@ class Result(Record):
     ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
 
     def __post_init__(self) -> None:
-        for figure in FIGURES.values():
-            figure.validate(self)
         super().__post_init__()
         for name in _RATES:
             rate, batch_s = getattr(self, name), self.batch_time_s
@@ -306,18 +297,36 @@ class Result(Record):
         )
 
     @property
-    def is_disabled(self) -> bool:
-        """The test ran without a clock, because pytest-benchmark was turned off."""
-        return self.status == "skipped" and (self.reason or "").startswith(NOT_MEASURED)
+    def median_s(self) -> float | None:
+        """What stands for the process: the median round."""
+        return self.batch_time_s
 
     @property
-    def oom(self) -> bool:
-        """Whether the point ran out of memory (``status`` is ``oom``), which is a result."""
-        return self.status == "oom"
+    def fastest_s(self) -> float | None:
+        """The fastest round."""
+        return self.batch_time_min_s
+
+    @property
+    def wall_s(self) -> float:
+        """About the wall time that measuring took."""
+        timed_s = (self.rounds or 0) * (self.iterations or 0) * (self.batch_time_s or 0.0)
+        return (self.compile_s or 0.0) + (self.warm_up_s or 0.0) + timed_s
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, and ``oom``."""
         return {**super().to_dict(), "oom": self.oom}
+
+
+#: What the gate compares: the points of this plugin, and plain benchmarks.
+Timed = Result | Benchmark
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+#: Field of :class:`Saved` -> the kind of its records.
+KINDS: dict[str, type[Record]] = {
+    "results": Result,
+    "accuracy": Accuracy,
+    "sensitivity": Sensitivity,
+    "benchmarks": Benchmark,
+}
 
 
 @dataclass(frozen=True)
@@ -328,12 +337,42 @@ class Saved:
     results: list[Result]
     accuracy: list[Accuracy] = field(default_factory=list)
     sensitivity: list[Sensitivity] = field(default_factory=list)
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    """Plain benchmarks of pytest-benchmark."""
     is_journal: bool = field(default=False, compare=False)
     """It was read from a journal."""
     skipped: tuple[int, ...] = field(default=(), compare=False)
     """Lines of the journal that are no JSON, such as half a line from a disk that was full."""
     time: datetime | None = field(default=None, compare=False)
     """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
+
+    @property
+    def timed(self) -> list[Timed]:
+        """All that the gate compares."""
+        return [*self.results, *self.benchmarks]
+
+    @property
+    def records(self) -> list[Record]:
+        """Everything, kind by kind."""
+        return [record for name in KINDS for record in getattr(self, name)]
+
+    @classmethod
+    def of(cls, environment: Mapping[str, Any], records: Iterable[Record]) -> Self:
+        """Return what a file with these records holds."""
+        return cls(dict(environment), [])._with(records)
+
+    def without(self, records: Iterable[Record]) -> Self:
+        """Return the same without what has the kind and identity of one of ``records``."""
+        gone = {(record.KIND, record.identity) for record in records}
+        return self._with(r for r in self.records if (r.KIND, r.identity) not in gone)
+
+    def _with(self, records: Iterable[Record]) -> Self:
+        found = list(records)
+        kept: dict[str, Any] = {
+            name: [record for record in found if isinstance(record, kind)]
+            for name, kind in KINDS.items()
+        }
+        return replace(self, **kept)
 
     def broken(self) -> str | None:
         """Return what to say of lines that were left out, None if there are none."""
@@ -344,26 +383,17 @@ class Saved:
 
     def cleaned(self) -> Self:
         """Return the same with all texts as they are when the file is read again."""
-        return replace(
-            self,
-            environment=cleaned(self.environment),
-            results=list(map(_cleaned, self.results)),
-            accuracy=list(map(_cleaned, self.accuracy)),
-            sensitivity=list(map(_cleaned, self.sensitivity)),
+        return replace(self, environment=cleaned(self.environment))._with(
+            map(_cleaned, self.records)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``int8bench`` object of the JSON."""
-        return {
-            "schema": SCHEMA,
-            "environment": self.environment,
-            "results": [result.to_dict() for result in self.results],
-            "accuracy": [verdict.to_dict() for verdict in self.accuracy],
-            "sensitivity": [table.to_dict() for table in self.sensitivity],
-        }
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+        """Return the ``int8bench`` object of the JSON. Of plain benchmarks it has those without a
+        time: pytest-benchmark saves the others."""
+        kept = {name: [record.to_dict() for record in getattr(self, name)] for name in KINDS}
+        untimed = [entry for entry in kept.pop("benchmarks") if entry["status"] != "ok"]
+        kept |= {"benchmarks": untimed} if untimed else {}
+        return {"schema": SCHEMA, "environment": self.environment, **kept}
 
 
 def _cleaned(record: AnyRecord) -> AnyRecord:

@@ -206,6 +206,7 @@ class _Environment(TypedDict, total=False):
     cpu_threads: Count | None
     commit: str | None
     dirty: bool | None
+    only: list[str]
 
 
 class Block(TypedDict):
@@ -215,9 +216,57 @@ class Block(TypedDict):
     results: list[Any]
     accuracy: list[Any]
     sensitivity: NotRequired[list[Any]]
+    benchmarks: NotRequired[list[Any]]
 
 
 class Header(TypedDict):
     """The same of a journal, in its first line."""
 
     environment: _Environment
+
+
+class _Stats(TypedDict):
+    median: NotNegative
+    min: NotNegative
+    rounds: Count
+    mean: NotRequired[NotNegative | None]
+    stddev: NotRequired[NotNegative | None]
+    iqr: NotRequired[NotNegative | None]
+    iterations: NotRequired[Count | None]
+
+
+class _TimingOptions(TypedDict, total=False):
+    timer: str | None
+
+
+class Timing(TypedDict):
+    """What pytest-benchmark saves of one test."""
+
+    fullname: str
+    stats: _Stats
+    options: NotRequired[_TimingOptions | None]
+
+
+class _Cpu(TypedDict, total=False):
+    brand_raw: str | None
+    brand: str | None
+
+
+class _MachineInfo(TypedDict, total=False):
+    python_version: str | None
+    system: str | None
+    machine: str | None
+    cpu: _Cpu | None
+
+
+class _CommitInfo(TypedDict, total=False):
+    id: str | None
+    dirty: bool | None
+
+
+class BenchmarkFile(TypedDict):
+    """The JSON of pytest-benchmark."""
+
+    benchmarks: list[Any]
+    machine_info: NotRequired[_MachineInfo | None]
+    commit_info: NotRequired[_CommitInfo | None]

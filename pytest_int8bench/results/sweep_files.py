@@ -15,8 +15,9 @@ from pytest_int8bench.printing import cleaned
 from pytest_int8bench.processes.runner_files import Handover
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
+from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import ACCURACY, SENSITIVITY, Result, Saved
+from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.words import plural
 
 
@@ -48,7 +49,7 @@ class Part:
         for line in map(cleaned, handover.lines()):
             if "int8bench" in line:
                 self._journal.begin(line["int8bench"]["environment"])
-            elif not {ACCURACY, SENSITIVITY} & set(line):
+            elif unwrapped(line)[0] == "results":
                 self._journal.append(Result.from_dict(line))
 
     def add(self, result: Result) -> None:

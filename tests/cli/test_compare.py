@@ -216,7 +216,7 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
             ["--noise-floor=3%"],
             (
                 "--noise-floor: must be METRIC=PERCENTAGE with a metric of throughput, batch-time, "
-                "p95, memory, compile, energy, got '3%'"
+                "p95, memory, compile, energy, call-time, got '3%'"
             ),
         ),
     ],

@@ -14,7 +14,18 @@ from pytest_int8bench.cli.main import main
 from pytest_int8bench.report.exports import BENCHMARK_LENGTH, MEASURE_LENGTH
 from pytest_int8bench.results.figures import METRICS, Figure, register, unregister
 from pytest_int8bench.results.records import Result
-from toys.results import CPU, Saved, everything, result_of, saved, timed, verdict_of, write
+from toys.results import (
+    CPU,
+    Saved,
+    entry,
+    everything,
+    result_of,
+    saved,
+    timed,
+    verdict_of,
+    write,
+    write_plain,
+)
 
 jsonschema = pytest.importorskip("jsonschema", reason="comes with check-jsonschema")
 
@@ -175,6 +186,23 @@ def test_what_says_nothing_of_the_code_is_left_out(capsys: pytest.CaptureFixture
         "toy: test_a.py::test[odd\\u202e::error::#\\#[error]] (failed); "
         "toy: test_a.py::test_accuracy[random] top1 (random weights)\n"
     )
+
+
+def test_plain_benchmarks_are_exported(capsys: pytest.CaptureFixture[str]) -> None:
+    spread = {"stddev": 2e-4, "rounds": 4}  # a standard error of 0.1 * sqrt(pi / 2) / 2
+    write_plain("run.json", entry("test_a.py::sort", 2e-3, **spread))
+    assert main(["export", "run.json", "--format", "bencher"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    jsonschema.validate(values, BENCHER)
+    assert values == {
+        "test_a.py::sort": {
+            "call_time_s": {
+                "value": 2e-3,
+                "lower_value": pytest.approx(1.754e-3, rel=1e-3),
+                "upper_value": pytest.approx(2.246e-3, rel=1e-3),
+            }
+        }
+    }
 
 
 def test_many_points_that_are_left_out_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import fixtures
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.reading import read_settings
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
@@ -305,7 +306,7 @@ ROWS: dict[str, list[str]] = {
     ],
     "gate": list(METRICS),
     "schema": [
-        *{name for kind in (Result, Accuracy, Sensitivity) for name in fields_of(kind)},
+        *{name for kind in (Result, Benchmark, Accuracy, Sensitivity) for name in fields_of(kind)},
         "oom",
         *FINGERPRINT_NAMES,
     ],

@@ -16,12 +16,12 @@ from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import RunChange
 from pytest_int8bench.gate.verdicts import VerdictChange
-from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.base import NOT_MEASURED, Record
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import NOT_MEASURED, Result, Saved
+from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.results.verdicts import Accuracy
-from toys.results import saved, timed, verdict_of
+from toys.results import plain, saved, timed, verdict_of
 
 ENVIRONMENT: dict[str, Any] = {
     "gpu": {"name": "A100", "driver": "580.1"},
@@ -266,7 +266,7 @@ def test_another_point_under_the_same_name_is_not_compared() -> None:
 
 def test_a_point_without_a_batch_time_is_not_compared() -> None:
     bare = timed(batch_time_s=None)
-    assert one(OK, bare) == ("incomparable", 2, "has no batch time")
+    assert one(OK, bare) == ("incomparable", 2, "has no time")
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_machine_speed_cancels(base: list[float], new: list[float], scale: float
 
 @given(
     st.lists(st.tuples(points, points), min_size=1, max_size=4),
-    st.sampled_from([metric.field for metric in METRICS.values()]),
+    st.sampled_from([metric.field for metric in METRICS.values() if not metric.of_benchmarks]),
     st.floats(1, 4),
 )
 def test_worse_never_looks_better(states: Any, field: str, factor: float) -> None:
@@ -598,3 +598,87 @@ def test_sides_can_be_swapped(factor: float, count: int) -> None:
     for change in there.changes:
         other = back.change(change.metric)
         assert (1 + change.growth) * (1 + other.growth) == pytest.approx(1)
+
+
+# -- plain benchmarks ---------------------------------------------------------------------------
+
+
+def slower(by: float, **values: Any) -> Record:
+    return plain("x", 1e-3 * by, **values)
+
+
+@pytest.mark.parametrize(
+    ("new", "outcome", "code", "reason"),
+    [
+        (slower(1.01), "same", 0, None),
+        (slower(0.9), "improved", 0, None),
+        (slower(1.06), "suspected", 2, "shown from 12.8% on if processes differ by 4.0%"),
+        (
+            slower(1.3),
+            "regressed",
+            1,
+            "max-call-time-growth: +30.0%, limit 5.0% (noise floor 2.0%)",
+        ),
+        # Rounds that differ, and a single one, do not settle the figure of their process.
+        (slower(1.3, call_time_standard_error=0.2), "suspected", 2, "processes differ by 20.4%"),
+        (
+            slower(1.3, call_time_standard_error=None, rounds=1),
+            "suspected",
+            2,
+            "after a single round, whose noise is not known: int8bench ab or 7 files of the base",
+        ),
+        (slower(9, status="failed", reason="boom"), "failed", 2, "boom"),
+        (slower(1, status="skipped", reason="no"), "skipped", 2, "no"),
+        (slower(1, status="skipped", reason=f"{NOT_MEASURED}: off"), "disabled", 2, "off"),
+        (slower(1, call_time_s=None), "incomparable", 2, "has no time"),
+        (
+            slower(9, timer="synchronized_perf_counter"),
+            "incomparable",
+            2,
+            "timed with other timers: perf_counter, synchronized_perf_counter",
+        ),
+        (plain("moved"), "missing", 2, "not in the new run"),
+    ],
+)
+def test_plain_benchmarks_have_the_outcomes_of_points(
+    new: Record, outcome: str, code: int, reason: str | None
+) -> None:
+    found = compared([slower(1), timed()], [new, timed()])
+    run = next(run for run in found.runs if run.nodeid == "test_a.py::x")
+    assert (run.outcome, run.exit_code, found.exit_code) == (outcome, code, code)
+    assert (reason or "") in (run.reason or "")
+    assert bool(run.reason) == bool(reason)
+
+
+def test_a_single_round_is_noted_whatever_comes_of_it() -> None:
+    found = compared([slower(1)], [slower(0.8, call_time_standard_error=None)])
+    assert found.runs[0].outcome == "improved"
+    assert any("test_a.py::x: a single round says nothing" in note for note in found.notes)
+
+
+def test_enough_files_show_the_noise_of_single_rounds() -> None:
+    files = [side(slower(by, call_time_standard_error=None)) for by in (1, 1.01, 0.99, 1, 1, 1, 1)]
+    new = side(slower(1.3, call_time_standard_error=None))
+    assert compare(files, [new], RULES).runs[0].outcome == "regressed"
+
+
+def test_one_name_in_two_files_is_two_benchmarks() -> None:
+    here, there = slower(1), plain("x", 1e-3, nodeid="test_b.py::x", run_name="test_b.py::x")
+    found = compared([here, there], [slower(2), there])
+    assert [run.outcome for run in found.runs] == ["regressed", "same"]
+
+
+def test_any_two_files_must_be_of_one_machine() -> None:
+    little = side(timed(), only=["cpu"])
+    other = {"gpu": {"name": "H100", "driver": "580.1"}}
+    found = compare([little], [side(timed()), side(timed(), **other)], RULES)
+    assert found.differences == {"gpu": ("A100", "H100")}
+    assert any("as far as machine_info goes (cpu)" in note for note in found.notes)
+
+
+def test_picked_are_runs_that_a_name_on_either_side_picks() -> None:
+    sides = [side(slower(1), timed(), verdict_of())], [side(slower(2), timed(slower=2))]
+    assert [r.run_name for r in compare(*sides, RULES, lambda n: "x" in n).runs] == ["x"]
+    found = compare(*sides, RULES, lambda names: "pytest-benchmark" in names)
+    assert [r.nodeid for r in found.runs] == ["test_a.py::x"]
+    assert not found.accuracy

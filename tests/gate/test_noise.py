@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +14,10 @@ from scipy import stats
 from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.noise import files_needed, shows_noise
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.locating import Run
 from toys.gate_noise import PROCESSES, normal, outliers, simulate_compare
-from toys.results import saved, timed
+from toys.results import entry, saved, timed
 
 FAMILIES = 40
 #: At 5 % of families, more would be seen once in a thousand.
@@ -41,6 +43,30 @@ MOST = int(stats.binom.isf(0.001, FAMILIES, 0.05))
 def test_unchanged_code_rarely_regresses(machine: str, files: tuple[int, int]) -> None:
     outcomes = simulate_compare(PROCESSES[machine], files=files, families=FAMILIES)
     assert (outcomes == "regressed").any(axis=1).sum() <= MOST
+
+
+@pytest.mark.parametrize(("rounds", "files"), [(1, 1), (5, 1)])
+def test_few_rounds_rarely_regress(rounds: int, files: int) -> None:
+    """Plain benchmarks, whose rounds scatter by 30 %, on processes that differ by 2 %."""
+    rng = np.random.default_rng(20)
+
+    def process() -> Run:
+        logs = rng.normal(rng.normal(0, 0.02, (8, 1)), 0.3, (8, rounds))
+        times = np.exp(logs)
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75), axis=1)
+        spread = times.std(axis=1, ddof=1) if rounds > 1 else np.zeros(8)
+        columns = np.stack([median, spread, high - low, times.min(axis=1)], axis=1)
+        timings = (
+            entry(f"{run}", m, stddev=s, iqr=q, min=least, rounds=rounds)
+            for run, (m, s, q, least) in enumerate(columns.tolist())
+        )
+        return Run(Path("file.json"), saved(*map(Benchmark.from_timing, timings)))
+
+    found = (
+        compare([process() for _ in range(files)], [process() for _ in range(files)], Rules())
+        for _ in range(FAMILIES)
+    )
+    assert sum("regressed" in comparison.counts for comparison in found) <= MOST
 
 
 @pytest.mark.parametrize("files", [(3, 3), (5, 1)])

@@ -22,11 +22,12 @@ from pytest_int8bench.gate.rules import (
     parse_share,
     read_rules,
 )
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.records import Result
 
 OPTIONS = (
     "max-slowdown, max-batch-time-growth, max-p95-growth, max-memory-growth, max-compile-growth, "
-    "max-energy-growth"
+    "max-energy-growth, max-call-time-growth"
 )
 KEYS = f"{OPTIONS}, noise-floor, allow, allow-missing, fail-on-inconclusive, runs"
 NAMES = ", ".join(ALLOWABLE)
@@ -44,8 +45,11 @@ def test_metrics_are_numbers_of_a_result_with_stated_defaults() -> None:
         "memory": (0.05, 0.01),
         "compile": (None, 0.3),
         "energy": (None, 0.03),
+        "call-time": (0.05, 0.02),
     }
-    assert {metric.field for metric in METRICS.values()} <= {spec.name for spec in fields(Result)}
+    for metric in METRICS.values():
+        kind = Benchmark if metric.of_benchmarks else Result
+        assert metric.field in {spec.name for spec in fields(kind)}
     assert ", ".join(metric.option for metric in METRICS.values()) == OPTIONS
     assert [name for name, metric in METRICS.items() if not metric.depends_on_clocks] == ["memory"]
 
@@ -105,7 +109,7 @@ def test_floors_of_other_metrics_are_refused(text: str) -> None:
         parse_floor(text)
     assert str(caught.value) == (
         "must be METRIC=PERCENTAGE with a metric of throughput, batch-time, p95, memory, compile, "
-        f"energy, got {text!r}"
+        f"energy, call-time, got {text!r}"
     )
 
 
@@ -235,7 +239,7 @@ def test_without_a_table_the_defaults_count(pyproject: Path, content: str) -> No
             "noise-floor = { speed = '3%' }",
             (
                 "noise-floor: must be METRIC=PERCENTAGE with a metric of throughput, batch-time, "
-                "p95, memory, compile, energy, got 'speed=3%'"
+                "p95, memory, compile, energy, call-time, got 'speed=3%'"
             ),
         ),
         ("noise-floor = { memory = 3 }", "noise-floor: must be a percentage such as 5%, got '3'"),

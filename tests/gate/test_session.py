@@ -13,7 +13,7 @@ from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.session import IncomparableError, RegressionError, SessionGate
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved
-from toys.results import timed
+from toys.results import plain, timed
 
 HERE: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "commit": "abc"}
 
@@ -193,3 +193,16 @@ def test_what_one_process_cannot_show_is_listed_and_fails_nothing() -> None:
     first, suspected = gate.summary()
     assert first == "compared with base.json: 1 suspected"
     assert suspected.startswith("suspected: toy: x: max-slowdown: +8.0%, limit 5.0%, shown from ")
+
+
+def test_plain_benchmarks_are_held_to_the_file() -> None:
+    run = Run(Path("base.json"), Saved({**HERE, "only": ["cpu"]}, [], benchmarks=[plain("x")]))
+    gate = SessionGate([run], Rules())
+    gate.check_machine({**HERE, "cuda": "13.0"})
+    assert said(lambda: gate.judge(plain("x", 1.3e-3), HERE), RegressionError) == (
+        "regressed: test_a.py::x: max-call-time-growth: +30.0%, limit 5.0% (noise floor 2.0%); "
+        "compared with base.json"
+    )
+    assert gate.summary()[1].startswith("note: base.json: saved without pytest-int8bench: the mach")
+    gate.forget("test_a.py::x")
+    assert problems(gate, {"test_a.py::x"})[1:] == ["not measured, so not compared: test_a.py::x"]

@@ -18,9 +18,8 @@ from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.report.compare import cases, page, to_dict
 from pytest_int8bench.report.junit import Case, to_xml
 from pytest_int8bench.report.tables import Grid, Page, number
-from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.base import STATUSES, Record
 from pytest_int8bench.results.locating import Run
-from pytest_int8bench.results.records import STATUSES
 from toys.results import saved, timed, verdict_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.records import Result, Saved
 from toys import results
-from toys.results import W8A8, verdict
+from toys.results import W8A8, plain, verdict
 
 NAME = RunParams(int8_enabled=True).run_name
 CPU: dict[str, Any] = {
@@ -566,3 +567,21 @@ def test_layers_that_are_not_fused_are_said_with_reasons() -> None:
     assert said in lines_of(result_of(**fused))
     torchao = {**fused, "int8_backend": "torchao"}
     assert said not in lines_of(result_of(**torchao))
+
+
+def test_plain_benchmarks_have_a_table_of_their_own() -> None:
+    off = [plain(name, status="skipped", reason="ran once, not measured: off") for name in "ab"]
+    off = [replace(benchmark, call_time_s=None) for benchmark in off]
+    slow = plain("slow", 1.5, rounds=1, iterations=None)
+    failed = plain("bad", 0.25, status="failed", reason="boom")
+    saved = Saved(GPU, [], benchmarks=[slow, plain("fast", 2.5e-8), failed, *off])
+    lines = [" ".join(line.split()) for line in render(saved, width=None, color=False).splitlines()]
+    assert lines[:6] == [
+        "benchmark time/call rounds calls/round",
+        "test_a.py::slow 1.50 s 1 -",
+        "test_a.py::fast 25.0 ns 20 1",
+        "test_a.py::bad 250 ms 20 1",
+        "failed: test_a.py::bad: boom",
+        "skipped: 2 plain benchmarks: ran once, not measured: off",
+    ]
+    assert lines[6].startswith("timer does not wait for the GPU: test_a.py::slow and 2 more: ")

@@ -24,6 +24,7 @@ from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.terminal import render
 from pytest_int8bench.report.wandb import metrics_of
 from pytest_int8bench.results.base import SchemaError
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.figures import FIGURES, METRICS, Figure, register, unregister
 from pytest_int8bench.results.locating import Run, read_runs
 from pytest_int8bench.results.reading import read
@@ -86,11 +87,12 @@ def view_of(*saved: Saved) -> View:
 
 
 def test_figures_read_fields_that_results_have() -> None:
-    names = {spec.name for spec in dataclasses.fields(Result)}
     for field, figure in FIGURES.items():
+        kind = Benchmark if figure.of_benchmarks else Result
+        names = {spec.name for spec in dataclasses.fields(kind)}
         assert field == figure.field
         assert (field in names) == (figure.compute is None)
-        assert set(figure.interval or ()) <= names
+        assert {*(figure.interval or ()), *filter(None, [figure.standard_error])} <= names
 
 
 def test_metrics_are_the_figures_with_an_option() -> None:

@@ -14,13 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_int8bench.params import RunParams
-from pytest_int8bench.results.base import SchemaError
+from pytest_int8bench.results.base import NOT_MEASURED, STATUSES, SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import (
-    NOT_MEASURED,
     SCHEMA,
-    STATUSES,
     Result,
     Saved,
     latest,

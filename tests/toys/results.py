@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.base import Record
+from pytest_int8bench.results.benchmarks import Benchmark
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
@@ -197,22 +199,53 @@ def commits() -> list[tuple[str, Saved]]:
 
 
 def saved(*records: Record, **environment: Any) -> Saved:
-    """Return a file of results and verdicts."""
-    results = [record for record in records if isinstance(record, Result)]
-    return Saved(environment, results, [r for r in records if isinstance(r, Accuracy)])
+    """Return a file of records."""
+    return Saved.of(environment, records)
+
+
+def plain(name: str = "plain", seconds: float = 1e-3, **values: Any) -> Benchmark:
+    """Return a plain benchmark whose rounds do not differ."""
+    timing = entry(f"test_a.py::{name}", seconds)
+    return replace(Benchmark.from_timing(timing), **values)
+
+
+def entry(fullname: str, seconds: float = 1e-3, **stats: Any) -> dict[str, Any]:
+    """Return what pytest-benchmark saves of a test."""
+    times = dict.fromkeys(("min", "max", "mean", "median"), seconds)
+    spread = {"stddev": 0.0, "iqr": 0.0, "rounds": 20, "iterations": 1}
+    options = {"timer": "perf_counter", "min_rounds": 5}
+    stats = {**times, **spread, **stats}
+    return {"fullname": fullname, "name": "x", "options": options, "stats": stats}
+
+
+#: What pytest-benchmark says of the machine that :data:`CPU` is of.
+MACHINE_INFO = {
+    "node": "host",
+    "python_version": "3.11.7",
+    "system": "Linux",
+    "machine": "x86_64",
+    "cpu": {"brand_raw": "EPYC", "hz_actual": [2000000000, 0]},
+}
+
+
+def write_plain(path: str | Path, *entries: Any, **head: Any) -> Path:
+    """Save as pytest-benchmark does without this plugin."""
+    head = {"machine_info": MACHINE_INFO, "commit_info": {"id": "abc", "dirty": False}, **head}
+    Path(path).write_text(json.dumps({**head, "benchmarks": [*entries], "version": "5.1.0"}))
+    return Path(path)
 
 
 def write(path: str | Path, saved: Saved, **head: Any) -> Path:
     """Save as pytest-benchmark does; ``head`` is what it writes besides."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "benchmarks": [], "int8bench": saved.to_dict()}))
+    path.write_text(json.dumps({"benchmarks": [], **head, "int8bench": saved.to_dict()}))
     return path
 
 
 def write_journal(path: Path, saved: Saved) -> Path:
     """Write a journal with the records of ``saved``."""
     journal = Journal(path, saved.environment)
-    for record in (*saved.results, *saved.accuracy, *saved.sensitivity):
+    for record in saved.records:
         journal.append(record)
     return path

@@ -27,6 +27,7 @@ from pytest_int8bench.gate.ab.plan import (
     order_of,
 )
 from pytest_int8bench.gate.ab.side import Side
+from pytest_int8bench.results.figures import FIGURES
 
 _WARM = "warm"  # file in a cache: what a process compiles is in it, or need not be compiled
 
@@ -242,7 +243,7 @@ class BlockRunner:
         if screening:  # the runs that are left out take no time
             return statistics.fmean(wall_time_of(process, identities) for process in screening)
         first = [
-            max(p.seconds - sum(r.compile_s or 0.0 for r in p.results), 1.0)
+            max(p.seconds - sum(FIGURES["compile_s"].of(r) or 0.0 for r in p.results), 1.0)
             for p in self._journal.processes
         ]
         return statistics.fmean(first)

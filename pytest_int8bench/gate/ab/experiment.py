@@ -32,7 +32,6 @@ from pytest_int8bench.gate.ab.plan import (
     AUTO,
     BASE,
     FASTEST,
-    FIELDS,
     MEDIAN,
     NEW,
     SCREENING,
@@ -177,7 +176,7 @@ class _Experiment:
             AbError: if a revision's plugin is too old to say what is asked for.
         """
         has_fastest = all(
-            process.by_identity()[identity].batch_time_min_s is not None
+            process.by_identity()[identity].fastest_s is not None
             for process in processes
             for identity in compared
         )
@@ -277,7 +276,7 @@ class _Experiment:
         self, stage: str, blocks: Sequence[Sequence[Process]], identities: Sequence[Identity]
     ) -> tuple[BlockTimes, dict[Identity, AbRun]]:
         """Return the times of the runs that have them, and the entries of those that failed."""
-        times, broken = block_times(stage, blocks, identities, FIELDS[self._statistic])
+        times, broken = block_times(stage, blocks, identities, f"{self._statistic}_s")
         failed = {
             identity: self._entry(identity, (), (), "failed", UNDECIDED, reason=reason)
             for identity, reason in broken.items()

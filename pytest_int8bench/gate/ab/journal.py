@@ -14,7 +14,8 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import LineFile, create, timestamp
 from pytest_int8bench.gate.renames import Renames
 from pytest_int8bench.printing import cleaned
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.lines import unwrapped, wrapped
+from pytest_int8bench.results.records import KINDS, Saved, Timed
 
 SCHEMA = 1
 """Of the JSON that a comparison writes."""
@@ -40,9 +41,9 @@ class Process:
     """In the block's order."""
     side: str
     seconds: float
-    results: tuple[Result, ...]
+    results: tuple[Timed, ...]
 
-    def by_identity(self) -> dict[Identity, Result]:
+    def by_identity(self) -> dict[Identity, Timed]:
         """Return the results by node id and workload."""
         return {(result.nodeid, result.workload): result for result in self.results}
 
@@ -148,7 +149,9 @@ class AbJournal:
                 if "environment" in record:
                     self.environment = record["environment"]
                 elif number > 1:
-                    results = tuple(map(Result.from_dict, record.pop("results")))
+                    lines = map(unwrapped, record.pop("results"))
+                    records = [KINDS[kind].from_dict(values) for kind, values in lines]
+                    results = tuple(Saved.of({}, records).timed)
                     self._processes.append(Process(**record, results=results))
                 elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
                     tell(
@@ -204,7 +207,7 @@ class AbJournal:
         except OSError as error:
             lacking = min(self._file.lacking(), len(self._processes))
             self._tell(
-                f"{self.path} lacks {lacking} of {len(self.processes)} processes: "
+                f"{self.path} lacks {lacking} of {len(self._processes)} processes: "
                 f"{error.strerror or error}"
             )
             return False
@@ -217,4 +220,4 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
 
 def _process_line(process: Process) -> str:
     record = {name: getattr(process, name) for name in process.__dataclass_fields__}
-    return json.dumps({**record, "results": [result.to_dict() for result in process.results]})
+    return json.dumps({**record, "results": [wrapped(result) for result in process.results]})

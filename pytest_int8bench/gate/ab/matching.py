@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pytest_int8bench.gate.ab.journal import Identity, Process
 from pytest_int8bench.gate.ab.plan import BASE, PROCESSES, SCREENING, AbRun
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Timed
 
 #: Seconds per batch for each run and block: base and new revision in screening, and in the order in
 #: which processes ran in the verdict stage.
@@ -39,7 +39,7 @@ def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Iden
 
 
 def _unmatched(
-    old: Result | None, now: Result | None, *, allow_missing: bool
+    old: Timed | None, now: Timed | None, *, allow_missing: bool
 ) -> tuple[str | None, int, str | None]:
     """Return outcome, exit code and reason of a run that both sides do not have measured."""
     lost = PASSES if allow_missing else UNDECIDED
@@ -60,6 +60,8 @@ def _unmatched(
         return "failed", UNDECIDED, now.reason
     if old is None or old.status != "ok":
         return "new", PASSES, f"was {old.status}: {old.reason}" if old else "not in the base"
+    if old.timer != now.timer:
+        return "failed", UNDECIDED, f"timed with other timers: {old.timer}, {now.timer}"
     return None, PASSES, None
 
 
@@ -111,9 +113,7 @@ def _ordered(stage: str, processes: Sequence[Process]) -> list[Process]:
 def wall_time_of(process: Process, identities: Sequence[Identity]) -> float:
     """Return the wall time of a process, less that of runs other than these."""
     others = sum(
-        (result.compile_s or 0.0)
-        + (result.warm_up_s or 0.0)
-        + (result.rounds or 0) * (result.iterations or 0) * (result.batch_time_s or 0.0)
+        result.wall_s
         for identity, result in process.by_identity().items()
         if identity not in identities
     )

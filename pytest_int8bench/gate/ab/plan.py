@@ -22,9 +22,12 @@ BASE, NEW = "base", "new"
 #: Processes in a block.
 PROCESSES = {SCREENING: 2, VERDICT: 4}
 
-#: What stands for a process, and the field of ``Result`` that holds it.
+#: What stands for a process, and the fields of ``Result`` and ``Benchmark`` that hold it.
 MEDIAN, FASTEST = "median", "fastest"
-FIELDS = {MEDIAN: "batch_time_s", FASTEST: "batch_time_min_s"}
+FIELDS = {
+    MEDIAN: ("batch_time_s", "call_time_s"),
+    FASTEST: ("batch_time_min_s", "call_time_min_s"),
+}
 AUTO = "auto"
 
 

@@ -24,7 +24,7 @@ from pytest_int8bench.processes.ab_files import SideFiles
 from pytest_int8bench.processes.running import ending, run
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Timed
 
 _PLUGIN = "pytest_int8bench.suite.side"
 # What the two sides must not share.
@@ -121,7 +121,7 @@ class Side:
                 saved = read(files.journal)
             except (FileNotFoundError, SchemaError):
                 saved = None
-        results = saved.results if saved is not None else []
+        results = saved.timed if saved is not None else []
         if saved is None or modules is None or not results:
             what = "did not finish" if results else "measured nothing"
             raise SideError(self._failure(what, code, begin))
@@ -133,7 +133,7 @@ class Side:
                 f"{self.revision.label}: pytest's root folder is not in the worktree{where}: "
                 "leave out --rootdir and -c"
             )
-        return Measured(saved.environment, saved.results, seconds)
+        return Measured(saved.environment, results, seconds)
 
     @contextmanager
     def _logged(self, command: str) -> Iterator[IO[str]]:
@@ -288,7 +288,7 @@ class Measured:
     """What one process measured."""
 
     environment: dict[str, Any]
-    results: list[Result]
+    results: list[Timed]
     seconds: float
     """Wall time of the process."""
 

@@ -23,9 +23,9 @@ from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
+from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 _HERE = "localhost"
 #: What pytest-xdist puts in place of a phase, for the test that a worker crashed in.
@@ -185,7 +185,7 @@ class Controller(Recorder):
             self._has_failed = True
             self.reported += [f"{worker}: {text}" for text in problems]
 
-    def _take(self, record: Result | Accuracy | Sensitivity, message: Message) -> None:
+    def _take(self, record: Record, message: Message) -> None:
         environment = message.environment or {}
         if self.journal is None:
             self.start_journal(environment)

@@ -7,17 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_int8bench.results.base import Record
-from pytest_int8bench.results.records import Result
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
+from pytest_int8bench.results.records import KINDS
 
 #: Name of what is ours, on reports and in what pytest-xdist hands to and from workers.
 KEY = "int8bench"
 #: Environment variable that tells a worker, before it reads anything else, which of how many it is
 #: on its host: ``1/2`` for the second of two.
 SEAT = "INT8BENCH_SEAT"
-_KINDS: dict[str, type[Result | Accuracy | Sensitivity]] = {
-    kind.__name__: kind for kind in (Result, Accuracy, Sensitivity)
-}
+_KINDS = {kind.__name__: kind for kind in KINDS.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ class Message:
         return cls(**json.loads(text))
 
 
-def unpacked(kind: str, values: dict[str, Any]) -> Result | Accuracy | Sensitivity:
+def unpacked(kind: str, values: dict[str, Any]) -> Record:
     """Return a record of a message."""
     return _KINDS[kind].from_dict(values)
 

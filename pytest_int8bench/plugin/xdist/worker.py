@@ -26,7 +26,6 @@ from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
-from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Worker(Recorder):
         self._seat: dict[str, int] | None = given.get(KEY)
         self._pinned: _Pinned | None = self.config.stash.get(_PINNED, None)
         self._is_lost = False
-        self._records: list[Result | Accuracy | Sensitivity] = []
+        self._records: list[Record] = []
         self._attempts: Counter[str] = Counter()
 
     @property
@@ -147,7 +146,7 @@ class Worker(Recorder):
         where = {"id": self.id, "host": platform.node(), "gpu": gpu}
         return dataclasses.replace(result, worker=where)
 
-    def record(self, record: Result | Accuracy | Sensitivity) -> None:
+    def record(self, record: Record) -> None:
         """Send ``record`` with the next report."""
         if isinstance(record, Result):
             record = self.placed(record)

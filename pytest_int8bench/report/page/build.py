@@ -15,6 +15,7 @@ from pytest_int8bench.report.page.model import Section, Titled, View
 from pytest_int8bench.report.page.sections import (
     accuracy,
     bars,
+    benchmarks,
     history,
     model_internals,
     throughput,
@@ -35,6 +36,7 @@ def build(sources: Sequence[Source]) -> View:
     results = current(sources, lambda saved: saved.results)
     verdicts = current(sources, lambda saved: saved.accuracy)
     scans = current(sources, lambda saved: saved.sensitivity)
+    plain = current(sources, lambda saved: saved.benchmarks)
     scopes = scopes_of(results)
     sections = [
         throughput.throughput(scopes, results, len(sources) > 1),
@@ -45,7 +47,8 @@ def build(sources: Sequence[Source]) -> View:
         model_internals.device_time(scopes),
         model_internals.coverage(results),
         model_internals.sensitivity(scans),
-        _problems(results, len(sources) > 1),
+        benchmarks.section(plain, sources),
+        _problems([*results, *plain], len(sources) > 1),
         history.section(sources, renames),
         _environment(sources),
     ]
@@ -56,14 +59,14 @@ def build(sources: Sequence[Source]) -> View:
     view = View(
         title=TITLE,
         subtitle=describe(sources[-1].saved.environment) + others,
-        summary=tuple(_summary(scopes, results, verdicts)),
+        summary=(*_summary(scopes, results, verdicts), *_counted(plain, "plain benchmark")),
         sections=(*found, *([missing] if missing is not None else [])),
     )
     return fitted(view)
 
 
-def _problems(results: Results, many: bool) -> Section | None:
-    shown = [found for found in results if found.record.status != "ok"]
+def _problems(timed: Sequence[Found[Any]], many: bool) -> Section | None:
+    shown = [found for found in timed if found.record.status != "ok"]
     if not shown:
         return None
     rows = [
@@ -144,13 +147,17 @@ def _missing(there: set[str]) -> Section | None:
     return Section(id="missing", title="Not in this report", notes=notes)
 
 
+def _counted(found: Sequence[Found[Any]], what: str) -> Iterable[str]:
+    count = Counter(status_text(one.record) for one in found)
+    if found:
+        counted = ", ".join(f"{number_of} {status}" for status, number_of in count.items())
+        yield f"{plural(len(found), what)}: {counted}."
+
+
 def _summary(
     scopes: Sequence[Scope], results: Results, verdicts: Sequence[Found[Accuracy]]
 ) -> Iterable[str]:
-    count = Counter(status_text(found.record) for found in results)
-    if results:
-        counted = ", ".join(f"{number_of} {status}" for status, number_of in count.items())
-        yield f"{plural(len(results), 'point')}: {counted}."
+    yield from _counted(results, "point")
     for scope in scopes:
         by_mode: dict[str, list[tuple[Result, str]]] = {}
         for result, params, name in scope.pick(lambda r: r.speedup is not None):

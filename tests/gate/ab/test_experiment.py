@@ -29,9 +29,10 @@ from pytest_int8bench.gate.ab.judging import Estimate, Judged, Screened
 from pytest_int8bench.gate.ab.plan import AbResult, AbRun, Plan
 from pytest_int8bench.gate.ab.side import Measured, Side
 from pytest_int8bench.gate.ab.worktrees import Revision
-from pytest_int8bench.results.records import NOT_MEASURED
+from pytest_int8bench.report.ab import page
+from pytest_int8bench.results.base import NOT_MEASURED
 from toys.disks import failing
-from toys.results import result_of
+from toys.results import plain, result_of
 
 BASE, NEW = Revision("main", "a" * 40), Revision("HEAD", "b" * 40)
 ENVIRONMENT: dict[str, Any] = {
@@ -71,6 +72,8 @@ class Machine:
     def __init__(self, **times: tuple[float, float]) -> None:
         self.times = times
         """Name -> seconds per batch of base and new."""
+        self.plain: set[str] = set()
+        """Names that are plain benchmarks."""
         self.calls: list[str] = []
         """Sides, in the order they were measured."""
         self.onlys: list[Sequence[str] | None] = []
@@ -103,6 +106,10 @@ class Machine:
             noise = random.Random(f"{number} {name}").gauss(0, 0.002)
             change = self.change(number, key, name)
             if change is None or (only is not None and nodeid(name) not in only):
+                continue
+            if name in self.plain:
+                seconds = times[key == "new"] * (1 + noise)
+                results.append(dataclasses.replace(plain(f"test[{name}]", seconds), **change))
                 continue
             measured = {"batch_time_s": times[key == "new"] * (1 + noise), **change}
             results.append(result_of(name, **measured))
@@ -403,6 +410,41 @@ def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) ->
 )
 def test_a_duration(seconds: float, text: str) -> None:
     assert ab_plan.duration(seconds) == text
+
+
+def test_plain_benchmarks_are_compared_too(machine: Machine, compare: Compare, root: Path) -> None:
+    machine.times |= {"sort": (2e-6, 2.2e-6), "same": (1e-3, 1e-3)}
+    machine.plain = {"sort", "same"}
+
+    def stop(number: int) -> None:
+        if number == 10:
+            raise KeyboardInterrupt
+
+    machine.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    machine.before = lambda number: None
+    result = compare()  # goes on with the journal, in which they are
+    assert len(machine.calls) == len(WARMING + screening(root) + verdict(root))
+    runs = {(run.run_name, run.workload): run.outcome for run in result.runs}
+    assert runs == {
+        ("x", "toy"): "PASS",
+        ("test_a.py::test[sort]", "pytest-benchmark"): "FAIL",
+        ("test_a.py::test[same]", "pytest-benchmark"): "PASS",
+    }
+    [grid] = page(result).grids
+    at = grid.columns.index("time/call")
+    assert [row[at].split()[1::3] for row in grid.rows] == [[], ["µs", "µs"], ["ms", "ms"]]
+    assert [row[grid.columns.index("ms/batch")] == "-" for row in grid.rows] == [False, True, True]
+
+
+def test_times_of_two_timers_are_not_compared(machine: Machine, compare: Compare) -> None:
+    machine.plain = {"x"}
+    ours = {"timer": "synchronized_perf_counter"}
+    machine.change = lambda number, key, name: ours if key == "new" else {}
+    run = only_run(compare())
+    assert (run.outcome, run.exit_code) == ("failed", 2)
+    assert run.reason == "timed with other timers: perf_counter, synchronized_perf_counter"
 
 
 # -- runs that cannot be compared -------------------------------------------------------------

@@ -31,6 +31,7 @@ from toys.results import (
     environment,
     everything,
     faster,
+    plain,
     result,
     verdict,
 )
@@ -576,3 +577,19 @@ def test_parameters_of_other_versions_are_no_obstacle() -> None:
     view = view_of(Saved(GPU, [odd, result(RunParams(), 6.0)]))
     assert "odd" in markdown.render(view)
     assert html.render(view)
+
+
+def test_plain_benchmarks_have_a_section_and_a_history() -> None:
+    first = Saved(GPU, [result(W8A8, 100)], benchmarks=[plain("a"), plain("b")])
+    bad = plain("b", status="failed", reason="boom")
+    view = view_of(first, Saved({"only": []}, [], benchmarks=[plain("a", 2e-3), bad]))
+    assert "4 plain benchmarks: 3 ok, 1 failed." in view.summary
+    [table] = section(view, "benchmarks").tables
+    assert [row[:2] for row in table.grid.rows] == [
+        ["test_a.py::a", "1.00 ms"],
+        ["test_a.py::b", "1.00 ms"],
+        ["test_a.py::a", "2.00 ms"],
+        ["test_a.py::b", "1.00 ms"],
+    ]
+    assert "timer does not wait" in section(view, "benchmarks").notes[0]
+    assert section(view, "problems").tables[0].grid.rows[0][0] == "test_a.py::b"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_int8bench.environment import differences
 from pytest_int8bench.report.cells import figure_interval, figure_text, status_text
@@ -15,9 +15,10 @@ from pytest_int8bench.report.page.sources import Source, device
 from pytest_int8bench.report.tables import MISSING, Grid, number
 from pytest_int8bench.results.base import Record, point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
-from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.records import Result, Timed
 from pytest_int8bench.results.verdicts import Accuracy
 
+_TimedT = TypeVar("_TimedT", bound=Timed)
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
 
 
@@ -32,6 +33,7 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
         return None
     marks = changes(sources)
     results = _by_key(sources, lambda source: source.saved.results)
+    timed = _by_key(sources, lambda source: source.saved.timed)
     notes = [
         f"{mark.letter}, before {sources[round(mark.x + 0.5)].label}: {mark.text}" for mark in marks
     ]
@@ -48,7 +50,7 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
             ),
         ),
         charts=tuple(_charts(sources, results, marks)),
-        tables=(_files(sources, marks), *_tables(sources, results)),
+        tables=(_files(sources, marks), *_tables(sources, timed)),
         notes=(*notes, *renames),
     )
 
@@ -70,10 +72,10 @@ def _letter(index: int) -> str:
 
 
 def _by_key(
-    sources: Sequence[Source], records: Callable[[Source], Sequence[Result]]
-) -> dict[_Key, dict[int, Result]]:
+    sources: Sequence[Source], records: Callable[[Source], Sequence[_TimedT]]
+) -> dict[_Key, dict[int, _TimedT]]:
     """Return the results of each point, by the number of their file."""
-    found: dict[_Key, dict[int, Result]] = {}
+    found: dict[_Key, dict[int, _TimedT]] = {}
     for place, source in enumerate(sources):
         for result in records(source):
             found.setdefault(_key(source, result), {})[place] = result
@@ -201,13 +203,13 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
     rows = []
     for place, source in enumerate(sources):
         saved, mark = source.saved, changed.get(place)
-        measured = sum(labels.is_measured(result) for result in saved.results)
+        measured = sum(record.median_s is not None for record in saved.timed)
         rows.append(
             [
                 source.label,
                 source.name,
                 device(saved.environment),
-                f"{measured} of {len(saved.results)}",
+                f"{measured} of {len(saved.timed)}",
                 f"{mark.letter}: {mark.text}" if mark else MISSING,
             ]
         )
@@ -223,7 +225,7 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
     )
 
 
-def _tables(sources: Sequence[Source], results: dict[_Key, dict[int, Result]]) -> list[Titled]:
+def _tables(sources: Sequence[Source], results: Mapping[_Key, Mapping[int, Timed]]) -> list[Titled]:
     names = _names(results)
     titled = sorted((f for f in FIGURES.values() if f.title), key=lambda figure: not figure.leads)
     tables = []
@@ -262,7 +264,7 @@ def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
     return names
 
 
-def _cell(figure: Figure, result: Result) -> str:
+def _cell(figure: Figure, result: Timed) -> str:
     text = figure_text(figure, result)
     if result.status == "ok" or not figure.shows_status:
         return text

@@ -1,0 +1,63 @@
+"""Record plain benchmarks, which use pytest-benchmark's own ``benchmark``, beside the points."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+
+import pytest
+
+from pytest_int8bench.errors import ClearError
+from pytest_int8bench.plugin.points import is_plain
+from pytest_int8bench.plugin.pytest_benchmark import (
+    DISABLED,
+    is_disabled,
+    leave_out,
+    timing_of,
+)
+from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+from pytest_int8bench.results.base import NOT_MEASURED
+from pytest_int8bench.results.benchmarks import Benchmark
+
+
+class PlainBenchmarks:
+    """Registered where plain benchmarks are recorded."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Not guarded: what it raises fails the test."""
+        result = yield
+        if is_plain(item):
+            _record_timing(item.config.stash[RECORDER], item)
+        return result
+
+
+def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
+    """Record what a test has timed, and hold it to the files of ``--int8-compare``.
+
+    Raises:
+        ClearError: if it got worse, or cannot be compared.
+    """
+    found: Benchmark | None = None
+    with recorder.guard("recording"):
+        if (timing := timing_of(recorder.config, item.nodeid)) is not None:
+            found = Benchmark.from_timing(timing)
+        elif is_disabled(item):
+            reason = f"{NOT_MEASURED}: {DISABLED}"
+            found = Benchmark.of(item.nodeid, status="skipped", reason=reason)
+        if found is not None:
+            recorder.record(found)
+    gate = recorder.session.gate
+    if found is not None and found.status == "ok" and gate is not None:
+        try:
+            gate.judge(found, recorder.environment())
+        except ClearError:
+            leave_out(recorder.config, item.nodeid)  # it is no baseline
+            raise
+
+
+def record_failure(recorder: Recorder, nodeid: str, status: str, reason: str) -> None:
+    """Record a test that failed or was skipped, with what it timed before."""
+    timed = [record for record in recorder.records_of(nodeid) if isinstance(record, Benchmark)]
+    record = timed[-1] if timed else Benchmark.of(nodeid)
+    recorder.record(dataclasses.replace(record, status=status, reason=reason))
