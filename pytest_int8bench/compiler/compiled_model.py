@@ -27,7 +27,7 @@ from pytest_int8bench.compiler.cache import (
     usable_default,
 )
 from pytest_int8bench.compiler.graphs import Graph
-from pytest_int8bench.compiler.regions import Regions, repeated_blocks
+from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     float32_matmul_precision,
     hide_metrics_error,
@@ -149,6 +149,7 @@ class CompiledModel(torch.nn.Module):
         start = synchronized_perf_counter()
         register_tensor_types_with_einops()
         regions = Regions(repeated_blocks(self.model))
+        self.regions_refused = reason_left_out(self.model)
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
             # without regions.
@@ -160,7 +161,7 @@ class CompiledModel(torch.nn.Module):
             self.regions_refused = first_line(_root(error))
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
-            if self.regions_refused is not None:
+            if regions:
                 gc.collect()  # the frames are a cycle
                 reset_failed_cuda_graph_warm_up()
             graphs, regions = graphs_compiled(), Regions([])
