@@ -30,7 +30,9 @@ from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     float32_matmul_precision,
+    hide_compiler_warnings,
     hide_metrics_error,
+    hide_trace_records,
     infrequent_garbage_collection,
     register_tensor_types_with_einops,
     reset_failed_cuda_graph_warm_up,
@@ -138,7 +140,11 @@ class CompiledModel(torch.nn.Module):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.first_call_s is None and self.mode != "off":
-            with infrequent_garbage_collection(), hide_metrics_error():
+            with (
+                infrequent_garbage_collection(),
+                hide_metrics_error(),
+                hide_compiler_warnings(self.model),
+            ):
                 return self._first_call(*args, **kwargs)
         with self._regions:
             return self._entry(*args, **kwargs)
@@ -216,6 +222,7 @@ class CompiledModel(torch.nn.Module):
         backend, and compiler settings. All are restored on leaving."""
         device_type = _device_type(self.model)
         with (
+            hide_trace_records(),
             torch.inference_mode(),
             torch.autocast(
                 device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
