@@ -429,8 +429,7 @@ class Apart(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
-def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+def compiled_apart(offsets: tuple[int, ...]) -> None:
     model = Apart(*offsets).eval().requires_grad_(False)
     memory = torch.randn(X.numel() + 8)
     compiled = compile_for_a100(model, mode="default")
@@ -438,6 +437,16 @@ def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[i
         assert torch.allclose(compiled(X, memory), model(X, memory), atol=1e-5)
     told = "blocks are given memory at addresses of different alignment"
     assert (compiled.regions, compiled.regions_refused) in ((len(offsets), None), (0, told))
+
+
+@pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
+@pytest.mark.slow
+def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+    compiled_apart(offsets)
+
+
+def test_misaligned_memory_is_not_compiled_for_aligned() -> None:
+    compiled_apart((0, 8, 2))
 
 
 # -- blocks that must not be taken for the same -------------------------------------------------
