@@ -39,10 +39,12 @@ from pytest_int8bench.compiler.failures import CompileError as CompileError
 from pytest_int8bench.compiler.failures import is_of_model, root_of
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, eager_attention
 from pytest_int8bench.compiler.graphs import Graph, forget
-from pytest_int8bench.compiler.regions import Regions, repeated_blocks
+from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
     float32_matmul_precision,
+    hide_compiler_warnings,
     hide_metrics_error,
+    hide_trace_records,
     infrequent_garbage_collection,
     register_tensor_types_with_einops,
     reset_failed_cuda_graph_warm_up,
@@ -163,7 +165,11 @@ class CompiledModel(torch.nn.Module):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.first_call_s is None and self.mode != "off":
-            with infrequent_garbage_collection(), hide_metrics_error():
+            with (
+                infrequent_garbage_collection(),
+                hide_metrics_error(),
+                hide_compiler_warnings(self.model),
+            ):
                 return self._first_call(*args, **kwargs)
         with self._regions:
             return self._entry(*args, **kwargs)
@@ -175,6 +181,7 @@ class CompiledModel(torch.nn.Module):
         start = synchronized_perf_counter()
         register_tensor_types_with_einops()
         regions = Regions(repeated_blocks(self.model))
+        self.regions_refused = reason_left_out(self.model)
         try:
             # One graph in any case: with breaks in blocks, less of them might be compiled than
             # without regions.
@@ -186,7 +193,7 @@ class CompiledModel(torch.nn.Module):
             self.regions_refused = first_line(root_of(error))
             output = _REFUSED
         if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
-            if self.regions_refused is not None:
+            if regions:
                 gc.collect()  # the frames are a cycle
                 reset_failed_cuda_graph_warm_up()
             graphs, breaks, regions = graphs_compiled(), graph_breaks(), Regions([])
@@ -265,6 +272,7 @@ class CompiledModel(torch.nn.Module):
         """Enter what every call runs under; all of it is restored on leaving."""
         device_type = device_type_of(self.model)
         with (
+            hide_trace_records(),
             torch.inference_mode(),
             torch.autocast(
                 device_type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import types
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -14,55 +15,65 @@ from torch import nn
 from pytest_int8bench.compiler.torch_workarounds import set_region_reuse
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
-# What transformers puts around the forward of its layers: the type it asks for matters in training.
-_CHECKPOINTING = "GradientCheckpointingLayer.__init_subclass__.<locals>.forward_with_checkpointing"
 _MARK = "__marked_compile_region_fn__"  # of torch.compiler.nested_compile_region
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of ``model`` that repeat, in order.
+    """Return the blocks of ``model`` that repeat and can be regions, in order.
 
     A block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` which has another child of the
     same class and structure: the same modules inside, with parameters and buffers of the same
-    names, shapes and dtypes. Of blocks inside blocks, the outer ones count. No blocks are
-
-    - linear layers and modules without modules inside: they would be cut off from the operators
-      that they fuse with;
-    - modules that hold a tensor subclass, such as a weight of torchao, which no region takes;
-    - modules whose ``forward`` is set on the instance, or a region already, or asks for a type,
-      which is another one inside a region.
+    names, shapes and dtypes. Of blocks inside blocks, the outer ones count. Linear layers and
+    modules without modules inside are no blocks: they would be cut off from the operators that they
+    fuse with.
     """
+    return _search(model)[0]
+
+
+def reason_left_out(model: nn.Module) -> str | None:
+    """Return why blocks of ``model`` that repeat cannot be regions, None if all can: they hold
+    tensor subclasses, such as weights of torchao, or have a ``forward`` set on the instance.
+
+    Blocks that the user marked as regions are not left out.
+    """
+    return next(iter(_search(model)[1]), None)
+
+
+def _search(model: nn.Module) -> tuple[list[nn.Module], dict[str, None]]:
+    """Return blocks that repeat, and the reasons why others that repeat cannot be regions."""
     found: dict[nn.Module, None] = {}
+    reasons: dict[str, None] = {}
     for module in _outside(model, found):
         if not isinstance(module, _CONTAINERS):
             continue
-        groups: dict[Hashable, list[nn.Module]] = defaultdict(list)
+        groups: dict[Hashable, dict[nn.Module, str | None]] = defaultdict(dict)
         for child in module.children():
-            if _may_be_block(child):
-                groups[_structure(child)].append(child)
-        found |= {child: None for group in groups.values() if len(group) > 1 for child in group}
-    return list(found)
+            if _is_block(child):
+                groups[_structure(child)][child] = _refused(child)
+        for group in groups.values():
+            able = [child for child, reason in group.items() if reason is None]
+            if len(able) > 1:
+                found |= dict.fromkeys(able)
+            if len(group) > 1:
+                reasons |= {reason: None for reason in group.values() if reason is not None}
+    return list(found), reasons
 
 
 class Regions:
     """Context in which Dynamo traces blocks as regions, each kind of them compiled once.
 
-    Inside, a block's class is one made for it: the same but for ``forward``, which is marked by
-    ``torch.compiler.nested_compile_region``; ``type(block)`` is not the user's class then. So the
-    block itself, its state and its hooks are the user's own, a copy of the model made later knows
-    nothing of it, and eager calls outside are what they were. Dynamo's guards look at the class, so
-    every call of the compiled graph has to be inside. May be entered again.
+    Inside, a block has a ``forward`` of its own, which calls its class's as a function that
+    ``torch.compiler.nested_compile_region`` marked. Its type, its state and its hooks are the
+    user's, and eager calls outside are what they were. Dynamo's guards look for that ``forward``,
+    so every call of the compiled graph has to be inside. May be entered again.
     """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
-        made: dict[type, type | None] = {}
-        self._changes: list[tuple[nn.Module, type, type]] = []
-        for block in blocks:
-            own = type(block)
-            if own not in made:
-                made[own] = _region_class(block)
-            if (region := made[own]) is not None:
-                self._changes.append((block, own, region))
+        kinds = {kind: _region_forward(kind) for kind in map(type, blocks)}
+        # In the modules' dictionaries, past nn.Module's own __setattr__: this is in the clock.
+        self._changes = [
+            (vars(block), types.MethodType(kinds[type(block)], block)) for block in blocks
+        ]
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -71,9 +82,8 @@ class Regions:
     def __enter__(self) -> Regions:
         if self._changes:
             set_region_reuse(False)
-        # Past nn.Module's own __setattr__: this is in the clock.
-        for block, _, region in self._changes:
-            object.__setattr__(block, "__class__", region)
+        for attributes, forward in self._changes:
+            attributes["forward"] = forward
         return self
 
     def __exit__(
@@ -82,8 +92,8 @@ class Regions:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        for block, own, _ in self._changes:
-            object.__setattr__(block, "__class__", own)
+        for attributes, _ in self._changes:
+            attributes.pop("forward", None)
         if self._changes:
             set_region_reuse(True)
 
@@ -97,24 +107,28 @@ def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Mo
         yield from _outside(child, blocks)
 
 
-def _may_be_block(module: nn.Module) -> bool:
-    tensors = [*module.parameters(), *module.buffers()]
+def _is_block(module: nn.Module) -> bool:
     return (
         not isinstance(module, nn.Linear)
         and next(module.children(), None) is not None
-        and bool(tensors)
-        and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
-        and "forward" not in vars(module)
+        and next(_tensors(module), None) is not None
         and not hasattr(type(module).forward, _MARK)
-        and not _asks_for_type(type(module).forward)
     )
 
 
-def _asks_for_type(forward: Any) -> bool:
-    code = getattr(forward, "__code__", None)
-    if code is not None and code.co_qualname == _CHECKPOINTING:
-        return _asks_for_type(forward.__wrapped__)
-    return code is not None and not {"type", "__class__"}.isdisjoint(code.co_names)
+def _refused(block: nn.Module) -> str | None:
+    """Return why ``block`` cannot be a region, if it cannot."""
+    if "forward" in vars(block):
+        return "a block has a forward set on the instance"
+    kinds = {type(tensor) for tensor in _tensors(block)} - {torch.Tensor, nn.Parameter}
+    if kinds:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        return f"a block holds tensors of type {names}, which no region takes"
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _structure(block: nn.Module) -> Hashable:
@@ -123,21 +137,6 @@ def _structure(block: nn.Module) -> Hashable:
         tuple((name, type(module)) for name, module in block.named_modules()),
         tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors),
     )
-
-
-@contextlib.contextmanager
-def _unannounced(own: type) -> Iterator[None]:
-    """Keep a subclass that is made inside from the ``__init_subclass__`` of ``own``, which may keep
-    what it is given."""
-    before = vars(own).get("__init_subclass__")
-    own.__init_subclass__ = classmethod(lambda cls: None)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del own.__init_subclass__
-        else:
-            own.__init_subclass__ = before  # type: ignore[method-assign]
 
 
 def _in_order(value: Any) -> Any:
@@ -153,10 +152,9 @@ def _in_order(value: Any) -> Any:
     return value.contiguous()
 
 
-def _region_class(block: nn.Module) -> type | None:
-    """Return the class for a block inside regions, or None if its class allows no such thing."""
-    own: Any = type(block)
-    original = own.forward
+def _region_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """Return the ``forward`` of blocks of class ``kind`` inside regions."""
+    original: Any = kind.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
@@ -170,14 +168,4 @@ def _region_class(block: nn.Module) -> type | None:
         named = {name: _in_order(value) for name, value in kwargs.items()}
         return compiled_once(self, *map(_in_order, args), **named)
 
-    names = {"forward": entry, "__module__": own.__module__}
-    try:
-        with _unannounced(own):
-            region: type = type(own)(
-                own.__name__, (own,), {**names, "__qualname__": own.__qualname__}
-            )
-        with_region = object.__new__(own)
-        object.__setattr__(with_region, "__class__", region)
-    except TypeError:  # of a metaclass, or another layout
-        return None
-    return region
+    return entry

@@ -14,9 +14,11 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -229,14 +231,71 @@ def hide_metrics_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hide_trace_records() -> Iterator[None]:
+    """Keep pytest from capturing torch's structured trace, and torch from writing it for nobody.
+
+    The logger is at level DEBUG and does not propagate; torch formats records, graphs included, as
+    soon as it has a handler. Pytest 9.1 adds those that capture logs to loggers that do not
+    propagate (``catching_logs`` in _pytest/logging.py), so that a test that fails after it compiled
+    is reported with a hundred empty lines and more. Handlers of torch (``TORCH_TRACE``) and of
+    users stay.
+
+    Affects torch 2.11 to 2.15 (``trace_structured`` in torch/_logging/_internal.py).
+    """
+    logger = logging.getLogger("torch.__trace")
+    hidden = [handler for handler in logger.handlers if _is_of_pytest(handler)]
+    for handler in hidden:
+        logger.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in hidden:
+            logger.addHandler(handler)
+
+
+def _is_of_pytest(handler: logging.Handler) -> bool:
+    return type(handler).__module__.partition(".")[0] == "_pytest"
+
+
+@contextlib.contextmanager
+def hide_compiler_warnings(model: torch.nn.Module) -> Iterator[None]:
+    """Keep warnings of torch that are not about the user's model from the user, while it compiles.
+
+    - Dynamo tries to trace ``_thread.get_ident``, which the ``repr`` of a dataclass calls in an
+      argument of a logger, and does without (torch 2.14 and 2.15, ``SkipFunctionVariable`` in
+      torch/_dynamo/variables/functions.py).
+    - AOTAutograd's cache asks authors of tensor subclasses, here those of torchao, for a method
+      (torch 2.13 to 2.15, ``_reduce_tensor_subclass`` in
+      torch/_functorch/_aot_autograd/autograd_cache.py).
+    - Each attention backend says why it does not take the inputs (all versions, sdp_utils.cpp in
+      aten/src/ATen/native/transformers/); where none does, an error says so.
+    """
+    of_torchao = {
+        type(tensor).__name__
+        for tensor in itertools.chain(model.parameters(), model.buffers())
+        if type(tensor).__module__.partition(".")[0] == "torchao"
+    }
+    patterns = [
+        r"Dynamo does not know how to trace the builtin `_thread\.get_ident",
+        *(rf"{name} does not implement _stable_hash_for_caching" for name in sorted(of_torchao)),
+        r"(?s).*\(Triggered internally at \S*/sdp_utils",
+    ]
+    with warnings.catch_warnings():
+        for pattern in patterns:
+            warnings.filterwarnings("ignore", pattern, UserWarning)
+        yield
+
+
+@contextlib.contextmanager
 def infrequent_garbage_collection() -> Iterator[None]:
     """Collect garbage less often while a model compiles, still often enough to free GPU memory.
 
     The compiler allocates millions of objects that stay alive, and the collector visits each of
     them many times: with the threshold of Python 3.11, 700, this took 7 % of the first call.
 
-    Affects every version of torch. A garbage collection that the user turned off, or made rarer
-    than this, stays as it is.
+    Affects every version of torch; Dynamo 2.15 raises the threshold of full collections itself
+    (``deferred_full_gc`` in torch/_dynamo/utils.py), inside of this. A garbage collection that the
+    user turned off, or made rarer than this, stays as it is.
     """
     before = gc.get_threshold()
     if 0 < before[0] < COLLECTION_THRESHOLD:  # 0 turns collection off

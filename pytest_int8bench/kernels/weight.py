@@ -35,6 +35,19 @@ class _Readable:
         """Return the values as a plain tensor."""
         raise NotImplementedError
 
+    def _stable_hash_for_caching(self) -> str:
+        """Return what stands for this tensor in the key of AOTAutograd's cache.
+
+        Torch 2.13 to 2.15 calls it, warns where it is missing, and leaves out the class then
+        (``_default_stable_hash_for_caching`` in torch/_functorch/_aot_autograd/autograd_cache.py):
+        two classes that hold the same tensors would run each other's code.
+        """
+        this: Any = self
+        names, context = this.__tensor_flatten__()
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        held = [_cache_key(getattr(self, name)) for name in names]
+        return repr((kind, _description(this), context, names, held))
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -148,6 +161,19 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype in DTYPES:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def _cache_key(tensor: Any) -> Any:
+    if isinstance(tensor, _Readable):
+        return tensor._stable_hash_for_caching()
+    return type(tensor).__qualname__, _description(tensor)
+
+
+def _description(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what compiled code may rely on, and not the values."""
+    place = tensor.device, tensor.layout, tensor.stride()
+    kind = tensor.dtype, tensor.requires_grad, tensor.is_inference(), tensor.is_conj()
+    return tuple(tensor.shape), place, kind
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:

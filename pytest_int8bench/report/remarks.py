@@ -52,7 +52,8 @@ def remarks(result: Result) -> list[str]:
     lines += ceiling_remarks(result)
     if result.cuda_graphs_skipped:
         lines.append(f"no CUDA graphs: {name}: Inductor skipped what the compile mode asks for")
-    if result.regions_refused is not None:
+    # No region takes torchao's tensors: that is so at each of its points, and needs no line.
+    if result.regions_refused is not None and result.int8_backend != "torchao":
         lines.append(f"compiled one by one: {name}: repeated blocks: {result.regions_refused}")
     if (feeding := _feeding(result)) is not None:
         lines.append(feeding)

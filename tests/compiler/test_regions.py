@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
-from pytest_int8bench.compiler.regions import Regions, repeated_blocks
+from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.quantization.api import apply_int8_quant
 
 DIM = 16
@@ -86,6 +86,8 @@ def test_blocks_with_tensor_subclasses_are_left_out() -> None:
     apply_int8_quant(model, filter_fn=lambda m, name: name.startswith(("blocks.2", "blocks.3")))
     assert repeated_blocks(model) == [first, second]
     assert not set(others) & set(repeated_blocks(model))
+    kind = type(model.blocks[2].mlp[0].weight).__name__  # type: ignore[index]
+    assert reason_left_out(model) == f"a block holds tensors of type {kind}, which no region takes"
 
 
 def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
@@ -93,11 +95,16 @@ def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
     for block in blocks:
         block.forward = block.mlp.forward  # type: ignore[method-assign]
     assert repeated_blocks(Blocks(*blocks)) == []
+    assert reason_left_out(Blocks(*blocks)) == "a block has a forward set on the instance"
+    # One alone does not repeat, and a block beside it that could be a region has no other.
+    assert reason_left_out(Blocks(blocks[0])) is None
+    assert repeated_blocks(Blocks(blocks[0], Block())) == []
 
     class Marked(Block):
         forward = torch.compiler.nested_compile_region(Block.forward)
 
     assert repeated_blocks(Blocks(Marked(), Marked())) == []
+    assert reason_left_out(Blocks(Marked(), Marked())) is None
 
 
 # -- the context --------------------------------------------------------------------------------
@@ -105,42 +112,23 @@ def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
 
 def test_blocks_are_regions_inside_and_their_own_outside() -> None:
     model = Blocks(Block(), Block(), Other(), Other())
-    state = {id(block): dict(vars(block)) for block in model.blocks}
+    state = [dict(vars(block)) for block in model.blocks]
     regions = Regions(repeated_blocks(model))
     assert len(regions) == 4
     for _ in range(2):
         with regions:
-            classes = [type(block) for block in model.blocks]
-            assert classes[0] is classes[1] is not Block
-            assert classes[2] is classes[3] is not Other
-            assert [c.__name__ for c in classes] == ["Block", "Block", "Other", "Other"]
-            assert {id(block): dict(vars(block)) for block in model.blocks} == state
+            forwards = [vars(block)["forward"].__func__ for block in model.blocks]
+            assert forwards[0] is forwards[1] is not forwards[2] is forwards[3]
+            assert [type(block) for block in model.blocks] == [Block, Block, Other, Other]
             assert torch.equal(model(X), copy.deepcopy(model)(X))
-        assert [type(block) for block in model.blocks] == [Block, Block, Other, Other]
+        assert [dict(vars(block)) for block in model.blocks] == state
 
 
-def test_classes_come_back_after_an_exception() -> None:
+def test_blocks_come_back_after_an_exception() -> None:
     model = Blocks(Block(), Block())
     with pytest.raises(KeyError), Regions(list(model.blocks)):
         raise KeyError
-    assert [type(block) for block in model.blocks] == [Block, Block]
-
-
-def test_a_class_that_allows_no_subclass_is_left_as_it_is() -> None:
-    class Sealing(type):
-        def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
-            if any(isinstance(base, Sealing) for base in bases):
-                raise TypeError("final")
-            return super().__new__(cls, name, bases, names)
-
-    class Final(Block, metaclass=Sealing):
-        pass
-
-    model = Blocks(Final(), Final())
-    regions = Regions(repeated_blocks(model))
-    assert len(regions) == 0
-    with regions:
-        assert type(model.blocks[0]) is Final
+    assert not any("forward" in vars(block) for block in model.blocks)
 
 
 # -- compiled -----------------------------------------------------------------------------------
@@ -329,23 +317,6 @@ def test_no_region_without_a_compiler() -> None:
     assert (eager.regions, eager.regions_refused) == (0, None)
 
 
-def test_classes_made_for_blocks_are_not_announced() -> None:
-    registry: list[type] = []
-
-    class Registered(nn.Module):
-        def __init_subclass__(cls) -> None:
-            registry.append(cls)
-
-    class Block(Registered):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-    with Regions([Block(), Block()]) as regions:
-        assert len(regions) == 2
-    assert registry == [Block]
-
-
 def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
     class Holding(nn.Linear):
         def __init__(self) -> None:
@@ -355,12 +326,60 @@ def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
     assert repeated_blocks(nn.Sequential(Holding(), nn.GELU(), Holding())) == []
 
 
-def test_blocks_that_ask_for_their_type_are_no_regions() -> None:
-    class Asking(Block):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs) * (2 if type(self) is Asking else 1)
+class Asking(Block):
+    """Asks for its type in its forward, in a method, and in a decorator of either."""
 
-    assert repeated_blocks(Blocks(Asking(), Asking())) == []
+    @staticmethod
+    def factor(block: nn.Module) -> int:
+        return 2 if type(block) is Asking else 1
+
+    def other(self) -> int:
+        return 3 if self.__class__ is Asking else 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor(self) * self.other()
+
+
+def named(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return forward(*args, **kwargs) * len(args[0].__class__.__qualname__)
+
+    return wrapper
+
+
+class Decorated(Asking):
+    forward = named(named(Asking.forward))
+
+
+class Sealed(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, names)
+
+
+class Final(Block, metaclass=Sealed):
+    """Allows no subclass."""
+
+
+@pytest.mark.parametrize("kind", [Asking, Decorated, Final])
+def test_blocks_keep_their_type_inside_regions(
+    kind: type[Block], graphs: list[torch.fx.GraphModule]
+) -> None:
+    compiled = compiled_and_eager(Blocks(*(kind() for _ in range(3))))
+    assert (compiled.regions, compiled.regions_refused) == (3, None)
+    assert calls(graphs[-1]) == 3
+
+
+def test_says_why_blocks_are_no_regions(graphs: list[torch.fx.GraphModule]) -> None:
+    blocks = [Block(), Block(), Other(), Other()]
+    for block in blocks[:2]:
+        block.forward = block.mlp.forward  # type: ignore[method-assign]
+    compiled = compile_for_a100(Blocks(*blocks).eval(), mode="default")
+    compiled(X)
+    reason = "a block has a forward set on the instance"
+    assert (compiled.regions, compiled.regions_refused) == (2, reason)
 
 
 # -- what enters --------------------------------------------------------------------------------
@@ -410,8 +429,7 @@ class Apart(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
-def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+def compiled_apart(offsets: tuple[int, ...]) -> None:
     model = Apart(*offsets).eval().requires_grad_(False)
     memory = torch.randn(X.numel() + 8)
     compiled = compile_for_a100(model, mode="default")
@@ -419,6 +437,16 @@ def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[i
         assert torch.allclose(compiled(X, memory), model(X, memory), atol=1e-5)
     told = "blocks are given memory at addresses of different alignment"
     assert (compiled.regions, compiled.regions_refused) in ((len(offsets), None), (0, told))
+
+
+@pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
+@pytest.mark.slow
+def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+    compiled_apart(offsets)
+
+
+def test_misaligned_memory_is_not_compiled_for_aligned() -> None:
+    compiled_apart((0, 8, 2))
 
 
 # -- blocks that must not be taken for the same -------------------------------------------------

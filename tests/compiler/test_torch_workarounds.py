@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +60,10 @@ def test_collects_garbage_rarely_while_compiling(
         assert gc.get_threshold() == before
     finally:
         gc.set_threshold(*process)
-    assert seen == [inside]
+    [found] = seen
+    # Torch 2.15 raises the threshold of full collections itself.
+    assert found[:2] == inside[:2]
+    assert found[2] in (inside[2], max(inside[2], 1000))
 
 
 def test_hides_only_the_metrics_error(
@@ -83,6 +87,84 @@ def test_hides_only_the_metrics_error(
     # Dynamo's setting holds Python functions, so errors about builtins stay.
     assert [record.getMessage() for record in caplog.records] == ["of 2", "another"]
     assert logger.filters == []
+
+
+MINE = "torch._dynamo.mine"
+
+
+class Kept(logging.Handler):
+    """A user's handler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def test_hides_the_trace_from_pytest_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        logging.getLogger(MINE).warning("of the model")
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
+    trace, kept = logging.getLogger("torch.__trace"), Kept()
+    # As pytest 9.1 does where torch is imported before the test starts.
+    handlers = [caplog.handler, kept]
+    for handler in handlers:
+        trace.addHandler(handler)
+    before = set(trace.handlers)
+    compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default", dynamic=False)
+    try:
+        compiled(X)
+        compiled(torch.cat([X, X]))  # compiles again
+        # Torch's own goes at its first record, unless a user asks for the trace.
+        assert {type(handler).__name__ for handler in before - set(trace.handlers)} <= {
+            "LazyTraceHandler"
+        }
+    finally:
+        for handler in handlers:
+            trace.removeHandler(handler)
+    assert kept.records
+    names = [record.name for record in caplog.records if record.name in (trace.name, MINE)]
+    assert names == [MINE] * 2
+
+
+class Held(torch.Tensor):
+    """A tensor subclass of another library."""
+
+
+def test_hides_warnings_that_are_not_about_the_model(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    sdpa = "Triggered internally at /pytorch/aten/src/ATen/native/transformers"
+    hidden = [
+        "Dynamo does not know how to trace the builtin `_thread.get_ident.` This function",
+        "Held does not implement _stable_hash_for_caching. For PT2-compatible",
+        f"Flash attention kernel not used because: ({sdpa}/cuda/sdp_utils.cpp:9.)",
+        f"Expected\nall to be contiguous ({sdpa}/sdp_utils_cpp.h:9.)",
+    ]
+    shown = [
+        "Dynamo does not know how to trace the builtin `numpy.random.rand`.",
+        "Mine does not implement _stable_hash_for_caching.",
+        "Sparse tensors are in beta (Triggered internally at /aten/src/ATen/SparseTensor.cpp:9.)",
+    ]
+
+    def backend(self: Any, model_: torch.fx.GraphModule, inputs_: Any) -> Any:
+        for text in (*hidden, *shown):
+            warnings.warn(text, UserWarning, stacklevel=1)
+        return model_.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
+    monkeypatch.setattr(Held, "__module__", "torchao.quantization.quantize_.held")
+    model = nn.Linear(4, 4).eval()
+    model.register_buffer("held", torch.ones(1).as_subclass(Held))
+    compile_for_a100(model, mode="default")(X)
+    assert [str(warning.message) for warning in recwarn.list] == shown
 
 
 class Rearranged(nn.Module):

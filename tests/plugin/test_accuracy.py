@@ -333,6 +333,7 @@ def test_accuracy_needs_no_benchmarks(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*PASS"])
 
 
+@pytest.mark.slow
 def test_ranks_layers(project: pytest.Pytester, capfd: pytest.CaptureFixture[str]) -> None:
     project.makepyfile(
         test_layers="""

@@ -61,7 +61,9 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     ("options", "found"),
     [
         (["--int8-set=compile_mode=off"], "torch torchao toy_library"),
-        ([], "torch torch._inductor.compile_fx torchao toy_library"),
+        pytest.param(
+            [], "torch torch._inductor.compile_fx torchao toy_library", marks=pytest.mark.slow
+        ),
         (["-k", "other"], ""),
     ],
     ids=["off", "compiled", "others"],

@@ -505,6 +505,7 @@ def toy(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
     return make_project(pytester, monkeypatch, test_one=THROUGHPUT)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_each_step_of_each_point(toy: pytest.Pytester) -> None:
     output = run_on_terminal(toy, *SMOKE, "--int8-set=compile_mode=off")
     steps = re.findall(r"\r?(building|compiling|warming up|measuring|comparing) (toy: \S+)", output)

@@ -192,6 +192,24 @@ def test_a_weight_tells_what_it_was(quantize: Any) -> None:
             assert getattr(weight, name)() == getattr(before, name)(), name
 
 
+def test_a_key_of_caches_tells_weights_apart_by_all_but_values(quantize: Any) -> None:
+    weight, other = (quantize(made())[at].weight for at in (0, 2))
+    key = weight._stable_hash_for_caching()
+    assert key == other._stable_hash_for_caching()
+    assert " at 0x" not in key  # the same in another process
+    same_tensors = type("Other", (type(weight),), {}).__tensor_unflatten__(
+        {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]},
+        weight.__tensor_flatten__()[1],
+        weight.shape,
+        weight.stride(),
+    )
+    others = [weight[:8], weight.bfloat16(), weight.t(), quantize(made(), True)[0].weight]
+    if type(same_tensors) is not type(weight):  # FusedWeight makes its own
+        others.append(same_tensors)
+    keys = {each._stable_hash_for_caching() for each in others} | {key}
+    assert len(keys) == len(others) + 1
+
+
 def test_weights_of_two_layers_have_two_addresses(quantize: Any) -> None:
     model = quantize(made())
     assert len({0, *(model[i].weight.data_ptr() for i in (0, 2))}) == 3

@@ -99,6 +99,41 @@ def test_text_comes_from_the_configuration() -> None:
     assert output.last_hidden_state.shape == (3, 16, 32)
 
 
+TINY = {"num_hidden_layers": 2, "sequence_length": 8, "vocab_size": 100, "hidden_size": 32}
+HEADS = {"num_attention_heads": 2, "intermediate_size": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": TINY | HEADS,
+    "roberta": TINY | HEADS,
+    "llama": TINY | HEADS | {"num_key_value_heads": 1},
+    "qwen3": TINY | HEADS | {"num_key_value_heads": 1, "head_dim": 16},
+    "t5": {"num_layers": 3, "sequence_length": 8, "d_model": 32, "d_kv": 16, "d_ff": 32},
+    "vit": {"num_hidden_layers": 2, "hidden_size": 32, "image_size": 32} | HEADS,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_one_region(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the installed transformers, as Dynamo traces them: no code is compiled."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def trace(self: Any, graph: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", trace)
+    loaded = workload(name)
+    seen = loaded.with_axes(POINT.replace(extra=FAMILIES[name]))
+    compiled = compile_for_a100(loaded.build(seen).eval(), mode="default", attention="math")
+    compiled(**loaded.inputs(seen, CPU))
+    regions = [child for child, _ in graphs[-1].named_children() if "subgraph" in child]
+    if name == "t5":  # a layer returns the bias that it was given
+        assert (compiled.regions, len(regions)) == (0, 0)
+        assert "alias" in str(compiled.regions_refused)
+    else:
+        assert (compiled.regions, len(regions)) == (2, 1)
+        assert compiled.regions_refused is None
+
+
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.slow
 def test_layers_compile_once(mask: bool) -> None:

@@ -120,6 +120,7 @@ def name_of(batch: int, *, int8: bool = True) -> str:
 # -- whole sessions -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> None:
     project.makepyfile(test_one=MEASURING)
     sweep = "--int8-set=batch_size=2,3"
