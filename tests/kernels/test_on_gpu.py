@@ -21,6 +21,7 @@ from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant, coverage
 from pytest_int8bench.tensors import tensors_of
+from pytest_int8bench.workloads.olmoearth import olmoearth
 from pytest_int8bench.workloads.registry import load_workload
 
 launch = pytest.importorskip("pytest_int8bench.kernels.cuda")  # needs Triton
@@ -486,7 +487,7 @@ def test_a_point_with_int8_attention(mode: str) -> None:
         compile_mode=mode,
         benchmark_interval_s=0.5,
     )
-    workload = load_workload("olmoearth")
+    workload = olmoearth()
     pool = ModelPool()
     baseline = pool.get(workload, params.baseline())
     model = pool.get(workload, params)
