@@ -60,7 +60,7 @@ def add_compare(commands: Any) -> None:
         type=as_argument_type(parse_expression),
         metavar="EXPRESSION",
         help="compare only runs whose run name, node id or workload match, as pytest's -k does: "
-        "'bert and not w8' (default: all)",
+        "'bert and not smoothq' (default: all)",
     )
     add_storage(parser)
     for limit in LIMITS:

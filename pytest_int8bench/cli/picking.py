@@ -38,7 +38,7 @@ def parse_expression(text: str) -> Callable[[Collection[str]], bool]:
         rule = compile(tree, "-k", "eval")
     except (SyntaxError, MemoryError, RecursionError):
         raise ValueError(
-            f"must be an expression such as 'bert and not (w8 or bs1)', got {text!r}"
+            f"must be an expression such as 'bert and not (bs1 or bs8)', got {text!r}"
         ) from None
 
     def is_picked(of_run: Collection[str]) -> bool:

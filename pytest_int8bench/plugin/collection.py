@@ -20,7 +20,8 @@ def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> No
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        (kept if uses_benchmark(item) else others).append(item)
+        measures = "int8_throughput" in getattr(item, "fixturenames", ()) or uses_benchmark(item)
+        (kept if measures else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = kept
