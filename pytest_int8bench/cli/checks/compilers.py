@@ -100,7 +100,7 @@ def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:
     path = Path(folder).absolute()
     text = f"folder of {what}, {path}"
     try:
-        probe_report(path / "int8bench")
+        probe_report(path / ".int8bench-doctor")
     except OSError as error:
         return Line(PROBLEM, f"{text}: {error.strerror}", remedy)
     except FileError as error:
