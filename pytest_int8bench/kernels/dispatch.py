@@ -468,3 +468,8 @@ def fused_problem(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the fused kernels need Triton, which is not installed"
     return None
+
+
+def attention_problem(device: torch.device) -> str | None:
+    """Return why INT8 attention cannot run here, or None if it can: on a CPU in plain torch."""
+    return None if device.type == "cpu" else fused_problem(device)

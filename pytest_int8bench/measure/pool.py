@@ -15,6 +15,7 @@ from torch import nn
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
+from pytest_int8bench.kernels.dispatch import attention_problem
 from pytest_int8bench.measure.attention_auto import AutoAttention, Timings, recorded_calls
 from pytest_int8bench.measure.batches import Batch, to_device
 from pytest_int8bench.measure.building import (
@@ -188,6 +189,8 @@ class ModelPool:
         collect_garbage(
             device
         )  # what earlier tests left, or its end would count against these weights
+        if params.int8_attention and (why := attention_problem(device)):
+            raise QuantizationError(f"int8_attention=True: {why}")
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
         if params.int8_enabled and baseline is not None and not workload.prequantized:

@@ -932,3 +932,10 @@ def test_warming_up_leaves_the_state_of_a_model_alone(kind: Any) -> None:
     fresh = dict(kind().named_buffers())
     for name, buffer in model.eager.named_buffers():
         assert torch.equal(buffer, fresh[name].to(buffer.dtype))
+
+
+def test_int8_attention_needs_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "the fused kernels need sm80 or later, this is sm75"
+    monkeypatch.setattr("pytest_int8bench.measure.pool.attention_problem", lambda device: why)
+    with pytest.raises(QuantizationError, match=f"^int8_attention=True: {why}$"):
+        ModelPool().get(make_workload(), W8A8.replace(int8_attention=True))
