@@ -226,6 +226,7 @@ def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
 # -- running it -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 # At a small size w8a8_vs_w8 is int8_mode_comparison, and int8_baseline is int8_batch_sweep.
 @pytest.mark.parametrize(
     "name",
@@ -279,6 +280,7 @@ def test_the_examples_run_at_a_small_size(
         assert (result.coverage is not None) == result.params["int8_enabled"]
 
 
+@pytest.mark.slow
 def test_no_point_stops_the_sweep_or_loses_another(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +340,7 @@ def test_no_point_stops_the_sweep_or_loses_another(
     assert {benchmark["group"] for benchmark in benchmarks} == {"toy"}
 
 
+@pytest.mark.slow
 def test_ignores_pytest_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only -p no:int8bench")
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")  # pytest-benchmark turns itself off
@@ -353,6 +356,7 @@ def test_ignores_pytest_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read(journal).results == [result]
 
 
+@pytest.mark.slow
 def test_arguments_can_leave_points_out(tmp_path: Path) -> None:
     results = toy_runner(tmp_path, [5, 4], pytest_args=["-x"]).run()
     assert outcome(results) == [(5, "failed")]
@@ -389,6 +393,7 @@ def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path)
     assert {"machine_info", "commit_info", "datetime", "version"} <= set(saved)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_collected_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import no_such_module")
     runner = toy_runner(tmp_path, [2], pytest_args=["test_broken.py"])
@@ -511,6 +516,7 @@ def test_a_runner_that_is_ended_takes_its_process_along(
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
     script(tmp_path, TOY + "\nos.kill(os.getpid(), signal.SIGINT)\n", [4, 2])
     done = subprocess.run(
@@ -524,6 +530,7 @@ def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
 # -- other runners, and the disk --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_that_begin_in_one_second_keep_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,7 @@ TOY = toy(
 )
 
 
+@pytest.mark.slow
 def test_an_interrupted_session_reports_what_it_has(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:

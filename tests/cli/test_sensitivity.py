@@ -102,6 +102,7 @@ def test_a_bad_option_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str]) 
     ]
 
 
+@pytest.mark.slow
 def test_a_workload_that_is_missing_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "--int8-workload=missing.py:make"]) == 2
     assert "missing.py" in "".join(capfd.readouterr())

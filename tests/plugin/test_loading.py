@@ -60,7 +60,10 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        (["--int8-set=compile_mode=off"], "torch torchao toy_library"),
+        pytest.param(
+            *(["--int8-set=compile_mode=off"], "torch torchao toy_library"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [], "torch torch._inductor.compile_fx torchao toy_library", marks=pytest.mark.slow
         ),

@@ -327,6 +327,7 @@ def test_what_was_finished_outlives_a_signal(
 # -- other plugins ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     (project.path / "test_two.py").unlink()
@@ -345,6 +346,7 @@ def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> No
     }
 
 
+@pytest.mark.slow
 def test_randomly_keeps_points_and_inputs(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_randomly")
     project.makepyfile(
@@ -400,6 +402,7 @@ def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pyteste
     assert (entry.nodeid, entry.status, entry.speedup) == (*one(bf16(4)), "ok", None)
 
 
+@pytest.mark.slow
 def test_codspeed_alone_measures_no_points(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     project.makepyfile(

@@ -255,7 +255,7 @@ def test_joins_in_reused_regions(monkeypatch: pytest.MonkeyPatch, inductor: bool
     assert [(part.quantize, part.linear) for part in inside] == [PRE]
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_outputs_of_regions_are_dense(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
     @torch.compiler.nested_compile_region
     def region(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,7 +293,7 @@ def _overloaded_view(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.view(q, [-1, 4]) - k.view_as(x).reshape(-1, 4)
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "forward",
     [_as_strided, _mutated_view, _sliced_view, _overloaded_view, lambda m, x: (m.a(x), m.b(x))],
