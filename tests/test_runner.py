@@ -369,6 +369,7 @@ def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None
     assert outcome(runner.run()) == [(2, "ok"), (4, "ok")]
 
 
+@pytest.mark.slow
 def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [2, 4], workload="toy.py:none")
     results = runner.run()
@@ -377,11 +378,13 @@ def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None
     assert reasons == {"int8 workload: toy.py:none: toy.py has no 'none'"}
 
 
+@pytest.mark.slow
 def test_points_that_are_left_out_stay_out_after_a_killed_one(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 7, 2], pytest_args=["-k", "bs4 or bs7"])
     assert outcome(runner.run()) == [(4, "ok"), (7, "failed")]
 
 
+@pytest.mark.slow
 def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [7], save_folder=tmp_path / "saved")
     (result,) = runner.run()
@@ -406,6 +409,7 @@ def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "whom", [pytest.param("the point itself", marks=pytest.mark.slow), "the script alone"]
 )

@@ -45,7 +45,7 @@ class FusingInductor(InductorBackend):
         inline: bool = False,
         attention: AttentionCoverage | None = None,
     ) -> None:
-        super().__init__(mode, None, dynamic)  # type: ignore[no-untyped-call]
+        super().__init__(mode, None, dynamic)
         self._inline = inline
         self._attention = attention
         self.graphs: list[Graph] = []
@@ -74,7 +74,7 @@ class FusingInductor(InductorBackend):
         _check_regions(model_)
         _check_alignment(model_)
         with cached_region_schemas():
-            compiled = super().__call__(model_, inputs_, **kwargs)  # type: ignore[no-untyped-call]
+            compiled = super().__call__(model_, inputs_, **kwargs)
         self.graphs.append(graph)
         return graph.counted(compiled)
 

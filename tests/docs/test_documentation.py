@@ -120,6 +120,7 @@ def test_what_the_example_of_a_sweep_makes() -> None:
     assert points == [("w8a8", 64), ("w8a8", 128), ("w8", 64), ("w8", 128)]
 
 
+@pytest.mark.slow
 def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) -> None:
     conftest, tests, *_ = blocks(DOCS / "workloads.md", "python")
     pytester.makeconftest(conftest)

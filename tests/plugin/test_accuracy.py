@@ -158,6 +158,7 @@ def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.slow
 def test_inconclusive_timings(project: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
     project.makepyfile(
         test_few=f"""{FEW}

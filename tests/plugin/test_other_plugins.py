@@ -176,6 +176,7 @@ def test_disabled_benchmarks_run_once_unmeasured(project: pytest.Pytester) -> No
     ]
 
 
+@pytest.mark.slow
 def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
@@ -266,6 +267,7 @@ def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
 # -- choosing tests, and stopping ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -> None:
     (project.path / "test_two.py").unlink()
     sweep = "--int8-set=batch_size=4,5,3"

@@ -256,6 +256,7 @@ def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, th
     )
 
 
+@pytest.mark.slow
 def test_one_of_two_sessions_gets_a_journal(project: pytest.Pytester) -> None:
     """Both find that it is not there, and both would measure."""
     inner = (
