@@ -18,6 +18,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     QUANTIZE_HEADS,
     Node,
     given_arguments,
+    nothing_written,
     subgraphs,
     value_of,
 )
@@ -107,7 +108,7 @@ def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
         if value_of(v).dtype != dtype:  # autocast does not see into the operator
             v = _with_value(graph.call_method("to", (v, dtype)), value_of(v).to(dtype))
         (q, q_angles), (k, k_angles) = rotated(q), rotated(k)
-        if q_angles is None or k_angles is None:
+        if q_angles is None or k_angles is None or not _unchanged(q, k, node):
             q, k, q_angles, k_angles = given["query"], given["key"], None, None
         operands = (q, k, q_angles, k_angles)
         whole = graph.call_function(QUANTIZE_HEADS, operands)
@@ -119,6 +120,11 @@ def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
     out.meta = dict(node.meta) | {"example_value": INT8_ATTENTION(*values)}
     node.replace_all_uses_with(out)
     graph.erase_node(node)
+
+
+def _unchanged(q: Node, k: Node, node: Node) -> bool:
+    """Return whether what is rotated may be read at ``node`` instead."""
+    return nothing_written(q, node) and nothing_written(k, node)
 
 
 def _with_value(node: Node, value: Any) -> Node:

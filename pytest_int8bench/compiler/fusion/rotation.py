@@ -24,7 +24,7 @@ def rotated(node: Node) -> tuple[Node, Node]:
     chunks = _chunks(node)
     if chunks is not None:
         return _joined(node, chunks)
-    if not _is(node, ADD):
+    if not _is(node, ADD) or len(node.args) != 2 or node.kwargs:
         return node, None
     for straight, crossed in (node.args, node.args[::-1]):
         for x, cosine in _products(straight):

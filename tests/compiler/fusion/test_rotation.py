@@ -112,6 +112,18 @@ def halves(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return x * torch.cos(a) + torch.cat([-second, first], -1) * torch.sin(a)
 
 
+def weighted(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    a = angles_of(x, at)
+    return torch.add(x * twice(torch.cos(a)), crossed(x) * twice(torch.sin(a)), alpha=2)
+
+
+def written_after(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    a, x = angles_of(x, at), x + 1
+    turned = x * twice(torch.cos(a)) + crossed(x) * twice(torch.sin(a))
+    x.mul_(3)
+    return turned
+
+
 def of_another(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     a = angles_of(x, at)
     return x * twice(torch.cos(a)) + crossed(x + 1) * twice(torch.sin(a))
@@ -134,6 +146,8 @@ def chunks_out_of_order(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "rotate",
     [
+        weighted,
+        written_after,
         sine_of_other_angles,
         other_way_round,
         halves,
