@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_int8bench.compiler.fusion.nodes import subgraphs
 from pytest_int8bench.compiler.graphs import Graph, watched
 from pytest_int8bench.compiler.torch_workarounds import SETTING_CALLS
 
@@ -163,12 +164,8 @@ def _visit(part: fx.GraphModule, recorder: _Recorder) -> None:
     for node in part.graph.nodes:
         if node.op != "call_function":
             continue
-        for operand in node.all_input_nodes:
-            subgraph = (
-                getattr(part, str(operand.target), None) if operand.op == "get_attr" else None
-            )
-            if isinstance(subgraph, fx.GraphModule):
-                _visit(subgraph, recorder)
+        for subgraph in subgraphs(part, node):
+            _visit(subgraph, recorder)
         if node.target in SETTING_CALLS:
             # Dynamo restores what it sets, so that the process is left as it was.
             settings[node] = node.target(*fx.map_arg(node.args, settings.__getitem__))
