@@ -24,6 +24,7 @@ def int8_workload():
 
 
 # Compiled, older transformers makes a mask for this model, which flash attention does not take.
-@pytest.mark.int8(attention="auto")
+# An example is to be quick: max-autotune, the default on a GPU, compiles for longer.
+@pytest.mark.int8(attention="auto", compile_mode="default", benchmark_interval_s=5)
 def test_throughput(int8_throughput):
     assert int8_throughput().status in ("ok", "oom")

@@ -20,6 +20,8 @@ def int8_workload():
     )
 
 
+# An example is to be quick: max-autotune, the default on a GPU, compiles for longer.
+@pytest.mark.int8(compile_mode="default", benchmark_interval_s=5)
 def test_throughput(int8_throughput):
     result = int8_throughput()
     assert result.oom or result.samples_per_s > 0

@@ -89,7 +89,9 @@ class Guardrail:
 
         Returns:
             One verdict for each evaluation of the workload. Without labels, and with random
-            weights, one of a comparison of outputs, which can fail a model and not pass it.
+            weights, one of a comparison of outputs, which can fail a model and not pass it. Random
+            weights are scored on the samples for selection, of which there are fewer: their
+            verdict decides nothing.
 
         Raises:
             ValueError: if ``params`` is a baseline.
@@ -101,7 +103,8 @@ class Guardrail:
             raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")
         point = self._point(workload, params, nodeid)
         evaluations = self.evaluations(workload, params)
-        compared = not evaluations or point["random_weights"]
+        is_random = point["random_weights"]
+        compared = not evaluations or is_random
         verdicts: list[Accuracy] = []
 
         def add(**values: Any) -> None:
@@ -111,10 +114,12 @@ class Guardrail:
         # All of the baseline first: it may have to make room for the candidate.
         outputs = self._baseline_outputs(workload, params) if compared else None
         spent_s = [
-            self._spent_s(partial(self.baseline_scores, workload, params, index))
+            self._spent_s(
+                partial(self.baseline_scores, workload, params, index, selection=is_random)
+            )
             for index in range(len(evaluations))
         ]
-        if not point["random_weights"]:  # a check of the pipeline decides nothing
+        if not is_random:
             self._tell_too_few(workload, params, limit or self.limit, tell)
         candidate = self.candidate(workload, params)
         candidate.evidence()
@@ -122,7 +127,7 @@ class Guardrail:
             candidate.check_against(self.pool.get(workload, params.baseline()))
         for index, evaluation in enumerate(evaluations):
             before_s = self._scoring_s
-            verdict = self.judge(workload, params, index, limit=limit)
+            verdict = self.judge(workload, params, index, limit=limit, selection=is_random)
             step = next_step(workload, params) if verdict.outcome == "FAIL" else None
             add(
                 **_fields(verdict, evaluation.metric),
@@ -198,11 +203,12 @@ class Guardrail:
         index: int,
         *,
         limit: Limit | None = None,
+        selection: bool = False,
     ) -> Verdict:
-        """Return the verdict of one evaluation on the compiled models."""
-        reference = self.baseline_scores(workload, params, index)
+        """Return the verdict of one evaluation on the compiled models; see :meth:`scores`."""
+        reference = self.baseline_scores(workload, params, index, selection=selection)
         candidate = self.candidate(workload, params)
-        scores = self.scores(candidate, index)
+        scores = self.scores(candidate, index, selection=selection)
         return judged(
             self.evaluations(workload, params)[index], reference, scores, limit or self.limit
         )

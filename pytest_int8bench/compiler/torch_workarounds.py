@@ -267,6 +267,8 @@ def hide_compiler_warnings(model: torch.nn.Module) -> Iterator[None]:
     - AOTAutograd's cache asks authors of tensor subclasses, here those of torchao, for a method
       (torch 2.13 to 2.15, ``_reduce_tensor_subclass`` in
       torch/_functorch/_aot_autograd/autograd_cache.py).
+    - Autotuning calls a deprecated method of tensors (torch 2.11, ``select_algorithm.py`` in
+      torch/_inductor).
     - Each attention backend says why it does not take the inputs (all versions, sdp_utils.cpp in
       aten/src/ATen/native/transformers/); where none does, an error says so.
     """
@@ -283,6 +285,9 @@ def hide_compiler_warnings(model: torch.nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         for pattern in patterns:
             warnings.filterwarnings("ignore", pattern, UserWarning)
+        warnings.filterwarnings(
+            "ignore", "TypedStorage is deprecated", UserWarning, r"torch\._inductor\."
+        )
         yield
 
 

@@ -214,7 +214,7 @@ class _Check:
     def _eager(self, seed: int | None = None) -> Outputs:
         """Run the chosen samples eagerly, a point in FP32 with BF16 matmuls: no INT8 model is more
         exact than that. With noise, if it has a seed."""
-        noise = None if seed is None else RoundingNoise(seed, self._model.device)
+        noise = None if seed is None else RoundingNoise(seed)
         seed_generators(_UNUSUAL, self._model.device)
         before = generator_states()
         with noise or contextlib.nullcontext():

@@ -6,7 +6,7 @@ import dataclasses
 
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.speedup import alternate, median_and_interval
-from pytest_int8bench.measure.timing import Timer, synchronization_cost
+from pytest_int8bench.measure.timing import Timer, synchronization_cost, time_singly
 from pytest_int8bench.results.parts import Feeding, FeedingCost
 
 
@@ -40,7 +40,8 @@ def with_cost(feeding: Feeding, model: Model, timer: Timer, interval_s: float) -
     feed, compiled = model.feed, model.compiled
     if feed is None:
         return feeding
-    copy_s, _ = synchronization_cost(feed.copy_again, timer)
+    copies = time_singly(feed.copy_again, timer)
+    copy_s, _ = synchronization_cost(feed.copy_again, timer, copies)
     with compiled.entered(), compiled.no_compilation():
         pairs = alternate(model.run, model.run_again, timer, interval_s=interval_s)
     differences = [fed_s - on_device_s for fed_s, on_device_s in pairs]

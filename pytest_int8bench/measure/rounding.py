@@ -134,14 +134,15 @@ class RoundingNoise(TorchDispatchMode):
 
     Args:
         seed: of the noise.
-        device: where the forward runs.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._seed = seed
+        # A model on a GPU may compute tables, and scalars, on the host.
+        self._generators: dict[torch.device, torch.Generator] = {}
         self.saw_generator = False
         """Whether an operator drew from a generator of the model's own."""
 
@@ -166,15 +167,17 @@ class RoundingNoise(TorchDispatchMode):
         if tensor.itemsize == 1 or not finite.any() or torch.equal(exact, exact.round()):
             return
         low, high = exact[finite].aminmax()
-        noise = exact * (self._draw(exact.shape) + self._draw(()))
+        device = exact.device
+        noise = exact * (self._draw(exact.shape, device) + self._draw((), device))
         if is_sum and exact.dim() > 1:
-            noise += _usual_size(exact.where(finite, 0)) * self._draw(exact.shape)
+            noise += _usual_size(exact.where(finite, 0)) * self._draw(exact.shape, device)
         moved = exact + noise * (torch.finfo(tensor.dtype).eps / 2)
         tensor.copy_(torch.where(finite, moved.clamp(low, high), exact))
 
-    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
-        device = self._generator.device
-        return 2 * torch.rand(shape, generator=self._generator, device=device) - 1
+    def _draw(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return 2 * torch.rand(shape, generator=self._generators[device], device=device) - 1
 
 
 def _usual_size(values: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pytest_int8bench.measure.timing import (
     most_calls,
     synchronization_cost,
     time_block,
+    time_singly,
 )
 
 MIN_PAIRS, MAX_PAIRS = 6, 40
@@ -70,12 +71,16 @@ def alternate(
         longer than ``interval_s``.
     """
     runs = (first, second)
-    costs = [synchronization_cost(run, timer) for run in runs]
-    both_s = sum(batch_s for batch_s, _ in costs)
-    fitting = math.floor(interval_s / MIN_PAIRS / both_s)
-    # Both sides average over the same number of batches: means of unequal numbers of skewed times
-    # have unequal medians.
-    wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
+    singles = [time_singly(run, timer) for run in runs]
+    both_s = sum(map(min, singles))
+    fitting, wanted = math.floor(interval_s / MIN_PAIRS / both_s), 1
+    if fitting > 1:
+        costs = [synchronization_cost(run, timer, s) for run, s in zip(runs, singles, strict=True)]
+        both_s = sum(batch_s for batch_s, _ in costs)
+        fitting = math.floor(interval_s / MIN_PAIRS / both_s)
+        # Both sides average over the same number of batches: means of unequal numbers of skewed
+        # times have unequal medians.
+        wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
     prepared = [most for run in runs if (most := most_calls(run)) is not None]
     iterations = max(1, min(wanted, fitting, *prepared))
     pair_s = iterations * both_s

@@ -25,6 +25,8 @@ Timer = Callable[[], float]
 
 #: Part of a round that its two synchronizations may cost.
 MAX_SYNC_SHARE = 0.001
+#: From here on no synchronization that was ever measured (3.7 ms) matters.
+LONG_BATCH_S = 1.0
 #: Standard error of the median, relative to it, that the rounds aim at.
 TARGET_STANDARD_ERROR = 0.005
 #: A warm-up is over when the medians of two successive windows of calls differ by less.
@@ -63,8 +65,9 @@ class Plan:
     rounds: int
     iterations: int
     """Batches per round."""
-    synchronization_share: float = 0.0
-    """Part of a round that its two synchronizations are estimated to cost."""
+    synchronization_share: float | None = None
+    """Part of a round that its two synchronizations are estimated to cost; None where a batch is
+    too long for it to matter."""
 
 
 @runtime_checkable
@@ -129,21 +132,32 @@ def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
             return WarmUp(len(times), spent, steady=False)
 
 
-def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
+def time_singly(run: Run, timer: Timer) -> list[float]:
+    """Return the seconds of two batches, each by itself."""
+    return [time_once(run, timer) for _ in range(2)]
+
+
+def synchronization_cost(run: Run, timer: Timer, singles: list[float]) -> tuple[float, float]:
     """Return the seconds of one batch in a full pipeline, and what a synchronization adds.
+
+    Args:
+        run: submits one batch.
+        timer: waits for the device.
+        singles: what :func:`time_singly` returned; a third one is appended.
 
     After a synchronization the device idles until the host has submitted the next kernels; in
     a running pipeline the host is ahead and that time is hidden. For INT8 weights of torchao
     it came to 3.7 ms a batch (H200, torch 2.11): the bare clock reading is not the cost.
     """
-    single = min(time_once(run, timer) for _ in range(2))
+    single = min(singles)
     count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50, most_calls(run) or 50)
     if count == 1:  # inputs of which only one copy fits: no pipeline fills
         reading = [timer() for _ in range(3)]
         return max(single, 1e-9), min(b - a for a, b in itertools.pairwise(reading))
     block = time_block(run, timer, count) * count
     # One more, so that a stall before the block does not pass for the cost of a synchronization.
-    single = min(single, time_once(run, timer))
+    singles.append(time_once(run, timer))
+    single = min(singles)
     added_s = max((count * single - block) / (count - 1), 0.0)
     reading = [timer() for _ in range(3)]
     read_s = min(b - a for a, b in itertools.pairwise(reading))
@@ -152,11 +166,15 @@ def synchronization_cost(run: Run, timer: Timer) -> tuple[float, float]:
 
 def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Plan:
     """Time some rounds and plan the measurement; see :func:`plan`."""
-    batch_s, sync_s = synchronization_cost(run, timer)
+    singles = time_singly(run, timer)
+    if min(singles) >= LONG_BATCH_S and interval_s / min(singles) <= min_batches:
+        # The rounds are fixed, whatever else a pilot finds.
+        return Plan(rounds=max(min_batches, MIN_ROUNDS), iterations=1)
+    batch_s, sync_s = synchronization_cost(run, timer, singles)
     most = most_calls(run)
     iterations = iterations_for(batch_s, sync_s, max_round_s=interval_s / MAX_ROUND_PART, most=most)
-    times: list[float] = []
-    spent = 0.0
+    times = singles if iterations == 1 else []
+    spent = sum(times)
     while len(times) < MIN_PILOT_ROUNDS or (
         len(times) < MAX_PILOT_ROUNDS and spent < PILOT_SHARE * interval_s
     ):

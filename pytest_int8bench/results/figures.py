@@ -213,6 +213,7 @@ _RATES = (
         check="positive",
         header="tokens/s",
         unit="tokens/s",
+        shown="where measured",
         higher_is_better=True,
     ),
     Figure(
@@ -227,6 +228,7 @@ _RATES = (
         wandb_alias="square_km_per_second",
         header="km²/s",
         unit="km²/s",
+        shown="where measured",
         higher_is_better=True,
     ),
     Figure(field="num_tokens_per_batch", compute=_tokens_per_batch),

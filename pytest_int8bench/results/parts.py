@@ -80,7 +80,7 @@ class Rounds:
     count: int
     iterations: int
     """Batches per round."""
-    synchronization_share: float
+    synchronization_share: float | None
     gpu_before: GpuState | None
     gpu_after: GpuState | None
     throttled: Sequence[str]

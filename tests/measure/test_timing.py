@@ -29,6 +29,7 @@ from pytest_int8bench.measure.timing import (
     synchronization_cost,
     time_block,
     time_once,
+    time_singly,
     warm_up,
 )
 
@@ -66,6 +67,10 @@ def noisy(rng: np.random.Generator, mean_s: float, sigma: float) -> Iterator[flo
     """Yield times with a normal relative error."""
     while True:
         yield from mean_s * (1 + sigma * rng.standard_normal(1000))
+
+
+def cost_of(run: Run, timer: Callable[[], float]) -> tuple[float, float]:
+    return synchronization_cost(run, timer, time_singly(run, timer))
 
 
 # -- warm-up ----------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ def test_steady_is_a_small_change_of_the_medians(change: float, steady: bool) ->
 @pytest.mark.parametrize("batch_s", [1e-6, 1e-3, 0.5])
 def test_synchronization_cost(batch_s: float) -> None:
     clock = FakeClock(sync_s=2e-5)
-    found = synchronization_cost(clock.run(batch_s), clock.timer)
+    found = cost_of(clock.run(batch_s), clock.timer)
     assert found == pytest.approx((batch_s, 2e-5), rel=1e-3)
 
 
@@ -139,7 +144,7 @@ def test_stalls_do_not_make_endless_rounds() -> None:
     """Two stalls of 30 ms, then batches of 0.5 ms: rounds must stay within the interval."""
     clock = FakeClock()
     run = clock.run(itertools.chain([0.03, 0.03], itertools.repeat(5e-4)))
-    batch_s, sync_s = synchronization_cost(run, clock.timer)
+    batch_s, sync_s = cost_of(run, clock.timer)
     assert batch_s == pytest.approx(5e-4)
     assert sync_s == 0
     stalled = FakeClock()
@@ -257,6 +262,27 @@ def test_a_slow_batch_is_run_ten_times_all_the_same() -> None:
     clock = FakeClock()
     planned = pilot(clock.run(20.0), clock.timer, interval_s=10.0, min_batches=10)
     assert (planned.rounds, planned.iterations) == (10, 1)
+
+
+def test_what_planning_a_slow_batch_takes() -> None:
+    """Batches timed one by one are rounds of the pilot; where blocks can only be of one batch,
+    what a synchronization costs does not matter."""
+    log: list[str] = []
+    clock = FakeClock(sync_s=1e-3)
+    run = clock.run(0.9, log)
+    planned = pilot(run, clock.timer, interval_s=5.0, min_batches=10)
+    assert planned.synchronization_share == pytest.approx(2e-3 / 0.9, rel=0.01)
+    assert len(log) == 5
+    alternate(run, run, clock.timer, interval_s=5.0)
+    assert len(log) == 5 + 4 + 2 * MIN_PAIRS
+
+
+def test_where_a_pilot_could_change_nothing_it_ends_early() -> None:
+    log: list[str] = []
+    clock = FakeClock(sync_s=1e-3)
+    planned = pilot(clock.run(1.5, log), clock.timer, interval_s=10.0, min_batches=10)
+    assert (planned.rounds, planned.iterations, planned.synchronization_share) == (10, 1, None)
+    assert len(log) == 2
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.02, 0.05, 0.1])
