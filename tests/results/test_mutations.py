@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_int8bench.cli.main import main
@@ -199,6 +199,7 @@ def test_every_field_has_a_value_somewhere() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(PLACES), values, st.booleans())
+@example(("results", 0, "run_name"), "", False)
 def test_one_change_is_shown_or_refused(place: Any, value: Any, reports: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         good, bad = Path(folder) / "good.json", Path(folder) / "bad.json"
