@@ -69,8 +69,8 @@ def find_ceiling(
     the baseline and quantized. The measured time of the baseline's products is shared out by the
     former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
     between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
-    by their own maximum. With INT8 attention, whose first pass also rotates and lays out queries
-    and keys, all kernels between matmuls and attention may be of that kind. Everything else stays.
+    by their own maximum; with INT8 attention, whose first pass also rotates and lays out queries
+    and keys, all kernels may be of that kind. Everything else stays.
 
     Args:
         baseline: where the time of the baseline goes.
@@ -102,13 +102,8 @@ def find_ceiling(
     share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
     ratio = sum(before) / sum(after)
     left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
-    saved_s = 0.0
-    if int8_rates is not None:
-        element_s = (width + 1) / rates.bytes_per_s
-        around = [] if attention else others
-        saved_s = _saved_s(baseline.rest, quantized, around, element_s, shortest_s)
-    elif attention:
-        saved_s = baseline.rest
+    element_s = None if int8_rates is None else (width + 1) / rates.bytes_per_s
+    saved_s = _saved_s(baseline.rest, quantized, others, attention, element_s, shortest_s)
     if attention:
         saved_s += baseline.attention * attention.share * (1 - 1 / attention.ratio)
     return Ceiling(
@@ -127,13 +122,18 @@ def _saved_s(
     rest_s: float,
     quantized: Sequence[LinearCall],
     others: Sequence[LinearCall],
-    element_s: float,
+    attention: AttentionPart | None,
+    element_s: float | None,
     shortest_s: float,
 ) -> float:
-    """Return the seconds by which kernels between quantized layers, their part of the rest, are
-    longer than one pass over each input, at ``element_s`` for each element."""
+    """Return the seconds by which kernels between what is INT8, their part of the rest, are longer
+    than one pass over each input of a layer, at ``element_s`` for each element; None for layers
+    that need no pass."""
+    if element_s is None:
+        return rest_s if attention else 0.0
     touched = sum(call.activations for call in quantized)
-    near_s = rest_s * touched / (touched + sum(call.activations for call in others))
+    besides = 0 if attention else sum(call.activations for call in others)
+    near_s = rest_s * touched / (touched + besides)
     passes_s = sum(
         max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first
     )
