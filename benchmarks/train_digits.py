@@ -64,10 +64,11 @@ class Recipe:
     """Seed of the initial weights, and of the order and augmentation of the images."""
 
 
-def train(recipe: Recipe) -> VisionTransformer:
-    """Return a model trained on the training split, in evaluation mode."""
+def train(recipe: Recipe, model: VisionTransformer | None = None) -> VisionTransformer:
+    """Return a model trained on the training split, in evaluation mode; that of the workload unless
+    ``model`` is another one to train."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = VisionTransformer()
+    model = VisionTransformer() if model is None else model
     initialize(model, generator)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},

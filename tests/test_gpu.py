@@ -214,6 +214,16 @@ def test_a_point_has_its_breakdown_and_its_ceiling(mode: str) -> None:
     print(result.ceiling_speedup, result.ceiling_reached, basis)
 
 
+def test_the_ceiling_of_int8_attention_is_not_exceeded() -> None:
+    candidate = POINT.replace(int8_enabled=True, int8_attention=True)
+    _, result = measure(toy(), candidate.baseline(), candidate)
+    assert "problem" not in result.ceiling, result.ceiling
+    part = result.ceiling["attention"]
+    assert part["share"] == 1.0  # the toy has one call
+    assert 1e12 < part["ops_per_s"] < 1e16
+    assert result.speedup <= result.ceiling_speedup
+
+
 def test_auto_attention_is_one_backend_for_baseline_and_candidate() -> None:
     candidate = POINT.replace(int8_enabled=True, attention="auto")
     baseline, result = measure(toy(), candidate.baseline(), candidate)

@@ -340,7 +340,9 @@ def has_random_weights(workload: Workload, weights: str) -> bool:
 def next_step(workload: Workload, params: RunParams) -> str:
     """Return what to try when accuracy dropped too much."""
     mode = MODES[params.int8_mode]
-    if workload.brings_quantization:
+    if params.int8_attention:
+        step = "attention in BF16 (--int8-set int8_attention=false, int8_attention=False)"
+    elif workload.brings_quantization:
         step = "leave more layers in BF16 where the workload itself quantizes"
     elif mode.smoothquant_helps and not params.int8_smoothquant:
         step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"

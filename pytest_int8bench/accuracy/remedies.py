@@ -152,7 +152,8 @@ class Remedies:
     def _without_worst_layers(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
         if workload.brings_quantization:
             return
-        scan = SensitivityScan(self._guardrail, workload, params)
+        # Attention is no layer to leave in BF16, and has a rung of its own.
+        scan = SensitivityScan(self._guardrail, workload, params.replace(int8_attention=False))
         ranked = [row["name"] for row in scan.run(nodeid="", tell=self._tell).layers]
         count = 1
         while count <= len(ranked) // 2:

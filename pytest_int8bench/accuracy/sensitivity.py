@@ -1,4 +1,4 @@
-"""Rank layers, or blocks, by what quantizing each of them alone costs."""
+"""Rank layers, or blocks, by what quantizing each of them alone costs, attention included."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from pytest_int8bench.accuracy.attention_rows import AttentionIn
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
@@ -35,7 +37,8 @@ class ScanError(ClearError, ValueError):
 
 
 class SensitivityScan:
-    """Quantizes one layer, or block, of a workload's model at a time.
+    """Quantizes one layer, or block, of a workload's model at a time, and with INT8 attention the
+    attention of one at a time.
 
     Args:
         guardrail: where models and scores come from.
@@ -63,7 +66,7 @@ class SensitivityScan:
         self._workload = workload
         self._params = params.replace(int8_smoothquant=False)
         self._by = by
-        whole = self._pool.variant(workload, self._params)
+        whole = self._pool.variant(workload, self._params.replace(int8_attention=False))
         names = [layer.name for layer in coverage(whole.eager).converted]
         self.groups: dict[str, tuple[str, ...]] = grouped(names, by)
 
@@ -85,6 +88,7 @@ class SensitivityScan:
 
         Raises:
             WorkloadError: for ``metric`` where the workload has no labels.
+            ScanError: for INT8 attention where none of the model's can run in INT8.
         """
         start = time.perf_counter()
         evaluations = self._guardrail.evaluations(self._workload, self._params)
@@ -96,6 +100,7 @@ class SensitivityScan:
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
         reference = _repeatable(baseline, batches)
+        groups = self._groups(baseline, batches[0])
         scores = self._scores() if metric else None
         samples = sum(len(outputs[0]) for outputs in reference if outputs and outputs[0].dim())
         table = Sensitivity(
@@ -108,9 +113,9 @@ class SensitivityScan:
             samples=len(scores.values) if scores is not None else samples,
             layers=[],
         )
-        for count, (name, layers) in enumerate(self.groups.items()):
+        for count, (name, (layers, callers)) in enumerate(groups.items()):
             begun = time.perf_counter()
-            row = self._row(name, layers, batches, reference, scores)
+            row = self._row(name, layers, callers, batches, reference, scores)
             table = dataclasses.replace(
                 table,
                 layers=sorted([*table.layers, row], key=_badness, reverse=True),
@@ -119,33 +124,62 @@ class SensitivityScan:
             record(table)
             if count == 0:
                 each_s = time.perf_counter() - begun
-                counted, all_s = plural(len(self.groups), self._by), len(self.groups) * each_s
+                counted, all_s = plural(len(self.groups), self._by), len(groups) * each_s
+                if more := len(groups) - len(self.groups):
+                    counted += f" and the attention of {more}"
                 tell(f"{counted}, {each_s:.1f} s for the first: about {all_s:.0f} s")
         return table
+
+    def _groups(
+        self, baseline: Model, batch: Any
+    ) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Return by name the layers of each group, and the modules whose attention is in it."""
+        none: tuple[str, ...] = ()
+        groups = {name: (layers, none) for name, layers in self.groups.items()}
+        if not self._params.int8_attention:
+            return groups
+        mode = AttentionIn(baseline.eager)
+        with mode.entered():
+            _eager(baseline, batch)
+        if not mode.callers:
+            raise ScanError(f"int8_attention=True: {mode.coverage}")
+        for name, callers in grouped(list(mode.callers), self._by).items():
+            groups[f"{name} (attention)".strip()] = none, callers
+        return groups
 
     def _row(
         self,
         name: str,
         layers: tuple[str, ...],
+        callers: tuple[str, ...],
         batches: Sequence[Any],
         reference: Sequence[list[torch.Tensor]],
         scores: Scores | None,
     ) -> dict[str, Any]:
         """Return what one group loses, when it alone is quantized."""
-        model = self._pool.variant(self._only(layers), self._params)
+        model = self._model(layers)
         model.restore()
         signal = noise = 0.0
-        for batch, ours in zip(batches, reference, strict=True):
-            for a, b in zip(ours, _eager(model, batch), strict=True):
-                masked = a.isinf() & (a == b)  # such as logits of classes that cannot be
-                a, b = a.masked_fill(masked, 0), b.masked_fill(masked, 0)
-                signal += float(a.square().sum(dtype=torch.float64))
-                noise += float((a - b).square().sum(dtype=torch.float64))
-        if not math.isfinite(signal + noise):
-            raise OutputsError("the outputs hold NaN or infinity: layers cannot be ranked")
+        with AttentionIn(model.eager, callers).entered() if callers else nullcontext():
+            for batch, ours in zip(batches, reference, strict=True):
+                for a, b in zip(ours, _eager(model, batch), strict=True):
+                    masked = a.isinf() & (a == b)  # such as logits of classes that cannot be
+                    a, b = a.masked_fill(masked, 0), b.masked_fill(masked, 0)
+                    signal += float(a.square().sum(dtype=torch.float64))
+                    noise += float((a - b).square().sum(dtype=torch.float64))
+            if not math.isfinite(signal + noise):
+                raise OutputsError("the outputs hold NaN or infinity: layers cannot be ranked")
+            loss = {} if scores is None else self._loss(model, scores)
         row: dict[str, Any] = {"name": name, "layers": list(layers)}
         row["sqnr_db"] = sqnr_db(signal, noise) if noise else None  # JSON has no infinity
-        return row if scores is None else row | self._loss(model, scores)
+        return row | loss
+
+    def _model(self, layers: tuple[str, ...]) -> Model:
+        """Return a candidate of which ``layers`` alone are quantized, none where it is empty."""
+        params = self._params.replace(int8_attention=False)
+        if layers:
+            return self._pool.variant(self._only(layers), params)
+        return self._pool.variant(self._workload, params, quantize=False)
 
     def _only(self, layers: Collection[str]) -> Workload:
         chosen = frozenset(layers)

@@ -161,6 +161,8 @@ def _key(record: Record) -> _Key:
 
 def _around_name(record: Record) -> tuple[str, str]:
     """Return the node id before and behind the run name; all of it and "" if it holds none."""
+    if not record.run_name:
+        return record.nodeid, ""
     head, name, tail = record.nodeid.rpartition(record.run_name)
     return (head, tail) if name else (tail, "")
 

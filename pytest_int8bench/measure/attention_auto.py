@@ -159,12 +159,12 @@ def fastest_backend(
         for call, count in calls.items():
             if totals[name] < math.inf:
                 if (name, call) not in known:
-                    known[name, call] = _seconds(name, call, timer)
+                    known[name, call] = seconds_of(name, call, timer)
                 totals[name] += count * known[name, call]
     return min((name for name in totals if totals[name] < math.inf), key=totals.get, default=None)  # type: ignore[arg-type]
 
 
-def _seconds(attention: str, call: Call, timer: Callable[[], float]) -> float:
+def seconds_of(attention: str, call: Call, timer: Callable[[], float]) -> float:
     """Return the seconds of a call under one backend, infinity where it does not fit."""
     with (
         kept_generators(),

@@ -20,6 +20,18 @@ class CeilingError(ClearError, RuntimeError):
 
 
 @dataclass(frozen=True)
+class AttentionPart:
+    """What INT8 attention could do to the baseline's time in attention."""
+
+    share: float
+    """Part of that time that is in calls which run in INT8, 0 to 1."""
+    ratio: float
+    """How many times faster these calls could be."""
+    ops_per_s: float
+    """Their rate on INT8 queries and keys, on a long sequence, as measured."""
+
+
+@dataclass(frozen=True)
 class Ceiling:
     """What INT8 could bring at most at a point."""
 
@@ -36,6 +48,8 @@ class Ceiling:
     int8_ops_per_s: float | None
     """The same on INT8 operands; None where the mode's matmuls run in the baseline's dtype."""
     bytes_per_s: float
+    attention: AttentionPart | None = None
+    """None where attention stays as it is."""
 
 
 def find_ceiling(
@@ -45,6 +59,7 @@ def find_ceiling(
     rates: Rates,
     *,
     bound: Bound,
+    attention: AttentionPart | None = None,
     element_bytes: int = 2,
     shortest_s: float = 0.0,
 ) -> Ceiling:
@@ -54,7 +69,8 @@ def find_ceiling(
     the baseline and quantized. The measured time of the baseline's products is shared out by the
     former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
     between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
-    by their own maximum. Attention and everything else stays.
+    by their own maximum; with INT8 attention, whose first pass also rotates and lays out queries
+    and keys, all kernels may be of that kind. Everything else stays.
 
     Args:
         baseline: where the time of the baseline goes.
@@ -62,6 +78,7 @@ def find_ceiling(
         converted: names of the layers that were quantized.
         rates: of the device, at the sizes of the quantized layers.
         bound: what the mode's upper bound is computed from.
+        attention: what INT8 attention could do; None where attention stays as it is.
         element_bytes: bytes of an element of the baseline's weights and activations.
         shortest_s: seconds that a kernel takes at least.
 
@@ -85,10 +102,10 @@ def find_ceiling(
     share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
     ratio = sum(before) / sum(after)
     left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
-    saved_s = 0.0
-    if int8_rates is not None:
-        element_s = (width + 1) / rates.bytes_per_s
-        saved_s = _saved_s(baseline.rest, quantized, others, element_s, shortest_s)
+    element_s = None if int8_rates is None else (width + 1) / rates.bytes_per_s
+    saved_s = _saved_s(baseline.rest, quantized, others, attention, element_s, shortest_s)
+    if attention:
+        saved_s += baseline.attention * attention.share * (1 - 1 / attention.ratio)
     return Ceiling(
         baseline.total_s / (left_s - saved_s),
         baseline.total_s / left_s,
@@ -97,6 +114,7 @@ def find_ceiling(
         typical,
         None if int8_rates is None else _together(quantized, int8_rates),
         rates.bytes_per_s,
+        attention,
     )
 
 
@@ -104,13 +122,18 @@ def _saved_s(
     rest_s: float,
     quantized: Sequence[LinearCall],
     others: Sequence[LinearCall],
-    element_s: float,
+    attention: AttentionPart | None,
+    element_s: float | None,
     shortest_s: float,
 ) -> float:
-    """Return the seconds by which kernels between quantized layers, their part of the rest, are
-    longer than one pass over each input, at ``element_s`` for each element."""
+    """Return the seconds by which kernels between what is INT8, their part of the rest, are longer
+    than one pass over each input of a layer, at ``element_s`` for each element; None for layers
+    that need no pass."""
+    if element_s is None:
+        return rest_s if attention else 0.0
     touched = sum(call.activations for call in quantized)
-    near_s = rest_s * touched / (touched + sum(call.activations for call in others))
+    besides = 0 if attention else sum(call.activations for call in others)
+    near_s = rest_s * touched / (touched + besides)
     passes_s = sum(
         max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first
     )

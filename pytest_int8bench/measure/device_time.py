@@ -6,15 +6,17 @@ Both stages come after the clock.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pytest_int8bench.errors import ClearError, first_line
+from pytest_int8bench.measure.attention_auto import Call, seconds_of
+from pytest_int8bench.measure.attention_bound import attention_part, head_of, replaced_calls
 from pytest_int8bench.measure.ceiling import (
     Ceiling,
-    CeilingError,
     bound_of,
     find_ceiling,
     quantized_calls,
@@ -56,6 +58,8 @@ class CeilingSources:
         """Return what the ceiling was computed from, for JSON."""
         values = dataclasses.asdict(self.ceiling)
         del values["speedup"]
+        if values["attention"] is None:
+            del values["attention"]
         return {"baseline": self.baseline.to_dict(), **values}
 
 
@@ -94,23 +98,43 @@ def upper_bound(
 
 
 def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSources:
-    if candidate.params.int8_attention:
-        raise CeilingError("how much faster INT8 attention could be is not part of the model")
     evidence, bound = baseline.evidence(), bound_of(candidate.params.int8_mode)
     dtype = torch.bfloat16 if baseline.params.bf16 else torch.float32
     left_out = {*candidate.layers.unused, *candidate.layers.other_precision}
     calls = [call for call in baseline.linear_calls() if call.name not in candidate.layers.unused]
     converted = {layer.name for layer in coverage(candidate.eager).converted} - left_out
     sizes = {call.size for call in quantized_calls(calls, converted)}
+    attention_calls, replaced = Counter[Call](), list[Call]()
+    if (covered := candidate.compiled.int8_attention) is not None:
+        attention_calls = baseline.attention_calls()
+        replaced = replaced_calls(attention_calls, covered)
     with baseline.compiled.settings():
-        rates = measure_rates(sizes, baseline.device, dtype, timer, with_int8=bound.int8_matmuls)
+        rates = measure_rates(
+            sizes,
+            baseline.device,
+            dtype,
+            timer,
+            with_int8=bound.int8_matmuls,
+            heads=set(map(head_of, replaced)),
+        )
     split = break_down(evidence)
+    attention = None
+    if replaced:
+        backend = baseline.compiled.attention
+        attention = attention_part(
+            split.attention,
+            attention_calls,
+            replaced,
+            rates,
+            lambda call: seconds_of(backend, call, timer),
+        )
     ceiling = find_ceiling(
         split,
         calls,
         converted,
         rates,
         bound=bound,
+        attention=attention,
         element_bytes=dtype.itemsize,
         shortest_s=shortest_s(evidence),
     )

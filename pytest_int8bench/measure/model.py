@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from pytest_int8bench.measure.attention_auto import (
     AnotherBackend,
     AttentionError,
     AutoAttention,
+    Call,
     no_kernel,
     recorded_calls,
 )
@@ -239,6 +241,12 @@ class Model:
             outside = (call for calls in eager for call in calls if call.name not in names)
             self._linear_calls = (*first, *outside)
         return self._linear_calls
+
+    def attention_calls(self) -> Counter[Call]:
+        """Run one forward operator by operator and return the calls of attention in its graphs, or
+        in all of a model without graphs."""
+        with self.compiled.entered():
+            return self._seen_by(recorded_calls)[0]
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
         """Compile and warm up, once; and again what has to be compiled anew, as after

@@ -172,18 +172,24 @@ class ModelPool:
             params.identity(),
         )
 
-    def variant(self, workload: Workload, params: RunParams) -> Model:
+    def variant(self, workload: Workload, params: RunParams, *, quantize: bool = True) -> Model:
         """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
-        it: for a look at one of many ways to quantize."""
+        it: for a look at one of many ways to quantize, or at a copy that is not quantized."""
         baseline = self.get(workload, params.baseline())
         baseline.find_changing_buffers()  # for variants differ from it by quantization alone
         point = params.replace(compile_mode="off")
-        model = self._build(workload, point, baseline.batch, copy_first=True)
+        model = self._build(workload, point, baseline.batch, copy_first=True, quantize=quantize)
         model.params = params  # whose evaluations and baseline are the point's
         return model
 
     def _build(
-        self, workload: Workload, params: RunParams, batch: Batch, *, copy_first: bool = False
+        self,
+        workload: Workload,
+        params: RunParams,
+        batch: Batch,
+        *,
+        copy_first: bool = False,
+        quantize: bool = True,
     ) -> Model:
         device = find_device(params)
         collect_garbage(
@@ -213,7 +219,7 @@ class ModelPool:
                     f"without a layer that torchao quantized at {params.run_name}"
                 )
             make_readable(eager)
-        elif params.int8_enabled:
+        elif params.int8_enabled and quantize:
             calibration = None
             if params.int8_smoothquant:
                 calibration = calibration_inputs(workload, params, batch.inputs, device)

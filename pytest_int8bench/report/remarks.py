@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
@@ -77,7 +78,7 @@ def ceiling_remarks(result: Result) -> list[str]:
         f"{basis['products_speedup']:.2f}x by its products alone "
         f"({shares}, rest {split['rest'] / total_s:.0%} of the {dtype} kernels' time; "
         f"{basis['quantized_share']:.0%} of the products are quantized, and could run "
-        f"{basis['product_ratio']:.2f}x as fast)"
+        f"{basis['product_ratio']:.2f}x as fast{_int8_attention(basis)})"
     )
     if result.ceiling_reached is not None:
         part = max(result.ceiling_reached, 0.0)
@@ -89,6 +90,16 @@ def ceiling_remarks(result: Result) -> list[str]:
     if result.params.get("attention") == "math":
         text += "; the products of math attention count as those of layers"
     return [f"ceiling: {record_label(result)}: {text}"]
+
+
+def _int8_attention(basis: Mapping[str, Any]) -> str:
+    part = basis.get("attention")
+    if part is None:
+        return ""
+    return (
+        f"; {part['share']:.0%} of the attention runs in INT8, and could run {part['ratio']:.2f}x "
+        "as fast"
+    )
 
 
 def _feeding(result: Result) -> str | None:

@@ -138,7 +138,9 @@ class Result(Measured):
     ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
     times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
     and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
-    ``bytes_per_s``. Or ``problem``: why there is none."""
+    ``bytes_per_s``. With INT8 attention also ``attention``: ``share`` (of the baseline's time in
+    attention that is in calls which run in INT8), ``ratio`` (how many times faster they could be)
+    and ``ops_per_s``. Or ``problem``: why there is none."""
     coverage: Coverage | None = None
     """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),

@@ -72,6 +72,12 @@ class _WholeBreakdown(TypedDict):
     rest: NotNegative
 
 
+class _AttentionPart(TypedDict):
+    share: Share
+    ratio: Positive
+    ops_per_s: Positive
+
+
 class _Ceiling(TypedDict, total=False):
     problem: str | None
     baseline: Annotated[Breakdown, _WholeBreakdown] | None
@@ -81,6 +87,7 @@ class _Ceiling(TypedDict, total=False):
     float_ops_per_s: Positive | None
     int8_ops_per_s: Positive | None
     bytes_per_s: Positive | None
+    attention: Annotated[dict[str, Any], _AttentionPart]
 
 
 Ceiling = Annotated[

@@ -98,8 +98,9 @@ class Sensitivity(Record):
     samples: Count
     """Samples that the metric, or else the SQNR, was measured on."""
     layers: list[Layer]
-    """Worst first: ``name``, ``layers`` (names of the linear layers), ``sqnr_db`` (None for equal
-    outputs), and with a metric ``drop`` (difference from the baseline's), ``lost``, ``gained``."""
+    """Worst first: ``name``, ``layers`` (names of the linear layers; none for the attention of a
+    layer or block), ``sqnr_db`` (None for equal outputs), and with a metric ``drop`` (difference
+    from the baseline's), ``lost``, ``gained``."""
     seconds: float | None = None
     """Time that measuring the table took."""
 

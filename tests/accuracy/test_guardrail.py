@@ -306,8 +306,9 @@ def test_random_weights_of_a_library_are_marked() -> None:
         (W8A8, "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"),
         (W8A8.replace(int8_smoothquant=True), "weights only (--int8-mode=w8, int8_mode='w8')"),
         (W8, "a filter that keeps the worst layers in BF16, often the first and last"),
+        (W8.replace(int8_attention=True), "attention in BF16 (--int8-set int8_attention=false"),
     ],
-    ids=["w8a8", "smoothquant", "w8"],
+    ids=["w8a8", "smoothquant", "w8", "attention"],
 )
 def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
     assert next_step(make_workload(), params).startswith(f"next step: {step}")

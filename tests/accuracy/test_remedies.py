@@ -25,6 +25,7 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.report.verdict_text import describe
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from pytest_int8bench.workloads import Evaluation, Workload
+from toys.attending import Outlier
 
 WIDTH, CLASSES, SAMPLES = 32, 4, 3000
 W8A8 = RunParams(
@@ -80,12 +81,14 @@ class Net(nn.Module):
 
 
 class Attending(Net):
-    """A net with attention that its result does not show."""
+    """A net with attention, in which INT8 may lose all."""
+
+    def __init__(self, channel: dict[int, float], outlier: float) -> None:
+        super().__init__(channel, {})
+        self.attend = Outlier(outlier)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.unflatten(-1, (1, 4, -1))
-        mixed = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-        return super().forward(x + 0 * mixed.flatten(1))
+        return super().forward(self.attend(x.unflatten(-1, (1, 4, -1))).flatten(1))
 
 
 def data(seed: int, samples: int) -> torch.Tensor:
@@ -143,16 +146,25 @@ def test_a_model_without_outliers_needs_no_remedy() -> None:
     assert verdict.outcome != "FAIL"
 
 
-def test_attention_in_bf16_is_the_first_rung() -> None:
+@pytest.mark.parametrize(
+    ("channel", "outlier", "helps"),
+    [(OUTLIERS, 0.0, False), ({}, 1e4, True)],
+    ids=["layers", "attention"],
+)
+def test_attention_in_bf16_is_the_first_rung(
+    channel: dict[int, float], outlier: float, helps: bool
+) -> None:
     def build(p: RunParams) -> nn.Module:
         torch.manual_seed(0)
-        return Attending(OUTLIERS, {})
+        return Attending(channel, outlier)
 
-    verdict = walk(make_workload(channel=OUTLIERS, build=build), W8A8.replace(int8_attention=True))
+    workload = make_workload(channel=channel, build=build)
+    verdict = walk(workload, W8A8.replace(int8_attention=True))
     [first, *rest] = verdict.remedies
     assert (first["rung"], first["setting"]) == ("attention in BF16", "int8_attention=False")
     assert first["configuration"] == "--int8-set int8_attention=false"
-    assert {row["rung"] for row in rest} == {"SmoothQuant"}
+    assert (first["outcome"] == "PASS") is helps
+    assert {row["rung"] for row in rest} == (set() if helps else {"SmoothQuant"})
 
 
 def test_an_outlier_channel_is_remedied_by_smoothquant() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from pytest_int8bench.accuracy.attention_rows import AttentionIn
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError
-from pytest_int8bench.accuracy.sensitivity import SensitivityScan
+from pytest_int8bench.accuracy.sensitivity import ScanError, SensitivityScan
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.workloads import Workload
 from toys import rebound, stateful
+from toys.attending import Outlier, masked
 from toys.models import make_workload, normal
 from toys.rebound import Blocks
 
@@ -34,9 +38,9 @@ def blocks(change: Any) -> Workload:
     )
 
 
-def scan(of: Workload, by: str = "block") -> list[dict[str, Any]]:
+def scan(of: Workload, by: str = "block", params: RunParams = W8A8) -> list[dict[str, Any]]:
     guardrail = Guardrail(ModelPool(), Limit(0.01, relative=True))
-    table = SensitivityScan(guardrail, of, W8A8, by=by).run(nodeid="")
+    table = SensitivityScan(guardrail, of, params, by=by).run(nodeid="")
     return sorted(table.layers, key=lambda row: str(row["name"]))
 
 
@@ -111,3 +115,77 @@ def test_masked_logits_do_not_count() -> None:
 def test_nan_in_the_outputs_is_one_line() -> None:
     with pytest.raises(OutputsError, match=r"^the outputs hold NaN or infinity: layers cannot be"):
         scan(masked_logits(torch.nan))
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Blocks whose attention INT8 loses, keeps, and cannot compute."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), part) for part in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, (1, 4, 4)).repeat(1, 1, 1, 4)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Masking(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return masked(x)
+
+
+def attending(*parts: nn.Module) -> Workload:
+    return make_workload(
+        lambda: Attends([copy.deepcopy(part) for part in parts]),
+        inputs=normal(16),
+        filter_fn=lambda module, name: isinstance(module, nn.Linear),
+    )
+
+
+@pytest.mark.parametrize("by", ["layer", "block"])
+def test_attention_has_rows_of_its_own(by: str) -> None:
+    of = attending(Outlier(0.0), Masking(), Outlier(1e4))
+    [*plain] = scan(of, by)
+    rows = scan(of, by, W8A8.replace(int8_attention=True))
+    names = ["blocks.0.1", "blocks.2.1"] if by == "layer" else ["blocks.0", "blocks.2"]
+    found = {row["name"]: row for row in rows if not row["layers"]}
+    assert list(found) == [f"{name} (attention)" for name in names]
+    kept_db, lost_db = (row["sqnr_db"] for row in found.values())
+    assert lost_db < 20 < kept_db
+    # The layers are quantized alone, not with all attention.
+    assert [row for row in rows if row["layers"]] == plain
+
+
+def test_a_module_that_is_called_twice_is_one_row() -> None:
+    shared = Outlier(0.0)
+    of = make_workload(lambda: Attends([shared, shared]), inputs=normal(16))
+    of = dataclasses.replace(of, filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    names = [row["name"] for row in scan(of, "layer", W8A8.replace(int8_attention=True))]
+    assert names == ["blocks.0.0", "blocks.0.1 (attention)", "blocks.1.0"]
+
+
+def test_attention_that_int8_cannot_compute_is_one_line() -> None:
+    message = "^int8_attention=True: 0 of 1 attention calls on .*; left out: 1 with a mask$"
+    with pytest.raises(ScanError, match=message):
+        scan(attending(Masking()), "block", W8A8.replace(int8_attention=True))
+
+
+def test_hooks_do_not_outlive_a_forward_that_fails() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("mine")
+
+    model = nn.Sequential(Fails())
+    mode = AttentionIn(model)
+    with pytest.raises(ValueError, match=r"^mine$"), mode.entered():
+        model(torch.ones(1))
+    x = torch.ones(1, 1, 4, 8)
+    assert mode.callers == {}
+    with mode.entered():
+        nn.functional.scaled_dot_product_attention(x, x, x)
+    assert mode.callers == {"": None}

@@ -114,7 +114,7 @@ def test_no_backend_that_fits_is_none() -> None:
 
 def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"flash": 1.0, "cudnn": 4.0, "efficient": 2.0, "math": 3.0}
-    monkeypatch.setattr(attention_auto, "_seconds", lambda name, call, timer: times[name])
+    monkeypatch.setattr(attention_auto, "seconds_of", lambda name, call, timer: times[name])
     layout = Layout((1, 1, 2, 8), (16, 16, 8, 1), torch.bfloat16, torch.device("cuda"))
     auto = AutoAttention()
     assert auto.choose({Call(layout, layout, layout, None, ()): 12}) == "flash"

@@ -50,7 +50,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return FAILS.around(module.forward)
 
     monkeypatch.setattr(InductorBackend, "__call__", compile_graph)
-    monkeypatch.setattr(attention_auto, "_seconds", seconds)
+    monkeypatch.setattr(attention_auto, "seconds_of", seconds)
     return backends
 
 

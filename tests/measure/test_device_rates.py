@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from pytest_int8bench.kernels.dispatch import KernelError
 from pytest_int8bench.measure import device_rates
-from pytest_int8bench.measure.device_rates import RateError, Rates, measure_rates, rows_for
+from pytest_int8bench.measure.device_rates import Head, RateError, Rates, measure_rates, rows_for
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.measure.timing import Run
 
@@ -183,3 +185,43 @@ def test_a_cpu_is_measured_and_the_generator_left_alone() -> None:
     assert found.float_ops_per_s[SMALL] > 0
     assert found.int8_ops_per_s[SMALL] > 0
     assert found.bytes_per_s > 0
+
+
+def test_int8_attention_is_measured_with_its_quantizing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_rates, "TOKENS", 8)
+
+    def taking(name: str, seconds: float) -> Callable[..., Any]:
+        plain = getattr(device_rates.ops, name)
+
+        def run(*args: Any) -> Any:
+            clock.calls.append(name)
+            clock.now += seconds
+            return plain(*args)
+
+        return run
+
+    for name, seconds in (("quantize_heads", 0.25), ("int8_attention", 0.75)):
+        monkeypatch.setattr(device_rates.ops, name, taking(name, seconds))
+    heads = [Head(16, torch.bfloat16), Head(16, torch.float32), Head(16, torch.bfloat16)]
+    found = measure_rates([], CPU, torch.bfloat16, clock, with_int8=False, heads=heads)
+    ops = 4 * 8 * 8 * 16
+    assert found.attention_ops_per_s == dict.fromkeys(heads, pytest.approx(ops / 1.0))
+    measured = len(clock.calls)
+    assert measure_rates([], CPU, torch.bfloat16, clock, with_int8=False, heads=heads) == found
+    assert len(clock.calls) == measured
+
+
+def test_attention_that_does_not_run_is_said(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise KernelError("no kernel computes attention of it\nmore")
+
+    monkeypatch.setattr(device_rates, "TOKENS", 8)
+    monkeypatch.setattr(device_rates.ops, "int8_attention", refuse)
+    message = (
+        "^INT8 attention of heads with 16 columns does not run on cpu: no kernel computes "
+        "attention of it$"
+    )
+    with pytest.raises(RateError, match=message):
+        measure_rates([], CPU, torch.bfloat16, clock, heads=[Head(16, torch.bfloat16)])

@@ -25,7 +25,7 @@ from torchao.quantization import (
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure import device_time
 from pytest_int8bench.measure import steps as measure_steps
-from pytest_int8bench.measure.device_rates import RateError, Rates
+from pytest_int8bench.measure.device_rates import Head, RateError, Rates
 from pytest_int8bench.measure.energy import EnergyCounter, Step
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
 from pytest_int8bench.measure.linear_calls import Size
@@ -38,7 +38,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads import Workload
-from toys import layers
+from toys import attending, layers
 from toys.models import Mlp, make_workload, time_rounds
 
 BF16 = RunParams(
@@ -753,12 +753,18 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have kernels of a GPU seen, products twice as fast in INT8, and a speedup of 1.25."""
 
     def measure_rates(
-        sizes: set[Size], device: torch.device, dtype: torch.dtype, timer: Timer, *, with_int8: bool
+        sizes: set[Size],
+        device: torch.device,
+        dtype: torch.dtype,
+        timer: Timer,
+        *,
+        with_int8: bool,
+        heads: set[Head],
     ) -> Rates:
-        assert sizes == {Size(32, 64), Size(64, 32)}
+        assert sizes in ({Size(32, 64), Size(64, 32)}, {Size(32, 32)})
         assert dtype == torch.bfloat16
         int8 = dict.fromkeys(sizes, 2e12) if with_int8 else {}
-        return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30)
+        return Rates(dict.fromkeys(sizes, 1e12), int8, 1e30, dict.fromkeys(heads, 1e6))
 
     monkeypatch.setattr(device_time, "WITH_KERNELS", ("cpu",))
     monkeypatch.setattr(device_time, "measure_rates", measure_rates)
@@ -791,6 +797,37 @@ def test_a_candidate_has_a_ceiling(throughput: Throughput, monkeypatch: pytest.M
         "int8_ops_per_s": pytest.approx(2e12),
         "bytes_per_s": 1e30,
     }
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [(attending.Attends, 1.0), (attending.Twice, 0.4)], ids=["all", "some"]
+)
+@pytest.mark.parametrize("mode", ["w8a8", "w8"])
+def test_the_ceiling_knows_int8_attention(
+    throughput: Throughput,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[nn.Module],
+    share: float,
+    mode: str,
+) -> None:
+    on_a_gpu(monkeypatch)
+    # A call with a mask takes 1.5 times as long as one without.
+    monkeypatch.setattr(
+        device_time, "seconds_of", lambda backend, call, timer: 1.0 if call.mask is None else 1.5
+    )
+    params = W8A8.replace(int8_mode=mode, int8_attention=True)
+    result = measure(throughput, attending.workload_of(kind), params)
+    least_s = 4 * 32 * 4 * 4 * 32 / 1e6  # 32 samples of 4 tokens and a head of 32 columns
+    assert result.ceiling["attention"] == {
+        "share": pytest.approx(share),
+        "ratio": pytest.approx(3 * share / least_s),
+        "ops_per_s": pytest.approx(1e6),
+    }
+    # Of 6 s of products half is left, and of 1 s of the rest two passes of 0.1 s; W8 keeps all
+    # products, and quantizes queries and keys alone.
+    other_s = 3 + 0.2 if mode == "w8a8" else 6
+    assert result.ceiling_speedup == pytest.approx(10 / (other_s + 3 * (1 - share) + least_s))
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 

@@ -281,6 +281,16 @@ def test_how_much_of_the_ceiling_was_reached(values: dict[str, Any], end: str) -
     assert ceiling_line(**values) == end
 
 
+def test_the_ceiling_of_int8_attention_is_said() -> None:
+    part = {"share": 0.75, "ratio": 1.776, "ops_per_s": 5.4e14}
+    result = result_of(
+        **{**MEASURED, **CEILING, "ceiling": {**CEILING["ceiling"], "attention": part}}
+    )
+    start = SHOWN.format(name=NAME, dtype="BF16").removesuffix(")")
+    added = "; 75% of the attention runs in INT8, and could run 1.78x as fast)"
+    assert f"{start}{added}: 78% of that gain reached" in lines_of(result)
+
+
 @pytest.mark.parametrize(("batch_time_s", "told"), [(9.0, True), (6.0, False)])
 def test_reports_host_bound_ceiling(batch_time_s: float, told: bool) -> None:
     # The baseline's kernels take 10 s, and its batches 1.846 times as long as the candidate's.

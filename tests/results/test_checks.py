@@ -60,6 +60,11 @@ ROW = {"name": "a", "sqnr_db": 1.0}
             {"baseline": CEILING["baseline"], "product_ratio": 2.0},
             "ceiling must be an object with products_speedup, quantized_share where it has base",
         ),
+        (
+            "ceiling",
+            {**CEILING, "attention": {"share": 1.5, "ratio": 2.0, "ops_per_s": 1e14}},
+            "ceiling.attention.share must be a share, 0 to 1, got 1.5",
+        ),
         ("gpu_after", {"power_w": "300"}, "gpu_after.power_w must be a number of at least 0"),
         ("worker", ["gw0"], "worker must be an object, got ['gw0']"),
     ],

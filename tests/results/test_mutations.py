@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_int8bench.cli.main import main
@@ -98,7 +98,13 @@ def full() -> Saved:
         kernels=[{"name": "gemm", "seconds": 0.1, "calls": 2}],
         trace="trace.json",
         device_breakdown=breakdown(0.03, 0.01, 0.03, 0.02),
-        ceiling={**CEILING, "float_ops_per_s": 1e14, "int8_ops_per_s": 2e14, "bytes_per_s": 1e12},
+        ceiling={
+            **CEILING,
+            "float_ops_per_s": 1e14,
+            "int8_ops_per_s": 2e14,
+            "bytes_per_s": 1e12,
+            "attention": {"share": 1.0, "ratio": 1.8, "ops_per_s": 5e14},
+        },
         ceiling_speedup=1.6,
         ceiling_reached=0.3,
         coverage={**COVERAGE, "smoothed_runtime": ["a"], "smoothed_folded": {"norm": ["b"]}},
@@ -193,6 +199,7 @@ def test_every_field_has_a_value_somewhere() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(PLACES), values, st.booleans())
+@example(("results", 0, "run_name"), "", False)
 def test_one_change_is_shown_or_refused(place: Any, value: Any, reports: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         good, bad = Path(folder) / "good.json", Path(folder) / "bad.json"

@@ -148,6 +148,21 @@ class Blocks(nn.Module):
         return x
 
 
+class Outlier(nn.Module):
+    """Attention of each token to itself. A column of a key is so large, where queries have none,
+    that INT8 keys have no other column."""
+
+    def __init__(self, outlier: float) -> None:
+        super().__init__()
+        self.outlier = outlier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = 20 * x, x.clone()
+        q[..., 0] = 0
+        k[..., 0, 0] = self.outlier
+        return scaled_dot_product_attention(q, k, x)
+
+
 def workload_of(kind: type[nn.Module]) -> Workload:
     def inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
         return (torch.randn(p.batch_size, TOKENS, DIM, device=device),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,8 @@ from pytest_int8bench.kernels import ops
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # Dynamo does not look inside, nor does a mode of torch functions.
 _LEFT_WHOLE = multi_head_attention_forward
-_INSIDE = "inside nn.MultiheadAttention"
+#: Why calls that nobody sees are left to torch.
+INSIDE = "inside nn.MultiheadAttention"
 #: Columns of a head that the kernels hold in registers.
 MAX_WIDTH = 128
 
@@ -73,9 +75,9 @@ def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> No
     refusals: dict[Node, str | None] = {}
     for part in parts:
         nodes = part.graph.find_nodes(op="call_function", target=scaled_dot_product_attention)
-        refusals |= {node: _refusal_of(node) for node in nodes}
+        refusals |= {node: _refusal(node) for node in nodes}
         whole = part.graph.find_nodes(op="call_function", target=_LEFT_WHOLE)
-        refusals |= dict.fromkeys(whole, _INSIDE)
+        refusals |= dict.fromkeys(whole, INSIDE)
     _count(module, refusals, coverage)
     for part in parts:
         for node in [node for node in part.graph.nodes if refusals.get(node, "") is None]:
@@ -83,10 +85,10 @@ def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> No
         part.recompile()
 
 
-def _refusal_of(node: Node) -> str | None:
+def _refusal(node: Node) -> str | None:
     given = given_arguments(node)
     q, k, v = (value_of(given.get(name)) for name in _PARAMETERS[:3])
-    return _refusal(q, k, v, given)
+    return refusal_of(q, k, v, given)
 
 
 def _count(
@@ -137,8 +139,15 @@ def _scale(q: Any, given: dict[str, Any]) -> float:
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _refusal(q: Any, k: Any, v: Any, given: dict[str, Any]) -> str | None:
-    """Return why INT8 cannot compute a call, None if it can."""
+def refusal_of(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
+    """Return why INT8 cannot compute a call, None if it can.
+
+    Args:
+        q: the queries.
+        k: the keys.
+        v: the values.
+        given: the other arguments of ``scaled_dot_product_attention``, by name.
+    """
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
         return "without a batch and heads"
     if given.get("attn_mask") is not None:
@@ -181,16 +190,20 @@ class EagerInt8Attention(TorchFunctionMode):
         super().__init__()
         self._coverage = coverage
 
+    def refusal(self, q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
+        """Return why a call is left to torch, None if it runs in INT8."""
+        return refusal_of(q, k, v, given)
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(zip(_PARAMETERS, args, strict=False)) | (kwargs or {})
         if func is _LEFT_WHOLE:
-            self._coverage.note(_INSIDE)
+            self._coverage.note(INSIDE)
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (given[name] for name in _PARAMETERS[:3])
-        reason = _refusal(q, k, v, given)
+        reason = self.refusal(q, k, v, given)
         self._coverage.note(reason)
         if reason is not None:
             return func(*args, **(kwargs or {}))

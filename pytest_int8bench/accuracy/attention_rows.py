@@ -1,0 +1,61 @@
+"""Run the attention of some modules of a model on INT8 queries and keys, and all else as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, EagerInt8Attention
+
+
+class AttentionIn(EagerInt8Attention):
+    """Runs attention in INT8 where chosen modules of an eager model call it.
+
+    Args:
+        model: the model.
+        chosen: names of its modules.
+    """
+
+    def __init__(self, model: nn.Module, chosen: Collection[str] = ()) -> None:
+        self.coverage = AttentionCoverage()
+        super().__init__(self.coverage)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._chosen = frozenset(chosen)
+        self._running = [""]
+        self.callers: dict[str, None] = {}
+        """Names of the modules that called attention which INT8 can compute, in order."""
+
+    def refusal(self, q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
+        reason = super().refusal(q, k, v, given)
+        if reason is not None:
+            return reason
+        self.callers[self._running[-1]] = None
+        return None if self._running[-1] in self._chosen else "of other modules"
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter the mode, and follow which module runs. Only for eager forwards: hooks of all
+        modules would have compiled ones compiled again."""
+
+        def enter(module: nn.Module, args: object) -> None:
+            self._running.append(self._names.get(module, self._running[-1]))
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            self._running.pop()
+
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(leave, always_call=True)
+        try:
+            with self:
+                yield
+        finally:
+            before.remove()
+            after.remove()
+            self._running = [""]

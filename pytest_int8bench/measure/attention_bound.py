@@ -1,0 +1,106 @@
+"""What INT8 attention could bring at most: the calls that it replaces, and their least time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from pytest_int8bench.compiler.attention_calls import Call, Layout
+from pytest_int8bench.compiler.fusion.int8_attention import (
+    INSIDE,
+    AttentionCoverage,
+    refusal_of,
+)
+from pytest_int8bench.measure.ceiling import AttentionPart, CeilingError
+from pytest_int8bench.measure.device_rates import Head, Rates
+
+
+def replaced_calls(calls: Mapping[Call, int], coverage: AttentionCoverage) -> list[Call]:
+    """Return which of the baseline's calls run in INT8.
+
+    Args:
+        calls: all of them, with their number.
+        coverage: what became of the candidate's.
+
+    Raises:
+        CeilingError: if that cannot be known, or none does.
+    """
+    if coverage.left[INSIDE]:
+        raise CeilingError(f"which calls INT8 attention replaces is not known {INSIDE}")
+    if not calls:
+        raise CeilingError("the baseline's calls of attention are not known")
+    replaced = [call for call in calls if _is_replaced(call)]
+    if not replaced:
+        raise CeilingError("INT8 attention replaces no call of the baseline")
+    return replaced
+
+
+def _is_replaced(call: Call) -> bool:
+    given = {**dict(call.options), "attn_mask": call.mask}
+    q, k, v = (
+        torch.empty(layout.shape, dtype=layout.dtype, device="meta")
+        for layout in (call.query, call.key, call.value)
+    )
+    return refusal_of(q, k, v, given) is None
+
+
+def head_of(call: Call) -> Head:
+    """Return the kind of heads of a call."""
+    return Head(call.value.shape[-1], call.value.dtype)
+
+
+def attention_part(
+    attention_s: float,
+    calls: Mapping[Call, int],
+    replaced: list[Call],
+    rates: Rates,
+    seconds_of: Callable[[Call], float],
+) -> AttentionPart:
+    """Return what INT8 attention could do to the baseline's time in attention.
+
+    That time is shared out by what each call takes alone. No call takes less than
+    ``max(ops / rate, bytes / bandwidth)`` on INT8 queries and keys that come quantized.
+
+    Args:
+        attention_s: seconds of the baseline's attention kernels.
+        calls: of the baseline, with their number.
+        replaced: the calls that run in INT8.
+        rates: of the device, at the heads of these.
+        seconds_of: measures what a call takes alone in the baseline.
+
+    Raises:
+        CeilingError: if the baseline's time in attention is not known.
+    """
+    if not attention_s:
+        raise CeilingError("no kernel of the baseline is known to be attention")
+    share = 1.0
+    if len(replaced) < len(calls):
+        alone = {call: count * seconds_of(call) for call, count in calls.items()}
+        if math.isinf(sum(alone.values())):
+            raise CeilingError("a call of the baseline's attention does not run alone")
+        share = sum(alone[call] for call in replaced) / sum(alone.values())
+    ops = {call: calls[call] * _ops(call) for call in replaced}
+    fastest = {call: ops[call] / rates.attention_ops_per_s[head_of(call)] for call in replaced}
+    least_s = sum(
+        max(fastest[call], calls[call] * _traffic(call) / rates.bytes_per_s) for call in replaced
+    )
+    rate = sum(ops.values()) / sum(fastest.values())
+    return AttentionPart(share, attention_s * share / least_s, rate)
+
+
+def _ops(call: Call) -> int:
+    """Return the operations of both matmuls, a multiplication and an addition being two."""
+    batch, heads, rows, width = call.query.shape
+    return 4 * batch * heads * rows * call.key.shape[-2] * width
+
+
+def _traffic(call: Call) -> int:
+    """Return the bytes that are read and written at least."""
+
+    def count(layout: Layout) -> int:
+        return math.prod(layout.shape)
+
+    moved = count(call.value) + count(call.query)  # values, and an output of the queries' shape
+    return count(call.query) + count(call.key) + moved * call.value.dtype.itemsize
