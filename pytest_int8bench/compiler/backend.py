@@ -36,6 +36,7 @@ class FusingInductor(InductorBackend):
             (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
         attention: where to count what of the model's attention was replaced by INT8; None to
             leave attention alone.
+        rotate: rotate queries and keys in one pass also where no layer is quantized.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class FusingInductor(InductorBackend):
         dynamic: bool | None,
         inline: bool = False,
         attention: AttentionCoverage | None = None,
+        rotate: bool = False,
     ) -> None:
         super().__init__(mode, None, dynamic)
         self._inline = inline
         self._attention = attention
+        self._rotate = rotate
         self.graphs: list[Graph] = []
         """What it has compiled."""
         self.around: Callable[[fx.GraphModule], AbstractContextManager[None]] = lambda module: (
@@ -70,7 +73,7 @@ class FusingInductor(InductorBackend):
         _check_settings(model_)
         if self._attention is not None:
             replace_attention(model_, self._attention)
-        passes.fuse(model_, inline=self._inline)
+        passes.fuse(model_, inline=self._inline, rotate=self._rotate)
         _check_regions(model_)
         _check_alignment(model_)
         with cached_region_schemas():

@@ -155,30 +155,62 @@ def dequantize(
 def quantize_heads(
     q: torch.Tensor,
     k: torch.Tensor,
-    q_angles: torch.Tensor | None,
-    k_angles: torch.Tensor | None,
+    rotation: str,
+    q_turn: Sequence[torch.Tensor],
+    k_turn: Sequence[torch.Tensor],
 ) -> Four:
     """Run the kernel of :func:`.ops.quantize_heads`; the tensors on the current device."""
     heads = Heads.of(q, k)
-    angles = [
-        None if a is None else _adjacent(a.expand(*x.shape[:3], -1))
-        for a, x in ((q_angles, q), (k_angles, k))
-    ]
     q, k = _adjacent(q), _adjacent(k)
     q8 = torch.empty((*q.shape[:3], heads.padded), dtype=torch.int8, device=q.device)
     q_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     rows = heads.k_blocks * KEY_BLOCK
     k8 = torch.empty((*k.shape[:2], rows, heads.padded), dtype=torch.int8, device=q.device)
     k_scale = torch.empty((*k.shape[:2], heads.k_blocks, 2), dtype=torch.float32, device=q.device)
-    tensors = (q, k, *angles, q8, q_scale, k8, k_scale)
-    strides = tuple(None if x is None else x.stride()[:3] for x in (q, k, *angles))
-    key = ("quantize_heads", heads, strides, q.get_device(), _kinds(tensors))
+    (one, other), (k_one, k_other) = _turn(q_turn, q), _turn(k_turn, k)
+    tensors = (q, k, one, k_one, other, k_other, q8, q_scale, k8, k_scale)
+    _launch_heads("quantize_heads", heads, rotation, q_turn, tensors, 6)
+    return q8, q_scale, k8, k_scale
+
+
+def rotate_heads(
+    heads: Sequence[torch.Tensor], rotation: str, turn: Sequence[torch.Tensor], rows_first: bool
+) -> list[torch.Tensor]:
+    """Run the kernel of :func:`.ops.rotate_heads`; the tensors on the current device."""
+    q, k = [*map(_adjacent, heads), None][:2]
+    assert q is not None
+    outs = [reference.empty_heads(x, rows_first) for x in heads]
+    tensors = (q, k, *_turn(turn, q), *outs, None)[:6]
+    _launch_heads("rotate_heads", Heads.of(q, q), rotation, turn, tensors, 5)
+    return outs
+
+
+def _turn(turn: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return both tensors that describe the rotation of ``x``, broadcast; None without them."""
+    sizes = [x.shape[2] if part.shape[2] == 1 else -1 for part in turn]
+    parts = zip(turn, sizes, strict=True)
+    whole = [_adjacent(part.expand(*x.shape[:2], rows, -1)) for part, rows in parts]
+    return [*whole, None, None][:2]
+
+
+def _launch_heads(
+    operator: str,
+    heads: Heads,
+    rotation: str,
+    turn: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
+    count: int,
+) -> None:
+    """Launch a kernel that takes the strides of the first ``count`` tensors."""
+    strides = tuple((0, 0, 0) if x is None else x.stride()[:3] for x in tensors[:count])
+    terms = turn[0].shape[-1] if rotation == "positions" else 0
+    device = next(x.device for x in tensors if x is not None)
+    key = (operator, heads, rotation, terms, strides, device.index, _kinds(tensors))
     launch = _kept.get(key)
     if launch is None:
-        launch = dispatch.heads_launch(heads, strides, q.device)
+        launch = dispatch.heads_launch(operator, heads, rotation, terms, strides, device)
         _keep(key, launch)
     launch(*tensors)
-    return q8, q_scale, k8, k_scale
 
 
 def int8_attention(

@@ -150,6 +150,12 @@ def _launch_quantize_heads(*call: Any) -> Launch:
     return int8_attention.launch_quantize(*call)
 
 
+def _launch_rotate_heads(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import rotation
+
+    return rotation.launch(*call)
+
+
 def _launch_attention(*call: Any) -> Launch:
     from pytest_int8bench.kernels.triton import int8_attention
 
@@ -211,6 +217,13 @@ KERNELS = (
         name="quantize_heads",
         function="quantize_heads",
         launch=_launch_quantize_heads,
+        tiles=lambda *call: None,
+    ),
+    Kernel(
+        operator="rotate_heads",
+        name="rotate_heads",
+        function="rotate_heads",
+        launch=_launch_rotate_heads,
         tiles=lambda *call: None,
     ),
     Kernel(
@@ -415,19 +428,27 @@ def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> La
 
 
 def heads_launch(
-    heads: Heads, strides: Sequence[Sequence[int] | None], device: torch.device
+    operator: str,
+    heads: Heads,
+    rotation: str,
+    terms: int,
+    strides: Sequence[Sequence[int]],
+    device: torch.device,
 ) -> Launch:
-    """Return the launch that quantizes queries and keys.
+    """Return the launch that quantizes or rotates queries and keys.
 
     Args:
+        operator: ``quantize_heads`` or ``rotate_heads``.
         heads: the sizes.
-        strides: of queries and keys, and of the angles of both, None without any.
+        rotation: one of ``schema.ROTATIONS``.
+        terms: positions that an angle is computed from, if it is.
+        strides: of the tensors.
         device: where the tensors are.
     """
-    for kernel in kernels_of("quantize_heads"):
+    for kernel in kernels_of(operator):
         if kernel.runs_on(device) and kernel.accepts(heads):
-            return kernel.launch(heads, *strides)
-    raise KernelError(f"no kernel quantizes {heads}")
+            return kernel.launch(heads, rotation, terms, strides)
+    raise KernelError(f"no kernel takes {heads}")
 
 
 def attention_launch(

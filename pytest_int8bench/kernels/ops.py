@@ -10,6 +10,7 @@ find the layers in a graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -133,26 +134,56 @@ def dequantized_linear(
 def quantize_heads(
     q: torch.Tensor,
     k: torch.Tensor,
-    q_angles: torch.Tensor | None = None,
-    k_angles: torch.Tensor | None = None,
+    rotation: str = "none",
+    q_turn: Sequence[torch.Tensor] = (),
+    k_turn: Sequence[torch.Tensor] = (),
 ) -> Four:
     """Quantize the queries and keys of attention.
 
     Args:
         q: floating (B, H, N, D), where D is even.
         k: floating (B, G, M, D), where G divides H.
-        q_angles: FP32, broadcast to (B, H, N, D / 2): what adjacent columns are rotated by before
-            (RoPE), in radians; None for no rotation.
-        k_angles: the same for keys; None if and only if ``q_angles`` is.
+        rotation: how both are rotated before (RoPE): ``none``, or as in :func:`rotate_heads`.
+        q_turn: by what queries are rotated.
+        k_turn: by what keys are rotated.
 
     Returns:
-        INT8 queries (B, H, N, P), even columns before odd ones, each half padded with zeros to a
-        power of two; FP32 scales (B, H, N); INT8 keys (B, G, K, P) in the same order, less a mean
-        over some keys, M padded with zeros to blocks of 64; FP32 (B, G, K / 64, 2): the scale of a
-        block, and the largest norm of its keys. Scales are NaN where a query or a block of keys
-        holds NaN or infinity.
+        INT8 queries (B, H, N, P), even columns before odd ones (in their order, where halves are
+        rotated), each half padded with zeros to a power of two; FP32 scales (B, H, N); INT8 keys
+        (B, G, K, P) in the same order, less a mean over some keys, M padded with zeros to blocks of
+        64; FP32 (B, G, K / 64, 2): the scale of a block, and the largest norm of its keys. Scales
+        are NaN where a query or a block of keys holds NaN or infinity.
     """
-    out: Four = torch.ops.int8bench.quantize_heads.default(q, k, q_angles, k_angles)
+    out: Four = torch.ops.int8bench.quantize_heads.default(
+        q, k, rotation, list(q_turn), list(k_turn)
+    )
+    return out
+
+
+def rotate_heads(
+    heads: Sequence[torch.Tensor],
+    rotation: str,
+    turn: Sequence[torch.Tensor],
+    rows_first: bool = True,
+) -> list[torch.Tensor]:
+    """Rotate queries, or queries and keys, of attention (RoPE), computed in FP32 and rounded once.
+
+    Args:
+        heads: one or two floating (B, H, N, D) of one shape and dtype, where D is even.
+        rotation: ``angles`` rotates adjacent columns by angles, ``positions`` by angles that are
+            sums of positions times frequencies. ``halves``, for :func:`quantize_heads` only,
+            multiplies by cosines, and ``cat(-second half, first half)`` by sines.
+        turn: FP32 angles in radians (B, H, N, D / 2); FP32 positions (B, 1, N, T) and frequencies
+            (1, H, T, D / 2); or cosines and sines (B, H, N, D). Other sizes may be 1.
+        rows_first: the heads of a row stand beside each other in memory; the rows of a head, if
+            not.
+
+    Returns:
+        The rotated heads in their dtype.
+    """
+    out: list[torch.Tensor] = torch.ops.int8bench.rotate_heads.default(
+        list(heads), rotation, list(turn), rows_first
+    )
     return out
 
 
@@ -246,21 +277,19 @@ def _dequantize_of_fakes(
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
 
 
-def _quantize_heads(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
-    one, two, three, four = reference.quantize_heads(q, k, *angles)
+def _quantize_heads(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
+    one, two, three, four = reference.quantize_heads(q, k, *rotation)
     return one.contiguous(), two.contiguous(), three.contiguous(), four.contiguous()
 
 
-def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None) -> Four:
+def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
     from pytest_int8bench.kernels import cuda
 
     with _current(q.device):
-        return cuda.quantize_heads(q, k, *angles)
+        return cuda.quantize_heads(q, k, *rotation)
 
 
-def _quantize_heads_of_fakes(
-    q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor | None
-) -> Four:
+def _quantize_heads_of_fakes(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
     heads = Heads.of(q, k)
     blocks = heads.k_blocks
     return (
@@ -269,6 +298,19 @@ def _quantize_heads_of_fakes(
         k.new_empty((*k.shape[:2], blocks * KEY_BLOCK, heads.padded), dtype=torch.int8),
         k.new_empty((*k.shape[:2], blocks, 2), dtype=torch.float32),
     )
+
+
+def _rotate_heads_on_cuda(heads: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(heads[0].device):
+        return cuda.rotate_heads(heads, *rest)
+
+
+def _rotate_heads_of_fakes(
+    heads: list[torch.Tensor], rotation: str, turn: list[torch.Tensor], rows_first: bool
+) -> list[torch.Tensor]:
+    return [reference.empty_heads(x, rows_first) for x in heads]
 
 
 def _int8_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -319,6 +361,7 @@ def _register() -> None:
         (SCHEMAS[3], _read_weight, _read_weight, _read_weight_of_fakes),
         (SCHEMAS[4], _quantize_heads, _quantize_heads_on_cuda, _quantize_heads_of_fakes),
         (SCHEMAS[5], _int8_attention, _int8_attention_on_cuda, _int8_attention_of_fakes),
+        (SCHEMAS[6], reference.rotate_heads, _rotate_heads_on_cuda, _rotate_heads_of_fakes),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

@@ -5,6 +5,8 @@ Devices without Triton kernels run it, and tests compare the kernels with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -93,12 +95,13 @@ def linear(
 def quantize_heads(
     q: torch.Tensor,
     k: torch.Tensor,
-    q_angles: torch.Tensor | None,
-    k_angles: torch.Tensor | None,
+    rotation: str,
+    q_turn: Sequence[torch.Tensor],
+    k_turn: Sequence[torch.Tensor],
 ) -> Four:
     """Quantize queries and keys; arguments and results are those of :func:`.ops.quantize_heads`."""
     heads = Heads.of(q, k)
-    queries, keys = _pairs(q, q_angles), _pairs(k, k_angles)
+    queries, keys = _pairs(q, rotation, q_turn), _pairs(k, rotation, k_turn)
     q_levels, q_scale = _levels(queries, queries.abs().amax(-1, keepdim=True))
     sample = torch.arange(KEY_SAMPLE, device=k.device) * heads.k_rows // KEY_SAMPLE
     keys = keys - keys[..., sample, :].mean(-2, keepdim=True)
@@ -115,10 +118,37 @@ def quantize_heads(
     )
 
 
-def _pairs(x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
-    """Return FP32 rows with the even columns before the odd ones, rotated by ``angles``."""
+def rotate_heads(
+    heads: Sequence[torch.Tensor], rotation: str, turn: Sequence[torch.Tensor], rows_first: bool
+) -> list[torch.Tensor]:
+    """Rotate heads; arguments and results are those of :func:`.ops.rotate_heads`."""
+    return [
+        empty_heads(x, rows_first).copy_(
+            _pairs(x, rotation, turn).unflatten(-1, (2, -1)).mT.flatten(-2)
+        )
+        for x in heads
+    ]
+
+
+def empty_heads(x: torch.Tensor, rows_first: bool) -> torch.Tensor:
+    """Return an empty tensor like ``x`` (B, H, N, D); in memory, the heads of a row stand beside
+    each other if ``rows_first``."""
+    batch, heads, rows, width = x.shape
+    if not rows_first:
+        return x.new_empty((batch, heads, rows, width))
+    return x.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+def _pairs(x: torch.Tensor, rotation: str, turn: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return FP32 rows, rotated, with the even columns before the odd ones; for rotations of
+    halves, as they are."""
+    if rotation == "halves":
+        first, second = x.float().chunk(2, -1)
+        cosine, sine = (part.float() for part in turn)
+        return x.float() * cosine + torch.cat([-second, first], -1) * sine
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    if angles is not None:
+    if rotation != "none":
+        angles = turn[0] if rotation == "angles" else turn[0] @ turn[1]
         sine, cosine = angles.sin(), angles.cos()
         even, odd = even * cosine - odd * sine, odd * cosine + even * sine
     return torch.cat([even, odd], -1)

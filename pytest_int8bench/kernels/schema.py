@@ -6,6 +6,8 @@ import torch
 
 NORMS = ("none", "layer", "rms")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
+#: How queries and keys are rotated; :func:`.ops.rotate_heads` says by what.
+ROTATIONS = ("none", "angles", "positions", "halves")
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -25,13 +27,14 @@ SCHEMAS = (
     "dequantize(Tensor[] weights, Tensor[] weight_scales, ScalarType dtype) -> Tensor[]",
     "read_weight(Tensor values, Tensor? factor) -> Tensor",
     (
-        "quantize_heads(Tensor q, Tensor k, Tensor? q_angles, Tensor? k_angles)"
+        "quantize_heads(Tensor q, Tensor k, str rotation, Tensor[] q_turn, Tensor[] k_turn)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     (
         "int8_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, float scale)"
         " -> Tensor"
     ),
+    ("rotate_heads(Tensor[] heads, str rotation, Tensor[] turn, bool rows_first) -> Tensor[]"),
 )
 #: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
 READ_OPERATOR = "int8bench::read_weight"

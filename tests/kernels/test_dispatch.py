@@ -143,7 +143,8 @@ def launches() -> dict[str, Any]:
             tiles.rows(4, 8, 1),
         ),
         "dequantize": ([(3, 5)], tiles.weights()),
-        "quantize_heads": (HEADS, (8, 8, 8), (8, 8, 8), None, None),
+        "quantize_heads": (HEADS, "none", 0, [(8, 8, 8)] * 6),
+        "rotate_heads": (HEADS, "angles", 0, [(8, 8, 8)] * 5),
         "int8_attention": (HEADS, 0.1, (8, 8, 8), tiles.attention(HEADS, True), True),
     }
     return {row.name: row.launch(*call[row.name]) for row in dispatch.KERNELS}

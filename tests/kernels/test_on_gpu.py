@@ -439,7 +439,7 @@ def heads_of(shape: tuple[int, ...], dtype: torch.dtype, size: float) -> list[to
 def test_int8_attention(kernel: str, shape: Any, dtype: torch.dtype, size: float) -> None:
     q, k, v = heads_of(shape, dtype, size)
     parts = ops.quantize_heads(q, k)
-    wanted = reference.quantize_heads(q, k, None, None)
+    wanted = reference.quantize_heads(q, k, "none", [], [])
     for part, want in zip(parts, wanted, strict=True):
         assert (part.double() - want.double()).abs().max() <= (part.dtype == torch.int8) + 1e-4
     scale = shape[-1] ** -0.5
@@ -464,14 +464,80 @@ def test_int8_attention_keeps_what_is_not_finite_where_it_is(kernel: str) -> Non
     assert bad[0, 2].sum() == 200
 
 
-def test_rotation_of_large_angles() -> None:
+def turns(kind: str, batch: int, heads: int, rows: int, width: int) -> list[torch.Tensor]:
+    """Return what queries or keys are rotated by; "large" are angles."""
+    if kind == "halves":
+        shape = (1, 1, rows, width)
+        return [torch.randn(shape, device=CUDA, dtype=torch.bfloat16) for _ in range(2)]
+    if kind != "positions":
+        size = 1e6 if kind == "large" else 30.0
+        return [torch.randn(batch, 1, rows, width // 2, device=CUDA) * size]
+    # As in a model in BF16: products are exact, so that their sum has the same bits in any order.
+    frequencies = torch.randn(1, heads, 3, width // 2, device=CUDA).bfloat16().float()
+    return [torch.randint(0, 9000, (batch, 1, rows, 3), device=CUDA).float(), frequencies]
+
+
+@pytest.mark.parametrize("kind", ["angles", "positions", "halves"])
+def test_quantizes_what_it_rotates(kind: str) -> None:
     q, k, _ = heads_of(ATTENTION[3], torch.bfloat16, 1.0)
-    q_angles = torch.randn(1, 1, 65, 48, device=CUDA) * 3e4
-    k_angles = torch.randn(1, 2, 1281, 48, device=CUDA)
-    parts = ops.quantize_heads(q, k, q_angles, k_angles)
-    wanted = reference.quantize_heads(q, k, q_angles, k_angles)
+    q_turn, k_turn = turns(kind, 1, 4, 65, 96), turns(kind, 1, 2, 1281, 96)
+    parts = ops.quantize_heads(q, k, kind, q_turn, k_turn)
+    wanted = reference.quantize_heads(q, k, kind, q_turn, k_turn)
     for part, want in zip(parts, wanted, strict=True):
-        assert (part.double() - want.double()).abs().max() <= (part.dtype == torch.int8) + 1e-4
+        assert (part.double() - want.double()).abs().max() <= (part.dtype == torch.int8) + 1e-3
+
+
+def rotated(x: torch.Tensor, *turn: torch.Tensor) -> torch.Tensor:
+    """Rotate as OlmoEarth does."""
+    [angles] = turn if len(turn) == 1 else [None]
+    if angles is None:
+        positions, frequencies = turn
+        t, row, column = (positions[..., i, None] for i in range(3))
+        f = [frequencies[:, :, i, None] for i in range(3)]
+        angles = t * f[0] + row * f[1] + column * f[2]
+    cosine, sine = (torch.repeat_interleave(f(angles), 2, -1) for f in (torch.cos, torch.sin))
+    swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return x * cosine.to(x.dtype) + swapped * sine.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["angles", "large", "positions"])
+@pytest.mark.parametrize("shape", [(2, 3, 3, 130, 130, 64), (1, 2, 2, 1001, 1001, 96)], ids=str)
+def test_rotates_with_the_bits_of_inductor(shape: Any, kind: str, dtype: torch.dtype) -> None:
+    batch, count, _, rows, _, width = shape
+    q, k, _ = heads_of(shape, dtype, 1.0)
+    q[0, 0, 5, 3] = torch.nan
+    turn = turns(kind, batch, count, rows, width)
+    rotation = "positions" if kind == "positions" else "angles"
+    for rows_first in (True, False):
+        outs = ops.rotate_heads([q, k], rotation, turn, rows_first)
+        for x, out in zip((q, k), outs, strict=True):
+            want = torch.compile(rotated, dynamic=False)(x, *turn)
+            assert out.transpose(1, 2).is_contiguous() == rows_first
+            assert torch.equal(out.nan_to_num(77.0), want.nan_to_num(77.0))
+            exact = reference.rotate_heads([x.double()], rotation, turn, True)[0]
+            # Angles of thousands are rounded to a thousandth, here and there in another order.
+            limit = torch.finfo(dtype).eps + 2e-3 * (kind == "positions")
+            assert error(out.nan_to_num(), exact.nan_to_num()) < limit
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_point_rotates_in_one_pass(mode: str) -> None:
+    params = RunParams(
+        model_size="nano",
+        model_version="v1.2",
+        image_size=16,
+        batch_size=8,
+        int8_enabled=True,
+        compile_mode=mode,
+        benchmark_interval_s=0.5,
+    )
+    model = ModelPool().get(olmoearth(), params)
+    model.ready()
+    kernels = model.evidence().kernels
+    assert [kernel.calls for kernel in kernels if kernel.name == "rotate_heads"] == [4]
+    assert not any("cos" in kernel.name for kernel in kernels)
+    assert not any("clone" in kernel.name and "rotate" in kernel.name for kernel in kernels)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

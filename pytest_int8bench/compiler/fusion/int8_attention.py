@@ -19,11 +19,11 @@ from pytest_int8bench.compiler.fusion.nodes import (
     QUANTIZE_HEADS,
     Node,
     given_arguments,
-    nothing_written,
     subgraphs,
     value_of,
+    with_value,
 )
-from pytest_int8bench.compiler.fusion.rotation import rotated
+from pytest_int8bench.compiler.fusion.rotation import rotations_of
 from pytest_int8bench.kernels import ops
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -108,30 +108,20 @@ def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
     dtype = value_of(node).dtype
     with graph.inserting_before(node):
         if value_of(v).dtype != dtype:  # autocast does not see into the operator
-            v = _with_value(graph.call_method("to", (v, dtype)), value_of(v).to(dtype))
-        (q, q_angles), (k, k_angles) = rotated(q), rotated(k)
-        if q_angles is None or k_angles is None or not _unchanged(q, k, node):
-            q, k, q_angles, k_angles = given["query"], given["key"], None, None
-        operands = (q, k, q_angles, k_angles)
+            v = with_value(graph.call_method("to", (v, dtype)), value_of(v).to(dtype))
+        operands: tuple[Any, ...] = (q, k, "none", [], [])
+        if (both := rotations_of(q, k, node)) is not None:
+            (q, k), turns = (one.x for one in both), (list(one.turn) for one in both)
+            operands = (q, k, both[0].kind, *turns)
         whole = graph.call_function(QUANTIZE_HEADS, operands)
         parts = [graph.call_function(operator.getitem, (whole, i)) for i in range(4)]
-        for part, value in zip(parts, QUANTIZE_HEADS(*map(value_of, operands)), strict=True):
-            _with_value(part, value)
+        for part, value in zip(parts, QUANTIZE_HEADS(*fx.map_arg(operands, value_of)), strict=True):
+            with_value(part, value)
         out = graph.call_function(INT8_ATTENTION, (*parts, v, scale))
     values = (*map(value_of, parts), value_of(v), scale)
     out.meta = dict(node.meta) | {"example_value": INT8_ATTENTION(*values)}
     node.replace_all_uses_with(out)
     graph.erase_node(node)
-
-
-def _unchanged(q: Node, k: Node, node: Node) -> bool:
-    """Return whether what is rotated may be read at ``node`` instead."""
-    return nothing_written(q, node) and nothing_written(k, node)
-
-
-def _with_value(node: Node, value: Any) -> Node:
-    node.meta["example_value"] = value
-    return node
 
 
 def _scale(q: Any, given: dict[str, Any]) -> float:

@@ -22,6 +22,7 @@ QUANTIZE = torch.ops.int8bench.quantize_rows.default
 LINEAR = torch.ops.int8bench.linear.default
 DEQUANTIZE = torch.ops.int8bench.dequantize.default
 QUANTIZE_HEADS = torch.ops.int8bench.quantize_heads.default
+ROTATE_HEADS = torch.ops.int8bench.rotate_heads.default
 INT8_ATTENTION = torch.ops.int8bench.int8_attention.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
 
@@ -87,7 +88,7 @@ _READERS = {
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
         *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
-        *(QUANTIZE_HEADS, INT8_ATTENTION),
+        *(QUANTIZE_HEADS, ROTATE_HEADS, INT8_ATTENTION),
     )
 }
 # Those of them for which Inductor chooses the layout of the tensor.
@@ -226,6 +227,33 @@ def other_operand(user: Node, node: Node) -> Any:
 
 def value_of(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def with_value(node: Node, value: Any) -> Node:
+    """Note what a new node returns, and return the node."""
+    node.meta["example_value"] = value
+    return node
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Return whether two arguments are computed alike from the same nodes, by operators that are
+    known, with nothing written to in between."""
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        if isinstance(one, list | tuple) and type(one) is type(other):
+            return len(one) == len(other) and all(map(same_value, one, other))
+        return type(one) is type(other) and bool(one == other)
+    if one is other:
+        return True
+    kind = one.op, one.target
+    known = _is_view(one) or kind in _CASTS or kind in _READERS or one.target is torch.arange
+    return (
+        (known or kind == ("call_method", "expand"))
+        and kind == (other.op, other.target)
+        and one.kwargs.keys() == other.kwargs.keys()
+        and nothing_written(*sorted((one, other)))
+        and same_value(one.args, other.args)
+        and all(same_value(value, other.kwargs[name]) for name, value in one.kwargs.items())
+    )
 
 
 def begins_aligned(node: Any) -> bool:

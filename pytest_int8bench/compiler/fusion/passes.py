@@ -43,36 +43,47 @@ from pytest_int8bench.compiler.fusion.nodes import (
     views_read_by_strides,
     writes,
 )
+from pytest_int8bench.compiler.fusion.rotation import rotate_at_once
 
 # Positions in the operators' arguments.
 _X, _FACTOR = 0, 7
 _GAMMA, _RESIDUAL = 5, 6
 
 
-def fuse(module: fx.GraphModule, *, inline: bool = False) -> fx.GraphModule:
+def fuse(module: fx.GraphModule, *, inline: bool = False, rotate: bool = False) -> fx.GraphModule:
     """Join operators in the graph of ``module``, and in those of the regions it calls, in place.
 
     Args:
         module: the graph that Dynamo made.
         inline: replace the remaining operators by kernels (:mod:`.inline_triton`); otherwise their
             kernels are only compiled in threads.
+        rotate: rotate queries and keys in one pass (:mod:`.rotation`) also in graphs without INT8
+            layers.
     """
     for part in module.modules():
-        if isinstance(part, fx.GraphModule) and _has_linear(part.graph):
-            graph = part.graph
-            _drop_inactive_dropout(graph)
-            _share_quantization(graph)
-            weight_only.share_scaled_inputs(graph)
-            _join_matmuls(graph)
-            weight_only.dequantize_at_once(graph)
-            weight_only.open_matmuls(graph)
-            _absorb_scale_and_residual(graph)
-            _absorb_norms_and_activations(graph)
-            _erase_unused(graph)
-            put_kernels(graph, inline=inline)
-            graph.lint()
-            part.recompile()
+        if isinstance(part, fx.GraphModule):
+            has_linear = _has_linear(part.graph)
+            if rotate or has_linear:
+                rotate_at_once(part.graph)
+            if has_linear:
+                _fuse_layers(part.graph, inline)
+            if rotate or has_linear:
+                part.graph.lint()
+                part.recompile()
     return module
+
+
+def _fuse_layers(graph: fx.Graph, inline: bool) -> None:
+    _drop_inactive_dropout(graph)
+    _share_quantization(graph)
+    weight_only.share_scaled_inputs(graph)
+    _join_matmuls(graph)
+    weight_only.dequantize_at_once(graph)
+    weight_only.open_matmuls(graph)
+    _absorb_scale_and_residual(graph)
+    _absorb_norms_and_activations(graph)
+    _erase_unused(graph)
+    put_kernels(graph, inline=inline)
 
 
 def _has_linear(graph: fx.Graph) -> bool:

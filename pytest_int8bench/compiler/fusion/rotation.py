@@ -1,39 +1,175 @@
-"""Find rotary position embedding (RoPE) in a graph, by what it computes."""
+"""Find rotary position embedding (RoPE) in a graph, by what it computes, and do it in one pass."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.functional import scaled_dot_product_attention
 
-from pytest_int8bench.compiler.fusion.nodes import ADD, MULTIPLY, Node, given_arguments, value_of
+from pytest_int8bench.compiler.fusion.nodes import (
+    ADD,
+    MULTIPLY,
+    ROTATE_HEADS,
+    Node,
+    given_arguments,
+    nothing_written,
+    same_value,
+    value_of,
+    with_value,
+)
+from pytest_int8bench.kernels import dispatch
 
 _NEGATE = (operator.neg, torch.neg)
+_CASTS = ("to", "float", "half", "bfloat16")
 
 
-def rotated(node: Node) -> tuple[Node, Node]:
-    """Return what a node rotates in pairs of adjacent columns, and the angles; the node itself and
-    None if it does no such thing.
+@dataclass(frozen=True)
+class Rotation:
+    """How a tensor (B, H, N, D) is rotated, as :func:`.ops.rotate_heads` takes it."""
 
-    A rotation is ``x * cos(a) + stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin(a)``,
-    sine and cosine with ``repeat_interleave(2, -1)`` for both columns of a pair; or several of
-    parts of the columns, side by side.
+    x: Node
+    """What is rotated."""
+    kind: str
+    """One of ``schema.ROTATIONS``."""
+    turn: tuple[Node, ...]
+    """By what it is rotated."""
+    since: Node
+    """The first operator whose inputs are read later if the rotation is done elsewhere."""
+
+    def can_move_to(self, node: Node) -> bool:
+        """Return whether nothing is written to before ``node``."""
+        return nothing_written(min(self.x, self.since), node)
+
+
+def rotate_at_once(graph: fx.Graph) -> None:
+    """Rotate queries and keys of attention in one pass, where there is a kernel: each sine and
+    cosine is computed once for both columns of a pair, and for a query and a key of equal angles.
+
+    Rotations of halves by given sines and cosines are left to Inductor, whose kernel reads and
+    writes as much as ours would.
     """
+    for node in graph.find_nodes(op="call_function", target=scaled_dot_product_attention):
+        given = given_arguments(node)
+        sides = [given["query"], given["key"]]
+        if not all(_is_for_kernel(side) and list(side.users) == [node] for side in sides):
+            continue
+        with graph.inserting_before(node):
+            found = rotations_of(sides[0], sides[1], node)
+            if found is None or found[0].kind == "halves":
+                continue
+            if any(
+                value_of(one.x).dtype != value_of(side).dtype
+                for one, side in zip(found, sides, strict=True)
+            ):
+                continue
+            together = _are_alike(*sides) and all(map(same_value, found[0].turn, found[1].turn))
+            for group in [[0, 1]] if together else [[0], [1]]:
+                _rotate(graph, [found[i] for i in group], [sides[i] for i in group])
+
+
+def rotations_of(q: Node, k: Node, node: Node) -> tuple[Rotation, Rotation] | None:
+    """Return how queries and keys are rotated, if one operator can rotate both at ``node``."""
+    one, other = rotated(q), rotated(k)
+    if one is None or other is None or one.kind != other.kind:
+        return None
+    return (one, other) if one.can_move_to(node) and other.can_move_to(node) else None
+
+
+def _is_for_kernel(node: Node) -> bool:
+    value = value_of(node)
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 4
+        and 0 not in value.shape
+        and dispatch.fused_problem(value.device) is None
+    )
+
+
+def _are_alike(q: Node, k: Node) -> bool:
+    one, other = value_of(q), value_of(k)
+    return one.shape == other.shape and _rows_first(one) == _rows_first(other)
+
+
+def _rows_first(value: torch.Tensor) -> bool:
+    """Return whether the heads of a row stand beside each other in memory."""
+    return bool(value.stride(1) <= value.stride(2))
+
+
+def _rotate(graph: fx.Graph, found: list[Rotation], sides: list[Node]) -> None:
+    """Replace rotations by equal angles by one operator."""
+    tensors, turn = [one.x for one in found], list(found[0].turn)
+    rest = (found[0].kind, turn, _rows_first(value_of(sides[0])))
+    outs: Any = graph.call_function(ROTATE_HEADS, (tensors, *rest))
+    for i, side in enumerate(sides):
+        out = graph.call_function(operator.getitem, (outs, i))
+        out.meta = dict(side.meta)
+        side.replace_all_uses_with(out)
+
+
+def rotated(node: Node) -> Rotation | None:
+    """Return the rotation that a node computes, None if it does no such thing.
+
+    A rotation of adjacent columns is ``x * cos(a) + stack((-x[..., 1::2], x[..., ::2]),
+    -1).flatten(-2) * sin(a)``, sine and cosine with ``repeat_interleave(2, -1)`` for both columns
+    of a pair; or several of parts of the columns, side by side. One of halves is ``x * cosines +
+    cat((-second half, first half), -1) * sines``, with a row of each for all heads.
+    """
+    inner = _without_cast(node)
+    if (node.op, node.target) == ("call_method", "contiguous"):
+        inner = node.args[0]
+    if inner is not node:
+        return rotated(inner)
     chunks = _chunks(node)
     if chunks is not None:
         return _joined(node, chunks)
+    turned = _by_angles(node)
+    if turned is None:
+        return _of_halves(node)
+    terms = _positions(turned)
+    return turned if terms is None else terms
+
+
+def _sums(node: Node) -> list[tuple[Node, Node, Node, Node]]:
+    """Return the factors of a sum of two products, in any order."""
     if not _is(node, ADD) or len(node.args) != 2 or node.kwargs:
-        return node, None
-    for straight, crossed in (node.args, node.args[::-1]):
-        for x, cosine in _products(straight):
-            for swapped, sine in _products(crossed):
-                angles = _angles(cosine, torch.cos)
-                same = angles is not None and _angles(sine, torch.sin) is angles
-                if same and _is_swapped(swapped, x) and _fits(x, angles):
-                    return x, angles
-    return node, None
+        return []
+    return [
+        (*one, *other)
+        for straight, crossed in (node.args, node.args[::-1])
+        for one in _products(straight)
+        for other in _products(crossed)
+    ]
+
+
+def _by_angles(node: Node) -> Rotation | None:
+    for x, cosine, swapped, sine in _sums(node):
+        cosines, sines = _angles(cosine, torch.cos), _angles(sine, torch.sin)
+        if cosines is None or sines is None or cosines[0] is not sines[0]:
+            continue
+        source, angles = _source(x), cosines[0]
+        if _is_swapped(swapped, source) and _fits(source, angles):
+            return Rotation(source, "angles", (angles,), min(cosines[1], sines[1]))
+    return None
+
+
+def _of_halves(node: Node) -> Rotation | None:
+    for x, cosines, swapped, sines in _sums(node):
+        source, of = _source(x), value_of(_source(x))
+        tables = value_of(cosines), value_of(sines)
+        if (
+            of.dim() == 4
+            and of.itemsize <= 4
+            and all(t.is_floating_point() and t.dim() == 4 for t in tables)
+            and all(t.shape[1] == 1 and t.shape[-1] == of.shape[-1] for t in tables)
+            and all(t.itemsize <= 4 and _broadcasts(t, of) for t in tables)
+            and _is_half_swapped(swapped, source)
+        ):
+            return Rotation(source, "halves", (cosines, sines), source)
+    return None
 
 
 def _fits(x: Node, angles: Node) -> bool:
@@ -41,42 +177,92 @@ def _fits(x: Node, angles: Node) -> bool:
     value, of = value_of(angles), value_of(x)
     return (
         value.dtype == torch.float32
+        and of.itemsize <= 4
         and value.dim() == of.dim()
         and value.shape[-1] * 2 == of.shape[-1]
-        and all(a in (1, b) for a, b in zip(value.shape[:-1], of.shape[:-1], strict=True))
+        and _broadcasts(value, of)
     )
 
 
-def _joined(node: Node, chunks: list[Node]) -> tuple[Node, Node]:
-    """Return the tensor of which ``chunks`` rotate all columns, in order, and all angles."""
-    found = [rotated(chunk) for chunk in chunks]
-    sources = {x.args[0] if _is(x, (operator.getitem,)) else None for x, _ in found}
-    source = sources.pop()
-    if sources or source is None or any(angles is None for _, angles in found):
-        return node, None
+def _broadcasts(value: torch.Tensor, of: torch.Tensor) -> bool:
+    pairs = zip(value.shape[:-1], of.shape[:-1], strict=True)
+    return all(size in (1, whole) for size, whole in pairs)
+
+
+def _joined(node: Node, chunks: list[Node]) -> Rotation | None:
+    """Return the rotation of all columns of a tensor that ``chunks`` rotate in order."""
+    found = [one for chunk in chunks if (one := _by_angles(chunk)) is not None]
+    sources = {one.x.args[0] if _is(one.x, (operator.getitem,)) else None for one in found}
+    source = sources.pop() if len(found) == len(chunks) else None
+    if sources or source is None:
+        return None
     start = 0
-    for x, _ in found:
-        bounds = x.args[1]
+    for one in found:
+        bounds = one.x.args[1]
         if not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] is Ellipsis):
-            return node, None
+            return None
         columns = bounds[1]
         if not isinstance(columns, slice) or columns.step not in (None, 1):
-            return node, None
+            return None
         if (columns.start or 0) != start:
-            return node, None
-        start += value_of(x).shape[-1]
+            return None
+        start += value_of(one.x).shape[-1]
     if start != value_of(source).shape[-1]:
-        return node, None
-    shape = torch.broadcast_shapes(*(value_of(a).shape[:-1] for _, a in found))
-    graph = node.graph
-    parts = []
-    for _, angles in found:
-        part = graph.call_method("expand", (angles, (*shape, -1)))
-        part.meta["example_value"] = value_of(angles).expand(*shape, -1)
-        parts.append(part)
-    whole = graph.call_function(torch.cat, (parts, -1))
-    whole.meta["example_value"] = torch.cat([value_of(part) for part in parts], -1)
-    return source, whole
+        return None
+    whole = _side_by_side(node.graph, [one.turn[0] for one in found], -1)
+    return Rotation(source, "angles", (whole,), min(one.since for one in found))
+
+
+def _side_by_side(graph: fx.Graph, parts: list[Node], dim: int) -> Node:
+    """Insert the concatenation of tensors (B, H, N, D), broadcast in the other dimensions."""
+    shapes = [list(value_of(part).shape) for part in parts]
+    own = [shape[dim] for shape in shapes]
+    for shape in shapes:
+        shape[dim] = 1
+    common = list(torch.broadcast_shapes(*shapes))
+    wide = []
+    for part, size in zip(parts, own, strict=True):
+        shape = list(common)
+        shape[dim] = size
+        value = value_of(part).expand(shape)
+        wide.append(with_value(graph.call_method("expand", (part, tuple(shape))), value))
+    value = torch.cat([value_of(part) for part in wide], dim)
+    return with_value(graph.call_function(torch.cat, (wide, dim)), value)
+
+
+def _positions(turned: Rotation) -> Rotation | None:
+    """Return a rotation by angles that are sums of positions times frequencies as one that computes
+    them: an angle takes as much memory as two columns in BF16."""
+    [angles] = turned.turn
+    terms: list[Node] = []
+    node = angles
+    while _is(node, ADD) and len(node.args) == 2 and not node.kwargs:
+        node, term = node.args
+        terms.insert(0, term)
+    terms.insert(0, node)
+    factors = [_position_and_frequency(term) for term in terms]
+    if not all(factors):
+        return None
+    positions, frequencies = (list(side) for side in zip(*factors, strict=True))
+    turn = (
+        _side_by_side(angles.graph, positions, -1),
+        _side_by_side(angles.graph, frequencies, -2),
+    )
+    return Rotation(turned.x, "positions", turn, min(terms))
+
+
+def _position_and_frequency(node: Node) -> tuple[Node, Node] | None:
+    """Return the factors of a product of a number for each row and one for each pair of columns."""
+    for row, column in _products(node):
+        one, other = value_of(row), value_of(column)
+        if (
+            {one.dtype, other.dtype} == {torch.float32}
+            and one.dim() == other.dim() == 4
+            and one.shape[1] == one.shape[3] == 1
+            and other.shape[0] == other.shape[2] == 1
+        ):
+            return row, column
+    return None
 
 
 def _chunks(node: Node) -> list[Node] | None:
@@ -94,13 +280,13 @@ def _products(node: Node) -> list[tuple[Node, Node]]:
     if not _is(node, MULTIPLY) or len(node.args) != 2 or node.kwargs:
         return []
     one, other = node.args
-    both = isinstance(one, fx.Node) and isinstance(other, fx.Node)
+    both = isinstance(value_of(one), torch.Tensor) and isinstance(value_of(other), torch.Tensor)
     return [(one, other), (other, one)] if both else []
 
 
-def _angles(node: Node, function: Any) -> Node | None:
-    """Return the angles of which a node is the sine or cosine, once for each column of a pair; of
-    a sine and cosine that are computed from equal angles, the same ones."""
+def _angles(node: Node, function: Any) -> tuple[Node, Node] | None:
+    """Return the angles of which a node is the sine or cosine, once for each column of a pair, and
+    the operator that computes it."""
     node = _without_cast(node)
     if not _is(node, (torch.repeat_interleave,)):
         return None
@@ -111,19 +297,26 @@ def _angles(node: Node, function: Any) -> Node | None:
     if given["repeats"] != 2 or given["dim"] not in (-1, value_of(node).dim() - 1):
         return None
     inner = _without_cast(given["input"])
-    if not _is(inner, (function,)):
-        return None
-    angles: Node = given_arguments(inner)["input"]
-    return angles
+    return (given_arguments(inner)["input"], inner) if _is(inner, (function,)) else None
 
 
 def _without_cast(node: Node) -> Node:
     """Return what a node casts from one floating dtype to another; the node itself if nothing."""
-    if node.op == "call_method" and node.target == "to" and len(node.args) <= 2:
+    if node.op == "call_method" and node.target in _CASTS and len(node.args) <= 2:
         source = node.args[0]
-        if value_of(source).is_floating_point() and value_of(node).is_floating_point():
+        before, after = value_of(source), value_of(node)
+        floating = before.is_floating_point() and after.is_floating_point()
+        if floating and before.device == after.device:
             return source
     return node
+
+
+def _source(x: Node) -> Node:
+    """Return ``x`` before it was cast to FP32."""
+    source = _without_cast(x)
+    if source is x or value_of(x).dtype != torch.float32 or value_of(source).itemsize > 4:
+        return x
+    return source
 
 
 def _is_swapped(node: Node, x: Node) -> bool:
@@ -136,18 +329,52 @@ def _is_swapped(node: Node, x: Node) -> bool:
     first, second = stacked.args[0]
     return (
         _is(first, _NEGATE)
-        and _is_every_second(first.args[0], x, 1)
-        and _is_every_second(second, x, 0)
+        and _is_columns(first.args[0], x, slice(1, None, 2))
+        and _is_columns(second, x, slice(0, None, 2))
     )
 
 
-def _is_every_second(node: Node, x: Node, start: int) -> bool:
-    bounds = (slice(start, None, 2), *([slice(None, None, 2)] if start == 0 else []))
+def _is_half_swapped(node: Node, x: Node) -> bool:
+    """Return whether a node is ``x`` with its halves swapped and one negated."""
+    chunks = _chunks(node)
+    if chunks is None or len(chunks) != 2 or not _is(chunks[0], _NEGATE):
+        return False
+    width = value_of(x).shape[-1]
+    if not isinstance(width, int) or width % 2:
+        return False
+    halves = slice(width // 2, width), slice(0, width // 2)
+    parts = chunks[0].args[0], chunks[1]
+    return all(
+        _is_columns(part, x, half) or _is_chunk(part, x, 1 - i)
+        for i, (part, half) in enumerate(zip(parts, halves, strict=True))
+    )
+
+
+def _is_columns(node: Node, x: Node, columns: slice) -> bool:
+    """Return whether a node is some columns of ``x``."""
+    if not _is(node, (operator.getitem,)) or _source(node.args[0]) is not x:
+        return False
+    bounds, width = node.args[1], value_of(x).shape[-1]
     return (
-        _is(node, (operator.getitem,))
-        and node.args[0] is x
-        and any(node.args[1] == (Ellipsis, columns) for columns in bounds)
+        isinstance(bounds, tuple)
+        and len(bounds) == 2
+        and bounds[0] is Ellipsis
+        and isinstance(bounds[1], slice)
+        and bounds[1].indices(width) == columns.indices(width)
     )
+
+
+def _is_chunk(node: Node, x: Node, index: int) -> bool:
+    """Return whether a node is a half of ``x``, from a call of ``chunk``."""
+    if not _is(node, (operator.getitem,)) or node.args[1] != index:
+        return False
+    whole = node.args[0]
+    calls = ("call_method", "chunk"), ("call_function", torch.chunk)
+    if (whole.op, whole.target) not in calls or _source(whole.args[0]) is not x:
+        return False
+    given = dict(zip(("chunks", "dim"), whole.args[1:], strict=False)) | whole.kwargs
+    last = given.get("dim", 0) in (-1, value_of(x).dim() - 1)
+    return bool(given.get("chunks") == 2 and last)
 
 
 def _is(node: Any, targets: tuple[Any, ...]) -> bool:

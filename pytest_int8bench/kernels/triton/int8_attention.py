@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 
 from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Described, Launch, ceil
+from pytest_int8bench.kernels.schema import ROTATIONS
 from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Attention, Heads
+from pytest_int8bench.kernels.triton.rotation import rotated_pairs
 
 #: Rows that one program of ``quantize_heads`` quantizes, in blocks of keys.
 _BLOCKS = 4
@@ -27,56 +29,6 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 # Scores in powers of two up to which their exponentials, and the sums of these, stay far from the
 # ends of BF16 and FP32, and of FP16.
 _LIMIT, _FP16_LIMIT = tl.constexpr(64.0), tl.constexpr(10.0)
-
-
-@triton.jit
-def _sine_and_cosine(x):
-    """Return both, at most 2e-7 off up to a hundred thousand turns, without the branch of
-    libdevice for larger ones."""
-    quarters = x * 0.63661977236758134 + _ROUND
-    turns = quarters - _ROUND
-    r = x - turns * 1.57079601287841796875
-    r -= turns * 3.1391647326017846e-07
-    r -= turns * 5.390302529957765e-15
-    square = r * r
-    sine = -1.9515295891e-4
-    sine = ((sine * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * r + r
-    cosine = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square
-    cosine = (cosine + 4.166664568298827e-2) * square * square - 0.5 * square + 1.0
-    quadrant = quarters.to(tl.int32, bitcast=True)
-    swapped = (quadrant & 1) != 0
-    first, second = tl.where(swapped, cosine, sine), tl.where(swapped, sine, cosine)
-    return (
-        tl.where((quadrant & 2) != 0, -first, first),
-        tl.where(((quadrant + 1) & 2) != 0, -second, second),
-    )
-
-
-@triton.jit
-def _pairs(
-    source,
-    row_step,
-    angles,
-    angle_step,
-    at,
-    there,
-    ROTATE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Return the even and the odd columns of rows, rotated by their angles if ``ROTATE``."""
-    columns = tl.arange(0, PADDED)
-    fits = there[:, None] & (columns < WIDTH)[None, :]
-    x = tl.load(source + at.to(tl.int64)[:, None] * row_step + columns[None, :], fits, 0.0)
-    pairs = tl.reshape(x.to(tl.float32), (x.shape[0], PADDED // 2, 2))
-    even, odd = tl.split(pairs)
-    if ROTATE:
-        columns = tl.arange(0, PADDED // 2)
-        fits = there[:, None] & (columns < WIDTH // 2)[None, :]
-        to = angles + at.to(tl.int64)[:, None] * angle_step + columns[None, :]
-        sine, cosine = _sine_and_cosine(tl.load(to, fits, 0.0))
-        even, odd = even * cosine - odd * sine, odd * cosine + even * sine
-    return even, odd
 
 
 @triton.jit
@@ -116,8 +68,10 @@ def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
 def quantize_heads(
     q,
     k,
-    q_angles,
-    k_angles,
+    q_turn,
+    k_turn,
+    q_other,
+    k_other,
     q8,
     q_scale,
     k8,
@@ -134,20 +88,27 @@ def quantize_heads(
     k_batch,
     k_head,
     k_row,
-    q_angles_batch,
-    q_angles_head,
-    q_angles_row,
-    k_angles_batch,
-    k_angles_head,
-    k_angles_row,
+    q_turn_batch,
+    q_turn_head,
+    q_turn_row,
+    k_turn_batch,
+    k_turn_head,
+    k_turn_row,
+    q_other_batch,
+    q_other_head,
+    q_other_row,
+    k_other_batch,
+    k_other_head,
+    k_other_row,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    ROTATE: tl.constexpr,
+    ROTATION: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """Quantize queries ``q[B, H, N, WIDTH]`` with a scale for each row, and keys, less a mean, with
-    a scale for each block of ``BLOCK``; both are rotated in pairs of columns before if ``ROTATE``.
+    a scale for each block of ``BLOCK``; both are rotated before as ``ROTATION`` says.
 
     ``q8`` and ``k8`` have ``PADDED`` columns, and ``k8`` rows to a whole block; what is padded is
     zero. ``k_scale[B, H, blocks, 2]`` holds the scale of a block and the largest norm of its keys.
@@ -165,19 +126,24 @@ def quantize_heads(
         head = (program // parts).to(tl.int64)
         batch, head_in = head // KV_HEADS, head % KV_HEADS
         source = k + batch * k_batch + head_in * k_head
-        angles = source  # not read
-        if ROTATE:
-            angles = k_angles + batch * k_angles_batch + head_in * k_angles_head
+        if k_turn is not None:
+            k_turn += batch * k_turn_batch + head_in * k_turn_head
+        if k_other is not None:
+            k_other += batch * k_other_batch + head_in * k_other_head
         sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
-        even, odd = _pairs(
-            source, k_row, angles, k_angles_row, sample, sample < K_ROWS, ROTATE, WIDTH, PADDED
-        )
+        even, odd = rotated_pairs(
+            source, k_row, k_turn, k_turn_row, k_other, k_other_row, sample, sample < K_ROWS,
+            ROTATION, TERMS, WIDTH, PADDED,
+        )  # fmt: skip
         mean_even, mean_odd = tl.sum(even, 0) / _SAMPLE, tl.sum(odd, 0) / _SAMPLE
         for part in range(BLOCKS):
             block = program % parts * BLOCKS + part
             at = block * BLOCK + rows
             there = at < K_ROWS
-            x, y = _pairs(source, k_row, angles, k_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            x, y = rotated_pairs(
+                source, k_row, k_turn, k_turn_row, k_other, k_other_row, at, there,
+                ROTATION, TERMS, WIDTH, PADDED,
+            )  # fmt: skip
             x = tl.where(there[:, None], x - mean_even[None, :], 0.0)
             y = tl.where(there[:, None], y - mean_odd[None, :], 0.0)
             scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x, y), 1), 0))
@@ -192,13 +158,17 @@ def quantize_heads(
         head = (program // parts).to(tl.int64)
         batch, head_in = head // HEADS, head % HEADS
         source = q + batch * q_batch + head_in * q_head
-        angles = source
-        if ROTATE:
-            angles = q_angles + batch * q_angles_batch + head_in * q_angles_head
+        if q_turn is not None:
+            q_turn += batch * q_turn_batch + head_in * q_turn_head
+        if q_other is not None:
+            q_other += batch * q_other_batch + head_in * q_other_head
         for part in range(BLOCKS):
             at = (program % parts * BLOCKS + part) * BLOCK + rows
             there = at < Q_ROWS
-            x, y = _pairs(source, q_row, angles, q_angles_row, at, there, ROTATE, WIDTH, PADDED)
+            x, y = rotated_pairs(
+                source, q_row, q_turn, q_turn_row, q_other, q_other_row, at, there,
+                ROTATION, TERMS, WIDTH, PADDED,
+            )  # fmt: skip
             scale, inverse = _scale_of(tl.max(_magnitudes(x, y), 1))
             _store_levels(q8 + head * Q_ROWS * PADDED, at, there, x, y, inverse[:, None], PADDED)
             tl.store(q_scale + head * Q_ROWS + at, scale, there)
@@ -366,11 +336,15 @@ def int8_attention(
 Strides: TypeAlias = Sequence[int]
 
 
-def launch_quantize(
-    heads: Heads, q: Strides, k: Strides, q_angles: Strides | None, k_angles: Strides | None
-) -> Launch:
-    """Return the launch that quantizes queries and keys of given strides, rotated by angles of
-    given strides if there are any."""
+def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[Strides]) -> Launch:
+    """Return the launch that quantizes queries and keys.
+
+    Args:
+        heads: the sizes.
+        rotation: one of ``schema.ROTATIONS``.
+        terms: positions that an angle is computed from, if it is.
+        strides: of queries and keys, and of both tensors that describe the rotation of each.
+    """
     rows = _BLOCKS * KEY_BLOCK
     queries = heads.batch * heads.heads * ceil(heads.q_rows, rows)
     keys = heads.batch * heads.kv_heads * ceil(heads.k_rows, rows)
@@ -378,13 +352,14 @@ def launch_quantize(
     return Launch(
         quantize_heads,
         queries + keys,
-        (*sizes, *q, *k, *(q_angles or (0, 0, 0)), *(k_angles or (0, 0, 0))),
+        (*sizes, *(step for steps in strides for step in steps)),
         {
             "BLOCK": KEY_BLOCK,
             "BLOCKS": _BLOCKS,
             "WIDTH": heads.width,
             "PADDED": heads.padded,
-            "ROTATE": q_angles is not None,
+            "ROTATION": ROTATIONS.index(rotation),
+            "TERMS": terms,
         },
         {"num_warps": 4, "num_stages": DEFAULT_STAGES},
     )

@@ -6,6 +6,7 @@ The interpreter cannot multiply BF16: values are FP32 or FP16 here, and BF16 on 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_int8bench.kernels import reference, tiles
 from pytest_int8bench.kernels.schema import Four
-from pytest_int8bench.kernels.tile_types import KEY_BLOCK, Heads
+from pytest_int8bench.kernels.tile_types import Heads
 
 triton = pytest.importorskip("triton")
+cuda = pytest.importorskip("pytest_int8bench.kernels.cuda")
 kernels = pytest.importorskip("pytest_int8bench.kernels.triton.int8_attention")
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, set where no GPU is"
@@ -23,8 +25,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    # Fills what the kernels are given to write to.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def operands(
@@ -44,18 +50,8 @@ def operands(
     return q, k + 4, v
 
 
-def quantized(
-    q: torch.Tensor, k: torch.Tensor, angles: tuple[torch.Tensor | None, ...] = (None, None)
-) -> Four:
-    heads = Heads.of(q, k)
-    rows = heads.k_blocks * KEY_BLOCK
-    q8 = torch.full((*q.shape[:3], heads.padded), 77, dtype=torch.int8)
-    k8 = torch.full((*k.shape[:2], rows, heads.padded), 77, dtype=torch.int8)
-    q_scale = torch.full(q.shape[:3], 77.0)
-    k_scale = torch.full((*k.shape[:2], heads.k_blocks, 2), 77.0)
-    strides = [None if x is None else x.stride()[:3] for x in (q, k, *angles)]
-    kernels.launch_quantize(heads, *strides)(q, k, *angles, q8, q_scale, k8, k_scale)
-    return q8, q_scale, k8, k_scale
+def quantized(q: torch.Tensor, k: torch.Tensor) -> Four:
+    return cuda.quantize_heads(q, k, "none", [], [])
 
 
 def attended(parts: Four, v: torch.Tensor, scale: float, *, tma: bool = False) -> torch.Tensor:
@@ -94,7 +90,7 @@ SHAPES = {
 def test_kernels_match_plain_torch(name: str) -> None:
     q, k, v = operands(*SHAPES[name])
     scale = q.shape[-1] ** -0.5
-    parts, wanted = quantized(q, k), reference.quantize_heads(q, k, None, None)
+    parts, wanted = quantized(q, k), reference.quantize_heads(q, k, "none", [], [])
     assert all(map(alike, parts, wanted))
     out = attended(parts, v, scale, tma="TMA" in name)
     assert error(out, reference.int8_attention(*parts, v, scale)) < 1e-5
@@ -132,12 +128,3 @@ def test_zeros_are_quantized_to_zeros() -> None:
     parts = quantized(q * 0, k * 0)
     assert all(not part.any() for part in parts)
     assert torch.allclose(attended(parts, v, 1.0), v.mean(-2, keepdim=True), atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [1.0, 40.0])
-def test_rotation_matches_plain_torch(size: float) -> None:
-    q, k, _ = operands(2, 4, 2, 70, 5, 24)
-    q_angles = torch.randn(2, 1, 70, 12).mul(size).expand(2, 4, 70, 12)
-    k_angles = torch.randn(2, 2, 5, 12) * size
-    got = quantized(q, k, (q_angles, k_angles))
-    assert all(map(alike, got, reference.quantize_heads(q, k, q_angles, k_angles)))
