@@ -22,11 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads of torch would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Before the tests' modules, which pytest's importlib mode leaves in sys.modules where it began to
-# import them: pickle names torch's constants after the first module that has ``torch``, and the key
-# of a compile cache holds that name.
-importlib.import_module("torch")
-
 # What is started in the background, or by nohup, ignores these, and so would the processes that
 # tests start and interrupt.
 for _number, _handler in (
@@ -35,6 +30,14 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the tests' modules, which pytest's importlib mode leaves in sys.modules where it began
+    # to import them: pickle names torch's constants after the first module that has ``torch``, and
+    # the key of a compile cache holds that name. The controller of pytest-xdist runs no test.
+    if getattr(config.option, "dist", "no") == "no":
+        importlib.import_module("torch")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,8 @@
 """Sessions of pytest as forks of a process that has torch loaded.
 
-Loading torch, torchao and SciPy takes three seconds of CPU time, most sessions that tests start
-need one more. A fork has its own process id, environment, folder, outputs and exit status; pytest
-and this package are loaded after the fork, as always.
+Loading torch, torchao and SciPy takes four seconds of CPU time, pytest and this package another
+half, as long as the rest of a short session. A fork has its own process id, environment, folder,
+outputs and exit status. What a session loads when is tested in processes of their own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
-#: What takes long to load.
-LOADED = ("torch", "torch._dynamo", "torchao.quantization", "scipy.stats")
+import pytest
+
+#: What takes long to load, and this package's modules that import the rest of it.
+LOADED = (
+    *("torch", "torch._dynamo", "torchao.quantization", "scipy.stats"),
+    *("pytest_int8bench.accuracy.guardrail", "pytest_int8bench.gate.session"),
+    *("pytest_int8bench.measure.point", "pytest_int8bench.plugin.calls"),
+    "pytest_int8bench.report.terminal",
+)
 #: What a session that is told one of these does has no use for torch, and may show that.
 WITHOUT_TORCH = frozenset({"--collect-only", "--benchmark-skip"})
 
@@ -98,9 +106,22 @@ def popen_for(template: Template, popen: Any) -> Any:
     return start
 
 
+class _Loading:
+    """Loads modules as a session does, which rewrites the assertions of plugins."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self) -> int:
+        for name in LOADED:
+            importlib.import_module(name)
+        return 0  # and no session
+
+
 def _serve() -> None:
-    for name in LOADED:
-        importlib.import_module(name)
+    path = list(sys.path)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    others = [f"-pno:{name}" for name in ("codspeed", "hypothesispytest", "randomly")]
+    pytest.main(["--noconftest", f"-c{os.devnull}", *others], plugins=[_Loading()])
+    sys.path[:] = path
     gc.collect()
     gc.freeze()  # or each fork would copy what its collector looks at
     for line in sys.stdin:

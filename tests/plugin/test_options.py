@@ -170,6 +170,7 @@ def test_empty_value_on_the_command_line(pytester: pytest.Pytester, name: str) -
         settings_of(pytester, f"--int8-{name}=")
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("name", "text", "why"), FEW)
 def test_bad_option_exits_4(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     result = run(pytester, f"--int8-{name}={text}")
@@ -178,6 +179,7 @@ def test_bad_option_exits_4(pytester: pytest.Pytester, name: str, text: str, why
     assert result.outlines == []
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("name", "text", "why"), FEW + FLAG_CASES[:1])
 def test_bad_ini_value_exits_4(pytester: pytest.Pytester, name: str, text: str, why: str) -> None:
     stem = f"int8_{name.replace('-', '_')}"
@@ -191,6 +193,7 @@ def test_bad_ini_value_exits_4(pytester: pytest.Pytester, name: str, text: str, 
 # -- good values ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("forked")
 def test_unknown_kernel_exits_4(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "foo")
     result = run(pytester)
@@ -693,7 +696,7 @@ DEFAULTS = {
 
 
 @pytest.fixture
-def help_text(pytester: pytest.Pytester) -> str:
+def help_text(pytester: pytest.Pytester, forked: None) -> str:
     """The help with its line breaks taken out."""
     result = run(pytester, "--help")
     assert result.ret == pytest.ExitCode.OK
@@ -717,6 +720,7 @@ def test_help_lists_ini_values(help_text: str) -> None:
         assert f" {option.dest} ({kind}): Same as {option.flag} " in help_text
 
 
+@pytest.mark.usefixtures("forked")
 def test_markers_show_int8(pytester: pytest.Pytester) -> None:
     result = run(pytester, "--markers")
     assert result.ret == pytest.ExitCode.OK

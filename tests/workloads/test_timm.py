@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.workloads import Workload
 from pytest_int8bench.workloads.registry import load_workload
 
-try:
-    import timm  # noqa: F401
-except (ImportError, RuntimeError) as error:  # torchvision for another torch raises RuntimeError
-    pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
+
+@pytest.fixture(scope="module", autouse=True)
+def _timm() -> None:
+    """Skip without timm. It is not imported when tests are collected, which takes five seconds."""
+    try:
+        importlib.import_module("timm")
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # torchvision for another torch raises RuntimeError
+        pytest.skip(f"timm cannot be imported: {error}")
+
 
 POINT = RunParams(gpu_type="cpu", batch_size=2, compile_mode="off")
 VIT = "vit_tiny_patch16_224"
