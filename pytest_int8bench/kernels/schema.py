@@ -32,6 +32,7 @@ SCHEMAS = (
         "int8_attention(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, float scale)"
         " -> Tensor"
     ),
+    "short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor",
 )
 #: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
 READ_OPERATOR = "int8bench::read_weight"

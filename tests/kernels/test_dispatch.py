@@ -145,6 +145,7 @@ def launches() -> dict[str, Any]:
         "dequantize": ([(3, 5)], tiles.weights()),
         "quantize_heads": (HEADS, (8, 8, 8), (8, 8, 8), None, None),
         "int8_attention": (HEADS, 0.1, (8, 8, 8), tiles.attention(HEADS, True), True),
+        "short_attention": (HEADS, 0.1, True, [(8, 8, 8)] * 3, tiles.short(HEADS)),
     }
     return {row.name: row.launch(*call[row.name]) for row in dispatch.KERNELS}
 
