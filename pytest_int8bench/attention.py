@@ -1,5 +1,5 @@
 """Attention backends: one row of :data:`BACKENDS` for each backend of
-``torch.nn.functional.scaled_dot_product_attention``.
+``torch.nn.functional.scaled_dot_product_attention``, and one for our kernel for short sequences.
 
 To add a backend, add a row here and its name to ``choices.ATTENTION_BACKENDS``. The check of
 parameters, ``attention=auto``, evidence and error messages follow. Importing this module does not
@@ -70,8 +70,16 @@ BACKENDS = {
         kernels=re.compile(r"_scaled_dot_product_attention_math"),
         is_general=True,
     ),
+    "short": Backend(
+        # Calls that our kernel does not take are left to torch.
+        sdpa=("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+        dtypes={"cuda": _HALF},
+        kernels=re.compile(r"\bshort_attention\b"),
+    ),
 }
 
+#: The backend that is not one of SDPA: it replaces the calls in a model that it can compute.
+SHORT = "short"
 #: What attention on INT8 queries and keys is called, beside the backends of SDPA.
 INT8 = "int8"
 _INT8_KERNELS = re.compile(r"\b(int8_attention|quantize_heads)\b")
@@ -93,7 +101,8 @@ def sdpa_backends(attention: str) -> list[SDPBackend]:
         ValueError: for an unknown name.
     """
     if attention == "auto":
-        return [sdpa for backend in BACKENDS.values() for sdpa in backend.sdpa_backends]
+        every = [sdpa for backend in BACKENDS.values() for sdpa in backend.sdpa_backends]
+        return list(dict.fromkeys(every))
     if attention not in BACKENDS:
         names = ", ".join((*BACKENDS, "auto"))
         raise ValueError(f"attention must be one of {names}, got {attention!r}")
@@ -127,6 +136,18 @@ def impossible_reason(attention: str, device_type: str, *, bf16: bool) -> str | 
     if not bf16 and "float32" not in dtypes[device_type]:
         return f"{attention} attention takes 16-bit inputs only, bf16=False"
     return None
+
+
+def allowed_backends() -> tuple[bool, ...]:
+    """Return which backends SDPA is allowed to choose from now."""
+    from torch.backends import cuda
+
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
 
 
 class FlashSDPA:
@@ -174,12 +195,12 @@ def is_int8_attention_kernel(kernel: str) -> bool:
 
 def attention_kernel(kernels: Iterable[str]) -> str | None:
     """Return the backend whose kernels are among ``kernels``, or None if no kernel is known; INT8
-    before the backends of calls that INT8 does not compute."""
+    and ``short`` before the backends of calls that they do not compute."""
     names = own_names(kernels)
     if any(map(is_int8_attention_kernel, names)):
         return INT8
-    for name, backend in BACKENDS.items():
-        if any(backend.kernels.search(kernel) for kernel in names):
+    for name in sorted(BACKENDS, key=lambda name: name != SHORT):
+        if any(BACKENDS[name].kernels.search(kernel) for kernel in names):
             return name
     return None
 

@@ -16,7 +16,7 @@ COMPILE_MODES = (
     "max-autotune-no-cudagraphs",
     "off",
 )
-ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "auto")
+ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "short", "auto")
 INT8_BACKENDS = ("torchao", "fused", "auto")
 FEEDS = ("device", "host")
 

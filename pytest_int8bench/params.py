@@ -113,11 +113,13 @@ class RunParams:
     model_version: str = "v1"
     """OlmoEarth version; v1 makes three tokens where v1.1 and later make one (Sentinel-2)."""
     attention: str = "flash"
-    """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math`` or ``auto``, the fastest."""
+    """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math``, ``short`` (this package's
+    kernel for sequences of up to 128 tokens) or ``auto``, the fastest."""
     int8_backend: str = "auto"
     """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
     int8_attention: bool = False
-    """Multiply queries and keys in INT8 too, where attention has no mask and is not causal."""
+    """Multiply queries and keys in INT8 too, where attention has no mask and is not causal, and no
+    ``attention=short`` takes it."""
     feed: str = "device"
     """``device``: inputs stay on the device; ``host``: a DataLoader streams them there (CUDA only;
     elsewhere the point is skipped)."""

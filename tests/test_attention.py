@@ -47,6 +47,7 @@ def enabled() -> set[str]:
         ("cudnn", {"cudnn"}),
         ("efficient", {"efficient"}),
         ("math", {"math"}),
+        ("short", ALL),  # calls that our kernel does not take
         ("auto", ALL),
     ],
 )
@@ -114,7 +115,7 @@ def test_every_name_that_parameters_take_has_backends() -> None:
 
 @pytest.mark.parametrize("make", [FlashSDPA, sdpa_backends])
 def test_an_unknown_backend_is_refused(make: type[FlashSDPA]) -> None:
-    message = "attention must be one of flash, cudnn, efficient, math, auto, got 'xformers'"
+    message = "attention must be one of flash, cudnn, efficient, math, short, auto, got 'xformers'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make("xformers")
 
@@ -144,6 +145,8 @@ def test_an_unknown_backend_is_refused(make: type[FlashSDPA]) -> None:
         ("efficient", "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::Params)"),
         ("efficient", "aten::_scaled_dot_product_efficient_attention"),
         ("math", "aten::_scaled_dot_product_attention_math"),
+        ("short", "short_attention"),
+        ("short", "int8bench::short_attention"),
     ],
 )
 def test_a_kernel_tells_its_backend(backend: str, kernel: str) -> None:
@@ -165,10 +168,17 @@ def test_a_kernel_tells_its_backend(backend: str, kernel: str) -> None:
         "triton_poi_fused__scaled_dot_product_flash_attention__to_copy_add_clone",
         "triton_poi_fused__scaled_dot_product_cudnn_attention_transpose_1",
         "triton_poi_fused__scaled_dot_product_efficient_attention_view_3",
+        "triton_poi_fused_short_attention_view_3",
     ],
 )
 def test_a_kernel_that_is_no_attention_tells_nothing(kernel: str) -> None:
     assert attention_kernel([kernel]) is None
+
+
+def test_our_kernels_are_told_before_those_of_calls_that_they_do_not_take() -> None:
+    flash = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>"
+    assert attention_kernel([flash, "short_attention"]) == "short"
+    assert attention_kernel([flash, "short_attention", "int8_attention"]) == "int8"
 
 
 def test_no_kernels_tell_nothing() -> None:
@@ -194,6 +204,9 @@ def test_the_table_and_the_names_that_parameters_take_agree() -> None:
         ("efficient", "cpu", False, "attention=efficient exists on CUDA only, gpu_type=cpu"),
         ("efficient", "cuda", False, None),
         ("math", "cpu", False, None),
+        ("short", "cuda", True, None),
+        ("short", "cuda", False, "short attention takes 16-bit inputs only, bf16=False"),
+        ("short", "cpu", True, "attention=short exists on CUDA only, gpu_type=cpu"),
         ("auto", "cpu", False, None),
     ],
 )
@@ -222,7 +235,9 @@ def test_a_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch) 
     assert impossible_reason("toy", "cpu", bf16=False) == reason
     message = "attention=toy exists on CPU only, gpu_type=cuda"
     assert impossible_reason("toy", "cuda", bf16=True) == message
-    with pytest.raises(ValueError, match="must be one of toy, flash, cudnn, efficient, math, auto"):
+    with pytest.raises(
+        ValueError, match="must be one of toy, flash, cudnn, efficient, math, short, auto"
+    ):
         FlashSDPA("xformers")
     # A timer that stands still: of equals, the first row is taken.
     query = torch.randn(1, 2, 8, 16)

@@ -372,7 +372,7 @@ CHOICES = {
     "gpu_type": "cuda, cpu",
     "int8_mode": "w8a8, w8, fp8",
     "compile_mode": "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs, off",
-    "attention": "flash, cudnn, efficient, math, auto",
+    "attention": "flash, cudnn, efficient, math, short, auto",
     "int8_backend": "torchao, fused, auto",
     "feed": "device, host",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_int8bench.attention import allowed_backends
 from pytest_int8bench.compiler.fusion.nodes import subgraphs
 from pytest_int8bench.compiler.graphs import Graph, watched
 from pytest_int8bench.compiler.torch_workarounds import SETTING_CALLS
@@ -71,6 +72,8 @@ class Call:
     mask: Layout | None
     options: tuple[tuple[str, Any], ...]
     """``dropout_p``, ``is_causal`` and the like."""
+    is_inside: bool = field(default=False, compare=False)
+    """It is made inside a function that Dynamo leaves whole, where no pass finds it."""
 
     @classmethod
     def of(
@@ -110,10 +113,12 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.allowed = _allowed_backends()
+        self.allowed = allowed_backends()
         self.calls: Counter[Call] = Counter()
         self.is_free = True
         """No call was under other backends than this process allows, by the model's own choice."""
+        self.is_inside = False
+        """What is recorded is inside a function that Dynamo leaves whole."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -124,8 +129,8 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def note(self, *args: Any, **kwargs: Any) -> None:
-        self.is_free &= _allowed_backends() == self.allowed
-        self.calls[Call.of(*args, **kwargs)] += 1
+        self.is_free &= allowed_backends() == self.allowed
+        self.calls[replace(Call.of(*args, **kwargs), is_inside=self.is_inside)] += 1
 
     def found(self) -> Counter[Call]:
         return self.calls if self.is_free else Counter()
@@ -175,20 +180,12 @@ def _visit(part: fx.GraphModule, recorder: _Recorder) -> None:
                 recorder.note(*args, **kwargs)
         elif node.target in _AROUND_SDPA:
             args, kwargs = _values((node.args, node.kwargs))
+            recorder.is_inside = True
             with contextlib.suppress(Exception), torch.inference_mode(), recorder:
                 node.target(*args, **kwargs)
+            recorder.is_inside = False
 
 
 def _values(arguments: Any) -> Any:
     """Return arguments of a node as Dynamo traced them: fake tensors have layouts, but no data."""
     return fx.map_arg(arguments, lambda node: node.meta.get("example_value"))
-
-
-def _allowed_backends() -> tuple[bool, ...]:
-    cuda = torch.backends.cuda
-    return (
-        cuda.flash_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-    )

@@ -13,6 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, replace_attention
 from pytest_int8bench.compiler.fusion.nodes import begins_aligned, subgraphs, value_of
+from pytest_int8bench.compiler.fusion.short_attention import replace_short
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds import (
     SET_GRAD_ENABLED,
@@ -53,10 +54,11 @@ class FusingInductor(InductorBackend):
         self._rotate = rotate
         self.graphs: list[Graph] = []
         """What it has compiled."""
-        self.around: Callable[[fx.GraphModule], AbstractContextManager[None]] = lambda module: (
-            nullcontext()
-        )
-        """What each graph is compiled inside of."""
+        self.around: Callable[
+            [fx.GraphModule], AbstractContextManager[AttentionCoverage | None]
+        ] = lambda module: nullcontext()
+        """What each graph is compiled inside of; gives where to count the attention that our kernel
+        for short sequences replaces, None to replace none."""
 
     # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends
     # were equal, as torch's are, it would run one model's graph for another of its class, though it
@@ -65,12 +67,16 @@ class FusingInductor(InductorBackend):
     __hash__ = object.__hash__
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
-        with self.around(model_):
-            return self._compile(model_, inputs_, **kwargs)
+        with self.around(model_) as short:
+            return self._compile(model_, inputs_, short, **kwargs)
 
-    def _compile(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+    def _compile(
+        self, model_: Any, inputs_: Any, short: AttentionCoverage | None, **kwargs: Any
+    ) -> Any:
         graph = Graph(model_, inputs_)  # before passes move the operators
         _check_settings(model_)
+        if short is not None:
+            replace_short(model_, short)
         if self._attention is not None:
             replace_attention(model_, self._attention)
         passes.fuse(model_, inline=self._inline, rotate=self._rotate)

@@ -16,7 +16,7 @@ import torch._dynamo
 import torch._functorch.config
 from torch import fx
 
-from pytest_int8bench.attention import FlashSDPA, sdpa_backends
+from pytest_int8bench.attention import SHORT, FlashSDPA, sdpa_backends
 from pytest_int8bench.choices import COMPILE_MODES
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.compiler.attention_calls import Call, calls_in
@@ -38,6 +38,7 @@ from pytest_int8bench.compiler.entries import (
 from pytest_int8bench.compiler.failures import CompileError as CompileError
 from pytest_int8bench.compiler.failures import is_of_model, root_of
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, eager_attention
+from pytest_int8bench.compiler.fusion.short_attention import NothingShortError, eager_short
 from pytest_int8bench.compiler.graphs import Graph, forget
 from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.compiler.torch_workarounds import (
@@ -80,6 +81,7 @@ class CompiledModel(torch.nn.Module):
         graphs: what the model was compiled to so far, if anything.
         is_whole: all of the model is in one graph, or in none.
         int8_attention: what of the model's attention runs in INT8; None if nothing was to.
+        short_attention: with ``attention=short``, what of it runs on our kernel.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class CompiledModel(torch.nn.Module):
         """Return what calls the model, compiled at its first call by Inductor, with what stands
         around layers of the fused backend joined first."""
         entry = fresh_entry(self.model)
+        self.short_attention = AttentionCoverage()
         if self.int8_attention is not None:
             self.int8_attention = AttentionCoverage()  # of what is compiled from here on
         if self.mode == "off":
@@ -173,9 +176,13 @@ class CompiledModel(torch.nn.Module):
                 hide_metrics_error(),
                 hide_compiler_warnings(self.model),
             ):
-                return self._first_call(*args, **kwargs)
-        with self._regions:
-            return self._entry(*args, **kwargs)
+                output = self._first_call(*args, **kwargs)
+        else:
+            with self._regions:
+                output = self._entry(*args, **kwargs)
+        if self.attention == SHORT and not self.short_attention.replaced:
+            raise NothingShortError(self.short_attention)
+        return output
 
     @untraced()
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,8 +244,9 @@ class CompiledModel(torch.nn.Module):
             return self._entry(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _compiling(self, module: fx.GraphModule) -> Iterator[None]:
-        """Choose an attention backend for a graph, and enter what it is compiled under."""
+    def _compiling(self, module: fx.GraphModule) -> Iterator[AttentionCoverage | None]:
+        """Choose an attention backend for a graph, and enter what it is compiled under; yields
+        where to count what our kernel replaces, if it is to."""
         if self.choose_attention is not None:
             start = synchronized_perf_counter()
             self.attention = self.choose_attention(calls_in(module))
@@ -246,7 +254,7 @@ class CompiledModel(torch.nn.Module):
             if not self.graphs:
                 self._cache_was_empty = self._cache is None or self._cache.is_empty()
         with self._for_attention():
-            yield
+            yield self.short_attention if self.attention == SHORT else None
 
     @contextlib.contextmanager
     def _for_attention(self) -> Iterator[None]:
@@ -293,6 +301,9 @@ class CompiledModel(torch.nn.Module):
             if self.mode == "off"
             else contextlib.nullcontext(),
             eager_attention(self.int8_attention if self.mode == "off" else None),
+            eager_short(
+                self.short_attention if self.mode == "off" and self.attention == SHORT else None
+            ),
             contextlib.ExitStack() as late,
         ):
             late.callback(setattr, self, "_late", self._late)
@@ -368,8 +379,9 @@ def compile_for_a100(
         mode: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``
             or ``off`` (eager under the same settings).
         allow_tf32: let FP32 products use TF32.
-        attention: the attention backend allowed: ``flash``, ``cudnn``, ``efficient``, ``math``
-            or ``auto``, with which torch decides for each call (nothing is timed here).
+        attention: the attention backend allowed: ``flash``, ``cudnn``, ``efficient``, ``math``,
+            ``short`` (our kernel for sequences of up to 128 tokens, torch's choice for others) or
+            ``auto``, with which torch decides for each call (nothing is timed here).
         autocast_dtype: run under autocast to this dtype. Off by default, also where autocast is
             on around the call: INT8 linears do not see it, so real BF16 weights are the fair
             comparison.

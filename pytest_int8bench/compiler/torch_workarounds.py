@@ -38,13 +38,14 @@ InductorBackend = torch._TorchCompileInductorWrapper
 #: The function that Dynamo puts into a graph where ``torch.no_grad`` begins or ends, in torch 2.11
 #: to 2.13 (``GradModeVariable`` in torch/_dynamo/variables/ctx_manager.py).
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
-#: Functions that Dynamo puts into a graph where autocast or a choice of attention backends begins
-#: or ends, in torch 2.11 to 2.15 (torch/_dynamo/variables/ctx_manager.py).
+#: The function that Dynamo puts into a graph where a choice of attention backends begins or ends,
+#: and those of autocast, in torch 2.11 to 2.15 (torch/_dynamo/variables/ctx_manager.py).
+CHOOSE_ATTENTION = torch.nn.attention._sdpa_kernel
 SETTING_CALLS = (
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
     torch.nn.attention._backend_from_string,
-    torch.nn.attention._sdpa_kernel,
+    CHOOSE_ATTENTION,
 )
 
 #: Objects allocated between two garbage collections while a model compiles.

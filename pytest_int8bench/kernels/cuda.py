@@ -238,6 +238,27 @@ def int8_attention(
     return out.transpose(1, 2)
 
 
+def short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
+    """Run the kernel of :func:`.ops.short_attention`; the tensors on the current device."""
+    q, k, v = map(_adjacent, (q, k, v))
+    heads = Heads.of(q, k)
+    out = torch.empty(
+        (heads.batch, heads.q_rows, heads.heads, heads.width), dtype=q.dtype, device=q.device
+    )
+    tensors = (q, k, v, out)
+    strides = tuple(x.stride()[:3] for x in (q, k, v))
+    key = ("short_attention", heads, scale, causal, strides, q.get_device(), _kinds(tensors))
+    launch = _kept.get(key)
+    if launch is None:
+        launch = dispatch.short_launch(heads, scale * math.log2(math.e), causal, strides, q.device)
+        _keep(key, launch)
+    if out.numel():
+        launch(*tensors)
+    return out.transpose(1, 2)
+
+
 def _adjacent(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` with adjacent columns, a copy where it must be."""
     return x if x.stride(-1) == 1 else x.contiguous()

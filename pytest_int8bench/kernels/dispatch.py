@@ -162,6 +162,12 @@ def _launch_attention(*call: Any) -> Launch:
     return int8_attention.launch(*call)
 
 
+def _launch_short(*call: Any) -> Launch:
+    from pytest_int8bench.kernels.triton import short_attention
+
+    return short_attention.launch(*call)
+
+
 #: Kernels of one operator stand in order of preference: a call takes the first one from the row of
 #: its device on that accepts it, has passed its self-test and has tiles for it.
 KERNELS = (
@@ -232,6 +238,13 @@ KERNELS = (
         function="int8_attention",
         launch=_launch_attention,
         tiles=tiles.attention,
+    ),
+    Kernel(
+        operator="short_attention",
+        name="short_attention",
+        function="short_attention",
+        launch=_launch_short,
+        tiles=tiles.short,
     ),
 )
 
@@ -472,6 +485,28 @@ def attention_launch(
     raise KernelError(f"no kernel computes attention of {heads}")
 
 
+def short_launch(
+    heads: Heads,
+    scale: float,
+    causal: bool,
+    strides: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Launch:
+    """Return the launch of attention to short sequences.
+
+    Args:
+        heads: the sizes.
+        scale: of the scores, in powers of two.
+        causal: whether a query sees the keys up to its own number only.
+        strides: of queries, keys and values.
+        device: where the tensors are.
+    """
+    for kernel in kernels_of("short_attention"):
+        if kernel.runs_on(device) and kernel.accepts(heads):
+            return kernel.launch(heads, scale, causal, strides, kernel.tiles(heads))
+    raise KernelError(f"no kernel computes attention of {heads}")
+
+
 # -- none at all --------------------------------------------------------------------------------
 
 
@@ -492,5 +527,6 @@ def fused_problem(device: torch.device) -> str | None:
 
 
 def attention_problem(device: torch.device) -> str | None:
-    """Return why INT8 attention cannot run here, or None if it can: on a CPU in plain torch."""
+    """Return why our kernels of attention cannot run here, or None if they can: on a CPU in plain
+    torch."""
     return None if device.type == "cpu" else fused_problem(device)

@@ -213,6 +213,26 @@ def int8_attention(
     return out
 
 
+def short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False
+) -> torch.Tensor:
+    """Attend to short sequences, of up to ``tile_types.SHORT_ROWS`` queries and keys, with softmax
+    in FP32.
+
+    Args:
+        q: floating (B, H, N, D).
+        k: like ``q`` (B, G, M, D), where G divides H.
+        v: like ``k``.
+        scale: that the scores are multiplied by.
+        causal: a query sees the keys up to its own number only.
+
+    Returns:
+        (B, H, N, D) in the dtype of ``q``; in memory, heads stand beside each other.
+    """
+    out: torch.Tensor = torch.ops.int8bench.short_attention.default(q, k, v, scale, causal)
+    return out
+
+
 def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
     *before, keep = rest
     q, scale, kept = reference.quantize_rows(x, *before)
@@ -314,7 +334,10 @@ def _rotate_heads_of_fakes(
 
 
 def _int8_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    out = reference.int8_attention(q, *rest)
+    return _heads_beside(reference.int8_attention(q, *rest))
+
+
+def _heads_beside(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -329,6 +352,22 @@ def _int8_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     v: torch.Tensor = rest[-2]
     batch, heads, rows, _ = q.shape
     return v.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
+
+
+def _short_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _heads_beside(reference.short_attention(q, *rest))
+
+
+def _short_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    from pytest_int8bench.kernels import cuda
+
+    with _current(q.device):
+        return cuda.short_attention(q, *rest)
+
+
+def _short_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    batch, heads, rows, width = q.shape
+    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def _read_weight(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
@@ -362,6 +401,7 @@ def _register() -> None:
         (SCHEMAS[4], _quantize_heads, _quantize_heads_on_cuda, _quantize_heads_of_fakes),
         (SCHEMAS[5], _int8_attention, _int8_attention_on_cuda, _int8_attention_of_fakes),
         (SCHEMAS[6], reference.rotate_heads, _rotate_heads_on_cuda, _rotate_heads_of_fakes),
+        (SCHEMAS[7], _short_attention, _short_attention_on_cuda, _short_attention_of_fakes),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

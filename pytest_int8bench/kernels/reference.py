@@ -179,3 +179,16 @@ def int8_attention(
     each = k_scale[..., 0].repeat_interleave(KEY_BLOCK, -1)[..., None, :rows]
     weights = (scores * q_scale[..., None] * each * scale).softmax(-1)
     return (weights @ v.float()).to(v.dtype)
+
+
+def short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
+    """Attend; the arguments are those of :func:`.ops.short_attention`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    if causal:
+        unseen = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(unseen, -torch.inf)
+    return (scores.softmax(-1) @ v).to(q.dtype)

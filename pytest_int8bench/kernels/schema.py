@@ -35,6 +35,7 @@ SCHEMAS = (
         " -> Tensor"
     ),
     ("rotate_heads(Tensor[] heads, str rotation, Tensor[] turn, bool rows_first) -> Tensor[]"),
+    "short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor",
 )
 #: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
 READ_OPERATOR = "int8bench::read_weight"

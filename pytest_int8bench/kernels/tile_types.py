@@ -140,3 +140,16 @@ class Attention:
     stages: int
     registers: int | None = None
     """Of a thread at most, so that more programs fit a multiprocessor; None for what it takes."""
+
+
+#: Queries, and keys, up to which a program of :mod:`.triton.short_attention` holds all of a head.
+SHORT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Short:
+    """How the heads of short attention are shared out."""
+
+    together: int
+    """Heads that one program computes."""
+    warps: int

@@ -20,6 +20,7 @@ from pytest_int8bench.kernels.tile_types import (
     Problem,
     Product,
     Rows,
+    Short,
     Specialized,
 )
 from pytest_int8bench.kernels.tuning import load_tuned, save_tuned
@@ -210,6 +211,14 @@ def attention(heads: Heads, tma: bool) -> Attention:
     if heads.q_rows <= 64:
         return Attention(64, 4, 3)
     return Attention(128, 4, 3, registers=168 if tma else None)
+
+
+def short(heads: Heads) -> Short:
+    """Return how heads are shared out for short attention."""
+    cells = max(heads.q_rows, 16) * max(heads.k_rows, 16)
+    if cells <= 32 * 32:
+        return Short(4, 4)
+    return Short(1, 4 if cells <= 64 * 64 else 8)
 
 
 def _hopper(problem: Problem, multiprocessors: int) -> Product:

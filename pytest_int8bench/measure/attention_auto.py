@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from pytest_int8bench.attention import FlashSDPA, backends_of, general_backends
+from pytest_int8bench.attention import SHORT, FlashSDPA, backends_of, general_backends
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.compiler.attention_calls import Call as Call
 from pytest_int8bench.compiler.attention_calls import Layout as Layout
 from pytest_int8bench.compiler.attention_calls import recorded_calls as recorded_calls
 from pytest_int8bench.compiler.failures import is_of_model, root_of
+from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage
+from pytest_int8bench.compiler.fusion.short_attention import eager_short, short_refusal
 from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
@@ -140,7 +142,8 @@ def fastest_backend(
 ) -> str | None:
     """Return the backend that does all ``calls`` in the least time, or None without one, or calls.
 
-    A backend that raises in one of them, also for lack of memory, is out.
+    A backend that raises in one of them, also for lack of memory, is out, and so is ``short`` if
+    our kernel takes none of them; those that it does not take are torch's then.
 
     Args:
         calls: with their number.
@@ -153,7 +156,7 @@ def fastest_backend(
     known: Timings = {} if timings is None else timings
     totals: dict[str, float] = {}
     for name in backends_of(next(iter(calls)).query.device.type):
-        if name in but:
+        if name in but or (name == SHORT and not any(map(_is_short, calls))):
             continue
         totals[name] = 0.0
         for call, count in calls.items():
@@ -164,6 +167,17 @@ def fastest_backend(
     return min((name for name in totals if totals[name] < math.inf), key=totals.get, default=None)  # type: ignore[arg-type]
 
 
+def is_short(call: Call) -> bool:
+    """Return whether our kernel for short sequences would replace a call."""
+    q, k, v = (
+        torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
+        for layout in (call.query, call.key, call.value)
+    )
+    given = {"attn_mask": call.mask, **dict(call.options)}
+    refused = short_refusal(q, k, v, given, q.dtype, call.query.device)
+    return refused is None and not call.is_inside
+
+
 def seconds_of(attention: str, call: Call, timer: Callable[[], float]) -> float:
     """Return the seconds of a call under one backend, infinity where it does not fit."""
     with (
@@ -171,6 +185,7 @@ def seconds_of(attention: str, call: Call, timer: Callable[[], float]) -> float:
         warnings.catch_warnings(),
         torch.inference_mode(),
         FlashSDPA(attention),
+        eager_short(AttentionCoverage() if attention == SHORT else None),
     ):
         warnings.simplefilter("ignore")  # each backend says why it does not take the inputs
         try:

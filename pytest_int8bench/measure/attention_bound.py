@@ -10,9 +10,11 @@ import torch
 from pytest_int8bench.compiler.attention_calls import Call, Layout
 from pytest_int8bench.compiler.fusion.int8_attention import (
     INSIDE,
+    SHORT,
     AttentionCoverage,
     refusal_of,
 )
+from pytest_int8bench.measure.attention_auto import is_short
 from pytest_int8bench.measure.ceiling import AttentionPart, CeilingError
 from pytest_int8bench.measure.device_rates import Head, Rates
 
@@ -31,7 +33,10 @@ def replaced_calls(calls: Mapping[Call, int], coverage: AttentionCoverage) -> li
         raise CeilingError(f"which calls INT8 attention replaces is not known {INSIDE}")
     if not calls:
         raise CeilingError("the baseline's calls of attention are not known")
-    replaced = [call for call in calls if _is_replaced(call)]
+    with_short = coverage.left[SHORT] > 0
+    replaced = [
+        call for call in calls if _is_replaced(call) and not (with_short and is_short(call))
+    ]
     if not replaced:
         raise CeilingError("INT8 attention replaces no call of the baseline")
     return replaced

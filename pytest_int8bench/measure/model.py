@@ -20,6 +20,7 @@ from pytest_int8bench.compiler.compiled_model import (
     compile_for_a100,
 )
 from pytest_int8bench.compiler.entries import graphs_skipped
+from pytest_int8bench.compiler.fusion.short_attention import NothingShortError
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
 from pytest_int8bench.errors import QuantizationError, WorkloadError
@@ -289,6 +290,8 @@ class Model:
             raise QuantizationError(explained) from error
         if self._auto is not None and self._auto.replace(error):
             return True
+        if isinstance(error, NothingShortError):
+            raise AttentionError(f"workload {self.workload.name!r}: {error}") from None
         if no_kernel(error):
             raise AttentionError.of(tried, self.params, self.workload.name) from None
         return False

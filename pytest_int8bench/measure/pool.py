@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from pytest_int8bench.attention import SHORT
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.kernels.dispatch import attention_problem
-from pytest_int8bench.measure.attention_auto import AutoAttention, Timings, recorded_calls
+from pytest_int8bench.measure.attention_auto import (
+    AttentionError,
+    AutoAttention,
+    Timings,
+    recorded_calls,
+)
 from pytest_int8bench.measure.batches import Batch, to_device
 from pytest_int8bench.measure.building import (
     build_eager,
@@ -197,6 +203,8 @@ class ModelPool:
         )  # what earlier tests left, or its end would count against these weights
         if params.int8_attention and (why := attention_problem(device)):
             raise QuantizationError(f"int8_attention=True: {why}")
+        if params.attention == SHORT and (why := attention_problem(device)):
+            raise AttentionError(f"attention={SHORT}: {why}")
         before = allocated_bytes(device)
         baseline = self._models.get("baseline")
         if params.int8_enabled and baseline is not None and not workload.prequantized:

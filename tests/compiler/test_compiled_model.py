@@ -170,7 +170,7 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
         ),
         (
             {"attention": "sage"},
-            "attention must be one of flash, cudnn, efficient, math, auto, got 'sage'",
+            "attention must be one of flash, cudnn, efficient, math, short, auto, got 'sage'",
         ),
     ],
     ids=["mode", "attention"],

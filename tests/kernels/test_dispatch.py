@@ -146,6 +146,7 @@ def launches() -> dict[str, Any]:
         "quantize_heads": (HEADS, "none", 0, [(8, 8, 8)] * 6),
         "rotate_heads": (HEADS, "angles", 0, [(8, 8, 8)] * 5),
         "int8_attention": (HEADS, 0.1, (8, 8, 8), tiles.attention(HEADS, True), True),
+        "short_attention": (HEADS, 0.1, True, [(8, 8, 8)] * 3, tiles.short(HEADS)),
     }
     return {row.name: row.launch(*call[row.name]) for row in dispatch.KERNELS}
 

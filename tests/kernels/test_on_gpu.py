@@ -16,6 +16,7 @@ from torch import nn
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.kernels import dispatch, ops, reference
+from pytest_int8bench.measure.attention_auto import Call, Layout, Timings, fastest_backend
 from pytest_int8bench.measure.evidence import Evidence, profile_forward
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
@@ -569,3 +570,71 @@ def test_a_point_with_int8_attention(mode: str) -> None:
     assert not any("clone" in name and "int8_attention" in name for name in names)
     assert not any("cos" in name and "quantize_heads" in name for name in names)
     assert 20 < decibels(outputs[1], outputs[0]) < 60
+
+
+# -- short attention ----------------------------------------------------------------------------
+
+# Batch, heads, heads of keys, queries, keys, columns: odd, tiny, grouped, cross, padded, whole.
+SHORT = [
+    (7, 12, 12, 48, 48, 64),
+    (5, 3, 3, 16, 16, 64),
+    (3, 5, 5, 17, 31, 32),
+    (2, 8, 2, 33, 49, 64),
+    (2, 4, 1, 128, 77, 80),
+    (3, 2, 2, 128, 128, 128),
+    (3, 2, 2, 1, 5, 16),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHORT)
+def test_short_attention(shape: Any, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = heads_of(shape, dtype, 3.0)
+    out = ops.short_attention(q, k, v, 0.2, causal)
+    assert out.transpose(1, 2).is_contiguous()
+    exact = nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=causal, scale=0.2, enable_gqa=True
+    )
+    assert error(out, exact) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [17, 49, 128])
+def test_short_attention_keeps_what_is_not_finite_where_it_is(rows: int) -> None:
+    q, k, v = heads_of((1, 3, 3, rows, rows, 64), torch.bfloat16, 1.0)
+    q[0, 0, 5, 3] = torch.nan
+    k[0, 1, rows - 1, 0] = torch.inf
+    v[0, 2, rows - 1, 7] = torch.nan
+    bad = ops.short_attention(q, k, v, 0.125).isnan()
+    assert bad[0, 0].any(-1).nonzero().flatten().tolist() == [5]
+    assert torch.equal(bad, reference.short_attention(q, k, v, 0.125, False).isnan())
+    assert bad[0, 2].sum() == rows
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_block_attends_to_short_sequences(mode: str, tmp_path: Path) -> None:
+    """Baseline and candidate; joined projections are read through their strides."""
+    x = torch.randn(64, 48, 256, device=CUDA, dtype=torch.bfloat16)
+    plain = Block().to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    for eager in (plain, apply_int8_quant(copy.deepcopy(plain), backend="fused")):
+        for state in ("cold", "warm"):
+            torch._dynamo.reset()
+            compiled = compile_for_a100(eager, mode=mode, attention="short", cache_dir=tmp_path)
+            for _ in range(3):
+                out = compiled(x)
+            with torch.inference_mode():
+                assert error(out, eager(x)) < 0.02  # flash on one side
+            assert compiled.compile_cache == state
+            evidence = profile_forward(functools.partial(compiled, x), CUDA)
+            assert evidence.attention_kernel == "short"
+            assert {k.name: k.calls for k in evidence.kernels}["short_attention"] == 1
+
+
+def test_auto_takes_the_kernel_for_short_sequences_where_it_is_faster() -> None:
+    layout = Layout((2048, 12, 48, 64), (110592, 64, 2304, 1), torch.bfloat16, CUDA)
+    timings: Timings = {}
+    calls = {Call(layout, layout, layout, None, ()): 12}
+    chosen = fastest_backend(calls, timings=timings)
+    times = {name: seconds for (name, _), seconds in timings.items()}
+    assert chosen == min(times, key=times.__getitem__)
+    assert set(times) == {"flash", "cudnn", "efficient", "math", "short"}

@@ -100,6 +100,26 @@ def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.M
     assert fastest_backend({short: shorts, long: longs}) == chosen
 
 
+def test_our_kernel_is_timed_on_the_calls_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def median_s(run: Callable[[], torch.Tensor], timer: object) -> float:
+        with torch.profiler.profile() as profiler:
+            run()
+        names = {event.key for event in profiler.key_averages()}
+        ran.append("short" if "int8bench::short_attention" in names else "torch")
+        return 1.0
+
+    monkeypatch.setattr(attention_auto, "_median_s", median_s)
+    monkeypatch.setattr(attention_auto, "backends_of", lambda kind: ["short"])
+    x = X.bfloat16()
+    [long] = calls_of(x.expand(33, 2, 4, 8, 16).permute(1, 2, 0, 3, 4).flatten(2, 3), x, x)
+    [fits] = calls_of(x, x, x)
+    assert fastest_backend({long: 1, fits: 1}) == "short"
+    assert ran == ["torch", "short"]
+    assert fastest_backend({long: 1}) is None  # nothing of it is ours
+
+
 def test_no_call_leaves_nothing_to_choose() -> None:
     assert fastest_backend({}, FakeTimer()) is None
     assert recorded_calls(lambda: nn.Linear(16, 4)(X)) == {}
@@ -114,6 +134,7 @@ def test_no_backend_that_fits_is_none() -> None:
 
 def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"flash": 1.0, "cudnn": 4.0, "efficient": 2.0, "math": 3.0}
+    monkeypatch.setattr(attention_auto, "backends_of", lambda kind: list(times))
     monkeypatch.setattr(attention_auto, "seconds_of", lambda name, call, timer: times[name])
     layout = Layout((1, 1, 2, 8), (16, 16, 8, 1), torch.bfloat16, torch.device("cuda"))
     auto = AutoAttention()

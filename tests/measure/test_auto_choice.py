@@ -17,7 +17,7 @@ from pytest_int8bench.compiler.attention_calls import Call
 from pytest_int8bench.compiler.backend import FusingInductor
 from pytest_int8bench.compiler.cache import CompileCache
 from pytest_int8bench.compiler.torch_workarounds import InductorBackend
-from pytest_int8bench.measure import attention_auto
+from pytest_int8bench.measure import attention_auto, pool
 from pytest_int8bench.measure.attention_auto import AttentionError
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.point import Throughput
@@ -150,6 +150,77 @@ def test_compiled_code_is_kept_for_the_backend_that_was_chosen(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [kept]
     with model.compiled.entered():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)
+
+
+# -- our kernel for short sequences ---------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer our kernel on the CPU too, where it is the fastest."""
+    monkeypatch.setattr(attention_auto, "backends_of", lambda kind: ["flash", "math", "short"])
+    monkeypatch.setitem(COSTS, "short", 0.5)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("kind", "params", "chosen"),
+    [
+        (attending.Causal, AUTO, "short"),
+        (attending.Grouped, OFF, "short"),
+        (attending.Twice, AUTO, "short"),  # the call with a mask is torch's
+        (attending.Masked, AUTO, "math"),
+        (attending.Plain, AUTO, "flash"),  # no pass sees the call
+        (attending.ChoosesMath, AUTO, "auto"),
+        (attending.Attends, AUTO.replace(bf16=False), "flash"),
+    ],
+)
+def test_short_sequences_take_our_kernel(
+    kind: type[nn.Module], params: RunParams, chosen: str
+) -> None:
+    model = ready(kind, params)
+    assert (model.compiled.attention, model.ready().remark) == (chosen, None)
+    assert (model.compiled.short_attention.replaced > 0) == (chosen == "short")
+
+
+@pytest.mark.usefixtures("short")
+def test_another_backend_is_taken_where_our_kernel_replaces_no_call() -> None:
+    class CallsOperator(attending.Attends):
+        def attention(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.scaled_dot_product_attention(x, x, x)
+
+    model = ready(CallsOperator, OFF)
+    assert model.compiled.attention == "flash"
+    assert "because short failed (NothingShortError: " in (model.ready().remark or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "left"),
+    [
+        (attending.Masked, AUTO, "1 with a mask"),
+        (attending.Masked, OFF, "1 with a mask"),
+        (attending.Plain, OFF, "1 inside nn.MultiheadAttention"),
+        (attending.ChoosesMath, AUTO, "1 under a backend that the model chooses"),
+        (attending.ChoosesMath, OFF, "1 under a backend that the model chooses"),
+        (attending.NoAttention, AUTO, "it makes no call of scaled_dot_product_attention"),
+    ],
+)
+def test_our_kernel_that_replaces_no_call_is_an_error(
+    kind: type[nn.Module], params: RunParams, left: str
+) -> None:
+    with pytest.raises(AttentionError) as caught:
+        ready(kind, params.replace(attention="short"))
+    assert str(caught.value) == (
+        "workload 'attends': attention=short takes 16-bit sequences of up to 128 tokens, and none "
+        f"of the model's attention: {left}"
+    )
+
+
+def test_a_gpu_without_our_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = "the fused kernels need sm80 or later, this is sm75"
+    monkeypatch.setattr(pool, "attention_problem", lambda device: problem)
+    with pytest.raises(AttentionError, match=f"^attention=short: {problem}$"):
+        ready(attending.Attends, AUTO.replace(attention="short"))
 
 
 # -- backends that fail -------------------------------------------------------------------------

@@ -32,6 +32,10 @@ W8 = RunParams(int8_enabled=True, int8_mode="w8")
 # What the error adds on CUDA.
 ROWS = " (on CUDA, products of 16 rows or fewer run in floating point)"
 BF16 = RunParams()
+SHORT, SHORT_INT8 = (
+    BF16.replace(attention="short"),
+    W8A8.replace(attention="short", int8_attention=True),
+)
 
 
 def ran(*names: str) -> Evidence:
@@ -133,8 +137,13 @@ def test_fused_kernels_tell_no_attention_backend() -> None:
             ran("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7"),
             (0, 0),
         ),
+        (SHORT, ran(FLASH, "short_attention"), (0, 0)),  # another call was too long
+        (SHORT_INT8, ran(GEMM_INT8, "int8_attention", "int8bench::short_attention"), (24, 24)),
     ],
-    ids=["w8a8", "w8a8-no-attention", "w8", "w8-packed", "bf16", "auto", "int8-attention", "cudnn"],
+    ids=[
+        *("w8a8", "w8a8-no-attention", "w8", "w8-packed", "bf16", "auto", "int8-attention"),
+        *("cudnn", "short", "int8-and-short"),
+    ],
 )
 def test_matching_labels(params: RunParams, evidence: Evidence, stored: tuple[int, int]) -> None:
     check_labels(evidence, params, stored)
@@ -279,6 +288,34 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
                 f"{GEMM_INT8[:80]} 1000 us, aten::_scaled_dot_product_attention_math 1000 us"
             ),
         ),
+        (
+            SHORT,
+            ran("triton_poi_fused_short_attention_0"),  # named after what it was fused with
+            (0, 0),
+            (
+                f"{SHORT.run_name} asked for short attention, but none ran; "
+                "kernels: triton_poi_fused_short_attention_0 1000 us"
+            ),
+        ),
+        (
+            BF16,
+            ran("short_attention"),
+            (0, 0),
+            (
+                f"{BF16.run_name} asked for flash attention, but short ran; "
+                "kernels: short_attention 1000 us"
+            ),
+        ),
+        (
+            SHORT_INT8,
+            ran(GEMM_INT8, "short_attention"),
+            (24, 24),
+            (
+                f"{SHORT_INT8.run_name} is labelled int8_attention=True, but none of its kernels "
+                "beside attention=short, which takes sequences of up to 128 tokens, ran; "
+                f"kernels: {GEMM_INT8[:80]} 1000 us, short_attention 1000 us"
+            ),
+        ),
     ],
     ids=[
         "no-product",
@@ -293,6 +330,9 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         "int8-attention",
         "attention",
         "math",
+        "not-short",
+        "short",
+        "int8-left-to-short",
     ],
 )
 def test_labels_that_contradict_the_kernels_are_errors(

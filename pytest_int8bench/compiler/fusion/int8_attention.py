@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pytest_int8bench.compiler.fusion.nodes import (
     INT8_ATTENTION,
     QUANTIZE_HEADS,
+    SHORT_ATTENTION,
     Node,
     given_arguments,
     subgraphs,
@@ -25,12 +26,16 @@ from pytest_int8bench.compiler.fusion.nodes import (
 )
 from pytest_int8bench.compiler.fusion.rotation import rotations_of
 from pytest_int8bench.kernels import ops
+from pytest_int8bench.kernels.tile_types import SHORT_ROWS
 
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-# Dynamo does not look inside, nor does a mode of torch functions.
-_LEFT_WHOLE = multi_head_attention_forward
+#: Names of the first arguments of ``scaled_dot_product_attention``.
+PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+#: Dynamo does not look inside, nor does a mode of torch functions.
+LEFT_WHOLE = multi_head_attention_forward
 #: Why calls that nobody sees are left to torch.
 INSIDE = "inside nn.MultiheadAttention"
+#: Why calls that are replaced already are left as they are.
+SHORT = f"of up to {SHORT_ROWS} tokens, which attention=short computes"
 #: Columns of a head that the kernels hold in registers.
 MAX_WIDTH = 128
 
@@ -58,9 +63,11 @@ class AttentionCoverage:
     def __str__(self) -> str:
         total = self.replaced + self.left.total()
         text = f"{self.replaced} of {total} attention calls on INT8 queries and keys"
-        if self.left:
-            text += "; left out: " + ", ".join(f"{n} {why}" for why, n in self.left.items())
-        return text
+        return f"{text}; left out: {self.reasons()}" if self.left else text
+
+    def reasons(self) -> str:
+        """Return why calls were left to torch, and how many; empty if none was."""
+        return ", ".join(f"{n} {why}" for why, n in self.left.items())
 
 
 def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> None:
@@ -71,23 +78,41 @@ def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> No
         module: what Dynamo traced.
         coverage: where to count what was replaced.
     """
+    replace_calls(module, _refusal, _replace, coverage)
+
+
+def replace_calls(
+    module: fx.GraphModule,
+    refusal: Callable[[Node], str | None],
+    replace: Callable[[fx.Graph, Node], None],
+    coverage: AttentionCoverage,
+) -> None:
+    """Replace calls of attention in a graph of Dynamo and in the regions that it calls, in place.
+
+    Args:
+        module: what Dynamo traced.
+        refusal: returns why a call is left as it is, None if it is replaced.
+        replace: replaces a call.
+        coverage: where to count what was replaced.
+    """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
     refusals: dict[Node, str | None] = {}
     for part in parts:
         nodes = part.graph.find_nodes(op="call_function", target=scaled_dot_product_attention)
-        refusals |= {node: _refusal(node) for node in nodes}
-        whole = part.graph.find_nodes(op="call_function", target=_LEFT_WHOLE)
-        refusals |= dict.fromkeys(whole, INSIDE)
+        refusals |= {node: refusal(node) for node in nodes}
+        for target, reason in ((LEFT_WHOLE, INSIDE), (SHORT_ATTENTION, SHORT)):
+            left = part.graph.find_nodes(op="call_function", target=target)
+            refusals |= dict.fromkeys(left, reason)
     _count(module, refusals, coverage)
     for part in parts:
         for node in [node for node in part.graph.nodes if refusals.get(node, "") is None]:
-            _replace(part.graph, node, given_arguments(node))
+            replace(part.graph, node)
         part.recompile()
 
 
 def _refusal(node: Node) -> str | None:
     given = given_arguments(node)
-    q, k, v = (value_of(given.get(name)) for name in _PARAMETERS[:3])
+    q, k, v = (value_of(given.get(name)) for name in PARAMETERS[:3])
     return refusal_of(q, k, v, given)
 
 
@@ -102,9 +127,10 @@ def _count(
             _count(called, refusals, coverage)
 
 
-def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
+def _replace(graph: fx.Graph, node: Node) -> None:
+    given = given_arguments(node)
     q, k, v = (given[name] for name in ("query", "key", "value"))
-    scale = _scale(value_of(q), given)
+    scale = scale_of(value_of(q), given)
     dtype = value_of(node).dtype
     with graph.inserting_before(node):
         if value_of(v).dtype != dtype:  # autocast does not see into the operator
@@ -124,25 +150,29 @@ def _replace(graph: fx.Graph, node: Node, given: dict[str, Any]) -> None:
     graph.erase_node(node)
 
 
-def _scale(q: Any, given: dict[str, Any]) -> float:
+def scale_of(q: Any, given: dict[str, Any]) -> float:
+    """Return what a call multiplies its scores by."""
     scale = given.get("scale")
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def refusal_of(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
-    """Return why INT8 cannot compute a call, None if it can.
+def refusal_of(
+    q: Any, k: Any, v: Any, given: Mapping[str, Any], *, takes_causal: bool = False
+) -> str | None:
+    """Return why our kernels cannot compute a call, None if they can.
 
     Args:
         q: the queries.
         k: the keys.
         v: the values.
         given: the other arguments of ``scaled_dot_product_attention``, by name.
+        takes_causal: the kernel can mask later keys.
     """
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
         return "without a batch and heads"
     if given.get("attn_mask") is not None:
         return "with a mask"
-    if given.get("is_causal"):
+    if given.get("is_causal") and not (takes_causal and given["is_causal"] is True):
         return "causal"
     if given.get("dropout_p"):
         return "with dropout"
@@ -151,8 +181,8 @@ def refusal_of(q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
     width = q.shape[-1]
     if v.shape[-1] != width or width > MAX_WIDTH or width % 2:
         return f"of heads with {max(width, v.shape[-1])} columns"
-    batches = {x.shape[0] for x in (q, k, v)}
-    if len(batches) > 1 or k.shape[1:3] != v.shape[1:3] or 0 in (*q.shape, *k.shape):
+    same = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]
+    if not same or 0 in (*q.shape, *k.shape):
         return "of shapes that are broadcast, or empty"
     if q.shape[1] % k.shape[1] or (q.shape[1] != k.shape[1] and not given.get("enable_gqa")):
         return "of shapes that are broadcast, or empty"
@@ -187,16 +217,16 @@ class EagerInt8Attention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = dict(zip(_PARAMETERS, args, strict=False)) | (kwargs or {})
-        if func is _LEFT_WHOLE:
-            self._coverage.note(INSIDE)
+        given = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})
+        if func in (LEFT_WHOLE, SHORT_ATTENTION):
+            self._coverage.note(INSIDE if func is LEFT_WHOLE else SHORT)
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, k, v = (given[name] for name in _PARAMETERS[:3])
+        q, k, v = (given[name] for name in PARAMETERS[:3])
         reason = self.refusal(q, k, v, given)
         self._coverage.note(reason)
         if reason is not None:
             return func(*args, **(kwargs or {}))
         if torch.is_autocast_enabled(q.device.type):
             v = v.to(torch.get_autocast_dtype(q.device.type))
-        return ops.int8_attention(*ops.quantize_heads(q, k), v, _scale(q, given))
+        return ops.int8_attention(*ops.quantize_heads(q, k), v, scale_of(q, given))

@@ -24,6 +24,7 @@ DEQUANTIZE = torch.ops.int8bench.dequantize.default
 QUANTIZE_HEADS = torch.ops.int8bench.quantize_heads.default
 ROTATE_HEADS = torch.ops.int8bench.rotate_heads.default
 INT8_ATTENTION = torch.ops.int8bench.int8_attention.default
+SHORT_ATTENTION = torch.ops.int8bench.short_attention.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
 
 # Where an operator takes weight, weight scale and bias.
@@ -88,7 +89,7 @@ _READERS = {
         *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.cat, torch.stack),
         *(torch.softmax, torch.sin, torch.cos, F.softmax, F.normalize, F.silu, F.relu, F.gelu),
         *(F.scaled_dot_product_attention, *NORMS, QUANTIZE, LINEAR, DEQUANTIZED),
-        *(QUANTIZE_HEADS, ROTATE_HEADS, INT8_ATTENTION),
+        *(QUANTIZE_HEADS, ROTATE_HEADS, INT8_ATTENTION, SHORT_ATTENTION),
     )
 }
 # Those of them for which Inductor chooses the layout of the tensor.
@@ -125,7 +126,7 @@ def may_change_layout(node: Node) -> bool:
     relies on rows without gaps does not notice (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
         node = node.all_input_nodes[0]
-    ours = node.target in (QUANTIZE, LINEAR, INT8_ATTENTION)
+    ours = node.target in (QUANTIZE, LINEAR, INT8_ATTENTION, SHORT_ATTENTION)
     if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
         return False  # Inductor does not choose their layout
     return not all(map(_leaves_alone, node.users))

@@ -14,6 +14,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     ADD,
     MULTIPLY,
     ROTATE_HEADS,
+    SHORT_ATTENTION,
     Node,
     given_arguments,
     nothing_written,
@@ -52,9 +53,11 @@ def rotate_at_once(graph: fx.Graph) -> None:
     Rotations of halves by given sines and cosines are left to Inductor, whose kernel reads and
     writes as much as ours would.
     """
-    for node in graph.find_nodes(op="call_function", target=scaled_dot_product_attention):
-        given = given_arguments(node)
-        sides = [given["query"], given["key"]]
+    targets = (scaled_dot_product_attention, SHORT_ATTENTION)
+    for node in [n for n in graph.nodes if n.target in targets]:
+        named = node.target is scaled_dot_product_attention
+        given = given_arguments(node) if named else {}
+        sides = [given["query"], given["key"]] if named else list(node.args[:2])
         if not all(_is_for_kernel(side) and list(side.users) == [node] for side in sides):
             continue
         with graph.inserting_before(node):

@@ -1,0 +1,132 @@
+"""Attention of sequences so short that a program holds one whole: no loop, no running maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
+from pytest_int8bench.kernels.tile_types import Heads, Short
+
+
+@triton.jit
+def _offsets(
+    heads,
+    rows,
+    columns,
+    HEADS,
+    ROWS,
+    head_step,
+    row_step,
+    TOGETHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return where the elements of some heads are, and which of them exist. One head is a matrix,
+    for which GPUs have faster instructions than for a batch of them."""
+    at = rows.to(tl.int64)[:, None] * row_step + columns[None, :]
+    there = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
+    if TOGETHER == 1:
+        at = heads * head_step + at
+    else:
+        at = (heads * head_step)[:, None, None] + at[None, :, :]
+        there = (heads < HEADS)[:, None, None] & there[None, :, :]
+    return at, there
+
+
+@triton.jit
+def short_attention(
+    q,
+    k,
+    v,
+    out,
+    HEADS,
+    GROUP,
+    Q_ROWS,
+    K_ROWS,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Attention of queries ``q[B, H, N, WIDTH]``, at most ``ROWS`` of them, to at most ``KEYS``
+    keys; softmax is in FP32. A program computes ``TOGETHER`` heads.
+
+    ``out[B, N, H, WIDTH]`` is written as the layer after attention reads it. ``SCALE`` multiplies
+    the scores, in powers of two; ``GROUP`` heads of queries share one of keys.
+    """
+    parts = tl.cdiv(HEADS, TOGETHER)
+    batch = (tl.program_id(0) // parts).to(tl.int64)
+    heads = (tl.program_id(0) % parts).to(tl.int64) * TOGETHER
+    if TOGETHER > 1:
+        heads += tl.arange(0, TOGETHER)
+    rows, keys, columns = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
+    at, fits = _offsets(heads, rows, columns, HEADS, Q_ROWS, q_head, q_row, TOGETHER, WIDTH)
+    q_tile = tl.load(q + batch * q_batch + at, fits, 0.0)
+    of = heads // GROUP
+    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, k_head, k_row, TOGETHER, WIDTH)
+    k_tile = tl.load(k + batch * k_batch + at, fits, 0.0)
+    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, v_head, v_row, TOGETHER, WIDTH)
+    v_tile = tl.load(v + batch * v_batch + at, fits, 0.0)
+
+    seen = (keys < K_ROWS)[None, :]
+    if CAUSAL:
+        seen = seen & (keys[None, :] <= rows[:, None])
+    if TOGETHER == 1:
+        scores = tl.dot(q_tile, tl.trans(k_tile))
+        scores = tl.where(seen, scores * SCALE, float("-inf"))
+    else:
+        scores = tl.dot(q_tile, tl.permute(k_tile, (0, 2, 1)))
+        scores = tl.where(seen[None, :, :], scores * SCALE, float("-inf"))
+    # NaN is no maximum, but what it is taken from stays NaN.
+    p = tl.exp2(scores - tl.max(scores, -1, keep_dims=True))
+    result = tl.dot(p.to(v_tile.dtype), v_tile) / tl.sum(p, -1, keep_dims=True)
+    at, fits = _offsets(
+        heads, rows, columns, HEADS, Q_ROWS, WIDTH, HEADS * WIDTH, TOGETHER, WIDTH
+    )  # fmt: skip
+    to = out + batch * Q_ROWS * HEADS * WIDTH + at
+    tl.store(to, result.to(out.dtype.element_ty), fits)
+
+
+def launch(
+    heads: Heads, scale: float, causal: bool, strides: Sequence[Sequence[int]], tile: Short
+) -> Launch:
+    """Return the launch that attends.
+
+    Args:
+        heads: the sizes.
+        scale: of the scores, in powers of two.
+        causal: whether a query sees the keys up to its own number only.
+        strides: of queries, keys and values, from batch to batch, head to head and row to row.
+        tile: how heads are shared out.
+    """
+    rows, keys = (max(triton.next_power_of_2(n), 16) for n in (heads.q_rows, heads.k_rows))
+    steps = [step for tensor in strides for step in tensor]
+    return Launch(
+        short_attention,
+        heads.batch * ceil(heads.heads, tile.together),
+        (heads.heads, heads.heads // heads.kv_heads, heads.q_rows, heads.k_rows, *steps),
+        {
+            "SCALE": scale,
+            "CAUSAL": causal,
+            "TOGETHER": tile.together,
+            "ROWS": rows,
+            "KEYS": keys,
+            "WIDTH": heads.width,
+            "PADDED": heads.padded,
+        },
+        {"num_warps": tile.warps, "num_stages": DEFAULT_STAGES},
+    )
