@@ -156,7 +156,7 @@ def fastest_backend(
     known: Timings = {} if timings is None else timings
     totals: dict[str, float] = {}
     for name in backends_of(next(iter(calls)).query.device.type):
-        if name in but or (name == SHORT and not any(map(_is_short, calls))):
+        if name in but or (name == SHORT and not any(map(is_short, calls))):
             continue
         totals[name] = 0.0
         for call, count in calls.items():
