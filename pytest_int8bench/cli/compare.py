@@ -76,7 +76,7 @@ def add_compare(commands: Any) -> None:
             "largest difference between two processes of your machine, such as throughput=3%: what "
             "grew by more than that and its limit regressed; "
             f"metrics are {', '.join(METRICS)}",
-            f"learned where several files are given for a side, else {floors}",
+            f"learned where there are files enough, such as 3 a side, else {floors}",
         ),
     )
     add_flag(parser, ALLOW)
