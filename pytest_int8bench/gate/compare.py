@@ -347,7 +347,7 @@ def _change(
     growth = metric.growth(typical(base), typical(new))
     if limit is None:
         outcome = NOT_JUDGED
-    elif growth <= limit and noise.doubt is not None and noise.doubt[0] > limit:
+    elif noise.hides_growth(growth, limit):
         outcome = SUSPECTED
     elif abs(growth) <= noise.floor:
         outcome = SAME
@@ -380,7 +380,7 @@ def _over(change: Change, noise: Noise) -> str:
     if change.files_needed is not None:
         files = f"{change.files_needed} files of the base"
     who = f"int8bench ab or {files}" if metric.is_time_of_batch else files
-    if change.limit is not None and change.growth <= change.limit and noise.doubt is not None:
+    if noise.doubt is not None and noise.hides_growth(change.growth, change.limit or 0.0):
         return f"{grew}, but {noise.doubt[0]:+.1%} {noise.doubt[1]}: {who} can decide"
     if noise.fastest is not None and change.growth > (change.shown_from or 0.0):
         load = f"{grew}, but {noise.fastest:+.1%} by the fastest rounds, as other load shows"

@@ -10,12 +10,12 @@ inside the sides, of the run or pooled over all runs, whichever is larger. With 
 be trusted: clocks that have two states can be in one of them in all files of a side, and look as
 steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``, times with
 tails for outliers, and, where the rounds of a process do not settle its figure, by its standard
-error in addition (``Figure.standard_error``). No floor is learned from few files: a growth over the
-limit is at least suspected, as is one that a disturbed base hides.
+error in addition (``Figure.standard_error``). So are those whose times are the same in all files,
+as of copies. No floor is learned from few files: a growth over the limit is at least suspected.
 
-Against outliers: where the files show some, a growth must exceed the largest in addition. Other
-load slows some rounds of a process and seldom all, so that where one process may decide, its
-fastest rounds must have grown, too.
+Against outliers: where the files show some, a growth must exceed the largest in addition, and one
+that is seen without them is at least suspected. Other load slows some rounds of a process and
+seldom all, so that where one process may decide, its fastest rounds must have grown, too.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class Noise:
     ``shown_from``."""
     doubt: tuple[float, str] | None = None
     """A growth that the typical figures may hide, and where it is seen."""
+
+    def hides_growth(self, growth: float, limit: float) -> bool:
+        """Return whether one over the limit is seen, where the typical figures grew by less."""
+        is_seen = self.doubt is not None and self.doubt[0] > max(limit, growth)
+        return is_seen and growth <= max(limit, self.floor)
 
 
 class _Sample(NamedTuple):
@@ -156,11 +161,14 @@ class NoiseFloors:
             self._found[key] = test.noise(left, is_shown=is_shown.get(key, False))
 
 
-def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> float:
-    """Return the standard deviation of a metric inside the sides of all runs."""
+def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> tuple[float, int]:
+    """Return the scatter of a metric inside the sides of all runs, as that of a sample."""
     parts = [sample.scatter for (_, metric), sample in samples.items() if metric == name]
-    freedom = sum(freedom for _, freedom in parts)
-    return math.sqrt(sum(squares for squares, _ in parts) / freedom) if freedom else 0.0
+    return sum(squares for squares, _ in parts), sum(freedom for _, freedom in parts)
+
+
+def _deviation(squares: float, freedom: int) -> float:
+    return math.sqrt(max(squares, 0.0) / freedom) if freedom else 0.0
 
 
 class _Test:
@@ -174,13 +182,18 @@ class _Test:
     """
 
     def __init__(
-        self, metric: Figure, sample: _Sample, pooled: float, outlier: float, level: float
+        self,
+        metric: Figure,
+        sample: _Sample,
+        pooled: tuple[float, int],
+        outlier: float,
+        level: float,
     ) -> None:
         self._metric = metric
         self._sample = sample
         squares, self._freedom = sample.scatter
-        own = math.sqrt(squares / self._freedom) if self._freedom else 0.0
-        self._seen = max(own, pooled)
+        self._seen = max(_deviation(squares, self._freedom), _deviation(*pooled))
+        self._others = _deviation(pooled[0] - squares, pooled[1] - self._freedom)
         self._files = len(sample.base), len(sample.new)
         self._error = math.sqrt(1 / self._files[0] + 1 / self._files[1])
         self._difference = statistics.fmean(sample.new) - statistics.fmean(sample.base)
@@ -189,6 +202,8 @@ class _Test:
         self._fastest = sample.fastest if can_be_disturbed else None
         certain = self._difference if self._fastest is None else self._fastest
         self._certain = min(self._difference, certain)
+        # The same times in all files are copies, or rounded: they show no noise.
+        self._is_assumed = self._is_few or (metric.depends_on_clocks and not self._seen)
         self._least = math.hypot(metric.assumed_spread, sample.error)
         self._assumed = max(self._least, self._seen)
         self._outlier = outlier if outlier > max(self._reach(level), self._wide(level)) else 0.0
@@ -202,7 +217,7 @@ class _Test:
         p = 0.0 if growth > 0 else 1.0
         if self._freedom >= _LEAST_FREEDOM and self._seen:
             p = float(special.stdtr(self._freedom, -growth / self._seen))
-        if self._is_few:
+        if self._is_assumed:
             p = max(p, self._tail(growth / self._assumed))
         return p
 
@@ -216,7 +231,7 @@ class _Test:
             normal = -float(special.ndtri(level)) * self._error
             floor = max(_share(normal * self._seen), _LEAST_FLOOR)
         reach, wide = self._reach(level), self._wide(level)
-        is_binding = self._is_few and self._assumed > self._seen and wide > reach
+        is_binding = self._is_assumed and self._assumed > self._seen and wide > reach
         shown_from = max(reach, wide) + self._outlier
         return Noise(
             floor=floor,
@@ -227,7 +242,7 @@ class _Test:
             is_shown=is_shown,
             fastest=None if self._fastest is None else _share(self._fastest),
             outlier=_share(self._outlier) if self._outlier else None,
-            doubt=self._doubt(level) if self._is_few else None,
+            doubt=self._doubt(level),
         )
 
     def _reach(self, level: float) -> float:
@@ -240,18 +255,36 @@ class _Test:
 
     def _wide(self, level: float) -> float:
         """Return the growth that is shown by what is assumed, 0 where nothing is."""
-        return self._quantile(level) * self._error * self._assumed if self._is_few else 0.0
+        return self._quantile(level) * self._error * self._assumed if self._is_assumed else 0.0
 
     def _doubt(self, level: float) -> tuple[float, str] | None:
-        """Return the largest growth that outliers in the base hide."""
-        base, fastest = self._sample.base, self._fastest
-        beyond = self._quantile(level) * self._least
+        """Return the largest growth that outliers hide."""
+        base, new = self._sample.base, self._sample.new
         found = []
-        if fastest is not None and fastest > beyond * self._error:
-            found.append((_share(fastest), "by the fastest rounds"))
-        if max(base) - min(base) > beyond * math.sqrt(2):
-            found.append((_share(min(self._sample.new) - min(base)), "from best file to best file"))
+        beyond = self._quantile(level) * self._least * self._error
+        if self._fastest is not None and self._fastest > beyond:
+            found.append((_share(self._fastest), "by the fastest rounds"))
+        calm = self._without_outlier(base, new, level), self._without_outlier(new, base, level)
+        if calm != (base, new):
+            growth = _share(statistics.fmean(calm[1]) - statistics.fmean(calm[0]))
+            found.append((growth, "without the slowest file of a side"))
         return max(found, default=None)
+
+    def _without_outlier(self, side: list[float], other: list[float], level: float) -> list[float]:
+        """Return a side without its slowest process, if that differs from the others by more than
+        they do."""
+        from scipy import special
+
+        rest = sorted(side)[:-1]
+        if not rest:
+            return side
+        freedom = len(rest) + len(other) - 2
+        spread = max(_deviation(_squares(rest) + _squares(other), freedom), self._others)
+        beyond = self._quantile(level) * max(self._least, spread)
+        if not self._is_assumed:
+            beyond = -float(special.stdtrit(freedom, level)) * spread
+        over = max(side) - statistics.fmean(rest)
+        return rest if over > beyond * math.sqrt(1 + 1 / len(rest)) else side
 
     def _tail(self, deviations: float) -> float:
         """Return the probability that assumed noise exceeds so many standard deviations."""
