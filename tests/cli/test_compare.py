@@ -214,6 +214,14 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
     )
 
 
+@pytest.mark.parametrize("option", ["json", "markdown", "junit", "comment"])
+def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture) -> None:
+    Path("loop").symlink_to("loop")
+    why = refused(capsys, base, save("new.json", timed()), f"--{option}=loop")
+    assert why == "loop is not written: it is no regular file"
+    assert refused(capsys, base, "loop") == "loop is not there"
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [
