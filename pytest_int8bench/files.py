@@ -150,7 +150,7 @@ def probe(path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    target = path.resolve()
+    target = real_path(path)
     if target.is_fifo():
         raise OSError(errno.EINVAL, "a named pipe, which nobody may read", str(path))
     if target.exists():
@@ -263,6 +263,11 @@ class LineFile:
 
 def _joined(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
+
+
+def real_path(path: Path) -> Path:
+    """Return where a path leads; ``resolve`` may raise RuntimeError for a circle of links."""
+    return Path(os.path.realpath(path))
 
 
 def relative(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytest_int8bench.gate.ab.design import Design
 from pytest_int8bench.gate.flags import ALLOW_MISSING
 from pytest_int8bench.gate.rules import parse_share
 from pytest_int8bench.printing import one_line, show
+from pytest_int8bench.results.checks import shown
 
 #: Field of Design -> meaning of its option.
 _DESIGN = {
@@ -154,6 +156,6 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def _parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"must be a time such as 90s, 30m or 2h, got {text!r}")
-    return float(match[1]) * _SECONDS[match[2]]
+    if match is None or not math.isfinite(found := float(match[1]) * _SECONDS[match[2]]):
+        raise ValueError(f"must be a time such as 90s, 30m or 2h, got {shown(text)}")
+    return found

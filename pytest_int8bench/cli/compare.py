@@ -15,7 +15,7 @@ from pytest_int8bench.cli.arguments import (
 )
 from pytest_int8bench.cli.outputs import add_outputs, check_outputs, publish, refuse, tell_broken
 from pytest_int8bench.cli.picking import parse_expression
-from pytest_int8bench.files import FileError
+from pytest_int8bench.files import FileError, real_path
 from pytest_int8bench.gate.compare import compare
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS
 from pytest_int8bench.gate.limits import Rules
@@ -76,7 +76,7 @@ def add_compare(commands: Any) -> None:
             "largest difference between two processes of your machine, such as throughput=3%: what "
             "grew by more than that and its limit regressed; "
             f"metrics are {', '.join(METRICS)}",
-            f"learned where several files are given for a side, else {floors}",
+            f"learned where there are files enough, such as 3 a side, else {floors}",
         ),
     )
     add_flag(parser, ALLOW)
@@ -100,9 +100,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
     try:
         rules = _rules(arguments)
         base, new = _sides(arguments)
-        if same := {path.resolve() for path in base} & {path.resolve() for path in new}:
+        if same := {real_path(path) for path in base} & {real_path(path) for path in new}:
             raise FileError(f"{min(same)} would be compared with itself")
-        check_outputs(arguments, {path.resolve() for path in (*base, *new)})
+        check_outputs(arguments, {real_path(path) for path in (*base, *new)})
         sides = read_runs(base), read_runs(new)
         found = compare(*sides, rules, arguments.pick)
         if arguments.pick is not None and not (found.runs or found.accuracy):

@@ -69,6 +69,8 @@ def run_export(arguments: argparse.Namespace) -> int:
                 _put(arguments.output, values)
             return 0
         output = arguments.output or Path("int8bench.json")
+        if not output.name:
+            raise FileError(f"--output must name a file, got {str(output)!r}")
         for tool, (is_higher, end) in _TOOLS.items():
             entries = exports.github_action_benchmark(
                 metrics, run.saved.environment, higher_is_better=is_higher

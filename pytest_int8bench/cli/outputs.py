@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_int8bench.files import FileError, append, check_writable, probe_report, write
+from pytest_int8bench.files import (
+    FileError,
+    append,
+    check_writable,
+    probe_report,
+    real_path,
+    write,
+)
 from pytest_int8bench.gate.outcomes import UNDECIDED
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.junit import Case, to_xml
@@ -143,9 +150,9 @@ def check_outputs(arguments: argparse.Namespace, inputs: set[Path]) -> None:
     """
     outputs = _outputs(arguments)
     for index, output in enumerate(outputs):
-        if output.resolve() in inputs:
+        if real_path(output) in inputs:
             raise FileError(f"{output} is one of the files to compare, and not overwritten")
-        if output.resolve() in {other.resolve() for other in outputs[:index]}:
+        if real_path(output) in {real_path(other) for other in outputs[:index]}:
             raise FileError(f"{output} is given for two reports")
         check_writable(output)
     for output in (arguments.json, arguments.junit, arguments.comment):
@@ -176,4 +183,4 @@ def _summary() -> Path | None:
 
 
 def _is_same(path: Path, other: Path | None) -> bool:
-    return other is not None and path.resolve() == other.resolve()
+    return other is not None and real_path(path) == real_path(other)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_int8bench.cli.arguments import add_storage
 from pytest_int8bench.cli.outputs import refuse, tell_broken
-from pytest_int8bench.files import FileError
+from pytest_int8bench.files import FileError, real_path
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.report.write import check_output, publish
 from pytest_int8bench.results.base import Measured, Record
@@ -81,7 +81,7 @@ def gather(names: Sequence[str], storage: Path) -> list[Run]:
         OSError: if one cannot be read.
     """
     found = [path for name in names for path in find(name, storage, journals=True)]
-    paths = {path.resolve(): path for path in reversed(found)}
+    paths = {real_path(path): path for path in reversed(found)}
     return _by_time(_without_twins(read_runs([*reversed(paths.values())])))
 
 

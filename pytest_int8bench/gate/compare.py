@@ -1,7 +1,7 @@
 """Saved runs of two commits, metric by metric.
 
 A saved file is one process. What differs by no more than the noise floor between processes is the
-same; where several files are given for a side, the floor is learned from them. A growth over a
+same; where there are files enough, the floor is learned from them. A growth over a
 limit that the files do not show is suspected. :mod:`pytest_int8bench.gate.noise` says what they
 show.
 """
@@ -289,7 +289,8 @@ def _measured(
         return RunChange(**common, outcome=INCOMPARABLE, exit_code=UNDECIDED, reason=problem)
     heat = sorted({reason for result in (*base, *new) for reason in result.throttled})
     is_hot = bool(heat) and THROTTLED not in rules.allow
-    changes = []
+    changes: list[Change] = []
+    noises: dict[str, Noise] = {}
     lacking = []
     for metric in METRICS.values():
         before, after = metric_values(base, metric), metric_values(new, metric)
@@ -298,7 +299,7 @@ def _measured(
             side = "new run" if before else "base"
             lacking.append(f"{metric.option}: the {side} has no {metric.header}")
         if before and after:
-            noise = floors.of(base[0].identity, metric)
+            noise = noises[metric.name] = floors.of(base[0].identity, metric)
             change = _change(metric, before, after, limit, noise)
             if is_hot and metric.depends_on_clocks:
                 # Neither a slowdown nor its absence is evidence then.
@@ -327,7 +328,7 @@ def _measured(
         outcome=outcome,
         exit_code={REGRESSED: REGRESSES, SUSPECTED: UNDECIDED}.get(outcome, PASSES),
         reason="; ".join(
-            _over(change)
+            _over(change, noises[change.metric])
             for change in changes
             if change.outcome == outcome and outcome in (REGRESSED, SUSPECTED)
         )
@@ -346,6 +347,8 @@ def _change(
     growth = metric.growth(typical(base), typical(new))
     if limit is None:
         outcome = NOT_JUDGED
+    elif noise.hides_growth(growth, limit):
+        outcome = SUSPECTED
     elif abs(growth) <= noise.floor:
         outcome = SAME
     elif growth < 0:
@@ -353,7 +356,8 @@ def _change(
     elif growth <= limit:
         outcome = WITHIN
     else:
-        outcome = REGRESSED if noise.is_shown else SUSPECTED
+        is_shown = noise.is_shown and (noise.fastest is None or noise.fastest > limit)
+        outcome = REGRESSED if is_shown else SUSPECTED
     return Change(
         metric=metric.name,
         growth=growth,
@@ -367,7 +371,7 @@ def _change(
     )
 
 
-def _over(change: Change) -> str:
+def _over(change: Change, noise: Noise) -> str:
     metric = METRICS[change.metric]
     grew = f"{metric.option}: {change.growth:+.1%}, limit {change.limit:.1%}"
     if change.outcome == REGRESSED:
@@ -376,11 +380,18 @@ def _over(change: Change) -> str:
     if change.files_needed is not None:
         files = f"{change.files_needed} files of the base"
     who = f"int8bench ab or {files}" if metric.is_time_of_batch else files
+    if noise.doubt is not None and noise.hides_growth(change.growth, change.limit or 0.0):
+        return f"{grew}, but {noise.doubt[0]:+.1%} {noise.doubt[1]}: {who} can decide"
+    if noise.fastest is not None and change.growth > (change.shown_from or 0.0):
+        load = f"{grew}, but {noise.fastest:+.1%} by the fastest rounds, as other load shows"
+        return f"{load}: {who} can decide"
     if change.assumed == math.inf:
         return f"{grew}, after a single round, whose noise is not known: {who} can decide"
     why = "by the scatter of the files"
     if change.assumed is not None:
         why = f"if processes differ by {change.assumed:.1%}, as is assumed"
+    if noise.outlier is not None:
+        why += f", with outliers of {noise.outlier:.1%} as in the files"
     return f"{grew}, shown from {change.shown_from:.1%} on {why}: {who} can decide"
 
 

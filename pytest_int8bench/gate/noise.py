@@ -8,9 +8,14 @@ most 5 % of comparisons.
 How noisy processes are is seen where a side has several files: the standard deviation of the logs
 inside the sides, of the run or pooled over all runs, whichever is larger. With few files it cannot
 be trusted: clocks that have two states can be in one of them in all files of a side, and look as
-steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``, and, where
-the rounds of a process do not settle its figure, by its standard error in addition
-(``Figure.standard_error``).
+steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``, times with
+tails for outliers, and, where the rounds of a process do not settle its figure, by its standard
+error in addition (``Figure.standard_error``). So are those whose times are the same in all files,
+as of copies. No floor is learned from few files: a growth over the limit is at least suspected.
+
+Against outliers: where the files show some, a growth must exceed the largest in addition, and one
+that is seen without them is at least suspected. Other load slows some rounds of a process and
+seldom all, so that where one process may decide, its fastest rounds must have grown, too.
 """
 
 from __future__ import annotations
@@ -35,6 +40,10 @@ _LEAST_FLOOR = 0.001
 _WIDEST = 100.0
 #: Fewer degrees of freedom would ask for growths that nobody would miss.
 _LEAST_FREEDOM = 4
+#: Degrees of freedom of Student's t for times whose noise is assumed, at the same variance: among
+#: many runs, one is an outlier.
+_TAILS = 5
+_TAILS_SCALE = math.sqrt(_TAILS / (_TAILS - 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,18 @@ class Noise:
     """Files of the base that would show the noise; None where there are enough."""
     is_shown: bool = True
     """This growth is shown, at the family's level."""
+    fastest: float | None = None
+    """Growth of the fastest rounds, where it must be over the limit, too."""
+    outlier: float | None = None
+    """How much slower a process was than others of its side, where that is part of
+    ``shown_from``."""
+    doubt: tuple[float, str] | None = None
+    """A growth that the typical figures may hide, and where it is seen."""
+
+    def hides_growth(self, growth: float, limit: float) -> bool:
+        """Return whether one over the limit is seen, where the typical figures grew by less."""
+        is_seen = self.doubt is not None and self.doubt[0] > max(limit, growth)
+        return is_seen and growth <= max(limit, self.floor)
 
 
 class _Sample(NamedTuple):
@@ -64,12 +85,21 @@ class _Sample(NamedTuple):
     is_judged: bool
     error: float
     """The largest standard error of a process's own figure."""
+    fastest: float | None
+    """Difference of the logs of the fastest rounds; None where it is not known."""
 
     @property
     def scatter(self) -> tuple[float, int]:
         """Sum of squares around the mean of each side, and its degrees of freedom."""
         squares = sum(_squares(side) for side in (self.base, self.new))
         return squares, sum(max(len(side) - 1, 0) for side in (self.base, self.new))
+
+    @property
+    def outlier(self) -> float:
+        """By how much a process exceeds the mean of the others of its side at most."""
+        sides = [side for side in (self.base, self.new) if len(side) > 1]
+        over = ((max(s) - statistics.fmean(s)) * len(s) / (len(s) - 1) for s in sides)
+        return max(over, default=0.0)
 
 
 def _squares(logs: Sequence[float]) -> float:
@@ -100,7 +130,9 @@ class NoiseFloors:
                 sign = -1 if metric.higher_is_better else 1
                 before, after = ([sign * math.log(value) for value in side] for side in values)
                 error = max(standard_error(record, metric) for side in sides for record in side)
-                samples[identity, metric.name] = _Sample(before, after, is_judged, error)
+                samples[identity, metric.name] = _Sample(
+                    before, after, is_judged, error, _fastest(metric, *sides)
+                )
         self._judge(samples, rules)
 
     def of(self, identity: Identity, metric: Figure) -> Noise:
@@ -109,10 +141,13 @@ class NoiseFloors:
 
     def _judge(self, samples: Mapping[tuple[Identity, str], _Sample], rules: Rules) -> None:
         pooled = {name: _pooled(samples, name) for name in METRICS}
+        outliers: dict[str, float] = {}
+        for (_, name), sample in samples.items():
+            outliers[name] = max(outliers.get(name, 0.0), sample.outlier)
         # Runs of the base count in the family before they are measured, as in a session of pytest.
         family = max(sum(sample.is_judged and bool(sample.base) for sample in samples.values()), 1)
         tests = {
-            key: _Test(METRICS[key[1]], sample, pooled[key[1]])
+            key: _Test(METRICS[key[1]], sample, pooled[key[1]], outliers[key[1]], LEVEL / family)
             for key, sample in samples.items()
             if sample.base and sample.new
         }
@@ -126,11 +161,14 @@ class NoiseFloors:
             self._found[key] = test.noise(left, is_shown=is_shown.get(key, False))
 
 
-def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> float:
-    """Return the standard deviation of a metric inside the sides of all runs."""
+def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> tuple[float, int]:
+    """Return the scatter of a metric inside the sides of all runs, as that of a sample."""
     parts = [sample.scatter for (_, metric), sample in samples.items() if metric == name]
-    freedom = sum(freedom for _, freedom in parts)
-    return math.sqrt(sum(squares for squares, _ in parts) / freedom) if freedom else 0.0
+    return sum(squares for squares, _ in parts), sum(freedom for _, freedom in parts)
+
+
+def _deviation(squares: float, freedom: int) -> float:
+    return math.sqrt(max(squares, 0.0) / freedom) if freedom else 0.0
 
 
 class _Test:
@@ -138,61 +176,142 @@ class _Test:
 
     With four degrees of freedom or more it is a t test: for one new file, that is the prediction
     interval of the base's scatter. Where the files are too few to show the noise, the growth must
-    exceed what processes that differ by ``Figure.spread`` would show, too.
+    exceed what processes that differ by ``Figure.spread`` would show, too. There, and of one new
+    process, so must the growth of the fastest rounds. A process that would be shown to be slower
+    than others of its own side is an outlier, and a growth must exceed it by as much.
     """
 
-    def __init__(self, metric: Figure, sample: _Sample, pooled: float) -> None:
+    def __init__(
+        self,
+        metric: Figure,
+        sample: _Sample,
+        pooled: tuple[float, int],
+        outlier: float,
+        level: float,
+    ) -> None:
         self._metric = metric
+        self._sample = sample
         squares, self._freedom = sample.scatter
-        own = math.sqrt(squares / self._freedom) if self._freedom else 0.0
-        self._seen = max(own, pooled)
-        self._own_error = sample.error
+        self._seen = max(_deviation(squares, self._freedom), _deviation(*pooled))
+        self._others = _deviation(pooled[0] - squares, pooled[1] - self._freedom)
         self._files = len(sample.base), len(sample.new)
         self._error = math.sqrt(1 / self._files[0] + 1 / self._files[1])
         self._difference = statistics.fmean(sample.new) - statistics.fmean(sample.base)
-
-    @property
-    def _assumed(self) -> float | None:
-        """The standard deviation that processes differ by at least; None where files show it."""
-        if shows_noise(*self._files):
-            return None
-        return max(math.hypot(self._metric.assumed_spread, self._own_error), self._seen)
+        self._is_few = not shows_noise(*self._files)
+        can_be_disturbed = self._is_few or self._files[1] == 1
+        self._fastest = sample.fastest if can_be_disturbed else None
+        certain = self._difference if self._fastest is None else self._fastest
+        self._certain = min(self._difference, certain)
+        # The same times in all files are copies, or rounded: they show no noise.
+        self._is_assumed = self._is_few or (metric.depends_on_clocks and not self._seen)
+        self._least = math.hypot(metric.assumed_spread, sample.error)
+        self._assumed = max(self._least, self._seen)
+        self._outlier = outlier if outlier > max(self._reach(level), self._wide(level)) else 0.0
 
     @property
     def p(self) -> float:
         """Of H0: the cost did not grow."""
         from scipy import special
 
-        p = 0.0 if self._difference > 0 else 1.0
-        difference = self._difference / self._error
+        growth = (self._certain - self._outlier) / self._error
+        p = 0.0 if growth > 0 else 1.0
         if self._freedom >= _LEAST_FREEDOM and self._seen:
-            p = float(special.stdtr(self._freedom, -difference / self._seen))
-        if self._assumed is not None:
-            p = max(p, float(special.ndtr(-difference / self._assumed)))
+            p = float(special.stdtr(self._freedom, -growth / self._seen))
+        if self._is_assumed:
+            p = max(p, self._tail(growth / self._assumed))
         return p
 
     def noise(self, level: float, *, is_shown: bool) -> Noise:
         """Return what the noise allows to be said, at the level that is left for this test."""
         from scipy import special
 
-        normal = -float(special.ndtri(level)) * self._error
-        learned = self._seen > 0 or self._freedom > 0
         floor = self._metric.floor
+        learned = not self._is_few
         if learned:
+            normal = -float(special.ndtri(level)) * self._error
             floor = max(_share(normal * self._seen), _LEAST_FLOOR)
-        reach = 0.0
-        if self._freedom >= _LEAST_FREEDOM:
-            reach = -float(special.stdtrit(self._freedom, level)) * self._error * self._seen
-        assumed = self._assumed
-        is_binding = assumed is not None and assumed > self._seen and normal * assumed > reach
+        reach, wide = self._reach(level), self._wide(level)
+        is_binding = self._is_assumed and self._assumed > self._seen and wide > reach
+        shown_from = max(reach, wide) + self._outlier
         return Noise(
             floor=floor,
             learned=learned,
-            shown_from=max(_share(max(reach, normal * (assumed or 0.0))), floor),
-            assumed=assumed if is_binding else None,
-            files_needed=None if assumed is None else files_needed(self._files[1]),
+            shown_from=max(_share(shown_from), floor),
+            assumed=self._assumed if is_binding else None,
+            files_needed=files_needed(self._files[1]) if self._is_few else None,
             is_shown=is_shown,
+            fastest=None if self._fastest is None else _share(self._fastest),
+            outlier=_share(self._outlier) if self._outlier else None,
+            doubt=self._doubt(level),
         )
+
+    def _reach(self, level: float) -> float:
+        """Return the growth that the scatter of the files shows."""
+        from scipy import special
+
+        if self._freedom < _LEAST_FREEDOM:
+            return 0.0
+        return -float(special.stdtrit(self._freedom, level)) * self._error * self._seen
+
+    def _wide(self, level: float) -> float:
+        """Return the growth that is shown by what is assumed, 0 where nothing is."""
+        return self._quantile(level) * self._error * self._assumed if self._is_assumed else 0.0
+
+    def _doubt(self, level: float) -> tuple[float, str] | None:
+        """Return the largest growth that outliers hide."""
+        base, new = self._sample.base, self._sample.new
+        found = []
+        beyond = self._quantile(level) * self._least * self._error
+        if self._fastest is not None and self._fastest > beyond:
+            found.append((_share(self._fastest), "by the fastest rounds"))
+        calm = self._without_outlier(base, new, level), self._without_outlier(new, base, level)
+        if calm != (base, new):
+            growth = _share(statistics.fmean(calm[1]) - statistics.fmean(calm[0]))
+            found.append((growth, "without the slowest file of a side"))
+        return max(found, default=None)
+
+    def _without_outlier(self, side: list[float], other: list[float], level: float) -> list[float]:
+        """Return a side without its slowest process, if that differs from the others by more than
+        they do."""
+        from scipy import special
+
+        rest = sorted(side)[:-1]
+        if not rest:
+            return side
+        freedom = len(rest) + len(other) - 2
+        spread = max(_deviation(_squares(rest) + _squares(other), freedom), self._others)
+        beyond = self._quantile(level) * max(self._least, spread)
+        if not self._is_assumed:
+            beyond = -float(special.stdtrit(freedom, level)) * spread
+        over = max(side) - statistics.fmean(rest)
+        return rest if over > beyond * math.sqrt(1 + 1 / len(rest)) else side
+
+    def _tail(self, deviations: float) -> float:
+        """Return the probability that assumed noise exceeds so many standard deviations."""
+        from scipy import special
+
+        p = float(special.ndtr(-deviations))
+        if not self._metric.is_time_of_batch:
+            return p
+        return max(p, float(special.stdtr(_TAILS, -deviations * _TAILS_SCALE)))
+
+    def _quantile(self, level: float) -> float:
+        """Return the standard deviations that assumed noise exceeds with that probability."""
+        from scipy import special
+
+        deviations = -float(special.ndtri(level))
+        if not self._metric.is_time_of_batch:
+            return deviations
+        return max(deviations, -float(special.stdtrit(_TAILS, level)) / _TAILS_SCALE)
+
+
+def _fastest(metric: Figure, base: Sequence[Timed], new: Sequence[Timed]) -> float | None:
+    """Return the difference of the logs of the fastest rounds, where all processes know theirs."""
+    sides = [[record.fastest_s for record in side] for side in (base, new)]
+    if not metric.is_time_of_batch or not all(side and all(side) for side in sides):
+        return None
+    before, after = (statistics.fmean(math.log(s) for s in side if s) for side in sides)
+    return after - before
 
 
 def _share(log: float) -> float:
@@ -233,12 +352,12 @@ def _holm(p: Sequence[float], family: int) -> list[bool]:
 
 
 def standard_error(record: Timed, metric: Figure) -> float:
-    """Return the relative standard error of a figure of one process, infinite where it is not
-    known; 0 of points, which are measured until it is small."""
-    if not metric.of_benchmarks:
-        return 0.0
-    error = getattr(record, metric.standard_error)
-    return math.inf if error is None else float(error)
+    """Return the relative standard error of a figure of one process. Where it is not known, it is
+    infinite for plain benchmarks, and 0 for points, which are measured until it is small."""
+    error = getattr(record, metric.standard_error, None) if metric.standard_error else None
+    if error is None:
+        return math.inf if metric.of_benchmarks else 0.0
+    return float(error)
 
 
 def metric_values(results: Iterable[Timed], metric: Figure) -> list[float]:

@@ -10,6 +10,7 @@ max-slowdown = "15%"
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from pytest_int8bench.environment import FINGERPRINT_NAMES, MAY_DIFFER
 from pytest_int8bench.gate.limits import Rules
+from pytest_int8bench.results.checks import shown
 from pytest_int8bench.results.figures import METRICS
 
 #: What may be allowed to differ: names of the fingerprint, and a GPU that was slowed down by heat.
@@ -33,9 +35,9 @@ def parse_share(text: str) -> float:
         ValueError: naming the rule and the value.
     """
     match = _SHARE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"must be a percentage such as 5%, got {text!r}")
-    return float(match[1]) / 100
+    if match is None or not math.isfinite(share := float(match[1]) / 100):
+        raise ValueError(f"must be a percentage such as 5%, got {shown(text)}")
+    return share
 
 
 def parse_limit(text: str) -> float | None:
@@ -49,7 +51,7 @@ def parse_limit(text: str) -> float | None:
     try:
         return parse_share(text)
     except ValueError:
-        raise ValueError(f"must be a percentage such as 5%, or off, got {text!r}") from None
+        raise ValueError(f"must be a percentage such as 5%, or off, got {shown(text)}") from None
 
 
 def parse_floor(text: str) -> tuple[str, float]:

@@ -298,7 +298,7 @@ def guard_saving(
     def save_json(output: Any) -> None:
         from pytest_benchmark import utils
 
-        from pytest_int8bench.files import replace_text
+        from pytest_int8bench.files import real_path, replace_text
 
         dumps: Any = utils.safe_dumps
         text = dumps(output, ensure_ascii=True, indent=4)
@@ -310,7 +310,7 @@ def guard_saving(
             save_in_place(output)  # a device or a pipe; a file that is open already (before 5.3)
             return
         try:
-            replace_text(path.resolve(), text)
+            replace_text(real_path(path), text)
         except PermissionError:  # no other file can be made beside it
             save_in_place(output)
         else:

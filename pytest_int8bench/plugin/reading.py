@@ -82,8 +82,10 @@ def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
                 raise pytest.UsageError(f"{option.flag}: needs --int8-compare")
         return Rules(allow=allow)
     _check_measuring(config, OPTIONS["compare"].flag)
+    from pytest_int8bench.files import real_path
+
     target = json_target(config)
-    if target is not None and target.resolve() in {base.resolve() for base in values["compare"]}:
+    if target is not None and real_path(target) in {real_path(base) for base in values["compare"]}:
         raise pytest.UsageError(
             f"--benchmark-json: {target} is compared with (--int8-compare), and not overwritten"
         )

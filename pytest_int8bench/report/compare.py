@@ -130,7 +130,7 @@ def _rules(comparison: Comparison) -> list[str]:
         floors = sorted({round(change.floor, 4) for change in judged})
         how = "learned from the files" if any(c.learned for c in judged) else "as given"
         if all(change.floor == metric.floor for change in judged):
-            how = "the default of one process a side"
+            how = "the default for few files"
         lines.append(
             f"{metric.option}: {_range(limits)}; noise floor between processes "
             f"{_range(floors)} ({how}){_shown_from(judged)}"

@@ -90,8 +90,8 @@ class Figure:
     limit: float | None = None
     """Largest growth of the cost that passes by default, relative; None judges nothing."""
     floor: float = 0.0
-    """Relative difference between two processes of the same code that counts as noise where only
-    one file a side is given; needed with ``option``."""
+    """Relative difference between two processes of the same code that counts as noise where files
+    are too few to show it; needed with ``option``."""
     spread: float | None = None
     """Standard deviation between processes of the same code, relative, that is assumed where files
     are too few to show it; None takes twice the floor."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pytest_int8bench.files import FileError
+from pytest_int8bench.files import FileError, real_path
 from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Saved
@@ -74,7 +74,7 @@ def find_side(names: Sequence[str], storage: Path) -> list[Path]:
         FileError: if one is not there, or given twice, which would pass for a lack of noise.
     """
     paths = [path for name in names for path in find(name, storage)]
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({real_path(path) for path in paths}) < len(paths):
         raise FileError(f"a file is given twice for one side: {', '.join(map(str, paths))}")
     return paths
 

@@ -442,6 +442,10 @@ def test_a_budget_that_is_too_small(ab_here: Ab, root: Path) -> None:
     [
         ("--budget=soon", "must be a time such as 90s, 30m or 2h, got 'soon'"),
         ("--budget=-1s", "must be a time such as 90s, 30m or 2h, got '-1s'"),
+        (
+            "--budget=" + "9" * 400 + "h",
+            f"must be a time such as 90s, 30m or 2h, got '{'9' * 37}...{'9' * 37}h'",
+        ),
         ("--verdict-blocks=x", "invalid int value: 'x'"),
     ],
 )

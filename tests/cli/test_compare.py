@@ -149,16 +149,22 @@ def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
         save(f"runs/{index}.json", timed(slower=slower))
     new = save("new.json", timed(slower=1.2))
     more = save("more.json", timed(slower=0.9))
+    third = save("third.json", timed(slower=1.1))
     found = [run(capsys, *args) for args in (
-        ("runs", "new.json", "--new", more),
+        ("runs", "new.json", "--new", more, "--new", third),
         ("--base", "runs/0.json", "--base=runs/1.json", "--base=runs/2.json", "--new", new,
-         "--new", more),
-        ("runs/0.json", new, "--base", "runs/1.json", "--base=runs/2.json", "--new", more),
+         "--new", more, "--new", third),
+        ("runs/0.json", new, "--base", "runs/1.json", "--base=runs/2.json", "--new", more,
+         "--new", third),
     )]  # fmt: skip
     assert [code for code, _ in found] == [0, 0, 0]
     assert found[0] == found[1] == found[2]
     assert any("learned from the files" in line for line in found[0][1])
     assert run(capsys, "runs/0.json", new)[0] == 1
+    few = run(
+        capsys, "--base", "runs/0.json", "--base", "runs/1.json", "--new", new, "--new", third
+    )
+    assert few[0] == 2, "the outlier in the base hides that the new files are slower"
 
 
 def test_journals_are_compared(base: str, capsys: Capture) -> None:
@@ -206,6 +212,14 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
     assert refused(capsys, base, "link.json") == (
         f"{Path(base).resolve()} would be compared with itself"
     )
+
+
+@pytest.mark.parametrize("option", ["json", "markdown", "junit", "comment"])
+def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture) -> None:
+    Path("loop").symlink_to("loop")
+    why = refused(capsys, base, save("new.json", timed()), f"--{option}=loop")
+    assert why == "loop is not written: it is no regular file"
+    assert refused(capsys, base, "loop") == "loop is not there"
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,16 @@ def test_a_registered_figure_is_exported(capsys: pytest.CaptureFixture[str]) -> 
     assert "batches_per_s" not in values["toy: test_a.py::test[y]"]
 
 
+@pytest.mark.parametrize(("output", "got"), [("/", "/"), ("", ".")])
+def test_pairs_of_files_need_a_name(
+    output: str, got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("fine.json", saved(timed("x")))
+    command = ["export", "fine.json", "--format", "github-action-benchmark", "--output", output]
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"int8bench export: --output must name a file, got {got!r}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

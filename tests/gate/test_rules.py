@@ -99,6 +99,15 @@ def test_other_shares_are_refused(text: str) -> None:
         assert str(caught.value) == f"must be a percentage such as 5%, or off, got {text!r}"
 
 
+def test_shares_are_finite() -> None:
+    for read in (parse_share, parse_limit):
+        with pytest.raises(
+            ValueError, match=r"^must be a percentage such as 5%.*9\.\.\.9"
+        ) as caught:
+            read("9" * 400 + "%")
+        assert len(str(caught.value)) < 200
+
+
 def test_a_floor_names_its_metric() -> None:
     assert parse_floor(" memory = 0.5%") == ("memory", pytest.approx(0.005))
 

@@ -84,6 +84,8 @@ class Design:
         for name in ("screening_blocks", "verdict_blocks"):
             if (blocks := getattr(self, name)) < 2:
                 raise DesignError(f"{name} must be at least 2, got {blocks}")
+            if blocks > MOST_BLOCKS:
+                raise DesignError(f"{name} must be at most {MOST_BLOCKS}, got {blocks:.4g}")
         if not 0 < self.noise < math.inf:
             raise DesignError(f"noise must be over 0 and finite, got {self.noise:g}")
 

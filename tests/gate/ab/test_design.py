@@ -136,6 +136,7 @@ def test_margins_that_are_none(margin: float, max_slowdown: float) -> None:
         ({"level": 0.5}, "level must be over 0 and under 0.5, got 0.5"),
         ({"screening_blocks": 1}, "screening_blocks must be at least 2, got 1"),
         ({"verdict_blocks": 0}, "verdict_blocks must be at least 2, got 0"),
+        ({"verdict_blocks": 10**30}, "verdict_blocks must be at most 1000, got 1e+30"),
         ({"noise": 0.0}, "noise must be over 0 and finite, got 0"),
         ({"noise": math.inf}, "noise must be over 0 and finite, got inf"),
     ],
