@@ -29,6 +29,13 @@ _FOLDED = 20
 _ALL_ARE = "the worst come first; all are in the log, and in the file of --json"
 #: Styles of rows that say that something is wrong, the worst one first.
 _WORST = ("red", "yellow")
+# What GitHub turns into mentions, addresses, references and formulas; what Markdown escapes by a
+# backslash; links without brackets; and lists, at the start of a line.
+_MARKDOWN = re.compile(
+    r"(?P<github>@(?=\w)|:(?=[\w+-]+:)|#(?=\d)|(?<=GH)-(?=\d)|\$)"
+    r"|[\\`*_\[\]<>#|~&]|:(?=//)|(?<=www)\.|^(?:[-+](?=\s|-+\s*$)|\d+[.)](?=\s|$))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,5 +332,13 @@ class Page:
 
 
 def escaped(line: str) -> str:
-    """Return one line in which Markdown finds nothing: run names are full of underscores."""
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", one_line(line))
+    """Return one line in which Markdown and GitHub find nothing: run names are full of underscores,
+    and a name with an @ must notify nobody."""
+    return _MARKDOWN.sub(_without_meaning, one_line(line).strip())
+
+
+def _without_meaning(found: re.Match[str]) -> str:
+    # GitHub looks for these in what is shown, behind Markdown: a backslash would be gone by then.
+    if found["github"]:
+        return f"<span>{found[0]}</span>"
+    return f"{found[0][:-1]}\\{found[0][-1]}"
