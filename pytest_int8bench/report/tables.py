@@ -23,6 +23,7 @@ MISSING = "-"
 #: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
 MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
+_WIDEST = 1 << 30
 #: How narrow a name is folded.
 _FOLDED = 20
 #: Where a reader finds what a Markdown file leaves out.
@@ -63,11 +64,10 @@ class Grid:
         the others go into several tables below each other. A figure that is cut reads like another
         figure: a table is rather too wide than that.
         """
-        if width is None:
-            return self._printed(self.columns, {}, _WIDE, color)
+        width = width or _WIDE
         deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
         whole = self._table(self.columns, {}, ((row, None) for row in deciding))
-        wide = _console(io.StringIO(), _WIDE, color)
+        wide = _console(io.StringIO(), _WIDEST, color)
         if width >= Measurement.get(wide, wide.options, whole).minimum:
             return self._printed(self.columns, {}, width, color)
         tables = []
