@@ -191,11 +191,14 @@ def _one_line(axes: Axes, series: Series, joined: bool) -> None:
         markeredgewidth=1.6,
         zorder=5,
     )
-    # One line with gaps: Matplotlib takes milliseconds for each line.
-    bounded = [p for p in points if p.low is not None and p.high is not None]
-    xs = [x for p in bounded for x in (p.x, p.x, np.nan)]
-    ends = [end for p in bounded for end in (p.low, p.high, np.nan)]
-    axes.plot(xs, ends, color=style["color"], linewidth=1.4, marker="_")
+    ends = [  # one line with gaps: Matplotlib takes milliseconds for each line
+        (p.x, end)
+        for p in points
+        if p.low is not None and p.high is not None
+        for end in (p.low, p.high, np.nan)
+    ]
+    xs, ys = [x for x, _ in ends], [y for _, y in ends]
+    axes.plot(xs, ys, color=style["color"], linewidth=1.4, marker="_")
 
 
 def _named_x_axis(axes: Axes, names: Sequence[str]) -> None:
