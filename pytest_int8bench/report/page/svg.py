@@ -191,13 +191,10 @@ def _one_line(axes: Axes, series: Series, joined: bool) -> None:
         markeredgewidth=1.6,
         zorder=5,
     )
-    ends = [  # one line with gaps: Matplotlib takes milliseconds for each line
-        (p.x, end)
-        for p in points
-        if p.low is not None and p.high is not None
-        for end in (p.low, p.high, np.nan)
-    ]
-    xs, ys = [x for x, _ in ends], [y for _, y in ends]
+    # One line with gaps: Matplotlib takes milliseconds for each line.
+    spans = [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    xs = [end for x, _, _ in spans for end in (x, x, np.nan)]
+    ys = [end for _, low, high in spans for end in (low, high, np.nan)]
     axes.plot(xs, ys, color=style["color"], linewidth=1.4, marker="_")
 
 
