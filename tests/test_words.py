@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_int8bench.words import plural
+from pytest_int8bench.words import plural, some
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 runs"), (1, "1 run"), (24, "24 runs")])
 def test_only_one_is_singular(count: int, text: str) -> None:
     assert plural(count, "run") == text
+
+
+def test_of_many_names_some_are_said() -> None:
+    names = [f"n{place}" for place in range(2000)]
+    assert some(names[:3], 3) == "n0, n1, n2"
+    assert some(names, 2) == "n0, n1 and 1,998 more"

@@ -94,28 +94,36 @@ def _by_time(runs: Sequence[Run]) -> list[Run]:
 
 
 def _without_twins(runs: Sequence[Run]) -> list[Run]:
-    if not any(run.saved.is_journal for run in runs):
+    files = [run.saved for run in runs if not run.saved.is_journal]
+    if len(files) in (0, len(runs)):
         return [*runs]
-    files = [(run.saved, _texts(run.saved)) for run in runs if not run.saved.is_journal]
+    known = [_texts(file).keys() for file in files]
+    holders: dict[str, list[int]] = {}  # a look at each file for each journal would be quadratic
+    for place, found in enumerate(known):
+        for text in found:
+            holders.setdefault(text, []).append(place)
     kept = []
     for run in runs:
         saved = run.saved
         if saved.is_journal:
-            texts, timed = _texts(saved), {_text(r) for r in saved.records if _is_timed(r)}
-            for file, known in files:
+            texts = _texts(saved)
+            timed = [text for text, is_timed in texts.items() if is_timed]
+            sharing = {place for text in timed or texts for place in holders.get(text, ())}
+            for place in sorted(sharing) if texts else range(len(files)):
                 # The runner writes a journal for a process that died before it had an environment.
-                alike = saved.environment in ({}, file.environment)
+                alike = saved.environment in ({}, files[place].environment)
                 # No two sessions measure the same times.
-                if alike and (timed & known if timed else texts <= known):
-                    saved = saved.without(file.records)
+                if alike and (timed or texts.keys() <= known[place]):
+                    saved = saved.without(files[place].records)
             if saved is not run.saved and not saved.records:
                 continue
         kept.append(Run(run.path, saved))
     return kept
 
 
-def _texts(saved: Saved) -> set[str]:
-    return {_text(record) for record in saved.records}
+def _texts(saved: Saved) -> dict[str, bool]:
+    """Return what tells records apart -> whether the record holds a time."""
+    return {_text(record): _is_timed(record) for record in saved.records}
 
 
 def _is_timed(record: Record) -> bool:

@@ -9,7 +9,6 @@ show.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -172,8 +171,16 @@ def _differences(base: Sequence[Run], new: Sequence[Run]) -> dict[str, tuple[Any
     of its machine."""
     environments = [run.saved.environment for run in (*base, *new)]
     found: dict[str, tuple[Any, Any]] = {}
-    for one, other in itertools.combinations(environments, 2):
-        found = {**differences(one, other), **found}
+    kinds: set[str] = set()
+    for place, one in enumerate(environments):
+        # What differs between two files differs between one of them and the first of their kind.
+        triton = (one.get("packages") or {}).get("triton")
+        kind = repr((one.get("only"), bool(one.get("gpu")), triton))
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        for other in environments[place + 1 :]:
+            found = {**differences(one, other), **found}
     return found
 
 

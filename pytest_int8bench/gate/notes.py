@@ -10,6 +10,7 @@ from pytest_int8bench.gate.outcomes import Change, RunChange
 from pytest_int8bench.results.benchmarks import partly_known, unsynchronized
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import Run
+from pytest_int8bench.words import some
 
 
 def partial_notes(runs: Sequence[Run]) -> list[str]:
@@ -18,7 +19,7 @@ def partial_notes(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if (line := partly_known(run.saved.environment)) is not None:
             named.setdefault(line, []).append(str(run.path))
-    return [f"{', '.join(paths)}: {line}" for line, paths in named.items()]
+    return [f"{some(paths)}: {line}" for line, paths in named.items()]
 
 
 def all_notes(

@@ -24,6 +24,8 @@ from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.registry import OLMOEARTH_FIELDS, is_built_in, is_reference
 
 _Key = tuple[str, str, str]  # node id, workload, run name
+#: Characters before the run name in a node id that holds a workload.
+_LONGEST_HEAD = 1000
 _Record = TypeVar("_Record", bound=Record)
 
 
@@ -161,8 +163,8 @@ def _key(record: Record) -> _Key:
 
 def _around_name(record: Record) -> tuple[str, str]:
     """Return the node id before and behind the run name; all of it and "" if it holds none."""
-    if not record.run_name:
-        return record.nodeid, ""
+    if not record.run_name:  # an empty separator is an error
+        return (record.nodeid, "")
     head, name, tail = record.nodeid.rpartition(record.run_name)
     return (head, tail) if name else (tail, "")
 
@@ -170,6 +172,8 @@ def _around_name(record: Record) -> tuple[str, str]:
 def _heads(head: str, workload: str) -> Iterator[str]:
     """Yield what stands before the name, with and without the workload of a marker."""
     yield head
+    if len(head) > _LONGEST_HEAD:
+        return
     for match in re.finditer(r"[\[-]", head):
         label = head[match.end() :].removesuffix("-")
         if label and (label == workload or is_reference(label)):

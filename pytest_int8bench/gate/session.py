@@ -16,6 +16,7 @@ from pytest_int8bench.gate.renames import Renames, new_nodeid
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Saved, Timed
+from pytest_int8bench.words import some
 
 
 class RegressionError(ClearError, AssertionError):
@@ -43,7 +44,7 @@ class SessionGate:
     @property
     def name(self) -> str:
         """What points are compared with."""
-        return ", ".join(str(run.path) for run in self._base)
+        return some([str(run.path) for run in self._base])
 
     def check_machine(self, environment: Mapping[str, Any]) -> None:
         """Refuse to compare what another machine or software measured.

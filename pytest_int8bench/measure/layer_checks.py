@@ -16,6 +16,7 @@ from pytest_int8bench.measure.layer_runs import LayerRun, LayerRuns
 from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.modes import MODES
+from pytest_int8bench.words import some
 
 _NAMES_LISTED = 8
 #: Work that may differ between forwards of one model is below this part of it.
@@ -26,9 +27,7 @@ _TEMPLATE = re.compile(r"triton_(tem|mm)_")
 
 def listed(names: Iterable[str]) -> str:
     """Return names for a message; the first few of many."""
-    every = list(names)
-    more = len(every) - _NAMES_LISTED
-    return ", ".join(every[:_NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return some(list(names), _NAMES_LISTED)
 
 
 def quantized(runs: LayerRuns) -> dict[str, LayerRun]:

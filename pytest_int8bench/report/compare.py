@@ -33,7 +33,7 @@ from pytest_int8bench.report.tables import MISSING as NOTHING
 from pytest_int8bench.report.tables import Grid, Page, finite
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import METRICS, Figure
-from pytest_int8bench.words import plural
+from pytest_int8bench.words import plural, some
 
 SCHEMA = 1
 _TITLE = "int8bench compare"
@@ -113,9 +113,9 @@ def _counts(comparison: Comparison) -> str:
 
 
 def _side(side: Side) -> str:
-    commits = ", ".join(dict.fromkeys(commit[:10] for commit in side.commits))
+    commits = some(list(dict.fromkeys(commit[:10] for commit in side.commits)))
     dirty = ", uncommitted changes" if side.dirty else ""
-    return f"{', '.join(side.files)} ({commits}{dirty})"
+    return f"{some(side.files)} ({commits}{dirty})"
 
 
 def _rules(comparison: Comparison) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
+from pytest_int8bench.words import some
 
 #: Layers that are named before the rest is counted.
 _NAMED = 3
@@ -23,18 +24,18 @@ def left_out_remarks(result: Result) -> list[str]:
         counted = Counter(str(reasons.get(name, "left out")) for name in names)
         lines.append(
             f"left in {dtype}: {label}: {len(names)} of {covered['missed'].get('of')} attention "
-            f"and MLP layers of repeated blocks ({_some(names)}): "
-            + ", ".join(f"{count} {reason}" for reason, count in counted.items())
+            f"and MLP layers of repeated blocks ({some(names, _NAMED)}): "
+            + some([f"{count} {reason}" for reason, count in counted.items()])
         )
     attention = covered.get("attention") or {}
     if reasons := attention.get("left_out"):
         total = sum(reasons.values())
         lines.append(
             f"left in {dtype}: {label}: {total} of {total + attention.get('int8', 0)} attention "
-            "calls: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            "calls: " + some([f"{count} {reason}" for reason, count in reasons.items()])
         )
     if kinds := (covered.get("elsewhere") or {}).get("weights"):
-        listed = ", ".join(_kind(kind, found) for kind, found in kinds.items())
+        listed = some([_kind(kind, found) for kind, found in kinds.items()])
         lines.append(
             f"left in {dtype}: {label}: {covered['elsewhere'].get('share', 0):.0%} of the weights "
             f"are not in nn.Linear: {listed}"
@@ -44,9 +45,4 @@ def left_out_remarks(result: Result) -> list[str]:
 
 def _kind(kind: str, found: dict[str, Any]) -> str:
     names = [name or "the model itself" for name in found["layers"]]
-    return f"{kind} ({found['parameters']:,} in {_some(names)})"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+    return f"{kind} ({found['parameters']:,} in {some(names, _NAMED)})"

@@ -11,6 +11,7 @@ from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.results.base import Record, point_label
 from pytest_int8bench.results.records import Result, Timed
+from pytest_int8bench.words import some
 
 #: Behind a rate that was measured while the GPU was slowed down.
 THROTTLED_MARK = "*"
@@ -47,7 +48,7 @@ def remarks(result: Result) -> list[str]:
         )
     if result.int8_backend == "fused" and (falls := (result.coverage or {}).get("fallbacks")):
         reasons = Counter(falls.values())
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        listed = some([f"{count} {reason}" for reason, count in reasons.items()])
         lines.append(f"not fused: {name}: layers on torchao's kernels: {listed}")
     lines += left_out_remarks(result)
     lines += ceiling_remarks(result)

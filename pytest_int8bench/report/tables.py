@@ -23,12 +23,20 @@ MISSING = "-"
 #: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
 MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
+_WIDEST = 1 << 30
 #: How narrow a name is folded.
 _FOLDED = 20
 #: Where a reader finds what a Markdown file leaves out.
 _ALL_ARE = "the worst come first; all are in the log, and in the file of --json"
 #: Styles of rows that say that something is wrong, the worst one first.
 _WORST = ("red", "yellow")
+# What GitHub turns into mentions, addresses, references and formulas; what Markdown escapes by a
+# backslash; links without brackets; and lists, at the start of a line.
+_MARKDOWN = re.compile(
+    r"(?P<github>@(?=\w)|:(?=[\w+-]+:)|#(?=\d)|(?<=GH)-(?=\d)|\$)"
+    r"|[\\`*_\[\]<>#|~&]|:(?=//)|(?<=www)\.|^(?:[-+](?=\s|-+\s*$)|\d+[.)](?=\s|$))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +64,10 @@ class Grid:
         the others go into several tables below each other. A figure that is cut reads like another
         figure: a table is rather too wide than that.
         """
-        if width is None:
-            return self._printed(self.columns, {}, _WIDE, color)
+        width = width or _WIDE
         deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
         whole = self._table(self.columns, {}, ((row, None) for row in deciding))
-        wide = _console(io.StringIO(), _WIDE, color)
+        wide = _console(io.StringIO(), _WIDEST, color)
         if width >= Measurement.get(wide, wide.options, whole).minimum:
             return self._printed(self.columns, {}, width, color)
         tables = []
@@ -325,5 +332,13 @@ class Page:
 
 
 def escaped(line: str) -> str:
-    """Return one line in which Markdown finds nothing: run names are full of underscores."""
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", one_line(line))
+    """Return one line in which Markdown and GitHub find nothing: run names are full of underscores,
+    and a name with an @ must notify nobody."""
+    return _MARKDOWN.sub(_without_meaning, one_line(line).strip())
+
+
+def _without_meaning(found: re.Match[str]) -> str:
+    # GitHub looks for these in what is shown, behind Markdown: a backslash would be gone by then.
+    if found["github"]:
+        return f"<span>{found[0]}</span>"
+    return f"{found[0][:-1]}\\{found[0][-1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_int8bench.environment import differences
+from pytest_int8bench.gate import compare as gate_compare
 from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import RunChange
@@ -675,6 +678,34 @@ def test_any_two_files_must_be_of_one_machine() -> None:
     found = compare([little], [side(timed()), side(timed(), **other)], RULES)
     assert found.differences == {"gpu": ("A100", "H100")}
     assert any("as far as machine_info goes (cpu)" in note for note in found.notes)
+
+
+def test_all_files_are_told_apart_in_one_look_at_each() -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"cpu": "Xeon"},
+        {"cpu": "Xeon", "gpu": None},
+        {"only": ["cpu"]},
+        {"cpu": "Xeon", "only": ["cpu"]},
+    ]
+    for picked in itertools.product(kinds, repeat=3):
+        files = [side(**kind) for kind in picked]
+        pairs = itertools.combinations([file.saved.environment for file in files], 2)
+        names = {name for one, other in pairs for name in differences(one, other)}
+        assert set(compare(files[:2], files[2:], RULES).differences) == names
+
+
+@pytest.mark.parametrize("differing", [False, True])
+def test_many_files_are_not_compared_two_by_two(
+    differing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    counted = lambda one, other: calls.append(1) or differences(one, other)  # noqa: E731
+    monkeypatch.setattr(gate_compare, "differences", counted)
+    files = [side(timed(), commit=str(n), cpu=f"cpu {n * differing}") for n in range(100)]
+    found = compare(files[:50], files[50:], RULES)
+    assert set(found.differences) == ({"cpu"} if differing else set())
+    assert len(calls) == 99
 
 
 def test_picked_are_runs_that_a_name_on_either_side_picks() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_int8bench.gate import renames
 from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.renames import Renames
@@ -142,6 +143,19 @@ def test_a_model_that_may_read_the_fields_must_be_the_same(
     # With the same fields in both names there is nothing to ask.
     kept = SMOKE.with_short_name().run_name
     assert outcomes(compared([base], [timed(kept, **new)])) == {kept: "same"}
+
+
+def test_records_without_a_name_are_compared() -> None:
+    found = compared([digits("", nodeid="")], [digits("", 1.3, nodeid="")])
+    assert outcomes(found) == {"": "regressed"}
+
+
+def test_long_ids_are_not_searched_for_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr(renames, "is_reference", looked_at.append)
+    results = [digits(OLD, nodeid=f"t.py::t[{'-x' * n}-{OLD}]") for n in (1, 5000)]
+    assert set(outcomes(compared(results, results)).values()) == {"same"}
+    assert len(looked_at) < 50
 
 
 def test_ids_of_the_users_own_stay() -> None:

@@ -146,6 +146,14 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
     ]
 
 
+def test_the_footer_names_some_of_many_files() -> None:
+    found = compare([side(f"b{n}", [timed()]) for n in range(30)], [side("n", [timed()])], Rules())
+    [line] = [line for line in page(found).footer if line.startswith("base: ")]
+    assert line.startswith("base: b0, b1, ")
+    assert ", b9 and 20 more (" in line
+    assert len(to_dict(found)["int8bench_compare"]["base"]["files"]) == 30
+
+
 def test_a_range_of_limits_is_said() -> None:
     both = [timed("x"), timed("y")]
     found = compared(both, both, runs=(("x", {"throughput": 0.15}),))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pytest_int8bench.report.tables import Grid, Page, plain_grid
+import pytest
+
+from pytest_int8bench.report.tables import Grid, Page, escaped, plain_grid
 
 ROWS = [["good", "1"], ["worst", "2"], ["doubtful", "3"], ["better", "4"]]
 GRID = Grid(columns=["run", "n"], rows=ROWS, styles=["green", "red", "yellow", None], name="run")
@@ -21,6 +23,40 @@ def test_names_of_columns_are_no_markup() -> None:
         "| --- | ---: |",
         r"| i\|j | k |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("@torvalds: ask org/@me", "<span>@</span>torvalds: ask org/<span>@</span>me"),
+        ("me@evil.example", "me<span>@</span>evil.example"),
+        ("HEAD@{1} @ 3", "HEAD@{1} @ 3"),
+        ("org/repo#12 gh-7", "org/repo<span>#</span>12 gh<span>-</span>7"),
+        ("$x$", "<span>$</span>x<span>$</span>"),
+        ("w:100:x", "w<span>:</span>100:x"),
+        ("t.py::test", "t.py::test"),
+        ("https://evil.example WWW.x.org", r"https\://evil.example WWW\.x.org"),
+        ("![x](//y)<!-- z -->", r"!\[x\](//y)\<!-- z --\>"),
+        ("1. item", r"1\. item"),
+        ("1.5x", "1.5x"),
+        ("- item", r"\- item"),
+        ("---", r"\---"),
+        ("-", "-"),
+        ("--int8-mode", "--int8-mode"),
+        ("    code", "code"),
+    ],
+)
+def test_names_mean_nothing_to_markdown_and_github(name: str, text: str) -> None:
+    assert escaped(name) == text
+
+
+def test_a_log_has_all_of_names_and_figures_however_long_they_are() -> None:
+    columns = ["run", "workload", "samples/s"]
+    rows = [["r" * 3000, "w" * 9000, "1,234"], ["short", "toy", "5,678"]]
+    grid = Grid(columns=columns, rows=rows, styles=[None] * 2, name="run", keys=["workload"])
+    text = grid.text(width=None, color=False)
+    assert [text.count(what) for what in ("1,234", "5,678")] == [1, 1]
+    assert (text.count("r") - 3, text.count("w") - 1) == (3000, 9000)  # those of headers aside
 
 
 def test_a_table_that_is_cut_keeps_its_worst_rows() -> None:

@@ -191,9 +191,11 @@ def _one_line(axes: Axes, series: Series, joined: bool) -> None:
         markeredgewidth=1.6,
         zorder=5,
     )
-    for p in points:
-        if p.low is not None and p.high is not None:
-            axes.plot([p.x, p.x], [p.low, p.high], color=style["color"], linewidth=1.4, marker="_")
+    # One line with gaps: Matplotlib takes milliseconds for each line.
+    spans = [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    xs = [end for x, _, _ in spans for end in (x, x, np.nan)]
+    ys = [end for _, low, high in spans for end in (low, high, np.nan)]
+    axes.plot(xs, ys, color=style["color"], linewidth=1.4, marker="_")
 
 
 def _named_x_axis(axes: Axes, names: Sequence[str]) -> None:

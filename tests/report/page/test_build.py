@@ -17,6 +17,7 @@ from pytest_int8bench.report.page import html, markdown
 from pytest_int8bench.report.page.build import build
 from pytest_int8bench.report.page.charts import Bars, Lines, Pareto, Stacks
 from pytest_int8bench.report.page.model import Section, View
+from pytest_int8bench.report.page.sections.history import MOST_FILES
 from pytest_int8bench.report.page.sources import sources
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import render
@@ -329,6 +330,16 @@ def test_history_has_a_point_for_each_file_and_marks_the_changed_driver() -> Non
     assert [row[-1] for row in files.rows] == ["-", "-", "A: driver 550 → 570", "-"]
     verdicts = found.tables[-1].grid.rows
     assert verdicts[0][1:] == ["PASS 0.00%", "PASS 0.10%", "PASS 0.20%", "PASS 0.30%"]
+
+
+def test_a_history_has_room_for_so_many_files() -> None:
+    count = MOST_FILES + 50
+    files = [Saved(environment(f"{n:07x}"), [result(BASE, 100.0 + n)]) for n in range(count)]
+    found = section(view_of(*files), "history")
+    assert found.notes[0] == "The last 200 of 250 files are shown here."
+    [chart] = found.charts
+    assert [point.y for point in chart.series[0].points] == [100.0 + n for n in range(50, count)]
+    assert found.tables[1].grid.columns == ["run", *(f"{n:07x}" for n in range(50, count))]
 
 
 def test_a_point_that_failed_later_is_in_its_history() -> None:

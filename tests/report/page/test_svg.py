@@ -177,6 +177,16 @@ def test_a_point_with_a_note_is_hollow() -> None:
     assert positions(svg, "paper") == positions(svg)[1:]
 
 
+def test_all_intervals_of_a_series_are_one_line() -> None:
+    def lines(count: int) -> int:
+        points = line(*((x, 100.0) for x in range(count))).series[0].points
+        bounded = tuple(replace(point, low=90.0, high=110.0) for point in points)
+        svg = draw(line(series=(Series(name="W8A8", style=1, points=bounded),)))
+        return sum(path.count("M ") > 1 for path in re.findall(r' d="([^"]*)"', svg))
+
+    assert lines(3) == lines(9) > 0
+
+
 def test_a_change_is_marked_with_its_letter() -> None:
     marks = (Mark(x=0.5, letter="A", text="driver 1 → 2"),)
     svg = draw(line((0, 5.0), (1, 6.0), names=("a", "b"), marks=marks, from_zero=False))

@@ -20,6 +20,8 @@ from pytest_int8bench.results.verdicts import Accuracy
 
 _TimedT = TypeVar("_TimedT", bound=Timed)
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
+#: Files that a picture has room for.
+MOST_FILES = 200
 
 
 def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section | None:
@@ -31,10 +33,14 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
     """
     if len(sources) < 2:
         return None
+    notes = []
+    if len(sources) > MOST_FILES:
+        notes = [f"The last {MOST_FILES} of {len(sources):,} files are shown here."]
+        sources = sources[-MOST_FILES:]
     marks = changes(sources)
     results = _by_key(sources, lambda source: source.saved.results)
     timed = _by_key(sources, lambda source: source.saved.timed)
-    notes = [
+    notes += [
         f"{mark.letter}, before {sources[round(mark.x + 0.5)].label}: {mark.text}" for mark in marks
     ]
     if marks:

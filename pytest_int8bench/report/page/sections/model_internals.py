@@ -15,6 +15,7 @@ from pytest_int8bench.report.terminal import sensitivity_table
 from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Sensitivity
+from pytest_int8bench.words import some
 
 #: Layers in the picture of a sensitivity scan; the table has all.
 _MOST_LAYERS = 30
@@ -108,7 +109,7 @@ def coverage(results: Results) -> Section | None:
             for layer, reason in (covered.get(field) or {}).items():
                 by_reason.setdefault(str(reason), []).append(str(layer))
             reasons += [
-                [name, kind, reason, str(len(layers)), _some(layers)]
+                [name, kind, reason, str(len(layers)), some(layers, 6)]
                 for reason, layers in by_reason.items()
             ]
     columns = ["run", "quantized layers", "of the parameters", "fused", "not fused", "SmoothQuant"]
@@ -118,11 +119,6 @@ def coverage(results: Results) -> Section | None:
         grid = plain_grid(columns, reasons, left=("what", "reason", "which"))
         tables.append(Titled(caption="Layers that are not, and why", grid=grid))
     return Section(id="coverage", title="Coverage", tables=tuple(tables))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:6])
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
