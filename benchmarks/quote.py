@@ -120,6 +120,7 @@ VARIANTS = (
     Variant("bf16-cudnn", "cudnn"),
     Variant(BEST, "auto", rotate=True),
     Variant("fused", "cudnn", _ours("w8a8", "fused")),
+    Variant("fused-best", "auto", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
     Variant("fused-int8attn", "cudnn", _ours("w8a8", "fused"), int8_attention=True),
     Variant("fused-flash", "flash", _ours("w8a8", "fused")),
