@@ -41,14 +41,16 @@ from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, e
 from pytest_int8bench.compiler.fusion.short_attention import NothingShortError, eager_short
 from pytest_int8bench.compiler.graphs import Graph, forget
 from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
-from pytest_int8bench.compiler.torch_workarounds import (
-    float32_matmul_precision,
+from pytest_int8bench.compiler.torch_workarounds.dynamo import (
+    infrequent_garbage_collection,
+    register_tensor_types_with_einops,
+)
+from pytest_int8bench.compiler.torch_workarounds.eager import float32_matmul_precision
+from pytest_int8bench.compiler.torch_workarounds.inductor import reset_failed_cuda_graph_warm_up
+from pytest_int8bench.compiler.torch_workarounds.messages import (
     hide_compiler_warnings,
     hide_metrics_error,
     hide_trace_records,
-    infrequent_garbage_collection,
-    register_tensor_types_with_einops,
-    reset_failed_cuda_graph_warm_up,
 )
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.out_of_memory import oom_of

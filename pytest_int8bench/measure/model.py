@@ -22,7 +22,7 @@ from pytest_int8bench.compiler.compiled_model import (
 from pytest_int8bench.compiler.entries import graphs_skipped
 from pytest_int8bench.compiler.fusion.short_attention import NothingShortError
 from pytest_int8bench.compiler.graphs import Graph
-from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
+from pytest_int8bench.compiler.torch_workarounds.inductor import free_matmul_workspaces
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.measure.attention_auto import (
     AnotherBackend,

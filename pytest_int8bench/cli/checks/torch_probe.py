@@ -141,7 +141,7 @@ def _inductor_folder() -> dict[str, Any]:
 
 
 def _compiler() -> dict[str, Any]:
-    from pytest_int8bench.compiler.torch_workarounds import cpp_compiler
+    from pytest_int8bench.compiler.torch_workarounds.inductor import cpp_compiler
 
     return {"compiler": cpp_compiler()}
 
