@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from train_digits import Recipe, train
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.workloads.digits import (

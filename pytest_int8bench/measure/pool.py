@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench.attention import SHORT
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.kernels.dispatch import attention_problem
 from pytest_int8bench.measure.attention_auto import (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.regions import Regions
 from pytest_int8bench.compiler.torch_workarounds import dynamo, inductor
 

@@ -445,7 +445,7 @@ def launches() -> Iterator[list[str]]:
         return dataclasses.replace(kernel, launch=launched)
 
     rows = [noting(row) if row.operator == "linear" else row for row in table.KERNELS]
-    with mock.patch.object(dispatch, "KERNELS", rows):
+    with mock.patch.object(table, "KERNELS", rows):
         yield ran
 
 

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.nn import functional as F
 
 from pytest_int8bench.compiler import compiled_model
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.fusion import inline_triton, passes
 from pytest_int8bench.kernels import dispatch, ops, reference, table, tile_types, tiles
 from pytest_int8bench.kernels.tile_types import Product
