@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from pytest_int8bench.compiler.api import compile_for_a100
+from pytest_int8bench.compiler.attention_calls import Layout
 from pytest_int8bench.kernels import dispatch, ops, reference, table
-from pytest_int8bench.measure.attention_auto import Call, Layout, Timings, fastest_backend
+from pytest_int8bench.measure.attention_auto import Call, Timings, fastest_backend
 from pytest_int8bench.measure.evidence import Evidence, profile_forward
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
