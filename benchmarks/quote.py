@@ -8,8 +8,8 @@ Inductor for the whole process; ``torchao-*`` is what its documentation tells a 
 the same layers. The time of a batch is the median over rounds; speedups are against the faster of
 ``bf16-flash`` and ``bf16-cudnn``, and against ``bf16-best``; dB is the SQNR of the first batch's
 output against the eager BF16 model.
-``bf16-best`` is BF16 with what is not INT8's merit: queries and keys rotated (RoPE) in one pass of
-ours, and the attention backend that takes the least time.
+``bf16-best`` is BF16 with what is not INT8's merit: our passes that rotate queries and keys (RoPE)
+and that resize images by matmuls, and the attention backend that takes the least time.
 ``fused-warm`` compiles from the cache that ``fused`` left.
 ``fused-int8attn`` is ``fused`` with INT8 attention.
 ``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
@@ -91,8 +91,8 @@ class Variant:
     quantize: Callable[[nn.Module], object] | None = None
     by_hand: bool = False
     int8_attention: bool = False
-    rotate: bool = False
-    """Rotate queries and keys in our pass also without INT8 layers, which always do."""
+    fuse_bf16: bool = False
+    """Run the passes that do not depend on INT8 layers; models with such layers always get them."""
     environment: tuple[tuple[str, str], ...] = ()
     warm: str | None = None
     """The variant whose compile cache this one finds."""
@@ -118,7 +118,7 @@ def _ours(mode: str, backend: str) -> Callable[[nn.Module], object]:
 VARIANTS = (
     Variant("bf16-flash", "flash"),
     Variant("bf16-cudnn", "cudnn"),
-    Variant(BEST, "auto", rotate=True),
+    Variant(BEST, "auto", fuse_bf16=True),
     Variant("fused", "cudnn", _ours("w8a8", "fused")),
     Variant("fused-best", "auto", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
@@ -177,7 +177,7 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
             cache_dir=cache,
             int8_attention=variant.int8_attention,
         )
-        compiled.rotate = variant.rotate
+        compiled.fuse_bf16 = variant.fuse_bf16
         if variant.attention == "auto":
             compiled.choose_attention = lambda calls: fastest_backend(calls) or "auto"
         settings = compiled.entered()
