@@ -94,7 +94,7 @@ def _constant(
 ) -> Node:
     """Return a node for weights that the module keeps: a constant of the graph, not a buffer, since
     AOTAutograd takes no buffers that Dynamo did not see."""
-    name = f"{node.name}_{axis}"
+    name = f"_resize_{node.name}_{axis}"
     setattr(module, name, weights.to(like.device, like.dtype).contiguous())
     kept = module.graph.create_node("get_attr", name)
     constant = module.graph.call_function(_CONSTANT, (kept,))

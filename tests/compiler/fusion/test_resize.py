@@ -156,6 +156,22 @@ def test_only_with_int8_layers_unless_asked_for() -> None:
     assert resized(model, x, fuse_bf16=False)[0] is not None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "new"), SIZES)
+def test_torchs_kernel(size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype) -> None:
+    """Both round at the same places: neither is closer to FP64 by more than weights that are
+    rounded twice can explain."""
+    x = torch.randn(2, 3, *size, dtype=dtype, device="cuda")
+    model = Resize(size=new)
+    out, _ = resized(model, x)
+    theirs, wanted = model(x), model(x.double())
+    assert out.stride() == theirs.stride()
+    assert error_of(out, wanted) < 1.5 * error_of(theirs, wanted) + torch.finfo(dtype).eps / 8
+    assert error_of(out, theirs.double()) < 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     """Constants of equal shape are not taken for each other in the compile cache."""
