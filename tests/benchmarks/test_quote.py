@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +97,28 @@ def test_rows_are_of_known_variants_and_points(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         quote.main(["--markdown", "--variants", "fused-sm80"])
     assert "--variants must be of bf16-flash, " in capsys.readouterr().err
+
+
+def test_one_command_prints_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        given = dict(zip(command[2::2], command[3::2], strict=True))
+        ran.append(given["--variants"])
+        assert given["--points"] == "base-4096x48"
+        with Path(given["--child"]).open("a") as file:
+            file.write(json.dumps(record(given["--variants"], 1e-3, given["--points"])) + "\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(quote.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quote, "fingerprint", lambda root: MACHINE)
+    assert quote.main(["--markdown", "--points", "base-4096x48"]) == 0
+    assert set(ran) == set(ROW)
+    _, _, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| Toy GPU, 400 W | base-4096x48 | 1 ms (1×, 1× of bf16-best) | ")
 
 
 FLASH = "void pytorch_flash::flash_fwd_kernel"
