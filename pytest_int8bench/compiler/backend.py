@@ -37,7 +37,8 @@ class FusingInductor(InductorBackend):
             (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
         attention: where to count what of the model's attention was replaced by INT8; None to
             leave attention alone.
-        rotate: rotate queries and keys in one pass also where no layer is quantized.
+        fuse_bf16: rotate queries and keys in one pass, and resize images by matmuls, also where no
+            layer is quantized.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class FusingInductor(InductorBackend):
         dynamic: bool | None,
         inline: bool = False,
         attention: AttentionCoverage | None = None,
-        rotate: bool = False,
+        fuse_bf16: bool = False,
     ) -> None:
         super().__init__(mode, None, dynamic)
         self._inline = inline
         self._attention = attention
-        self._rotate = rotate
+        self._fuse_bf16 = fuse_bf16
         self.graphs: list[Graph] = []
         """What it has compiled."""
         self.around: Callable[
@@ -79,7 +80,7 @@ class FusingInductor(InductorBackend):
             replace_short(model_, short)
         if self._attention is not None:
             replace_attention(model_, self._attention)
-        passes.fuse(model_, inline=self._inline, rotate=self._rotate)
+        passes.fuse(model_, inline=self._inline, fuse_bf16=self._fuse_bf16)
         _check_regions(model_)
         _check_alignment(model_)
         with cached_region_schemas():
