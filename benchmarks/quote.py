@@ -8,10 +8,10 @@ Inductor for the whole process; ``torchao-*`` is what its documentation tells a 
 the same layers. The time of a batch is the median over rounds; speedups are against the faster of
 ``bf16-flash`` and ``bf16-cudnn``, and against ``bf16-best``; dB is the SQNR of the first batch's
 output against the eager BF16 model.
-``bf16-best`` is BF16 with what is not INT8's merit: our passes that rotate queries and keys (RoPE)
-and that resize images by matmuls, and the attention backend that takes the least time.
+``bf16-best`` is BF16 with what is not INT8's merit: our pass that rotates queries and keys (RoPE),
+and the attention backend that takes the least time; ``fused-best`` is ``fused`` with that backend.
 ``fused-warm`` compiles from the cache that ``fused`` left.
-``fused-int8attn`` is ``fused`` with INT8 attention.
+``fused-int8attn`` is ``fused`` with INT8 attention, ``fused-resize`` resizes images by matmuls.
 ``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
 ``sm80-proxy-bf16`` and ``sm80-proxy-int8`` run only such kernels: BF16 by a matmul in Triton, as
 cuBLAS takes wgmma where it can, INT8 by ours, both with FlashAttention-2. Their ratio is an
@@ -97,8 +97,10 @@ class Variant:
     quantize: Callable[[nn.Module], object] | None = None
     by_hand: bool = False
     int8_attention: bool = False
-    fuse_bf16: bool = False
-    """Run the passes that do not depend on INT8 layers; models with such layers always get them."""
+    rotate: bool = False
+    """Rotate queries and keys in our pass also without INT8 layers, which always do."""
+    resize: bool = False
+    """Resize images by matmuls."""
     environment: tuple[tuple[str, str], ...] = ()
     warm: str | None = None
     """The variant whose compile cache this one finds."""
@@ -129,11 +131,12 @@ NEWER = re.compile(r"nvjet|sm(9\d|1\d\d)")
 VARIANTS = (
     Variant("bf16-flash", "flash"),
     Variant("bf16-cudnn", "cudnn"),
-    Variant(BEST, "auto", fuse_bf16=True),
+    Variant(BEST, "auto", rotate=True),
     Variant("fused", "cudnn", _ours("w8a8", "fused")),
     Variant("fused-best", "auto", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
     Variant("fused-int8attn", "cudnn", _ours("w8a8", "fused"), int8_attention=True),
+    Variant("fused-resize", "cudnn", _ours("w8a8", "fused"), resize=True, only="encoder-"),
     Variant("fused-flash", "flash", _ours("w8a8", "fused")),
     Variant(
         "fused-sm80",
@@ -141,7 +144,7 @@ VARIANTS = (
         _ours("w8a8", "fused"),
         environment=SM80,
     ),
-    Variant(f"{PROXY}bf16", "flash", fuse_bf16=True, environment=SM80, only=PROXY_POINTS),
+    Variant(f"{PROXY}bf16", "flash", rotate=True, environment=SM80, only=PROXY_POINTS),
     Variant(
         f"{PROXY}int8",
         "flash",
@@ -200,7 +203,7 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
             cache_dir=cache,
             int8_attention=variant.int8_attention,
         )
-        compiled.fuse_bf16 = variant.fuse_bf16
+        compiled.rotate, compiled.resize = variant.rotate, variant.resize
         if variant.attention == "auto":
             compiled.choose_attention = lambda calls: fastest_backend(calls) or "auto"
         settings = compiled.entered()

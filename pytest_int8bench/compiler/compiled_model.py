@@ -69,9 +69,9 @@ class CompiledModel(torch.nn.Module):
         attention: the attention backend allowed on every call.
         choose_attention: returns the attention backend to compile a graph for, given the calls in
             it; None once it is known (:meth:`fix_attention`).
-        fuse_bf16: rotate queries and keys in one pass (:mod:`.fusion.rotation`), and resize images
-            by matmuls (:mod:`.fusion.resize`), also where there are no INT8 layers; set it before
-            the first call.
+        rotate: rotate queries and keys in one pass also in graphs without INT8 layers
+            (:mod:`.fusion.rotation`); set it before the first call.
+        resize: resize images by matmuls (:mod:`.fusion.resize`); set it before the first call.
         first_call_s: seconds of the first call, compiling included, but not the loading of
             Inductor; None before it, and in mode ``off``.
         cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
@@ -103,7 +103,7 @@ class CompiledModel(torch.nn.Module):
         self.mode = mode
         self.fullgraph = fullgraph
         self.choose_attention: Callable[[Counter[Call]], str] | None = None
-        self.fuse_bf16 = False
+        self.rotate = self.resize = False
         self._allow_tf32 = allow_tf32
         self._autocast_dtype = autocast_dtype
         self._dynamic = dynamic
@@ -151,7 +151,7 @@ class CompiledModel(torch.nn.Module):
         if self.mode == "off":
             return entry
         backend = FusingInductor(
-            self.mode, self._dynamic, inline, self.int8_attention, self.fuse_bf16
+            self.mode, self._dynamic, inline, self.int8_attention, self.rotate, self.resize
         )
         # Dynamo keeps backends for as long as the process lives.
         compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)

@@ -43,7 +43,6 @@ from pytest_int8bench.compiler.fusion.nodes import (
     views_read_by_strides,
     writes,
 )
-from pytest_int8bench.compiler.fusion.resize import resize_by_matmuls
 from pytest_int8bench.compiler.fusion.rotation import rotate_at_once
 
 # Positions in the operators' arguments.
@@ -51,28 +50,24 @@ _X, _FACTOR = 0, 7
 _GAMMA, _RESIDUAL = 5, 6
 
 
-def fuse(
-    module: fx.GraphModule, *, inline: bool = False, fuse_bf16: bool = False
-) -> fx.GraphModule:
+def fuse(module: fx.GraphModule, *, inline: bool = False, rotate: bool = False) -> fx.GraphModule:
     """Join operators in the graph of ``module``, and in those of the regions it calls, in place.
 
     Args:
         module: the graph that Dynamo made.
         inline: replace the remaining operators by kernels (:mod:`.inline_triton`); otherwise their
             kernels are only compiled in threads.
-        fuse_bf16: rotate queries and keys in one pass (:mod:`.rotation`) and resize images by
-            matmuls (:mod:`.resize`) also where there are no INT8 layers.
+        rotate: rotate queries and keys in one pass (:mod:`.rotation`) also in graphs without INT8
+            layers.
     """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
-    if fuse_bf16 or any(_has_linear(part.graph) for part in parts):
-        resize_by_matmuls(module)
     for part in parts:
         has_linear = _has_linear(part.graph)
-        if fuse_bf16 or has_linear:
+        if rotate or has_linear:
             rotate_at_once(part.graph)
         if has_linear:
             _fuse_layers(part.graph, inline)
-        if fuse_bf16 or has_linear:
+        if rotate or has_linear:
             part.graph.lint()
             part.recompile()
     return module

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from pytest_int8bench.compiler.compiled_model import compile_for_a100
-from pytest_int8bench.compiler.fusion import passes, resize
+from pytest_int8bench.compiler.fusion import resize
 from pytest_int8bench.kernels import dispatch
-from toys.models import lowered
 
 SIZES = [((64, 64), (128, 128)), ((9, 7), (24, 24)), ((32, 48), (12, 48)), ((1, 5), (3, 2))]
 
@@ -38,12 +37,12 @@ class Resize(nn.Module):
         return interpolate(x, **self.options)
 
 
-def resized(model: nn.Module, x: torch.Tensor, **options: Any) -> tuple[Any, list[Any]]:
+def resized(model: nn.Module, x: torch.Tensor) -> tuple[Any, list[Any]]:
     """Return what the changed graph returns, None if it resizes as before, and its nodes."""
     nodes: list[Any] = []
 
     def backend(module: Any, _: Any) -> Callable[..., Any]:
-        passes.fuse(module, **({"fuse_bf16": True} | options))
+        resize.resize_by_matmuls(module)
         module.graph.lint()
         nodes.extend(module.graph.nodes)
         if not any(node.target is torch.matmul for node in nodes):
@@ -140,22 +139,6 @@ def test_patch_embedding_of_olmoearth() -> None:
     assert error_of(out, wanted) < 0.02
 
 
-def test_only_with_int8_layers_unless_asked_for() -> None:
-    class Encoder(Resize):
-        def __init__(self) -> None:
-            super().__init__(size=(16, 16))
-            self.layer = nn.Linear(16, 16).to(torch.bfloat16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(super().forward(x))  # type: ignore[no-any-return]
-
-    x, model = torch.randn(2, 3, 8, 8).bfloat16(), Encoder().eval()
-    assert resized(model, x, fuse_bf16=False)[0] is None
-    lowered(model)
-    torch._dynamo.reset()
-    assert resized(model, x, fuse_bf16=False)[0] is not None
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -178,6 +161,6 @@ def test_compiled_by_inductor() -> None:
     x = torch.randn(2, 3, 16, 16).bfloat16()
     for mode in ("bicubic", "bilinear"):
         compiled = compile_for_a100(Resize(size=(32, 32), mode=mode), mode="default")
-        compiled.fuse_bf16 = True
+        compiled.resize = True
         wanted = interpolate(x.double(), (32, 32), mode=mode, antialias=True)
         assert error_of(compiled(x), wanted) < 0.005
