@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from train_digits import Recipe, train
 
 from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.environment import describe, fingerprint
@@ -34,6 +33,7 @@ from pytest_int8bench.workloads.digits import (
     read_weights,
     splits,
 )
+from train_digits import Recipe, train
 
 ZOOM, DEPTH, PIXELS = 2, 2, (2 * 8) ** 2
 MODES = (None, "w8a8", "w8")

@@ -1,6 +1,6 @@
 """The figures that the documentation quotes: BF16, torchao's INT8 written by hand, and ours.
 
-    python benchmarks/quote.py [--points NAMES] [--variants NAMES] [--json FILE]
+    python benchmarks/quote.py [--points NAMES] [--variants NAMES] [--json FILE] [--markdown]
 
 Blocks and whole encoders of OlmoEarth with random weights, compiled, on one CUDA device. Each
 variant runs in a process of its own with an empty compile cache, because torchao's defaults change
@@ -8,11 +8,15 @@ Inductor for the whole process; ``torchao-*`` is what its documentation tells a 
 the same layers. The time of a batch is the median over rounds; speedups are against the faster of
 ``bf16-flash`` and ``bf16-cudnn``, and against ``bf16-best``; dB is the SQNR of the first batch's
 output against the eager BF16 model.
-``bf16-best`` is BF16 with what is not INT8's merit: queries and keys rotated (RoPE) in one pass of
-ours, and the attention backend that takes the least time.
+``bf16-best`` is BF16 with what is not INT8's merit: our pass that rotates queries and keys (RoPE),
+and the attention backend that takes the least time; ``fused-best`` is ``fused`` with that backend.
 ``fused-warm`` compiles from the cache that ``fused`` left.
-``fused-int8attn`` is ``fused`` with INT8 attention.
+``fused-int8attn`` is ``fused`` with INT8 attention, ``fused-resize`` resizes images by matmuls.
 ``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
+``sm80-proxy-bf16`` and ``sm80-proxy-int8`` run only such kernels: BF16 by a matmul in Triton, as
+cuBLAS takes wgmma where it can, INT8 by ours, both with FlashAttention-2. Their ratio is an
+estimate of what an A100 shows.
+``--markdown`` prints rows for the table in docs/fused.md instead.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,16 +44,17 @@ from pytest_int8bench.compiler.backend import load_inductor
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.measure.attention_auto import fastest_backend
 from pytest_int8bench.measure.building import build_eager
-from pytest_int8bench.measure.evidence import profile_forward
+from pytest_int8bench.measure.evidence import Evidence, profile_forward
 from pytest_int8bench.measure.timing import Plan, pilot, summarize, time_block
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.tensors import tensors_of
 from pytest_int8bench.workloads.olmoearth import olmoearth
+from quote_tables import BEST, PROXY, ROW, markdown, table
+from sm80_linear import use_sm80_linears
 
 SECONDS = 2.0
-BEST = "bf16-best"
 ENCODER = RunParams(model_version="v1.2")
 
 
@@ -93,10 +99,12 @@ class Variant:
     int8_attention: bool = False
     rotate: bool = False
     """Rotate queries and keys in our pass also without INT8 layers, which always do."""
+    resize: bool = False
+    """Resize images by matmuls."""
     environment: tuple[tuple[str, str], ...] = ()
     warm: str | None = None
     """The variant whose compile cache this one finds."""
-    only: str = ""
+    only: str | tuple[str, ...] = ""
     """Points that it is measured at: those whose names begin so."""
 
 
@@ -115,6 +123,11 @@ def _ours(mode: str, backend: str) -> Callable[[nn.Module], object]:
     return lambda model: apply_int8_quant(model, mode=mode, backend=backend)
 
 
+SM80 = (("INT8BENCH_PRODUCT", "pointers"), ("DISABLE_MMA_V3", "1"))
+PROXY_POINTS = ("encoder-", "base-", "large-")  # elsewhere the host decides
+# Names of cuBLAS's, cuDNN's and CUTLASS's kernels for sm90 and later.
+NEWER = re.compile(r"nvjet|sm(9\d|1\d\d)")
+
 VARIANTS = (
     Variant("bf16-flash", "flash"),
     Variant("bf16-cudnn", "cudnn"),
@@ -123,12 +136,21 @@ VARIANTS = (
     Variant("fused-best", "auto", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
     Variant("fused-int8attn", "cudnn", _ours("w8a8", "fused"), int8_attention=True),
+    Variant("fused-resize", "cudnn", _ours("w8a8", "fused"), resize=True, only="encoder-"),
     Variant("fused-flash", "flash", _ours("w8a8", "fused")),
     Variant(
         "fused-sm80",
         "cudnn",
         _ours("w8a8", "fused"),
-        environment=(("INT8BENCH_PRODUCT", "pointers"), ("DISABLE_MMA_V3", "1")),
+        environment=SM80,
+    ),
+    Variant(f"{PROXY}bf16", "flash", rotate=True, environment=SM80, only=PROXY_POINTS),
+    Variant(
+        f"{PROXY}int8",
+        "flash",
+        _ours("w8a8", "fused"),
+        environment=SM80,
+        only=PROXY_POINTS,
     ),
     Variant("w8", "cudnn", _ours("w8", "auto")),
     Variant(
@@ -137,6 +159,8 @@ VARIANTS = (
     # Three seconds a block.
     Variant("torchao-w8", "flash", _torchao("Int8WeightOnlyConfig"), by_hand=True, only="base-"),
 )
+
+ROW_POINTS = ("base-64x3072", "base-4096x48", "large-32x3072", "large-4096x48", "encoder-128")
 
 
 def model_and_inputs(point: Point) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -164,6 +188,8 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
         wanted = _output(eager(*inputs))
     if variant.quantize is not None:
         variant.quantize(eager)
+    if variant.name.startswith(PROXY):
+        use_sm80_linears(eager)
     weight_bytes = _weight_bytes(eager)
     if variant.by_hand:
         load_inductor("cuda")  # as the other variants do, outside the clock
@@ -177,7 +203,7 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
             cache_dir=cache,
             int8_attention=variant.int8_attention,
         )
-        compiled.rotate = variant.rotate
+        compiled.rotate, compiled.resize = variant.rotate, variant.resize
         if variant.attention == "auto":
             compiled.choose_attention = lambda calls: fastest_backend(calls) or "auto"
         settings = compiled.entered()
@@ -200,6 +226,8 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
             plan = pilot(run, timer, interval_s=SECONDS, min_batches=3)
             times = [time_block(run, timer, plan.iterations) for _ in range(plan.rounds)]
         evidence = profile_forward(run, torch.device("cuda"))
+    if variant.name.startswith(PROXY):
+        check_proxy(evidence)
     return {
         "point": point.name,
         "variant": variant.name,
@@ -215,6 +243,17 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
         "attention_kernel": evidence.attention_kernel,
         "kernels": [(k.name[:100], k.seconds, k.calls) for k in evidence.kernels[:12]],
     }
+
+
+def check_proxy(evidence: Evidence) -> None:
+    """Raise if kernels for newer GPUs ran for more than 2 % of the time; those of small matmuls,
+    such as the ones that resize images, may."""
+    newer = [kernel for kernel in evidence.kernels if NEWER.search(kernel.name)]
+    share = sum(kernel.seconds for kernel in newer) / evidence.total_s
+    if share > 0.02:
+        raise RuntimeError(f"{newer[0].name[:80]} is not for sm80; such kernels took {share:.0%}")
+    if evidence.attention_kernel != "flash":
+        raise RuntimeError(f"attention must be flash, got {evidence.attention_kernel}")
 
 
 def _output(output: Any) -> torch.Tensor:
@@ -246,47 +285,23 @@ def _child(variant: Variant, points: list[Point], out: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of times and speedups."""
-    by_point: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        by_point.setdefault(record["point"], {})[record["variant"]] = record
-    names = [v.name for v in VARIANTS if any(v.name in row for row in by_point.values())]
-    lines = ["| point | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for point, row in by_point.items():
-        times = {n: r["batch_time_s"] for n, r in row.items() if "error" not in r}
-        plain = [times[name] for name in ("bf16-flash", "bf16-cudnn") if name in times]
-        baselines = [(min(plain), "x")] if plain else []
-        baselines += [(times[BEST], f"x of {BEST}")] if BEST in times else []
-        cells = []
-        for name in names:
-            record = row.get(name)
-            if record is None:
-                cells.append("–")
-            elif "error" in record:
-                cells.append("failed")
-            else:
-                seconds = record["batch_time_s"]
-                ratio = ", ".join(f"{base / seconds:.3g}{unit}" for base, unit in baselines)
-                ratio = f" ({ratio})" if ratio else ""
-                cells.append(
-                    f"{seconds * 1e3:.4g} ms{ratio}, {record['sqnr_db']:.0f} dB, "
-                    f"compile {record['compile_s']:.1f} s"
-                )
-        lines.append(f"| {point} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", default=",".join(p.name for p in POINTS), help="by comma")
-    parser.add_argument("--variants", default=",".join(v.name for v in VARIANTS), help="by comma")
+    parser.add_argument("--points", help="by comma; all by default")
+    parser.add_argument("--variants", help="by comma; all by default")
+    parser.add_argument("--markdown", action="store_true", help="print rows for docs/fused.md")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    points = _chosen(parser, "--points", args.points, {p.name: p for p in POINTS})
-    variants = _chosen(parser, "--variants", args.variants, {v.name: v for v in VARIANTS})
+    known, shown = {p.name: p for p in POINTS}, {v.name: v for v in VARIANTS}
+    if args.markdown:
+        known, shown = {n: known[n] for n in ROW_POINTS}, {n: shown[n] for n in ROW}
+    points = _chosen(parser, "--points", args.points, known)
+    variants = _chosen(parser, "--variants", args.variants, shown)
+    forced = [name for name, _ in SM80 if os.environ.get(name)]
+    if args.markdown and forced:
+        parser.error(f"--markdown must run the GPU's own kernels: unset {forced[0]}")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -314,8 +329,11 @@ def main(argv: list[str] | None = None) -> int:
                 _save(args.json, machine, _measured(out))
         finally:  # also what was measured before Ctrl-C
             records = _measured(out)
-            print(describe(machine))
-            print(table(records))
+            if args.markdown:
+                print(markdown(machine, records))
+            else:
+                print(describe(machine))
+                print(table(records, [variant.name for variant in VARIANTS]))
             _save(args.json, machine, records)
     return 0
 
@@ -332,8 +350,10 @@ def _save(path: Path | None, machine: dict[str, Any], records: list[dict[str, An
 
 
 def _chosen(
-    parser: argparse.ArgumentParser, option: str, given: str, known: dict[str, Any]
+    parser: argparse.ArgumentParser, option: str, given: str | None, known: dict[str, Any]
 ) -> list[Any]:
+    if given is None:
+        return list(known.values())
     unknown = [name for name in given.split(",") if name not in known]
     if unknown:
         parser.error(f"{option} must be of {', '.join(known)}, got {unknown[0]!r}")

@@ -17,6 +17,8 @@ COMPILE_MODES = (
     "off",
 )
 ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "short", "auto")
+# The kernel for short sequences fits few models; ``auto`` tries it.
+SWEPT_ATTENTION = tuple(name for name in ATTENTION_BACKENDS if name != "short")
 INT8_BACKENDS = ("torchao", "fused", "auto")
 FEEDS = ("device", "host")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_int8bench.choices import ATTENTION_BACKENDS, FEEDS, SWEPT_MODES
+from pytest_int8bench.choices import FEEDS, SWEPT_ATTENTION, SWEPT_MODES
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
@@ -94,7 +94,7 @@ SWEEPS = Sweeps(
             ("default", "reduce-overhead", "max-autotune"),
             "mode of `torch.compile`",
         ),
-        Sweep("attention", "attention", ATTENTION_BACKENDS, "attention backend"),
+        Sweep("attention", "attention", SWEPT_ATTENTION, "attention backend"),
         Sweep(
             "int8_backend", "int8_backend", ("torchao", "fused"), "where the INT8 kernels come from"
         ),

@@ -144,7 +144,7 @@ def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
         "ab",
         arguments,
         ab_report.page(result),
-        ab_report.to_dict(result),
+        lambda: ab_report.to_dict(result),
         ab_report.cases(result),
         result.exit_code,
     )

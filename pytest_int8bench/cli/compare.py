@@ -119,7 +119,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
         "compare",
         arguments,
         report.page(found),
-        report.to_dict(found),
+        lambda: report.to_dict(found),
         report.cases(found),
         found.exit_code,
     )

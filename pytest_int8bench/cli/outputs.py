@@ -60,7 +60,7 @@ def publish(
     command: str,
     arguments: argparse.Namespace,
     page: Page,
-    values: dict[str, Any],
+    values: Callable[[], dict[str, Any]],
     cases: Sequence[Case],
     exit_code: int,
 ) -> int:
@@ -68,7 +68,7 @@ def publish(
     file could not be written."""
     outputs: list[Callable[[], None]] = []
     if path := arguments.json:
-        outputs.append(lambda: write(path, json.dumps(values, indent=2) + "\n"))
+        outputs.append(lambda: write(path, json.dumps(values(), indent=2) + "\n"))
     summary = _summary()
     # Where both are one file, it gets the report once, behind what other steps wrote.
     if (markdown := arguments.markdown) and not _is_same(markdown, summary):

@@ -13,6 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, replace_attention
 from pytest_int8bench.compiler.fusion.nodes import begins_aligned, subgraphs, value_of
+from pytest_int8bench.compiler.fusion.resize import resize_by_matmuls
 from pytest_int8bench.compiler.fusion.short_attention import replace_short
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds.inductor import (
@@ -40,6 +41,7 @@ class FusingInductor(InductorBackend):
         attention: where to count what of the model's attention was replaced by INT8; None to
             leave attention alone.
         rotate: rotate queries and keys in one pass also where no layer is quantized.
+        resize: resize images by matmuls.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class FusingInductor(InductorBackend):
         inline: bool = False,
         attention: AttentionCoverage | None = None,
         rotate: bool = False,
+        resize: bool = False,
     ) -> None:
         super().__init__(mode, None, dynamic)
         self._inline = inline
         self._attention = attention
-        self._rotate = rotate
+        self._rotate, self._resize = rotate, resize
         self.graphs: list[Graph] = []
         """What it has compiled."""
         self.around: Callable[
@@ -81,6 +84,8 @@ class FusingInductor(InductorBackend):
             replace_short(model_, short)
         if self._attention is not None:
             replace_attention(model_, self._attention)
+        if self._resize:
+            resize_by_matmuls(model_)
         passes.fuse(model_, inline=self._inline, rotate=self._rotate)
         _check_regions(model_)
         _check_alignment(model_)

@@ -71,6 +71,7 @@ class CompiledModel(torch.nn.Module):
             it; None once it is known (:meth:`fix_attention`).
         rotate: rotate queries and keys in one pass also in graphs without INT8 layers
             (:mod:`.fusion.rotation`); set it before the first call.
+        resize: resize images by matmuls (:mod:`.fusion.resize`); set it before the first call.
         first_call_s: seconds of the first call, compiling included, but not the loading of
             Inductor; None before it, and in mode ``off``.
         cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
@@ -102,7 +103,7 @@ class CompiledModel(torch.nn.Module):
         self.mode = mode
         self.fullgraph = fullgraph
         self.choose_attention: Callable[[Counter[Call]], str] | None = None
-        self.rotate = False
+        self.rotate = self.resize = False
         self._allow_tf32 = allow_tf32
         self._autocast_dtype = autocast_dtype
         self._dynamic = dynamic
@@ -149,7 +150,9 @@ class CompiledModel(torch.nn.Module):
             self.int8_attention = AttentionCoverage()  # of what is compiled from here on
         if self.mode == "off":
             return entry
-        backend = FusingInductor(self.mode, self._dynamic, inline, self.int8_attention, self.rotate)
+        backend = FusingInductor(
+            self.mode, self._dynamic, inline, self.int8_attention, self.rotate, self.resize
+        )
         # Dynamo keeps backends for as long as the process lives.
         compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)
         backend.around = lambda module: compiling()(module)

@@ -20,6 +20,7 @@ seldom all, so that where one process may decide, its fastest rounds must have g
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -297,18 +298,25 @@ class _Test:
 
     def _quantile(self, level: float) -> float:
         """Return the standard deviations that assumed noise exceeds with that probability."""
-        from scipy import special
+        return _quantile(level, has_tails=self._metric.is_time_of_batch)
 
-        deviations = -float(special.ndtri(level))
-        if not self._metric.is_time_of_batch:
-            return deviations
-        return max(deviations, -float(special.stdtrit(_TAILS, level)) / _TAILS_SCALE)
+
+@functools.lru_cache(maxsize=1024)
+def _quantile(level: float, *, has_tails: bool) -> float:
+    from scipy import special
+
+    deviations = -float(special.ndtri(level))
+    if not has_tails:
+        return deviations
+    return max(deviations, -float(special.stdtrit(_TAILS, level)) / _TAILS_SCALE)
 
 
 def _fastest(metric: Figure, base: Sequence[Timed], new: Sequence[Timed]) -> float | None:
     """Return the difference of the logs of the fastest rounds, where all processes know theirs."""
+    if not metric.is_time_of_batch:
+        return None
     sides = [[record.fastest_s for record in side] for side in (base, new)]
-    if not metric.is_time_of_batch or not all(side and all(side) for side in sides):
+    if not all(side and all(side) for side in sides):
         return None
     before, after = (statistics.fmean(math.log(s) for s in side if s) for side in sides)
     return after - before

@@ -83,6 +83,8 @@ def ceiling_remarks(result: Result) -> list[str]:
     )
     if result.ceiling_reached is not None:
         part = max(result.ceiling_reached, 0.0)
+        if part > 1 and (result.speedup_low or math.inf) <= result.ceiling_speedup:
+            part = 1.0  # as far as the speedup is known
         text += f": {part:.0%} of that gain reached" if part else ": none of that gain reached"
     if result.speedup and result.batch_time_s:
         busy = total_s / (result.speedup * result.batch_time_s)

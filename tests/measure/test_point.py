@@ -132,7 +132,7 @@ def test_inputs_on_the_device_have_no_feed(throughput: Throughput) -> None:
 
 
 def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated feed: from the host a batch takes 3 s and every tenth one 5 s, on the device 2 s,
+    """A simulated feed: from the host a batch takes 3 s and every fifth one 5 s, on the device 2 s,
     and a copy 0.5 s."""
     now = 0.0
 
@@ -147,7 +147,7 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
 
     def run() -> torch.Tensor:
         nonlocal now
-        now += 5.0 if feed.batches % 10 == 9 else 3.0
+        now += 5.0 if feed.batches % 5 == 4 else 3.0
         feed.batches += 1
         feed.wait_s += 0.25
         return torch.zeros(1)

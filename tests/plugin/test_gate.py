@@ -67,7 +67,8 @@ class Base:
         for nodeid, factor in times.items():
             result = {**known.get(nodeid, next(iter(known.values()))), "nodeid": nodeid}
             result["samples_per_s"] /= factor
-            result["batch_time_s"] *= factor
+            for field in ("batch_time_s", "batch_time_min_s"):
+                result[field] *= factor
             block["results"].append(result)
         self.path.write_text(json.dumps(saved))
 

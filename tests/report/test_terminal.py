@@ -266,6 +266,7 @@ def test_the_ceiling_is_said() -> None:
     ("values", "end"),
     [
         ({"ceiling_reached": 1.2}, ": 120% of that gain reached"),
+        ({"ceiling_reached": 1.2, "speedup_low": 1.46}, ": 100% of that gain reached"),
         ({"ceiling_reached": 0.0}, ": none of that gain reached"),
         ({"ceiling_reached": -0.4}, ": none of that gain reached"),
         ({"ceiling_reached": None}, ""),
@@ -275,7 +276,7 @@ def test_the_ceiling_is_said() -> None:
             ": 78% of that gain reached; the products of math attention count as those of layers",
         ),
     ],
-    ids=["over", "nothing", "slower", "no-gain", "fp32", "math"],
+    ids=["over", "over-within-noise", "nothing", "slower", "no-gain", "fp32", "math"],
 )
 def test_how_much_of_the_ceiling_was_reached(values: dict[str, Any], end: str) -> None:
     assert ceiling_line(**values) == end

@@ -60,16 +60,16 @@ def fuse(module: fx.GraphModule, *, inline: bool = False, rotate: bool = False) 
         rotate: rotate queries and keys in one pass (:mod:`.rotation`) also in graphs without INT8
             layers.
     """
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule):
-            has_linear = _has_linear(part.graph)
-            if rotate or has_linear:
-                rotate_at_once(part.graph)
-            if has_linear:
-                _fuse_layers(part.graph, inline)
-            if rotate or has_linear:
-                part.graph.lint()
-                part.recompile()
+    parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    for part in parts:
+        has_linear = _has_linear(part.graph)
+        if rotate or has_linear:
+            rotate_at_once(part.graph)
+        if has_linear:
+            _fuse_layers(part.graph, inline)
+        if rotate or has_linear:
+            part.graph.lint()
+            part.recompile()
     return module
 
 

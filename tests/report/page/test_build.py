@@ -114,6 +114,15 @@ def test_without_a_sweep_modes_are_compared() -> None:
     assert chart.names == ("BF16", "W8A8")
 
 
+def test_many_results_without_a_sweep_are_drawn_in_parts() -> None:
+    charts = charts_of([replace(result(BASE, 100.0), nodeid=f"t.py::test_{i}") for i in range(30)])
+    assert [chart.title for chart in charts] == [
+        "Throughput by mode (1 of 2)",
+        "Throughput by mode (2 of 2)",
+    ]
+    assert [len(chart.series) for chart in charts] == [24, 6]
+
+
 def test_more_lines_than_can_be_told_apart_get_more_charts() -> None:
     points = [
         BASE.replace(batch_size=batch, image_size=image)

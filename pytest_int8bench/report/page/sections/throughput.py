@@ -21,6 +21,8 @@ from pytest_int8bench.results.records import Result
 
 #: More lines than these in one picture cannot be told apart.
 _MOST_SERIES = 6
+# Of one point each.
+_MOST_MODES = 24
 
 
 def throughput(scopes: Sequence[Scope], results: Results, many: bool) -> Section | None:
@@ -72,7 +74,7 @@ def _axes(scope: Scope) -> list[Lines]:
     by_axis = [_axis(scope, axis, rows) for axis in axes]
     if sum(map(len, by_axis)) > MOST_CHARTS:  # not all are drawn: some of every axis
         by_axis = [[c for c in charts if c] for charts in itertools.zip_longest(*by_axis)]
-    return [chart for charts in by_axis for chart in charts] or [_by_mode(scope, rows)]
+    return [chart for charts in by_axis for chart in charts] or _by_mode(scope, rows)
 
 
 def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -> list[Lines]:
@@ -148,25 +150,32 @@ def _point(result: Result, x: float, x_shown: str) -> Point:
     )
 
 
-def _by_mode(scope: Scope, rows: Sequence[tuple[Result, Params, str]]) -> Lines:
-    series = [
-        Series(
-            name=name,
-            style=labels.style(params),
-            points=(_point(result, float(index), name),),
+def _by_mode(scope: Scope, rows: Sequence[tuple[Result, Params, str]]) -> list[Lines]:
+    chunks = [rows[i : i + _MOST_MODES] for i in range(0, len(rows), _MOST_MODES)]
+    charts = []
+    for part, chunk in enumerate(chunks, start=1):
+        series = [
+            Series(
+                name=name,
+                style=labels.style(params),
+                points=(_point(result, float(index), name),),
+            )
+            for index, (result, params, name) in enumerate(chunk)
+        ]
+        of_all = f" ({part} of {len(chunks)})" if len(chunks) > 1 else ""
+        charts.append(
+            Lines(
+                id=f"throughput-{scope.id}-mode" + (f"-{part}" if of_all else ""),
+                title=f"Throughput by mode{scope.title}{of_all}",
+                description=_ends(series, "mode"),
+                unit=FIGURES["samples_per_s"].unit,
+                x_label="mode",
+                series=distinct(series),
+                names=tuple(name for _, _, name in chunk),
+                joined=False,
+            )
         )
-        for index, (result, params, name) in enumerate(rows)
-    ]
-    return Lines(
-        id=f"throughput-{scope.id}-mode",
-        title=f"Throughput by mode{scope.title}",
-        description=_ends(series, "mode"),
-        unit=FIGURES["samples_per_s"].unit,
-        x_label="mode",
-        series=distinct(series),
-        names=tuple(name for _, _, name in rows),
-        joined=False,
-    )
+    return charts
 
 
 def _ends(series: Sequence[Series], axis: str) -> str:
