@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.quantization.api import apply_int8_quant
 from pytest_int8bench.workloads.digits import (

@@ -39,8 +39,8 @@ from torch import nn
 
 from pytest_int8bench.attention import FlashSDPA
 from pytest_int8bench.clock import synchronized_perf_counter
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.backend import load_inductor
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.measure.attention_auto import fastest_backend
 from pytest_int8bench.measure.building import build_eager

@@ -13,7 +13,7 @@ from pytest_int8bench.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pytest_int8bench.attention import FlashSDPA
-    from pytest_int8bench.compiler.compiled_model import compile_for_a100
+    from pytest_int8bench.compiler.api import compile_for_a100
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.quantization.api import apply_int8_quant, coverage
     from pytest_int8bench.quantization.filters import is_transformer_linear
@@ -48,7 +48,7 @@ _HOME = {
     "ThroughputBenchmarkRunnerConfig": "runner",
     "Workload": "workloads.workload",
     "apply_int8_quant": "quantization.api",
-    "compile_for_a100": "compiler.compiled_model",
+    "compile_for_a100": "compiler.api",
     "coverage": "quantization.api",
     "is_transformer_linear": "quantization.filters",
 }

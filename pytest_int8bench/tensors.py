@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from pytest_int8bench.errors import QuantizationError as QuantizationError
-
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a tensor, sequence, mapping or dataclass, in order."""

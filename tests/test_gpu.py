@@ -14,7 +14,7 @@ from torch import nn
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.measure.evidence import EvidenceError, profile_forward
 from pytest_int8bench.measure.host_feed import HostFeed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
@@ -102,15 +102,23 @@ class Guardrail:
         if not params.int8_enabled:
             raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")
         point = self._point(workload, params, nodeid)
-        evaluations = self.evaluations(workload, params)
-        is_random = point["random_weights"]
-        compared = not evaluations or is_random
         verdicts: list[Accuracy] = []
-
-        def add(**values: Any) -> None:
+        for values in self._verdicts(workload, params, limit, tell, point["random_weights"]):
             verdicts.append(Accuracy(**point, **values))
             record(verdicts[-1])
+        return verdicts
 
+    def _verdicts(
+        self,
+        workload: Workload,
+        params: RunParams,
+        limit: Limit | None,
+        tell: Callable[[str], None],
+        is_random: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the fields of each verdict of :meth:`check`, as soon as they are known."""
+        evaluations = self.evaluations(workload, params)
+        compared = not evaluations or is_random
         # All of the baseline first: it may have to make room for the candidate.
         outputs = self._baseline_outputs(workload, params) if compared else None
         spent_s = [
@@ -129,14 +137,13 @@ class Guardrail:
             before_s = self._scoring_s
             verdict = self.judge(workload, params, index, limit=limit, selection=is_random)
             step = next_step(workload, params) if verdict.outcome == "FAIL" else None
-            add(
+            yield {
                 **_fields(verdict, evaluation.metric),
-                reason=joined(step, self._nan_remark(workload, params)),
-                seconds=spent_s[index] + self._scoring_s - before_s,
-            )
+                "reason": joined(step, self._nan_remark(workload, params)),
+                "seconds": spent_s[index] + self._scoring_s - before_s,
+            }
         if outputs is not None:
-            add(**_compared(candidate, *outputs))
-        return verdicts
+            yield _compared(candidate, *outputs)
 
     def _tell_too_few(
         self, workload: Workload, params: RunParams, limit: Limit, tell: Callable[[str], None]

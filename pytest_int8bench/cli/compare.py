@@ -41,28 +41,7 @@ def add_compare(commands: Any) -> None:
         "suspected: it grew over its limit, but no more than processes of the same code may "
         "differ by; else 0.",
     )
-    parser.add_argument(
-        "files",
-        nargs="*",
-        metavar="BASE NEW",
-        help="two files, folders of files (several runs of a side), or numbers of "
-        "pytest-benchmark such as 0003; the latest two of --storage by default",
-    )
-    parser.add_argument(
-        "--base", action="append", default=[], metavar="FILE", help="one more run of the base"
-    )
-    parser.add_argument(
-        "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
-    )
-    parser.add_argument(
-        "-k",
-        dest="pick",
-        type=as_argument_type(parse_expression),
-        metavar="EXPRESSION",
-        help="compare only runs whose run name, node id or workload match, as pytest's -k does: "
-        "'bert and not smoothq' (default: all)",
-    )
-    add_storage(parser)
+    _add_sides(parser)
     for limit in LIMITS:
         add_flag(parser, limit, default=...)
     floors = ", ".join(f"{metric.name} {metric.floor:.0%}" for metric in METRICS.values())
@@ -93,6 +72,32 @@ def add_compare(commands: Any) -> None:
         help="file with a table tool.int8bench.gate (default: the closest pyproject.toml)",
     )
     add_outputs(parser)
+
+
+def _add_sides(parser: argparse.ArgumentParser) -> None:
+    """Add what says which saved files, and which runs in them, are compared."""
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="BASE NEW",
+        help="two files, folders of files (several runs of a side), or numbers of "
+        "pytest-benchmark such as 0003; the latest two of --storage by default",
+    )
+    parser.add_argument(
+        "--base", action="append", default=[], metavar="FILE", help="one more run of the base"
+    )
+    parser.add_argument(
+        "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
+    )
+    parser.add_argument(
+        "-k",
+        dest="pick",
+        type=as_argument_type(parse_expression),
+        metavar="EXPRESSION",
+        help="compare only runs whose run name, node id or workload match, as pytest's -k does: "
+        "'bert and not smoothq' (default: all)",
+    )
+    add_storage(parser)
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

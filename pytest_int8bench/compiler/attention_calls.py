@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pytest_int8bench.attention import allowed_backends
 from pytest_int8bench.compiler.fusion.nodes import subgraphs
 from pytest_int8bench.compiler.graphs import Graph, watched
-from pytest_int8bench.compiler.torch_workarounds import SETTING_CALLS
+from pytest_int8bench.compiler.torch_workarounds.names import SETTING_CALLS
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention
 # Functions that Dynamo leaves whole, and that call scaled_dot_product_attention.

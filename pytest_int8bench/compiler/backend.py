@@ -16,13 +16,15 @@ from pytest_int8bench.compiler.fusion.nodes import begins_aligned, subgraphs, va
 from pytest_int8bench.compiler.fusion.resize import resize_by_matmuls
 from pytest_int8bench.compiler.fusion.short_attention import replace_short
 from pytest_int8bench.compiler.graphs import Graph
-from pytest_int8bench.compiler.torch_workarounds import (
+from pytest_int8bench.compiler.torch_workarounds.inductor import (
+    cached_region_schemas,
+    start_compile_workers,
+)
+from pytest_int8bench.compiler.torch_workarounds.names import (
     SET_GRAD_ENABLED,
     FakeTensor,
     HigherOrderOperator,
     InductorBackend,
-    cached_region_schemas,
-    start_compile_workers,
 )
 
 _REGION = torch.ops.higher_order.invoke_subgraph

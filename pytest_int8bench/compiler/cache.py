@@ -23,7 +23,7 @@ from typing import Any
 import torch._dynamo
 import torch._functorch.config
 
-from pytest_int8bench.compiler.torch_workarounds import inductor_folder
+from pytest_int8bench.compiler.torch_workarounds.inductor import inductor_folder
 from pytest_int8bench.environment import compiled_for
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import is_noexec, is_plain, plain_path, replace_text

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_int8bench.compiler.torch_workarounds import set_region_reuse
+from pytest_int8bench.compiler.torch_workarounds.dynamo import set_region_reuse
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _MARK = "__marked_compile_region_fn__"  # of torch.compiler.nested_compile_region

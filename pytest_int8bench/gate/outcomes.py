@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pytest_int8bench.results.figures import PLAIN
+from pytest_int8bench.results.figure import PLAIN
 
 Identity = tuple[str, ...]
 

@@ -11,15 +11,14 @@ find the layers in a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from pytest_int8bench.kernels import dispatch, reference
+from pytest_int8bench.kernels import implementations as run
+from pytest_int8bench.kernels import reference
 from pytest_int8bench.kernels.schema import DEQUANTIZED_LINEAR, SCHEMAS, Four, Three
-from pytest_int8bench.kernels.tile_types import KEY_BLOCK, Heads
 
 # Not torch.library.custom_op, which wraps each call in Python: that cost 30 us, these cost 8.
 _LIBRARY = torch.library.Library("int8bench", "FRAGMENT")
@@ -233,159 +232,6 @@ def short_attention(
     return out
 
 
-def _quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
-    *before, keep = rest
-    q, scale, kept = reference.quantize_rows(x, *before)
-    kept = kept.to(x.dtype).contiguous() if keep else x.new_empty(0)
-    if kept.data_ptr() == x.data_ptr():  # an operator must not return its input
-        kept = kept.clone()
-    return q.contiguous(), scale.contiguous(), kept
-
-
-def _quantize_rows_on_cuda(x: torch.Tensor, *rest: Any) -> Three:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(x.device):
-        out = cuda.quantize_rows(x, *rest)
-    return _quantize_rows(x, *rest) if out is None else out
-
-
-def _quantize_rows_of_fakes(x: torch.Tensor, *rest: Any) -> Three:
-    *_, keep = rest
-    q = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return q, scale, x.new_empty(x.shape if keep else (0,))
-
-
-def _linear(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return reference.linear(q, *rest).contiguous()
-
-
-def _linear_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(q.device):
-        return cuda.linear(q, *rest, kernel=dispatch.product_kernel(q.device))
-
-
-def _linear_of_fakes(
-    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> torch.Tensor:
-    *_, dtype = rest
-    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
-
-
-def _dequantize(
-    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    pairs = zip(weights, weight_scales, strict=True)
-    return [reference.dequantized(weight, scale, dtype).contiguous() for weight, scale in pairs]
-
-
-def _dequantize_on_cuda(
-    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(weights[0].device):
-        return cuda.dequantize(weights, weight_scales, dtype)
-
-
-def _dequantize_of_fakes(
-    weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
-
-
-def _quantize_heads(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
-    one, two, three, four = reference.quantize_heads(q, k, *rotation)
-    return one.contiguous(), two.contiguous(), three.contiguous(), four.contiguous()
-
-
-def _quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(q.device):
-        return cuda.quantize_heads(q, k, *rotation)
-
-
-def _quantize_heads_of_fakes(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
-    heads = Heads.of(q, k)
-    blocks = heads.k_blocks
-    return (
-        q.new_empty((*q.shape[:3], heads.padded), dtype=torch.int8),
-        q.new_empty(q.shape[:3], dtype=torch.float32),
-        k.new_empty((*k.shape[:2], blocks * KEY_BLOCK, heads.padded), dtype=torch.int8),
-        k.new_empty((*k.shape[:2], blocks, 2), dtype=torch.float32),
-    )
-
-
-def _rotate_heads_on_cuda(heads: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(heads[0].device):
-        return cuda.rotate_heads(heads, *rest)
-
-
-def _rotate_heads_of_fakes(
-    heads: list[torch.Tensor], rotation: str, turn: list[torch.Tensor], rows_first: bool
-) -> list[torch.Tensor]:
-    return [reference.empty_heads(x, rows_first) for x in heads]
-
-
-def _int8_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _heads_beside(reference.int8_attention(q, *rest))
-
-
-def _heads_beside(out: torch.Tensor) -> torch.Tensor:
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _int8_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(q.device):
-        return cuda.int8_attention(q, *rest)
-
-
-def _int8_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    v: torch.Tensor = rest[-2]
-    batch, heads, rows, _ = q.shape
-    return v.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
-
-
-def _short_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _heads_beside(reference.short_attention(q, *rest))
-
-
-def _short_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    from pytest_int8bench.kernels import cuda
-
-    with _current(q.device):
-        return cuda.short_attention(q, *rest)
-
-
-def _short_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    batch, heads, rows, width = q.shape
-    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
-def _read_weight(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """Return the values of a weight, of which ``factor`` multiplied the input."""
-    return values.clone() if factor is None else (values * factor).to(values.dtype)
-
-
-def _read_weight_of_fakes(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty_like(values)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one: Triton launches there, wherever the tensors are."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def _no_gradient(context: Any, *gradients: torch.Tensor) -> None:
     raise RuntimeError(
         "INT8 operators of the fused backend are for inference: they have no gradient"
@@ -394,14 +240,19 @@ def _no_gradient(context: Any, *gradients: torch.Tensor) -> None:
 
 def _register() -> None:
     for schema, anywhere, on_cuda, of_fakes in (
-        (SCHEMAS[0], _quantize_rows, _quantize_rows_on_cuda, _quantize_rows_of_fakes),
-        (SCHEMAS[1], _linear, _linear_on_cuda, _linear_of_fakes),
-        (SCHEMAS[2], _dequantize, _dequantize_on_cuda, _dequantize_of_fakes),
-        (SCHEMAS[3], _read_weight, _read_weight, _read_weight_of_fakes),
-        (SCHEMAS[4], _quantize_heads, _quantize_heads_on_cuda, _quantize_heads_of_fakes),
-        (SCHEMAS[5], _int8_attention, _int8_attention_on_cuda, _int8_attention_of_fakes),
-        (SCHEMAS[6], reference.rotate_heads, _rotate_heads_on_cuda, _rotate_heads_of_fakes),
-        (SCHEMAS[7], _short_attention, _short_attention_on_cuda, _short_attention_of_fakes),
+        (SCHEMAS[0], run.quantize_rows, run.quantize_rows_on_cuda, run.quantize_rows_of_fakes),
+        (SCHEMAS[1], run.linear, run.linear_on_cuda, run.linear_of_fakes),
+        (SCHEMAS[2], run.dequantize, run.dequantize_on_cuda, run.dequantize_of_fakes),
+        (SCHEMAS[3], run.read_weight, run.read_weight, run.read_weight_of_fakes),
+        (SCHEMAS[4], run.quantize_heads, run.quantize_heads_on_cuda, run.quantize_heads_of_fakes),
+        (SCHEMAS[5], run.int8_attention, run.int8_attention_on_cuda, run.int8_attention_of_fakes),
+        (SCHEMAS[6], reference.rotate_heads, run.rotate_heads_on_cuda, run.rotate_heads_of_fakes),
+        (
+            SCHEMAS[7],
+            run.short_attention,
+            run.short_attention_on_cuda,
+            run.short_attention_of_fakes,
+        ),
     ):
         name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

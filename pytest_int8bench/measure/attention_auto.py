@@ -13,7 +13,6 @@ import torch
 from pytest_int8bench.attention import SHORT, FlashSDPA, backends_of, general_backends
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.compiler.attention_calls import Call as Call
-from pytest_int8bench.compiler.attention_calls import Layout as Layout
 from pytest_int8bench.compiler.attention_calls import recorded_calls as recorded_calls
 from pytest_int8bench.compiler.failures import is_of_model, root_of
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pytest_int8bench.compiler.torch_workarounds import version_of
+from pytest_int8bench.compiler.torch_workarounds.eager import version_of
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.tensors import call, deep_copy, map_tensors, refilled, same_values, tensors_of

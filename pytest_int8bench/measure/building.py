@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pytest_int8bench.compiler.torch_workarounds import OpOverload, without_compilation
+from pytest_int8bench.compiler.torch_workarounds.dynamo import without_compilation
+from pytest_int8bench.compiler.torch_workarounds.names import OpOverload
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.casting import (
     cast_module,

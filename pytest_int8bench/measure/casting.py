@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pytest_int8bench.compiler.torch_workarounds import made_in_inference_mode
+from pytest_int8bench.compiler.torch_workarounds.eager import made_in_inference_mode
 from pytest_int8bench.tensors import cast, cloned
 
 

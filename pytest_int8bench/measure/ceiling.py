@@ -88,21 +88,11 @@ def find_ceiling(
     quantized = quantized_calls(calls, converted)
     if not baseline.products_s:
         raise CeilingError("no kernel of the baseline is known to be a matrix product")
-    width = element_bytes
     others = [call for call in calls if call.name not in converted]
-    typical = _together(quantized, rates.float_ops_per_s)
     int8_rates = rates.int8_ops_per_s if bound.int8_matmuls else None
-
-    def least_s(call: LinearCall, rate: float, inputs: int, weights: float) -> float:
-        return max(call.ops / rate, call.traffic(inputs, weights, width) / rates.bytes_per_s)
-
-    before = [least_s(c, rates.float_ops_per_s[c.size], width, width) for c in quantized]
-    used, inputs = (rates.float_ops_per_s, width) if int8_rates is None else (int8_rates, 1)
-    after = [least_s(c, used[c.size], inputs, bound.weight_bytes) for c in quantized]
-    share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
-    ratio = sum(before) / sum(after)
+    share, ratio = _share_and_ratio(quantized, others, rates, bound, element_bytes)
     left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
-    element_s = None if int8_rates is None else (width + 1) / rates.bytes_per_s
+    element_s = None if int8_rates is None else (element_bytes + 1) / rates.bytes_per_s
     saved_s = _saved_s(baseline.rest, quantized, others, attention, element_s, shortest_s)
     if attention:
         saved_s += baseline.attention * attention.share * (1 - 1 / attention.ratio)
@@ -111,11 +101,33 @@ def find_ceiling(
         baseline.total_s / left_s,
         ratio,
         share,
-        typical,
+        _together(quantized, rates.float_ops_per_s),
         None if int8_rates is None else _together(quantized, int8_rates),
         rates.bytes_per_s,
         attention,
     )
+
+
+def _share_and_ratio(
+    quantized: Sequence[LinearCall],
+    others: Sequence[LinearCall],
+    rates: Rates,
+    bound: Bound,
+    width: int,
+) -> tuple[float, float]:
+    """Return the part of the time in products that is in quantized layers, and how many times
+    faster these could be; an element of the baseline has ``width`` bytes."""
+    typical = _together(quantized, rates.float_ops_per_s)
+
+    def least_s(call: LinearCall, rate: float, inputs: int, weights: float) -> float:
+        return max(call.ops / rate, call.traffic(inputs, weights, width) / rates.bytes_per_s)
+
+    before = [least_s(c, rates.float_ops_per_s[c.size], width, width) for c in quantized]
+    int8_rates = rates.int8_ops_per_s if bound.int8_matmuls else None
+    used, inputs = (rates.float_ops_per_s, width) if int8_rates is None else (int8_rates, 1)
+    after = [least_s(c, used[c.size], inputs, bound.weight_bytes) for c in quantized]
+    share = sum(before) / (sum(before) + sum(least_s(c, typical, width, width) for c in others))
+    return share, sum(before) / sum(after)
 
 
 def _saved_s(

@@ -18,13 +18,13 @@ from pytest_int8bench.attention import (
     own_names,
 )
 from pytest_int8bench.errors import ClearError
-from pytest_int8bench.kernels import dispatch
+from pytest_int8bench.kernels import table
 from pytest_int8bench.kernels.tile_types import SHORT_ROWS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.modes import MODES
 
 # Names of INT8 matmuls in libraries: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
-# and operators of the CPU. The names of our own are in dispatch.KERNELS.
+# and operators of the CPU. The names of our own are in table.KERNELS.
 _INT8_MATMUL = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?(gemm|product)|gemm_?int8|_int_mm|int_scaled_matmul"
     r"|triton_(tem|mm)\w*int_mm|qlinear",
@@ -44,7 +44,7 @@ _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDisp
 
 def is_fused_matmul(kernel: str) -> bool:
     """Return whether a kernel is an INT8 matmul of the fused backend."""
-    return any(row.function in kernel for row in dispatch.kernels_of("linear"))
+    return any(row.function in kernel for row in table.kernels_of("linear"))
 
 
 class EvidenceError(ClearError, AssertionError):

@@ -6,23 +6,19 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from pytest_int8bench.clock import synchronized_perf_counter
-from pytest_int8bench.compiler.compiled_model import (
-    CUDA_GRAPH_MODES,
-    CompiledModel,
-    compile_for_a100,
-)
+from pytest_int8bench.compiler.api import compile_for_a100
+from pytest_int8bench.compiler.compiled_model import CUDA_GRAPH_MODES, CompiledModel
 from pytest_int8bench.compiler.entries import graphs_skipped
 from pytest_int8bench.compiler.fusion.short_attention import NothingShortError
 from pytest_int8bench.compiler.graphs import Graph
-from pytest_int8bench.compiler.torch_workarounds import free_matmul_workspaces
+from pytest_int8bench.compiler.torch_workarounds.inductor import free_matmul_workspaces
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.measure.attention_auto import (
     AnotherBackend,
@@ -51,8 +47,9 @@ from pytest_int8bench.measure.memory import (
     peak_memory,
     release,
 )
+from pytest_int8bench.measure.ready import Ready, describe, listed
 from pytest_int8bench.measure.repeats import Buffers, has_nan, is_finite, joined, repeats, sample_of
-from pytest_int8bench.measure.timing import Timer, WarmUp, warm_up
+from pytest_int8bench.measure.timing import Timer, warm_up
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage, weight_storage
 from pytest_int8bench.quantization.modes import MODES
@@ -63,33 +60,6 @@ if TYPE_CHECKING:
 
 
 Seen = TypeVar("Seen")
-Outputs: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What getting a model ready took, and what its output looks like."""
-
-    compile_s: float | None
-    warm_up: WarmUp
-    peak_memory_bytes: int | None
-    tokens: int | None
-    outputs: Outputs
-    """Shape and dtype of each output tensor."""
-    finite: bool
-    """No output holds NaN or infinity."""
-    has_nan: bool
-    """An output holds NaN."""
-    compile_cache: str | None = None
-    """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
-    cuda_graphs_skipped: bool = False
-    """The compile mode asks for CUDA graphs, and Inductor did without."""
-    regions: int = 0
-    """Repeated blocks that were compiled once for all."""
-    regions_refused: str | None = None
-    """Why blocks that repeat were compiled one by one; None if they were not."""
-    remark: str | None = None
-    """What the reader should know about how the model treats its inputs and its state."""
 
 
 class Model:
@@ -326,7 +296,7 @@ class Model:
         if not list(tensors_of(output)):
             raise WorkloadError(f"workload {self.workload.name!r}: the model returned no tensor")
         self._buffers.settle()
-        outputs, first = _describe(output), sample_of(output)
+        outputs, first = describe(output), sample_of(output)
         finite, nan = is_finite(tensors_of(output)), has_nan(tensors_of(output))
         del output
         # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
@@ -340,11 +310,11 @@ class Model:
         self._buffers.settle()
         output = self._call_once()
         self._buffers.compare()
-        again = _describe(output)
+        again = describe(output)
         if again != outputs:
             raise WorkloadError(
-                f"workload {self.workload.name!r}: the same inputs gave {_listed(outputs)} at the "
-                f"first call and {_listed(again)} at a later one"
+                f"workload {self.workload.name!r}: the same inputs gave {listed(outputs)} at the "
+                f"first call and {listed(again)} at a later one"
             )
         self.batch.check()
         changing = self._buffers.remark() or repeats(first, sample_of(output))
@@ -406,11 +376,3 @@ class Model:
     def restore(self) -> None:
         """Put back the buffers that every call changes, before a call whose output counts."""
         self._buffers.restore()
-
-
-def _describe(output: Any) -> Outputs:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of(output))
-
-
-def _listed(outputs: Outputs) -> str:
-    return ", ".join(f"{list(shape)} {dtype}" for shape, dtype in outputs) or "no tensor"

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,32 +15,28 @@ import torch
 
 from pytest_int8bench.clock import synchronized_perf_counter, untraced
 from pytest_int8bench.environment import gpu_state
-from pytest_int8bench.errors import ClearError, WorkloadError
+from pytest_int8bench.errors import ClearError
 from pytest_int8bench.measure.batches import check_late_writes
 from pytest_int8bench.measure.device_time import kernels_of, upper_bound
 from pytest_int8bench.measure.energy import EnergyCounter, counter_of
 from pytest_int8bench.measure.evidence import Keep
 from pytest_int8bench.measure.feeding import FeedWatch, with_cost
 from pytest_int8bench.measure.memory import oom_of, release, requested_bytes
-from pytest_int8bench.measure.model import Model, Ready
+from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import Key, ModelPool
+from pytest_int8bench.measure.ready import Ready
 from pytest_int8bench.measure.repeats import joined
 from pytest_int8bench.measure.steps import Step, built, interleave, side_by_side, step_label, warmed
 from pytest_int8bench.measure.timing import Plan, Run, Timer, pilot, summarize
 from pytest_int8bench.measure.traces import Profiles
+from pytest_int8bench.measure.units import units_of
 from pytest_int8bench.measure.watchers import tracer_remark
 from pytest_int8bench.nvml import throttled
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
-from pytest_int8bench.results.parts import (
-    Comparison,
-    Feeding,
-    Rounds,
-    Setup,
-    Units,
-)
+from pytest_int8bench.results.parts import Comparison, Feeding, Rounds, Setup
 from pytest_int8bench.results.records import Result
-from pytest_int8bench.workloads.workload import UNITS, Workload
+from pytest_int8bench.workloads.workload import Workload
 
 #: Runs a plan and returns seconds per batch, one value a round.
 TimeRounds = Callable[[Run, Plan], list[float]]
@@ -146,7 +141,7 @@ class Throughput:
         traced = tracer_remark()
         prepared = self._prepare(workload, params)
         model, baseline, remark = prepared.model, prepared.baseline, prepared.remark
-        units = _units(model, prepared.ready)
+        units = units_of(model, prepared.ready)
         rounds, feeding = self._time(model, time_rounds)
         if feeding is not None and self._with_evidence:
             feeding = self._cost_of(feeding, model)
@@ -359,25 +354,6 @@ def _setup(model: Model, ready: Ready) -> Setup:
         regions_refused=ready.regions_refused,
         attention_backend=model.compiled.attention,
     )
-
-
-def _units(model: Model, ready: Ready) -> Units:
-    """Return what one batch counts for."""
-    units = dict(model.workload.units(model.workload.with_axes(model.params)))
-    if ready.tokens is not None:
-        units["tokens"] = ready.tokens
-    unknown = set(units) - set(UNITS)
-    if unknown or "samples" not in units:
-        raise WorkloadError(
-            f"workload {model.workload.name!r}: units must give samples, and may give "
-            f"{', '.join(UNITS[1:])}; got {', '.join(units) or 'nothing'}"
-        )
-    for unit, count in units.items():
-        if not 0 < float(count) < math.inf:
-            raise WorkloadError(
-                f"workload {model.workload.name!r}: {unit} must be a number above 0, got {count!r}"
-            )
-    return Units(**{unit: float(count) for unit, count in units.items()})
 
 
 def _nan_remark(prepared: Prepared) -> str | None:

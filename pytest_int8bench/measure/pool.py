@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pytest_int8bench.attention import SHORT
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.errors import QuantizationError, WorkloadError
 from pytest_int8bench.kernels.dispatch import attention_problem
 from pytest_int8bench.measure.attention_auto import (
@@ -198,9 +198,8 @@ class ModelPool:
         quantize: bool = True,
     ) -> Model:
         device = find_device(params)
-        collect_garbage(
-            device
-        )  # what earlier tests left, or its end would count against these weights
+        # What earlier tests left, or its end would count against these weights.
+        collect_garbage(device)
         if params.int8_attention and (why := attention_problem(device)):
             raise QuantizationError(f"int8_attention=True: {why}")
         if params.attention == SHORT and (why := attention_problem(device)):
@@ -228,22 +227,9 @@ class ModelPool:
                 )
             make_readable(eager)
         elif params.int8_enabled and quantize:
-            calibration = None
-            if params.int8_smoothquant:
-                calibration = calibration_inputs(workload, params, batch.inputs, device)
             # The two have run once, to be compared, where there is a baseline.
             run = None if baseline is not None else _runner(eager, batch, device)
-            with contextlib.nullcontext() if calibration is None else kept_buffers(eager, run):
-                apply_int8_quant(
-                    eager,
-                    mode=params.int8_mode,
-                    filter_fn=workload.filter_fn,
-                    smoothquant=params.int8_smoothquant,
-                    calibration=calibration,
-                    alpha=workload.smoothquant_alpha,
-                    quant_config=workload.quant_config,
-                    backend=params.int8_backend,
-                )
+            _quantize(eager, workload, params, batch, device, run)
         collect_garbage(device)  # the weights that were quantized
         weight_bytes = allocated_bytes(device) - before
         return Model(
@@ -346,6 +332,31 @@ def _runner(eager: nn.Module, batch: Batch, device: torch.device) -> Callable[[]
             return run_once(eager, batch.inputs, device)  # copies them
 
     return run
+
+
+def _quantize(
+    eager: nn.Module,
+    workload: Workload,
+    params: RunParams,
+    batch: Batch,
+    device: torch.device,
+    run: Callable[[], object] | None,
+) -> None:
+    """Quantize a model in place; ``run`` runs a forward where none has run yet."""
+    calibration = None
+    if params.int8_smoothquant:
+        calibration = calibration_inputs(workload, params, batch.inputs, device)
+    with contextlib.nullcontext() if calibration is None else kept_buffers(eager, run):
+        apply_int8_quant(
+            eager,
+            mode=params.int8_mode,
+            filter_fn=workload.filter_fn,
+            smoothquant=params.int8_smoothquant,
+            calibration=calibration,
+            alpha=workload.smoothquant_alpha,
+            quant_config=workload.quant_config,
+            backend=params.int8_backend,
+        )
 
 
 def _role(params: RunParams) -> str:

@@ -8,8 +8,9 @@ from typing import Literal
 
 from pytest_int8bench.measure.baseline_check import check
 from pytest_int8bench.measure.batches import check_late_writes
-from pytest_int8bench.measure.model import Model, Ready
+from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool
+from pytest_int8bench.measure.ready import Ready
 from pytest_int8bench.measure.speedup import Speedup, measure_speedup
 from pytest_int8bench.measure.timing import Timer
 from pytest_int8bench.params import RunParams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pytest_int8bench.clock import lasting_tracers
-from pytest_int8bench.compiler.torch_workarounds import active_watchers
+from pytest_int8bench.compiler.torch_workarounds.eager import active_watchers
 
 
 def active_tracers() -> list[str]:

@@ -1,11 +1,11 @@
-"""Everything that depends on the insides of pytest-benchmark."""
+"""Everything that depends on the insides of pytest-benchmark; :mod:`.pytest_benchmark_workers` has
+what is for pytest-xdist."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,8 +20,6 @@ STORAGE = Path(".benchmarks")
 DISABLED = "pytest-benchmark is disabled"
 _NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
 _NOT_SAVED = pytest.StashKey[bool]()
-#: What pytest-benchmark wants of a fixture whose times it saves.
-_TIMING_NAMES = ("name", "group", "param", "params", "extra_info", "has_error")
 
 
 # -- whether it is there ------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def storage_target(config: pytest.Config) -> Path | None:
     """Return the folder that ``--benchmark-save`` and ``--benchmark-autosave`` make a file in; None
     without them, and where the storage is no folder."""
     wants = config.getoption("benchmark_save", None) or config.getoption("benchmark_autosave", None)
-    storage = getattr(_session_of(config), "storage", None)
+    storage = getattr(session_of(config), "storage", None)
     folder = getattr(storage, "path", None)
     if not wants or folder is None:
         return None
@@ -73,7 +71,7 @@ def _path_of(target: Any) -> Path | None:
     return Path(target if isinstance(target, str | Path) else target.name)
 
 
-def _session_of(config: pytest.Config) -> Any:
+def session_of(config: pytest.Config) -> Any:
     """Return pytest-benchmark's session, None if it is turned off or missing."""
     return config.pluginmanager.get_plugin("pytest-benchmark")
 
@@ -143,7 +141,7 @@ class WithBenchmark:
     @pytest.fixture
     def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Benchmark:
         # pytest-codspeed, with --codspeed, turns it off late and puts a fixture in its place.
-        if _session_of(request.config) is None:
+        if session_of(request.config) is None:
             pytest.skip(_NOT_ACTIVE)
         return Benchmark(benchmark)
 
@@ -184,7 +182,7 @@ def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
 def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -> None:
     """Keep the timing of a test out of the saved file, where it would pass for a baseline, or take
     it in again."""
-    session = _session_of(config)
+    session = session_of(config)
     for timed in session.benchmarks if session is not None else []:
         if timed.fullname == nodeid:
             timed.fixture.has_error = is_left_out
@@ -192,7 +190,7 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
 
 def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
     """Return what pytest-benchmark has just timed, as it saves it; None if it is not this test."""
-    for timed in getattr(_session_of(config), "benchmarks", [])[-1:]:
+    for timed in getattr(session_of(config), "benchmarks", [])[-1:]:
         if timed and timed.fullname == nodeid and not timed.has_error:
             return dict(timed.as_dict(include_data=False))
     return None
@@ -205,9 +203,14 @@ def is_disabled(item: pytest.Item) -> bool:
 
 def drop_timings(config: pytest.Config, nodeid: str) -> None:
     """Remove the timings of a test that is run again, which would be listed and compared too."""
-    session = _session_of(config)
+    session = session_of(config)
     if session is not None:
         session.benchmarks[:] = [t for t in session.benchmarks if t.fullname != nodeid]
+
+
+def uses_benchmark(item: pytest.Item) -> bool:
+    """Return whether a test has the ``benchmark`` fixture."""
+    return "benchmark" in getattr(item, "fixturenames", ())
 
 
 def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) -> None:
@@ -229,7 +232,7 @@ def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) ->
 
 def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
     """Let the files that are compared with have new node ids, given by older ones."""
-    session = _session_of(config)
+    session = session_of(config)
     for entries in (getattr(session, "compared_mapping", None) or {}).values():
         for old, new in names.items():
             if old in entries:
@@ -242,7 +245,7 @@ def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
 def save_without_timings(config: pytest.Config) -> None:
     """Save a session in which nothing was timed (all out of memory, skipped, accuracy only):
     pytest-benchmark writes no file then."""
-    session = _session_of(config)
+    session = session_of(config)
     if session is None or session.benchmarks:
         return
     if session.disabled:  # it saves nothing either: the latest measured file stays the latest
@@ -279,7 +282,7 @@ def guard_saving(
         note: called with what failed and the error.
         handover: takes the JSON, if the runner started this process and wants it.
     """
-    session = _session_of(config)
+    session = session_of(config)
     if session is None:
         return
 
@@ -325,7 +328,7 @@ def guard_saving(
 
 def describe_saved(config: pytest.Config) -> str:
     """Return one line that says where the session's JSON is, or why it is not saved."""
-    session = _session_of(config)
+    session = session_of(config)
     if session is None or session.disabled:
         return f"not saved as JSON: {DISABLED}"
     if config.stash.get(_NOT_SAVED, False):
@@ -342,70 +345,3 @@ def describe_saved(config: pytest.Config) -> str:
     if not saved:
         return "not saved as JSON: add --benchmark-autosave or --benchmark-json=PATH"
     return f"saved: {', '.join(saved)}"
-
-
-# -- pytest-xdist -------------------------------------------------------------------------------
-
-
-def uses_benchmark(item: pytest.Item) -> bool:
-    """Return whether a test has the ``benchmark`` fixture."""
-    return "benchmark" in getattr(item, "fixturenames", ())
-
-
-def silence_xdist_warning(config: pytest.Config) -> None:
-    """Keep pytest-benchmark from warning (since 5.3, at the end) that xdist has disabled it."""
-    session = _session_of(config)
-    if session is not None:
-        session.xdist_benchmark_found = False
-
-
-def take_timings(config: pytest.Config) -> list[dict[str, Any]]:
-    """Remove the timings of this worker from pytest-benchmark's session, which would write a file
-    of its own, and return them."""
-    session = _session_of(config)
-    if session is None:
-        return []
-    timed = [entry for entry in session.benchmarks if entry]
-    session.benchmarks.clear()
-    return [{**entry.as_dict(), "has_error": entry.has_error} for entry in timed]
-
-
-def add_timing(config: pytest.Config, fullname: str, values: Mapping[str, Any]) -> None:
-    """Add a timing of a worker to pytest-benchmark's session, as if this process had timed it.
-
-    Args:
-        config: of the process that started the worker.
-        fullname: node id of the test.
-        values: an entry of :func:`take_timings`.
-    """
-    from pytest_benchmark import stats
-
-    session = _session_of(config)
-    if session is None:
-        return
-    fixture = SimpleNamespace(
-        fullname=fullname,
-        cprofile_stats=None,
-        **{name: values[name] for name in _TIMING_NAMES},
-    )
-    metadata: Any = stats.Metadata
-    timed = metadata(fixture, values["stats"]["iterations"], values["options"])
-    for seconds in values["stats"]["data"]:
-        timed.stats.update(seconds)
-    session.benchmarks.append(timed)
-
-
-def enable_saving(config: pytest.Config, order: Mapping[str, int], *, untimed: bool) -> None:
-    """Make pytest-benchmark, which disabled itself, save and compare the timings of workers.
-
-    Args:
-        config: of the process that started the workers.
-        order: places of node ids among the tests.
-        untimed: whether to save a session without timings too.
-    """
-    session = _session_of(config)
-    if session is None:
-        return
-    session.benchmarks.sort(key=lambda timed: order.get(timed.fullname, -1))
-    if (session.benchmarks or untimed) and not is_disabled_by_user(config):
-        session.disabled = False

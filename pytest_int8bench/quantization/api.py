@@ -90,12 +90,17 @@ def apply_int8_quant(
         quant_config=quant_config,
         backend=backend,
     )
+    _coverages[model] = _quantize_whole(model, asked)
+    return model
+
+
+def _quantize_whole(model: nn.Module, asked: Arguments) -> Coverage:
+    """Quantize the model, or leave it as it was on an error; return what it covered and missed."""
     hoped = expected(model)
     with unchanged_on_error(model):
         covered = _quantize(model, asked)
     missed = hoped.missed(layer.name for layer in covered.left_out)
-    _coverages[model] = dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
-    return model
+    return dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
 
 
 def _quantize(model: nn.Module, asked: Arguments) -> Coverage:

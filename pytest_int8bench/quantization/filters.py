@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from pytest_int8bench.errors import QuantizationError as QuantizationError
 from pytest_int8bench.quantization.structure import Structure, current, is_numbered
 
 if TYPE_CHECKING:

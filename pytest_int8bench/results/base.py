@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from pytest_int8bench.results.checks import check_fields, one_of, shown
-from pytest_int8bench.results.figures import FIGURES, PLAIN
+from pytest_int8bench.results.figure import PLAIN
+from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.shapes import Params
 
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")

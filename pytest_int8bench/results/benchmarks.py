@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.results.base import Measured, SchemaError
 from pytest_int8bench.results.checks import Count, check, shown
-from pytest_int8bench.results.figures import PLAIN
+from pytest_int8bench.results.figure import PLAIN
 from pytest_int8bench.results.shapes import Timing
 
 #: Of a median, over that of a mean, if times are normally distributed.

@@ -18,7 +18,7 @@ from pytest_int8bench.cli.checks import registry, torch_probe
 from pytest_int8bench.cli.checks.lines import OK, PROBLEM, WARNING, Line
 from pytest_int8bench.cli.checks.torch_probe import Device, TorchReport
 from pytest_int8bench.cli.main import main
-from pytest_int8bench.kernels import dispatch
+from pytest_int8bench.kernels import dispatch, table
 from toys.machines import A100, H200, HEALTHY, UUID, Nvml, put
 
 GIB = 1 << 30
@@ -570,7 +570,7 @@ def test_a_torch_that_is_broken(
 def test_a_kernel_says_why_its_selftest_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    kernel = dispatch.KERNELS[0]
+    kernel = table.KERNELS[0]
     device = torch.device("cpu")
 
     def fails(*args: Any, **kwargs: Any) -> bool:
@@ -579,7 +579,7 @@ def test_a_kernel_says_why_its_selftest_failed(monkeypatch: pytest.MonkeyPatch) 
         warnings.warn("they give other bits", stacklevel=1)
         return False
 
-    assert dispatch.selftest_failure(dispatch.KERNELS[-1], device) is None
+    assert dispatch.selftest_failure(table.KERNELS[-1], device) is None
     monkeypatch.setattr(dispatch, "has_passed", fails)
     assert dispatch.selftest_failure(kernel, device) == "they give other bits"
     assert kernel.unmet(device) == "needs sm90, this is sm00"

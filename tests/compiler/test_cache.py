@@ -20,8 +20,9 @@ import torch._functorch.config
 from torch import nn
 
 from pytest_int8bench.compiler import cache as compile_cache
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.cache import CompileCache, CompileCacheError
-from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
+from pytest_int8bench.compiler.compiled_model import CompiledModel
 from pytest_int8bench.files import is_plain
 from pytest_int8bench.measure.evidence import profile_forward
 from toys.models import BareAttention

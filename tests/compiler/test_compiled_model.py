@@ -15,13 +15,9 @@ import torch._functorch.config
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.backend import FusingInductor
-from pytest_int8bench.compiler.compiled_model import (
-    CompiledModel,
-    CompileError,
-    compile_for_a100,
-    graphs_compiled,
-)
+from pytest_int8bench.compiler.compiled_model import CompiledModel, CompileError, graphs_compiled
 from pytest_int8bench.measure.evidence import profile_forward
 from toys.models import BareAttention
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
-from pytest_int8bench.compiler.torch_workarounds import float32_matmul_precision
+from pytest_int8bench.compiler.api import compile_for_a100
+from pytest_int8bench.compiler.torch_workarounds.eager import float32_matmul_precision
 from toys.process_state import changes, process_state
 
 X = torch.ones(2, 4)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pytest_int8bench.compiler.compiled_model import CompiledModel, compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
+from pytest_int8bench.compiler.compiled_model import CompiledModel
 from pytest_int8bench.compiler.regions import Regions, reason_left_out, repeated_blocks
 from pytest_int8bench.quantization.api import apply_int8_quant
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.compiler import torch_workarounds
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.regions import Regions
+from pytest_int8bench.compiler.torch_workarounds import dynamo, inductor
 
 X = torch.ones(2, 4)
 
@@ -191,7 +191,7 @@ def test_einops_does_not_recompile_the_second_call(monkeypatch: pytest.MonkeyPat
 )
 def test_finds_schema_of_region_once(as_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if as_before:
-        monkeypatch.setattr(torch_workarounds, "torch_caches_region_schemas", lambda: False)
+        monkeypatch.setattr(inductor, "torch_caches_region_schemas", lambda: False)
         name = "get_functionalize_schema_entry"
         cache = torch._guards.InvokeSubgraphCache
         monkeypatch.setattr(cache, name, lambda self, key: None, raising=False)
@@ -213,18 +213,18 @@ def test_finds_schema_of_region_once(as_before: bool, monkeypatch: pytest.Monkey
 
 
 def test_keeps_schemas_of_two_graphs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_workarounds, "torch_caches_region_schemas", lambda: False)
+    monkeypatch.setattr(inductor, "torch_caches_region_schemas", lambda: False)
     region = torch.ops.higher_order.invoke_subgraph
 
     def kept(*operands: torch.Tensor) -> str:
         return str(region.gen_schema(graph, "same", *operands))
 
     graph = torch.fx.symbolic_trace(lambda x: (x + 1,))
-    with torch_workarounds.cached_region_schemas():
+    with inductor.cached_region_schemas():
         one = kept(X)
         graph = torch.fx.symbolic_trace(lambda x: (x.add_(1),))
         assert kept(X) != one
-        with pytest.raises(KeyError), torch_workarounds.cached_region_schemas():
+        with pytest.raises(KeyError), inductor.cached_region_schemas():
             raise KeyError
         assert kept(X) != one
     assert "gen_schema" not in vars(region)
@@ -267,7 +267,7 @@ def test_reuse_that_users_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> No
         return True
 
     monkeypatch.setattr(invoke_subgraph, "is_reuse_eligible", eligible)
-    torch_workarounds._reuse_functions.cache_clear()
+    dynamo._reuse_functions.cache_clear()
     try:
         with Regions([Block(), Block()]):
             refuses = invoke_subgraph.is_reuse_eligible
@@ -275,4 +275,4 @@ def test_reuse_that_users_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> No
             assert refuses(1, has_reuse_hash_fn=True) is True
         assert asked == [((1,), True)]
     finally:
-        torch_workarounds._reuse_functions.cache_clear()
+        dynamo._reuse_functions.cache_clear()

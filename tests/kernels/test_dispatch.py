@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import dispatch, reference, tiles
+from pytest_int8bench.kernels import dispatch, reference, table, tiles
 from pytest_int8bench.kernels.tile_types import Heads, Problem, Product, Specialized
 from pytest_int8bench.measure.evidence import EvidenceError, check_labels, profile_forward
 from pytest_int8bench.params import RunParams
@@ -69,7 +69,7 @@ def _operator() -> Iterator[None]:
 def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
     """Add a row before the others."""
     made = Toy()
-    row = dispatch.Kernel(
+    row = table.Kernel(
         operator="linear",
         name="toy",
         function="matmul_of_toy",
@@ -77,7 +77,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
         tiles=made.tiles,
         accepts=lambda problem, stride, residual, dtype, is_aligned: problem.k > 8,
     )
-    monkeypatch.setattr(dispatch, "KERNELS", (row, *dispatch.KERNELS))
+    monkeypatch.setattr(table, "KERNELS", (row, *table.KERNELS))
     monkeypatch.setattr(cuda, "_kept", {})
     return made
 
@@ -148,16 +148,16 @@ def launches() -> dict[str, Any]:
         "int8_attention": (HEADS, 0.1, (8, 8, 8), tiles.attention(HEADS, True), True),
         "short_attention": (HEADS, 0.1, True, [(8, 8, 8)] * 3, tiles.short(HEADS)),
     }
-    return {row.name: row.launch(*call[row.name]) for row in dispatch.KERNELS}
+    return {row.name: row.launch(*call[row.name]) for row in table.KERNELS}
 
 
 def test_rows_name_the_functions_that_they_launch() -> None:
     found = {name: launch.kernel.fn.__name__ for name, launch in launches().items()}
-    assert found == {row.name: row.function for row in dispatch.KERNELS}
+    assert found == {row.name: row.function for row in table.KERNELS}
 
 
 def test_rows_have_names_of_their_own() -> None:
-    for names in ([row.name for row in dispatch.KERNELS], [r.function for r in dispatch.KERNELS]):
+    for names in ([row.name for row in table.KERNELS], [r.function for r in table.KERNELS]):
         assert len(set(names)) == len(names)
 
 

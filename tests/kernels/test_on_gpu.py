@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
-from pytest_int8bench.kernels import dispatch, ops, reference
-from pytest_int8bench.measure.attention_auto import Call, Layout, Timings, fastest_backend
+from pytest_int8bench.compiler.api import compile_for_a100
+from pytest_int8bench.compiler.attention_calls import Layout
+from pytest_int8bench.kernels import dispatch, ops, reference, table
+from pytest_int8bench.measure.attention_auto import Call, Timings, fastest_backend
 from pytest_int8bench.measure.evidence import Evidence, profile_forward
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.params import RunParams
@@ -230,13 +231,13 @@ def test_a_large_product_with_a_residual_of_another_dtype() -> None:
 @pytest.mark.usefixtures("_roles")
 def test_warps_with_roles_prove_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("INT8BENCH_PRODUCT", raising=False)
-    first, *others = dispatch.kernels_of("linear")
+    first, *others = table.kernels_of("linear")
     assert first.name == "specialized"
     assert first.selftest is not None
     unknown = dataclasses.replace(
         first, selftest=dataclasses.replace(first.selftest, passed_with=())
     )
-    monkeypatch.setattr(dispatch, "KERNELS", [unknown, *others])
+    monkeypatch.setattr(table, "KERNELS", [unknown, *others])
     state = torch.cuda.get_rng_state()
     assert dispatch.has_passed(unknown, torch.device("cuda", 0), may_try=True)
     assert torch.equal(state, torch.cuda.get_rng_state())

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import dispatch, ops, reference, schema, tile_types, tuning
+from pytest_int8bench.kernels import dispatch, ops, reference, schema, table, tile_types, tuning
 from pytest_int8bench.kernels.tile_types import Product
 
 triton = pytest.importorskip("triton")
@@ -436,7 +436,7 @@ def launches() -> Iterator[list[str]]:
     """Note the kernel of each matmul."""
     ran: list[str] = []
 
-    def noting(kernel: dispatch.Kernel) -> dispatch.Kernel:
+    def noting(kernel: table.Kernel) -> table.Kernel:
         def launched(*call: Any) -> launch.Launch:
             made = kernel.launch(*call)
             ran.append(made.kernel.fn.__name__.removeprefix("int8_product_"))
@@ -444,8 +444,8 @@ def launches() -> Iterator[list[str]]:
 
         return dataclasses.replace(kernel, launch=launched)
 
-    rows = [noting(row) if row.operator == "linear" else row for row in dispatch.KERNELS]
-    with mock.patch.object(dispatch, "KERNELS", rows):
+    rows = [noting(row) if row.operator == "linear" else row for row in table.KERNELS]
+    with mock.patch.object(table, "KERNELS", rows):
         yield ran
 
 
@@ -599,8 +599,8 @@ def test_default_tiles_come_from_the_configuration(monkeypatch: pytest.MonkeyPat
         asked.append((problem, kernel, device, time is not None))
         return TILES[0]
 
-    rows = [dataclasses.replace(row, tiles=pointer_tiles) for row in dispatch.kernels_of("linear")]
-    monkeypatch.setattr(dispatch, "KERNELS", rows)
+    rows = [dataclasses.replace(row, tiles=pointer_tiles) for row in table.kernels_of("linear")]
+    monkeypatch.setattr(table, "KERNELS", rows)
     monkeypatch.setattr(launch, "_kept", {})
     arguments = Multiplied(5, 32, 16, torch.bfloat16, residual=True).make()
     check_product(arguments, launch.linear(*arguments, kernel="pointers"))

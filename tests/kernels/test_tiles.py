@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import dispatch, tuning
+from pytest_int8bench.kernels import dispatch, table, tuning
 from pytest_int8bench.kernels.dispatch import product_kernel
 from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized, Tile
 from pytest_int8bench.kernels.tiles import (
@@ -86,11 +86,11 @@ def product(
 ) -> Any:
     """Return the tiles of the first kernel, from a name on, that has tiles for the problem."""
 
-    def timed(kernel: dispatch.Kernel, tile: Tile) -> float:
+    def timed(kernel: table.Kernel, tile: Tile) -> float:
         assert time is not None
         return time(tile)
 
-    kernels = dispatch.kernels_of("linear")
+    kernels = table.kernels_of("linear")
     kernels = kernels[[kernel.name for kernel in kernels].index(name) :]
     chosen = dispatch.kernel_and_tile(kernels, device, problem, None if time is None else timed)
     return chosen[1]

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from pytest_int8bench.compiler.attention_calls import Layout
 from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure import attention_auto
 from pytest_int8bench.measure.attention_auto import (
     AutoAttention,
     Call,
-    Layout,
     fastest_backend,
     recorded_calls,
 )

@@ -16,7 +16,7 @@ from torch import nn
 from pytest_int8bench.compiler.attention_calls import Call
 from pytest_int8bench.compiler.backend import FusingInductor
 from pytest_int8bench.compiler.cache import CompileCache
-from pytest_int8bench.compiler.torch_workarounds import InductorBackend
+from pytest_int8bench.compiler.torch_workarounds.names import InductorBackend
 from pytest_int8bench.measure import attention_auto, pool
 from pytest_int8bench.measure.attention_auto import AttentionError
 from pytest_int8bench.measure.model import Model

@@ -7,7 +7,7 @@ import weakref
 import pytest
 from torch import nn
 
-from pytest_int8bench.compiler.torch_workarounds import InductorBackend
+from pytest_int8bench.compiler.torch_workarounds.names import InductorBackend
 from pytest_int8bench.measure.evidence import EvidenceError
 from pytest_int8bench.measure.model import Model
 from pytest_int8bench.measure.pool import ModelPool

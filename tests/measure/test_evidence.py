@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pytest_int8bench.kernels import dispatch
+from pytest_int8bench.kernels import table
 from pytest_int8bench.measure.evidence import (
     Evidence,
     EvidenceError,
@@ -152,7 +152,7 @@ def test_matching_labels(params: RunParams, evidence: Evidence, stored: tuple[in
 FUSED = "int8_product_tma"
 
 
-@pytest.mark.parametrize("kernel", [row.function for row in dispatch.kernels_of("linear")])
+@pytest.mark.parametrize("kernel", [row.function for row in table.kernels_of("linear")])
 def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
     evidence = ran(GEMM_BF16, kernel, "quantize_rows", FLASH)
     assert [found.name for found in evidence.int8_products] == [kernel]

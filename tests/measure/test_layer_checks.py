@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pytest_int8bench.kernels import dispatch
+from pytest_int8bench.kernels import table
 from pytest_int8bench.measure.evidence import Evidence, EvidenceError, Kernel
 from pytest_int8bench.measure.layer_checks import (
     check_kernel_count,
@@ -23,7 +23,7 @@ W8 = W8A8.replace(int8_mode="w8")
 CUDA = W8A8.replace(gpu_type="cuda")
 NAME = W8A8.run_name
 SQUARE = Size(8, 8)
-FUSED = dispatch.kernels_of("linear")[0].function
+FUSED = table.kernels_of("linear")[0].function
 CUTLASS = "cutlass_80_tensorop_i16832gemm_s8_256x128_64x3_tn_align16"
 
 

@@ -552,6 +552,24 @@ def test_smoothquant_calibrates_on_the_workloads_inputs_or_the_batch(own: bool) 
     assert asked == ([point] if own else [])
 
 
+def test_calibration_batches_do_not_count_as_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def calibration(p: RunParams, device: torch.device) -> list[Any]:
+        batch = torch.full((2, 16), 3.0, dtype=torch.bfloat16)
+        batches.append(weakref.ref(batch))
+        return [(batch,)]
+
+    def allocated_bytes(device: torch.device) -> int:
+        held.append(sum(batch() is not None for batch in batches))
+        return 0
+
+    monkeypatch.setattr("pytest_int8bench.measure.pool.allocated_bytes", allocated_bytes)
+    ModelPool().get(make_workload(calibration=calibration), W8A8.replace(int8_smoothquant=True))
+    assert (len(batches), held[-1]) == (1, 0)
+
+
 # -- which workloads are one --------------------------------------------------------------------
 
 

@@ -794,6 +794,7 @@ IDLE = (
     "pytest_int8bench.plugin.session",
     "pytest_int8bench.plugin.settings",
     "pytest_int8bench.results",
+    "pytest_int8bench.results.figure",
     "pytest_int8bench.results.figures",
     "pytest_int8bench.results.numbers",
     "pytest_int8bench.sweep",

@@ -29,7 +29,7 @@ from torchao.quantization import (
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.kernels import dispatch

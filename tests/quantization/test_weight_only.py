@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.fusion import nodes, passes
 from pytest_int8bench.kernels import dispatch, ops, reference
 from pytest_int8bench.kernels.linear import WeightOnlyLinear, replace_linears

@@ -17,12 +17,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.results.base import NOT_MEASURED, STATUSES, SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.reading import read
-from pytest_int8bench.results.records import (
-    SCHEMA,
-    Result,
-    Saved,
-    latest,
-)
+from pytest_int8bench.results.records import SCHEMA, Result, Saved, latest
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from toys import results as toys
 from toys.records import results, tables, verdicts

@@ -14,7 +14,8 @@ from pytest_int8bench.printing import one_line
 from pytest_int8bench.results import checks
 from pytest_int8bench.results.base import STATUSES
 from pytest_int8bench.results.figures import FIGURES
-from pytest_int8bench.results.records import COMPILE_CACHES, Result
+from pytest_int8bench.results.records import Result
+from pytest_int8bench.results.result import COMPILE_CACHES
 from pytest_int8bench.results.verdicts import OUTCOMES, Accuracy, Sensitivity
 
 text = st.text(max_size=8).map(one_line)  # other texts are cleaned when they are read

@@ -24,7 +24,7 @@ from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import (  
     Modality,
 )
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100  # noqa: E402
+from pytest_int8bench.compiler.api import compile_for_a100  # noqa: E402
 from pytest_int8bench.errors import WorkloadError  # noqa: E402
 from pytest_int8bench.measure.building import build_eager  # noqa: E402
 from pytest_int8bench.measure.pool import ModelPool, part_key  # noqa: E402

@@ -141,7 +141,7 @@ def _inductor_folder() -> dict[str, Any]:
 
 
 def _compiler() -> dict[str, Any]:
-    from pytest_int8bench.compiler.torch_workarounds import cpp_compiler
+    from pytest_int8bench.compiler.torch_workarounds.inductor import cpp_compiler
 
     return {"compiler": cpp_compiler()}
 
@@ -164,7 +164,7 @@ def _devices() -> dict[str, Any]:
 def _device(device: Any) -> Device:
     import torch
 
-    from pytest_int8bench.kernels import dispatch
+    from pytest_int8bench.kernels import dispatch, table
 
     fused_problem = dispatch.fused_problem(device)
     if device.type != "cuda":
@@ -179,8 +179,8 @@ def _device(device: Any) -> Device:
         return named(problem=_text(error))
     if fused_problem is not None:
         return named()
-    here = [kernel for kernel in dispatch.KERNELS if kernel.runs_on(device)]
-    others = [kernel for kernel in dispatch.KERNELS if kernel not in here]
+    here = [kernel for kernel in table.KERNELS if kernel.runs_on(device)]
+    others = [kernel for kernel in table.KERNELS if kernel not in here]
     tried = {kernel.name: dispatch.selftest_failure(kernel, device) for kernel in here}
     return named(
         kernels=tuple(name for name, failure in tried.items() if failure is None),

@@ -35,7 +35,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     may_change_layout,
     value_of,
 )
-from pytest_int8bench.compiler.torch_workarounds import (
+from pytest_int8bench.compiler.torch_workarounds.triton_calls import (
     insert_triton_call,
     register_triton_kernel,
 )

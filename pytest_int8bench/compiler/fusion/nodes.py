@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from pytest_int8bench.compiler.torch_workarounds import HigherOrderOperator, OpOverload
+from pytest_int8bench.compiler.torch_workarounds.names import HigherOrderOperator, OpOverload
 from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 from pytest_int8bench.kernels.tile_types import ALIGNMENT
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from pytest_int8bench.compiler.fusion.nodes import Node, given_arguments, value_of, with_value
-from pytest_int8bench.compiler.torch_workarounds import SETTING_CALLS
+from pytest_int8bench.compiler.torch_workarounds.names import SETTING_CALLS
 from pytest_int8bench.kernels import dispatch
 
 _MODES = ("bilinear", "bicubic")

@@ -27,7 +27,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     value_of,
     with_value,
 )
-from pytest_int8bench.compiler.torch_workarounds import CHOOSE_ATTENTION
+from pytest_int8bench.compiler.torch_workarounds.names import CHOOSE_ATTENTION
 from pytest_int8bench.kernels import ops
 from pytest_int8bench.kernels.dispatch import attention_problem
 from pytest_int8bench.kernels.tile_types import SHORT_ROWS

@@ -138,10 +138,8 @@ def judge(
     """
     logs, labels = _blocks_of_four(times, is_new)
     runs, blocks = logs.shape[:2]
-    if blocks < 2:
+    if blocks < 2 or not runs:
         return [too_few(blocks, design) for _ in range(runs)]
-    if not runs:
-        return []
     level = design.level if level is None else level
     decided = decide(logs, labels, design, level, np.asarray(scale, float), is_last=is_last)
     controls = _control(logs, labels).estimates(design.level / 2)

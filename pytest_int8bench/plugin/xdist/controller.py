@@ -20,6 +20,7 @@ from pytest_int8bench.plugin import options, pytest_benchmark
 from pytest_int8bench.plugin.benchmark_files import check_saving
 from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_in
+from pytest_int8bench.plugin.pytest_benchmark_workers import add_timing, enable_saving
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
@@ -178,7 +179,7 @@ class Controller(Recorder):
             if message.worker not in self._apart:
                 fullname = self._bare(timing["fullname"])
                 with self.guard("recording"):
-                    pytest_benchmark.add_timing(self.config, fullname, timing)
+                    add_timing(self.config, fullname, timing)
 
     def _take_problems(self, worker: str, problems: Sequence[str]) -> None:
         if problems:
@@ -282,7 +283,7 @@ class Controller(Recorder):
                 self.start_journal({})
             if self.journal is not None:
                 has_disabled = any(result.is_disabled for result in self.journal.results)
-                pytest_benchmark.enable_saving(self.config, self._order, untimed=not has_disabled)
+                enable_saving(self.config, self._order, untimed=not has_disabled)
         return (yield)
 
     def measured_by(self) -> list[str]:

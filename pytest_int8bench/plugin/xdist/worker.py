@@ -20,6 +20,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin import options, pytest_benchmark
 from pytest_int8bench.plugin.guarding import guarded
 from pytest_int8bench.plugin.points import params_of
+from pytest_int8bench.plugin.pytest_benchmark_workers import silence_xdist_warning, take_timings
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
@@ -177,7 +178,7 @@ class Worker(Recorder):
             has_short_name=point is not None and point[1].has_short_name,
             environment=self.environment() if self._records else None,
             records=[(kind_of(record), record.to_dict()) for record in self._records],
-            timings=pytest_benchmark.take_timings(self.config) if is_over else [],
+            timings=take_timings(self.config) if is_over else [],
             device_lost=self._is_lost,
             problems=self.reported,
             attempt=self._attempts[report.nodeid],
@@ -213,7 +214,7 @@ class Worker(Recorder):
         result = yield
         points = [params_of(item) for item in items if pytest_benchmark.uses_benchmark(item)]
         if all(params and not self.not_timed(params) for params in points):
-            pytest_benchmark.silence_xdist_warning(config)
+            silence_xdist_warning(config)
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -221,7 +222,7 @@ class Worker(Recorder):
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """Send which tests were found, before pytest-benchmark writes a file of this worker's."""
         with self.guard("sending the tests"):
-            pytest_benchmark.take_timings(self.config)
+            take_timings(self.config)
             found = {
                 "collected": [*self.session.collected],
                 "deselected": [*self.session.deselected],

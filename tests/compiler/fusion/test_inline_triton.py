@@ -19,9 +19,9 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch.nn import functional as F
 
 from pytest_int8bench.compiler import compiled_model
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.fusion import inline_triton, passes
-from pytest_int8bench.kernels import dispatch, ops, reference, tile_types, tiles
+from pytest_int8bench.kernels import dispatch, ops, reference, table, tile_types, tiles
 from pytest_int8bench.kernels.tile_types import Product
 from toys.models import lowered
 
@@ -49,8 +49,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str
     problems: list[tuple[tile_types.Problem, str]] = []
 
     def kernel_and_tile(
-        kernels: list[dispatch.Kernel], device: torch.device, problem: tile_types.Problem, time: Any
-    ) -> tuple[dispatch.Kernel, Product]:
+        kernels: list[table.Kernel], device: torch.device, problem: tile_types.Problem, time: Any
+    ) -> tuple[table.Kernel, Product]:
         problems.append((problem, kernels[0].name))
         return kernels[0], Product(16, 16, 16, 4, 2, parts=2, group=2)
 

@@ -12,7 +12,7 @@ from olmoearth_pretrain_minimal.olmoearth_pretrain_v1.utils.constants import Mod
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pytest_int8bench.compiler.compiled_model import compile_for_a100
+from pytest_int8bench.compiler.api import compile_for_a100
 from pytest_int8bench.compiler.fusion import resize
 from pytest_int8bench.kernels import dispatch
 

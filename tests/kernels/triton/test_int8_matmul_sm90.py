@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pytest_int8bench.kernels import device as kernels_device
-from pytest_int8bench.kernels import dispatch, selftest
+from pytest_int8bench.kernels import dispatch, selftest, table
 from pytest_int8bench.kernels import tiles as kernels_tiles
 from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized, Tile
 
@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from pytest_int8bench.kernels import cuda, device as devices, dispatch, launch, precompile
+from pytest_int8bench.kernels import cuda, device as devices, dispatch, launch, precompile, table
 from pytest_int8bench.kernels.tile_types import Problem
 from pytest_int8bench.kernels.triton.int8_matmul_sm90 import int8_product_specialized
 
@@ -140,7 +140,7 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(*, may_try: bool = True) -> Tile:
-    kernels = dispatch.kernels_of("linear")
+    kernels = table.kernels_of("linear")
     passed = [one for one in kernels if dispatch.has_passed(one, GPU, may_try=may_try)]
     return dispatch.kernel_and_tile(passed, GPU, LARGE, None)[1]
 
@@ -209,8 +209,8 @@ def test_compares_each_form(monkeypatch: pytest.MonkeyPatch, differing: int | No
 
         return run
 
-    rows = [dataclasses.replace(row, launch=launched) for row in dispatch.kernels_of("linear")]
-    monkeypatch.setattr(dispatch, "KERNELS", rows)
+    rows = [dataclasses.replace(row, launch=launched) for row in table.kernels_of("linear")]
+    monkeypatch.setattr(table, "KERNELS", rows)
     monkeypatch.setattr(
         launch, "operands_like", lambda p, *_: (None, None, torch.empty(8, 4), *[None] * 5)
     )

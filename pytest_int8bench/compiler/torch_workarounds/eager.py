@@ -1,0 +1,90 @@
+"""What torch hides of a model that runs eagerly: watchers, tensors, the precision of matmuls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_FP32_DEFAULTS = ("generic", "all"), ("cuda", "all"), ("mkldnn", "all")
+_FP32_MATMULS = ("cuda", "matmul"), ("mkldnn", "matmul")
+
+
+def active_watchers() -> list[str]:
+    """Return what torch calls around each operator of this thread: profilers and modes, such as
+    that of a counter of operations.
+
+    Torch 2.11 to 2.13 has no public way to list them (torch/_C/_autograd.pyi, torch/overrides.py,
+    torch/utils/_python_dispatch.py), and none to pause a profiler that another owns.
+    """
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    # That of torch.set_default_device is a setting of the model's process.
+    found = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
+    return (["torch.profiler"] if torch._C._autograd._profiler_enabled() else []) + found
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor, or a view of it, was written to.
+
+    Autograd's notes name this counter; torch 2.11 to 2.13 has no public way to read it. Inference
+    tensors have none.
+    """
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def made_in_inference_mode(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor was made in inference mode, so that autograd refuses it.
+
+    Setting ``data``, as ``Module.to`` does, makes ``is_inference()`` false, but gives the tensor no
+    version counter (c10/core/TensorImpl.cpp, ``shallow_copy_from``, torch 2.11 to 2.13).
+    """
+    if tensor.is_inference():
+        return True
+    try:
+        _ = tensor._version
+    except RuntimeError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def float32_matmul_precision(precision: str) -> Iterator[None]:
+    """Set the precision of FP32 matmuls as ``torch.set_float32_matmul_precision`` does, and put
+    back on leaving what either of torch's two APIs had set.
+
+    ``torch.get_float32_matmul_precision`` raises after a user has set a precision by the newer API
+    (``torch.backends.cuda.matmul.fp32_precision``), and ``torch.set_float32_matmul_precision``
+    turns ``"none"``, which follows the precision of the backend, into ``"ieee"``, which does not.
+    The public getters of the newer API return the precision that a matmul follows, not whether it
+    follows another, and mkldnn's public setter sets the precision of all backends.
+
+    Affects torch 2.11 to 2.13 (``float32MatmulPrecision``, ``float32Precision`` and
+    ``setFloat32MatmulPrecision`` in aten/src/ATen/Context.cpp; ``MkldnnModule`` in
+    torch/backends/mkldnn/__init__.py). We know of no upstream issue.
+    """
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    defaults: dict[tuple[str, str], str] = {}
+    matmuls: dict[tuple[str, str], str] = {}
+    try:
+        for key in _FP32_DEFAULTS:  # the generic one first, which the other two follow
+            defaults[key] = get(*key)
+            put(*key, "none")
+        for key in _FP32_MATMULS:
+            matmuls[key] = get(*key)
+            put(*key, "ieee")  # which agrees with each precision of the older API
+        older = torch.get_float32_matmul_precision()
+    finally:
+        for key, value in (defaults | matmuls).items():
+            put(*key, value)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for key, value in matmuls.items():
+            put(*key, value)

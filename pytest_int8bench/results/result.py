@@ -1,0 +1,313 @@
+"""The result of one finished point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Self
+
+from pytest_int8bench.params import RunParams
+from pytest_int8bench.results import parts
+from pytest_int8bench.results.base import Measured
+from pytest_int8bench.results.checks import Count, Share, one_of
+from pytest_int8bench.results.shapes import (
+    Breakdown,
+    Ceiling,
+    Coverage,
+    GpuState,
+    Kernel,
+    Worker,
+)
+
+#: What a first call may find.
+COMPILE_CACHES = ("cold", "warm")
+_RATES = ("samples_per_s", "tokens_per_s", "pixels_per_s", "square_km_per_s")
+_MOST_IN_BATCH = 1e15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """One finished point. A quantity that was not measured is None."""
+
+    KIND = "a result"
+
+    timer: ClassVar[None] = None  # all points have the same one
+    requested_bytes: Count | None = None
+    """Allocation that failed, with status ``oom``."""
+
+    samples_per_s: float | None = None
+    """Samples over the median batch time."""
+    tokens_per_s: float | None = None
+    """Tokens over the median batch time, where the workload counts them."""
+    pixels_per_s: float | None = None
+    """Pixels of 10 m; a location counts once for all its timesteps."""
+    square_km_per_s: float | None = None
+    """The area of those pixels, in km²."""
+    batch_time_s: float | None = None
+    """Median over the rounds."""
+    batch_time_mean_s: float | None = None
+    """Mean over the rounds, which all have as many batches: the mean over the batches."""
+    batch_time_p95_s: float | None = None
+    """95th percentile over the rounds."""
+    batch_time_min_s: float | None = None
+    """The fastest round; what other load on a CPU disturbs least."""
+    batch_time_standard_error: float | None = None
+    """Estimated standard error of the median, relative to it."""
+    rounds: Count | None = None
+    """Rounds that were timed."""
+    iterations: Count | None = None
+    """Batches per round."""
+    synchronization_share: float | None = None
+    """Part of ``batch_time_s`` that is waiting for the host at the start of a round, estimated;
+    over 0.005 the interval was too short for long rounds."""
+    peak_memory_bytes: Count | None = None
+    """Peak of this model alone: weights, inputs, activations. None on a CPU."""
+    compile_s: float | None = None
+    """The first call, compiling included, not the loading of Inductor; None in compile mode
+    ``off``."""
+    compile_cache: Annotated[str, one_of(COMPILE_CACHES)] | None = None
+    """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
+    None where nothing was looked up."""
+    warm_up_s: float | None = None
+    """Seconds from the first call to steady batch times."""
+    steady: bool | None = None
+    """False if batch times had not settled when the warm-up's time ran out."""
+    cuda_graphs_skipped: bool | None = None
+    """The compile mode asks for CUDA graphs, and Inductor did without."""
+    regions: Count | None = None
+    """Repeated blocks that were compiled once for all; 0 where none repeat, or none could be."""
+    regions_refused: str | None = None
+    """Why blocks that repeat were compiled one by one; None if they were not."""
+
+    feed_workers: Count | None = None
+    """Processes that load batches with ``feed=host``; 0 where the main process does. None with
+    ``feed=device``, as are the next five."""
+    feed_copy_s: float | None = None
+    """Copying one batch from pinned memory to the device, with nothing beside it."""
+    feed_exposed_s: float | None = None
+    """What a batch takes longer than with its inputs on the device already: the part of feeding
+    that compute does not hide, measured in alternation. Below 0 it is noise."""
+    feed_exposed_low_s: float | None = None
+    """Lower end of its 95 % interval."""
+    feed_exposed_high_s: float | None = None
+    """Its upper end."""
+    feed_wait_s: float | None = None
+    """Per batch, what the host waited for the loader; without workers, what loading took it."""
+
+    speedup: float | None = None
+    """Baseline time over candidate time."""
+    speedup_low: float | None = None
+    """Lower end of the 95 % interval."""
+    speedup_high: float | None = None
+    """Upper end of the 95 % interval."""
+    speedup_method: str | None = None
+    """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
+
+    int8_backend: str | None = None
+    """The backend that ``auto`` chose."""
+    device_time_s: float | None = None
+    """Seconds of all kernels of one forward; None on a CPU. Well under ``batch_time_s``, the GPU
+    waits for the host."""
+    int8_time_share: Share | None = None
+    """Share of device time in INT8 matrix products, 0 to 1."""
+    attention_backend: str | None = None
+    """The attention backend that the model was compiled for: the one asked for, or that ``auto``
+    chose; ``auto`` where there was nothing to choose by."""
+    attention_kernel: str | None = None
+    """The attention backend that ran."""
+    kernels: list[Kernel] = field(default_factory=list)
+    """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
+    trace: str | None = None
+    """Trace of that forward for Perfetto, a path from the folder that the session was started in;
+    the table of all kernels lies beside it."""
+    device_breakdown: Breakdown | None = None
+    """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
+    ``rest``; None on a CPU."""
+    ceiling_speedup: float | None = None
+    """What INT8 could bring at most at this point; None on a CPU, and where it is not known."""
+    ceiling_reached: float | None = None
+    """Part of that gain that ``speedup`` reached: 0 for none, below 0 where INT8 is slower; None
+    where there is no gain to be had."""
+    ceiling: Ceiling | None = None
+    """What ``ceiling_speedup`` comes from: ``baseline`` (its ``device_breakdown``),
+    ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
+    times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
+    and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
+    ``bytes_per_s``. With INT8 attention also ``attention``: ``share`` (of the baseline's time in
+    attention that is in calls which run in INT8), ``ratio`` (how many times faster they could be)
+    and ``ops_per_s``. Or ``problem``: why there is none."""
+    coverage: Coverage | None = None
+    """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
+    ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
+    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels), ``unused``
+    (converted layers that the forward does not use),
+    ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
+    norm -> layers in older files)."""
+    gpu_before: GpuState | None = None
+    """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
+    ``throttle_reasons``."""
+    gpu_after: GpuState | None = None
+    """The same after the rounds."""
+    joules_per_sample: float | None = None
+    """Energy of the whole GPU per sample during the rounds, from NVML's counter; None on a CPU,
+    where NVML does not answer, and where the rounds were too short for the counter."""
+    samples_per_joule: float | None = None
+    """Its inverse."""
+    energy_ratio: float | None = None
+    """Joules per sample of the baseline over those of the candidate, from one long block of each
+    after the speedup: above 1, INT8 saves energy."""
+    throttled: list[str] = field(default_factory=list)
+    """Reasons for which the GPU ran slower than it could."""
+    worker: Worker | None = None
+    """Under pytest-xdist, the worker that ran it: ``id``, ``host``, and ``gpu``, its own GPU as
+    ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _RATES:
+            rate, batch_s = getattr(self, name), self.batch_time_s
+            if rate and batch_s and not 1 / _MOST_IN_BATCH < rate * batch_s < _MOST_IN_BATCH:
+                raise ValueError(
+                    f"{name} must be what a batch holds over batch_time_s, {batch_s!r}, "
+                    f"got {rate!r}"
+                )
+
+    @classmethod
+    def from_parts(
+        cls,
+        *,
+        nodeid: str,
+        workload: str,
+        params: RunParams,
+        setup: parts.Setup,
+        units: parts.Units,
+        rounds: parts.Rounds,
+        feeding: parts.Feeding | None = None,
+        comparison: parts.Comparison | None = None,
+        coverage: parts.Coverage | None = None,
+        kernels: parts.Kernels | None = None,
+        bound: parts.UpperBound | None = None,
+        remark: str | None = None,
+    ) -> Self:
+        """Join what the stages of a measurement returned; None for a stage that did not run."""
+        timing = rounds.timing
+        joules = rounds.joules_per_batch
+        joules = None if joules is None else joules / units.samples
+
+        def per_s(count: float | None) -> float | None:
+            return None if count is None else count / timing.median_s
+
+        result = cls(
+            nodeid=nodeid,
+            workload=workload,
+            run_name=params.run_name,
+            params=params.to_dict(),
+            reason=remark,
+            coverage=None if coverage is None else dict(coverage.to_dict()),
+            int8_backend=None if coverage is None else coverage.backend,
+            samples_per_s=per_s(units.samples),
+            tokens_per_s=per_s(units.tokens),
+            pixels_per_s=per_s(units.pixels),
+            square_km_per_s=per_s(units.square_km),
+            batch_time_s=timing.median_s,
+            batch_time_mean_s=timing.mean_s,
+            batch_time_p95_s=timing.p95_s,
+            batch_time_min_s=timing.min_s,
+            batch_time_standard_error=timing.standard_error,
+            rounds=rounds.count,
+            iterations=rounds.iterations,
+            synchronization_share=rounds.synchronization_share,
+            gpu_before=None if rounds.gpu_before is None else dict(rounds.gpu_before),
+            gpu_after=None if rounds.gpu_after is None else dict(rounds.gpu_after),
+            throttled=list(rounds.throttled),
+            joules_per_sample=joules,
+            samples_per_joule=None if joules is None else 1 / joules,
+        )
+        result = result._with_setup(setup)._with_feeding(feeding)._with_comparison(comparison)
+        return result._with_kernels(kernels)._with_upper_bound(bound)
+
+    def _with_setup(self, setup: parts.Setup) -> Self:
+        return replace(
+            self,
+            peak_memory_bytes=setup.peak_memory_bytes,
+            compile_s=setup.compile_s,
+            compile_cache=setup.compile_cache,
+            warm_up_s=setup.warm_up_s,
+            steady=setup.steady,
+            cuda_graphs_skipped=setup.cuda_graphs_skipped,
+            regions=setup.regions,
+            regions_refused=setup.regions_refused,
+            attention_backend=setup.attention_backend,
+        )
+
+    def _with_feeding(self, feeding: parts.Feeding | None) -> Self:
+        if feeding is None:
+            return self
+        fed = replace(self, feed_workers=feeding.workers, feed_wait_s=feeding.wait_s)
+        if (cost := feeding.cost) is None:
+            return fed
+        return replace(
+            fed,
+            feed_copy_s=cost.copy_s,
+            feed_exposed_s=cost.exposed_s,
+            feed_exposed_low_s=cost.exposed_low_s,
+            feed_exposed_high_s=cost.exposed_high_s,
+        )
+
+    def _with_comparison(self, comparison: parts.Comparison | None) -> Self:
+        if comparison is None:
+            return self
+        return replace(
+            self,
+            speedup=comparison.speedup,
+            speedup_low=comparison.low,
+            speedup_high=comparison.high,
+            speedup_method=comparison.method,
+            energy_ratio=comparison.energy_ratio,
+        )
+
+    def _with_kernels(self, kernels: parts.Kernels | None) -> Self:
+        if kernels is None:
+            return self
+        breakdown = kernels.breakdown
+        return replace(
+            self,
+            device_time_s=kernels.device_time_s,
+            int8_time_share=kernels.int8_time_share,
+            attention_kernel=kernels.attention_kernel,
+            kernels=[
+                {"name": kernel.name, "seconds": kernel.seconds, "calls": kernel.calls}
+                for kernel in kernels.longest
+            ],
+            trace=kernels.trace,
+            device_breakdown=None if breakdown is None else dict(breakdown.to_dict()),
+        )
+
+    def _with_upper_bound(self, bound: parts.UpperBound | None) -> Self:
+        if bound is None:
+            return self
+        return replace(
+            self,
+            ceiling_speedup=bound.speedup,
+            ceiling_reached=bound.reached,
+            ceiling=dict(bound.sources.to_dict()),
+        )
+
+    @property
+    def median_s(self) -> float | None:
+        """What stands for the process: the median round."""
+        return self.batch_time_s
+
+    @property
+    def fastest_s(self) -> float | None:
+        """The fastest round."""
+        return self.batch_time_min_s
+
+    @property
+    def wall_s(self) -> float:
+        """About the wall time that measuring took."""
+        timed_s = (self.rounds or 0) * (self.iterations or 0) * (self.batch_time_s or 0.0)
+        return (self.compile_s or 0.0) + (self.warm_up_s or 0.0) + timed_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, and ``oom``."""
+        return {**super().to_dict(), "oom": self.oom}
