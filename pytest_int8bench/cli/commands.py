@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pytest_int8bench.cli.ab import add_ab, run_ab
 from pytest_int8bench.cli.compare import add_compare, run_compare
@@ -27,6 +28,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options: a misspelt limit must not count as another one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run the subcommand that ``argv`` names and return its exit code.
 
@@ -34,7 +42,7 @@ def run_command(argv: Sequence[str]) -> int:
         SystemExit: after ``--help`` and ``--version``, and with 2 for arguments that argparse
             refuses.
     """
-    parser = argparse.ArgumentParser(prog="int8bench", description="INT8 inference benchmarks.")
+    parser = _Parser(prog="int8bench", description="INT8 inference benchmarks.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_show(commands)

@@ -60,6 +60,7 @@ def find_ceiling(
     *,
     bound: Bound,
     attention: AttentionPart | None = None,
+    rotates: bool = False,
     element_bytes: int = 2,
     shortest_s: float = 0.0,
 ) -> Ceiling:
@@ -70,7 +71,8 @@ def find_ceiling(
     former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
     between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
     by their own maximum; with INT8 attention, whose first pass also rotates and lays out queries
-    and keys, all kernels may be of that kind. Everything else stays.
+    and keys, and where another pass rotates them, all kernels may be of that kind. Everything else
+    stays.
 
     Args:
         baseline: where the time of the baseline goes.
@@ -79,6 +81,7 @@ def find_ceiling(
         rates: of the device, at the sizes of the quantized layers.
         bound: what the mode's upper bound is computed from.
         attention: what INT8 attention could do; None where attention stays as it is.
+        rotates: the candidate rotates queries and keys in a pass that the baseline does not have.
         element_bytes: bytes of an element of the baseline's weights and activations.
         shortest_s: seconds that a kernel takes at least.
 
@@ -93,7 +96,8 @@ def find_ceiling(
     share, ratio = _share_and_ratio(quantized, others, rates, bound, element_bytes)
     left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
     element_s = None if int8_rates is None else (element_bytes + 1) / rates.bytes_per_s
-    saved_s = _saved_s(baseline.rest, quantized, others, attention, element_s, shortest_s)
+    may_shrink = rotates or attention is not None
+    saved_s = _saved_s(baseline.rest, quantized, others, may_shrink, element_s, shortest_s)
     if attention:
         saved_s += baseline.attention * attention.share * (1 - 1 / attention.ratio)
     return Ceiling(
@@ -134,7 +138,7 @@ def _saved_s(
     rest_s: float,
     quantized: Sequence[LinearCall],
     others: Sequence[LinearCall],
-    attention: AttentionPart | None,
+    may_shrink: bool,
     element_s: float | None,
     shortest_s: float,
 ) -> float:
@@ -142,9 +146,9 @@ def _saved_s(
     than one pass over each input of a layer, at ``element_s`` for each element; None for layers
     that need no pass."""
     if element_s is None:
-        return rest_s if attention else 0.0
+        return rest_s if may_shrink else 0.0
     touched = sum(call.activations for call in quantized)
-    besides = 0 if attention else sum(call.activations for call in others)
+    besides = 0 if may_shrink else sum(call.activations for call in others)
     near_s = rest_s * touched / (touched + besides)
     passes_s = sum(
         max(c.rows * c.size.inputs * element_s, shortest_s) for c in quantized if c.first

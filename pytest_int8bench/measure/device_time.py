@@ -135,6 +135,7 @@ def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSou
         rates,
         bound=bound,
         attention=attention,
+        rotates=any("rotate_heads" in kernel.name for kernel in candidate.evidence().kernels),
         element_bytes=dtype.itemsize,
         shortest_s=shortest_s(evidence),
     )

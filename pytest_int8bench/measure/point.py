@@ -290,7 +290,7 @@ class Throughput:
             else:
                 if apart is not None and abs(apart / comparison.speedup - 1) > DRIFT:
                     problem = (
-                        "the machine was not as fast in both tests: the speedup is measured in "
+                        "the machine's speed changed between the two tests: the speedup is measured in "
                         f"alternation, the rates alone would give {apart:.2f}x"
                     )
                 return comparison, problem
@@ -360,6 +360,8 @@ def _nan_remark(prepared: Prepared) -> str | None:
     """Return whose outputs hold NaN; a candidate with NaN where its baseline has none has
     failed."""
     if not prepared.ready.has_nan:
+        if prepared.baseline is not None and prepared.baseline.ready().has_nan:
+            return "the baseline's output holds NaN, and the candidate's does not"
         return None
     both = prepared.baseline is not None
     whose = "the outputs of baseline and candidate hold" if both else "the model's output holds"

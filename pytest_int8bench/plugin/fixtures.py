@@ -73,7 +73,11 @@ def _int8_point(
 ) -> tuple[Workload, RunParams]:
     """The workload and the point of this test. Skips or fails a point that cannot be run."""
     from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
+    from pytest_int8bench.workloads.workload import Workload
 
+    if not isinstance(int8_workload, Workload):
+        got = type(int8_workload).__name__
+        pytest.fail(f"int8_workload must return a Workload, got {got}", pytrace=False)
     recorder = _recorder(request)
     # A fixture of the user's may have returned the point.
     int8_params = point_of(request.node, _session(request), int8_params)

@@ -268,10 +268,11 @@ def _nothing_converted(model: nn.Module, layers: list[Layer], precise: str) -> s
     if not layers:
         return f"no layer was converted to {precise}: the model has no linear layers{where}"
     reasons = sorted({str(layer.reason) for layer in layers})
-    names = ", ".join(layer.name for layer in layers[:3])
+    more = " …" if len(layers) > 3 else ""
+    names = ", ".join(layer.name for layer in layers[:3]) + more
     hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
     return (
-        f"no layer was converted to {precise}: {len(layers)} linear layers ({names} …), "
+        f"no layer was converted to {precise}: {len(layers)} linear layers ({names}), "
         f"left out because: {'; '.join(reasons)}{hint}{where}"
     )
 

@@ -22,7 +22,7 @@ def value_text(figure: Figure, value: Any) -> str:
         return time_text(value)
     scaled = figure.scaled(value)
     if figure.kind == "share":
-        return f"{scaled:.0%}"
+        return "<1%" if 0 < scaled < 0.005 else f"{scaled:.0%}"
     return f"{scaled:.2f}x" if figure.kind == "ratio" else number(scaled)
 
 

@@ -11,7 +11,7 @@ from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.results.base import Record, point_label
 from pytest_int8bench.results.records import Result, Timed
-from pytest_int8bench.words import some
+from pytest_int8bench.words import plural, some
 
 #: Behind a rate that was measured while the GPU was slowed down.
 THROTTLED_MARK = "*"
@@ -150,9 +150,10 @@ def short_rounds(results: Sequence[Result]) -> str | None:
     short = [r for r in results if (r.synchronization_share or 0) > MAX_SYNCHRONIZATION_SHARE]
     if not short:
         return None
+    measured = [result for result in results if result.samples_per_s is not None]
     worst = max(short, key=lambda result: result.synchronization_share or 0)
     return (
-        f"short rounds: in {len(short)} of {len(results)} points over "
+        f"short rounds: in {len(short)} of {plural(len(measured), 'measured point')} over "
         f"{MAX_SYNCHRONIZATION_SHARE:.1%} of the batch time is the host starting a round, at most "
         f"{worst.synchronization_share:.1%} ({record_label(worst)}); raise benchmark_interval_s"
     )

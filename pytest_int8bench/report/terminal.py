@@ -73,7 +73,7 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         text += fold(timer)
     versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
     if named := sorted(version for version in versions if version):
-        text += fold(f"OlmoEarth {', '.join(named)}", style="dim")
+        text += fold(f"OlmoEarth model version: {', '.join(named)}", style="dim")
     if short := short_rounds(saved.results):
         text += fold(short)
     return text + fold(describe(saved.environment), style="dim")

@@ -311,7 +311,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                "pytest-cov is installed: with --cov Python is traced, but while a clock runs",
+                "pytest-cov is installed: with --cov Python is traced, except while a clock runs",
                 "run with --no-cov",
             ),
             Line(

@@ -435,7 +435,7 @@ def test_one_remark_on_the_short_rounds_of_all_points() -> None:
         )
     )
     (line,) = lines[5:-1]
-    assert line.startswith("short rounds: in 2 of 4 points ")
+    assert line.startswith("short rounds: in 2 of 4 measured points ")
     assert " 1.2% (a)" in line
     assert line.endswith("; raise benchmark_interval_s")
 

@@ -124,7 +124,9 @@ def test_bf16_is_close_to_fp32(workload: Workload) -> None:
     half = ModelPool().get(workload, SMALL)
     full = ModelPool().get(workload, SMALL.replace(bf16=False))
     assert half.eager.encoder.blocks[0].attn.q.weight.dtype == torch.bfloat16
-    reference = full.run()["sentinel2_l2a"]
+    # The inputs themselves depend on the dtype that they are drawn in (torch 2.11).
+    inputs = (x.float() if x.is_floating_point() else x for x in half.fresh_inputs())
+    reference = full.compiled(*inputs)["sentinel2_l2a"]
     assert reference.dtype == torch.float32
     error = (half.run()["sentinel2_l2a"].float() - reference).norm() / reference.norm()
     assert 0 < error < 0.05

@@ -15,7 +15,7 @@ _BENCHMARK = "pytest-benchmark"
 # Plugins that change times -> how, and what to do.
 _DISTURBING = {
     "pytest-codspeed": ("with --codspeed nothing is timed", "run without --codspeed"),
-    "pytest-cov": ("with --cov Python is traced, but while a clock runs", "run with --no-cov"),
+    "pytest-cov": ("with --cov Python is traced, except while a clock runs", "run with --no-cov"),
     "pytest-memray": ("with --memray each allocation is followed", "run without --memray"),
     "pytest-monitor": ("it watches load and memory during each test", "run with --no-monitor"),
     "pytest-profiling": ("with --profile each call is profiled", "run without --profile"),
