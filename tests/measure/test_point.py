@@ -733,8 +733,8 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
     )
     assert result.speedup == 0.5
     assert result.reason == (
-        "the machine's speed changed between the two tests: the speedup is measured in alternation, "
-        "the rates alone would give 0.60x"
+        "the machine's speed changed between the two tests: the speedup is measured in "
+        "alternation, the rates alone would give 0.60x"
         if told
         else None
     )
