@@ -290,8 +290,8 @@ class Throughput:
             else:
                 if apart is not None and abs(apart / comparison.speedup - 1) > DRIFT:
                     problem = (
-                        "the machine's speed changed between the two tests: the speedup is measured "
-                        f"in alternation, the rates alone would give {apart:.2f}x"
+                        "the machine's speed changed between the two tests: the speedup is "
+                        f"measured in alternation, the rates alone would give {apart:.2f}x"
                     )
                 return comparison, problem
             self._pool.evict("baseline")
