@@ -270,7 +270,10 @@ def _nothing_converted(model: nn.Module, layers: list[Layer], precise: str) -> s
     reasons = sorted({str(layer.reason) for layer in layers})
     more = " …" if len(layers) > 3 else ""
     names = ", ".join(layer.name for layer in layers[:3]) + more
-    hint = "; choose layers with filter_fn or --int8-filter" if "filtered" in reasons else ""
+    hint = ""
+    if "filtered" in reasons:
+        reasons[reasons.index("filtered")] = "the filter does not take them"
+        hint = "; choose layers with filter_fn or --int8-filter"
     return (
         f"no layer was converted to {precise}: {len(layers)} linear layers ({names}), "
         f"left out because: {'; '.join(reasons)}{hint}{where}"

@@ -385,7 +385,8 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
         apply_int8_quant(model, filter_fn=lambda module, name: False)
     assert str(caught.value) == (
         "no layer was converted to INT8: 8 linear layers (patch_embed, attn.q, attn.k …), "
-        "left out because: filtered; choose layers with filter_fn or --int8-filter"
+        "left out because: the filter does not take them; choose layers with filter_fn or "
+        "--int8-filter"
     )
     assert weight_storage(model) == (0, 0)
 
