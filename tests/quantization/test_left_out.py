@@ -87,7 +87,9 @@ def test_a_model_of_conv1d_says_so() -> None:
         f"no layer was converted to INT8: the model has no linear layers{where}"
     )
     model.add_module("lm_head", linear())
-    with pytest.raises(QuantizationError, match=r"filtered; choose .*--int8-filter; its weights"):
+    with pytest.raises(
+        QuantizationError, match=r"does not take them; choose .*--int8-filter; its weights"
+    ):
         apply_int8_quant(model, mode="w8")
 
 
