@@ -60,6 +60,7 @@ class Prepared:
     ready: Ready
     baseline: Model | None
     """What the model is compared with."""
+    baseline_ready: Ready | None
     remark: str | None
     """Why there is no baseline, where one was to be."""
 
@@ -202,9 +203,11 @@ class Throughput:
             self._pool.evict("baseline")
             model = built(self._pool, workload, params, self._step)
             ready = warmed(model, self._timer, self._step)
+        baseline_ready = None
         if baseline is not None:
-            _compare_outputs(baseline.ready(self._timer), ready, params)
-        return Prepared(model, ready, baseline, remark)
+            baseline_ready = baseline.ready(self._timer)
+            _compare_outputs(baseline_ready, ready, params)
+        return Prepared(model, ready, baseline, baseline_ready, remark)
 
     def _ready_baseline(
         self, workload: Workload, params: RunParams
@@ -360,7 +363,7 @@ def _nan_remark(prepared: Prepared) -> str | None:
     """Return whose outputs hold NaN; a candidate with NaN where its baseline has none has
     failed."""
     if not prepared.ready.has_nan:
-        if prepared.baseline is not None and prepared.baseline.ready().has_nan:
+        if prepared.baseline_ready is not None and prepared.baseline_ready.has_nan:
             return "the baseline's output holds NaN, and the candidate's does not"
         return None
     both = prepared.baseline is not None

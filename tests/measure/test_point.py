@@ -467,6 +467,19 @@ def test_nan_in_the_baseline_is_told(throughput: Throughput) -> None:
     assert candidate.reason == "the outputs of baseline and candidate hold NaN"
 
 
+class LosesNan(Mlp):
+    """Has NaN in its output, and none with INT8 weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.quantized else y * float("nan")
+
+
+def test_nan_that_quantizing_loses_is_told(throughput: Throughput) -> None:
+    result = measure(throughput, make_workload(LosesNan), W8A8)
+    assert result.reason == "the baseline's output holds NaN, and the candidate's does not"
+
+
 def test_nan_where_the_baseline_has_infinity_is_an_error(throughput: Throughput) -> None:
     assert measure(throughput, make_workload(Masks), BF16).reason is None
     with pytest.raises(OutputError, match=r"the candidate's output holds NaN or infinity$"):
