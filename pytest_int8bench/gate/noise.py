@@ -26,7 +26,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import Identity
@@ -104,7 +104,9 @@ class _Sample(NamedTuple):
 
 
 def _squares(logs: Sequence[float]) -> float:
-    mean = statistics.fmean(logs) if logs else 0.0
+    if len(logs) < 2:
+        return 0.0
+    mean = statistics.fmean(logs)
     return sum((log - mean) ** 2 for log in logs)
 
 
@@ -207,29 +209,26 @@ class _Test:
         self._is_assumed = self._is_few or (metric.depends_on_clocks and not self._seen)
         self._least = math.hypot(metric.assumed_spread, sample.error)
         self._assumed = max(self._least, self._seen)
-        self._outlier = outlier if outlier > max(self._reach(level), self._wide(level)) else 0.0
+        is_outlier = outlier > 0 and outlier > max(self._reach(level), self._wide(level))
+        self._outlier = outlier if is_outlier else 0.0
 
     @property
     def p(self) -> float:
         """Of H0: the cost did not grow."""
-        from scipy import special
-
         growth = (self._certain - self._outlier) / self._error
         p = 0.0 if growth > 0 else 1.0
         if self._freedom >= _LEAST_FREEDOM and self._seen:
-            p = float(special.stdtr(self._freedom, -growth / self._seen))
+            p = float(_special().stdtr(self._freedom, -growth / self._seen))
         if self._is_assumed:
             p = max(p, self._tail(growth / self._assumed))
         return p
 
     def noise(self, level: float, *, is_shown: bool) -> Noise:
         """Return what the noise allows to be said, at the level that is left for this test."""
-        from scipy import special
-
         floor = self._metric.floor
         learned = not self._is_few
         if learned:
-            normal = -float(special.ndtri(level)) * self._error
+            normal = -float(_special().ndtri(level)) * self._error
             floor = max(_share(normal * self._seen), _LEAST_FLOOR)
         reach, wide = self._reach(level), self._wide(level)
         is_binding = self._is_assumed and self._assumed > self._seen and wide > reach
@@ -248,11 +247,9 @@ class _Test:
 
     def _reach(self, level: float) -> float:
         """Return the growth that the scatter of the files shows."""
-        from scipy import special
-
         if self._freedom < _LEAST_FREEDOM:
             return 0.0
-        return -float(special.stdtrit(self._freedom, level)) * self._error * self._seen
+        return -float(_special().stdtrit(self._freedom, level)) * self._error * self._seen
 
     def _wide(self, level: float) -> float:
         """Return the growth that is shown by what is assumed, 0 where nothing is."""
@@ -274,8 +271,6 @@ class _Test:
     def _without_outlier(self, side: list[float], other: list[float], level: float) -> list[float]:
         """Return a side without its slowest process, if that differs from the others by more than
         they do."""
-        from scipy import special
-
         rest = sorted(side)[:-1]
         if not rest:
             return side
@@ -283,32 +278,36 @@ class _Test:
         spread = max(_deviation(_squares(rest) + _squares(other), freedom), self._others)
         beyond = self._quantile(level) * max(self._least, spread)
         if not self._is_assumed:
-            beyond = -float(special.stdtrit(freedom, level)) * spread
+            beyond = -float(_special().stdtrit(freedom, level)) * spread
         over = max(side) - statistics.fmean(rest)
         return rest if over > beyond * math.sqrt(1 + 1 / len(rest)) else side
 
     def _tail(self, deviations: float) -> float:
         """Return the probability that assumed noise exceeds so many standard deviations."""
-        from scipy import special
-
-        p = float(special.ndtr(-deviations))
+        p = float(_special().ndtr(-deviations))
         if not self._metric.is_time_of_batch:
             return p
-        return max(p, float(special.stdtr(_TAILS, -deviations * _TAILS_SCALE)))
+        return max(p, float(_special().stdtr(_TAILS, -deviations * _TAILS_SCALE)))
 
     def _quantile(self, level: float) -> float:
         """Return the standard deviations that assumed noise exceeds with that probability."""
         return _quantile(level, has_tails=self._metric.is_time_of_batch)
 
 
-@functools.lru_cache(maxsize=1024)
-def _quantile(level: float, *, has_tails: bool) -> float:
+@functools.cache
+def _special() -> Any:
+    """Return scipy's special functions, imported when the first noise is judged."""
     from scipy import special
 
-    deviations = -float(special.ndtri(level))
+    return special
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantile(level: float, *, has_tails: bool) -> float:
+    deviations = -float(_special().ndtri(level))
     if not has_tails:
         return deviations
-    return max(deviations, -float(special.stdtrit(_TAILS, level)) / _TAILS_SCALE)
+    return max(deviations, -float(_special().stdtrit(_TAILS, level)) / _TAILS_SCALE)
 
 
 def _fastest(metric: Figure, base: Sequence[Timed], new: Sequence[Timed]) -> float | None:
@@ -326,6 +325,7 @@ def _share(log: float) -> float:
     return log if log == math.inf else math.expm1(min(log, _WIDEST))
 
 
+@functools.lru_cache(maxsize=1024)
 def shows_noise(base: int, new: int) -> bool:
     """Return whether so many files show the noise between processes without an assumption.
 
@@ -339,6 +339,7 @@ def shows_noise(base: int, new: int) -> bool:
     return files - 2 >= _LEAST_FREEDOM and chance <= LEVEL
 
 
+@functools.lru_cache(maxsize=1024)
 def files_needed(new: int) -> int:
     """Return how many files of the base show the noise, with so many new ones."""
     return next(base for base in itertools.count(1) if shows_noise(base, new))

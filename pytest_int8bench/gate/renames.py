@@ -184,11 +184,11 @@ def _heads(head: str, workload: str) -> Iterator[str]:
 def _names(run_name: str) -> tuple[str, ...]:
     """Return the names that a point of OlmoEarth's form may have now, its own and that with the
     same fields first; nothing for another form."""
+    if run_name.partition("_")[0] in DEVICES:
+        return ()
     try:
         point = RunParams.from_run_name(run_name)
     except ValueError:  # of a mode that is not registered here
-        return ()
-    if point.has_short_name:
         return ()
     default = RunParams()
     point = point.with_short_name()

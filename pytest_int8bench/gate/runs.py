@@ -39,9 +39,8 @@ _WORST = ("accuracy-failed", "oom", "failed", "skipped")
 
 
 def _means(results: Sequence[Timed]) -> dict[str, float]:
-    found = {
-        metric.name: metric_values(usable_results(results), metric) for metric in METRICS.values()
-    }
+    usable = usable_results(results)
+    found = {metric.name: metric_values(usable, metric) for metric in METRICS.values()}
     return {name: typical(values) for name, values in found.items() if values}
 
 
@@ -129,12 +128,12 @@ def _measured(
     noises: dict[str, Noise] = {}
     lacking = []
     for metric in METRICS.values():
-        before, after = metric_values(base, metric), metric_values(new, metric)
+        before, after = (common[side].get(metric.name) for side in ("base", "new"))
         limit = rules.limit(metric.name, common["run_name"], common["nodeid"])
-        if limit is not None and bool(before) != bool(after):
-            side = "new run" if before else "base"
+        if limit is not None and (before is None) != (after is None):
+            side = "base" if before is None else "new run"
             lacking.append(f"{metric.option}: the {side} has no {metric.header}")
-        if before and after:
+        if before is not None and after is not None:
             noise = noises[metric.name] = floors.of(base[0].identity, metric)
             change = _change(metric, before, after, limit, noise)
             if is_hot and metric.depends_on_clocks:
@@ -175,12 +174,12 @@ def _measured(
 
 def _change(
     metric: Figure,
-    base: Sequence[float],
-    new: Sequence[float],
+    base: float,
+    new: float,
     limit: float | None,
     noise: Noise,
 ) -> Change:
-    growth = metric.growth(typical(base), typical(new))
+    growth = metric.growth(base, new)
     if limit is None:
         outcome = NOT_JUDGED
     elif noise.hides_growth(growth, limit):
