@@ -117,7 +117,7 @@ class ConvolvesEagerly(nn.Module):
         return self.convolution(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.first(x[:, :, None].expand(-1, -1, 64)).amax(-1))
+        return self.linear(self.first(x[:, :, None].expand(-1, -1, 512)).amax(-1))
 
 
 class Experts(nn.Module):
