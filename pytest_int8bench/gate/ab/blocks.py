@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 import shutil
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pytest_int8bench.environment import differences
@@ -60,6 +62,7 @@ class BlockRunner:
         """Blocks in which the GPU was slowed down."""
         self.is_cut_short = False
         """The budget ended it: the same command, with more time, goes on."""
+        self._is_overrun_told = False
 
     def warm_up(self) -> dict[str, Process]:
         """Fill the compile caches of both sides, and return what there is to measure."""
@@ -198,7 +201,8 @@ class BlockRunner:
         count: int = 1,
     ) -> Process:
         side = self._sides[key]
-        measured = side.measure(self._plan.pytest_args, only)
+        with self._overrun_told():
+            measured = side.measure(self._plan.pytest_args, only)
         self._check_machine(measured.environment, side)
         process = Process(
             stage=stage,
@@ -247,6 +251,33 @@ class BlockRunner:
             for p in self._journal.processes
         ]
         return statistics.fmean(first)
+
+    @contextmanager
+    def _overrun_told(self) -> Iterator[None]:
+        """Say once that the budget is used up while a process runs, which is not stopped."""
+        budget = self._plan.budget_s
+        if budget is None or self._is_overrun_told:
+            yield
+            return
+
+        def tell() -> None:
+            self._is_overrun_told = True
+            self._tell(
+                f"--budget {duration(budget)} is used up; waiting for the processes of this block, "
+                "no other block will start"
+            )
+
+        if (left := budget - self._spent()) <= 0:
+            tell()
+            yield
+            return
+        timer = threading.Timer(min(left, threading.TIMEOUT_MAX), tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _spent(self) -> float:
         return time.monotonic() - self._start

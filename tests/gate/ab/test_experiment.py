@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -1257,6 +1258,38 @@ def test_budget_ends_slow_screening(machine: Machine, compare: Compare, root: Pa
     assert machine.calls == WARMING + screening(root)[:4]
     assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
     assert estimate_of(only_run(result).screened).blocks == 2
+
+
+OVERRUN = (
+    "--budget 80 s is used up; waiting for the processes of this block, no other block will start"
+)
+
+
+def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compare) -> None:
+    def before(number: int) -> None:
+        machine.now += 60 if number == 4 else 0
+
+    machine.before = before
+    result = compare(budget_s=10 * PROCESS_S)
+    assert machine.said.count(OVERRUN) == 1
+    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+
+
+def test_tells_that_a_process_overruns_the_budget(
+    machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            waits.append(self.interval)
+            if len(waits) == 3:
+                self.function()
+
+    monkeypatch.setattr(blocks.threading, "Timer", Timer)
+    compare(budget_s=10 * PROCESS_S)
+    assert waits == [80, 72, 64]
+    assert machine.said.count(OVERRUN) == 1
 
 
 def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
