@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from pytest_int8bench.cli.ab import add_ab, run_ab
 from pytest_int8bench.cli.compare import add_compare, run_compare
@@ -33,6 +33,13 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line instead of the usage of all options, and exit."""
+        text = message.removeprefix("argument ")
+        if text == message:  # about the syntax of the command, not a value
+            text += f" (see {self.prog} --help)"
+        self.exit(2, f"{self.prog}: {text}\n")
 
 
 def run_command(argv: Sequence[str]) -> int:

@@ -20,6 +20,8 @@ from pytest_int8bench.processes.scan_request import ScanRequest
 from pytest_int8bench.processes.signals import ENDING, exit_now, handling
 
 _SUITE = Path(__file__).parents[1] / "suite"
+#: pytest-benchmark warns about saving a file without timings just before it saves the file.
+_QUIET = ("-W", "ignore:Not saving anything")
 _CHUNK_BYTES = 1 << 16
 _LAST_WORDS_S = 10
 
@@ -58,7 +60,8 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
         problem = ValueError(f"--json: must be a file in an existing folder, got {str(path)!r}")
         return refuse("sensitivity", problem)
     # -P: the folder that the command is called in does not become importable.
-    command = [sys.executable, "-P", "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}", "--no-header"]
+    command = [sys.executable, "-P", *_QUIET, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
+    command.append("--no-header")
     # Layers run eagerly; the user's own compile mode comes later and wins.
     command += ["--int8-set=compile_mode=off", "-p", "pytest_int8bench.suite.sensitivity_side"]
     command.append(str(_SUITE / "test_sensitivity.py"))

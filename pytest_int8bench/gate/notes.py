@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import Change, RunChange
+from pytest_int8bench.results.base import SPEED_CHANGED
 from pytest_int8bench.results.benchmarks import partly_known, unsynchronized
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import Run
@@ -33,6 +34,7 @@ def all_notes(
     """Return what the reader of a comparison should know, a line each; ``is_whole`` unless only
     some runs were picked."""
     lines = partial_notes([*base, *new])
+    nodeids = {run.nodeid for run in runs}
     shown = {run.nodeid for run in runs if run.is_benchmark}
     timers = (
         unsynchronized([b for b in r.saved.benchmarks if b.nodeid in shown], r.saved.environment)
@@ -46,9 +48,19 @@ def all_notes(
             f"{single[0].run_name}{more}: a single round says nothing of the noise: give more "
             "rounds, or several files a side"
         )
-    for name, side in (("base", base), ("new", new)):
+    for name, side in (("base", base), ("new run", new)):
         if any(run.saved.environment.get("dirty") for run in side):
             lines.append(f"the {name} was measured with uncommitted changes")
+        results = (result for run in side for result in run.saved.results)
+        unsteady = dict.fromkeys(
+            result.run_name
+            for result in results
+            if result.nodeid in nodeids and SPEED_CHANGED in (result.reason or "")
+        )
+        if unsteady:
+            lines.append(
+                f"{SPEED_CHANGED} of a point and its baseline in the {name}: {some([*unsteady])}"
+            )
     tight: dict[str, Change] = {}
     for change in (change for run in runs for change in run.changes):
         if change.limit is not None and change.limit < change.floor:

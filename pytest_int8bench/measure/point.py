@@ -34,6 +34,7 @@ from pytest_int8bench.measure.watchers import tracer_remark
 from pytest_int8bench.nvml import throttled
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.api import coverage
+from pytest_int8bench.results.base import SPEED_CHANGED
 from pytest_int8bench.results.parts import Comparison, Feeding, Rounds, Setup
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads.workload import Workload
@@ -293,8 +294,8 @@ class Throughput:
             else:
                 if apart is not None and abs(apart / comparison.speedup - 1) > DRIFT:
                     problem = (
-                        "the machine's speed changed between the two tests: the speedup is "
-                        f"measured in alternation, the rates alone would give {apart:.2f}x"
+                        f"{SPEED_CHANGED}: the speedup is measured in alternation, the rates "
+                        f"alone would give {apart:.2f}x"
                     )
                 return comparison, problem
             self._pool.evict("baseline")

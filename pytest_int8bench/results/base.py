@@ -16,6 +16,8 @@ from pytest_int8bench.results.shapes import Params
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: Start of the reason of a test that ran where pytest-benchmark is disabled.
 NOT_MEASURED = "ran once, not measured"
+#: Start of the remark on a point whose speedup and rates disagree.
+SPEED_CHANGED = "the machine's speed changed between the two tests"
 
 
 class SchemaError(ValueError):

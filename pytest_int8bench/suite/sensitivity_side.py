@@ -15,3 +15,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not end_with(ScanRequest.from_env_vars().is_started_by):
         raise pytest.UsageError("int8bench sensitivity, which started this process, is gone")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Hide the path of the packaged test, which means nothing to a user."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.showfspath = False

@@ -57,13 +57,14 @@ def refused(capsys: Capture, *args: str) -> str:
 
 
 def misused(capsys: Capture, *args: str) -> str:
-    """The same for what argparse refuses, below its usage."""
+    """The same for what argparse refuses."""
     with pytest.raises(SystemExit) as caught:
         main(["compare", *args])
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    return err.splitlines()[-1].removeprefix("int8bench compare: error: argument ")
+    [line] = err.splitlines()
+    return line.removeprefix("int8bench compare: ")
 
 
 # -- exit codes ---------------------------------------------------------------------------------

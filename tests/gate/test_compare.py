@@ -19,7 +19,7 @@ from pytest_int8bench.gate.compare import Comparison, compare
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.gate.outcomes import RunChange
 from pytest_int8bench.gate.verdicts import VerdictChange
-from pytest_int8bench.results.base import NOT_MEASURED, Record
+from pytest_int8bench.results.base import NOT_MEASURED, SPEED_CHANGED, Record
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.results.locating import Run
 from pytest_int8bench.results.records import Result, Saved
@@ -193,11 +193,17 @@ def test_a_pattern_that_matches_no_run_is_noted() -> None:
     assert found.notes == ("no run matches 'y*' in pyproject.toml",)
 
 
+def test_notes_that_the_speed_of_the_machine_changed() -> None:
+    reason = f"{SPEED_CHANGED}: the speedup is measured in alternation"
+    found = compared([timed(reason="INT8 weights")], [timed(reason=reason)])
+    assert found.notes == (f"{SPEED_CHANGED} of a point and its baseline in the new run: x",)
+
+
 def test_uncommitted_changes_are_noted_and_never_in_the_way() -> None:
     new = side(timed(), dirty=True, commit="b" * 40)
     found = compare([side(timed())], [new], RULES)
     assert found.exit_code == 0
-    assert found.notes == ("the new was measured with uncommitted changes",)
+    assert found.notes == ("the new run was measured with uncommitted changes",)
     assert (found.new.commits, found.new.dirty) == (("b" * 40,), True)
     assert (found.differences, found.allowed) == ({}, {})
 
