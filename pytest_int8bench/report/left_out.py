@@ -1,4 +1,4 @@
-"""Remarks on what quantization left out of a model."""
+"""Remarks on the parts of a model that quantization left out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import some
 
-#: Layers that are named before the rest is counted.
+#: Layers listed by name; the others are only counted.
 _NAMED = 3
 
 
 def left_out_remarks(result: Result) -> list[str]:
-    """Return which attention and MLP layers stayed as they were, and whether most weights did."""
+    """Return remarks on attention and MLP layers, attention calls and weights left unquantized."""
     covered = result.coverage or {}
     label = point_label(result.workload, result.run_name)
     dtype = "BF16" if result.params.get("bf16", True) else "FP32"

@@ -233,7 +233,7 @@ _INT8 = (
         unit="× baseline",
         kind="ratio",
         interval=("speedup_low", "speedup_high"),
-        no_interval="(apart)",
+        no_interval="(separate)",
         leads=True,
         higher_is_better=True,
     ),

@@ -253,7 +253,7 @@ def test_a_missing_folder_is_said_before_anything_is_measured(pytester: pytest.P
     with pytest.raises(pytest.UsageError) as caught:
         read_settings(config)
     assert str(caught.value) == (
-        "--int8-report: must be in a folder that is there and can be written to, got 'none/r.html'"
+        "--int8-report: must be in an existing, writable directory, got 'none/r.html'"
     )
 
 

@@ -107,7 +107,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     "report": {
         "report.pdf": "must be a file that ends in .html or .md, got 'report.pdf'",
         "nowhere/report.md": (
-            "must be in a folder that is there and can be written to, got 'nowhere/report.md'"
+            "must be in an existing, writable directory, got 'nowhere/report.md'"
         ),
     },
     "journal": {"/": "must be a file that is not there yet, got '/'"},

@@ -142,8 +142,8 @@ def test_the_report_as_text() -> None:
         "note: a note",
         "base: main (aaaaaaaaaa); new: HEAD (bbbbbbbbbb); 28 processes, 4 min",
         (
-            "FAIL: shown to be slower by over 1.0% (test by the random order of processes, "
-            "family-wise error 5% over all looks); PASS: a slowdown of 5.0% is excluded"
+            "FAIL: slower by more than 1.0% (randomization test over the order of processes, "
+            "family-wise error 5% over all looks); PASS: a slowdown of 5.0% is ruled out"
         ),
         "EPYC, 8 threads, torch 2.11.0",
         "int8bench ab: FAIL (2 PASS, 1 FAIL, 1 INCONCLUSIVE, 1 missing)",

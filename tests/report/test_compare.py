@@ -67,9 +67,9 @@ regressed: toy: x top1: top1 dropped
 base: base (basebaseba)
 new: new (newnewnewn)
 max-slowdown: 5.0%; noise floor between processes 2.0% (the default for few files); \
-a regression is shown from 17.5% on, if processes differ by 4.0%, as is assumed
+regressions are detected from 17.5% on, assuming that processes differ by 4.0%
 max-memory-growth: 5.0%; noise floor between processes 1.0% (the default for few files); \
-a regression is shown from 3.5% on, if processes differ by 1.0%, as is assumed
+regressions are detected from 3.5% on, assuming that processes differ by 1.0%
 int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; \
 1 verdict: 1 regressed)
 """
@@ -96,8 +96,8 @@ def test_differences_are_listed_once_with_what_would_allow_them() -> None:
         "differs: cpu: EPYC -> Xeon",
         "differs: torch: 2.11.0 -> None",
         (
-            "another machine or software cannot be compared; to do it all the same: --allow cpu "
-            "--allow torch"
+            "results of different machines or software are not compared; to compare anyway: "
+            "--allow cpu --allow torch"
         ),
         "base: base (basebaseba)",
         "new: new (newnewnewn)",
@@ -140,7 +140,7 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
         "new: new (unknown, uncommitted changes)",
         (
             "max-slowdown: 15.0%; noise floor between processes 2.0% (the default for few files); "
-            "a regression is shown from 8.4% on, if processes differ by 4.0%, as is assumed"
+            "regressions are detected from 8.4% on, assuming that processes differ by 4.0%"
         ),
         "max-batch-time-growth: 10.0%; noise floor between processes 4.0% (as given)",
     ]

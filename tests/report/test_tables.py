@@ -62,9 +62,7 @@ def test_a_log_has_all_of_names_and_figures_however_long_they_are() -> None:
 def test_a_table_that_is_cut_keeps_its_worst_rows() -> None:
     assert names(GRID.markdown()) == ["good", "worst", "doubtful", "better"]
     assert names(GRID.markdown(2)) == ["worst", "doubtful"]
-    assert "\n2 of 4 rows are left out, the worst come first; all are in the log" in GRID.markdown(
-        2
-    )
+    assert "\n2 of 4 rows are left out; the worst are shown first; the log" in GRID.markdown(2)
 
 
 def test_a_page_is_as_large_as_it_may_be() -> None:

@@ -217,7 +217,7 @@ def test_a_failure_is_one_line_and_the_end_of_it(
     said: str,
 ) -> None:
     fake, stdin = FakeWandb(1, error), sys.stdin
-    line = f"wandb: 1 of 3 runs logged, then {said}; the journal has them all"
+    line = f"wandb: 1 of 3 runs logged, then {said}; the journal has all results"
     assert logged(monkeypatch, fake, tmp_path) == Tracked(line, failed=True)
     assert len(fake.given) == 2
     assert capsys.readouterr() == ("", "")
@@ -327,7 +327,7 @@ def test_session_logs_results(pytester: pytest.Pytester, monkeypatch: pytest.Mon
         [
             "int8bench: logging to Weights & Biases ...",
             "profiles: profiles: 2 traces for ui.perfetto.dev, tables of kernels beside them",
-            "wandb: 5 runs in group nightly, offline; to send them: wandb sync wandb/offline-run-*",
+            "wandb: 5 runs in group nightly, offline; to upload them: wandb sync wandb/offline-*",
         ]
     )
 

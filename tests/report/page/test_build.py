@@ -177,14 +177,14 @@ def test_speedups_are_the_saved_ones_with_the_ceiling() -> None:
         "1.40x",
         "33%",
         "97%",
-        "products 60%, attention 30%, rest 10%",
+        "matmuls 60%, attention 30%, rest 10%",
     ]
 
 
 def test_a_speedup_of_separate_measurements_is_marked() -> None:
     apart = faster(W8A8, 5.0, 1.1, speedup_method="separate", speedup_low=None, speedup_high=None)
     [chart] = charts_of([result(BASE, 4.5), apart], "speedup")
-    assert (chart.shown(chart.bars[0]), chart.bars[0].note) == ("1.10", "apart")
+    assert (chart.shown(chart.bars[0]), chart.bars[0].note) == ("1.10", "separate")
 
 
 def test_accuracy_against_throughput() -> None:
@@ -218,8 +218,7 @@ def test_a_verdict_on_random_weights_is_marked_as_a_pipeline_check() -> None:
     assert found.tables[0].grid.rows[0][-1] == "FAIL*"
     assert found.notes[-1].startswith("* pipeline check: the weights are random")
     assert view.summary[-1] == (
-        "1 verdict on random weights: a check of the pipeline, which says nothing about a trained "
-        "model."
+        "1 verdict on random weights (a pipeline check, which says nothing about a trained model)."
     )
 
 
@@ -235,14 +234,16 @@ def test_verdicts_without_timings_have_their_table() -> None:
     found = section(view_of(Saved(GPU, [], [verdict(W8A8, 0.001, "PASS")])), "accuracy")
     assert found.charts == ()
     assert len(found.tables[0].grid.rows) == 1
-    assert found.notes == ("No picture against throughput: no judged point was timed as well.",)
+    assert found.notes == (
+        "Not drawn against throughput: no point has both a verdict and a throughput.",
+    )
 
 
 def test_compared_outputs_are_told() -> None:
     proxy = verdict(W8A8, 0, "proxy-ok", metric="outputs", limit=None)
     proxy = replace(proxy, distance={"cosine": 0.999, "sqnr_db": 40.0}, floor={"cosine": 1.0})
     [note] = section(view_of(Saved(GPU, [], [proxy])), "accuracy").notes
-    assert note.startswith(f"proxy-ok: {W8A8.run_name}: outputs compared")
+    assert note.startswith(f"proxy-ok: {W8A8.run_name}: only outputs were compared")
     assert "cosine 0.99900 (floor 1.00000)" in note
 
 
@@ -254,14 +255,14 @@ def test_memory_and_the_first_call() -> None:
     assert isinstance(compiling, Bars)
     assert memory.bars[0].value == 501
     lost = next(bar for bar in memory.bars if bar.value is None)
-    assert (lost.name, lost.note) == ("W8A8, batch 64", "OOM, 16,384 MiB more asked for")
+    assert (lost.name, lost.note) == ("W8A8, batch 64", "OOM when allocating 16,384 MiB")
     assert {(bar.value, bar.note) for bar in compiling.bars} == {(20.0, "cold")}
 
 
 def test_where_device_time_went() -> None:
     [chart] = section(view_of(everything()), "device-time").charts
     assert isinstance(chart, Stacks)
-    assert chart.parts == ("INT8 products", "other products", "attention", "the rest")
+    assert chart.parts == ("INT8 matmuls", "other matmuls", "attention", "rest")
     stack = next(stack for stack in chart.stacks if stack.name == "W8A8, batch 8")
     assert stack.values == pytest.approx((30, 10, 30, 20))
     row = next(row for row in chart.grid().rows if row[0] == "W8A8, batch 8")
@@ -345,7 +346,7 @@ def test_a_history_has_room_for_so_many_files() -> None:
     count = MOST_FILES + 50
     files = [Saved(environment(f"{n:07x}"), [result(BASE, 100.0 + n)]) for n in range(count)]
     found = section(view_of(*files), "history")
-    assert found.notes[0] == "The last 200 of 250 files are shown here."
+    assert found.notes[0] == "Only the last 200 of 250 files are shown."
     [chart] = found.charts
     assert [point.y for point in chart.series[0].points] == [100.0 + n for n in range(50, count)]
     assert found.tables[1].grid.columns == ["run", *(f"{n:07x}" for n in range(50, count))]
@@ -376,7 +377,11 @@ def test_files_of_different_points_make_one_report() -> None:
 
 def test_environments_that_differ_have_columns_of_their_own() -> None:
     grid = section(build(sources(commits())), "environment").tables[0].grid
-    assert grid.columns == ["what", "0abcdef … 1abcdef (2 files)", "2abcdef … 3abcdef (2 files)"]
+    assert grid.columns == [
+        "property",
+        "0abcdef … 1abcdef (2 files)",
+        "2abcdef … 3abcdef (2 files)",
+    ]
     changed = [row for row, style in zip(grid.rows, grid.styles, strict=True) if style == "changed"]
     assert changed == [["driver", "550", "570"]]
 

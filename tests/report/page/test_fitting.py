@@ -51,10 +51,7 @@ def test_a_long_table_says_how_many_rows_it_lacks() -> None:
     section = fit(tables=(Titled(caption="Every point", grid=grid),))
     assert section.tables[0].grid.rows == grid.rows[:10_000]
     assert section.notes == (
-        (
-            "Every point: 2 more rows not shown here; the saved file has all, and int8bench show "
-            "prints them."
-        ),
+        "Every point: 2 more rows not shown; int8bench show prints every row of a saved file.",
     )
 
 
@@ -102,8 +99,8 @@ def test_pictures_and_remarks_are_counted() -> None:
     section = fit(charts=(bars([1.0]),) * (MOST_CHARTS + 2), notes=("n",) * (MOST_NOTES + 1))
     assert len(section.charts) == MOST_CHARTS
     assert section.notes[MOST_NOTES:] == (
-        "2 more pictures not drawn; the tables have the figures.",
-        "1 more remark not shown here.",
+        "2 more charts not drawn; the tables have the figures.",
+        "1 more remark not shown.",
     )
 
 
@@ -176,7 +173,7 @@ def test_markdown_that_is_too_large_says_what_is_left_out(limit: int) -> None:
     assert len(whole.encode()) > 100_000
     text = markdown.render(view, limit_bytes=limit)
     assert limit / 2 < len(text.encode()) <= limit
-    assert " rows are left out, the worst come first; int8bench show prints all of a saved" in text
+    assert " rows are left out; the worst are shown first; int8bench show prints every row" in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         line for line in whole.splitlines() if line.startswith("#")
     ]

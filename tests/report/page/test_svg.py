@@ -167,7 +167,7 @@ def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:
     crosses = re.findall(r'x="([\d.]+)" y="[\d.]+" style="fill: var\(--bad\)', svg)
     assert len(crosses) == 2  # the other one is the legend's
     assert float(crosses[0]) > positions(svg)[-1][0]
-    assert "no figure: OOM" in texts(svg)
+    assert "no value: OOM" in texts(svg)
 
 
 def test_a_point_with_a_note_is_hollow() -> None:
