@@ -54,20 +54,20 @@ def test_older_versions_left_out_much() -> None:
 def test_a_call_that_took_no_time_has_none() -> None:
     found = Benchmark.from_timing(entry(NODE, 0.0))
     assert (found.call_time_s, found.call_time_min_s) == (None, None)
-    assert (found.status, found.reason) == ("skipped", "its timer is too coarse for its calls")
+    assert (found.status, found.reason) == ("skipped", "the timer is too coarse to time a call")
 
 
 @pytest.mark.parametrize(
     ("timing", "why"),
     [
         (5, "5"),
-        ({"name": "BM_x", "real_time": 3}, "fullname must be a text, got None"),
+        ({"name": "BM_x", "real_time": 3}, "fullname must be a string, got None"),
         ({**entry(NODE), "stats": []}, "stats must be an object, got []"),
         (entry(NODE, median=-1), "median must be a number of at least 0, got -1"),
         (entry(NODE, median=float("nan")), "median must be a number of at least 0, got nan"),
         (entry(NODE, min="1"), "min must be a number of at least 0, got '1'"),
         (entry(NODE, rounds=1.5), "rounds must be a whole number of at least 0, got 1.5"),
-        ({**entry(NODE), "options": {"timer": 3}}, "options.timer must be a text, got 3"),
+        ({**entry(NODE), "options": {"timer": 3}}, "options.timer must be a string, got 3"),
     ],
 )
 def test_what_is_no_benchmark_is_one_line(tmp_path: Path, timing: Any, why: str) -> None:
@@ -83,7 +83,7 @@ def test_what_is_no_benchmark_is_one_line(tmp_path: Path, timing: Any, why: str)
     [
         ({"machine_info": []}, "machine_info must be an object, got []"),
         ({"machine_info": {"cpu": "EPYC"}}, "machine_info.cpu must be an object, got 'EPYC'"),
-        ({"commit_info": {"id": 5}}, "commit_info.id must be a text, got 5"),
+        ({"commit_info": {"id": 5}}, "commit_info.id must be a string, got 5"),
         ({"int8bench": "x"}, "has no int8bench block: it was not saved by pytest-int8bench"),
     ],
 )
@@ -116,8 +116,8 @@ def test_a_journal_holds_them(tmp_path: Path) -> None:
 def test_the_machine_is_known_as_far_as_machine_info_goes(tmp_path: Path) -> None:
     alone = read(write_plain(tmp_path / "a.json", entry(NODE))).environment
     assert partly_known(alone) == (
-        "saved without pytest-int8bench: the machine could be checked only as far as machine_info "
-        "goes (python, system, cpu), without GPU and versions of packages"
+        "saved without pytest-int8bench: machine_info holds only python, system, cpu, so GPU and "
+        "package versions could not be checked"
     )
     here = {**CPU, "system": "Linux x86_64"}
     assert differences(alone, here) == differences(here, alone) == {}
@@ -126,7 +126,7 @@ def test_the_machine_is_known_as_far_as_machine_info_goes(tmp_path: Path) -> Non
     # What one file does not say cannot differ; containers have other names each time.
     little = read(write_plain(tmp_path / "b.json", entry(NODE), machine_info={"node": "other"}))
     assert differences(alone, little.environment) == {}
-    assert "goes (nothing)," in str(partly_known(little.environment))
+    assert "holds only nothing, so" in str(partly_known(little.environment))
     assert partly_known(CPU) is None
 
 
@@ -134,7 +134,7 @@ def test_on_a_gpu_they_say_that_the_timer_does_not_wait() -> None:
     ours = plain("c", timer="synchronized_perf_counter")
     said = unsynchronized([plain("a"), plain("b"), ours], GPU)
     assert str(said).startswith(
-        "timer does not wait for the GPU: test_a.py::a and 1 more: the time is that of submitting"
+        "timer does not wait for the GPU: test_a.py::a and 1 more: unless the function synchronizes"
     )
     assert unsynchronized([ours, plain("d", status="failed", call_time_s=None)], GPU) is None
     assert unsynchronized([plain("a")], CPU) is None

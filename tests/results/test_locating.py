@@ -16,6 +16,7 @@ from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.locating import find, find_side, latest_two, read_runs
 from pytest_int8bench.results.records import Saved
+from pytest_int8bench.words import plural
 from toys import results
 
 
@@ -60,7 +61,7 @@ def test_a_folder_of_journals_is_no_side() -> None:
     Journal(Path("runs/a.jsonl"), {})
     with pytest.raises(FileError) as error:
         find_side(["runs"], STORAGE)
-    assert said(error) == "runs holds no JSON file"
+    assert said(error) == "runs contains no JSON files"
 
 
 def test_a_number_is_that_of_pytest_benchmark() -> None:
@@ -75,18 +76,18 @@ def test_a_number_on_two_machines_is_ambiguous() -> None:
     paths = [save(f".benchmarks/{name}/0001_run.json") for name in ("A", "B")]
     with pytest.raises(FileError) as error:
         find("0001", STORAGE)
-    assert said(error) == f"0001 is ambiguous, name one of {paths[0]}, {paths[1]}"
+    assert said(error) == f"0001 is ambiguous; name one of {paths[0]}, {paths[1]}"
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("nowhere.json", "nowhere.json is not there"),
-        ("empty", "empty holds no JSON file"),
-        ("0003", ".benchmarks holds no file with number 0003"),
-        ("003", "003 is not there"),
+        ("nowhere.json", "nowhere.json does not exist"),
+        ("empty", "empty contains no JSON files"),
+        ("0003", ".benchmarks contains no file with number 0003"),
+        ("003", "003 does not exist"),
         # An unset variable of a shell, which Path takes for the current folder.
-        ("", "must be a file, a folder or a number of pytest-benchmark, got ''"),
+        ("", "must be a file, a folder or a pytest-benchmark run number, got ''"),
     ],
 )
 def test_what_is_not_there_is_said(name: str, why: str) -> None:
@@ -105,7 +106,7 @@ def test_a_side_does_not_hold_a_file_twice() -> None:
         with pytest.raises(FileError) as error:
             find_side(["runs", again], STORAGE)
         assert said(error) == (
-            f"a file is given twice for one side: runs/a.json, runs/b.json, {again}"
+            f"one side has the same file twice: runs/a.json, runs/b.json, {again}"
         )
 
 
@@ -158,8 +159,8 @@ def test_numbers_that_the_times_in_the_files_contradict_are_refused(names: list[
         latest_two(STORAGE)
     last = [base.name, new.name, *names][-2:]
     assert said(error) == (
-        f"by their numbers, {last[0]} and {last[1]} were saved last in {STORAGE}/Here, by the "
-        "times in them 0001_a.json and 0002_a.json: name BASE and NEW"
+        f"the latest two files in {STORAGE}/Here are {last[0]} and {last[1]} by number, but "
+        "0001_a.json and 0002_a.json by the times in them; name BASE and NEW"
     )
 
 
@@ -171,8 +172,8 @@ def test_two_files_are_needed(count: int) -> None:
     with pytest.raises(FileError) as error:
         latest_two(STORAGE if count else Path("nowhere"))
     assert said(error) == (
-        f"{STORAGE if count else 'nowhere'} holds {count} saved file(s), two are needed: save with "
-        "--benchmark-autosave, or name BASE and NEW"
+        f"{STORAGE if count else 'nowhere'} contains {plural(count, 'numbered file')} to compare, "
+        "but two are needed; save them with --benchmark-autosave, or name BASE and NEW"
     )
 
 

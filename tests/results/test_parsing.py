@@ -36,12 +36,12 @@ def refused(path: Path) -> str:
     ("content", "message"),
     [
         (BLOCK.encode("utf-8-sig"), "starts with a byte order mark: save it as UTF-8 without one"),
-        (BLOCK.encode("utf-16"), "is UTF-16 text, and must be UTF-8"),
-        (b"\xfe\xff" + BLOCK.encode("utf-16-be"), "is UTF-16 text, and must be UTF-8"),
-        (BLOCK.encode("utf-32"), "is UTF-32 text, and must be UTF-8"),
-        (BLOCK.encode("utf-16-le"), "is not UTF-8 text: it starts with a NUL"),
-        (BLOCK.encode("utf-32-be"), "is not UTF-8 text: it starts with a NUL"),
-        (b"\x00" * 4096, "is not UTF-8 text: it starts with a NUL"),
+        (BLOCK.encode("utf-16"), "must be UTF-8 text, got UTF-16"),
+        (b"\xfe\xff" + BLOCK.encode("utf-16-be"), "must be UTF-8 text, got UTF-16"),
+        (BLOCK.encode("utf-32"), "must be UTF-8 text, got UTF-32"),
+        (BLOCK.encode("utf-16-le"), "is not UTF-8 text: it starts with a NUL byte"),
+        (BLOCK.encode("utf-32-be"), "is not UTF-8 text: it starts with a NUL byte"),
+        (b"\x00" * 4096, "is not UTF-8 text: it starts with a NUL byte"),
     ],
     ids=["bom", "utf-16", "utf-16-be", "utf-32", "utf-16-no-mark", "utf-32-no-mark", "zeros"],
 )
@@ -102,7 +102,7 @@ def nested(levels: int) -> str:
     return "[" * levels + "]" * levels
 
 
-TOO_DEEP = "is nested too deeply, beyond 32 levels"
+TOO_DEEP = "is nested too deeply; at most 32 levels are allowed"
 
 
 @pytest.mark.parametrize("levels", [40, 300, 900, 5_000, 200_000])
@@ -141,7 +141,7 @@ def test_long_texts(tmp_path: Path, field: str) -> None:
     record = {**timed().to_dict(), field: "x" * 1_000_001}
     block = {**Saved(CPU, []).to_dict(), "results": [record]}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
-    assert refused(path) == "holds a text of 1,000,001 characters, more than 1,000,000"
+    assert refused(path) == "has a string of 1,000,001 characters; at most 1,000,000 are allowed"
 
 
 def test_texts_that_are_wrong_are_shown_in_part(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.touch()
     os.truncate(path, 2**40)  # takes no room on the disk
     assert refused(path) == (
-        "is too large: 1,099,511,627,776 bytes, at most 1,073,741,824 are read"
+        "is too large: 1,099,511,627,776 bytes; at most 1,073,741,824 are allowed"
     )
     monkeypatch.setattr(parsing, "MAX_BYTES", 100)
     path.write_text(" " * 101)
-    assert refused(path) == "is too large: 101 bytes, at most 100 are read"
+    assert refused(path) == "is too large: 101 bytes; at most 100 are allowed"
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ def test_an_outcome_is_one_of_those_known() -> None:
         ValueError, match=r"^outcome must be one of PASS, FAIL, INCONCLUSIVE, proxy-ok, got 'OK'$"
     ):
         verdict_of(outcome="OK")
-    with pytest.raises(SchemaError, match=r"^not a verdict: it must have nodeid, .*, samples$"):
+    with pytest.raises(
+        SchemaError, match=r"^not a verdict: it must also have nodeid, .*, samples$"
+    ):
         Accuracy.from_dict({"outcome": "PASS"})
     with pytest.raises(SchemaError, match=r"^not a table of layers: 5$"):
         Sensitivity.from_dict(5)
@@ -161,7 +163,7 @@ def test_bad_status() -> None:
 @pytest.mark.parametrize("name", ["samples_per_s", "tokens_per_s", "pixels_per_s"])
 @pytest.mark.parametrize("rate", [1e308, 1e20, 1e-20])
 def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
-    why = rf"{name} must be what a batch holds over batch_time_s, 0\.01, got {re.escape(str(rate))}"
+    why = re.escape(f"{name} must be a batch's count divided by batch_time_s (0.01), got {rate}")
     with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
         Result.from_dict({**MEASURED.to_dict(), name: rate, "batch_time_s": 0.01})
     assert getattr(result_of(**{name: rate}), name) == rate  # without a time, who knows
@@ -192,12 +194,12 @@ def test_differences_are_numbers(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("nodeid", 5, "nodeid must be a text, got 5"),
-        ("workload", None, "workload must be a text, got None"),
-        ("run_name", ["x"], "run_name must be a text, got ['x']"),
-        ("reason", 5, "reason must be a text, got 5"),
+        ("nodeid", 5, "nodeid must be a string, got 5"),
+        ("workload", None, "workload must be a string, got None"),
+        ("run_name", ["x"], "run_name must be a string, got ['x']"),
+        ("reason", 5, "reason must be a string, got 5"),
         ("compile_cache", "hot", "compile_cache must be one of cold, warm, got 'hot'"),
-        ("throttled", None, "throttled must be a list of texts, got None"),
+        ("throttled", None, "throttled must be a list of strings, got None"),
     ],
 )
 def test_other_kinds_of_values_are_refused(name: str, value: Any, why: str) -> None:
@@ -218,7 +220,7 @@ def test_a_test_that_ran_without_a_clock_is_disabled() -> None:
 
 
 def test_a_result_needs_its_identity() -> None:
-    why = "not a result: it must have nodeid, workload, run_name, params"
+    why = "not a result: it must also have nodeid, workload, run_name, params"
     with pytest.raises(SchemaError, match=rf"^{why}$"):
         Result.from_dict({"status": "ok"})
 
@@ -303,7 +305,7 @@ def test_a_journal_line_that_is_no_result_is_refused(journal_path: Path) -> None
     with journal_path.open("a") as file:
         file.write('{"nodeid": "d"}\n')
     with pytest.raises(
-        SchemaError, match=r"not a result: it must have workload, run_name, params$"
+        SchemaError, match=r"not a result: it must also have workload, run_name, params$"
     ):
         read(journal_path)
 
@@ -322,7 +324,7 @@ NO_BLOCK = "FILE has no int8bench block: it was not saved by pytest-int8bench"
 NO_HEADER = "FILE is not a journal of pytest-int8bench: it has no header"
 QUOTES = "Expecting property name enclosed in double quotes"
 CUT_OFF = "FILE is not JSON: it is cut off (line 1, column 45)"
-NEWER = "FILE has schema 2, this version reads up to 1: update pytest-int8bench"
+NEWER = "FILE has schema 2, but this version reads only up to 1; update pytest-int8bench"
 
 
 @pytest.mark.parametrize(
