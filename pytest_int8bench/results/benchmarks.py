@@ -114,7 +114,7 @@ def _standard_error(stats: Mapping[str, Any]) -> float | None:
     return float(_MEDIAN_FACTOR * spread / math.sqrt(rounds) / stats["median"])
 
 
-def picked(data: Mapping[str, Any]) -> dict[str, Any]:
+def used_parts(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of pytest-benchmark's JSON that are used, without the times of rounds."""
     timings = data.get("benchmarks")
     if isinstance(timings, list):

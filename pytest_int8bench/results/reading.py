@@ -29,7 +29,12 @@ from typing import Any
 
 from pytest_int8bench.git_lfs import POINTER, is_pointer
 from pytest_int8bench.results.base import SchemaError
-from pytest_int8bench.results.benchmarks import Benchmark, is_of_test, partial_environment, picked
+from pytest_int8bench.results.benchmarks import (
+    Benchmark,
+    is_of_test,
+    partial_environment,
+    used_parts,
+)
 from pytest_int8bench.results.checks import check, short, shown
 from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
@@ -67,7 +72,7 @@ def read(path: Path) -> Saved:
     has_timings = isinstance(data, dict) and bool(data.get("benchmarks")) and block is None
     if not isinstance(block, dict) and not has_timings:
         raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
-    file = cleaned_values(path, picked(data))
+    file = cleaned_values(path, used_parts(data))
     try:
         check(BenchmarkFile, file)
     except ValueError as error:

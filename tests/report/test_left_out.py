@@ -40,6 +40,6 @@ def test_weights_outside_of_linear_layers_are_named() -> None:
     )
 
 
-def test_older_files_say_nothing_of_it() -> None:
+def test_older_files_get_no_remarks() -> None:
     assert said(left_out={"head": "filtered"}) == []
     assert [line for line in remarks(result_of(coverage=None)) if "left in" in line] == []

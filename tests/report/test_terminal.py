@@ -70,7 +70,7 @@ def test_a_measured_point() -> None:
 
 
 @pytest.mark.parametrize(("found", "cell"), [("warm", "61.2 (warm)"), ("cold", "61.2")])
-def test_a_warm_compile_cache_is_said(found: str, cell: str) -> None:
+def test_a_warm_compile_cache_is_marked(found: str, cell: str) -> None:
     row = lines_of(result_of(**MEASURED, compile_cache=found))[1]
     assert f" 3,072 {cell} 42% " in row
 
@@ -83,12 +83,12 @@ def test_columns_line_up() -> None:
     assert header.index("attention") == row.index("efficient")
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
+def test_an_unmeasured_figure_is_a_dash() -> None:
     row = lines_of(result_of(samples_per_s=5.0), result_of(**MEASURED))[1]
     assert row == f"{NAME} 5.00 - - - - - - - -"
 
 
-def test_rates_that_a_workload_does_not_have_are_no_columns() -> None:
+def test_rates_without_values_have_no_column() -> None:
     header = lines_of(result_of(samples_per_s=5.0))[0]
     assert header == HEADER.replace(" tokens/s km²/s", "")
 
@@ -218,7 +218,7 @@ def test_remarks_on_a_measured_point() -> None:
 @pytest.mark.parametrize(
     ("device_time_s", "told"), [(0.02, True), (0.079, True), (0.081, False), (0.11, False)]
 )
-def test_a_gpu_that_waits_for_the_host_is_said(device_time_s: float, told: bool) -> None:
+def test_reports_host_bound_point(device_time_s: float, told: bool) -> None:
     lines = lines_of(result_of(**{**MEASURED, "batch_time_s": 0.1, "device_time_s": device_time_s}))
     remark = (
         f"host-bound: {NAME}: kernels run for {device_time_s * 10:.0%} of the batch time, and the "
@@ -250,7 +250,7 @@ SHOWN = (
 
 
 def upper_bound_line(**values: Any) -> str:
-    """Return the remark without what all of them say."""
+    """Return the remark without its common start."""
     result = result_of(**{**MEASURED, **UPPER_BOUND, **values})
     [line] = [line for line in lines_of(result) if line.startswith("upper bound: ")]
     start = SHOWN.format(name=NAME, dtype="BF16" if result.params.get("bf16", True) else "FP32")
@@ -258,7 +258,7 @@ def upper_bound_line(**values: Any) -> str:
     return line.removeprefix(start)
 
 
-def test_the_upper_bound_is_said() -> None:
+def test_reports_upper_bound() -> None:
     assert upper_bound_line() == "; 78% of the possible gain achieved"
 
 
@@ -278,11 +278,11 @@ def test_the_upper_bound_is_said() -> None:
     ],
     ids=["over", "over-within-noise", "nothing", "slower", "no-gain", "fp32", "math"],
 )
-def test_how_much_of_the_gain_was_achieved(values: dict[str, Any], end: str) -> None:
+def test_reports_achieved_gain(values: dict[str, Any], end: str) -> None:
     assert upper_bound_line(**values) == end
 
 
-def test_the_upper_bound_of_int8_attention_is_said() -> None:
+def test_reports_upper_bound_of_int8_attention() -> None:
     part = {"share": 0.75, "ratio": 1.776, "ops_per_s": 5.4e14}
     result = result_of(
         **{**MEASURED, **UPPER_BOUND, "ceiling": {**UPPER_BOUND["ceiling"], "attention": part}}
@@ -294,14 +294,14 @@ def test_the_upper_bound_of_int8_attention_is_said() -> None:
 
 @pytest.mark.parametrize(("batch_time_s", "told"), [(9.0, True), (6.0, False)])
 def test_reports_host_bound_upper_bound(batch_time_s: float, told: bool) -> None:
-    # The baseline's kernels take 10 s, and its batches 1.846 times as long as the candidate's.
+    # The baseline's kernels take 10 s, and its batches take 1.846 times as long as the candidate's.
     end = "; 78% of the possible gain achieved"
     if told:
         end += "; this covers kernels only, which run for 60% of the BF16 batch time"
     assert upper_bound_line(batch_time_s=batch_time_s) == end
 
 
-def test_an_unknown_upper_bound_is_said() -> None:
+def test_reports_unknown_upper_bound() -> None:
     result = result_of(**MEASURED, ceiling={"problem": "OutOfMemoryError: CUDA out of memory."})
     remark = f"upper bound: {NAME}: unknown: OutOfMemoryError: CUDA out of memory."
     assert lines_of(result)[2:-1] == [remark]
@@ -402,7 +402,7 @@ def test_exposed_interval(exposed_s: float, low_s: float, high_s: float, remark:
     assert line.endswith(remark)
 
 
-def test_what_may_be_noise_is_not_called_hidden() -> None:
+def test_feeding_cost_within_noise_is_not_called_hidden() -> None:
     fed = {**MEASURED, "batch_time_s": 1.0, "feed_copy_s": 0.003, "feed_wait_s": 0.0}
     ends = {"feed_exposed_s": 0.01, "feed_exposed_low_s": -0.001, "feed_exposed_high_s": 0.02}
     lines = lines_of(result_of(**fed, feed_workers=4, **ends))
@@ -412,7 +412,7 @@ def test_what_may_be_noise_is_not_called_hidden() -> None:
     )
 
 
-def test_nothing_is_said_of_copies_that_were_not_compared() -> None:
+def test_no_remark_on_copies_that_were_not_measured() -> None:
     assert len(lines_of(result_of(**MEASURED, feed_workers=4, feed_wait_s=0.05))) == 3
 
 
@@ -440,7 +440,7 @@ def test_one_remark_on_the_short_rounds_of_all_points() -> None:
 
 
 @pytest.mark.parametrize("steady", [True, None])
-def test_no_remark_where_there_is_nothing_to_say(steady: bool | None) -> None:
+def test_no_remark_on_a_steady_point(steady: bool | None) -> None:
     assert len(lines_of(result_of(**MEASURED, steady=steady))) == 3
 
 
@@ -468,7 +468,7 @@ def test_color_changes_nothing_but_color() -> None:
 
 
 @pytest.mark.parametrize("width", [None, 200, 140, 120, 100, 80, 60])
-def test_no_width_costs_a_figure(width: int | None) -> None:
+def test_every_width_shows_all_figures(width: int | None) -> None:
     saved = Saved(CPU, [result_of(workload="vit", **MEASURED)], [])
     text = render(saved, width=width, color=False)
     for shown in ["workload", "vit", *FIGURES, "1.85x", "[1.80,", "1.90]"]:
@@ -500,7 +500,7 @@ def test_a_table_fits_every_terminal(width: int) -> None:
         assert sorted(found) == sorted([*FIGURES, "1.85x", "[1.80,", "1.90]"])
 
 
-def test_a_table_that_is_too_wide_becomes_several() -> None:
+def test_a_table_that_is_too_wide_is_split() -> None:
     saved = Saved(CPU, [result_of(workload="vit", **MEASURED)], [])
     tables = tables_of(render(saved, width=80, color=False))
     assert [" ".join(table[0].split()) for table in tables] == [
@@ -513,7 +513,7 @@ def test_a_table_that_is_too_wide_becomes_several() -> None:
                 assert header.index(title) + len(title) == row.index(figure) + len(figure)
 
 
-def test_columns_without_figures_are_left_out_where_there_is_no_room() -> None:
+def test_empty_columns_are_dropped_if_there_is_no_room() -> None:
     cpu = {name: MEASURED[name] for name in ("samples_per_s", "batch_time_s", "speedup")}
     saved = Saved(CPU, [result_of(**cpu)], [])
     [narrow], [wide] = (tables_of(render(saved, width=w, color=False)) for w in (80, 120))
@@ -521,14 +521,14 @@ def test_columns_without_figures_are_left_out_where_there_is_no_room() -> None:
     assert " ".join(wide[0].split()) == HEADER.replace(" tokens/s km²/s", "")
 
 
-def test_nothing_but_failures_leaves_a_table() -> None:
+def test_a_table_of_failures_only() -> None:
     text = render(Saved(CPU, [result_of(status="oom")], []), width=50, color=False)
     [[header, row, *_]] = tables_of(text)
     assert " ".join(header.split()) == "run samples/s"
     assert row.endswith(" OOM")
 
 
-def test_every_part_of_the_verdicts_says_what_of() -> None:
+def test_every_part_of_a_split_table_repeats_the_keys() -> None:
     judged = [
         verdict(W8A8, 0.014, "FAIL", metric=metric, workload="vit") for metric in ("top1", "miou")
     ]
@@ -551,7 +551,7 @@ def test_a_long_workload_is_folded_too() -> None:
         assert "".join(found).startswith(long)
 
 
-def test_a_folded_run_name_can_be_put_together() -> None:
+def test_a_folded_run_name_is_complete() -> None:
     text = render(Saved(CPU, [result_of(**MEASURED)], []), width=150, color=False)
     lines = text.splitlines()
     assert all(len(line) <= 150 for line in lines)
@@ -568,7 +568,7 @@ def test_long_remarks_fold_and_lose_nothing() -> None:
     assert "".join(f"failed: {NAME}: {reason}".split()) in "".join(text.split())
 
 
-def test_the_fused_backend_is_named_beside_its_share() -> None:
+def test_the_fused_backend_follows_the_int8_share() -> None:
     fused = {**MEASURED, "int8_backend": "fused"}
     row = lines_of(result_of(**fused))[1]
     share = f"{MEASURED['int8_time_share']:.0%}"
@@ -576,7 +576,7 @@ def test_the_fused_backend_is_named_beside_its_share() -> None:
     assert "fused" not in lines_of(result_of(**{**MEASURED, "int8_backend": "torchao"}))[1]
 
 
-def test_layers_that_are_not_fused_are_said_with_reasons() -> None:
+def test_reports_layers_not_fused_with_reasons() -> None:
     falls = {"a": "type: has forward hooks", "b": "type: has forward hooks", "c": "weight: X"}
     fused = {**MEASURED, "int8_backend": "fused", "coverage": {"fallbacks": falls}}
     said = (

@@ -1,4 +1,4 @@
-"""What records may hold, and what is said of the rest."""
+"""Valid values of records, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -143,14 +143,14 @@ def test_values_of_tables_of_layers(changes: dict[str, Any], why: str) -> None:
     assert str(info.value) == f"not a table of layers: {why}"
 
 
-def test_objects_of_newer_versions_have_more() -> None:
+def test_objects_may_have_more_fields() -> None:
     later = {"later": [{"a": 1}], "mode": "w4"}
     assert result_of(coverage=later).coverage == later
     params = {"later": {"a": 1}, "int8_mode": "w4a4"}
     assert result_of(params=params).params == params
 
 
-def test_a_copy_of_a_record_shares_nothing() -> None:
+def test_to_dict_copies_deeply() -> None:
     result = result_of(coverage={"left_out": {"a": "why"}}, throttled=["heat"])
     values = result.to_dict()
     values["coverage"]["left_out"].clear()

@@ -1,4 +1,4 @@
-"""Figures: what a row must hold, and that everything else follows from it."""
+"""Figures: the rules for a row, and everything that follows from one."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_new_figure_is_logged(toy: Figure) -> None:
 
 @pytest.fixture
 def hooks() -> Any:
-    """The module that writes the tables of the site."""
+    """Return the module that writes the tables of the documentation."""
     pytest.importorskip("mkdocs", reason="needs the extra docs")
     path = Path(__file__).parents[2] / "docs" / "hooks.py"
     spec = importlib.util.spec_from_file_location("hooks", path)

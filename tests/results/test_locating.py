@@ -1,4 +1,4 @@
-"""Which saved files are compared, and reports that are written whole or not at all."""
+"""Finding the saved files to compare, and writing reports whole or not at all."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def said(error: pytest.ExceptionInfo[FileError]) -> str:
 # -- finding ------------------------------------------------------------------------------------
 
 
-def test_a_file_is_itself() -> None:
+def test_finds_a_file() -> None:
     path = save("run.json")
     assert find("run.json", STORAGE) == [path]
 
 
-def test_a_folder_is_its_json_files() -> None:
+def test_a_folder_stands_for_its_json_files() -> None:
     paths = [save(f"runs/{name}.json") for name in ("b", "a")]
     Path("runs/notes.txt").touch()
     save("runs/deeper/c.json")
@@ -56,7 +56,7 @@ def test_a_folder_is_its_json_files() -> None:
     assert find("runs", STORAGE, journals=True) == [paths[1], Path("runs/a.jsonl"), paths[0]]
 
 
-def test_a_folder_of_journals_is_no_side() -> None:
+def test_a_folder_of_journals_is_not_a_side() -> None:
     Path("runs").mkdir()
     Journal(Path("runs/a.jsonl"), {})
     with pytest.raises(FileError) as error:
@@ -64,7 +64,7 @@ def test_a_folder_of_journals_is_no_side() -> None:
     assert said(error) == "runs contains no JSON files"
 
 
-def test_a_number_is_that_of_pytest_benchmark() -> None:
+def test_finds_a_file_by_number() -> None:
     save(".benchmarks/Linux/0001_one.json")
     second = save(".benchmarks/Linux/0002_two.json")
     assert find("0002", STORAGE) == [second]
@@ -90,7 +90,7 @@ def test_a_number_on_two_machines_is_ambiguous() -> None:
         ("", "must be a file, a folder or a pytest-benchmark run number, got ''"),
     ],
 )
-def test_what_is_not_there_is_said(name: str, why: str) -> None:
+def test_missing_sections_are_listed(name: str, why: str) -> None:
     Path("empty").mkdir()
     save("here.json")
     with pytest.raises(FileError) as error:
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_said(name: str, why: str) -> None:
     assert said(error) == why
 
 
-def test_a_side_does_not_hold_a_file_twice() -> None:
+def test_rejects_a_file_twice_on_one_side() -> None:
     paths = [save("runs/a.json"), save("runs/b.json")]
     assert find_side(["runs"], STORAGE) == find_side(["runs/a.json", "runs/b.json"], STORAGE)
     Path("link.json").symlink_to(paths[1])
@@ -110,7 +110,7 @@ def test_a_side_does_not_hold_a_file_twice() -> None:
         )
 
 
-def test_the_latest_two_are_those_of_the_machine_that_saved_last() -> None:
+def test_the_latest_two_files_are_of_the_machine_that_saved_last() -> None:
     save(".benchmarks/Other/0099_x.json", 300)
     save(".benchmarks/Here/0008_a.json", 500)
     base = save(".benchmarks/Here/0009_b.json", 100)
@@ -133,7 +133,7 @@ def test_the_latest_two_past_9999() -> None:
     base, new = save_at("10000_a.json", 10), save_at("10001_a.json", 11)
     assert latest_two(STORAGE) == (base, new)
     assert find("10000", STORAGE) == [base]
-    # pytest-benchmark does not count further.
+    # pytest-benchmark does not count past this number.
     later = save_at("10001_b.json", 12)
     os.utime(later, (1, 1))
     for path in (base, new):
@@ -141,7 +141,7 @@ def test_the_latest_two_past_9999() -> None:
     assert latest_two(STORAGE) == (new, later)
 
 
-def test_names_that_merely_begin_with_digits_are_no_numbers() -> None:
+def test_names_that_merely_begin_with_digits_are_not_numbered() -> None:
     base, new = save_at("0001_a.json", 1), save_at("0002_a.json", 2)
     for name in ("2024-notes.json", "1234abc.json", "20260131T120000Z.json", "99999.json"):
         save_at(name, 20)
@@ -151,7 +151,7 @@ def test_names_that_merely_begin_with_digits_are_no_numbers() -> None:
 
 
 @pytest.mark.parametrize("names", [["2024_results.json"], ["20250101_a.json", "20250102_a.json"]])
-def test_numbers_that_the_times_in_the_files_contradict_are_refused(names: list[str]) -> None:
+def test_rejects_numbers_that_contradict_times(names: list[str]) -> None:
     for day, name in enumerate(names, start=1):
         os.utime(save_at(name, day), (day, day))
     base, new = save_at("0001_a.json", 10), save_at("0002_a.json", 11)
@@ -252,7 +252,7 @@ def test_only_regular_files_are_replaced() -> None:
     assert Path("link.md").is_symlink()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line() -> None:
+def test_a_folder_that_cannot_be_created_is_a_one_line_error() -> None:
     Path("file").touch()
     with pytest.raises(FileError) as error:
         write(Path("file/report.md"), "report")
@@ -279,7 +279,7 @@ def test_full_disk_leaves_no_report(before: str | None, monkeypatch: pytest.Monk
     assert before is None or path.read_text() == before
 
 
-def test_an_interrupt_leaves_no_part_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_partial_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_a_summary_as_it_was(monkeypatch: pytest.MonkeyPatch)
     assert Path("summary.md").read_text() == "of another step\n"
 
 
-def test_a_summary_whose_folder_is_not_there_is_one_line() -> None:
+def test_a_summary_in_a_missing_folder_is_a_one_line_error() -> None:
     with pytest.raises(FileError) as error:
         append(Path("nowhere/summary.md"), "ours\n")
     assert said(error) == "nowhere/summary.md is not written: No such file or directory"

@@ -1,4 +1,4 @@
-"""Files that are not what they seem are refused in one short line."""
+"""Malformed and malicious files are rejected in one short line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = json.dumps({"benchmarks": [], "int8bench": everything().to_dict()})
 
 
 def refused(path: Path) -> str:
-    """Return what is said about ``path``, without its name."""
+    """Return the error about ``path`` without its name."""
     with pytest.raises(SchemaError) as info:
         read(path)
     message = str(info.value)
@@ -64,7 +64,7 @@ def test_a_link_to_a_device(tmp_path: Path, device: str) -> None:
     assert refused(path) == "must be a regular file, got a device"
 
 
-def test_other_things_with_the_name_of_a_file(tmp_path: Path) -> None:
+def test_rejects_folders_loops_and_sockets(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "gone.json").symlink_to("nothing")
@@ -129,7 +129,7 @@ def test_deep_nesting(tmp_path: Path, levels: int, place: str) -> None:
         assert refused(path) == TOO_DEEP
 
 
-def test_nesting_outside_of_our_part_is_not_ours(tmp_path: Path) -> None:
+def test_nesting_outside_our_block_is_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "saved.json", Saved(CPU, [timed()]), machine_info="DEEP")
     path.write_text(path.read_text().replace('"DEEP"', nested(100)))
     assert read(path).results == [timed()]
@@ -144,7 +144,7 @@ def test_long_texts(tmp_path: Path, field: str) -> None:
     assert refused(path) == "has a string of 1,000,001 characters; at most 1,000,000 are allowed"
 
 
-def test_texts_that_are_wrong_are_shown_in_part(tmp_path: Path) -> None:
+def test_wrong_values_are_shortened_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "saved.json"
     for changes, start in (
         ({"status": "x" * 900_000}, "not a result: status must be one of ok, "),
@@ -182,7 +182,7 @@ def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "text", ["\ud800", "a\udfffb", "\ufeff", "\ufffe", "\x00", "\x1b]0;x\x07", "\u2028::error::x"]
 )
-def test_texts_are_harmless(tmp_path: Path, text: str, capsys: Capture) -> None:
+def test_texts_are_cleaned(tmp_path: Path, text: str, capsys: Capture) -> None:
     path = write(tmp_path / "saved.json", Saved(CPU, [timed(status="failed", reason=text)]))
     [result] = read(path).results
     assert str(result.reason).isprintable() or not text.strip()
@@ -191,7 +191,7 @@ def test_texts_are_harmless(tmp_path: Path, text: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("schema", [True, None, "1", 1.0, [1], {}, 10**4000])
-def test_schemas_of_another_kind(tmp_path: Path, schema: Any) -> None:
+def test_rejects_schemas_of_wrong_types(tmp_path: Path, schema: Any) -> None:
     path = tmp_path / "saved.json"
     block = {**Saved(CPU, []).to_dict(), "schema": schema}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
@@ -199,7 +199,7 @@ def test_schemas_of_another_kind(tmp_path: Path, schema: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [5, None, {}, "x"])
-def test_tables_of_another_kind(tmp_path: Path, value: Any) -> None:
+def test_rejects_tables_of_wrong_types(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "saved.json"
     block = {**Saved(CPU, []).to_dict(), "sensitivity": value}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))

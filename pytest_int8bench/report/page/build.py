@@ -127,17 +127,17 @@ def _shown_value(name: str, value: Any) -> str:
         return MISSING
     if name == "memory_bytes" and labels.is_number(value):
         return f"{number(value / 2**30)} GiB"
-    return labels.said(value)
+    return labels.shown_value(value)
 
 
 _WHY_MISSING = {
     "throughput": "Throughput: no point was timed.",
     "speedup": "Speedup: no candidate was measured against its baseline.",
     "accuracy": "Accuracy: no accuracy test reached a verdict.",
-    "memory": "Memory: no point has a peak memory figure, which requires CUDA.",
-    "compile": "Compile time: it was measured for no point.",
-    "device-time": "Device time: it was measured for no point, as it requires CUDA.",
-    "coverage": "Coverage: no point with quantized layers was measured.",
+    "memory": "Memory: not measured for any point (requires CUDA).",
+    "compile": "Compile time: not measured for any point.",
+    "device-time": "Device time: not measured for any point (requires CUDA).",
+    "coverage": "Coverage: no point reports quantized layers.",
     "sensitivity": "Layer sensitivity: not measured; run int8bench sensitivity.",
 }
 

@@ -32,7 +32,7 @@ class Scope:
         """Return the points that ``keep`` selects, each with its parameters and the shortest name
         that distinguishes it from the others."""
         kept = [result for result in self.results if keep(result)]
-        params = [labels.plain(result) for result in kept]
+        params = [labels.identifying_params(result) for result in kept]
         return list(zip(kept, params, _names(kept, params), strict=True))
 
 
@@ -44,7 +44,7 @@ def scopes_of(results: Results) -> list[Scope]:
     workloads, devices = ({key[i] for key in groups} for i in range(2))
     scopes = []
     for index, ((workload, where), group) in enumerate(groups.items(), start=1):
-        group = sorted(group, key=lambda result: labels.order(labels.plain(result)))
+        group = sorted(group, key=lambda result: labels.order(labels.identifying_params(result)))
         said = [workload] if len(workloads) > 1 else []
         said += [where] if len(devices) > 1 else []
         title = f": {', '.join(said)}" if said else ""

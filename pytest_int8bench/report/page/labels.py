@@ -23,7 +23,7 @@ _QUANTIZED = [name.upper() for name in SWEPT_MODES]
 _MODES = ("BF16", *_QUANTIZED, *(f"{name}, SmoothQuant" for name in _QUANTIZED))
 
 
-def plain(record: Record) -> dict[str, Any]:
+def identifying_params(record: Record) -> dict[str, Any]:
     """Return the parameters that identify a point, its workload's own as ``extra.NAME``.
 
     Baselines have no INT8 kernels to choose, so their ``int8_*`` parameters are left out.
@@ -84,7 +84,7 @@ def setting(name: str, value: object) -> str:
     """Return a parameter with its value: ``batch 128``, ``compile_mode=default``."""
     if name in _SPOKEN:
         return f"{_SPOKEN[name]} {value}"
-    return f"{name.removeprefix('extra.')}={said(value)}"
+    return f"{name.removeprefix('extra.')}={shown_value(value)}"
 
 
 def axis(name: str) -> str:
@@ -92,7 +92,7 @@ def axis(name: str) -> str:
     return _SPOKEN.get(name, name.removeprefix("extra."))
 
 
-def said(value: object) -> str:
+def shown_value(value: object) -> str:
     """Return a value as users write it in options."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 

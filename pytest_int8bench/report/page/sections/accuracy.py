@@ -39,8 +39,8 @@ def section(scopes: Sequence[Scope], verdicts: list[Found[Accuracy]]) -> Section
         "PASS: a drop above the limit is ruled out. FAIL: a drop within the limit is ruled out."
     )
     front = (
-        "Up and left is better. The stepped line joins the Pareto-optimal points: no other point "
-        "beats them in both accuracy and speed. Points that did not pass are hollow."
+        "Up and left is better. The stepped line joins the Pareto-optimal points. Points that did "
+        "not pass are hollow."
     )
     if judged and not drawn:
         notes.append("Not drawn against throughput: no point has both a verdict and a throughput.")

@@ -44,7 +44,7 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
         f"{mark.letter}, before {sources[round(mark.x + 0.5)].label}: {mark.text}" for mark in marks
     ]
     if marks:
-        notes.append("Before and after such a change, machine or software differ.")
+        notes.append("Figures across such a change come from different machines or software.")
     return Section(
         id="history",
         title="History",
@@ -101,12 +101,12 @@ def _charts(
     for key, found in results.items():
         if sum(labels.is_measured(result) for result in found.values()) < 2:
             continue
-        params = labels.plain(next(iter(found.values())))
+        params = labels.identifying_params(next(iter(found.values())))
         rest = {n: v for n, v in params.items() if not n.startswith("int8_") and n != "bf16"}
         groups.setdefault((*key[:3], *sorted(rest.items())), {})[key] = found
     points: dict[str, list[dict[str, Any]]] = {}  # by workload, as each has its own axes
     for key, found in ((k, f) for group in groups.values() for k, f in group.items()):
-        points.setdefault(key[1], []).append(labels.plain(next(iter(found.values()))))
+        points.setdefault(key[1], []).append(labels.identifying_params(next(iter(found.values()))))
     names_of = {workload: labels.differing(each) for workload, each in points.items()}
     devices, workloads, tests = (
         {key[i] for group in groups.values() for key in group} for i in range(3)
@@ -115,7 +115,7 @@ def _charts(
     for number_of, group in enumerate(groups.values(), start=1):
         where, workload, test, _ = next(iter(group))
         names = names_of[workload]
-        first = labels.plain(next(iter(next(iter(group.values())).values())))
+        first = labels.identifying_params(next(iter(next(iter(group.values())).values())))
         said = [
             labels.setting(n, first[n]) for n in names if n in first and not n.startswith("int8_")
         ]
@@ -160,7 +160,7 @@ def _series(
     found = []
     int8_names = [name for name in names if name.startswith("int8_")]
     for by_place in group.values():
-        params = labels.plain(next(iter(by_place.values())))
+        params = labels.identifying_params(next(iter(by_place.values())))
         points = []
         for place, result in sorted(by_place.items()):
             y, low, high = figure(result)

@@ -87,7 +87,7 @@ def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -
     groups: dict[tuple[object, ...], list[tuple[Result, Params]]] = {}
     for result, params, _ in rows:
         if axis in params:
-            rest = sorted((n, labels.said(v)) for n, v in params.items() if n != axis)
+            rest = sorted((n, labels.shown_value(v)) for n, v in params.items() if n != axis)
             groups.setdefault((labels.test_of(result), *rest), []).append((result, params))
     kept = [
         group
@@ -127,7 +127,7 @@ def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -
                 unit=FIGURES["samples_per_s"].unit,
                 x_label=labels.axis(axis),
                 series=series,
-                names=() if numeric else tuple(labels.said(value) for value in values),
+                names=() if numeric else tuple(labels.shown_value(value) for value in values),
                 joined=numeric,
             )
         )
@@ -140,7 +140,7 @@ def _points(
     for result, params in sorted(group, key=lambda row: values.index(row[1][axis])):
         value = params[axis]
         x = float(value) if numeric else float(values.index(value))
-        yield _point(result, x, labels.said(value))
+        yield _point(result, x, labels.shown_value(value))
 
 
 def _point(result: Result, x: float, x_shown: str) -> Point:
