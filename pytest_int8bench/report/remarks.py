@@ -9,7 +9,6 @@ from typing import Any
 
 from pytest_int8bench.report.left_out import left_out_remarks
 from pytest_int8bench.report.tables import number
-from pytest_int8bench.results.base import Record, point_label
 from pytest_int8bench.results.records import Result, Timed
 from pytest_int8bench.words import plural, some
 
@@ -27,13 +26,13 @@ def status_remarks(result: Timed) -> list[str]:
     if result.status == "ok" and not result.reason:
         return []
     mark = "note" if result.status == "ok" else result.status
-    return [f"{mark}: {record_label(result)}: {result.reason or 'no reason given'}"]
+    return [f"{mark}: {result.label}: {result.reason or 'no reason given'}"]
 
 
 def remarks(result: Result) -> list[str]:
     """Return the remarks on a point beyond its row and its status."""
     lines = []
-    name = record_label(result)
+    name = result.label
     if result.throttled:
         lines.append(f"{THROTTLED_MARK} throttled: {name}: {', '.join(result.throttled)}")
     if result.steady is False:
@@ -69,14 +68,14 @@ def upper_bound_remarks(result: Result) -> list[str]:
     """Return a remark on a point's INT8 upper bound and the part of that gain it achieved."""
     basis = result.ceiling or {}
     if problem := basis.get("problem"):
-        return [f"upper bound: {record_label(result)}: unknown: {problem}"]
+        return [f"upper bound: {result.label}: unknown: {problem}"]
     split = basis.get("baseline")
     if result.ceiling_speedup is None or not isinstance(split, dict):
         return []
     total_s = sum(split.values())
     matmuls_s = split["int8_products"] + split["other_products"]
     shares = f"matmuls {matmuls_s / total_s:.0%}, attention {split['attention'] / total_s:.0%}"
-    dtype = "BF16" if result.params.get("bf16", True) else "FP32"
+    dtype = result.float_dtype
     text = (
         f"INT8 can reach at most {result.ceiling_speedup:.2f}x, "
         f"{basis['products_speedup']:.2f}x from matmuls alone "
@@ -97,7 +96,7 @@ def upper_bound_remarks(result: Result) -> list[str]:
             )
     if result.params.get("attention") == "math":
         text += "; matmuls of math attention count as layer matmuls"
-    return [f"upper bound: {record_label(result)}: {text}"]
+    return [f"upper bound: {result.label}: {text}"]
 
 
 def _int8_attention(basis: Mapping[str, Any]) -> str:
@@ -123,7 +122,7 @@ def _feeding(result: Result) -> str | None:
     interval = ""
     if low_s is not None and high_s is not None:
         interval = f" [{number(low_s * 1e3)}, {number(high_s * 1e3)}]"
-    copying = f"{record_label(result)}: copying a batch from the host takes {copy}"
+    copying = f"{result.label}: copying a batch from the host takes {copy}"
     added = f"feeding adds {exposed}{interval} to each batch"
     if exposed_s > FEED_BOUND * batch_s and wait_s >= exposed_s / 2:
         loader = f"{result.feed_workers} workers" if result.feed_workers else "the main process"
@@ -143,10 +142,6 @@ def _feeding(result: Result) -> str | None:
     return f"host feed: {copying}: {hidden} is hidden behind compute, {exposed}{interval} is not"
 
 
-def record_label(record: Record) -> str:
-    return point_label(record.workload, record.run_name)
-
-
 def short_rounds(results: Sequence[Result]) -> str | None:
     """Return a remark on rounds that are too short to be exact, or None if there are none."""
     short = [r for r in results if (r.synchronization_share or 0) > MAX_SYNCHRONIZATION_SHARE]
@@ -157,5 +152,5 @@ def short_rounds(results: Sequence[Result]) -> str | None:
     return (
         f"short rounds: in {len(short)} of {plural(len(measured), 'measured point')}, starting a "
         f"round on the host takes over {MAX_SYNCHRONIZATION_SHARE:.1%} of the batch time, up to "
-        f"{worst.synchronization_share:.1%} ({record_label(worst)}); raise benchmark_interval_s"
+        f"{worst.synchronization_share:.1%} ({worst.label}); raise benchmark_interval_s"
     )

@@ -10,7 +10,6 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.report.cells import figure_cell, score_text, status_text
 from pytest_int8bench.report.remarks import (
     THROTTLED_MARK,
-    record_label,
     remarks,
     short_rounds,
     status_remarks,
@@ -46,7 +45,7 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     if judged := [v for v in saved.accuracy if v.limit is not None]:
         tables.append((None, accuracy_table(judged)))
     tables += [
-        (f"{record_label(scan)}, {scan.samples:,} samples", sensitivity_table(scan))
+        (f"{scan.label}, {scan.samples:,} samples", sensitivity_table(scan))
         for scan in saved.sensitivity
     ]
 
@@ -172,12 +171,11 @@ def _style(verdict: Accuracy) -> str | None:
 
 def shown_drop(verdict: Accuracy) -> str:
     """Return a verdict's drop with its bounds."""
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
         MISSING if value is None else f"{100 * value:.2f}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
-    return MISSING if drop == MISSING else f"{drop}{unit} [{low}, {high}]"
+    return MISSING if drop == MISSING else f"{drop}{verdict.drop_unit} [{low}, {high}]"
 
 
 def verdict_remarks(verdict: Accuracy) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 from pytest_int8bench.choices import precision, takes_smoothquant
 from pytest_int8bench.report.cells import score_text
 from pytest_int8bench.report.tables import MISSING
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 
 
@@ -34,17 +33,15 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
 
 def describe(verdict: Accuracy) -> list[str]:
     """Return a verdict as lines of text. The first line is complete in itself."""
-    name = point_label(verdict.workload, verdict.run_name)
+    name = verdict.label
     check = " (pipeline check: random weights)" if verdict.is_pipeline_check else ""
     if verdict.metric == NO_LABELS:
         why = verdict.reason or "only outputs were compared; accuracy was not measured"
         return [f"{verdict.outcome}: {name}: {why}", f"  {describe_distance(verdict)}"]
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
-        MISSING if value is None else f"{100 * value:.2f}{unit}"
+        MISSING if value is None else f"{100 * value:.2f}{verdict.drop_unit}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
-    dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
     quantized = precision(verdict.params)
     moved = f"dropped by {drop} [{low}, {high}]"
     if (verdict.drop or 0) < 0:
@@ -52,7 +49,7 @@ def describe(verdict: Accuracy) -> list[str]:
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {score_text(verdict.baseline)}, "
+            f"  {verdict.float_dtype} {score_text(verdict.baseline)}, "
             f"{quantized} {score_text(verdict.candidate)}, "
             f"{_counted(verdict)}: {verdict.lost} got worse, {verdict.gained} better "
             "(one-sided 95 % bounds)"
@@ -70,8 +67,7 @@ def beside_row(verdict: Accuracy) -> list[str]:
     if verdict.is_pipeline_check or verdict.outcome == "PASS":
         return []
     if verdict.needed is not None:  # all other figures are in the row
-        name = point_label(verdict.workload, verdict.run_name)
-        return [f"undecided: {name}: {verdict.metric}: {_undecided(verdict)}"]
+        return [f"undecided: {verdict.label}: {verdict.metric}: {_undecided(verdict)}"]
     return describe(verdict)
 
 

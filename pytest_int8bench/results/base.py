@@ -51,6 +51,16 @@ class Record:
         """The values that stay the same across commits: node id and workload name."""
         return (self.nodeid, self.workload)
 
+    @property
+    def label(self) -> str:
+        """Name of the point for readers: see :func:`point_label`."""
+        return point_label(self.workload, self.run_name)
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of everything that is not quantized: ``BF16`` or ``FP32``."""
+        return "BF16" if self.params.get("bf16", True) else "FP32"
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values."""
         kind: Any = type(self)  # mypy believes that dataclass types are unhashable

@@ -80,6 +80,11 @@ class Accuracy(Record):
         return self.random_weights and self.metric != NO_LABELS
 
     @property
+    def drop_unit(self) -> str:
+        """Unit of ``100 * drop``: ``pp`` for an absolute limit, else ``%``."""
+        return "pp" if str(self.limit).endswith("pp") else "%"
+
+    @property
     def identity(self) -> tuple[str, ...]:
         """The values that stay the same across commits: node id, workload name and metric."""
         return (self.nodeid, self.workload, self.metric)

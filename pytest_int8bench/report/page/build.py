@@ -22,7 +22,6 @@ from pytest_int8bench.report.page.sections import (
 )
 from pytest_int8bench.report.page.sources import Found, Source, current, with_new_names
 from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
@@ -71,7 +70,7 @@ def _problems(timed: Sequence[Found[Any]], many: bool) -> Section | None:
         return None
     rows = [
         [
-            point_label(found.record.workload, found.record.run_name),
+            found.record.label,
             labels.test_of(found.record),
             status_text(found.record),
             found.record.reason or "no reason given",

@@ -61,8 +61,8 @@ def _paretos(scopes: Sequence[Scope], judged: Sequence[Found[Accuracy]]) -> list
         groups: dict[tuple[str, str], list[Accuracy]] = {}
         for found in judged:
             if (found.record.workload, found.device) == (scope.workload, scope.device):
-                unit = "pp" if str(found.record.limit).endswith("pp") else "%"
-                groups.setdefault((found.record.metric, unit), []).append(found.record)
+                key = (found.record.metric, found.record.drop_unit)
+                groups.setdefault(key, []).append(found.record)
         for index, ((metric, unit), group) in enumerate(groups.items(), start=1):
             spots = _spots(scope, group)
             if spots:

@@ -11,7 +11,6 @@ from pytest_int8bench.report.page.groups import Scope, note
 from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.remarks import upper_bound_remarks
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import plural
@@ -85,7 +84,7 @@ def _upper_bound_row(result: Result) -> list[str]:
     basis = result.ceiling or {}
     share, reached = basis.get("quantized_share"), result.ceiling_reached
     return [
-        point_label(result.workload, result.run_name),
+        result.label,
         shown_speedup(result),
         _times(result.ceiling_speedup),
         _times(basis.get("products_speedup")),

@@ -168,7 +168,7 @@ def _series(
                 continue
             points.append(
                 Point(
-                    name=point_label(result.workload, result.run_name),
+                    name=result.label,
                     x=place,
                     x_shown=sources[place].label,
                     y=y,
@@ -246,7 +246,7 @@ def _tables(sources: Sequence[Source], results: Mapping[_Key, Mapping[int, Timed
     verdicts: dict[str, dict[int, str]] = {}
     for place, source in enumerate(sources):
         for verdict in source.saved.accuracy:
-            name = f"{point_label(verdict.workload, verdict.run_name)} {verdict.metric}"
+            name = f"{verdict.label} {verdict.metric}"
             verdicts.setdefault(name, {})[place] = _verdict_cell(verdict)
     return tables + _table("Accuracy verdicts, drop", sources, verdicts)
 
@@ -281,8 +281,7 @@ def _verdict_cell(verdict: Accuracy) -> str:
     text = verdict.outcome + ("*" if verdict.is_pipeline_check else "")
     if verdict.drop is None:
         return text
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
-    return f"{text} {100 * verdict.drop:.2f}{unit}"
+    return f"{text} {100 * verdict.drop:.2f}{verdict.drop_unit}"
 
 
 def _table(

@@ -12,7 +12,6 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
 from pytest_int8bench.report.terminal import sensitivity_table
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Sensitivity
 from pytest_int8bench.words import some
@@ -88,7 +87,7 @@ def coverage(results: Results) -> Section | None:
         return None
     rows, reasons = [], []
     for covered, group in groups.values():
-        name = point_label(group[0].workload, group[0].run_name)
+        name = group[0].label
         name += f" and {len(group) - 1} more" if len(group) > 1 else ""
         total = covered.get("total_parameters") or 0
         share = (covered.get("converted_parameters") or 0) / max(total, 1)
@@ -126,7 +125,7 @@ def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
     charts, tables = [], []
     for index, found in enumerate(scans, start=1):
         scan = found.record
-        name = f"{point_label(scan.workload, scan.run_name)}, {scan.samples:,} samples"
+        name = f"{scan.label}, {scan.samples:,} samples"
         tables.append(Titled(caption=name, grid=sensitivity_table(scan)))
         by_metric = scan.metric is not None
         bars = [

@@ -20,7 +20,6 @@ from pytest_int8bench.report.remarks import (
 )
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import results_table
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Result
 
@@ -146,7 +145,7 @@ def _points(
 def _point(result: Result, x: float, x_shown: str) -> Point:
     low, high = figure_interval(FIGURES["samples_per_s"], result)
     return Point(
-        name=point_label(result.workload, result.run_name),
+        name=result.label,
         x=x,
         x_shown=x_shown,
         y=result.samples_per_s,
