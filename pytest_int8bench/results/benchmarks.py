@@ -166,8 +166,8 @@ def partly_known(environment: Mapping[str, Any]) -> str | None:
     if (known := environment.get("only")) is None:
         return None
     return (
-        f"saved without pytest-int8bench: machine_info holds only {', '.join(known) or 'nothing'}, "
-        "so GPU and package versions could not be checked"
+        f"saved without pytest-int8bench: only machine_info ({', '.join(known) or 'empty'}) could "
+        "be checked, not GPU and package versions"
     )
 
 

@@ -45,9 +45,9 @@ def scopes_of(results: Results) -> list[Scope]:
     scopes = []
     for index, ((workload, where), group) in enumerate(groups.items(), start=1):
         group = sorted(group, key=lambda result: labels.order(labels.identifying_params(result)))
-        said = [workload] if len(workloads) > 1 else []
-        said += [where] if len(devices) > 1 else []
-        title = f": {', '.join(said)}" if said else ""
+        parts = [workload] if len(workloads) > 1 else []
+        parts += [where] if len(devices) > 1 else []
+        title = f": {', '.join(parts)}" if parts else ""
         scopes.append(Scope(str(index), title, workload, where, tuple(group)))
     return scopes
 

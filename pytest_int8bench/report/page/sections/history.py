@@ -116,16 +116,16 @@ def _charts(
         where, workload, test, _ = next(iter(group))
         names = names_of[workload]
         first = labels.identifying_params(next(iter(next(iter(group.values())).values())))
-        said = [
+        parts = [
             labels.setting(n, first[n]) for n in names if n in first and not n.startswith("int8_")
         ]
-        said = [
+        parts = [
             *([workload] if len(workloads) > 1 else []),
-            *said,
+            *parts,
             *([where] if len(devices) > 1 else []),
             *([test] if len(tests) > 1 else []),
         ] or [workload]
-        title = ", ".join(said)
+        title = ", ".join(parts)
         for what, field, point, reference in (
             ("throughput", "samples_per_s", _rate, None),
             ("speedup", "speedup", _speedup, 1.0),
