@@ -583,7 +583,7 @@ def test_a_full_disk_costs_no_result(
     assert (runner.saved, runner.journals) == (None, [])
     assert not [*folder.iterdir()]
     errors = capfd.readouterr().err
-    for line in ("no journal of 2 results: ", ".json is not written: No space left on device"):
+    for line in ("cannot write a journal of 2 results: ", ".json: No space left on device"):
         assert errors.count(line) == (2 if "journal" in line else 1)
 
 
@@ -600,7 +600,7 @@ def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
     assert (runner.saved, runner.journals) == (None, [])
     errors = capfd.readouterr().err
     assert ".jsonl lacks 2 of 2 results: " in errors
-    assert ".json is not written: " in errors
+    assert "cannot write " in errors
 
 
 @pytest.mark.slow

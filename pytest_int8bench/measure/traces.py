@@ -20,6 +20,7 @@ from pytest_int8bench.errors import first_line
 from pytest_int8bench.files import replace_text
 from pytest_int8bench.measure.evidence import Keep, Kernel
 from pytest_int8bench.params import RunParams
+from pytest_int8bench.printing import one_line
 from pytest_int8bench.results.journal import journal_folder
 from pytest_int8bench.workloads.registry import OLMOEARTH
 
@@ -124,5 +125,13 @@ def _write_table(path: Path, kernels: Sequence[Kernel], device: torch.device) ->
     for kernel in kernels:
         micros = kernel.seconds * 1e6
         figures = (f"{micros:.3f}", f"{kernel.seconds / total_s:.6f}")
-        table.writerow((name, kernel.name, kernel.calls, *figures, f"{micros / kernel.calls:.3f}"))
+        texts = (_defused(name), _defused(kernel.name))
+        table.writerow((*texts, kernel.calls, *figures, f"{micros / kernel.calls:.3f}"))
     replace_text(path, text.getvalue())
+
+
+def _defused(text: str) -> str:
+    """Return one line that a spreadsheet does not run as a formula: it gets a quote in front, as
+    OWASP recommends (owasp.org/www-community/attacks/CSV_Injection)."""
+    line = one_line(text)  # csv does not quote a lone carriage return, which would start a new row
+    return f"'{line}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else line

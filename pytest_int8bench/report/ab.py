@@ -1,4 +1,4 @@
-"""An A/B of two revisions as text, Markdown, JSON and JUnit."""
+"""Report an A/B measurement of two revisions as text, Markdown, JSON and JUnit XML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADLINES = {0: "PASS", 1: "FAIL", 2: "INCONCLUSIVE"}
 
 
 def page(result: AbResult) -> Page:
-    """Return the report that people read."""
+    """Return the page of an A/B measurement."""
     count = Counter(run.outcome for run in result.runs)
     listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "no run"
     runs = sorted(result.runs, key=lambda run: (REGRESSES, UNDECIDED, PASSES).index(run.exit_code))
@@ -103,7 +103,7 @@ def _table(result: AbResult) -> Grid:
 
 
 def _time_columns(result: AbResult) -> dict[str, Callable[[AbRun], str]]:
-    """Return a column for the times of points, and one for those of plain benchmarks."""
+    """Return one column for times of points and one for times of plain benchmarks, as needed."""
 
     def column(figure: Figure) -> Callable[[AbRun], str]:
         return lambda run: (
@@ -153,13 +153,13 @@ def _name(run: AbRun) -> str:
 
 def _footer(result: AbResult) -> list[str]:
     plan, design = result.plan, result.plan.design
-    what = (
+    compared = (
         f"base: {plan.base.label}; new: {plan.new.label}; {result.processes} processes, "
         f"{duration(result.seconds)}"
     )
-    how = (
-        f"FAIL: shown to be slower by over {design.margin:.1%} (test by the random order of "
+    rule = (
+        f"FAIL: slower by more than {design.margin:.1%} (randomization test over the order of "
         f"processes, family-wise error {design.level:.0%} over all looks); PASS: a slowdown of "
-        f"{design.max_slowdown:.1%} is excluded"
+        f"{design.max_slowdown:.1%} is ruled out"
     )
-    return [what, how, describe(dict(result.environment))]
+    return [compared, rule, describe(dict(result.environment))]

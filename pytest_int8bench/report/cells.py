@@ -1,4 +1,4 @@
-"""Figures of results as cells of tables."""
+"""Format figures of results as cells of tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pytest_int8bench.report.tables import MISSING, number
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result, Timed
 
-#: Standard errors on each side of a 95 % interval.
-_WIDTH = 1.96
+#: Half the width of a 95 % interval, in standard errors.
+_HALF_WIDTH = 1.96
 
 
 def value_text(figure: Figure, value: Any) -> str:
-    """Return a value as the figure is written; a dash for nothing."""
+    """Return a value in the figure's notation, or a dash for None."""
     if value is None or value == "":
         return MISSING
     if figure.kind == "text":
@@ -27,7 +27,7 @@ def value_text(figure: Figure, value: Any) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time in a readable unit, from s to ns."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * factor >= 1:
             return f"{number(seconds * factor)} {unit}"
@@ -35,7 +35,7 @@ def time_text(seconds: float) -> str:
 
 
 def figure_text(figure: Figure, result: Timed) -> str:
-    """Return the figure of a result with its interval; a dash where it was not measured."""
+    """Return a result's figure with its interval, or a dash if it was not measured."""
     text = value_text(figure, figure.of(result))
     if text == MISSING or figure.interval is None:
         return text
@@ -47,36 +47,39 @@ def figure_text(figure: Figure, result: Timed) -> str:
 
 
 def figure_interval(figure: Figure, result: Timed) -> tuple[float | None, float | None]:
-    """Return the ends of the 95 % interval of a figure, as saved or, within its process, from its
-    standard error; Nones where that is not known."""
+    """Return the ends of a figure's 95 % interval, or two Nones if it is unknown.
+
+    Figures without a saved interval get one from the standard error within their process.
+    """
     if figure.interval is not None:
         low, high = (getattr(result, name) for name in figure.interval)
         return low, high
     value = figure.of(result)
     error = getattr(result, figure.standard_error) if figure.standard_error else None
-    if value is None or error is None or not 0 <= _WIDTH * error < 1:
+    if value is None or error is None or not 0 <= _HALF_WIDTH * error < 1:
         return None, None
-    if figure.higher_is_better:  # a rate: one over the time that the error is of
-        return value / (1 + _WIDTH * error), value / (1 - _WIDTH * error)
-    return value * (1 - _WIDTH * error), value * (1 + _WIDTH * error)
+    low, high = 1 - _HALF_WIDTH * error, 1 + _HALF_WIDTH * error
+    if figure.higher_is_better:  # a rate, whose standard error is saved for the time
+        return value / high, value / low
+    return value * low, value * high
 
 
 def figure_cell(figure: Figure, result: Timed) -> str:
-    """Return the figure of a result with its interval and mark."""
+    """Return a result's figure with its interval and mark."""
     text = figure_text(figure, result)
     return text if text == MISSING or figure.mark is None else text + figure.mark(result)
 
 
 def shown_speedup(result: Result) -> str:
-    """Return a speedup with its interval."""
+    """Return a result's speedup with its interval."""
     return figure_cell(FIGURES["speedup"], result)
 
 
 def status_text(result: Timed) -> str:
-    """Return the status of a point as people write it."""
+    """Return a point's status for readers: ``OOM`` instead of ``oom``."""
     return "OOM" if result.oom else result.status
 
 
 def score_text(value: float | None) -> str:
-    """Return a metric as it is written; a dash where it is not known."""
+    """Return a metric with four decimals, or a dash for None."""
     return MISSING if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""A comparison of saved files as text, Markdown, JSON and JUnit."""
+"""Report a comparison of saved files as text, Markdown, JSON and JUnit XML."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _HEADLINES = {0: "nothing regressed", 1: "REGRESSED", 2: "NOT COMPARED"}
 
 
 def page(comparison: Comparison) -> Page:
-    """Return the report that people read."""
+    """Return the page of a comparison."""
     grids = []
     benchmarks = tuple(run for run in comparison.runs if run.is_benchmark)
     if points := tuple(run for run in comparison.runs if not run.is_benchmark):
@@ -119,7 +119,7 @@ def _side(side: Side) -> str:
 
 
 def _rules(comparison: Comparison) -> list[str]:
-    """Return one line for each metric that is judged: its limits and floors."""
+    """Return a line for each judged metric with its limits and noise floors."""
     lines = []
     for metric in METRICS.values():
         changes = [c for run in comparison.runs if (c := run.change(metric.name)) is not None]
@@ -139,14 +139,14 @@ def _rules(comparison: Comparison) -> list[str]:
 
 
 def _shown_from(judged: Sequence[Change]) -> str:
-    """Return from what growth on a regression is shown, and what that assumes."""
+    """Return the smallest growth that the comparison can detect, and what this assumes."""
     limits = {c.shown_from for c in judged if c.shown_from is not None}
     shown = sorted({round(limit, 4) for limit in limits if math.isfinite(limit)})
     if not shown:
         return ""
     assumed = sorted({c.assumed for c in judged if c.assumed is not None} - {math.inf})
-    why = f", if processes differ by {_range(assumed)}, as is assumed" if assumed else ""
-    return f"; a regression is shown from {_range(shown)} on{why}"
+    why = f", assuming that processes differ by {_range(assumed)}" if assumed else ""
+    return f"; regressions are detected from {_range(shown)} on{why}"
 
 
 def _range(shares: list[float]) -> str:
@@ -163,7 +163,8 @@ def _remarks(comparison: Comparison) -> list[str]:
     if comparison.differences:
         allow = " ".join(f"--allow {name}" for name in comparison.differences)
         lines.append(
-            f"another machine or software cannot be compared; to do it all the same: {allow}"
+            "results of different machines or software are not compared; to compare anyway: "
+            f"{allow}"
         )
     lines += [f"differs, as allowed: {line}" for line in _differing(comparison.allowed)]
     if not comparison.compared:
@@ -171,7 +172,7 @@ def _remarks(comparison: Comparison) -> list[str]:
     incomparable_everywhere = bool(comparison.differences)
     for run in sorted(comparison.runs, key=_badness):
         if run.outcome == INCOMPARABLE and incomparable_everywhere and not run.changes:
-            continue  # said once
+            continue  # the remark above covers all of them
         if run.reason is not None:
             lines.append(f"{run.outcome}: {_name(run)}: {run.reason}")
     for verdict in sorted(comparison.accuracy, key=_badness):
@@ -183,7 +184,7 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 
 def _badness(entry: Compared) -> int:
-    """Return the place of an entry where the worst come first."""
+    """Return a key that sorts the worst entries first."""
     return (REGRESSES, UNDECIDED, PASSES).index(entry.exit_code)
 
 
@@ -223,7 +224,7 @@ def _cell(run: RunChange, figure: Figure) -> str:
         new = "OOM"
     text = NOTHING if base == new == NOTHING else f"{base} -> {new}"
     change = run.change(figure.name)
-    # The growth of a rate's cost beside the rate reads as if the rate had grown.
+    # Growth is of the cost, so next to a rate it would read as if the rate had grown.
     is_shown = change is not None and not figure.higher_is_better
     return f"{text} ({change.growth:+.1%})" if change is not None and is_shown else text
 

@@ -1,4 +1,4 @@
-"""A saved file in the formats of services that keep a history of benchmarks."""
+"""Export saved files in the formats of services that track benchmarks over time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_int8bench.results.numbers import is_number
 from pytest_int8bench.results.records import Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy
 
-#: What Bencher takes at most, in characters (bencher.dev/docs/reference/bencher-metric-format).
+#: Bencher's limits in characters (bencher.dev/docs/reference/bencher-metric-format).
 BENCHMARK_LENGTH, MEASURE_LENGTH = 1024, 64
 
 
@@ -24,22 +24,26 @@ class Metric:
     """One figure of one point."""
 
     point: str
-    """Test and workload, which stay the same across commits."""
+    """Workload and test, which stay the same across commits."""
     name: str
-    """The figure, with its unit where the field has one."""
+    """Field of the figure, such as ``batch_time_s``."""
     value: float
     low: float | None = None
-    """Lower end of what was measured as its 95 % interval."""
+    """Lower end of the 95 % interval."""
     high: float | None = None
+    """Upper end of the 95 % interval."""
     unit: str
-    """Unit of ``scale`` times the value."""
+    """Unit of ``value * scale``."""
     scale: float = 1.0
     higher_is_better: bool
     run_name: str
 
 
 def metrics(saved: Saved) -> list[Metric]:
-    """Return the figures of the points that were measured, and of their accuracy."""
+    """Return the figures of measured points and of their accuracy verdicts.
+
+    Points that failed or were throttled and verdicts on random weights are left out.
+    """
     found = [m for result in saved.timed if _problem(result) is None for m in _of(result)]
     for verdict in saved.accuracy:
         if not verdict.is_pipeline_check:
@@ -56,7 +60,7 @@ def left_out(saved: Saved) -> list[str]:
 
 
 def bencher(found: Sequence[Metric]) -> dict[str, Any]:
-    """Return metrics in the Bencher Metric Format."""
+    """Return the metrics in the Bencher Metric Format."""
     values: dict[str, Any] = {}
     for metric in found:
         ends = {"lower_value": metric.low, "upper_value": metric.high}
@@ -69,8 +73,10 @@ def bencher(found: Sequence[Metric]) -> dict[str, Any]:
 def github_action_benchmark(
     found: Sequence[Metric], environment: dict[str, Any], *, higher_is_better: bool
 ) -> list[dict[str, Any]]:
-    """Return the metrics of one direction for github-action-benchmark: its tools
-    ``customBiggerIsBetter`` and ``customSmallerIsBetter``."""
+    """Return the metrics of one direction for github-action-benchmark.
+
+    Its tools ``customBiggerIsBetter`` and ``customSmallerIsBetter`` each read one direction.
+    """
     machine = describe(environment)
     return [
         {
@@ -87,9 +93,9 @@ def github_action_benchmark(
 
 def _of(result: Timed) -> Iterator[Metric]:
     for figure in FIGURES.values():
-        # A direction is known of what the gate compares, and of what charts show.
-        is_history = figure.kind != "text" and (figure.option or figure.title)
-        value = figure.of(result) if is_history else None
+        # Only figures that the gate compares or charts show are sure to declare their direction.
+        is_tracked = figure.kind != "text" and (figure.option or figure.title)
+        value = figure.of(result) if is_tracked else None
         if not is_number(value):
             continue
         low, high = figure_interval(figure, result)
@@ -123,7 +129,7 @@ def _accuracy(
     *,
     higher_is_better: bool = False,
 ) -> Metric:
-    """Return a metric of accuracy; bounds may be infinite, where there are few samples."""
+    """Return an accuracy metric. Bounds are infinite if there are too few samples."""
     return Metric(
         point=_label(verdict),
         name=name,
@@ -137,7 +143,7 @@ def _accuracy(
 
 
 def _problem(result: Timed) -> str | None:
-    """Return why the figures of a point do not belong into a history, None if they do."""
+    """Return why the point's figures must not be tracked, or None if they can be."""
     if result.status != "ok":
         return status_text(result)
     return "throttled" if result.throttled else None
@@ -155,7 +161,7 @@ def _range(metric: Metric) -> str | None:
 
 
 def _shortened(name: str, length: int) -> str:
-    """Return a name that is no longer than ``length``, and still another one than others are."""
+    """Return the name cut to ``length`` characters, kept unique by a hash if it was longer."""
     if len(name) <= length:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""JUnit XML, as CI servers read it."""
+"""Write JUnit XML for CI servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES
 
 STATUSES = ("passed", "failure", "error", "skipped")
-# What XML 1.0 cannot hold.
+# Characters that XML 1.0 does not allow.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -29,8 +29,8 @@ def case_status(exit_code: int, *, is_skipped: bool) -> str:
     """Return the status of a case from its exit code.
 
     Args:
-        exit_code: what the case adds to the exit code of a comparison.
-        is_skipped: a case that passes is shown as skipped.
+        exit_code: the case's contribution to the exit code of a comparison.
+        is_skipped: whether to report a passing case as skipped.
     """
     if exit_code == PASSES:
         return "skipped" if is_skipped else "passed"
@@ -38,7 +38,7 @@ def case_status(exit_code: int, *, is_skipped: bool) -> str:
 
 
 def to_xml(suite: str, cases: Sequence[Case]) -> str:
-    """Return a file with one test suite."""
+    """Return the text of a JUnit file with one test suite."""
     count = {status: sum(case.status == status for case in cases) for status in STATUSES}
     root = ElementTree.Element("testsuites")
     element = ElementTree.SubElement(

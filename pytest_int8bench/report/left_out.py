@@ -1,29 +1,27 @@
-"""Remarks on what quantization left out of a model."""
+"""Remarks on the parts of a model that quantization left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import some
 
-#: Layers that are named before the rest is counted.
+#: Layers listed by name; the others are only counted.
 _NAMED = 3
 
 
 def left_out_remarks(result: Result) -> list[str]:
-    """Return which attention and MLP layers stayed as they were, and whether most weights did."""
+    """Return remarks on attention and MLP layers, attention calls and weights left unquantized."""
     covered = result.coverage or {}
-    label = point_label(result.workload, result.run_name)
-    dtype = "BF16" if result.params.get("bf16", True) else "FP32"
+    left = f"left in {result.float_dtype}: {result.label}"
     lines = []
     if names := (covered.get("missed") or {}).get("layers"):
         reasons = covered.get("left_out") or {}
         counted = Counter(str(reasons.get(name, "left out")) for name in names)
         lines.append(
-            f"left in {dtype}: {label}: {len(names)} of {covered['missed'].get('of')} attention "
+            f"{left}: {len(names)} of {covered['missed'].get('of')} attention "
             f"and MLP layers of repeated blocks ({some(names, _NAMED)}): "
             + some([f"{count} {reason}" for reason, count in counted.items()])
         )
@@ -31,13 +29,13 @@ def left_out_remarks(result: Result) -> list[str]:
     if reasons := attention.get("left_out"):
         total = sum(reasons.values())
         lines.append(
-            f"left in {dtype}: {label}: {total} of {total + attention.get('int8', 0)} attention "
+            f"{left}: {total} of {total + attention.get('int8', 0)} attention "
             "calls: " + some([f"{count} {reason}" for reason, count in reasons.items()])
         )
     if kinds := (covered.get("elsewhere") or {}).get("weights"):
         listed = some([_kind(kind, found) for kind, found in kinds.items()])
         lines.append(
-            f"left in {dtype}: {label}: {covered['elsewhere'].get('share', 0):.0%} of the weights "
+            f"{left}: {covered['elsewhere'].get('share', 0):.0%} of the weights "
             f"are not in nn.Linear: {listed}"
         )
     return lines

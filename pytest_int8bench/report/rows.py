@@ -1,4 +1,4 @@
-"""Print many rows as rich prints them. It takes rich a millisecond a row."""
+"""Print tables with many rows exactly as rich does, but faster: rich takes 1 ms per row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-# A character of private use, which no cell has: it is not printable.
+# A private-use character. No cell contains it, as it is not printable.
 _PROBE = "\uf8ff"
 
-#: The cells of a row, and its style; None for plain.
+#: The cells of a row, and its style or None.
 Row = tuple[Sequence[str | Text], str | None]
 
 
@@ -26,13 +26,13 @@ def print_rows(
     rows: Sequence[Row],
     console: Callable[[TextIO], Console],
 ) -> str:
-    """Return what a console would print of a table with many rows.
+    """Return the text that a console prints for a table with many rows.
 
     Args:
-        table: returns the table of some rows, without a box and with one space between columns.
-        deciding: rows that make all columns as wide as all of them do.
-        rows: what is in the table, cells of one line each.
-        console: returns the console that prints to a stream.
+        table: builds a table from rows, without a box and with one space between columns.
+        deciding: rows that alone give every column the width that ``rows`` would give it.
+        rows: the rows to print; each cell is one line.
+        console: returns a console that prints to the given stream.
     """
     stream = io.StringIO()
     printer = console(stream)
@@ -42,7 +42,7 @@ def print_rows(
     lines = stream.getvalue().splitlines()
     left, right = (number for number, line in enumerate(lines) if _PROBE in line)
     starts, ends = _places(lines[left]), _places(lines[right])
-    if not len(starts) == len(ends) == len(columns):  # the console is narrower than the table
+    if not len(starts) == len(ends) == len(columns):  # too narrow a console drops columns
         stream.truncate(stream.seek(0))
         printer.print(table(rows))
         return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
@@ -79,11 +79,11 @@ def _lines(printer: Console, cell: str, width: int, is_right: bool, is_whole: bo
 
 
 def _joined(texts: Sequence[str | None], widths: Sequence[int], style: str | None) -> str:
-    """Return a line of a row; None for a cell that has no more lines."""
+    """Join the cells of one line; None means that a cell has no more lines."""
     pieces: list[str] = []
     for text, width in zip(texts, widths, strict=True):
         pieces += [" " * (width + 1)] if text is None else [text, " "]
-    last = pieces.pop()  # there is no space behind the last column
+    last = pieces.pop()  # no space follows the last column
     pieces += [last[1:]] if texts[-1] is None else []
     if style is None:
         return "".join(pieces)
@@ -92,10 +92,10 @@ def _joined(texts: Sequence[str | None], widths: Sequence[int], style: str | Non
 
 
 def cell_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return the number of terminal columns that a text takes."""
     return len(text) if text.isascii() else cell_len(text)
 
 
 def longest_word(text: str) -> int:
-    """Return how wide the longest word of a text is."""
+    """Return the width of the longest word in a text."""
     return max(map(cell_width, text.split()), default=0)

@@ -1,4 +1,4 @@
-"""Tables as text for a terminal or a log, and as Markdown."""
+"""Format tables as text for terminals and logs, and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pytest_int8bench.printing import one_line
 from pytest_int8bench.report.rows import Row, cell_width, longest_word, print_rows
 
 MISSING = "-"
-#: GitHub drops the summary of a step that is larger, and shows no larger Markdown.
+#: GitHub drops larger step summaries, and does not render larger Markdown files.
 MARKDOWN_BYTES = 1 << 20
 _WIDE = 1000
 _WIDEST = 1 << 30
-#: How narrow a name is folded.
+#: Names are folded at this width or wider.
 _FOLDED = 20
-#: Where a reader finds what a Markdown file leaves out.
-_ALL_ARE = "the worst come first; all are in the log, and in the file of --json"
-#: Styles of rows that say that something is wrong, the worst one first.
+#: Where to find the rows and remarks that a Markdown file leaves out.
+_ELSEWHERE = "the worst are shown first; the log and the --json file have all of them"
+#: Styles of rows with a problem, worst first.
 _WORST = ("red", "yellow")
-# What GitHub turns into mentions, addresses, references and formulas; what Markdown escapes by a
-# backslash; links without brackets; and lists, at the start of a line.
+# Text that GitHub turns into mentions, emoji, references or formulas; characters that Markdown
+# escapes with a backslash; bare links; and list markers at the start of a line.
 _MARKDOWN = re.compile(
     r"(?P<github>@(?=\w)|:(?=[\w+-]+:)|#(?=\d)|(?<=GH)-(?=\d)|\$)"
     r"|[\\`*_\[\]<>#|~&]|:(?=//)|(?<=www)\.|^(?:[-+](?=\s|-+\s*$)|\d+[.)](?=\s|$))",
@@ -48,21 +48,21 @@ class Grid:
     styles: Sequence[str | None]
     """Style of each row; None for plain."""
     name: str
-    """The column that is folded before any other, and first of all."""
+    """The column that names each row. It is folded before any other."""
     left: Sequence[str] = ()
-    """Columns beside ``name`` that are aligned left."""
+    """Left-aligned columns besides ``name``."""
     keys: Sequence[str] = ()
-    """Columns that say with ``name`` what a row is of. Like it, they stand in each part of a table
+    """Columns that identify a row together with ``name``. They are repeated in each part of a table
     that is too wide for a terminal."""
     first: Sequence[str] = ()
-    """Columns that come first in such parts."""
+    """Columns that come first when a table is split into parts."""
 
     def text(self, *, width: int | None, color: bool) -> str:
-        """Return the table for a terminal of ``width`` columns; None for as wide as it needs.
+        """Return the table for a terminal of ``width`` columns, or at full width for None.
 
-        Where it is too wide even with folded names, columns without any figure are left out, and
-        the others go into several tables below each other. A figure that is cut reads like another
-        figure: a table is rather too wide than that.
+        If it is too wide even with folded names, columns without figures are dropped and the others
+        are split into several tables. Figures are never cut, as a cut figure reads like a different
+        one, so a table may still exceed the width.
         """
         width = width or _WIDE
         deciding = zip(*(self._deciding[column] for column in self.columns), strict=True)
@@ -80,8 +80,8 @@ class Grid:
     def _printed(
         self, columns: Sequence[str], widths: Mapping[str, int], width: int, color: bool
     ) -> str:
-        """Return the table of some columns, of which those in ``widths`` are folded, as rich prints
-        it, in a hundredth of the time: rich lays out the rows that decide how wide columns are."""
+        """Print some columns, folding those in ``widths``. Rich lays out only the rows that decide
+        the widths of columns, which takes a hundredth of the time."""
         places = [self.columns.index(column) for column in columns]
         rows: list[Row] = [
             ([one_line(row[place]) for place in places], style)
@@ -96,7 +96,8 @@ class Grid:
 
     @functools.cached_property
     def _deciding(self) -> dict[str, tuple[str, str]]:
-        """The cells that decide how wide columns are: the widest, and that of the longest word."""
+        """The cells that decide each column's width: the widest, and the one with the longest
+        word."""
         return {
             column: (
                 max(cells, key=cell_width, default=""),
@@ -109,11 +110,11 @@ class Grid:
     def _table(
         self, columns: Sequence[str], widths: Mapping[str, int], rows: Iterable[Row]
     ) -> Table:
-        """Return a table of some columns, of which those in ``widths`` are folded."""
+        """Return a rich table of some columns, folding those in ``widths``."""
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for column in columns:
             table.add_column(
-                Text(column),  # brackets would pass for markup
+                Text(column),  # a plain string with brackets would be parsed as markup
                 justify="left" if column in (self.name, *self.left) else "right",
                 no_wrap=column != self.name and column not in widths,
                 overflow="fold",
@@ -126,7 +127,7 @@ class Grid:
         return table
 
     def _parts(self, width: int) -> list[list[str]]:
-        """Return the columns of each table, of which none is wider than ``width`` if it can be."""
+        """Split the columns into tables no wider than ``width``, where that is possible."""
         keys = [column for column in self.columns if column in (self.name, *self.keys)]
         least = [min(self._width(key), _FOLDED) for key in keys]
         others = [column for column in self.columns if column not in keys]
@@ -148,13 +149,13 @@ class Grid:
                     parts.append([column])
             return parts
 
-        # As few tables as there can be, and as even ones: what is left over is for the names.
+        # Use the fewest possible tables, of similar width, to leave the most room for names.
         count = len(split(room))
         even = next((less for less in range(1, room) if len(split(less)) == count), room)
         return [[*keys, *part] for part in split(even)]
 
     def _key_widths(self, columns: Sequence[str], width: int) -> dict[str, int]:
-        """Return how wide names and keys are: as wide as they need, if there is room."""
+        """Return the widths of ``name`` and keys: as wide as needed, if there is room."""
         keys = [self.name, *(column for column in columns if column in self.keys)]
         widths = {key: min(self._width(key), _FOLDED) for key in keys}
         for key in keys:
@@ -175,17 +176,19 @@ class Grid:
             column: max(map(cell_width, (column, *self._cells(column)))) for column in self.columns
         }
 
-    def markdown(self, rows: int | None = None, all_are: str = _ALL_ARE) -> str:
-        """Return the table as GitHub shows it; of its rows only so many, the worst ones first.
+    def markdown(self, rows: int | None = None, elsewhere: str = _ELSEWHERE) -> str:
+        """Return the table as Markdown for GitHub.
 
-        ``all_are`` says where the others are.
+        Args:
+            rows: how many rows to show, worst first; None for all, in their order.
+            elsewhere: where readers find the rows that are left out.
         """
         marks = ["---" if c in (self.name, *self.left) else "---:" for c in self.columns]
         shown = self.rows if rows is None else self._worst_first()[:rows]
         lines = [[*map(escaped, self.columns)], marks, *([*map(escaped, row)] for row in shown)]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         if left_out := len(self.rows) - len(shown):
-            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out, {all_are}\n"
+            text += f"\n{left_out:,} of {len(self.rows):,} rows are left out; {elsewhere}\n"
         return text
 
     def _worst_first(self) -> list[Sequence[str]]:
@@ -194,13 +197,13 @@ class Grid:
 
 
 def as_much_as_fits(text_of: Callable[[int], str], most: int, limit_bytes: int) -> str:
-    """Return the text with as many rows of each table as fit into ``limit_bytes``; the one without
-    any row, which may be larger, if none fits.
+    """Return the text with as many rows of each table as fit into ``limit_bytes``. If none fits,
+    return the text without rows, which may still be too large.
 
     Args:
-        text_of: returns the text with at most so many rows.
-        most: rows with which it is whole, and too large.
-        limit_bytes: size of the text in UTF-8.
+        text_of: returns the text with at most the given number of rows per table.
+        most: number of rows of the complete text, which is known to be too large.
+        limit_bytes: largest size of the text in UTF-8.
     """
     fits, too_many = 0, most
     while too_many - fits > 1:
@@ -213,26 +216,26 @@ def as_much_as_fits(text_of: Callable[[int], str], most: int, limit_bytes: int) 
 
 
 def _badness(style: str | None) -> int:
-    """Return the place of a row of this style, where the worst come first."""
+    """Return a key that sorts rows by style, worst first."""
     return _WORST.index(style) if style in _WORST else len(_WORST)
 
 
 def _total(widths: Sequence[int]) -> int:
-    """Return how wide columns are together, with a space between each two."""
+    """Return the total width of columns, with a space between each two."""
     return sum(widths) + len(widths) - 1
 
 
 def plain_grid(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()
 ) -> Grid:
-    """Return a table of plain rows, named by its first column."""
+    """Return a table of unstyled rows whose first column names them."""
     return Grid(columns=columns, rows=rows, styles=[None] * len(rows), name=columns[0], left=left)
 
 
 def paragraphs(
     texts: Iterable[str], *, width: int | None, color: bool, style: str | None = None
 ) -> str:
-    """Return each text on lines of its own, folded at ``width``."""
+    """Return each text as a paragraph folded at ``width``."""
     return "".join(
         _printed(Text(text, overflow="fold", style=style or ""), width or _WIDE, color)
         for text in texts
@@ -240,8 +243,7 @@ def paragraphs(
 
 
 def finite(value: Any) -> Any:
-    """Return plain values, of dataclasses too, without infinities, which JSON does not know: None
-    instead."""
+    """Convert dataclasses to plain values for JSON, and non-finite numbers to None."""
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {field.name: finite(getattr(value, field.name)) for field in fields}
@@ -253,7 +255,8 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None) -> str:
-    """Return three significant digits at least, thousands separated; a dash for nothing."""
+    """Format a number with at least three significant digits and thousands separators; None as a
+    dash."""
     if value is None:
         return MISSING
     if 0 < abs(value) < 1:
@@ -282,18 +285,18 @@ def _console(stream: TextIO, width: int, color: bool) -> Console:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A report of the gate: what came out in one line, tables, and remarks."""
+    """A report of the gate: a headline, tables and remarks."""
 
     title: str
     headline: str
     grids: Sequence[Grid]
     remarks: Sequence[str]
-    """What must be known beyond the tables, the worst first."""
+    """Remarks beyond the tables, worst first."""
     footer: Sequence[str]
-    """What was compared, and how."""
+    """Lines that say what was compared, and how."""
 
     def text(self, *, width: int | None, color: bool) -> str:
-        """Return the page for a terminal or a log; the headline comes last."""
+        """Return the page for a terminal or a log, with the headline last."""
         tables = "\n".join(grid.text(width=width, color=color) for grid in self.grids)
         folded = (
             paragraphs(self.remarks, width=width, color=color),
@@ -303,10 +306,10 @@ class Page:
         return tables + "".join(folded)
 
     def markdown(self, limit_bytes: int | None = None) -> str:
-        """Return the page as Markdown; the headline comes first.
+        """Return the page as Markdown, with the headline first.
 
-        Where it would be larger than ``limit_bytes``, it has as many rows and remarks as fit, the
-        worst ones first, and says how many are left out.
+        If it exceeds ``limit_bytes``, it keeps as many rows and remarks as fit, worst first, and
+        says how many are left out.
         """
         text = self._markdown(None)
         if limit_bytes is None or len(text.encode()) <= limit_bytes:
@@ -319,12 +322,12 @@ class Page:
         return f"## {escaped(self.title)}: {escaped(self.headline)}\n"
 
     def _markdown(self, most: int | None) -> str:
-        """Return the page with so many rows in each table, and so many remarks."""
+        """Return the page with at most ``most`` rows per table and ``most`` remarks."""
         remarks = self.remarks if most is None else self.remarks[:most]
         lines = [f"- {escaped(line)}\n" for line in remarks]
         if left_out := len(self.remarks) - len(remarks):
             lines.append(
-                f"- {left_out:,} of {len(self.remarks):,} remarks are left out, {_ALL_ARE}\n"
+                f"- {left_out:,} of {len(self.remarks):,} remarks are left out; {_ELSEWHERE}\n"
             )
         parts = [self._head(), *(grid.markdown(most) for grid in self.grids), "".join(lines)]
         parts += ["".join(f"<sub>{escaped(line)}</sub><br>\n" for line in self.footer)]
@@ -332,13 +335,13 @@ class Page:
 
 
 def escaped(line: str) -> str:
-    """Return one line in which Markdown and GitHub find nothing: run names are full of underscores,
-    and a name with an @ must notify nobody."""
+    """Escape a line for Markdown on GitHub. Run names are full of underscores, and a name with an @
+    must not notify anybody."""
     return _MARKDOWN.sub(_without_meaning, one_line(line).strip())
 
 
 def _without_meaning(found: re.Match[str]) -> str:
-    # GitHub looks for these in what is shown, behind Markdown: a backslash would be gone by then.
+    # GitHub looks for these after rendering Markdown, when a backslash would be gone.
     if found["github"]:
         return f"<span>{found[0]}</span>"
     return f"{found[0][:-1]}\\{found[0][-1]}"

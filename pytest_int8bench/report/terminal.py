@@ -1,4 +1,4 @@
-"""The table at the end of a session."""
+"""Format a session's results for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pytest_int8bench.environment import describe
 from pytest_int8bench.report.cells import figure_cell, score_text, status_text
 from pytest_int8bench.report.remarks import (
     THROTTLED_MARK,
-    record_label,
     remarks,
     short_rounds,
     status_remarks,
@@ -22,7 +21,7 @@ from pytest_int8bench.results.records import Result, Saved, Timed
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 from pytest_int8bench.words import plural
 
-#: Behind a verdict on a model with random weights.
+#: Follows a verdict on a model with random weights.
 _PIPELINE = "*"
 PIPELINE_CHECK = (
     f"{_PIPELINE} pipeline check: the weights are random, so the verdict says nothing about a "
@@ -31,11 +30,11 @@ PIPELINE_CHECK = (
 
 
 def render(saved: Saved, *, width: int | None, color: bool) -> str:
-    """Return the table, the points without figures, and the machine as text.
+    """Return tables, remarks and the machine as text.
 
     Args:
-        saved: what to show.
-        width: columns of the terminal; None for as wide as the table needs.
+        saved: the results to show.
+        width: columns of the terminal; None for as wide as the tables need.
         color: use ANSI colors.
     """
     measured = [r for r in saved.results if r.samples_per_s is not None or r.oom]
@@ -46,7 +45,7 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     if judged := [v for v in saved.accuracy if v.limit is not None]:
         tables.append((None, accuracy_table(judged)))
     tables += [
-        (f"{record_label(scan)}, {scan.samples:,} samples", sensitivity_table(scan))
+        (f"{scan.label}, {scan.samples:,} samples", sensitivity_table(scan))
         for scan in saved.sensitivity
     ]
 
@@ -80,7 +79,7 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
 
 
 def benchmarks_table(benchmarks: Sequence[Benchmark]) -> Grid:
-    """Return the figures of plain benchmarks."""
+    """Return a table of plain benchmarks."""
     figures = [f for f in FIGURES.values() if f.of_benchmarks and _has_column(f, benchmarks)]
     return plain_grid(
         ["benchmark", *(figure.header for figure in figures), "rounds", "calls/round"],
@@ -99,7 +98,7 @@ def benchmarks_table(benchmarks: Sequence[Benchmark]) -> Grid:
 
 
 def results_table(results: Sequence[Result]) -> Grid:
-    """Return the figures of points that were measured or ran out of memory."""
+    """Return a table of points that were measured or ran out of memory."""
     figures = [f for f in FIGURES.values() if not f.of_benchmarks and _has_column(f, results)]
     has_workloads = {result.workload for result in results} != {"olmoearth"}
     names = ["workload", "run"] if has_workloads else ["run"]
@@ -136,7 +135,7 @@ def _cell(figure: Figure, result: Result) -> str:
 
 
 def accuracy_table(verdicts: Sequence[Accuracy]) -> Grid:
-    """Return the verdicts on labelled samples."""
+    """Return a table of verdicts on labelled samples."""
     candidates = {precision(verdict.params) for verdict in verdicts}
     columns: dict[str, Callable[[Accuracy], str]] = {
         "accuracy": lambda v: v.run_name,
@@ -171,24 +170,23 @@ def _style(verdict: Accuracy) -> str | None:
 
 
 def shown_drop(verdict: Accuracy) -> str:
-    """Return a drop with its bounds."""
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
+    """Return a verdict's drop with its bounds."""
     drop, low, high = (
         MISSING if value is None else f"{100 * value:.2f}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
-    return MISSING if drop == MISSING else f"{drop}{unit} [{low}, {high}]"
+    return MISSING if drop == MISSING else f"{drop}{verdict.drop_unit} [{low}, {high}]"
 
 
 def verdict_remarks(verdict: Accuracy) -> list[str]:
-    """Return what the reader must know about a verdict beyond its row."""
+    """Return the remarks on a verdict beyond its row."""
     from pytest_int8bench.report.verdict_text import beside_row
 
     return beside_row(verdict)
 
 
 def sensitivity_table(found: Sensitivity) -> Grid:
-    """Return what each layer, or block, loses."""
+    """Return a table of the loss of each layer or block."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         f"{precision(found.params)} in one {found.by} alone": lambda row: str(row["name"]),
         "SQNR dB": lambda row: MISSING if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",

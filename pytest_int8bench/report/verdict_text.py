@@ -1,4 +1,4 @@
-"""Verdicts in words."""
+"""Describe accuracy verdicts in words."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 from pytest_int8bench.choices import precision, takes_smoothquant
 from pytest_int8bench.report.cells import score_text
 from pytest_int8bench.report.tables import MISSING
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 
 
 def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
-    """Return what a failing test says: the worst first, in one line, then the figures.
+    """Return the message of a failing test: each verdict in one line and its figures, worst first.
 
     Args:
-        verdicts: those that are not passed.
-        remedied: whether ``--int8-remedy`` has been walked already.
+        verdicts: the verdicts that did not pass.
+        remedied: whether ``--int8-remedy`` has already been tried.
     """
     lines: list[str] = []
     for verdict in sorted(verdicts, key=lambda v: v.outcome != "FAIL"):
@@ -28,23 +27,21 @@ def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
         smoothing = "SmoothQuant, " if any(takes_smoothquant(v.params) for v in failed) else ""
         lines.append(f"--int8-remedy tries {smoothing}BF16 for the worst layers, and W8")
     if any(v.outcome == "INCONCLUSIVE" for v in verdicts):
-        lines.append("--int8-inconclusive=warn lets what samples cannot decide pass with a warning")
+        lines.append("--int8-inconclusive=warn makes inconclusive verdicts warnings, not failures")
     return "\n".join(lines)
 
 
 def describe(verdict: Accuracy) -> list[str]:
-    """Return a verdict in lines of text; the first one says it all."""
-    name = point_label(verdict.workload, verdict.run_name)
+    """Return a verdict as lines of text. The first line is complete in itself."""
+    name = verdict.label
     check = " (pipeline check: random weights)" if verdict.is_pipeline_check else ""
     if verdict.metric == NO_LABELS:
-        why = verdict.reason or "outputs compared, accuracy itself was not measured"
+        why = verdict.reason or "only outputs were compared; accuracy was not measured"
         return [f"{verdict.outcome}: {name}: {why}", f"  {describe_distance(verdict)}"]
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
     drop, low, high = (
-        MISSING if value is None else f"{100 * value:.2f}{unit}"
+        MISSING if value is None else f"{100 * value:.2f}{verdict.drop_unit}"
         for value in (verdict.drop, verdict.drop_low, verdict.drop_high)
     )
-    dtype = "BF16" if verdict.params.get("bf16", True) else "FP32"
     quantized = precision(verdict.params)
     moved = f"dropped by {drop} [{low}, {high}]"
     if (verdict.drop or 0) < 0:
@@ -52,7 +49,7 @@ def describe(verdict: Accuracy) -> list[str]:
     lines = [
         f"{verdict.outcome}: {name}: {verdict.metric} {moved}, limit {verdict.limit}{check}",
         (
-            f"  {dtype} {score_text(verdict.baseline)}, "
+            f"  {verdict.float_dtype} {score_text(verdict.baseline)}, "
             f"{quantized} {score_text(verdict.candidate)}, "
             f"{_counted(verdict)}: {verdict.lost} got worse, {verdict.gained} better "
             "(one-sided 95 % bounds)"
@@ -66,12 +63,11 @@ def describe(verdict: Accuracy) -> list[str]:
 
 
 def beside_row(verdict: Accuracy) -> list[str]:
-    """Return what the reader must know about a verdict beside its row in a table."""
+    """Return the lines on a verdict that supplement its row in a table."""
     if verdict.is_pipeline_check or verdict.outcome == "PASS":
         return []
-    if verdict.needed is not None:  # the row has all other figures
-        name = point_label(verdict.workload, verdict.run_name)
-        return [f"undecided: {name}: {verdict.metric}: {_undecided(verdict)}"]
+    if verdict.needed is not None:  # all other figures are in the row
+        return [f"undecided: {verdict.label}: {verdict.metric}: {_undecided(verdict)}"]
     return describe(verdict)
 
 
@@ -82,15 +78,14 @@ def _counted(verdict: Accuracy) -> str:
 
 def _undecided(verdict: Accuracy) -> str:
     needed = verdict.needed or 0
-    said = f"{_counted(verdict)} cannot decide it: about {needed:,}"
-    if verdict.groups is None:
-        return f"{said} would"
-    groups = math.ceil(needed * verdict.groups / verdict.samples)
-    return f"{said} in {groups:,} groups would"
+    groups = ""
+    if verdict.groups is not None:
+        groups = f" in {math.ceil(needed * verdict.groups / verdict.samples):,} groups"
+    return f"{_counted(verdict)} are too few to decide; about {needed:,}{groups} are needed"
 
 
 def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what was tried, and the configuration that passes."""
+    """Return lines on the remedies that were tried, and the configurations that pass."""
     lines = []
     for row in tried:
         name = f"{row['rung']} ({row['setting']})" if row["setting"] else row["rung"]
@@ -99,7 +94,7 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         lines.append(
             f"  tried {name}: drop {row['selection_drop']:.2%} on "
-            f"{row['selection_samples']} samples for selection"
+            f"{row['selection_samples']} selection samples"
         )
         if row["outcome"] is None:
             if row["problem"]:
@@ -107,7 +102,7 @@ def describe_remedies(tried: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         lines.append(
             f"    {row['outcome']}: drop {row['drop']:.2%} [{_share(row.get('drop_low'))}, "
-            f"{_share(row.get('drop_high'))}] on {row['samples']} others"
+            f"{_share(row.get('drop_high'))}] on {row['samples']} other samples"
         )
         lines[-1] += f", {_cost(row)}" + (f"; {row['problem']}" if row["problem"] else "")
     passed = [row for row in tried if row["outcome"] == "PASS"]
@@ -131,7 +126,7 @@ def _cost(row: Mapping[str, Any]) -> str:
 
 
 def describe_distance(verdict: Accuracy) -> str:
-    """Return the figures of a comparison of outputs, each with its noise floor."""
+    """Return the figures of an output comparison, each with its noise floor."""
     found, floor = verdict.distance or {}, verdict.floor or {}
     formats: dict[str, tuple[str, Callable[[float], str]]] = {
         "cosine": ("cosine", lambda v: f"{v:.5f}"),

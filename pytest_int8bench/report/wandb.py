@@ -1,8 +1,8 @@
-"""Weights & Biases: one run for each measured point, logged when the session is over.
+"""Log each measured point as a run of Weights & Biases at the end of the session.
 
-Not point by point: ``wandb.init`` starts a process and threads, and online it waits for a network.
-None of that runs beside a clock if all points are measured first. The journal has them by then,
-whatever becomes of the logging, with the verdicts and statuses that came later.
+``wandb.init`` starts a process and threads, and waits for the network when online, so logging
+earlier would disturb measurements. By the end of the session the journal holds every point with its
+final status and verdicts, even if logging fails.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from pytest_int8bench.results.records import Result, Saved
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
 
-#: The project where neither ``WANDB_PROJECT`` nor a settings file of wandb names one.
+#: Project used if neither ``WANDB_PROJECT`` nor wandb's settings files name one.
 PROJECT = "int8bench"
 _MAX_PROBLEM = 300
-# What is logged of a verdict, as accuracy/METRIC/NAME.
+# Fields of a verdict that are logged, as accuracy/METRIC/NAME.
 _VERDICT = ("outcome", "samples", "baseline", "candidate", "limit", "drop", "drop_low", "drop_high")
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What is logged of one point."""
+    """A point as it is logged."""
 
     name: str
     config: dict[str, Any]
     metrics: dict[str, Any]
     failed: bool
-    """The point's test failed."""
+    """Whether the point's test failed."""
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What became of it."""
+    """The outcome of logging."""
 
     line: str
     failed: bool
 
 
 def check_installed() -> None:
-    """Say how to get wandb where it is not installed. Does not import it.
+    """Check that wandb is installed, without importing it.
 
     Raises:
-        ValueError: one line.
+        ValueError: one line that says how to install wandb.
     """
     spec = importlib.util.find_spec("wandb")
-    # wandb's own folder of runs, where Python was started, passes for a package without a file.
+    # wandb's folder of runs in the working directory looks like a package without an origin.
     if spec is None or spec.origin is None:
         raise ValueError("needs wandb: pip install 'pytest-int8bench[wandb]'")
 
 
 def runs_of(saved: Saved, *, every: bool) -> list[TrackedRun]:
-    """Return what to log: results that are not skipped, with the verdicts on their points, and
-    points with verdicts only.
+    """Return the runs to log: results that were not skipped with their verdicts, and points that
+    have verdicts only.
 
     Args:
-        saved: a session.
-        every: also points without ``wandb_enabled``.
+        saved: the session's records.
+        every: whether to include points without ``wandb_enabled``.
     """
     verdicts: dict[tuple[str, str], list[Accuracy]] = {}
     for verdict in saved.accuracy:
@@ -96,11 +96,10 @@ def runs_of(saved: Saved, *, every: bool) -> list[TrackedRun]:
 
 
 def metrics_of(result: Result, gpu: str | None) -> dict[str, Any]:
-    """Return the figures of a point, those of the original project under its names too. What was
-    not measured is left out.
+    """Return the measured figures of a point, some also under the original project's names.
 
-    ``mean_batch_time`` and ``mean_batch_token_rate`` (tokens over that time) are of the mean over
-    all batches; rates, here and everywhere else, are of the median.
+    ``mean_batch_time`` and ``mean_batch_token_rate`` (tokens over that time) use the mean over all
+    batches. All other rates use the median.
     """
     values: dict[str, Any] = {"oom_occurred": int(result.oom), "gpu_name": gpu}
     for figure in FIGURES.values():
@@ -112,12 +111,13 @@ def metrics_of(result: Result, gpu: str | None) -> dict[str, Any]:
 
 
 def log(runs: Sequence[TrackedRun], *, folder: Path, group: str | None = None) -> Tracked:
-    """Log ``runs``. Nothing is raised: what was measured is saved, and an interrupt ends this only.
+    """Log ``runs`` without raising, as the results are already saved. An interrupt only ends the
+    logging.
 
     Args:
-        runs: what to log.
-        folder: where wandb puts its own folder, unless ``WANDB_DIR`` says so.
-        group: name of their group; by default ``WANDB_RUN_GROUP``, or one for this time.
+        runs: the runs to log.
+        folder: parent of wandb's own folder, unless ``WANDB_DIR`` names one.
+        group: name of the group of runs; None for ``WANDB_RUN_GROUP`` or else a time stamp.
     """
     if not runs:
         return Tracked("wandb: nothing logged: no point was measured", failed=False)
@@ -128,13 +128,14 @@ def log(runs: Sequence[TrackedRun], *, folder: Path, group: str | None = None) -
         with _quiet():
             for run in _log_each(runs, folder, group):
                 done.append(run)
-    except Exception as error:  # once, not for each run: a network may take a minute to fail
+    except Exception as error:  # stop at the first, as a network may take a minute to fail
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_PROBLEM]}"
     except KeyboardInterrupt:
         problem = "interrupted"
     if problem is not None:
         count = f"{len(done)} of {len(runs)} runs logged"
-        return Tracked(f"wandb: {count}, then {problem}; the journal has them all", failed=True)
+        line = f"wandb: {count}, then {problem}; the journal has all results"
+        return Tracked(line, failed=True)
     if done[0].disabled:
         return Tracked("wandb: nothing logged: it is disabled", failed=False)
     line = f"wandb: {plural(len(done), 'run')} in group {done[0].group}{_where(done)}"
@@ -153,11 +154,11 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
             project=settings.project or PROJECT,
             dir=os.environ.get("WANDB_DIR") or str(folder),
             config=tracked.config,
-            reinit="create_new",  # a run that the tests themselves have open stays as it is
+            reinit="create_new",  # leave a run alone that the tests themselves have open
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                # Load and temperature of now are not those of when the point was measured.
+                # The point was measured earlier, so current load and temperature are unrelated.
                 x_disable_stats=True,
             ),
         )
@@ -170,8 +171,8 @@ def _log_each(runs: Sequence[TrackedRun], folder: Path, group: str | None) -> It
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep wandb from writing into pytest's output and from asking for a key: without a terminal
-    it raises instead."""
+    """Keep wandb from writing into pytest's output and from asking for an API key. Without a
+    terminal, it raises instead of asking."""
     stdin = sys.stdin
     with (
         open(os.devnull, encoding="utf-8") as nothing,
@@ -191,7 +192,7 @@ def _where(done: Sequence[Any]) -> str:
     folders = Path(done[0].dir).parent.parent
     if folders.is_relative_to(Path.cwd()):
         folders = folders.relative_to(Path.cwd())
-    return f", offline; to send them: wandb sync {folders.as_posix()}/offline-run-*"
+    return f", offline; to upload them: wandb sync {folders.as_posix()}/offline-run-*"
 
 
 def _wanted(record: Record, every: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Where reports go, and what they need: said before anything is measured."""
+"""Check where a report is to be written before anything is measured, and write it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _NEEDED = ("jinja2", "matplotlib")
 
 
 def check_output(text: str) -> Path:
-    """Return the path of a report.
+    """Return the path of a report after checking that it can be written.
 
     Raises:
-        FileError: one line, if it is of another kind, cannot be written, or needs a package that
-            is not installed.
+        FileError: one line, if the suffix is not supported, the file cannot be written, or a
+            required package is not installed.
     """
     path = Path(text)
     if path.suffix.lower() not in SUFFIXES:
         raise FileError(f"must be a file that ends in {' or '.join(SUFFIXES)}, got {text!r}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FileError(f"must be in a folder that is there and can be written to, got {text!r}")
+        raise FileError(f"must be in an existing, writable directory, got {text!r}")
     try:
         check_writable(path)
     except OSError as error:
-        raise FileError(f"{path} is not written: {error.strerror or error}") from None
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from None
     if path.suffix.lower() == ".html":
         absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
         if absent:
@@ -40,14 +40,14 @@ def check_output(text: str) -> Path:
 
 
 def publish(named: Sequence[tuple[str, Saved]], path: Path) -> None:
-    """Write a report, whole or not at all.
+    """Write a report atomically.
 
     Args:
-        named: what it shows, oldest first: the name of each file and what it holds.
-        path: as :func:`check_output` returns it.
+        named: name and content of each saved file, oldest first.
+        path: the report's path, as :func:`check_output` returned it.
 
     Raises:
-        FileError: one line, if it cannot be written.
+        FileError: one line, if the report cannot be written.
     """
     from pytest_int8bench.report.page.build import build
     from pytest_int8bench.report.page.sources import sources

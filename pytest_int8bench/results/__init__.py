@@ -1,7 +1,7 @@
 """Saved results: records, the journal, and reading them back.
 
-``read`` and ``Saved`` are public. They are loaded when they are first used, because pytest loads
-this package at every start.
+``read`` and ``Saved`` are public. They are imported on first use, because pytest imports this
+package at every start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all saved records share: identity, plain values, and reading them back."""
+"""The base classes of all saved records: identity, conversion to plain values, and validation."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.shapes import Params
 
 STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
-#: Start of the reason of a test that ran where pytest-benchmark is disabled.
+#: Start of the reason of a test that ran with pytest-benchmark disabled.
 NOT_MEASURED = "ran once, not measured"
 #: Start of the remark on a point whose speedup and rates disagree.
 SPEED_CHANGED = "the machine's speed changed between the two tests"
 
 
 class SchemaError(ValueError):
-    """A file that is not ours, is damaged, or was written by a newer version."""
+    """Raised for a file that is not ours, is damaged, or was written by a newer version."""
 
 
 def point_label(workload: str, run_name: str) -> str:
-    """Return the run name, with the workload where there is one, and not the default one."""
+    """Return the run name, preceded by the workload unless that is the default or none."""
     return run_name if workload in ("olmoearth", PLAIN) else f"{workload}: {run_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is saved of one test at one point."""
+    """A saved record of one test at one point."""
 
     KIND: ClassVar[str]
-    """What it is called in errors."""
+    """Name of the kind of record in errors."""
 
     nodeid: str
     """pytest node id; with ``workload`` the identity across commits."""
@@ -50,27 +50,37 @@ class Record:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What stays the same across commits: node id and workload name."""
+        """The values that stay the same across commits: node id and workload name."""
         return (self.nodeid, self.workload)
+
+    @property
+    def label(self) -> str:
+        """Name of the point for readers: see :func:`point_label`."""
+        return point_label(self.workload, self.run_name)
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of everything that is not quantized: ``BF16`` or ``FP32``."""
+        return "BF16" if self.params.get("bf16", True) else "FP32"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values."""
-        kind: Any = type(self)  # mypy takes the class of a dataclass for unhashable
+        kind: Any = type(self)  # mypy believes that dataclass types are unhashable
         return {name: _copy(getattr(self, name)) for name in _names(kind)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what :meth:`to_dict` wrote; fields of later minor versions are left out.
+        """Create a record from the values of :meth:`to_dict`, ignoring unknown fields.
 
         Raises:
-            SchemaError: if ``values`` is nothing of this kind.
+            SchemaError: if ``values`` is not a valid record of this kind.
         """
         if not isinstance(values, Mapping):
             raise SchemaError(f"not {cls.KIND}: {shown(values)}")
         kind: Any = cls
         names = _names(kind)
         if missing := [name for name in _needed(kind) if name not in values]:
-            raise SchemaError(f"not {cls.KIND}: it must have {', '.join(missing)}")
+            raise SchemaError(f"not {cls.KIND}: it must also have {', '.join(missing)}")
         try:
             return cls(**{name: value for name, value in values.items() if name in names})
         except (TypeError, ValueError) as error:
@@ -79,15 +89,15 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Record):
-    """What is saved of a test that measures a time, whatever became of it."""
+    """A saved record of a test that measures a time, whatever its status."""
 
     IS_PLAIN: ClassVar[bool] = False
-    """It is a plain benchmark, which its workload says."""
+    """Whether records of this class are plain benchmarks."""
 
     status: Annotated[str, one_of(STATUSES)] = "ok"
     """``ok``, ``oom``, ``skipped``, ``failed`` or ``accuracy-failed``."""
     reason: str | None = None
-    """Why the point is not ``ok``, or what its reader should know."""
+    """Why the point is not ``ok``, or a note on an ``ok`` point."""
 
     def __post_init__(self) -> None:
         for figure in FIGURES.values():
@@ -99,7 +109,7 @@ class Measured(Record):
 
     @property
     def is_disabled(self) -> bool:
-        """The test ran without a clock, because pytest-benchmark was turned off."""
+        """Whether the test ran without being timed, because pytest-benchmark was disabled."""
         return self.status == "skipped" and (self.reason or "").startswith(NOT_MEASURED)
 
     @property
@@ -109,7 +119,7 @@ class Measured(Record):
 
 
 def _copy(value: Any) -> Any:
-    """Return a value of a record; :func:`dataclasses.asdict` takes ten times as long."""
+    """Return a deep copy of a record's value. :func:`dataclasses.asdict` is ten times slower."""
     if isinstance(value, dict):
         return {name: _copy(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -119,13 +129,13 @@ def _copy(value: Any) -> Any:
 
 @functools.cache
 def _names(kind: type[Record]) -> dict[str, None]:
-    """Return the fields of a record, in their order."""
+    """Return the names of a record's fields, in order."""
     return dict.fromkeys(spec.name for spec in dataclasses.fields(kind))
 
 
 @functools.cache
 def _needed(kind: type[Record]) -> list[str]:
-    """Return the fields that a record cannot be without."""
+    """Return the names of a record's required fields."""
     return [
         spec.name
         for spec in dataclasses.fields(kind)

@@ -1,7 +1,7 @@
-"""Plain benchmarks: tests with pytest-benchmark's own ``benchmark``, and files without our block.
+"""Read plain benchmarks: tests that use pytest-benchmark's own ``benchmark`` fixture.
 
-pytest-benchmark saves the times of a test in seconds per call, whatever the iterations of a round
-are, and about the machine its ``machine_info``.
+pytest-benchmark saves their times in seconds per call, however many iterations a round has. Files
+without our block describe the machine by ``machine_info`` only.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from pytest_int8bench.results.checks import Count, check, shown
 from pytest_int8bench.results.figure import PLAIN
 from pytest_int8bench.results.shapes import Timing
 
-#: Of a median, over that of a mean, if times are normally distributed.
-_OF_MEDIAN = math.sqrt(math.pi / 2)
+#: Standard error of a median over the standard error of a mean, for normally distributed times.
+_MEDIAN_FACTOR = math.sqrt(math.pi / 2)
 #: Interquartile range of a normal distribution, in standard deviations.
 _QUARTILES = 1.349
-#: Rounds from which on quartiles say how times scatter, whatever outliers there are.
+#: From this many rounds on, the spread is estimated from quartiles, which are robust to outliers.
 _MANY_ROUNDS = 10
-#: What a point has in its ``extra_info``, among others.
+#: Keys of ``extra_info`` that mark an entry as one of our points.
 _OUR_EXTRA = ("run_name", "workload", "params")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Measured):
-    """A test with pytest-benchmark's own ``benchmark``. Its run name is its node id."""
+    """A test that uses pytest-benchmark's own ``benchmark``. Its run name is its node id."""
 
     KIND = "a plain benchmark"
     IS_PLAIN = True
 
     call_time_s: float | None = None
-    """Median over the rounds of the time per call: that of a round over its iterations."""
+    """Median over the rounds of the time per call (time of a round over its iterations)."""
     call_time_mean_s: float | None = None
     """Mean over the rounds."""
     call_time_min_s: float | None = None
-    """The fastest round."""
+    """Time per call of the fastest round."""
     call_time_standard_error: float | None = None
     """Estimated standard error of the median, relative to it; None after a single round."""
     rounds: Count | None = None
-    """Rounds that were timed."""
+    """Number of timed rounds."""
     iterations: Count | None = None
     """Calls per round."""
     timer: str | None = None
-    """Name of the function that told the time; None where the file does not say."""
+    """Name of the timer function; None if the file does not name it."""
 
     throttled: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, nodeid: str, **values: Any) -> Self:
-        """Return the record of a test."""
+        """Return the record of the test with a node id."""
         return cls(nodeid=nodeid, workload=PLAIN, run_name=nodeid, params={}, **values)
 
     @classmethod
@@ -61,15 +61,15 @@ class Benchmark(Measured):
         """Read an entry of ``benchmarks`` in pytest-benchmark's JSON.
 
         Raises:
-            SchemaError: one line, if it is none.
+            SchemaError: one line, if the entry is not valid.
         """
         if not isinstance(timing, Mapping):
             raise SchemaError(f"not {cls.KIND}: {shown(timing)}")
         try:
             check(Timing, timing)
             stats = timing["stats"]
-            # A call that is shorter than the tick of its timer takes no time.
-            coarse = {"status": "skipped", "reason": "its timer is too coarse for its calls"}
+            # A call shorter than the timer's resolution has a time of 0.
+            coarse = {"status": "skipped", "reason": "the timer is too coarse to time a call"}
             return cls.of(
                 timing["fullname"],
                 **({} if stats["median"] else coarse),
@@ -86,22 +86,22 @@ class Benchmark(Measured):
 
     @property
     def median_s(self) -> float | None:
-        """What stands for the process: the median round."""
+        """Time of the median round, which represents the process."""
         return self.call_time_s
 
     @property
     def fastest_s(self) -> float | None:
-        """The fastest round."""
+        """Time of the fastest round."""
         return self.call_time_min_s
 
     @property
     def wall_s(self) -> float:
-        """About the wall time that measuring took."""
+        """Approximate wall time of the measurement."""
         return (self.rounds or 0) * (self.iterations or 1) * (self.call_time_mean_s or 0.0)
 
     @property
     def waits_for_device(self) -> bool:
-        """The timer is ours, which waits until the device has done its work."""
+        """Whether the timer is ours, which synchronizes with the device."""
         return self.timer == synchronized_perf_counter.__name__
 
 
@@ -111,11 +111,11 @@ def _standard_error(stats: Mapping[str, Any]) -> float | None:
         spread = quartiles / _QUARTILES
     if rounds < 2 or spread is None or not stats["median"]:
         return None
-    return float(_OF_MEDIAN * spread / math.sqrt(rounds) / stats["median"])
+    return float(_MEDIAN_FACTOR * spread / math.sqrt(rounds) / stats["median"])
 
 
-def picked(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is read of pytest-benchmark's JSON, without the times of all rounds."""
+def used_parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of pytest-benchmark's JSON that are used, without the times of rounds."""
     timings = data.get("benchmarks")
     if isinstance(timings, list):
         timings = [_part(t, ("fullname", "stats", "options", "extra_info")) for t in timings]
@@ -125,14 +125,16 @@ def picked(data: Mapping[str, Any]) -> dict[str, Any]:
                 timing["stats"] = _part(timing.get("stats"), stats)
                 timing["options"] = _part(timing.get("options"), ("timer",))
                 timing["extra_info"] = _part(timing.get("extra_info"), _OUR_EXTRA)
-    if data.get("int8bench") is not None:  # which has a fingerprint
+    if data.get("int8bench") is not None:  # our block has a fingerprint of its own
         return {"benchmarks": timings}
     return {**_part(data, ("machine_info", "commit_info")), "benchmarks": timings}
 
 
 def is_of_test(timing: Any, ours: Collection[str]) -> bool:
-    """Return whether an entry of ``benchmarks`` in a file with our block is of one of our tests, by
-    its node id or what it holds of us, or of no test at all."""
+    """Return whether an entry of ``benchmarks`` belongs to one of our tests, or to no test at all.
+
+    Our tests are recognized by node id or by our keys in ``extra_info``.
+    """
     if not isinstance(timing, dict):
         return False
     extra, nodeid = timing.get("extra_info"), timing.get("fullname")
@@ -145,8 +147,8 @@ def _part(value: Any, names: Iterable[str]) -> Any:
 
 
 def partial_environment(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fingerprint of a file without ours: what pytest-benchmark knows of it, by our
-    names, which ``only`` lists."""
+    """Return a fingerprint from pytest-benchmark's ``machine_info`` and ``commit_info``, for a file
+    without our own. ``only`` lists the names that are known."""
     info, commit = data.get("machine_info") or {}, data.get("commit_info") or {}
     cpu, system = info.get("cpu") or {}, [info.get("system"), info.get("machine")]
     found = {
@@ -160,17 +162,17 @@ def partial_environment(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def partly_known(environment: Mapping[str, Any]) -> str | None:
-    """Return a line about a file that says little of its machine, None if it says all."""
+    """Return a warning about a file with a partial fingerprint, or None if it is complete."""
     if (known := environment.get("only")) is None:
         return None
     return (
-        "saved without pytest-int8bench: the machine could be checked only as far as "
-        f"machine_info goes ({', '.join(known) or 'nothing'}), without GPU and versions of packages"
+        f"saved without pytest-int8bench: only machine_info ({', '.join(known) or 'empty'}) could "
+        "be checked, not GPU and package versions"
     )
 
 
 def unsynchronized(benchmarks: Iterable[Benchmark], environment: Mapping[str, Any]) -> str | None:
-    """Return a line about times that hold no work of the GPU, None if there are none."""
+    """Return a warning about times that may not include work on the GPU, or None."""
     if not environment.get("gpu"):
         return None
     names = [b.nodeid for b in benchmarks if b.call_time_s and not b.waits_for_device]
@@ -178,7 +180,7 @@ def unsynchronized(benchmarks: Iterable[Benchmark], environment: Mapping[str, An
         return None
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return (
-        f"timer does not wait for the GPU: {names[0]}{more}: the time is that of submitting work, "
-        "where the function does not wait by itself; to wait: @pytest.mark.benchmark(timer="
+        f"timer does not wait for the GPU: {names[0]}{more}: unless the function synchronizes, "
+        "only submitting work is timed; use @pytest.mark.benchmark(timer="
         f"pytest_int8bench.clock.{synchronized_perf_counter.__name__})"
     )

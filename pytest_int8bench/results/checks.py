@@ -1,8 +1,8 @@
 """Check values against their annotations: types, ``None``, lists, objects and rules.
 
-Records and all that they hold go through :func:`check_fields` when they are made or read, so that
-whoever uses one finds what its annotations promise. Numbers are finite; fields that are not
-annotated, as of newer versions, are let through.
+:func:`check_fields` checks every record when it is created or read, including nested values, so
+that code can rely on the annotations. Numbers must be finite. Fields without an annotation, which
+newer versions may add, are accepted.
 """
 
 from __future__ import annotations
@@ -26,57 +26,59 @@ _Check = Callable[[Any], None]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What values must be beyond their type, in ``Annotated``."""
+    """A rule for values, for use in ``Annotated``."""
 
     text: str
-    """Follows *must be* in errors."""
+    """Describes valid values; follows *must be* in errors."""
     holds: Callable[[Any], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """In ``Annotated``, fields that an object must have where it has another one."""
+    """Fields that an object must have if it has another one, for use in ``Annotated``."""
 
     name: str
+    """The field that needs others."""
     others: tuple[str, ...]
+    """The needed fields."""
 
 
 #: A number above 0.
 Positive = Annotated[float, Rule("a number above 0", is_positive)]
-#: A number that is not negative.
+#: A non-negative number.
 NotNegative = Annotated[
     float, Rule("a number of at least 0", lambda value: is_number(value) and value >= 0)
 ]
-#: Part of a whole, which rounding may exceed.
+#: A share of a whole; rounding errors may take it slightly above 1.
 Share = Annotated[
-    float, Rule("a share, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-6)
+    float, Rule("a share from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-6)
 ]
-#: End of an interval: a number, or an infinity where samples give no bound.
+#: End of an interval: a number, or an infinity if there are too few samples for a bound.
 Bound = Annotated[
     float,
     Rule("a number", lambda value: is_number(value) or value in (-math.inf, math.inf)),
 ]
-#: A number of things.
+#: A non-negative integer.
 Count = Annotated[
     int, Rule("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
 ]
-#: A value without parts, such as an axis of a workload.
+#: A single value, such as a workload's own axis.
 Scalar = Annotated[
     Any,
     Rule(
-        "a text, a number, true or false",
+        "a string, a number, true or false",
         lambda value: isinstance(value, str | bool) or is_number(value),
     ),
 ]
 
 
 def one_of(values: Sequence[str]) -> Rule:
-    """Return the rule of a field that takes these texts."""
+    """Return the rule of a field that takes one of these strings."""
     return Rule(f"one of {', '.join(values)}", values.__contains__)
 
 
 class WrongValueError(ValueError):
-    """A value that its annotation does not allow."""
+    """Raised for a value that its annotation does not allow."""
 
     def __init__(self, rule: str, value: Any) -> None:
         super().__init__(rule, value)
@@ -85,7 +87,7 @@ class WrongValueError(ValueError):
         self._path = ""
 
     def inside(self, place: str) -> WrongValueError:
-        """Say in which field or at which place of a list the value stands."""
+        """Prepend the field or list index that holds the value to the path in the error."""
         self._path = f"{place}{self._path}"
         return self
 
@@ -94,10 +96,10 @@ class WrongValueError(ValueError):
 
 
 def check_fields(record: Any) -> None:
-    """Check all fields of a dataclass.
+    """Check all fields of a dataclass against their annotations.
 
     Raises:
-        ValueError: naming field, rule and value.
+        ValueError: one line that names field, rule and value.
     """
     kind: Any = type(record)
     for name, check in _checks_of(kind):
@@ -111,18 +113,18 @@ def check(kind: Any, value: Any) -> None:
     """Check a value against a type, such as a ``TypedDict``.
 
     Raises:
-        ValueError: naming the field in ``value``, rule and value.
+        ValueError: one line that names the field in ``value``, the rule and the wrong value.
     """
     _check_of(kind)(value)
 
 
 def shown(value: Any) -> str:
-    """Return a value as errors show it, in Python's notation: short, whatever it is."""
+    """Return a value's shortened ``repr`` for errors."""
     return short(_REPR.repr(value))
 
 
 def short(text: str) -> str:
-    """Return a text of a file, such as a node id, no longer than an error can hold."""
+    """Return a text from a file, such as a node id, cut to a length that suits an error."""
     most = 2 * _MOST_CHARACTERS
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -148,7 +150,7 @@ def _check_of(hint: Any) -> _Check:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         plain, *further = arguments
-        if any(isinstance(argument, Rule) for argument in further):  # they check the type too
+        if any(isinstance(argument, Rule) for argument in further):  # rules check the type too
             return _all(list(map(_check_of, further)))
         return _all([*map(_check_of, further), _check_of(plain)])
     if origin in (Union, types.UnionType):
@@ -166,7 +168,7 @@ def _is_whole(value: object) -> bool:
 
 
 _TYPES = {
-    str: Rule("a text", lambda value: isinstance(value, str)),
+    str: Rule("a string", lambda value: isinstance(value, str)),
     bool: Rule("true or false", lambda value: isinstance(value, bool)),
     int: Rule("a whole number", _is_whole),
     float: Rule("a number", is_number),
@@ -188,7 +190,7 @@ def _needs(needs: Needs) -> _Check:
         if value.get(needs.name) is None:
             return
         if missing := [other for other in needs.others if value.get(other) is None]:
-            rule = f"an object with {', '.join(missing)} where it has {needs.name}"
+            rule = f"an object with {', '.join(missing)} if it has {needs.name}"
             raise WrongValueError(rule, value)
 
     return check
@@ -212,7 +214,7 @@ def _optional(inner: _Check) -> _Check:
 
 def _list(kind: Any) -> _Check:
     inner = _check_of(kind)
-    rule = "a list of texts" if kind is str else "a list"
+    rule = "a list of strings" if kind is str else "a list"
 
     def check(value: Any) -> None:
         if not isinstance(value, list):

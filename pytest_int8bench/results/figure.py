@@ -1,7 +1,7 @@
-"""What is known of one figure of a result; :mod:`.figures` has the rows.
+"""The description of one figure of a result; :mod:`.figures` has the instances.
 
-pytest imports this module when it starts: nothing heavy is imported here. Nor is
-:mod:`~.result`, which imports this module; results are ``Any`` for that reason.
+pytest imports this module at every start, so it imports nothing heavy. Results are ``Any``, as
+:mod:`~.result` imports this module.
 """
 
 from __future__ import annotations
@@ -13,95 +13,95 @@ from typing import Any, Literal
 
 from pytest_int8bench.results.numbers import CHECKS
 
-#: Workload of plain benchmarks of pytest-benchmark, which have none.
+#: Stands for the workload of plain benchmarks, which have none.
 PLAIN = "pytest-benchmark"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # made at every start of pytest
+# Without eq and repr, which cost time at every start of pytest.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Figure:
-    """One quantity of a result, or a text that belongs to its figures."""
+    """One quantity of a result, or a text shown among its figures."""
 
     field: str
-    """Field of ``Result``; of a computed figure, a name that ``Result`` does not have. It is also
-    the figure's name in Weights & Biases."""
+    """Field of ``Result``, or a new name for a computed figure. It is also the figure's name in
+    Weights & Biases."""
     compute: Callable[[Any], Any] | None = None
     """Computes the figure from a result that has no field for it."""
     applies: Callable[[Any], bool] | None = None
     """Returns whether a result can have the figure; None for every result."""
     of_benchmarks: bool = False
-    """A field of plain benchmarks, ``Benchmark``, and not of ``Result``."""
+    """Whether it is a field of ``Benchmark`` (plain benchmarks) instead of ``Result``."""
     check: Literal["positive", "number", "text"] | None = None
-    """What a value must be for a result to be read; None checks nothing."""
+    """The check that a value must pass when a result is created or read; None checks nothing."""
     wandb_alias: str = ""
-    """Second name in Weights & Biases: the one of the project that this one comes from."""
+    """Second name in Weights & Biases, as used by the original project."""
 
     header: str = ""
     """Header of its column in tables; empty for a figure without a column."""
     title: str = ""
-    """What charts, and the report's table of all files, call it; empty leaves it out of that
-    table."""
+    """Title in charts and in the report's history; empty to leave the figure out of the history."""
     unit: str = ""
-    """Unit of the values that are shown."""
+    """Unit in which values are shown."""
     scale: float = 1.0
     """Factor from the unit of the field to ``unit``."""
     kind: Literal["number", "share", "ratio", "text", "time"] = "number"
-    """How a value is written: ``1,235``, ``42%``, ``1.85x``, as it is, or seconds as ``3.5 µs``."""
+    """Format of values: ``1,235``, ``42%``, ``1.85x``, the text itself, or a time as ``3.5 µs``."""
     interval: tuple[str, str] | None = None
     """Fields that hold the ends of its 95 % interval."""
     standard_error: str = ""
-    """Field that holds the standard error of the time that it comes from, relative."""
+    """Field that holds the relative standard error of the time from which it is computed."""
     no_interval: str = ""
-    """Stands in place of an interval that a result does not have."""
+    """Text shown instead of the interval if a result has none."""
     mark: Callable[[Any], str] | None = None
-    """Returns what a result adds to the value in a table, such as `` (warm)``."""
+    """Returns a suffix for the value in tables, such as `` (warm)``."""
     shown: Literal["always", "where measured", "where judged"] = "always"
     """When tables have the column: always; if a result has a value; or only in comparisons, if a
     limit judges the figure."""
     leads: bool = False
-    """The column comes first where a table is split to fit a terminal."""
+    """Whether the column comes first when a table is split to fit a terminal."""
     shows_status: bool = False
-    """A point that ran out of memory, failed or was throttled says so in this column."""
+    """Whether this column shows that a point ran out of memory, failed or was throttled."""
 
     higher_is_better: bool = False
-    """A higher value is better, and its cost is the inverse."""
+    """Whether higher values are better; its cost is then the inverse."""
     name: str = ""
-    """What the gate and the JSON of a comparison call it; needed with ``option``."""
+    """Name in the gate and in the JSON of comparisons; required with ``option``."""
     option: str = ""
-    """Name of its limit, on the command line and in ``pyproject.toml``; empty for a figure that
-    the gate does not compare."""
+    """Name of the option for its limit, on the command line and in ``pyproject.toml``; empty for a
+    figure that the gate does not compare."""
     help: str = ""
-    """What the limit limits; needed with ``option``."""
+    """Describes the limited quantity in help texts; required with ``option``."""
     limit: float | None = None
-    """Largest growth of the cost that passes by default, relative; None judges nothing."""
+    """Largest relative growth of the cost that passes by default; None judges nothing."""
     floor: float = 0.0
-    """Relative difference between two processes of the same code that counts as noise where files
-    are too few to show it; needed with ``option``."""
+    """Default noise floor, used if there are too few files to estimate it: relative difference
+    between two processes of the same code that counts as noise. Required with ``option``."""
     spread: float | None = None
-    """Standard deviation between processes of the same code, relative, that is assumed where files
-    are too few to show it; None takes twice the floor."""
+    """Default relative standard deviation between processes of the same code, used if there are too
+    few files to estimate it; None takes twice the floor."""
     depends_on_clocks: bool = True
-    """A GPU that is slowed down by heat changes it."""
+    """Whether thermal throttling of the GPU affects it."""
 
     def __post_init__(self) -> None:
         if self.option and not (self.name and self.header and self.help and self.floor > 0):
             raise ValueError(
-                f"{self.field}: a figure with an option must have a name, a header, a help and a "
-                f"noise floor above 0, got {self.name!r}, {self.header!r}, {self.help!r} and "
+                f"{self.field}: a figure with an option must have name, header and help, and a "
+                f"floor above 0, got {self.name!r}, {self.header!r}, {self.help!r} and "
                 f"{self.floor!r}"
             )
 
     @property
     def assumed_spread(self) -> float:
-        """Standard deviation between processes that is assumed."""
+        """Relative standard deviation between processes to assume."""
         return 2 * self.floor if self.spread is None else self.spread
 
     @property
     def is_time_of_batch(self) -> bool:
-        """``int8bench ab`` measures it."""
+        """Whether ``int8bench ab`` can measure it."""
         return self.field in ("samples_per_s", "batch_time_s", "call_time_s")
 
     def of(self, result: Any) -> Any:
-        """Return the value that ``result`` has, None where it was not measured."""
+        """Return the figure's value in ``result``, or None if it was not measured."""
         is_of_kind = self.of_benchmarks == (getattr(result, "workload", None) == PLAIN)
         if not is_of_kind or (self.applies is not None and not self.applies(result)):
             return None
@@ -110,18 +110,18 @@ class Figure:
         return getattr(result, self.field, None)
 
     def scaled(self, value: float) -> float:
-        """Return a value of the field in the unit that is shown."""
+        """Convert a value of the field to ``unit``."""
         return value * self.scale
 
     def growth(self, base: float, new: float) -> float:
-        """Return by how much the cost grew, relative to the base's: 0.05 means 5 % worse."""
+        """Return the relative growth of the cost from ``base`` to ``new``: 0.05 means 5 % worse."""
         return (base / new if self.higher_is_better else new / base) - 1
 
     def validate(self, result: Any) -> None:
-        """Check the value of ``result`` when it is made or read.
+        """Check the figure's value in ``result``.
 
         Raises:
-            ValueError: naming the field, the rule and the value.
+            ValueError: one line that names the field, the rule and the value.
         """
         if self.check is None or self.compute is not None:
             return

@@ -1,9 +1,9 @@
 """The figures of a result, one row each.
 
-Whatever handles figures follows from the rows: the checks of :class:`~.result.Result`, the table
-of a session, the report, the comparison of saved files, the gate with its options and their help,
-and what is logged to Weights & Biases. A new figure is a field of ``Result`` and a row here. One
-that is computed from other fields needs the row only, and may come from outside::
+These rows drive everything that handles figures: validation of :class:`~.result.Result`, the
+session's table, the report, the comparison of saved files, the gate with its options and their
+help, and logging to Weights & Biases. A new figure needs a field of ``Result`` and a row here. A
+figure computed from other fields needs the row only, and another package may register it::
 
     register(
         Figure(
@@ -13,10 +13,10 @@ that is computed from other fields needs the row only, and may come from outside
         )
     )
 
-Before the plugin is loaded, that is, where the figure is to have an option of pytest.
+A figure with an option of pytest must be registered before the plugin is loaded.
 
-pytest imports this module when it starts: nothing heavy is imported here. Nor is
-:mod:`~.result`, which imports this module; results are ``Any`` for that reason.
+pytest imports this module at every start, so it imports nothing heavy. Results are ``Any``, as
+:mod:`~.result` imports this module.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from pytest_int8bench.results.figure import Figure as Figure
 
 #: Field -> figure, in the order of columns.
 FIGURES: dict[str, Figure] = {}
-#: Name -> figure, those that the gate compares.
+#: Name -> figure, for the figures that the gate compares.
 METRICS: dict[str, Figure] = {}
 
 
 def register(figure: Figure) -> None:
-    """Add a figure behind those that are known.
+    """Add a figure after the existing ones.
 
     Raises:
-        ValueError: if its field, name, header or option is taken.
+        ValueError: if its field, name, header or option is already in use.
     """
     for what in ("field", "name", "header", "option"):
         value = getattr(figure, what)
         if value and any(getattr(known, what) == value for known in FIGURES.values()):
-            raise ValueError(f"{what} of a figure must be unique, got {value!r} again")
+            raise ValueError(f"{what} of a figure must be unique, but {value!r} is already in use")
     FIGURES[figure.field] = figure
     if figure.option:
         METRICS[figure.name] = figure
 
 
 def unregister(figure: Figure) -> None:
-    """Take a registered figure out again."""
+    """Remove a registered figure."""
     del FIGURES[figure.field]
     METRICS.pop(figure.name, None)
 
@@ -61,7 +61,7 @@ def _tokens_per_batch(result: Any) -> float | None:
     batch_time_s: float | None = result.batch_time_s
     if tokens_per_s is None or batch_time_s is None:
         return None
-    return round(tokens_per_s * batch_time_s, 6)  # a count, but for rounding
+    return round(tokens_per_s * batch_time_s, 6)  # a whole number, apart from rounding errors
 
 
 def _mean_token_rate(result: Any) -> float | None:
@@ -83,7 +83,7 @@ _RATES = (
         higher_is_better=True,
         name="throughput",
         option="max-slowdown",
-        help="growth of the median time of a sample",
+        help="growth of the median time per sample",
         limit=0.05,
         floor=0.02,
     ),
@@ -124,7 +124,7 @@ _TIMES = (
         standard_error="batch_time_standard_error",
         name="batch-time",
         option="max-batch-time-growth",
-        help="growth of the median time of a batch; the slowdown, if batches keep their samples",
+        help="growth of the median batch time, which is the slowdown if batch sizes stay the same",
         floor=0.02,
     ),
     Figure(field="batch_time_mean_s", check="positive", wandb_alias="mean_batch_time"),
@@ -176,7 +176,7 @@ _COSTS = (
         mark=lambda result: " (warm)" if result.compile_cache == "warm" else "",
         name="compile",
         option="max-compile-growth",
-        help="growth of the first call's time; it depends on whether the compile cache was warm",
+        help="growth of the first call's time, which depends on whether the compile cache was warm",
         floor=0.3,
         spread=0.2,
     ),
@@ -233,7 +233,7 @@ _INT8 = (
         unit="× baseline",
         kind="ratio",
         interval=("speedup_low", "speedup_high"),
-        no_interval="(apart)",
+        no_interval="(separate)",
         leads=True,
         higher_is_better=True,
     ),

@@ -1,4 +1,4 @@
-"""Append each record to a file as soon as it exists."""
+"""The journal: a file to which each record is appended as soon as it exists."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from pytest_int8bench.results.records import (
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
 
-#: Folder of journals, from the root of the project.
+#: Folder of journals, relative to the root of the project.
 DEFAULT_FOLDER = Path(".benchmarks") / "int8bench"
 
 
 class Journal:
-    """Appends each record to a file at once, so that no crash loses a finished one.
+    """Appends each record to a file immediately, so that a crash cannot lose finished records.
 
-    A later record of the same identity replaces the earlier one for readers.
+    Readers keep only the last record of each identity.
     """
 
     def __init__(self, path: Path | None, environment: Mapping[str, Any]) -> None:
         """Start a journal in a new file; None keeps the results in memory only.
 
         Raises:
-            OSError: if the file cannot be made, ``FileExistsError`` if it is there already.
+            OSError: if the file cannot be created; ``FileExistsError`` if it already exists.
         """
         self.environment = dict(environment)
         self.order: Mapping[str, int] = {}
-        """Places of node ids among the tests, where those finish in another order."""
+        """Node id -> position among the tests, for tests that finish in another order."""
         self.tell: Callable[[str], None] | None = None
-        """Called with each line, whatever becomes of the file."""
+        """Called with each line, even if the file cannot be written."""
         self._time = datetime.now(UTC).isoformat()
         self._records: list[Record] = []
         self._file: LineFile | None = None
@@ -55,7 +55,7 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path) -> Journal:
-        """Go on with the journal of a process that ended, perhaps in the middle of a line.
+        """Continue the journal of a process that has ended, perhaps in the middle of a line.
 
         Raises:
             SchemaError: if ``path`` is not a journal.
@@ -71,7 +71,7 @@ class Journal:
         return journal
 
     def _line_file(self, path: Path, size: int | None) -> LineFile:
-        # Times have microseconds: no other journal starts like this one.
+        # The time has microseconds, so no other journal starts with the same text.
         mark = self._header().partition('"environment"')[0]
         return LineFile(path, self._lines, mark=mark, size=size)
 
@@ -81,21 +81,21 @@ class Journal:
 
     def _lines(self) -> Iterator[str]:
         yield self._header()
-        # Results first, as older versions wrote them.
+        # Write results first, like older versions.
         kinds = list(KINDS.values())
         for record in sorted(self._records, key=lambda record: kinds.index(type(record))):
             yield _line_of(record)
 
     @property
     def path(self) -> Path | None:
-        """The file, None if there is none."""
+        """The file, or None for a journal in memory."""
         return None if self._file is None else self._file.path
 
     def begin(self, environment: Mapping[str, Any]) -> None:
         """Set the fingerprint of a journal that was started before it was known.
 
         Raises:
-            OSError: if it cannot be written; it is with the next record.
+            OSError: if it cannot be written now; the next record writes it.
         """
         self.environment = dict(environment)
         if self.tell is not None:
@@ -105,31 +105,31 @@ class Journal:
 
     @property
     def results(self) -> list[Result]:
-        """The latest result of each node, in the order they finished."""
+        """The latest result of each node, in the order in which they finished."""
         return latest(self._of(Result))
 
     @property
     def accuracy(self) -> list[Accuracy]:
-        """The latest verdict of each node and metric, in the order they finished."""
+        """The latest verdict of each node and metric, in the order in which they finished."""
         return latest(self._of(Accuracy))
 
     def _of(self, kind: type[AnyRecord]) -> list[AnyRecord]:
         return [record for record in self._records if isinstance(record, kind)]
 
     def append(self, record: Record) -> None:
-        """Write ``record`` to disk."""
-        self._records.append(record)  # what cannot be written is still kept
+        """Keep ``record`` in memory and append it to the file."""
+        self._records.append(record)  # first, to keep it even if writing fails
         self._write(_line_of(record))
 
     def records_of(self, nodeid: str) -> list[Record]:
-        """Return all records of a test so far, of every kind."""
+        """Return all records of a test so far."""
         return [record for record in self._records if record.nodeid == nodeid]
 
     def withdraw(self, records: Iterable[Record]) -> None:
-        """Take back records of a test that was run again, also from the file.
+        """Remove records of a test that is run again, from the file too.
 
         Raises:
-            OSError: if the file cannot be written; it is as it was.
+            OSError: if the file cannot be written, in which case it is unchanged.
         """
         gone = {id(record) for record in records}
         self._records = [record for record in self._records if id(record) not in gone]
@@ -137,12 +137,11 @@ class Journal:
             self._file.rewrite()
 
     def text(self) -> str:
-        """Return what the file is to hold."""
+        """Return the complete text of the file."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def problem(self) -> str | None:
-        """Write what the file lacks. Return a line if it cannot be written, None if all is there
-        or there is no file."""
+        """Write all records that the file lacks. Return one line if that fails, else None."""
         if self._file is None:
             return None
         try:
@@ -155,13 +154,13 @@ class Journal:
         return None
 
     def discard(self) -> None:
-        """Remove the file if no record was to be in it."""
+        """Remove the file if there are no records."""
         if self._file is not None and not self._records:
             with contextlib.suppress(OSError):
                 self._file.remove()
 
     def saved(self) -> Saved:
-        """Return what the JSON is to hold."""
+        """Return the content for the JSON file."""
         kinds = KINDS.values()
         found = [r for kind in kinds for r in self._in_order(latest(self._of(kind)))]
         return Saved.of(self.environment, found).cleaned()
@@ -181,14 +180,14 @@ def _line_of(record: Record) -> str:
 
 
 def journal_folder(root: Path) -> Path:
-    """Make the folder that journals go to by default, out of sight of git, and return it.
+    """Create and return the default folder of journals, which git ignores.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: if it cannot be created.
     """
     folder = root / DEFAULT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    # Nothing is written through a symbolic link.
+    # create() does not follow symbolic links.
     with contextlib.suppress(FileExistsError):
         create(folder / ".gitignore", "*\n")
     return folder

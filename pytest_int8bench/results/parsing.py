@@ -1,7 +1,7 @@
-"""Read JSON from files that anybody may have written, within limits.
+"""Read JSON from untrusted files, within limits.
 
-Whatever a path or a text turns out to be, reading it ends, and what comes back can be walked
-through, printed and shown in an error.
+Reading always ends, whatever a path points to. The values returned are safe to traverse, print and
+show in errors.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 from pytest_int8bench.printing import cleaned
 from pytest_int8bench.results.base import SchemaError
 
-#: Files of 10,000 results take some 50 MB.
 MAX_BYTES = 2**30
+"""Largest size of a file. 10,000 results take about 50 MB."""
 MAX_CHARACTERS = 1_000_000
-"""Of one text."""
+"""Longest string."""
 MAX_LEVELS = 32
-"""Of objects and lists in each other; records have five."""
+"""Deepest nesting of objects and lists. Records have five levels."""
 
 _MARKS = {
     codecs.BOM_UTF8: "starts with a byte order mark: save it as UTF-8 without one",
-    codecs.BOM_UTF32_LE: "is UTF-32 text, and must be UTF-8",
-    codecs.BOM_UTF32_BE: "is UTF-32 text, and must be UTF-8",
-    codecs.BOM_UTF16_LE: "is UTF-16 text, and must be UTF-8",
-    codecs.BOM_UTF16_BE: "is UTF-16 text, and must be UTF-8",
+    codecs.BOM_UTF32_LE: "must be UTF-8 text, got UTF-32",
+    codecs.BOM_UTF32_BE: "must be UTF-8 text, got UTF-32",
+    codecs.BOM_UTF16_LE: "must be UTF-8 text, got UTF-16",
+    codecs.BOM_UTF16_BE: "must be UTF-8 text, got UTF-16",
 }
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
@@ -39,13 +39,13 @@ _KINDS = (
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, which may be changed meanwhile, but not be a pipe or a device.
+    """Return the text of a regular file, which other processes may be writing to.
 
     Raises:
-        SchemaError: one line, if it is no UTF-8 text, or too large.
+        SchemaError: one line, if it is a pipe or a device, not UTF-8 text, or too large.
         OSError: if it cannot be read.
     """
-    # A pipe without a writer would block here, one with a writer would block later.
+    # Open without blocking: opening a pipe without a writer, or reading one, could block forever.
     with open(path, "rb", opener=_open) as file:
         found = os.fstat(file.fileno())
         for is_kind, kind in _KINDS:
@@ -57,8 +57,8 @@ def read_text(path: Path) -> str:
     for mark, problem in _MARKS.items():
         if raw.startswith(mark):
             raise SchemaError(f"{path} {problem}")
-    if b"\0" in raw[:4]:  # UTF-16 and UTF-32 without their marks
-        raise SchemaError(f"{path} is not UTF-8 text: it starts with a NUL")
+    if b"\0" in raw[:4]:  # UTF-16 or UTF-32 without a byte order mark
+        raise SchemaError(f"{path} is not UTF-8 text: it starts with a NUL byte")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -66,10 +66,10 @@ def read_text(path: Path) -> str:
 
 
 def parse(path: Path, text: str) -> Any:
-    """Return the values of a text in JSON.
+    """Parse JSON.
 
     Raises:
-        SchemaError: one line, if they are beyond all limits.
+        SchemaError: one line, if Python's parser gives up on nesting or on the length of a number.
         json.JSONDecodeError: if it is not JSON.
     """
     try:
@@ -78,15 +78,15 @@ def parse(path: Path, text: str) -> Any:
         raise
     except RecursionError:
         raise SchemaError(f"{path} {_TOO_DEEP}") from None
-    except ValueError as error:  # thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise SchemaError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def cleaned_values(path: Path, values: Any) -> Any:
-    """Return parsed values with all texts harmless.
+    """Return parsed values with all strings cleaned of control characters.
 
     Raises:
-        SchemaError: one line, if they are nested too deeply, or hold a text that is too long.
+        SchemaError: one line, if values are nested too deeply or a string is too long.
     """
     names: set[str] = set()
     level: list[Any] = [[values]]
@@ -112,12 +112,13 @@ def cleaned_values(path: Path, values: Any) -> Any:
 def _is_clean(path: Path, text: str) -> bool:
     if len(text) > MAX_CHARACTERS:
         raise SchemaError(
-            f"{path} holds a text of {len(text):,} characters, more than {MAX_CHARACTERS:,}"
+            f"{path} has a string of {len(text):,} characters; at most {MAX_CHARACTERS:,} are "
+            "allowed"
         )
     return text.isprintable()
 
 
-_TOO_DEEP = f"is nested too deeply, beyond {MAX_LEVELS} levels"
+_TOO_DEEP = f"is nested too deeply; at most {MAX_LEVELS} levels are allowed"
 
 
 def _open(path: str, flags: int) -> int:
@@ -126,4 +127,4 @@ def _open(path: str, flags: int) -> int:
 
 def _check_size(path: Path, size: int) -> None:
     if size > MAX_BYTES:
-        raise SchemaError(f"{path} is too large: {size:,} bytes, at most {MAX_BYTES:,} are read")
+        raise SchemaError(f"{path} is too large: {size:,} bytes; at most {MAX_BYTES:,} are allowed")

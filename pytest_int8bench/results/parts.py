@@ -1,6 +1,6 @@
 """The parts of a result, each returned by one stage of a measurement.
 
-``Result.from_parts`` joins them. Types of the rooms above are protocols here.
+``Result.from_parts`` joins them. Types defined in higher layers are protocols here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pytest_int8bench.nvml import GpuState
 
 
 class Serializable(Protocol):
-    """Anything that is saved as plain values."""
+    """Anything that can be saved as plain values."""
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return plain values, for JSON."""
@@ -21,7 +21,7 @@ class Serializable(Protocol):
 
 
 class KernelTime(Protocol):
-    """A kernel and its time in one forward."""
+    """A kernel with its time in one forward."""
 
     @property
     def name(self) -> str: ...
@@ -35,7 +35,7 @@ class KernelTime(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What it took to get a model ready."""
+    """The preparation of a model: memory, compilation and warm-up."""
 
     peak_memory_bytes: int | None
     compile_s: float | None
@@ -50,7 +50,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """What one batch counts for."""
+    """Number of units in one batch."""
 
     samples: float
     tokens: float | None = None
@@ -74,7 +74,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The rounds that were timed, and the GPU around them."""
+    """The timed rounds, and the state of the GPU before and after them."""
 
     timing: Timing
     count: int
@@ -92,9 +92,9 @@ class FeedingCost:
     """The cost of feeding a model from the host, measured against inputs on the device."""
 
     copy_s: float
-    """Copying one batch, with nothing beside it."""
+    """Time to copy one batch, with nothing else running."""
     exposed_s: float
-    """How much longer a batch takes."""
+    """Time that feeding adds to a batch."""
     exposed_low_s: float
     """Lower end of the 95 % interval."""
     exposed_high_s: float
@@ -103,17 +103,17 @@ class FeedingCost:
 
 @dataclass(frozen=True)
 class Feeding:
-    """How a model was fed from the host during the rounds."""
+    """Feeding of the model from the host during the rounds."""
 
     workers: int | None
     wait_s: float
-    """Seconds per batch that the host waited for the loader."""
+    """Time per batch that the host waited for the loader."""
     cost: FeedingCost | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The candidate against its baseline."""
+    """A candidate compared with its baseline."""
 
     speedup: float
     low: float | None = None
@@ -123,7 +123,7 @@ class Comparison:
     method: str
     """``interleaved`` or ``separate``."""
     energy_ratio: float | None = None
-    """Joules of a batch of the baseline over those of the candidate."""
+    """The baseline's energy per batch over the candidate's."""
 
     @property
     def is_interleaved(self) -> bool:
@@ -132,7 +132,7 @@ class Comparison:
 
 
 class Coverage(Serializable, Protocol):
-    """Which layers were quantized."""
+    """The layers that were quantized."""
 
     @property
     def backend(self) -> str: ...
@@ -152,10 +152,10 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class UpperBound:
-    """The speedup that INT8 could reach at most, or why it is unknown."""
+    """The highest speedup that INT8 could reach, or why it is unknown."""
 
     speedup: float | None = None
     reached: float | None = None
-    """Part of the possible gain that was reached."""
+    """Share of the possible gain that was achieved."""
     sources: Serializable
-    """The quantities that it was computed from, or the problem."""
+    """The quantities from which it was computed, or the problem."""

@@ -4,18 +4,18 @@ pytest-benchmark's JSON gets a top-level ``int8bench`` object::
 
     {"schema": 1, "environment": {...}, "results": [...], "accuracy": [...], "sensitivity": [...]}
 
-``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`, ``results`` every
-finished point (:class:`Result`), whatever its status, ``accuracy`` every verdict
-(:class:`Accuracy`) and ``sensitivity`` every table of layers (:class:`Sensitivity`). The journal
-holds the same records as JSON lines, the first one being the header; all but results are wrapped in
-an object that names their kind.
+``environment`` is the fingerprint of :mod:`pytest_int8bench.environment`. ``results`` lists every
+finished point (:class:`Result`) whatever its status, ``accuracy`` every verdict
+(:class:`Accuracy`), and ``sensitivity`` every table of layers (:class:`Sensitivity`). A journal
+holds the same records as JSON lines after a header; all but results are wrapped in an object that
+names their kind.
 
-What pytest-benchmark timed beside our points are plain benchmarks (:class:`Benchmark`), in its own
-``benchmarks``; ``benchmarks`` in our block are those without a time, if there are any. A file
-without our block has plain benchmarks only.
+Plain benchmarks (:class:`Benchmark`) are the tests that pytest-benchmark timed besides our points.
+They are in its own ``benchmarks``; ``benchmarks`` in our block lists those without a time, if any.
+A file without our block has plain benchmarks only.
 
-All texts are cleaned here, once: whoever can write a file must not reach a terminal, the log of a
-CI server or Markdown through it.
+All strings are cleaned here, once, so that a malicious file cannot inject anything into a terminal,
+the log of a CI server or Markdown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from typing import Any
 
 from pytest_int8bench.git_lfs import POINTER, is_pointer
 from pytest_int8bench.results.base import SchemaError
-from pytest_int8bench.results.benchmarks import Benchmark, is_of_test, partial_environment, picked
+from pytest_int8bench.results.benchmarks import (
+    Benchmark,
+    is_of_test,
+    partial_environment,
+    used_parts,
+)
 from pytest_int8bench.results.checks import check, short, shown
 from pytest_int8bench.results.lines import unwrapped
 from pytest_int8bench.results.parsing import cleaned_values, parse, read_text
@@ -46,10 +51,10 @@ from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 
 def read(path: Path) -> Saved:
-    """Read a JSON file of pytest-benchmark with our block, or a journal.
+    """Read a JSON file of pytest-benchmark, or a journal.
 
     Raises:
-        SchemaError: one line, if the file is not ours or from a newer version.
+        SchemaError: one line, if the file is damaged, not ours or from a newer version.
         OSError: if it cannot be read.
     """
     text = read_text(path)
@@ -62,12 +67,12 @@ def read(path: Path) -> Saved:
     except json.JSONDecodeError as error:
         return _read_journal(path, text, error)
     if isinstance(data, dict) and "benchmarks" not in data and "int8bench" in data:
-        return _read_journal(path, text)  # a journal with its header only
+        return _read_journal(path, text)  # a journal that has only its header
     block = data.get("int8bench") if isinstance(data, dict) else None
     has_timings = isinstance(data, dict) and bool(data.get("benchmarks")) and block is None
     if not isinstance(block, dict) and not has_timings:
         raise SchemaError(f"{path} has no int8bench block: it was not saved by pytest-int8bench")
-    file = cleaned_values(path, picked(data))
+    file = cleaned_values(path, used_parts(data))
     try:
         check(BenchmarkFile, file)
     except ValueError as error:
@@ -96,10 +101,10 @@ def read(path: Path) -> Saved:
 
 
 def _benchmarks(path: Path, timings: list[Any], untimed: list[Benchmark]) -> list[Benchmark]:
-    """Return the plain benchmarks of a file: those that pytest-benchmark timed, and those that came
-    to nothing, which it may have timed before they failed."""
+    """Return the plain benchmarks of a file, timed or not. An entry in ``untimed`` replaces the
+    timing of the same test, which pytest-benchmark may have saved before the test failed."""
     timed = [_record(path, Benchmark.from_timing, timing, "fullname") for timing in timings]
-    return latest((*timed, *untimed))  # of a test that was run again, the last attempt
+    return latest((*timed, *untimed))  # keeps the last attempt of a test that was run again
 
 
 def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = None) -> Saved:
@@ -112,7 +117,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
         except json.JSONDecodeError:
             if error is not None and not records:
                 raise SchemaError(_no_json(path, text, error)) from None
-            # A kill in the middle of a write leaves half a last line, which is not worth a word.
+            # A process killed while writing leaves half a last line; do not report that.
             if number < len(lines) or text.endswith("\n"):
                 skipped.append(number)
     header = records[0].get("int8bench") if isinstance(records[0], dict) else None
@@ -137,7 +142,7 @@ def _read_journal(path: Path, text: str, error: json.JSONDecodeError | None = No
 def _time(text: Any) -> datetime | None:
     try:
         time = datetime.fromisoformat(text)
-        # Times without a zone are UTC: older versions of pytest-benchmark leave it out.
+        # Older versions of pytest-benchmark write UTC without a time zone.
         return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     except (TypeError, ValueError, OverflowError):
         return None
@@ -156,8 +161,7 @@ def _no_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
 def _records(
     path: Path, kind: type[AnyRecord], values: list[Any], *, again: bool = False
 ) -> list[AnyRecord]:
-    """Read records; with ``again``, later ones of the same identity replace earlier ones, which is
-    an error without."""
+    """Read records. If identities repeat, keep the last record with ``again``, else raise."""
     found = [_record(path, kind.from_dict, value, "nodeid") for value in values]
     kept = latest(found)
     if not again and len(kept) < len(found):
@@ -168,7 +172,7 @@ def _records(
 
 
 def _record(path: Path, read: Callable[[Any], AnyRecord], value: Any, name: str) -> AnyRecord:
-    """Read a record, whose node id is in the field ``name``."""
+    """Read a record whose node id is in the field ``name``, and name it in errors."""
     try:
         return read(value)
     except SchemaError as error:
@@ -178,13 +182,13 @@ def _record(path: Path, read: Callable[[Any], AnyRecord], value: Any, name: str)
 
 
 def _check_head(path: Path, head: Mapping[str, Any], kind: Any) -> None:
-    """Check what stands around the records. Newer versions may have other things there."""
+    """Check the schema version and everything around the records."""
     schema = head.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise SchemaError(f"{path}: schema must be a whole number, got {shown(schema)}")
     if schema > SCHEMA:
         raise SchemaError(
-            f"{path} has schema {shown(schema)}, this version reads up to {SCHEMA}: "
+            f"{path} has schema {shown(schema)}, but this version reads only up to {SCHEMA}; "
             "update pytest-int8bench"
         )
     try:

@@ -1,4 +1,4 @@
-"""Records of a session: results, and the file that holds them with verdicts and layers."""
+"""The records of a session, and the content of the file that holds them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_int8bench.results.result import Result as Result
 from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
 
 SCHEMA = 1
-#: What the gate compares: the points of this plugin, and plain benchmarks.
+#: Records that the gate compares: points of this plugin, and plain benchmarks.
 Timed = Result | Benchmark
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 #: Field of :class:`Saved` -> the kind of its records.
@@ -28,7 +28,7 @@ KINDS: dict[str, type[Record]] = {
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds."""
+    """The content of a saved file."""
 
     environment: dict[str, Any]
     results: list[Result]
@@ -37,29 +37,29 @@ class Saved:
     benchmarks: list[Benchmark] = field(default_factory=list)
     """Plain benchmarks of pytest-benchmark."""
     is_journal: bool = field(default=False, compare=False)
-    """It was read from a journal."""
+    """Whether it was read from a journal."""
     skipped: tuple[int, ...] = field(default=(), compare=False)
-    """Lines of the journal that are no JSON, such as half a line from a disk that was full."""
+    """Numbers of journal lines that are not valid JSON, such as a line cut by a full disk."""
     time: datetime | None = field(default=None, compare=False)
-    """When the JSON was saved or the journal begun, in UTC; None where the file does not say."""
+    """When the JSON was saved or the journal started, in UTC; None if the file does not say."""
 
     @property
     def timed(self) -> list[Timed]:
-        """All that the gate compares."""
+        """All records that the gate compares."""
         return [*self.results, *self.benchmarks]
 
     @property
     def records(self) -> list[Record]:
-        """Everything, kind by kind."""
+        """All records, kind by kind."""
         return [record for name in KINDS for record in getattr(self, name)]
 
     @classmethod
     def of(cls, environment: Mapping[str, Any], records: Iterable[Record]) -> Self:
-        """Return what a file with these records holds."""
+        """Sort records by kind into the content of a file."""
         return cls(dict(environment), [])._with(records)
 
     def without(self, records: Iterable[Record]) -> Self:
-        """Return the same without what has the kind and identity of one of ``records``."""
+        """Return a copy without records that share kind and identity with one of ``records``."""
         gone = {(record.KIND, record.identity) for record in records}
         return self._with(r for r in self.records if (r.KIND, r.identity) not in gone)
 
@@ -72,21 +72,21 @@ class Saved:
         return replace(self, **kept)
 
     def broken(self) -> str | None:
-        """Return what to say of lines that were left out, None if there are none."""
+        """Return a warning about lines that were skipped, or None if there are none."""
         if not self.skipped:
             return None
         word = "line" if len(self.skipped) == 1 else "lines"
-        return f"left out broken {word} {', '.join(map(str, self.skipped))}"
+        return f"skipped broken {word} {', '.join(map(str, self.skipped))}"
 
     def cleaned(self) -> Self:
-        """Return the same with all texts as they are when the file is read again."""
+        """Return a copy with all strings cleaned, as if the file had been saved and read."""
         return replace(self, environment=cleaned(self.environment))._with(
             map(_cleaned, self.records)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``int8bench`` object of the JSON. Of plain benchmarks it has those without a
-        time: pytest-benchmark saves the others."""
+        """Return the ``int8bench`` object of the JSON. It lists only plain benchmarks that are not
+        ``ok``, as pytest-benchmark saves the others."""
         kept = {name: [record.to_dict() for record in getattr(self, name)] for name in KINDS}
         untimed = [entry for entry in kept.pop("benchmarks") if entry["status"] != "ok"]
         kept |= {"benchmarks": untimed} if untimed else {}
@@ -100,7 +100,7 @@ def _cleaned(record: AnyRecord) -> AnyRecord:
 
 
 def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
-    """Keep the last record of each identity."""
+    """Return the last record of each identity."""
     found: dict[tuple[str, ...], AnyRecord] = {}
     for record in records:
         found.pop(record.identity, None)

@@ -18,7 +18,7 @@ from pytest_int8bench.results.shapes import (
     Worker,
 )
 
-#: What a first call may find.
+#: States of the compile cache at a first call.
 COMPILE_CACHES = ("cold", "warm")
 _RATES = ("samples_per_s", "tokens_per_s", "pixels_per_s", "square_km_per_s")
 _MOST_IN_BATCH = 1e15
@@ -30,68 +30,68 @@ class Result(Measured):
 
     KIND = "a result"
 
-    timer: ClassVar[None] = None  # all points have the same one
+    timer: ClassVar[None] = None  # the same for all points
     requested_bytes: Count | None = None
-    """Allocation that failed, with status ``oom``."""
+    """Size of the allocation that failed, with status ``oom``."""
 
     samples_per_s: float | None = None
     """Samples over the median batch time."""
     tokens_per_s: float | None = None
-    """Tokens over the median batch time, where the workload counts them."""
+    """Tokens over the median batch time, if the workload counts them."""
     pixels_per_s: float | None = None
-    """Pixels of 10 m; a location counts once for all its timesteps."""
+    """Pixels of 10 m over the median batch time; all timesteps of a location count as one."""
     square_km_per_s: float | None = None
-    """The area of those pixels, in km²."""
+    """Area of those pixels in km² over the median batch time."""
     batch_time_s: float | None = None
     """Median over the rounds."""
     batch_time_mean_s: float | None = None
-    """Mean over the rounds, which all have as many batches: the mean over the batches."""
+    """Mean over the rounds, which equals the mean over batches, as all rounds have equally many."""
     batch_time_p95_s: float | None = None
     """95th percentile over the rounds."""
     batch_time_min_s: float | None = None
-    """The fastest round; what other load on a CPU disturbs least."""
+    """Batch time of the fastest round, which other load on a CPU disturbs least."""
     batch_time_standard_error: float | None = None
     """Estimated standard error of the median, relative to it."""
     rounds: Count | None = None
-    """Rounds that were timed."""
+    """Number of timed rounds."""
     iterations: Count | None = None
     """Batches per round."""
     synchronization_share: float | None = None
-    """Part of ``batch_time_s`` that is waiting for the host at the start of a round, estimated;
-    over 0.005 the interval was too short for long rounds."""
+    """Estimated share of ``batch_time_s`` that the device waits for the host at the start of a
+    round. Above 0.005, ``benchmark_interval_s`` was too short."""
     peak_memory_bytes: Count | None = None
-    """Peak of this model alone: weights, inputs, activations. None on a CPU."""
+    """Peak memory of this model alone: weights, inputs, activations. None on a CPU."""
     compile_s: float | None = None
-    """The first call, compiling included, not the loading of Inductor; None in compile mode
-    ``off``."""
+    """Time of the first call, including compilation but not the loading of Inductor; None in
+    compile mode ``off``."""
     compile_cache: Annotated[str, one_of(COMPILE_CACHES)] | None = None
     """``warm`` if the first call found all its graphs in a compile cache on disk, else ``cold``;
-    None where nothing was looked up."""
+    None if nothing was looked up."""
     warm_up_s: float | None = None
     """Seconds from the first call to steady batch times."""
     steady: bool | None = None
     """False if batch times had not settled when the warm-up's time ran out."""
     cuda_graphs_skipped: bool | None = None
-    """The compile mode asks for CUDA graphs, and Inductor did without."""
+    """Whether Inductor skipped the CUDA graphs that the compile mode asks for."""
     regions: Count | None = None
-    """Repeated blocks that were compiled once for all; 0 where none repeat, or none could be."""
+    """Number of repeated blocks that share one compilation; 0 if none repeat or none can share."""
     regions_refused: str | None = None
-    """Why blocks that repeat were compiled one by one; None if they were not."""
+    """Why repeated blocks were compiled one by one; None if they were not."""
 
     feed_workers: Count | None = None
-    """Processes that load batches with ``feed=host``; 0 where the main process does. None with
-    ``feed=device``, as are the next five."""
+    """Number of worker processes that load batches with ``feed=host``; 0 if the main process loads
+    them. None with ``feed=device``, like the next five fields."""
     feed_copy_s: float | None = None
-    """Copying one batch from pinned memory to the device, with nothing beside it."""
+    """Time to copy one batch from pinned memory to the device, with nothing else running."""
     feed_exposed_s: float | None = None
-    """What a batch takes longer than with its inputs on the device already: the part of feeding
-    that compute does not hide, measured in alternation. Below 0 it is noise."""
+    """Time that feeding adds to a batch, compared in alternation with inputs already on the device:
+    the part of feeding that compute does not hide. Negative values are noise."""
     feed_exposed_low_s: float | None = None
     """Lower end of its 95 % interval."""
     feed_exposed_high_s: float | None = None
-    """Its upper end."""
+    """Upper end of its 95 % interval."""
     feed_wait_s: float | None = None
-    """Per batch, what the host waited for the loader; without workers, what loading took it."""
+    """Time per batch that the host waited for the loader or, without workers, spent loading."""
 
     speedup: float | None = None
     """Baseline time over candidate time."""
@@ -103,42 +103,42 @@ class Result(Measured):
     """``interleaved`` (alternating blocks) or ``separate`` (both did not fit in memory)."""
 
     int8_backend: str | None = None
-    """The backend that ``auto`` chose."""
+    """The INT8 backend that ran: ``fused`` if a layer uses the fused kernels, else ``torchao``."""
     device_time_s: float | None = None
-    """Seconds of all kernels of one forward; None on a CPU. Well under ``batch_time_s``, the GPU
-    waits for the host."""
+    """Total time of all kernels of one forward; None on a CPU. If it is well below
+    ``batch_time_s``, the GPU waits for the host."""
     int8_time_share: Share | None = None
-    """Share of device time in INT8 matrix products, 0 to 1."""
+    """Share of device time in INT8 matmuls, 0 to 1."""
     attention_backend: str | None = None
-    """The attention backend that the model was compiled for: the one asked for, or that ``auto``
-    chose; ``auto`` where there was nothing to choose by."""
+    """The attention backend that the model was compiled for: the requested one, or the choice of
+    ``auto``; ``auto`` itself if it had no basis for a choice."""
     attention_kernel: str | None = None
     """The attention backend that ran."""
     kernels: list[Kernel] = field(default_factory=list)
     """The longest kernels of one forward: ``name``, ``seconds``, ``calls``."""
     trace: str | None = None
-    """Trace of that forward for Perfetto, a path from the folder that the session was started in;
-    the table of all kernels lies beside it."""
+    """Path of that forward's trace for Perfetto, relative to the folder in which the session was
+    started. The table of all kernels is next to it."""
     device_breakdown: Breakdown | None = None
-    """Seconds of ``device_time_s`` by kind: ``int8_products``, ``other_products``, ``attention``,
-    ``rest``; None on a CPU."""
+    """Seconds of ``device_time_s`` by kind of kernel: ``int8_products`` and ``other_products``
+    (matmuls), ``attention``, ``rest``; None on a CPU."""
     ceiling_speedup: float | None = None
-    """What INT8 could bring at most at this point; None on a CPU, and where it is not known."""
+    """Upper bound of the speedup that INT8 can reach here; None on a CPU, or if unknown."""
     ceiling_reached: float | None = None
-    """Part of that gain that ``speedup`` reached: 0 for none, below 0 where INT8 is slower; None
-    where there is no gain to be had."""
+    """Share of that possible gain that ``speedup`` achieved: 0 for none, negative if INT8 is
+    slower; None if no gain is possible."""
     ceiling: Ceiling | None = None
-    """What ``ceiling_speedup`` comes from: ``baseline`` (its ``device_breakdown``),
-    ``products_speedup`` (the ceiling if only products got faster), ``product_ratio`` (how many
-    times faster those of quantized layers could be), ``quantized_share`` (of the time in products),
-    and the rates that were measured, ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and
-    ``bytes_per_s``. With INT8 attention also ``attention``: ``share`` (of the baseline's time in
-    attention that is in calls which run in INT8), ``ratio`` (how many times faster they could be)
-    and ``ops_per_s``. Or ``problem``: why there is none."""
+    """Sources of ``ceiling_speedup``: ``baseline`` (its ``device_breakdown``), ``products_speedup``
+    (the upper bound if only matmuls got faster), ``product_ratio`` (how many times faster the
+    matmuls of quantized layers could be), ``quantized_share`` (of matmul time), and the measured
+    rates ``float_ops_per_s``, ``int8_ops_per_s`` (None with W8) and ``bytes_per_s``. With INT8
+    attention also ``attention``: ``share`` (of the baseline's attention time that is in calls which
+    run in INT8), ``ratio`` (how many times faster they could be) and ``ops_per_s``. Or ``problem``:
+    why it is unknown."""
     coverage: Coverage | None = None
-    """What was quantized: ``mode``, ``converted_layers``, ``linear_layers``,
+    """The quantized layers: ``mode``, ``converted_layers``, ``linear_layers``,
     ``converted_parameters``, ``total_parameters``, ``left_out`` (layer -> reason),
-    ``fused_layers``, ``fallbacks`` (layer -> why it is not on the fused kernels), ``unused``
+    ``fused_layers``, ``fallbacks`` (layer -> why it does not run the fused kernels), ``unused``
     (converted layers that the forward does not use),
     ``smoothed_runtime`` (the layers that SmoothQuant scales) and ``smoothed_folded`` (always empty;
     norm -> layers in older files)."""
@@ -146,20 +146,20 @@ class Result(Measured):
     """State of the GPU before the rounds: ``sm_clock_mhz``, ``temperature_c``, ``power_w`` and
     ``throttle_reasons``."""
     gpu_after: GpuState | None = None
-    """The same after the rounds."""
+    """State of the GPU after the rounds, with the same keys."""
     joules_per_sample: float | None = None
     """Energy of the whole GPU per sample during the rounds, from NVML's counter; None on a CPU,
-    where NVML does not answer, and where the rounds were too short for the counter."""
+    without NVML, or if the rounds were too short for the counter."""
     samples_per_joule: float | None = None
-    """Its inverse."""
+    """Inverse of ``joules_per_sample``."""
     energy_ratio: float | None = None
-    """Joules per sample of the baseline over those of the candidate, from one long block of each
-    after the speedup: above 1, INT8 saves energy."""
+    """The baseline's energy per sample over the candidate's, from one long block of each after the
+    speedup was measured. Above 1, INT8 saves energy."""
     throttled: list[str] = field(default_factory=list)
-    """Reasons for which the GPU ran slower than it could."""
+    """Reasons why the GPU was throttled."""
     worker: Worker | None = None
-    """Under pytest-xdist, the worker that ran it: ``id``, ``host``, and ``gpu``, its own GPU as
-    ``CUDA_VISIBLE_DEVICES`` names it (UUID or index); None for the only worker of a host."""
+    """Under pytest-xdist, the worker that ran the point: ``id``, ``host``, and ``gpu``, its own GPU
+    as in ``CUDA_VISIBLE_DEVICES`` (UUID or index); None for the only worker of a host."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +167,7 @@ class Result(Measured):
             rate, batch_s = getattr(self, name), self.batch_time_s
             if rate and batch_s and not 1 / _MOST_IN_BATCH < rate * batch_s < _MOST_IN_BATCH:
                 raise ValueError(
-                    f"{name} must be what a batch holds over batch_time_s, {batch_s!r}, "
+                    f"{name} must be a batch's count divided by batch_time_s ({batch_s!r}), "
                     f"got {rate!r}"
                 )
 
@@ -188,7 +188,7 @@ class Result(Measured):
         bound: parts.UpperBound | None = None,
         remark: str | None = None,
     ) -> Self:
-        """Join what the stages of a measurement returned; None for a stage that did not run."""
+        """Create a result from the parts of a measurement; None for a stage that did not run."""
         timing = rounds.timing
         joules = rounds.joules_per_batch
         joules = None if joules is None else joules / units.samples
@@ -294,17 +294,17 @@ class Result(Measured):
 
     @property
     def median_s(self) -> float | None:
-        """What stands for the process: the median round."""
+        """Batch time of the median round, which represents the process."""
         return self.batch_time_s
 
     @property
     def fastest_s(self) -> float | None:
-        """The fastest round."""
+        """Batch time of the fastest round."""
         return self.batch_time_min_s
 
     @property
     def wall_s(self) -> float:
-        """About the wall time that measuring took."""
+        """Approximate wall time of the measurement."""
         timed_s = (self.rounds or 0) * (self.iterations or 0) * (self.batch_time_s or 0.0)
         return (self.compile_s or 0.0) + (self.warm_up_s or 0.0) + timed_s
 

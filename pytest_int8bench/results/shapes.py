@@ -1,7 +1,7 @@
-"""The objects inside records, and of the file around them, as :mod:`~.checks` checks them.
+"""The shapes of objects inside records and of the file around them, for :mod:`~.checks`.
 
-What readers cannot do without is required; older versions may have left out the rest. Objects may
-hold more than stands here: newer versions add to them.
+Only fields that readers need are required, as files of older versions may lack the others. Objects
+may have more fields than listed here, as newer versions add some.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_int8bench.results.checks import (
     Share,
 )
 
-# What records hold is annotated as plain dictionaries for whoever reads them.
+# Annotated as plain dictionaries, which is what callers get; the TypedDicts are only for checks.
 
 
 class _Params(TypedDict, total=False):
@@ -227,7 +227,7 @@ class Block(TypedDict):
 
 
 class Header(TypedDict):
-    """The same of a journal, in its first line."""
+    """The ``int8bench`` object in the first line of a journal."""
 
     environment: _Environment
 
@@ -247,7 +247,7 @@ class _TimingOptions(TypedDict, total=False):
 
 
 class Timing(TypedDict):
-    """What pytest-benchmark saves of one test."""
+    """pytest-benchmark's entry for one test."""
 
     fullname: str
     stats: _Stats
@@ -272,7 +272,7 @@ class _CommitInfo(TypedDict, total=False):
 
 
 class BenchmarkFile(TypedDict):
-    """The JSON of pytest-benchmark."""
+    """pytest-benchmark's JSON file."""
 
     benchmarks: list[Any]
     machine_info: NotRequired[_MachineInfo | None]

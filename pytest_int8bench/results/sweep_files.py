@@ -22,10 +22,10 @@ from pytest_int8bench.words import plural
 
 
 class Part:
-    """What one process handed over, and the journal that it writes.
+    """The results that one process handed over, and its journal.
 
     Attributes:
-        path: the journal, None if the disk had no room for it.
+        path: the journal's file; None if the disk was full.
     """
 
     def __init__(self, journal: Journal, path: Path | None) -> None:
@@ -35,16 +35,16 @@ class Part:
 
     @property
     def results(self) -> list[Result]:
-        """What the process measured."""
+        """The results of the process."""
         return self._journal.results
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Its machine and software; empty if it did not get as far as that."""
+        """The fingerprint of the process; empty if it ended before it had one."""
         return self._journal.environment
 
     def take(self, handover: Handover) -> None:
-        """Take what the process handed over."""
+        """Take over the JSON and the journal's lines from the process."""
         self.json = handover.json()
         for line in map(cleaned, handover.lines()):
             if "int8bench" in line:
@@ -53,13 +53,13 @@ class Part:
                 self._journal.append(Result.from_dict(line))
 
     def add(self, result: Result) -> None:
-        """Add the result of a point that took the process down, also to the file."""
+        """Add the result of a point that crashed the process, and write it to the file."""
         self._journal.append(result)
         self.save()
 
     def save(self) -> str | None:
-        """Write the journal from memory, if the file does not have it all. Return a line if that
-        is not possible, None if all is there."""
+        """Rewrite the journal from memory if the file is incomplete. Return one line if that fails,
+        else None."""
         if self.path is None:
             return None
         there = self._there()
@@ -77,10 +77,10 @@ class Part:
         return None
 
     def reserve(self, path: Path) -> None:
-        """Make the file.
+        """Create the file.
 
         Raises:
-            OSError: if it cannot be made, ``FileExistsError`` if it is there already.
+            OSError: if it cannot be created; ``FileExistsError`` if it already exists.
         """
         create(path, self._journal.text())
         self.path = path
@@ -93,14 +93,14 @@ class Part:
 
 
 class SweepFiles:
-    """The files of a sweep, whose names no other sweep in the folder has."""
+    """The files of a sweep, with names that no other sweep in the folder uses."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         self.parts: list[Part] = []
         self._folder = folder
         self._wanted = stem
         self._stem: str | None = None
-        """Once it is reserved: the journal of the first process is there."""
+        """Common start of the names; None until the first journal reserves it."""
 
     @property
     def found(self) -> dict[str, Result]:
@@ -108,10 +108,10 @@ class SweepFiles:
         return {result.run_name: result for part in self.parts for result in part.results}
 
     def begin(self) -> Part:
-        """Start the journal of another process. It is without a file if the disk is full.
+        """Start the journal of another process, in memory only if the disk is full.
 
         Raises:
-            OSError: if nothing can ever be written to the folder.
+            OSError: if the folder can never be written to.
         """
         part = Part(Journal(None, {}), None)
         try:
@@ -133,14 +133,14 @@ class SweepFiles:
                 continue
             try:
                 part.reserve(self._folder / f"{stem}.jsonl")
-            except FileExistsError:  # another sweep's, since
+            except FileExistsError:  # another sweep was faster
                 continue
             self._stem = stem
             return
 
     def save_journals(self) -> tuple[list[Path], list[str]]:
-        """Write what the journals lack, and remove those without a result. Return those that are
-        there, and lines that say what is not."""
+        """Complete the journals on disk, and remove those without results. Return the paths of the
+        journals, and one line for each problem."""
         paths, problems = [], []
         for part in self.parts:
             if not part.results:
@@ -153,7 +153,7 @@ class SweepFiles:
                     self._reserve(part)
             except OSError as error:
                 count = plural(len(part.results), "result")
-                problems.append(f"no journal of {count}: {error}")
+                problems.append(f"cannot write a journal of {count}: {error}")
             if problem := part.save():
                 problems.append(problem)
             if part.path is not None and part.path.exists():
@@ -161,31 +161,31 @@ class SweepFiles:
         return paths, problems
 
     def saved(self, results: Sequence[Result]) -> Saved:
-        """Return what the JSON is to hold."""
+        """Return the content for the JSON file."""
         found = [part.environment for part in self.parts if part.environment]
         return Saved(found[0] if found else {}, [*results], []).cleaned()
 
     def save_json(self, saved: Saved) -> tuple[Path | None, list[str]]:
-        """Write the JSON, whole or not at all. Return where it is, or a line that says why not."""
+        """Write the JSON atomically. Return its path, or None and one line that says why not."""
         path = self._folder / f"{self._stem or self._wanted}.json"
         parts = [part.json for part in self.parts if part.json is not None]
         try:
             replace_text(path, json.dumps(_merged(parts, saved), indent=2))
         except OSError as error:
-            return None, [f"{path} is not written: {error.strerror or error}"]
+            return None, [f"cannot write {path}: {error.strerror or error}"]
         return path, []
 
 
 def _head() -> dict[str, Any]:
-    """Return what pytest-benchmark wants to find around benchmarks, for when no process lived to
-    write it."""
+    """Return the fields that pytest-benchmark requires around ``benchmarks``, for a sweep in which
+    no process lived to write them."""
     now = datetime.now(UTC).isoformat()
     version = importlib.metadata.version("pytest-benchmark")
     return {"machine_info": {}, "commit_info": {}, "datetime": now, "version": version}
 
 
 def _merged(parts: Sequence[Mapping[str, Any]], saved: Saved) -> dict[str, Any]:
-    """Return one JSON of pytest-benchmark from those of several processes on one machine."""
+    """Merge pytest-benchmark's JSONs of several processes on one machine into one."""
     benchmarks = [benchmark for part in parts for benchmark in part["benchmarks"]]
     head = parts[-1] if parts else _head()
     return {**head, "benchmarks": benchmarks, "int8bench": saved.to_dict()}

@@ -1,4 +1,4 @@
-"""Records of accuracy: verdicts, and what each layer costs."""
+"""Records of accuracy: verdicts, and tables of the loss of each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_int8bench.results.shapes import Distance, Layer, Remedy
 
 #: Metric of a comparison without labels.
 NO_LABELS = "outputs"
-# As :class:`~pytest_int8bench.accuracy.limit.Limit` writes it.
+# The format of :class:`~pytest_int8bench.accuracy.limit.Limit`.
 _LIMIT_TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:%|pp)\s*")
 OUTCOMES = ("PASS", "FAIL", "INCONCLUSIVE", "proxy-ok")
 
@@ -27,20 +27,20 @@ _LIMIT = Rule("a percentage such as 1% or 1pp, over 0 and at most 100", _is_limi
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Record):
-    """One verdict: a metric of a candidate against its baseline's."""
+    """One verdict on a metric of a candidate, compared with its baseline."""
 
     KIND = "a verdict"
 
     metric: str
-    """Name of the metric; ``outputs`` where there are no labels."""
+    """Name of the metric; ``outputs`` if there are no labels."""
     outcome: Annotated[str, one_of(OUTCOMES)]
     """``PASS``, ``FAIL``, ``INCONCLUSIVE`` or, without labels, ``proxy-ok``."""
     reason: str | None = None
-    """What its reader should know: why a comparison without labels failed, the next step."""
+    """A note on the verdict, such as why a comparison without labels failed, or the next step."""
     random_weights: bool = False
-    """The model is not trained: the verdict only checks that the pipeline works."""
+    """Whether the weights are random, so that the verdict only checks that the pipeline works."""
     samples: Count
-    """Samples that were scored."""
+    """Number of scored samples."""
     baseline: float | None = None
     """The baseline's metric."""
     candidate: float | None = None
@@ -48,61 +48,66 @@ class Accuracy(Record):
     limit: Annotated[str, _LIMIT] | None = None
     """Largest drop that passes: ``1%`` relative, ``1pp`` absolute."""
     drop: float | None = None
-    """In the limit's terms: a share of the baseline's metric, or a difference of both."""
+    """Drop of the metric: relative to the baseline's if the limit is relative, else absolute."""
     drop_low: Bound | None = None
     """One-sided 95 % lower bound of the drop."""
     drop_high: Bound | None = None
     """One-sided 95 % upper bound of the drop."""
     lost: Count | None = None
-    """Samples whose score got worse."""
+    """Number of samples whose score got worse."""
     gained: Count | None = None
-    """Samples whose score got better."""
+    """Number of samples whose score got better."""
     needed: Count | None = None
-    """Samples that would decide, with ``INCONCLUSIVE``."""
+    """With ``INCONCLUSIVE``, the approximate number of samples needed to decide."""
     method: str | None = None
     """``exact`` (0/1 scores), ``mean`` (continuous scores, and groups of any scores) or
     ``jackknife`` (aggregated)."""
     groups: Count | None = None
-    """Groups of samples that belong together; None if every sample stands for itself."""
+    """Number of groups of dependent samples; None if samples are independent."""
     distance: Distance | None = None
-    """Without labels: how far the outputs are from the baseline's."""
+    """Without labels, the distance of the outputs from the baseline's."""
     floor: Distance | None = None
-    """Without labels: the same for the eager baseline, the noise floor."""
+    """Without labels, the same distance for the eager baseline: the noise floor."""
     remedies: list[Remedy] = field(default_factory=list)
-    """What ``--int8-remedy`` tried, and what came of it."""
+    """The remedies that ``--int8-remedy`` tried, with their outcomes."""
     seconds: float | None = None
-    """Time that the scores took, compiling aside; with the first candidate of a baseline, that of
-    the baseline's too. Evaluations that share outputs pay for them once."""
+    """Time to compute the scores, without compilation. A baseline's first candidate includes the
+    baseline's time, and of evaluations that share outputs only one includes theirs."""
 
     @property
     def is_pipeline_check(self) -> bool:
-        """A metric of random weights shows that the evaluation works, and judges nothing."""
+        """Whether it is a metric on random weights, which only shows that the evaluation works."""
         return self.random_weights and self.metric != NO_LABELS
 
     @property
+    def drop_unit(self) -> str:
+        """Unit of ``100 * drop``: ``pp`` for an absolute limit, else ``%``."""
+        return "pp" if str(self.limit).endswith("pp") else "%"
+
+    @property
     def identity(self) -> tuple[str, ...]:
-        """What stays the same across commits: node id, workload name and metric."""
+        """The values that stay the same across commits: node id, workload name and metric."""
         return (self.nodeid, self.workload, self.metric)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Record):
-    """What each layer, or block, of a model costs when it alone is quantized."""
+    """The accuracy that a model loses if each layer or block is quantized alone."""
 
     KIND = "a table of layers"
 
     by: str
     """``layer`` or ``block``."""
     metric: str | None = None
-    """Metric of ``drop``; None where only SQNR was measured."""
+    """Metric of ``drop``; None if only SQNR was measured."""
     samples: Count
-    """Samples that the metric, or else the SQNR, was measured on."""
+    """Number of samples for the metric or, without one, for the SQNR."""
     layers: list[Layer]
     """Worst first: ``name``, ``layers`` (names of the linear layers; none for the attention of a
     layer or block), ``sqnr_db`` (None for equal outputs), and with a metric ``drop`` (difference
     from the baseline's), ``lost``, ``gained``."""
     seconds: float | None = None
-    """Time that measuring the table took."""
+    """Time of the measurement."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

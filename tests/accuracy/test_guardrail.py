@@ -141,7 +141,7 @@ def test_forty_samples_are_inconclusive_and_say_how_many_are_needed() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=0, samples=40)))
     assert found.outcome == "INCONCLUSIVE"
     assert found.needed > 40
-    undecided = f"40 samples cannot decide it: about {found.needed:,} would"
+    undecided = f"40 samples are too few to decide; about {found.needed:,} are needed"
     assert describe(found)[-1] == f"  {undecided}"
     # A table has the rest, its outcome among it.
     assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
@@ -158,8 +158,8 @@ def test_groups_are_what_was_sampled() -> None:
         "(one-sided 95 % bounds)"
     )
     assert describe(found)[-1].strip() == (
-        f"2000 samples in 100 groups cannot decide it: about {found.needed:,} in "
-        f"{found.needed // 20:,} groups would"
+        f"2000 samples in 100 groups are too few to decide; about {found.needed:,} in "
+        f"{found.needed // 20:,} groups are needed"
     )
     assert Accuracy.from_dict(found.to_dict()) == found
 
@@ -481,7 +481,7 @@ def test_without_labels_outputs_are_compared_and_nothing_is_passed() -> None:
     assert found.floor["sqnr_db"] is None  # eager against eager
     text = "\n".join(describe(found))
     assert text.startswith(
-        f"proxy-ok: toy: {W8A8.run_name}: outputs compared, accuracy itself was not measured\n"
+        f"proxy-ok: toy: {W8A8.run_name}: only outputs were compared; accuracy was not measured\n"
         "  cosine 0."
     )
     assert "dB (floor infinite)" in text

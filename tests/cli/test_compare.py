@@ -142,7 +142,7 @@ def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> 
     assert run(capsys, "0001", "0003")[0] == 0
     Path(".benchmarks").rename("elsewhere")
     assert run(capsys, "--storage", "elsewhere")[0] == 1
-    assert refused(capsys).startswith(".benchmarks holds 0 saved file(s), two are needed")
+    assert refused(capsys).startswith(".benchmarks contains 0 numbered files to compare")
 
 
 def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
@@ -185,11 +185,11 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
             "give BASE and NEW, got 3 file(s); more runs of a side go to --base and --new",
         ),
         (["--base", "base.json"], "both sides need a file: --base and --new"),
-        (["base.json", "nowhere.json"], "nowhere.json is not there"),
-        (["", "base.json"], "must be a file, a folder or a number of pytest-benchmark, got ''"),
+        (["base.json", "nowhere.json"], "nowhere.json does not exist"),
+        (["", "base.json"], "must be a file, a folder or a pytest-benchmark run number, got ''"),
         (
             ["base.json", "new.json", "--base", "base.json"],
-            "a file is given twice for one side: base.json, base.json",
+            "one side has the same file twice: base.json, base.json",
         ),
         (
             ["base.json", "new.json", "--json=out.md", "--markdown=./out.md"],
@@ -220,7 +220,7 @@ def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture)
     Path("loop").symlink_to("loop")
     why = refused(capsys, base, save("new.json", timed()), f"--{option}=loop")
     assert why == "loop is not written: it is no regular file"
-    assert refused(capsys, base, "loop") == "loop is not there"
+    assert refused(capsys, base, "loop") == "loop does not exist"
 
 
 @pytest.mark.parametrize(
@@ -268,14 +268,14 @@ def with_result(**values: Any) -> str:
         ),
         (
             '{"int8bench": {"schema": 9}, "benchmarks": []}',
-            "new.json has schema 9, this version reads up to 1: update pytest-int8bench",
+            "new.json has schema 9, but this version reads only up to 1; update pytest-int8bench",
         ),
         (with_result(batch_time_s=0), f"{BAD} batch_time_s must be a number above 0, got 0"),
         (
             with_result(samples_per_s=-5.0),
             f"{BAD} samples_per_s must be a number above 0, got -5.0",
         ),
-        (with_result(throttled=None), f"{BAD} throttled must be a list of texts, got None"),
+        (with_result(throttled=None), f"{BAD} throttled must be a list of strings, got None"),
         (
             json.dumps({"benchmarks": [], "int8bench": TWICE}),
             "new.json holds a result 2 times: test_a.py::test[x], toy",

@@ -252,7 +252,7 @@ def test_pairs_of_files_need_a_name(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.json"], "missing.json is not there"),
+        (["missing.json"], "missing.json does not exist"),
         (["failed.json"], "failed.json holds no figure of a point that was measured"),
         (["folder"], "folder holds 2 files, one can be exported"),
         (["fine.json", "--output", "fine.json"], "fine.json holds saved benchmarks, which are "),

@@ -40,7 +40,7 @@ def test_broken_lines_are_told(journal: Path, capsys: pytest.CaptureFixture[str]
         assert main(["show", str(journal)]) == 0
         out, err = capsys.readouterr()
         assert out == render(SAVED, width=None, color=False)
-        assert err == f"int8bench: {journal}: left out broken {told}\n"
+        assert err == f"int8bench: {journal}: skipped broken {told}\n"
 
 
 def test_report_and_compare_tell_broken_lines(
@@ -49,9 +49,9 @@ def test_report_and_compare_tell_broken_lines(
     new = tmp_path / "new.jsonl"
     new.write_text(journal.read_text() + "{half\n")
     main(["compare", str(journal), str(new)])
-    assert capsys.readouterr().err == f"int8bench compare: {new}: left out broken line 3\n"
+    assert capsys.readouterr().err == f"int8bench compare: {new}: skipped broken line 3\n"
     assert main(["report", str(new), "--output", str(tmp_path / "page.md")]) == 0
-    assert capsys.readouterr().err == f"int8bench report: {new}: left out broken line 3\n"
+    assert capsys.readouterr().err == f"int8bench report: {new}: skipped broken line 3\n"
 
 
 def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,11 +90,17 @@ def test_a_missing_file_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("hello", "int8bench: FILE is neither JSON nor a journal (line 1)"),
         (
             '{"benchmarks": [], "int8bench": {"schema": 2}}',
-            "int8bench: FILE has schema 2, this version reads up to 1: update pytest-int8bench",
+            (
+                "int8bench: FILE has schema 2, but this version reads only up to 1; "
+                "update pytest-int8bench"
+            ),
         ),
         (
             '{"int8bench": {"schema": 2, "environment": {}}}\n{}\n',
-            "int8bench: FILE has schema 2, this version reads up to 1: update pytest-int8bench",
+            (
+                "int8bench: FILE has schema 2, but this version reads only up to 1; "
+                "update pytest-int8bench"
+            ),
         ),
     ],
 )

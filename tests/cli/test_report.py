@@ -183,7 +183,7 @@ def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
 
 def test_a_folder_without_either_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
-    assert refusal(capsys, "empty") == "empty holds no JSON file and no journal"
+    assert refusal(capsys, "empty") == "empty contains no JSON files or journals"
 
 
 def test_a_number_of_pytest_benchmark_is_found() -> None:
@@ -209,7 +209,7 @@ def test_foreign_and_missing_files_are_refused(capsys: pytest.CaptureFixture[str
     assert refusal(capsys, "other.json") == (
         "other.json has no int8bench block: it was not saved by pytest-int8bench"
     )
-    assert refusal(capsys, "nothing.json") == "nothing.json is not there"
+    assert refusal(capsys, "nothing.json") == "nothing.json does not exist"
     assert not Path("report.html").exists()
 
 
@@ -253,7 +253,7 @@ def test_a_missing_folder_is_said_before_anything_is_measured(pytester: pytest.P
     with pytest.raises(pytest.UsageError) as caught:
         read_settings(config)
     assert str(caught.value) == (
-        "--int8-report: must be in a folder that is there and can be written to, got 'none/r.html'"
+        "--int8-report: must be in an existing, writable directory, got 'none/r.html'"
     )
 
 

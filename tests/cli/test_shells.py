@@ -300,7 +300,7 @@ def test_a_summary_that_is_too_large_keeps_the_worst(
         assert rows[0].endswith("| regressed |")
         assert "00007 |" in rows[0]
         left_out = 60 - len(rows)
-        assert f"\n{left_out:,} of 60 rows are left out, the worst come first; all are" in text
+        assert f"\n{left_out:,} of 60 rows are left out; the worst are shown first; the" in text
         assert "--max" not in text.splitlines()[0]
         assert "REGRESSED" in text.splitlines()[0]
     assert len(capsys.readouterr().out.splitlines()) > 60  # the log has all

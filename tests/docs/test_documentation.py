@@ -344,7 +344,7 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
         ("options", ["<code>extra</code>", "<code>{}</code>", None]),
         ("workloads", ["<code>timm:NAME</code>", "an image model of timm", "<code>timm</code>"]),
         ("workloads", ["<code>build</code>", "needed", None]),
-        ("schema", ["<code>rounds</code>", "integer, null", "Rounds that were timed."]),
+        ("schema", ["<code>rounds</code>", "integer, null", "Number of timed rounds."]),
         ("schema", ["<code>throttled</code>", "array", None]),
         ("schema", ["<code>oom</code>", "boolean", None]),
     ],

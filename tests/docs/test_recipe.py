@@ -164,7 +164,7 @@ def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Pat
     kept = tmp_path / "b" / "r" / "main"
     compare = "Compare with the last good runs"
     code, out = run(project, "main", compare, **runner)
-    assert (code, out) == (2, f"int8bench compare: {kept} is not there\n")
+    assert (code, out) == (2, f"int8bench compare: {kept} does not exist\n")
     assert run(project, "main", "Keep it", **runner) == (0, "")
     [first] = kept.iterdir()
     saved = json.loads(first.read_text())

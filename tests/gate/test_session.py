@@ -206,6 +206,8 @@ def test_plain_benchmarks_are_held_to_the_file() -> None:
         "regressed: test_a.py::x: max-call-time-growth: +30.0%, limit 5.0% (noise floor 2.0%); "
         "compared with base.json"
     )
-    assert gate.summary()[1].startswith("note: base.json: saved without pytest-int8bench: the mach")
+    assert gate.summary()[1].startswith(
+        "note: base.json: saved without pytest-int8bench: only mach"
+    )
     gate.forget("test_a.py::x")
     assert problems(gate, {"test_a.py::x"})[1:] == ["not measured, so not compared: test_a.py::x"]

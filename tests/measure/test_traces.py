@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_int8bench.measure.evidence import Evidence, Keep, profile_forward
+from pytest_int8bench.measure.evidence import Evidence, Keep, Kernel, profile_forward
 from pytest_int8bench.measure.pool import ModelPool
 from pytest_int8bench.measure.traces import COLUMNS, Profiles, file_stem
 from pytest_int8bench.params import RunParams
@@ -67,6 +67,22 @@ def test_writes_trace_and_kernel_table(profiles: Profiles, tmp_path: Path) -> No
         )
         assert float(row["share"]) == pytest.approx(kernel.seconds / evidence.total_s, abs=1e-6)
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-4)
+
+
+def test_kernel_table_holds_no_formulas(profiles: Profiles, tmp_path: Path) -> None:
+    names = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "a\r=1", "gemm-1", "'=1"]
+    kernels = [Kernel(name=name, calls=1, seconds=0.0) for name in names]
+    kernels.append(Kernel(name="mm", calls=2, seconds=-1e-6))
+    keep = profiles.writer("olmoearth", NAME, CPU)
+    with torch.profiler.profile() as profiler:
+        pass
+    trace = keep(profiler, kernels)
+    assert trace is not None
+
+    rows = rows_of(tmp_path / trace)
+    shown = ["'=1+1", "'+1", "'-1", "'@SUM(1)", "' =1", "' =1", "' =1", "a =1", "gemm-1", "'=1"]
+    assert [row["kernel"] for row in rows] == [*shown, "mm"]
+    assert rows[-1]["total_us"] == "-1.000"  # numbers stay numbers
 
 
 def test_no_profile_takes_the_place_of_another(profiles: Profiles, tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.Mon
     result.stdout.fnmatch_lines(
         [
             f"UndecidedError: INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00% *",
-            f"  40 samples cannot decide it: about {few.needed:,} would",
-            "--int8-inconclusive=warn lets what samples cannot decide pass with a warning",
+            f"  40 samples are too few to decide; about {few.needed:,} are needed",
+            "--int8-inconclusive=warn makes inconclusive verdicts warnings, not failures",
         ]
     )
 
@@ -245,9 +245,9 @@ def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.Monke
         [
             f"int8bench: remedies for {W8A8}: trying SmoothQuant (alpha=0.3)",
             f"AccuracyError: FAIL: toy: {W8A8}: top1 dropped by 1.80pp *, limit 1pp",
-            "  tried SmoothQuant (alpha=0.3): drop 2.* on 500 samples for selection",
-            "  tried BF16 for the worst layers (fc?): drop 2.* on 500 samples for selection",
-            "  tried weights only (w8): drop 2.* on 500 samples for selection",
+            "  tried SmoothQuant (alpha=0.3): drop 2.* on 500 selection samples",
+            "  tried BF16 for the worst layers (fc?): drop 2.* on 500 selection samples",
+            "  tried weights only (w8): drop 2.* on 500 selection samples",
             "  remedy: none of these passes",
         ]
     )

@@ -246,9 +246,9 @@ def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> No
         (
             '{"benchmarks": [], "int8bench": {"schema": 1, "environment": {"a": DEEP}, '
             '"results": [], "accuracy": []}}'.replace("DEEP", "[" * 250 + "]" * 250),
-            "base.json is nested too deeply, beyond 32 levels",
+            "base.json is nested too deeply; at most 32 levels are allowed",
         ),
-        ("[" * 100_000, "base.json is nested too deeply, beyond 32 levels"),
+        ("[" * 100_000, "base.json is nested too deeply; at most 32 levels are allowed"),
     ],
     ids=["empty", "not ours", "nested", "nested and cut"],
 )

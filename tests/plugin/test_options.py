@@ -90,8 +90,8 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     "inconclusive": {"pass": "must be one of fail, warn, skip, got 'pass'"},
     "eval-data": {"nowhere": "must be a folder that is there, got 'nowhere'"},
     "compare": {
-        "nowhere.json": "nowhere.json is not there",
-        "0007": ".benchmarks holds no file with number 0007",
+        "nowhere.json": "nowhere.json does not exist",
+        "0007": ".benchmarks contains no file with number 0007",
     },
     **{
         metric.option: {
@@ -107,7 +107,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     "report": {
         "report.pdf": "must be a file that ends in .html or .md, got 'report.pdf'",
         "nowhere/report.md": (
-            "must be in a folder that is there and can be written to, got 'nowhere/report.md'"
+            "must be in an existing, writable directory, got 'nowhere/report.md'"
         ),
     },
     "journal": {"/": "must be a file that is not there yet, got '/'"},
@@ -513,7 +513,7 @@ def test_files_to_compare_with_are_found(pytester: pytest.Pytester, base: Path) 
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, *twice)
     assert str(caught.value) == (
-        f"--int8-compare: a file is given twice for one side: {relative}, {relative}"
+        f"--int8-compare: one side has the same file twice: {relative}, {relative}"
     )
 
 

@@ -89,7 +89,9 @@ def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=1, failed=1, deselected=6)
     result.stdout.re_match_lines([r"RegressionError: regressed: \S+sort\[10\]: max-call-time-gro"])
     result.stdout.fnmatch_lines(["compared with base.json: 1 regressed, 1 improved"])
-    result.stdout.fnmatch_lines(["note: base.json: saved without pytest-int8bench: the machine *"])
+    result.stdout.fnmatch_lines(
+        ["note: base.json: saved without pytest-int8bench: only machine_info *"]
+    )
     assert statuses(new)["sort[10]"][0] == "failed"
     assert statuses(new)["sort[20]"] == ("ok", None)
 

@@ -1,4 +1,4 @@
-"""The reports of an A/B: text, Markdown, JSON and JUnit say the same."""
+"""The reports of an A/B measurement agree: text, Markdown, JSON and JUnit."""
 
 from __future__ import annotations
 
@@ -142,15 +142,15 @@ def test_the_report_as_text() -> None:
         "note: a note",
         "base: main (aaaaaaaaaa); new: HEAD (bbbbbbbbbb); 28 processes, 4 min",
         (
-            "FAIL: shown to be slower by over 1.0% (test by the random order of processes, "
-            "family-wise error 5% over all looks); PASS: a slowdown of 5.0% is excluded"
+            "FAIL: slower by more than 1.0% (randomization test over the order of processes, "
+            "family-wise error 5% over all looks); PASS: a slowdown of 5.0% is ruled out"
         ),
         "EPYC, 8 threads, torch 2.11.0",
         "int8bench ab: FAIL (2 PASS, 1 FAIL, 1 INCONCLUSIVE, 1 missing)",
     ]
 
 
-def test_the_level_of_the_bounds_is_the_designs() -> None:
+def test_bounds_use_the_level_of_the_design() -> None:
     found = result(CLEARED, design=Design(level=0.01))
     assert "slowdown [99 %, one-sided]" in text_of(found)
     assert "family-wise error 1% over all looks" in text_of(found)
@@ -160,12 +160,12 @@ def test_the_level_of_the_bounds_is_the_designs() -> None:
     ("run", "style"),
     [(CLEARED, None), (FAILED, "red"), (OOM, "red"), (OPEN, "yellow"), (SKIPPED, "dim")],
 )
-def test_a_run_is_colored_by_what_it_means(run: AbRun, style: str | None) -> None:
+def test_rows_are_colored_by_outcome(run: AbRun, style: str | None) -> None:
     [grid] = page(result(run)).grids
     assert grid.styles == [style]
 
 
-def test_no_run_at_all() -> None:
+def test_no_runs() -> None:
     assert text_of(result()).splitlines()[0] == "nothing was compared"
     assert text_of(result()).splitlines()[-1] == "int8bench ab: INCONCLUSIVE (no run)"
     assert page(result()).grids == []
@@ -230,7 +230,7 @@ def test_a_run_as_a_test_case(run: AbRun, status: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("runs", [(), (SKIPPED,), (ALLOWED, SKIPPED)])
-def test_nothing_compared_is_an_error_of_its_own(runs: tuple[AbRun, ...]) -> None:
+def test_nothing_compared_is_an_extra_error_case(runs: tuple[AbRun, ...]) -> None:
     *others, last = cases(result(*runs))
     assert [case.status for case in others] == ["skipped"] * len(runs)
     assert (last.name, last.status, last.message) == ("compared", "error", "nothing was compared")
@@ -269,7 +269,7 @@ def test_the_report_as_json() -> None:
     assert runs == [dataclasses.asdict(CLEARED), dataclasses.asdict(FAILED)]
 
 
-def test_infinite_bounds_are_shown_and_are_no_invalid_json() -> None:
+def test_infinite_bounds_are_shown_and_valid_json() -> None:
     """Two blocks can leave any slowdown possible."""
     wide = dataclasses.replace(estimate(0.5, 2), high=math.inf)
     found = result(

@@ -1,4 +1,4 @@
-"""The report of a comparison: text, Markdown, JSON and JUnit cases say the same."""
+"""The reports of a comparison agree: text, Markdown, JSON and JUnit cases."""
 
 from __future__ import annotations
 
@@ -67,26 +67,26 @@ regressed: toy: x top1: top1 dropped
 base: base (basebaseba)
 new: new (newnewnewn)
 max-slowdown: 5.0%; noise floor between processes 2.0% (the default for few files); \
-a regression is shown from 17.5% on, if processes differ by 4.0%, as is assumed
+regressions are detected from 17.5% on, assuming that processes differ by 4.0%
 max-memory-growth: 5.0%; noise floor between processes 1.0% (the default for few files); \
-a regression is shown from 3.5% on, if processes differ by 1.0%, as is assumed
+regressions are detected from 3.5% on, assuming that processes differ by 1.0%
 int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; \
 1 verdict: 1 regressed)
 """
 
 
-def test_the_text_lists_all_and_ends_with_what_came_out() -> None:
+def test_the_text_lists_all_and_ends_with_the_headline() -> None:
     assert re.sub(" +", " ", text_of(MIXED)) == TEXT
 
 
-def test_the_95th_percentile_is_shown_where_it_is_judged() -> None:
+def test_the_95th_percentile_is_shown_if_judged() -> None:
     assert "p95" not in text_of(compared([timed()], [timed()]))
     judged = text_of(compared([timed()], [timed(slower=2)], limits={"p95": 0.1}))
     assert "130 -> 260 (+100.0%)" in judged
     assert "max-p95-growth: 10.0%; noise floor between processes 5.0%" in judged
 
 
-def test_differences_are_listed_once_with_what_would_allow_them() -> None:
+def test_differences_are_listed_once_with_options_to_allow_them() -> None:
     names = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}}
     base = side("base", [timed("a"), timed("b"), verdict_of()], **names)
     new = side("new", [timed("a"), timed("b"), verdict_of()], cpu="Xeon")
@@ -96,8 +96,8 @@ def test_differences_are_listed_once_with_what_would_allow_them() -> None:
         "differs: cpu: EPYC -> Xeon",
         "differs: torch: 2.11.0 -> None",
         (
-            "another machine or software cannot be compared; to do it all the same: --allow cpu "
-            "--allow torch"
+            "results of different machines or software are not compared; to compare anyway: "
+            "--allow cpu --allow torch"
         ),
         "base: base (basebaseba)",
         "new: new (newnewnewn)",
@@ -118,7 +118,7 @@ def test_differences_are_listed_once_with_what_would_allow_them() -> None:
     )
 
 
-def test_nothing_compared_is_said() -> None:
+def test_reports_nothing_compared() -> None:
     lines = text_of(compared([], [])).splitlines()
     assert lines == [
         "nothing was compared: no run or verdict was measured on both sides",
@@ -140,7 +140,7 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
         "new: new (unknown, uncommitted changes)",
         (
             "max-slowdown: 15.0%; noise floor between processes 2.0% (the default for few files); "
-            "a regression is shown from 8.4% on, if processes differ by 4.0%, as is assumed"
+            "regressions are detected from 8.4% on, assuming that processes differ by 4.0%"
         ),
         "max-batch-time-growth: 10.0%; noise floor between processes 4.0% (as given)",
     ]
@@ -154,7 +154,7 @@ def test_the_footer_names_some_of_many_files() -> None:
     assert len(to_dict(found)["int8bench_compare"]["base"]["files"]) == 30
 
 
-def test_a_range_of_limits_is_said() -> None:
+def test_reports_a_range_of_limits() -> None:
     both = [timed("x"), timed("y")]
     found = compared(both, both, runs=(("x", {"throughput": 0.15}),))
     assert "max-slowdown: 5.0% to 15.0%; noise floor" in text_of(found)
@@ -170,7 +170,7 @@ def test_random_weights_are_marked() -> None:
 # -- Markdown -----------------------------------------------------------------------------------
 
 
-def test_markdown_starts_with_what_came_out() -> None:
+def test_markdown_starts_with_the_headline() -> None:
     lines = page(MIXED).markdown().splitlines()
     assert lines[0] == (
         "## int8bench compare: REGRESSED (5 runs: 1 regressed, 1 same, 1 new, 1 missing, 1 oom; "
@@ -194,7 +194,7 @@ def test_markdown_starts_with_what_came_out() -> None:
     assert "<sub>base: base (basebaseba)</sub><br>" in lines
 
 
-def test_markdown_of_names_with_marks_is_one_row() -> None:
+def test_markdown_escapes_names_into_one_row() -> None:
     grid = Grid(columns=["run"], rows=[["a|b\n<c>_d_ `e` ~f~ &lt;"]], styles=[None], name="run")
     assert grid.markdown().splitlines()[2:] == [r"| a\|b \<c\>\_d\_ \`e\` \~f\~ \&lt; |"]
     text = Page(title="t", headline="h", grids=[], remarks=["one\n## two"], footer=[]).markdown()
@@ -219,7 +219,7 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
 # -- JSON ---------------------------------------------------------------------------------------
 
 
-def test_the_json_holds_all_that_the_text_says() -> None:
+def test_json_has_everything_in_the_text() -> None:
     block = json.loads(json.dumps(to_dict(MIXED)))
     assert set(block) == {"int8bench_compare"}
     values = block["int8bench_compare"]
@@ -332,7 +332,7 @@ def test_text_markdown_json_and_junit_agree(
         assert f"| toy: {entry['run_name']} |" in markdown
 
 
-def test_brackets_in_a_header_are_no_markup() -> None:
+def test_brackets_in_a_header_are_not_markup() -> None:
     grid = Grid(columns=["drop [one-sided]"], rows=[["1"]], styles=[None], name="")
     assert grid.text(width=None, color=False).splitlines()[0] == "drop [one-sided]"
 

@@ -43,7 +43,7 @@ def test_one_suite_with_its_counts() -> None:
     assert to_xml("the suite", cases) == XML
 
 
-def test_characters_that_xml_cannot_hold_are_replaced() -> None:
+def test_characters_not_allowed_in_xml_are_replaced() -> None:
     case = Case(classname="a\x00b", name="c\x1b[31md", status="error", message="e\ufffff\ud800g☃")
     root = ElementTree.fromstring(to_xml("s", [case]))
     [found] = root.iter("testcase")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pytest_int8bench.report.remarks import record_label, remarks
+from pytest_int8bench.report.remarks import remarks
 from toys.results import result_of
 
 NAMES = [f"layers.{n}.attn.qkv" for n in range(5)]
 
 
 def said(**coverage: object) -> list[str]:
-    label = record_label(result_of())
+    label = result_of().label
     lines = [line for line in remarks(result_of(coverage=coverage)) if line.startswith("left in")]
     return [line.replace(f" {label}: ", " RUN: ") for line in lines]
 
@@ -40,6 +40,6 @@ def test_weights_outside_of_linear_layers_are_named() -> None:
     )
 
 
-def test_older_files_say_nothing_of_it() -> None:
+def test_older_files_get_no_remarks() -> None:
     assert said(left_out={"head": "filtered"}) == []
     assert [line for line in remarks(result_of(coverage=None)) if "left in" in line] == []

@@ -1,4 +1,4 @@
-"""Tables with many rows look as rich prints them."""
+"""Tables with many rows look exactly as rich prints them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from toys.results import everything
 
 
 def by_rich(table: Any, deciding: Any, content: Any, console: Any) -> str:
-    """Print all rows by rich alone."""
+    """Print all rows with rich alone."""
     stream = io.StringIO()
     printer: Console = console(stream)
     printer.print(table(content))

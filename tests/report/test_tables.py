@@ -1,4 +1,4 @@
-"""Tables and pages as Markdown: nothing in them is markup, and what is too large is cut."""
+"""Tables and pages as Markdown escape all markup, and are cut to a size limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def names(markdown: str) -> list[str]:
     return [line.split(" | ")[0].removeprefix("| ") for line in rows[2:]]
 
 
-def test_names_of_columns_are_no_markup() -> None:
+def test_column_names_are_escaped() -> None:
     text = plain_grid(["a|b`c`\n<d>[e](f)", "\x1bg_h*"], [["i|j", "k"]]).markdown()
     assert text.splitlines() == [
         r"| a\|b\`c\` \<d\>\[e\](f) | \\x1bg\_h\* |",
@@ -46,11 +46,11 @@ def test_names_of_columns_are_no_markup() -> None:
         ("    code", "code"),
     ],
 )
-def test_names_mean_nothing_to_markdown_and_github(name: str, text: str) -> None:
+def test_escaped_names_are_inert_in_markdown_and_github(name: str, text: str) -> None:
     assert escaped(name) == text
 
 
-def test_a_log_has_all_of_names_and_figures_however_long_they_are() -> None:
+def test_a_log_shows_long_names_and_figures_in_full() -> None:
     columns = ["run", "workload", "samples/s"]
     rows = [["r" * 3000, "w" * 9000, "1,234"], ["short", "toy", "5,678"]]
     grid = Grid(columns=columns, rows=rows, styles=[None] * 2, name="run", keys=["workload"])
@@ -62,12 +62,10 @@ def test_a_log_has_all_of_names_and_figures_however_long_they_are() -> None:
 def test_a_table_that_is_cut_keeps_its_worst_rows() -> None:
     assert names(GRID.markdown()) == ["good", "worst", "doubtful", "better"]
     assert names(GRID.markdown(2)) == ["worst", "doubtful"]
-    assert "\n2 of 4 rows are left out, the worst come first; all are in the log" in GRID.markdown(
-        2
-    )
+    assert "\n2 of 4 rows are left out; the worst are shown first; the log" in GRID.markdown(2)
 
 
-def test_a_page_is_as_large_as_it_may_be() -> None:
+def test_a_page_fills_its_size_limit() -> None:
     whole = PAGE.markdown()
     assert PAGE.markdown(limit_bytes=len(whole)) == whole
     for limit in range(len(whole)):

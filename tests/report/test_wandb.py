@@ -1,4 +1,4 @@
-"""What is logged to Weights & Biases: the figures of the saved results, and nothing else."""
+"""Logging to Weights & Biases: exactly the figures of the saved results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MEASURED = result_of(
 # -- what is logged -----------------------------------------------------------------------------
 
 
-def test_figures_have_the_names_of_the_original_and_ours() -> None:
+def test_logs_figures_under_original_and_own_names() -> None:
     assert metrics_of(MEASURED, GPU) == {
         "oom_occurred": 0,
         "gpu_name": GPU,
@@ -92,7 +92,7 @@ def test_a_point_out_of_memory_has_no_rates() -> None:
     }
 
 
-def test_all_figures_are_those_of_a_result() -> None:
+def test_every_figure_comes_from_a_result() -> None:
     ours = (figure for figure in FIGURES.values() if not figure.of_benchmarks)
     names = {figure.field for figure in ours if figure.compute is None}
     assert names <= set(Result.__dataclass_fields__)
@@ -148,7 +148,7 @@ def test_a_point_with_a_verdict_only_is_a_run_without_figures(outcome: str, fail
     assert run.metrics == {"accuracy/top-1/outcome": outcome, "accuracy/top-1/samples": 300}
 
 
-def test_points_that_ask_for_it_or_all() -> None:
+def test_logs_requested_points_or_all() -> None:
     silent = W8A8.replace(wandb_enabled=False, batch_size=2)
     other = W8A8.replace(wandb_enabled=False, batch_size=4)
     saved = Saved({}, [result_of(), result_of(silent)], [verdict_of(other)])
@@ -209,7 +209,7 @@ def logged(monkeypatch: pytest.MonkeyPatch, fake: FakeWandb, folder: Path) -> Tr
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
-def test_a_failure_is_one_line_and_the_end_of_it(
+def test_first_failure_ends_logging_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -217,7 +217,7 @@ def test_a_failure_is_one_line_and_the_end_of_it(
     said: str,
 ) -> None:
     fake, stdin = FakeWandb(1, error), sys.stdin
-    line = f"wandb: 1 of 3 runs logged, then {said}; the journal has them all"
+    line = f"wandb: 1 of 3 runs logged, then {said}; the journal has all results"
     assert logged(monkeypatch, fake, tmp_path) == Tracked(line, failed=True)
     assert len(fake.given) == 2
     assert capsys.readouterr() == ("", "")
@@ -275,7 +275,7 @@ def test_six(int8_throughput):
 
 
 def logged_runs(folder: Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """The run, configuration and metrics that each file of wandb's holds."""
+    """Return the run, configuration and metrics in each of wandb's files."""
     for path in folder.glob("offline-run-*/run-*.wandb"):
         records = {record.WhichOneof("record_type"): record for record in read_records(path)}
         run = records["run"].run
@@ -286,8 +286,8 @@ def logged_runs(folder: Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, A
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """What a log in LevelDB's format holds: blocks of 32 KiB, parts of records with 7 bytes of
-    checksum, length and kind before them (1: whole, 2: first, 3: middle, 4: last)."""
+    """Yield the records of a log in LevelDB's format: blocks of 32 KiB with parts of records, each
+    after 7 bytes of checksum, length and kind (1: whole, 2: first, 3: middle, 4: last)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, block, head = path.read_bytes(), 2**15, 7
@@ -327,7 +327,7 @@ def test_session_logs_results(pytester: pytest.Pytester, monkeypatch: pytest.Mon
         [
             "int8bench: logging to Weights & Biases ...",
             "profiles: profiles: 2 traces for ui.perfetto.dev, tables of kernels beside them",
-            "wandb: 5 runs in group nightly, offline; to send them: wandb sync wandb/offline-run-*",
+            "wandb: 5 runs in group nightly, offline; to upload them: wandb sync wandb/offline-*",
         ]
     )
 

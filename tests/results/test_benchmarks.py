@@ -1,4 +1,4 @@
-"""Plain benchmarks in saved files: what is read of them, and what is refused."""
+"""Reading plain benchmarks from saved files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_file_of_pytest_benchmark_alone(tmp_path: Path) -> None:
     [found] = read(path).benchmarks
     assert found.identity == (NODE, "pytest-benchmark")
     assert (found.call_time_s, found.rounds, found.iterations) == (2e-3, 16, 30)
-    # sqrt(pi / 2) standard deviations, which quartiles show where there are many rounds
+    # sqrt(pi / 2) standard deviations, estimated from quartiles if there are many rounds
     assert found.call_time_standard_error == pytest.approx(1.2533 * 2e-4 / 4 / 2e-3, rel=1e-3)
     assert found.timer == "perf_counter"
     assert read(path).environment["commit"] == "abc"
@@ -45,32 +45,32 @@ def test_the_error_of_a_median(stats: dict[str, Any], error: float | None) -> No
     assert found == (None if error is None else pytest.approx(error, rel=1e-3))
 
 
-def test_older_versions_left_out_much() -> None:
+def test_reads_sparse_entries_of_older_versions() -> None:
     old = {"fullname": NODE, "stats": {"median": 1, "min": 1, "rounds": 5}}
     found = Benchmark.from_timing(old)
     assert (found.call_time_s, found.timer, found.iterations) == (1, None, None)
 
 
-def test_a_call_that_took_no_time_has_none() -> None:
+def test_a_call_with_time_0_is_skipped() -> None:
     found = Benchmark.from_timing(entry(NODE, 0.0))
     assert (found.call_time_s, found.call_time_min_s) == (None, None)
-    assert (found.status, found.reason) == ("skipped", "its timer is too coarse for its calls")
+    assert (found.status, found.reason) == ("skipped", "the timer is too coarse to time a call")
 
 
 @pytest.mark.parametrize(
     ("timing", "why"),
     [
         (5, "5"),
-        ({"name": "BM_x", "real_time": 3}, "fullname must be a text, got None"),
+        ({"name": "BM_x", "real_time": 3}, "fullname must be a string, got None"),
         ({**entry(NODE), "stats": []}, "stats must be an object, got []"),
         (entry(NODE, median=-1), "median must be a number of at least 0, got -1"),
         (entry(NODE, median=float("nan")), "median must be a number of at least 0, got nan"),
         (entry(NODE, min="1"), "min must be a number of at least 0, got '1'"),
         (entry(NODE, rounds=1.5), "rounds must be a whole number of at least 0, got 1.5"),
-        ({**entry(NODE), "options": {"timer": 3}}, "options.timer must be a text, got 3"),
+        ({**entry(NODE), "options": {"timer": 3}}, "options.timer must be a string, got 3"),
     ],
 )
-def test_what_is_no_benchmark_is_one_line(tmp_path: Path, timing: Any, why: str) -> None:
+def test_an_invalid_entry_is_a_one_line_error(tmp_path: Path, timing: Any, why: str) -> None:
     path = write_plain(tmp_path / "a.json", timing)
     where = f"{path}: {NODE}" if NODE in json.dumps(timing) else str(path)
     with pytest.raises(SchemaError) as caught:
@@ -83,21 +83,21 @@ def test_what_is_no_benchmark_is_one_line(tmp_path: Path, timing: Any, why: str)
     [
         ({"machine_info": []}, "machine_info must be an object, got []"),
         ({"machine_info": {"cpu": "EPYC"}}, "machine_info.cpu must be an object, got 'EPYC'"),
-        ({"commit_info": {"id": 5}}, "commit_info.id must be a text, got 5"),
+        ({"commit_info": {"id": 5}}, "commit_info.id must be a string, got 5"),
         ({"int8bench": "x"}, "has no int8bench block: it was not saved by pytest-int8bench"),
     ],
 )
-def test_what_is_wrong_around_them_is_one_line(tmp_path: Path, head: Any, why: str) -> None:
+def test_an_invalid_file_is_a_one_line_error(tmp_path: Path, head: Any, why: str) -> None:
     path = write_plain(tmp_path / "a.json", entry(NODE), **head)
     with pytest.raises(SchemaError, match=r"a\.json") as caught:
         read(path)
     assert str(caught.value).removeprefix(str(path)).strip(": ") == why
 
 
-def test_beside_points(tmp_path: Path) -> None:
+def test_plain_benchmarks_next_to_points(tmp_path: Path) -> None:
     point, failed = timed(), plain("test_b", status="failed", reason="boom")
     entries = [entry(point.nodeid), entry(NODE), entry(failed.nodeid), {"name": "no test"}]
-    # A test that is run again is timed again: the last attempt counts.
+    # A test that is run again is timed again; the last attempt counts.
     entries.append(entry(NODE, 5e-3))
     saved = Saved(CPU, [point], benchmarks=[failed, plain()])
     path = write(tmp_path / "a.json", saved, benchmarks=entries, machine_info={"cpu": 5})
@@ -108,33 +108,33 @@ def test_beside_points(tmp_path: Path) -> None:
     assert "benchmarks" not in Saved(CPU, [point], benchmarks=[plain()]).to_dict()
 
 
-def test_a_journal_holds_them(tmp_path: Path) -> None:
+def test_a_journal_keeps_plain_benchmarks(tmp_path: Path) -> None:
     saved = Saved(CPU, [timed()], benchmarks=[plain(), plain("b", status="failed", reason="no")])
     assert read(write_journal(tmp_path / "a.jsonl", saved)) == saved
 
 
-def test_the_machine_is_known_as_far_as_machine_info_goes(tmp_path: Path) -> None:
+def test_the_fingerprint_comes_from_machine_info(tmp_path: Path) -> None:
     alone = read(write_plain(tmp_path / "a.json", entry(NODE))).environment
     assert partly_known(alone) == (
-        "saved without pytest-int8bench: the machine could be checked only as far as machine_info "
-        "goes (python, system, cpu), without GPU and versions of packages"
+        "saved without pytest-int8bench: only machine_info (python, system, cpu) could be checked, "
+        "not GPU and package versions"
     )
     here = {**CPU, "system": "Linux x86_64"}
     assert differences(alone, here) == differences(here, alone) == {}
     assert differences(here, {**alone, "python": "3.12.1"}) == {"python": ("3.11.7", "3.12.1")}
     assert differences(alone, {**alone, "cpu": "Xeon"}) == {"cpu": ("EPYC", "Xeon")}
-    # What one file does not say cannot differ; containers have other names each time.
+    # Properties that one file lacks cannot differ. Host names change with each container.
     little = read(write_plain(tmp_path / "b.json", entry(NODE), machine_info={"node": "other"}))
     assert differences(alone, little.environment) == {}
-    assert "goes (nothing)," in str(partly_known(little.environment))
+    assert "only machine_info (empty) could" in str(partly_known(little.environment))
     assert partly_known(CPU) is None
 
 
-def test_on_a_gpu_they_say_that_the_timer_does_not_wait() -> None:
+def test_warns_about_timers_that_do_not_synchronize() -> None:
     ours = plain("c", timer="synchronized_perf_counter")
     said = unsynchronized([plain("a"), plain("b"), ours], GPU)
     assert str(said).startswith(
-        "timer does not wait for the GPU: test_a.py::a and 1 more: the time is that of submitting"
+        "timer does not wait for the GPU: test_a.py::a and 1 more: unless the function synchronizes"
     )
     assert unsynchronized([ours, plain("d", status="failed", call_time_s=None)], GPU) is None
     assert unsynchronized([plain("a")], CPU) is None
@@ -147,8 +147,6 @@ def test_on_a_gpu_they_say_that_the_timer_does_not_wait() -> None:
         (Result, timed(), "pytest-benchmark", "another name than 'pytest-benchmark'"),
     ],
 )
-def test_the_workload_tells_the_kinds_apart(
-    kind: Any, record: Any, workload: str, rule: str
-) -> None:
+def test_the_workload_must_match_the_kind(kind: Any, record: Any, workload: str, rule: str) -> None:
     with pytest.raises(SchemaError, match=f"workload must be {rule}, got '{workload}'"):
         kind.from_dict({**record.to_dict(), "workload": workload})

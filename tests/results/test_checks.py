@@ -1,4 +1,4 @@
-"""What records may hold, and what is said of the rest."""
+"""Valid values of records, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ ROW = {"name": "a", "sqnr_db": 1.0}
         ("params", "x", "params must be an object, got 'x'"),
         ("params", {"batch_size": "8"}, "params.batch_size must be a whole number of at least 0"),
         ("params", {"bf16": 1}, "params.bf16 must be true or false, got 1"),
-        ("params", {"extra": {"a": [1]}}, "params.extra.a must be a text, a number, true or false"),
+        (
+            "params",
+            {"extra": {"a": [1]}},
+            "params.extra.a must be a string, a number, true or false",
+        ),
         ("rounds", True, "rounds must be a whole number of at least 0, got True"),
         ("rounds", 2.0, "rounds must be a whole number of at least 0, got 2.0"),
         ("rounds", -1, "rounds must be a whole number of at least 0, got -1"),
@@ -36,13 +40,13 @@ ROW = {"name": "a", "sqnr_db": 1.0}
         ("ceiling_reached", float("inf"), "ceiling_reached must be a number, got inf"),
         ("speedup", 0, "speedup must be a number above 0, got 0"),
         ("speedup_low", -0.5, "speedup_low must be a number above 0, got -0.5"),
-        ("int8_time_share", 1.5, "int8_time_share must be a share, 0 to 1, got 1.5"),
-        ("throttled", [1], "throttled[0] must be a text, got 1"),
+        ("int8_time_share", 1.5, "int8_time_share must be a share from 0 to 1, got 1.5"),
+        ("throttled", [1], "throttled[0] must be a string, got 1"),
         ("kernels", [{}, {"calls": "3"}], "kernels[1].calls must be a whole number of at least 0"),
         ("kernels", {}, "kernels must be a list, got {}"),
         ("coverage", {"left_out": []}, "coverage.left_out must be an object, got []"),
-        ("coverage", {"left_out": {"a": 5}}, "coverage.left_out.a must be a text, got 5"),
-        ("coverage", {"smoothed_runtime": None}, "coverage.smoothed_runtime must be a list of te"),
+        ("coverage", {"left_out": {"a": 5}}, "coverage.left_out.a must be a string, got 5"),
+        ("coverage", {"smoothed_runtime": None}, "coverage.smoothed_runtime must be a list of st"),
         ("device_breakdown", {"rest": NAN}, "device_breakdown.rest must be a number of at least 0"),
         ("device_breakdown", {"later": "x"}, "device_breakdown.later must be a number of at least"),
         (
@@ -58,12 +62,12 @@ ROW = {"name": "a", "sqnr_db": 1.0}
         (
             "ceiling",
             {"baseline": CEILING["baseline"], "product_ratio": 2.0},
-            "ceiling must be an object with products_speedup, quantized_share where it has base",
+            "ceiling must be an object with products_speedup, quantized_share if it has base",
         ),
         (
             "ceiling",
             {**CEILING, "attention": {"share": 1.5, "ratio": 2.0, "ops_per_s": 1e14}},
-            "ceiling.attention.share must be a share, 0 to 1, got 1.5",
+            "ceiling.attention.share must be a share from 0 to 1, got 1.5",
         ),
         ("gpu_after", {"power_w": "300"}, "gpu_after.power_w must be a number of at least 0"),
         ("worker", ["gw0"], "worker must be an object, got ['gw0']"),
@@ -88,7 +92,7 @@ def test_values_of_results(name: str, value: Any, why: str) -> None:
         ("drop_low", NAN, "drop_low must be a number, got nan"),
         ("distance", {"cosine": "1"}, "distance.cosine must be a number, got '1'"),
         ("floor", [], "floor must be an object, got []"),
-        ("remedies", [{}], "remedies[0].rung must be a text, got None"),
+        ("remedies", [{}], "remedies[0].rung must be a string, got None"),
     ],
 )
 def test_values_of_verdicts(name: str, value: Any, why: str) -> None:
@@ -121,13 +125,16 @@ def test_bounds_may_be_infinite() -> None:
     ("changes", "why"),
     [
         ({"layers": [[]]}, "layers[0] must be an object, got []"),
-        ({"layers": [{"sqnr_db": 1.0}]}, "layers[0].name must be a text, got None"),
+        ({"layers": [{"sqnr_db": 1.0}]}, "layers[0].name must be a string, got None"),
         (
             {"layers": [{"name": "a"}]},
             "layers[0] must be an object with sqnr_db, got {'name': 'a'}",
         ),
         ({"layers": [ROW], "metric": "top1"}, "layers[0].drop must be a number, got None"),
-        ({"layers": [{**ROW, "layers": "a"}]}, "layers[0].layers must be a list of texts, got 'a'"),
+        (
+            {"layers": [{**ROW, "layers": "a"}]},
+            "layers[0].layers must be a list of strings, got 'a'",
+        ),
     ],
 )
 def test_values_of_tables_of_layers(changes: dict[str, Any], why: str) -> None:
@@ -136,14 +143,14 @@ def test_values_of_tables_of_layers(changes: dict[str, Any], why: str) -> None:
     assert str(info.value) == f"not a table of layers: {why}"
 
 
-def test_objects_of_newer_versions_have_more() -> None:
+def test_objects_may_have_more_fields() -> None:
     later = {"later": [{"a": 1}], "mode": "w4"}
     assert result_of(coverage=later).coverage == later
     params = {"later": {"a": 1}, "int8_mode": "w4a4"}
     assert result_of(params=params).params == params
 
 
-def test_a_copy_of_a_record_shares_nothing() -> None:
+def test_to_dict_copies_deeply() -> None:
     result = result_of(coverage={"left_out": {"a": "why"}}, throttled=["heat"])
     values = result.to_dict()
     values["coverage"]["left_out"].clear()

@@ -1,4 +1,4 @@
-"""Figures: what a row must hold, and that everything else follows from it."""
+"""Figures: the rules for a row, and everything that follows from one."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def test_rejects_a_taken(what: str, taken: str) -> None:
     before = (dict(FIGURES), dict(METRICS))
     with pytest.raises(ValueError, match="unique") as caught:
         register(figure)
-    assert str(caught.value) == f"{what} of a figure must be unique, got {taken!r} again"
+    assert (
+        str(caught.value) == f"{what} of a figure must be unique, but {taken!r} is already in use"
+    )
     assert before == (FIGURES, METRICS)
 
 
@@ -131,7 +133,7 @@ def test_rejects_a_taken(what: str, taken: str) -> None:
         ("peak_memory_bytes", True, "a number above 0"),
         ("feed_exposed_s", "1", "a number"),
         ("feed_wait_s", float("inf"), "a number"),
-        ("trace", 5, "a text"),
+        ("trace", 5, "a string"),
     ],
 )
 def test_a_result_rejects(field: str, value: Any, rule: str) -> None:
@@ -236,7 +238,7 @@ def test_a_new_figure_is_logged(toy: Figure) -> None:
 
 @pytest.fixture
 def hooks() -> Any:
-    """The module that writes the tables of the site."""
+    """Return the module that writes the tables of the documentation."""
     pytest.importorskip("mkdocs", reason="needs the extra docs")
     path = Path(__file__).parents[2] / "docs" / "hooks.py"
     spec = importlib.util.spec_from_file_location("hooks", path)

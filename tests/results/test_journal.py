@@ -1,4 +1,4 @@
-"""The journal, whatever becomes of the disk, and the folder of journals."""
+"""The journal, also on a failing disk, and the folder of journals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_whole(path: Path) -> bool:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("room", [0, 1, 300])
 @pytest.mark.parametrize("keeps_half", [False, True])
-def test_what_a_full_disk_refused_is_written_with_the_next_record(
+def test_records_lost_to_a_full_disk_are_written_with_the_next(
     path: Path, number: int, room: int, keeps_half: bool
 ) -> None:
     journal = Journal(path, ENVIRONMENT)
@@ -54,7 +54,7 @@ def test_what_a_full_disk_refused_is_written_with_the_next_record(
     assert journal.problem() is None
 
 
-def test_what_is_missing_at_the_end_is_written_or_told(path: Path) -> None:
+def test_missing_records_are_written_or_reported_at_the_end(path: Path) -> None:
     journal = Journal(path, ENVIRONMENT)
     journal.append(point(1))
     with failing(10, errno.ENOSPC):
@@ -68,9 +68,7 @@ def test_what_is_missing_at_the_end_is_written_or_told(path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["file", "folder", "emptied", "cut", "torn"])
 @pytest.mark.parametrize("is_at_the_end", [False, True])
-def test_a_journal_that_was_taken_away_is_written_anew(
-    tmp_path: Path, loss: str, is_at_the_end: bool
-) -> None:
+def test_a_deleted_journal_is_written_again(tmp_path: Path, loss: str, is_at_the_end: bool) -> None:
     path = tmp_path / "folder" / "journal.jsonl"
     journal = Journal(path, ENVIRONMENT)
     journal.append(point(1))
@@ -89,7 +87,7 @@ def test_a_journal_that_was_taken_away_is_written_anew(
     assert read(path).environment == ENVIRONMENT
 
 
-def test_the_journal_of_another_in_its_place_is_left_alone(path: Path) -> None:
+def test_another_journal_in_its_place_is_left_alone(path: Path) -> None:
     journal = Journal(path, ENVIRONMENT)
     journal.append(point(1))
     path.unlink()
@@ -102,7 +100,7 @@ def test_the_journal_of_another_in_its_place_is_left_alone(path: Path) -> None:
     assert read(path).results == [point(8), point(9)]
 
 
-def test_a_journal_that_could_not_be_withdrawn_from_is_mended(path: Path) -> None:
+def test_a_failed_withdrawal_is_repaired_later(path: Path) -> None:
     journal = Journal(path, ENVIRONMENT)
     journal.append(point(1, status="failed", reason="once"))
     with failing(0, errno.EIO):
@@ -113,20 +111,20 @@ def test_a_journal_that_could_not_be_withdrawn_from_is_mended(path: Path) -> Non
     assert read(path).results == []
 
 
-def test_a_file_is_not_begun_by_half(path: Path) -> None:
+def test_a_file_is_created_whole_or_not_at_all(path: Path) -> None:
     with failing(5, errno.ENOSPC), pytest.raises(OSError, match="No space"):
         Journal(path, ENVIRONMENT)
     assert not path.exists()
 
 
-def test_a_journal_that_is_there_is_not_taken(path: Path) -> None:
+def test_an_existing_journal_is_not_overwritten(path: Path) -> None:
     Journal(path, ENVIRONMENT).append(point(1))
     with pytest.raises(FileExistsError):
         Journal(path, ENVIRONMENT)
     assert read(path).results == [point(1)]
 
 
-def test_one_that_is_reopened_goes_on_behind_whole_lines(path: Path) -> None:
+def test_a_reopened_journal_continues_after_whole_lines(path: Path) -> None:
     journal = Journal(path, ENVIRONMENT)
     journal.append(point(1))
     whole = path.read_text()
@@ -179,7 +177,7 @@ def test_git_ignores_the_folder_of_journals(tmp_path: Path) -> None:
     assert journal_folder(tmp_path) == folder
 
 
-def test_a_link_in_place_of_the_ignore_file_is_not_written_through(tmp_path: Path) -> None:
+def test_does_not_write_the_ignore_file_through_a_link(tmp_path: Path) -> None:
     folder = journal_folder(tmp_path)
     ignore = folder / ".gitignore"
     ignore.unlink()
@@ -193,7 +191,7 @@ def test_a_link_in_place_of_the_ignore_file_is_not_written_through(tmp_path: Pat
     assert not missing.exists()
 
 
-def test_an_ignore_file_of_the_users_own_is_kept(tmp_path: Path) -> None:
+def test_a_users_ignore_file_is_kept(tmp_path: Path) -> None:
     ignore = journal_folder(tmp_path) / ".gitignore"
     ignore.write_text("*\n!keep.jsonl\n")
     journal_folder(tmp_path)

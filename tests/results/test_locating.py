@@ -1,4 +1,4 @@
-"""Which saved files are compared, and reports that are written whole or not at all."""
+"""Finding the saved files to compare, and writing reports whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pytest_int8bench.results.base import SchemaError
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.locating import find, find_side, latest_two, read_runs
 from pytest_int8bench.results.records import Saved
+from pytest_int8bench.words import plural
 from toys import results
 
 
@@ -41,12 +42,12 @@ def said(error: pytest.ExceptionInfo[FileError]) -> str:
 # -- finding ------------------------------------------------------------------------------------
 
 
-def test_a_file_is_itself() -> None:
+def test_finds_a_file() -> None:
     path = save("run.json")
     assert find("run.json", STORAGE) == [path]
 
 
-def test_a_folder_is_its_json_files() -> None:
+def test_a_folder_stands_for_its_json_files() -> None:
     paths = [save(f"runs/{name}.json") for name in ("b", "a")]
     Path("runs/notes.txt").touch()
     save("runs/deeper/c.json")
@@ -55,15 +56,15 @@ def test_a_folder_is_its_json_files() -> None:
     assert find("runs", STORAGE, journals=True) == [paths[1], Path("runs/a.jsonl"), paths[0]]
 
 
-def test_a_folder_of_journals_is_no_side() -> None:
+def test_a_folder_of_journals_is_not_a_side() -> None:
     Path("runs").mkdir()
     Journal(Path("runs/a.jsonl"), {})
     with pytest.raises(FileError) as error:
         find_side(["runs"], STORAGE)
-    assert said(error) == "runs holds no JSON file"
+    assert said(error) == "runs contains no JSON files"
 
 
-def test_a_number_is_that_of_pytest_benchmark() -> None:
+def test_finds_a_file_by_number() -> None:
     save(".benchmarks/Linux/0001_one.json")
     second = save(".benchmarks/Linux/0002_two.json")
     assert find("0002", STORAGE) == [second]
@@ -75,21 +76,21 @@ def test_a_number_on_two_machines_is_ambiguous() -> None:
     paths = [save(f".benchmarks/{name}/0001_run.json") for name in ("A", "B")]
     with pytest.raises(FileError) as error:
         find("0001", STORAGE)
-    assert said(error) == f"0001 is ambiguous, name one of {paths[0]}, {paths[1]}"
+    assert said(error) == f"0001 is ambiguous; name one of {paths[0]}, {paths[1]}"
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("nowhere.json", "nowhere.json is not there"),
-        ("empty", "empty holds no JSON file"),
-        ("0003", ".benchmarks holds no file with number 0003"),
-        ("003", "003 is not there"),
+        ("nowhere.json", "nowhere.json does not exist"),
+        ("empty", "empty contains no JSON files"),
+        ("0003", ".benchmarks contains no file with number 0003"),
+        ("003", "003 does not exist"),
         # An unset variable of a shell, which Path takes for the current folder.
-        ("", "must be a file, a folder or a number of pytest-benchmark, got ''"),
+        ("", "must be a file, a folder or a pytest-benchmark run number, got ''"),
     ],
 )
-def test_what_is_not_there_is_said(name: str, why: str) -> None:
+def test_missing_sections_are_listed(name: str, why: str) -> None:
     Path("empty").mkdir()
     save("here.json")
     with pytest.raises(FileError) as error:
@@ -97,7 +98,7 @@ def test_what_is_not_there_is_said(name: str, why: str) -> None:
     assert said(error) == why
 
 
-def test_a_side_does_not_hold_a_file_twice() -> None:
+def test_rejects_a_file_twice_on_one_side() -> None:
     paths = [save("runs/a.json"), save("runs/b.json")]
     assert find_side(["runs"], STORAGE) == find_side(["runs/a.json", "runs/b.json"], STORAGE)
     Path("link.json").symlink_to(paths[1])
@@ -105,11 +106,11 @@ def test_a_side_does_not_hold_a_file_twice() -> None:
         with pytest.raises(FileError) as error:
             find_side(["runs", again], STORAGE)
         assert said(error) == (
-            f"a file is given twice for one side: runs/a.json, runs/b.json, {again}"
+            f"one side has the same file twice: runs/a.json, runs/b.json, {again}"
         )
 
 
-def test_the_latest_two_are_those_of_the_machine_that_saved_last() -> None:
+def test_the_latest_two_files_are_of_the_machine_that_saved_last() -> None:
     save(".benchmarks/Other/0099_x.json", 300)
     save(".benchmarks/Here/0008_a.json", 500)
     base = save(".benchmarks/Here/0009_b.json", 100)
@@ -132,7 +133,7 @@ def test_the_latest_two_past_9999() -> None:
     base, new = save_at("10000_a.json", 10), save_at("10001_a.json", 11)
     assert latest_two(STORAGE) == (base, new)
     assert find("10000", STORAGE) == [base]
-    # pytest-benchmark does not count further.
+    # pytest-benchmark does not count past this number.
     later = save_at("10001_b.json", 12)
     os.utime(later, (1, 1))
     for path in (base, new):
@@ -140,7 +141,7 @@ def test_the_latest_two_past_9999() -> None:
     assert latest_two(STORAGE) == (new, later)
 
 
-def test_names_that_merely_begin_with_digits_are_no_numbers() -> None:
+def test_names_that_merely_begin_with_digits_are_not_numbered() -> None:
     base, new = save_at("0001_a.json", 1), save_at("0002_a.json", 2)
     for name in ("2024-notes.json", "1234abc.json", "20260131T120000Z.json", "99999.json"):
         save_at(name, 20)
@@ -150,7 +151,7 @@ def test_names_that_merely_begin_with_digits_are_no_numbers() -> None:
 
 
 @pytest.mark.parametrize("names", [["2024_results.json"], ["20250101_a.json", "20250102_a.json"]])
-def test_numbers_that_the_times_in_the_files_contradict_are_refused(names: list[str]) -> None:
+def test_rejects_numbers_that_contradict_times(names: list[str]) -> None:
     for day, name in enumerate(names, start=1):
         os.utime(save_at(name, day), (day, day))
     base, new = save_at("0001_a.json", 10), save_at("0002_a.json", 11)
@@ -158,8 +159,8 @@ def test_numbers_that_the_times_in_the_files_contradict_are_refused(names: list[
         latest_two(STORAGE)
     last = [base.name, new.name, *names][-2:]
     assert said(error) == (
-        f"by their numbers, {last[0]} and {last[1]} were saved last in {STORAGE}/Here, by the "
-        "times in them 0001_a.json and 0002_a.json: name BASE and NEW"
+        f"the latest two files in {STORAGE}/Here are {last[0]} and {last[1]} by number, but "
+        "0001_a.json and 0002_a.json by the times in them; name BASE and NEW"
     )
 
 
@@ -171,8 +172,8 @@ def test_two_files_are_needed(count: int) -> None:
     with pytest.raises(FileError) as error:
         latest_two(STORAGE if count else Path("nowhere"))
     assert said(error) == (
-        f"{STORAGE if count else 'nowhere'} holds {count} saved file(s), two are needed: save with "
-        "--benchmark-autosave, or name BASE and NEW"
+        f"{STORAGE if count else 'nowhere'} contains {plural(count, 'numbered file')} to compare, "
+        "but two are needed; save them with --benchmark-autosave, or name BASE and NEW"
     )
 
 
@@ -251,7 +252,7 @@ def test_only_regular_files_are_replaced() -> None:
     assert Path("link.md").is_symlink()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line() -> None:
+def test_a_folder_that_cannot_be_created_is_a_one_line_error() -> None:
     Path("file").touch()
     with pytest.raises(FileError) as error:
         write(Path("file/report.md"), "report")
@@ -278,7 +279,7 @@ def test_full_disk_leaves_no_report(before: str | None, monkeypatch: pytest.Monk
     assert before is None or path.read_text() == before
 
 
-def test_an_interrupt_leaves_no_part_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_partial_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -307,7 +308,7 @@ def test_a_full_disk_leaves_a_summary_as_it_was(monkeypatch: pytest.MonkeyPatch)
     assert Path("summary.md").read_text() == "of another step\n"
 
 
-def test_a_summary_whose_folder_is_not_there_is_one_line() -> None:
+def test_a_summary_in_a_missing_folder_is_a_one_line_error() -> None:
     with pytest.raises(FileError) as error:
         append(Path("nowhere/summary.md"), "ours\n")
     assert said(error) == "nowhere/summary.md is not written: No such file or directory"

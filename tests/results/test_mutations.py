@@ -1,4 +1,4 @@
-"""Whatever stands in one place of a saved file, readers show it or refuse it in one line."""
+"""Whatever one value of a saved file is changed to, readers show it or reject it in one line."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_every_field_has_a_value_somewhere() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(PLACES), values, st.booleans())
 @example(("results", 0, "run_name"), "", False)
-def test_one_change_is_shown_or_refused(place: Any, value: Any, reports: bool) -> None:
+def test_one_change_is_shown_or_rejected(place: Any, value: Any, reports: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         good, bad = Path(folder) / "good.json", Path(folder) / "bad.json"
         good.write_text(json.dumps({"benchmarks": [], "int8bench": BLOCK}))

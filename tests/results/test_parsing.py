@@ -1,4 +1,4 @@
-"""Files that are not what they seem are refused in one short line."""
+"""Malformed and malicious files are rejected in one short line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = json.dumps({"benchmarks": [], "int8bench": everything().to_dict()})
 
 
 def refused(path: Path) -> str:
-    """Return what is said about ``path``, without its name."""
+    """Return the error about ``path`` without its name."""
     with pytest.raises(SchemaError) as info:
         read(path)
     message = str(info.value)
@@ -36,12 +36,12 @@ def refused(path: Path) -> str:
     ("content", "message"),
     [
         (BLOCK.encode("utf-8-sig"), "starts with a byte order mark: save it as UTF-8 without one"),
-        (BLOCK.encode("utf-16"), "is UTF-16 text, and must be UTF-8"),
-        (b"\xfe\xff" + BLOCK.encode("utf-16-be"), "is UTF-16 text, and must be UTF-8"),
-        (BLOCK.encode("utf-32"), "is UTF-32 text, and must be UTF-8"),
-        (BLOCK.encode("utf-16-le"), "is not UTF-8 text: it starts with a NUL"),
-        (BLOCK.encode("utf-32-be"), "is not UTF-8 text: it starts with a NUL"),
-        (b"\x00" * 4096, "is not UTF-8 text: it starts with a NUL"),
+        (BLOCK.encode("utf-16"), "must be UTF-8 text, got UTF-16"),
+        (b"\xfe\xff" + BLOCK.encode("utf-16-be"), "must be UTF-8 text, got UTF-16"),
+        (BLOCK.encode("utf-32"), "must be UTF-8 text, got UTF-32"),
+        (BLOCK.encode("utf-16-le"), "is not UTF-8 text: it starts with a NUL byte"),
+        (BLOCK.encode("utf-32-be"), "is not UTF-8 text: it starts with a NUL byte"),
+        (b"\x00" * 4096, "is not UTF-8 text: it starts with a NUL byte"),
     ],
     ids=["bom", "utf-16", "utf-16-be", "utf-32", "utf-16-no-mark", "utf-32-no-mark", "zeros"],
 )
@@ -64,7 +64,7 @@ def test_a_link_to_a_device(tmp_path: Path, device: str) -> None:
     assert refused(path) == "must be a regular file, got a device"
 
 
-def test_other_things_with_the_name_of_a_file(tmp_path: Path) -> None:
+def test_rejects_folders_loops_and_sockets(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "gone.json").symlink_to("nothing")
@@ -102,7 +102,7 @@ def nested(levels: int) -> str:
     return "[" * levels + "]" * levels
 
 
-TOO_DEEP = "is nested too deeply, beyond 32 levels"
+TOO_DEEP = "is nested too deeply; at most 32 levels are allowed"
 
 
 @pytest.mark.parametrize("levels", [40, 300, 900, 5_000, 200_000])
@@ -129,7 +129,7 @@ def test_deep_nesting(tmp_path: Path, levels: int, place: str) -> None:
         assert refused(path) == TOO_DEEP
 
 
-def test_nesting_outside_of_our_part_is_not_ours(tmp_path: Path) -> None:
+def test_nesting_outside_our_block_is_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "saved.json", Saved(CPU, [timed()]), machine_info="DEEP")
     path.write_text(path.read_text().replace('"DEEP"', nested(100)))
     assert read(path).results == [timed()]
@@ -141,10 +141,10 @@ def test_long_texts(tmp_path: Path, field: str) -> None:
     record = {**timed().to_dict(), field: "x" * 1_000_001}
     block = {**Saved(CPU, []).to_dict(), "results": [record]}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
-    assert refused(path) == "holds a text of 1,000,001 characters, more than 1,000,000"
+    assert refused(path) == "has a string of 1,000,001 characters; at most 1,000,000 are allowed"
 
 
-def test_texts_that_are_wrong_are_shown_in_part(tmp_path: Path) -> None:
+def test_wrong_values_are_shortened_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "saved.json"
     for changes, start in (
         ({"status": "x" * 900_000}, "not a result: status must be one of ok, "),
@@ -172,17 +172,17 @@ def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.touch()
     os.truncate(path, 2**40)  # takes no room on the disk
     assert refused(path) == (
-        "is too large: 1,099,511,627,776 bytes, at most 1,073,741,824 are read"
+        "is too large: 1,099,511,627,776 bytes; at most 1,073,741,824 are allowed"
     )
     monkeypatch.setattr(parsing, "MAX_BYTES", 100)
     path.write_text(" " * 101)
-    assert refused(path) == "is too large: 101 bytes, at most 100 are read"
+    assert refused(path) == "is too large: 101 bytes; at most 100 are allowed"
 
 
 @pytest.mark.parametrize(
     "text", ["\ud800", "a\udfffb", "\ufeff", "\ufffe", "\x00", "\x1b]0;x\x07", "\u2028::error::x"]
 )
-def test_texts_are_harmless(tmp_path: Path, text: str, capsys: Capture) -> None:
+def test_texts_are_cleaned(tmp_path: Path, text: str, capsys: Capture) -> None:
     path = write(tmp_path / "saved.json", Saved(CPU, [timed(status="failed", reason=text)]))
     [result] = read(path).results
     assert str(result.reason).isprintable() or not text.strip()
@@ -191,7 +191,7 @@ def test_texts_are_harmless(tmp_path: Path, text: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("schema", [True, None, "1", 1.0, [1], {}, 10**4000])
-def test_schemas_of_another_kind(tmp_path: Path, schema: Any) -> None:
+def test_rejects_schemas_of_wrong_types(tmp_path: Path, schema: Any) -> None:
     path = tmp_path / "saved.json"
     block = {**Saved(CPU, []).to_dict(), "schema": schema}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
@@ -199,7 +199,7 @@ def test_schemas_of_another_kind(tmp_path: Path, schema: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [5, None, {}, "x"])
-def test_tables_of_another_kind(tmp_path: Path, value: Any) -> None:
+def test_rejects_tables_of_wrong_types(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "saved.json"
     block = {**Saved(CPU, []).to_dict(), "sensitivity": value}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))

@@ -1,4 +1,4 @@
-"""A result is joined from the parts that the stages of a measurement return."""
+"""Results are joined from the parts that the stages of a measurement return."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARAMS = RunParams(int8_enabled=True)
 
 @dataclass(frozen=True)
 class Given:
-    """Anything that is saved as a dictionary."""
+    """Anything that can be saved as a dictionary."""
 
     values: dict[str, Any]
     backend: str = "fused"
@@ -152,7 +152,7 @@ def test_every_part_goes_into_its_fields() -> None:
     result = Result.from_parts(**FULL)
     saved = json.loads(json.dumps(dataclasses.asdict(result)))
     assert {name: saved[name] for name in EXPECTED} == EXPECTED
-    # Another field would have to be filled from a part too.
+    # A new field must come from a part too.
     assert set(saved) - set(EXPECTED) == set()
 
 
@@ -180,7 +180,7 @@ def test_every_part_goes_into_its_fields() -> None:
         ("remark", {"reason"}),
     ],
 )
-def test_fields_of_a_stage_that_did_not_run_are_empty(part: str, fields: set[str]) -> None:
+def test_fields_of_a_skipped_stage_are_empty(part: str, fields: set[str]) -> None:
     result = Result.from_parts(**{**FULL, part: None}).to_dict()
     full = Result.from_parts(**FULL).to_dict()
     assert {name for name in full if result[name] != full[name]} == fields
@@ -193,13 +193,13 @@ def test_the_cost_of_feeding_may_be_unknown() -> None:
     assert result.feed_copy_s is result.feed_exposed_s is None
 
 
-def test_a_ceiling_may_be_a_problem() -> None:
+def test_an_upper_bound_may_be_unknown() -> None:
     bound = parts.UpperBound(sources=Given({"problem": "no rate"}))
     result = Result.from_parts(**BARE, bound=bound)
     assert (result.ceiling_speedup, result.ceiling) == (None, {"problem": "no rate"})
 
 
-def test_without_a_counter_there_is_no_energy() -> None:
+def test_no_energy_without_a_counter() -> None:
     rounds = dataclasses.replace(ROUNDS, joules_per_batch=None)
     result = Result.from_parts(**{**BARE, "rounds": rounds})
     assert result.joules_per_sample is result.samples_per_joule is result.energy_ratio is None

@@ -1,4 +1,4 @@
-"""Results, the journal, and what a reader refuses."""
+"""Records, the journal, and files that readers reject."""
 
 from __future__ import annotations
 
@@ -112,12 +112,14 @@ def test_files_without_tables_of_layers_are_read(tmp_path: Path) -> None:
     assert read(path) == Saved(ENVIRONMENT, [MEASURED])
 
 
-def test_an_outcome_is_one_of_those_known() -> None:
+def test_rejects_unknown_outcome() -> None:
     with pytest.raises(
         ValueError, match=r"^outcome must be one of PASS, FAIL, INCONCLUSIVE, proxy-ok, got 'OK'$"
     ):
         verdict_of(outcome="OK")
-    with pytest.raises(SchemaError, match=r"^not a verdict: it must have nodeid, .*, samples$"):
+    with pytest.raises(
+        SchemaError, match=r"^not a verdict: it must also have nodeid, .*, samples$"
+    ):
         Accuracy.from_dict({"outcome": "PASS"})
     with pytest.raises(SchemaError, match=r"^not a table of layers: 5$"):
         Sensitivity.from_dict(5)
@@ -129,7 +131,7 @@ def test_a_metric_of_random_weights_is_a_pipeline_check() -> None:
     assert not verdict_of(random_weights=True, metric="outputs").is_pipeline_check
 
 
-def test_unknown_fields_are_left_out() -> None:
+def test_unknown_fields_are_ignored() -> None:
     assert Result.from_dict({**MEASURED.to_dict(), "watts_per_sample": 0.1}) == MEASURED
 
 
@@ -161,7 +163,7 @@ def test_bad_status() -> None:
 @pytest.mark.parametrize("name", ["samples_per_s", "tokens_per_s", "pixels_per_s"])
 @pytest.mark.parametrize("rate", [1e308, 1e20, 1e-20])
 def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
-    why = rf"{name} must be what a batch holds over batch_time_s, 0\.01, got {re.escape(str(rate))}"
+    why = re.escape(f"{name} must be a batch's count divided by batch_time_s (0.01), got {rate}")
     with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
         Result.from_dict({**MEASURED.to_dict(), name: rate, "batch_time_s": 0.01})
     assert getattr(result_of(**{name: rate}), name) == rate  # without a time, who knows
@@ -169,7 +171,7 @@ def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
 
 @pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
 @pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "1", True])
-def test_times_rates_and_bytes_are_above_0(name: str, value: Any) -> None:
+def test_times_rates_and_bytes_are_positive(name: str, value: Any) -> None:
     why = re.escape(f"{name} must be a number above 0, got {value!r}")
     with pytest.raises(ValueError, match=rf"^{why}$"):
         result_of(**{name: value})
@@ -192,15 +194,15 @@ def test_differences_are_numbers(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("nodeid", 5, "nodeid must be a text, got 5"),
-        ("workload", None, "workload must be a text, got None"),
-        ("run_name", ["x"], "run_name must be a text, got ['x']"),
-        ("reason", 5, "reason must be a text, got 5"),
+        ("nodeid", 5, "nodeid must be a string, got 5"),
+        ("workload", None, "workload must be a string, got None"),
+        ("run_name", ["x"], "run_name must be a string, got ['x']"),
+        ("reason", 5, "reason must be a string, got 5"),
         ("compile_cache", "hot", "compile_cache must be one of cold, warm, got 'hot'"),
-        ("throttled", None, "throttled must be a list of texts, got None"),
+        ("throttled", None, "throttled must be a list of strings, got None"),
     ],
 )
-def test_other_kinds_of_values_are_refused(name: str, value: Any, why: str) -> None:
+def test_rejects_values_of_wrong_types(name: str, value: Any, why: str) -> None:
     with pytest.raises(SchemaError, match=rf"^not a result: {re.escape(why)}$"):
         Result.from_dict({**MEASURED.to_dict(), name: value})
     if name in ("nodeid", "workload", "run_name"):
@@ -209,7 +211,7 @@ def test_other_kinds_of_values_are_refused(name: str, value: Any, why: str) -> N
                 type(record).from_dict({**record.to_dict(), name: value})
 
 
-def test_a_test_that_ran_without_a_clock_is_disabled() -> None:
+def test_an_untimed_test_is_disabled() -> None:
     reason = f"{NOT_MEASURED}: pytest-benchmark is disabled"
     assert result_of(status="skipped", reason=reason).is_disabled
     assert not result_of(status="failed", reason=reason).is_disabled
@@ -218,7 +220,7 @@ def test_a_test_that_ran_without_a_clock_is_disabled() -> None:
 
 
 def test_a_result_needs_its_identity() -> None:
-    why = "not a result: it must have nodeid, workload, run_name, params"
+    why = "not a result: it must also have nodeid, workload, run_name, params"
     with pytest.raises(SchemaError, match=rf"^{why}$"):
         Result.from_dict({"status": "ok"})
 
@@ -238,11 +240,11 @@ def test_the_run_name_is_not_the_identity(tmp_path: Path) -> None:
     journal.append(result_of("a", run_name="two", samples_per_s=2.0))
     assert [r.run_name for r in journal.results] == ["two"]
     assert [r.run_name for r in read(journal.path).results] == ["two"]
-    # Nothing is taken back from the file.
+    # The file still has all lines.
     assert len(journal.path.read_text().splitlines()) == 3
 
 
-def test_each_result_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_each_result_is_written_immediately(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl", ENVIRONMENT)
     assert read(journal.path) == Saved(ENVIRONMENT, [], [])
     for count in (1, 2):
@@ -271,7 +273,7 @@ def refused(path: Path) -> str:
     return message.replace(str(path), "FILE")
 
 
-def test_every_torn_end_keeps_the_earlier_results(journal_path: Path) -> None:
+def test_a_torn_last_line_keeps_earlier_results(journal_path: Path) -> None:
     whole = read(journal_path).results
     assert len(whole) == 3
     lines = journal_path.read_bytes().splitlines(keepends=True)
@@ -284,7 +286,7 @@ def test_every_torn_end_keeps_the_earlier_results(journal_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["{half", "\0\0\0", "x", '{"a": 1}{"b": 2}'])
-def test_a_broken_line_loses_no_other_and_is_told(journal_path: Path, broken: str) -> None:
+def test_a_broken_line_is_skipped_and_reported(journal_path: Path, broken: str) -> None:
     whole = read(journal_path)
     lines = journal_path.read_text().splitlines()
     for at in (1, 2, len(lines)):
@@ -299,17 +301,17 @@ def test_a_torn_header_is_refused(journal_path: Path) -> None:
     assert refused(journal_path) == "FILE is not JSON: it is cut off (line 1, column 16)"
 
 
-def test_a_journal_line_that_is_no_result_is_refused(journal_path: Path) -> None:
+def test_rejects_a_journal_line_without_a_result(journal_path: Path) -> None:
     with journal_path.open("a") as file:
         file.write('{"nodeid": "d"}\n')
     with pytest.raises(
-        SchemaError, match=r"not a result: it must have workload, run_name, params$"
+        SchemaError, match=r"not a result: it must also have workload, run_name, params$"
     ):
         read(journal_path)
 
 
 @pytest.mark.parametrize("record", ["5", "null", "[]", '"text"'])
-def test_a_journal_line_that_is_no_object_is_refused(journal_path: Path, record: str) -> None:
+def test_rejects_a_journal_line_without_an_object(journal_path: Path, record: str) -> None:
     with journal_path.open("a") as file:
         file.write(record + "\n")
     with pytest.raises(SchemaError, match="not a result"):
@@ -322,7 +324,7 @@ NO_BLOCK = "FILE has no int8bench block: it was not saved by pytest-int8bench"
 NO_HEADER = "FILE is not a journal of pytest-int8bench: it has no header"
 QUOTES = "Expecting property name enclosed in double quotes"
 CUT_OFF = "FILE is not JSON: it is cut off (line 1, column 45)"
-NEWER = "FILE has schema 2, this version reads up to 1: update pytest-int8bench"
+NEWER = "FILE has schema 2, but this version reads only up to 1; update pytest-int8bench"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
     assert refused(path) == message
 
 
-def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_truncated_file(tmp_path: Path) -> None:
     block = Saved(ENVIRONMENT, [MEASURED], [verdict_of()]).to_dict()
     whole = json.dumps({"benchmarks": [], "int8bench": block}, indent=1)
     path = tmp_path / "run.json"
@@ -416,7 +418,7 @@ def test_errors_name_the_test_of_a_damaged_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "packages"])
-def test_parts_of_the_fingerprint_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
+def test_rejects_fingerprint_parts_of_wrong_types(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run.json"
     for value in ("A100", [], 5):
         block = Saved({**ENVIRONMENT, name: value}, []).to_dict()
@@ -428,7 +430,7 @@ def test_parts_of_the_fingerprint_of_another_kind_are_refused(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("value", [5, [5], None, [None], "text"])
-def test_results_of_another_kind_are_refused(tmp_path: Path, value: Any) -> None:
+def test_rejects_results_of_wrong_types(tmp_path: Path, value: Any) -> None:
     block = {**Saved(ENVIRONMENT, [], []).to_dict(), "results": value}
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
@@ -436,7 +438,7 @@ def test_results_of_another_kind_are_refused(tmp_path: Path, value: Any) -> None
         read(path)
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_binary_file(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(b"\x80\x81\x00")
     assert refused(path)
@@ -470,7 +472,7 @@ def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "\n", '\n{"nodeid": "half'])
-def test_a_journal_goes_on_after_its_process_ended(tmp_path: Path, end: str) -> None:
+def test_a_journal_can_be_reopened(tmp_path: Path, end: str) -> None:
     path = tmp_path / "journal.jsonl"
     first = dataclasses.replace(MEASURED, nodeid="first")
     Journal(path, {"commit": "abc"}).append(first)

@@ -1,4 +1,4 @@
-"""What a report shows of one or many saved files, whatever it is written in."""
+"""Build the content of a report from one or more saved files, whatever its output format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from pytest_int8bench.report.page.sections import (
 )
 from pytest_int8bench.report.page.sources import Found, Source, current, with_new_names
 from pytest_int8bench.report.tables import MISSING, Grid, number, plain_grid
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Accuracy
 from pytest_int8bench.words import plural
@@ -31,7 +30,7 @@ TITLE = "INT8 inference benchmarks"
 
 
 def build(sources: Sequence[Source]) -> View:
-    """Return the view of files, oldest first. Of points that several have, the last one counts."""
+    """Return the view of files, oldest first. Of a point in several files, the last one counts."""
     sources, renames = with_new_names(sources)
     results = current(sources, lambda saved: saved.results)
     verdicts = current(sources, lambda saved: saved.accuracy)
@@ -55,7 +54,7 @@ def build(sources: Sequence[Source]) -> View:
     found = tuple(section for section in sections if section is not None)
     missing = _missing({section.id for section in found})
     machines = list(dict.fromkeys(describe(source.saved.environment) for source in sources))
-    others = f" (the last of {len(machines)} environments)" if len(machines) > 1 else ""
+    others = f" (the latest of {len(machines)} environments)" if len(machines) > 1 else ""
     view = View(
         title=TITLE,
         subtitle=describe(sources[-1].saved.environment) + others,
@@ -71,7 +70,7 @@ def _problems(timed: Sequence[Found[Any]], many: bool) -> Section | None:
         return None
     rows = [
         [
-            point_label(found.record.workload, found.record.run_name),
+            found.record.label,
             labels.test_of(found.record),
             status_text(found.record),
             found.record.reason or "no reason given",
@@ -82,12 +81,14 @@ def _problems(timed: Sequence[Found[Any]], many: bool) -> Section | None:
     return Section(
         id="problems",
         title="Skipped, failed and out of memory",
-        tables=(Titled(caption="Points that are not ok", grid=with_sources(grid, shown, many)),),
+        tables=(
+            Titled(caption="Points without valid figures", grid=with_sources(grid, shown, many)),
+        ),
     )
 
 
 def _environment(sources: Sequence[Source]) -> Section:
-    """Return the fingerprint, with a column for each one that differs."""
+    """Return the section of fingerprints, with one column per distinct fingerprint."""
     columns: dict[tuple[str, ...], list[Source]] = {}
     for source in sources:
         values = tuple(_shown_value(n, v) for n, v in flat(source.saved.environment).items())
@@ -107,7 +108,7 @@ def _environment(sources: Sequence[Source]) -> Section:
         rows.append([name, *cells])
         styles.append("changed" if len(set(cells)) > 1 else None)
     heads = [_range(group) for group in columns.values()] if len(sources) > 1 else ["value"]
-    grid = Grid(columns=["what", *heads], rows=rows, styles=styles, name="what", left=heads)
+    grid = Grid(columns=["property", *heads], rows=rows, styles=styles, name="property", left=heads)
     return Section(
         id="environment",
         title="Environment",
@@ -125,18 +126,18 @@ def _shown_value(name: str, value: Any) -> str:
         return MISSING
     if name == "memory_bytes" and labels.is_number(value):
         return f"{number(value / 2**30)} GiB"
-    return labels.said(value)
+    return labels.shown_value(value)
 
 
 _WHY_MISSING = {
     "throughput": "Throughput: no point was timed.",
-    "speedup": "Speedup: no candidate was measured beside its baseline.",
-    "accuracy": "Accuracy: no accuracy test came to a verdict.",
-    "memory": "Memory: no point has a peak, which is known on CUDA only.",
-    "compile": "Compile time: no point has one.",
-    "device-time": "Where device time went: no point has it, which is known on CUDA only.",
-    "coverage": "Coverage: no point has it.",
-    "sensitivity": "Layer sensitivity: int8bench sensitivity measures it.",
+    "speedup": "Speedup: no candidate was measured against its baseline.",
+    "accuracy": "Accuracy: no accuracy test reached a verdict.",
+    "memory": "Memory: not measured for any point (requires CUDA).",
+    "compile": "Compile time: not measured for any point.",
+    "device-time": "Device time: not measured for any point (requires CUDA).",
+    "coverage": "Coverage: no point reports quantized layers.",
+    "sensitivity": "Layer sensitivity: not measured; run int8bench sensitivity.",
 }
 
 
@@ -177,6 +178,6 @@ def _summary(
         yield f"Accuracy: {counted} (limit {limits})."
     if checks := len(judged) - len(real):
         yield (
-            f"{plural(checks, 'verdict')} on random weights: a check of the pipeline, which says "
-            "nothing about a trained model."
+            f"{plural(checks, 'verdict')} on random weights (a pipeline check, which says nothing "
+            "about a trained model)."
         )

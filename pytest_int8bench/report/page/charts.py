@@ -1,4 +1,4 @@
-"""Charts as data: what is drawn, and the table that says the same."""
+"""Charts as data. Each also returns its figures as a table."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ class Point:
     """One figure of a chart. Values are in the chart's units."""
 
     name: str
-    """The run it is of."""
+    """Run name."""
     x: float
     x_shown: str
-    """``x`` in words: ``128``, ``reduce-overhead``, a commit."""
+    """``x`` as readers see it: ``128``, ``reduce-overhead`` or a commit."""
     y: float | None
-    """None where there is no figure: ``note`` says why."""
+    """None for a point without a figure; ``note`` says why."""
     low: float | None = None
-    """Ends of the interval of ``y``; None where there is none."""
+    """Lower end of the interval of ``y``; None without an interval."""
     high: float | None = None
     note: str = ""
-    """What the figure's reader should know: ``OOM``, ``accuracy-failed``."""
+    """A remark such as ``OOM`` or ``accuracy-failed``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points that belong together."""
+    """The points of one line."""
 
     name: str
     style: int
-    """Number of the colour and the marker; 0 is the baseline's."""
+    """Index of the color and the marker; the baseline has 0."""
     points: tuple[Point, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What all charts have."""
+    """Base class of all charts."""
 
     id: str
     """Unique in the report."""
     title: str
     description: str
-    """What is to be seen, for those who do not see it."""
+    """Alternative text for readers who cannot see the chart."""
     unit: str
-    """Of the figures: ``samples/s``."""
+    """Unit of the figures, such as ``samples/s``."""
     decimals: int | None = None
-    """Of the figures; None for three significant digits at least."""
+    """Decimal places of the figures; None for at least three significant digits."""
 
     def with_interval(self, value: float | None, low: float | None, high: float | None) -> str:
         """Return a figure with its interval, if it has one."""
@@ -79,13 +79,13 @@ class Lines(Chart):
     x_label: str
     series: tuple[Series, ...]
     names: tuple[str, ...] = ()
-    """What the places 0, 1, 2 … of the x axis are called; empty for an axis of numbers."""
+    """Names of the positions 0, 1, 2 … of the x axis; empty for a numeric axis."""
     joined: bool = True
-    """Points of a series are joined: the order of the places means something."""
+    """Whether lines join the points of a series; only where the order of x means something."""
     from_zero: bool = True
-    """The y axis starts at 0."""
+    """Whether the y axis starts at 0."""
     reference: float | None = None
-    """Horizontal line."""
+    """Where to draw a horizontal line."""
     marks: tuple[Mark, ...] = ()
 
     def shown(self, point: Point) -> str:
@@ -114,7 +114,7 @@ class Bar:
     low: float | None = None
     high: float | None = None
     most: float | None = None
-    """What the value could be at most."""
+    """Upper bound of the value."""
     note: str = ""
 
 
@@ -124,7 +124,7 @@ class Bars(Chart):
 
     bars: tuple[Bar, ...]
     reference: float | None = None
-    """Vertical line."""
+    """Where to draw a vertical line."""
 
     def shown(self, bar: Bar) -> str:
         """Return a bar's figure with its interval."""
@@ -134,7 +134,7 @@ class Bars(Chart):
         """Return the figures as a table."""
         columns = ["name", self.unit + (" [95 %]" if self._has("low") else "")]
         has_most = self._has("most")
-        columns += [*(["at most"] if has_most else []), *(["note"] if self._has("note") else [])]
+        columns += ["upper bound"] * has_most + ["note"] * self._has("note")
         rows = []
         for bar in self.bars:
             row = [bar.name, self.shown(bar)]
@@ -163,7 +163,7 @@ class Stacks(Chart):
 
     def grid(self) -> Grid:
         """Return the figures as a table."""
-        columns = ["name", *(f"{part} ({self.unit})" for part in self.parts), "together"]
+        columns = ["name", *(f"{part} ({self.unit})" for part in self.parts), "total"]
         rows = []
         for stack in self.stacks:
             total = sum(stack.values)
@@ -179,15 +179,16 @@ class Spot:
     name: str
     style: int
     drop: float
-    """In percent or points."""
+    """In percent or percentage points."""
     low: float | None
-    """One-sided 95 % bounds of the drop; None where there is none."""
+    """One-sided 95 % lower bound of the drop; None if there is none."""
     high: float | None
     rate: float
     """Throughput."""
     verdict: str
     best: bool
-    """No other one is both at least as accurate and as fast, and better in one of them."""
+    """Whether it is Pareto-optimal: no other configuration is at least as accurate and as fast, and
+    better in one of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ class Pareto(Chart):
     drop_unit: str
     """``%`` of the baseline's metric, or ``pp``."""
     limits: tuple[float, ...]
-    """Largest drops that passed, in ``drop_unit``."""
+    """Largest drops that pass, in ``drop_unit``."""
     spots: tuple[Spot, ...]
 
     def grid(self) -> Grid:
@@ -207,14 +208,14 @@ class Pareto(Chart):
             f"drop {self.drop_unit} [one-sided 95 %]",
             self.unit,
             "verdict",
-            "not beaten",
+            "Pareto-optimal",
         ]
         rows = []
         for spot in self.spots:
             bounds = "" if spot.low is None else f" [{_bound(spot.low)}, {_bound(spot.high)}]"
             cells = [spot.name, f"{spot.drop:.2f}{bounds}", number(spot.rate), spot.verdict]
             rows.append([*cells, "yes" if spot.best else "no"])
-        return plain_grid(columns, rows, left=["verdict", "not beaten"])
+        return plain_grid(columns, rows, left=columns[-2:])
 
 
 AnyChart = Lines | Bars | Stacks | Pareto
@@ -225,7 +226,7 @@ def _bound(value: float | None) -> str:
 
 
 def distinct(series: Sequence[Series]) -> tuple[Series, ...]:
-    """Return series with styles of their own, by mode where that is enough."""
+    """Return the series with distinct styles, keeping the style of each mode if that suffices."""
     if len({one.style for one in series}) == len(series):
         return tuple(series)
     return tuple(

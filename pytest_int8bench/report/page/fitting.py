@@ -1,5 +1,5 @@
-"""Keep a page readable, however many points it has: pictures of what can be seen, and tables that
-say what they leave out. The saved files have everything."""
+"""Keep a page readable, however many points it has: limit charts and tables to a size that readers
+can take in, and say what is left out. The saved files have everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_int8bench.report.page.model import Section, Titled, View
 from pytest_int8bench.report.tables import Grid
 from pytest_int8bench.words import plural
 
-#: Rows of one picture, and pictures of one section.
+#: Rows of one chart, and charts of one section.
 MOST_BARS = 40
 MOST_CHARTS = 24
 #: Cells of one table, unless fewer than ``LEAST_ROWS`` rows would be left.
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def fitted(view: View) -> View:
-    """Return the view without what is too much to be seen; its notes say how much that is."""
+    """Return the view cut to the limits; notes of its sections say how much was left out."""
     return dataclasses.replace(view, sections=tuple(map(_fitted_section, view.sections)))
 
 
@@ -36,14 +36,14 @@ def _fitted_section(section: Section) -> Section:
         tables.append(Titled(caption=titled.caption, grid=grid))
         if omitted:
             left_out.append(
-                f"{titled.caption}: {plural(omitted, 'more row')} not shown here; the saved file "
-                "has all, and int8bench show prints them."
+                f"{titled.caption}: {plural(omitted, 'more row')} not shown; int8bench show prints "
+                "every row of a saved file."
             )
     if (more := len(section.charts) - MOST_CHARTS) > 0:
-        left_out.append(f"{plural(more, 'more picture')} not drawn; the tables have the figures.")
+        left_out.append(f"{plural(more, 'more chart')} not drawn; the tables have the figures.")
     notes = section.notes[:MOST_NOTES]
     if more := len(section.notes) - len(notes):
-        left_out.append(f"{plural(more, 'more remark')} not shown here.")
+        left_out.append(f"{plural(more, 'more remark')} not shown.")
     return dataclasses.replace(
         section,
         charts=tuple(map(_fitted_chart, section.charts[:MOST_CHARTS])),
@@ -53,7 +53,7 @@ def _fitted_section(section: Section) -> Section:
 
 
 def _fitted_grid(grid: Grid) -> tuple[Grid, int]:
-    """Return a table that fits, and how many rows it lacks. Rows that stand out are kept first."""
+    """Return a table that fits, and how many rows it lacks. Highlighted rows are kept first."""
     most = max(MOST_CELLS // len(grid.columns), LEAST_ROWS)
     if len(grid.rows) <= most:
         return grid, 0
@@ -68,8 +68,8 @@ def _fitted_grid(grid: Grid) -> tuple[Grid, int]:
 
 
 def _fitted_chart(chart: AnyChart) -> AnyChart:
-    """Return a chart with its lowest and its highest rows; of a Pareto chart, what nothing beats
-    comes first. A chart of lines was cut into chunks where it was made."""
+    """Return a chart with its lowest and highest rows only; a Pareto chart keeps its Pareto-optimal
+    points first. Line charts are returned unchanged, as they were split when they were built."""
     if isinstance(chart, Bars):
         bars = _ends(chart.bars, _length)
         return dataclasses.replace(chart, bars=bars, title=_title(chart, bars, chart.bars))
@@ -104,7 +104,7 @@ def _best(spots: tuple[Spot, ...]) -> tuple[Spot, ...]:
 
 
 def _length(bar: Bar) -> float:
-    return math.inf if bar.value is None else bar.value  # out of memory: more than any
+    return math.inf if bar.value is None else bar.value  # out of memory: above all others
 
 
 def _total(stack: Stack) -> float:

@@ -1,4 +1,4 @@
-"""Points that belong together, and what tells them apart."""
+"""Group points by workload and device, and name the points of a group."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Scope:
 
     id: str
     title: str
-    """What is added to the title of a chart; empty where there is one scope only."""
+    """Suffix for the titles of charts; empty if there is only one scope."""
     workload: str
     device: str
     results: tuple[Result, ...]
 
     def pick(self, keep: Callable[[Result], bool]) -> list[tuple[Result, Params, str]]:
-        """Return the points to keep, each with its parameters and the shortest name that tells it
-        from the others that are kept."""
+        """Return the points that ``keep`` selects, each with its parameters and the shortest name
+        that distinguishes it from the others."""
         kept = [result for result in self.results if keep(result)]
-        params = [labels.plain(result) for result in kept]
+        params = [labels.identifying_params(result) for result in kept]
         return list(zip(kept, params, _names(kept, params), strict=True))
 
 
@@ -44,16 +44,16 @@ def scopes_of(results: Results) -> list[Scope]:
     workloads, devices = ({key[i] for key in groups} for i in range(2))
     scopes = []
     for index, ((workload, where), group) in enumerate(groups.items(), start=1):
-        group = sorted(group, key=lambda result: labels.order(labels.plain(result)))
-        said = [workload] if len(workloads) > 1 else []
-        said += [where] if len(devices) > 1 else []
-        title = f": {', '.join(said)}" if said else ""
+        group = sorted(group, key=lambda result: labels.order(labels.identifying_params(result)))
+        parts = [workload] if len(workloads) > 1 else []
+        parts += [where] if len(devices) > 1 else []
+        title = f": {', '.join(parts)}" if parts else ""
         scopes.append(Scope(str(index), title, workload, where, tuple(group)))
     return scopes
 
 
 def _names(results: Sequence[Result], params: Sequence[Params]) -> list[str]:
-    """Return a name for each point; the test's is in it where nothing else differs."""
+    """Return a name for each point, with the test's name if nothing else distinguishes points."""
     differing = labels.differing(params)
     names = [labels.label(point, differing) for point in params]
     twice = {name for name, count in Counter(names).items() if count > 1}
@@ -64,14 +64,14 @@ def _names(results: Sequence[Result], params: Sequence[Params]) -> list[str]:
 
 
 def note(result: Result) -> str:
-    """Return what a figure's reader should know in a word."""
+    """Return a one-word remark on the point's figure: its status if not ok, or ``throttled``."""
     if result.status != "ok":
         return status_text(result)
     return "throttled" if result.throttled else ""
 
 
 def with_sources(grid: Grid, shown: Sequence[Found[Any]], many: bool) -> Grid:
-    """Return the table with the file of each row, where there are several."""
+    """Return the table, with a column that names the file of each row if there are ``many``."""
     if not many:
         return grid
     rows = [[*row, f.source.label] for row, f in zip(grid.rows, shown, strict=True)]

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network."""
+"""Render a report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pytest_int8bench.report.page.svg import DARK, LIGHT, draw
 from pytest_int8bench.report.tables import MISSING, Grid, finite
 from pytest_int8bench.version import __version__
 
-#: Version of the data that a page carries.
+#: Version of the JSON data that a page embeds.
 SCHEMA = 1
-#: Its element.
+#: Id of the element that holds the data.
 DATA_ID = "report-data"
-#: Cells that are coloured beside what they say.
+#: First word of a cell -> the CSS class that colors it.
 _TONES = {
     "PASS": "good",
     "FAIL": "bad",
@@ -28,7 +28,7 @@ _TONES = {
 
 
 def render(view: View) -> str:
-    """Return the page."""
+    """Return the HTML text of the page."""
     environment = Environment(
         loader=PackageLoader("pytest_int8bench.report", "page"),
         autoescape=True,
@@ -57,7 +57,7 @@ def render(view: View) -> str:
 
 
 def data(view: View) -> dict[str, Any]:
-    """Return the figures that the page shows, as plain values."""
+    """Return the page's charts as plain values for JSON."""
     charts = [chart for section in view.sections for chart in section.charts]
     return {
         "schema": SCHEMA,
@@ -79,5 +79,5 @@ def _tone(cell: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Return a run name that may be broken behind its underscores."""
+    """Return a run name that browsers may break after underscores."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))

@@ -1,4 +1,4 @@
-"""Labels of points: short names instead of whole run names, their styles and intervals."""
+"""Label points with short names instead of whole run names, and choose their styles and order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pytest_int8bench.params import MEASURING_FIELDS
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.records import Result
 
-#: Parameters that say how a model is quantized, apart from where its kernels come from.
+#: Parameters that say how a model is quantized, but not which kernels it runs.
 MODE_FIELDS = ("int8_enabled", "int8_mode", "int8_smoothquant", "bf16")
-#: What people call the axes that are numbers.
+#: Short names of numeric axes.
 _SPOKEN = {
     "batch_size": "batch",
     "image_size": "image",
@@ -23,21 +23,23 @@ _QUANTIZED = [name.upper() for name in SWEPT_MODES]
 _MODES = ("BF16", *_QUANTIZED, *(f"{name}, SmoothQuant" for name in _QUANTIZED))
 
 
-def plain(record: Record) -> dict[str, Any]:
-    """Return the parameters that make a point, those of its workload among them as
-    ``extra.NAME``. A baseline has no kernels of INT8 to choose."""
+def identifying_params(record: Record) -> dict[str, Any]:
+    """Return the parameters that identify a point, its workload's own as ``extra.NAME``.
+
+    Baselines have no INT8 kernels to choose, so their ``int8_*`` parameters are left out.
+    """
     values = {name: v for name, v in record.params.items() if name not in MEASURING_FIELDS}
     extra = values.pop("extra", None)
     for name, value in extra.items() if isinstance(extra, dict) else ():
         values[f"extra.{name}"] = value
     if not values.get("int8_enabled"):
         values = {name: v for name, v in values.items() if not name.startswith("int8_")}
-    # A list or an object of a damaged file could not be a key.
+    # Damaged files may hold lists or objects, which are not hashable.
     return {name: v if isinstance(v, str | int | float) else str(v) for name, v in values.items()}
 
 
 def mode(params: Mapping[str, Any]) -> str:
-    """Return what a point computes in: ``BF16``, ``W8A8, SmoothQuant``, ``W8 (FP32)``."""
+    """Return the name of a point's mode: ``BF16``, ``W8A8, SmoothQuant``, ``W8 (FP32)``."""
     is_bf16 = params.get("bf16", True)
     if not params.get("int8_enabled"):
         return "BF16" if is_bf16 else "FP32"
@@ -46,7 +48,7 @@ def mode(params: Mapping[str, Any]) -> str:
 
 
 def style(params: Mapping[str, Any]) -> int:
-    """Return the number of the colour and marker of a point's mode, 0 for a baseline."""
+    """Return the index of the color and marker of a point's mode, 0 for a baseline."""
     if not params.get("int8_enabled"):
         return 0
     name = mode(params).removesuffix(" (FP32)")
@@ -54,7 +56,7 @@ def style(params: Mapping[str, Any]) -> int:
 
 
 def order(params: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a key that sorts points by their axes, and where these are equal by mode."""
+    """Return a key that sorts points by their axes, then by mode."""
     axes = {name: value for name, value in sorted(params.items()) if name not in MODE_FIELDS}
     shared = [_sortable(value) for name, value in axes.items() if not name.startswith("int8_")]
     own = [_sortable(value) for name, value in axes.items() if name.startswith("int8_")]
@@ -62,8 +64,8 @@ def order(params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def differing(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the parameters in which ``points`` differ, the mode aside. Those of
-    INT8 are asked of the points that are quantized only."""
+    """Return the names of the parameters in which ``points`` differ, except those of the mode.
+    ``int8_*`` parameters are compared among quantized points only."""
     points = list(points)
     found = []
     for name in dict.fromkeys(name for point in points for name in point):
@@ -74,7 +76,7 @@ def differing(points: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def label(params: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return the mode and the values of ``names``, those that the point has."""
+    """Return the mode and the values of those parameters in ``names`` that the point has."""
     return ", ".join([mode(params), *(setting(n, params[n]) for n in names if n in params)])
 
 
@@ -82,36 +84,36 @@ def setting(name: str, value: object) -> str:
     """Return a parameter with its value: ``batch 128``, ``compile_mode=default``."""
     if name in _SPOKEN:
         return f"{_SPOKEN[name]} {value}"
-    return f"{name.removeprefix('extra.')}={said(value)}"
+    return f"{name.removeprefix('extra.')}={shown_value(value)}"
 
 
 def axis(name: str) -> str:
-    """Return what an axis is called."""
+    """Return the name of an axis."""
     return _SPOKEN.get(name, name.removeprefix("extra."))
 
 
-def said(value: object) -> str:
-    """Return a value as users write it."""
+def shown_value(value: object) -> str:
+    """Return a value as users write it in options."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def is_number(value: object) -> bool:
-    """Say whether a value has a place on an axis of numbers."""
+    """Return whether a value can be placed on a numeric axis."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def test_of(record: Record) -> str:
-    """Return a node id without its parameters."""
+    """Return the record's node id without parameters."""
     return record.nodeid.partition("[")[0]
 
 
 def is_measured(result: Result) -> bool:
-    """Say whether there are figures of a point."""
+    """Return whether the point has a throughput."""
     return result.samples_per_s is not None
 
 
 def sortable_values(values: Iterable[Any]) -> list[Any]:
-    """Return distinct values in order, numbers by size."""
+    """Return the distinct values in order, numbers first and by size."""
     return sorted({_typed(v): v for v in values}.values(), key=_sortable)
 
 

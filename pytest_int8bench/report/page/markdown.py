@@ -1,4 +1,4 @@
-"""A report as Markdown: the tables of the page, and the figures of its pictures as tables."""
+"""Render a report as Markdown. Charts become tables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pytest_int8bench.report.tables import (
 )
 from pytest_int8bench.version import __version__
 
-#: Where a reader finds what the file leaves out.
-_ALL_ARE = "the worst come first; int8bench show prints all of a saved file"
+_ELSEWHERE = "the worst are shown first; int8bench show prints every row of a saved file"
 
 
 def render(view: View, limit_bytes: int = MARKDOWN_BYTES) -> str:
-    """Return the report as GitHub shows it: with all rows and remarks, or as many of each section
-    as ``limit_bytes`` hold."""
+    """Return the report as Markdown for GitHub, with all rows and remarks or as many of each
+    section as fit into ``limit_bytes``."""
     text = _text(view)
     if len(text.encode()) <= limit_bytes:
         return text
@@ -30,7 +29,7 @@ def render(view: View, limit_bytes: int = MARKDOWN_BYTES) -> str:
 
 
 def _text(view: View, most: int | None = None) -> str:
-    """Return the report with so many rows in each table, and so many remarks in each section."""
+    """Return the report with at most ``most`` rows a table and remarks a section."""
     parts = [f"# {escaped(view.title)}\n", f"{escaped(view.subtitle)}\n"]
     parts.append(_items(view.summary, most))
     parts.append("".join(f"- [{escaped(s.title)}](#{_anchor(s.title)})\n" for s in view.sections))
@@ -38,12 +37,11 @@ def _text(view: View, most: int | None = None) -> str:
         parts.append(f"## {escaped(section.title)}\n")
         parts += [f"{escaped(line)}\n" for line in section.intro]
         for title, grid in _grids(section):
-            parts += [f"### {escaped(title)}\n", grid.markdown(most, _ALL_ARE)]
+            parts += [f"### {escaped(title)}\n", grid.markdown(most, _ELSEWHERE)]
         parts.append(_items(section.notes, most))
-    version = __version__
     parts.append(
-        f"<sub>Written by pytest-int8bench {version}. Intervals are at 95 %; {MISSING} stands for "
-        "what was not measured.</sub>\n"
+        f"<sub>Written by pytest-int8bench {__version__}. Intervals are at the 95 % level; "
+        f"{MISSING} means not measured.</sub>\n"
     )
     return "\n".join(part for part in parts if part)
 
@@ -61,6 +59,6 @@ def _items(lines: tuple[str, ...], most: int | None) -> str:
 
 
 def _anchor(title: str) -> str:
-    """Return the name that GitHub gives a heading."""
+    """Return the anchor that GitHub derives from a heading."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")

@@ -1,4 +1,4 @@
-"""The parts of a report, whatever it is written in."""
+"""The parts of a report, whatever its output format."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class Titled:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One heading and what is below it."""
+    """A heading with its text, charts and tables."""
 
     id: str
     title: str
     intro: tuple[str, ...] = ()
-    """How to read it: paragraphs."""
+    """Paragraphs that say how to read the section."""
     pictures: tuple[str, ...] = ()
-    """How to read its charts, where they are drawn."""
+    """Paragraphs that say how to read its charts; only for formats that draw them."""
     charts: tuple[AnyChart, ...] = ()
     tables: tuple[Titled, ...] = ()
     notes: tuple[str, ...] = ()
-    """What must be known beyond charts and tables."""
+    """Remarks below charts and tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """All that a report shows."""
+    """The content of a report."""
 
     title: str
     subtitle: str
-    """What was measured on."""
+    """The machine and its software."""
     summary: tuple[str, ...]
-    """What came out, a sentence each."""
+    """The main results, one sentence each."""
     sections: tuple[Section, ...]

@@ -1,4 +1,4 @@
-"""The files that a report is made of, and which of their records count."""
+"""The files that a report is built from, and which of their records it uses."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class Source:
     """One saved file, or the session that is ending."""
 
     name: str
-    """The file's name, without its folders where that is enough."""
+    """The file's name, with its folders only if names alone are ambiguous."""
     label: str
-    """Short and unique: the commit, or the name."""
+    """A short unique label: the commit, or the file's name."""
     saved: Saved
 
 
 @dataclass(frozen=True)
 class Found(Generic[_RecordT]):
-    """A record and where it is from."""
+    """A record and the file that it comes from."""
 
     source: Source
     record: _RecordT
 
     @property
     def device(self) -> str:
-        """Name of the GPU or CPU that it was measured on."""
+        """Name of the GPU or CPU on which it was measured."""
         return device(self.source.saved.environment)
 
 
 def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
-    """Return the sources of files, by their paths or another name. Texts are cleaned already:
-    when files are read, and by :meth:`~.Saved.cleaned` at the end of a session."""
+    """Return sources for files, each named by its path or otherwise. Texts must be clean, as they
+    are after reading a file or after :meth:`~.Saved.cleaned`."""
     names = [one_line(Path(name).name or name) for name, _ in named]
     if len(set(names)) < len(names):
         names = [one_line(name) for name, _ in named]
@@ -60,8 +60,8 @@ def sources(named: Sequence[tuple[str, Saved]]) -> tuple[Source, ...]:
 
 
 def with_new_names(given: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """Return the sources with points of older files under their new names, and lines that say
-    so."""
+    """Return the sources with renamed points of older files under their new names, and lines that
+    list the renames."""
     runs, renames = renamed([Run(Path(source.name), source.saved) for source in given])
     return [replace(s, saved=r.saved) for s, r in zip(given, runs, strict=True)], renames.lines
 
@@ -69,7 +69,8 @@ def with_new_names(given: Sequence[Source]) -> tuple[list[Source], list[str]]:
 def current(
     given: Iterable[Source], records: Callable[[Saved], Sequence[_RecordT]]
 ) -> list[Found[_RecordT]]:
-    """Return each record of the last file that has it. Another device is another record."""
+    """Return each record from the last file that has it. Records of different devices are kept
+    apart."""
     latest: dict[tuple[Any, ...], Found[_RecordT]] = {}
     for source in given:
         for record in records(source.saved):
@@ -81,7 +82,7 @@ def current(
 
 
 def device(environment: dict[str, Any]) -> str:
-    """Return the name of the GPU, or of the CPU without one."""
+    """Return the name of the GPU or, without one, of the CPU."""
     gpu = environment.get("gpu") or {}
     return str(gpu.get("name") or environment.get("cpu") or "unknown device")
 

@@ -29,8 +29,8 @@ def _style(page: str, series: str) -> dict[str, str]:
     return dict(zip([*names, *numbers], [*page.split(), *series.split()], strict=True))
 
 
-#: The light and the dark style: the colour of each CSS variable. Series have ``s0`` to ``s7``,
-#: which are close to Okabe and Ito's palette; ``s0`` is the baseline's.
+#: The light and the dark style: CSS variable -> color. Series use ``s0`` to ``s7``, which are close
+#: to Okabe and Ito's palette; ``s0`` is the baseline's.
 LIGHT = _style(
     "#ffffff #1b2129 #5a6572 #dfe3e8 #f5f7f9 #0b5cad #0b6b3a #b3261e #8a5a00",
     "#5b6470 #0072b2 #c65102 #00795a #a8418f #8a6a00 #2b8fc7 #6b4fbb",
@@ -39,9 +39,9 @@ DARK = _style(
     "#14181d #e7ebef #a3adb8 #333b45 #1c2229 #7db8f2 #5fd39a #ff8a80 #f0c35a",
     "#aeb7c2 #56b4e9 #ff9a4d #35c79b #e58fce #e3c34a #9fd3f5 #b4a2f2",
 )
-#: Charts are drawn in the light style. Its colours are distinct, so each identifies its variable.
+#: Charts are drawn in the light style. Its colors are distinct, so each identifies its variable.
 _VARIABLES = {color: f"var(--{name})" for name, color in LIGHT.items()}
-#: Colour, marker and line style of each ``Series.style``; no two series differ in colour alone.
+#: Color, marker and line style of each ``Series.style``; no two series differ in color alone.
 _SERIES: list[dict[str, Any]] = list(
     cycler(color=[LIGHT[f"s{index}"] for index in range(8)])
     + cycler(marker=list("os^DvPX<"))
@@ -77,16 +77,16 @@ _LOG_X, _LOG_Y = 8, 20
 _MOST_TICKS = 12
 _ROW_COLUMNS = 60
 _LEGEND_COLUMNS = 58
-#: The least that a y axis which does not start at 0 spans, so that noise does not fill it.
+#: Smallest relative span of a y axis that does not start at 0, so that noise does not fill it.
 _LEAST_SPAN = 0.1
-#: Narrower parts of a stack, in percent, have no room for their number.
+#: Parts of a stack narrower than this many percent have no room for their number.
 _LEAST_NUMBERED = 3
 
 
 def draw(chart: AnyChart) -> str:
     """Return a chart as an ``svg`` element with a title and a description.
 
-    Its colours are the CSS variables of ``LIGHT``, so a page can switch to ``DARK``.
+    Its colors are the CSS variables of ``LIGHT``, so a page can switch to ``DARK``.
     """
     with _settings(chart.id):
         figure = Figure(figsize=(_WIDTH_IN, 3.4), layout="constrained")
@@ -107,8 +107,8 @@ def draw(chart: AnyChart) -> str:
 
 @contextmanager
 def _settings(salt: str) -> Iterator[None]:
-    # Ignores the user's matplotlibrc. The salt makes ids unique on a page, and reproducible.
-    # matplotlib warns of characters that its font lacks; the reader's browser has fonts for them.
+    # Ignore the user's matplotlibrc. The salt makes ids reproducible and unique on a page.
+    # Matplotlib warns about characters that its font lacks, but browsers fall back to other fonts.
     rc = {**_RC, "svg.hashsalt": salt}
     with matplotlib.style.context(["default", rc]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,9 +116,9 @@ def _settings(salt: str) -> Iterator[None]:
 
 
 def _element(text: str, chart: AnyChart) -> str:
-    """Return matplotlib's SVG file as a named element whose colours are CSS variables."""
+    """Return Matplotlib's SVG file as an element with a title, and CSS variables as colors."""
     text = text[text.index("<svg ") :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and used by nothing
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused, and repeated in every figure
     text = re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: _VARIABLES.get(m[0], m[0]), text)
     text = re.sub(r"\s*\n\s*", "\n", text)
     title, description = f"{chart.id}-title", f"{chart.id}-desc"
@@ -150,8 +150,8 @@ def _lines(axes: Axes, chart: Lines) -> None:
             markersize=8,
             markeredgewidth=2,
             clip_on=False,
-            transform=axes.get_xaxis_transform(),  # on the x axis, whatever y starts at
-            label=f"no figure: {reasons}",
+            transform=axes.get_xaxis_transform(),  # on the x axis, wherever y starts
+            label=f"no value: {reasons}",
             zorder=5,
         )
     axes.set_ylabel(chart.unit)
@@ -191,7 +191,7 @@ def _one_line(axes: Axes, series: Series, joined: bool) -> None:
         markeredgewidth=1.6,
         zorder=5,
     )
-    # One line with gaps: Matplotlib takes milliseconds for each line.
+    # Draw all intervals as one line with gaps, as each line costs Matplotlib milliseconds.
     spans = [(p.x, p.low, p.high) for p in points if p.low is not None and p.high is not None]
     xs = [end for x, _, _ in spans for end in (x, x, np.nan)]
     ys = [end for _, low, high in spans for end in (low, high, np.nan)]
@@ -265,7 +265,7 @@ def _bars(axes: Axes, chart: Bars) -> None:
 
 
 def _stacks(axes: Axes, chart: Stacks) -> None:
-    """Draw the shares of the parts, numbered as in the legend."""
+    """Draw the share of each part, numbered as in the legend."""
     styles = (1, 2, 3, 0)
     values = np.array([stack.values for stack in chart.stacks], dtype=float)
     totals = values.sum(axis=1)
@@ -285,13 +285,13 @@ def _stacks(axes: Axes, chart: Stacks) -> None:
         axes.bar_label(bars, numbers, label_type="center", color=LIGHT["paper"], fontsize=9)
     for row, stack in enumerate(chart.stacks):
         _row_text(axes, row, stack.name, f"{number(totals[row])} {chart.unit}")
-    _rows(axes, len(chart.stacks), "% of the whole")
+    _rows(axes, len(chart.stacks), "% of the total")
     axes.set_xlim(0, 100)
     _legend(axes, columns=2)
 
 
 def _row_text(axes: Axes, row: int, name: str, shown: str) -> None:
-    """Write a row's name and figure above it: names are long, and pages narrow."""
+    """Write a row's name and figure above its bar, as names are too long to fit beside it."""
     place: dict[str, Any] = {
         "xycoords": axes.get_yaxis_transform(),
         "textcoords": "offset points",
@@ -373,7 +373,7 @@ def _tick(value: float, _: object) -> str:
 
 
 def _say_above(axes: Axes, x: float, text: str, **style: Any) -> None:
-    """Name a vertical line, above the axes."""
+    """Write the name of a vertical line above the axes."""
     axes.annotate(
         text,
         (x, 1),
@@ -388,7 +388,7 @@ def _say_above(axes: Axes, x: float, text: str, **style: Any) -> None:
 
 
 def _legend(axes: Axes, columns: int | None = None) -> None:
-    """Put the legend above the axes, and make the figure higher by it."""
+    """Put the legend above the axes, and make the figure taller to fit it."""
     handles, names = axes.get_legend_handles_labels()
     if columns is None:
         is_short = sum(len(name) + 7 for name in names) <= _LEGEND_COLUMNS

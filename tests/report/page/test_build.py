@@ -1,4 +1,4 @@
-"""What reports show, and the pages and Markdown that show it."""
+"""The content of reports, and the HTML pages and Markdown rendered from it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def series_of(chart: Lines) -> dict[str, list[float | None]]:
 # -- throughput -------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_a_line_for_each_mode_with_the_saved_rates() -> None:
+def test_a_sweep_has_a_line_per_mode_with_the_saved_rates() -> None:
     [chart] = section(view_of(everything()), "throughput").charts
     assert isinstance(chart, Lines)
     assert chart.title == "Throughput against batch"
@@ -72,7 +72,7 @@ def test_a_sweep_is_a_line_for_each_mode_with_the_saved_rates() -> None:
     assert (lost.note, chart.shown(lost)) == ("OOM", "-")
 
 
-def test_the_interval_of_a_rate_is_that_of_its_batch_time() -> None:
+def test_a_rate_gets_its_interval_from_the_batch_time() -> None:
     [chart] = charts_of([result(BASE, 100.0, batch_time_standard_error=0.01), result(W8A8, 110.0)])
     point = chart.series[0].points[0]
     assert point.low == pytest.approx(100 / 1.0196)
@@ -103,7 +103,7 @@ def test_every_swept_axis_has_its_chart() -> None:
     assert not charts[1].joined
 
 
-def test_an_axis_of_numbers_is_in_their_order() -> None:
+def test_a_numeric_axis_is_sorted() -> None:
     [chart] = charts_of([result(BASE.replace(batch_size=size), 1.0) for size in (64, 8, 128)])
     assert [point.x_shown for point in chart.series[0].points] == ["8", "64", "128"]
 
@@ -114,7 +114,7 @@ def test_without_a_sweep_modes_are_compared() -> None:
     assert chart.names == ("BF16", "W8A8")
 
 
-def test_many_results_without_a_sweep_are_drawn_in_parts() -> None:
+def test_many_results_without_a_sweep_are_split_into_charts() -> None:
     charts = charts_of([replace(result(BASE, 100.0), nodeid=f"t.py::test_{i}") for i in range(30)])
     assert [chart.title for chart in charts] == [
         "Throughput by mode (1 of 2)",
@@ -123,7 +123,7 @@ def test_many_results_without_a_sweep_are_drawn_in_parts() -> None:
     assert [len(chart.series) for chart in charts] == [24, 6]
 
 
-def test_more_lines_than_can_be_told_apart_get_more_charts() -> None:
+def test_too_many_lines_are_split_into_charts() -> None:
     points = [
         BASE.replace(batch_size=batch, image_size=image)
         for batch in (1, 2)
@@ -137,12 +137,12 @@ def test_more_lines_than_can_be_told_apart_get_more_charts() -> None:
     assert len({series.style for series in batch[0].series}) == 6
 
 
-def test_baselines_have_no_kernels_of_int8_to_be_told_apart_by() -> None:
+def test_baselines_are_not_distinguished_by_int8_backend() -> None:
     [chart] = charts_of([result(BASE, 1.0), result(W8A8.replace(int8_backend="torchao"), 2.0)])
     assert chart.names == ("BF16", "W8A8")
 
 
-def test_workloads_and_devices_are_kept_apart() -> None:
+def test_workloads_and_devices_have_separate_charts() -> None:
     other = replace(result(BASE, 7.0), workload="vit")
     view = view_of(Saved(GPU, [result(BASE, 5.0), other]), Saved(CPU, [result(BASE, 3.0)]))
     assert [chart.title for chart in section(view, "throughput").charts] == [
@@ -152,7 +152,7 @@ def test_workloads_and_devices_are_kept_apart() -> None:
     ]
 
 
-def test_two_tests_of_one_point_are_told_apart() -> None:
+def test_two_tests_of_one_point_are_distinguished() -> None:
     again = replace(result(BASE, 7.0), nodeid="b/test_t.py::test_again[x]")
     [chart] = charts_of([result(BASE, 5.0), again])
     assert chart.names == ("BF16 (b/test_t.py::test_t)", "BF16 (b/test_t.py::test_again)")
@@ -161,7 +161,7 @@ def test_two_tests_of_one_point_are_told_apart() -> None:
 # -- the other sections -----------------------------------------------------------------------
 
 
-def test_speedups_are_the_saved_ones_with_the_ceiling() -> None:
+def test_saved_speedups_with_their_upper_bound() -> None:
     found = section(view_of(everything()), "speedup")
     [chart] = found.charts
     assert isinstance(chart, Bars)
@@ -177,14 +177,14 @@ def test_speedups_are_the_saved_ones_with_the_ceiling() -> None:
         "1.40x",
         "33%",
         "97%",
-        "products 60%, attention 30%, rest 10%",
+        "matmuls 60%, attention 30%, rest 10%",
     ]
 
 
 def test_a_speedup_of_separate_measurements_is_marked() -> None:
     apart = faster(W8A8, 5.0, 1.1, speedup_method="separate", speedup_low=None, speedup_high=None)
     [chart] = charts_of([result(BASE, 4.5), apart], "speedup")
-    assert (chart.shown(chart.bars[0]), chart.bars[0].note) == ("1.10", "apart")
+    assert (chart.shown(chart.bars[0]), chart.bars[0].note) == ("1.10", "separate")
 
 
 def test_accuracy_against_throughput() -> None:
@@ -201,7 +201,7 @@ def test_accuracy_against_throughput() -> None:
 
 
 @pytest.mark.parametrize(("limit", "value", "unit"), [("0.5%", 0.5, "%"), ("2pp", 2.0, "pp")])
-def test_the_line_is_the_limit_that_was_in_force(limit: str, value: float, unit: str) -> None:
+def test_the_line_is_the_saved_limit(limit: str, value: float, unit: str) -> None:
     saved = Saved(GPU, [result(W8A8, 5.0)], [verdict(W8A8, 0.001, "PASS", limit=limit)])
     [chart] = section(view_of(saved), "accuracy").charts
     assert isinstance(chart, Pareto)
@@ -218,12 +218,11 @@ def test_a_verdict_on_random_weights_is_marked_as_a_pipeline_check() -> None:
     assert found.tables[0].grid.rows[0][-1] == "FAIL*"
     assert found.notes[-1].startswith("* pipeline check: the weights are random")
     assert view.summary[-1] == (
-        "1 verdict on random weights: a check of the pipeline, which says nothing about a trained "
-        "model."
+        "1 verdict on random weights (a pipeline check, which says nothing about a trained model)."
     )
 
 
-def test_a_bound_that_does_not_exist_is_said() -> None:
+def test_an_infinite_bound_is_shown_as_no_bound() -> None:
     judged = verdict(W8A8, 0.001, "INCONCLUSIVE", drop_high=float("inf"))
     view = view_of(Saved(GPU, [result(W8A8, 5.0)], [judged]))
     [chart] = section(view, "accuracy").charts
@@ -231,18 +230,20 @@ def test_a_bound_that_does_not_exist_is_said() -> None:
     assert html.render(view)
 
 
-def test_verdicts_without_timings_have_their_table() -> None:
+def test_verdicts_without_timings_have_a_table() -> None:
     found = section(view_of(Saved(GPU, [], [verdict(W8A8, 0.001, "PASS")])), "accuracy")
     assert found.charts == ()
     assert len(found.tables[0].grid.rows) == 1
-    assert found.notes == ("No picture against throughput: no judged point was timed as well.",)
+    assert found.notes == (
+        "Not drawn against throughput: no point has both a verdict and a throughput.",
+    )
 
 
-def test_compared_outputs_are_told() -> None:
+def test_output_comparisons_are_noted() -> None:
     proxy = verdict(W8A8, 0, "proxy-ok", metric="outputs", limit=None)
     proxy = replace(proxy, distance={"cosine": 0.999, "sqnr_db": 40.0}, floor={"cosine": 1.0})
     [note] = section(view_of(Saved(GPU, [], [proxy])), "accuracy").notes
-    assert note.startswith(f"proxy-ok: {W8A8.run_name}: outputs compared")
+    assert note.startswith(f"proxy-ok: {W8A8.run_name}: only outputs were compared")
     assert "cosine 0.99900 (floor 1.00000)" in note
 
 
@@ -254,21 +255,21 @@ def test_memory_and_the_first_call() -> None:
     assert isinstance(compiling, Bars)
     assert memory.bars[0].value == 501
     lost = next(bar for bar in memory.bars if bar.value is None)
-    assert (lost.name, lost.note) == ("W8A8, batch 64", "OOM, 16,384 MiB more asked for")
+    assert (lost.name, lost.note) == ("W8A8, batch 64", "OOM when allocating 16,384 MiB")
     assert {(bar.value, bar.note) for bar in compiling.bars} == {(20.0, "cold")}
 
 
-def test_where_device_time_went() -> None:
+def test_device_time() -> None:
     [chart] = section(view_of(everything()), "device-time").charts
     assert isinstance(chart, Stacks)
-    assert chart.parts == ("INT8 products", "other products", "attention", "the rest")
+    assert chart.parts == ("INT8 matmuls", "other matmuls", "attention", "rest")
     stack = next(stack for stack in chart.stacks if stack.name == "W8A8, batch 8")
     assert stack.values == pytest.approx((30, 10, 30, 20))
     row = next(row for row in chart.grid().rows if row[0] == "W8A8, batch 8")
     assert row[1:] == ["30.0 (33%)", "10.0 (11%)", "30.0 (33%)", "20.0 (22%)", "90.0"]
 
 
-def test_points_that_are_covered_alike_share_a_row() -> None:
+def test_points_with_the_same_coverage_share_a_row() -> None:
     covered, why = (
         titled.grid.rows for titled in section(view_of(everything()), "coverage").tables
     )
@@ -289,7 +290,7 @@ def test_smoothed_layers_are_counted_in_older_files_too() -> None:
     assert [row[-1] for row in table.grid.rows] == ["3 layers", "4 layers"]
 
 
-def test_layers_by_what_they_lose() -> None:
+def test_layer_sensitivity() -> None:
     [chart] = section(view_of(everything()), "sensitivity").charts
     assert isinstance(chart, Bars)
     assert [(bar.value, bar.note) for bar in chart.bars] == [
@@ -308,13 +309,13 @@ def test_points_without_figures_are_listed_with_reasons() -> None:
     ]
 
 
-def test_what_is_not_there_is_said() -> None:
+def test_missing_sections_are_listed() -> None:
     view = view_of(Saved(CPU, [result(BASE, 5.0, peak_memory_bytes=None, compile_s=None)]))
     assert [section.id for section in view.sections] == ["throughput", "environment", "missing"]
     assert len(view.sections[-1].notes) == 7
 
 
-def test_nothing_measured_is_a_report_too() -> None:
+def test_a_report_without_measurements() -> None:
     view = view_of(Saved(GPU, [result(W8A8, status="failed", reason="boom")]))
     assert view.summary == ("1 point: 1 failed.",)
     assert "boom" in markdown.render(view)
@@ -341,17 +342,17 @@ def test_history_has_a_point_for_each_file_and_marks_the_changed_driver() -> Non
     assert verdicts[0][1:] == ["PASS 0.00%", "PASS 0.10%", "PASS 0.20%", "PASS 0.30%"]
 
 
-def test_a_history_has_room_for_so_many_files() -> None:
+def test_a_history_is_limited_to_the_last_files() -> None:
     count = MOST_FILES + 50
     files = [Saved(environment(f"{n:07x}"), [result(BASE, 100.0 + n)]) for n in range(count)]
     found = section(view_of(*files), "history")
-    assert found.notes[0] == "The last 200 of 250 files are shown here."
+    assert found.notes[0] == "Only the last 200 of 250 files are shown."
     [chart] = found.charts
     assert [point.y for point in chart.series[0].points] == [100.0 + n for n in range(50, count)]
     assert found.tables[1].grid.columns == ["run", *(f"{n:07x}" for n in range(50, count))]
 
 
-def test_a_point_that_failed_later_is_in_its_history() -> None:
+def test_a_history_shows_later_failures() -> None:
     oom = result(W8A8, status="oom", reason="out of memory")
     view = view_of(
         *(Saved(environment(c), [result(W8A8, 5.0)]) for c in "ab"), Saved(environment("c"), [oom])
@@ -360,7 +361,7 @@ def test_a_point_that_failed_later_is_in_its_history() -> None:
     assert [(p.y, p.note) for p in chart.series[0].points] == [(5.0, ""), (5.0, ""), (None, "OOM")]
 
 
-def test_of_a_point_in_several_files_the_last_one_is_shown() -> None:
+def test_the_last_file_with_a_point_counts() -> None:
     view = build(sources(commits()))
     [chart] = section(view, "throughput").charts
     assert series_of(chart)["BF16"] == [119.0]
@@ -374,9 +375,13 @@ def test_files_of_different_points_make_one_report() -> None:
     assert len(section(view, "accuracy").tables[0].grid.rows) == 1
 
 
-def test_environments_that_differ_have_columns_of_their_own() -> None:
+def test_each_distinct_environment_has_a_column() -> None:
     grid = section(build(sources(commits())), "environment").tables[0].grid
-    assert grid.columns == ["what", "0abcdef … 1abcdef (2 files)", "2abcdef … 3abcdef (2 files)"]
+    assert grid.columns == [
+        "property",
+        "0abcdef … 1abcdef (2 files)",
+        "2abcdef … 3abcdef (2 files)",
+    ]
     changed = [row for row, style in zip(grid.rows, grid.styles, strict=True) if style == "changed"]
     assert changed == [["driver", "550", "570"]]
 
@@ -449,13 +454,13 @@ def parsed(text: str) -> Page:
 
 def test_the_page_needs_no_network(text: str) -> None:
     addresses = set(re.findall(r"(?:https?:)?//[\w./-]+", text))
-    # Names of XML, not addresses that are loaded.
+    # XML namespaces, which browsers do not load.
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "default-src 'none'" in text
     assert "@import" not in text
 
 
-def test_every_chart_is_a_picture_with_name_description_and_table(parsed: Page) -> None:
+def test_every_chart_has_a_name_description_and_table(parsed: Page) -> None:
     charts = [c.id for s in view_of(everything()).sections for c in s.charts]
     pictures = parsed.all("svg")
     assert [p["aria-labelledby"] for p in pictures] == [f"{c}-title {c}-desc" for c in charts]
@@ -485,7 +490,7 @@ def test_headings_are_in_order_and_tables_are_marked_up(parsed: Page) -> None:
     assert all(div["tabindex"] == "0" and div["aria-label"] for div in regions)
 
 
-def test_figures_of_the_page_are_those_of_the_file(parsed: Page) -> None:
+def test_the_page_has_the_figures_of_the_file(parsed: Page) -> None:
     saved = everything()
     charts = {chart["id"]: chart for chart in json.loads(parsed.data)["charts"]}
     rates = {
@@ -503,7 +508,7 @@ def test_figures_of_the_page_are_those_of_the_file(parsed: Page) -> None:
     assert drops == [100 * (v.drop or 0) for v in saved.accuracy]
 
 
-def test_figures_in_tables_are_those_of_the_terminal(parsed: Page) -> None:
+def test_tables_have_the_figures_of_the_terminal(parsed: Page) -> None:
     shown = " ".join("".join(parsed.texts).split())
     for result_ in everything().results:
         if result_.samples_per_s is not None:
@@ -521,7 +526,7 @@ HOSTILE = "<script>alert(1)</script> & \"quotes\" 'it' $x_1$ \\frac \x1b[31m ‮
 
 
 def hostile() -> View:
-    """Texts of users wherever they can be: workload, axes, reasons, layers, file and commit."""
+    """Return a view with hostile text in workload, axes, reasons, layers, file and commit."""
     point = W8A8.replace(extra={"data": HOSTILE.replace("\x1b", "")})
     other = point.replace(extra={"data": "plain"})
     results = [
@@ -542,7 +547,7 @@ def hostile() -> View:
     return build(sources([(f"{HOSTILE}/\udcff.json", saved), ("</style>.json", saved)]))
 
 
-def test_texts_of_users_are_shown_and_not_run() -> None:
+def test_user_texts_are_escaped_in_html() -> None:
     text = html.render(hostile())
     found = Page(text)
     assert found.all("script") == [{"type": "application/json", "id": "report-data"}]
@@ -553,7 +558,7 @@ def test_texts_of_users_are_shown_and_not_run() -> None:
     text.encode()  # half a character of a file name is none
 
 
-def test_texts_of_users_do_not_break_markdown() -> None:
+def test_user_texts_are_escaped_in_markdown() -> None:
     text = markdown.render(hostile())
     assert "<script" not in text.replace("\\<script", "")
     for line in text.splitlines():
@@ -592,7 +597,7 @@ def test_a_journal_and_a_file_make_the_same_report(tmp_path: Path) -> None:
     assert view_of(read_again) == view_of(everything())
 
 
-def test_parameters_of_other_versions_are_no_obstacle() -> None:
+def test_parameters_of_other_versions_are_shown() -> None:
     odd = replace(result(BASE, 5.0), params={"new_field": [1, 2]}, run_name="odd")
     view = view_of(Saved(GPU, [odd, result(RunParams(), 6.0)]))
     assert "odd" in markdown.render(view)

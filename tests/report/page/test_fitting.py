@@ -1,4 +1,4 @@
-"""What a page leaves out when there are thousands of points."""
+"""Pages stay readable with thousands of points, and say what they leave out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bars(values: Sequence[float | None]) -> Bars:
     )
 
 
-def test_what_can_be_seen_is_left_as_it_is() -> None:
+def test_small_sections_are_unchanged() -> None:
     grid = plain_grid(["name", "value"], [["a", "1"]] * 10_000)
     chart = bars([1.0] * MOST_BARS)
     section = fit(charts=(chart,), tables=(Titled(caption="T", grid=grid),), notes=("n",))
@@ -51,14 +51,11 @@ def test_a_long_table_says_how_many_rows_it_lacks() -> None:
     section = fit(tables=(Titled(caption="Every point", grid=grid),))
     assert section.tables[0].grid.rows == grid.rows[:10_000]
     assert section.notes == (
-        (
-            "Every point: 2 more rows not shown here; the saved file has all, and int8bench show "
-            "prints them."
-        ),
+        "Every point: 2 more rows not shown; int8bench show prints every row of a saved file.",
     )
 
 
-def test_rows_that_stand_out_are_kept_in_their_order() -> None:
+def test_highlighted_rows_are_kept_in_order() -> None:
     rows = [[str(i), *[""] * 399] for i in range(100)]
     styles = ["bad" if i in (70, 99) else None for i in range(100)]
     grid = Grid(columns=[str(i) for i in range(400)], rows=rows, styles=styles, name="0", left=())
@@ -90,7 +87,7 @@ def spot(index: int, *, best: bool) -> Spot:
     )  # fmt: skip
 
 
-def test_a_pareto_chart_keeps_what_nothing_beats() -> None:
+def test_a_pareto_chart_keeps_optimal_points() -> None:
     spots = tuple(spot(i, best=i < 3) for i in range(60))
     [chart] = fit(charts=(Pareto(**TEXTS, drop_unit="%", limits=(1.0,), spots=spots),)).charts
     assert isinstance(chart, Pareto)
@@ -98,17 +95,17 @@ def test_a_pareto_chart_keeps_what_nothing_beats() -> None:
     assert chart.title == "T (the best 40 of 60 points)"
 
 
-def test_pictures_and_remarks_are_counted() -> None:
+def test_omitted_charts_and_remarks_are_counted() -> None:
     section = fit(charts=(bars([1.0]),) * (MOST_CHARTS + 2), notes=("n",) * (MOST_NOTES + 1))
     assert len(section.charts) == MOST_CHARTS
     assert section.notes[MOST_NOTES:] == (
-        "2 more pictures not drawn; the tables have the figures.",
-        "1 more remark not shown here.",
+        "2 more charts not drawn; the tables have the figures.",
+        "1 more remark not shown.",
     )
 
 
 @pytest.mark.parametrize("count", [1, 2, 30])
-def test_unbeaten_spots_are_those_that_no_other_beats(count: int) -> None:
+def test_pareto_optimal_spots(count: int) -> None:
     pairs = [((7 * i) % 5 / 4, (11 * i) % 7 / 3) for i in range(count)]
     spots = [
         Spot(name="", style=0, drop=d, low=None, high=None, rate=r, verdict="", best=False)
@@ -165,7 +162,7 @@ def lines_run(records: list[Record]) -> int:
     return count
 
 
-def test_the_work_grows_with_the_points_and_not_with_their_square() -> None:
+def test_work_grows_linearly_with_points() -> None:
     assert lines_run(points(80)) < 2.2 * lines_run(points(40))
 
 
@@ -176,14 +173,14 @@ def test_markdown_that_is_too_large_says_what_is_left_out(limit: int) -> None:
     assert len(whole.encode()) > 100_000
     text = markdown.render(view, limit_bytes=limit)
     assert limit / 2 < len(text.encode()) <= limit
-    assert " rows are left out, the worst come first; int8bench show prints all of a saved" in text
+    assert " rows are left out; the worst are shown first; int8bench show prints every row" in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         line for line in whole.splitlines() if line.startswith("#")
     ]
     assert markdown.render(view, limit_bytes=len(whole.encode())) == whole
 
 
-def test_markdown_is_held_under_what_github_shows() -> None:
+def test_markdown_stays_under_the_limit_of_github() -> None:
     rows = [["x" * 900, str(number)] for number in range(2000)]
     section = Section(
         id="s",

@@ -1,4 +1,4 @@
-"""Charts as SVG: well-formed, named, and with every figure in its place."""
+"""Charts as SVG are well-formed and named, and draw every figure in its place."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_picture_is_well_formed_and_named(chart: AnyChart) -> None:
 
 
 @pytest.mark.parametrize("chart", CHARTS[:4], ids=lambda chart: chart.id)
-def test_every_colour_is_one_of_the_page(chart: AnyChart) -> None:
+def test_every_color_is_a_page_variable(chart: AnyChart) -> None:
     colors = set(re.findall(r"#[0-9a-fA-F]{6}\b", draw(chart)))
     assert colors <= {"#000000"}  # of shapes that are used with another
 
@@ -119,8 +119,8 @@ def test_bars_are_as_long_as_their_figures() -> None:
 
 
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.id)
-def test_nothing_is_filled_with_a_pattern(chart: AnyChart) -> None:
-    # A browser that prints makes a picture of pixels of each of them, of megabytes together.
+def test_no_pattern_fills(chart: AnyChart) -> None:
+    # When printing, browsers rasterize each pattern, which adds up to megabytes.
     svg = draw(chart)
     assert "<pattern" not in svg
     assert "<image" not in svg
@@ -140,7 +140,7 @@ def test_parts_are_numbered_in_their_bars_and_in_the_legend() -> None:
     assert [share / sum(shares) for share in shares] == pytest.approx([0.1, 0.3, 0.4, 0.2])
 
 
-def test_series_differ_in_more_than_colour() -> None:
+def test_series_differ_in_more_than_color() -> None:
     points = line((1, 100.0), (2, 120.0)).series[0].points
     shapes = set()
     for style in range(8):
@@ -156,18 +156,18 @@ def test_series_differ_in_more_than_colour() -> None:
     assert "stroke-dasharray" in draw(line(series=(Series(name="s", style=0, points=points),)))
 
 
-def test_styles_have_the_same_variables_and_no_colour_twice() -> None:
+def test_styles_share_variables_and_repeat_no_color() -> None:
     assert LIGHT.keys() == DARK.keys()
     assert len(set(LIGHT.values())) == len(LIGHT)
 
 
-def test_a_point_without_figure_is_on_the_axis_with_its_reason() -> None:
+def test_a_missing_value_is_marked_on_the_axis_with_its_reason() -> None:
     svg = draw(line((1, 100.0), (2, 120.0), (4, None)))
     assert len(positions(svg)) == 2
     crosses = re.findall(r'x="([\d.]+)" y="[\d.]+" style="fill: var\(--bad\)', svg)
     assert len(crosses) == 2  # the other one is the legend's
     assert float(crosses[0]) > positions(svg)[-1][0]
-    assert "no figure: OOM" in texts(svg)
+    assert "no value: OOM" in texts(svg)
 
 
 def test_a_point_with_a_note_is_hollow() -> None:
@@ -193,13 +193,13 @@ def test_a_change_is_marked_with_its_letter() -> None:
     assert re.search(r">A</text>", svg)
 
 
-def test_text_is_text_and_no_formula() -> None:
+def test_text_is_not_parsed_as_math() -> None:
     series = (Series(name="$x^2$ <b> 日本", style=1, points=(line((1, 2.0)).series[0].points)),) * 2
     assert "$x^2$ <b> 日本" in texts(draw(line(series=series)))
 
 
 @pytest.mark.filterwarnings("error")
-def test_settings_of_the_user_neither_matter_nor_change() -> None:
+def test_user_matplotlibrc_is_ignored_and_unchanged() -> None:
     expected = draw(line((1, 2.0)))
     before = matplotlib.rcParams["font.size"]
     matplotlib.rcParams["font.size"] = 31.0

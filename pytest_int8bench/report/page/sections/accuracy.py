@@ -20,7 +20,7 @@ from pytest_int8bench.results.verdicts import Accuracy
 
 
 def section(scopes: Sequence[Scope], verdicts: list[Found[Accuracy]]) -> Section | None:
-    """Return the section of verdicts, None without one."""
+    """Return the section of accuracy verdicts, or None without verdicts."""
     if not verdicts:
         return None
     judged = [found for found in verdicts if found.record.limit is not None]
@@ -28,27 +28,27 @@ def section(scopes: Sequence[Scope], verdicts: list[Found[Accuracy]]) -> Section
     if judged:
         grid = accuracy_table([found.record for found in judged])
         tables.append(Titled(caption="Verdicts", grid=grid))
-    told = [verdict_remarks(found.record) for found in verdicts]
-    notes = ["\n".join(lines) for lines in told if lines]
+    remarks = [verdict_remarks(found.record) for found in verdicts]
+    notes = ["\n".join(lines) for lines in remarks if lines]
     if any(found.record.is_pipeline_check for found in verdicts):
         notes.append(PIPELINE_CHECK)
     charts = _paretos(scopes, judged)
     drawn = {spot.name for chart in charts for spot in chart.spots}
     intro = (
-        "The drop of the metric against the baseline on the same samples, with one-sided 95 % "
-        "bounds. PASS: a drop over the limit is excluded; FAIL: a drop within it is."
+        "Drop of the metric from the baseline on the same samples, with one-sided 95 % bounds. "
+        "PASS: a drop above the limit is ruled out. FAIL: a drop within the limit is ruled out."
     )
-    steps = (
-        "Up and left is better. The steps join what is beaten by nothing else in both accuracy "
-        "and speed; what did not pass is hollow."
+    front = (
+        "Up and left is better. The stepped line joins the Pareto-optimal points. Points that did "
+        "not pass are hollow."
     )
     if judged and not drawn:
-        notes.append("No picture against throughput: no judged point was timed as well.")
+        notes.append("Not drawn against throughput: no point has both a verdict and a throughput.")
     return Section(
         id="accuracy",
         title="Accuracy",
         intro=(intro,) if judged else (),
-        pictures=(steps,) if charts else (),
+        pictures=(front,) if charts else (),
         charts=tuple(charts),
         tables=tuple(tables),
         notes=tuple(notes),
@@ -61,8 +61,8 @@ def _paretos(scopes: Sequence[Scope], judged: Sequence[Found[Accuracy]]) -> list
         groups: dict[tuple[str, str], list[Accuracy]] = {}
         for found in judged:
             if (found.record.workload, found.device) == (scope.workload, scope.device):
-                unit = "pp" if str(found.record.limit).endswith("pp") else "%"
-                groups.setdefault((found.record.metric, unit), []).append(found.record)
+                key = (found.record.metric, found.record.drop_unit)
+                groups.setdefault(key, []).append(found.record)
         for index, ((metric, unit), group) in enumerate(groups.items(), start=1):
             spots = _spots(scope, group)
             if spots:
@@ -79,13 +79,13 @@ def _pareto(
     spots: Sequence[Spot],
 ) -> Pareto:
     limits = {100 * Limit.parse(str(verdict.limit)).value for verdict in group}
-    said = ", ".join(dict.fromkeys(str(verdict.limit) for verdict in group))
+    named = ", ".join(dict.fromkeys(str(verdict.limit) for verdict in group))
     parts = [f"{s.name}: {s.drop:.2f}{unit}, {number(s.rate)}/s, {s.verdict}" for s in spots]
     title = f"Accuracy drop against throughput: {metric}"
     return Pareto(
         id=f"pareto-{scope.id}-{index}",
         title=title + (scope.title.replace(": ", ", ", 1) if scope.title else ""),
-        description=f"Limit {said}. {'; '.join(parts)}.",
+        description=f"Limit {named}. {'; '.join(parts)}.",
         unit=FIGURES["samples_per_s"].unit,
         drop_unit=unit,
         limits=tuple(sorted(limits)),
@@ -94,7 +94,7 @@ def _pareto(
 
 
 def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
-    """Return the judged points that were timed, and their baselines, which lose nothing."""
+    """Return the judged points that were timed, and their baselines with a drop of 0."""
     timed = {r.run_name: (r, p, n) for r, p, n in scope.pick(labels.is_measured)}
     baselines: dict[str, list[tuple[Result, str]]] = {}
     for base, params, name in timed.values():
@@ -132,7 +132,7 @@ def _spots(scope: Scope, group: Sequence[Accuracy]) -> list[Spot]:
 
 
 def _unbeaten(spots: Sequence[Spot]) -> set[tuple[float, float]]:
-    """Return drop and rate of the spots that no other one beats in one and equals in the other."""
+    """Return drop and rate of the Pareto-optimal spots."""
     best: set[tuple[float, float]] = set()
     highest = -math.inf
     for drop, rate in sorted(
@@ -149,5 +149,5 @@ def _percent(share: float | None) -> float | None:
 
 
 def _without_int8(params: Params) -> str:
-    """Return a key of all parameters but those of INT8."""
+    """Return a key of all parameters except ``int8_*``."""
     return str(sorted((n, v) for n, v in params.items() if not n.startswith("int8_")))

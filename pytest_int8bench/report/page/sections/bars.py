@@ -1,4 +1,4 @@
-"""Sections of one figure a point: speedup, memory, the first call."""
+"""Sections with one bar per point: speedup, memory and compile time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pytest_int8bench.report.page import labels
 from pytest_int8bench.report.page.charts import Bar, Bars
 from pytest_int8bench.report.page.groups import Scope, note
 from pytest_int8bench.report.page.model import Section, Titled
-from pytest_int8bench.report.remarks import ceiling_remarks
+from pytest_int8bench.report.remarks import upper_bound_remarks
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES, Figure
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.words import plural
 
 
 def speedup(scopes: Sequence[Scope]) -> Section | None:
-    """Return the section of speedups and ceilings, None without one."""
+    """Return the section of speedups and their upper bounds, or None if there are none."""
     charts = [chart for scope in scopes if (chart := _speedups(scope)) is not None]
     known = [r for scope in scopes for r, _, _ in scope.pick(lambda r: r.ceiling is not None)]
     if not charts and not known:
@@ -27,16 +26,16 @@ def speedup(scopes: Sequence[Scope]) -> Section | None:
         line
         for result in known
         if "problem" in (result.ceiling or {})
-        for line in ceiling_remarks(result)
+        for line in upper_bound_remarks(result)
     ]
     has_most = any(bar.most for chart in charts for bar in chart.bars)
     diamond = (
-        "The diamond is the ceiling: what INT8 could bring at most there, from the kernels of the "
-        "baseline and rates measured on the device."
+        "The diamond marks the INT8 upper bound: the highest possible speedup, computed from the "
+        "baseline's kernels and rates measured on the device."
     )
     intro = (
-        "Baseline and candidate alternate in one process; the interval is at 95 %. Over 1 the "
-        "candidate is faster."
+        "Baseline and candidate alternate in one process. Intervals are at the 95 % level. Above "
+        "1, the candidate is faster."
     )
     return Section(
         id="speedup",
@@ -44,7 +43,7 @@ def speedup(scopes: Sequence[Scope]) -> Section | None:
         intro=(intro,),
         pictures=(diamond,) if has_most else (),
         charts=tuple(charts),
-        tables=(_ceilings(known),) if known else (),
+        tables=(_upper_bounds(known),) if known else (),
         notes=tuple(notes),
     )
 
@@ -58,7 +57,7 @@ def _speedups(scope: Scope) -> Bars | None:
             low=result.speedup_low,
             high=result.speedup_high,
             most=result.ceiling_speedup,
-            note="apart" if result.speedup_method == "separate" else note(result),
+            note="separate" if result.speedup_method == "separate" else note(result),
         )
         for result, params, name in scope.pick(lambda r: r.speedup is not None)
     ]
@@ -67,25 +66,25 @@ def _speedups(scope: Scope) -> Bars | None:
     return _bars("speedup", scope, bars, FIGURES["speedup"], reference=1.0, decimals=2)
 
 
-def _ceilings(results: Sequence[Result]) -> Titled:
+def _upper_bounds(results: Sequence[Result]) -> Titled:
     columns = [
         "run",
         "speedup [95 %]",
-        "at most",
-        "by products alone",
-        "gain reached",
-        "products quantized",
-        "kernels of the baseline",
+        "upper bound",
+        "from matmuls alone",
+        "gain achieved",
+        "matmuls quantized",
+        "baseline kernel time",
     ]
-    grid = plain_grid(columns, [_ceiling_row(result) for result in results], left=columns[-1:])
-    return Titled(caption="What INT8 could bring at most", grid=grid)
+    grid = plain_grid(columns, [_upper_bound_row(result) for result in results], left=columns[-1:])
+    return Titled(caption="INT8 upper bound", grid=grid)
 
 
-def _ceiling_row(result: Result) -> list[str]:
+def _upper_bound_row(result: Result) -> list[str]:
     basis = result.ceiling or {}
     share, reached = basis.get("quantized_share"), result.ceiling_reached
     return [
-        point_label(result.workload, result.run_name),
+        result.label,
         shown_speedup(result),
         _times(result.ceiling_speedup),
         _times(basis.get("products_speedup")),
@@ -99,8 +98,8 @@ def _kernels(split: dict[str, float] | None) -> str:
     total = sum(split.values()) if split else 0
     if not split or not total:
         return MISSING
-    products = split["int8_products"] + split["other_products"]
-    shares = {"products": products, "attention": split["attention"], "rest": split["rest"]}
+    matmuls = split["int8_products"] + split["other_products"]
+    shares = {"matmuls": matmuls, "attention": split["attention"], "rest": split["rest"]}
     return ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items())
 
 
@@ -109,7 +108,7 @@ def _times(value: float | None) -> str:
 
 
 def memory(scopes: Sequence[Scope]) -> Section | None:
-    """Return the section of peak memory, None where it is not known."""
+    """Return the section of peak memory, or None if it was not measured."""
     figure = FIGURES["peak_memory_bytes"]
     charts = []
     for scope in scopes:
@@ -119,7 +118,7 @@ def memory(scopes: Sequence[Scope]) -> Section | None:
                 name=name,
                 style=labels.style(params),
                 value=None if result.oom else figure.scaled(result.peak_memory_bytes or 0),
-                note=_asked(result) if result.oom else "",
+                note=_failed_allocation(result) if result.oom else "",
             )
             for result, params, name in found
         ]
@@ -130,20 +129,20 @@ def memory(scopes: Sequence[Scope]) -> Section | None:
     return Section(
         id="memory",
         title="Memory",
-        intro=("The peak of one model alone: weights, inputs and activations.",),
+        intro=("Peak memory of one model alone: weights, inputs and activations.",),
         charts=tuple(charts),
     )
 
 
-def _asked(result: Result) -> str:
+def _failed_allocation(result: Result) -> str:
     if result.requested_bytes is None:
         return "OOM"
-    asked = FIGURES["requested_bytes"]
-    return f"OOM, {figure_text(asked, result)} {asked.unit} more asked for"
+    figure = FIGURES["requested_bytes"]
+    return f"OOM when allocating {figure_text(figure, result)} {figure.unit}"
 
 
 def first_call(scopes: Sequence[Scope]) -> Section | None:
-    """Return the section of compile time, None where nothing was compiled."""
+    """Return the section of compile time, or None if nothing was compiled."""
     charts = []
     for scope in scopes:
         bars = [
@@ -164,8 +163,8 @@ def first_call(scopes: Sequence[Scope]) -> Section | None:
         title="Compile time",
         intro=(
             (
-                "The first call, compiling included. Cold: something had to be compiled; warm: the "
-                "compile cache on disk had all of it."
+                "Time of the first call, including compilation. Cold: some graphs had to be "
+                "compiled. Warm: the compile cache on disk had them all."
             ),
         ),
         charts=tuple(charts),
@@ -182,7 +181,7 @@ def _bars(
     decimals: int | None = None,
 ) -> Bars:
     known = [bar for bar in bars if bar.value is not None]
-    words = "no figure"
+    words = "no values"
     if known:
         least, most = (pick(known, key=lambda bar: bar.value or 0) for pick in (min, max))
         words = f"from {number(least.value)} {figure.unit} ({least.name})"

@@ -1,4 +1,4 @@
-"""Plain benchmarks: what pytest-benchmark timed beside the points."""
+"""The section of plain benchmarks, which use pytest-benchmark's own fixture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_int8bench.results.benchmarks import Benchmark, unsynchronized
 
 
 def section(found: Sequence[Found[Benchmark]], sources: Sequence[Source]) -> Section | None:
-    """Return the plain benchmarks that were timed, None if there are none."""
+    """Return the section of plain benchmarks, or None if none was timed."""
     timed = [f for f in found if f.record.call_time_s is not None]
     if not timed:
         return None
@@ -25,7 +25,7 @@ def section(found: Sequence[Found[Benchmark]], sources: Sequence[Source]) -> Sec
         id="benchmarks",
         title="Plain benchmarks",
         intro=(
-            "Tests with pytest-benchmark's own fixture: time per call, the median over the rounds.",
+            "Tests that use pytest-benchmark's own fixture: time per call, median over all rounds.",
         ),
         tables=(Titled(caption="Time per call", grid=with_sources(grid, timed, len(sources) > 1)),),
         notes=tuple(dict.fromkeys(filter(None, notes))),

@@ -1,4 +1,4 @@
-"""How figures went from file to file."""
+"""The section that shows how figures changed from file to file."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from pytest_int8bench.results.verdicts import Accuracy
 
 _TimedT = TypeVar("_TimedT", bound=Timed)
 _Key = tuple[str, str, str, str]  # device, workload, test, run name
-#: Files that a picture has room for.
+#: Files that a chart has room for.
 MOST_FILES = 200
 
 
 def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section | None:
-    """Return the history of points that several files have, None for a single file.
+    """Return the history of points that several files have, or None for a single file.
 
     Args:
-        sources: the files.
-        renames: lines that say which points older files have under other names.
+        sources: the files, oldest first.
+        renames: lines that list points of older files that have since been renamed.
     """
     if len(sources) < 2:
         return None
     notes = []
     if len(sources) > MOST_FILES:
-        notes = [f"The last {MOST_FILES} of {len(sources):,} files are shown here."]
+        notes = [f"Only the last {MOST_FILES} of {len(sources):,} files are shown."]
         sources = sources[-MOST_FILES:]
     marks = changes(sources)
     results = _by_key(sources, lambda source: source.saved.results)
@@ -44,15 +44,15 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
         f"{mark.letter}, before {sources[round(mark.x + 0.5)].label}: {mark.text}" for mark in marks
     ]
     if marks:
-        notes.append("Across such a change, figures of other machines or software are compared.")
+        notes.append("Figures across such a change come from different machines or software.")
     return Section(
         id="history",
         title="History",
         intro=(
             (
-                "From file to file, oldest first. A figure is that of one process: small "
-                "differences are noise. int8bench compare judges two commits, int8bench ab "
-                "measures them in alternation."
+                "Figures by file, oldest first. Each comes from one process, so small differences "
+                "are noise. To judge two commits, use int8bench compare; to measure them in "
+                "alternation, int8bench ab."
             ),
         ),
         charts=tuple(_charts(sources, results, marks)),
@@ -62,7 +62,7 @@ def section(sources: Sequence[Source], renames: Sequence[str] = ()) -> Section |
 
 
 def changes(sources: Sequence[Source]) -> tuple[Mark, ...]:
-    """Return where the fingerprint differs from that of the file before."""
+    """Return a mark wherever the fingerprint differs from the previous file's."""
     found: list[Mark] = []
     for place in range(1, len(sources)):
         before, after = (s.saved.environment for s in sources[place - 1 : place + 1])
@@ -80,7 +80,7 @@ def _letter(index: int) -> str:
 def _by_key(
     sources: Sequence[Source], records: Callable[[Source], Sequence[_TimedT]]
 ) -> dict[_Key, dict[int, _TimedT]]:
-    """Return the results of each point, by the number of their file."""
+    """Return the results of each point by the position of their file."""
     found: dict[_Key, dict[int, _TimedT]] = {}
     for place, source in enumerate(sources):
         for result in records(source):
@@ -96,17 +96,17 @@ def _key(source: Source, record: Record) -> _Key:
 def _charts(
     sources: Sequence[Source], results: dict[_Key, dict[int, Result]], marks: tuple[Mark, ...]
 ) -> list[Lines]:
-    """Return a chart of throughput, and one of speedups, for each point, all modes in one."""
+    """Return a chart of throughput and one of speedup for each point, with a line per mode."""
     groups: dict[tuple[object, ...], dict[_Key, dict[int, Result]]] = {}
     for key, found in results.items():
         if sum(labels.is_measured(result) for result in found.values()) < 2:
             continue
-        params = labels.plain(next(iter(found.values())))
+        params = labels.identifying_params(next(iter(found.values())))
         rest = {n: v for n, v in params.items() if not n.startswith("int8_") and n != "bf16"}
         groups.setdefault((*key[:3], *sorted(rest.items())), {})[key] = found
-    points: dict[str, list[dict[str, Any]]] = {}  # by workload: one may not have another's axes
+    points: dict[str, list[dict[str, Any]]] = {}  # by workload, as each has its own axes
     for key, found in ((k, f) for group in groups.values() for k, f in group.items()):
-        points.setdefault(key[1], []).append(labels.plain(next(iter(found.values()))))
+        points.setdefault(key[1], []).append(labels.identifying_params(next(iter(found.values()))))
     names_of = {workload: labels.differing(each) for workload, each in points.items()}
     devices, workloads, tests = (
         {key[i] for group in groups.values() for key in group} for i in range(3)
@@ -115,17 +115,17 @@ def _charts(
     for number_of, group in enumerate(groups.values(), start=1):
         where, workload, test, _ = next(iter(group))
         names = names_of[workload]
-        first = labels.plain(next(iter(next(iter(group.values())).values())))
-        said = [
+        first = labels.identifying_params(next(iter(next(iter(group.values())).values())))
+        parts = [
             labels.setting(n, first[n]) for n in names if n in first and not n.startswith("int8_")
         ]
-        said = [
+        parts = [
             *([workload] if len(workloads) > 1 else []),
-            *said,
+            *parts,
             *([where] if len(devices) > 1 else []),
             *([test] if len(tests) > 1 else []),
         ] or [workload]
-        title = ", ".join(said)
+        title = ", ".join(parts)
         for what, field, point, reference in (
             ("throughput", "samples_per_s", _rate, None),
             ("speedup", "speedup", _speedup, 1.0),
@@ -160,7 +160,7 @@ def _series(
     found = []
     int8_names = [name for name in names if name.startswith("int8_")]
     for by_place in group.values():
-        params = labels.plain(next(iter(by_place.values())))
+        params = labels.identifying_params(next(iter(by_place.values())))
         points = []
         for place, result in sorted(by_place.items()):
             y, low, high = figure(result)
@@ -168,7 +168,7 @@ def _series(
                 continue
             points.append(
                 Point(
-                    name=point_label(result.workload, result.run_name),
+                    name=result.label,
                     x=place,
                     x_shown=sources[place].label,
                     y=y,
@@ -220,7 +220,7 @@ def _files(sources: Sequence[Source], marks: Sequence[Mark]) -> Titled:
             ]
         )
     return Titled(
-        caption="Files, and where machine or software changed",
+        caption="Files, and changes of machine or software",
         grid=Grid(
             columns=["commit", "file", "device", "points measured", "fingerprint changes"],
             rows=rows,
@@ -246,13 +246,13 @@ def _tables(sources: Sequence[Source], results: Mapping[_Key, Mapping[int, Timed
     verdicts: dict[str, dict[int, str]] = {}
     for place, source in enumerate(sources):
         for verdict in source.saved.accuracy:
-            name = f"{point_label(verdict.workload, verdict.run_name)} {verdict.metric}"
+            name = f"{verdict.label} {verdict.metric}"
             verdicts.setdefault(name, {})[place] = _verdict_cell(verdict)
     return tables + _table("Accuracy verdicts, drop", sources, verdicts)
 
 
 def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
-    """Return a name for each point; test and device are in it where the rest does not differ."""
+    """Return a name for each point, with test and device only where they distinguish points."""
     keys = list(keys)
     tests: dict[tuple[str, str], set[str]] = {}
     devices: dict[tuple[str, str], set[str]] = {}
@@ -281,14 +281,13 @@ def _verdict_cell(verdict: Accuracy) -> str:
     text = verdict.outcome + ("*" if verdict.is_pipeline_check else "")
     if verdict.drop is None:
         return text
-    unit = "pp" if str(verdict.limit).endswith("pp") else "%"
-    return f"{text} {100 * verdict.drop:.2f}{unit}"
+    return f"{text} {100 * verdict.drop:.2f}{verdict.drop_unit}"
 
 
 def _table(
     caption: str, sources: Sequence[Source], rows: dict[str, dict[int, str]]
 ) -> list[Titled]:
-    """Return a table with a column for each file; none if nothing is in it twice."""
+    """Return a table with a column for each file, or none if no row has two values."""
     kept = {
         name: cells
         for name, cells in rows.items()

@@ -1,4 +1,4 @@
-"""Inside a model: where device time went, which layers are INT8, and which lose most."""
+"""Sections on a model's internals: device time, quantized layers and layer sensitivity."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from pytest_int8bench.report.page.model import Section, Titled
 from pytest_int8bench.report.page.sources import Found
 from pytest_int8bench.report.tables import MISSING, number, plain_grid
 from pytest_int8bench.report.terminal import sensitivity_table
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import Sensitivity
 from pytest_int8bench.words import some
 
-#: Layers in the picture of a sensitivity scan; the table has all.
+#: Layers in the chart of a sensitivity scan; the table has all of them.
 _MOST_LAYERS = 30
 _PARTS = {
-    "int8_products": "INT8 products",
-    "other_products": "other products",
+    "int8_products": "INT8 matmuls",
+    "other_products": "other matmuls",
     "attention": "attention",
-    "rest": "the rest",
+    "rest": "rest",
 }
 
 
 def device_time(scopes: Sequence[Scope]) -> Section | None:
-    """Return the section of device time, None where nothing is known of it."""
+    """Return the section of device time, or None if it was not measured."""
     charts = []
     for scope in scopes:
         stacks = [
@@ -55,11 +54,11 @@ def device_time(scopes: Sequence[Scope]) -> Section | None:
         return None
     return Section(
         id="device-time",
-        title="Where device time went",
+        title="Device time",
         intro=(
             (
-                "Shares of the time of all kernels in one profiled forward. The rest: norms, "
-                "activation functions, quantizing, copies and what is not known."
+                "Shares of the kernel time of one profiled forward. The rest is norms, activation "
+                "functions, quantization, copies and unrecognized kernels."
             ),
         ),
         charts=tuple(charts),
@@ -69,7 +68,7 @@ def device_time(scopes: Sequence[Scope]) -> Section | None:
 def _shares(stack: Stack) -> str:
     total = sum(stack.values)
     if not total:
-        return f"{stack.name}: nothing"
+        return f"{stack.name}: no kernel time"
     parts = [
         f"{part} {value / total:.0%}"
         for part, value in zip(_PARTS.values(), stack.values, strict=True)
@@ -78,7 +77,7 @@ def _shares(stack: Stack) -> str:
 
 
 def coverage(results: Results) -> Section | None:
-    """Return the section of coverage, points that are covered alike in one row."""
+    """Return the section of coverage; points with the same coverage share a row."""
     groups: dict[str, tuple[dict[str, Any], list[Result]]] = {}
     for found in results:
         if covered := found.record.coverage:
@@ -88,7 +87,7 @@ def coverage(results: Results) -> Section | None:
         return None
     rows, reasons = [], []
     for covered, group in groups.values():
-        name = point_label(group[0].workload, group[0].run_name)
+        name = group[0].label
         name += f" and {len(group) - 1} more" if len(group) > 1 else ""
         total = covered.get("total_parameters") or 0
         share = (covered.get("converted_parameters") or 0) / max(total, 1)
@@ -112,21 +111,21 @@ def coverage(results: Results) -> Section | None:
                 [name, kind, reason, str(len(layers)), some(layers, 6)]
                 for reason, layers in by_reason.items()
             ]
-    columns = ["run", "quantized layers", "of the parameters", "fused", "not fused", "SmoothQuant"]
+    columns = ["run", "quantized layers", "parameter share", "fused", "not fused", "SmoothQuant"]
     tables = [Titled(caption="Quantized linear layers", grid=plain_grid(columns, rows))]
     if reasons:
-        columns = ["run", "what", "reason", "layers", "which"]
-        grid = plain_grid(columns, reasons, left=("what", "reason", "which"))
-        tables.append(Titled(caption="Layers that are not, and why", grid=grid))
+        columns = ["run", "status", "reason", "count", "layers"]
+        grid = plain_grid(columns, reasons, left=("status", "reason", "layers"))
+        tables.append(Titled(caption="Layers not quantized or not fused, and why", grid=grid))
     return Section(id="coverage", title="Coverage", tables=tuple(tables))
 
 
 def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
-    """Return the section of layer sensitivity, None without a scan."""
+    """Return the section of layer sensitivity, or None without a scan."""
     charts, tables = [], []
     for index, found in enumerate(scans, start=1):
         scan = found.record
-        name = f"{point_label(scan.workload, scan.run_name)}, {scan.samples:,} samples"
+        name = f"{scan.label}, {scan.samples:,} samples"
         tables.append(Titled(caption=name, grid=sensitivity_table(scan)))
         by_metric = scan.metric is not None
         bars = [
@@ -159,8 +158,8 @@ def sensitivity(scans: Sequence[Found[Sensitivity]]) -> Section | None:
         title="Layer sensitivity",
         intro=(
             (
-                "Each layer, or block, quantized alone, worst first. A small SQNR, or a large "
-                "drop, is a layer to keep in BF16."
+                "Each layer or block quantized alone, worst first. Consider keeping layers with a "
+                "low SQNR or a large drop in BF16."
             ),
         ),
         charts=tuple(charts),

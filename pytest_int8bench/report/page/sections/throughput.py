@@ -1,4 +1,4 @@
-"""Throughput against every axis that was swept."""
+"""The section of throughput, with a chart for each swept axis."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from pytest_int8bench.report.page.charts import Lines, Point, Series, distinct
 from pytest_int8bench.report.page.fitting import MOST_CHARTS
 from pytest_int8bench.report.page.groups import Params, Results, Scope, note, with_sources
 from pytest_int8bench.report.page.model import Section, Titled
-from pytest_int8bench.report.remarks import ceiling_remarks, remarks, short_rounds, status_remarks
+from pytest_int8bench.report.remarks import (
+    remarks,
+    short_rounds,
+    status_remarks,
+    upper_bound_remarks,
+)
 from pytest_int8bench.report.tables import number
 from pytest_int8bench.report.terminal import results_table
-from pytest_int8bench.results.base import point_label
 from pytest_int8bench.results.figures import FIGURES
 from pytest_int8bench.results.records import Result
 
-#: More lines than these in one picture cannot be told apart.
+#: Readers cannot tell more lines than these apart in one chart.
 _MOST_SERIES = 6
-# Of one point each.
+#: Series in a chart by mode, where each has one point.
 _MOST_MODES = 24
 
 
 def throughput(scopes: Sequence[Scope], results: Results, many: bool) -> Section | None:
-    """Return the section of throughput, None if no point was timed.
+    """Return the section of throughput, or None if no point was timed.
 
     Args:
         scopes: the points by workload and device.
         results: the same points, in the order of the table.
-        many: there are several files, so say which one a point is of.
+        many: whether there are several files, so that the table must name each point's file.
     """
     shown = [found for found in results if labels.is_measured(found.record) or found.record.oom]
     if not shown:
@@ -47,32 +51,33 @@ def throughput(scopes: Sequence[Scope], results: Results, many: bool) -> Section
         title="Throughput",
         intro=(
             (
-                "Samples over the median batch time. Intervals are of the median within its "
-                "process, from its standard error; the difference between two"
-                " processes is not in them."
+                "Samples per second at the median batch time. Intervals come from the median's "
+                "standard error within one process and do not cover differences between processes."
             ),
         ),
-        pictures=("Hollow: a point that failed all the same, or was throttled.",) if noted else (),
+        pictures=("Hollow: points that were timed but failed, or were throttled.",)
+        if noted
+        else (),
         charts=tuple(charts),
-        tables=(Titled(caption="Every point", grid=with_sources(grid, shown, many)),),
+        tables=(Titled(caption="All points", grid=with_sources(grid, shown, many)),),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
 def _other_remarks(result: Result) -> list[str]:
-    told = ceiling_remarks(result)  # beside the speedups
-    lines = [line for line in remarks(result) if line not in told]
+    elsewhere = upper_bound_remarks(result)  # the section of speedups has these
+    lines = [line for line in remarks(result) if line not in elsewhere]
     return [*(status_remarks(result) if result.status == "ok" else []), *lines]
 
 
 def _axes(scope: Scope) -> list[Lines]:
-    """Return charts of throughput against every axis that was swept; against the mode if none."""
+    """Return charts of throughput against each swept axis, or by mode if nothing was swept."""
     rows = scope.pick(lambda r: labels.is_measured(r) or r.status in ("oom", "failed"))
     if not any(labels.is_measured(result) for result, _, _ in rows):
         return []
     axes = labels.differing([params for _, params, _ in rows])
     by_axis = [_axis(scope, axis, rows) for axis in axes]
-    if sum(map(len, by_axis)) > MOST_CHARTS:  # not all are drawn: some of every axis
+    if sum(map(len, by_axis)) > MOST_CHARTS:  # not all are drawn, so draw some of each axis
         by_axis = [[c for c in charts if c] for charts in itertools.zip_longest(*by_axis)]
     return [chart for charts in by_axis for chart in charts] or _by_mode(scope, rows)
 
@@ -81,7 +86,7 @@ def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -
     groups: dict[tuple[object, ...], list[tuple[Result, Params]]] = {}
     for result, params, _ in rows:
         if axis in params:
-            rest = sorted((n, labels.said(v)) for n, v in params.items() if n != axis)
+            rest = sorted((n, labels.shown_value(v)) for n, v in params.items() if n != axis)
             groups.setdefault((labels.test_of(result), *rest), []).append((result, params))
     kept = [
         group
@@ -121,7 +126,7 @@ def _axis(scope: Scope, axis: str, rows: Sequence[tuple[Result, Params, str]]) -
                 unit=FIGURES["samples_per_s"].unit,
                 x_label=labels.axis(axis),
                 series=series,
-                names=() if numeric else tuple(labels.said(value) for value in values),
+                names=() if numeric else tuple(labels.shown_value(value) for value in values),
                 joined=numeric,
             )
         )
@@ -134,13 +139,13 @@ def _points(
     for result, params in sorted(group, key=lambda row: values.index(row[1][axis])):
         value = params[axis]
         x = float(value) if numeric else float(values.index(value))
-        yield _point(result, x, labels.said(value))
+        yield _point(result, x, labels.shown_value(value))
 
 
 def _point(result: Result, x: float, x_shown: str) -> Point:
     low, high = figure_interval(FIGURES["samples_per_s"], result)
     return Point(
-        name=point_label(result.workload, result.run_name),
+        name=result.label,
         x=x,
         x_shown=x_shown,
         y=result.samples_per_s,
@@ -179,7 +184,7 @@ def _by_mode(scope: Scope, rows: Sequence[tuple[Result, Params, str]]) -> list[L
 
 
 def _ends(series: Sequence[Series], axis: str) -> str:
-    """Say in words how the lines go."""
+    """Describe the first and last value of each line in words."""
     parts = []
     for one in series:
         known = [point for point in one.points if point.y is not None]
