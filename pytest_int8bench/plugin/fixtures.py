@@ -60,7 +60,7 @@ def int8_workload(request: pytest.FixtureRequest) -> Workload:
     try:
         return session.workload(name)
     except ValueError as error:
-        problem = f"int8 workload: {error}"
+        problem = str(error)
         if (params := params_of(request.node)) is not None:
             workload = name or session.settings.workload
             _recorder(request).note_point(request.node.nodeid, params, workload)

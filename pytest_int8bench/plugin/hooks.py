@@ -242,6 +242,8 @@ class AtTheEnd:
             recorder = session.config.stash[RECORDER]
             if not recorder.finish() and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+                # pytest prints this in red above its last line, which would look green alone.
+                session.shouldfail = recorder.why_failed()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,9 +12,9 @@ from pytest_int8bench.plugin.points import is_plain, params_of, point_of, worklo
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import SESSION
+from pytest_int8bench.results.base import UNKNOWN_WORKLOAD
 
 _MAX_REASON = 500
-_UNKNOWN = "unknown workload"
 
 
 def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) -> None:
@@ -57,7 +57,7 @@ def record_outcome(
     elif report.failed and (params := params_of(item)) is not None:
         # It failed before its workload was known, perhaps in the fixture that returns it.
         session = recorder.session
-        point = (workload_name(item, session) or _UNKNOWN, point_of(item, session, params))
+        point = (workload_name(item, session) or UNKNOWN_WORKLOAD, point_of(item, session, params))
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
     workload, params = point
@@ -82,7 +82,7 @@ def record_outcome(
             run_name=params.run_name,
             params=params.to_dict(),
             status=status,
-            reason=reason,
+            reason=reason.removeprefix(f"{workload}: "),
         )
     )
 

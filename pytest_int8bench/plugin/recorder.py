@@ -16,6 +16,7 @@ import pytest
 from pytest_int8bench.plugin import pytest_benchmark
 from pytest_int8bench.plugin.options import OPTIONS
 from pytest_int8bench.plugin.session import Session
+from pytest_int8bench.words import plural
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
@@ -61,6 +62,8 @@ class Recorder:
         self._earlier: dict[str, Earlier] = {}
         """Node id of a test that runs again -> what its earlier attempts found."""
         self._has_failed = False
+        self._problems: list[str] = []
+        """Problems that fail the session, found at its end."""
 
     # -- what this process can measure --------------------------------------------------------
 
@@ -258,9 +261,9 @@ class Recorder:
     def finish(self) -> bool:
         """Save, report and log what was recorded, each step whatever became of the others. Return
         whether nothing makes the session fail."""
-        is_passed = True
         with self.guard("the gate"):
-            is_passed = not (self.session.gate_problems() or self.problems())
+            self._problems = [*self.session.gate_problems(), *self.problems()]
+        is_passed = not self._problems
         with self.guard("the journal"):
             self.check_journal()
         with self.guard("saving"):
@@ -273,6 +276,12 @@ class Recorder:
         with self.guard("Weights & Biases"):
             self.track()
         return is_passed and not self._has_failed
+
+    def why_failed(self) -> str:
+        """Return one line that says why a session fails in which no test failed."""
+        first, *others = self._problems or ["see the lines of int8bench above"]
+        more = f" (and {plural(len(others), 'more problem')}, see above)" if others else ""
+        return f"int8bench fails this run: {first}{more}"
 
     def check_journal(self) -> None:
         """Write what the journal lacks; if that is not possible, fail a session that asked for

@@ -27,6 +27,7 @@ def show_results(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
     """Show the results of a session, and where they are."""
     if recorder.journal is not None:
         _show_journal(terminal, recorder, recorder.journal)
+        _show(terminal, "the skipped points", lambda: _none_measured(recorder), yellow=True)
     _show(terminal, "the reports", lambda: recorder.reported)
     if (tracked := recorder.tracked) is not None:
         _show(terminal, "the log", lambda: [tracked.line], yellow=tracked.failed)
@@ -83,6 +84,22 @@ def _say(terminal: pytest.TerminalReporter, text: str, **markup: bool) -> None:
     text = printable(text, getattr(file, "encoding", None))
     with contextlib.suppress(OSError, ValueError):
         (terminal.write if text.endswith("\n") else terminal.write_line)(text, **markup)
+
+
+def _none_measured(recorder: Recorder) -> list[str]:
+    """Return a warning if every point was skipped: pytest reports such a session as a success."""
+    journal = recorder.journal
+    if journal is None or recorder.session.handover is not None:  # the runner says it
+        return []
+    saved = journal.saved()
+    skipped = [result for result in saved.results if result.status == "skipped"]
+    others = len(saved.results) + len(saved.benchmarks) + len(saved.accuracy)
+    if not skipped or len(skipped) < others + len(saved.sensitivity) or skipped[0].is_disabled:
+        return []
+    count = plural(len({(result.workload, result.run_name) for result in skipped}), "point")
+    return [
+        f"WARNING: no point was measured: {count} skipped, the first because: {skipped[0].reason}"
+    ]
 
 
 def _where_journal(journal: Journal) -> str:

@@ -17,6 +17,9 @@ STATUSES = ("ok", "oom", "skipped", "failed", "accuracy-failed")
 #: Start of the reason of a test that ran where pytest-benchmark is disabled.
 NOT_MEASURED = "ran once, not measured"
 
+#: Saved as the workload of a point that failed before its workload was known.
+UNKNOWN_WORKLOAD = "unknown workload"
+
 
 class SchemaError(ValueError):
     """A file that is not ours, is damaged, or was written by a newer version."""
@@ -24,7 +27,11 @@ class SchemaError(ValueError):
 
 def point_label(workload: str, run_name: str) -> str:
     """Return the run name, with the workload where there is one, and not the default one."""
-    return run_name if workload in ("olmoearth", PLAIN) else f"{workload}: {run_name}"
+    return (
+        run_name
+        if workload in ("olmoearth", PLAIN, UNKNOWN_WORKLOAD)
+        else f"{workload}: {run_name}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

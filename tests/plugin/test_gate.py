@@ -93,7 +93,7 @@ def gate_lines(result: pytest.RunResult) -> list[str]:
     """What stands below the heading of the gate."""
     at = next(i for i, line in enumerate(result.outlines) if " int8bench gate " in line)
     lines = result.outlines[at + 1 :]
-    return lines[: next(i for i, line in enumerate(lines) if line.startswith("="))]
+    return lines[: next(i for i, line in enumerate(lines) if line[:1] in ("=", "!"))]
 
 
 SLOW, FAST = 1e6, 1e-6  # a base that was so much slower or faster than this machine ever is
@@ -205,6 +205,16 @@ def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
     result = run(project, "--int8-compare=base.json", "--collect-only", "-q")
     assert result.ret == pytest.ExitCode.OK
     result.stdout.no_fnmatch_line("*gate*")
+
+
+def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, copy: None) -> None:
+    project.makepyfile(test_plain="def test_plain(): pass")
+    result = run(project, "--int8-compare=base.json", "--color=yes", "test_plain.py")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    text = "int8bench fails this run: nothing was compared with base.json"
+    [line] = [line for line in result.outlines if text in line]
+    assert line.startswith("\x1b[31m!")
+    assert result.outlines.index(line) == len(result.outlines) - 2
 
 
 @pytest.mark.parametrize(

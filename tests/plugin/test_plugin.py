@@ -562,13 +562,13 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, errors=4)
     # A hub that does not answer takes its time: it is asked once, for the two points together.
-    result.stdout.fnmatch_lines(2 * ["int8 workload: hub.py:make raised OSError: no route"])
+    result.stdout.fnmatch_lines(2 * ["hub.py:make raised OSError: no route"])
     assert (project.path / "asked").read_text() == "x"
     result.stdout.fnmatch_lines_random(
         [
             "int8bench: preset smoke (as asked)",
-            "int8 workload: nowhere.py:make: there is no file *nowhere.py",
-            "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
+            "nowhere.py:make: there is no file *nowhere.py",
+            "toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
     )
     found = journaled(project).values()
@@ -577,7 +577,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     # Points whose workload cannot be had are results too.
     assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
     assert {missing.status, other.status} == {"failed"}
-    assert (missing.reason or "").startswith("int8 workload: nowhere.py:make: there is no file ")
+    assert (missing.reason or "").startswith("there is no file ")
     assert candidate.coverage["converted_layers"] == 1
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
 

@@ -61,7 +61,7 @@ def test_a_step_that_fails_at_the_end_is_said_and_stops_no_other(
     done = []
 
     def note(what: str) -> Callable[..., Any]:
-        return lambda *_: done.append(what) or what == "reports"
+        return lambda *_: done.append(what) or what == "reports" or []
 
     for what, (owner, name) in STEPS.items():
         monkeypatch.setattr(owner, name, fail if what == failing else note(what))
@@ -118,6 +118,27 @@ def test_a_part_that_cannot_be_shown_hides_no_other(
     assert shown.lines[-1] == "report: r.md"
     assert sum("cannot be shown" in line for line in shown.lines) == 1
     assert any(line.startswith("journal: ") for line in shown.lines)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "is_told"), [(("skipped", "skipped"), True), (("skipped", "failed"), False)]
+)
+def test_warns_if_every_point_is_skipped(
+    recorder: Recorder, statuses: tuple[str, ...], is_told: bool
+) -> None:
+    for index, status in enumerate(statuses):
+        name = POINT.replace(batch_size=index + 1).run_name
+        reason = "image_size=2 is smaller than patch_size=4"
+        recorder.record(
+            result(nodeid=name, run_name=name, status=status, reason=reason, samples_per_s=None)
+        )
+    shown: Any = Terminal()
+    summary.show_results(shown, recorder)
+    text = (
+        "WARNING: no point was measured: 2 points skipped, the first because: image_size=2 is "
+        "smaller than patch_size=4"
+    )
+    assert (text in shown.lines) is is_told
 
 
 class Broken(Terminal):
