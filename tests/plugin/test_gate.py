@@ -181,8 +181,8 @@ def test_benchmark_compare_checks_the_machine(project: pytest.Pytester, base: Ba
     result = run(project, *options)
     assert result.ret == pytest.ExitCode.OK
     why = (
-        "the file that is compared with was measured on another machine or software: "
-        "cpu Other CPU -> *; see --int8-allow"
+        "the file given by --benchmark-compare was measured on another machine or with other "
+        "software: cpu Other CPU -> *; see --int8-allow"
     )
     result.stdout.fnmatch_lines([f"*UserWarning: int8bench: {why}"])
     result = run(project, *options, "--benchmark-compare-fail=min:100000%")
@@ -220,8 +220,16 @@ def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, c
 @pytest.mark.parametrize(
     ("options", "using", "why"),
     [
-        (("--benchmark-disable",), None, "nothing is measured with --benchmark-disable"),
-        (("--codspeed",), "codspeed", "nothing is measured with --codspeed"),
+        (
+            ("--benchmark-disable",),
+            None,
+            "cannot be combined with --benchmark-disable: nothing would be measured",
+        ),
+        (
+            ("--codspeed",),
+            "codspeed",
+            "cannot be combined with --codspeed: nothing would be measured",
+        ),
     ],
 )
 def test_what_cannot_measure_is_refused_at_the_start(
@@ -240,7 +248,7 @@ def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> No
     result = run(project, "--int8-compare=base.json", "--benchmark-json=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert [line for line in result.errlines if line] == [
-        "ERROR: --benchmark-json: base.json is compared with (--int8-compare), and not overwritten"
+        "ERROR: --benchmark-json: must be another file than those of --int8-compare, got base.json"
     ]
     assert (project.path / "base.json").read_text() == before
 

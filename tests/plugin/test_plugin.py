@@ -528,7 +528,7 @@ def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> 
     )
     session = Session(config, replace(Settings(), filter="os:sep"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^--int8-filter: os:sep is not callable$"):
+        with pytest.raises(ValueError, match=r"^--int8-filter: must be a callable, got os:sep$"):
             session.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
@@ -599,7 +599,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
         ),
         (
             ["--int8-workload=toy:make", "--int8-filter=toy:__name__"],
-            "--int8-filter: toy:__name__ is not callable",
+            "--int8-filter: must be a callable, got toy:__name__",
         ),
         (
             ["--int8-workload=toy:make", "--int8-set=extra.depth=2,3"],
@@ -789,7 +789,7 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
-            "*int8bench: no journal: *",
+            "*int8bench: cannot create the journal: *",
             "toy *_bs4_model_size-nano_compile_mode-off * flash *",
             "journal: none, see the warnings",
         ]

@@ -209,7 +209,9 @@ def test_the_journal_keeps_what_cannot_be_written(
         raise OSError("No space left")
 
     monkeypatch.setattr("pytest_int8bench.results.journal.Journal._write", full)
-    with pytest.warns(UserWarning, match=r"^int8bench: a result is not in the journal: No space"):
+    with pytest.warns(
+        UserWarning, match=r"^int8bench: cannot write a result to the journal: No space"
+    ):
         recorder.record(result())
     assert recorder.results_of("a.py::t") == [result()]
 
@@ -334,7 +336,7 @@ def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
     recorder.record(result(status="failed"))
     recorder.begin(TIMED)
     monkeypatch.setattr("pytest_int8bench.files.replace_text", full)
-    with pytest.warns(UserWarning, match=r"^int8bench: the journal is not up to date: No space"):
+    with pytest.warns(UserWarning, match=r"^int8bench: cannot update the journal: No space"):
         recorder.settle(TIMED)
     assert recorder.results_of(TIMED) == []
 
@@ -343,5 +345,5 @@ def test_a_warning_that_is_an_error_is_a_line(
     recorder: Recorder, recwarn: pytest.WarningsRecorder
 ) -> None:
     warnings.simplefilter("error")
-    recorder.warn("no journal: full")
-    assert recorder.reported == ["int8bench: no journal: full"]
+    recorder.warn("cannot create the journal: full")
+    assert recorder.reported == ["int8bench: cannot create the journal: full"]

@@ -194,7 +194,7 @@ class Controller(Recorder):
             try:
                 journal.append(record)
             except OSError as error:
-                self.warn(f"a result is not in the journal: {error}")
+                self.warn(f"cannot write a result to the journal: {error}")
             return
         self.record(record)
         if not isinstance(record, Result):
@@ -213,7 +213,7 @@ class Controller(Recorder):
             try:
                 journal.withdraw(journal.records_of(nodeid))
             except OSError as error:
-                self.warn(f"the journal is not up to date: {error}")
+                self.warn(f"cannot update the journal: {error}")
         super().settle(nodeid)
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
@@ -242,7 +242,7 @@ class Controller(Recorder):
         try:
             journal = Journal(path, environment)
         except OSError as error:
-            self.warn(f"no journal: {error}")
+            self.warn(f"cannot create the journal: {error}")
             journal = Journal(None, environment)
         listed = [f"{name} {found[name][0]} -> {found[name][1]}" for name in names]
         self._apart[message.worker] = (journal, listed)
