@@ -326,8 +326,8 @@ def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None
     result = project.runpytest_subprocess(*SMOKE, "--int8-mode=off", "--benchmark-json=out.json")
     result.assert_outcomes(failed=1)
     why = (
-        "AgainError: int8_throughput must be called once in a test, got a second call: for another "
-        "point use another test, or parametrize int8_params"
+        "AgainError: int8_throughput must be called once per test, got a second call; to measure "
+        "another point, use another test or parametrize int8_params"
     )
     at = result.outlines.index(why)
     assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
@@ -458,7 +458,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
     result.assert_outcomes(errors=5)
     why = {
         "key": "unknown key 'batchsize'; keys are workload, model_size, *, extra",
-        "position": "takes keywords only, got 8",
+        "position": "arguments must be keywords, got 8",
         "value": "batch_size must be at least 1, got 0",
         "workload": "workload must be olmoearth, digits, timm:NAME, *, got 'nothing'",
         "zoo": "workload must be a name, got 8",
@@ -666,8 +666,8 @@ def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, own
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     [line] = filter(None, result.errlines)
     assert line == (
-        f"ERROR: --int8-workload: no test takes it, each has a workload of its own ({owner}), "
-        "got 'digits'"
+        "ERROR: --int8-workload: no collected test uses 'digits': each brings its own workload "
+        f"({owner})"
     )
     # An ini value waits for tests that take it.
     result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
