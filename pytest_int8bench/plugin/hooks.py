@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    if "INT8BENCH_SEAT" in os.environ:
+    if "INT8BENCH_SLOT" in os.environ:
         from pytest_int8bench.plugin.xdist.worker import pin_at_start
 
         pin_at_start(early_config)
