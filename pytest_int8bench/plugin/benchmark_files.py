@@ -36,17 +36,17 @@ def check_saving(config: pytest.Config) -> None:
     if is_disabled_by_user(config):
         return
     if (path := json_target(config)) is not None:
-        with _refused(f"--benchmark-json: must be a writable file, got {str(path)!r}"):
+        with _usage_error(f"--benchmark-json: must be a writable file, got {str(path)!r}"):
             probe(path)
     if (folder := storage_target(config)) is not None:
         given = config.getoption("benchmark_storage")
-        with _refused(f"--benchmark-storage: must be a writable directory, got {given!r}"):
+        with _usage_error(f"--benchmark-storage: must be a writable directory, got {given!r}"):
             existing = next(part for part in (folder, *folder.parents) if part.exists())
             probe(existing / "int8bench.json")
 
 
 @contextlib.contextmanager
-def _refused(rule: str) -> Iterator[None]:
+def _usage_error(rule: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

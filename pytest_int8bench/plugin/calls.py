@@ -13,7 +13,7 @@ from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, f
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.benchmark_files import check_compared
-from pytest_int8bench.plugin.progress import say
+from pytest_int8bench.plugin.progress import write_line
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.results.base import NOT_MEASURED
@@ -80,12 +80,12 @@ class ThroughputCall(_Call):
             )
         self._is_called = True
         recorder, benchmark = self._recorder, self._benchmark
-        if (why := recorder.not_benchmarked(benchmark, self._params)) is not None:
+        if (why := recorder.why_not_benchmarked(benchmark, self._params)) is not None:
             # Like pytest-benchmark, run once without timing. Skip: the point was not measured.
             benchmark.run_once(self._session.pool().get(self._workload, self._params).run)
             pytest.skip(f"{NOT_MEASURED}: {why}")
         self._check_machine()
-        result = recorder.placed(self._measure())
+        result = recorder.with_worker(self._measure())
         if not result.oom:
             benchmark.add_extra_info(_extra_info(result))
         marked = recorder.marked(result)
@@ -122,7 +122,7 @@ class GuardrailCall(_Call):
     def _verdicts(self, max_drop: str | None) -> list[Accuracy]:
         if not self._params.int8_enabled:
             pytest.skip("nothing to compare: the point is a baseline")
-        if (why := self._not_judged()) is not None:
+        if (why := self._why_not_judged()) is not None:
             pytest.skip(f"accuracy not judged: {why}")
         settings = self._session.settings
         limit = _limit(max_drop) if max_drop else settings.drop_limit()
@@ -141,11 +141,11 @@ class GuardrailCall(_Call):
             warnings.warn("\n".join(line for lines in undecided for line in lines), stacklevel=2)
         return verdicts
 
-    def _not_judged(self) -> str | None:
+    def _why_not_judged(self) -> str | None:
         """Return why the accuracy is not judged; None if it is."""
-        why = self._recorder.not_kept()
+        why = self._recorder.why_not_kept()
         if why is None and self._session.settings.remedy:
-            why = self._recorder.not_timed(self._params)  # remedies are timed
+            why = self._recorder.why_not_timed(self._params)  # remedies are timed
         return why
 
     def _judge(self, limit: Limit) -> tuple[list[Accuracy], str | None]:
@@ -168,7 +168,7 @@ class GuardrailCall(_Call):
                 nodeid=self._nodeid,
                 limit=limit,
                 record=keep,
-                tell=_teller(self._session.config, "accuracy"),
+                tell=_line_writer(self._session.config, "accuracy"),
             )
         except Exception as error:
             if (problem := self._out_of_memory(error)) is None:
@@ -192,7 +192,7 @@ class GuardrailCall(_Call):
             self._session.guardrail(),
             limit,
             record=self._recorder.record,
-            tell=_teller(self._session.config, f"remedies for {self._params.run_name}"),
+            tell=_line_writer(self._session.config, f"remedies for {self._params.run_name}"),
         )
         found = []
         for index, verdict in enumerate(verdicts):  # verdicts on labels come first
@@ -226,7 +226,7 @@ class SensitivityCall(_Call):
 
         if not self._params.int8_enabled:
             pytest.skip("nothing to quantize: the point is a baseline")
-        if (why := self._recorder.not_kept()) is not None:
+        if (why := self._recorder.why_not_kept()) is not None:
             pytest.skip(f"sensitivity not measured: {why}")
         problem = None
         try:
@@ -235,7 +235,7 @@ class SensitivityCall(_Call):
             ).run(
                 nodeid=self._nodeid,
                 metric=metric,
-                tell=_teller(self._session.config, f"sensitivity of {self._params.run_name}"),
+                tell=_line_writer(self._session.config, f"sensitivity of {self._params.run_name}"),
                 record=self._recorder.record,
             )
         except Exception as error:
@@ -245,8 +245,8 @@ class SensitivityCall(_Call):
         pytest.skip(f"sensitivity scan not finished: {problem}")
 
 
-def _teller(config: pytest.Config, what: str) -> Callable[[str], None]:
-    return lambda text: say(config, f"{what}: {text}")
+def _line_writer(config: pytest.Config, what: str) -> Callable[[str], None]:
+    return lambda text: write_line(config, f"{what}: {text}")
 
 
 def _limit(text: str) -> Limit:

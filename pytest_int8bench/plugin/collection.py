@@ -46,7 +46,7 @@ def check_workload(session: Session, items: list[pytest.Item]) -> None:
         )
 
 
-def check_named(session: Session, items: list[pytest.Item]) -> None:
+def check_loadable(session: Session, items: list[pytest.Item]) -> None:
     """Reject a workload, one of its axes, or a filter that cannot be loaded, once for all tests.
 
     Axes are checked only if all tests use the session's workload. Otherwise an axis may belong to
@@ -57,20 +57,20 @@ def check_named(session: Session, items: list[pytest.Item]) -> None:
     """
     config, settings = session.config, session.settings
     users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
-    takers = [item for item in users if takes_workload(item)]
+    takers = [item for item in users if uses_session_workload(item)]
     names = {*settings.changes, *settings.axes}
     axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
     is_common = len(takers) == len(users) and bool(axes)
     if takers and (OPTIONS["workload"].read(config) is not None or is_common):
-        with captured(config), _refused(config, "workload"):
+        with captured(config), _usage_error(config, "workload"):
             workload = session.workload(None)
             if is_common:
                 from pytest_int8bench.params import RunParams
 
-                with _refused(config, "set"):
+                with _usage_error(config, "set"):
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
-        with captured(config), _refused(config, "filter"):
+        with captured(config), _usage_error(config, "filter"):
             session.filter()
 
 
@@ -90,7 +90,7 @@ def captured(config: pytest.Config) -> Iterator[None]:
 
 
 @contextmanager
-def _refused(config: pytest.Config, option: str) -> Iterator[None]:
+def _usage_error(config: pytest.Config, option: str) -> Iterator[None]:
     """Turn a ValueError into a usage error that names the option. Suppress other errors: they come
     from the user's code, and the tests report them with a traceback."""
     try:
@@ -103,7 +103,7 @@ def _refused(config: pytest.Config, option: str) -> Iterator[None]:
         return
 
 
-def takes_workload(item: pytest.Item) -> bool:
+def uses_session_workload(item: pytest.Item) -> bool:
     """Return whether ``item`` definitely uses the session's workload."""
     definitions = _fixture_definitions(item).get("int8_workload", ())
     own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.plugin.fixtures"
@@ -116,9 +116,8 @@ def _workload_owner(item: pytest.Item) -> str | None:
     for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
-        if not {"int8_workload", "request"} & {
-            *definition.argnames
-        }:  # these lead to the overridden fixture
+        # With one of these arguments, a fixture may return the overridden workload.
+        if not {"int8_workload", "request"} & {*definition.argnames}:
             return f"int8_workload in {definition.func.__module__}"
     try:
         return "@pytest.mark.int8" if marker_changes(item)[1] else None

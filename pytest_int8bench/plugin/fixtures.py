@@ -105,7 +105,7 @@ def _int8_point(
         problem = str(error)
     if problem is not None:
         pytest.fail(problem, pytrace=False)
-    if (reason := recorder.no_gpu(int8_params)) is not None:
+    if (reason := recorder.why_no_gpu(int8_params)) is not None:
         pytest.fail(reason, pytrace=False)
     return workload, int8_params
 

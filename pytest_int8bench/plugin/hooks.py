@@ -15,7 +15,7 @@ import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_ours, is_plain, parametrize, point_of
+from pytest_int8bench.plugin.points import is_int8_test, is_plain, parametrize, point_of
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
@@ -85,9 +85,9 @@ def _recorder_of(session: Session) -> Recorder:
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 @guarded("looking for GPUs")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
-    from pytest_int8bench.plugin.xdist.controller import capped
+    from pytest_int8bench.plugin.xdist.controller import limit_workers
 
-    return capped(config, (yield))
+    return limit_workers(config, (yield))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(
     session.collected |= {item.nodeid for item in items}
     merge_markers(config, items)  # before -m evaluates them
     result = yield
-    if any(map(is_ours, items)):
+    if any(map(is_int8_test, items)):
         from pytest_int8bench.plugin.collection import sort_by_model
 
         sort_by_model(items)  # after plugins that shuffle, before --ff reorders
@@ -138,11 +138,11 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(tryfirst=True)
 @guarded("checking the tests")
 def pytest_runtestloop(session: pytest.Session) -> None:
-    has_ours = any(map(is_ours, session.items))
+    has_ours = any(map(is_int8_test, session.items))
     settings = session.config.stash[SESSION]
     is_skipping = session.config.getoption("benchmark_skip", False)
-    if (has_ours or settings.wants_benchmarks) and not is_skipping:
-        settings.takes_benchmarks = True
+    if (has_ours or settings.needs_benchmarks) and not is_skipping:
+        settings.records_benchmarks = True
         from pytest_int8bench.plugin.plain import PlainBenchmarks
 
         session.config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
@@ -162,12 +162,12 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
 @pytest.hookimpl(tryfirst=True)
 @guarded("recording")
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if is_ours(item) or _is_recorded_plain(item):
-        item.config.stash[RECORDER].begin(item.nodeid)
+    if is_int8_test(item) or _is_recorded_plain(item):
+        item.config.stash[RECORDER].begin_attempt(item.nodeid)
 
 
 def _is_recorded_plain(item: pytest.Item) -> bool:
-    return item.config.stash[SESSION].takes_benchmarks and is_plain(item)
+    return item.config.stash[SESSION].records_benchmarks and is_plain(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -178,7 +178,7 @@ def pytest_runtest_makereport(
     report = yield
     recorder = item.config.stash[RECORDER]
     # Until the errors module is imported, no exception can be one of ours.
-    if is_ours(item) or _is_recorded_plain(item) or "pytest_int8bench.errors" in sys.modules:
+    if is_int8_test(item) or _is_recorded_plain(item) or "pytest_int8bench.errors" in sys.modules:
         from pytest_int8bench.plugin.outcomes import record_outcome, shorten
 
         shorten(report, call, item.config.getoption("tbstyle"))
@@ -186,7 +186,7 @@ def pytest_runtest_makereport(
             record_outcome(recorder, item, report, call.excinfo and call.excinfo.value)
         if report.when == "teardown":
             with recorder.guard("recording"):
-                recorder.settle(item.nodeid)
+                recorder.end_attempt(item.nodeid)
     if call.excinfo is not None:
         with recorder.guard("recording"):
             recorder.note_error(call.excinfo.value)

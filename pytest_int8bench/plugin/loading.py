@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from pytest_int8bench.plugin.collection import captured, takes_workload
+from pytest_int8bench.plugin.collection import captured, uses_session_workload
 from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.session import SESSION
 
@@ -28,7 +28,7 @@ def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
             load_inductor("cpu")
         from pytest_int8bench.accuracy import guardrail  # noqa: F401
         from pytest_int8bench.measure import point  # noqa: F401
-    if any(map(takes_workload, users)):  # load the libraries of the session's workload too
+    if any(map(uses_session_workload, users)):  # load the libraries of the session's workload too
         with _quietly(config):
             config.stash[SESSION].workload(None)
 

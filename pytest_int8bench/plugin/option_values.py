@@ -91,8 +91,8 @@ def _read_compile_cache(text: str) -> dict[str, Any]:
 def _folder_reader(name: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         path = Path(text).absolute()
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not text or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not text or not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"must be a writable directory, got {text!r}")
         return {name: path}
 

@@ -45,7 +45,7 @@ def record_outcome(
         report: of the phase of the test that has just ended.
         error: the exception that ended the phase, if any.
     """
-    if item.config.stash[SESSION].takes_benchmarks and is_plain(item):
+    if item.config.stash[SESSION].records_benchmarks and is_plain(item):
         if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):
             status = "failed" if report.failed else "skipped"
             record_failure(recorder, item.nodeid, status, _reason(report, error))

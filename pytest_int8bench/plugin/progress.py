@@ -41,10 +41,10 @@ def terminal_steps(config: pytest.Config, clock: Callable[[], float] = time.mono
     return terminal.live if _is_live(config) else terminal.plain
 
 
-def say(config: pytest.Config, text: str) -> None:
+def write_line(config: pytest.Config, text: str) -> None:
     """Write a line immediately, bypassing pytest's capture; write nothing with ``-q``."""
     if config.get_verbosity() >= 0 and config.pluginmanager.hasplugin("terminalreporter"):
-        _Terminal(config, time.monotonic).say(text)
+        _Terminal(config, time.monotonic).write_line(text)
 
 
 def _is_live(config: pytest.Config) -> bool:
@@ -70,7 +70,7 @@ class _Terminal:
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._clock = clock
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Write a line below the one that pytest has begun, then repeat the latter."""
         begun = self._writer._current_line
         self._write(("\n" if begun else "") + f"int8bench: {text}\n{begun}")

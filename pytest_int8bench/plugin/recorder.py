@@ -52,7 +52,7 @@ class Recorder:
         """Maps a node id to the workload and point of the test."""
         self.reported: list[str] = []
         """Lines for the terminal summary: written reports and failed steps."""
-        self._asked: Journal | None = None
+        self._requested: Journal | None = None
         """The journal of ``--int8-journal``, created before anything is measured."""
         self._environment: dict[str, Any] | None = None
         self._accuracy_failed: dict[tuple[str, str], dict[str, str]] = {}
@@ -83,24 +83,24 @@ class Recorder:
         check_saving(self.config)
         if self.session.in_suite:
             return  # the runner needs an outcome for each point instead
-        from pytest_int8bench.plugin.collection import check_named, check_workload
+        from pytest_int8bench.plugin.collection import check_loadable, check_workload
 
         check_workload(self.session, items)
-        check_named(self.session, items)
+        check_loadable(self.session, items)
 
-    def no_gpu(self, params: RunParams) -> str | None:
+    def why_no_gpu(self, params: RunParams) -> str | None:
         """Return why a point cannot have a GPU; None if it can, or needs none."""
         return None
 
-    def not_kept(self) -> str | None:
+    def why_not_kept(self) -> str | None:
         """Return why results of this process would be lost; None if they are kept."""
         return None
 
-    def not_timed(self, params: RunParams) -> str | None:
+    def why_not_timed(self, params: RunParams) -> str | None:
         """Return why timings in this process would be meaningless; None if they are valid."""
         return None
 
-    def not_benchmarked(
+    def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
         """Return why pytest-benchmark must not time a test; None if it may."""
@@ -121,7 +121,7 @@ class Recorder:
         """Remember the point of a test, to record it if the test fails or is skipped."""
         self.points_of[nodeid] = (workload, params)
 
-    def placed(self, result: Result) -> Result:
+    def with_worker(self, result: Result) -> Result:
         """Return ``result`` with the worker that measured it, if this process is one."""
         return result
 
@@ -155,22 +155,22 @@ class Recorder:
 
         if handover is not None:  # the runner has created the file, and works without it too
             with suppress(OSError, SchemaError):
-                self._asked = Journal.reopen(Path(asked))
+                self._requested = Journal.reopen(Path(asked))
             return
         try:
-            self._asked = Journal(self.session.invocation / asked, {})
+            self._requested = Journal(self.session.invocation / asked, {})
         except OSError as error:
             source = OPTIONS["journal"].source(self.config)
             rule = "must be a writable file that does not exist yet"
             why = error.strerror or error
             raise pytest.UsageError(f"{source}: {rule}, got {asked!r}: {why}") from None
-        self.config.add_cleanup(self._asked.discard)
+        self.config.add_cleanup(self._requested.discard)
 
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         from pytest_int8bench.files import timestamp
         from pytest_int8bench.results.journal import Journal, journal_folder
 
-        journal = self._asked
+        journal = self._requested
         try:
             if self.session.handover is not None:
                 journal = journal or Journal(None, environment)
@@ -222,11 +222,11 @@ class Recorder:
 
     # -- reruns of tests ----------------------------------------------------------------------
 
-    def begin(self, nodeid: str) -> None:
+    def begin_attempt(self, nodeid: str) -> None:
         """Handle the start of a test, which may be a rerun (pytest-rerunfailures, flaky).
 
         Only the last attempt counts. Records of earlier ones stay until it is over, so that a crash
-        does not lose them; :meth:`settle` then withdraws them.
+        does not lose them; :meth:`end_attempt` then withdraws them.
         """
         records = tuple(self.journal.records_of(nodeid)) if self.journal else ()
         points = tuple(point for point, by in self._accuracy_failed.items() if by.pop(nodeid, None))
@@ -238,7 +238,7 @@ class Recorder:
         if self.session.gate is not None:
             self.session.gate.forget(nodeid)
 
-    def settle(self, nodeid: str) -> None:
+    def end_attempt(self, nodeid: str) -> None:
         """Replace the records of earlier attempts by those of the attempt that has just ended."""
         earlier = self._earlier.pop(nodeid, None)
         if earlier is None or self.journal is None:
@@ -291,7 +291,7 @@ class Recorder:
     def check_journal(self) -> None:
         """Write missing records to the journal of ``--int8-journal``; fail the session if that is
         impossible."""
-        if self._asked is not None and self._asked.problem() is not None:
+        if self._requested is not None and self._requested.problem() is not None:
             self._has_failed = True  # the summary gives the reason
 
     @contextmanager

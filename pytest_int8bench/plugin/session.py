@@ -45,7 +45,7 @@ class Session:
         """Node ids of the collected tests that were deselected."""
         self.parametrized: pytest.Item | None = None
         """The test whose parameters pytest is currently naming."""
-        self.takes_benchmarks = False
+        self.records_benchmarks = False
         """Whether plain benchmarks are recorded: the session has INT8 tests or an option that needs
         their timings."""
         self.gate: SessionGate | None = None
@@ -97,7 +97,7 @@ class Session:
         return with_baselines(points) if baselines and self.settings.baseline else points
 
     @property
-    def wants_benchmarks(self) -> bool:
+    def needs_benchmarks(self) -> bool:
         """Whether an option uses the timings of plain benchmarks, even without INT8 tests."""
         settings = self.settings
         return bool(self.gate or settings.lean or settings.reports or settings.journal)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.benchmark(group=HANDOVER.group)
 
 
 @pytest.fixture(autouse=True)
-def _noted(int8_params: RunParams) -> Iterator[None]:
+def _report_running(int8_params: RunParams) -> Iterator[None]:
     """Tell the runner which point is running, in case this process dies."""
     HANDOVER.note_running(int8_params.run_name)
     yield

@@ -263,12 +263,12 @@ def statuses(recorder: Recorder) -> list[str]:
 
 def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None:
     recorder.record(result())
-    recorder.begin(JUDGED)
+    recorder.begin_attempt(JUDGED)
     fail_accuracy(recorder)
     assert statuses(recorder) == ["accuracy-failed"]
-    recorder.begin(JUDGED)
+    recorder.begin_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]  # as long as the attempt is not over
-    recorder.settle(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert recorder.journal is not None
     assert recorder.journal.results == [result()]
     assert recorder.marked(result()) == result()
@@ -277,9 +277,9 @@ def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None
 def test_a_point_whose_accuracy_fails_again_stays_marked(recorder: Recorder) -> None:
     recorder.record(result())
     for _ in range(2):
-        recorder.begin(JUDGED)
+        recorder.begin_attempt(JUDGED)
         fail_accuracy(recorder)
-        recorder.settle(JUDGED)
+        recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
@@ -287,8 +287,8 @@ def test_a_point_that_fails_another_accuracy_test_stays_marked(recorder: Recorde
     recorder.record(result())
     fail_accuracy(recorder)
     fail_accuracy(recorder, "a.py::another")
-    recorder.begin(JUDGED)
-    recorder.settle(JUDGED)
+    recorder.begin_attempt(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
@@ -297,14 +297,14 @@ def test_a_point_whose_own_test_failed_stays_marked(recorder: Recorder) -> None:
     marked = recorder.marked(result())
     recorder.record(marked)
     recorder.keep_marked(marked)
-    recorder.begin(JUDGED)
-    recorder.settle(JUDGED)
+    recorder.begin_attempt(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
 def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert recorder.results_of(TIMED) == []
     assert statuses(recorder) == ["failed"]
 
@@ -312,18 +312,18 @@ def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder
 def test_an_attempt_that_finds_nothing_counts(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
     recorder.record(result(nodeid="a.py::other"))
-    recorder.begin(TIMED)
-    recorder.settle(TIMED)
+    recorder.begin_attempt(TIMED)
+    recorder.end_attempt(TIMED)
     assert statuses(recorder) == ["ok"]
 
 
 def test_the_comparison_of_an_attempt_is_forgotten(recorder: Recorder) -> None:
     forgotten: list[str] = []
     recorder.session.gate = SimpleNamespace(forget=forgotten.append)  # type: ignore[assignment]
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert forgotten == []
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert forgotten == [TIMED]
 
 
@@ -334,10 +334,10 @@ def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
         raise OSError("No space left")
 
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     monkeypatch.setattr("pytest_int8bench.files.replace_text", full)
     with pytest.warns(UserWarning, match=r"^int8bench: cannot update the journal: No space"):
-        recorder.settle(TIMED)
+        recorder.end_attempt(TIMED)
     assert recorder.results_of(TIMED) == []
 
 

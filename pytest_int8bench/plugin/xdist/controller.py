@@ -41,12 +41,12 @@ def is_controller(config: pytest.Config) -> bool:
     return asked and not option.collectonly and not hasattr(config, "workerinput")
 
 
-def capped(config: pytest.Config, workers: int) -> int:
+def limit_workers(config: pytest.Config, workers: int) -> int:
     """Return the number of workers for ``-n auto``: at most one per GPU if the command line has an
     option of this plugin, otherwise ``workers``."""
-    if not options.are_on_command_line(config.option) or (there := nvml.visible()) is None:
+    if not options.are_on_command_line(config.option) or (gpus := nvml.visible()) is None:
         return workers
-    return max(1, min(workers, len(there)))
+    return max(1, min(workers, len(gpus)))
 
 
 class Controller(Recorder):
@@ -69,7 +69,7 @@ class Controller(Recorder):
         self._attempts: dict[str, tuple[str, int] | None] = {}
         #: Maps a worker's id to the separate journal of its incomparable results, and to the
         #: differences from the first worker.
-        self._apart: dict[str, tuple[Journal, list[str]]] = {}
+        self._separate: dict[str, tuple[Journal, list[str]]] = {}
 
     # -- workers ------------------------------------------------------------------------------
 
@@ -94,15 +94,15 @@ class Controller(Recorder):
             return
         with self.guard("reading a worker's tests"):
             found = json.loads(text)
-            self.session.collected |= set(map(self._bare, found["collected"]))
-            self.session.deselected |= set(map(self._bare, found["deselected"]))
+            self.session.collected |= set(map(self._without_group, found["collected"]))
+            self.session.deselected |= set(map(self._without_group, found["deselected"]))
             self._take_problems(node.gateway.id, found["problems"])
 
     @guarded("looking for GPUs")
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """Check before the first test that this host has a GPU for each of its workers."""
         if not self._order:
-            self._order = {self._bare(nodeid): index for index, nodeid in enumerate(ids)}
+            self._order = {self._without_group(nodeid): index for index, nodeid in enumerate(ids)}
             self.session.collected |= set(self._order)
         found = [params for params in map(params_in, ids) if params is not None]
         if found and self.config.option.dist == "each":
@@ -114,11 +114,11 @@ class Controller(Recorder):
         workers = _count(_HERE, node.nodemanager)
         if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
             return
-        there = nvml.visible()
-        if there and workers > len(there):
+        gpus = nvml.visible()
+        if gpus and workers > len(gpus):
             asked = f"-n {workers}" if self.config.option.numprocesses else "--tx"
             raise pytest.UsageError(
-                f"{asked} asks for {workers} workers, but {nvml.described(there)}, and each worker "
+                f"{asked} asks for {workers} workers, but {nvml.described(gpus)}, and each worker "
                 "needs its own"
             )
 
@@ -139,7 +139,7 @@ class Controller(Recorder):
     @pytest.hookimpl(tryfirst=True)
     @guarded("recording")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        nodeid = self._bare(report.nodeid)
+        nodeid = self._without_group(report.nodeid)
         text = getattr(report, KEY, None)
         with self.guard("recording"):
             if text is not None:
@@ -166,8 +166,8 @@ class Controller(Recorder):
         attempt = (message.worker, message.attempt)
         if self._attempts.setdefault(nodeid, attempt) != attempt:
             self._attempts[nodeid] = attempt
-            self.begin(nodeid)
-            self.settle(nodeid)
+            self.begin_attempt(nodeid)
+            self.end_attempt(nodeid)
         if message.records:
             self._measured[message.worker] = message
         if message.point is not None:
@@ -177,10 +177,12 @@ class Controller(Recorder):
         for kind, fields in message.records:
             with self.guard("recording"):  # one that fails must not lose the others
                 record = unpacked(kind, fields)
-                self._take(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
+                self._take(
+                    dataclasses.replace(record, nodeid=self._without_group(record.nodeid)), message
+                )
         for timing in message.timings:
-            if message.worker not in self._apart:
-                fullname = self._bare(timing["fullname"])
+            if message.worker not in self._separate:
+                fullname = self._without_group(timing["fullname"])
                 with self.guard("recording"):
                     add_timing(self.config, fullname, timing)
 
@@ -193,7 +195,7 @@ class Controller(Recorder):
         environment = message.environment or {}
         if self.journal is None:
             self.start_journal(environment)
-        if (journal := self._journal_apart(message, environment)) is not None:
+        if (journal := self._separate_journal(message, environment)) is not None:
             try:
                 journal.append(record)
             except OSError as error:
@@ -209,15 +211,15 @@ class Controller(Recorder):
             with contextlib.suppress(ClearError):  # the worker has already failed the test
                 gate.judge(record, environment)
 
-    def settle(self, nodeid: str) -> None:
+    def end_attempt(self, nodeid: str) -> None:
         """Withdraw the records of earlier attempts from every journal."""
         self._waiting = [result for result in self._waiting if result.nodeid != nodeid]
-        for journal, _ in self._apart.values():
+        for journal, _ in self._separate.values():
             try:
                 journal.withdraw(journal.records_of(nodeid))
             except OSError as error:
                 self.warn(f"cannot update the journal: {error}")
-        super().settle(nodeid)
+        super().end_attempt(nodeid)
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
         """Start the journal with the fingerprint of the first worker that measured."""
@@ -228,11 +230,11 @@ class Controller(Recorder):
         self._waiting = []
         return journal
 
-    def _journal_apart(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
+    def _separate_journal(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
         """Return the separate journal of a worker that runs on another machine or software than the
         first one; None if it does not."""
-        if message.worker in self._apart:
-            return self._apart[message.worker][0]
+        if message.worker in self._separate:
+            return self._separate[message.worker][0]
         together = self.environment()
         found = differences(together, environment)
         if together.get("commit") != environment.get("commit"):
@@ -248,7 +250,7 @@ class Controller(Recorder):
             self.warn(f"cannot create the journal: {error}")
             journal = Journal(None, environment)
         listed = [f"{name} {found[name][0]} -> {found[name][1]}" for name in names]
-        self._apart[message.worker] = (journal, listed)
+        self._separate[message.worker] = (journal, listed)
         return journal
 
     def _note_crashed(self, nodeid: str, reason: str) -> None:
@@ -301,7 +303,7 @@ class Controller(Recorder):
     def problems(self) -> list[str]:
         """Return a line for each worker with separate results, with the reason."""
         lines = []
-        for worker, (journal, listed) in self._apart.items():
+        for worker, (journal, listed) in self._separate.items():
             names = [text.partition(" ")[0] for text in listed]
             remedy = "add " + " ".join(f"--int8-allow {name}" for name in names)
             if "commit" in names:  # which --int8-allow does not take
@@ -316,7 +318,7 @@ class Controller(Recorder):
             )
         return lines
 
-    def _bare(self, nodeid: str) -> str:
+    def _without_group(self, nodeid: str) -> str:
         """Return a node id without the group that ``--dist=loadgroup`` appends to it."""
         if self.config.option.dist == "loadgroup" and nodeid.rfind("@") > nodeid.rfind("]"):
             return nodeid.rpartition("@")[0]

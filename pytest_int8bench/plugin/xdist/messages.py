@@ -44,7 +44,7 @@ class Message:
     """Number of times that this worker has started the test."""
 
     @property
-    def says_something(self) -> bool:
+    def is_worth_sending(self) -> bool:
         """Whether the message is worth sending."""
         found = (self.point, self.records, self.timings, self.device_lost, self.problems)
         return any(found) or self.attempt > 1

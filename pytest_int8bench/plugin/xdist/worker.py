@@ -27,6 +27,7 @@ from pytest_int8bench.plugin.xdist.messages import KEY, SLOT, Message, kind_of
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
+from pytest_int8bench.words import plural
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class _Pinned:
 
     gpu: str | None
     """Its name in ``CUDA_VISIBLE_DEVICES``; None if too few GPUs were left."""
-    among: list[str] | None
+    shared: list[str] | None
     """The GPUs that the workers of this host share; None if unknown."""
 
     @classmethod
     def to(cls, number: int) -> _Pinned:
-        among = nvml.visible()
-        return cls(nvml.pin(number), among)
+        shared = nvml.visible()  # before pin() changes it
+        return cls(nvml.pin(number), shared)
 
 
 _PINNED = pytest.StashKey[_Pinned]()
@@ -92,22 +93,22 @@ class Worker(Recorder):
     def environment(self) -> dict[str, Any]:
         """Return the fingerprint that a process with access to all GPUs of the host would have."""
         if self._environment is None:
-            there = self._pinned.among if self._pinned else None
-            count = {"gpu_count": len(there)} if there else {}
+            gpus = self._pinned.shared if self._pinned else None
+            count = {"gpu_count": len(gpus)} if gpus else {}
             self._environment = {**super().environment(), **count}
         return self._environment
 
     # -- what cannot be measured here ---------------------------------------------------------
 
-    def no_gpu(self, params: RunParams) -> str | None:
+    def why_no_gpu(self, params: RunParams) -> str | None:
         """Return why a point cannot have a GPU; None if it can, or needs none."""
         if params.gpu_type != "cuda" or self._slot is None or self.count == 1:
             return None
         if self._gpu is None:
-            there = len((self._pinned and self._pinned.among) or ())
+            gpus = len((self._pinned and self._pinned.shared) or ())
             return (
                 f"worker {self.id} has no GPU of its own: {self.count} workers on this host share "
-                f"{there} GPU{'s' * (there != 1)}"
+                f"{plural(gpus, 'GPU')}"
             )
         if (seen := nvml.seen_by_cuda()) > 1:
             return (
@@ -117,32 +118,32 @@ class Worker(Recorder):
             )
         return None
 
-    def not_kept(self) -> str | None:
+    def why_not_kept(self) -> str | None:
         """Return why results of this process would be lost; None if they are kept."""
         if self._slot is not None:
             return None
         return "the pytest-xdist controller runs without pytest-int8bench"
 
-    def not_timed(self, params: RunParams) -> str | None:
+    def why_not_timed(self, params: RunParams) -> str | None:
         """Return why timings in this process would be meaningless; None if they are valid."""
         if pytest_benchmark.is_disabled_by_user(self.config):
             return pytest_benchmark.DISABLED
         if params.gpu_type != "cuda" and self.count > 1:
             return f"{self.count} workers on one CPU slow each other down; run with -n1"
-        return self.not_kept()
+        return self.why_not_kept()
 
-    def not_benchmarked(
+    def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
         """Return why pytest-benchmark must not time a test; None if it may. It disables itself in
         every worker, so turn it on for those that have a device to themselves."""
-        why = self.not_timed(params)
+        why = self.why_not_timed(params)
         benchmark.set_disabled(why is not None)
         return why
 
     # -- messages to the controller -----------------------------------------------------------
 
-    def placed(self, result: Result) -> Result:
+    def with_worker(self, result: Result) -> Result:
         """Return ``result`` with this worker's id, host and GPU."""
         gpu = self._gpu if _is_on_gpu(result) else None
         where = {"id": self.id, "host": platform.node(), "gpu": gpu}
@@ -151,17 +152,17 @@ class Worker(Recorder):
     def record(self, record: Record) -> None:
         """Queue ``record`` to be sent with the next report."""
         if isinstance(record, Result):
-            record = self.placed(record)
+            record = self.with_worker(record)
         self._records.append(record)
         super().record(record)
 
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         return Journal(None, environment)
 
-    def begin(self, nodeid: str) -> None:
+    def begin_attempt(self, nodeid: str) -> None:
         """Count the attempt, in addition to what the base class does."""
         self._attempts[nodeid] += 1
-        super().begin(nodeid)
+        super().begin_attempt(nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     @guarded("sending results")
@@ -185,7 +186,7 @@ class Worker(Recorder):
             attempt=self._attempts[report.nodeid],
         )
         self._records, self.reported = [], []
-        if message.says_something:
+        if message.is_worth_sending:
             setattr(report, KEY, message.to_json())
 
     def note_error(self, error: BaseException) -> None:
@@ -214,7 +215,7 @@ class Worker(Recorder):
     ) -> Generator[None, object, object]:
         result = yield
         points = [params_of(item) for item in items if pytest_benchmark.uses_benchmark(item)]
-        if all(params and not self.not_timed(params) for params in points):
+        if all(params and not self.why_not_timed(params) for params in points):
             silence_xdist_warning(config)
         return result
 

@@ -15,7 +15,7 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.reading import read_settings
 from pytest_int8bench.plugin.session import Session
-from pytest_int8bench.plugin.xdist.controller import Controller, capped
+from pytest_int8bench.plugin.xdist.controller import Controller, limit_workers
 from pytest_int8bench.plugin.xdist.messages import KEY, SLOT, Message, unpacked
 from pytest_int8bench.plugin.xdist.worker import Worker
 from pytest_int8bench.results.reading import read
@@ -327,7 +327,7 @@ def test_auto_starts_one_worker_per_gpu(
     workers: int,
 ) -> None:
     monkeypatch.setattr("pytest_int8bench.nvml.visible", lambda: there)
-    assert capped(pytester.parseconfig(*options), 16) == workers
+    assert limit_workers(pytester.parseconfig(*options), 16) == workers
 
 
 # -- what workers find --------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_an_attempt_after_a_crash_of_the_first_test_counts(controller: Controlle
 def test_a_worker_counts_its_attempts(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1)
     for attempt, is_said in ((1, False), (2, True)):
-        worker.begin("a.py::t")
+        worker.begin_attempt("a.py::t")
         report = SimpleNamespace(nodeid="a.py::t", when="teardown")
         worker.pytest_runtest_logreport(report)  # type: ignore[arg-type]
         assert hasattr(report, KEY) is is_said
@@ -581,13 +581,13 @@ def test_single_worker_keeps_all_gpus(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
     monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda *_: {"gpu_count": 3})
     assert worker.environment() == {"gpu_count": 3}
-    assert worker.no_gpu(CUDA) is None
+    assert worker.why_no_gpu(CUDA) is None
 
 
 def test_a_worker_without_a_gpu_says_so(pytester: pytest.Pytester, three_gpus: None) -> None:
     worker = worker_of(pytester, 3, 4, "--int8-mode=w8")
-    assert worker.no_gpu(CPU) is None
-    assert worker.no_gpu(CUDA) == (
+    assert worker.why_no_gpu(CPU) is None
+    assert worker.why_no_gpu(CUDA) == (
         "worker gw3 has no GPU of its own: 4 workers on this host share 3 GPUs"
     )
 
@@ -603,18 +603,18 @@ def test_a_worker_that_took_its_gpu_too_late_says_so(
     )
     for seen, why in ((1, None), (3, late)):
         monkeypatch.setattr("pytest_int8bench.nvml.seen_by_cuda", lambda seen=seen: seen)
-        assert worker.no_gpu(CUDA) == why
+        assert worker.why_no_gpu(CUDA) == why
 
 
 def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: None) -> None:
     several, alone = worker_of(pytester, 0, 2), worker_of(pytester, 0, 1)
-    assert several.not_timed(CUDA) is None
-    assert alone.not_timed(CPU) is None
-    assert several.not_timed(CPU) == "2 workers on one CPU slow each other down; run with -n1"
+    assert several.why_not_timed(CUDA) is None
+    assert alone.why_not_timed(CPU) is None
+    assert several.why_not_timed(CPU) == "2 workers on one CPU slow each other down; run with -n1"
     off = worker_of(pytester, 0, 2, "--benchmark-disable")
-    assert off.not_timed(CUDA) == "pytest-benchmark is disabled"
+    assert off.why_not_timed(CUDA) == "pytest-benchmark is disabled"
     on = worker_of(pytester, 0, 2, "--benchmark-disable", "--benchmark-enable")
-    assert on.not_timed(CUDA) is None
+    assert on.why_not_timed(CUDA) is None
 
 
 def test_a_worker_turns_the_clock_on_for_what_it_can_time(
@@ -622,16 +622,16 @@ def test_a_worker_turns_the_clock_on_for_what_it_can_time(
 ) -> None:
     worker = worker_of(pytester, 0, 2)
     fixture = SimpleNamespace(disabled=True)  # pytest-benchmark does so in every worker
-    assert worker.not_benchmarked(Benchmark(fixture), CUDA) is None
+    assert worker.why_not_benchmarked(Benchmark(fixture), CUDA) is None
     assert not fixture.disabled
-    assert worker.not_benchmarked(Benchmark(fixture), CPU) == worker.not_timed(CPU)
+    assert worker.why_not_benchmarked(Benchmark(fixture), CPU) == worker.why_not_timed(CPU)
     assert fixture.disabled
 
 
 def test_results_that_nobody_takes_are_not_measured(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1, has_slot=False)
     why = "the pytest-xdist controller runs without pytest-int8bench"
-    assert worker.not_kept() == worker.not_timed(CUDA) == why
+    assert worker.why_not_kept() == worker.why_not_timed(CUDA) == why
 
 
 def test_messages_hold_plain_values_whatever_is_in_them() -> None:
