@@ -68,9 +68,8 @@ def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
 
 
 def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[str]:
-    """Map renamed points of ``results`` to their old node ids in the files of
-    ``--benchmark-compare``, because pytest-benchmark compares by node id. Return a line for each
-    renaming."""
+    """Let pytest-benchmark, which compares by node id, find renamed points of ``results`` in older
+    files of ``--benchmark-compare``. Return a line for each renaming."""
     if not (saved := config.stash.get(_RECORDS, [])):
         return []
     from pytest_int8bench.gate.renames import Renames

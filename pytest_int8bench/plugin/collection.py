@@ -31,8 +31,7 @@ def check_workload(session: Session, items: list[pytest.Item]) -> None:
     """Reject ``--int8-workload`` if every test brings its own workload.
 
     Raises:
-        pytest.UsageError: if no test would use the option; one line that names where the workloads
-            come from.
+        pytest.UsageError: if so; one line that tells where the workloads come from.
     """
     option = OPTIONS["workload"]
     if option.source(session.config) != option.flag:
@@ -111,8 +110,7 @@ def uses_session_workload(item: pytest.Item) -> bool:
 
 
 def _workload_owner(item: pytest.Item) -> str | None:
-    """Return where ``item`` gets its own workload from; None if it uses, or may use, the
-    session's."""
+    """Return where ``item`` gets its own workload from; None if it may use the session's."""
     for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
@@ -160,8 +158,7 @@ def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
 
 
 def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
-    """Return the parameter indices of ``item`` that affect ``fixture``, directly or through the
-    fixtures it depends on, without that of the point."""
+    """Return the parameter indices of ``item`` that ``fixture`` depends on, except the point's."""
     definitions = _fixture_definitions(item)
     names = [fixture]
     for name in names:  # names grows while we iterate: transitive closure over fixtures

@@ -34,8 +34,7 @@ def _recorder(request: pytest.FixtureRequest) -> Recorder:
 
 @pytest.fixture
 def int8_params(request: pytest.FixtureRequest) -> RunParams:
-    """The point of this test, a RunParams. The plugin parametrizes it with each point of the sweep
-    in each INT8 mode."""
+    """The point of this test, a RunParams: one per point of the sweep and INT8 mode."""
     if not hasattr(request, "param"):
         pytest.fail("int8_params has no value: parametrize it, or let the plugin do so", False)
     from pytest_int8bench.params import MEASURING_FIELDS, RunParams

@@ -22,11 +22,7 @@ _INTENDED = (pytest.UsageError, pytest.exit.Exception)
 
 
 def guarded(what: str) -> Callable[[Hook], Hook]:
-    """Return a decorator for hooks and hook wrappers.
-
-    Args:
-        what: what the hook does, for the error message: ``WHAT failed: …``.
-    """
+    """Return a decorator for hooks and hook wrappers, whose errors read ``WHAT failed: …``."""
 
     def decorate(hook: Hook) -> Hook:
         guard = _guarded_wrapper if inspect.isgeneratorfunction(hook) else _guarded_call
@@ -86,8 +82,8 @@ def _guarded_wrapper(what: str, hook: Callable[..., Generator[None, Any, Any]]) 
 
 
 def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
-    """Report ``error`` to the session's recorder. Raise it if there is no recorder, or if it is not
-    an Exception."""
+    """Report an Exception to the session's recorder. Raise any other error, or without a
+    recorder."""
     recorder = next(_recorders(arguments), None)
     if recorder is None or not isinstance(error, Exception):
         raise error
@@ -95,7 +91,6 @@ def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
 
 
 def _recorders(arguments: Iterable[Any]) -> Iterator[Recorder]:
-    """Yield the recorders found through a hook's arguments."""
     for value in arguments:
         if isinstance(value, Recorder):
             yield value

@@ -33,17 +33,11 @@ def record_outcome(
     report: pytest.TestReport,
     error: BaseException | None,
 ) -> None:
-    """Write the point of ``item`` to the journal if its test failed or was skipped.
+    """Record the point of ``item`` if its test failed, with ``error``, or was skipped.
 
     A measured point is already in the journal. If its test fails later, for instance in an
     assertion, the result is written again as ``failed``. An UndecidedError does not change it: too
     few samples prove nothing against the measurement.
-
-    Args:
-        recorder: takes the record.
-        item: the test.
-        report: of the phase of the test that has just ended.
-        error: the exception that ended the phase, if any.
     """
     if item.config.stash[SESSION].records_benchmarks and is_plain(item):
         if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):

@@ -57,7 +57,7 @@ def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
 
 
 def record_failure(recorder: Recorder, nodeid: str, status: str, reason: str) -> None:
-    """Record a test that failed or was skipped, keeping the timing that it may have recorded."""
+    """Record a test that failed or was skipped, with the timing that it had recorded, if any."""
     timed = [record for record in recorder.records_of(nodeid) if isinstance(record, Benchmark)]
     record = timed[-1] if timed else Benchmark.of(nodeid)
     recorder.record(dataclasses.replace(record, status=status, reason=reason))

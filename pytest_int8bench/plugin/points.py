@@ -25,14 +25,12 @@ def is_int8_test(item: pytest.Item) -> bool:
 
 
 def is_plain(item: pytest.Item) -> bool:
-    """Return whether a test is a plain benchmark: it uses the ``benchmark`` fixture and measures no
-    point."""
+    """Return whether a test uses the ``benchmark`` fixture without measuring a point."""
     return uses_benchmark(item) and "int8_throughput" not in getattr(item, "fixturenames", ())
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
-    """Parametrize a test with the points of its markers and of the options, unless it has its
-    own."""
+    """Parametrize a test with points from its markers and the options, unless it has its own."""
     from pytest_int8bench.plugin.markers import marker_changes
 
     problem, points, workload = None, [], None
@@ -85,9 +83,8 @@ def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
 def name_workload(
     item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
 ) -> None:
-    """Add the workload to the name that pytest-benchmark shows, unless it is the session's or the
-    test's id contains it. A fixture in the root ``conftest.py`` applies to the whole session, so
-    that its workload is not added either."""
+    """Add the workload to the name that pytest-benchmark shows, unless the test's id contains it or
+    it is the session's, by option or by a fixture in the root ``conftest.py``."""
     definitions = _workload_fixtures(item)
     named = {workload.name, workload_name(item, session)}
     is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")
@@ -115,8 +112,7 @@ def has_points(metafunc: pytest.Metafunc) -> bool:
 
 
 def _parametrized(item: pytest.Item) -> Iterator[tuple[list[str], bool]]:
-    """Yield the argument names of each ``parametrize`` marker, and whether any of them is
-    indirect."""
+    """Yield the argument names of each ``parametrize`` marker, and whether any is indirect."""
     for marker in item.iter_markers("parametrize"):
         names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
         names = names.split(",") if isinstance(names, str) else names
@@ -141,8 +137,7 @@ def params_of(item: pytest.Item) -> RunParams | None:
 
 
 def params_in(nodeid: str) -> RunParams | None:
-    """Return the point named in a node id, alone or among other parameters; None if there is
-    none."""
+    """Return the point that a node id names, alone or among other parameters, or None."""
     text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
     if "_bs" not in text:  # part of every run name: skip other ids quickly
         return None

@@ -31,8 +31,7 @@ def is_active(config: pytest.Config) -> bool:
 
 
 def is_disabled_by_user(config: pytest.Config) -> bool:
-    """Return whether the user has disabled pytest-benchmark, which also disables itself under
-    pytest-xdist."""
+    """Return whether the user disabled pytest-benchmark, rather than itself under pytest-xdist."""
     disable = config.getoption("benchmark_disable", False)
     return bool(disable and not config.getoption("benchmark_enable", False))
 
@@ -87,16 +86,13 @@ class Benchmark:
 
     @property
     def is_disabled(self) -> bool:
-        """Whether the fixture runs functions without timing them."""
         return bool(self._fixture.disabled)
 
     def set_disabled(self, is_disabled: bool) -> None:
-        """Turn timing off or on for this test."""
         self._fixture.disabled = is_disabled
 
     def name_workload(self, workload: str) -> None:
-        """Add a workload to the name shown in tables. Those names lack the file, so that tests of
-        different workloads would look the same."""
+        """Add a workload to the name in tables, where tests of several workloads look the same."""
         test, bracket, parameters = self._fixture.name.partition("[")
         self._fixture.name = f"{test}[{workload}{'-' if bracket else ''}{parameters or ']'}"
 
@@ -131,7 +127,6 @@ class Benchmark:
         return list(stats.stats.data)
 
     def add_extra_info(self, values: Mapping[str, Any]) -> None:
-        """Save ``values`` along with the timing, as ``extra_info``."""
         self._fixture.extra_info.update(values)
 
     def leave_out(self) -> None:
@@ -193,8 +188,7 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
 
 
 def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
-    """Return the latest timing of pytest-benchmark, in its saved form; None if it belongs to
-    another test."""
+    """Return the latest timing as pytest-benchmark saves it; None if it is another test's."""
     for timed in getattr(session_of(config), "benchmarks", [])[-1:]:
         if timed and timed.fullname == nodeid and not timed.has_error:
             return dict(timed.as_dict(include_data=False))
@@ -214,7 +208,6 @@ def drop_timings(config: pytest.Config, nodeid: str) -> None:
 
 
 def uses_benchmark(item: pytest.Item) -> bool:
-    """Return whether a test uses the ``benchmark`` fixture."""
     return "benchmark" in getattr(item, "fixturenames", ())
 
 
@@ -237,12 +230,8 @@ def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) ->
 
 
 def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
-    """Add entries under new node ids to the files that pytest-benchmark compares with.
-
-    Args:
-        config: pytest's configuration.
-        names: maps old node ids to new ones.
-    """
+    """Add entries under new node ids to the files that pytest-benchmark compares with. ``names``
+    maps old node ids to new ones."""
     session = session_of(config)
     for entries in (getattr(session, "compared_mapping", None) or {}).values():
         for old, new in names.items():

@@ -1,5 +1,4 @@
-"""Everything that depends on pytest-benchmark's internals under pytest-xdist: timings of
-workers."""
+"""Move timings of pytest-xdist workers through pytest-benchmark's internals."""
 
 from __future__ import annotations
 

@@ -38,8 +38,7 @@ class Earlier:
 
 
 class Recorder:
-    """Records the results of a session. The recorders of pytest-xdist's processes derive from
-    it."""
+    """Records the results of a session. Subclasses do so in pytest-xdist's processes."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -74,7 +73,7 @@ class Recorder:
         """Reject options that none of the collected tests can run with.
 
         Raises:
-            pytest.UsageError: if there is one; one line.
+            pytest.UsageError: for such an option; one line.
         """
         if self.config.option.collectonly:
             return
@@ -126,8 +125,7 @@ class Recorder:
         return result
 
     def record(self, record: Record) -> None:
-        """Write ``record`` to the journal immediately. If that fails, warn and keep it in
-        memory."""
+        """Write ``record`` to the journal at once. If that fails, keep it in memory and warn."""
         try:
             (self.journal or self.start_journal(self.environment())).append(record)
         except OSError as error:
@@ -209,8 +207,7 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid)
 
     def marked(self, result: Result) -> Result:
-        """Return ``result``, with the status ``accuracy-failed`` if its point failed an accuracy
-        test."""
+        """Return ``result``, as ``accuracy-failed`` if an accuracy test of its point failed."""
         reasons = self._accuracy_failed.get((result.workload, result.run_name))
         if not reasons or result.status != "ok":
             return result
@@ -255,15 +252,14 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid, is_left_out=False)
 
     def keep_marked(self, result: Result) -> None:
-        """Keep the mark of ``result`` even if its accuracy test passes in a rerun: its own test
+        """Keep ``result`` marked even if a rerun of the accuracy test passes: its own test
         failed."""
         self._unmarked.pop(result.identity, None)
 
     # -- the end of the session ---------------------------------------------------------------
 
     def finish(self) -> bool:
-        """Save, report and log the records, continuing after a step that fails. Return whether the
-        session may pass."""
+        """Save, report and log the records, whichever step fails. Return whether all is well."""
         with self.guard("the gate"):
             self._problems = [*self.session.gate_problems(), *self.problems()]
         is_passed = not self._problems
@@ -281,7 +277,7 @@ class Recorder:
         return is_passed and not self._has_failed
 
     def why_failed(self) -> str:
-        """Return one line that says why a session fails in which no test failed."""
+        """Return one line that explains a failed session without failed tests."""
         from pytest_int8bench.words import plural
 
         first, *others = self._problems or ["see the lines of int8bench above"]
@@ -289,8 +285,7 @@ class Recorder:
         return f"int8bench fails this run: {first}{more}"
 
     def check_journal(self) -> None:
-        """Write missing records to the journal of ``--int8-journal``; fail the session if that is
-        impossible."""
+        """Complete the journal of ``--int8-journal``; if that is impossible, fail the session."""
         if self._requested is not None and self._requested.problem() is not None:
             self._has_failed = True  # the summary gives the reason
 
@@ -316,11 +311,11 @@ class Recorder:
             self.reported.append(f"int8bench: {text}")
 
     def problems(self) -> list[str]:
-        """Return problems with the distribution of tests that fail the session, one line each."""
+        """Return problems between workers that fail the session, one line each."""
         return []
 
     def measured_by(self) -> list[str]:
-        """Return lines that name the workers that measured, and their GPUs."""
+        """Return lines that name the workers that measured and their GPUs."""
         return []
 
     def has_something_to_show(self) -> bool:

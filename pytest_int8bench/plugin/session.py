@@ -27,8 +27,7 @@ _SUITE_INI = Path(__file__).parents[1] / "suite" / "pytest.ini"
 
 
 class Session:
-    """The settings of a session, and the objects that measure and judge points. Heavy modules are
-    imported on first use."""
+    """The settings of a session, and the objects that measure and judge points."""
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.config = config
@@ -46,8 +45,7 @@ class Session:
         self.parametrized: pytest.Item | None = None
         """The test whose parameters pytest is currently naming."""
         self.records_benchmarks = False
-        """Whether plain benchmarks are recorded: the session has INT8 tests or an option that needs
-        their timings."""
+        """Whether plain benchmarks are recorded: only with INT8 tests or options that need them."""
         self.gate: SessionGate | None = None
         """Compares points with the files of ``--int8-compare``; None without that option."""
         self.profiles: Profiles | None = None
@@ -132,8 +130,7 @@ class Session:
         return found
 
     def workload_name(self) -> str:
-        """Return the name of the workload in the settings: its own name once it is loaded, and the
-        user's spelling until then."""
+        """Return the name of the settings' workload; until it is loaded, the user's spelling."""
         found = self._workloads.get(self.settings.workload)
         if found is None or isinstance(found, ValueError):
             return self.settings.workload
@@ -242,7 +239,6 @@ class Session:
         )
 
     def close(self) -> None:
-        """Free the models."""
         if self._pool is not None:
             self._pool.clear()
 

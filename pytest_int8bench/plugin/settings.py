@@ -80,8 +80,7 @@ class Settings:
     lean: bool = False
     """Whether to measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
-    """Path of the journal, relative to the folder that pytest was started in; None for a new
-    file."""
+    """Path of the journal, relative to pytest's starting folder; None for a new file."""
 
     def drop_limit(self) -> Limit:
         """Return the largest drop of a metric that passes."""

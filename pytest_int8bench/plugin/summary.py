@@ -18,7 +18,6 @@ from pytest_int8bench.words import plural
 
 
 def show(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
-    """Show the results of a session. A part that raises an error does not hide the others."""
     show_results(terminal, recorder)
     show_gate(terminal, recorder)
 
@@ -36,7 +35,6 @@ def show_results(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
 
 
 def show_gate(terminal: pytest.TerminalReporter, recorder: Recorder) -> None:
-    """Show how points compare with the files of ``--int8-compare``, if given."""
     gate = recorder.session.gate
     if gate is None or recorder.config.option.collectonly:
         return
@@ -89,7 +87,7 @@ def _say(terminal: pytest.TerminalReporter, text: str, **markup: bool) -> None:
 
 
 def _none_measured(recorder: Recorder) -> list[str]:
-    """Return a warning if every point was skipped: pytest reports such a session as a success."""
+    """Return a warning if every point was skipped, which pytest reports as a success."""
     journal = recorder.journal
     if journal is None or recorder.session.handover is not None:  # the runner reports it
         return []

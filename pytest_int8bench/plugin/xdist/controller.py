@@ -50,8 +50,7 @@ def limit_workers(config: pytest.Config, workers: int) -> int:
 
 
 class Controller(Recorder):
-    """The recorder of the controller, registered as a pytest plugin. It receives the records that
-    workers send."""
+    """The recorder of the controller, also a pytest plugin. It takes the records of workers."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -75,8 +74,7 @@ class Controller(Recorder):
 
     @guarded("placing a worker")
     def pytest_configure_node(self, node: Any) -> None:
-        """Assign a worker an index on its host. A replacement takes the index of the crashed
-        one."""
+        """Assign a worker an index on its host; a replacement takes that of the crashed one."""
         host = _host_of(node.gateway.spec, node.nodemanager)
         taken = [number for where, number in self._slots.values() if where == host]
         number = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -326,7 +324,6 @@ class Controller(Recorder):
 
 
 def _count(host: str, manager: Any) -> int:
-    """Return how many workers run on ``host``."""
     return sum(_host_of(spec, manager) == host for spec in manager.specs)
 
 

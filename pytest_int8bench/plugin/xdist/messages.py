@@ -31,7 +31,7 @@ class Message:
     environment: dict[str, Any] | None
     """Fingerprint of the machine and software; sent with records."""
     records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Kind and values of each record."""
+    """Kind and values of each."""
     timings: list[dict[str, Any]] = field(default_factory=list)
     """Timings in pytest-benchmark's saved form, each with ``has_error``."""
     device_lost: bool = False
@@ -45,7 +45,6 @@ class Message:
 
     @property
     def is_worth_sending(self) -> bool:
-        """Whether the message is worth sending."""
         found = (self.point, self.records, self.timings, self.device_lost, self.problems)
         return any(found) or self.attempt > 1
 
@@ -55,17 +54,14 @@ class Message:
 
     @classmethod
     def from_json(cls, text: str) -> Message:
-        """Read what :meth:`to_json` wrote."""
         return cls(**json.loads(text))
 
 
 def unpacked(kind: str, values: dict[str, Any]) -> Record:
-    """Return the Record with a kind and values taken from a message."""
     return _KINDS[kind].from_dict(values)
 
 
 def kind_of(record: Record) -> str:
-    """Return the name of the kind of ``record``."""
     return type(record).__name__
 
 

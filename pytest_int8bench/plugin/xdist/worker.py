@@ -1,5 +1,4 @@
-"""A pytest-xdist worker: use one GPU, and send results to the controller along with test
-reports."""
+"""A pytest-xdist worker: use one GPU, and send results to the controller with test reports."""
 
 from __future__ import annotations
 
@@ -49,9 +48,8 @@ _PINNED = pytest.StashKey[_Pinned]()
 
 
 def pin_at_start(config: pytest.Config) -> None:
-    """Restrict this process to its GPU if the command line has an option of this plugin. This
-    happens before any ``conftest.py`` is imported, since one that checks for CUDA may initialize
-    it."""
+    """Restrict this process to its GPU if the command line has an option of this plugin: before a
+    ``conftest.py`` is imported, which may initialize CUDA."""
     # Remove the variable: it is not meant for processes that tests start.
     number, count = map(int, os.environ.pop(SLOT).split("/"))
     if count > 1 and options.are_on_command_line(config.known_args_namespace):
@@ -59,8 +57,8 @@ def pin_at_start(config: pytest.Config) -> None:
 
 
 class Worker(Recorder):
-    """The recorder of a worker, registered as a pytest plugin. It keeps records in memory and sends
-    each with the next test report to the controller, which writes them."""
+    """The recorder of a worker, also a pytest plugin. It keeps records in memory and sends each to
+    the controller, which writes them, with the next test report."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -75,7 +73,6 @@ class Worker(Recorder):
 
     @property
     def count(self) -> int:
-        """The number of workers on this host."""
         return self._slot["count"] if self._slot else 1
 
     @property
@@ -101,7 +98,6 @@ class Worker(Recorder):
     # -- what cannot be measured here ---------------------------------------------------------
 
     def why_no_gpu(self, params: RunParams) -> str | None:
-        """Return why a point cannot have a GPU; None if it can, or needs none."""
         if params.gpu_type != "cuda" or self._slot is None or self.count == 1:
             return None
         if self._gpu is None:
@@ -119,13 +115,11 @@ class Worker(Recorder):
         return None
 
     def why_not_kept(self) -> str | None:
-        """Return why results of this process would be lost; None if they are kept."""
         if self._slot is not None:
             return None
         return "the pytest-xdist controller runs without pytest-int8bench"
 
     def why_not_timed(self, params: RunParams) -> str | None:
-        """Return why timings in this process would be meaningless; None if they are valid."""
         if pytest_benchmark.is_disabled_by_user(self.config):
             return pytest_benchmark.DISABLED
         if params.gpu_type != "cuda" and self.count > 1:
@@ -135,8 +129,7 @@ class Worker(Recorder):
     def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
-        """Return why pytest-benchmark must not time a test; None if it may. It disables itself in
-        every worker, so turn it on for those that have a device to themselves."""
+        # pytest-benchmark disables itself in every worker: turn it on for those that can time.
         why = self.why_not_timed(params)
         benchmark.set_disabled(why is not None)
         return why
@@ -144,13 +137,11 @@ class Worker(Recorder):
     # -- messages to the controller -----------------------------------------------------------
 
     def with_worker(self, result: Result) -> Result:
-        """Return ``result`` with this worker's id, host and GPU."""
         gpu = self._gpu if _is_on_gpu(result) else None
         where = {"id": self.id, "host": platform.node(), "gpu": gpu}
         return dataclasses.replace(result, worker=where)
 
     def record(self, record: Record) -> None:
-        """Queue ``record`` to be sent with the next report."""
         if isinstance(record, Result):
             record = self.with_worker(record)
         self._records.append(record)
@@ -160,15 +151,14 @@ class Worker(Recorder):
         return Journal(None, environment)
 
     def begin_attempt(self, nodeid: str) -> None:
-        """Count the attempt, in addition to what the base class does."""
         self._attempts[nodeid] += 1
         super().begin_attempt(nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     @guarded("sending results")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Attach queued records to a report that is sent. For an attempt that is rerun, pytest
-        creates reports that it never sends."""
+        """Attach queued records to a report that is sent; some reports of rerun attempts are
+        not."""
         point = self.points_of.get(report.nodeid)
         is_over = report.when == "teardown"
         message = Message(
