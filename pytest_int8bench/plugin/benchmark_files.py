@@ -1,4 +1,4 @@
-"""Check the files that pytest-benchmark is told to write to and to compare with."""
+"""Check the files that pytest-benchmark will write to and compare with."""
 
 from __future__ import annotations
 
@@ -21,34 +21,32 @@ if TYPE_CHECKING:
     from pytest_int8bench.results.records import Result
 
 _RECORDS = pytest.StashKey[list[Any]]()
-"""Results in the files of ``--benchmark-compare``, as they are in JSON."""
+"""Results read from the files of ``--benchmark-compare``, as plain JSON values."""
 _COMPARED = pytest.StashKey[list[dict[str, Any]]]()
-"""Fingerprints of the files of ``--benchmark-compare``."""
+"""Fingerprints read from the files of ``--benchmark-compare``."""
 
 
 def check_saving(config: pytest.Config) -> None:
-    """Refuse a path of ``--benchmark-json``, or a folder of ``--benchmark-storage``, that cannot be
-    written, before anything is measured.
+    """Check that ``--benchmark-json`` and ``--benchmark-storage`` are writable before anything is
+    measured.
 
     Raises:
-        pytest.UsageError: one line.
+        pytest.UsageError: if one is not; one line.
     """
     if is_disabled_by_user(config):
         return
     if (path := json_target(config)) is not None:
-        with _refused(f"--benchmark-json: must be a file that can be written, got {str(path)!r}"):
+        with _usage_error(f"--benchmark-json: must be a writable file, got {str(path)!r}"):
             probe(path)
     if (folder := storage_target(config)) is not None:
         given = config.getoption("benchmark_storage")
-        with _refused(
-            f"--benchmark-storage: must be a folder that can be written to, got {given!r}"
-        ):
-            there = next(part for part in (folder, *folder.parents) if part.exists())
-            probe(there / "int8bench.json")
+        with _usage_error(f"--benchmark-storage: must be a writable directory, got {given!r}"):
+            existing = next(part for part in (folder, *folder.parents) if part.exists())
+            probe(existing / "int8bench.json")
 
 
 @contextlib.contextmanager
-def _refused(rule: str) -> Iterator[None]:
+def _usage_error(rule: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -56,8 +54,11 @@ def _refused(rule: str) -> Iterator[None]:
 
 
 def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
-    """Remember the fingerprint in a file of ``--benchmark-compare``, for :func:`check_compared`:
-    ours needs torch, which is not loaded before a test does."""
+    """Remember the fingerprint and results of a ``--benchmark-compare`` file.
+
+    :func:`check_compared` compares the fingerprint later: computing ours needs torch, which is
+    loaded only when a test needs it.
+    """
     from pytest_int8bench.results.benchmarks import partial_environment
 
     block = compared.get("int8bench") or {}
@@ -67,8 +68,8 @@ def note_compared(config: pytest.Config, compared: Mapping[str, Any]) -> None:
 
 
 def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[str]:
-    """Let pytest-benchmark, which compares by node id, find points of ``results`` in older files
-    of ``--benchmark-compare`` under their older names. Return lines that say so."""
+    """Let pytest-benchmark, which compares by node id, find renamed points of ``results`` in older
+    files of ``--benchmark-compare``. Return a line for each renaming."""
     if not (saved := config.stash.get(_RECORDS, [])):
         return []
     from pytest_int8bench.gate.renames import Renames
@@ -87,16 +88,16 @@ def rename_compared(config: pytest.Config, results: Sequence[Result]) -> list[st
 def check_compared(
     config: pytest.Config, environment: Callable[[], Mapping[str, Any]], allowed: Container[str]
 ) -> None:
-    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or software,
-    of which pytest-benchmark checks only a part.
+    """Warn once if a file of ``--benchmark-compare`` was measured on another machine or with other
+    software. pytest-benchmark itself checks only part of that.
 
     Args:
-        config: of this session.
-        environment: returns its fingerprint; called if a file is compared with.
+        config: pytest's configuration.
+        environment: returns this session's fingerprint; called only if there is a file to check.
         allowed: parts of the fingerprint that may differ.
 
     Raises:
-        IncomparableError: with ``--benchmark-compare-fail``, whose verdict would mean nothing.
+        IncomparableError: with ``--benchmark-compare-fail``, whose verdict would be meaningless.
     """
     from pytest_int8bench.environment import differences
     from pytest_int8bench.gate.session import IncomparableError
@@ -107,10 +108,12 @@ def check_compared(
         listed = [f"{k} {a} -> {b}" for k, (a, b) in found.items() if k not in allowed]
         partly = partly_known(base)
         if listed:
-            problem = f"was measured on another machine or software: {', '.join(listed)}; see "
-            text = f"the file that is compared with {problem}--int8-allow"
+            text = (
+                "the file given by --benchmark-compare was measured on another machine or with "
+                f"other software: {', '.join(listed)}; see --int8-allow"
+            )
         elif partly is not None:
-            text = f"the file that is compared with was {partly}"
+            text = f"the file given by --benchmark-compare was {partly}"
         else:
             continue
         if listed and config.getoption("benchmark_compare_fail"):

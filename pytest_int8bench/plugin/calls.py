@@ -1,5 +1,4 @@
-"""The callables that the fixtures ``int8_throughput``, ``int8_guardrail`` and ``int8_sensitivity``
-give to a test."""
+"""The callables that ``int8_throughput``, ``int8_guardrail`` and ``int8_sensitivity`` return."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pytest_int8bench.errors import AccuracyError, ClearError, UndecidedError, f
 from pytest_int8bench.measure.generators import kept_generators
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.benchmark_files import check_compared
-from pytest_int8bench.plugin.progress import say
+from pytest_int8bench.plugin.progress import write_line
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.results.base import NOT_MEASURED
@@ -22,16 +21,17 @@ from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy, Sensitivity
 from pytest_int8bench.workloads.workload import Workload
 
-#: Fields of a Result that pytest-benchmark's file has elsewhere, or that are too long for it.
+#: Fields of a Result to leave out of ``extra_info``: pytest-benchmark saves them elsewhere, or they
+#: are too long.
 _NOT_EXTRA = ("nodeid", "status", "gpu_before", "gpu_after", "kernels")
 
 
 class AgainError(ClearError, RuntimeError):
-    """A test asks twice for what can be measured once in it."""
+    """A test tried to measure its point a second time."""
 
 
 class _Call:
-    """One test's point, and what takes its records."""
+    """The point of one test and the recorder for its results."""
 
     def __init__(
         self, nodeid: str, recorder: Recorder, workload: Workload, params: RunParams
@@ -43,7 +43,7 @@ class _Call:
         self._params = params
 
     def _out_of_memory(self, error: Exception) -> str | None:
-        """Free what ``error`` holds and return its first line, if memory ran out; else None."""
+        """If memory ran out, free what ``error`` keeps alive and return its message; else None."""
         from pytest_int8bench.measure.memory import oom_of, release
 
         if oom_of(error) is None:
@@ -54,7 +54,7 @@ class _Call:
 
 
 class ThroughputCall(_Call):
-    """Build, compile, warm up, measure and record a point."""
+    """Builds, compiles, warms up, measures and records a point."""
 
     def __init__(
         self,
@@ -73,19 +73,19 @@ class ThroughputCall(_Call):
             return self._recorded()
 
     def _recorded(self) -> Result:
-        if self._is_called:  # pytest-benchmark says so too, in a traceback
+        if self._is_called:  # clearer than pytest-benchmark's own error, which has a traceback
             raise AgainError(
-                "int8_throughput must be called once in a test, got a second call: for another "
-                "point use another test, or parametrize int8_params"
+                "int8_throughput must be called once per test, got a second call; to measure "
+                "another point, use another test or parametrize int8_params"
             )
         self._is_called = True
         recorder, benchmark = self._recorder, self._benchmark
-        if (why := recorder.not_benchmarked(benchmark, self._params)) is not None:
-            # As pytest-benchmark does: run once, time nothing; and nothing passes as measured.
+        if (why := recorder.why_not_benchmarked(benchmark, self._params)) is not None:
+            # Like pytest-benchmark, run once without timing. Skip: the point was not measured.
             benchmark.run_once(self._session.pool().get(self._workload, self._params).run)
             pytest.skip(f"{NOT_MEASURED}: {why}")
         self._check_machine()
-        result = recorder.placed(self._measure())
+        result = recorder.with_worker(self._measure())
         if not result.oom:
             benchmark.add_extra_info(_extra_info(result))
         marked = recorder.marked(result)
@@ -107,13 +107,13 @@ class ThroughputCall(_Call):
             return self._session.throughput().measure(
                 self._workload, self._params, self._benchmark.time_rounds, nodeid=self._nodeid
             )
-        except BaseException:  # or the rounds of a point that Ctrl-C ended would be saved
+        except BaseException:  # including Ctrl-C, which would leave incomplete rounds to be saved
             self._benchmark.leave_out()
             raise
 
 
 class GuardrailCall(_Call):
-    """Hold a point to its baseline's accuracy, and record the verdicts."""
+    """Compares the accuracy of a point with its baseline and records the verdicts."""
 
     def __call__(self, max_drop: str | None = None) -> list[Accuracy]:
         with kept_generators():
@@ -122,8 +122,8 @@ class GuardrailCall(_Call):
     def _verdicts(self, max_drop: str | None) -> list[Accuracy]:
         if not self._params.int8_enabled:
             pytest.skip("nothing to compare: the point is a baseline")
-        if (why := self._not_judged()) is not None:
-            pytest.skip(f"not judged: {why}")
+        if (why := self._why_not_judged()) is not None:
+            pytest.skip(f"accuracy not judged: {why}")
         settings = self._session.settings
         limit = _limit(max_drop) if max_drop else settings.drop_limit()
         verdicts, problem = self._judge(limit)
@@ -141,15 +141,15 @@ class GuardrailCall(_Call):
             warnings.warn("\n".join(line for lines in undecided for line in lines), stacklevel=2)
         return verdicts
 
-    def _not_judged(self) -> str | None:
-        """Return why the point is not judged, None if it is."""
-        why = self._recorder.not_kept()
+    def _why_not_judged(self) -> str | None:
+        """Return why the accuracy is not judged; None if it is."""
+        why = self._recorder.why_not_kept()
         if why is None and self._session.settings.remedy:
-            why = self._recorder.not_timed(self._params)  # remedies have a price in time
+            why = self._recorder.why_not_timed(self._params)  # remedies are timed
         return why
 
     def _judge(self, limit: Limit) -> tuple[list[Accuracy], str | None]:
-        """Return the verdicts, and what ended the comparison early: memory that ran out."""
+        """Return the verdicts, and the reason if the comparison ended early for lack of memory."""
         from pytest_int8bench.report.verdict_text import describe
 
         verdicts: list[Accuracy] = []
@@ -157,7 +157,7 @@ class GuardrailCall(_Call):
         def keep(verdict: Accuracy) -> None:
             verdicts.append(verdict)
             self._recorder.record(verdict)
-            if _is_failed(verdict):  # at once: whatever comes after may be interrupted
+            if _is_failed(verdict):  # immediately, since later steps may be interrupted
                 self._note_failed(describe(verdict)[0])
 
         problem = None
@@ -168,34 +168,36 @@ class GuardrailCall(_Call):
                 nodeid=self._nodeid,
                 limit=limit,
                 record=keep,
-                tell=_teller(self._session.config, "accuracy"),
+                tell=_line_writer(self._session.config, "accuracy"),
             )
         except Exception as error:
             if (problem := self._out_of_memory(error)) is None:
-                self._note_failed(f"not judged: {type(error).__name__}: {first_line(error)}")
+                self._note_failed(
+                    f"accuracy not judged: {type(error).__name__}: {first_line(error)}"
+                )
                 raise
         if problem is None:
             return verdicts, None
         self._session.pool().clear()
-        return verdicts, f"not judged: {problem}"
+        return verdicts, f"accuracy not judged: {problem}"
 
     def _note_failed(self, reason: str) -> None:
         self._recorder.note_accuracy_failed(self._nodeid, self._workload.name, self._params, reason)
 
     def _remedied(self, verdicts: list[Accuracy], limit: Limit) -> list[Accuracy]:
-        """Try remedies for the metrics that failed. Return ``verdicts`` with what was tried."""
+        """Try remedies for the metrics that failed. Return the verdicts with the remedies tried."""
         from pytest_int8bench.accuracy.remedies import Remedies
 
         remedies = Remedies(
             self._session.guardrail(),
             limit,
             record=self._recorder.record,
-            tell=_teller(self._session.config, f"remedies for {self._params.run_name}"),
+            tell=_line_writer(self._session.config, f"remedies for {self._params.run_name}"),
         )
         found = []
-        for index, verdict in enumerate(verdicts):  # those of labels come first
-            to_mend = verdict.outcome == "FAIL" and verdict.metric != NO_LABELS
-            if to_mend and not verdict.is_pipeline_check:
+        for index, verdict in enumerate(verdicts):  # verdicts on labels come first
+            is_fixable = verdict.outcome == "FAIL" and verdict.metric != NO_LABELS
+            if is_fixable and not verdict.is_pipeline_check:
                 verdict = remedies.walk(self._workload, self._params, index, verdict)
             found.append(verdict)
         return found
@@ -213,7 +215,7 @@ class GuardrailCall(_Call):
 
 
 class SensitivityCall(_Call):
-    """Quantize one layer or block at a time, rank them, and record the table."""
+    """Quantizes one layer or block at a time, ranks them and records the ranking."""
 
     def __call__(self, by: str = "layer", metric: bool = False) -> Sensitivity:
         with kept_generators():
@@ -224,8 +226,8 @@ class SensitivityCall(_Call):
 
         if not self._params.int8_enabled:
             pytest.skip("nothing to quantize: the point is a baseline")
-        if (why := self._recorder.not_kept()) is not None:
-            pytest.skip(f"not measured: {why}")
+        if (why := self._recorder.why_not_kept()) is not None:
+            pytest.skip(f"sensitivity not measured: {why}")
         problem = None
         try:
             return SensitivityScan(
@@ -233,18 +235,18 @@ class SensitivityCall(_Call):
             ).run(
                 nodeid=self._nodeid,
                 metric=metric,
-                tell=_teller(self._session.config, f"sensitivity of {self._params.run_name}"),
+                tell=_line_writer(self._session.config, f"sensitivity of {self._params.run_name}"),
                 record=self._recorder.record,
             )
         except Exception as error:
             if (problem := self._out_of_memory(error)) is None:
                 raise
         self._session.pool().clear()
-        pytest.skip(f"not finished: {problem}")
+        pytest.skip(f"sensitivity scan not finished: {problem}")
 
 
-def _teller(config: pytest.Config, what: str) -> Callable[[str], None]:
-    return lambda text: say(config, f"{what}: {text}")
+def _line_writer(config: pytest.Config, what: str) -> Callable[[str], None]:
+    return lambda text: write_line(config, f"{what}: {text}")
 
 
 def _limit(text: str) -> Limit:
@@ -257,12 +259,12 @@ def _limit(text: str) -> Limit:
 
 
 def _is_failed(verdict: Accuracy) -> bool:
-    """Return whether a verdict is proof against its point."""
+    """Return whether a verdict proves that its point lost too much accuracy."""
     return verdict.outcome == "FAIL" and not verdict.is_pipeline_check
 
 
 def _fails(verdict: Accuracy, inconclusive: str) -> bool:
-    """Return whether a verdict fails its test."""
+    """Return whether a verdict fails its test under ``--int8-inconclusive=INCONCLUSIVE``."""
     undecided = verdict.outcome == "INCONCLUSIVE" and not verdict.is_pipeline_check
     return _is_failed(verdict) or (undecided and inconclusive == "fail")
 

@@ -1,4 +1,4 @@
-"""Collected tests: which workload each takes, and the order they run in."""
+"""Check which workloads the collected tests use, and sort the tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_int8bench.plugin.session import Session
 
 
 def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all tests but those of throughput, and plain benchmarks."""
+    """Deselect all tests except throughput tests and plain benchmarks."""
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
@@ -28,55 +28,56 @@ def leave_out_other_tests(config: pytest.Config, items: list[pytest.Item]) -> No
 
 
 def check_workload(session: Session, items: list[pytest.Item]) -> None:
-    """Refuse ``--int8-workload`` where every test brings a workload of its own.
+    """Reject ``--int8-workload`` if every test brings its own workload.
 
     Raises:
-        pytest.UsageError: one line that says whose they are.
+        pytest.UsageError: if so; one line that tells where the workloads come from.
     """
     option = OPTIONS["workload"]
     if option.source(session.config) != option.flag:
-        return  # in an ini file it waits for tests that take it
+        return  # in an ini file, it applies to the tests that use it, if any
     owners = [_workload_owner(item) for item in items if params_of(item) is not None]
     if owners and None not in owners:
         listed = ", ".join(dict.fromkeys(str(owner) for owner in owners))
         raise pytest.UsageError(
-            f"{option.flag}: no test takes it, each has a workload of its own ({listed}), got "
-            f"{session.settings.workload!r}"
+            f"{option.flag}: no collected test uses {session.settings.workload!r}: each brings its "
+            f"own workload ({listed})"
         )
 
 
-def check_named(session: Session, items: list[pytest.Item]) -> None:
-    """Refuse a workload, an axis of it, or a filter that cannot be loaded, once for all tests.
-    Where workloads differ, an axis may be another's, and each test reports it by itself.
+def check_loadable(session: Session, items: list[pytest.Item]) -> None:
+    """Reject a workload, one of its axes, or a filter that cannot be loaded, once for all tests.
+
+    Axes are checked only if all tests use the session's workload. Otherwise an axis may belong to
+    another workload, so that each test checks its own.
 
     Raises:
-        pytest.UsageError: one line.
+        pytest.UsageError: if one cannot be loaded; one line.
     """
     config, settings = session.config, session.settings
     users = [item for item in items if "int8_workload" in getattr(item, "fixturenames", ())]
-    takers = [item for item in users if takes_workload(item)]
+    takers = [item for item in users if uses_session_workload(item)]
     names = {*settings.changes, *settings.axes}
     axes = [name.removeprefix("extra.") for name in names if name.startswith("extra.")]
     is_common = len(takers) == len(users) and bool(axes)
     if takers and (OPTIONS["workload"].read(config) is not None or is_common):
-        with captured(config), _refused(config, "workload"):
+        with captured(config), _usage_error(config, "workload"):
             workload = session.workload(None)
             if is_common:
                 from pytest_int8bench.params import RunParams
 
-                with _refused(config, "set"):
+                with _usage_error(config, "set"):
                     workload.with_axes(RunParams(extra=dict.fromkeys(sorted(axes), 0)))
     if users:
-        with captured(config), _refused(config, "filter"):
+        with captured(config), _usage_error(config, "filter"):
             session.filter()
 
 
 @contextmanager
 def captured(config: pytest.Config) -> Iterator[None]:
-    """Keep the output of libraries that are being loaded off the terminal, as in a test that
-    passes."""
+    """Discard what libraries print while they load, as pytest does for a test that passes."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
-    if capture is None:  # of -p no:capture
+    if capture is None:  # with -p no:capture
         yield
         return
     capture.resume_global_capture()
@@ -88,9 +89,9 @@ def captured(config: pytest.Config) -> Iterator[None]:
 
 
 @contextmanager
-def _refused(config: pytest.Config, option: str) -> Iterator[None]:
-    """Turn a ValueError into a usage error of the option. Other errors come from the user's code:
-    the tests show their traceback."""
+def _usage_error(config: pytest.Config, option: str) -> Iterator[None]:
+    """Turn a ValueError into a usage error that names the option. Suppress other errors: they come
+    from the user's code, and the tests report them with a traceback."""
     try:
         yield
     except ValueError as error:
@@ -101,31 +102,32 @@ def _refused(config: pytest.Config, option: str) -> Iterator[None]:
         return
 
 
-def takes_workload(item: pytest.Item) -> bool:
-    """Return whether ``item`` certainly has the session's workload."""
+def uses_session_workload(item: pytest.Item) -> bool:
+    """Return whether ``item`` definitely uses the session's workload."""
     definitions = _fixture_definitions(item).get("int8_workload", ())
     own = not definitions or definitions[-1].func.__module__ != "pytest_int8bench.plugin.fixtures"
     return not own and _workload_owner(item) is None
 
 
 def _workload_owner(item: pytest.Item) -> str | None:
-    """Return where ``item`` gets its workload from, None if it is, or may be, the session's."""
+    """Return where ``item`` gets its own workload from; None if it may use the session's."""
     for definition in reversed(_fixture_definitions(item).get("int8_workload", ())):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
-        if not {"int8_workload", "request"} & {*definition.argnames}:  # which lead to the next one
+        # With one of these arguments, a fixture may return the overridden workload.
+        if not {"int8_workload", "request"} & {*definition.argnames}:
             return f"int8_workload in {definition.func.__module__}"
     try:
         return "@pytest.mark.int8" if marker_changes(item)[1] else None
-    except ValueError:  # its test says so
+    except ValueError:  # the test reports it
         return None
 
 
 def sort_by_model(items: list[pytest.Item]) -> None:
-    """Bring tests of the same models together, baselines first, so that each model is built and
-    compiled once and at most one baseline and one candidate are on the device.
+    """Group tests of the same model, baselines first.
 
-    Tests without points keep their places.
+    Each model is then built and compiled once, and at most one baseline and one candidate are on
+    the device at a time. Tests without points keep their positions.
     """
     groups: dict[object, int] = {}
     keyed: list[tuple[int, tuple[int, int], pytest.Item]] = []
@@ -156,8 +158,7 @@ def _fixture_definitions(item: pytest.Item) -> dict[str, Any]:
 
 
 def _indices_of(fixture: str, item: pytest.Item) -> tuple[tuple[str, int], ...]:
-    """Return the parameters, except the point, that ``item`` gives a fixture and those that it
-    depends on."""
+    """Return the parameter indices of ``item`` that ``fixture`` depends on, except the point's."""
     definitions = _fixture_definitions(item)
     names = [fixture]
     for name in names:  # names grows while we iterate: transitive closure over fixtures

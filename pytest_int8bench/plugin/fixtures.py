@@ -1,4 +1,4 @@
-"""The ``int8_*`` fixtures: views of one pool of models per session."""
+"""The ``int8_*`` fixtures. All of them share one pool of models per session."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _recorder(request: pytest.FixtureRequest) -> Recorder:
 
 @pytest.fixture
 def int8_params(request: pytest.FixtureRequest) -> RunParams:
-    """The point of this test, a RunParams: one for each point of the sweep and INT8 mode."""
+    """The point of this test, a RunParams: one per point of the sweep and INT8 mode."""
     if not hasattr(request, "param"):
-        pytest.fail("int8_params has no point: parametrize it, or let the plugin do so", False)
+        pytest.fail("int8_params has no value: parametrize it, or let the plugin do so", False)
     from pytest_int8bench.params import MEASURING_FIELDS, RunParams
     from pytest_int8bench.plugin.markers import marker_changes
 
@@ -52,7 +52,7 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
 
 @pytest.fixture
 def int8_workload(request: pytest.FixtureRequest) -> Workload:
-    """What to measure. Override it, at any scope, to bring a model of your own."""
+    """The workload to measure. Override this fixture, at any scope, to measure your own model."""
     from pytest_int8bench.plugin.markers import marker_changes
 
     session, name = _session(request), marker_changes(request.node)[1]
@@ -60,18 +60,19 @@ def int8_workload(request: pytest.FixtureRequest) -> Workload:
     try:
         return session.workload(name)
     except ValueError as error:
-        problem = f"int8 workload: {error}"
+        problem = str(error)
         if (params := params_of(request.node)) is not None:
             workload = name or session.settings.workload
             _recorder(request).note_point(request.node.nodeid, params, workload)
-    pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
+    pytest.fail(problem, pytrace=False)  # outside `except`, to show this line only
 
 
 @pytest.fixture
 def _int8_point(
     request: pytest.FixtureRequest, int8_params: RunParams, int8_workload: Workload
 ) -> tuple[Workload, RunParams]:
-    """The workload and the point of this test. Skips or fails a point that cannot be run."""
+    """The workload and the point of this test. Skips an impossible point, and fails one that cannot
+    run on this machine."""
     from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
     from pytest_int8bench.workloads.workload import Workload
 
@@ -79,7 +80,7 @@ def _int8_point(
         got = type(int8_workload).__name__
         pytest.fail(f"int8_workload must return a Workload, got {got}", pytrace=False)
     recorder = _recorder(request)
-    # A fixture of the user's may have returned the point.
+    # The user may have overridden int8_params.
     int8_params = point_of(request.node, _session(request), int8_params)
     recorder.note_point(request.node.nodeid, int8_params, int8_workload.name)
     problem = None
@@ -91,7 +92,7 @@ def _int8_point(
         pytest.fail(problem, pytrace=False)
     reason = int8_params.impossible_reason()
     if reason is None and int8_workload.prequantized and int8_params.int8_smoothquant:
-        reason = f"workload {int8_workload.name!r} is prequantized: SmoothQuant comes too late"
+        reason = f"workload {int8_workload.name!r} is already quantized, too late for SmoothQuant"
     if reason is None and int8_workload.impossible_reason is not None:
         reason = int8_workload.impossible_reason(seen)
     if (reason := reason or mode_problem(int8_params)) is not None:
@@ -103,7 +104,7 @@ def _int8_point(
         problem = str(error)
     if problem is not None:
         pytest.fail(problem, pytrace=False)
-    if (reason := recorder.no_gpu(int8_params)) is not None:
+    if (reason := recorder.why_no_gpu(int8_params)) is not None:
         pytest.fail(reason, pytrace=False)
     return workload, int8_params
 
@@ -117,7 +118,7 @@ def _model(request: pytest.FixtureRequest, workload: Workload, params: RunParams
 
 @pytest.fixture
 def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]) -> Any:
-    """The inputs of one batch, on the device, in the model's dtype."""
+    """The inputs of one batch, on the point's device and in the model's dtype."""
     return _session(request).pool().fresh_batch(*_int8_point)
 
 
@@ -125,7 +126,7 @@ def int8_batch(request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunP
 def int8_baseline(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> CompiledModel:
-    """The BF16 (or FP32) baseline, compiled: call it like the model."""
+    """The compiled BF16 (or FP32) baseline. Call it like the model."""
     workload, params = _int8_point
     return _model(request, workload, params.baseline()).compiled
 
@@ -134,7 +135,7 @@ def int8_baseline(
 def int8_quantized(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> torch.nn.Module:
-    """The quantized model, eager."""
+    """The quantized model in eager mode."""
     return _model(request, *_int8_point).eager
 
 
@@ -142,7 +143,7 @@ def int8_quantized(
 def int8_model(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> CompiledModel:
-    """The quantized model, compiled: call it like the model."""
+    """The compiled quantized model. Call it like the model."""
     return _model(request, *_int8_point).compiled
 
 
@@ -152,7 +153,7 @@ def int8_throughput(
     _int8_point: tuple[Workload, RunParams],
     _int8_benchmark: Benchmark,
 ) -> Callable[[], Result]:
-    """A callable that builds, compiles, warms up, measures and records this test's point, and
+    """A callable that builds, compiles, warms up, measures and records this test's point and
     returns its Result."""
     from pytest_int8bench.plugin.calls import ThroughputCall
 
@@ -164,10 +165,13 @@ def int8_throughput(
 def int8_guardrail(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> Callable[..., list[Accuracy]]:
-    """A callable that holds this test's point to its baseline's accuracy, records the verdicts and
-    returns them. It fails the test if accuracy dropped by more than ``--int8-max-drop``, or by
-    more than its own ``max_drop``, such as ``int8_guardrail(max_drop="0.5%")``. With random
-    weights only a comparison of outputs can fail it."""
+    """A callable that compares the accuracy of this test's point with its baseline, records the
+    verdicts and returns them.
+
+    It fails the test if accuracy drops by more than ``--int8-max-drop``, or by more than its
+    argument ``max_drop``, as in ``int8_guardrail(max_drop="0.5%")``. With random weights, only the
+    comparison of outputs can fail the test.
+    """
     from pytest_int8bench.plugin.calls import GuardrailCall
 
     return GuardrailCall(request.node.nodeid, _recorder(request), *_int8_point)
@@ -177,9 +181,9 @@ def int8_guardrail(
 def int8_sensitivity(
     request: pytest.FixtureRequest, _int8_point: tuple[Workload, RunParams]
 ) -> Callable[..., Sensitivity]:
-    """A callable that quantizes one layer at a time (``by="block"``: one block), ranks them by the
-    SQNR of the outputs, or with ``metric=True`` by the drop of the workload's metric, records the
-    table and returns it."""
+    """A callable that quantizes one layer at a time, or one block with ``by="block"``, ranks them
+    by the SQNR of the model's outputs, records the ranking and returns it. With ``metric=True``, it
+    ranks them by the drop of the workload's metric."""
     from pytest_int8bench.plugin.calls import SensitivityCall
 
     return SensitivityCall(request.node.nodeid, _recorder(request), *_int8_point)

@@ -1,8 +1,8 @@
-"""The rule of the hooks: what reports, records or looks at the machine never ends a session.
+"""Keep errors in our hooks from ending a session.
 
-pytest answers an error in a hook with INTERNALERROR, and later tests never run. A hook that is
-``guarded`` turns it into a line at the end of the session, which then fails. Not guarded are hooks
-that decide which tests run: a session without those tests would look complete.
+pytest reports an error in a hook as INTERNALERROR and runs no further tests. A ``guarded`` hook
+adds the error to the terminal summary instead, and the session fails at its end. Hooks that decide
+which tests run are not guarded: a session that lost tests would look complete.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import pytest
 from pytest_int8bench.plugin.recorder import RECORDER, Recorder
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
-#: How a hook ends a session on purpose.
+#: Exceptions with which a hook ends a session on purpose.
 _INTENDED = (pytest.UsageError, pytest.exit.Exception)
 
 
 def guarded(what: str) -> Callable[[Hook], Hook]:
-    """Return a decorator for a hook, also for a wrapper; ``what`` it does stands in the line."""
+    """Return a decorator for hooks and hook wrappers, whose errors read ``WHAT failed: …``."""
 
     def decorate(hook: Hook) -> Hook:
         guard = _guarded_wrapper if inspect.isgeneratorfunction(hook) else _guarded_call
@@ -59,7 +59,7 @@ def _guarded_wrapper(what: str, hook: Callable[..., Generator[None, Any, Any]]) 
             return (yield)
         try:
             result = yield
-        except BaseException as inner:  # of the hooks inside, to be passed on
+        except BaseException as inner:  # raised by an inner hook: pass it on
             try:
                 steps.throw(inner)
             except StopIteration as end:
@@ -82,8 +82,8 @@ def _guarded_wrapper(what: str, hook: Callable[..., Generator[None, Any, Any]]) 
 
 
 def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
-    """Tell the session's recorder; raise ``error`` where there is none, or where it is no
-    Exception."""
+    """Report an Exception to the session's recorder. Raise any other error, or without a
+    recorder."""
     recorder = next(_recorders(arguments), None)
     if recorder is None or not isinstance(error, Exception):
         raise error
@@ -91,7 +91,6 @@ def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
 
 
 def _recorders(arguments: Iterable[Any]) -> Iterator[Recorder]:
-    """Yield the recorder of the session that a hook's arguments belong to."""
     for value in arguments:
         if isinstance(value, Recorder):
             yield value

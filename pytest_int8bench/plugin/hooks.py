@@ -1,5 +1,8 @@
-"""pytest hooks, each a few lines. A session without benchmarks pays for what this file imports:
-what only benchmarks need is imported by the hooks."""
+"""The hooks that pytest calls, each a few lines.
+
+Every pytest session imports this file, including those without benchmarks. Whatever only benchmarks
+need is therefore imported inside the hooks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_ours, is_plain, parametrize, point_of
+from pytest_int8bench.plugin.points import is_int8_test, is_plain, parametrize, point_of
 from pytest_int8bench.plugin.pytest_benchmark import (
     benchmark_fixtures,
     guard_saving,
@@ -23,8 +26,8 @@ from pytest_int8bench.plugin.session import SESSION, Session
 from pytest_int8bench.plugin.settings import Settings
 
 _MARKER = (
-    "int8(**overrides): set RunParams fields (e.g. batch_size=8) or the workload of a test or "
-    "a module for int8 benchmarks."
+    "int8(**overrides): set RunParams fields (such as batch_size=8) or the workload of the INT8 "
+    "benchmarks in a test, class or module."
 )
 
 
@@ -34,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    if "INT8BENCH_SEAT" in os.environ:
+    if "INT8BENCH_SLOT" in os.environ:
         from pytest_int8bench.plugin.xdist.worker import pin_at_start
 
         pin_at_start(early_config)
@@ -66,8 +69,7 @@ def _settings_of(config: pytest.Config) -> Settings:
 
 
 def _recorder_of(session: Session) -> Recorder:
-    """Return the recorder of this process: of a worker of pytest-xdist, of the process that starts
-    them, or of a session without them."""
+    """Return the recorder for this process: a pytest-xdist worker, its controller, or neither."""
     if hasattr(session.config, "workerinput"):
         from pytest_int8bench.plugin.xdist.worker import Worker
 
@@ -83,9 +85,9 @@ def _recorder_of(session: Session) -> Recorder:
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 @guarded("looking for GPUs")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
-    from pytest_int8bench.plugin.xdist.controller import capped
+    from pytest_int8bench.plugin.xdist.controller import limit_workers
 
-    return capped(config, (yield))
+    return limit_workers(config, (yield))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -103,7 +105,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, 
 
 @guarded("naming points")
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
-    params = sys.modules.get("pytest_int8bench.params")  # absent: nothing is a RunParams
+    params = sys.modules.get(
+        "pytest_int8bench.params"
+    )  # not imported yet: val cannot be a RunParams
     if params is None or not isinstance(val, params.RunParams):
         return None
     session = config.stash[SESSION]
@@ -122,23 +126,23 @@ def pytest_collection_modifyitems(
 
         leave_out_other_tests(config, items)
     session.collected |= {item.nodeid for item in items}
-    merge_markers(config, items)  # before -m looks at them
+    merge_markers(config, items)  # before -m evaluates them
     result = yield
-    if any(map(is_ours, items)):
+    if any(map(is_int8_test, items)):
         from pytest_int8bench.plugin.collection import sort_by_model
 
-        sort_by_model(items)  # after plugins that shuffle; --ff then picks from this order
+        sort_by_model(items)  # after plugins that shuffle, before --ff reorders
     return result
 
 
 @pytest.hookimpl(tryfirst=True)
 @guarded("checking the tests")
 def pytest_runtestloop(session: pytest.Session) -> None:
-    has_ours = any(map(is_ours, session.items))
+    has_ours = any(map(is_int8_test, session.items))
     settings = session.config.stash[SESSION]
     is_skipping = session.config.getoption("benchmark_skip", False)
-    if (has_ours or settings.wants_benchmarks) and not is_skipping:
-        settings.takes_benchmarks = True
+    if (has_ours or settings.needs_benchmarks) and not is_skipping:
+        settings.records_benchmarks = True
         from pytest_int8bench.plugin.plain import PlainBenchmarks
 
         session.config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
@@ -158,13 +162,12 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
 @pytest.hookimpl(tryfirst=True)
 @guarded("recording")
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if is_ours(item) or _is_taken(item):
-        item.config.stash[RECORDER].begin(item.nodeid)
+    if is_int8_test(item) or _is_recorded_plain(item):
+        item.config.stash[RECORDER].begin_attempt(item.nodeid)
 
 
-def _is_taken(item: pytest.Item) -> bool:
-    """Return whether a test is a plain benchmark that is recorded."""
-    return item.config.stash[SESSION].takes_benchmarks and is_plain(item)
+def _is_recorded_plain(item: pytest.Item) -> bool:
+    return item.config.stash[SESSION].records_benchmarks and is_plain(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -174,8 +177,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     recorder = item.config.stash[RECORDER]
-    # Without that module, the error is not ours.
-    if is_ours(item) or _is_taken(item) or "pytest_int8bench.errors" in sys.modules:
+    # Until the errors module is imported, no exception can be one of ours.
+    if is_int8_test(item) or _is_recorded_plain(item) or "pytest_int8bench.errors" in sys.modules:
         from pytest_int8bench.plugin.outcomes import record_outcome, shorten
 
         shorten(report, call, item.config.getoption("tbstyle"))
@@ -183,7 +186,7 @@ def pytest_runtest_makereport(
             record_outcome(recorder, item, report, call.excinfo and call.excinfo.value)
         if report.when == "teardown":
             with recorder.guard("recording"):
-                recorder.settle(item.nodeid)
+                recorder.end_attempt(item.nodeid)
     if call.excinfo is not None:
         with recorder.guard("recording"):
             recorder.note_error(call.excinfo.value)
@@ -230,18 +233,20 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 
 class AtTheEnd:
-    """Registered between pytest-benchmark, which has saved when this runs, and pytest's terminal,
-    which shows what this finds."""
+    """Finish the session. Registered so that it runs after pytest-benchmark has saved and before
+    pytest writes the terminal summary."""
 
     @pytest.hookimpl(wrapper=True)
     @guarded("the end of the session")
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
         try:
             return (yield)
-        finally:  # also where another plugin failed
+        finally:  # even if another plugin failed
             recorder = session.config.stash[RECORDER]
             if not recorder.finish() and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+                # No test failed, so pytest's last line is green: this prints a red one above it.
+                session.shouldfail = recorder.why_failed()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -251,7 +256,7 @@ def pytest_terminal_summary(
 ) -> Generator[None, object, object]:
     try:
         return (yield)
-    finally:  # --benchmark-compare-fail raises here
+    finally:  # --benchmark-compare-fail raises in the yield
         recorder = config.stash[RECORDER]
         if recorder.has_something_to_show():
             from pytest_int8bench.plugin.summary import show

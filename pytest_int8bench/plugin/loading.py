@@ -1,4 +1,4 @@
-"""Load torch and what else tests need before the first of them starts."""
+"""Load torch and the other libraries that tests need before the first test starts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from pytest_int8bench.plugin.collection import captured, takes_workload
+from pytest_int8bench.plugin.collection import captured, uses_session_workload
 from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.session import SESSION
 
 
 def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
-    """Import what the first test would import, which takes seconds, and minutes from a cold disk: a
-    clock of a test, such as pytest-timeout's, must not count that."""
+    """Import what the first test would import otherwise. That takes seconds, or minutes from a cold
+    disk, which must not count towards the time limit of a test, such as pytest-timeout's."""
     users = [item for item in items if _uses_models(item)]
     if config.option.collectonly or not users:
         return
@@ -28,15 +28,15 @@ def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
             load_inductor("cpu")
         from pytest_int8bench.accuracy import guardrail  # noqa: F401
         from pytest_int8bench.measure import point  # noqa: F401
-    if any(map(takes_workload, users)):  # the libraries of the session's workload
+    if any(map(uses_session_workload, users)):  # load the libraries of the session's workload too
         with _quietly(config):
             config.stash[SESSION].workload(None)
 
 
 @contextmanager
 def _quietly(config: pytest.Config) -> Iterator[None]:
-    """Leave errors to the tests, each of which imports the same, and let no warning of a library
-    become one."""
+    """Suppress output, errors and warnings. The tests import the same modules and report errors
+    themselves; warnings of libraries must not become errors."""
     with captured(config), warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         yield
@@ -45,5 +45,5 @@ def _quietly(config: pytest.Config) -> Iterator[None]:
 def _uses_models(item: pytest.Item) -> bool:
     return (
         "int8_workload" in getattr(item, "fixturenames", ())
-        and item.get_closest_marker("skip") is None  # of --benchmark-skip, too
+        and item.get_closest_marker("skip") is None  # --benchmark-skip sets this too
     )

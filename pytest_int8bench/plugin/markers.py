@@ -9,11 +9,11 @@ import pytest
 
 
 def marker_changes(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
-    """Return the RunParams fields and the workload that ``@pytest.mark.int8`` sets; the closest
-    marker wins.
+    """Return the RunParams fields and the workload that ``@pytest.mark.int8`` sets. The closest
+    marker takes precedence.
 
     Raises:
-        ValueError: one line that names the marker, the test and the key.
+        ValueError: if a marker is invalid; one line that names the marker, the test and the key.
     """
     try:
         return _read_markers(item)
@@ -28,7 +28,7 @@ def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
     workload = None
     for marker in reversed(list(item.iter_markers("int8"))):
         if marker.args:
-            raise ValueError(f"takes keywords only, got {marker.args[0]!r}")
+            raise ValueError(f"arguments must be keywords, got {marker.args[0]!r}")
         for key, value in marker.kwargs.items():
             if key == "workload":
                 workload = _workload_name(value, marker.kwargs)
@@ -40,12 +40,12 @@ def _read_markers(item: pytest.Item) -> tuple[dict[str, Any], str | None]:
                 changes["extra"] = {**changes.get("extra", {}), **value}
             else:
                 changes[key] = value
-    RunParams().replace(**changes)  # says what is wrong with a value
+    RunParams().replace(**changes)  # raises for an invalid value
     return changes, workload
 
 
 def _workload_name(value: Any, fields: Iterable[str]) -> str:
-    """Return the name, which must be of a workload that reads the fields set along with it."""
+    """Return the workload's name, after checking that it exists and uses ``fields``."""
     if not isinstance(value, str):
         raise ValueError(f"workload must be a name, got {value!r}")
     from pytest_int8bench.workloads.registry import check_fields, check_workload_name

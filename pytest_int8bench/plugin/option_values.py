@@ -1,5 +1,8 @@
-"""Read the value of each option: text in, fields of Settings out. Each reader raises a ValueError
-that names the rule and the value. What only checks an option is imported once it is given."""
+"""Parse the text of each option into fields of Settings.
+
+Each reader raises a ValueError that names the rule and the value. Readers import what they need
+when they run, so that a session pays only for the options it uses.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def _read_set(items: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ValueError(f"must be NAME=VALUE, got {item!r}")
         if name in ("int8_enabled", "int8_mode"):
-            raise ValueError(f"{name} is set by --int8-mode, got {item!r}")
+            raise ValueError(f"{name} must be set by --int8-mode, got {item!r}")
         if name.startswith("extra."):
             parsed: list[Any] = [parse_extra(part) for part in _split(text)]
             for value in parsed:
@@ -46,7 +49,10 @@ def _read_set(items: list[str]) -> dict[str, Any]:
         else:
             parsed = [parse_field(name, part) for part in _split(text)]
         if name in MEASURING_FIELDS and len(parsed) > 1:
-            raise ValueError(f"{name} is no part of a run's name and cannot be swept, got {item!r}")
+            raise ValueError(
+                f"{name} must be a single value, got {item!r}: it is not part of the run name and "
+                "cannot be swept"
+            )
         changes.pop(name, None)
         axes.pop(name, None)
         if len(parsed) == 1:
@@ -66,7 +72,7 @@ def _read_weights(text: str) -> dict[str, Any]:
     if text in ("random", "hub"):
         return {"weights": text}
     if not text or not Path(text).exists():
-        raise ValueError(f"must be random, hub or a path that is there, got {text!r}")
+        raise ValueError(f"must be random, hub or an existing path, got {text!r}")
     return {"weights": str(Path(text).absolute())}
 
 
@@ -76,8 +82,8 @@ def _read_compile_cache(text: str) -> dict[str, Any]:
     read = _folder_reader("compile_cache")(text)
     if is_noexec(read["compile_cache"]):
         raise ValueError(
-            f"must be a folder that compiled code can be loaded from, got {text!r}, which is on a "
-            "file system mounted noexec"
+            f"must be a directory that code can be loaded from, got {text!r}, which is on a file "
+            "system mounted noexec"
         )
     return read
 
@@ -85,9 +91,9 @@ def _read_compile_cache(text: str) -> dict[str, Any]:
 def _folder_reader(name: str) -> Callable[[str], dict[str, Any]]:
     def read(text: str) -> dict[str, Any]:
         path = Path(text).absolute()
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not text or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"must be a folder that can be written to, got {text!r}")
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not text or not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"must be a writable directory, got {text!r}")
         return {name: path}
 
     return read
@@ -107,13 +113,13 @@ def _read_inconclusive(text: str) -> dict[str, Any]:
 
 def _read_eval_data(text: str) -> dict[str, Any]:
     if not text or not Path(text).is_dir():
-        raise ValueError(f"must be a folder that is there, got {text!r}")
+        raise ValueError(f"must be an existing directory, got {text!r}")
     return {"eval_data": Path(text).absolute()}
 
 
 def _read_journal(text: str) -> dict[str, Any]:
     if os.path.lexists(text) or not text:
-        raise ValueError(f"must be a file that is not there yet, got {text!r}")
+        raise ValueError(f"must be a writable file that does not exist yet, got {text!r}")
     return {"journal": text}
 
 

@@ -1,4 +1,7 @@
-"""Command line and ini options. A session without benchmarks pays for what this file imports."""
+"""Command-line and ini options.
+
+Every pytest session imports this file, including those without benchmarks: keep its imports cheap.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ FORCED_KERNEL = "INT8BENCH_PRODUCT"
 
 @dataclass(frozen=True)
 class Option:
-    """One option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
+    """An option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
 
     name: str
     help: str
     metavar: str | None = None
-    """None makes a flag."""
+    """None for a flag, which takes no value."""
     repeatable: bool = False
 
     @property
@@ -42,7 +45,7 @@ class Option:
         return "int8_" + self.name.replace("-", "_")
 
     def read(self, config: pytest.Config) -> Any:
-        """Return the command line's value, else the ini file's, else None."""
+        """Return the value from the command line or else the ini file; None if neither has one."""
         value = config.getoption(self.dest)
         if value not in (None, []):
             return value
@@ -50,13 +53,13 @@ class Option:
         return ini if ini not in ("", [], None) else None
 
     def source(self, config: pytest.Config) -> str:
-        """Return how the user wrote this option, for error messages."""
+        """Return the spelling that the user used, for error messages: flag or ini key."""
         return self.flag if config.getoption(self.dest) not in (None, []) else self.dest
 
 
 def _gate_option(flag: Flag, text: str) -> Option:
-    """Return pytest's option for one that ``int8bench`` takes too; ``text`` has a place for its
-    help."""
+    """Return the pytest option for a flag that ``int8bench`` takes too. ``text`` is a template
+    for its help, with one placeholder for the help of ``flag``."""
     meaning = text.format(flag.help)
     meaning = meaning[0].upper() + meaning[1:]
     return Option(flag.name, f"{meaning}. Default: {flag.default}", flag.metavar, flag.repeatable)
@@ -69,130 +72,136 @@ OPTIONS = {
     for option in (
         Option(
             "mode",
-            f"INT8 modes by comma: {_MODES} or off (BF16 only). Default: w8a8",
+            f"Comma-separated quantization modes: {_MODES} or off (BF16 only). Default: w8a8",
             "MODES",
         ),
-        Option("smoothquant", "Apply SmoothQuant after a calibration pass. Default: off"),
+        Option("smoothquant", "Calibrate and apply SmoothQuant before quantizing. Default: off"),
         Option(
             "sweep",
-            f"Sweep keys by comma, one axis at a time: {', '.join(SWEEPS)}. Default: none",
+            "Comma-separated sweep keys, each varied while the others stay fixed: "
+            f"{', '.join(SWEEPS)}. Default: none",
             "KEYS",
         ),
         Option(
-            "cross-product", "Sweep all combinations instead of one axis at a time. Default: off"
+            "cross-product",
+            "Measure every combination of the swept values instead of varying one axis at a time. "
+            "Default: off",
         ),
         Option(
             "set",
-            "Set a RunParams field, e.g. batch_size=64, or an axis of your workload, "
-            "extra.NAME=VALUE. Repeatable; commas in VALUE sweep it. Default: none",
+            "Set a RunParams field, such as batch_size=64, or an axis of your own workload, "
+            "extra.NAME=VALUE. Several values, separated by commas, are swept. Repeatable. "
+            "Default: none",
             "NAME=VALUE",
             repeatable=True,
         ),
         Option(
             "preset",
-            "Where the parameters start: seed (base, batch 128, image 64, max-autotune, CUDA), "
-            "smoke (nano, batch 4, image 16, 3 timesteps, compile mode default, CPU) or auto "
-            "(seed with CUDA, else smoke). Default: auto",
+            "Starting parameters: seed (model size base, batch 128, image 64, max-autotune, CUDA), "
+            "smoke (model size nano, batch 4, image 16, 3 timesteps, compile mode default, CPU) or "
+            "auto (seed if CUDA is available, else smoke). Default: auto",
             "NAME",
         ),
         Option(
             "workload",
-            f"What to measure: {', '.join(built_in_names())}, a name of the entry-point group "
-            f"{GROUP}, or {REFERENCE_FORMS} returning a Workload. Default: {OLMOEARTH}",
+            f"Workload to measure: {', '.join(built_in_names())}, a name from the entry-point "
+            f"group {GROUP}, or a {REFERENCE_FORMS} that returns a Workload. Default: {OLMOEARTH}",
             "NAME",
         ),
         Option(
             "trust-remote-code",
-            "Let hf:NAME run Python code that comes with a model (auto_map in its config.json); "
-            "models that need it are refused otherwise. Default: off",
+            "Let hf:NAME run the Python code that a model ships (auto_map in its config.json). "
+            "Without this option, such models are refused. Default: off",
         ),
         Option(
             "weights",
-            "random (seeded), hub (pretrained), or a path: a state dict, read without running code "
-            "from it, or for olmoearth and hf:NAME a folder as on the hub. Default: random",
+            "Weights to load: random (seeded), hub (pretrained), or a path to a state dict, which "
+            "is read without running code from it. olmoearth and hf:NAME also take a path to a "
+            "directory laid out as on the hub. Default: random",
             "WEIGHTS",
         ),
         Option(
             "filter",
-            "module:callable that takes (module, name) and says which layers to quantize. "
-            "Default: attention projections and MLP layers",
+            f"{REFERENCE_FORMS} that takes (module, name) and returns whether to quantize that "
+            "layer. Default: attention projections and MLP layers",
             "REFERENCE",
         ),
         Option(
             "compile-cache",
-            "Folder to keep compiled code in from session to session, with a part for each kind "
-            "of machine, versions and attention backend; it may be copied to another machine of "
-            "that kind. Default: torch's own, for this machine",
+            "Directory that keeps compiled code between sessions, in a subdirectory for each "
+            "combination of machine type, software versions and attention backend. You can copy it "
+            "to another machine of the same type. Default: torch's own, for this machine",
             "DIR",
         ),
-        Option("no-baseline", "Leave out BF16 baselines and the speedup. Default: off"),
+        Option("no-baseline", "Do not measure BF16 baselines, and report no speedup. Default: off"),
         Option(
             "max-drop",
-            "Largest drop of a metric against BF16 that an accuracy test passes: 1% of the "
-            "baseline's metric (relative) or 1pp (absolute). Default: 1%",
+            "Largest drop of a metric below its BF16 baseline that passes an accuracy test, either "
+            "relative to the baseline, such as 1%, or absolute, such as 1pp. Default: 1%",
             "LIMIT",
         ),
         Option(
             "inconclusive",
-            "What an accuracy test does when its samples cannot decide: fail, warn or skip. "
+            "Outcome of an accuracy test that has too few samples to decide: fail, warn or skip. "
             "Default: fail",
             "ACTION",
         ),
         Option(
             "eval-data",
-            "Labelled images for OlmoEarth's accuracy: a folder with a folder of 13-band GeoTIFFs "
-            "for each class, as EuroSAT. Default: generated scenes",
+            "Labelled images to measure OlmoEarth's accuracy on: a directory with one subdirectory "
+            "of 13-band GeoTIFFs per class, as in EuroSAT. Default: generated scenes",
             "PATH",
         ),
         Option(
             "remedy",
-            "When accuracy dropped too much, try SmoothQuant, BF16 for the worst layers, and W8, "
-            "and print what passes. Default: off",
+            "If accuracy drops too much, try SmoothQuant, BF16 for the worst layers, and W8, and "
+            "print the configurations that pass. Default: off",
         ),
         Option(
             "compare",
-            "Fail each point that got worse than in a saved file of the same machine and software: "
-            "a file, a folder, or a number of pytest-benchmark such as 0003. Repeatable: several "
-            "runs of the base show the noise. Default: none",
+            "Fail each point that is worse than in a saved run on the same machine and software. "
+            "BASE is a file, a directory, or the number of a pytest-benchmark run, such as 0003. "
+            "Repeatable: several base runs are used to estimate the noise. Default: none",
             "BASE",
             repeatable=True,
         ),
-        *(_gate_option(limit, "With --int8-compare, {}") for limit in LIMITS),
+        *(_gate_option(limit, "With --int8-compare, the {}") for limit in LIMITS),
         _gate_option(
             ALLOW,
-            "{}. It counts for a file that is compared with, and between workers of pytest-xdist. "
-            "Repeatable",
+            "{}. Applies to files given by --int8-compare and to results of several pytest-xdist "
+            "workers. Repeatable",
         ),
         _gate_option(ALLOW_MISSING, "With --int8-compare, {}"),
         Option(
             "profile",
-            "Write a trace of one forward of each point, for Perfetto or chrome://tracing, and a "
-            "table of its kernels into this folder (with --int8-set profiler_enabled=true alone "
-            "into .benchmarks/int8bench/profiles). Default: none",
+            "Profile one forward pass of each point, and write its trace (for Perfetto or "
+            "chrome://tracing) and a table of its kernels to this directory. To write them to "
+            ".benchmarks/int8bench/profiles, use --int8-set profiler_enabled=true instead. "
+            "Default: none",
             "DIR",
         ),
         Option(
             "wandb",
-            "Log each measured point to Weights & Biases as a run, when the session is over; "
-            "WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_MODE=offline and the like say where to. "
-            "Default: off",
+            "Log each measured point to Weights & Biases as a run at the end of the session. "
+            "Configure the destination with W&B's environment variables, such as WANDB_PROJECT, "
+            "WANDB_RUN_GROUP and WANDB_MODE=offline. Default: off",
         ),
         Option(
             "report",
-            "Write what was measured as one page, FILE.html (needs the extra report), or as "
-            "Markdown, FILE.md. Repeatable. Default: none",
+            "Write a report: FILE.html for a single HTML page (needs pip install "
+            "'pytest-int8bench[report]') or FILE.md for Markdown. Repeatable. Default: none",
             "FILE",
             repeatable=True,
         ),
         Option(
             "lean",
-            "Measure throughput only: no other tests, no baselines, no speedup, no look at the "
-            "kernels, no profiles, nothing to Weights & Biases, 2 s a point unless "
-            "benchmark_interval_s is set; for int8bench ab. Default: off",
+            "Measure throughput only, for 2 s per point unless benchmark_interval_s is set. Skips "
+            "other tests, baselines, speedups, kernel evidence, profiles and Weights & Biases. "
+            "Used by int8bench ab. Default: off",
         ),
         Option(
             "journal",
-            "File that every finished point is written to at once; it must not be there yet. "
+            "File to which each point is written as soon as it finishes; it must not exist yet. "
             "Default: a new file in .benchmarks/int8bench",
             "PATH",
         ),
@@ -216,13 +225,13 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def are_on_command_line(options: argparse.Namespace) -> bool:
-    """Return whether the command line has one of our options: an ini file applies to every
-    session, including those without benchmarks."""
+    """Return whether the command line has any of our options. Ini values do not count: they apply
+    to every session, including those without benchmarks."""
     return any(getattr(options, one.dest, None) not in (None, []) for one in OPTIONS.values())
 
 
 def are_given(config: pytest.Config) -> bool:
-    """Return whether the command line, the ini file or the environment sets anything of ours."""
+    """Return whether the command line, the ini file or the environment sets any of our options."""
     return FORCED_KERNEL in os.environ or any(
         option.read(config) is not None for option in OPTIONS.values()
     )

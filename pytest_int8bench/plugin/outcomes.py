@@ -1,4 +1,4 @@
-"""Record points that were skipped or that failed."""
+"""Record points whose test failed or was skipped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pytest_int8bench.plugin.points import is_plain, params_of, point_of, worklo
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import SESSION
+from pytest_int8bench.results.base import UNKNOWN_WORKLOAD
 
 _MAX_REASON = 500
-_UNKNOWN = "unknown workload"
 
 
 def shorten(report: pytest.TestReport, call: pytest.CallInfo[None], style: str) -> None:
-    """Show a ClearError without a traceback of this package, unless ``--tb`` asks for one."""
+    """Show a ClearError without a traceback, unless ``--tb`` asks for one."""
     if call.excinfo is None or not report.failed or style != "auto":
         return
     error = call.excinfo.value
@@ -33,31 +33,32 @@ def record_outcome(
     report: pytest.TestReport,
     error: BaseException | None,
 ) -> None:
-    """Write the point of ``item`` to the journal if it was skipped or failed; ``error`` is what
-    ended it.
+    """Record the point of ``item`` if its test failed, with ``error``, or was skipped.
 
-    A point that was measured is written when it is; if its test fails after that, for instance
-    by an assertion of its own, its result is written again as ``failed``. If samples do not
-    decide, nothing is shown against what was measured.
+    A measured point is already in the journal. If its test fails later, for instance in an
+    assertion, the result is written again as ``failed``. An UndecidedError does not change it: too
+    few samples prove nothing against the measurement.
     """
-    if item.config.stash[SESSION].takes_benchmarks and is_plain(item):
+    if item.config.stash[SESSION].records_benchmarks and is_plain(item):
         if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):
             status = "failed" if report.failed else "skipped"
             record_failure(recorder, item.nodeid, status, _reason(report, error))
         return
-    stands = isinstance(error, UndecidedError)
+    is_undecided = isinstance(error, UndecidedError)
     found = recorder.records_of(item.nodeid)
     measured = recorder.results_of(item.nodeid) if found else []
     point = recorder.points_of.get(item.nodeid)
     if point is not None:
         is_oom = any(result.oom for result in measured)
         mark_outcome(
-            item, leaves_out=report.failed and not stands, may_be_unused=report.failed or is_oom
+            item,
+            leaves_out=report.failed and not is_undecided,
+            may_be_unused=report.failed or is_oom,
         )
     elif report.failed and (params := params_of(item)) is not None:
-        # It failed before its workload was known, perhaps in the fixture that returns it.
+        # The test failed before its workload was known, perhaps in the fixture that returns it.
         session = recorder.session
-        point = (workload_name(item, session) or _UNKNOWN, point_of(item, session, params))
+        point = (workload_name(item, session) or UNKNOWN_WORKLOAD, point_of(item, session, params))
     if point is None or not (report.failed or report.skipped) or hasattr(report, "wasxfail"):
         return
     workload, params = point
@@ -65,7 +66,7 @@ def record_outcome(
     reason = _reason(report, error)
     if measured:
         result = measured[0]
-        if report.failed and not stands:
+        if report.failed and not is_undecided:
             recorder.keep_marked(result)
             if result.status == "ok":
                 recorder.record(dataclasses.replace(result, status=status, reason=reason))
@@ -74,7 +75,7 @@ def record_outcome(
     from pytest_int8bench.results.verdicts import Accuracy
 
     if any(isinstance(record, Accuracy) for record in found):
-        return  # the verdict says it
+        return  # the verdict is already recorded
     recorder.record(
         Result(
             nodeid=item.nodeid,
@@ -82,13 +83,13 @@ def record_outcome(
             run_name=params.run_name,
             params=params.to_dict(),
             status=status,
-            reason=reason,
+            reason=reason.removeprefix(f"{workload}: "),
         )
     )
 
 
 def _reason(report: pytest.TestReport, error: BaseException | None) -> str:
-    """Return what happened, in one line, whatever ``--tb`` says."""
+    """Return the reason for the outcome in one line, whatever the style of ``--tb``."""
     if report.failed and isinstance(error, ClearError):
         text = f"{type(error).__name__}: {error}"
     elif report.skipped and isinstance(report.longrepr, tuple):

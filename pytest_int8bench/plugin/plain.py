@@ -1,4 +1,4 @@
-"""Record plain benchmarks, which use pytest-benchmark's own ``benchmark``, beside the points."""
+"""Record plain benchmarks, which use only pytest-benchmark's ``benchmark`` fixture."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pytest_int8bench.results.benchmarks import Benchmark
 
 
 class PlainBenchmarks:
-    """Registered where plain benchmarks are recorded."""
+    """Records the timing of each plain benchmark. Registered only in sessions that need them."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Not guarded: what it raises fails the test."""
+        # Not guarded: an error raised here fails the test.
         result = yield
         if is_plain(item):
             _record_timing(item.config.stash[RECORDER], item)
@@ -33,10 +33,10 @@ class PlainBenchmarks:
 
 
 def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
-    """Record what a test has timed, and hold it to the files of ``--int8-compare``.
+    """Record the timing of a test, and compare it with the files of ``--int8-compare``.
 
     Raises:
-        ClearError: if it got worse, or cannot be compared.
+        ClearError: if it is worse or cannot be compared.
     """
     found: Benchmark | None = None
     with recorder.guard("recording"):
@@ -52,12 +52,12 @@ def _record_timing(recorder: Recorder, item: pytest.Item) -> None:
         try:
             gate.judge(found, recorder.environment())
         except ClearError:
-            leave_out(recorder.config, item.nodeid)  # it is no baseline
+            leave_out(recorder.config, item.nodeid)  # it must not become a baseline
             raise
 
 
 def record_failure(recorder: Recorder, nodeid: str, status: str, reason: str) -> None:
-    """Record a test that failed or was skipped, with what it timed before."""
+    """Record a test that failed or was skipped, with the timing that it had recorded, if any."""
     timed = [record for record in recorder.records_of(nodeid) if isinstance(record, Benchmark)]
     record = timed[-1] if timed else Benchmark.of(nodeid)
     recorder.record(dataclasses.replace(record, status=status, reason=reason))

@@ -1,4 +1,4 @@
-"""The points that a test is parametrized with."""
+"""Parametrize tests with points, and find the points of tests."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from pytest_int8bench.plugin.pytest_benchmark import Benchmark
     from pytest_int8bench.workloads.workload import Workload
 
-#: Fixtures of a test that is ours: all others depend on one of them.
-_OURS = frozenset({"int8_params", "int8_workload", "int8_throughput"})
+#: A test is an INT8 test if it uses one of these fixtures. Our other fixtures depend on them.
+_INT8_FIXTURES = frozenset({"int8_params", "int8_workload", "int8_throughput"})
 
 
-def is_ours(item: pytest.Item) -> bool:
-    """Return whether a test uses the fixtures of this plugin."""
-    return not _OURS.isdisjoint(getattr(item, "fixturenames", ()))
+def is_int8_test(item: pytest.Item) -> bool:
+    """Return whether a test uses a fixture of this plugin."""
+    return not _INT8_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 def is_plain(item: pytest.Item) -> bool:
-    """Return whether a test has pytest-benchmark's fixture of its own, and measures no point."""
+    """Return whether a test uses the ``benchmark`` fixture without measuring a point."""
     return uses_benchmark(item) and "int8_throughput" not in getattr(item, "fixturenames", ())
 
 
 def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
-    """Give a test the points of its markers and of the options, unless it brings its own."""
+    """Parametrize a test with points from its markers and the options, unless it has its own."""
     from pytest_int8bench.plugin.markers import marker_changes
 
     problem, points, workload = None, [], None
@@ -44,19 +44,19 @@ def parametrize(metafunc: pytest.Metafunc, session: Session) -> None:
     except ValueError as error:
         problem = str(error)
     if problem is not None:
-        pytest.fail(problem, pytrace=False)  # outside, so that only this line is shown
-    # Names, not objects: pytest-benchmark saves parameters as JSON.
+        pytest.fail(problem, pytrace=False)  # outside `except`, to show this line only
+    # Use names rather than objects, because pytest-benchmark saves parameters as JSON.
     names = [point.run_name for point in points]
     label = "" if workload in (None, session.settings.workload) else f"{workload}-"
     metafunc.parametrize("int8_params", names, ids=[label + name for name in names], indirect=True)
 
 
 def workload_name(item: pytest.Item, session: Session) -> str | None:
-    """Return the name of the workload that a test takes: its marker's or the session's. None where
-    a fixture returns one of its own, whose name is not known before it runs.
+    """Return the name of the workload that a test uses, from its marker or the session. Return None
+    if a fixture of the user returns it, since its name is unknown until the fixture runs.
 
     Raises:
-        ValueError: one line, if a marker is wrong.
+        ValueError: if a marker is invalid; one line.
     """
     from pytest_int8bench.plugin.markers import marker_changes
 
@@ -65,16 +65,16 @@ def workload_name(item: pytest.Item, session: Session) -> str | None:
     for definition in reversed(_workload_fixtures(item)):
         if definition.func.__module__ == "pytest_int8bench.plugin.fixtures":
             break
-        if "int8_workload" not in definition.argnames:  # which leads to the next one
+        if "int8_workload" not in definition.argnames:  # it does not use the overridden fixture
             return None
     return marker_changes(item)[1] or session.settings.workload
 
 
 def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
-    """Return the definitions of the workload that a test sees, the one that it takes last."""
+    """Return the definitions of ``int8_workload`` visible to a test; the last one applies."""
     info = getattr(item, "_fixtureinfo", None)
     found = info.name2fixturedefs.get("int8_workload") if info is not None else None
-    if found is None:  # it has a point and no model: its file's workload
+    if found is None:  # it uses a point but no model: take the workload of its file
         manager: Any = getattr(item.session, "_fixturemanager", None)
         found = manager and manager.getfixturedefs("int8_workload", item)
     return found or ()
@@ -83,8 +83,8 @@ def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
 def name_workload(
     item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
 ) -> None:
-    """Put a workload that is not the session's into the name that pytest-benchmark shows, unless
-    the test's id names it. A fixture in the root's conftest is the whole session's."""
+    """Add the workload to the name that pytest-benchmark shows, unless the test's id contains it or
+    it is the session's, by option or by a fixture in the root ``conftest.py``."""
     definitions = _workload_fixtures(item)
     named = {workload.name, workload_name(item, session)}
     is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")
@@ -95,14 +95,14 @@ def name_workload(
 
 
 def point_of(item: pytest.Item, session: Session, params: RunParams) -> RunParams:
-    """Return a point of a test as its workload has it."""
+    """Return the point of a test, adapted to its workload: run name and unused fields."""
     from pytest_int8bench.workloads.registry import point_for
 
     return point_for(params, workload_name(item, session))
 
 
 def has_points(metafunc: pytest.Metafunc) -> bool:
-    """Return whether a test brings its own points, by parametrize or by a fixture."""
+    """Return whether a test defines its own points, by ``parametrize`` or by a fixture."""
     if any("int8_params" in names for names, _ in _parametrized(metafunc.definition)):
         return True
     defined = metafunc._arg2fixturedefs.get("int8_params", ())
@@ -112,8 +112,7 @@ def has_points(metafunc: pytest.Metafunc) -> bool:
 
 
 def _parametrized(item: pytest.Item) -> Iterator[tuple[list[str], bool]]:
-    """Yield the names that each parametrize marker has values for, and whether these, or some of
-    them, go to fixtures."""
+    """Yield the argument names of each ``parametrize`` marker, and whether any is indirect."""
     for marker in item.iter_markers("parametrize"):
         names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
         names = names.split(",") if isinstance(names, str) else names
@@ -122,7 +121,7 @@ def _parametrized(item: pytest.Item) -> Iterator[tuple[list[str], bool]]:
 
 
 def params_of(item: pytest.Item) -> RunParams | None:
-    """Return the point that ``item`` is parametrized with, if it is."""
+    """Return the point that ``item`` is parametrized with; None if there is none."""
     callspec = getattr(item, "callspec", None)
     value = callspec.params.get("int8_params") if callspec is not None else None
     if value is None:
@@ -138,13 +137,13 @@ def params_of(item: pytest.Item) -> RunParams | None:
 
 
 def params_in(nodeid: str) -> RunParams | None:
-    """Return the point that a node id names, alone or among other parameters; None if none."""
+    """Return the point that a node id names, alone or among other parameters, or None."""
     text = nodeid.rpartition("::")[2].partition("[")[2].rpartition("]")[0]
-    if "_bs" not in text:  # every run name has it: other ids are not worth a closer look
+    if "_bs" not in text:  # part of every run name: skip other ids quickly
         return None
     from pytest_int8bench.params import RunParams
 
-    parts = text.split("-")  # which run names hold as well
+    parts = text.split("-")  # run names contain hyphens too
     spans = [(i, j) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
     for i, j in sorted(spans, key=lambda span: span[0] - span[1]):
         try:

@@ -1,4 +1,4 @@
-"""Long steps on the terminal: what runs, and for how long."""
+"""Show on the terminal which long step is running, and for how long."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 _REFRESH_PER_S = 4
 _SPINNER = "|/-\\"
-#: A clock runs in these: a thread that draws would take part in what is measured.
+#: Steps that are timed. A thread that redraws the line would disturb the measurement.
 _TIMED = ("measuring", "comparing")
-#: What is worth a line of a log.
+#: Steps that get a line in a log.
 _LOGGED = ("compiling",)
 
 
 def terminal_steps(config: pytest.Config, clock: Callable[[], float] = time.monotonic) -> Step:
-    """Return what shows steps as this session's output allows.
+    """Return a context manager factory that shows steps in the way this session's output allows.
 
-    A live line, gone when its step ends, on a terminal; a plain line for each compilation where
-    the output is no terminal or is shared with what tests print; nothing with ``-q`` and in the
-    workers of pytest-xdist.
+    On a terminal, a step is a live line that disappears when the step ends. If the output is not a
+    terminal, or tests print to it too, only compilations are shown, one plain line each. With
+    ``-q`` and in pytest-xdist workers, nothing is shown.
     """
     quiet = config.get_verbosity() < 0 or hasattr(config, "workerinput")
     if quiet or not config.pluginmanager.hasplugin("terminalreporter"):
@@ -41,14 +41,14 @@ def terminal_steps(config: pytest.Config, clock: Callable[[], float] = time.mono
     return terminal.live if _is_live(config) else terminal.plain
 
 
-def say(config: pytest.Config, text: str) -> None:
-    """Write a line at once, past pytest's capturing; not with ``-q``."""
+def write_line(config: pytest.Config, text: str) -> None:
+    """Write a line immediately, bypassing pytest's capture; write nothing with ``-q``."""
     if config.get_verbosity() >= 0 and config.pluginmanager.hasplugin("terminalreporter"):
-        _Terminal(config, time.monotonic).say(text)
+        _Terminal(config, time.monotonic).write_line(text)
 
 
 def _is_live(config: pytest.Config) -> bool:
-    """Return whether the output is a terminal on which nothing is printed while a test runs."""
+    """Return whether the output is a terminal that nothing else writes to while a test runs."""
     plugins = config.pluginmanager
     reporter = plugins.getplugin("terminalreporter")
     live_logs = plugins.hasplugin("logging-plugin") and (
@@ -63,28 +63,27 @@ def _is_live(config: pytest.Config) -> bool:
 
 
 class _Terminal:
-    """Shows steps between what pytest writes, and leaves the line that pytest has begun as it
-    was."""
+    """Shows steps in between pytest's own output, and restores the line that pytest has begun."""
 
     def __init__(self, config: pytest.Config, clock: Callable[[], float]) -> None:
         self._writer = config.get_terminal_writer()
         self._capture = config.pluginmanager.getplugin("capturemanager")
         self._clock = clock
 
-    def say(self, text: str) -> None:
-        """Write a line below the one that pytest has begun, and begin that again."""
+    def write_line(self, text: str) -> None:
+        """Write a line below the one that pytest has begun, then repeat the latter."""
         begun = self._writer._current_line
         self._write(("\n" if begun else "") + f"int8bench: {text}\n{begun}")
 
     def plain(self, action: Action, name: str) -> AbstractContextManager[None]:
-        """Write one line for a step that is worth it."""
+        """Write one line for each step in ``_LOGGED``, with its duration."""
         return self._plain(f"{action} {name}") if action in _LOGGED else nullcontext()
 
     @contextmanager
     def _plain(self, text: str) -> Iterator[None]:
         begun = self._writer._current_line
         start = self._clock()
-        # The start at once, so that a log that ends here says where.
+        # Write the beginning immediately, so that a log that breaks off shows the running step.
         self._write(("\n" if begun else "") + f"int8bench: {text} ...")
         try:
             yield
@@ -93,14 +92,14 @@ class _Terminal:
 
     def _write(self, text: str) -> None:
         encoding = getattr(self._writer._file, "encoding", None)
-        # A point is measured also where nobody can read along.
+        # Output errors must not keep a point from being measured.
         with self._uncaptured(), suppress(OSError, ValueError):
             self._writer.write(printable(text, encoding), flush=True)
 
     @contextmanager
     def live(self, action: Action, name: str) -> Iterator[None]:
-        """Show a step below the line that pytest has begun, and remove it when it ends."""
-        # Here, where random generators are kept: rich draws from Python's when it is imported.
+        """Show a step below the line that pytest has begun, and remove it when the step ends."""
+        # Import rich here, inside kept_generators: it draws from Python's random generator.
         from rich.console import Console
         from rich.control import Control
         from rich.live import Live
@@ -109,7 +108,7 @@ class _Terminal:
         with self._uncaptured():
             self._writer.flush()
             columns = shutil.get_terminal_size().columns
-            # While the test runs, stdout goes to where pytest captures it.
+            # While a test runs, pytest redirects stdout, so duplicate the real one now.
             descriptor, encoding = os.dup(sys.stdout.fileno()), sys.stdout.encoding
         start = self._clock()
         timed = action in _TIMED
@@ -145,11 +144,12 @@ class _Terminal:
                     redirect_stderr=False,
                     transient=True,
                 ) as shown:
-                    console.show_cursor(True)  # a run that is killed would leave it hidden
+                    console.show_cursor(True)  # or it would stay hidden if the run is killed
                     shown.refresh()
                     yield
             finally:
-                # A line that fills its last row goes on in the one below, where the cursor is.
+                # If pytest's line fills its last row exactly, the cursor is already on the next
+                # row.
                 if column := begun % columns:
                     console.control(Control.move_to_column(column, -1))
 

@@ -1,5 +1,5 @@
-"""Everything that depends on the insides of pytest-benchmark; :mod:`.pytest_benchmark_workers` has
-what is for pytest-xdist."""
+"""Everything that depends on pytest-benchmark's internals, except for pytest-xdist's needs, which
+are in :mod:`.pytest_benchmark_workers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.measure.timing import Plan, Run
     from pytest_int8bench.processes.runner_files import Handover
 
-#: Folder that pytest-benchmark saves in, from the folder that pytest is started in.
+#: Folder in which pytest-benchmark saves, relative to the one that pytest is started in.
 STORAGE = Path(".benchmarks")
 
 DISABLED = "pytest-benchmark is disabled"
@@ -22,7 +22,7 @@ _NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is no
 _NOT_SAVED = pytest.StashKey[bool]()
 
 
-# -- whether it is there ------------------------------------------------------------------------
+# -- options of pytest-benchmark ----------------------------------------------------------------
 
 
 def is_active(config: pytest.Config) -> bool:
@@ -31,17 +31,16 @@ def is_active(config: pytest.Config) -> bool:
 
 
 def is_disabled_by_user(config: pytest.Config) -> bool:
-    """Return whether the user has disabled pytest-benchmark. Under pytest-xdist it also disables
-    itself."""
+    """Return whether the user disabled pytest-benchmark, rather than itself under pytest-xdist."""
     disable = config.getoption("benchmark_disable", False)
     return bool(disable and not config.getoption("benchmark_enable", False))
 
 
 def find_obstacle(config: pytest.Config) -> str | None:
-    """Return the option under which nothing is measured, None if there is none."""
+    """Return an option that turns measuring off; None if none is given."""
     obstacles = {
         "-p no:benchmark": not is_active(config),
-        "--codspeed": config.getoption("codspeed", False),  # it sets --benchmark-disable
+        "--codspeed": config.getoption("codspeed", False),  # implies --benchmark-disable
         "--benchmark-disable": is_disabled_by_user(config),
         "--benchmark-skip": config.getoption("benchmark_skip", False),
     }
@@ -49,13 +48,13 @@ def find_obstacle(config: pytest.Config) -> str | None:
 
 
 def json_target(config: pytest.Config) -> Path | None:
-    """Return the path of ``--benchmark-json``, None without it."""
+    """Return the path of ``--benchmark-json``; None if it is not given."""
     return _path_of(config.getoption("benchmark_json", None))
 
 
 def storage_target(config: pytest.Config) -> Path | None:
-    """Return the folder that ``--benchmark-save`` and ``--benchmark-autosave`` make a file in; None
-    without them, and where the storage is no folder."""
+    """Return the folder in which ``--benchmark-save`` or ``--benchmark-autosave`` creates a file.
+    Return None if neither is given or the storage is not a folder."""
     wants = config.getoption("benchmark_save", None) or config.getoption("benchmark_autosave", None)
     storage = getattr(session_of(config), "storage", None)
     folder = getattr(storage, "path", None)
@@ -67,12 +66,12 @@ def storage_target(config: pytest.Config) -> Path | None:
 def _path_of(target: Any) -> Path | None:
     if not target:
         return None
-    # An open file before pytest-benchmark 5.3, a path since.
+    # pytest-benchmark gives an open file before 5.3 and a path since then.
     return Path(target if isinstance(target, str | Path) else target.name)
 
 
 def session_of(config: pytest.Config) -> Any:
-    """Return pytest-benchmark's session, None if it is turned off or missing."""
+    """Return pytest-benchmark's session; None if the plugin is turned off or missing."""
     return config.pluginmanager.get_plugin("pytest-benchmark")
 
 
@@ -87,25 +86,26 @@ class Benchmark:
 
     @property
     def is_disabled(self) -> bool:
-        """Whether the fixture calls functions without timing them."""
         return bool(self._fixture.disabled)
 
     def set_disabled(self, is_disabled: bool) -> None:
-        """Turn the clock of this test off or on."""
         self._fixture.disabled = is_disabled
 
     def name_workload(self, workload: str) -> None:
-        """Put a workload into the name that tables show, which has no file in it: tests of several
-        workloads would look the same."""
+        """Add a workload to the name in tables, where tests of several workloads look the same."""
         test, bracket, parameters = self._fixture.name.partition("[")
         self._fixture.name = f"{test}[{workload}{'-' if bracket else ''}{parameters or ']'}"
 
     def run_once(self, run: Run) -> None:
-        """Run a model as a disabled benchmark does: once, without a clock."""
+        """Run a model once without timing it, as a disabled benchmark does."""
         self._fixture.pedantic(run)
 
     def time_rounds(self, run: Run, plan: Plan) -> list[float]:
-        """Time the rounds of ``plan``. Return the seconds of each."""
+        """Time the rounds of ``plan`` and return the duration of each in seconds.
+
+        Raises:
+            ClockError: if pytest-benchmark used a timer that does not wait for the device.
+        """
         from pytest_int8bench import clock
         from pytest_int8bench.measure.timing import ClockError, prepare
 
@@ -115,19 +115,18 @@ class Benchmark:
                 run,
                 rounds=plan.rounds,
                 iterations=plan.iterations,
-                # It follows each round, outside the clock.
+                # Runs after each round and is not timed.
                 teardown=lambda: prepare(run, plan.iterations),
             )
         stats = self._fixture.stats
         if stats.options["timer"] is not clock.synchronized_perf_counter:
             raise ClockError(
-                "the benchmark ran with a timer that does not wait for the device: "
-                f"{stats.options['timer']!r}"
+                "the benchmark's timer must wait for the device, got "
+                f"{stats.options['timer']!r}, which does not"
             )
         return list(stats.stats.data)
 
     def add_extra_info(self, values: Mapping[str, Any]) -> None:
-        """Save ``values`` beside the timing."""
         self._fixture.extra_info.update(values)
 
     def leave_out(self) -> None:
@@ -136,18 +135,18 @@ class Benchmark:
 
 
 class WithBenchmark:
-    """Fixtures for when pytest-benchmark is active."""
+    """Fixtures for sessions in which pytest-benchmark is active."""
 
     @pytest.fixture
     def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Benchmark:
-        # pytest-codspeed, with --codspeed, turns it off late and puts a fixture in its place.
+        # With --codspeed, pytest-codspeed turns pytest-benchmark off late and replaces its fixture.
         if session_of(request.config) is None:
             pytest.skip(_NOT_ACTIVE)
         return Benchmark(benchmark)
 
 
 class WithoutBenchmark:
-    """Fixtures for when pytest-benchmark is turned off or missing."""
+    """Fixtures for sessions in which pytest-benchmark is turned off or missing."""
 
     @pytest.fixture
     def _int8_benchmark(self) -> Benchmark:
@@ -155,13 +154,13 @@ class WithoutBenchmark:
 
 
 def benchmark_fixtures(config: pytest.Config) -> WithBenchmark | WithoutBenchmark:
-    """Return the plugin whose fixtures this session can use."""
+    """Return the plugin that provides ``_int8_benchmark`` in this session."""
     return WithBenchmark() if is_active(config) else WithoutBenchmark()
 
 
 def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
-    """Give throughput tests the synchronizing timer, and keep their own benchmark options:
-    pytest-benchmark reads the closest marker only."""
+    """Set the synchronizing timer for throughput tests. Their ``benchmark`` markers are merged into
+    one, because pytest-benchmark reads only the closest."""
     if not is_active(config):
         return
     for item in items:
@@ -169,7 +168,7 @@ def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
             continue
         markers = list(item.iter_markers("benchmark"))
         if any(marker.args for marker in markers):
-            continue  # pytest-benchmark says what is wrong with them
+            continue  # pytest-benchmark rejects positional arguments
         from pytest_int8bench import clock
 
         merged: dict[str, Any] = {}
@@ -180,8 +179,8 @@ def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
 
 
 def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -> None:
-    """Keep the timing of a test out of the saved file, where it would pass for a baseline, or take
-    it in again."""
+    """Keep the timing of a test out of the saved file, so that it does not become a baseline. With
+    ``is_left_out=False``, include it again."""
     session = session_of(config)
     for timed in session.benchmarks if session is not None else []:
         if timed.fullname == nodeid:
@@ -189,7 +188,7 @@ def leave_out(config: pytest.Config, nodeid: str, *, is_left_out: bool = True) -
 
 
 def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
-    """Return what pytest-benchmark has just timed, as it saves it; None if it is not this test."""
+    """Return the latest timing as pytest-benchmark saves it; None if it is another test's."""
     for timed in getattr(session_of(config), "benchmarks", [])[-1:]:
         if timed and timed.fullname == nodeid and not timed.has_error:
             return dict(timed.as_dict(include_data=False))
@@ -197,19 +196,18 @@ def timing_of(config: pytest.Config, nodeid: str) -> dict[str, Any] | None:
 
 
 def is_disabled(item: pytest.Item) -> bool:
-    """Return whether the ``benchmark`` of a test calls functions without timing them."""
+    """Return whether the ``benchmark`` fixture of a test runs functions without timing them."""
     return bool(getattr(getattr(item, "funcargs", {}).get("benchmark"), "disabled", False))
 
 
 def drop_timings(config: pytest.Config, nodeid: str) -> None:
-    """Remove the timings of a test that is run again, which would be listed and compared too."""
+    """Remove the timings of a test before it is rerun, so that they are not listed and compared."""
     session = session_of(config)
     if session is not None:
         session.benchmarks[:] = [t for t in session.benchmarks if t.fullname != nodeid]
 
 
 def uses_benchmark(item: pytest.Item) -> bool:
-    """Return whether a test has the ``benchmark`` fixture."""
     return "benchmark" in getattr(item, "fixturenames", ())
 
 
@@ -218,8 +216,9 @@ def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) ->
 
     Args:
         item: a test, with or without the fixture.
-        leaves_out: keep its timing out of the saved file, where it would pass for a baseline.
-        may_be_unused: do not warn if nothing was timed.
+        leaves_out: whether to keep its timing out of the saved file, so that it does not become a
+            baseline.
+        may_be_unused: whether to suppress the warning about a fixture that timed nothing.
     """
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if benchmark is None:
@@ -231,7 +230,8 @@ def mark_outcome(item: pytest.Item, *, leaves_out: bool, may_be_unused: bool) ->
 
 
 def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
-    """Let the files that are compared with have new node ids, given by older ones."""
+    """Add entries under new node ids to the files that pytest-benchmark compares with. ``names``
+    maps old node ids to new ones."""
     session = session_of(config)
     for entries in (getattr(session, "compared_mapping", None) or {}).values():
         for old, new in names.items():
@@ -243,12 +243,12 @@ def rename_entries(config: pytest.Config, names: Mapping[str, str]) -> None:
 
 
 def save_without_timings(config: pytest.Config) -> None:
-    """Save a session in which nothing was timed (all out of memory, skipped, accuracy only):
-    pytest-benchmark writes no file then."""
+    """Save a session without timings, for which pytest-benchmark itself writes no file: all points
+    ran out of memory or were skipped, or only accuracy was tested."""
     session = session_of(config)
     if session is None or session.benchmarks:
         return
-    if session.disabled:  # it saves nothing either: the latest measured file stays the latest
+    if session.disabled:  # keep the last measured file the latest one
         return
     name = session.save or session.autosave
     if not (name or session.json):
@@ -273,14 +273,15 @@ def save_without_timings(config: pytest.Config) -> None:
 def guard_saving(
     config: pytest.Config, note: Callable[[str, Exception], None], handover: Handover | None
 ) -> None:
-    """Let an error of pytest-benchmark's saving (a full disk, a folder that cannot be written)
-    reach ``note`` instead of pytest, which would end without a summary. What is still saved does
-    not depend on what is not, and a file that is replaced is replaced whole or not at all.
+    """Pass errors that occur while pytest-benchmark saves, such as a full disk, to ``note``. If
+    they reached pytest, it would end without a summary.
+
+    Each file is saved independently of the others, and an existing one is replaced atomically.
 
     Args:
-        config: of this session.
-        note: called with what failed and the error.
-        handover: takes the JSON, if the runner started this process and wants it.
+        config: pytest's configuration.
+        note: called with the name of the failed step and the error.
+        handover: receives the JSON for the runner, if it started this process and wants it.
     """
     session = session_of(config)
     if session is None:
@@ -310,11 +311,11 @@ def guard_saving(
             return
         path = session.json
         if not isinstance(path, Path) or (path.exists() and not path.is_file()):
-            save_in_place(output)  # a device or a pipe; a file that is open already (before 5.3)
+            save_in_place(output)  # a device, a pipe, or an open file (before 5.3)
             return
         try:
             replace_text(real_path(path), text)
-        except PermissionError:  # no other file can be made beside it
+        except PermissionError:  # no temporary file can be created next to it
             save_in_place(output)
         else:
             session.logger.info(f"Wrote benchmark data in: {path}", purple=True)
@@ -327,7 +328,7 @@ def guard_saving(
 
 
 def describe_saved(config: pytest.Config) -> str:
-    """Return one line that says where the session's JSON is, or why it is not saved."""
+    """Return one line that tells where the session is saved as JSON, or why it is not."""
     session = session_of(config)
     if session is None or session.disabled:
         return f"not saved as JSON: {DISABLED}"
@@ -339,7 +340,7 @@ def describe_saved(config: pytest.Config) -> str:
     if session.save or session.autosave:
         from pytest_int8bench.files import relative
 
-        # Not its location, which must be in the current folder.
+        # Storage.location fails for a folder outside the current one.
         path = getattr(session.storage, "path", None)
         saved.append(str(session.storage if path is None else relative(Path(path))))
     if not saved:

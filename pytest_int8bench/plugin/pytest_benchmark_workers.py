@@ -1,4 +1,4 @@
-"""What depends on the insides of pytest-benchmark under pytest-xdist: timings of workers."""
+"""Move timings of pytest-xdist workers through pytest-benchmark's internals."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 
 from pytest_int8bench.plugin.pytest_benchmark import is_disabled_by_user, session_of
 
-#: What pytest-benchmark wants of a fixture whose times it saves.
+#: Attributes of a fixture that pytest-benchmark reads to save its timings.
 _TIMING_NAMES = ("name", "group", "param", "params", "extra_info", "has_error")
 
 
 def silence_xdist_warning(config: pytest.Config) -> None:
-    """Keep pytest-benchmark from warning (since 5.3, at the end) that xdist has disabled it."""
+    """Suppress pytest-benchmark's warning that xdist disables it (since 5.3, at the end)."""
     session = session_of(config)
     if session is not None:
         session.xdist_benchmark_found = False
 
 
 def take_timings(config: pytest.Config) -> list[dict[str, Any]]:
-    """Remove the timings of this worker from pytest-benchmark's session, which would write a file
-    of its own, and return them."""
+    """Remove this worker's timings from pytest-benchmark's session, so that it does not write a
+    file of its own, and return them."""
     session = session_of(config)
     if session is None:
         return []
@@ -33,12 +33,12 @@ def take_timings(config: pytest.Config) -> list[dict[str, Any]]:
 
 
 def add_timing(config: pytest.Config, fullname: str, values: Mapping[str, Any]) -> None:
-    """Add a timing of a worker to pytest-benchmark's session, as if this process had timed it.
+    """Add a worker's timing to pytest-benchmark's session, as if this process had measured it.
 
     Args:
-        config: of the process that started the worker.
+        config: the controller's configuration.
         fullname: node id of the test.
-        values: an entry of :func:`take_timings`.
+        values: an entry returned by :func:`take_timings`.
     """
     from pytest_benchmark import stats
 
@@ -58,12 +58,12 @@ def add_timing(config: pytest.Config, fullname: str, values: Mapping[str, Any]) 
 
 
 def enable_saving(config: pytest.Config, order: Mapping[str, int], *, untimed: bool) -> None:
-    """Make pytest-benchmark, which disabled itself, save and compare the timings of workers.
+    """Let pytest-benchmark save and compare the timings of workers, although it disabled itself.
 
     Args:
-        config: of the process that started the workers.
-        order: places of node ids among the tests.
-        untimed: whether to save a session without timings too.
+        config: the controller's configuration.
+        order: maps node ids to their positions among the tests.
+        untimed: whether to save a session even without timings.
     """
     session = session_of(config)
     if session is None:

@@ -1,4 +1,4 @@
-"""Read options and ini values into Settings, once, at the edge; check them against each other."""
+"""Read options and ini values into Settings, and check them against each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.figures import METRICS
 from pytest_int8bench.sweep import ALL, check_count
 
-#: Option -> RunParams field that it turns on.
+#: Maps an option to the RunParams field that it turns on.
 _SWITCHES = {
     "smoothquant": "int8_smoothquant",
     "profile": "profiler_enabled",
@@ -28,7 +28,7 @@ def read_settings(config: pytest.Config) -> Settings:
     """Read and check all options, and the environment variable that forces a kernel.
 
     Raises:
-        pytest.UsageError: one line that names option, rule and value.
+        pytest.UsageError: one line that names the option, the rule and the value.
     """
     _check_forced_kernel()
     values = _read_values(config)
@@ -40,8 +40,8 @@ def read_settings(config: pytest.Config) -> Settings:
     if values["changes"].get("wandb_enabled"):
         _check_wandb(config)
     _check_fields(config, values)
-    # The sweep's axes come first, as they were named first in the documentation's examples;
-    # an axis of --int8-set replaces the sweep key's values.
+    # The order decides in which order points run: first the axes of --int8-sweep, then those of
+    # --int8-set, which replace the values of a sweep key for the same field.
     values["axes"] = {**values.pop("sweep", {}), **values.get("axes", {})}
     _check_cross_product(config, values)
     _check_count(values)
@@ -49,35 +49,36 @@ def read_settings(config: pytest.Config) -> Settings:
 
 
 def _read_values(config: pytest.Config) -> dict[str, Any]:
-    """Return the fields of Settings that the options set, and others that only make them."""
+    """Return the values of all given options: fields of Settings, and intermediate values that
+    are turned into fields later."""
     values: dict[str, Any] = {}
     for option in OPTIONS.values():
         raw = option.read(config)
         if raw is None or (option.name == "journal" and hasattr(config, "workerinput")):
-            # The journal is written by the process that started this worker.
-            continue
+            continue  # the controller writes the journal, not its workers
         try:
             values |= READERS[option.name](raw)
         except ValueError as error:
             raise pytest.UsageError(f"{option.source(config)}: {error}") from None
     on = {field: True for name, field in _SWITCHES.items() if name in values}
-    values["changes"] = {**on, **values.get("changes", {})}  # --int8-set may say otherwise
+    values["changes"] = {**on, **values.get("changes", {})}  # --int8-set takes precedence
     for name in ("smoothquant", "wandb"):
         values.pop(name, None)
     return values
 
 
 def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
-    """Take the options of the gate out of ``values``; return the rules they make."""
+    """Remove the gate's options from ``values`` and return the Rules that they set."""
     if values.get("lean"):
-        values.pop("compare", None)  # of an ini file: two revisions are compared, not with a file
+        # From an ini file. `int8bench ab` compares two revisions, not a revision with a file.
+        values.pop("compare", None)
     limits = {name: values.pop(name) for name in METRICS if name in values}
     allow = values.pop("allow", frozenset())
     allow_missing = values.pop("allow_missing", False)
     if not values.get("compare"):
         given = [METRICS[name].option for name in limits]
         for name in (*given, *(["allow-missing"] if allow_missing else [])):
-            # In an ini file they wait for the option.
+            # In an ini file, limits may stand alone: they apply once --int8-compare is given.
             if (option := OPTIONS[name]).source(config) == option.flag:
                 raise pytest.UsageError(f"{option.flag}: needs --int8-compare")
         return Rules(allow=allow)
@@ -87,7 +88,7 @@ def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
     target = json_target(config)
     if target is not None and real_path(target) in {real_path(base) for base in values["compare"]}:
         raise pytest.UsageError(
-            f"--benchmark-json: {target} is compared with (--int8-compare), and not overwritten"
+            f"--benchmark-json: must be another file than those of --int8-compare, got {target}"
         )
     from pytest_int8bench.gate.rules import find_pyproject, read_rules
 
@@ -104,10 +105,10 @@ def _take_rules(config: pytest.Config, values: dict[str, Any]) -> Rules:
 
 
 def _make_lean(values: dict[str, Any]) -> None:
-    """Drop from ``values`` whatever goes beyond measuring throughput."""
+    """Remove everything from ``values`` that is not needed to measure throughput."""
     values["baseline"] = False
     values.pop("reports", None)
-    values.pop("compile_cache", None)  # the sides of an A/B share no compiled code
+    values.pop("compile_cache", None)  # the two sides of an A/B must not share compiled code
     values.pop("profile", None)
     for name in ("profiler_enabled", "wandb_enabled"):
         values["changes"].pop(name, None)
@@ -128,28 +129,34 @@ def _check_forced_kernel() -> None:
 
 
 def _check_eval_data(values: dict[str, Any]) -> None:
-    """Refuse data for another workload than OlmoEarth."""
+    """Reject ``--int8-eval-data`` with any other workload than OlmoEarth."""
     if "eval_data" in values and "workload" in values:
         from pytest_int8bench.workloads.registry import OLMOEARTH
 
         if values["workload"] != OLMOEARTH:
             raise pytest.UsageError(
-                f"--int8-eval-data: is for the workload {OLMOEARTH}, got {values['workload']!r}"
+                f"--int8-eval-data: needs the workload {OLMOEARTH}, got {values['workload']!r}"
             )
 
 
 def _check_lean(config: pytest.Config) -> None:
     flag = OPTIONS["lean"].flag
     if config.getoption("dist", "no") != "no":
-        raise pytest.UsageError(f"{flag}: nothing is measured with pytest-xdist (-n)")
+        raise _would_measure_nothing(flag, "pytest-xdist (-n)")
     _check_measuring(config, flag)
 
 
 def _check_measuring(config: pytest.Config, flag: str) -> None:
-    """Refuse options under which nothing is measured, so that everything would pass."""
+    """Reject options that turn measuring off: without measurements, every test would pass."""
     obstacle = find_obstacle(config)
     if obstacle is not None:
-        raise pytest.UsageError(f"{flag}: nothing is measured with {obstacle}")
+        raise _would_measure_nothing(flag, obstacle)
+
+
+def _would_measure_nothing(flag: str, obstacle: str) -> pytest.UsageError:
+    return pytest.UsageError(
+        f"{flag}: cannot be combined with {obstacle}: nothing would be measured"
+    )
 
 
 def _check_wandb(config: pytest.Config) -> None:
@@ -165,12 +172,12 @@ def _check_wandb(config: pytest.Config) -> None:
 def _check_cross_product(config: pytest.Config, values: dict[str, Any]) -> None:
     option = OPTIONS["cross-product"]
     if not values.get("cross_product") or values["axes"] or option.source(config) != option.flag:
-        return  # in an ini file it waits for a sweep
+        return  # in an ini file, it applies once something is swept
     raise pytest.UsageError(f"{option.flag}: needs --int8-sweep, or --int8-set with several values")
 
 
 def _check_count(values: dict[str, Any]) -> None:
-    """Refuse a sweep of too many points, before any is made."""
+    """Reject a sweep of too many points before creating them."""
     modes = len(values.get("modes", Settings.modes))
     try:
         check_count(values["axes"], cross_product=values.get("cross_product", False), modes=modes)
@@ -179,7 +186,8 @@ def _check_count(values: dict[str, Any]) -> None:
 
 
 def _check_fields(config: pytest.Config, values: dict[str, Any]) -> None:
-    """Refuse fields that the workload does not read. The sweep of all keys leaves them out."""
+    """Reject fields that the workload does not use. ``--int8-sweep=all`` skips such fields, so they
+    are no error there."""
     if "workload" in values:
         from pytest_int8bench.workloads.registry import check_fields
 

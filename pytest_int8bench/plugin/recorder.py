@@ -1,4 +1,4 @@
-"""Take what tests find: into the journal at once, and into reports when the tests are over."""
+"""Record results: in the journal immediately, and in reports at the end of the session."""
 
 from __future__ import annotations
 
@@ -30,48 +30,50 @@ RECORDER = pytest.StashKey["Recorder"]()
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier attempts of a test found."""
+    """Results of earlier attempts of a test."""
 
     records: tuple[Record, ...] = ()
     points: tuple[tuple[str, str], ...] = ()
-    """Workload and run name of points whose accuracy it found to have dropped."""
+    """Workload and run name of each point that failed this accuracy test in an earlier attempt."""
 
 
 class Recorder:
-    """Takes the records of a session. Those of pytest-xdist's processes build on it."""
+    """Records the results of a session. Subclasses do so in pytest-xdist's processes."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.config = session.config
         self.journal: Journal | None = None
-        """Started with the first record."""
+        """The journal; None until the first record."""
         self.tracked: Tracked | None = None
-        """The outcome of logging to Weights & Biases, once that is done."""
+        """The outcome of logging to Weights & Biases; None until it is logged."""
         self.points_of: dict[str, tuple[str, RunParams]] = {}
-        """Node id -> workload and point of its test."""
+        """Maps a node id to the workload and point of the test."""
         self.reported: list[str] = []
-        """Lines for the end of the session: reports that were written, and steps that failed."""
-        self._asked: Journal | None = None
-        """The file of ``--int8-journal``, made before anything is measured."""
+        """Lines for the terminal summary: written reports and failed steps."""
+        self._requested: Journal | None = None
+        """The journal of ``--int8-journal``, created before anything is measured."""
         self._environment: dict[str, Any] | None = None
         self._accuracy_failed: dict[tuple[str, str], dict[str, str]] = {}
-        """Workload and run name -> accuracy test that failed -> why."""
+        """Maps workload and run name to the accuracy tests that failed, each with its reason."""
         self._unmarked: dict[tuple[str, ...], Result] = {}
-        """Identity -> the result that was marked as ``accuracy-failed``."""
+        """Maps the identity of a result marked ``accuracy-failed`` to the original result."""
         self._earlier: dict[str, Earlier] = {}
-        """Node id of a test that runs again -> what its earlier attempts found."""
+        """Maps the node id of a rerun test to the results of its earlier attempts."""
         self._has_failed = False
+        self._problems: list[str] = []
+        """Problems that fail the session, found at its end."""
 
-    # -- what this process can measure --------------------------------------------------------
+    # -- what this process can measure, and where ---------------------------------------------
 
     def pin(self) -> None:
-        """Claim the GPU of this process before it starts CUDA."""
+        """Restrict this process to its own GPU, before it initializes CUDA. Only workers do so."""
 
     def check_collection(self, items: list[pytest.Item]) -> None:
-        """Refuse what no collected test can run with.
+        """Reject options that none of the collected tests can run with.
 
         Raises:
-            pytest.UsageError: one line.
+            pytest.UsageError: for such an option; one line.
         """
         if self.config.option.collectonly:
             return
@@ -79,28 +81,28 @@ class Recorder:
 
         check_saving(self.config)
         if self.session.in_suite:
-            return  # the runner asks for the outcome of each point
-        from pytest_int8bench.plugin.collection import check_named, check_workload
+            return  # the runner needs an outcome for each point instead
+        from pytest_int8bench.plugin.collection import check_loadable, check_workload
 
         check_workload(self.session, items)
-        check_named(self.session, items)
+        check_loadable(self.session, items)
 
-    def no_gpu(self, params: RunParams) -> str | None:
-        """Return why there is no GPU for a point, None if there is one or it needs none."""
+    def why_no_gpu(self, params: RunParams) -> str | None:
+        """Return why a point cannot have a GPU; None if it can, or needs none."""
         return None
 
-    def not_kept(self) -> str | None:
-        """Return why results would be lost, None if they are not."""
+    def why_not_kept(self) -> str | None:
+        """Return why results of this process would be lost; None if they are kept."""
         return None
 
-    def not_timed(self, params: RunParams) -> str | None:
-        """Return why times of this process would mean nothing, None if they do."""
+    def why_not_timed(self, params: RunParams) -> str | None:
+        """Return why timings in this process would be meaningless; None if they are valid."""
         return None
 
-    def not_benchmarked(
+    def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
-        """Return why pytest-benchmark is not to time a test, None if it is."""
+        """Return why pytest-benchmark must not time a test; None if it may."""
         return pytest_benchmark.DISABLED if benchmark.is_disabled else None
 
     def environment(self) -> dict[str, Any]:
@@ -115,11 +117,11 @@ class Recorder:
     # -- records ------------------------------------------------------------------------------
 
     def note_point(self, nodeid: str, params: RunParams, workload: str) -> None:
-        """Remember which point a test runs, for when it fails or is skipped."""
+        """Remember the point of a test, to record it if the test fails or is skipped."""
         self.points_of[nodeid] = (workload, params)
 
-    def placed(self, result: Result) -> Result:
-        """Return ``result`` with the worker that measured it."""
+    def with_worker(self, result: Result) -> Result:
+        """Return ``result`` with the worker that measured it, if this process is one."""
         return result
 
     def record(self, record: Record) -> None:
@@ -127,20 +129,20 @@ class Recorder:
         try:
             (self.journal or self.start_journal(self.environment())).append(record)
         except OSError as error:
-            self.warn(f"a result is not in the journal: {error}")
+            self.warn(f"cannot write a result to the journal: {error}")
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
-        """Start the journal of the session with a fingerprint, and return it."""
+        """Start the session's journal with a fingerprint and return it."""
         self._environment = dict(environment)
         self.journal = self._open_journal(self._environment)
         return self.journal
 
     def reserve_journal(self) -> None:
-        """Make the file of ``--int8-journal``, which no other session has. It is removed if
-        nothing is recorded.
+        """Create the file of ``--int8-journal``, so that no other session uses it. It is removed at
+        the end if nothing was recorded.
 
         Raises:
-            pytest.UsageError: one line, if it is there already or cannot be made.
+            pytest.UsageError: if it exists or cannot be created; one line.
         """
         handover = self.session.handover
         asked = self.session.settings.journal if handover is None else handover.journal
@@ -149,26 +151,24 @@ class Recorder:
         from pytest_int8bench.results.base import SchemaError
         from pytest_int8bench.results.journal import Journal
 
-        if handover is not None:  # the runner has made the file, and gets every result without it
+        if handover is not None:  # the runner has created the file, and works without it too
             with suppress(OSError, SchemaError):
-                self._asked = Journal.reopen(Path(asked))
+                self._requested = Journal.reopen(Path(asked))
             return
         try:
-            self._asked = Journal(self.session.invocation / asked, {})
+            self._requested = Journal(self.session.invocation / asked, {})
         except OSError as error:
-            rule = "must be a file that is not there yet"
-            if not isinstance(error, FileExistsError):
-                rule += " and can be written"
             source = OPTIONS["journal"].source(self.config)
+            rule = "must be a writable file that does not exist yet"
             why = error.strerror or error
             raise pytest.UsageError(f"{source}: {rule}, got {asked!r}: {why}") from None
-        self.config.add_cleanup(self._asked.discard)
+        self.config.add_cleanup(self._requested.discard)
 
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         from pytest_int8bench.files import timestamp
         from pytest_int8bench.results.journal import Journal, journal_folder
 
-        journal = self._asked
+        journal = self._requested
         try:
             if self.session.handover is not None:
                 journal = journal or Journal(None, environment)
@@ -176,21 +176,21 @@ class Recorder:
             if journal is not None:
                 journal.begin(environment)
                 return journal
-            # Two sessions in one process may start within a second.
+            # The id keeps apart sessions of one process that start within the same second.
             name = f"{timestamp()}-{os.getpid()}-{id(self):x}.jsonl"
             return Journal(journal_folder(self.session.root) / name, environment)
         except OSError as error:
-            self.warn(f"no journal: {error}")
+            self.warn(f"cannot create the journal: {error}")
             return journal or Journal(None, environment)
 
     def records_of(self, nodeid: str) -> list[Record]:
-        """Return what this attempt of a test has found so far, the latest last."""
+        """Return the records of a test's current attempt, the latest last."""
         earlier = self._earlier.get(nodeid, Earlier()).records
         found = self.journal.records_of(nodeid) if self.journal else []
         return [record for record in found if all(record is not old for old in earlier)]
 
     def results_of(self, nodeid: str) -> list[Result]:
-        """Return the results of this attempt of a test so far."""
+        """Return the latest results of a test's current attempt."""
         from pytest_int8bench.results.records import Result, latest
 
         return latest(r for r in self.records_of(nodeid) if isinstance(r, Result))
@@ -198,7 +198,7 @@ class Recorder:
     def note_accuracy_failed(
         self, nodeid: str, workload: str, params: RunParams, reason: str
     ) -> None:
-        """Mark the timing of a point whose accuracy test failed, also one yet to be measured."""
+        """Mark the timings of a point whose accuracy test failed, including future ones."""
         self._accuracy_failed.setdefault((workload, params.run_name), {})[nodeid] = reason
         for result in self.journal.results if self.journal else []:
             marked = self.marked(result)
@@ -207,7 +207,7 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid)
 
     def marked(self, result: Result) -> Result:
-        """Return ``result``, as ``accuracy-failed`` if the accuracy test of its point failed."""
+        """Return ``result``, as ``accuracy-failed`` if an accuracy test of its point failed."""
         reasons = self._accuracy_failed.get((result.workload, result.run_name))
         if not reasons or result.status != "ok":
             return result
@@ -215,14 +215,16 @@ class Recorder:
         return dataclasses.replace(result, status="accuracy-failed", reason=[*reasons.values()][-1])
 
     def note_error(self, error: BaseException) -> None:
-        """Take note of an error that ended a phase of a test."""
+        """Handle an error that ended a phase of a test. Only workers do anything."""
 
-    # -- tests that are run again -------------------------------------------------------------
+    # -- reruns of tests ----------------------------------------------------------------------
 
-    def begin(self, nodeid: str) -> None:
-        """Note that a test starts, perhaps once more (pytest-rerunfailures, flaky): then this
-        attempt counts, and what earlier ones found is withdrawn when it is over. Until then it
-        stays, for a crash would lose it."""
+    def begin_attempt(self, nodeid: str) -> None:
+        """Handle the start of a test, which may be a rerun (pytest-rerunfailures, flaky).
+
+        Only the last attempt counts. Records of earlier ones stay until it is over, so that a crash
+        does not lose them; :meth:`end_attempt` then withdraws them.
+        """
         records = tuple(self.journal.records_of(nodeid)) if self.journal else ()
         points = tuple(point for point, by in self._accuracy_failed.items() if by.pop(nodeid, None))
         if not (records or points):
@@ -233,15 +235,15 @@ class Recorder:
         if self.session.gate is not None:
             self.session.gate.forget(nodeid)
 
-    def settle(self, nodeid: str) -> None:
-        """Let the attempt of a test that is over count instead of earlier ones."""
+    def end_attempt(self, nodeid: str) -> None:
+        """Replace the records of earlier attempts by those of the attempt that has just ended."""
         earlier = self._earlier.pop(nodeid, None)
         if earlier is None or self.journal is None:
             return
         try:
             self.journal.withdraw(earlier.records)
         except OSError as error:
-            self.warn(f"the journal is not up to date: {error}")
+            self.warn(f"cannot update the journal: {error}")
         for result in self.journal.results:
             point = (result.workload, result.run_name)
             is_marked = result.status == "accuracy-failed" and not self._accuracy_failed.get(point)
@@ -250,17 +252,17 @@ class Recorder:
                 pytest_benchmark.leave_out(self.config, result.nodeid, is_left_out=False)
 
     def keep_marked(self, result: Result) -> None:
-        """Leave ``result`` marked whatever becomes of its accuracy test: its own test failed."""
+        """Keep ``result`` marked even if a rerun of the accuracy test passes: its own test
+        failed."""
         self._unmarked.pop(result.identity, None)
 
     # -- the end of the session ---------------------------------------------------------------
 
     def finish(self) -> bool:
-        """Save, report and log what was recorded, each step whatever became of the others. Return
-        whether nothing makes the session fail."""
-        is_passed = True
+        """Save, report and log the records, whichever step fails. Return whether all is well."""
         with self.guard("the gate"):
-            is_passed = not (self.session.gate_problems() or self.problems())
+            self._problems = [*self.session.gate_problems(), *self.problems()]
+        is_passed = not self._problems
         with self.guard("the journal"):
             self.check_journal()
         with self.guard("saving"):
@@ -274,48 +276,55 @@ class Recorder:
             self.track()
         return is_passed and not self._has_failed
 
+    def why_failed(self) -> str:
+        """Return one line that explains a failed session without failed tests."""
+        from pytest_int8bench.words import plural
+
+        first, *others = self._problems or ["see the lines of int8bench above"]
+        more = f" (and {plural(len(others), 'more problem')}, see above)" if others else ""
+        return f"int8bench fails this run: {first}{more}"
+
     def check_journal(self) -> None:
-        """Write what the journal lacks; if that is not possible, fail a session that asked for
-        one."""
-        if self._asked is not None and self._asked.problem() is not None:
-            self._has_failed = True  # the line that says where it is says why
+        """Complete the journal of ``--int8-journal``; if that is impossible, fail the session."""
+        if self._requested is not None and self._requested.problem() is not None:
+            self._has_failed = True  # the summary gives the reason
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Turn an error into a line at the end of the session, and make the session fail: in a
-        hook an error would end pytest, and lose what comes after it."""
+        """Turn an error into a line of the terminal summary and fail the session. Raised from a
+        hook, it would end pytest, and the remaining steps would be lost."""
         try:
             yield
         except Exception as error:
             self.note_failure(what, error)
 
     def note_failure(self, what: str, error: Exception) -> None:
-        """Add a line to the end of the session, and make the session fail."""
+        """Add an error to the terminal summary and fail the session."""
         self._has_failed = True
         self.reported.append(f"int8bench: {what} failed: {type(error).__name__}: {error}")
 
     def warn(self, text: str) -> None:
-        """Warn about something that the session can do without, also where warnings are errors."""
+        """Warn about a problem that does not fail the session, even where warnings are errors."""
         try:
             warnings.warn(f"int8bench: {text}", stacklevel=3)
         except Warning:
             self.reported.append(f"int8bench: {text}")
 
     def problems(self) -> list[str]:
-        """Return what must not pass silently about how tests were distributed, a line each."""
+        """Return problems between workers that fail the session, one line each."""
         return []
 
     def measured_by(self) -> list[str]:
-        """Return lines that say which worker measured, on which GPU."""
+        """Return lines that name the workers that measured and their GPUs."""
         return []
 
     def has_something_to_show(self) -> bool:
-        """Return whether the end of the session has a section or a line of ours."""
+        """Return whether the terminal summary has anything to show."""
         return bool(self.journal or self.reported or self.session.gate)
 
     def write_reports(self) -> bool:
-        """Write the reports of ``--int8-report``, and say so in ``reported``. Return whether all
-        were written that there is something for."""
+        """Write the reports of ``--int8-report`` and list them in ``reported``. Return whether all
+        were written; a session that recorded nothing writes none and passes."""
         settings = self.session.settings
         if not settings.reports or self.config.option.collectonly:
             return True
@@ -329,8 +338,8 @@ class Recorder:
         return all(is_written for is_written, _ in outcomes)
 
     def track(self) -> None:
-        """Log the points to Weights & Biases that ask for it, or all of them with
-        ``--int8-wandb``. The runner does it for the processes that it starts."""
+        """Log to Weights & Biases all points with ``--int8-wandb``, otherwise those that ask for
+        it. The runner does so itself for the processes that it starts."""
         settings = self.session.settings
         if self.journal is None or self.session.in_suite or settings.lean:
             return

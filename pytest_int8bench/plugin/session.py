@@ -1,4 +1,4 @@
-"""The settings of one pytest session, and what is made from them when it is first needed."""
+"""Hold the settings of one pytest session and the objects that are created from them on demand."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ _SUITE_INI = Path(__file__).parents[1] / "suite" / "pytest.ini"
 
 
 class Session:
-    """Settings, and the objects that measure and judge. Nothing heavy is imported before it is
-    used."""
+    """The settings of a session, and the objects that measure and judge points."""
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.config = config
         self.settings = settings
         self.invocation = config.invocation_params.dir
-        # The runner's ini file makes the package's own folder the root.
+        # With the runner's ini file, pytest takes this package's own folder for the root.
         self.in_suite = config.inipath == _SUITE_INI
         self.root = self.invocation if self.in_suite else config.rootpath
         self.handover = _handover() if self.in_suite else None
-        """What connects this process with the runner that started it; None without one."""
+        """The connection to the runner that started this process; None without one."""
         self.collected: set[str] = set()
-        """Node ids of all tests that were found."""
+        """Node ids of all collected tests."""
         self.deselected: set[str] = set()
-        """Those among them that are not to be run."""
+        """Node ids of the collected tests that were deselected."""
         self.parametrized: pytest.Item | None = None
-        """The test whose parameters are being named."""
-        self.takes_benchmarks = False
-        """Plain benchmarks are recorded: there are tests of ours, or an option that needs them."""
+        """The test whose parameters pytest is currently naming."""
+        self.records_benchmarks = False
+        """Whether plain benchmarks are recorded: only with INT8 tests or options that need them."""
         self.gate: SessionGate | None = None
-        """Holds points to ``--int8-compare``; None without that option."""
+        """Compares points with the files of ``--int8-compare``; None without that option."""
         self.profiles: Profiles | None = None
-        """Made together with what measures points."""
+        """Created by :meth:`throughput`."""
         self._preset: str | None = None
         self._workloads: dict[str, Workload | ValueError] = {}
         self._pool: ModelPool | None = None
@@ -62,7 +61,7 @@ class Session:
 
     @property
     def preset(self) -> str | None:
-        """The preset in use and the reason for it, None before a test asked for points."""
+        """The preset in use and why it was chosen; None until a test asks for points."""
         if self._preset is None:
             return None
         why = "as asked"
@@ -78,8 +77,8 @@ class Session:
 
         Args:
             changes: RunParams fields that the test's markers set.
-            workload: name of the workload; None for one that a fixture returns.
-            baselines: put the baseline of each point before it.
+            workload: name of the workload; None if a fixture returns it.
+            baselines: whether to insert the baseline of each point before it.
         """
         from pytest_int8bench.workloads.registry import is_olmoearth, point_for
 
@@ -96,21 +95,21 @@ class Session:
         return with_baselines(points) if baselines and self.settings.baseline else points
 
     @property
-    def wants_benchmarks(self) -> bool:
-        """An option needs what plain benchmarks time, whether there are tests of ours or not."""
+    def needs_benchmarks(self) -> bool:
+        """Whether an option uses the timings of plain benchmarks, even without INT8 tests."""
         settings = self.settings
         return bool(self.gate or settings.lean or settings.reports or settings.journal)
 
-    # -- made when first needed -------------------------------------------------------------
+    # -- created on first use ---------------------------------------------------------------
 
     def workload(self, name: str | None) -> Workload:
-        """Return the workload of a test's marker, or of the settings.
+        """Return a workload, loading it on first use.
 
         Args:
-            name: the workload of the marker, None if it names none.
+            name: the workload that a test's marker names; None for the one in the settings.
 
         Raises:
-            ValueError: one line, if it cannot be loaded.
+            ValueError: if it cannot be loaded; one line.
         """
         from pytest_int8bench.workloads.registry import load_workload
 
@@ -123,7 +122,7 @@ class Session:
                     eval_data=self.settings.eval_data,
                     trust_remote_code=self.settings.trust_remote_code,
                 )
-            except ValueError as error:  # kept: a hub that does not answer takes its time
+            except ValueError as error:  # cached, since waiting for an unreachable hub is slow
                 self._workloads[name] = error
         found = self._workloads[name]
         if isinstance(found, ValueError):
@@ -131,14 +130,14 @@ class Session:
         return found
 
     def workload_name(self) -> str:
-        """Return the name of the settings' workload; until it is loaded, as the user wrote it."""
+        """Return the name of the settings' workload; until it is loaded, the user's spelling."""
         found = self._workloads.get(self.settings.workload)
         if found is None or isinstance(found, ValueError):
             return self.settings.workload
         return found.name
 
     def pool(self) -> ModelPool:
-        """Return the session's models."""
+        """Return the session's pool of models, creating it on first use."""
         if self._pool is None:
             from pytest_int8bench.measure.pool import ModelPool
 
@@ -148,25 +147,25 @@ class Session:
         return self._pool
 
     def filter(self) -> Any:
-        """Return the filter of the settings, None if there is none.
+        """Return the callable that ``--int8-filter`` names; None without that option.
 
         Raises:
-            ValueError: one line, if there is no such callable.
+            ValueError: if it does not exist or is not callable; one line.
         """
         if self._filter is None and self.settings.filter is not None:
             from pytest_int8bench.workloads.registry import load_object
 
             found = load_object(self.settings.filter, self.invocation)
             if not callable(found):
-                raise ValueError(f"{self.settings.filter} is not callable")
+                raise ValueError(f"must be a callable, got {self.settings.filter}")
             self._filter = found
         return self._filter
 
     def filtered(self, workload: Workload) -> Workload:
-        """Return ``workload`` with the filter of the settings, which overrides its own.
+        """Return ``workload`` with its filter replaced by that of ``--int8-filter``, if given.
 
         Raises:
-            ValueError: one line, if there is no such callable.
+            ValueError: if the filter does not exist or is not callable; one line.
         """
         try:
             found = self.filter()
@@ -175,7 +174,7 @@ class Session:
         return workload if found is None else dataclasses.replace(workload, filter_fn=found)
 
     def throughput(self) -> Throughput:
-        """Return the session's Throughput, which measures points."""
+        """Return the session's Throughput, which measures points, creating it on first use."""
         if self._throughput is None:
             from pytest_int8bench.measure.point import Throughput
             from pytest_int8bench.measure.traces import Profiles
@@ -197,7 +196,7 @@ class Session:
         return self._throughput
 
     def guardrail(self) -> Guardrail:
-        """Return the session's Guardrail, which judges accuracy."""
+        """Return the session's Guardrail, which judges accuracy, creating it on first use."""
         if self._guardrail is None:
             from pytest_int8bench.accuracy.guardrail import Guardrail
             from pytest_int8bench.plugin.progress import terminal_steps
@@ -211,8 +210,8 @@ class Session:
         """Read the files of ``--int8-compare``, if it is given.
 
         Raises:
-            ValueError: one line, if one is damaged or not ours.
-            OSError: if one cannot be read.
+            ValueError: if a file is damaged or was not saved by this plugin; one line.
+            OSError: if a file cannot be read.
         """
         if not self.settings.compare:
             return
@@ -222,7 +221,7 @@ class Session:
         self.gate = SessionGate(read_runs(self.settings.compare), self.settings.rules)
 
     def gate_problems(self) -> list[str]:
-        """Return what ``--int8-compare`` must not let pass silently, a line each."""
+        """Return the problems for which ``--int8-compare`` fails the session, one line each."""
         if self.gate is None or self.config.option.collectonly:
             return []
         arguments, rootpath = self.config.args, self.config.rootpath
@@ -240,7 +239,6 @@ class Session:
         )
 
     def close(self) -> None:
-        """Free the models."""
         if self._pool is not None:
             self._pool.clear()
 

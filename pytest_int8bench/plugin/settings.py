@@ -1,4 +1,4 @@
-"""What the user asked for, as one frozen dataclass, and the points that follow from it."""
+"""Represent the user's options as a frozen dataclass, and expand them to points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: What ``--int8-lean`` starts from: two seconds of one process vary less than two processes do.
+#: Defaults of ``--int8-lean``: over 2 s, timings within one process vary less than those of two
+#: processes.
 LEAN: dict[str, Any] = {"benchmark_interval_s": 2.0}
 
 _DEFAULT_MAX_DROP = "1%"
@@ -35,51 +36,51 @@ _DEFAULT_MAX_DROP = "1%"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for, checked."""
+    """The validated options of a session."""
 
     preset: str = "auto"
     """``auto``, ``seed`` or ``smoke``."""
     modes: tuple[str, ...] = ("w8a8",)
-    """INT8 modes to run, ``off`` among them."""
+    """INT8 modes to run, possibly including ``off``."""
     changes: dict[str, Any] = field(default_factory=dict)
     """RunParams fields set to one value; ``extra.NAME`` for axes of the workload."""
     axes: dict[str, list[Any]] = field(default_factory=dict)
     """RunParams fields to sweep, with their values."""
     cross_product: bool = False
-    """Sweep all combinations of the axes instead of one axis at a time."""
+    """Whether to sweep all combinations of the axes instead of one axis at a time."""
     workload: str = "olmoearth"
     """Name of the workload, or a reference such as ``module:callable``."""
     trust_remote_code: bool = False
-    """``hf:NAME`` may run code that comes with a model."""
+    """Whether ``hf:NAME`` may run code that comes with a model."""
     weights: str = "random"
     """``random``, ``hub`` or an absolute path."""
     filter: str | None = None
     """Reference to the callable that selects layers; None for the default filter."""
     compile_cache: Path | None = None
-    """Absolute path of a folder to keep compiled code in."""
+    """Absolute path of the folder for compiled code; None for torch's own cache."""
     baseline: bool = True
-    """Add baselines and measure the speedup."""
+    """Whether to add baselines and measure the speedup."""
     max_drop: Limit | None = None
-    """Largest drop of a metric; None for the default (see :meth:`drop_limit`)."""
+    """Largest drop of a metric that passes; None for the default (see :meth:`drop_limit`)."""
     inconclusive: str = "fail"
-    """``fail``, ``warn`` or ``skip``."""
+    """What an accuracy test does if its samples cannot decide: ``fail``, ``warn`` or ``skip``."""
     eval_data: Path | None = None
     """Absolute path of a folder of labelled images."""
     remedy: bool = False
-    """Try remedies when accuracy dropped too much."""
+    """Whether to try remedies when accuracy drops too much."""
     compare: tuple[Path, ...] = ()
-    """Saved files to hold each point to."""
+    """Saved files to compare each point with."""
     rules: Rules = field(default_factory=Rules)
-    """Limits of that comparison, including those of ``pyproject.toml``, and which parts of the
-    fingerprint may differ from a file that is compared with."""
+    """Limits of that comparison, including those from ``pyproject.toml``, and the parts of the
+    fingerprint that may differ."""
     profile: Path | None = None
     """Absolute path of the folder for profiles; None for the default one."""
     reports: tuple[Path, ...] = ()
     """Absolute paths of reports to write."""
     lean: bool = False
-    """Measure throughput only, for ``int8bench ab``."""
+    """Whether to measure throughput only, for ``int8bench ab``."""
     journal: str | None = None
-    """Path of the journal, from the folder that pytest was started in; None for a new file."""
+    """Path of the journal, relative to pytest's starting folder; None for a new file."""
 
     def drop_limit(self) -> Limit:
         """Return the largest drop of a metric that passes."""
@@ -88,14 +89,14 @@ class Settings:
         return self.max_drop or Limit.parse(_DEFAULT_MAX_DROP)
 
     def resolved_preset(self, cuda_available: Callable[[], bool]) -> str:
-        """Return the preset's name, ``auto`` decided by ``cuda_available``."""
+        """Return the preset's name, with ``auto`` resolved by calling ``cuda_available``."""
         if self.preset != "auto":
             return self.preset
         return "seed" if cuda_available() else "smoke"
 
     def default_params(self, preset: str, *, is_olmoearth: bool = True) -> RunParams:
-        """Return the point that all others are changed from. For other workloads than OlmoEarth,
-        a preset leaves OlmoEarth's fields at their defaults."""
+        """Return the point that all others are derived from. For workloads other than OlmoEarth, a
+        preset leaves OlmoEarth's fields at their defaults."""
         from pytest_int8bench.params import RunParams
         from pytest_int8bench.workloads.registry import OLMOEARTH_FIELDS
 

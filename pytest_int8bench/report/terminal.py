@@ -56,12 +56,16 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
     for title, table in tables:
         parts.append(fold(*([title] if title else [])) + table.text(width=width, color=color))
     text = "\n".join(parts)
-    for verdict in saved.accuracy:
-        text += fold(*verdict_remarks(verdict))
+    verdict_lines = [line for verdict in saved.accuracy for line in verdict_remarks(verdict)]
+    text += fold(*verdict_lines)
     if any(verdict.is_pipeline_check for verdict in saved.accuracy):
         text += fold(PIPELINE_CHECK)
+    lines: dict[str, None] = {}  # several tests of one point may report the same problem
     for result in saved.results:
-        text += fold(*status_remarks(result), *remarks(result))
+        if result.reason not in verdict_lines:
+            lines |= dict.fromkeys(status_remarks(result))
+        lines |= dict.fromkeys(remarks(result))
+    text += fold(*lines)
     disabled = [benchmark for benchmark in saved.benchmarks if benchmark.is_disabled]
     for benchmark in saved.benchmarks:
         text += fold(*(() if benchmark.is_disabled else status_remarks(benchmark)))

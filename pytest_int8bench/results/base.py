@@ -19,6 +19,9 @@ NOT_MEASURED = "ran once, not measured"
 #: Start of the remark on a point whose speedup and rates disagree.
 SPEED_CHANGED = "the machine's speed changed between the two tests"
 
+#: Saved as the workload of a point that failed before its workload was known.
+UNKNOWN_WORKLOAD = "unknown workload"
+
 
 class SchemaError(ValueError):
     """Raised for a file that is not ours, is damaged, or was written by a newer version."""
@@ -26,7 +29,8 @@ class SchemaError(ValueError):
 
 def point_label(workload: str, run_name: str) -> str:
     """Return the run name, preceded by the workload unless that is the default or none."""
-    return run_name if workload in ("olmoearth", PLAIN) else f"{workload}: {run_name}"
+    is_plain = workload in ("olmoearth", PLAIN, UNKNOWN_WORKLOAD)
+    return run_name if is_plain else f"{workload}: {run_name}"
 
 
 @dataclass(frozen=True, kw_only=True)

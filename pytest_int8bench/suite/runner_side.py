@@ -1,4 +1,4 @@
-"""pytest plugin of a process that the runner starts: it ends with the runner, and tells it of
+"""pytest plugin for processes that the runner starts: end when the runner ends, and tell it about
 Ctrl-C."""
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pytest_int8bench.processes.runner_files import Handover
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Do not go on, with the GPU in use, where the runner was killed."""
-    if hasattr(config, "workerinput"):  # of xdist, which would finish its test first
+    """End this process when the runner is killed, rather than keep the GPU busy."""
+    if hasattr(config, "workerinput"):  # an xdist worker would finish its test before it ends
         end_with(lambda pid: True)
         return
     try:
         is_alive = end_with(Handover.from_env_vars().is_started_by)
-    except OSError:  # its file is gone
+    except OSError:  # the runner's file is gone
         is_alive = False
     if not is_alive:
-        raise pytest.UsageError("the runner, which started this process, is gone")
+        raise pytest.UsageError("the runner that started this process has ended")
 
 
 def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-    # pytest takes this way for tests that cannot be collected too.
+    # pytest calls this hook for collection errors and pytest.exit() too.
     if not isinstance(excinfo.value, (pytest.Session.Interrupted, pytest.exit.Exception)):
         Handover.from_env_vars().note_interrupted()

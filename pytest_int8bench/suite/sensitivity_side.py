@@ -1,4 +1,4 @@
-"""pytest plugin of a process that ``int8bench sensitivity`` starts: it ends with the command."""
+"""pytest plugin for processes that ``int8bench sensitivity`` starts: end when the command ends."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pytest_int8bench.processes.scan_request import ScanRequest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Do not go on, with the GPU in use, where the command was killed."""
-    if hasattr(config, "workerinput"):  # it ends with the process that started it
+    """End this process when the command is killed, rather than keep the GPU busy."""
+    if hasattr(config, "workerinput"):  # a worker ends with the controller that started it
         return
     if not end_with(ScanRequest.from_env_vars().is_started_by):
-        raise pytest.UsageError("int8bench sensitivity, which started this process, is gone")
+        raise pytest.UsageError("the int8bench sensitivity that started this process has ended")
 
 
 @pytest.hookimpl(trylast=True)

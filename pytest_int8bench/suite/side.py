@@ -1,5 +1,5 @@
-"""pytest plugin of a process that ``int8bench ab`` starts: it runs the tests asked for, and says
-which files the process's modules came from. It ends with the command that started it."""
+"""pytest plugin for processes that ``int8bench ab`` starts: run the selected tests, report which
+files modules were loaded from, and end when the command ends."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
-    """Do not go on, with the GPU in use, where the command was killed."""
+    """End this process when the command is killed, rather than keep the GPU busy."""
     if not end_with(SideFiles.from_env_vars().is_started_by):
-        raise pytest.UsageError("int8bench ab, which started this process, is gone")
+        raise pytest.UsageError("the int8bench ab that started this process has ended")
 
 
 def pytest_sessionfinish() -> None:

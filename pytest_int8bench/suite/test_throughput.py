@@ -1,4 +1,4 @@
-"""One test for each point that the runner hands over."""
+"""Measure each point that the runner hands over in a test."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.benchmark(group=HANDOVER.group)
 
 
 @pytest.fixture(autouse=True)
-def _noted(int8_params: RunParams) -> Iterator[None]:
-    """Tell the runner which point runs, should the process die."""
+def _report_running(int8_params: RunParams) -> Iterator[None]:
+    """Tell the runner which point is running, in case this process dies."""
     HANDOVER.note_running(int8_params.run_name)
     yield
     HANDOVER.note_running("")
@@ -39,8 +39,8 @@ def test_throughput(
         result = int8_throughput()
     except Exception as error:
         if any(isinstance(cause, torch.AcceleratorError) for cause in chain_of(error)):
-            # Every later call on the device would fail too: the runner goes on in a new process.
+            # Every further call on the device would fail, so the runner continues in a new process.
             HANDOVER.ask_for_new_process()
-            request.session.shouldfail = f"the device cannot go on in this process: {error}"
+            request.session.shouldfail = f"the device is unusable in this process: {error}"
         raise
     assert result.oom or (result.samples_per_s or 0) > 0

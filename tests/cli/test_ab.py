@@ -391,7 +391,7 @@ def test_no_git(ab_here: Ab, root: Path) -> None:
 
 
 NOTHING = "pytest measured nothing"
-LEAN = f"{NOTHING}: usage error: --int8-lean: nothing is measured with"
+LEAN = f"{NOTHING}: usage error: --int8-lean: cannot be combined with"
 TOO_OLD = "pytest-int8bench is missing there, turned off, or too old to be measured by int8bench ab"
 
 
@@ -400,8 +400,14 @@ TOO_OLD = "pytest-int8bench is missing there, turned off, or too old to be measu
     [
         (["bench", "-k", "nothing"], f"{NOTHING}: no tests collected ("),
         (["gone"], f"{NOTHING}: usage error: file or directory not found: gone ("),
-        (["bench", "--benchmark-disable"], f"{LEAN} --benchmark-disable ("),
-        (["bench", "-p", "xdist.plugin", "-n2"], f"{LEAN} pytest-xdist (-n) ("),
+        (
+            ["bench", "--benchmark-disable"],
+            f"{LEAN} --benchmark-disable: nothing would be measured (",
+        ),
+        (
+            ["bench", "-p", "xdist.plugin", "-n2"],
+            f"{LEAN} pytest-xdist (-n): nothing would be measured (",
+        ),
         (["bench", "-o", "addopts="], TOO_OLD),
     ],
 )

@@ -273,7 +273,7 @@ def test_the_sides_of_an_a_b_write_no_report(pytester: pytest.Pytester) -> None:
     ("error", "why"),
     [
         (FileError("r.md is not written: No space left"), "r.md is not written: No space left"),
-        (KeyError("bug"), "{folder}/r.md is not written: KeyError: 'bug'"),
+        (KeyError("bug"), "cannot write {folder}/r.md: KeyError: 'bug'"),
     ],
 )
 def test_a_report_that_cannot_be_made_is_said_and_stops_nothing(
@@ -295,7 +295,7 @@ def test_a_report_that_cannot_be_made_is_said_and_stops_nothing(
     assert made == [pytester.path / "r.html"]
     assert recorder.reported == [
         f"report: {why.format(folder=pytester.path)}",
-        "report: try int8bench report j.jsonl",
+        "report: to try again: int8bench report j.jsonl",
         "report: r.html",
     ]
 
@@ -337,7 +337,9 @@ def test_nothing_measured_is_said(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_one(): pass")
     result = pytester.runpytest_inprocess("--int8-report=r.md", "-pno:randomly")
     assert result.ret == pytest.ExitCode.OK
-    result.stdout.fnmatch_lines(["int8bench: no report: no test measured or judged a point"])
+    result.stdout.fnmatch_lines(
+        ["int8bench: no report written: no test measured a point or its accuracy"]
+    )
     assert not (pytester.path / "r.md").exists()
 
 

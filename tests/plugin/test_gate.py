@@ -93,7 +93,7 @@ def gate_lines(result: pytest.RunResult) -> list[str]:
     """What stands below the heading of the gate."""
     at = next(i for i, line in enumerate(result.outlines) if " int8bench gate " in line)
     lines = result.outlines[at + 1 :]
-    return lines[: next(i for i, line in enumerate(lines) if line.startswith("="))]
+    return lines[: next(i for i, line in enumerate(lines) if line[:1] in ("=", "!"))]
 
 
 SLOW, FAST = 1e6, 1e-6  # a base that was so much slower or faster than this machine ever is
@@ -181,8 +181,8 @@ def test_benchmark_compare_checks_the_machine(project: pytest.Pytester, base: Ba
     result = run(project, *options)
     assert result.ret == pytest.ExitCode.OK
     why = (
-        "the file that is compared with was measured on another machine or software: "
-        "cpu Other CPU -> *; see --int8-allow"
+        "the file given by --benchmark-compare was measured on another machine or with other "
+        "software: cpu Other CPU -> *; see --int8-allow"
     )
     result.stdout.fnmatch_lines([f"*UserWarning: int8bench: {why}"])
     result = run(project, *options, "--benchmark-compare-fail=min:100000%")
@@ -207,11 +207,29 @@ def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
     result.stdout.no_fnmatch_line("*gate*")
 
 
+def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, copy: None) -> None:
+    project.makepyfile(test_plain="def test_plain(): pass")
+    result = run(project, "--int8-compare=base.json", "--color=yes", "test_plain.py")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    text = "int8bench fails this run: nothing was compared with base.json"
+    [line] = [line for line in result.outlines if text in line]
+    assert line.startswith("\x1b[31m!")
+    assert result.outlines.index(line) == len(result.outlines) - 2
+
+
 @pytest.mark.parametrize(
     ("options", "using", "why"),
     [
-        (("--benchmark-disable",), None, "nothing is measured with --benchmark-disable"),
-        (("--codspeed",), "codspeed", "nothing is measured with --codspeed"),
+        (
+            ("--benchmark-disable",),
+            None,
+            "cannot be combined with --benchmark-disable: nothing would be measured",
+        ),
+        (
+            ("--codspeed",),
+            "codspeed",
+            "cannot be combined with --codspeed: nothing would be measured",
+        ),
     ],
 )
 def test_what_cannot_measure_is_refused_at_the_start(
@@ -230,7 +248,7 @@ def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> No
     result = run(project, "--int8-compare=base.json", "--benchmark-json=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert [line for line in result.errlines if line] == [
-        "ERROR: --benchmark-json: base.json is compared with (--int8-compare), and not overwritten"
+        "ERROR: --benchmark-json: must be another file than those of --int8-compare, got base.json"
     ]
     assert (project.path / "base.json").read_text() == before
 

@@ -58,11 +58,11 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "extra.x=NaN": "extra.x must be finite, got nan",
         "extra.x=1,Infinity": "extra.x must be finite, got inf",
         "benchmark_interval_s=1,5": (
-            "benchmark_interval_s is no part of a run's name and cannot be swept, "
-            "got 'benchmark_interval_s=1,5'"
+            "benchmark_interval_s must be a single value, got 'benchmark_interval_s=1,5': it is "
+            "not part of the run name and cannot be swept"
         ),
-        "int8_mode=w8": "int8_mode is set by --int8-mode, got 'int8_mode=w8'",
-        "int8_enabled=true": "int8_enabled is set by --int8-mode, got 'int8_enabled=true'",
+        "int8_mode=w8": "int8_mode must be set by --int8-mode, got 'int8_mode=w8'",
+        "int8_enabled=true": "int8_enabled must be set by --int8-mode, got 'int8_enabled=true'",
     },
     "preset": {"fast": "must be one of auto, seed, smoke, got 'fast'"},
     "workload": {
@@ -71,15 +71,15 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "my-module:f": NAMES + "'my-module:f'",
         "module:1f": NAMES + "'module:1f'",
     },
-    "weights": {"none.pth": "must be random, hub or a path that is there, got 'none.pth'"},
+    "weights": {"none.pth": "must be random, hub or an existing path, got 'none.pth'"},
     "filter": {"olmoearth": REFERENCE + "'olmoearth'", ":f": REFERENCE + "':f'"},
     "compile-cache": {
-        "/dev/null": "must be a folder that can be written to, got '/dev/null'",
-        "/dev/null/cache": "must be a folder that can be written to, got '/dev/null/cache'",
+        "/dev/null": "must be a writable directory, got '/dev/null'",
+        "/dev/null/cache": "must be a writable directory, got '/dev/null/cache'",
     },
     "profile": {
-        "/dev/null": "must be a folder that can be written to, got '/dev/null'",
-        "/dev/null/profiles": "must be a folder that can be written to, got '/dev/null/profiles'",
+        "/dev/null": "must be a writable directory, got '/dev/null'",
+        "/dev/null/profiles": "must be a writable directory, got '/dev/null/profiles'",
     },
     "max-drop": {
         "1": f"{PERCENTAGE}, got '1'",
@@ -88,7 +88,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
         "0pp": "must be over 0 and at most 100, got '0pp'",
     },
     "inconclusive": {"pass": "must be one of fail, warn, skip, got 'pass'"},
-    "eval-data": {"nowhere": "must be a folder that is there, got 'nowhere'"},
+    "eval-data": {"nowhere": "must be an existing directory, got 'nowhere'"},
     "compare": {
         "nowhere.json": "nowhere.json does not exist",
         "0007": ".benchmarks contains no file with number 0007",
@@ -110,7 +110,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
             "must be in an existing, writable directory, got 'nowhere/report.md'"
         ),
     },
-    "journal": {"/": "must be a file that is not there yet, got '/'"},
+    "journal": {"/": "must be a writable file that does not exist yet, got '/'"},
 }
 # Flags take a value in the ini file only.
 BAD_FLAGS = {
@@ -557,7 +557,7 @@ def test_options_under_which_nothing_is_measured_are_refused(
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, option, obstacle)
     flag = option.partition("=")[0]
-    assert str(caught.value) == f"{flag}: nothing is measured with {name}"
+    assert str(caught.value) == f"{flag}: cannot be combined with {name}: nothing would be measured"
 
 
 def test_rejects_plugins_that_prevent_timing(pytester: pytest.Pytester, base: Path) -> None:
@@ -570,7 +570,9 @@ def test_rejects_plugins_that_prevent_timing(pytester: pytest.Pytester, base: Pa
         with pytest.raises(pytest.UsageError) as caught:
             read_settings(config)
         option = flag.partition("=")[0]
-        assert str(caught.value) == f"{option}: nothing is measured with {name}"
+        assert str(caught.value) == (
+            f"{option}: cannot be combined with {name}: nothing would be measured"
+        )
 
 
 def test_lean_compares_with_no_file(pytester: pytest.Pytester) -> None:
@@ -845,6 +847,6 @@ def test_a_compile_cache_must_not_be_mounted_noexec(
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, "--int8-compile-cache=my cache")
     assert str(caught.value) == (
-        "--int8-compile-cache: must be a folder that compiled code can be loaded from, got "
-        "'my cache', which is on a file system mounted noexec"
+        "--int8-compile-cache: must be a directory that code can be loaded from, got 'my cache', "
+        "which is on a file system mounted noexec"
     )

@@ -338,7 +338,7 @@ def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> No
     )
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(skipped=2)
-    reason = "ran once, not measured: 2 workers on one CPU slow each other down, run with -n1"
+    reason = "ran once, not measured: 2 workers on one CPU slow each other down; run with -n1"
     result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
     result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
     assert not list(project.path.glob("*.json"))

@@ -326,8 +326,8 @@ def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None
     result = project.runpytest_subprocess(*SMOKE, "--int8-mode=off", "--benchmark-json=out.json")
     result.assert_outcomes(failed=1)
     why = (
-        "AgainError: int8_throughput must be called once in a test, got a second call: for another "
-        "point use another test, or parametrize int8_params"
+        "AgainError: int8_throughput must be called once per test, got a second call; to measure "
+        "another point, use another test or parametrize int8_params"
     )
     at = result.outlines.index(why)
     assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
@@ -458,7 +458,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
     result.assert_outcomes(errors=5)
     why = {
         "key": "unknown key 'batchsize'; keys are workload, model_size, *, extra",
-        "position": "takes keywords only, got 8",
+        "position": "arguments must be keywords, got 8",
         "value": "batch_size must be at least 1, got 0",
         "workload": "workload must be olmoearth, digits, timm:NAME, *, got 'nothing'",
         "zoo": "workload must be a name, got 8",
@@ -528,7 +528,7 @@ def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> 
     )
     session = Session(config, replace(Settings(), filter="os:sep"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^--int8-filter: os:sep is not callable$"):
+        with pytest.raises(ValueError, match=r"^--int8-filter: must be a callable, got os:sep$"):
             session.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
@@ -562,13 +562,13 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, errors=4)
     # A hub that does not answer takes its time: it is asked once, for the two points together.
-    result.stdout.fnmatch_lines(2 * ["int8 workload: hub.py:make raised OSError: no route"])
+    result.stdout.fnmatch_lines(2 * ["hub.py:make raised OSError: no route"])
     assert (project.path / "asked").read_text() == "x"
     result.stdout.fnmatch_lines_random(
         [
             "int8bench: preset smoke (as asked)",
-            "int8 workload: nowhere.py:make: there is no file *nowhere.py",
-            "int8 workload: toy:Toy must give a pytest_int8bench.Workload, got Toy(",
+            "nowhere.py:make: there is no file *nowhere.py",
+            "toy:Toy must give a pytest_int8bench.Workload, got Toy(",
         ]
     )
     found = journaled(project).values()
@@ -577,7 +577,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     # Points whose workload cannot be had are results too.
     assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
     assert {missing.status, other.status} == {"failed"}
-    assert (missing.reason or "").startswith("int8 workload: nowhere.py:make: there is no file ")
+    assert (missing.reason or "").startswith("there is no file ")
     assert candidate.coverage["converted_layers"] == 1
     assert set(candidate.coverage["left_out"]) == {"qkv", "proj", "fc2"}
 
@@ -599,7 +599,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
         ),
         (
             ["--int8-workload=toy:make", "--int8-filter=toy:__name__"],
-            "--int8-filter: toy:__name__ is not callable",
+            "--int8-filter: must be a callable, got toy:__name__",
         ),
         (
             ["--int8-workload=toy:make", "--int8-set=extra.depth=2,3"],
@@ -666,8 +666,8 @@ def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, own
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     [line] = filter(None, result.errlines)
     assert line == (
-        f"ERROR: --int8-workload: no test takes it, each has a workload of its own ({owner}), "
-        "got 'digits'"
+        "ERROR: --int8-workload: no collected test uses 'digits': each brings its own workload "
+        f"({owner})"
     )
     # An ini value waits for tests that take it.
     result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
@@ -789,7 +789,7 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
-            "*int8bench: no journal: *",
+            "*int8bench: cannot create the journal: *",
             "toy *_bs4_model_size-nano_compile_mode-off * flash *",
             "journal: none, see the warnings",
         ]

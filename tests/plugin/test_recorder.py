@@ -61,7 +61,7 @@ def test_a_step_that_fails_at_the_end_is_said_and_stops_no_other(
     done = []
 
     def note(what: str) -> Callable[..., Any]:
-        return lambda *_: done.append(what) or what == "reports"
+        return lambda *_: done.append(what) or what == "reports" or []
 
     for what, (owner, name) in STEPS.items():
         monkeypatch.setattr(owner, name, fail if what == failing else note(what))
@@ -114,10 +114,31 @@ def test_a_part_that_cannot_be_shown_hides_no_other(
     monkeypatch.setattr(owner, name, fail)
     shown: Any = Terminal()
     summary.show_results(shown, recorder)
-    assert f"int8bench: {what} cannot be shown: KeyError: 'bug'" in shown.lines
+    assert f"int8bench: cannot show {what}: KeyError: 'bug'" in shown.lines
     assert shown.lines[-1] == "report: r.md"
-    assert sum("cannot be shown" in line for line in shown.lines) == 1
+    assert sum("cannot show" in line for line in shown.lines) == 1
     assert any(line.startswith("journal: ") for line in shown.lines)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "is_told"), [(("skipped", "skipped"), True), (("skipped", "failed"), False)]
+)
+def test_warns_if_every_point_is_skipped(
+    recorder: Recorder, statuses: tuple[str, ...], is_told: bool
+) -> None:
+    for index, status in enumerate(statuses):
+        name = POINT.replace(batch_size=index + 1).run_name
+        reason = "image_size=2 is smaller than patch_size=4"
+        recorder.record(
+            result(nodeid=name, run_name=name, status=status, reason=reason, samples_per_s=None)
+        )
+    shown: Any = Terminal()
+    summary.show_results(shown, recorder)
+    text = (
+        "WARNING: no point was measured: 2 points skipped, the first because: image_size=2 is "
+        "smaller than patch_size=4"
+    )
+    assert (text in shown.lines) is is_told
 
 
 class Broken(Terminal):
@@ -188,7 +209,9 @@ def test_the_journal_keeps_what_cannot_be_written(
         raise OSError("No space left")
 
     monkeypatch.setattr("pytest_int8bench.results.journal.Journal._write", full)
-    with pytest.warns(UserWarning, match=r"^int8bench: a result is not in the journal: No space"):
+    with pytest.warns(
+        UserWarning, match=r"^int8bench: cannot write a result to the journal: No space"
+    ):
         recorder.record(result())
     assert recorder.results_of("a.py::t") == [result()]
 
@@ -240,12 +263,12 @@ def statuses(recorder: Recorder) -> list[str]:
 
 def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None:
     recorder.record(result())
-    recorder.begin(JUDGED)
+    recorder.begin_attempt(JUDGED)
     fail_accuracy(recorder)
     assert statuses(recorder) == ["accuracy-failed"]
-    recorder.begin(JUDGED)
+    recorder.begin_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]  # as long as the attempt is not over
-    recorder.settle(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert recorder.journal is not None
     assert recorder.journal.results == [result()]
     assert recorder.marked(result()) == result()
@@ -254,9 +277,9 @@ def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None
 def test_a_point_whose_accuracy_fails_again_stays_marked(recorder: Recorder) -> None:
     recorder.record(result())
     for _ in range(2):
-        recorder.begin(JUDGED)
+        recorder.begin_attempt(JUDGED)
         fail_accuracy(recorder)
-        recorder.settle(JUDGED)
+        recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
@@ -264,8 +287,8 @@ def test_a_point_that_fails_another_accuracy_test_stays_marked(recorder: Recorde
     recorder.record(result())
     fail_accuracy(recorder)
     fail_accuracy(recorder, "a.py::another")
-    recorder.begin(JUDGED)
-    recorder.settle(JUDGED)
+    recorder.begin_attempt(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
@@ -274,14 +297,14 @@ def test_a_point_whose_own_test_failed_stays_marked(recorder: Recorder) -> None:
     marked = recorder.marked(result())
     recorder.record(marked)
     recorder.keep_marked(marked)
-    recorder.begin(JUDGED)
-    recorder.settle(JUDGED)
+    recorder.begin_attempt(JUDGED)
+    recorder.end_attempt(JUDGED)
     assert statuses(recorder) == ["accuracy-failed"]
 
 
 def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert recorder.results_of(TIMED) == []
     assert statuses(recorder) == ["failed"]
 
@@ -289,18 +312,18 @@ def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder
 def test_an_attempt_that_finds_nothing_counts(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
     recorder.record(result(nodeid="a.py::other"))
-    recorder.begin(TIMED)
-    recorder.settle(TIMED)
+    recorder.begin_attempt(TIMED)
+    recorder.end_attempt(TIMED)
     assert statuses(recorder) == ["ok"]
 
 
 def test_the_comparison_of_an_attempt_is_forgotten(recorder: Recorder) -> None:
     forgotten: list[str] = []
     recorder.session.gate = SimpleNamespace(forget=forgotten.append)  # type: ignore[assignment]
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert forgotten == []
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     assert forgotten == [TIMED]
 
 
@@ -311,10 +334,10 @@ def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
         raise OSError("No space left")
 
     recorder.record(result(status="failed"))
-    recorder.begin(TIMED)
+    recorder.begin_attempt(TIMED)
     monkeypatch.setattr("pytest_int8bench.files.replace_text", full)
-    with pytest.warns(UserWarning, match=r"^int8bench: the journal is not up to date: No space"):
-        recorder.settle(TIMED)
+    with pytest.warns(UserWarning, match=r"^int8bench: cannot update the journal: No space"):
+        recorder.end_attempt(TIMED)
     assert recorder.results_of(TIMED) == []
 
 
@@ -322,5 +345,5 @@ def test_a_warning_that_is_an_error_is_a_line(
     recorder: Recorder, recwarn: pytest.WarningsRecorder
 ) -> None:
     warnings.simplefilter("error")
-    recorder.warn("no journal: full")
-    assert recorder.reported == ["int8bench: no journal: full"]
+    recorder.warn("cannot create the journal: full")
+    assert recorder.reported == ["int8bench: cannot create the journal: full"]

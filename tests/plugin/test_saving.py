@@ -76,7 +76,9 @@ def test_a_journal_that_cannot_be_written_is_no_error_with_warnings_as_errors(
     )
     found.assert_outcomes(passed=2)
     assert found.ret == pytest.ExitCode.OK
-    found.stdout.fnmatch_lines([f"toy *{int8(4)} *", "journal: none*", "int8bench: no journal: *"])
+    found.stdout.fnmatch_lines(
+        [f"toy *{int8(4)} *", "journal: none*", "int8bench: cannot create the journal: *"]
+    )
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
     assert not journals(project)
 
@@ -122,7 +124,7 @@ def test_a_disk_that_is_full_for_a_moment_loses_nothing(project: pytest.Pytester
     )
     found.assert_outcomes(passed=3)
     assert found.ret == pytest.ExitCode.OK
-    found.stdout.fnmatch_lines(["*a result is not in the journal: *", "journal: mine.jsonl"])
+    found.stdout.fnmatch_lines(["*cannot write a result to the journal: *", "journal: mine.jsonl"])
     saved = read(project.path / "mine.jsonl")
     assert len(saved.results) == 3
     assert saved.skipped == ()
@@ -174,7 +176,7 @@ def test_a_json_that_cannot_be_written_is_refused_at_once(
     found = project.runpytest_subprocess(*SMOKE, f"--benchmark-json={path}", *without())
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     found.stderr.fnmatch_lines(
-        [f"ERROR: --benchmark-json: must be a file that can be written, got '*{path}': {why}"]
+        [f"ERROR: --benchmark-json: must be a writable file, got '*{path}': {why}"]
     )
     assert not journals(project)
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
@@ -191,7 +193,7 @@ def test_a_storage_that_cannot_be_written_is_refused_at_once(
     options = f"--benchmark-storage={folder}", "--benchmark-save=it"
     found = project.runpytest_subprocess(*SMOKE, *options, *without())
     assert found.ret == pytest.ExitCode.USAGE_ERROR
-    rule = "--benchmark-storage: must be a folder that can be written to"
+    rule = "--benchmark-storage: must be a writable directory"
     found.stderr.fnmatch_lines([f"ERROR: {rule}, got '{folder}': {why}"])
     assert not journals(project)
 
@@ -252,7 +254,7 @@ def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, th
     found = project.runpytest_subprocess(*SMOKE, "--int8-journal=mine.jsonl", *without())
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     found.stderr.fnmatch_lines(
-        ["ERROR: --int8-journal: must be a file that is not there yet, got 'mine.jsonl'*"]
+        ["ERROR: --int8-journal: must be a writable file that does not exist yet, got *mine.jsonl*"]
     )
 
 
@@ -277,7 +279,9 @@ def test_a_journal_that_cannot_be_made_is_refused_at_once(project: pytest.Pytest
     (project.path / "taken").touch()
     found = project.runpytest_subprocess(*SMOKE, "--int8-journal=taken/mine.jsonl", *without())
     assert found.ret == pytest.ExitCode.USAGE_ERROR
-    found.stderr.fnmatch_lines(["ERROR: --int8-journal: must be a file *, got 'taken/mine.jsonl'*"])
+    found.stderr.fnmatch_lines(
+        ["ERROR: --int8-journal: must be a writable file *, got 'taken/mine.jsonl'*"]
+    )
 
 
 def test_a_session_that_records_nothing_leaves_no_journal(pytester: pytest.Pytester) -> None:

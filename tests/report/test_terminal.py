@@ -186,6 +186,12 @@ def test_points_without_figures_are_remarks_only() -> None:
     ]
 
 
+def test_tests_of_one_point_report_a_problem_once() -> None:
+    problem = {"status": "failed", "reason": "boom", "workload": "unknown workload"}
+    lines = lines_of(result_of(nodeid="test_a", **problem), result_of(nodeid="test_b", **problem))
+    assert lines[:-1] == [f"failed: {NAME}: boom"]
+
+
 def test_a_failed_point_keeps_its_figures() -> None:
     lines = lines_of(result_of(status="failed", reason="assert 1 > 2", **MEASURED))
     assert lines[1].startswith(f"{NAME} 1,235 ")

@@ -1,5 +1,5 @@
-"""The process of pytest-xdist that starts workers: it gives each its GPU, and makes one session of
-what they find. It measures nothing and loads no torch."""
+"""The controller of pytest-xdist: assign a GPU to each worker and merge the workers' results into
+one session. It measures nothing and does not load torch."""
 
 from __future__ import annotations
 
@@ -23,99 +23,101 @@ from pytest_int8bench.plugin.points import params_in
 from pytest_int8bench.plugin.pytest_benchmark_workers import add_timing, enable_saving
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
-from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
+from pytest_int8bench.plugin.xdist.messages import KEY, SLOT, Message, unpacked
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
 
 _HERE = "localhost"
-#: What pytest-xdist puts in place of a phase, for the test that a worker crashed in.
+#: The phase that pytest-xdist reports for a test that crashed its worker.
 _CRASHED = "???"
 _RERUN = "rerun"
 
 
 def is_controller(config: pytest.Config) -> bool:
-    """Say whether this process hands its tests to workers."""
+    """Return whether this process distributes its tests to workers."""
     option = config.option
     asked = getattr(option, "dist", "no") != "no" and bool(getattr(option, "tx", None))
     return asked and not option.collectonly and not hasattr(config, "workerinput")
 
 
-def capped(config: pytest.Config, workers: int) -> int:
-    """Return how many workers ``-n auto`` starts: one per GPU at most, where the command line asks
-    for INT8 benchmarks."""
-    if not options.are_on_command_line(config.option) or (there := nvml.visible()) is None:
+def limit_workers(config: pytest.Config, workers: int) -> int:
+    """Return the number of workers for ``-n auto``: at most one per GPU if the command line has an
+    option of this plugin, otherwise ``workers``."""
+    if not options.are_on_command_line(config.option) or (gpus := nvml.visible()) is None:
         return workers
-    return max(1, min(workers, len(there)))
+    return max(1, min(workers, len(gpus)))
 
 
 class Controller(Recorder):
-    """The recorder of the process that starts workers, as a plugin of pytest: it takes the records
-    that they send."""
+    """The recorder of the controller, also a pytest plugin. It takes the records of workers."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        #: Which host each worker runs on, and as which of its workers.
-        self._seats: dict[Any, tuple[str, int]] = {}
-        #: Where each test comes in the order of the tests.
+        #: Maps a worker to its host and its index among the workers of that host.
+        self._slots: dict[Any, tuple[str, int]] = {}
+        #: Maps a node id to its position among the tests.
         self._order: dict[str, int] = {}
-        #: Workers whose device was lost.
+        #: Ids of workers whose device was lost.
         self._lost: set[str] = set()
-        #: The latest message with records of each worker.
+        #: Maps a worker's id to its latest message with records.
         self._measured: dict[str, Message] = {}
-        #: Points that took a worker down before it was known what machine it is.
+        #: Points that crashed a worker before any worker had sent a fingerprint.
         self._waiting: list[Result] = []
-        #: Node id -> which worker runs it, and which attempt of that worker's it is.
+        #: Maps a node id to its worker and the number of the attempt on that worker.
         self._attempts: dict[str, tuple[str, int] | None] = {}
-        #: By worker, what does not belong with the first results, and in what it differs.
-        self._apart: dict[str, tuple[Journal, list[str]]] = {}
+        #: Maps a worker's id to the separate journal of its incomparable results, and to the
+        #: differences from the first worker.
+        self._separate: dict[str, tuple[Journal, list[str]]] = {}
 
     # -- workers ------------------------------------------------------------------------------
 
     @guarded("placing a worker")
     def pytest_configure_node(self, node: Any) -> None:
-        """Give a worker its place on its host; a new one gets that of one that crashed."""
+        """Assign a worker an index on its host; a replacement takes that of the crashed one."""
         host = _host_of(node.gateway.spec, node.nodemanager)
-        taken = [number for where, number in self._seats.values() if where == host]
+        taken = [number for where, number in self._slots.values() if where == host]
         number = next(number for number in range(len(taken) + 1) if number not in taken)
-        self._seats[node] = (host, number)
+        self._slots[node] = (host, number)
         count = _count(host, node.nodemanager)
         node.workerinput[KEY] = {"number": number, "count": count}
-        told = f"import os; os.environ[{SEAT!r}] = '{number}/{count}'"
-        node.gateway.remote_exec(told).waitclose()
+        code = f"import os; os.environ[{SLOT!r}] = '{number}/{count}'"
+        node.gateway.remote_exec(code).waitclose()
 
     @guarded("reading a worker's tests")
     def pytest_testnodedown(self, node: Any) -> None:
-        self._seats.pop(node, None)
+        self._slots.pop(node, None)
         text = getattr(node, "workeroutput", {}).get(KEY)
         if text is None:
             return
         with self.guard("reading a worker's tests"):
             found = json.loads(text)
-            self.session.collected |= set(map(self._bare, found["collected"]))
-            self.session.deselected |= set(map(self._bare, found["deselected"]))
+            self.session.collected |= set(map(self._without_group, found["collected"]))
+            self.session.deselected |= set(map(self._without_group, found["deselected"]))
             self._take_problems(node.gateway.id, found["problems"])
 
     @guarded("looking for GPUs")
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
-        """Look, before a test runs, whether there is a GPU for each worker of this host."""
+        """Check before the first test that this host has a GPU for each of its workers."""
         if not self._order:
-            self._order = {self._bare(nodeid): index for index, nodeid in enumerate(ids)}
+            self._order = {self._without_group(nodeid): index for index, nodeid in enumerate(ids)}
             self.session.collected |= set(self._order)
         found = [params for params in map(params_in, ids) if params is not None]
         if found and self.config.option.dist == "each":
-            raise pytest.UsageError("--dist=each: every worker would measure the same points")
+            raise pytest.UsageError(
+                "--dist=each: not supported, every worker would measure all points"
+            )
         if found:
             check_saving(self.config)
         workers = _count(_HERE, node.nodemanager)
         if workers < 2 or not any(params.gpu_type == "cuda" for params in found):
             return
-        there = nvml.visible()
-        if there and workers > len(there):
+        gpus = nvml.visible()
+        if gpus and workers > len(gpus):
             asked = f"-n {workers}" if self.config.option.numprocesses else "--tx"
             raise pytest.UsageError(
-                f"{asked}: each worker needs a GPU of its own, and {nvml.described(there)}: "
-                f"at most {len(there)}, got {workers} workers"
+                f"{asked} asks for {workers} workers, but {nvml.described(gpus)}, and each worker "
+                "needs its own"
             )
 
     @pytest.hookimpl(wrapper=True)
@@ -130,12 +132,12 @@ class Controller(Recorder):
 
         return Scheduling(usual, FamilyScheduling(config, log, self._lost))
 
-    # -- what they find -----------------------------------------------------------------------
+    # -- results of workers -------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
     @guarded("recording")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        nodeid = self._bare(report.nodeid)
+        nodeid = self._without_group(report.nodeid)
         text = getattr(report, KEY, None)
         with self.guard("recording"):
             if text is not None:
@@ -145,10 +147,9 @@ class Controller(Recorder):
 
     @guarded("recording")
     def pytest_handlecrashitem(self, crashitem: str, report: Any, sched: Any) -> None:
-        """Run a test again that its worker ended before: a device that was lost with the test
-        before it is of no use to others."""
+        """Rerun a test that did not start because its worker lost the device in an earlier test."""
         if report.node.gateway.id in self._lost:
-            with contextlib.suppress(NotImplementedError):  # of those that do so by themselves
+            with contextlib.suppress(NotImplementedError):  # from schedulers that rerun it anyway
                 sched.mark_test_pending(crashitem)
             report.outcome = _RERUN
 
@@ -163,8 +164,8 @@ class Controller(Recorder):
         attempt = (message.worker, message.attempt)
         if self._attempts.setdefault(nodeid, attempt) != attempt:
             self._attempts[nodeid] = attempt
-            self.begin(nodeid)
-            self.settle(nodeid)
+            self.begin_attempt(nodeid)
+            self.end_attempt(nodeid)
         if message.records:
             self._measured[message.worker] = message
         if message.point is not None:
@@ -174,10 +175,12 @@ class Controller(Recorder):
         for kind, fields in message.records:
             with self.guard("recording"):  # one that fails must not lose the others
                 record = unpacked(kind, fields)
-                self._take(dataclasses.replace(record, nodeid=self._bare(record.nodeid)), message)
+                self._take(
+                    dataclasses.replace(record, nodeid=self._without_group(record.nodeid)), message
+                )
         for timing in message.timings:
-            if message.worker not in self._apart:
-                fullname = self._bare(timing["fullname"])
+            if message.worker not in self._separate:
+                fullname = self._without_group(timing["fullname"])
                 with self.guard("recording"):
                     add_timing(self.config, fullname, timing)
 
@@ -190,11 +193,11 @@ class Controller(Recorder):
         environment = message.environment or {}
         if self.journal is None:
             self.start_journal(environment)
-        if (journal := self._journal_apart(message, environment)) is not None:
+        if (journal := self._separate_journal(message, environment)) is not None:
             try:
                 journal.append(record)
             except OSError as error:
-                self.warn(f"a result is not in the journal: {error}")
+                self.warn(f"cannot write a result to the journal: {error}")
             return
         self.record(record)
         if not isinstance(record, Result):
@@ -203,18 +206,18 @@ class Controller(Recorder):
         pytest_benchmark.leave_out(self.config, record.nodeid, is_left_out=is_left_out)
         gate = self.session.gate
         if gate is not None and record.status in ("ok", "oom", "accuracy-failed"):
-            with contextlib.suppress(ClearError):  # it failed the test, in the worker
+            with contextlib.suppress(ClearError):  # the worker has already failed the test
                 gate.judge(record, environment)
 
-    def settle(self, nodeid: str) -> None:
-        """Withdraw what earlier attempts found, wherever it was written."""
+    def end_attempt(self, nodeid: str) -> None:
+        """Withdraw the records of earlier attempts from every journal."""
         self._waiting = [result for result in self._waiting if result.nodeid != nodeid]
-        for journal, _ in self._apart.values():
+        for journal, _ in self._separate.values():
             try:
                 journal.withdraw(journal.records_of(nodeid))
             except OSError as error:
-                self.warn(f"the journal is not up to date: {error}")
-        super().settle(nodeid)
+                self.warn(f"cannot update the journal: {error}")
+        super().end_attempt(nodeid)
 
     def start_journal(self, environment: Mapping[str, Any]) -> Journal:
         """Start the journal with the fingerprint of the first worker that measured."""
@@ -225,11 +228,11 @@ class Controller(Recorder):
         self._waiting = []
         return journal
 
-    def _journal_apart(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
-        """Return where the results of a worker go that is another machine or has other software
-        than the first ones, None for one that is and has not."""
-        if message.worker in self._apart:
-            return self._apart[message.worker][0]
+    def _separate_journal(self, message: Message, environment: Mapping[str, Any]) -> Journal | None:
+        """Return the separate journal of a worker that runs on another machine or software than the
+        first one; None if it does not."""
+        if message.worker in self._separate:
+            return self._separate[message.worker][0]
         together = self.environment()
         found = differences(together, environment)
         if together.get("commit") != environment.get("commit"):
@@ -242,14 +245,14 @@ class Controller(Recorder):
         try:
             journal = Journal(path, environment)
         except OSError as error:
-            self.warn(f"no journal: {error}")
+            self.warn(f"cannot create the journal: {error}")
             journal = Journal(None, environment)
         listed = [f"{name} {found[name][0]} -> {found[name][1]}" for name in names]
-        self._apart[message.worker] = (journal, listed)
+        self._separate[message.worker] = (journal, listed)
         return journal
 
     def _note_crashed(self, nodeid: str, reason: str) -> None:
-        """Write down the point that took a worker down, as failed."""
+        """Record the point that crashed a worker as failed."""
         self._attempts[nodeid] = None
         point = self.points_of.get(nodeid)
         params = point[1] if point else params_in(nodeid)
@@ -271,13 +274,13 @@ class Controller(Recorder):
         kept = [dataclasses.replace(entry, status="failed", reason=reason) for entry in measured]
         self.record(kept[0] if kept else result)
 
-    # -- at the end ---------------------------------------------------------------------------
+    # -- the end of the session ---------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     @guarded("saving")
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """Make pytest-benchmark save and compare what the workers timed, in the order of the
-        tests. It took itself for disabled."""
+        """Let pytest-benchmark, which disables itself under pytest-xdist, save and compare the
+        workers' timings in the order of the tests."""
         with self.guard("saving"):
             if self._waiting:
                 self.start_journal({})
@@ -287,7 +290,7 @@ class Controller(Recorder):
         return (yield)
 
     def measured_by(self) -> list[str]:
-        """Return the workers that measured, and their GPUs."""
+        """Return lines with the presets, and the workers that measured with their GPUs."""
         places = [
             f"{name} ({', '.join([message.host, *message.gpus])})"
             for name, message in sorted(self._measured.items())
@@ -296,34 +299,36 @@ class Controller(Recorder):
         return [*lines, *([f"measured by {', '.join(places)}"] if places else [])]
 
     def problems(self) -> list[str]:
-        """Return which results are apart from the others and why, a line each."""
+        """Return a line for each worker with separate results, with the reason."""
         lines = []
-        for worker, (journal, listed) in self._apart.items():
-            names = " ".join(f"--int8-allow {text.partition(' ')[0]}" for text in listed)
+        for worker, (journal, listed) in self._separate.items():
+            names = [text.partition(" ")[0] for text in listed]
+            remedy = "add " + " ".join(f"--int8-allow {name}" for name in names)
+            if "commit" in names:  # which --int8-allow does not take
+                remedy = "check out the same commit on all hosts"
             problem = journal.problem()
             lacks = f", which {problem}" if problem else ""
             lines.append(
-                f"{worker} ({self._measured[worker].host}) measured on another machine or software "
-                f"than the first results: {', '.join(listed)}; its {len(journal.results)} results "
-                f"are apart from the others, in {journal.path}{lacks}; to put them together: "
-                f"{names}"
+                f"{worker} ({self._measured[worker].host}) measured on another machine or with "
+                f"other software than the first worker: {', '.join(listed)}; its "
+                f"{len(journal.results)} results are in a separate file, {journal.path}{lacks}; to "
+                f"merge them, {remedy}"
             )
         return lines
 
-    def _bare(self, nodeid: str) -> str:
-        """Return a node id without the group that ``--dist=loadgroup`` puts behind it."""
+    def _without_group(self, nodeid: str) -> str:
+        """Return a node id without the group that ``--dist=loadgroup`` appends to it."""
         if self.config.option.dist == "loadgroup" and nodeid.rfind("@") > nodeid.rfind("]"):
             return nodeid.rpartition("@")[0]
         return nodeid
 
 
 def _count(host: str, manager: Any) -> int:
-    """Return how many workers run on ``host``."""
     return sum(_host_of(spec, manager) == host for spec in manager.specs)
 
 
 def _host_of(spec: Any, manager: Any) -> str:
-    """Return the host of a worker, from how pytest-xdist was told to start it (``--tx``)."""
+    """Return the host of a worker, given its ``--tx`` specification."""
     if spec.via:
         return _host_of(manager.group[spec.via].spec, manager)
     host = str(spec.ssh or (spec.socket or "").rpartition(":")[0] or _HERE)

@@ -1,4 +1,4 @@
-"""What a worker of pytest-xdist tells the process that started it, with the report of a test."""
+"""Messages from a pytest-xdist worker to its controller, sent along with test reports."""
 
 from __future__ import annotations
 
@@ -9,63 +9,59 @@ from typing import Any
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.records import KINDS
 
-#: Name of what is ours, on reports and in what pytest-xdist hands to and from workers.
+#: Name of our attribute of reports, and of our entry in ``workerinput`` and ``workeroutput``.
 KEY = "int8bench"
-#: Environment variable that tells a worker, before it reads anything else, which of how many it is
-#: on its host: ``1/2`` for the second of two.
-SEAT = "INT8BENCH_SEAT"
+#: Environment variable with a worker's index and the number of workers on its host: ``1/2`` for the
+#: second of two. The worker reads it before it imports a ``conftest.py``.
+SLOT = "INT8BENCH_SLOT"
 _KINDS = {kind.__name__: kind for kind in KINDS.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Plain values only."""
+    """A message that holds plain values only."""
 
     worker: str
     host: str
     gpus: list[str]
-    """The worker's own GPU, as ``CUDA_VISIBLE_DEVICES`` names it, if it was measured on."""
+    """The worker's own GPU, as named in ``CUDA_VISIBLE_DEVICES``; empty if nothing ran on it."""
     preset: str | None
     point: tuple[str, dict[str, Any]] | None
-    """Workload and parameters of the test, when it is set up."""
+    """Workload and parameters of the test's point; sent with the report of its setup."""
     environment: dict[str, Any] | None
-    """Fingerprint of what the records were measured on."""
+    """Fingerprint of the machine and software; sent with records."""
     records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Kind and values of each record."""
+    """Kind and values of each."""
     timings: list[dict[str, Any]] = field(default_factory=list)
-    """What pytest-benchmark timed, as it would save it, and ``has_error``."""
+    """Timings in pytest-benchmark's saved form, each with ``has_error``."""
     device_lost: bool = False
-    """The worker ends before its next test."""
+    """Whether the worker lost its device and exits before its next test."""
     problems: list[str] = field(default_factory=list)
-    """What failed in the worker beside its tests, a line each."""
+    """Problems of the worker apart from failed tests, one line each."""
     has_short_name: bool = False
-    """The point is named for a workload other than OlmoEarth."""
+    """Whether the run name is that of a workload other than OlmoEarth."""
     attempt: int = 1
-    """How often this worker has started the test."""
+    """Number of times that this worker has started the test."""
 
     @property
-    def says_something(self) -> bool:
-        """Whether it is worth sending."""
+    def is_worth_sending(self) -> bool:
         found = (self.point, self.records, self.timings, self.device_lost, self.problems)
         return any(found) or self.attempt > 1
 
     def to_json(self) -> str:
-        """Return it as a text: pytest-xdist sends built-in types only, not those of numpy."""
+        """Return the message as JSON: pytest-xdist sends built-in types only, not numpy's."""
         return json.dumps(vars(self), default=_as_pytest_benchmark_does)
 
     @classmethod
     def from_json(cls, text: str) -> Message:
-        """Read what :meth:`to_json` wrote."""
         return cls(**json.loads(text))
 
 
 def unpacked(kind: str, values: dict[str, Any]) -> Record:
-    """Return a record of a message."""
     return _KINDS[kind].from_dict(values)
 
 
 def kind_of(record: Record) -> str:
-    """Return the name of the kind of ``record``."""
     return type(record).__name__
 
 

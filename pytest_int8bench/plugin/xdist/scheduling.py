@@ -1,4 +1,4 @@
-"""Which pytest-xdist worker runs which tests: a baseline and its candidates stay together."""
+"""Schedule tests on pytest-xdist workers so that a baseline and its candidates stay together."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from xdist.scheduler import LoadScopeScheduling
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.points import params_in
 
-#: A worker does not start a test before it knows the next one.
+#: A pytest-xdist worker starts a test only once it knows the next one.
 _MIN_PENDING = 2
 
 
 def families(ids: Sequence[str]) -> list[list[int]]:
-    """Return which tests belong in one worker, as indices of ``ids``: those of one baseline and
-    its candidates. A test without a point is alone.
+    """Group the tests that must run on the same worker: those of a baseline and its candidates.
 
-    The tests come model by model, baselines first. Two workloads have points of the same names:
-    where a baseline or an earlier candidate follows a candidate, the next workload begins.
+    The tests are sorted by model, baselines first. Points of two workloads may have the same names:
+    if a baseline or an earlier candidate follows a candidate, the next workload has begun.
+
+    Args:
+        ids: node ids in the order of the tests.
+
+    Returns:
+        Indices of ``ids`` for each group. A test without a point is a group of its own.
     """
     found: list[list[int]] = []
     family: list[int] = []
@@ -44,18 +49,18 @@ def families(ids: Sequence[str]) -> list[list[int]]:
 
 
 class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Hand out whole families, in the order of the tests, each to the first worker that is free.
+    """Assign whole families in the order of the tests, each to the first free worker.
 
     Args:
-        lost: ids of the workers that lost their device. A test that one of them ended before is
-            run again; a test that crashed its worker is not.
+        lost: ids of the workers that lost their device. The next test of such a worker is rerun; a
+            test that crashed its worker is not.
     """
 
     workqueue: OrderedDict[str, dict[str, bool]]
 
     def __init__(self, config: pytest.Config, log: Any, lost: Container[str]) -> None:
         super().__init__(config, log)
-        config.option.loadscopereorder = False  # would hand out the largest families first
+        config.option.loadscopereorder = False  # True would assign the largest families first
         self._lost = lost
         self._family_of: dict[str, str] = {}
 
@@ -67,7 +72,7 @@ class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has 
 
     def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
         super().add_node_collection(node, collection)
-        if node not in self.registered_collections:  # it collected other tests
+        if node not in self.registered_collections:  # it collected different tests
             del self.assigned_work[node]
             node.shutdown()
 
@@ -95,16 +100,16 @@ class FamilyScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has 
                 return
             self._assign_work_unit(node)
         if not node.shutting_down:
-            node.shutdown()  # once it has run its last test
+            node.shutdown()  # takes effect after its last test
 
 
 class Scheduling:
-    """The scheduler of ``--dist=load`` until the tests are collected, and from then on one that
-    keeps families together, if a test has a point.
+    """Act as the scheduler of ``--dist=load`` until the tests are collected. If one of them has a
+    point, switch to a scheduler that keeps families together.
 
     Args:
         usual: the scheduler of ``--dist=load``.
-        families: the one that takes over.
+        families: the scheduler to switch to.
     """
 
     def __init__(self, usual: Any, families: FamilyScheduling) -> None:

@@ -1,5 +1,4 @@
-"""A worker of pytest-xdist: it takes a GPU of its own, and sends what it finds to the process that
-started it, with its reports."""
+"""A pytest-xdist worker: use one GPU, and send results to the controller with test reports."""
 
 from __future__ import annotations
 
@@ -23,49 +22,50 @@ from pytest_int8bench.plugin.points import params_of
 from pytest_int8bench.plugin.pytest_benchmark_workers import silence_xdist_warning, take_timings
 from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
-from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, kind_of
+from pytest_int8bench.plugin.xdist.messages import KEY, SLOT, Message, kind_of
 from pytest_int8bench.results.base import Record
 from pytest_int8bench.results.journal import Journal
 from pytest_int8bench.results.records import Result
+from pytest_int8bench.words import plural
 
 
 @dataclass(frozen=True)
 class _Pinned:
-    """What became of a process that was to be left one GPU."""
+    """The result of restricting a process to one GPU."""
 
     gpu: str | None
-    """Its name in ``CUDA_VISIBLE_DEVICES``, None if there was none left."""
-    among: list[str] | None
-    """The GPUs that the workers of this host share, None where that is not known."""
+    """Its name in ``CUDA_VISIBLE_DEVICES``; None if too few GPUs were left."""
+    shared: list[str] | None
+    """The GPUs that the workers of this host share; None if unknown."""
 
     @classmethod
     def to(cls, number: int) -> _Pinned:
-        among = nvml.visible()
-        return cls(nvml.pin(number), among)
+        shared = nvml.visible()  # before pin() changes it
+        return cls(nvml.pin(number), shared)
 
 
 _PINNED = pytest.StashKey[_Pinned]()
 
 
 def pin_at_start(config: pytest.Config) -> None:
-    """Leave this process its GPU before a conftest is imported, which may look for CUDA and so
-    start it, where the command line asks for INT8 benchmarks."""
-    # Not for the processes that tests start.
-    number, count = map(int, os.environ.pop(SEAT).split("/"))
+    """Restrict this process to its GPU if the command line has an option of this plugin: before a
+    ``conftest.py`` is imported, which may initialize CUDA."""
+    # Remove the variable: it is not meant for processes that tests start.
+    number, count = map(int, os.environ.pop(SLOT).split("/"))
     if count > 1 and options.are_on_command_line(config.known_args_namespace):
         config.stash[_PINNED] = _Pinned.to(number)
 
 
 class Worker(Recorder):
-    """The recorder of a worker, as a plugin of pytest: it keeps records in memory, and sends each
-    with the next report to the process that started it, which writes them."""
+    """The recorder of a worker, also a pytest plugin. It keeps records in memory and sends each to
+    the controller, which writes them, with the next test report."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         given: dict[str, Any] = self.config.workerinput  # type: ignore[attr-defined]
         self.id: str = given["workerid"]
-        #: Set by our plugin in the process that started this one.
-        self._seat: dict[str, int] | None = given.get(KEY)
+        #: Set by our plugin in the controller; None if the controller runs without it.
+        self._slot: dict[str, int] | None = given.get(KEY)
         self._pinned: _Pinned | None = self.config.stash.get(_PINNED, None)
         self._is_lost = False
         self._records: list[Record] = []
@@ -73,100 +73,92 @@ class Worker(Recorder):
 
     @property
     def count(self) -> int:
-        """How many workers run on this host."""
-        return self._seat["count"] if self._seat else 1
+        return self._slot["count"] if self._slot else 1
 
     @property
     def _gpu(self) -> str | None:
         return self._pinned.gpu if self._pinned else None
 
     def pin(self) -> None:
-        """Leave this process the GPU that is its own, if it shares the host with others."""
-        if self._pinned is None and self._seat is not None and self.count > 1:
-            self._pinned = _Pinned.to(self._seat["number"])
+        """Restrict this process to its own GPU if it shares the host with other workers."""
+        if self._pinned is None and self._slot is not None and self.count > 1:
+            self._pinned = _Pinned.to(self._slot["number"])
 
     def check_collection(self, items: list[pytest.Item]) -> None:
-        """Refuse nothing: in a worker that would look like a crash."""
+        """Do nothing: an error here would look like a crash of the worker."""
 
     def environment(self) -> dict[str, Any]:
-        """Return the fingerprint as a process sees it that has all the host's GPUs."""
+        """Return the fingerprint that a process with access to all GPUs of the host would have."""
         if self._environment is None:
-            there = self._pinned.among if self._pinned else None
-            count = {"gpu_count": len(there)} if there else {}
+            gpus = self._pinned.shared if self._pinned else None
+            count = {"gpu_count": len(gpus)} if gpus else {}
             self._environment = {**super().environment(), **count}
         return self._environment
 
     # -- what cannot be measured here ---------------------------------------------------------
 
-    def no_gpu(self, params: RunParams) -> str | None:
-        """Return why there is no GPU for a point, None if there is one or it needs none."""
-        if params.gpu_type != "cuda" or self._seat is None or self.count == 1:
+    def why_no_gpu(self, params: RunParams) -> str | None:
+        if params.gpu_type != "cuda" or self._slot is None or self.count == 1:
             return None
         if self._gpu is None:
-            there = len((self._pinned and self._pinned.among) or ())
+            gpus = len((self._pinned and self._pinned.shared) or ())
             return (
-                f"worker {self.id} has no GPU of its own: {self.count} workers of this host share "
-                f"{there} GPU{'s' * (there != 1)}"
+                f"worker {self.id} has no GPU of its own: {self.count} workers on this host share "
+                f"{plural(gpus, 'GPU')}"
             )
         if (seen := nvml.seen_by_cuda()) > 1:
             return (
-                f"worker {self.id} sees {seen} GPUs instead of its own: something that was "
-                "imported before this test has started CUDA; with an --int8 option on the command "
-                "line, workers take their GPUs before they import anything"
+                f"worker {self.id} sees {seen} GPUs instead of only its own: a module imported "
+                "before this test initialized CUDA; add an --int8 option to the command line, so "
+                "that workers select their GPU before importing anything"
             )
         return None
 
-    def not_kept(self) -> str | None:
-        """Return why results would be lost, None if they are not."""
-        if self._seat is not None:
+    def why_not_kept(self) -> str | None:
+        if self._slot is not None:
             return None
-        return "the process that started this worker runs without pytest-int8bench"
+        return "the pytest-xdist controller runs without pytest-int8bench"
 
-    def not_timed(self, params: RunParams) -> str | None:
-        """Return why times would mean nothing, None if they do."""
+    def why_not_timed(self, params: RunParams) -> str | None:
         if pytest_benchmark.is_disabled_by_user(self.config):
             return pytest_benchmark.DISABLED
         if params.gpu_type != "cuda" and self.count > 1:
-            return f"{self.count} workers on one CPU slow each other down, run with -n1"
-        return self.not_kept()
+            return f"{self.count} workers on one CPU slow each other down; run with -n1"
+        return self.why_not_kept()
 
-    def not_benchmarked(
+    def why_not_benchmarked(
         self, benchmark: pytest_benchmark.Benchmark, params: RunParams
     ) -> str | None:
-        """Return why pytest-benchmark is not to time a test, None if it is. It disables itself in
-        every worker, including one that is alone on its device."""
-        why = self.not_timed(params)
+        # pytest-benchmark disables itself in every worker: turn it on for those that can time.
+        why = self.why_not_timed(params)
         benchmark.set_disabled(why is not None)
         return why
 
-    # -- what is sent -------------------------------------------------------------------------
+    # -- messages to the controller -----------------------------------------------------------
 
-    def placed(self, result: Result) -> Result:
-        """Return ``result`` with who measured it."""
+    def with_worker(self, result: Result) -> Result:
         gpu = self._gpu if _is_on_gpu(result) else None
         where = {"id": self.id, "host": platform.node(), "gpu": gpu}
         return dataclasses.replace(result, worker=where)
 
     def record(self, record: Record) -> None:
-        """Send ``record`` with the next report."""
         if isinstance(record, Result):
-            record = self.placed(record)
+            record = self.with_worker(record)
         self._records.append(record)
         super().record(record)
 
     def _open_journal(self, environment: dict[str, Any]) -> Journal:
         return Journal(None, environment)
 
-    def begin(self, nodeid: str) -> None:
-        """Count the attempts of a test."""
+    def begin_attempt(self, nodeid: str) -> None:
         self._attempts[nodeid] += 1
-        super().begin(nodeid)
+        super().begin_attempt(nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     @guarded("sending results")
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Send what was found with a report that is sent: those of an attempt that failed and is
-        run again are made, but not all of them sent."""
+        """Attach queued records to a report that is sent; some reports of rerun attempts are
+        not."""
         point = self.points_of.get(report.nodeid)
         is_over = report.when == "teardown"
         message = Message(
@@ -184,13 +176,13 @@ class Worker(Recorder):
             attempt=self._attempts[report.nodeid],
         )
         self._records, self.reported = [], []
-        if message.says_something:
+        if message.is_worth_sending:
             setattr(report, KEY, message.to_json())
 
     def note_error(self, error: BaseException) -> None:
-        """Look whether ``error`` is of a device that cannot go on in this process."""
+        """Note whether ``error`` shows that the device is unusable in this process from now on."""
         torch = sys.modules.get("torch")
-        if torch is None or self._seat is None:
+        if torch is None or self._slot is None:
             return
         from pytest_int8bench.measure.memory import chain_of, oom_of
 
@@ -202,8 +194,8 @@ class Worker(Recorder):
     @guarded("looking at the device")
     def pytest_runtest_protocol(self) -> None:
         if self._is_lost:
-            # Every later call on the device would fail. A new worker takes over, and runs this
-            # test: the process that started this one knows.
+            # Every further call on the device would fail. The controller knows, and starts a new
+            # worker that runs this test.
             os._exit(1)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -213,27 +205,28 @@ class Worker(Recorder):
     ) -> Generator[None, object, object]:
         result = yield
         points = [params_of(item) for item in items if pytest_benchmark.uses_benchmark(item)]
-        if all(params and not self.not_timed(params) for params in points):
+        if all(params and not self.why_not_timed(params) for params in points):
             silence_xdist_warning(config)
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     @guarded("sending the tests")
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """Send which tests were found, before pytest-benchmark writes a file of this worker's."""
+        """Send the collected tests, and drop the timings left in this worker before
+        pytest-benchmark writes a file of its own."""
         with self.guard("sending the tests"):
             take_timings(self.config)
             found = {
                 "collected": [*self.session.collected],
                 "deselected": [*self.session.deselected],
-                # Those that no report could take: the last one may have failed to be sent.
+                # Problems since the last report that was sent.
                 "problems": self.reported,
             }
             self.config.workeroutput[KEY] = json.dumps(found)  # type: ignore[attr-defined]
         return (yield)
 
     def finish(self) -> bool:
-        """Free the models: the process that started this one saves and reports."""
+        """Free the models. The controller saves and reports."""
         with self.guard("freeing the models"):
             self.session.close()
         return True

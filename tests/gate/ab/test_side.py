@@ -606,4 +606,4 @@ def test_orphaned_process_does_not_begin(run_pytest: Pytest, tmp_path: Path) -> 
     (files.folder / "parent").write_text("1")
     done = run_pytest(files)
     assert done.returncode == 4
-    assert "ERROR: int8bench ab, which started this process, is gone" in done.stderr
+    assert "ERROR: the int8bench ab that started this process has ended" in done.stderr

@@ -15,8 +15,8 @@ from pytest_int8bench.params import RunParams
 from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 from pytest_int8bench.plugin.reading import read_settings
 from pytest_int8bench.plugin.session import Session
-from pytest_int8bench.plugin.xdist.controller import Controller, capped
-from pytest_int8bench.plugin.xdist.messages import KEY, SEAT, Message, unpacked
+from pytest_int8bench.plugin.xdist.controller import Controller, limit_workers
+from pytest_int8bench.plugin.xdist.messages import KEY, SLOT, Message, unpacked
 from pytest_int8bench.plugin.xdist.worker import Worker
 from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result
@@ -208,8 +208,7 @@ def test_more_workers_than_gpus(project: pytest.Pytester) -> None:
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     [error] = [line for line in result.errlines if line.startswith("ERROR")]
     assert error == (
-        "ERROR: -n 3: each worker needs a GPU of its own, and this machine has 2 GPUs: at most 2, "
-        "got 3 workers"
+        "ERROR: -n 3 asks for 3 workers, but this machine has 2 GPUs, and each worker needs its own"
     )
     assert not (project.path / "gpus").exists()
 
@@ -252,9 +251,9 @@ class Workers:
         self.controller.pytest_configure_node(node)
         return node
 
-    def seats(self) -> list[tuple[int, int]]:
+    def slots(self) -> list[tuple[int, int]]:
         given = [self.start(spec).workerinput[KEY] for spec in self.specs]
-        return [(seat["number"], seat["count"]) for seat in given]
+        return [(slot["number"], slot["count"]) for slot in given]
 
 
 @pytest.fixture
@@ -270,18 +269,18 @@ def controller_of(pytester: pytest.Pytester, *options: str) -> Controller:
 
 def test_workers_are_numbered_by_host(controller: Controller) -> None:
     here, there = Spec(), Spec(ssh="me@there")
-    assert Workers(controller, here, there, here, there).seats() == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert Workers(controller, here, there, here, there).slots() == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 def test_workers_behind_a_proxy_run_on_its_host(controller: Controller) -> None:
     proxy, behind = Spec(ssh="there"), Spec(via="proxy")
     workers = Workers(controller, behind, Spec(ssh="there"), Spec(), proxies={"proxy": proxy})
-    assert workers.seats() == [(0, 2), (1, 2), (0, 1)]
+    assert workers.slots() == [(0, 2), (1, 2), (0, 1)]
 
 
 def test_this_host_by_another_name_is_this_host(controller: Controller) -> None:
     local = Spec(socket="127.0.0.1:8888"), Spec(ssh="localhost"), Spec()
-    assert Workers(controller, *local).seats() == [(0, 3), (1, 3), (2, 3)]
+    assert Workers(controller, *local).slots() == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_a_new_worker_takes_the_place_of_one_that_crashed(controller: Controller) -> None:
@@ -298,7 +297,7 @@ def test_the_same_points_in_every_worker_are_refused(controller: Controller) -> 
         controller.pytest_xdist_node_collection_finished(
             workers.start(workers.specs[0]), [f"a.py::t[{name_of(1)}]"]
         )
-    assert str(caught.value) == "--dist=each: every worker would measure the same points"
+    assert str(caught.value) == "--dist=each: not supported, every worker would measure all points"
 
 
 def test_workers_for_other_tests_need_no_gpus(controller: Controller) -> None:
@@ -328,7 +327,7 @@ def test_auto_starts_one_worker_per_gpu(
     workers: int,
 ) -> None:
     monkeypatch.setattr("pytest_int8bench.nvml.visible", lambda: there)
-    assert capped(pytester.parseconfig(*options), 16) == workers
+    assert limit_workers(pytester.parseconfig(*options), 16) == workers
 
 
 # -- what workers find --------------------------------------------------------------------------
@@ -435,7 +434,7 @@ def test_an_attempt_after_a_crash_of_the_first_test_counts(controller: Controlle
 def test_a_worker_counts_its_attempts(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1)
     for attempt, is_said in ((1, False), (2, True)):
-        worker.begin("a.py::t")
+        worker.begin_attempt("a.py::t")
         report = SimpleNamespace(nodeid="a.py::t", when="teardown")
         worker.pytest_runtest_logreport(report)  # type: ignore[arg-type]
         assert hasattr(report, KEY) is is_said
@@ -477,10 +476,13 @@ def test_reports_other_machine(controller: Controller, change: dict[str, Any], w
     assert read(apart).results == [two, three]
     assert read(apart).environment == {**MACHINE, **change}
     name = what.partition(" ")[0]
+    remedy = f"add --int8-allow {name}"
+    if name == "commit":
+        remedy = "check out the same commit on all hosts"
     [problem] = controller.problems()
     assert problem == (
-        f"gw1 (h) measured on another machine or software than the first results: {what}; its 2 "
-        f"results are apart from the others, in {apart}; to put them together: --int8-allow {name}"
+        "gw1 (h) measured on another machine or with other software than the first worker: "
+        f"{what}; its 2 results are in a separate file, {apart}; to merge them, {remedy}"
     )
 
 
@@ -536,14 +538,14 @@ def test_lost_device_restarts_worker(controller: Controller) -> None:
 
 
 def worker_of(
-    pytester: pytest.Pytester, number: int, count: int, *options: str, seat: bool = True
+    pytester: pytest.Pytester, number: int, count: int, *options: str, has_slot: bool = True
 ) -> Worker:
-    if seat:
-        os.environ[SEAT] = f"{number}/{count}"  # which parsing takes out again
+    if has_slot:
+        os.environ[SLOT] = f"{number}/{count}"  # which parsing takes out again
     config: Any = pytester.parseconfig(*options)
-    assert SEAT not in os.environ
+    assert SLOT not in os.environ
     config.workerinput = {"workerid": f"gw{number}"}
-    if seat:
+    if has_slot:
         config.workerinput[KEY] = {"number": number, "count": count}
     return Worker(Session(config, read_settings(config)))
 
@@ -579,14 +581,14 @@ def test_single_worker_keeps_all_gpus(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"
     monkeypatch.setattr("pytest_int8bench.environment.fingerprint", lambda *_: {"gpu_count": 3})
     assert worker.environment() == {"gpu_count": 3}
-    assert worker.no_gpu(CUDA) is None
+    assert worker.why_no_gpu(CUDA) is None
 
 
 def test_a_worker_without_a_gpu_says_so(pytester: pytest.Pytester, three_gpus: None) -> None:
     worker = worker_of(pytester, 3, 4, "--int8-mode=w8")
-    assert worker.no_gpu(CPU) is None
-    assert worker.no_gpu(CUDA) == (
-        "worker gw3 has no GPU of its own: 4 workers of this host share 3 GPUs"
+    assert worker.why_no_gpu(CPU) is None
+    assert worker.why_no_gpu(CUDA) == (
+        "worker gw3 has no GPU of its own: 4 workers on this host share 3 GPUs"
     )
 
 
@@ -595,24 +597,24 @@ def test_a_worker_that_took_its_gpu_too_late_says_so(
 ) -> None:
     worker = worker_of(pytester, 1, 2, "--int8-mode=w8")
     late = (
-        "worker gw1 sees 3 GPUs instead of its own: something that was imported before this test "
-        "has started CUDA; with an --int8 option on the command line, workers take their GPUs "
-        "before they import anything"
+        "worker gw1 sees 3 GPUs instead of only its own: a module imported before this test "
+        "initialized CUDA; add an --int8 option to the command line, so that workers select their "
+        "GPU before importing anything"
     )
     for seen, why in ((1, None), (3, late)):
         monkeypatch.setattr("pytest_int8bench.nvml.seen_by_cuda", lambda seen=seen: seen)
-        assert worker.no_gpu(CUDA) == why
+        assert worker.why_no_gpu(CUDA) == why
 
 
 def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: None) -> None:
     several, alone = worker_of(pytester, 0, 2), worker_of(pytester, 0, 1)
-    assert several.not_timed(CUDA) is None
-    assert alone.not_timed(CPU) is None
-    assert several.not_timed(CPU) == "2 workers on one CPU slow each other down, run with -n1"
+    assert several.why_not_timed(CUDA) is None
+    assert alone.why_not_timed(CPU) is None
+    assert several.why_not_timed(CPU) == "2 workers on one CPU slow each other down; run with -n1"
     off = worker_of(pytester, 0, 2, "--benchmark-disable")
-    assert off.not_timed(CUDA) == "pytest-benchmark is disabled"
+    assert off.why_not_timed(CUDA) == "pytest-benchmark is disabled"
     on = worker_of(pytester, 0, 2, "--benchmark-disable", "--benchmark-enable")
-    assert on.not_timed(CUDA) is None
+    assert on.why_not_timed(CUDA) is None
 
 
 def test_a_worker_turns_the_clock_on_for_what_it_can_time(
@@ -620,16 +622,16 @@ def test_a_worker_turns_the_clock_on_for_what_it_can_time(
 ) -> None:
     worker = worker_of(pytester, 0, 2)
     fixture = SimpleNamespace(disabled=True)  # pytest-benchmark does so in every worker
-    assert worker.not_benchmarked(Benchmark(fixture), CUDA) is None
+    assert worker.why_not_benchmarked(Benchmark(fixture), CUDA) is None
     assert not fixture.disabled
-    assert worker.not_benchmarked(Benchmark(fixture), CPU) == worker.not_timed(CPU)
+    assert worker.why_not_benchmarked(Benchmark(fixture), CPU) == worker.why_not_timed(CPU)
     assert fixture.disabled
 
 
 def test_results_that_nobody_takes_are_not_measured(pytester: pytest.Pytester) -> None:
-    worker = worker_of(pytester, 0, 1, seat=False)
-    why = "the process that started this worker runs without pytest-int8bench"
-    assert worker.not_kept() == worker.not_timed(CUDA) == why
+    worker = worker_of(pytester, 0, 1, has_slot=False)
+    why = "the pytest-xdist controller runs without pytest-int8bench"
+    assert worker.why_not_kept() == worker.why_not_timed(CUDA) == why
 
 
 def test_messages_hold_plain_values_whatever_is_in_them() -> None:
