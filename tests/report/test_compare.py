@@ -135,7 +135,7 @@ def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None
     rules = Rules(limits=limits, floors={"batch-time": 0.04}, runs=(("x", {"throughput": 0.15}),))
     lines = text_of(compare(base, [new], rules)).splitlines()
     assert lines[2:-1] == [
-        "note: the new was measured with uncommitted changes",
+        "note: the new run was measured with uncommitted changes",
         "base: one, two (oneoneoneo, twotwotwot)",
         "new: new (unknown, uncommitted changes)",
         (

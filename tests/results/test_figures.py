@@ -225,8 +225,8 @@ def test_pytest_has_the_option_of_a_figure_that_an_early_plugin_registers(
     assert found.ret == pytest.ExitCode.OK
     shown = " ".join(" ".join(found.outlines).split())
     assert (
-        "--int8-max-tail-growth=LIMIT With --int8-compare, largest growth of the 95th percentile "
-        "over the median: a percentage, or off. Default: off" in shown
+        "--int8-max-tail-growth=LIMIT With --int8-compare, the largest growth of the 95th "
+        "percentile over the median: a percentage, or off. Default: off" in shown
     )
     assert " int8_max_tail_growth (string): Same as --int8-max-tail-growth " in shown
 
