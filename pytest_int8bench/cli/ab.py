@@ -21,12 +21,12 @@ from pytest_int8bench.results.checks import shown
 
 #: Field of Design -> meaning of its option.
 _DESIGN = {
-    "margin": "slowdown that is never a FAIL",
-    "max_slowdown": "slowdown that must be found, and that a PASS excludes",
-    "noise": "standard deviation between processes that the number of blocks must cope with",
-    "screening_blocks": "blocks of two processes, AB or BA, in an order drawn at random",
-    "verdict_blocks": "most blocks of four processes, two of each revision in an order drawn at "
-    "random, for what screening flags; a clear case takes a third of them",
+    "margin": "largest slowdown that is never a FAIL",
+    "max_slowdown": "slowdown that must be detected, and that a PASS rules out",
+    "noise": "standard deviation between processes for which the number of blocks must suffice",
+    "screening_blocks": "blocks of two processes, AB or BA in random order",
+    "verdict_blocks": "maximum number of blocks of four processes, two of each revision in random "
+    "order, for runs that screening flags; clear cases need a third of them",
 }
 
 
@@ -36,11 +36,11 @@ def add_ab(commands: Any) -> None:
         "ab",
         help="measure two revisions in alternation, and fail if the new one is slower",
         usage="int8bench ab [options] BASE_REV [NEW_REV] -- PYTEST ARGS",
-        description="Check both revisions out into git worktrees and measure them by fresh "
-        "processes of pytest in alternation, throughput only. Screening clears most runs; what it "
-        "flags is measured afresh and judged, until it is decided. Exit code 1: a run is slower "
-        "(FAIL); else 2: one is undecided (INCONCLUSIVE) or could not be compared; else 0. An "
-        "interrupted command goes on from its journal when it is given again.",
+        description="Check out both revisions into git worktrees and measure their throughput in "
+        "alternation, in fresh pytest processes. Screening clears most runs; flagged runs are "
+        "measured again until they are decided. Exits with 1 if a run is slower (FAIL); else "
+        "with 2 if a run is undecided (INCONCLUSIVE) or could not be compared; else with 0. "
+        "To resume an interrupted comparison, run the same command again.",
     )
     parser.add_argument("base_rev", metavar="BASE_REV", help="branch, tag or commit, e.g. main")
     parser.add_argument("new_rev", metavar="NEW_REV", nargs="?", help="default: HEAD")
@@ -55,28 +55,29 @@ def add_ab(commands: Any) -> None:
         "--statistic",
         choices=("auto", "median", "fastest"),
         default="auto",
-        help="what stands for a process: its median or its fastest round (default: auto, the "
-        "fastest without a GPU, where other load can only add to a time, else the median)",
+        help="represent a process by its median or its fastest round (default: auto, which is the "
+        "median on a GPU and the fastest on a CPU, where other load can only lengthen a "
+        "round)",
     )
     parser.add_argument(
         "--retries",
         type=int,
         default=3,
         metavar="N",
-        help="blocks to measure again because the GPU was slowed down by heat (default: 3)",
+        help="how many blocks to repeat because the GPU was throttled (default: 3)",
     )
     parser.add_argument(
         "--budget",
         type=as_argument_type(_parse_duration),
         metavar="TIME",
-        help="time to end in, such as 30m: no block is begun that would take longer, and nothing "
-        "is measured if screening alone would (default: none)",
+        help="time limit, such as 30m: a block that would exceed it is not started, and nothing is "
+        "measured if screening alone would exceed it (default: none)",
     )
     add_flag(parser, ALLOW_MISSING)
     parser.add_argument(
         "--allow-inconclusive",
         action="store_true",
-        help="what the blocks cannot decide does not count; it is still listed",
+        help="do not fail because of undecided runs; they are still listed",
     )
     add_outputs(parser)
 

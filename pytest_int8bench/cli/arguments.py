@@ -36,7 +36,7 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
         "--storage",
         type=Path,
         default=Path(".benchmarks"),
-        help="folder that pytest-benchmark saves in (default: .benchmarks)",
+        help="pytest-benchmark's storage folder (default: .benchmarks)",
     )
 
 

@@ -35,11 +35,11 @@ def add_compare(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare saved files of two commits, and fail if anything regressed",
-        description="Compare what was saved at two commits: throughput, batch time, peak memory, "
-        "compile time, accuracy verdicts, and the time per call of plain benchmarks. "
-        "Exit code 1: something regressed; else 2: something could not be compared, or is "
-        "suspected: it grew over its limit, but no more than processes of the same code may "
-        "differ by; else 0.",
+        description="Compare the saved results of two commits: throughput, batch time, peak "
+        "memory, compile time, accuracy verdicts, and the time per call of plain benchmarks. Exits "
+        "with 1 if something regressed; else with 2 if something could not be compared or is "
+        "suspected, that is, it grew over its limit but not by more than two processes of the "
+        "same code may differ; else with 0.",
     )
     _add_sides(parser)
     for limit in LIMITS:
@@ -52,10 +52,10 @@ def add_compare(commands: Any) -> None:
         type=as_argument_type(parse_floor),
         metavar="METRIC=SHARE",
         help=with_default(
-            "largest difference between two processes of your machine, such as throughput=3%: what "
-            "grew by more than that and its limit regressed; "
-            f"metrics are {', '.join(METRICS)}",
-            f"learned where there are files enough, such as 3 a side, else {floors}",
+            f"largest difference between two processes on your machine, such as throughput=3%; a "
+            "growth above this and the limit is a regression. Repeatable; metrics are "
+            f"{', '.join(METRICS)}",
+            f"learned from the files if there are enough, such as 3 per side, else {floors}",
         ),
     )
     add_flag(parser, ALLOW)
@@ -63,13 +63,14 @@ def add_compare(commands: Any) -> None:
     parser.add_argument(
         "--fail-on-inconclusive",
         action="store_true",
-        help="a verdict that was PASS and is INCONCLUSIVE is a regression",
+        help="treat a verdict that changed from PASS to INCONCLUSIVE as a regression",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="PYPROJECT",
-        help="file with a table tool.int8bench.gate (default: the closest pyproject.toml)",
+        help="file with a table [tool.int8bench.gate] (default: pyproject.toml of this folder or "
+        "its closest parent)",
     )
     add_outputs(parser)
 
@@ -80,22 +81,26 @@ def _add_sides(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="BASE NEW",
-        help="two files, folders of files (several runs of a side), or numbers of "
-        "pytest-benchmark such as 0003; the latest two of --storage by default",
+        help="two files, folders of files (several runs per side), or pytest-benchmark run numbers "
+        "such as 0003 (default: the latest two runs in --storage)",
     )
     parser.add_argument(
-        "--base", action="append", default=[], metavar="FILE", help="one more run of the base"
+        "--base", action="append", default=[], metavar="FILE", help="an additional run of the base"
     )
     parser.add_argument(
-        "--new", action="append", default=[], metavar="FILE", help="one more run of the new commit"
+        "--new",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an additional run of the new commit",
     )
     parser.add_argument(
         "-k",
         dest="pick",
         type=as_argument_type(parse_expression),
         metavar="EXPRESSION",
-        help="compare only runs whose run name, node id or workload match, as pytest's -k does: "
-        "'bert and not smoothq' (default: all)",
+        help="compare only runs whose run name, node id or workload matches, with the syntax of "
+        "pytest's -k: 'bert and not smoothq' (default: all)",
     )
     add_storage(parser)
 

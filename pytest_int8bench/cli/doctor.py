@@ -27,8 +27,9 @@ def add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="check versions, GPUs, compiler, folders and plugins before you measure",
-        description="Check what measuring needs, a line each: + or a tick, all is well; !, look at "
-        "this; x or a cross, mend this first. Exit code 1: there is a cross; else 0.",
+        description="Check this machine before you measure on it, one line per check. A tick (or "
+        "+) means all is well, ! means look at this, and a cross (or x) means fix this first. "
+        "Exits with 1 if there is a cross, else with 0.",
     )
     parser.add_argument(
         "--json",

@@ -26,14 +26,14 @@ def add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a saved file for Bencher or github-action-benchmark",
-        description="Write throughput, times, memory, energy, speedup and accuracy of a saved file "
-        "in the format of a service that keeps a history. Points that failed, ran out of memory, "
-        "were skipped or slowed down by heat are left out, and named on stderr.",
+        description="Convert throughput, times, memory, energy, speedup and accuracy of a saved "
+        "file to the format of a history service. Points that failed, ran out of memory, were "
+        "skipped or throttled are left out and listed on stderr.",
     )
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="a saved JSON file or a journal, or a number of pytest-benchmark such as 0003",
+        help="a saved JSON file, a journal, or a pytest-benchmark run number such as 0003",
     )
     parser.add_argument("--format", choices=(_BENCHER, _GITHUB), required=True)
     parser.add_argument(

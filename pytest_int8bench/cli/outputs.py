@@ -45,14 +45,14 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
         "--junit",
         type=Path,
         metavar="FILE",
-        help="write JUnit XML, in which a regression is a failure",
+        help="write JUnit XML in which each regression is a failure",
     )
     parser.add_argument(
         "--comment",
         type=Path,
         metavar="FILE",
-        help="write the report as Markdown for a comment on a pull request; the first line marks "
-        "the comment, so that it can be found and updated",
+        help="write the report as Markdown for a pull-request comment; its first line is a marker "
+        "by which a later run finds and updates the comment",
     )
 
 

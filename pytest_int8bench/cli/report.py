@@ -26,16 +26,15 @@ def add_report(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
         help="write a page, or Markdown, from saved files",
-        description="Write one file that shows what was saved: throughput, speedup, accuracy, "
-        "memory, compile time, where device time went, coverage and layer sensitivity, and with "
-        "several files the history, by the times in them. Of a point that several files have, the "
-        "last one is shown.",
+        description="Write saved results to one file: throughput, speedup, accuracy, memory, "
+        "compile time, device time, coverage and layer sensitivity, and, for several files, their "
+        "history. If several files contain the same point, the newest is shown.",
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="saved JSON files or journals, folders of them, or numbers of pytest-benchmark such "
+        help="saved JSON files or journals, folders of them, or pytest-benchmark run numbers such "
         "as 0003",
     )
     parser.add_argument(

@@ -31,19 +31,20 @@ def add_sensitivity(commands: Any) -> None:
     parser = commands.add_parser(
         "sensitivity",
         help="quantize one layer at a time and rank the layers by what that loses",
-        description="Quantize one layer, or block, at a time and rank them by the SQNR of the "
-        "model's outputs, worst first. The cost is linear in their number. Every other option "
-        "is the plugin's: --int8-workload, --int8-mode, --int8-set, --int8-weights …",
+        description="Quantize one layer or block at a time and rank them by the SQNR of the "
+        "model's outputs, worst first. The run time is proportional to their number. All other "
+        "options are passed to pytest, such as --int8-workload, --int8-mode, --int8-set and "
+        "--int8-weights.",
     )
     parser.add_argument(
-        "--by", choices=("layer", "block"), default="layer", help="what is quantized at a time"
+        "--by", choices=("layer", "block"), default="layer", help="what to quantize at a time"
     )
     parser.add_argument(
         "--metric",
         action="store_true",
-        help="rank by the drop of the workload's metric (on its samples for selection, if any)",
+        help="rank by the drop of the workload's metric, on its selection samples if it has any",
     )
-    parser.add_argument("--json", type=Path, help="file to save the table in")
+    parser.add_argument("--json", type=Path, help="file to save the table to")
 
 
 def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 def add_show(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
     parser = commands.add_parser("show", help="print the table of a saved JSON file or a journal")
-    parser.add_argument("file", type=Path, help="JSON of pytest-benchmark, or a journal (.jsonl)")
+    parser.add_argument("file", type=Path, help="pytest-benchmark JSON file, or a journal (.jsonl)")
 
 
 def run_show(arguments: argparse.Namespace) -> int:

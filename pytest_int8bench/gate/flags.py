@@ -52,7 +52,8 @@ LIMITS = tuple(
 ALLOW = Flag(
     "allow",
     "allow",
-    "part of the fingerprint that may differ, such as driver; or throttled",
+    "part of the fingerprint that may differ, such as driver, or throttled to accept "
+    "throttled points",
     "none",
     "NAME",
     repeatable=True,
@@ -61,7 +62,7 @@ ALLOW = Flag(
 ALLOW_MISSING = Flag(
     "allow-missing",
     "allow_missing",
-    "runs of the base that the new side lacks, or skips, do not count",
+    "ignore runs of the base that are missing or skipped in the new run",
     "off",
 )
 GATE_FLAGS = (*LIMITS, ALLOW, ALLOW_MISSING)
