@@ -84,6 +84,6 @@ def test_argparse_shows_what_a_reader_says() -> None:
 def test_the_help_of_ab_has_the_defaults_of_the_design() -> None:
     text = help_of(command("ab"))
     assert "--margin MARGIN largest slowdown that is never a FAIL (default: 1%)" in text
-    assert "--verdict-blocks N most blocks of four processes, two of each revision" in text
+    assert "--verdict-blocks N maximum number of blocks of four processes" in text
     given = command("ab").parse_args(["main", "--noise=2%", "--screening-blocks=6"])
     assert (given.noise, given.screening_blocks, given.max_slowdown) == (0.02, 6, 0.05)
