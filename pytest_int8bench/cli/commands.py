@@ -80,6 +80,7 @@ def _parse(
             if for_pytest and arguments.command != "ab":
                 rest += ["--", *for_pytest]
             if rest and arguments.command != "sensitivity":
+                parser.prog += f" {arguments.command}"
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
     finally:
         show(out.getvalue(), end="")
