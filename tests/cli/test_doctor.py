@@ -295,7 +295,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "torch 2.11.0+cu130; built for CUDA 13.0; what Python loads is torch 2.12.0",
+                "torch 2.11.0+cu130; built for CUDA 13.0; but Python loads torch 2.12.0",
                 "python -c 'import torch; print(torch.__file__)' says where that is",
             )
         ],
@@ -316,8 +316,8 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             ),
             Line(
                 WARNING,
-                "pytest-xdist is installed: with -n processes share cores, and GPUs",
-                "run one worker a GPU at most",
+                "pytest-xdist is installed: with -n, processes share cores and GPUs",
+                "run at most one worker per GPU",
             ),
             Line(OK, "other plugins, not known to change times: pytest-timeout"),
         ],

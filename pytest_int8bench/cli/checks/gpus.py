@@ -13,7 +13,7 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.words import plural
 
-_CPU_ONLY = "what a CPU shows says nothing about a GPU: measure on the GPU that you deploy on"
+_CPU_ONLY = "measure on the GPU that you deploy on; CPU figures say nothing about it"
 _NO_NVML = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 
 

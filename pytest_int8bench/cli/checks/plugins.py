@@ -20,7 +20,7 @@ _DISTURBING = {
     "pytest-monitor": ("it watches load and memory during each test", "run with --no-monitor"),
     "pytest-profiling": ("with --profile each call is profiled", "run without --profile"),
     "pytest-run-parallel": ("with --parallel-threads tests run at once", "run without it"),
-    "pytest-xdist": ("with -n processes share cores, and GPUs", "run one worker a GPU at most"),
+    "pytest-xdist": ("with -n, processes share cores and GPUs", "run at most one worker per GPU"),
 }
 # Variables that change what is measured -> how.
 _VARIABLES = {

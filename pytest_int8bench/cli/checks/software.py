@@ -76,7 +76,7 @@ def torch(machine: Machine) -> Iterator[Line]:
         findings.append(Line(OK, f"built for {build}"))
         known = package_version("torch")
         if known and report.version and Version(known).public != Version(report.version).public:
-            what = f"what Python loads is torch {report.version}"
+            what = f"but Python loads torch {report.version}"
             remedy = "python -c 'import torch; print(torch.__file__)' says where that is"
             findings.append(Line(PROBLEM, what, remedy))
     yield line.with_findings(findings)
@@ -135,7 +135,7 @@ def cuda(machine: Machine) -> Iterator[Line]:
             remedy = "install a CUDA build of torch, see https://pytorch.org/get-started"
             yield Line(WARNING, f"{text}, but torch is built without CUDA", remedy)
         else:
-            yield Line(OK, "CUDA: torch is built without it, and NVML knows no GPU")
+            yield Line(OK, "CUDA: torch is built without CUDA, and NVML reports no GPU")
     elif report.has_cuda or known is None or known[0] >= int(report.cuda.partition(".")[0]):
         yield Line(OK if known else WARNING, f"CUDA {report.cuda}, {text}")
     else:
