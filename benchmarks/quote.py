@@ -288,8 +288,8 @@ def _child(variant: Variant, points: list[Point], out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", help="by comma; all by default")
-    parser.add_argument("--variants", help="by comma; all by default")
+    parser.add_argument("--points", help="comma-separated; all by default")
+    parser.add_argument("--variants", help="comma-separated; all by default")
     parser.add_argument("--markdown", action="store_true", help="print rows for docs/fused.md")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -25,7 +25,7 @@ def _read_modes(text: str) -> dict[str, Any]:
     modes = _split(text)
     for mode in modes:
         if mode not in valid:
-            raise ValueError(f"must be one or more of {', '.join(valid)} by comma, got {mode!r}")
+            raise ValueError(f"must be a comma-separated list of {', '.join(valid)}, got {mode!r}")
     return {"modes": tuple(dict.fromkeys(modes))}
 
 

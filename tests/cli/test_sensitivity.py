@@ -99,7 +99,7 @@ def test_a_bad_option_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str]) 
     out, err = capfd.readouterr()
     assert out == ""
     assert [line for line in err.splitlines() if line] == [
-        "ERROR: --int8-mode: must be one or more of w8a8, w8, fp8, off by comma, got 'w4'"
+        "ERROR: --int8-mode: must be a comma-separated list of w8a8, w8, fp8, off, got 'w4'"
     ]
 
 

@@ -29,8 +29,8 @@ PERCENTAGE = "must be a percentage such as 1% (relative) or 1pp (absolute)"
 # Option -> bad value -> what is said about it.
 BAD_VALUES: dict[str, dict[str, str]] = {
     "mode": {
-        "w4": "must be one or more of w8a8, w8, fp8, off by comma, got 'w4'",
-        "w8,W8A8": "must be one or more of w8a8, w8, fp8, off by comma, got 'W8A8'",
+        "w4": "must be a comma-separated list of w8a8, w8, fp8, off, got 'w4'",
+        "w8,W8A8": "must be a comma-separated list of w8a8, w8, fp8, off, got 'W8A8'",
         "w8,": "must not have an empty item, got 'w8,'",
     },
     "sweep": {

@@ -479,7 +479,7 @@ def test_registered_modes_are_in_help_and_messages(
     assert "w8 (weights only), fp8 (" in text
     assert "toy (weights, dequantized) or off (BF16 only)" in text
     result = project.runpytest_subprocess("--int8-mode=w4")
-    message = "must be one or more of w8a8, w8, fp8, toy, off by comma, got 'w4'"
+    message = "must be a comma-separated list of w8a8, w8, fp8, toy, off, got 'w4'"
     result.stderr.fnmatch_lines([f"ERROR: --int8-mode: {message}"])
 
 
