@@ -232,7 +232,7 @@ def check_int8bench(
 def test_detects_wrong_command(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.UsageError, match="unrecognized arguments: --int8-modes"):
         check_pytest(pytester, ["benchmarks", "--int8-modes=w8a8"])
-    with pytest.raises(pytest.UsageError, match="--int8-mode: must be one or more of"):
+    with pytest.raises(pytest.UsageError, match="--int8-mode: must be a comma-separated list of"):
         check_pytest(pytester, ["benchmarks", "--int8-mode=w4"])
     with pytest.raises(AssertionError, match="unknown"):
         check_int8bench(pytester, monkeypatch, ["compare", "--slowdown", "a", "b"])
