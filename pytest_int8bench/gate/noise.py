@@ -1,21 +1,22 @@
-"""Say which growths saved files can show, by the noise between processes.
+"""Decide which growths saved files can show, given the noise between processes.
 
-A file is one process. The test compares the means of the logs of both sides: unchanged code gives a
-difference of 0, with the noise of a process times ``sqrt(1 / files + 1 / files)``. All metrics of
-all runs that are judged are one family, corrected by Holm, so that unchanged code regresses in at
-most 5 % of comparisons.
+Each file comes from one process. The test compares the mean logarithms of both sides: for unchanged
+code their difference is 0, with the noise of one process times ``sqrt(1 / files + 1 / files)``. All
+judged metrics of all runs form one family, corrected by Holm, so that unchanged code regresses in
+at most 5 % of comparisons.
 
-How noisy processes are is seen where a side has several files: the standard deviation of the logs
-inside the sides, of the run or pooled over all runs, whichever is larger. With few files it cannot
-be trusted: clocks that have two states can be in one of them in all files of a side, and look as
-steady as can be. Then processes are assumed to differ by no less than ``Figure.spread``, times with
-tails for outliers, and, where the rounds of a process do not settle its figure, by its standard
-error in addition (``Figure.standard_error``). So are those whose times are the same in all files,
-as of copies. No floor is learned from few files: a growth over the limit is at least suspected.
+The noise of a process is learned from sides with several files: it is the standard deviation of the
+logarithms within the sides, of the run or pooled over all runs, whichever is larger. With few files
+it cannot be trusted: clocks with two states can be in the same state in all files of a side and
+look perfectly steady. Processes are then assumed to differ by at least ``Figure.spread``, times to
+have heavy tails, and the standard error of a process's own figure is added if its rounds do not
+settle it (``Figure.standard_error``). The same applies if the times are equal in all files, such as
+copies. No floor is learned from few files: a growth over the limit is at least suspected.
 
-Against outliers: where the files show some, a growth must exceed the largest in addition, and one
-that is seen without them is at least suspected. Other load slows some rounds of a process and
-seldom all, so that where one process may decide, its fastest rounds must have grown, too.
+Two rules guard against outliers. If the files show one, a growth must exceed it as well, and a
+growth that appears only without it is at least suspected. And because other load slows down some
+rounds of a process but rarely all of them, the fastest rounds must have grown too if a single
+process can decide.
 """
 
 from __future__ import annotations
@@ -35,69 +36,69 @@ from pytest_int8bench.results.records import Timed
 
 #: Family-wise error of "regressed", for code that did not change.
 LEVEL = 0.05
-#: Floors that are learned are not below this: files hold rounded figures.
+#: Learned floors are at least this, because files contain rounded figures.
 _LEAST_FLOOR = 0.001
-#: Logs of absurd files, whose exponential would not be finite.
+#: Largest log whose exponential is taken; absurd files would overflow.
 _WIDEST = 100.0
-#: Fewer degrees of freedom would ask for growths that nobody would miss.
+#: With fewer degrees of freedom, only enormous growths could be shown.
 _LEAST_FREEDOM = 4
-#: Degrees of freedom of Student's t for times whose noise is assumed, at the same variance: among
-#: many runs, one is an outlier.
+#: Degrees of freedom of Student's t for times with assumed noise, scaled to the same variance:
+#: among many runs, one is an outlier.
 _TAILS = 5
 _TAILS_SCALE = math.sqrt(_TAILS / (_TAILS - 2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What the noise allows to be said of one metric of one run."""
+    """The noise of one metric of one run, and what it shows."""
 
     floor: float
-    """Growth, relative, that is no difference."""
+    """Relative growth up to which both sides count as equal."""
     learned: bool
-    """The floor comes from the scatter of the files."""
+    """Whether the floor was learned from the scatter of the files."""
     shown_from: float | None = None
-    """Growth from which on the files show a regression. None where the floor was given."""
+    """Growth from which the files show a regression; None if the floor was given."""
     assumed: float | None = None
-    """Standard deviation between processes that was assumed; None where the files show it, or show
-    a larger one; infinite where a process says nothing about its own noise."""
+    """Assumed standard deviation between processes; None if the files show a larger one or enough
+    of them exist; infinite if a process says nothing about its own noise."""
     files_needed: int | None = None
-    """Files of the base that would show the noise; None where there are enough."""
+    """Number of base files that would show the noise; None if there are enough."""
     is_shown: bool = True
-    """This growth is shown, at the family's level."""
+    """Whether this growth is shown, at the family's level."""
     fastest: float | None = None
-    """Growth of the fastest rounds, where it must be over the limit, too."""
+    """Growth of the fastest rounds, if that must exceed the limit too."""
     outlier: float | None = None
-    """How much slower a process was than others of its side, where that is part of
-    ``shown_from``."""
+    """How much slower a process was than others of its side, if ``shown_from`` includes it."""
     doubt: tuple[float, str] | None = None
-    """A growth that the typical figures may hide, and where it is seen."""
+    """A growth that the typical figures may hide, and where it shows."""
 
     def hides_growth(self, growth: float, limit: float) -> bool:
-        """Return whether one over the limit is seen, where the typical figures grew by less."""
+        """Return whether a growth over the limit shows although the typical figures grew by
+        less."""
         is_seen = self.doubt is not None and self.doubt[0] > max(limit, growth)
         return is_seen and growth <= max(limit, self.floor)
 
 
 class _Sample(NamedTuple):
-    """The logs of one metric of one run: those of the cost, that is."""
+    """The logarithms of one metric of one run, as costs (higher is worse)."""
 
     base: list[float]
     new: list[float]
     is_judged: bool
     error: float
-    """The largest standard error of a process's own figure."""
+    """Largest standard error of a process's own figure."""
     fastest: float | None
-    """Difference of the logs of the fastest rounds; None where it is not known."""
+    """Difference of the logs of the fastest rounds; None if unknown."""
 
     @property
     def scatter(self) -> tuple[float, int]:
-        """Sum of squares around the mean of each side, and its degrees of freedom."""
+        """Sum of squares around the mean of each side, and the degrees of freedom."""
         squares = sum(_squares(side) for side in (self.base, self.new))
         return squares, sum(max(len(side) - 1, 0) for side in (self.base, self.new))
 
     @property
     def outlier(self) -> float:
-        """By how much a process exceeds the mean of the others of its side at most."""
+        """Largest excess of a process over the mean of the others of its side."""
         sides = [side for side in (self.base, self.new) if len(side) > 1]
         over = ((max(s) - statistics.fmean(s)) * len(s) / (len(s) - 1) for s in sides)
         return max(over, default=0.0)
@@ -111,7 +112,7 @@ def _squares(logs: Sequence[float]) -> float:
 
 
 class NoiseFloors:
-    """Noise between processes, for each metric of each run of two sides."""
+    """The noise between processes for each metric of each run of two sides."""
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class NoiseFloors:
         self._judge(samples, rules)
 
     def of(self, identity: Identity, metric: Figure) -> Noise:
-        """Return the noise of a metric that both sides have."""
+        """Return the noise of a metric that both sides measured."""
         return self._found[identity, metric.name]
 
     def _judge(self, samples: Mapping[tuple[Identity, str], _Sample], rules: Rules) -> None:
@@ -147,7 +148,7 @@ class NoiseFloors:
         outliers: dict[str, float] = {}
         for (_, name), sample in samples.items():
             outliers[name] = max(outliers.get(name, 0.0), sample.outlier)
-        # Runs of the base count in the family before they are measured, as in a session of pytest.
+        # In a pytest session, base runs count in the family before they are measured.
         family = max(sum(sample.is_judged and bool(sample.base) for sample in samples.values()), 1)
         tests = {
             key: _Test(METRICS[key[1]], sample, pooled[key[1]], outliers[key[1]], LEVEL / family)
@@ -165,7 +166,7 @@ class NoiseFloors:
 
 
 def _pooled(samples: Mapping[tuple[Identity, str], _Sample], name: str) -> tuple[float, int]:
-    """Return the scatter of a metric inside the sides of all runs, as that of a sample."""
+    """Return a metric's scatter pooled over all runs, as ``_Sample.scatter``."""
     parts = [sample.scatter for (_, metric), sample in samples.items() if metric == name]
     return sum(squares for squares, _ in parts), sum(freedom for _, freedom in parts)
 
@@ -177,11 +178,11 @@ def _deviation(squares: float, freedom: int) -> float:
 class _Test:
     """One-sided test of one metric of one run: did its cost grow?
 
-    With four degrees of freedom or more it is a t test: for one new file, that is the prediction
-    interval of the base's scatter. Where the files are too few to show the noise, the growth must
-    exceed what processes that differ by ``Figure.spread`` would show, too. There, and of one new
-    process, so must the growth of the fastest rounds. A process that would be shown to be slower
-    than others of its own side is an outlier, and a growth must exceed it by as much.
+    With at least four degrees of freedom it is a t test; for one new file, this is the prediction
+    interval from the base's scatter. If the files are too few to show the noise, the growth must
+    also exceed what processes that differ by ``Figure.spread`` would show. In that case, and for a
+    single new process, the fastest rounds must have grown too. A process that would count as slower
+    than the others of its own side is an outlier, and a growth must exceed that outlier as well.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class _Test:
         self._fastest = sample.fastest if can_be_disturbed else None
         certain = self._difference if self._fastest is None else self._fastest
         self._certain = min(self._difference, certain)
-        # The same times in all files are copies, or rounded: they show no noise.
+        # Equal times in all files are copies or rounded, and show no noise.
         self._is_assumed = self._is_few or (metric.depends_on_clocks and not self._seen)
         self._least = math.hypot(metric.assumed_spread, sample.error)
         self._assumed = max(self._least, self._seen)
@@ -214,7 +215,7 @@ class _Test:
 
     @property
     def p(self) -> float:
-        """Of H0: the cost did not grow."""
+        """p-value of the null hypothesis that the cost did not grow."""
         growth = (self._certain - self._outlier) / self._error
         p = 0.0 if growth > 0 else 1.0
         if self._freedom >= _LEAST_FREEDOM and self._seen:
@@ -224,7 +225,7 @@ class _Test:
         return p
 
     def noise(self, level: float, *, is_shown: bool) -> Noise:
-        """Return what the noise allows to be said, at the level that is left for this test."""
+        """Return the noise of this metric, at the level left for this test."""
         floor = self._metric.floor
         learned = not self._is_few
         if learned:
@@ -246,17 +247,17 @@ class _Test:
         )
 
     def _reach(self, level: float) -> float:
-        """Return the growth that the scatter of the files shows."""
+        """Return the smallest log growth that the files' own scatter shows."""
         if self._freedom < _LEAST_FREEDOM:
             return 0.0
         return -float(_special().stdtrit(self._freedom, level)) * self._error * self._seen
 
     def _wide(self, level: float) -> float:
-        """Return the growth that is shown by what is assumed, 0 where nothing is."""
+        """Return the smallest log growth shown under the assumed noise, 0 if none is assumed."""
         return self._quantile(level) * self._error * self._assumed if self._is_assumed else 0.0
 
     def _doubt(self, level: float) -> tuple[float, str] | None:
-        """Return the largest growth that outliers hide."""
+        """Return the largest growth that outliers may hide, and where it shows."""
         base, new = self._sample.base, self._sample.new
         found = []
         beyond = self._quantile(level) * self._least * self._error
@@ -269,8 +270,7 @@ class _Test:
         return max(found, default=None)
 
     def _without_outlier(self, side: list[float], other: list[float], level: float) -> list[float]:
-        """Return a side without its slowest process, if that differs from the others by more than
-        they do."""
+        """Return a side without its slowest process if that one is an outlier."""
         rest = sorted(side)[:-1]
         if not rest:
             return side
@@ -283,14 +283,14 @@ class _Test:
         return rest if over > beyond * math.sqrt(1 + 1 / len(rest)) else side
 
     def _tail(self, deviations: float) -> float:
-        """Return the probability that assumed noise exceeds so many standard deviations."""
+        """Return the probability that assumed noise exceeds this many standard deviations."""
         p = float(_special().ndtr(-deviations))
         if not self._metric.is_time_of_batch:
             return p
         return max(p, float(_special().stdtr(_TAILS, -deviations * _TAILS_SCALE)))
 
     def _quantile(self, level: float) -> float:
-        """Return the standard deviations that assumed noise exceeds with that probability."""
+        """Return how many standard deviations assumed noise exceeds with probability ``level``."""
         return _quantile(level, has_tails=self._metric.is_time_of_batch)
 
 
@@ -311,7 +311,8 @@ def _quantile(level: float, *, has_tails: bool) -> float:
 
 
 def _fastest(metric: Figure, base: Sequence[Timed], new: Sequence[Timed]) -> float | None:
-    """Return the difference of the logs of the fastest rounds, where all processes know theirs."""
+    """Return the difference of the logs of the fastest rounds, or None if a process lacks its
+    own."""
     if not metric.is_time_of_batch:
         return None
     sides = [[record.fastest_s for record in side] for side in (base, new)]
@@ -327,12 +328,12 @@ def _share(log: float) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def shows_noise(base: int, new: int) -> bool:
-    """Return whether so many files show the noise between processes without an assumption.
+    """Return whether this many files show the noise between processes without an assumption.
 
-    If processes have two states, all files of the base can be in one of them and all new ones in
-    the other: the files look steady, and the difference real. However often each state is, that has
-    a probability of at most ``base ** base * new ** new / files ** files``. It must be under the
-    level, as it is from 7 and 1, 4 and 2, or 3 and 3 files on.
+    If processes have two states, all base files can be in one of them and all new files in the
+    other, which looks like a steady, real difference. Whatever the probabilities of the states,
+    this happens with a probability of at most ``base ** base * new ** new / files ** files``. It
+    must be below the level, which holds from 7 and 1, 4 and 2, or 3 and 3 files.
     """
     files = base + new
     chance = math.exp(base * math.log(base / files) + new * math.log(new / files))
@@ -341,16 +342,16 @@ def shows_noise(base: int, new: int) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def files_needed(new: int) -> int:
-    """Return how many files of the base show the noise, with so many new ones."""
+    """Return how many base files show the noise, given the number of new files."""
     return next(base for base in itertools.count(1) if shows_noise(base, new))
 
 
 def _holm(p: Sequence[float], family: int) -> list[bool]:
-    """Return which hypotheses are rejected, with a family-wise error of ``LEVEL`` however the tests
-    depend on each other.
+    """Return which hypotheses are rejected at a family-wise error of ``LEVEL``, under any
+    dependence.
 
-    Holm, Scandinavian Journal of Statistics 6, 1979, 65-70: the i-th smallest of the p-values times
-    the number of hypotheses less i - 1, until one is over the level.
+    Holm, Scandinavian Journal of Statistics 6, 1979, 65-70: the i-th smallest p-value is multiplied
+    by the number of hypotheses minus i - 1, until the product exceeds the level.
     """
     rejected = [False] * len(p)
     for place, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
@@ -361,8 +362,11 @@ def _holm(p: Sequence[float], family: int) -> list[bool]:
 
 
 def standard_error(record: Timed, metric: Figure) -> float:
-    """Return the relative standard error of a figure of one process. Where it is not known, it is
-    infinite for plain benchmarks, and 0 for points, which are measured until it is small."""
+    """Return the relative standard error of a figure of one process.
+
+    If it is unknown, it is infinite for plain benchmarks and 0 for points, which are measured until
+    it is small.
+    """
     error = getattr(record, metric.standard_error, None) if metric.standard_error else None
     if error is None:
         return math.inf if metric.of_benchmarks else 0.0
@@ -370,19 +374,19 @@ def standard_error(record: Timed, metric: Figure) -> float:
 
 
 def metric_values(results: Iterable[Timed], metric: Figure) -> list[float]:
-    """Return the values of a metric; those not above 0 have no relative growth."""
+    """Return the positive values of a metric; others have no relative growth."""
     found = (metric.of(result) for result in results)
     return [float(value) for value in found if value is not None and value > 0]
 
 
 def typical(values: Sequence[float]) -> float:
-    """Return the geometric mean, the mean of the logs."""
+    """Return the geometric mean."""
     if min(values) == max(values):
-        return values[0]  # as it was measured, without rounding
+        return values[0]  # exactly as measured
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def usable_results(results: Iterable[Timed]) -> list[Timed]:
-    """Return what was measured; throttled ones only where there are no others."""
+    """Return measured results; throttled ones only if there are no others."""
     measured = [result for result in results if result.status == "ok" and result.median_s]
     return [result for result in measured if not result.throttled] or measured
