@@ -41,30 +41,30 @@ class Side:
     environment: Mapping[str, Any]
     """Fingerprint of the first file."""
     commits: tuple[str, ...]
-    """In the order of the files; ``unknown`` where there is no repository."""
+    """One per file, in order; ``unknown`` without a repository."""
     dirty: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that differs between two sides."""
+    """The comparison of two sides."""
 
     base: Side
     new: Side
     differences: Mapping[str, tuple[Any, Any]]
-    """Names of the fingerprint that differ and are not allowed to: base's and new's value."""
+    """Differing names of the fingerprint that are not allowed to: values of base and new."""
     allowed: Mapping[str, tuple[Any, Any]]
-    """Names that differ and are allowed to."""
+    """Differing names that are allowed to."""
     runs: tuple[RunChange, ...]
     accuracy: tuple[VerdictChange, ...]
     notes: tuple[str, ...] = ()
-    """What its reader should know."""
+    """Notes for the reader."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Outcome -> number of runs."""
 
     @property
     def compared(self) -> int:
-        """Number of runs and verdicts that both sides have."""
+        """Number of runs and verdicts present on both sides."""
         measured = sum(bool(run.changes) for run in self.runs)
         judged = (v for v in self.accuracy if not v.is_pipeline_check)
         return measured + sum(bool(v.base and v.new) for v in judged)
@@ -85,7 +85,7 @@ def compare(
     rules: Rules,
     pick: Callable[[Collection[str]], bool] | None = None,
 ) -> Comparison:
-    """Compare two sides, each of one file or more.
+    """Compare two sides with at least one file each.
 
     A metric regressed if its cost grew by more than its limit, and the growth is shown. Several
     values of a side are taken at their geometric mean.
@@ -148,8 +148,8 @@ def _side(runs: Sequence[Run]) -> Side:
 
 
 def _differences(base: Sequence[Run], new: Sequence[Run]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between the fingerprints of any two files; the first one may know little
-    of its machine."""
+    """Return the differences between the fingerprints of all files, of which the first may be
+    partial."""
     environments = [run.saved.environment for run in (*base, *new)]
     found: dict[str, tuple[Any, Any]] = {}
     kinds: set[str] = set()
@@ -181,7 +181,7 @@ _Side = dict[Identity, list[_Record]]
 def _picked(
     before: _Side[_Record], after: _Side[_Record], pick: Callable[[Collection[str]], bool] | None
 ) -> tuple[_Side[_Record], _Side[_Record]]:
-    """Return both sides with the runs to compare: those that a name on either side picks."""
+    """Return both sides with the runs that match on either side."""
     if pick is None:
         return before, after
     names: dict[Identity, set[str]] = {}

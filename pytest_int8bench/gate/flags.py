@@ -9,21 +9,21 @@ from pytest_int8bench.results.figures import METRICS
 
 
 class Flag(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
-    """One option."""
+    """An option shared by pytest and ``int8bench``."""
 
     name: str
     dest: str
-    """Name of its value."""
+    """Attribute name of its value."""
     help: str
     """Meaning, without a full stop and without the default."""
     default: str
-    """The default as help shows it."""
+    """The default, as shown in help."""
     metavar: str | None = None
-    """None makes a switch."""
+    """None for a switch."""
     repeatable: bool = False
     read: Callable[[Any], Any] | None = None
-    """Convert the text, or the list of texts of a repeatable option; a ValueError names rule and
-    value. None for a switch."""
+    """Converts the text, or the list of texts of a repeatable option, or raises a ValueError that
+    names rule and value. None for a switch."""
 
 
 def _read_limit(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a comparison lets pass. Every pytest session loads this file."""
+"""The rules of a comparison. Every pytest session loads this file, so it must stay small."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pytest_int8bench.results.figures import METRICS
 
 @dataclass(frozen=True)
 class Rules:
-    """What a comparison lets pass."""
+    """Which changes a comparison accepts."""
 
     limits: Mapping[str, float | None] = field(default_factory=dict)
-    """Metric -> largest growth, relative; None judges nothing. What is not named keeps its
-    default."""
+    """Maps metrics to their largest relative growth, or None for no limit; others keep their
+    defaults."""
     runs: tuple[tuple[str, Mapping[str, float | None]], ...] = ()
-    """Pattern of run names or node ids -> limits that go before all others; the last match wins."""
+    """Maps patterns of run names or node ids to overriding limits; the last match wins."""
     floors: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> noise floor, in place of the default and of what the files show."""
+    """Maps metrics to noise floors that replace defaults and learned floors."""
     allow: frozenset[str] = frozenset()
-    """Names of the fingerprint that may differ, and ``throttled``."""
+    """Fingerprint names that may differ, or ``throttled``."""
     allow_missing: bool = False
-    """Runs that are gone, or skipped now, are listed only."""
+    """Only list runs that are missing or now skipped."""
     fail_on_inconclusive: bool = False
-    """A verdict that was PASS and is INCONCLUSIVE counts as a regression."""
+    """Treat a change from PASS to INCONCLUSIVE as a regression."""
 
     def limit(self, metric: str, *names: str) -> float | None:
-        """Return the limit of ``metric`` for the run that goes by ``names``."""
+        """Return the limit of ``metric`` for the run known by ``names``."""
         found = self.limits.get(metric, METRICS[metric].limit)
         for pattern, limits in self.runs:
             if metric in limits and _matches(pattern, names):
@@ -36,7 +36,7 @@ class Rules:
         return found
 
     def unmatched(self, runs: Iterable[tuple[str, ...]]) -> list[str]:
-        """Return the patterns that none of ``runs`` matches, each given by its names."""
+        """Return the patterns that match none of ``runs``, each a tuple of names."""
         known = list(runs)
         return [
             pattern for pattern, _ in self.runs if not any(_matches(pattern, run) for run in known)

@@ -1,4 +1,4 @@
-"""Say what the reader of a comparison of saved files should know."""
+"""Notes for the reader of a comparison of saved files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_int8bench.words import some
 
 
 def partial_notes(runs: Sequence[Run]) -> list[str]:
-    """Return a line for the files that say little of their machine, none if all say all."""
+    """Return a note for each kind of file that identifies its machine only partly."""
     named: dict[str, list[str]] = {}
     for run in runs:
         if (line := partly_known(run.saved.environment)) is not None:
@@ -31,8 +31,8 @@ def all_notes(
     *,
     is_whole: bool,
 ) -> list[str]:
-    """Return what the reader of a comparison should know, a line each; ``is_whole`` unless only
-    some runs were picked."""
+    """Return the notes of a comparison, one line each. ``is_whole`` is False if only some runs were
+    selected."""
     lines = partial_notes([*base, *new])
     nodeids = {run.nodeid for run in runs}
     shown = {run.nodeid for run in runs if run.is_benchmark}

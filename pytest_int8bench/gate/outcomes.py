@@ -40,30 +40,30 @@ PASSES, REGRESSES, UNDECIDED = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One metric of one run."""
+    """The change of one metric of one run."""
 
     metric: str
     growth: float
-    """By how much the cost grew, relative: 0.05 is 5 % worse, below 0 is better."""
+    """Relative growth of the cost: 0.05 is 5 % worse, below 0 is better."""
     limit: float | None
     floor: float
-    """Noise between processes: a growth of no more is no difference."""
+    """Noise floor between processes; smaller growths count as equal."""
     learned: bool
-    """The floor comes from the files given, not from the metric's default or the rules."""
+    """Whether the floor was learned from the files rather than given."""
     outcome: str
     shown_from: float | None = None
-    """Growth from which on the files show a regression, corrected for all that is judged; None
-    where the rules give the floor, which decides then."""
+    """Growth from which the files show a regression, corrected for the whole family; None if the
+    rules give the floor, which then decides."""
     assumed: float | None = None
-    """Standard deviation between processes that was assumed; None where the files show it, or show
-    a larger one; infinite where a process says nothing about its own noise."""
+    """Assumed standard deviation between processes; None if the files show it or a larger one;
+    infinite if a process says nothing about its own noise."""
     files_needed: int | None = None
-    """Files of the base with which nothing is assumed; None where there are enough."""
+    """Number of base files that would need no assumption; None if there are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One run, or one verdict, of both sides."""
+    """One run or verdict on both sides."""
 
     nodeid: str
     workload: str
@@ -74,21 +74,20 @@ class Compared:
 
     @property
     def is_benchmark(self) -> bool:
-        """It is a plain benchmark, not a point."""
+        """Whether it is a plain benchmark rather than a point."""
         return self.workload == PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunChange(Compared):
-    """One run of both sides."""
+    """One run on both sides."""
 
     base: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> geometric mean over the files of the base, in the unit of the field of
-    ``Result``."""
+    """Maps a metric to its geometric mean over the base files, in the unit of ``Result``."""
     new: Mapping[str, float] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
-    """Of the metrics that both sides have; empty where the run could not be compared."""
+    """Changes of the metrics that both sides have; empty if the run could not be compared."""
 
     def change(self, metric: str) -> Change | None:
-        """Return the change of ``metric``, None where a side does not have it."""
+        """Return the change of ``metric``, or None if a side lacks it."""
         return next((change for change in self.changes if change.metric == metric), None)

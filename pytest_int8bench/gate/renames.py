@@ -30,7 +30,7 @@ _Record = TypeVar("_Record", bound=Record)
 
 
 class Renames:
-    """The records among ``records`` that others among them have under a newer name.
+    """Records that also exist under a newer name.
 
     Attributes:
         lines: what to say of them.
@@ -48,7 +48,7 @@ class Renames:
         self._tell()
 
     def of(self, record: _Record) -> _Record:
-        """Return ``record`` with the newer name and its parameters, if it has one."""
+        """Return ``record`` under its newer name and parameters, if there is one."""
         newer = self._found.get(_key(record))
         if newer is None:
             return record
@@ -57,12 +57,12 @@ class Renames:
 
     @property
     def nodeids(self) -> dict[str, str]:
-        """Node ids that are not used any more, and what they are called now."""
+        """Maps outdated node ids to the current ones."""
         return {key[0]: newer.nodeid for key, newer in self._found.items()}
 
     def _refuse_other_models(self, known: dict[_Key, Record]) -> None:
-        """Leave out workloads that perhaps read the fields that are not in the newer names, unless
-        parameters or tokens say that their models are the same."""
+        """Exclude workloads that may read fields missing from the newer names, unless parameter or
+        token counts show that the models are the same."""
         for workload in dict.fromkeys(workload for _, workload, _ in self._found):
             pairs = [(known[k], n) for k, n in self._found.items() if k[1] == workload]
             dropped = [(old, new) for old, new in pairs if _point(old) != _point(new)]
@@ -95,13 +95,13 @@ class Renames:
 
 
 def renamed(runs: Sequence[Run]) -> tuple[list[Run], Renames]:
-    """Return the files with the newest names, and what was renamed."""
+    """Return the files under the newest names, and the renames."""
     found = Renames(record for run in runs for record in _records(run))
     return [_with_new_names(run, found) for run in runs], found
 
 
 def new_nodeid(record: Record, collected: Collection[str]) -> str:
-    """Return the node id among ``collected`` that a record of an older file has now; its own if
+    """Return the current node id, among ``collected``, of a record of an older file; unchanged if
     there is none."""
     start, tail = _around_name(record)
     for nodeid in collected:
@@ -130,7 +130,7 @@ def _records(run: Run) -> Iterator[Record]:
 
 
 def _pairs(records: Sequence[Record]) -> Iterator[tuple[_Key, Record]]:
-    """Yield the records that have newer names, with those that have these."""
+    """Yield the keys of records with older names, with the records that replace them."""
     newer: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in records:
         head, tail = _around_name(record)
@@ -162,7 +162,7 @@ def _key(record: Record) -> _Key:
 
 
 def _around_name(record: Record) -> tuple[str, str]:
-    """Return the node id before and behind the run name; all of it and "" if it holds none."""
+    """Return the parts of the node id around the run name; all of it and "" without one."""
     if not record.run_name:  # an empty separator is an error
         return (record.nodeid, "")
     head, name, tail = record.nodeid.rpartition(record.run_name)
@@ -170,7 +170,7 @@ def _around_name(record: Record) -> tuple[str, str]:
 
 
 def _heads(head: str, workload: str) -> Iterator[str]:
-    """Yield what stands before the name, with and without the workload of a marker."""
+    """Yield the part before the name, with and without a marker's workload."""
     yield head
     if len(head) > _LONGEST_HEAD:
         return
@@ -182,8 +182,8 @@ def _heads(head: str, workload: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=10_000)
 def _names(run_name: str) -> tuple[str, ...]:
-    """Return the names that a point of OlmoEarth's form may have now, its own and that with the
-    same fields first; nothing for another form."""
+    """Return the possible current names of a point named in OlmoEarth's form, starting with its own
+    and the one with the same fields; nothing for other forms."""
     if run_name.partition("_")[0] in DEVICES:
         return ()
     try:
@@ -203,7 +203,7 @@ def _point(record: Record) -> RunParams:
 
 
 def _fields(pairs: Iterable[tuple[Record, Record]]) -> str:
-    """Return the fields that the newer names do not set any more."""
+    """Return the fields that the newer names no longer set."""
     fields = {
         f"{name}={getattr(_point(old), name)}": None
         for old, new in pairs
@@ -214,8 +214,8 @@ def _fields(pairs: Iterable[tuple[Record, Record]]) -> str:
 
 
 def _work(record: Record) -> tuple[float | None, ...]:
-    """Return what tells models and inputs apart, as far as it was saved: parameters, and tokens and
-    pixels a sample."""
+    """Return what distinguishes models and inputs, as far as it was saved: number of parameters,
+    and tokens and pixels per sample."""
     if not isinstance(record, Result):
         return ()
     rate = record.samples_per_s

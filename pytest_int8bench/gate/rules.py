@@ -69,7 +69,7 @@ def parse_floor(text: str) -> tuple[str, float]:
 
 
 def check_allow(names: Iterable[str]) -> frozenset[str]:
-    """Return names that may differ.
+    """Return the fingerprint names that may differ.
 
     Raises:
         ValueError: naming the rule and the value, if one is no name of the fingerprint.
@@ -88,13 +88,13 @@ _FLAGS = {"allow-missing": "allow_missing", "fail-on-inconclusive": "fail_on_inc
 
 
 def find_pyproject(folder: Path) -> Path | None:
-    """Return the ``pyproject.toml`` of ``folder`` or of the closest folder above it."""
+    """Return the ``pyproject.toml`` of ``folder`` or of its closest parent that has one."""
     candidates = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_rules(path: Path | None) -> Rules:
-    """Read the rules in a ``pyproject.toml``; the defaults where it has none.
+    """Read the rules of a ``pyproject.toml``, or the defaults if it has none.
 
     Raises:
         ValueError: one line that names file, key, rule and value.

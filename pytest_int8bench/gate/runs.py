@@ -1,4 +1,4 @@
-"""One run of two commits, metric by metric."""
+"""Compare one run of two commits, metric by metric."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pytest_int8bench.gate.rules import THROTTLED
 from pytest_int8bench.results.figures import METRICS, Figure
 from pytest_int8bench.results.records import Timed
 
-# A side with several files has the worst status of them, if it is the new one.
+# If the new side has several files, the worst status counts.
 _WORST = ("accuracy-failed", "oom", "failed", "skipped")
 
 
@@ -57,11 +57,11 @@ def compare_run(
     """Compare the results that two sides have of one run.
 
     Args:
-        base: what was.
-        new: what is.
-        rules: what passes.
-        floors: how noisy the runs are.
-        why: why nothing that was measured can be compared, or None.
+        base: results of the base.
+        new: results of the new commit.
+        rules: the limits.
+        floors: the noise of all runs.
+        why: why measurements cannot be compared, or None.
     """
     known = (new or base)[0]
     common: dict[str, Any] = {
@@ -137,7 +137,7 @@ def _measured(
             noise = noises[metric.name] = floors.of(base[0].identity, metric)
             change = _change(metric, before, after, limit, noise)
             if is_hot and metric.depends_on_clocks:
-                # Neither a slowdown nor its absence is evidence then.
+                # A throttled GPU is no evidence, neither for a slowdown nor against one.
                 change = dataclasses.replace(change, outcome=NOT_JUDGED)
             changes.append(change)
     judged = {change.outcome for change in changes}

@@ -20,15 +20,15 @@ from pytest_int8bench.words import some
 
 
 class RegressionError(ClearError, AssertionError):
-    """A point got worse than its limits allow."""
+    """Raised if a point got worse than its limits allow."""
 
 
 class IncomparableError(ClearError, RuntimeError):
-    """A point cannot be compared, so that nothing is known about it."""
+    """Raised if a point cannot be compared."""
 
 
 class SessionGate:
-    """Holds the points of a session to those of saved files.
+    """Compares the points of a session with those in saved files.
 
     Args:
         base: the saved files, one process each.
@@ -43,11 +43,11 @@ class SessionGate:
 
     @property
     def name(self) -> str:
-        """What points are compared with."""
+        """Files that points are compared with, as text."""
         return some([str(run.path) for run in self._base])
 
     def check_machine(self, environment: Mapping[str, Any]) -> None:
-        """Refuse to compare what another machine or software measured.
+        """Reject results of a different machine or software.
 
         Raises:
             IncomparableError: one line with what differs.
@@ -82,7 +82,7 @@ class SessionGate:
         raise error(f"{change.outcome}: {name}: {change.reason}; compared with {self.name}")
 
     def forget(self, nodeid: str) -> None:
-        """Forget how a test's point compared: the test is run again."""
+        """Forget the comparison of a test that runs again."""
         self._judged.pop(nodeid, None)
 
     def problems(
@@ -93,7 +93,7 @@ class SessionGate:
         by_node: bool,
         is_gone: Callable[[str], bool],
     ) -> list[str]:
-        """Return what must not pass silently at the end of a session, a line each.
+        """Return problems that must fail the session, one line each.
 
         Args:
             collected: node ids of all tests that were found.
@@ -122,7 +122,7 @@ class SessionGate:
         return Renames([*(r for run in self._base for r in run.saved.timed), *self._timed])
 
     def _nodeid_now(self, result: Timed, renames: Renames, collected: Collection[str]) -> str:
-        """Return the node id that a point of the base has in this session; its own if none has."""
+        """Return the node id of a base point in this session; unchanged if there is none."""
         name = renames.of(result).nodeid
         if name in collected or name != result.nodeid:
             return name
@@ -130,7 +130,7 @@ class SessionGate:
         return result.nodeid if name in self._judged else name  # one judged is another model's
 
     def summary(self) -> list[str]:
-        """Return what came out, the points that are suspected, and those without a baseline."""
+        """Return the outcome, the suspected points, and those without a baseline."""
         count = Counter(change.outcome for change in self._judged.values())
         listed = ", ".join(f"{number} {outcome}" for outcome, number in count.items()) or "nothing"
         found = [c for o in (SUSPECTED, NEW) for c in self._judged.values() if c.outcome == o]

@@ -26,14 +26,14 @@ from pytest_int8bench.results.verdicts import Accuracy
 
 @dataclass(frozen=True, kw_only=True)
 class VerdictChange(Compared):
-    """One accuracy verdict of both sides."""
+    """An accuracy verdict on both sides."""
 
     metric: str
     base: str | None
-    """Outcome of the base's verdict."""
+    """Outcome on the base side."""
     new: str | None
     is_pipeline_check: bool = False
-    """The weights are random: it judges nothing."""
+    """Whether the weights are random, so that nothing is judged."""
 
 
 # -- verdicts -------------------------------------------------------------------------------
