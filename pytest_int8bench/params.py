@@ -104,7 +104,7 @@ class RunParams:
     """``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8`` (weights and
     dynamic activations in FP8, for reference) or a registered mode."""
     int8_smoothquant: bool = False
-    """Run a calibration pass and shift activation outliers into the weights before quantizing."""
+    """Calibrate and shift activation outliers into the weights first."""
     compile_mode: str = "max-autotune"
     """torch.compile mode, or ``off`` for eager."""
     compile_fullgraph: bool = True
@@ -113,14 +113,14 @@ class RunParams:
     """OlmoEarth version. For Sentinel-2, v1 makes three tokens where v1.1 and later make one."""
     attention: str = "flash"
     """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math``, ``short`` (this package's
-    kernel for sequences of up to 128 tokens) or ``auto`` (the fastest)."""
+    kernel for sequences of up to 128 tokens) or ``auto`` (fastest)."""
     int8_backend: str = "auto"
     """Source of the INT8 kernels: ``torchao``, ``fused`` or ``auto``."""
     int8_attention: bool = False
     """Multiply queries and keys in INT8 as well. Applies to attention without a mask that is not
     causal and that ``attention=short`` does not handle."""
     feed: str = "device"
-    """``device`` keeps the inputs on the device; ``host`` streams them from a DataLoader (CUDA only;
+    """``device`` keeps the inputs on the device; ``host`` streams from a DataLoader (CUDA only;
     the point is skipped on other devices)."""
     extra: Mapping[str, Scalar] = field(default_factory=FrozenDict)
     """Values of the workload's own axes, by name."""
@@ -176,7 +176,7 @@ class RunParams:
         return self.replace(**{name: _DEFAULTS[name] for name in FIELD_TYPES if name in _INT8})
 
     def identity(self) -> RunParams:
-        """Return the point with default measuring fields; only the other fields affect the model."""
+        """Return the point with default measuring fields, which do not affect the model."""
         return self.replace(**{name: _DEFAULTS[name] for name in MEASURING_FIELDS})
 
     # -- reading --------------------------------------------------------------------------
