@@ -1,7 +1,7 @@
 """INT8 inference benchmarks as pytest tests.
 
-The public names are loaded when they are first used, so that importing this package, as pytest
-does at every start, does not load torch.
+Public names load on first use: pytest imports this package at every start, and that must not
+load torch.
 """
 
 from __future__ import annotations

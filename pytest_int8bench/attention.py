@@ -1,9 +1,9 @@
-"""Attention backends: one row of :data:`BACKENDS` for each backend of
-``torch.nn.functional.scaled_dot_product_attention``, and one for our kernel for short sequences.
+"""The attention backends: those of ``torch.nn.functional.scaled_dot_product_attention`` and our
+kernel for short sequences.
 
-To add a backend, add a row here and its name to ``choices.ATTENTION_BACKENDS``. The check of
-parameters, ``attention=auto``, evidence and error messages follow. Importing this module does not
-load torch: RunParams needs the table to refuse impossible combinations.
+To add a backend, add a row to :data:`BACKENDS` and its name to ``choices.ATTENTION_BACKENDS``;
+parameter checks, ``attention=auto``, evidence and error messages use the table. Importing this
+module does not load torch, because RunParams needs it to reject impossible combinations.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _ANY = ("float32", *_HALF)
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """An attention backend, and all that the rest of the package knows about it."""
+    """An attention backend and everything the rest of the package knows about it."""
 
     sdpa: tuple[str, ...]
-    """Names of the members of ``torch.nn.attention.SDPBackend`` that it allows."""
+    """Names of the ``torch.nn.attention.SDPBackend`` members that it allows."""
     dtypes: Mapping[str, tuple[str, ...]]
-    """The dtypes of inputs that it takes, by device type; other devices do not have it."""
+    """Supported input dtypes by device type; unlisted devices lack the backend."""
     kernels: re.Pattern[str]
-    """Matches the names of its device kernels (CUDA) and operators (CPU)."""
+    """Pattern for the names of its device kernels (CUDA) and operators (CPU)."""
     is_general: bool = False
-    """Whether it takes masks and any head size, so that it can replace another backend."""
+    """Whether it supports masks and any head size, and so can replace other backends."""
 
     @functools.cached_property
     def sdpa_backends(self) -> tuple[SDPBackend, ...]:
-        """The members of ``torch.nn.attention.SDPBackend`` themselves."""
+        """The ``torch.nn.attention.SDPBackend`` members named in :attr:`sdpa`."""
         from torch.nn.attention import SDPBackend
 
         return tuple(getattr(SDPBackend, name) for name in self.sdpa)
 
 
-#: By name, in the order in which ``attention=auto`` prefers backends that take the same time.
+#: Backends by name; ``attention=auto`` breaks ties in this order.
 BACKENDS = {
     "flash": Backend(
         sdpa=("FLASH_ATTENTION",),
@@ -66,28 +66,28 @@ BACKENDS = {
     "math": Backend(
         sdpa=("MATH",),
         dtypes={"cuda": _ANY, "cpu": _ANY},
-        # On CUDA, math attention is matmuls and a softmax like those of other layers.
+        # On CUDA, math attention runs the same matmul and softmax kernels as other layers.
         kernels=re.compile(r"_scaled_dot_product_attention_math"),
         is_general=True,
     ),
     "short": Backend(
-        # Calls that our kernel does not take are left to torch.
+        # torch handles the calls that our kernel does not support.
         sdpa=("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
         dtypes={"cuda": _HALF},
         kernels=re.compile(r"\bshort_attention\b"),
     ),
 }
 
-#: The backend that is not one of SDPA: it replaces the calls in a model that it can compute.
+#: Our own backend, outside SDPA: it replaces the attention calls that it supports.
 SHORT = "short"
-#: What attention on INT8 queries and keys is called, beside the backends of SDPA.
+#: Name of attention on INT8 queries and keys, next to the names of SDPA backends.
 INT8 = "int8"
 _INT8_KERNELS = re.compile(r"\b(int8_attention|quantize_heads)\b")
 
 # Attention kernels that SDPA does not choose, such as FlashAttention 3 and FlexAttention.
 _OTHER_KERNELS = re.compile(r"FlashAttn|flex_attention|fmha")
 
-# Inductor names pointwise and reduction kernels after the operators that they were fused with.
+# Inductor names pointwise and reduction kernels after the operators fused into them.
 _FUSED_AROUND = re.compile(r"triton_(poi|red|per|for)_")
 
 
@@ -110,12 +110,12 @@ def sdpa_backends(attention: str) -> list[SDPBackend]:
 
 
 def backends_of(device_type: str) -> list[str]:
-    """Return the backends that a device has, in order of preference."""
+    """Return the backends available on a device, in order of preference."""
     return [name for name, backend in BACKENDS.items() if device_type in backend.dtypes]
 
 
 def general_backends() -> list[str]:
-    """Return the backends to try if another one cannot take a model's attention."""
+    """Return the backends to try when another does not support a model's attention."""
     return [name for name, backend in BACKENDS.items() if backend.is_general]
 
 
@@ -139,7 +139,7 @@ def impossible_reason(attention: str, device_type: str, *, bf16: bool) -> str | 
 
 
 def allowed_backends() -> tuple[bool, ...]:
-    """Return which backends SDPA is allowed to choose from now."""
+    """Return which backends SDPA may currently choose from."""
     from torch.backends import cuda
 
     return (
@@ -151,11 +151,11 @@ def allowed_backends() -> tuple[bool, ...]:
 
 
 class FlashSDPA:
-    """Context manager that allows one attention backend, flash by default, and no other.
+    """Context manager that allows a single attention backend (flash by default).
 
-    ``torch.nn.functional.scaled_dot_product_attention`` raises ``RuntimeError`` inside where
-    the backend cannot take the inputs (e.g. flash in FP32 or with a mask), so there is no
-    silent fall-back. May be entered again, also nested.
+    There is no silent fallback: inside it, ``torch.nn.functional.scaled_dot_product_attention``
+    raises ``RuntimeError`` for inputs that the backend does not support (e.g. flash in FP32 or
+    with a mask). Instances are reusable and may be nested.
     """
 
     def __init__(self, attention: str = "flash") -> None:
@@ -184,18 +184,18 @@ class FlashSDPA:
 
 
 def own_names(kernels: Iterable[str]) -> list[str]:
-    """Return the kernels that are named after what they do themselves."""
+    """Return the kernels that are named after their own operation."""
     return [name for name in kernels if not _FUSED_AROUND.match(name)]
 
 
 def is_int8_attention_kernel(kernel: str) -> bool:
-    """Return whether a kernel computes attention on INT8 queries and keys, or quantizes these."""
+    """Return whether a kernel quantizes queries and keys or computes attention on INT8 ones."""
     return bool(own_names([kernel]) and _INT8_KERNELS.search(kernel))
 
 
 def attention_kernel(kernels: Iterable[str]) -> str | None:
-    """Return the backend whose kernels are among ``kernels``, or None if no kernel is known; INT8
-    and ``short`` before the backends of calls that they do not compute."""
+    """Return the backend that ``kernels`` belong to, or None if unknown; INT8 and ``short`` take
+    precedence over the backends of the remaining calls."""
     names = own_names(kernels)
     if any(map(is_int8_attention_kernel, names)):
         return INT8
@@ -206,7 +206,7 @@ def attention_kernel(kernels: Iterable[str]) -> str | None:
 
 
 def is_attention_kernel(kernel: str) -> bool:
-    """Return whether a kernel computes attention, whoever chose it."""
+    """Return whether a kernel computes attention, chosen by SDPA or not."""
     return attention_kernel([kernel]) is not None or bool(
         own_names([kernel]) and _OTHER_KERNELS.search(kernel)
     )

@@ -1,5 +1,4 @@
-"""The values that RunParams fields may take, apart from numbers: what the help of the options needs
-without loading RunParams."""
+"""The allowed values of non-numeric RunParams fields, for option help without loading RunParams."""
 
 from __future__ import annotations
 
@@ -17,26 +16,25 @@ COMPILE_MODES = (
     "off",
 )
 ATTENTION_BACKENDS = ("flash", "cudnn", "efficient", "math", "short", "auto")
-# The kernel for short sequences fits few models; ``auto`` tries it.
+# The kernel for short sequences suits few models; ``auto`` tries it.
 SWEPT_ATTENTION = tuple(name for name in ATTENTION_BACKENDS if name != "short")
 INT8_BACKENDS = ("torchao", "fused", "auto")
 FEEDS = ("device", "host")
 
 
 class ModeChoice(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
-    """What options, run names and reports need to know of a quantization mode before torch is
-    imported."""
+    """A quantization mode as options, run names and reports see it, before torch is imported."""
 
     summary: str
-    """What is quantized, for help and advice: ``weights only``."""
+    """Short description of what is quantized, such as ``weights only``."""
     target: str
-    """Where its :class:`~pytest_int8bench.quantization.modes.Mode` is: ``package.module:NAME``."""
+    """Path of its :class:`~pytest_int8bench.quantization.modes.Mode`: ``package.module:NAME``."""
     precision: str = "INT8"
-    """What its weights are stored in, for messages."""
+    """Storage precision of the weights, for messages."""
     fused: bool = False
-    """The fused kernels run it."""
+    """Whether the fused kernels support it."""
     smoothquant: bool = True
-    """It takes SmoothQuant."""
+    """Whether it supports SmoothQuant."""
     cuda_only: bool = False
     bf16_only: bool = False
 
@@ -56,28 +54,28 @@ _BUILT_IN = {
         bf16_only=True,
     ),
 }
-#: The modes of this package.
+#: Built-in modes.
 INT8_MODES = tuple(_BUILT_IN)
 #: Values of the sweep key ``int8_mode``.
 SWEPT_MODES = ("w8a8", "w8")
 _modes = dict(_BUILT_IN)
-# Run names separate their parts by underscores and test ids by hyphens.
+# Underscores separate the parts of run names, and hyphens those of test ids.
 _MODE_NAME = re.compile(r"[a-z][a-z0-9]*")
 
 
 def mode_choices() -> dict[str, ModeChoice]:
-    """Return every quantization mode by name, registered ones after those of this package."""
+    """Return every quantization mode by name: built-in modes first, then registered ones."""
     return dict(_modes)
 
 
 def register_mode(name: str, choice: ModeChoice) -> None:
-    """Add a quantization mode from outside this package, for ``--int8-mode`` and ``RunParams``.
+    """Register a third-party quantization mode for ``--int8-mode`` and ``RunParams``.
 
-    Call it in a plugin or in a ``conftest.py``, so that it is known when options are read.
+    Call it in a plugin or a ``conftest.py``, before pytest parses its options.
     Registering the same choice again does nothing.
 
     Raises:
-        ValueError: for a name that is taken, or that cannot be part of a run name.
+        ValueError: if the name is already taken or cannot be part of a run name.
     """
     if name == "off" or not _MODE_NAME.fullmatch(name):
         raise ValueError(
@@ -90,13 +88,13 @@ def register_mode(name: str, choice: ModeChoice) -> None:
 
 
 def precision(params: Mapping[str, Any]) -> str:
-    """Return what the quantized layers of a saved point store: ``INT8``, or ``FP8``. A mode that
-    is not registered here, of a file that was saved elsewhere, counts as INT8."""
+    """Return the storage precision of a saved point's quantized layers, ``INT8`` or ``FP8``. A
+    mode that is not registered here counts as INT8 (the file may come from another machine)."""
     choice = _modes.get(str(params.get("int8_mode")))
     return choice.precision if choice is not None else "INT8"
 
 
 def takes_smoothquant(params: Mapping[str, Any]) -> bool:
-    """Say whether SmoothQuant goes with the mode of a saved point, as far as that is known."""
+    """Return whether the mode of a saved point supports SmoothQuant, as far as known."""
     choice = _modes.get(str(params.get("int8_mode")))
     return choice is None or choice.smoothquant

@@ -14,7 +14,7 @@ from typing import Any
 from pytest_int8bench.nvml import GpuState, find_gpu
 from pytest_int8bench.words import plural
 
-# torch's name for its settings of the allocator, and the older one.
+# torch's variable for allocator settings, and its older name.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _PACKAGES = ("torch", "triton", "torchao", "pytest-int8bench", "pytest-benchmark")
 
@@ -42,8 +42,8 @@ _CODE_PARTS = {
     "commit": "git commit of the folder that pytest runs in",
     "dirty": "whether ``git status`` shows anything there",
 }
-#: Everything that identifies machine and software, by the names that users allow to differ, and
-#: its meaning. The JSON keeps the GPU's in the object ``gpu`` and versions in ``packages``.
+#: Everything that identifies machine and software: name that users can allow to differ -> meaning.
+#: The JSON stores the GPU's entries in the object ``gpu`` and versions in ``packages``.
 FINGERPRINT = {
     "gpu": "name of the GPU (``name`` in ``gpu``)",
     **_GPU_PARTS,
@@ -52,18 +52,18 @@ FINGERPRINT = {
     **_CODE_PARTS,
 }
 FINGERPRINT_NAMES = tuple(FINGERPRINT)
-#: What may differ between results that are compared.
+#: Entries that may differ between compared results.
 MAY_DIFFER = tuple(_CODE_PARTS)
 
 
 def fingerprint(root: Path, tracers: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what identifies machine and software; None where something cannot be read.
+    """Return what identifies machine and software; unreadable entries are None.
 
     Loads torch.
 
     Args:
-        root: the folder whose git commit is read.
-        tracers: what slows down this process while clocks run.
+        root: the folder whose git commit to read.
+        tracers: the tools that slow down this process while clocks run.
     """
     git = _read(
         {
@@ -78,8 +78,8 @@ def fingerprint(root: Path, tracers: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the fingerprint without what traces the process, and without the code that is
-    measured. Loads torch."""
+    """Return the fingerprint without tracers and without the git state of the measured code. Loads
+    torch."""
     import torch
 
     return _read(
@@ -117,7 +117,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _read(parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Read each part of a description of the machine; what cannot be read is None, for a
+    """Read each part of a machine description; a part that cannot be read becomes None, because a
     measurement does not depend on it."""
     found: dict[str, Any] = dict.fromkeys(parts)
     for name, read in parts.items():
@@ -127,12 +127,11 @@ def _read(parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between two fingerprints and must not: name -> both values.
+    """Return the forbidden differences between two fingerprints: name -> both values.
 
-    Names are those of :data:`FINGERPRINT_NAMES`; what is missing in a fingerprint is None, except
-    in one that lists in ``only`` what it knows: of the rest it says nothing. Triton counts where
-    there is a GPU: on a CPU none of its kernels are timed, and only some ways to install torch
-    bring it.
+    Names come from :data:`FINGERPRINT_NAMES`. A missing entry is None, but if a fingerprint lists
+    its known entries in ``only``, the others are not compared. Triton counts only with a GPU: on a
+    CPU no Triton kernel is timed, and not every torch installation includes Triton.
     """
     before, after = flat(base), flat(new)
     left_out = MAY_DIFFER if base.get("gpu") or new.get("gpu") else (*MAY_DIFFER, "triton")
@@ -145,7 +144,7 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
     }
 
 
-#: What compiled code does not depend on.
+#: Entries that compiled code does not depend on.
 _NOT_COMPILED_FOR = (
     "memory_bytes",
     "power_limit_w",
@@ -157,15 +156,15 @@ _NOT_COMPILED_FOR = (
 
 
 def compiled_for() -> dict[str, Any]:
-    """Return the part of the fingerprint that compiled code depends on: hardware, driver, and the
-    versions of what compiles. Loads torch."""
+    """Return the part of the fingerprint that compiled code depends on: hardware, driver and
+    compiler versions. Loads torch."""
     found = flat(machine())
     left_out = (*MAY_DIFFER, *_NOT_COMPILED_FOR)
     return {name: value for name, value in found.items() if name not in left_out}
 
 
 def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a fingerprint by :data:`FINGERPRINT_NAMES`; what is missing in it is None."""
+    """Flatten a fingerprint to :data:`FINGERPRINT_NAMES`; missing entries are None."""
     gpu, packages = environment.get("gpu") or {}, environment.get("packages") or {}
     return {
         "gpu": gpu.get("name"),
@@ -176,7 +175,7 @@ def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(environment: dict[str, Any]) -> str:
-    """Return the machine and the versions as one line."""
+    """Describe the machine and the versions in one line."""
     packages = environment.get("packages") or {}
     if gpu := environment.get("gpu"):
         parts = [gpu.get("name"), f"CUDA {environment.get('cuda')}"]
@@ -190,7 +189,7 @@ def describe(environment: dict[str, Any]) -> str:
 def gpu_state() -> GpuState | None:
     """Read clock, temperature, power and throttle reasons of the current GPU through NVML.
 
-    Returns None without CUDA or where NVML does not answer.
+    Return None without CUDA or if NVML fails.
     """
     state: GpuState | None = _read({"state": _gpu_state})["state"]
     return state
@@ -208,7 +207,7 @@ def _gpu_state() -> GpuState | None:
 
 def package_version(package: str) -> str | None:
     """Return the version of an installed package, from its metadata."""
-    with contextlib.suppress(Exception):  # not installed, or its metadata are damaged
+    with contextlib.suppress(Exception):  # not installed, or damaged metadata
         return importlib.metadata.version(package)
     return None
 
@@ -222,7 +221,7 @@ def _cpu_model() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return what git prints, whatever bytes the names of files are; None where it fails."""
+    """Return git's output, or None if git fails; file names may hold any bytes."""
     command = ["git", "-C", str(root), *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
     return os.fsdecode(done.stdout).strip() if done.returncode == 0 else None

@@ -1,31 +1,31 @@
-"""Errors that say in one line what to do."""
+"""Errors whose one-line message tells the user what to do."""
 
 from __future__ import annotations
 
 
 class ClearError(Exception):
-    """The message says it all: pytest shows it without a traceback of this package."""
+    """An error that pytest shows without a traceback, because its message is sufficient."""
 
 
 class AccuracyError(ClearError, AssertionError):
-    """A candidate lost too much, or it cannot be excluded that it did."""
+    """A candidate lost too much accuracy, or such a loss could not be ruled out."""
 
 
 class UndecidedError(AccuracyError):
-    """Too few samples to tell whether a candidate lost too much: nothing is shown against it, and
-    what was measured of it stands."""
+    """There are too few samples to decide whether a candidate lost too much accuracy; its
+    measurements remain valid."""
 
 
 class WorkloadError(ClearError, ValueError):
-    """A workload that does not give what it must."""
+    """A workload does not return what it must."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a message of another library, without the pages of advice after
-    it; the error's name where it has none."""
+    """Return the first line of another library's error message, or the error's name if the message
+    is empty; such messages may continue with pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else repr(error)
 
 
 class QuantizationError(ClearError, ValueError):
-    """Nothing could be quantized, or a layer could not."""
+    """A layer, or the whole model, could not be quantized."""

@@ -1,4 +1,4 @@
-"""Recognize errors that mean "out of memory", whatever library says so."""
+"""Recognize out-of-memory errors of any library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pytest_int8bench.errors import ClearError
 
-# As torch, the drivers of CUDA, HIP and SYCL, Triton, compilers and allocators put it.
+# The wording of torch, the CUDA, HIP and SYCL drivers, Triton, compilers and allocators.
 _TEXT = re.compile(
     r"out[ _]of[ _]((host|device)[ _])?memory|OutOf(Host|Device)?Memory"
     r"|MemoryAllocation|Error Memory Allocation|rocblas_status_memory_error"
@@ -19,8 +19,8 @@ _TEXT = re.compile(
     r"|DefaultCPUAllocator: .*allocate|bad_alloc|RESOURCE_EXHAUSTED",
     re.DOTALL | re.IGNORECASE,
 )
-# Triton's "out of resource: shared memory" and CUDA's "too many resources requested for launch" are
-# about the size of a kernel.
+# Triton's "out of resource: shared memory" and CUDA's "too many resources requested for launch"
+# concern the size of a kernel.
 _KERNEL_TOO_LARGE = re.compile(r"out of resource|resources requested for launch", re.IGNORECASE)
 _TYPE = re.compile(r"Out_?Of_?Memory", re.IGNORECASE)
 _REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+)\s*([KMG]?i?B|bytes)")
@@ -37,8 +37,8 @@ def _is_oom(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # The text of what bindings of C and C++ raise; an AssertionError's or a ValueError's is a
-    # user's, a ClearError's is ours.
+    # Search only the text of errors that C and C++ bindings raise: users write the messages of
+    # AssertionError and ValueError, and we write those of ClearError.
     if not isinstance(error, RuntimeError) or isinstance(error, ClearError):
         return False
     text = str(error)
@@ -46,8 +46,7 @@ def _is_oom(error: BaseException) -> bool:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error`` and what it was raised from; torch.compile keeps that in a field of its
-    own."""
+    """Yield ``error`` and its causes; torch.compile stores the cause in its own field."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -62,7 +61,7 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def requested_bytes(error: BaseException) -> int | None:
-    """Return the bytes whose allocation failed, if ``error`` or its cause says so."""
+    """Return the size in bytes of the failed allocation, if ``error`` or a cause states it."""
     match = _REQUEST.search(str(oom_of(error) or error))
     if match is None or match[2] not in _UNITS:
         return None

@@ -1,4 +1,4 @@
-"""Values of parameters: immutable dictionaries, scalars, and their text forms."""
+"""Parameter values: immutable dictionaries, scalars and their text forms."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from urllib.parse import quote
 
 Scalar: TypeAlias = str | int | float | bool
 
-#: What the name of an axis of a workload looks like.
+#: Pattern for the names of a workload's axes.
 EXTRA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 
 
 class FrozenDict(Mapping[str, Scalar]):
-    """A hashable, ordered-by-key mapping; equality also compares the types of the values."""
+    """A hashable mapping, ordered by key; equality also compares the types of values."""
 
     __slots__ = ("_items",)
 
@@ -49,10 +49,10 @@ class FrozenDict(Mapping[str, Scalar]):
 
 
 def parse_bool(text: str) -> bool:
-    """Read ``true``/``false``, ``1``/``0``, ``yes``/``no`` or ``on``/``off``.
+    """Parse ``true``/``false``, ``1``/``0``, ``yes``/``no`` or ``on``/``off``.
 
     Raises:
-        ValueError: saying rule and value.
+        ValueError: for any other text; the message names the rule and the value.
     """
     words = {"true": True, "1": True, "yes": True, "on": True}
     words |= {"false": False, "0": False, "no": False, "off": False}
@@ -70,7 +70,7 @@ def parse_extras(text: str) -> FrozenDict:
 
 
 def parse_extra(text: str) -> Scalar:
-    """Read the value of an ``extra`` axis: ``true``, ``12``, ``0.5``, or text (``"12"`` quoted)."""
+    """Parse a value of an ``extra`` axis: ``true``, ``12``, ``0.5``, or text (``"12"`` quoted)."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -89,7 +89,7 @@ def to_text(value: Scalar) -> str:
 
 
 def escape(text: str) -> str:
-    """Percent-encode what separates items of a run name or disturbs a pytest id or a shell."""
+    """Percent-encode characters that separate run name items or break pytest ids or shells."""
     return quote(text, safe=".,+=-").replace("_", "%5F")
 
 
@@ -99,7 +99,7 @@ def checked_extra(extra: Any) -> FrozenDict:
     for key, value in extra.items():
         if not isinstance(key, str) or not EXTRA_NAME.fullmatch(key):
             raise ValueError(f"extra names must be identifiers such as seq_len, got {key!r}")
-        # Exactly these: a subclass would not come back from a name.
+        # Exactly these types: parsing a run name cannot restore a subclass.
         if type(value) not in (str, int, float, bool):
             raise ValueError(f"extra.{key} must be str, int, float or bool, got {value!r}")
         if isinstance(value, float) and value - value != 0:

@@ -1,7 +1,7 @@
 """The parameters of one run: a frozen dataclass, its name, and its environment variables.
 
-A run name is the human-readable identity of a point, is used as pytest id, and can be read
-back::
+A run name is the human-readable identity of a point. It serves as the pytest id and can be
+parsed::
 
     >>> p = RunParams(int8_enabled=True)
     >>> p.run_name
@@ -9,8 +9,7 @@ back::
     >>> RunParams.from_run_name(p.run_name) == p
     True
 
-Workloads other than OlmoEarth have names without OlmoEarth's fields, unless those differ from
-their defaults::
+Names of other workloads include OlmoEarth's fields only where they differ from their defaults::
 
     >>> p.with_short_name().run_name
     'cuda_bf16_int8_w8a8_max-autotune_bs128'
@@ -58,7 +57,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "feed": FEEDS,
 }
 
-#: Fields that say how to measure or report. They never enter names, ids or model identity.
+#: Fields that control measuring and reporting. They never enter names, ids or model identity.
 MEASURING_FIELDS = (
     "benchmark_interval_s",
     "min_batches_per_interval",
@@ -74,9 +73,9 @@ ENV_PREFIX = "INT8BENCH_"
 class RunParams:
     """One point of a benchmark.
 
-    A field that is wrong by itself raises ``ValueError`` naming field, rule and value. A
-    combination that cannot be run is told by :meth:`impossible_reason`, so that a sweep can
-    hold it and skip it.
+    An invalid field raises a ``ValueError`` that names the field, the rule and the value. An
+    invalid combination raises nothing: :meth:`impossible_reason` reports it, so that a sweep can
+    contain it and skip it.
     """
 
     model_size: str = "base"
@@ -88,13 +87,13 @@ class RunParams:
     use_landsat: bool = False
     """Feed Landsat (11 bands)."""
     image_size: int = 64
-    """Image height and width in pixels of 10 m."""
+    """Image height and width in pixels (10 m each)."""
     patch_size: int = 4
     """Patch height and width in pixels."""
     num_timesteps: int = 12
-    """Images per location."""
+    """Number of images per location."""
     batch_size: int = 128
-    """Samples per forward."""
+    """Samples per forward pass."""
     gpu_type: str = "cuda"
     """Device type: ``cuda`` or ``cpu``."""
     bf16: bool = True
@@ -103,38 +102,38 @@ class RunParams:
     """Quantize the linear layers to INT8."""
     int8_mode: str = "w8a8"
     """``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8`` (weights and
-    dynamic activations in FP8, for reference), or a mode that was registered."""
+    dynamic activations in FP8, for reference) or a registered mode."""
     int8_smoothquant: bool = False
-    """Move activation outliers into the weights first, after a calibration pass."""
+    """Calibrate and shift activation outliers into the weights first."""
     compile_mode: str = "max-autotune"
     """torch.compile mode, or ``off`` for eager."""
     compile_fullgraph: bool = True
     """Require the model to compile as one graph."""
     model_version: str = "v1"
-    """OlmoEarth version; v1 makes three tokens where v1.1 and later make one (Sentinel-2)."""
+    """OlmoEarth version. For Sentinel-2, v1 makes three tokens where v1.1 and later make one."""
     attention: str = "flash"
     """Attention backend: ``flash``, ``cudnn``, ``efficient``, ``math``, ``short`` (this package's
-    kernel for sequences of up to 128 tokens) or ``auto``, the fastest."""
+    kernel for sequences of up to 128 tokens) or ``auto`` (fastest)."""
     int8_backend: str = "auto"
-    """Where the INT8 kernels come from: ``torchao``, ``fused`` or ``auto``."""
+    """Source of the INT8 kernels: ``torchao``, ``fused`` or ``auto``."""
     int8_attention: bool = False
-    """Multiply queries and keys in INT8 too, where attention has no mask and is not causal, and no
-    ``attention=short`` takes it."""
+    """Multiply queries and keys in INT8 as well. Applies to attention without a mask that is not
+    causal and that ``attention=short`` does not handle."""
     feed: str = "device"
-    """``device``: inputs stay on the device; ``host``: a DataLoader streams them there (CUDA only;
-    elsewhere the point is skipped)."""
+    """``device`` keeps the inputs on the device; ``host`` streams from a DataLoader (CUDA only;
+    the point is skipped on other devices)."""
     extra: Mapping[str, Scalar] = field(default_factory=FrozenDict)
-    """Axes of a user's workload, by name."""
+    """Values of the workload's own axes, by name."""
     benchmark_interval_s: float = 10.0
-    """Seconds that the timed rounds of one point may take."""
+    """Time limit for the timed rounds of one point, in seconds."""
     min_batches_per_interval: int = 10
-    """Batches measured at least, also where they take longer than the interval."""
+    """Minimum number of batches to measure, even if they exceed the interval."""
     profiler_enabled: bool = False
-    """Write a trace and a table of the kernels of one forward."""
+    """Write a trace and a kernel table of one forward pass."""
     wandb_enabled: bool = False
-    """Log the point to Weights & Biases when the session is over."""
+    """Log the point to Weights & Biases at the end of the session."""
 
-    # No field: both names stand for the same point.
+    # Not a dataclass field: points that differ only here are equal.
     _has_short_name = False
 
     def __post_init__(self) -> None:
@@ -146,7 +145,7 @@ class RunParams:
     # -- changing -------------------------------------------------------------------------
 
     def replace(self, **changes: Any) -> RunParams:
-        """Return a copy with ``changes``; an unknown name or a bad value is a ``ValueError``."""
+        """Return a copy with ``changes``; raise ``ValueError`` for an unknown name or bad value."""
         for name in changes:
             if name not in FIELD_TYPES and name != "extra":
                 raise ValueError(
@@ -155,10 +154,10 @@ class RunParams:
         return dataclasses.replace(self, **changes).with_short_name(self._has_short_name)
 
     def with_short_name(self, is_short: bool = True) -> RunParams:
-        """Return the same point, named for a workload other than OlmoEarth, or for OlmoEarth.
+        """Return the same point with a short name (other workloads) or a full one (OlmoEarth).
 
         Args:
-            is_short: begin :attr:`run_name` with the device, and let OlmoEarth's fields enter only
+            is_short: start :attr:`run_name` with the device, and include OlmoEarth's fields only
                 where they differ from their defaults.
         """
         if is_short == self._has_short_name:
@@ -177,13 +176,13 @@ class RunParams:
         return self.replace(**{name: _DEFAULTS[name] for name in FIELD_TYPES if name in _INT8})
 
     def identity(self) -> RunParams:
-        """Return the point with its measuring fields at their defaults: what a model depends on."""
+        """Return the point with default measuring fields, which do not affect the model."""
         return self.replace(**{name: _DEFAULTS[name] for name in MEASURING_FIELDS})
 
     # -- reading --------------------------------------------------------------------------
 
     def impossible_reason(self) -> str | None:
-        """Say why this combination of fields cannot be run, or return None."""
+        """Return why this combination of fields cannot run, or None."""
         if not self.has_short_name and (problem := self._impossible_images()) is not None:
             return problem
         on_cuda = self.gpu_type == "cuda"
@@ -198,7 +197,7 @@ class RunParams:
         return self._impossible_mode() if self.int8_enabled else None
 
     def _impossible_images(self) -> str | None:
-        """Say why OlmoEarth has no such inputs, or return None."""
+        """Return why OlmoEarth has no such inputs, or None."""
         if not (self.use_s1 or self.use_s2 or self.use_landsat):
             return "no modality: use_s1, use_s2 and use_landsat are all false"
         if self.image_size < self.patch_size:
@@ -208,7 +207,7 @@ class RunParams:
         return None
 
     def _impossible_mode(self) -> str | None:
-        """Say why the mode cannot run with the other fields, or return None."""
+        """Return why the mode cannot run with the other fields, or None."""
         modes = mode_choices()
         mode, on_cuda = modes[self.int8_mode], self.gpu_type == "cuda"
         if mode.cuda_only and not on_cuda:
@@ -232,20 +231,19 @@ class RunParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunParams:
-        """Read what :meth:`to_dict` wrote."""
+        """Create a point from the output of :meth:`to_dict`."""
         return cls().replace(**values)
 
     # -- names ----------------------------------------------------------------------------
 
     @property
     def run_name(self) -> str:
-        """The name of the point. Only fields outside the fixed part that differ are appended."""
+        """The name of the point; fields outside the fixed part appear only if not the default."""
         return run_names.write(vars(self), _DEFAULTS, is_short=self.has_short_name)
 
     @classmethod
     def from_run_name(cls, name: str) -> RunParams:
-        """Read a run name, of OlmoEarth or of another workload; measuring fields get their
-        defaults.
+        """Parse the run name of any workload; measuring fields get their defaults.
 
         Raises:
             ValueError: if ``name`` is not a run name.
@@ -266,13 +264,13 @@ class RunParams:
 
     @classmethod
     def from_env_vars(cls, environ: Mapping[str, str] | None = None) -> RunParams:
-        """Read what :meth:`to_env_vars` wrote; a variable that is absent gives the default.
+        """Create a point from the variables of :meth:`to_env_vars`; missing ones get the default.
 
         Args:
-            environ: the variables; ``os.environ`` by default.
+            environ: the environment variables; defaults to ``os.environ``.
 
         Raises:
-            ValueError: naming the variable, if a value cannot be read.
+            ValueError: if a value cannot be parsed; the message names the variable.
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
@@ -287,7 +285,7 @@ class RunParams:
         return cls(**values)
 
 
-#: Name -> type of each RunParams field but ``extra``, in order.
+#: Name -> type of each RunParams field except ``extra``, in order.
 FIELD_TYPES: dict[str, type] = {
     spec.name: {"str": str, "int": int, "float": float, "bool": bool}[cast("str", spec.type)]
     for spec in dataclasses.fields(RunParams)
@@ -300,10 +298,10 @@ _INT8 = {name for name in FIELD_TYPES if name.startswith("int8_")}
 
 
 def parse_field(name: str, text: str) -> Any:
-    """Read the value of RunParams field ``name`` from ``text``.
+    """Parse ``text`` as the value of the RunParams field ``name``.
 
     Raises:
-        ValueError: naming field, rule and value.
+        ValueError: if ``text`` is invalid; the message names the field, the rule and the value.
     """
     if name not in FIELD_TYPES:
         raise ValueError(
@@ -326,7 +324,7 @@ def parse_field(name: str, text: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return ``value`` if it is right for field ``name``, else raise ``ValueError``."""
+    """Return ``value`` if it is valid for field ``name``, else raise ``ValueError``."""
     kind: Any = FIELD_TYPES[name]
     if kind is float and type(value) is int:
         try:

@@ -1,4 +1,4 @@
-"""Make text harmless that comes from files, and print text by a function that cannot fail."""
+"""Sanitize text that comes from files, and print without ever failing."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import sys
 import unicodedata
 from typing import IO, Any
 
-#: Unicode's categories of characters that nobody sees and terminals obey: controls (ESC, NUL, C1),
-#: formats (bidirectional overrides), surrogates, and separators of lines and paragraphs.
+#: Unicode categories of invisible characters that affect terminals: controls (ESC, NUL, C1),
+#: formats (bidirectional overrides), surrogates, and line and paragraph separators.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-#: Formats that scripts and emoji are written with: the zero-width joiner and non-joiner.
+#: Format characters that scripts and emoji need: the zero-width joiner and non-joiner.
 _JOINERS = "\u200c\u200d"
-#: What XML, and so SVG and JUnit, cannot hold besides.
+#: Further characters that XML (hence SVG and JUnit) cannot contain.
 _NO_CHARACTERS = "\ufffe\uffff"
-# Controls but for tabs, newlines, and the escapes that set colors.
+# Control characters except tabs, newlines and color escapes.
 _CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
-# What the log of a CI server would take for a command: GitHub Actions at the start of a line
+# Text that CI servers interpret as log commands: GitHub Actions at the start of a line
 # (`::error::`), others anywhere in it (`##[error]`, `##vso[task…]`, `##teamcity[…]`).
 _COMMAND = re.compile(r"^([^\S\n]*):(?=:)|#(?=#(?:vso|teamcity)?\[)", re.MULTILINE)
 
 
 def one_line(text: str) -> str:
-    r"""Return ``text`` as one line that a terminal shows and does not obey: runs of white space
-    are one space where they hold more than spaces, and unseen characters are written as in
-    Python, such as ``\x1b``."""
+    r"""Return ``text`` as one line that is safe to print in a terminal.
+
+    White space other than plain spaces collapses to one space, and invisible characters become
+    Python escapes such as ``\x1b``."""
     if text.isprintable():
         return text
     flat = re.sub(r"\s+", lambda found: " " if found[0].strip(" ") else found[0], text)
@@ -41,8 +42,7 @@ def _seen(character: str) -> str:
 
 
 def cleaned(value: Any) -> Any:
-    """Return what was read from a file with all its texts, keys too, as :func:`one_line` has
-    them."""
+    """Return data read from a file with :func:`one_line` applied to all its strings and keys."""
     if isinstance(value, str):
         return one_line(value)
     if isinstance(value, dict):
@@ -53,8 +53,8 @@ def cleaned(value: Any) -> Any:
 
 
 def printable(text: str, encoding: str | None = None) -> str:
-    """Return lines that a stream of this encoding can take, in which neither a terminal nor the
-    log of a CI server finds a command. Colors stay."""
+    """Return ``text`` without terminal or CI log commands and limited to ``encoding``; colors
+    stay."""
     text = _CONTROL.sub(lambda found: _seen(found[0]), text)
     text = _COMMAND.sub(lambda found: f"{found[1] or ''}\\:" if ":" in found[0] else "#\\", text)
     encoding = encoding or "utf-8"
@@ -62,18 +62,18 @@ def printable(text: str, encoding: str | None = None) -> str:
 
 
 def show(text: str, *, error: bool = False, end: str = "\n") -> None:
-    """Print to stdout, or with ``error`` to stderr, at once.
+    """Print to stdout, or to stderr with ``error``, and flush.
 
-    What was measured must not depend on who reads along: a stream that is closed, full or a broken
-    pipe swallows this text and all that follows.
+    Output must not affect a measurement: a closed, full or broken stream silently drops this text
+    and all that follows.
     """
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed before Python started
+    if stream is None:  # stdout was closed before Python started
         return
     try:
         stream.write(printable(text + end, getattr(stream, "encoding", None)))
         stream.flush()
-    except (OSError, ValueError) as problem:  # ValueError: closed since
+    except (OSError, ValueError) as problem:  # ValueError: the stream was closed
         _silence(stream)
         if not error and not isinstance(problem, BrokenPipeError):
             why = getattr(problem, "strerror", None) or problem
@@ -81,8 +81,8 @@ def show(text: str, *, error: bool = False, end: str = "\n") -> None:
 
 
 def _silence(stream: IO[str]) -> None:
-    """Lead a stream to nowhere: what it still holds would fail when Python ends, which changes
-    the exit code."""
+    """Redirect a stream to devnull: flushing its buffer at exit would fail and change the exit
+    code."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:

@@ -1,7 +1,7 @@
-"""Run names: how a point is written as one word, and read back.
+"""Write and parse run names, the one-word names of points.
 
-There are two forms. Those of OlmoEarth begin with the model's size and hold sensors, image, patch
-and timesteps; those of other workloads begin with the device, and hold these fields only where
+There are two forms. OlmoEarth's names begin with the model size and contain sensors, image, patch
+and timesteps. Names of other workloads begin with the device and contain these fields only where
 they differ from their defaults.
 """
 
@@ -16,10 +16,10 @@ from urllib.parse import unquote
 from pytest_int8bench.choices import COMPILE_MODES, DEVICES, MODEL_SIZES, mode_choices
 from pytest_int8bench.param_values import EXTRA_NAME, escape, extra_text, to_text
 
-#: Fields of the fixed part -> how they are written there.
+#: Fields of the fixed part -> their text form.
 _SENSORS = {"use_s1": "s1", "use_s2": "s2", "use_landsat": "ls"}
 _SIZES = {"image_size": "is", "patch_size": "ps", "num_timesteps": "ts"}
-#: Fields that stand behind the fixed part, where they differ from their defaults.
+#: Fields that follow the fixed part where they differ from their defaults.
 _APPENDED = (
     "int8_mode",
     "int8_smoothquant",
@@ -31,7 +31,7 @@ _APPENDED = (
     "int8_attention",
     "feed",
 )
-#: Fields of OlmoEarth's fixed part that stand there in the names of other workloads.
+#: Fields of OlmoEarth's fixed part that follow it in the names of other workloads.
 _APPENDED_BY_OTHERS = ("model_size", "use_s2")
 _AXIS = rf"extra\.{EXTRA_NAME.pattern}"
 _ITEM = re.compile(rf"_({'|'.join([*_APPENDED_BY_OTHERS, *_APPENDED, _AXIS])})-([^_]*)")
@@ -42,8 +42,8 @@ def write(values: Mapping[str, Any], defaults: Mapping[str, Any], *, is_short: b
 
     Args:
         values: every field.
-        defaults: the default of each field but ``extra``.
-        is_short: whether the workload is another than OlmoEarth.
+        defaults: the default of each field except ``extra``.
+        is_short: whether the workload is not OlmoEarth.
     """
     is_int8 = values["int8_enabled"]
     named = [n for n in (*_SENSORS, *_SIZES) if not (is_short and values[n] == defaults[n])]
@@ -69,11 +69,10 @@ def write(values: Mapping[str, Any], defaults: Mapping[str, Any], *, is_short: b
 
 
 def read(name: str) -> tuple[dict[str, str], bool]:
-    """Return the fields that a run name holds, axes as ``extra.NAME``, each as text, and whether
-    its workload is another than OlmoEarth.
+    """Return a run name's fields as text (axes as ``extra.NAME``), and whether it is short.
 
     Raises:
-        ValueError: if it is not a run name.
+        ValueError: if ``name`` is not a run name.
     """
     modes = tuple(mode_choices())
     match, is_short = _pattern(modes, False).fullmatch(name), False
@@ -92,7 +91,7 @@ def read(name: str) -> tuple[dict[str, str], bool]:
 
 @functools.cache
 def _pattern(modes: tuple[str, ...], is_short: bool) -> re.Pattern[str]:
-    """Return the pattern of run names of one form. Modes may be registered at any time."""
+    """Return the pattern for one form of run names; not a constant, as modes may register late."""
     sensors = {name: f"(?P<{name}>_{short})?" for name, short in _SENSORS.items()}
     sizes = {name: rf"_{short}(?P<{name}>\d+)" for name, short in _SIZES.items()}
     appended = [*_APPENDED, _AXIS]
