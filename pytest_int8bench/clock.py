@@ -1,4 +1,4 @@
-"""The clock of a measurement. Imports nothing heavy, so that pytest markers may name it."""
+"""Clocks for measurements. Imports nothing heavy, so that pytest markers can refer to it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Numbers that tools may register under with ``sys.monitoring``, since Python 3.12.
+# Tool ids of ``sys.monitoring`` (Python 3.12 and later).
 _MONITORING_TOOLS = range(6)
 
 
 def synchronize() -> None:
-    """Wait until the current CUDA device has done all its work; nothing without CUDA."""
+    """Wait until the current CUDA device is idle; do nothing without CUDA."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def synchronized_perf_counter() -> float:
-    """Seconds of ``time.perf_counter`` after all submitted device work is done.
+    """Return ``time.perf_counter()`` in seconds after all submitted device work is done.
 
-    A host clock alone sees when kernels are submitted, not when they end.
+    A host clock alone shows when kernels are submitted, not when they end.
     """
     synchronize()
     return time.perf_counter()
@@ -33,12 +33,11 @@ def synchronized_perf_counter() -> float:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Take tracers and profilers of Python away while a clock runs, and put them back after it.
+    """Pause Python tracers and profilers while a clock runs.
 
-    Coverage, debuggers and profilers trace each line or call of this process, which slows down
-    what runs in Python, such as an eager model, and leaves kernels as they are. Found are those
-    that use ``sys.settrace``, ``sys.setprofile`` or ``sys.monitoring``, in this thread and in
-    threads that are started meanwhile.
+    Coverage, debuggers and profilers trace each line or call, which slows down Python code, such
+    as an eager model, but not kernels. This pauses tools that use ``sys.settrace``,
+    ``sys.setprofile`` or ``sys.monitoring``, in this thread and in threads started meanwhile.
     """
     tools = _pause_monitoring()
     tracer, profiler = sys.gettrace(), sys.getprofile()
@@ -62,8 +61,7 @@ def untraced() -> Iterator[None]:
 
 
 def _comes_back(profiler: Any) -> bool:
-    """Return whether a profiler can be put back once it is taken away; one that is written in C may
-    not be."""
+    """Return whether a profiler can be restored once removed; one written in C may not be."""
     return callable(profiler) or (hasattr(profiler, "enable") and hasattr(profiler, "disable"))
 
 
@@ -82,9 +80,10 @@ def _start_profiler(profiler: Any) -> None:
 
 
 def _pause_monitoring() -> list[tuple[int, int, dict[int, Any]]]:
-    """Take away the events and callbacks of each tool, and return them.
+    """Remove the events and callbacks of each tool, and return them.
 
-    The callbacks too: events may also be set for single functions, which cannot be listed.
+    Callbacks are removed too, because events may be set for single functions, which cannot be
+    listed.
     """
     monitoring: Any = getattr(sys, "monitoring", None)
     if monitoring is None:
@@ -104,7 +103,7 @@ def _pause_monitoring() -> list[tuple[int, int, dict[int, Any]]]:
 def _resume_monitoring(paused: list[tuple[int, int, dict[int, Any]]]) -> None:
     monitoring: Any = getattr(sys, "monitoring", None)
     for tool, events, callbacks in paused:
-        if monitoring.get_tool(tool) is None:  # it has ended meanwhile
+        if monitoring.get_tool(tool) is None:  # the tool has ended meanwhile
             continue
         for event, callback in callbacks.items():
             if callback is not None:
@@ -113,15 +112,15 @@ def _resume_monitoring(paused: list[tuple[int, int, dict[int, Any]]]) -> None:
 
 
 def lasting_tracers() -> list[str]:
-    """Return what slows down this process, or each launch of a kernel, and cannot be taken away
-    for a while."""
+    """Return the names of tools that slow down this process or each kernel launch and cannot be
+    paused."""
     found = ["tracemalloc"] if tracemalloc.is_tracing() else []
     tracer, profiler = sys.gettrace(), sys.getprofile()
     if tracer is not None and not callable(tracer):
         found.append(type(tracer).__name__)
     if profiler is not None and not _comes_back(profiler):
         found.append(type(profiler).__name__)
-    yappi = sys.modules.get("yappi")  # written in C, and seen by nothing else
+    yappi = sys.modules.get("yappi")  # written in C; sys does not show it
     found += ["yappi"] if yappi is not None and yappi.is_running() else []
     found += ["Python's development mode"] if sys.flags.dev_mode else []
     # Set by Nsight Systems and Compute, and by compute-sanitizer.
