@@ -204,7 +204,7 @@ def check_labels(
 
 
 def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
-    """Compare the attention kernels that ran with what was asked for."""
+    """Compare the attention kernels that ran with the requested backend."""
     label = params.run_name
     int8 = [kernel for kernel in evidence.kernels if is_int8_attention_kernel(kernel.name)]
     if bool(int8) != params.int8_attention:
@@ -218,7 +218,7 @@ def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
             f"kernels: {evidence.top()}"
         )
     ran = attention_kernel(kernel.name for kernel in evidence.kernels if kernel not in int8)
-    # Kernels of math attention are not known by their names; ours is.
+    # Math attention's kernels cannot be recognized by name; ours can.
     unknown = None if asked != SHORT else asked
     if asked != "auto" and ran not in (unknown, asked):
         raise EvidenceError(
