@@ -1,4 +1,4 @@
-"""``attention=auto``: measure which backend runs a model's attention in the least time."""
+"""``attention=auto``: measure which backend runs a model's attention fastest."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _ROUNDS = 5
 _ROUND_S = 0.002
 _MOST_CALLS = 20
 
-#: Backend and call -> seconds, infinity where the backend does not take the call.
+#: Backend and call -> seconds, or infinity if the backend does not support the call.
 Timings = dict[tuple[str, Call], float]
 
 
 class AttentionError(ClearError, RuntimeError):
-    """The attention backend asked for does not take what the model asks of it."""
+    """The requested attention backend does not support the model's attention."""
 
     @classmethod
     def of(cls, tried: str, params: RunParams, workload: str) -> AttentionError:
@@ -46,40 +46,40 @@ class AttentionError(ClearError, RuntimeError):
 
 
 def no_kernel(error: BaseException) -> bool:
-    """Return whether ``error`` is torch's for an attention backend that does not take a call."""
+    """Return whether ``error`` is torch's error for a call that a backend does not support."""
     return "No available kernel" in str(error)
 
 
 class AnotherBackend(Exception):
-    """Another attention backend is the fastest, now that all calls of attention are known."""
+    """Another attention backend is the fastest now that all attention calls are known."""
 
 
 class AutoAttention:
-    """The backend that ``attention=auto`` stands for in a baseline and its candidates.
+    """Chooses the backend of ``attention=auto`` for a baseline and its candidates.
 
     Args:
-        timings: what was timed before, for other models too; timings of the calls are added.
+        timings: earlier timings, including other models'; new timings are added.
     """
 
     def __init__(self, timings: Timings | None = None) -> None:
         self.chosen = "auto"
-        """The backend, or ``auto`` while none is chosen and torch decides for each call."""
+        """The backend, or ``auto`` until one is chosen; torch then decides for each call."""
         self.is_final = False
-        """The calls outside graphs are known too, or there are no graphs."""
+        """Whether calls outside graphs are known too, or there are no graphs."""
         self._timings: Timings = {} if timings is None else timings
         self._calls: Counter[Call] = Counter()
         self._failed: dict[str, str] = {}
 
     @property
     def chooser(self) -> Callable[[Mapping[Call, int]], str] | None:
-        """What chooses a backend for each graph; None once the choice is final."""
+        """Return the function that chooses a backend for each graph; None once final."""
         return None if self.is_final else self.choose
 
     def choose(self, calls: Mapping[Call, int]) -> str:
         """Return the backend to compile a graph for.
 
         Args:
-            calls: of attention, in the graph.
+            calls: attention calls in the graph.
         """
         self._calls.update(calls)
         if self.chosen == "auto":
@@ -87,10 +87,10 @@ class AutoAttention:
         return self.chosen
 
     def settle(self, calls: Mapping[Call, int]) -> None:
-        """Choose for good.
+        """Make the final choice.
 
         Args:
-            calls: of attention, in a whole forward.
+            calls: attention calls in a whole forward.
 
         Raises:
             AnotherBackend: if the choice changes.
@@ -101,10 +101,10 @@ class AutoAttention:
             raise AnotherBackend
 
     def replace(self, error: Exception) -> bool:
-        """Choose the next fastest backend, and return whether there is one to try.
+        """Choose the next fastest backend and return whether there is one to try.
 
         Args:
-            error: what the chosen one failed with, or the model under it.
+            error: error of the chosen backend, or of the model using it.
         """
         if self.chosen == "auto" or isinstance(error, ClearError):
             return False
@@ -120,7 +120,7 @@ class AutoAttention:
         return following != "auto"
 
     def remark(self) -> str | None:
-        """Return which backend was taken for another one, and why, or None."""
+        """Return a remark on which backend replaced which and why, or None."""
         if not self._failed:
             return None
         failed = " and ".join(
@@ -139,16 +139,16 @@ def fastest_backend(
     timings: Timings | None = None,
     but: Collection[str] = (),
 ) -> str | None:
-    """Return the backend that does all ``calls`` in the least time, or None without one, or calls.
+    """Return the backend that runs all ``calls`` fastest, or None if there is none or no calls.
 
-    A backend that raises in one of them, also for lack of memory, is out, and so is ``short`` if
-    our kernel takes none of them; those that it does not take are torch's then.
+    A backend that raises for any call, even for lack of memory, is excluded. ``short`` is excluded
+    if our kernel supports none of the calls; otherwise torch runs those that it does not support.
 
     Args:
-        calls: with their number.
+        calls: calls and how often each occurs.
         timer: a timer that waits for the device.
         timings: known timings, to which new ones are added.
-        but: backends that are out.
+        but: excluded backends.
     """
     if not calls:
         return None
@@ -178,7 +178,7 @@ def is_short(call: Call) -> bool:
 
 
 def seconds_of(attention: str, call: Call, timer: Callable[[], float]) -> float:
-    """Return the seconds of a call under one backend, infinity where it does not fit."""
+    """Return the seconds of a call under one backend, or infinity if the call fails."""
     with (
         kept_generators(),
         warnings.catch_warnings(),
@@ -186,16 +186,16 @@ def seconds_of(attention: str, call: Call, timer: Callable[[], float]) -> float:
         FlashSDPA(attention),
         eager_short(AttentionCoverage() if attention == SHORT else None),
     ):
-        warnings.simplefilter("ignore")  # each backend says why it does not take the inputs
+        warnings.simplefilter("ignore")  # each backend warns why it rejects the inputs
         try:
             return _median_s(call.runner(), timer)
-        except Exception:  # also for lack of memory
+        except Exception:  # includes running out of memory
             return math.inf
 
 
 @untraced()
 def _median_s(run: Callable[[], object], timer: Callable[[], float]) -> float:
-    run()  # what is loaded and planned at the first call
+    run()  # the first call loads and plans
     start = timer()
     run()
     once = max(timer() - start, 1e-9)

@@ -1,4 +1,4 @@
-"""What INT8 attention could bring at most: the calls that it replaces, and their least time."""
+"""Upper bound of INT8 attention: the calls that it replaces and their minimum time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def replaced_calls(calls: Mapping[Call, int], coverage: AttentionCoverage) -> li
     """Return which of the baseline's calls run in INT8.
 
     Args:
-        calls: all of them, with their number.
-        coverage: what became of the candidate's.
+        calls: all calls and how often each occurs.
+        coverage: attention coverage of the candidate.
 
     Raises:
-        CeilingError: if that cannot be known, or none does.
+        CeilingError: if this cannot be determined, or if none runs in INT8.
     """
     if coverage.left[INSIDE]:
         raise CeilingError(f"which calls INT8 attention replaces is not known {INSIDE}")
@@ -63,20 +63,20 @@ def attention_part(
     rates: Rates,
     seconds_of: Callable[[Call], float],
 ) -> AttentionPart:
-    """Return what INT8 attention could do to the baseline's time in attention.
+    """Return the possible effect of INT8 attention on the baseline's time in attention.
 
-    That time is shared out by what each call takes alone. No call takes less than
-    ``max(ops / rate, bytes / bandwidth)`` on INT8 queries and keys that come quantized.
+    That time is divided among the calls in proportion to the time that each takes alone. A call
+    takes at least ``max(ops / rate, bytes / bandwidth)`` on queries and keys already in INT8.
 
     Args:
         attention_s: seconds of the baseline's attention kernels.
-        calls: of the baseline, with their number.
+        calls: the baseline's calls and how often each occurs.
         replaced: the calls that run in INT8.
-        rates: of the device, at the heads of these.
-        seconds_of: measures what a call takes alone in the baseline.
+        rates: the device's rates at the heads of these calls.
+        seconds_of: measures the seconds of a call that runs alone in the baseline.
 
     Raises:
-        CeilingError: if the baseline's time in attention is not known.
+        CeilingError: if the baseline's time in attention is unknown.
     """
     if not attention_s:
         raise CeilingError("no kernel of the baseline is known to be attention")
@@ -96,13 +96,13 @@ def attention_part(
 
 
 def _ops(call: Call) -> int:
-    """Return the operations of both matmuls, a multiplication and an addition being two."""
+    """Return the operations of both matmuls; a multiply-add counts as two."""
     batch, heads, rows, width = call.query.shape
     return 4 * batch * heads * rows * call.key.shape[-2] * width
 
 
 def _traffic(call: Call) -> int:
-    """Return the bytes that are read and written at least."""
+    """Return the fewest bytes that must be read and written."""
 
     def count(layout: Layout) -> int:
         return math.prod(layout.shape)

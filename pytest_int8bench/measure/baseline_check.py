@@ -1,10 +1,10 @@
-"""Is a compiled baseline right? What it returns is what candidates are held against: a baseline
-that the compiler got wrong would make each comparison more lenient.
+"""Check that a compiled baseline is right. Candidates are compared with its outputs, so a
+miscompiled baseline would make every comparison more lenient.
 
-Once for each model, a few samples of the batch are run in FP32, and eagerly as the model is. The
-compiled outputs have to be as near to FP32 as the eager ones are (:mod:`.rounding`). Only where
-they are not, the model is run with noise too; and before the baseline is called wrong, it has to
-fail again with slightly different weights, where a decision that hung by a hair falls otherwise.
+Once per model, a few samples of the batch run in FP32 and eagerly in the model's own dtype. The
+compiled outputs must be as close to FP32 as the eager ones (:mod:`.rounding`). If they are not, the
+model also runs with noise. A baseline is only called wrong if it fails again with slightly
+different weights, where borderline decisions come out differently.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from pytest_int8bench.tensors import call, map_tensors, same_values, tensors_of
 if TYPE_CHECKING:
     from pytest_int8bench.measure.model import Model
 
-#: By how many times the compiled outputs may stand out more than eager ones with noise do.
+#: How many times further off the compiled outputs may be than eager outputs with noise.
 LIMIT = 2.0
-#: Forwards with noise, and how often the baseline has to fail with other weights.
+#: Forwards with noise, and how often the baseline must fail with other weights.
 NOISY, AGAIN = 8, 2
 #: Samples that are compared.
 SAMPLES = 4
 _DICTS = ("_parameters", "_buffers", "_modules")
 _UNUSUAL = 0x1E4D  # a seed that no model starts from
-_ALONE = 0.1  # part of its norm by which the output of a sample may change with its batch
-_AT_ONCE = 1 << 24  # elements that are compared at once
+_ALONE = 0.1  # fraction of its norm by which a sample's output may change with its batch
+_AT_ONCE = 1 << 24  # elements compared at once
 
 
 class BaselineError(ClearError, AssertionError):
@@ -55,14 +55,14 @@ class BaselineError(ClearError, AssertionError):
 
 
 class _UncheckedError(Exception):
-    """The baseline cannot be checked. The message says why."""
+    """The baseline cannot be checked, for the reason in the message."""
 
 
 def check(model: Model) -> None:
-    """Check a baseline that is ready, once, and note on it what could not be checked.
+    """Check a ready baseline, once, and record on it if it could not be checked.
 
     Raises:
-        BaselineError: one line, each time, if rounding does not explain its outputs.
+        BaselineError: one line, on every call, if rounding does not explain its outputs.
     """
     if not model.is_checked:
         _check(model)
@@ -127,7 +127,7 @@ class _Check:
         return False
 
     def _is_explained_by_noise(self, compiled: Outputs) -> bool:
-        # The first two are the same, unless the model does not repeat itself.
+        # The first two are equal unless the model is nondeterministic.
         replicates = [self._eager(seed) for seed in (None, None, *range(NOISY))]
         return self._excess(replicates, compiled) <= LIMIT
 
@@ -143,8 +143,8 @@ class _Check:
     # -- which samples --------------------------------------------------------------------------
 
     def _choose_rows(self) -> Outputs:
-        """Choose the samples that differ most between compiled and eager, where samples can be run
-        one by one, and return the compiled outputs for them."""
+        """Choose the samples that differ most between compiled and eager if samples can run alone,
+        and return the compiled outputs for them."""
         compiled = self._run_compiled()
         sizes = {len(t) if t.dim() else 0 for t in tensors_of(compiled)}
         self._count = sizes.pop() if len(sizes) == 1 else 0
@@ -165,16 +165,16 @@ class _Check:
         return outputs_of(self._cut(compiled))
 
     def _runs_alone(self, whole: Any) -> bool:
-        """Return whether the chosen samples give by themselves what they give in the batch."""
+        """Return whether the chosen samples give the same outputs alone as in the batch."""
         try:
             alone = outputs_of(self._run_eager(self._cut(self._model.fresh_inputs())))
-        except Exception as error:  # what is no batch was cut
+        except Exception as error:  # cut something other than a batch
             release(error)
             return False
         return _close(alone, outputs_of(self._cut(whole)))
 
     def _cut(self, value: Any) -> Any:
-        """Return ``value`` with the chosen samples of each tensor that has the whole batch."""
+        """Return ``value`` with whole-batch tensors cut to the chosen samples."""
         rows, count = self._rows, self._count
         if rows is None:
             return value
@@ -203,8 +203,8 @@ class _Check:
             return call(model.eager, inputs)
 
     def _in_fp32(self) -> Outputs:
-        """Run the chosen samples in FP32, with any attention backend: flash takes no FP32 on a
-        GPU."""
+        """Run the chosen samples in FP32, with any attention backend: on a GPU, flash does not
+        support FP32."""
         self._model.restore()
         without_casts = WithoutCasts()  # type: ignore[no-untyped-call]
         with _kept_state(self._model.eager), _cast_to_fp32(self._model.eager), without_casts:
@@ -212,8 +212,8 @@ class _Check:
             return outputs_of(self._run_eager(inputs, attention="auto"))
 
     def _eager(self, seed: int | None = None) -> Outputs:
-        """Run the chosen samples eagerly, a point in FP32 with BF16 matmuls: no INT8 model is more
-        exact than that. With noise, if it has a seed."""
+        """Run the chosen samples eagerly, with noise if ``seed`` is given. FP32 points use BF16
+        matmuls, because no INT8 model is more exact than those."""
         noise = None if seed is None else RoundingNoise(seed)
         seed_generators(_UNUSUAL, self._model.device)
         before = generator_states()
@@ -231,8 +231,8 @@ class _Check:
 
 @contextlib.contextmanager
 def _kept_state(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward changes: buffers, and attributes, such as tables that it keeps in
-    the dtype that it last ran in."""
+    """Restore buffers and attributes that a forward changes, such as tables cached in the dtype of
+    the last run."""
     dicts = [
         values
         for module in model.modules()
@@ -246,7 +246,7 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
             for values, before in zip(dicts, held, strict=True):
                 for key in values.keys() - before.keys():
                     del values[key]
-                # Only what has changed: Dynamo's guards notice that a dictionary is written to.
+                # Restore only changes: Dynamo's guards notice any write to a dictionary.
                 for key, value in before.items():
                     if values.get(key, _DICTS) is not value:
                         values[key] = value
@@ -254,8 +254,8 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cast_to_fp32(model: nn.Module) -> Iterator[None]:
-    """Cast parameters and buffers, and put the memory back that they had, where compiled code
-    finds it."""
+    """Cast parameters and buffers to FP32, then restore their original memory, whose addresses
+    compiled code uses."""
     held = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     try:
         for tensor, data in held:
@@ -268,7 +268,7 @@ def _cast_to_fp32(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_weights(model: nn.Module, seed: int) -> Iterator[None]:
-    """Change weights by a unit in their last place in BF16, in place, and put them back."""
+    """Change weights in place by one BF16 unit in the last place, then restore them."""
     held = [
         (parameter, parameter.detach().to("cpu", copy=True))
         for parameter in model.parameters()
@@ -304,7 +304,7 @@ def _most_unlike(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.
         rows = max(1, _AT_ONCE // max(1, a[0].numel()))
         parts = []
         for mine, other in zip(real(a).split(rows), real(b).split(rows), strict=True):
-            differ = mine != other  # infinite in both is alike
+            differ = mine != other  # the same infinity in both is equal
             size = (mine.float() - other.float()).abs() if mine.is_floating_point() else 1.0
             unlike = torch.where(differ, size, 0.0).flatten(1)
             if unlike.shape[1]:
@@ -318,7 +318,7 @@ def _most_unlike(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.
 
 
 def _close(alone: Outputs, in_batch: Outputs) -> bool:
-    """Return whether outputs are equal but for rounding, which may be large."""
+    """Return whether outputs are equal up to rounding, which may be large."""
     if _shapes(alone) != _shapes(in_batch):
         return False
     for a, b in zip(alone, in_batch, strict=True):

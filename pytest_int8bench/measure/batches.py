@@ -1,4 +1,4 @@
-"""The batch of a point, the same for every call, also of models that write to their inputs."""
+"""Give every call the same batch, even if the model writes to its inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_int8bench.errors import WorkloadError
 from pytest_int8bench.measure.host_feed import HostFeed
 from pytest_int8bench.tensors import call, deep_copy, map_tensors, refilled, same_values, tensors_of
 
-#: Bytes that the copies for one block of calls may take, and how many they may be.
+#: Most bytes, and most copies, for one block of calls.
 COPIES_BYTES, MAX_COPIES = 1 << 28, 512
 #: What the reader of a result is told.
 WRITES = (
@@ -21,10 +21,10 @@ WRITES = (
 
 
 class Batch:
-    """The inputs of one batch, and a copy in host memory of how they were made.
+    """The inputs of one batch, and a copy of their original values in host memory.
 
-    A model that writes to its inputs would give each later call other values, and the candidate
-    other ones than the baseline.
+    Without the copy, a model that writes to its inputs would change the values that later calls,
+    and the candidate, receive.
 
     Args:
         inputs: one batch in any containers.
@@ -34,9 +34,9 @@ class Batch:
         if any(tensor.is_inference() for tensor in tensors_of(inputs)):
             inputs = deep_copy(inputs)  # fresh copies are none, and would be compiled for again
         self.inputs = inputs
-        """What calls get as long as no model writes to it."""
+        """The inputs that calls receive until a model writes to them."""
         self.is_written = False
-        """Whether a model has written to it: from then on, each call gets a copy."""
+        """Whether a model has written to the inputs; each later call then gets a copy."""
         self._versions = [version_of(tensor) for tensor in tensors_of(inputs)]
         self._rewritten = self._is_rewritten = False
         self._devices: dict[int, torch.device] = {}
@@ -49,18 +49,18 @@ class Batch:
         self.nbytes += tensor.nbytes
 
     def fresh(self) -> Any:
-        """Return a copy of the inputs as they were made, where they were made."""
+        """Return a copy of the original inputs on their original device."""
         return deep_copy(
             self._kept, device_of=lambda tensor: self._devices.get(id(tensor), tensor.device)
         )
 
     def with_tensors_of(self, other: Any) -> Any:
-        """Return a copy of the inputs as they were made, but with the tensors of another batch."""
+        """Return a copy of the original inputs with the tensors of another batch."""
         return refilled(self._kept, tensors_of(other))
 
     def check(self, given: Any = None) -> bool:
-        """Return whether a call has written to ``given``, which is :attr:`inputs` by default, and
-        remember it: they are made anew then."""
+        """Return whether a call has written to ``given`` (default: :attr:`inputs`), and remember
+        it; the inputs are then recreated."""
         given = self.inputs if given is None else given
         versions = [version_of(tensor) for tensor in tensors_of(self.inputs)]
         self._rewritten, self._versions = versions != self._versions, versions
@@ -73,8 +73,8 @@ class Batch:
         return True
 
     def check_late(self) -> bool:
-        """Return whether calls since the last check have written to :attr:`inputs`, though those
-        before it did not. Two of them may have cancelled each other."""
+        """Return whether calls since the last check have written to :attr:`inputs` although earlier
+        calls did not. Two writes may have cancelled each other."""
         if self.is_written:
             return False
         harmless = self._is_rewritten
@@ -82,19 +82,19 @@ class Batch:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Return inputs that may be on the host, with ``feed=host``, on the device."""
+    """Move inputs, which are on the host with ``feed=host``, to the device."""
     return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
 
 
 class BatchRun:
-    """Submits one batch at each call and returns the model's output.
+    """Submits one batch per call and returns the model's output.
 
     Args:
         model: the compiled model.
         batch: its inputs.
-        device: where they go.
-        feed: where the batches come from with ``feed=host``.
-        again: submit the last batch of the feed once more, which is on the device.
+        device: device of the inputs.
+        feed: source of the batches with ``feed=host``.
+        again: resubmit the feed's last batch, which is already on the device.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class BatchRun:
 
     @property
     def most_calls(self) -> int | None:
-        """Calls that :meth:`prepare` prepares at most; None for any number."""
+        """Most calls that :meth:`prepare` can prepare; None for any number."""
         if not self._copies_inputs:
             return None
         return max(1, min(MAX_COPIES, COPIES_BYTES // max(1, self._batch.nbytes)))
 
     def prepare(self, calls: int) -> None:
-        """Make what the next ``calls`` calls use up, outside the clock."""
+        """Create the input copies for the next ``calls`` calls before the clock starts."""
         self._copies, self._next = [], 0
         if self._copies_inputs:
             self._copies = [self._fresh() for _ in range(calls)]
@@ -143,7 +143,7 @@ class BatchRun:
         if self._feed is None:
             return self._batch.inputs
         fed = self._feed.current if self._again else next(self._feed)
-        # Each batch overwrites the tensors of an earlier one, but not what holds them.
+        # Each batch overwrites an earlier one's tensors, but not their containers.
         return self._batch.with_tensors_of(fed) if self._batch.is_written else fed
 
     def _fresh(self) -> Any:
@@ -152,10 +152,10 @@ class BatchRun:
 
 
 def check_late_writes(workload: str, batch: Batch) -> None:
-    """Check that calls under the clock have left the inputs alone.
+    """Check that timed calls have not written to the inputs.
 
     Raises:
-        WorkloadError: if one wrote to them: the calls after it saw other values.
+        WorkloadError: if one has, because later calls then saw other values.
     """
     if batch.check_late():
         raise WorkloadError(

@@ -1,4 +1,4 @@
-"""Building a workload's model and its inputs at a point, before anything is quantized."""
+"""Build a workload's model and inputs at a point, before quantization."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads.workload import Workload
 
 
-#: Of weights and inputs.
+#: Seed of weights and inputs.
 SEED = 0
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class DeviceError(ClearError, RuntimeError):
-    """The device asked for is not there."""
+    """The requested device is not available."""
 
 
 def find_device(params: RunParams) -> torch.device:
     """Return the device of ``params``.
 
     Raises:
-        DeviceError: one line, if it is not there.
+        DeviceError: one line, if it is not available.
     """
     if params.gpu_type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
@@ -62,7 +62,7 @@ def find_device(params: RunParams) -> torch.device:
 
 
 def mode_problem(params: RunParams) -> str | None:
-    """Say why the mode of ``params`` does not run on this machine, or return None."""
+    """Return why the mode of ``params`` does not run on this machine, or None if it does."""
     if not params.int8_enabled:
         return None
     return MODES[params.int8_mode].device_problem(torch.device(params.gpu_type))
@@ -77,24 +77,24 @@ def build_eager(
     built: weakref.WeakSet[nn.Module] | None = None,
     inputs: Any = None,
 ) -> nn.Module:
-    """Build the model of a workload: seeded, in ``eval`` mode, on the device, in the dtype of
-    ``params``, and not compiled.
+    """Build the seeded, uncompiled model of a workload in ``eval`` mode, on the device and in the
+    dtype of ``params``.
 
-    Every floating weight and buffer is cast to BF16, or to FP32 without ``bf16``. FP32 in both
-    cases are modules that ``workload.keep_fp32`` names, and what transformers keeps in FP32 when it
-    loads a model in BF16. ``build`` sees the point of the baseline, unless the workload is
-    prequantized: both sides of a comparison are built in one way.
+    Floating weights and buffers are cast to BF16, or to FP32 without ``bf16``. Modules that
+    ``workload.keep_fp32`` selects, and tensors that transformers keeps in FP32 when it loads a
+    model in BF16, are always FP32. ``build`` receives the baseline's point unless the workload is
+    prequantized, so both sides of a comparison are built the same way.
 
     Args:
         workload: what to build.
         params: the point to build it for.
-        device: where it is moved to.
+        device: device to move the model to.
         weights: ``random``, ``hub`` or the path of a file.
-        built: modules that were built before; the new one is added.
-        inputs: of one batch, which lazy modules take their sizes from.
+        built: modules built earlier; the new one is added.
+        inputs: inputs of one batch, from which lazy modules infer their sizes.
 
     Raises:
-        ValueError: if ``workload.build`` returns no module, one that it returned before, or one
+        ValueError: if ``workload.build`` does not return a module, or returns an earlier one or one
             that cannot be quantized or compiled.
     """
     seen = params if workload.prequantized else params.baseline()
@@ -102,7 +102,7 @@ def build_eager(
         model = build_with_weights(workload, workload.with_axes(seen), weights)
     if built is not None:
         if model in built:
-            # It is cast, moved and perhaps quantized by now.
+            # By now it has been cast, moved and perhaps quantized.
             raise WorkloadError(
                 f"workload {workload.name!r}: build must return a new module each time, got one "
                 "that it returned before; return copy.deepcopy(model)"
@@ -123,15 +123,13 @@ def build_eager(
 
 
 def run_once(model: nn.Module, inputs: Any, device: torch.device) -> Any:
-    """Run one forward eagerly, on a copy of ``inputs`` and with seeded generators, so that it can
-    be repeated."""
+    """Run one repeatable eager forward, on a copy of ``inputs`` and with seeded generators."""
     with _seeded(device), torch.compiler.set_stance("force_eager"):
         return call(model, deep_copy(inputs, device_of=lambda tensor: device))
 
 
 def fingerprint(model: nn.Module) -> tuple[int, ...]:
-    """Return a number for each tensor of the model, from its bits, by which weights are told from
-    others."""
+    """Return a hash of each tensor's bits, to tell weights apart."""
     return tuple(map(_sum_of_bits, _tensors(model)))
 
 
@@ -154,8 +152,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Seed the random number generators of torch, numpy and Python, and put them back
-    afterwards."""
+    """Seed the generators of torch, numpy and Python, and restore them on exit."""
     with kept_generators():
         seed_generators(SEED, device)
         yield
@@ -163,7 +160,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
-    """Add to an error of a workload's callable which one it was, and where."""
+    """Add the callable and the point to errors that a workload's callable raises."""
     try:
         yield
     except Exception as error:

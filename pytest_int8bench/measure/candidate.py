@@ -1,5 +1,5 @@
-"""The model of a candidate before it is quantized: the very weights of the baseline, in layers of
-its own.
+"""Build a candidate's model before quantization: its own layers with exactly the baseline's
+weights.
 
 ``build`` is called again, with the same seed, and the baseline's tensors are loaded into what it
 returns. A copy of the baseline comes second: ``copy.deepcopy`` does not copy functions, so that a
@@ -34,21 +34,21 @@ _OWN_OF_MODULES = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Origin:
-    """What a candidate is made from."""
+    """The source of a candidate."""
 
     workload: str
     """Name of the workload, for messages."""
     baseline: nn.Module
     build: Callable[[], nn.Module]
-    """Build the model once more, as the baseline was built."""
+    """Build the model again, as the baseline was built."""
     run: Callable[[nn.Module], Any]
     """Run one eager forward, each time on the same values and with the same seeds."""
     built: Collection[nn.Module]
-    """Models that are alive. None of them may run in another one's forward."""
+    """Live models. None of them may run in another's forward."""
 
 
 class DifferentError(Exception):
-    """A model cannot stand for the baseline. The message says what "it" does."""
+    """A model cannot replace the baseline. The message completes a sentence that begins "it"."""
 
 
 def make_candidate(origin: Origin, *, copy_first: bool = False) -> nn.Module:
@@ -157,10 +157,10 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _load(model: nn.Module, baseline: nn.Module) -> None:
-    """Load every tensor of the baseline's modules, those that are not in a state dict included.
+    """Load every tensor of the baseline's modules, including tensors outside the state dict.
 
     Raises:
-        DifferentError: if the two have not the same modules and tensors.
+        DifferentError: if the two do not have the same modules and tensors.
     """
     mine, theirs = _modules(model), _modules(baseline)
     if [*mine] != [*theirs]:
@@ -228,7 +228,7 @@ def _load_attributes(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy in place, so that views and what else refers to the tensor stay right."""
+    """Copy in place, so that views and other references to the tensor stay valid."""
     if target.layout != torch.strided or not torch.equal(target, source):
         target.copy_(source)
 

@@ -1,4 +1,4 @@
-"""Casting a model to the dtype of a point, as its library would."""
+"""Cast a model to the dtype of a point, as its library would."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def cast_module(
 
     Args:
         module: the module.
-        dtype: what to cast to.
+        dtype: target dtype.
         path: the module's name in its model.
-        kept: names in the model of what is FP32 all the same.
+        kept: names in the model of tensors that stay in FP32.
     """
 
     def wanted(name: str) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""The ceiling: what INT8 could bring at most at a point, and how much of it was reached.
+"""Compute the upper bound of INT8's speedup at a point, and how much of the gain was reached.
 
-``docs/measuring.md`` has the formula and what it assumes.
+``docs/measuring.md`` has the formula and its assumptions.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from pytest_int8bench.quantization.modes import MODES, Bound
 
 
 class CeilingError(ClearError, RuntimeError):
-    """A ceiling that cannot be computed."""
+    """The upper bound cannot be computed."""
 
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """What INT8 attention could do to the baseline's time in attention."""
+    """Possible effect of INT8 attention on the baseline's time in attention."""
 
     share: float
-    """Part of that time that is in calls which run in INT8, 0 to 1."""
+    """Fraction of that time in calls that run in INT8, 0 to 1."""
     ratio: float
     """How many times faster these calls could be."""
     ops_per_s: float
-    """Their rate on INT8 queries and keys, on a long sequence, as measured."""
+    """Their measured rate on INT8 queries and keys, on a long sequence."""
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What INT8 could bring at most at a point."""
+    """Upper bound of INT8's speedup at a point."""
 
     speedup: float
-    """Baseline time over the least time that INT8 leaves."""
+    """Baseline time divided by the least possible time with INT8."""
     products_speedup: float
-    """The same if only the products got faster."""
+    """The same if only matmuls got faster."""
     product_ratio: float
-    """How many times faster the products of the quantized layers could be."""
+    """How many times faster the matmuls of the quantized layers could be."""
     quantized_share: float
-    """Part of the baseline's time in products that is in layers that were quantized, 0 to 1."""
+    """Fraction of the baseline's matmul time in quantized layers, 0 to 1."""
     float_ops_per_s: float
-    """Rate of their products in the baseline's dtype, as measured."""
+    """Measured rate of their matmuls in the baseline's dtype."""
     int8_ops_per_s: float | None
-    """The same on INT8 operands; None where the mode's matmuls run in the baseline's dtype."""
+    """The same on INT8 operands; None if the mode's matmuls run in the baseline's dtype."""
     bytes_per_s: float
     attention: AttentionPart | None = None
-    """None where attention stays as it is."""
+    """None if attention is unchanged."""
 
 
 def find_ceiling(
@@ -64,29 +64,29 @@ def find_ceiling(
     element_bytes: int = 2,
     shortest_s: float = 0.0,
 ) -> Ceiling:
-    """Return what INT8 could bring at most.
+    """Return the upper bound of INT8's speedup.
 
-    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``, in
-    the baseline and quantized. The measured time of the baseline's products is shared out by the
-    former; the part of quantized layers shrinks as the latter says. Where matmuls are INT8, kernels
-    between quantized layers may shrink too, to one pass over each input, as no less quantizes rows
-    by their own maximum; with INT8 attention, whose first pass also rotates and lays out queries
-    and keys, and where another pass rotates them, all kernels may be of that kind. Everything else
-    stays.
+    A roofline gives the least time of each linear layer, ``max(ops / rate, bytes / bandwidth)``,
+    both in the baseline and quantized. The baseline's measured matmul time is divided among layers
+    by the former, and the share of quantized layers shrinks by the latter. With INT8 matmuls,
+    kernels between quantized layers may also shrink to one pass over each input, the least that
+    can quantize rows by their own maximum. All kernels may be of that kind with INT8 attention,
+    whose first pass also rotates and lays out queries and keys, and if another pass rotates them.
+    Everything else is unchanged.
 
     Args:
-        baseline: where the time of the baseline goes.
-        calls: of its linear layers.
-        converted: names of the layers that were quantized.
-        rates: of the device, at the sizes of the quantized layers.
-        bound: what the mode's upper bound is computed from.
-        attention: what INT8 attention could do; None where attention stays as it is.
-        rotates: the candidate rotates queries and keys in a pass that the baseline does not have.
-        element_bytes: bytes of an element of the baseline's weights and activations.
-        shortest_s: seconds that a kernel takes at least.
+        baseline: breakdown of the baseline's time.
+        calls: calls of its linear layers.
+        converted: names of the quantized layers.
+        rates: the device's rates at the sizes of the quantized layers.
+        bound: inputs of the mode's upper bound.
+        attention: possible effect of INT8 attention; None if attention is unchanged.
+        rotates: the candidate rotates queries and keys in a pass that the baseline lacks.
+        element_bytes: bytes per element of the baseline's weights and activations.
+        shortest_s: seconds of the shortest possible kernel.
 
     Raises:
-        CeilingError: if no call of a quantized layer was seen, or no known product ran.
+        CeilingError: if no call of a quantized layer was seen, or no known matmul ran.
     """
     quantized = quantized_calls(calls, converted)
     if not baseline.products_s:
@@ -119,8 +119,8 @@ def _share_and_ratio(
     bound: Bound,
     width: int,
 ) -> tuple[float, float]:
-    """Return the part of the time in products that is in quantized layers, and how many times
-    faster these could be; an element of the baseline has ``width`` bytes."""
+    """Return the quantized layers' fraction of matmul time, and how many times faster they could
+    be; an element of the baseline has ``width`` bytes."""
     typical = _together(quantized, rates.float_ops_per_s)
 
     def least_s(call: LinearCall, rate: float, inputs: int, weights: float) -> float:
@@ -157,7 +157,7 @@ def _saved_s(
 
 
 def bound_of(mode: str) -> Bound:
-    """Return what the upper bound of a mode is computed from.
+    """Return the inputs of a mode's upper bound.
 
     Raises:
         CeilingError: if none is known.
@@ -186,8 +186,8 @@ def _together(calls: Sequence[LinearCall], ops_per_s: Mapping[Size, float]) -> f
 
 
 def reached(speedup: float | None, ceiling: float) -> float | None:
-    """Return which part of the gain that the ceiling leaves room for was reached: 0 for none,
-    below 0 where INT8 is slower. None where there is no speedup, or no room."""
+    """Return the fraction of the possible gain that was reached: 0 for none, below 0 if INT8 is
+    slower, None if there is no speedup or no possible gain."""
     if speedup is None or ceiling <= 1:
         return None
     return (speedup - 1) / (ceiling - 1)

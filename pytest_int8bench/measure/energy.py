@@ -35,15 +35,15 @@ import torch
 from pytest_int8bench.measure.timing import Run, Timer
 from pytest_int8bench.nvml import find_gpu
 
-#: Steps of the counter that the work must last.
+#: Fewest counter steps that the work must last.
 MIN_STEPS = 8
 #: Steps that a block of a comparison lasts.
 BLOCK_STEPS = 10
-#: Bounds of the length of a step. A counter that stands still for longer is taken as broken.
+#: Bounds of the length of a step. A counter that stands still for longer is considered broken.
 SHORTEST_STEP_S, LONGEST_STEP_S = 0.01, 0.5
-#: Seconds between two readings, and at most from the end of one to the end of the next.
+#: Seconds between two readings, and most seconds from the end of one to the end of the next.
 POLL_S, PRECISE_S = 0.001, 0.012
-#: Part of the interval that a comparison may take.
+#: Largest fraction of the interval for a comparison.
 COMPARISON_SHARE = 0.25
 
 
@@ -54,7 +54,7 @@ class Step:
     joules: float
     at_s: float
     moves: int = 1
-    """How often it moved since it was first read, this move included."""
+    """Number of moves since the first reading, including this one."""
 
 
 class EnergyCounter:
@@ -165,7 +165,7 @@ class EnergyCounter:
         idle_w = (second.joules - first.joules) / (second.at_s - first.at_s)
         joules = first.joules - start.joules - idle_w * (first.at_s - end_s)
         is_too_short = worked_s < MIN_STEPS * _length_s(first, second)
-        if is_too_short or idle_w < 0 or joules <= 0:  # a counter that was reset has gone back
+        if is_too_short or idle_w < 0 or joules <= 0:  # a reset counter goes back
             return None, second
         return joules, second
 
@@ -176,14 +176,14 @@ def _length_s(first: Step, second: Step) -> float:
 
 
 def counter_of(device: torch.device) -> EnergyCounter:
-    """Return the energy counter of a device. It does not answer for a CPU, without NVML, and for a
-    MIG instance, because NVML counts the energy of the whole GPU."""
+    """Return the energy counter of a device. It returns None for a CPU, without NVML, and for a MIG
+    instance, because NVML counts the energy of the whole GPU."""
     if device.type == "cuda":
         try:
             index = torch.cuda.current_device() if device.index is None else device.index
             gpu = find_gpu(str(torch.cuda.get_device_properties(index).uuid))
             if gpu is not None and gpu.counts_own_energy():
                 return EnergyCounter(gpu.energy_j)
-        except Exception:  # the measurement does not depend on it
+        except Exception:  # energy is optional
             pass
     return EnergyCounter(lambda: None)

@@ -1,4 +1,4 @@
-"""Profile one forward: the kernels that ran, and for how long, prove what a result is labelled."""
+"""Profile one forward and use its kernels and their times to verify a result's labels."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from pytest_int8bench.kernels.tile_types import SHORT_ROWS
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.quantization.modes import MODES
 
-# Names of INT8 matmuls in libraries: cuBLASLt and CUTLASS kernels, Triton templates of Inductor,
-# and operators of the CPU. The names of our own are in table.KERNELS.
+# Names of INT8 matmuls in libraries: cuBLASLt and CUTLASS kernels, Inductor's Triton templates and
+# CPU operators. Names of our own kernels are in table.KERNELS.
 _INT8_MATMUL = re.compile(
     r"i\d+gemm_s8|_s8_s8|s8s8|i8i8|imma|igemm|int8_?(gemm|product)|gemm_?int8|_int_mm|int_scaled_matmul"
     r"|triton_(tem|mm)\w*int_mm|qlinear",
     re.IGNORECASE,
 )
 
-# Copies between host and device, such as those that feed the next batch while this one computes.
-# They are not work of the model.
+# Copies between host and device, e.g. of the next batch while this one computes. They are not part
+# of the model's work.
 _TRANSFER = re.compile(r"Memcpy (HtoD|DtoH)")
 
-# A compiled graph, around its kernels (CompiledFxGraph.__call__ in torch/_inductor/output_code.py).
+# Event around a graph's kernels (CompiledFxGraph.__call__, torch/_inductor/output_code.py).
 _GRAPH = "## Call CompiledFxGraph"
 
-# Host time around a compiled graph, which a profile of the CPU lists among the operators.
+# Host time around a compiled graph, which a CPU profile lists among the operators.
 _HOST = re.compile(r"Torch-Compiled Region|TorchDynamo|Pregraph bytecode|AOTDispatcher")
 
 
@@ -62,14 +62,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one profiled forward showed."""
+    """The kernels of one profiled forward."""
 
     kernels: tuple[Kernel, ...]
-    """The longest first. On a CPU, fused kernels of Inductor count as their graph."""
+    """Kernels, longest first. On a CPU, Inductor's fused kernels are listed as their graph."""
     trace: str | None = None
-    """Where ``keep`` put the trace of the forward."""
+    """Where ``keep`` saved the trace of the forward."""
     eager_s: float = 0.0
-    """Seconds of kernels outside compiled graphs, where that was asked for."""
+    """Seconds of kernels outside compiled graphs, if requested."""
 
     @property
     def total_s(self) -> float:
@@ -93,7 +93,7 @@ class Evidence:
 
     @property
     def attention_kernel(self) -> str | None:
-        """The attention backend that ran, or None where no kernel of one is known."""
+        """The attention backend that ran, or None if no known kernel ran."""
         return attention_kernel(kernel.name for kernel in self.kernels)
 
     def top(self, count: int = 8) -> str:
@@ -101,7 +101,7 @@ class Evidence:
         return ", ".join(f"{k.name[:80]} {k.seconds * 1e6:.0f} us" for k in self.kernels[:count])
 
 
-#: Keeps what was profiled, and returns where its trace is; None if that failed.
+#: Saves a profile and returns the location of its trace; None if that failed.
 Keep = Callable[[profile, tuple[Kernel, ...]], str | None]
 
 
@@ -112,17 +112,16 @@ def profile_forward(
     *,
     find_eager: bool = False,
 ) -> Evidence:
-    """Profile one call of ``run`` and return the kernels it ran; copies from and to the host are
-    left out.
+    """Profile one call of ``run`` and return its kernels without host-device copies.
 
     Args:
         run: one forward.
-        device: what it runs on.
-        keep: called with the profile and the kernels, to write them down.
-        find_eager: also tell what ran outside compiled graphs.
+        device: device that it runs on.
+        keep: saves the profile and the kernels.
+        find_eager: also measure the time outside compiled graphs.
 
     Raises:
-        EvidenceError: if the profiler saw none.
+        EvidenceError: if the profiler saw no kernels.
     """
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -151,7 +150,7 @@ def profile_forward(
 
 
 def _eager_s(profiler: profile, on_cuda: bool) -> float:
-    """Return the seconds of operators outside compiled graphs, or of the kernels they launched."""
+    """Return the seconds of operators, or their kernels, outside compiled graphs."""
     micros = 0.0
     for event in profiler.events() or ():
         if event.device_type.name != "CPU" or _HOST.match(event.name):
@@ -177,15 +176,15 @@ def check_labels(
     Args:
         evidence: one profiled forward of the model.
         params: the point that the model was built for.
-        stored: quantized layers that store weights as the mode's proof says, and quantized layers
-            in all.
-        attention: the backend that the model was compiled for, where ``params`` leave it open.
-        fused: layers of the model are on the fused backend.
+        stored: number of quantized layers that store weights as the mode's proof requires, and
+            number of all quantized layers.
+        attention: the backend that the model was compiled for, if ``params`` leave it open.
+        fused: whether layers of the model use the fused backend.
 
     Raises:
-        EvidenceError: for a mode without its kernels or its stored weights, or with INT8 matmuls
-            that it must not run, a baseline with either, the fused backend without its kernels or
-            its kernels without it, or another attention backend than asked for.
+        EvidenceError: for a mode without its kernels or stored weights, or with INT8 matmuls that
+            it must not run; a baseline with either; the fused backend without its kernels or its
+            kernels without it; or an attention backend other than the requested one.
     """
     if params.int8_enabled:
         _check_mode(evidence, params, stored)
@@ -205,7 +204,7 @@ def check_labels(
 
 
 def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
-    """Compare the attention kernels that ran with what was asked for."""
+    """Compare the attention kernels that ran with the requested backend."""
     label = params.run_name
     int8 = [kernel for kernel in evidence.kernels if is_int8_attention_kernel(kernel.name)]
     if bool(int8) != params.int8_attention:
@@ -219,7 +218,7 @@ def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
             f"kernels: {evidence.top()}"
         )
     ran = attention_kernel(kernel.name for kernel in evidence.kernels if kernel not in int8)
-    # Kernels of math attention are not known by their names; ours is.
+    # Math attention's kernels cannot be recognized by name; ours can.
     unknown = None if asked != SHORT else asked
     if asked != "auto" and ran not in (unknown, asked):
         raise EvidenceError(
@@ -229,7 +228,7 @@ def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
 
 
 def _check_mode(evidence: Evidence, params: RunParams, stored: tuple[int, int]) -> None:
-    """Compare a quantized point with what proves its mode."""
+    """Compare a quantized point with the proof of its mode."""
     mode, label = MODES[params.int8_mode], params.run_name
     precision = mode.choice.precision
     if stored[0] < stored[1] or stored[1] == 0:
@@ -250,12 +249,12 @@ def _check_mode(evidence: Evidence, params: RunParams, stored: tuple[int, int]) 
 
 
 def _check_baseline(evidence: Evidence, params: RunParams, *, quantized: int) -> None:
-    """Compare a baseline with what proves any mode."""
+    """Check that a baseline shows the proof of no mode."""
     ran = list(evidence.int8_products)
     for name in MODES:
         try:
             pattern = MODES[name].proof.kernels
-        except Exception:  # registered, but its package does not load: it cannot have run
+        except Exception:  # its package does not load, so it cannot have run
             continue
         if pattern is not None:
             ran += _matching(evidence, pattern)

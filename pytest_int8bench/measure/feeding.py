@@ -1,4 +1,4 @@
-"""The cost of feeding a model from the host, beside its rounds."""
+"""Measure the cost of feeding a model from the host."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class FeedWatch:
 
 
 def with_cost(feeding: Feeding, model: Model, timer: Timer, interval_s: float) -> Feeding:
-    """Add how long a copy takes alone, and how much longer a batch takes from the host than one
-    that is on the device, in alternating blocks.
+    """Add the time of a copy alone and the extra time of a batch fed from the host over one
+    already on the device, measured in alternating blocks.
 
     Raises:
         CompileError: if something was compiled while the clock ran.

@@ -1,4 +1,4 @@
-"""Leave the process's random number generators as they were."""
+"""Save, seed and restore the process's random number generators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generator_states() -> list[Any]:
 
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the generators of torch, numpy and Python."""
-    # Not torch.manual_seed: while CUDA is not started, it would seed the GPUs for later.
+    # torch.manual_seed would also seed GPUs for later if CUDA is not initialized yet.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -29,10 +29,10 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Put the generators of torch, numpy and Python back on leaving.
+    """Restore the generators of torch, numpy and Python on exit.
 
-    Whatever a test measures draws from them: a workload's callables, Inductor, which times kernels
-    on random inputs, libraries when they are imported.
+    Measuring draws from them: workloads' callables, Inductor, which times kernels on random inputs,
+    and libraries when they are imported.
     """
     python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -52,8 +52,8 @@ def _restore_cuda(states: list[torch.Tensor] | None) -> None:
         if states is not None:
             torch.cuda.set_rng_state_all(states)
             return
-        # CUDA was started inside, so nothing had been drawn before.
+        # CUDA was initialized inside, so nothing had been drawn before.
         for generator in torch.cuda.default_generators:
             generator.manual_seed(generator.initial_seed())
-    except torch.AcceleratorError:  # a device that failed: its error is the one to show
+    except torch.AcceleratorError:  # the device failed; show the original error instead
         return

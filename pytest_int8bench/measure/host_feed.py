@@ -1,4 +1,4 @@
-"""Batches that come from the host: a DataLoader, pinned memory, and copies behind the compute."""
+"""Feed batches from the host: a DataLoader, pinned memory, and copies that overlap compute."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ from pytest_int8bench.clock import untraced
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.tensors import map_tensors
 
-#: Batches that each worker makes ahead.
+#: Batches that each worker prefetches.
 PREFETCH = 2
-#: One worker for so many CPUs, none on two or fewer: the main process would wait for it.
+#: CPUs per worker. With two or fewer CPUs there are none: the main process would wait for them.
 CPUS_PER_WORKER, MAX_WORKERS = 4, 4
-#: Different batches that are handed out in turn, and bytes that they may take together.
+#: Most distinct batches to cycle through, and most bytes that they take together.
 MAX_VARIANTS, VARIANT_BYTES = 4, 1 << 30
-#: Seconds that a worker has to end by itself.
+#: Seconds to wait for a worker to exit.
 WORKER_END_S = 5.0
-#: Part of the free shared memory that batches on their way may take.
+#: Fraction of free shared memory that batches in transit may take.
 SHARED_PART = 0.5
-# Tensors of one batch travel in one block of memory; each starts at a multiple of this.
+# Alignment in bytes of tensors in the block of memory that holds a batch.
 _ALIGNMENT = 64
 _SHARED_MEMORY = "/dev/shm"
 
 
 class FeedError(ClearError, RuntimeError):
-    """The batches do not come."""
+    """The loader failed to deliver batches."""
 
 
 class HostFeed:
-    """Hands out batches on a device that come from the host, forever.
+    """Copies batches from the host to a device, endlessly.
 
-    A DataLoader makes each batch anew from the workload's inputs, in worker processes, and pins
-    its memory. From there it is copied into one of two fixed sets of tensors on the device: while
-    the model reads one set, the other one is filled, on a stream of its own. So shapes, dtypes,
-    strides and addresses repeat, and nothing compiles again.
+    A DataLoader copies each batch from the workload's inputs in worker processes and pins its
+    memory. The batch is then copied into one of two fixed sets of tensors on the device: while
+    the model reads one set, a separate stream fills the other. Shapes, dtypes, strides and
+    addresses repeat, so nothing recompiles.
 
-    Whole batches travel, not samples: collating would measure Python, and no workload has to say
-    which of its tensors hold samples. Batch ``n`` is the inputs with their rows moved on by ``n``
-    modulo :attr:`variants` if each tensor has a row for each sample, else the inputs as they are.
+    Workers send whole batches, not samples: collating would measure Python, and workloads need not
+    declare which tensors hold samples. Batch ``n`` is the inputs with rows rotated by ``n`` modulo
+    :attr:`variants` if each tensor has one row per sample, else the unchanged inputs.
 
-    A batch may be read until the next one is asked for, by work submitted to the stream that was
-    current when it was handed out. Iterating starts the workers, :meth:`close` ends them; so does
-    garbage collection, or the end of the process.
+    A batch may be read until the next one is requested, by work submitted to the stream that was
+    current when it was handed out. Iterating starts the workers; :meth:`close`, garbage collection
+    or the end of the process stops them.
 
     Args:
         inputs: one batch in any containers that ``map_tensors`` takes, in the dtypes and layout of
             the model.
-        device: where the batches go. On CUDA copies run beside the compute; elsewhere in line.
+        device: device of the batches. On CUDA, copies overlap compute; elsewhere they do not.
         samples: samples in a batch.
-        workers: processes of the loader; by default what suits the machine.
-        clock: seconds, for :attr:`wait_s`.
+        workers: number of loader processes; chosen for the machine by default.
+        clock: returns seconds, for :attr:`wait_s`.
 
     Raises:
         WorkloadError: for tensors that are not dense.
@@ -80,9 +80,9 @@ class HostFeed:
     ) -> None:
         self.device = device
         self.batches = 0
-        """Batches that were asked of the loader."""
+        """Number of batches requested from the loader."""
         self.wait_s = 0.0
-        """Seconds that the host waited for the loader, over all of them."""
+        """Seconds that the host waited for all these batches."""
         self._inputs = inputs
         self._clock = clock
         self._tensors = _tensors_in(inputs)
@@ -92,14 +92,14 @@ class HostFeed:
         self._rolls = rows and samples > 1
         fitting = VARIANT_BYTES // max(self._batch_bytes, 1)
         self.variants = max(1, min(MAX_VARIANTS, fitting))
-        """Batches after which the same one comes again."""
+        """Number of distinct batches."""
         self.workers = workers
-        """Processes of the loader; None before they were started for the first time."""
+        """Number of loader processes; None before they are first started."""
         self._loader: Iterator[torch.Tensor] | None = None
         self._side: torch.cuda.Stream | None = None
         self._slots: tuple[_Slot, _Slot] | None = None
         self._end: Callable[[], Any] = lambda: None
-        self._turn = 0  # of the slots, the one to be handed out next
+        self._turn = 0  # slot to hand out next
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +110,7 @@ class HostFeed:
 
     @property
     def current(self) -> Any:
-        """The batch that was handed out last. It stays until the next one is asked for."""
+        """The batch handed out last, valid until the next one is requested."""
         return self._opened()[1 - self._turn].inputs
 
     def __iter__(self) -> Iterator[Any]:
@@ -119,23 +119,23 @@ class HostFeed:
     def __next__(self) -> Any:
         slots = self._opened()
         ready, other = slots[self._turn], slots[1 - self._turn]
-        # Submitted before the model's own work, so that it runs beside that.
+        # Submit the copy before the model's own work so that they overlap.
         self._fill(other)
         ready.hand_out(self.device)
         self._turn = 1 - self._turn
         return ready.inputs
 
     def copy_again(self) -> None:
-        """Copy the batch that comes next to the device once more: for timing that alone."""
+        """Copy the next batch to the device again, to time the copy alone."""
         slot = self._opened()[self._turn]
         slot.copy(self._side)
 
     def open(self) -> None:
-        """Start the workers and wait for the first batch, if that has not been done."""
+        """Start the workers and wait for the first batch, if not already open."""
         self._opened()
 
     def close(self) -> None:
-        """End the workers and free the tensors on the device. The next batch starts anew."""
+        """Stop the workers and free the device tensors. The next request reopens the feed."""
         self._end()
         self._end = lambda: None
         self._loader = self._side = self._slots = None
@@ -150,7 +150,7 @@ class HostFeed:
             self.close()
             raise
 
-    @untraced()  # threads that pin memory would be traced for good
+    @untraced()  # pinning threads would otherwise keep the tracer
     def _open(self) -> tuple[_Slot, _Slot]:
         if self.workers is None:
             self.workers = workers_for(
@@ -159,15 +159,15 @@ class HostFeed:
                 cpus=_cpus(),
                 shared_bytes=_free_shared_bytes(),
             )
-        # Normal tensors, also where the caller is in inference mode: Dynamo tells the two apart,
-        # and only normal ones may be filled both inside and outside of it.
+        # Create normal tensors even if the caller is in inference mode: Dynamo distinguishes the
+        # two, and only normal ones can be filled both inside and outside inference mode.
         with torch.inference_mode(False):
             sources = [self._packed(index) for index in range(self.variants)]
             slots = _Slot(self), _Slot(self)
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             self._side = torch.cuda.Stream(self.device)
-            # The memory of the slots may have had another owner, whose work is not done yet.
+            # Pending work of a previous owner may still use the slots' memory.
             self._side.wait_stream(torch.cuda.current_stream(self.device))
         self._loader = _loader(sources, self.workers, pin_memory=on_cuda)
         self._end = weakref.finalize(self, _shut_down, self._loader, self._side)
@@ -176,7 +176,7 @@ class HostFeed:
         return slots
 
     def _packed(self, variant: int) -> torch.Tensor:
-        """Return one of the different batches in one block of host memory."""
+        """Pack one of the distinct batches into a block of host memory."""
         block = torch.empty(self._batch_bytes, dtype=torch.uint8)
         for tensor, part in zip(self._tensors, self._parts, strict=True):
             source = tensor.roll(variant, 0) if self._rolls else tensor
@@ -184,7 +184,7 @@ class HostFeed:
         return block
 
     def _fill(self, slot: _Slot) -> None:
-        """Get a batch from the loader and have it copied into ``slot``."""
+        """Get a batch from the loader and start copying it into ``slot``."""
         slot.wait_for_copy()
         begin = self._clock()
         block = self._next_block()
@@ -201,7 +201,7 @@ class HostFeed:
             if "DataLoader worker" not in str(error):
                 raise
             self.close()
-            why = str(error).strip().splitlines()[-1]  # above it, a traceback of the worker
+            why = str(error).strip().splitlines()[-1]  # the worker's traceback precedes it
             raise FeedError(
                 f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes travel through "
                 f"shared memory: see whether {_SHARED_MEMORY} is large enough (docker: --shm-size)"
@@ -210,7 +210,7 @@ class HostFeed:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a tensor is in the block of its batch."""
+    """The location of a tensor in its batch's block."""
 
     begin: int
     end: int
@@ -227,8 +227,8 @@ class _Part:
 class _Slot:
     """One of the two sets of tensors on the device.
 
-    Two events order what happens to it: ``copied`` lets the model start when the batch is there,
-    ``read`` lets the next batch in when the model is through with this one.
+    Two events synchronize it: ``copied`` lets the model start once the batch has arrived, and
+    ``read`` lets the next copy start once the model has finished with this batch.
     """
 
     def __init__(self, feed: HostFeed) -> None:
@@ -240,19 +240,19 @@ class _Slot:
         mine = iter(self.tensors)
         self.inputs = map_tensors(lambda _: next(mine), feed._inputs)
         self.block: torch.Tensor | None = None
-        """The batch in host memory, kept while it may be copied."""
+        """The batch in host memory, kept alive while a copy may be reading it."""
         self._copied = torch.cuda.Event() if feed.device.type == "cuda" else None
         self._reader: torch.cuda.Stream | None = None
-        """The stream that the tensors were handed out on, and not taken back from yet."""
+        """The stream that may still be reading the tensors."""
 
     def wait_for_copy(self) -> None:
-        """Let the host wait until the last batch is here: it would run ahead of the device without
-        end, and pin memory for every batch on the way."""
+        """Make the host wait for the last copy. Otherwise it would run ever further ahead of the
+        device and pin memory for every batch in transit."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def copy(self, side: torch.cuda.Stream | None) -> None:
-        """Copy the block here, on ``side``, after what reads these tensors."""
+        """Copy the block here on ``side``, after pending reads of these tensors."""
         if side is None or self._copied is None:
             self._copy()
             return
@@ -266,7 +266,7 @@ class _Slot:
         self._copied.record(side)
 
     def hand_out(self, device: torch.device) -> None:
-        """Let what is submitted to the current stream from now on wait for the batch."""
+        """Make later work on the current stream wait for the batch."""
         if self._copied is not None:
             self._reader = torch.cuda.current_stream(device)
             self._reader.wait_event(self._copied)
@@ -278,7 +278,7 @@ class _Slot:
 
 
 class _Batches(Dataset[torch.Tensor]):
-    """Makes a batch by copying one of several: what travels is new memory each time."""
+    """Copies one of several batches into new memory for each item."""
 
     def __init__(self, sources: Sequence[torch.Tensor]) -> None:
         self._sources = list(sources)
@@ -288,16 +288,16 @@ class _Batches(Dataset[torch.Tensor]):
 
 
 def workers_for(batch_bytes: int, variants: int, *, cpus: int, shared_bytes: int | None) -> int:
-    """Return how many processes load batches; with 0 the main process does.
+    """Return the number of loader processes; 0 means that the main process loads.
 
     Args:
         batch_bytes: bytes of one batch.
         variants: batches that the workers copy from.
         cpus: CPUs that this process may use.
-        shared_bytes: free shared memory, which batches travel through; None where that is not
-            known. A worker that finds it full is killed by the system.
+        shared_bytes: free shared memory, through which batches are sent; None if unknown. The
+            system kills a worker that finds it full.
     """
-    if cpus <= 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
+    if cpus <= 2 or multiprocessing.current_process().daemon:  # daemons cannot have children
         return 0
     wanted = min(math.ceil(cpus / CPUS_PER_WORKER), MAX_WORKERS)
     if shared_bytes is None:
@@ -336,14 +336,14 @@ def _loader(
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers."""
+    """Leave Ctrl-C to the main process, which stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _shut_down(loader: Any, side: torch.cuda.Stream | None) -> None:
-    """End the workers of ``loader`` when no copy is under way any more."""
+    """Stop the workers of ``loader`` once no copy is in flight."""
     if side is not None:
-        with contextlib.suppress(RuntimeError):  # a device that failed copies nothing
+        with contextlib.suppress(RuntimeError):  # a failed device copies nothing
             side.synchronize()
     # torch has no public way to end persistent workers but to drop the last reference to the
     # iterator, and a traceback may hold one.
@@ -380,7 +380,7 @@ def _layout(tensors: Sequence[torch.Tensor]) -> list[_Part]:
     parts = []
     end = 0
     for tensor in tensors:
-        # Expanded and cut tensors get the strides of a copy of their own.
+        # Expanded and sliced tensors get the strides of a fresh copy.
         stride = torch.empty_like(tensor, device="meta").stride()
         begin = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = begin + tensor.numel() * tensor.itemsize

@@ -1,4 +1,4 @@
-"""What became of each linear layer's weight in one forward, operator by operator."""
+"""Record how one forward uses each linear layer's weight, operator by operator."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LayerRun:
 
     @property
     def rows(self) -> float:
-        """Rows that were multiplied with the weight, in all calls together."""
+        """Rows multiplied with the weight, over all calls."""
         return self.work / max(self.size.inputs * self.size.outputs, 1)
 
     @property
@@ -178,7 +178,7 @@ def layer_runs(
     Args:
         model: the model, quantized or not.
         run: one forward of it.
-        graphs: what it was compiled to.
+        graphs: the model's compiled graphs.
     """
     watch = _Watch(dict(_linear_layers(model)))
     # What an eager model compiles itself would not run operator by operator.

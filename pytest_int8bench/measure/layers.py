@@ -1,4 +1,4 @@
-"""What became of a model's linear layers in one forward, operator by operator and compiled."""
+"""Check how a model's linear layers ran in one forward, operator by operator and compiled."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.quantization.stored import stored_weight
 
-#: Part of the kernels' time outside compiled graphs over which the reader is told.
+#: Fraction of kernel time outside compiled graphs above which a remark is made.
 EAGER_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What became of the linear layers of a model in one forward."""
+    """Findings about the linear layers of a model in one forward."""
 
     runs: LayerRuns | None = None
     """What a forward did with each weight; None if it failed."""
@@ -39,14 +39,14 @@ class Layers:
     outside: tuple[str, ...] = ()
     """Layers that ran eagerly beside the compiled graphs."""
     other_precision: tuple[str, ...] = ()
-    """Quantized layers that ran other matmuls, as the user's configuration has it."""
+    """Quantized layers that ran other matmuls, as the user configured them."""
     problem: str | None = None
-    """Why no forward was looked at operator by operator."""
+    """Why no forward could be inspected operator by operator."""
     eager_share: float = 0.0
-    """Part of the time of the kernels that ran outside the compiled graphs."""
+    """Fraction of kernel time spent outside the compiled graphs."""
 
     def remarks(self, precision: str) -> list[str]:
-        """Return what the reader should know."""
+        """Return remarks for the result."""
         lines = []
         if self.problem is not None:
             lines.append(f"not proven layer by layer: {self.problem}")
@@ -82,10 +82,10 @@ class Forward:
     runs: LayerRuns | None
     """What it did with each weight; None if it failed."""
     problem: str | None = None
-    """Why."""
+    """Why it failed."""
 
     def joined(self, eager: Forward) -> Forward:
-        """Return this forward, of the graphs of a model, with what runs outside of them.
+        """Combine this forward of a model's graphs with the work outside the graphs.
 
         Args:
             eager: an eager forward of the same model.
@@ -100,8 +100,8 @@ class Forward:
 def look_at_forward(
     model: nn.Module, run: Callable[[], object], graphs: Sequence[Graph] = ()
 ) -> Forward:
-    """Run a forward of ``model`` operator by operator; one that fails, as for lack of memory where
-    the compiled one fits, is no error."""
+    """Run a forward of ``model`` operator by operator. A failure is not an error: it may run out of
+    memory although the compiled forward fits."""
     try:
         return Forward(layer_runs(model, run, graphs))
     except Exception as error:
@@ -130,7 +130,7 @@ def check_every_layer(
         params: the point.
 
     Raises:
-        EvidenceError: if a quantized layer did not run as the label says.
+        EvidenceError: if a quantized layer did not run as labelled.
     """
     runs, eager_share = forward.runs, evidence.eager_s / evidence.total_s
     if runs is None:
@@ -152,8 +152,7 @@ def check_every_layer(
 def _compare_graphs(
     model: nn.Module, used: Sequence[str], graphs: Sequence[Graph] | None
 ) -> tuple[list[str], list[str]]:
-    """Return those of the layers that are in no graph, and those that graphs drop; without graphs
-    there are none."""
+    """Return the layers in no graph and the layers that graphs drop; both empty without graphs."""
     outside: list[str] = []
     dropped: list[str] = []
     for name in used if graphs is not None else ():

@@ -21,15 +21,15 @@ class LinearCall:
     name: str
     """The layer's dotted name in the model."""
     rows: int
-    """M of the product: what all dimensions of the input but the last come to."""
+    """M of the matmul: the product of all input dimensions but the last."""
     size: Size
     """K and N."""
     first: bool = True
-    """No call before took the same input: what quantizes it does so once."""
+    """Whether no earlier call took the same input, which is quantized only once."""
 
     @property
     def ops(self) -> int:
-        """Operations, a multiplication and an addition being two."""
+        """Number of operations; a multiply-add counts as two."""
         return 2 * self.rows * self.size.inputs * self.size.outputs
 
     @property
@@ -38,15 +38,15 @@ class LinearCall:
         return self.rows * sum(self.size)
 
     def traffic(self, input_bytes: int, weight_bytes: float, output_bytes: int) -> float:
-        """Bytes that are read and written at least, by the bytes of an element of each."""
+        """Return the fewest bytes read and written, given the bytes per element of each tensor."""
         inputs, outputs = self.size
         read = inputs * (self.rows * input_bytes + outputs * weight_bytes)
         return read + self.rows * outputs * output_bytes
 
 
 class _Watch(TorchDispatchMode):
-    """Sees the calls of linear layers, and leaves the modules alone: a hook could make a compiled
-    graph of theirs compile again."""
+    """Records calls of linear layers without module hooks, which could make compiled graphs
+    recompile."""
 
     supports_higher_order_operators = True
 
@@ -83,16 +83,17 @@ def linear_calls(
     Args:
         model: the model.
         run: one forward of it.
-        graphs: what it was compiled to.
+        graphs: the model's compiled graphs.
     """
     watch = _Watch(model)
-    with torch.inference_mode(), watched(watch, graphs):  # elsewhere, calls arrive in parts
+    # Outside inference mode, linear is decomposed.
+    with torch.inference_mode(), watched(watch, graphs):
         run()
     return tuple(watch.calls)
 
 
 class Size(NamedTuple):
-    """Width of what goes into and comes out of a linear layer."""
+    """Return the input and output widths of a linear layer."""
 
     inputs: int
     outputs: int

@@ -1,4 +1,4 @@
-"""Allocated and peak memory, and giving it back after an error."""
+"""Measure allocated and peak memory, and free memory after an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_int8bench.out_of_memory import requested_bytes as requested_bytes
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Watch the peak of allocated bytes on ``device``; the yielded callable returns it.
 
-    It returns None on a CPU, where it is not measured.
+    The callable returns None on a CPU, where the peak is not measured.
     """
     if device.type != "cuda":
         yield lambda: None
@@ -34,7 +34,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def release(error: BaseException) -> None:
-    """Let go of the tensors that the frames of ``error``, and of what it was raised from, hold."""
+    """Release the tensors held by the frames of ``error`` and of its causes."""
     for current in chain_of(error):
         traceback.clear_frames(current.__traceback__)
         current.__traceback__ = None
@@ -47,8 +47,8 @@ def collect_garbage(device: torch.device) -> None:
 
 
 def free_memory() -> None:
-    """Give back memory of models that nothing refers to any more."""
+    """Free the memory of models that are no longer referenced."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        with suppress(torch.AcceleratorError):  # a device that failed frees nothing
+        with suppress(torch.AcceleratorError):  # a failed device frees nothing
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""One model of a point: eager, compiled, warm, and its evidence."""
+"""Compile, warm up and profile one model of a point."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Model:
         self.batch = batch
         self.device = device
         self.feed = feed
-        """Where the batches come from with ``feed=host``."""
+        """Source of the batches with ``feed=host``."""
         self._weight_bytes = weight_bytes
         self.compiled: CompiledModel = compile_for_a100(
             eager,
@@ -99,22 +99,22 @@ class Model:
         if auto is not None:
             self.compiled.choose_attention = auto.chooser
         self.run = BatchRun(self.compiled, batch, device, feed)
-        """Submits one batch and returns the output. With ``feed=host`` it comes from the host, and
-        the next one is on its way meanwhile."""
+        """Submits one batch and returns the output. With ``feed=host`` the batch comes from the
+        host, and the next one is copied meanwhile."""
         self.run_again = BatchRun(self.compiled, batch, device, feed, again=True)
-        """Submits the batch of the last :attr:`run` once more, which is on the device."""
-        # The candidate's model may have run before, to be compared with the baseline's.
+        """Resubmits the last batch of :attr:`run`, which is already on the device."""
+        # The candidate may have run already, to be compared with the baseline.
         self._buffers: Buffers = Buffers(eager, None if baseline is None else baseline._buffers)
         self._ready: Ready | None = None
         self._evidence: Evidence | None = None
         self._linear_calls: tuple[LinearCall, ...] | None = None
         self._forward: Forward | None = None
         self.is_checked = False
-        """Whether :func:`.baseline_check.check` has looked at it. What it found:"""
+        """Whether :func:`.baseline_check.check` has checked it; its findings follow."""
         self.wrong: str | None = None
         self.unchecked: str | None = None
         self.layers = Layers()
-        """What became of the linear layers in one forward, as far as :meth:`evidence` saw."""
+        """What :meth:`evidence` found about the linear layers in one forward."""
 
     @property
     def is_ready(self) -> bool:
@@ -123,21 +123,21 @@ class Model:
 
     @property
     def inputs(self) -> Any:
-        """One batch, to look at: what is called with it may write to it."""
+        """One batch, for inspection only: a call with it may write to it."""
         return self.batch.inputs
 
     def fresh_inputs(self) -> Any:
-        """Return a copy of the batch on the device, as it was made."""
+        """Return a copy of the original batch on the device."""
         return to_device(self.batch.fresh(), self.device)
 
     def evidence(self, keep: Keep | None = None) -> Evidence:
         """Profile one forward, once, and compare the labels of the point with the kernels.
 
         Args:
-            keep: writes the profile down; it is made again where that of an earlier call was not.
+            keep: saves the profile, which is repeated if no earlier call saved one.
 
         Raises:
-            EvidenceError: if they contradict.
+            EvidenceError: if the kernels contradict the labels.
         """
         if self._evidence is None or (keep is not None and self._evidence.trace is None):
             profiled: list[Evidence] = []
@@ -170,8 +170,8 @@ class Model:
         return self._evidence
 
     def forward(self) -> Forward:
-        """Run one forward operator by operator, once, and return what it did with each linear
-        layer's weight."""
+        """Run one forward operator by operator, once, and return how it used each linear layer's
+        weight."""
         if self._forward is None:
             look = functools.partial(look_at_forward, self.eager)
             first, *eager = self._seen_by(look)
@@ -179,8 +179,8 @@ class Model:
         return self._forward
 
     def _seen_by(self, look: Callable[[Callable[[], object], Sequence[Graph]], Seen]) -> list[Seen]:
-        """Return what ``look`` sees in one forward: in the graphs of a compiled model, as eagerly
-        it may take other branches, and in an eager forward if some of it is in no graph."""
+        """Return what ``look`` sees in a forward of the graphs, if there are any, because an eager
+        forward may take other branches; then in an eager forward, if some of it is in no graph."""
         graphs = self.compiled.graphs
         seen = [look(lambda: call(self.compiled, self.fresh_inputs()), graphs)] if graphs else []
         if not self.compiled.is_whole or not graphs:
@@ -188,10 +188,10 @@ class Model:
         return seen
 
     def check_against(self, baseline: Model) -> None:
-        """Compare what the forwards of this candidate and its baseline run.
+        """Compare the work of this candidate's forward and its baseline's.
 
         Raises:
-            EvidenceError: if the candidate's runs less.
+            EvidenceError: if the candidate does less work.
         """
         ours, theirs = self.forward().runs, baseline.forward().runs
         if ours is not None and theirs is not None:
@@ -204,8 +204,7 @@ class Model:
             return call(self.eager, inputs)
 
     def linear_calls(self) -> tuple[LinearCall, ...]:
-        """Run one forward operator by operator, once, and return what its linear layers were called
-        with."""
+        """Run one forward operator by operator, once, and return the calls of its linear layers."""
         if self._linear_calls is None:
             first, *eager = self._seen_by(functools.partial(linear_calls, self.eager))
             names = {call.name for call in first}
@@ -214,23 +213,23 @@ class Model:
         return self._linear_calls
 
     def attention_calls(self) -> Counter[Call]:
-        """Run one forward operator by operator and return the calls of attention in its graphs, or
-        in all of a model without graphs."""
+        """Run one forward operator by operator and return the attention calls in its graphs, or in
+        the whole model if there are none."""
         with self.compiled.entered():
             return self._seen_by(recorded_calls)[0]
 
     def ready(self, timer: Timer = synchronized_perf_counter) -> Ready:
-        """Compile and warm up, once; and again what has to be compiled anew, as after
-        ``torch._dynamo.reset()``. Call it before each clock.
+        """Compile and warm up once, and again if recompilation is needed, as after
+        ``torch._dynamo.reset()``. Call it before each timing.
 
         Raises:
-            CompileError: if what was compiled runs eagerly now.
-            QuantizationError: if the INT8 product cannot take the shapes.
-            AttentionError: if the attention backend cannot take the model's attention.
+            CompileError: if compiled code now runs eagerly.
+            QuantizationError: if the INT8 matmul does not support the shapes.
+            AttentionError: if the attention backend does not support the model's attention.
             torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
         """
         if self._auto is not None and self._auto.chosen != self.compiled.attention:
-            self._use_attention()  # it was changed for the other side of the comparison
+            self._use_attention()  # the other side of the comparison changed it
         if self._ready is not None:
             with self.compiled.entered():
                 self._compile_again(timer)
@@ -250,10 +249,10 @@ class Model:
         return self._ready
 
     def _may_try_again(self, error: Exception) -> bool:
-        """Return whether another attention backend is to be tried after ``error``.
+        """Return whether to try another attention backend after ``error``.
 
         Raises:
-            QuantizationError, AttentionError: where they explain it.
+            QuantizationError, AttentionError: if they explain ``error``.
         """
         tried = self.compiled.attention
         if explained := MODES[self.params.int8_mode].explain(str(error)):
@@ -267,7 +266,7 @@ class Model:
         return False
 
     def _use_attention(self) -> None:
-        """Compile for the backend that ``attention=auto`` stands for by now."""
+        """Compile for the backend that ``attention=auto`` currently selects."""
         assert self._auto is not None
         free_memory()
         self.compiled.use_attention(self._auto.chosen)
@@ -275,7 +274,7 @@ class Model:
         self._ready = self._evidence = self._forward = self._linear_calls = None
 
     def _compile_again(self, timer: Timer = synchronized_perf_counter) -> None:
-        """Run one batch, and warm up if that compiled: what was compiled may be gone."""
+        """Run one batch, and warm up if it had to compile: compiled code may be gone."""
         if self.compiled.compiles_again(self.run):
             warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
 
@@ -287,7 +286,7 @@ class Model:
             on_device = self.feed.nbytes
         collect_garbage(self.device)
         if self.compiled.mode in CUDA_GRAPH_MODES:
-            free_matmul_workspaces()  # of eager matmuls, which recording the graph will free
+            free_matmul_workspaces()  # eager workspaces, which recording would free
         other_bytes = allocated_bytes(self.device) - self._weight_bytes - on_device
         output = self._first_call()
         self._look_outside_graphs()
@@ -299,14 +298,14 @@ class Model:
         outputs, first = describe(output), sample_of(output)
         finite, nan = is_finite(tensors_of(output)), has_nan(tensors_of(output))
         del output
-        # The first call's peak holds what autotuning allocated; with CUDA graphs, the second
-        # call records the graph and with it allocates what each replay uses.
+        # The first call's peak includes autotuning. With CUDA graphs, the second call records the
+        # graph and allocates the memory that each replay uses.
         skips = graphs_skipped()
         with peak_memory(self.device) as peak:
             warm = warm_up(self.run, timer, max_s=self.params.benchmark_interval_s)
             peak_bytes = peak()
         if self.batch.is_written and self.feed is None:
-            other_bytes += on_device  # what is copied is not what a call gets
+            other_bytes += on_device  # calls get copies, so this memory is extra
         self._buffers.settle()
         output = self._call_once()
         self._buffers.compare()
@@ -339,7 +338,7 @@ class Model:
         )
 
     def _first_call(self) -> Any:
-        """Call the model and look whether it writes to its inputs, also where it fails."""
+        """Call the model and check whether it writes to its inputs, even if it fails."""
         given = self.batch.inputs if self.feed is None else self.fresh_inputs()
         try:
             return call(self.compiled, given)

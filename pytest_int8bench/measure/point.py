@@ -39,17 +39,17 @@ from pytest_int8bench.results.parts import Comparison, Feeding, Rounds, Setup
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.workloads.workload import Workload
 
-#: Runs a plan and returns seconds per batch, one value a round.
+#: Runs a plan and returns seconds per batch, one value per round.
 TimeRounds = Callable[[Run, Plan], list[float]]
 
-#: Difference between the speedup and the ratio of the rates over which the reader is told.
+#: Relative difference between the speedup and the ratio of rates that earns a remark.
 DRIFT = 0.05
 _TOO_LARGE_TOGETHER = "baseline and candidate do not fit in memory together"
 _BASELINE_OOM = "the baseline ran out of memory"
 
 
 class OutputError(ClearError, AssertionError):
-    """Baseline and candidate do not give the same kind of output."""
+    """The outputs of baseline and candidate differ in kind."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ class Prepared:
     """The point's own model."""
     ready: Ready
     baseline: Model | None
-    """What the model is compared with."""
+    """The model to compare with."""
     baseline_ready: Ready | None
     remark: str | None
-    """Why there is no baseline, where one was to be."""
+    """Why a requested baseline is missing."""
 
 
 class Throughput:
-    """Measures points on one pool, and remembers the baselines' times.
+    """Measures points with the models of one pool, and remembers the baselines' times.
 
     Args:
-        pool: where the models come from.
-        with_baseline: measure the speedup against the BF16 baseline.
-        with_evidence: look at the kernels that ran, and hold the labels to them.
-        profiles: where profiles of points that want one go; None for nowhere.
+        pool: provides the models.
+        with_baseline: measure the speedup over the BF16 baseline.
+        with_evidence: check the labels against the kernels that ran.
+        profiles: saves the profiles of points that request one; None saves none.
         timer: a timer that waits for the device.
-        step: entered around each long step that really runs.
+        step: entered around each long step that actually runs.
         energy_counter: returns the energy counter of a device.
     """
 
@@ -103,10 +103,10 @@ class Throughput:
     def measure(
         self, workload: Workload, params: RunParams, time_rounds: TimeRounds, *, nodeid: str
     ) -> Result:
-        """Measure one point. Running out of memory is a result, every other error is raised.
+        """Measure one point. Running out of memory is a result; all other errors are raised.
 
         Args:
-            workload: what to measure.
+            workload: the workload to measure.
             params: the point.
             time_rounds: runs the rounds, e.g. through pytest-benchmark.
             nodeid: identity of the result.
@@ -188,7 +188,7 @@ class Throughput:
     # -- the models ---------------------------------------------------------------------------
 
     def _prepare(self, workload: Workload, params: RunParams) -> Prepared:
-        """Build, compile and warm up the point's model and, where there is room, its baseline."""
+        """Build, compile and warm up the point's model and, if both fit, its baseline."""
         baseline, remark = self._ready_baseline(workload, params)
         try:
             model = built(self._pool, workload, params, self._step)
@@ -198,7 +198,7 @@ class Throughput:
                 raise
             release(error)
             model = None
-        if model is None:  # both do not fit: once more, alone
+        if model is None:  # both do not fit: try the model alone
             baseline, remark = None, _TOO_LARGE_TOGETHER
             self._pool.evict("candidate")
             self._pool.evict("baseline")
@@ -213,7 +213,7 @@ class Throughput:
     def _ready_baseline(
         self, workload: Workload, params: RunParams
     ) -> tuple[Model | None, str | None]:
-        """Return the baseline, compiled and warm, or None and why there is none."""
+        """Return the baseline, compiled and warm, or None and the reason."""
         if not (self._with_baseline and params.int8_enabled):
             return None, None
         without_int8 = params.baseline()
@@ -255,7 +255,7 @@ class Throughput:
             feeding = watch.waited()
         check_late_writes(model.workload.name, model.batch)
         after = gpu_state()
-        # Between rounds, inputs that the model writes to are made anew.
+        # Recreating inputs that the model writes to between rounds would use energy too.
         watts = None if model.batch.is_written else counter.watts(start, end_s)
         timing = summarize(times)
         rounds = Rounds(
@@ -271,14 +271,14 @@ class Throughput:
         return rounds, feeding
 
     def _cost_of(self, feeding: Feeding, model: Model) -> Feeding:
-        """Add what feeding costs compared with inputs on the device."""
+        """Add the cost of feeding relative to inputs on the device."""
         with self._step("comparing", step_label(model.workload, model.params)):
             return with_cost(feeding, model, self._timer, model.params.benchmark_interval_s)
 
     def _compare(
         self, baseline: Model | None, candidate: Model, candidate_s: float
     ) -> tuple[Comparison | None, str | None]:
-        """Return the speedup, and what the reader should know about it."""
+        """Return the speedup and a remark on it."""
         workload, params = candidate.workload, candidate.params
         problem = None
         apart_s = self._baseline_s.get(self._pool.key(workload, params.baseline()))
@@ -304,7 +304,7 @@ class Throughput:
         return Comparison(speedup=apart, method="separate"), problem
 
     def _alternate(self, baseline: Model, candidate: Model, candidate_s: float) -> Comparison:
-        """Measure the speedup in alternating blocks, and then what energy both take."""
+        """Measure the speedup in alternating blocks, then the energy of both models."""
         interval_s = candidate.params.benchmark_interval_s
         with self._step("comparing", step_label(candidate.workload, candidate.params)):
             speedup = interleave(baseline, candidate, self._timer, interval_s)
@@ -321,7 +321,7 @@ class Throughput:
     def _energy_ratio(
         self, baseline: Model, candidate: Model, batch_s: tuple[float, float]
     ) -> float | None:
-        """Return the baseline's energy over the candidate's, or None where it is not known."""
+        """Return the ratio of the baseline's to the candidate's energy, or None if unknown."""
         if candidate.batch.is_written:  # each call would count the copy of its inputs too
             return None
         counter = self._energy_counter(candidate.device)
@@ -334,19 +334,18 @@ class Throughput:
                     batch_s=batch_s,
                     interval_s=candidate.params.benchmark_interval_s,
                 )
-        except Exception as error:  # whatever it is, the speedup is there
+        except Exception as error:  # the speedup is still valid
             release(error)
         return None
 
     def _keep(self, model: Model) -> Keep | None:
-        """Return what writes the profile of the point down, where one is wanted."""
+        """Return the writer of the point's profile, if a profile is requested."""
         if self._profiles is None or not self._profiles.wants(model.params):
             return None
         return self._profiles.writer(model.workload.name, model.params.run_name, model.device)
 
 
 def _setup(model: Model, ready: Ready) -> Setup:
-    """Return what it took to get the model ready."""
     return Setup(
         peak_memory_bytes=ready.peak_memory_bytes,
         compile_s=ready.compile_s,
@@ -361,8 +360,8 @@ def _setup(model: Model, ready: Ready) -> Setup:
 
 
 def _nan_remark(prepared: Prepared) -> str | None:
-    """Return whose outputs hold NaN; a candidate with NaN where its baseline has none has
-    failed."""
+    """Return a remark on whose outputs hold NaN. A candidate with NaN whose baseline has none has
+    already failed."""
     if not prepared.ready.has_nan:
         if prepared.baseline_ready is not None and prepared.baseline_ready.has_nan:
             return "the baseline's output holds NaN, and the candidate's does not"

@@ -1,4 +1,4 @@
-"""Models of a point, quantized and compiled once, few of them kept on the device."""
+"""Quantize and compile each model once, keeping only a few on the device."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads.workload import Workload
 
 
-#: Parts of a workload that a baseline has nothing to do with.
+#: Parts of a workload that do not affect a baseline.
 _QUANTIZATION_PARTS = (
     "filter_fn",
     "quant_config",
@@ -91,7 +91,8 @@ class ModelPool:
         self._models: dict[str, Model] = {}
         self._keys: dict[str, Key] = {}
         self._inputs: tuple[Key, Batch] | None = None
-        # Keys hold ids of what workloads refer to; kept alive, an id is not used again.
+        # Keys hold ids of objects that workloads refer to. Keeping the objects alive prevents reuse
+        # of their ids.
         self._seen: list[Workload] = []
         self._built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -119,7 +120,7 @@ class ModelPool:
         return self._models[role]
 
     def holds(self, workload: Workload, params: RunParams) -> bool:
-        """Say whether :meth:`get` has the model of ``params`` at hand."""
+        """Return whether :meth:`get` already holds the model of ``params``."""
         return self._keys.get(_role(params)) == self.key(workload, params)
 
     def batch(self, workload: Workload, params: RunParams) -> Any:
@@ -150,7 +151,7 @@ class ModelPool:
         free_memory()
 
     def _drop(self, role: str) -> None:
-        """Drop a model, and end what fed it alone."""
+        """Drop a model and close its feed if no other model uses it."""
         self._keys.pop(role, None)
         dropped = self._models.pop(role, None)
         feed = None if dropped is None else dropped.feed
@@ -158,7 +159,7 @@ class ModelPool:
             feed.close()
 
     def evict_other_candidate(self, workload: Workload, params: RunParams) -> None:
-        """Drop the candidate unless it is that of ``params``: it would only be in the way."""
+        """Drop the candidate, to free its memory, unless it belongs to ``params``."""
         if "candidate" in self._keys and self._keys["candidate"] != self.key(workload, params):
             self.evict("candidate")
 
@@ -179,10 +180,10 @@ class ModelPool:
         )
 
     def variant(self, workload: Workload, params: RunParams, *, quantize: bool = True) -> Model:
-        """Build the candidate of ``params`` from its baseline, to be run eagerly, and do not keep
-        it: for a look at one of many ways to quantize, or at a copy that is not quantized."""
+        """Build an eager candidate of ``params`` from its baseline without keeping it, to try one
+        of many quantizations or an unquantized copy."""
         baseline = self.get(workload, params.baseline())
-        baseline.find_changing_buffers()  # for variants differ from it by quantization alone
+        baseline.find_changing_buffers()  # variants must differ from it in quantization only
         point = params.replace(compile_mode="off")
         model = self._build(workload, point, baseline.batch, copy_first=True, quantize=quantize)
         model.params = params  # whose evaluations and baseline are the point's
@@ -198,7 +199,7 @@ class ModelPool:
         quantize: bool = True,
     ) -> Model:
         device = find_device(params)
-        # What earlier tests left, or its end would count against these weights.
+        # Freeing leftovers of earlier tests later would distort the size of these weights.
         collect_garbage(device)
         if params.int8_attention and (why := attention_problem(device)):
             raise QuantizationError(f"int8_attention=True: {why}")
@@ -218,7 +219,7 @@ class ModelPool:
         if params.attention == "auto":
             held = allocated_bytes(device)
             auto = self._auto_attention(workload, params, eager, batch, device)
-            before += allocated_bytes(device) - held  # workspaces of the products, which stay
+            before += allocated_bytes(device) - held  # matmul workspaces, which stay
         if params.int8_enabled and workload.prequantized:
             if not any(map(is_quantized, eager.modules())):
                 raise QuantizationError(
@@ -227,7 +228,7 @@ class ModelPool:
                 )
             make_readable(eager)
         elif params.int8_enabled and quantize:
-            # The two have run once, to be compared, where there is a baseline.
+            # If there is a baseline, both have already run once for the comparison.
             run = None if baseline is not None else _runner(eager, batch, device)
             _quantize(eager, workload, params, batch, device, run)
         collect_garbage(device)  # the weights that were quantized
@@ -246,8 +247,8 @@ class ModelPool:
         )
 
     def _check_weights(self, workload: Workload, params: RunParams, eager: nn.Module) -> None:
-        """Raise ``WorkloadError`` if a baseline and candidate that are built apart, or a baseline
-        that is built once more, differ in their weights."""
+        """Raise ``WorkloadError`` if weights differ between a baseline and a candidate built
+        separately, or between two builds of a baseline."""
         found = fingerprint(eager)
         if self._fingerprints.setdefault(self.key(workload, params).baseline(), found) != found:
             raise WorkloadError(
@@ -265,8 +266,8 @@ class ModelPool:
     def _like(
         self, baseline: Model, workload: Workload, *, copy_first: bool
     ) -> tuple[nn.Module, int]:
-        """Return a model with the very weights of the baseline, also where build does not repeat
-        itself; and the bytes that running models left allocated, such as workspaces of matmuls."""
+        """Return a model with exactly the baseline's weights, even if ``build`` is not repeatable,
+        and the bytes that running models left allocated, such as matmul workspaces."""
         device, left = baseline.device, 0
 
         def run(model: nn.Module) -> Any:
@@ -291,8 +292,8 @@ class ModelPool:
         return model, left
 
     def _feed(self, params: RunParams, batch: Batch, device: torch.device) -> HostFeed | None:
-        """Return what feeds a model from the host: one feed for baseline and candidate, so that
-        both get the same batches from the same processes."""
+        """Return the host feed of a model. Baseline and candidate share one, so that both get the
+        same batches from the same processes."""
         if params.feed != "host":
             return None
         for model in self._models.values():
@@ -308,15 +309,15 @@ class ModelPool:
         batch: Batch,
         device: torch.device,
     ) -> AutoAttention:
-        """Return the choice of an attention backend for a baseline and its candidates: made here
-        for eager models, and else when the graph is there."""
+        """Return the attention backend choice shared by a baseline and its candidates. It is made
+        here for eager models, else once the graph is known."""
         key = self.key(workload, params.baseline().replace(feed="device"))
         if key in self._auto:
             return self._auto[key]
         auto = self._auto[key] = AutoAttention(self._timings)
         if params.compile_mode == "off":
             model = compile_for_a100(eager, mode="off", attention="auto")
-            with contextlib.suppress(Exception):  # such as a lack of memory, told when it runs
+            with contextlib.suppress(Exception):  # e.g. out of memory, reported when it runs
                 with kept_buffers(eager, _runner(eager, batch, device)):
                     calls = recorded_calls(lambda: call(model, to_device(batch.fresh(), device)))
                 auto.choose(calls)
@@ -342,7 +343,7 @@ def _quantize(
     device: torch.device,
     run: Callable[[], object] | None,
 ) -> None:
-    """Quantize a model in place; ``run`` runs a forward where none has run yet."""
+    """Quantize a model in place; ``run`` runs a forward if none has run yet."""
     calibration = None
     if params.int8_smoothquant:
         calibration = calibration_inputs(workload, params, batch.inputs, device)
@@ -364,10 +365,10 @@ def _role(params: RunParams) -> str:
 
 
 def part_key(part: Any) -> Any:
-    """Return what two parts of a workload have in common if they do the same.
+    """Return a key that is equal for parts of a workload that behave the same.
 
-    A function-scoped fixture makes its lambdas and mappings anew for each test: they are
-    compared by what they hold, a function by its code and what it refers to.
+    A function-scoped fixture creates new lambdas and mappings for each test, so they are compared
+    by content: a function by its code and the objects that it refers to.
     """
     if isinstance(part, types.FunctionType):
         values = [cell.cell_contents for cell in part.__closure__ or ()]

@@ -15,7 +15,7 @@ Outputs: TypeAlias = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 @dataclass(frozen=True)
 class Ready:
-    """What getting a model ready took, and what its output looks like."""
+    """The costs of getting a model ready, and the form of its output."""
 
     compile_s: float | None
     warm_up: WarmUp
@@ -24,19 +24,19 @@ class Ready:
     outputs: Outputs
     """Shape and dtype of each output tensor."""
     finite: bool
-    """No output holds NaN or infinity."""
+    """Whether all outputs are free of NaN and infinity."""
     has_nan: bool
-    """An output holds NaN."""
+    """Whether any output holds NaN."""
     compile_cache: str | None = None
-    """``warm`` or ``cold``, as the first call found the compile cache; None where unknown."""
+    """State of the compile cache at the first call, ``warm`` or ``cold``; None if unknown."""
     cuda_graphs_skipped: bool = False
-    """The compile mode asks for CUDA graphs, and Inductor did without."""
+    """Whether Inductor skipped the CUDA graphs that the compile mode requests."""
     regions: int = 0
     """Repeated blocks that were compiled once for all."""
     regions_refused: str | None = None
-    """Why blocks that repeat were compiled one by one; None if they were not."""
+    """Why repeated blocks were compiled separately; None if they were not."""
     remark: str | None = None
-    """What the reader should know about how the model treats its inputs and its state."""
+    """Remark on how the model treats its inputs and its state."""
 
 
 def describe(output: Any) -> Outputs:
@@ -45,5 +45,5 @@ def describe(output: Any) -> Outputs:
 
 
 def listed(outputs: Outputs) -> str:
-    """Return outputs as an error names them."""
+    """Format outputs for an error message."""
     return ", ".join(f"{list(shape)} {dtype}" for shape, dtype in outputs) or "no tensor"

@@ -1,4 +1,4 @@
-"""What the outputs of a model say: NaN, and whether the same inputs give the same outputs."""
+"""Check a model's outputs for NaN and for repeatability."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from pytest_int8bench.tensors import deep_copy, same_values, tensors_of
 
-#: SQNR of two calls with the same inputs under which the reader is told: rounding in another order
+#: SQNR of two calls with the same inputs below which a remark is made. Rounding in another order
 #: keeps BF16 outputs above it.
 REPEATABLE_DB = 30.0
-#: Elements of each output that are compared.
+#: Number of elements to compare in each output.
 COMPARED = 1 << 16
 #: Buffers of these dtypes are quantized weights.
 _WEIGHTS = (torch.int8, torch.uint8)
@@ -23,14 +23,14 @@ _NAMED = 3
 
 
 class Buffers:
-    """Finds buffers that every call changes, such as running statistics and caches of a decoder,
-    and puts them back to what they were before the first call.
+    """Finds buffers that every call changes, such as running statistics and decoder caches, and
+    restores the values from before the first call.
 
-    Buffers that only the first calls fill, such as tables, stay as they are.
+    Buffers that only the first calls fill, such as tables, are not restored.
 
     Args:
         model: a model that has not been called, unless it has a baseline.
-        baseline: the buffers of the model that it has the weights of: their first values count.
+        baseline: buffers of the model that it shares weights with, whose first values are used.
     """
 
     def __init__(self, model: nn.Module, baseline: Buffers | None = None) -> None:
@@ -43,28 +43,27 @@ class Buffers:
         self.compared = False
         """Whether :meth:`compare` has run."""
         self.changing: tuple[str, ...] = () if baseline is None else baseline.changing
-        """Names of those that every call changes, known after :meth:`compare`; until then, those
-        of the baseline."""
+        """Names of buffers that every call changes; until :meth:`compare`, the baseline's names."""
 
     def find(self, run: Callable[[], object]) -> None:
-        """Find the buffers that every call changes, by two calls.
+        """Find the buffers that every call changes by making two calls.
 
         Args:
             run: calls the model.
         """
-        run()  # fills what only a first call does
+        run()  # fills buffers that only a first call fills
         self.settle()
         run()
         self.compare()
 
     def settle(self) -> None:
-        """Remember the values between two calls. A ring that all calls fill with the same rows
-        changes only until it is full: call it after the first call too."""
+        """Remember the values between two calls. Also call it after the first call: a ring buffer
+        that all calls fill with the same rows only changes until it is full."""
         self._settled.append(_values(self._model))
 
     def compare(self) -> None:
-        """Find what has changed since any :meth:`settle`, and keep the first values of that
-        alone."""
+        """Find buffers that have changed since any :meth:`settle`, and keep only their first
+        values."""
         now = _values(self._model)
         self.changing = tuple(
             dict.fromkeys(name for values in self._settled for name in _changed(values, now))
@@ -80,7 +79,7 @@ class Buffers:
         )
 
     def remark(self) -> str | None:
-        """Return what the reader should know, or None."""
+        """Return a remark for the result, or None."""
         if not self.changing:
             return None
         named = ", ".join(self.changing[:_NAMED]) + (" …" if len(self.changing) > _NAMED else "")
@@ -92,11 +91,11 @@ class Buffers:
 
 @contextmanager
 def kept_buffers(model: nn.Module, run: Callable[[], object] | None = None) -> Iterator[None]:
-    """Put back the buffers that calls of a model inside change, unless only a first call does.
+    """Restore buffers that calls of a model inside change, unless only a first call changes them.
 
     Args:
         model: the model.
-        run: calls it, if it had not been called before.
+        run: calls it, if it has not been called before.
     """
     before = _values(model)
     yield
@@ -148,8 +147,7 @@ def sample_of(output: Any) -> list[torch.Tensor]:
 
 
 def repeats(first: list[torch.Tensor], again: list[torch.Tensor]) -> str | None:
-    """Return what the reader should know where two calls with the same inputs gave different
-    outputs, or None."""
+    """Return a remark if two calls with the same inputs gave different outputs, else None."""
     signal = noise = 0.0
     for a, b in zip(first, again, strict=True):
         both = a.isfinite() & b.isfinite()
@@ -182,6 +180,6 @@ def _real(outputs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def joined(*remarks: str | None) -> str | None:
-    """Return remarks as one, each once; None where there are none."""
+    """Join distinct remarks into one; return None if there are none."""
     said = dict.fromkeys(filter(None, remarks))
     return "; ".join(said) or None

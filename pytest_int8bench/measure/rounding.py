@@ -1,4 +1,4 @@
-"""What rounding explains: how far two ways to compute the same may be apart.
+"""Decide whether rounding explains the difference between two computations of the same model.
 
 A model is run in FP32, for reference; as it is; and as it is with noise, which rounds the result of
 each operator differently. All of these are replicates: another way to compute the model, such as

@@ -42,8 +42,8 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
         interval_s: seconds that all pairs together may take, down to six pairs.
 
     Returns:
-        The median of the pairs' ratios, with its 95 % interval. It holds for this process; the
-        difference between processes is not in it.
+        The median of the pairs' ratios, with its 95 % confidence interval. The interval holds for
+        this process and does not include variation between processes.
     """
     pairs = alternate(baseline, candidate, timer, interval_s=interval_s)
     ratios = [first / second for first, second in pairs]
@@ -53,7 +53,7 @@ def measure_speedup(baseline: Run, candidate: Run, timer: Timer, *, interval_s: 
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median of at least six ``values``, and the ends of its exact distribution-free
     95 % interval (``scipy.stats.quantile_test``)."""
-    from scipy.stats import quantile_test  # over a second to import: only who compares pays
+    from scipy.stats import quantile_test  # takes over a second to import
 
     interval = quantile_test(values, p=0.5).confidence_interval(0.95)
     return statistics.median(values), float(interval.low), float(interval.high)
@@ -67,8 +67,8 @@ def alternate(
     The order within a pair alternates too, so that drift cancels. Both must be compiled.
 
     Returns:
-        Seconds per batch of both, one pair a block; six pairs at least, also where they take
-        longer than ``interval_s``.
+        Seconds per batch of both, one pair per block; at least six pairs, even if they take longer
+        than ``interval_s``.
     """
     runs = (first, second)
     singles = [time_singly(run, timer) for run in runs]
@@ -78,8 +78,8 @@ def alternate(
         costs = [synchronization_cost(run, timer, s) for run, s in zip(runs, singles, strict=True)]
         both_s = sum(batch_s for batch_s, _ in costs)
         fitting = math.floor(interval_s / MIN_PAIRS / both_s)
-        # Both sides average over the same number of batches: means of unequal numbers of skewed
-        # times have unequal medians.
+        # Both sides must average over equally many batches: skewed times give means with different
+        # medians otherwise.
         wanted = max(iterations_for(batch_s, sync_s) for batch_s, sync_s in costs)
     prepared = [most for run in runs if (most := most_calls(run)) is not None]
     iterations = max(1, min(wanted, fitting, *prepared))

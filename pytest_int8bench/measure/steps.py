@@ -18,12 +18,12 @@ from pytest_int8bench.results.base import point_label
 from pytest_int8bench.workloads.workload import Workload
 
 Action = Literal["building", "compiling", "warming up", "measuring", "comparing", "evaluating"]
-#: Entered around a long step: what is done, and to which point.
+#: Context manager entered around a long step, given its action and its point.
 Step = Callable[[Action, str], AbstractContextManager[None]]
 
 
 def built(pool: ModelPool, workload: Workload, params: RunParams, step: Step) -> Model:
-    """Return the pool's model of ``params``, and say so where it has to be built."""
+    """Return the pool's model of ``params``, announcing the step if it must be built."""
     if pool.holds(workload, params):
         return pool.get(workload, params)
     with step("building", step_label(workload, params)):
@@ -31,10 +31,10 @@ def built(pool: ModelPool, workload: Workload, params: RunParams, step: Step) ->
 
 
 def warmed(model: Model, timer: Timer, step: Step) -> Ready:
-    """Compile and warm up, and say so where that has not been done.
+    """Compile and warm up, announcing the step if it has not been done.
 
     Raises:
-        BaselineError: if it is a baseline, and the compiler got it wrong.
+        BaselineError: if it is a miscompiled baseline.
     """
     is_baseline = not model.params.int8_enabled
     if model.is_ready:
@@ -47,16 +47,16 @@ def warmed(model: Model, timer: Timer, step: Step) -> Ready:
         ready = model.ready(timer)
         if is_baseline:
             check(model)
-            model.ready(timer)  # compiles again, if the check left something behind
+            model.ready(timer)  # recompiles if the check left changes behind
         return ready
 
 
 def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: float) -> Speedup:
-    """Measure the speedup of two models that are ready, in alternating blocks.
+    """Measure the speedup of two ready models in alternating blocks.
 
     Raises:
         CompileError: if something was compiled while the clock ran.
-        WorkloadError: if the inputs were written to meanwhile.
+        WorkloadError: if a model wrote to the inputs meanwhile.
     """
     with side_by_side(baseline, candidate):
         speedup = measure_speedup(baseline.run, candidate.run, timer, interval_s=interval_s)
@@ -66,7 +66,7 @@ def interleave(baseline: Model, candidate: Model, timer: Timer, interval_s: floa
 
 @contextmanager
 def side_by_side(baseline: Model, candidate: Model) -> Iterator[None]:
-    """Enter the settings of two models that are ready, to run both by turns.
+    """Enter the settings of two ready models, to run them alternately.
 
     Raises:
         CompileError: at the end, if something was compiled.

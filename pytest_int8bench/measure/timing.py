@@ -1,7 +1,7 @@
-"""How long a batch takes: warm-up, pilot, how many rounds, and their summary.
+"""Time a batch: warm-up, pilot, number of rounds, and summary.
 
-Nothing here knows pytest. A ``run`` is a callable without arguments that submits one batch; a
-``timer`` returns seconds with all submitted work done
+This module is independent of pytest. A ``run`` is a callable without arguments that submits one
+batch; a ``timer`` waits for all submitted work and returns seconds
 (:func:`pytest_int8bench.clock.synchronized_perf_counter`).
 """
 
@@ -23,21 +23,21 @@ from pytest_int8bench.results.parts import Timing
 Run = Callable[[], object]
 Timer = Callable[[], float]
 
-#: Part of a round that its two synchronizations may cost.
+#: Largest fraction of a round that its two synchronizations may cost.
 MAX_SYNC_SHARE = 0.001
-#: From here on no synchronization that was ever measured (3.7 ms) matters.
+#: At this length or more, the slowest measured synchronization (3.7 ms) is negligible.
 LONG_BATCH_S = 1.0
-#: Standard error of the median, relative to it, that the rounds aim at.
+#: Target for the standard error of the median, relative to the median.
 TARGET_STANDARD_ERROR = 0.005
-#: A warm-up is over when the medians of two successive windows of calls differ by less.
+#: Warm-up ends when the medians of two successive windows of calls differ by less than this.
 STEADY_CHANGE = 0.02
 STEADY_WINDOW = 3
-#: A pilot takes this part of the interval, and this many rounds at least and at most.
+#: Fraction of the interval for a pilot, and its fewest and most rounds.
 PILOT_SHARE = 0.1
 MIN_PILOT_ROUNDS, MAX_PILOT_ROUNDS = 3, 50
-#: A round takes this part of the interval at most.
+#: Largest fraction of the interval for one round.
 MAX_ROUND_PART = 10
-#: Rounds to measure at least, and seconds where the interval allows: a pilot may look too calm.
+#: Fewest rounds, and seconds if the interval allows: a pilot may show too little variation.
 MIN_ROUNDS = 5
 CALM_ROUNDS, CALM_S = 20, 1.0
 # The standard error of the median of n normal values is sqrt(pi/2) sigma / sqrt(n).
@@ -45,12 +45,12 @@ _MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)
 
 
 class ClockError(ClearError, RuntimeError):
-    """The timer that ran is not the one that waits for the device."""
+    """The timer used is not the one that waits for the device."""
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What it took until batch times were steady."""
+    """The calls and time until batch times were steady."""
 
     calls: int
     seconds: float
@@ -60,19 +60,19 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Plan:
-    """How often a batch is run."""
+    """The number of rounds and of batches per round."""
 
     rounds: int
     iterations: int
     """Batches per round."""
     synchronization_share: float | None = None
-    """Part of a round that its two synchronizations are estimated to cost; None where a batch is
-    too long for it to matter."""
+    """Estimated fraction of a round that its two synchronizations cost; None if a batch is so long
+    that it is negligible."""
 
 
 @runtime_checkable
 class Prepared(Protocol):
-    """A run that needs something made for each call, before the clock starts."""
+    """A run that must prepare each call before the clock starts."""
 
     @property
     def most_calls(self) -> int | None:
@@ -80,19 +80,18 @@ class Prepared(Protocol):
         ...
 
     def prepare(self, calls: int) -> None:
-        """Make what the next calls use up."""
+        """Prepare the next calls."""
         ...
 
 
 def prepare(run: Run, calls: int) -> None:
-    """Make what the next ``calls`` calls of ``run`` use up, where they use up anything."""
+    """Prepare the next ``calls`` calls of ``run``, if it needs preparation."""
     if isinstance(run, Prepared):
         run.prepare(calls)
 
 
 def most_calls(run: Run) -> int | None:
-    """Return how many calls of ``run`` may follow each other under the clock; None for any
-    number."""
+    """Return the most consecutive calls of ``run`` that can be timed; None for any number."""
     return run.most_calls if isinstance(run, Prepared) else None
 
 
@@ -112,10 +111,10 @@ def time_block(run: Run, timer: Timer, iterations: int) -> float:
 
 
 def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
-    """Run batches until their times are steady, for ``max_s`` seconds at most.
+    """Run batches until their times are steady, for at most ``max_s`` seconds.
 
-    At least two windows of three calls are run, however long they take: CUDA graphs are recorded
-    at the second call and first replayed at the third.
+    At least two windows of three calls run, however long they take: CUDA graphs are recorded at the
+    second call and first replayed at the third.
     """
     times: list[float] = []
     spent = 0.0
@@ -133,29 +132,29 @@ def warm_up(run: Run, timer: Timer, *, max_s: float) -> WarmUp:
 
 
 def time_singly(run: Run, timer: Timer) -> list[float]:
-    """Return the seconds of two batches, each by itself."""
+    """Return the seconds of two batches, timed separately."""
     return [time_once(run, timer) for _ in range(2)]
 
 
 def synchronization_cost(run: Run, timer: Timer, singles: list[float]) -> tuple[float, float]:
-    """Return the seconds of one batch in a full pipeline, and what a synchronization adds.
+    """Return the seconds of one batch in a full pipeline, and the cost of a synchronization.
 
     Args:
         run: submits one batch.
         timer: waits for the device.
-        singles: what :func:`time_singly` returned; a third one is appended.
+        singles: times from :func:`time_singly`; a third one is appended.
 
-    After a synchronization the device idles until the host has submitted the next kernels; in
-    a running pipeline the host is ahead and that time is hidden. For INT8 weights of torchao
-    it came to 3.7 ms a batch (H200, torch 2.11): the bare clock reading is not the cost.
+    After a synchronization, the device idles until the host has submitted the next kernels. In a
+    running pipeline, the host is ahead and hides that time. With torchao's INT8 weights, it was
+    3.7 ms per batch (H200, torch 2.11), so the cost is not just that of reading the clock.
     """
     single = min(singles)
     count = min(max(math.ceil(0.2 / max(single, 1e-9)), 2), 50, most_calls(run) or 50)
-    if count == 1:  # inputs of which only one copy fits: no pipeline fills
+    if count == 1:  # only one copy of the inputs fits, so the pipeline never fills
         reading = [timer() for _ in range(3)]
         return max(single, 1e-9), min(b - a for a, b in itertools.pairwise(reading))
     block = time_block(run, timer, count) * count
-    # One more, so that a stall before the block does not pass for the cost of a synchronization.
+    # Time one more, so that a stall before the block is not taken for a synchronization's cost.
     singles.append(time_once(run, timer))
     single = min(singles)
     added_s = max((count * single - block) / (count - 1), 0.0)
@@ -168,7 +167,7 @@ def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Pla
     """Time some rounds and plan the measurement; see :func:`plan`."""
     singles = time_singly(run, timer)
     if min(singles) >= LONG_BATCH_S and interval_s / min(singles) <= min_batches:
-        # The rounds are fixed, whatever else a pilot finds.
+        # The number of rounds is fixed, so a pilot cannot change it.
         return Plan(rounds=max(min_batches, MIN_ROUNDS), iterations=1)
     batch_s, sync_s = synchronization_cost(run, timer, singles)
     most = most_calls(run)
@@ -186,8 +185,8 @@ def pilot(run: Run, timer: Timer, *, interval_s: float, min_batches: int) -> Pla
 def iterations_for(
     batch_s: float, sync_s: float, *, max_round_s: float = math.inf, most: int | None = None
 ) -> int:
-    """Return the batches per round at which its two synchronizations cost under 0.1 % of it, or
-    as many as fit into ``max_round_s``, and ``most`` at most."""
+    """Return the batches per round that keep its two synchronizations under 0.1 % of it, limited to
+    ``max_round_s`` and ``most``."""
     batch_s = max(batch_s, 1e-9)
     wanted = math.ceil(2 * sync_s / (MAX_SYNC_SHARE * batch_s))
     fitting = wanted if math.isinf(max_round_s) else math.floor(max_round_s / batch_s)
@@ -208,13 +207,13 @@ def plan(
         times: seconds per batch of the pilot's rounds.
         sync_s: seconds that one synchronization adds.
         interval_s: seconds that all rounds together may take.
-        min_batches: batches to run at least, also where they take longer than ``interval_s``.
-        most: batches per round at most.
+        min_batches: fewest batches to run, even if they take longer than ``interval_s``.
+        most: most batches per round.
 
     Returns:
-        Iterations such that the synchronizations of a round cost under 0.1 % of it (where ten
-        rounds of them fit into ``interval_s``), and rounds such that the standard error of the
-        median comes under 0.5 % (where ``interval_s`` allows).
+        Iterations that keep the synchronizations of a round under 0.1 % of it (if ten such rounds
+        fit into ``interval_s``), and rounds that bring the standard error of the median under
+        0.5 % (if ``interval_s`` allows).
     """
     median = statistics.median(times)
     iterations = iterations_for(median, sync_s, max_round_s=interval_s / MAX_ROUND_PART, most=most)
@@ -231,15 +230,15 @@ def plan(
 
 
 def spread(times: Sequence[float]) -> float:
-    """Return the standard deviation of ``times`` relative to their median, by the median
-    absolute deviation, so that one disturbed round does not count."""
+    """Return the standard deviation of ``times`` relative to their median, estimated from the
+    median absolute deviation so that one disturbed round has no effect."""
     median = statistics.median(times)
     deviation = statistics.median(abs(t - median) for t in times)
     return 1.4826 * deviation / max(median, 1e-9)
 
 
 def summarize(round_times: Sequence[float]) -> Timing:
-    """Summarize seconds per batch, one value a round."""
+    """Summarize seconds per batch, one value per round."""
     return Timing(
         median_s=statistics.median(round_times),
         mean_s=statistics.fmean(round_times),

@@ -1,6 +1,6 @@
-"""Profiles of points as files: a trace of one forward, and a table of its kernels.
+"""Save profiles of points: a trace of one forward and a table of its kernels.
 
-Both are of the forward that the evidence is read from, which runs after the clock has stopped.
+Both come from the forward that provides the evidence, which runs after the timing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pytest_int8bench.results.journal import journal_folder
 from pytest_int8bench.workloads.registry import OLMOEARTH
 
 _TRACE, _TABLE = ".trace.json.gz", ".kernels.csv"
-#: Columns of the table. Times are in microseconds, ``share`` is of the sum of ``total_us``, 0 to 1.
+#: Columns of the table. Times are in microseconds; ``share`` is the fraction (0 to 1) of the sum of
+#: ``total_us``.
 COLUMNS = ("device", "kernel", "calls", "total_us", "share", "us_per_call")
-# File systems take 255 bytes; a number and the ending come on top.
+# File systems allow 255 bytes, which must also hold a number and the suffix.
 _LONGEST = 200
 _UNSAFE = re.compile(r"[^A-Za-z0-9.,+=_-]+")
 
@@ -35,17 +36,17 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9.,+=_-]+")
 class Profiles:
     """Writes the profiles of a session.
 
-    Nothing that goes wrong here is raised, as the point has been measured.
+    Failures here raise no errors, because the point has already been measured.
 
     Attributes:
-        traces: where the traces are that were written, those of points that failed then too.
-        problems: what was not written, and why.
+        traces: locations of the written traces, including those of points that failed later.
+        problems: what could not be written, and why.
 
     Args:
-        folder: where they go, made if it is not there; None for ``profiles`` beside the journals.
-        every: points that do not ask for it with ``profiler_enabled`` too.
-        root: the project, in which journals are.
-        start: the folder that the session was started in, from which traces are named.
+        folder: output folder, created if missing; None for ``profiles`` beside the journals.
+        every: also profile points without ``profiler_enabled``.
+        root: the project's folder, which holds the journals.
+        start: the session's working directory, to which trace paths are relative.
     """
 
     def __init__(self, folder: Path | None, *, every: bool, root: Path, start: Path) -> None:
@@ -57,11 +58,11 @@ class Profiles:
         self._start = start
 
     def wants(self, params: RunParams) -> bool:
-        """Return whether the point gets a profile."""
+        """Return whether to profile the point."""
         return self._every or params.profiler_enabled
 
     def writer(self, workload: str, run_name: str, device: torch.device) -> Keep:
-        """Return what writes the profile of a point, and returns the path of its trace."""
+        """Return a function that writes a point's profile and returns the path of its trace."""
 
         def keep(profiler: profile, kernels: Sequence[Kernel]) -> str | None:
             made: list[Path] = []
@@ -72,7 +73,7 @@ class Profiles:
                 made.append(trace.with_name(trace.name.removesuffix(_TRACE) + _TABLE))
                 _write_table(made[1], kernels, device)
             except (OSError, RuntimeError) as error:
-                for path in made:  # half a file is worse than none
+                for path in made:  # remove partial files
                     path.unlink(missing_ok=True)
                 self.problems.append(f"{run_name}: {type(error).__name__}: {first_line(error)}")
                 return None
@@ -82,8 +83,8 @@ class Profiles:
         return keep
 
     def _new_file(self, workload: str, run_name: str) -> Path:
-        """Make an empty file for a trace that is not there yet: those of earlier sessions belong to
-        results that are saved, and other processes may write here too."""
+        """Create an empty trace file with an unused name: existing traces belong to saved results,
+        and other processes may write here too."""
         folder = self._folder or journal_folder(self._root) / "profiles"
         folder.mkdir(parents=True, exist_ok=True)
         stem = file_stem(workload, run_name)
@@ -99,8 +100,8 @@ class Profiles:
 
 
 def file_stem(workload: str, run_name: str) -> str:
-    """Return the start of a file name for a point: what every file system, shell and URL takes as
-    it is. Names that had to be changed carry a hash, so that two of them stay two."""
+    """Return the start of a point's file name, safe in every file system, shell and URL. Names that
+    had to be changed carry a hash, so that they stay distinct."""
     name = run_name if workload == OLMOEARTH else f"{workload}_{run_name}"
     safe = _UNSAFE.sub("-", name).lstrip(".-")
     if safe != name or len(safe) > _LONGEST:
@@ -131,7 +132,7 @@ def _write_table(path: Path, kernels: Sequence[Kernel], device: torch.device) ->
 
 
 def _defused(text: str) -> str:
-    """Return one line that a spreadsheet does not run as a formula: it gets a quote in front, as
-    OWASP recommends (owasp.org/www-community/attacks/CSV_Injection)."""
+    """Return one line that a spreadsheet does not run as a formula: formulas get a leading quote,
+    as OWASP recommends (owasp.org/www-community/attacks/CSV_Injection)."""
     line = one_line(text)  # csv does not quote a lone carriage return, which would start a new row
     return f"'{line}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else line

@@ -1,4 +1,4 @@
-"""What one batch counts for."""
+"""Count the units of one batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pytest_int8bench.workloads.workload import UNITS
 
 
 def units_of(model: Model, ready: Ready) -> Units:
-    """Return how many samples, tokens and so on a batch holds.
+    """Return the number of samples, tokens and other units in a batch.
 
     Raises:
-        WorkloadError: if the workload does not say so in numbers.
+        WorkloadError: if the workload's units are not valid numbers.
     """
     units = dict(model.workload.units(model.workload.with_axes(model.params)))
     if ready.tokens is not None:

@@ -1,4 +1,4 @@
-"""Tracers and profilers that are active beside a clock and cannot be taken away."""
+"""Report tracers and profilers that are active during a timing and cannot be paused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pytest_int8bench.compiler.torch_workarounds.eager import active_watchers
 
 
 def active_tracers() -> list[str]:
-    """Return what slows down this process while a clock runs."""
+    """Return the names of tools that slow down this process during a timing."""
     return [*lasting_tracers(), *active_watchers()]
 
 
 def tracer_remark() -> str | None:
-    """Return what the reader of a time should know, or None."""
+    """Return a remark on such tools, or None."""
     found = active_tracers()
     return f"timed beside {', '.join(found)}: the times include what that costs" if found else None

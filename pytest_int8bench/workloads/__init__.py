@@ -1,7 +1,7 @@
-"""What is measured: workloads, and where their names lead.
+"""Workloads, built-in and user-defined, and the registry of their names.
 
-:class:`Workload` and :class:`Evaluation` are loaded when they are first used, because pytest loads
-this package at every start, for the names of the workloads.
+:class:`Workload` and :class:`Evaluation` are imported on first use, because pytest imports this
+package at every start to check workload names.
 """
 
 from __future__ import annotations

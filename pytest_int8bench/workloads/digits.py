@@ -1,14 +1,14 @@
-"""A small Vision Transformer that reads handwritten digits: real data, and an accuracy to lose.
+"""A small Vision Transformer trained on handwritten digits: real data with a real accuracy.
 
 Data: ``sklearn.datasets.load_digits``, the 1797 images (8x8, 17 levels of grey) of scikit-learn's
 copy of the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak,
-UCI Machine Learning Repository, 1998). scikit-learn ships them: nothing is downloaded.
+UCI Machine Learning Repository, 1998). scikit-learn ships them, so nothing is downloaded.
 
-Splits: 800 images to train on (inputs and calibration use them too), 200 to select on, and 797 to
-certify on; seeded, stratified by class. All three share writers.
+Splits: 800 images for training (also used as inputs and for calibration), 200 for selection and
+797 for certification; seeded and stratified by class. All three share writers.
 
-Weights: :data:`WEIGHTS`, 163,754 parameters in FP32, the same on every machine. They were trained
-by ``benchmarks/train_digits.py``.
+Weights: :data:`WEIGHTS`, 163,754 FP32 parameters, the same on every machine, trained by
+``benchmarks/train_digits.py``.
 
 Measured (torch 2.13.0, torchao 0.18, AMD EPYC, eager, batch 64): top-1 on the certification split
 793/797 in FP32, 792/797 (99.4 %) in BF16, 792/797 in W8A8 and 793/797 in W8; on the selection split
@@ -47,17 +47,17 @@ CLASSES = 10
 STEM = 32
 #: Width of a token, and of the MLP.
 DIM, HIDDEN = 64, 128
-#: Number of blocks, and attention heads of each.
+#: Number of blocks, and attention heads per block.
 DEPTH, HEADS = 4, 4
 #: Samples of each split.
 TRAIN, SELECTION, CERTIFICATION = 800, 200, 797
-#: Training images that SmoothQuant is calibrated on, and how many at once.
+#: Number of training images for SmoothQuant's calibration, and its batch size.
 CALIBRATION, CALIBRATION_BATCH = 256, 64
 _SPLIT_SEED = 0
 
 
 class Attention(nn.Module):
-    """Self-attention, (batch, tokens, dim) to the same."""
+    """Self-attention on (batch, tokens, dim)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers and GELU, (..., dim) to the same."""
+    """Two linear layers with a GELU between them, on (..., dim)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (batch, tokens, dim) to the same."""
+    """A pre-norm transformer block on (batch, tokens, dim)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images (batch, 1, 8, 8) to logits (batch, 10), with the mean over tokens before the head."""
+    """Map images (batch, 1, 8, 8) to logits (batch, 10), averaging over tokens before the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class VisionTransformer(nn.Module):
 
 @contextmanager
 def _own_modes() -> Iterator[None]:
-    """Make ordinary tensors on the CPU, whatever inference mode and device the caller set."""
+    """Create ordinary CPU tensors, regardless of the caller's inference mode and device."""
     with torch.inference_mode(False), torch.device("cpu"):
         yield
 
@@ -142,7 +142,7 @@ Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Part of the data, on the CPU."""
+    """One part of the data, on the CPU."""
 
     ids: Ids
     """Rows of ``sklearn.datasets.load_digits``, ascending; (n,)."""
@@ -154,8 +154,7 @@ class Split:
 
 @functools.cache
 def splits() -> dict[str, Split]:
-    """Return the splits ``train``, ``selection`` and ``certification``: disjoint, with the classes
-    in the proportions of the whole."""
+    """Return the disjoint, class-stratified splits ``train``, ``selection``, ``certification``."""
     with _own_modes():
         data = load_digits()
         ids = np.arange(len(data.target))
@@ -179,7 +178,7 @@ def _split(data: Any, ids: Ids) -> Split:
 
 
 def splits_digest() -> str:
-    """Return the SHA-256 of the splits: which images, in which split, with which labels."""
+    """Return the SHA-256 of the image numbers, pixels and labels of every split."""
     digest = hashlib.sha256()
     for name, split in splits().items():
         digest.update(name.encode())
@@ -192,8 +191,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the state dict that ``benchmarks/train_digits.py`` wrote to ``path``.
 
     Raises:
-        WeightsError: one line, if the file cannot be read, or if it was trained on other splits:
-            its training images may be in the certification split here.
+        WeightsError: one line, if the file cannot be read, or if it was trained on other splits,
+            whose training images may be in this certification split.
     """
     weights = read_state_dict(path)
     with safe_open(path, framework="pt") as file:
@@ -209,8 +208,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def digits() -> Workload:
     """Return the workload ``digits``.
 
-    A batch takes images of the training split in order, and starts over where it is larger than
-    the split.
+    A batch takes images of the training split in order, repeating them if it is larger than the
+    split.
     """
     return Workload(
         name="digits",
@@ -254,8 +253,8 @@ def _selection(forward: Callable[..., torch.Tensor]) -> tuple[Ids, Scores]:
 
 
 def _top1(forward: Callable[..., torch.Tensor], split: Split) -> tuple[Ids, Scores]:
-    """Return the rows in the data, and 1 where the largest logit is the label's; (n,) both."""
+    """Return row numbers in the data, and 1 where the largest logit is the label's; both (n,)."""
     logits = forward(split.images).detach().to("cpu", torch.float32)
-    # The largest of NaN is the first of them, and would make every image a 0.
+    # argmax returns the first NaN, so an all-NaN row would count as the digit 0.
     right = (logits.argmax(1) == split.labels) & logits.isfinite().all(1)
     return split.ids, right.numpy().astype(np.float64)

@@ -1,8 +1,8 @@
-"""A folder of labelled Sentinel-2 images as EuroSAT has them: ``FOLDER/CLASS/*.tif``, 13 bands.
+"""Read labelled 13-band Sentinel-2 images in EuroSAT's layout, ``FOLDER/CLASS/*.tif``.
 
-An image is one moment. A model of several timesteps gets it repeated, all in :data:`MONTH`, so
-that seasons do not help here. EuroSAT's reflectances are those at the top of the atmosphere (L1C),
-while OlmoEarth was trained on the surface's (L2A).
+Each image shows one moment. A model with several timesteps gets it repeated, always in
+:data:`MONTH`, so it cannot learn from seasons. EuroSAT has top-of-atmosphere reflectances (L1C),
+while OlmoEarth was trained on surface reflectances (L2A).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 from pytest_int8bench.errors import WorkloadError, first_line
 from pytest_int8bench.workloads.scenes import BANDS
 
-#: Bands of a file, in EuroSAT's order; B10 (cirrus) is not among OlmoEarth's.
+#: Bands of a file, in EuroSAT's order; OlmoEarth does not use B10 (cirrus).
 FILE_BANDS = (
     *("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12"),
     "B8A",
 )
 #: Share of each class in each split.
 SHARES = {"train": 0.30, "selection": 0.15, "certification": 0.55}
-#: So many images of each class at least, or a split would have none of it.
+#: Fewest images per class; with fewer, a split could have none of the class.
 LEAST_IMAGES = 10
-#: Decoded pixels of one file. A few kilobytes of compressed zeros can claim any size.
+#: Largest decoded size of one file: a few kilobytes of compressed zeros can claim any size.
 MAX_IMAGE_BYTES = 2**30
-#: June, counted from 0 for January: the files do not say when they were taken.
+#: June (January is 0), because the files do not record when they were taken.
 MONTH = 5
 
 _SPLIT_SEED = 0
@@ -41,23 +41,23 @@ _BAND_INDICES = [FILE_BANDS.index(band) + 1 for band in BANDS]  # rasterio count
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of a folder that are read when asked for."""
+    """The images of a folder, read on demand."""
 
     folder: Path
     classes: tuple[str, ...]
-    """Names of the folders of the classes, sorted."""
+    """Sorted names of the class folders."""
     paths: tuple[Path, ...]
     """Files, sorted by class and name."""
     labels: NDArray[np.int64]
     """(images,) indices in ``classes``."""
     size: tuple[int, int]
-    """Height and width in pixels of the first image, and so of all."""
+    """Height and width in pixels of the first image; all others must match."""
 
     def split(self, name: str) -> NDArray[np.int64]:
-        """Return the positions of a split's images, a key of :data:`SHARES`.
+        """Return the positions of the images of the split ``name``, a key of :data:`SHARES`.
 
-        Each class is shuffled (seeded) and cut by the shares, and the classes are shuffled
-        together: the splits are disjoint and always the same for the same files.
+        Each class is shuffled (seeded) and cut by the shares, then the classes are shuffled
+        together. The splits are disjoint and always the same for the same files.
         """
         rng = np.random.default_rng(_SPLIT_SEED)
         edges = np.cumsum([0.0, *SHARES.values()])
@@ -81,8 +81,8 @@ class Images:
             :data:`~pytest_int8bench.workloads.scenes.BANDS`.
 
         Raises:
-            WorkloadError: one line, if a file cannot be read, is not as the first one, or is
-                smaller than ``image_size``.
+            WorkloadError: one line, if a file cannot be read, differs in size from the first one,
+                or is smaller than ``image_size``.
         """
         self.check_size(image_size)
         top, left = ((side - image_size) // 2 for side in self.size)
@@ -153,11 +153,11 @@ def _read(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise WorkloadError(f"image {path} must be a regular file")
     with warnings.catch_warnings():
-        # Where an image lies does not matter here.
+        # The location of an image does not matter here.
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
-            # GTiff alone: by its content, GDAL would take a file for any of its formats, and
-            # some of them name other files and URLs to read. So do files beside it.
+            # Allow the GTiff driver only. GDAL would otherwise guess the format from the content,
+            # and some formats name other files and URLs to read, as sidecar files do.
             with (
                 rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"),
                 rasterio.open(path, driver="GTiff") as file,
@@ -172,7 +172,7 @@ def _read(path: Path) -> NDArray[Any]:
 
 
 def _check_shape(path: Path, file: Any) -> None:
-    """Raise ``WorkloadError`` for other bands or too many pixels, before any are read."""
+    """Raise ``WorkloadError`` for wrong bands or too many pixels, before reading any pixels."""
     if file.count != len(FILE_BANDS):
         raise WorkloadError(
             f"image {path} must have {len(FILE_BANDS)} bands ({', '.join(FILE_BANDS)}), "

@@ -1,4 +1,4 @@
-"""Encoders of Hugging Face transformers by name: inputs and units come from the configuration."""
+"""Build Hugging Face encoders by name, with inputs and units taken from the configuration."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from pytest_int8bench.workloads.weights import (
 from pytest_int8bench.workloads.workload import Workload
 
 INPUT_SEED = 0
-# Decoders whose masks say no more than that attention is causal.
+# Decoders whose mask is purely causal.
 _CAUSAL = ("llama", "olmo2", "qwen2", "qwen3")
-# Model types of RoBERTa's family.
+# Model types of the RoBERTa family.
 _OFFSET_POSITIONS = (
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer"),
     *("luke", "markuplm", "mluke", "mpnet", "roberta", "xlm-roberta"),
 )
-# transformers makes masks for those attentions only that it has a way to make them for.
+# transformers builds no mask for an attention without a registered mask function.
 _UNMASKED = "int8bench_unmasked"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
-#: Tokens a text model is fed by default, where its positions allow.
+#: Default sequence length of text models, if they have that many positions.
 SEQUENCE_LENGTH = 512
-#: Entry of ``auto_map`` that names the model's class, and the argument that transformers asks for
-#: in its error where such code is not trusted.
+#: Entry of ``auto_map`` that names the model's class, and the argument that transformers' error
+#: mentions when such code is not trusted.
 _CLASS_REFERENCE, _TRUST = "AutoModel", "trust_remote_code"
 _UNTRUSTED = (
     "the model needs Python code that comes with it (auto_map in its config.json), which is not "
@@ -62,21 +62,21 @@ _UNTRUSTED = (
 def huggingface(name: str, root: Path, trust_remote_code: bool = False) -> Workload:
     """Return the workload of a transformers encoder with random weights and random inputs.
 
-    Text models get ``sequence_length`` (512, or what their positions allow) tokens a sample, all
-    of them valid and without attention mask; ``extra.attention_mask=true`` gives samples of
-    different lengths and their mask; tokens count the padding too. Image models get normal noise
-    of their ``image_size``. Every plain field of the configuration is an axis, such as
+    Text models get ``sequence_length`` tokens per sample (512, or fewer if they have fewer
+    positions), all valid and without an attention mask. ``extra.attention_mask=true`` gives samples
+    of different lengths with their mask; token counts then include padding. Image models get normal
+    noise of their ``image_size``. Every plain field of the configuration is an axis, such as
     ``extra.num_hidden_layers=2``.
 
     Args:
         name: a folder with a ``config.json``, a model type of transformers (``bert``: its default
             configuration), or a repository of the hub.
         root: folder that relative paths start from.
-        trust_remote_code: run the Python code of a model that brings its own.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        ValueError: one line, if there is no such configuration, it takes other inputs than token
-            ids or images, or it needs code of its own that is not trusted.
+        ValueError: one line, if there is no such configuration, if the model takes inputs other
+            than token ids or images, or if it needs its own code, which is not trusted.
     """
     config, pretrained = _find_config(name, root, trust_remote_code)
     model = _NamedModel(f"hf:{name}", config, pretrained, trust_remote_code)
@@ -95,15 +95,15 @@ def huggingface(name: str, root: Path, trust_remote_code: bool = False) -> Workl
 
 @dataclass(frozen=True)
 class _NamedModel:
-    """A model by the name that the user gave, with its configuration."""
+    """A model that the user named, with its configuration."""
 
     label: str
     """The workload's name."""
     config: Any
     pretrained: str | None
-    """Folder or repository of its weights, None if it has none."""
+    """Folder or repository of its weights, or None if it has none."""
     trusted: bool
-    """Its own code may be run."""
+    """Whether code that comes with the model may run."""
 
     def impossible_reason(self, params: RunParams) -> str | None:
         length, positions = params.extra.get("sequence_length"), _positions(self.config)
@@ -149,7 +149,7 @@ class _NamedModel:
             raise WeightsError(
                 f"weights of {source} cannot be loaded: {first_line(error)}"
             ) from None
-        # Many checkpoints have no pooler, which only classifiers use.
+        # Many checkpoints lack the pooler, which only classifiers use.
         lacking = [str(k) for k in loaded["missing_keys"] if "pooler" not in str(k)]
         lacking += [str(key) for key in loaded["mismatched_keys"]]
         if lacking:
@@ -161,7 +161,7 @@ class _NamedModel:
 
 
 def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
-    """Return every plain field of the configuration, and the axes of a text model's inputs."""
+    """Return the configuration's plain fields and, for a text model, the axes of its inputs."""
     axes: dict[str, Scalar] = {
         key: value
         for key, value in config.to_dict().items()
@@ -173,7 +173,7 @@ def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
 
 
 def _find_config(name: str, root: Path, trusted: bool) -> tuple[Any, str | None]:
-    """Return the configuration, and where its weights are if there are any."""
+    """Return the configuration and the source of its weights, or None if there are none."""
     folder = root / name
     if (folder / "config.json").is_file():
         try:
@@ -197,7 +197,7 @@ def _find_config(name: str, root: Path, trusted: bool) -> tuple[Any, str | None]
 
 
 def _checked(config: Any, name: str, trusted: bool) -> Any:
-    """Return a configuration whose model is of transformers, or whose code is trusted."""
+    """Return ``config``, or raise ``ValueError`` if it needs code that is not trusted."""
     if (
         _model_class(config) is None
         and _CLASS_REFERENCE in (getattr(config, "auto_map", None) or {})
@@ -247,29 +247,28 @@ def _sequence_length(config: Any) -> int:
 
 
 def _positions(config: Any) -> int | None:
-    """Return how many tokens a model has positions for, None for any number."""
+    """Return the number of tokens that a model has positions for, or None if unlimited."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if not positions else int(positions) - _first_position(config)
 
 
 def _first_position(config: Any) -> int:
-    """Return how many positions a model leaves out: RoBERTa's family counts from behind the
-    padding token's id."""
+    """Return the first position used: the RoBERTa family starts after the padding token's id."""
     if not str(config.model_type).startswith(_OFFSET_POSITIONS):
         return 0
     return int(config.pad_token_id or 0) + 1
 
 
 def _configured(config: Any, params: RunParams) -> Any:
-    """Return the configuration with the axes of ``params``, and without a cache for decoding.
+    """Return the configuration with the axes of ``params`` and without a decoding cache.
 
     Raises:
-        ValueError: one line, if transformers does not take them together.
+        ValueError: one line, if transformers rejects the combination.
     """
     values = config.to_dict()
     own = {k: v for k, v in params.extra.items() if k in values and v != values[k]}
     if "num_hidden_layers" in own:
-        values.pop("layer_types", None)  # one item a layer, made anew
+        values.pop("layer_types", None)  # one item per layer; transformers rebuilds it
     try:
         changed = type(config).from_dict({**values, **own})
     except Exception as error:  # of the libraries' validators
@@ -282,13 +281,13 @@ def _configured(config: Any, params: RunParams) -> Any:
 
 
 def _attention(config: Any, params: RunParams) -> dict[str, str]:
-    """Return the attention to build a model with: torch's, and without a mask of ones where
-    every token is valid. Flash attention on CUDA takes no mask at all."""
+    """Return the arguments that select torch's SDPA, without a mask if every token is valid:
+    flash attention on CUDA takes no mask at all."""
     model = _model_class(config)
     if not getattr(model, "_supports_sdpa", False):
         return {}
-    # Only where all that a mask says is which tokens are valid: a window, or what a model adds of
-    # its own, is part of the model.
+    # Drop the mask only if it merely marks valid tokens. A window, or anything else that a model
+    # adds to its mask, is part of the model.
     plain = hasattr(sys.modules[model.__module__], "create_bidirectional_mask")
     plain = plain or config.model_type in _CAUSAL
     local = any("full" not in kind for kind in getattr(config, "layer_types", None) or ())
@@ -305,11 +304,11 @@ def _encoder(model: Any) -> torch.nn.Module:
 
 
 def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
-    """Return the parameters and buffers that transformers keeps in FP32 when it loads a model in
-    BF16 (``from_pretrained(dtype=torch.bfloat16)``), such as the frequencies of rotary embeddings.
+    """Return the names of parameters and buffers that transformers keeps in FP32 when it loads a
+    model in BF16 (``from_pretrained(dtype=torch.bfloat16)``), such as rotary frequencies.
 
     Args:
-        model: any model; only models of transformers in it are looked at.
+        model: any model; only the transformers models in it are inspected.
     """
     kept: set[str] = set()
     seen: set[torch.nn.Module] = set()
@@ -317,7 +316,7 @@ def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
         if not isinstance(module, PreTrainedModel) or module in seen:
             continue
         shell = _empty_bf16(module)
-        if shell is None:  # models inside of it may do
+        if shell is None:  # models nested in it may still work
             continue
         seen.update(part for part in module.modules() if isinstance(part, PreTrainedModel))
         prefix = f"{path}." if path else ""
@@ -331,14 +330,14 @@ def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    # As build_glob_alternation of transformers 5.17 to 5.23 (core_model_loading.py) reads it.
+    # Same reading as build_glob_alternation in transformers 5.17 to 5.23 (core_model_loading.py).
     return re.search(pattern.replace("*", ".*"), name) is not None
 
 
 def _empty_bf16(model: Any) -> torch.nn.Module | None:
-    """Return a model like ``model``, made as transformers makes one in BF16, without weights; None
-    where that takes more than a configuration."""
-    for device in ("meta", "cpu"):  # some models compute with numbers of tensors
+    """Return a BF16 copy of ``model`` without weights, built as transformers builds one, or None if
+    that takes more than a configuration."""
+    for device in ("meta", "cpu"):  # some models read tensor values while they are built
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device), no_init_weights():
                 shell: torch.nn.Module = type(model)._from_config(
@@ -360,7 +359,7 @@ def _text(params: RunParams, device: torch.device) -> Mapping[str, torch.Tensor]
     shape = (params.batch_size, length)
     ids = torch.randint(0, vocabulary, shape, generator=generator, device=device)
     padding = params.extra.get("pad_token_id")
-    if padding is not None:  # some models count positions by it
+    if padding is not None:  # some models derive positions from it
         ids[ids == padding] = (int(padding) + 1) % vocabulary
     if not params.extra["attention_mask"]:
         return {"input_ids": ids}
@@ -388,7 +387,7 @@ def _image_units(params: RunParams) -> dict[str, float]:
 
 
 def _count_tokens(output: Any) -> int:
-    """Count (batch, tokens, channels), or (batch, channels, rows, columns)."""
+    """Count the tokens of (batch, tokens, channels) or (batch, channels, rows, columns)."""
     shape = output.last_hidden_state.shape
     return math.prod(shape[:2]) if len(shape) == 3 else shape[0] * math.prod(shape[2:])
 

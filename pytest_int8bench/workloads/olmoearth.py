@@ -1,4 +1,4 @@
-"""OlmoEarth encoders, as ``olmoearth_pretrain_minimal`` builds them."""
+"""OlmoEarth encoders, built by ``olmoearth_pretrain_minimal``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from pytest_int8bench.workloads.weights import (
 )
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
-#: Sizes that each version has (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
+#: Sizes of each version (olmoearth_pretrain_minimal 0.1.5, ``OlmoEarthPretrain_v1``).
 VERSION_SIZES = {
     "v1": ("nano", "tiny", "base", "large"),
     "v1.1": ("nano", "tiny", "base"),
@@ -50,11 +50,11 @@ VERSION_SIZES = {
 }
 PIXEL_M = 10
 INPUT_SEED = 0
-# What the package's models are made for by default.
+# The package's defaults.
 _MAX_PATCH_SIZE, _MAX_TIMESTEPS = 8, 12
 _ENCODER = "encoder."
-# config.json names classes, which the package imports. ``helios`` is the package's former name,
-# which it maps to itself.
+# The package imports the classes that config.json names. It maps ``helios``, its former name, to
+# itself.
 _CONFIG, _CLASS = "config.json", "_CLASS_"
 _CONFIG_PACKAGES = ("olmoearth_pretrain", "olmoearth_pretrain_minimal", "helios")
 _SENTINEL2 = "sentinel2_l2a"
@@ -64,7 +64,7 @@ _NORMALIZERS = {
     "v1.2": NormalizerV1_2,
     "v1.3": NormalizerV1_3,
 }
-# Of SmoothQuant, which runs the model eagerly, with every activation in memory.
+# Small, because SmoothQuant runs the model eagerly with every activation in memory.
 _CALIBRATION_BATCHES, _CALIBRATION_BATCH = 4, 32
 
 
@@ -73,11 +73,11 @@ def olmoearth(eval_data: Path | None = None) -> Workload:
 
     Args:
         eval_data: folder of labelled images ``CLASS/*.tif`` (see
-            :mod:`~pytest_int8bench.workloads.geotiff`) to judge accuracy and calibrate
-            SmoothQuant on, instead of the GENERATED scenes of
+            :mod:`~pytest_int8bench.workloads.geotiff`) for evaluating accuracy and calibrating
+            SmoothQuant, instead of the GENERATED scenes of
             :mod:`~pytest_int8bench.workloads.scenes`.
     """
-    # Text, so that two workloads of one folder are seen to be the same.
+    # A string, so that two workloads with the same folder compare equal.
     folder = None if eval_data is None else str(eval_data)
     return Workload(
         name="olmoearth",
@@ -98,7 +98,7 @@ class OlmoEarthEncoder(torch.nn.Module):
 
     Args:
         encoder: the package's encoder.
-        modalities: names of the modalities that are fed, in the order of the inputs.
+        modalities: names of the input modalities, in order.
         patch_size: patch height and width in pixels.
     """
 
@@ -132,8 +132,7 @@ class OlmoEarthEncoder(torch.nn.Module):
 
 
 class _Fp32PatchEmbeddings(torch.nn.Module):
-    """Patch embeddings in FP32 inside a BF16 encoder: on the CPU, their antialiased resize has
-    no BF16 kernel."""
+    """FP32 patch embeddings in a BF16 encoder: their antialiased resize has no BF16 CPU kernel."""
 
     def __init__(self, patch_embeddings: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -161,12 +160,12 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
     """Build the encoder of ``params`` with weights.
 
     Args:
-        params: the point; size and version must be those of the weights.
+        params: the point; size and version must match the weights.
         weights: ``hub``; a folder with ``config.json`` and ``weights.pth`` as on the hub; or a
             file with the state dict of the whole model or of its encoder.
 
     Raises:
-        WeightsError: one line, if they cannot be had or do not fit.
+        WeightsError: one line, if the weights cannot be loaded or do not fit.
     """
     if weights != HUB and not Path(weights).is_dir():
         encoder = _pretrain_model(params).encoder
@@ -182,7 +181,7 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
             model = load_model_from_id(ModelID(f"OlmoEarth-{version}-{params.model_size.title()}"))
         else:
             config = json.loads((Path(weights) / _CONFIG).read_bytes())
-            _check_classes(config["model"], weights)  # the package makes no other part's classes
+            _check_classes(config["model"], weights)  # the package instantiates nothing else
             model = load_model_from_path(weights)
     except WeightsError:
         raise
@@ -201,7 +200,7 @@ def load(params: RunParams, weights: str) -> OlmoEarthEncoder:
 
 
 def _check_classes(config: Any, weights: str) -> None:
-    """Refuse a config that names classes from elsewhere: importing them would run their code."""
+    """Refuse a config with classes of other packages: importing them would run their code."""
     pending = [config]
     while pending:
         part = pending.pop()
@@ -233,14 +232,14 @@ def _wrapped(encoder: Any, params: RunParams) -> OlmoEarthEncoder:
 
 
 def modalities(params: RunParams) -> tuple[str, ...]:
-    """Return the package's names of the modalities that ``params`` feeds."""
+    """Return the package's names of the modalities that ``params`` selects."""
     names = {_SENTINEL2: params.use_s2, "sentinel1": params.use_s1}
     names["landsat"] = params.use_landsat
     return tuple(name for name, used in names.items() if used)
 
 
 def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return random normalized images, seeded, and a year of monthly timestamps."""
+    """Return seeded random normalized images and monthly timestamps."""
     generator = torch.Generator(device).manual_seed(INPUT_SEED)
     dtype = torch.bfloat16 if params.bf16 else torch.float32
     shape = (params.batch_size, params.image_size, params.image_size, params.num_timesteps)
@@ -249,22 +248,21 @@ def inputs(params: RunParams, device: torch.device) -> tuple[torch.Tensor, ...]:
         spec = Modality.get(name)
         bands = (*shape, spec.num_bands)
         tensors.append(torch.randn(bands, generator=generator, device=device, dtype=dtype))
-        # 0 says that the encoder sees the token (MaskValue.ONLINE_ENCODER).
+        # 0 means that the encoder sees the token (MaskValue.ONLINE_ENCODER).
         groups = (*shape, len(spec.band_sets))
         tensors.append(torch.zeros(groups, device=device, dtype=torch.uint8))
     return tuple(tensors)
 
 
 def _timestamps(batch_size: int, months: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return (batch, timesteps, 3): the first days of months that count from January 2020."""
+    """Return (batch, timesteps, 3): the first day of each month, counted from January 2020."""
     month = torch.tensor(months, device=device)
     stamps = torch.stack([torch.ones_like(month), month % 12, 2020 + month // 12], dim=-1)
     return stamps.expand(batch_size, -1, -1).contiguous()
 
 
 def units(params: RunParams) -> dict[str, float]:
-    """Return samples, 10 m pixels and km² of one batch; a location counts once for all its
-    timesteps."""
+    """Return samples, 10 m pixels and km² per batch; timesteps of a location count once."""
     pixels = params.batch_size * params.image_size**2
     return {
         "samples": params.batch_size,
@@ -281,18 +279,17 @@ def count_tokens(output: dict[str, torch.Tensor]) -> int:
 def evaluations(
     params: RunParams, folder: str | None = None
 ) -> tuple[Evaluation, Evaluation] | None:
-    """Return how accuracy is judged at a point: a kNN and a linear probe on frozen embeddings.
+    """Return the evaluations of a point: a kNN and a linear probe on frozen embeddings.
 
     Args:
         params: the point.
-        folder: labelled images; generated scenes without it.
+        folder: labelled images; generated scenes by default.
 
     Returns:
-        The evaluations; None where ``params`` does not feed Sentinel-2 alone, which is all that
-        there are labels for.
+        The evaluations, or None unless Sentinel-2 is the only modality: only it has labels.
 
     Raises:
-        WorkloadError: one line, if the folder's images cannot be had or are too small.
+        WorkloadError: one line, if the folder's images cannot be read or are too small.
     """
     if modalities(params) != (_SENTINEL2,):
         return None
@@ -303,8 +300,8 @@ def evaluations(
 def calibration(
     params: RunParams, device: torch.device, folder: str | None = None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Return batches for SmoothQuant: of the train split of :func:`evaluations` where there is
-    one, else the measured inputs."""
+    """Return batches for SmoothQuant from the train split of :func:`evaluations`, or the measured
+    inputs if there is no such split."""
     if modalities(params) != (_SENTINEL2,):
         return [inputs(params, device)]
     size = min(params.batch_size, _CALIBRATION_BATCH)
@@ -313,23 +310,21 @@ def calibration(
 
 
 def mean_tokens(output: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return embeddings (batch, channels): the mean of the tokens of each modality, and of the
-    modalities."""
+    """Return embeddings (batch, channels): the mean over tokens, then over modalities."""
     means = [tokens.flatten(1, -2).mean(1) for tokens in output.values()]
     return torch.stack(means).mean(0)
 
 
 def normalize(pixels: torch.Tensor, model_version: str) -> torch.Tensor:
-    """Normalize Sentinel-2 digital numbers (..., 12) as the package does, on their device, in
-    place. Values must be there: NaN stays NaN."""
+    """Normalize Sentinel-2 digital numbers (..., 12) in place as the package does; keep NaN."""
     scale, offset = _normalization(model_version)
     return pixels.mul_(scale.to(pixels.device)).add_(offset.to(pixels.device))
 
 
 @functools.cache
 def _normalization(model_version: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and offset (12,) of each band: what the package's normalizer, which is linear,
-    does to 0 and 1."""
+    """Return scale and offset (12,) of each band, derived by applying the package's linear
+    normalizer to 0 and 1."""
     bands = Modality.SENTINEL2_L2A
     ends = np.stack([np.zeros(bands.num_bands), np.ones(bands.num_bands)])
     offset, end = _NORMALIZERS[model_version]().normalize(bands, ends)
@@ -337,8 +332,7 @@ def _normalization(model_version: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _split(params: RunParams, name: str, folder: str | None, most: int | None = None) -> Split:
-    """Return a split, or its first ``most`` samples, in batches of the point's size on its
-    device."""
+    """Return a split, or its first ``most`` samples, batched and placed as the point asks."""
     device = torch.device(params.gpu_type)
     if folder is None:
         labels = scenes.labels(scenes.SIZES[name])[:most]

@@ -1,8 +1,8 @@
-"""Frozen embeddings judged by a kNN and a linear probe.
+"""Evaluate frozen embeddings with a kNN and a linear probe.
 
-The classifiers are fitted on the baseline's embeddings alone, and then judge the baseline's and
-the candidate's: a deployed classifier does not know that the encoder in front of it was
-quantized. Embeddings are standardized with the statistics of the baseline's train embeddings.
+The classifiers are fitted on the baseline's embeddings alone and then classify both models'
+embeddings, because a deployed classifier does not know that its encoder was quantized.
+Embeddings are standardized with the statistics of the baseline's train embeddings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pytest_int8bench.workloads.workload import Evaluation
 Forward: TypeAlias = Callable[..., Any]
 Scores: TypeAlias = tuple[Sequence[Any], NDArray[np.float64]]
 
-# With hundreds of dimensions and as many samples, scikit-learn's own 1.0 follows dimensions that
-# hardly vary: of 10, 1, 0.1, 0.01 and 0.001, this told most scenes of the selection split apart
-# (BF16 OlmoEarth nano, v1 and v1.2, random weights).
+# With hundreds of dimensions and as many samples, scikit-learn's default of 1.0 overfits
+# dimensions that hardly vary. Of 10, 1, 0.1, 0.01 and 0.001, this value was the most accurate on
+# the selection split (BF16 OlmoEarth nano, v1 and v1.2, random weights).
 _PROBE_C = 0.1
 _PROBE_ITERATIONS = 5000
 
@@ -35,7 +35,7 @@ class Split:
     labels: NDArray[np.int64]
     """(samples,) class of each sample."""
     batches: Callable[[], Iterable[tuple[Any, ...]]]
-    """Return the samples anew, in the order of the labels: the model's inputs, batch by batch."""
+    """Return a new iterable of the model's inputs, batch by batch, in the order of the labels."""
     ids: Sequence[Any] | None = None
     """Names of the samples, unique in the split; their positions by default."""
 
@@ -48,22 +48,22 @@ def embedding_evaluations(
     *,
     neighbours: int = 20,
 ) -> tuple[Evaluation, Evaluation]:
-    """Return a kNN (cosine) and a linear probe (logistic regression), each 0 or 1 a sample.
+    """Return a kNN (cosine) and a linear probe (logistic regression) that score samples 0 or 1.
 
-    The embeddings of a split by one forward are computed once for both: a forward must stay that
-    of the same model.
+    Both share embeddings, computed once per split and forward, so a forward must always run the
+    same model.
 
     Args:
-        train: what the classifiers are fitted on, embedded by the baseline.
-        selection: what ``Evaluation.selection`` scores.
-        certification: what ``Evaluation.scores`` scores.
-        embed: takes what a forward returns; returns (batch, dimensions).
-        neighbours: of the kNN.
+        train: samples to fit the classifiers on, embedded by the baseline.
+        selection: samples that ``Evaluation.selection`` scores.
+        certification: samples that ``Evaluation.scores`` scores.
+        embed: maps a forward's output to embeddings (batch, dimensions).
+        neighbours: number of neighbours of the kNN.
 
     Raises:
-        WorkloadError: one line, here for an empty split, for fewer train samples than neighbours
-            or for one class only in train; from the evaluations for embeddings that are not
-            finite or not as many as labels, or where scikit-learn is missing.
+        WorkloadError: one line. Raised here for an empty split, fewer train samples than
+            neighbours, or a single class in train; raised by the evaluations for non-finite
+            embeddings, a number of embeddings other than of labels, or missing scikit-learn.
     """
     splits = {"train": train, "selection": selection, "certification": certification}
     for name, split in splits.items():
@@ -87,7 +87,7 @@ def embedding_evaluations(
 
 
 class _Embeddings:
-    """The embeddings of the splits, computed once by each forward for as long as it lives."""
+    """Caches the embeddings of each split for each forward, for as long as the forward lives."""
 
     def __init__(self, splits: Mapping[str, Split], embed: Callable[[Any], Any]) -> None:
         self.splits = splits
@@ -97,7 +97,7 @@ class _Embeddings:
         )
 
     def of(self, name: str, forward: Forward) -> NDArray[np.float32]:
-        """Return (samples, dimensions) of the split ``name``."""
+        """Return the embeddings (samples, dimensions) of the split ``name``."""
         try:
             known = self._known.setdefault(forward, {})
         except TypeError:  # neither every callable has weak references nor a hash

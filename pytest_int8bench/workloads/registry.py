@@ -1,11 +1,11 @@
-"""Workloads by name: checked when options are read, loaded when a test is set up.
+"""Find workloads by name: check names when options are read, load when a test is set up.
 
-A workload is one row of :data:`WORKLOADS`, or an entry point of another distribution::
+A workload is a row of :data:`WORKLOADS` or an entry point of another distribution::
 
     [project.entry-points."pytest_int8bench.workloads"]
     my-encoder = "my_package.bench:make"
 
-The pytest plugin imports this module at its start, so it loads neither torch nor
+The pytest plugin imports this module at startup, so it must not import torch or
 ``importlib.metadata``.
 """
 
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.workloads.workload import Workload
 
-#: Entry-point group in which other distributions offer workloads.
+#: Entry-point group for workloads of other distributions.
 GROUP = "pytest_int8bench.workloads"
-#: RunParams fields of OlmoEarth's own.
+#: RunParams fields that only OlmoEarth uses.
 OLMOEARTH_FIELDS = (
     *("model_size", "model_version", "image_size", "patch_size", "num_timesteps"),
     *("use_s1", "use_s2", "use_landsat"),
 )
 OLMOEARTH = "olmoearth"
-#: The two forms, for error messages and help.
+#: The two forms of a reference, for error messages and help.
 REFERENCE_FORMS = "module:callable or path.py:callable"
 # Compiled when a name is checked, not when pytest starts.
 _REFERENCE = r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<name>[A-Za-z_][\w.]*)"
 
 
-class WorkloadRow(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
+class WorkloadRow(NamedTuple):  # created at every pytest start, where a dataclass takes 1 ms more
     """A workload of this package, or a family of them behind a prefix such as ``timm:``."""
 
     name: str
     """Name, or the prefix with its colon."""
     help: str
-    """What it is, for the documentation."""
+    """Description for the documentation."""
     loader: str
     """``module:callable`` that returns the Workload; its module imports the library."""
     extra: str
     """Extra of this package that installs the library."""
     takes: tuple[str, ...] = ()
-    """What the loader is called with: any of ``argument``, ``root`` (the folder that relative
-    paths start from), ``eval_data`` and ``trust_remote_code``."""
+    """Arguments of the loader: any of ``argument``, ``root`` (the folder that relative paths start
+    from), ``eval_data`` and ``trust_remote_code``."""
     argument: str | None = None
-    """Pattern of what follows the prefix; None for a plain name."""
+    """Pattern for the text after the prefix; None for a plain name."""
     example: str = ""
-    """An argument, for the error message when it is absent."""
+    """Example argument, for the error message when the argument is missing."""
     is_olmoearth: bool = False
-    """It reads OlmoEarth's fields: they stand in its run names, and presets set them. Others
-    refuse them."""
+    """Whether it reads OlmoEarth's fields, which then appear in its run names and are set by
+    presets. Other workloads refuse them."""
 
     @property
     def usage(self) -> str:
-        """How the name is written, e.g. ``timm:NAME``."""
+        """The form of the name, e.g. ``timm:NAME``."""
         return self.name if self.argument is None else f"{self.name}NAME"
 
     def matches(self, text: str) -> bool:
@@ -134,7 +134,7 @@ WORKLOADS = (
 
 
 def built_in_names() -> list[str]:
-    """Return how the workloads of this package are written."""
+    """Return the usage forms of this package's workloads."""
     return [row.usage for row in WORKLOADS]
 
 
@@ -155,7 +155,7 @@ def check_reference(text: str) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Return the module, or path, and the name that ``reference`` consists of."""
+    """Split ``reference`` into its module or path and its name."""
     match = re.fullmatch(_REFERENCE, reference)
     assert match is not None, reference
     return match["module"], match["name"]
@@ -169,7 +169,7 @@ def load_object(reference: str, root: Path) -> Any:
         root: folder that relative paths start from.
 
     Raises:
-        ValueError: one line, if there is no such file, module or name.
+        ValueError: one line, if the file, module or name does not exist.
     """
     module_name, name = split_reference(reference)
     if module_name.endswith(".py"):
@@ -190,9 +190,9 @@ def load_object(reference: str, root: Path) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file, once a process, under a name that no other module has.
+    """Import a file, once per process, under a unique module name.
 
-    Dynamo imports the module of a compiled function by its name, to read globals from it.
+    Dynamo imports the module of a compiled function by name to read its globals.
     """
     import hashlib
 
@@ -217,7 +217,7 @@ def check_workload_name(text: str) -> str:
     """Return ``text`` if it may name a workload.
 
     Raises:
-        ValueError: if it may not, or if several distributions offer that name.
+        ValueError: if it cannot, or if several distributions offer that name.
     """
     for row in WORKLOADS:
         if row.argument is not None and text == row.name:
@@ -230,7 +230,7 @@ def check_workload_name(text: str) -> str:
 
 
 def check_fields(workload: str, fields: Iterable[str]) -> None:
-    """Refuse fields that would label a model without changing it.
+    """Refuse fields that would appear in a result's label without changing the model.
 
     Raises:
         ValueError: for a field that the workload ignores.
@@ -245,27 +245,27 @@ def check_fields(workload: str, fields: Iterable[str]) -> None:
 
 
 def is_built_in(workload: str) -> bool:
-    """Return whether a workload is one of this package."""
+    """Return whether a workload belongs to this package."""
     return _row(workload) is not None
 
 
 def is_olmoearth(workload: str | None) -> bool:
-    """Return whether OlmoEarth's fields are those of a workload.
+    """Return whether a workload uses OlmoEarth's fields.
 
     Args:
-        workload: its name; None for one that a fixture returns.
+        workload: its name; None if a fixture returns it.
     """
     row = None if workload is None else _row(workload)
     return row is not None and row.is_olmoearth
 
 
 def point_for(params: RunParams, workload: str | None) -> RunParams:
-    """Return the point as a workload has it: named for it, and with OlmoEarth's fields at their
-    defaults if it certainly does not read them.
+    """Return the point with the run name for a workload, and with OlmoEarth's fields reset to their
+    defaults if the workload certainly does not read them.
 
     Args:
         params: the point.
-        workload: name of the workload; None for one that a fixture returns, which may read any.
+        workload: name of the workload; None if a fixture returns it, which may read any field.
     """
     if is_olmoearth(workload):
         return params.with_short_name(False)
@@ -284,7 +284,7 @@ def load_workload(
         name: checked by :func:`check_workload_name`.
         root: folder that relative paths start from.
         eval_data: folder of labelled images for OlmoEarth.
-        trust_remote_code: ``hf:NAME`` may run code that comes with a model.
+        trust_remote_code: let ``hf:NAME`` run code that comes with a model.
 
     Raises:
         ValueError: one line, if it cannot be loaded.
@@ -310,7 +310,7 @@ def _row(name: str) -> WorkloadRow | None:
 
 
 def _workload_from(target: Any, label: str) -> Workload:
-    """Return the Workload that ``target`` is, or that it returns when it is called."""
+    """Return ``target`` if it is a Workload, else the Workload that calling it returns."""
     from pytest_int8bench.workloads.workload import Workload
 
     workload = target
@@ -325,14 +325,13 @@ def _workload_from(target: Any, label: str) -> Workload:
 
 
 def _entry_points() -> list[EntryPoint]:
-    """Return what other distributions offer."""
-    from importlib.metadata import entry_points  # slow, and needed for unknown names only
+    from importlib.metadata import entry_points  # slow, and only needed for unknown names
 
     return list(entry_points(group=GROUP))
 
 
 def _entry_point(name: str) -> EntryPoint | None:
-    """Return the entry point ``name``, None if there is none.
+    """Return the entry point ``name``, or None.
 
     Raises:
         ValueError: if several distributions have one.

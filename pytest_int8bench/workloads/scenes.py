@@ -1,17 +1,17 @@
 """GENERATED Sentinel-2 scenes with labels: no satellite saw them.
 
-They are there to judge whether a quantized encoder still tells scenes apart as its baseline does,
-on any machine and without a download. An accuracy on them says nothing about accuracy on real
-images; :mod:`pytest_int8bench.workloads.geotiff` reads real ones.
+They show whether a quantized encoder still tells scenes apart as well as its baseline, on any
+machine and without a download. Accuracy on them says nothing about accuracy on real images;
+:mod:`pytest_int8bench.workloads.geotiff` reads real ones.
 
-A scene has one of ten classes of land cover, each with a spectrum that moves through the year
+A scene has one of ten land-cover classes, each with a spectrum that moves through the year
 between a background (soil, litter, water) and foliage. Its class covers at least three quarters of
-its parcels. What makes the task hard lies in whole scenes, where no encoder can average it away:
-the spectrum of a scene leans towards that of the class paired with its own by a random weight
-(:data:`LEANING_SD`), and in about one scene of twenty that weight is over a half. Illumination,
-haze, shifted seasons and a spectral offset come on top.
+its parcels. The difficulty affects whole scenes, so no encoder can average it away: a random
+weight (:data:`LEANING_SD`) mixes the spectrum of the paired class into the scene's own, and in
+about one scene of twenty that weight exceeds one half. Illumination, haze, shifted seasons and a
+spectral offset are added.
 
-Scene ``i`` of a split is the same however batches are cut, on every device.
+Scene ``i`` of a split is the same on every device and for every batch size.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 
-#: Splits and how many scenes each has.
+#: Number of scenes in each split.
 SIZES = {"train": 1000, "selection": 500, "certification": 3000}
 #: Bands in the order of OlmoEarth's ``sentinel2_l2a``.
 BANDS = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
-#: Digital number of reflectance 1, and the highest that a pixel gets.
+#: Digital number of reflectance 1, and the highest value of a pixel.
 FULL_SCALE = 10_000
 
-#: Standard deviation of the weight (its absolute value) with which a scene looks like the
-#: class paired with its own. A scene with a weight over 0.5 looks more like that than like its own:
-#: with 0.25, 4.6 % of all scenes, so that even a perfect encoder stays at about 95 %.
+#: Standard deviation of the normal number whose absolute value weights the paired class in a scene.
+#: A scene with a weight over 0.5 looks more like the paired class than like its own. At 0.25, that
+#: is 4.6 % of all scenes, so even a perfect encoder reaches only about 95 %.
 LEANING_SD = 0.25
 
 _SEED = 2020
@@ -48,7 +48,7 @@ _HAZE_SD = 0.008
 _NOISE_SD = 0.04
 _NOISE_STARTS = 1 << 16
 
-# Digital numbers in the order of BANDS: rounded, typical of such surfaces, made up.
+# Made-up, rounded digital numbers, typical of such surfaces, in the order of BANDS.
 _SURFACES = {
     "water": (500, 450, 300, 150, 250, 180, 160, 140, 80, 60, 550, 130),
     "concrete": (1400, 1600, 1800, 2200, 1900, 2000, 2100, 2300, 2500, 2200, 1300, 2300),
@@ -64,9 +64,9 @@ _SURFACES = {
     "rapeseed": (450, 1300, 900, 4100, 1600, 3100, 3700, 4200, 2000, 1000, 400, 4000),
     "rice": (300, 550, 350, 3000, 750, 2200, 2700, 3050, 1200, 500, 280, 2900),
 }
-# Class: background, foliage, lowest and highest cover by foliage, month (from 0) of the highest,
-# standard deviation of the season in months. Scenes lean towards the other class of their pair: the
-# first and the second, the third and the fourth, and so on.
+# Class: background, foliage, lowest and highest foliage cover, month (from 0) of the highest,
+# standard deviation of the season in months. Classes are paired in order: first and second, third
+# and fourth, and so on.
 _SEASONS = {
     "water": ("water", "grass", 0.00, 0.05, 7.0, 2.0),
     "rice": ("wet soil", "rice", 0.00, 0.95, 7.3, 1.3),
@@ -80,7 +80,7 @@ _SEASONS = {
     "maize": ("soil", "maize", 0.00, 0.95, 6.8, 1.2),
 }
 CLASSES = tuple(_SEASONS)
-# Haze scatters the short waves most.
+# Haze scatters short wavelengths most.
 _HAZE = np.array([0.80, 0.60, 0.45, 0.22, 0.38, 0.32, 0.27, 0.20, 0.06, 0.03, 1.00, 0.17])
 
 _BACKGROUND = np.array([_SURFACES[season[0]] for season in _SEASONS.values()], dtype=float)
@@ -90,16 +90,16 @@ _LOWEST, _HIGHEST, _PEAK, _WIDTH = np.array([season[2:] for season in _SEASONS.v
 
 def labels(count: int) -> NDArray[np.int64]:
     """Return the classes of the first ``count`` scenes of any split, as indices in
-    :data:`CLASSES`: all classes in turn."""
+    :data:`CLASSES`. Classes alternate in order."""
     return np.arange(count) % len(CLASSES)
 
 
 def months(num_timesteps: int) -> NDArray[np.int64]:
     """Return the months of the images of a scene, counted from 0 for January.
 
-    Up to twelve images are spread over the year (one is of July, three are of March, July and
-    November), so that few of them show the seasons too; more go on month by month into the next
-    year, with 12 for its January.
+    Up to twelve images are spread over the year (one: July; three: March, July and November), so
+    that even a few show the seasons. More than twelve are consecutive months, with 12 for the next
+    January.
     """
     if num_timesteps > 12:
         return np.arange(num_timesteps)
@@ -120,7 +120,7 @@ def scene_batch(
         indices: which scenes of the split.
         split: a key of :data:`SIZES`.
         image_size: height and width in pixels.
-        num_timesteps: images per scene, of :func:`months`.
+        num_timesteps: images per scene, taken in :func:`months`.
         device: where the pixels are computed.
 
     Returns:
@@ -129,8 +129,8 @@ def scene_batch(
     """
     draws = [_draw(split, index, num_timesteps) for index in indices]
     batch = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
-    # Everything but the pixels is computed by numpy: what is left for the device (look-ups, one
-    # product, one clamp) rounds the same everywhere.
+    # numpy computes everything but the pixels. The device's operations (look-ups, one
+    # multiplication, one clamp) round the same everywhere.
     spectra = torch.from_numpy(_parcel_spectra(batch, num_timesteps).astype(np.float32)).to(device)
     scenes = torch.arange(len(draws), device=device)[:, None, None]
     pixels = spectra[scenes, _parcel_of_pixels(batch["corner"], image_size, device)]
@@ -142,12 +142,12 @@ def scene_batch(
 
 
 def _draw(split: str, index: int, num_timesteps: int) -> dict[str, Any]:
-    """Return all that is random in one scene, from a generator of its own."""
+    """Draw all random numbers of one scene from its own generator."""
     rng = np.random.default_rng([_SEED, list(SIZES).index(split), index])
     label = index % len(CLASSES)
     parcels = _PARCELS * _PARCELS
     foreign = rng.permutation(parcels) < rng.integers(_MOST_OTHERS + 1)
-    # The rest is drawn from all classes: without the scene's own it would give that away.
+    # Foreign parcels may be of the scene's own class: excluding it would give that class away.
     return {
         "label": label,
         "foreign": foreign,
@@ -205,8 +205,8 @@ def _season(classes: NDArray[Any], shift: Floats, num_timesteps: int) -> Floats:
 
 
 def _parcel_of_pixels(corner: Floats, image_size: int, device: torch.device | str) -> torch.Tensor:
-    """Return (batch, height, width) indices of parcels: a grid that starts at ``corner`` (a
-    share of height and width) and wraps around, or patches would all be of one parcel."""
+    """Return (batch, height, width) parcel indices. The grid starts at ``corner`` (fractions of
+    height and width) and wraps around, because aligned patches would each show one parcel only."""
     starts = torch.from_numpy((corner * image_size).astype(np.int64)).to(device)
     places = torch.arange(image_size, device=device)
     grid = (places + starts[..., None]) % image_size * _PARCELS // image_size
@@ -215,7 +215,7 @@ def _parcel_of_pixels(corner: Floats, image_size: int, device: torch.device | st
 
 @functools.lru_cache(maxsize=2)
 def _noise(length: int, device: str) -> torch.Tensor:
-    """Return factors for the pixels; each scene reads ``length`` of them from a start of its own.
+    """Return noise factors for the pixels; each scene reads ``length`` of them from its own start.
 
     Fresh noise for every pixel would take longer than everything else.
     """

@@ -1,4 +1,4 @@
-"""Image models of timm by name: inputs and units come from the model's own configuration."""
+"""Build timm image models by name, with inputs and units taken from the model's configuration."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INPUT_SEED = 0
 def timm_model(name: str) -> Workload:
     """Return the workload of a timm model with random weights, fed normal noise.
 
-    The image size is the model's own; ``extra.image_size=384`` builds it for another. Models with
-    more convolutions than a patch embedding run in ``channels_last``. The default filter leaves
-    out the layers that timm's configuration calls classifier.
+    The image size defaults to the model's own; ``extra.image_size=384`` selects another. Models
+    with convolutions beyond a patch embedding run in ``channels_last``. The default filter skips
+    the layers that timm's configuration lists as classifiers.
 
     Args:
-        name: a model of ``timm.list_models()``.
+        name: a model in ``timm.list_models()``.
 
     Raises:
         ValueError: one line, if timm has no such model.
@@ -52,21 +52,22 @@ def timm_model(name: str) -> Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class _NamedModel:
-    """What timm says about a model."""
+    """A timm model's configuration."""
 
     name: str
     channels: int
     height: int
     width: int
     is_sized: bool
-    """It is built for one image size, rather than for any."""
+    """Whether it is built for one image size rather than for any."""
     heads: frozenset[str]
     """Paths of its classifiers."""
     convolutions: int
     patch: tuple[int, int] | None
-    """Pixels of a token, also behind the convolutions of a hybrid; None without tokens."""
+    """Height and width in pixels per token, convolutions of a hybrid included; None if the model
+    has no tokens."""
     prefix_tokens: int
-    """Tokens that stand for no patch."""
+    """Tokens that do not represent a patch."""
 
     def size(self, params: RunParams) -> tuple[int, int]:
         asked = int(params.extra["image_size"])
@@ -109,7 +110,7 @@ class _NamedModel:
 
 
 def _describe(name: str) -> _NamedModel:
-    """Build the model once, and return what is needed to measure it."""
+    """Build the model once and return the properties needed to measure it."""
     with torch.random.fork_rng(devices=[]):
         shell: Any = timm.create_model(name)
     channels, height, width = resolve_model_data_config(shell)["input_size"]

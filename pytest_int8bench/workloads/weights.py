@@ -1,4 +1,4 @@
-"""Where a model's weights come from: seeded random numbers, a hub, or a file."""
+"""Read and check model weights from files."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pytest_int8bench.git_lfs import POINTER, is_pointer
 
 RANDOM, HUB = "random", "hub"
 _SHOWN = 3
-#: Where training scripts put the state dict in what they save.
+#: Keys under which training scripts save the state dict.
 _WRAPPERS = ("state_dict", "model")
-#: How torch names what it refuses to load.
+#: Matches the name of the object that torch refused to load.
 _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 class WeightsError(ClearError, ValueError):
-    """Weights that cannot be had, or do not fit the model."""
+    """The weights cannot be loaded or do not fit the model."""
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict that ``torch.save`` or safetensors wrote, without running code from it.
+    """Read a state dict written by ``torch.save`` or safetensors, without running code from it.
 
     Raises:
-        WeightsError: one line, if the file cannot be read as one.
+        WeightsError: one line, if the file does not hold a readable state dict.
     """
     check_not_pointer(path)
     try:
@@ -40,7 +40,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever the formats raise, with advice to let the file run code
+    except Exception as error:  # torch's own message advises letting the file run code
         raise WeightsError(_unreadable(path, error)) from None
     for wrapper in _WRAPPERS:
         if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
@@ -60,12 +60,12 @@ def check_not_pointer(path: Path) -> None:
     """Refuse weights that Git LFS did not download.
 
     Args:
-        path: a file, or a folder of a model, of which all files count.
+        path: a file, or a model's folder, whose files are all checked.
 
     Raises:
         WeightsError: one line that names the first such file.
     """
-    with contextlib.suppress(OSError):  # loading it says why
+    with contextlib.suppress(OSError):  # loading it reports the error
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file() and is_pointer(_start(file)):
                 raise WeightsError(f"weights {file} {POINTER}")
@@ -91,10 +91,10 @@ def _unreadable(path: Path, error: Exception) -> str:
 def load_state_dict(
     model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str
 ) -> None:
-    """Load ``state`` into ``model``, every key of both.
+    """Load ``state`` into ``model``; their keys and shapes must match exactly.
 
     Raises:
-        WeightsError: one line that names keys that are missing, unexpected or of another shape.
+        WeightsError: one line that names missing, unexpected or wrongly shaped keys.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]

@@ -1,7 +1,6 @@
-"""What is measured: a model, its inputs, and what one batch of them counts for.
+"""Workloads: a model, its inputs, and the units that one batch counts for.
 
-A workload of your own is a fixture in a conftest; all callables are called with positional
-arguments::
+Define your own workload as a fixture in a conftest. All callables receive positional arguments::
 
     @pytest.fixture(scope="session")
     def int8_workload():
@@ -37,44 +36,46 @@ UNITS = ("samples", "tokens", "pixels", "square_km")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a model is, sample by sample. Higher scores are better.
+    """Score a model sample by sample. Higher scores are better.
 
-    The ``forward`` that its callables get takes what the model takes, with any number of samples:
-    it moves tensors to the device, casts floating inputs to the model's dtype, cuts them into
+    The callables receive a ``forward`` that takes the model's inputs with any number of samples.
+    It moves tensors to the device, casts floating inputs to the model's dtype, splits them into
     batches of the compiled shape, and returns floating outputs as FP32 copies.
     """
 
     metric: str
     """Name of the metric, e.g. ``top1``."""
     scores: Callable[..., Any]
-    """``scores(forward)`` returns one score per sample, or ``(ids, scores)`` so that the order of
-    the samples can be checked; with ``fit``, ``scores(forward, fitted)``. It is called once with
-    the baseline's forward and once with the candidate's."""
+    """``scores(forward)``, or ``scores(forward, fitted)`` with ``fit``, returns one score per
+    sample, or ``(ids, scores)`` so that the order of the samples can be checked. It is called once
+    with the baseline's forward and once with the candidate's."""
     fit: Callable[..., Any] | None = None
-    """``fit(forward)`` is called once, with the baseline's forward; what it returns, such as a
+    """``fit(forward)`` is called once, with the baseline's forward. Its result, such as a
     classifier fitted on embeddings, is the second argument of ``scores`` and ``selection``."""
     selection: Callable[..., Any] | None = None
-    """As ``scores``, on other samples: what remedies are chosen on, before ``scores`` certifies
-    them. Without it, the samples of ``scores`` are split in half for that."""
+    """Like ``scores``, but on other samples. Remedies are chosen on these samples and then
+    certified by ``scores``. Without it, the samples of ``scores`` are split in half."""
     aggregate: Callable[[Any], float] | None = None
-    """For a metric that is no mean over samples, such as mIoU or F1: ``aggregate(rows)`` computes
-    it from the rows that ``scores`` returns, one per image (samples x anything), such as confusion
-    counts. The image is the sampling unit. A limit of 1 % takes at least 730 images, and about
-    1,000 if they differ in size, even if nothing drops; half as many for twice the limit."""
+    """For a metric that is not a mean over samples, such as mIoU or F1: ``aggregate(rows)``
+    computes it from the rows that ``scores`` returns, one per image (samples x anything), such as
+    confusion counts. The image is the sampling unit. Certifying a limit of 1 % takes at least 730
+    images, or about 1,000 if they differ in size, even if nothing drops; twice the limit takes
+    half as many."""
     worst: float = 0.0
-    """The lowest score that a sample can get, a finite number; not used with ``aggregate``. Clip
-    scores that have no lowest one, such as log likelihoods."""
+    """The lowest possible score of a sample, a finite number; not used with ``aggregate``. Clip
+    scores without a lower bound, such as log likelihoods."""
     groups: Any = field(default=None, hash=False)
-    """One label per sample of ``scores``, in their order, or a callable that returns them. Samples
-    with the same label belong together: frames of a video, crops of a scene, questions on one
-    text. The groups are then the sampling units. Without it, samples must be independent."""
+    """One label per sample of ``scores``, in the same order, or a callable that returns them.
+    Samples with the same label belong together, such as frames of a video, crops of a scene or
+    questions on one text; each group is then a sampling unit. Without groups, samples must be
+    independent."""
 
     def __post_init__(self) -> None:
         _check_name("the metric of an evaluation", self.metric)
 
 
 def _check_name(what: str, name: Any) -> None:
-    """Refuse what does not come back from a file as it was saved, and so is another identity."""
+    """Refuse names that saving and loading would change: names identify results."""
     if not isinstance(name, str) or not name.strip() or one_line(name) != name:
         raise WorkloadError(f"{what} must be one line of printable text, got {name!r}")
 
@@ -88,61 +89,63 @@ class Workload:
     """A model and the inputs it is measured on."""
 
     name: str
-    """Part of the identity of every result."""
+    """Name of the workload, part of every result's identity."""
     build: Callable[[RunParams], torch.nn.Module]
-    """Return a new model for a point, on the CPU or any device; it is cast and moved. It is called
-    for the baseline and again for the candidate, both times with the baseline's point. The
-    generators of torch, numpy and Python are seeded before the call, so that random weights
+    """Return a new model for a point, on any device; the plugin casts and moves it. It is called
+    once for the baseline and once for the candidate, both times with the baseline's point. The
+    generators of torch, numpy and Python are seeded before each call, so that random weights
     repeat."""
     inputs: Callable[[RunParams, torch.device], Inputs]
-    """Return the inputs of one batch on the device: a tuple for positional arguments, or a
-    mapping for keyword arguments. Floating inputs are cast to the model's dtype."""
+    """Return the inputs of one batch on the device, as a tuple of positional arguments or a
+    mapping of keyword arguments. Floating inputs are cast to the model's dtype."""
     load: Callable[[RunParams, str], torch.nn.Module] | None = None
     """``load(params, weights)`` returns the model with the weights that ``--int8-weights`` names:
-    ``hub``, or the path of a file or folder. By default a file is loaded into what ``build``
-    returns."""
+    ``hub``, or the path of a file or folder. By default, a file is loaded into the model that
+    ``build`` returns."""
     units: Callable[[RunParams], Mapping[str, float]] = _samples
-    """Return what one batch counts for: any of ``samples``, ``tokens``, ``pixels`` and
-    ``square_km``; by default ``samples``, the batch size."""
+    """Return the number of ``samples``, ``tokens``, ``pixels`` or ``square_km`` (any of them) in
+    one batch. The default is ``samples``, the batch size."""
     tokens: Callable[[Any], int] | None = None
     """Count the tokens of one batch from the model's output, instead of in ``units``."""
     evaluation: Evaluation | Sequence[Evaluation] | Callable[[RunParams], Any] | None = None
-    """How to judge accuracy: an evaluation, several of them (each must pass), or a callable that
-    returns either for a point. Without one, outputs are compared with the baseline's, which can
-    fail a model but not pass it."""
+    """One evaluation of accuracy, several (each must pass), or a callable that returns either for
+    a point. Without one, outputs are compared with the baseline's, which can fail a model but
+    cannot pass it."""
     filter_fn: FilterFn | None = None
-    """``filter_fn(module, name)`` says which linear layers to quantize."""
+    """``filter_fn(module, name)`` returns whether to quantize a linear layer."""
     quant_config: Any = None
-    """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, instead of the mode's own."""
+    """Any torchao ``AOBaseConfig`` or ``FqnToConfig``, used instead of the mode's config."""
     prequantized: bool = False
-    """``build`` returns a model that torchao quantized already where ``p.int8_enabled``, such as
-    one from a checkpoint, in ``p.int8_mode``: nothing is quantized here. Its baseline is what
-    ``build`` returns elsewhere, with weights of its own."""
+    """Whether ``build`` returns a model that torchao has already quantized in ``p.int8_mode`` when
+    ``p.int8_enabled`` is set, e.g. from a checkpoint. The plugin then quantizes nothing. The
+    baseline is the model that ``build`` returns without ``p.int8_enabled``, with its own weights.
+    """
     calibration: Callable[[RunParams, torch.device], Any] | None = None
-    """Return an iterable of inputs for SmoothQuant, cast and moved like those of ``inputs``; the
-    measured batch by default."""
+    """Return an iterable of inputs for SmoothQuant, cast and moved like the ``inputs``. The
+    default is the measured batch."""
     smoothquant_alpha: float = 0.5
-    """SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights)."""
+    """SmoothQuant's migration strength, from 0 (weights unchanged) to 1 (all difficulty moved to
+    the weights)."""
     keep_fp32: FilterFn | None = None
-    """``keep_fp32(module, name)`` says which modules stay in FP32 with ``bf16=True``."""
+    """``keep_fp32(module, name)`` returns whether a module stays in FP32 with ``bf16=True``."""
     channels_last: bool = False
-    """Keep weights and inputs of four dimensions in ``torch.channels_last``."""
+    """Keep 4-D weights and inputs in ``torch.channels_last``."""
     impossible_reason: Callable[[RunParams], str | None] | None = None
-    """Say why this workload cannot run at a point (the point is skipped), or return None."""
+    """Return why this workload cannot run at a point (the point is skipped), or None if it can."""
     axes: Mapping[str, Scalar] = field(default_factory=dict)
-    """Axes of this workload and their defaults, set as ``--int8-set extra.NAME=VALUE`` and read
-    as ``p.extra[NAME]``."""
+    """The workload's own axes and their defaults. Users set them with
+    ``--int8-set extra.NAME=VALUE``; callables read them as ``p.extra[NAME]``."""
 
     def __post_init__(self) -> None:
         _check_name("the name of a workload", self.name)
 
     @property
     def brings_quantization(self) -> bool:
-        """The workload itself says how its layers are quantized, not the mode of the point."""
+        """Whether the workload, not the point's mode, decides how its layers are quantized."""
         return self.prequantized or self.quant_config is not None
 
     def with_axes(self, params: RunParams) -> RunParams:
-        """Return ``params`` as the workload's callables see it: with the defaults of its axes.
+        """Return ``params`` with the defaults of the workload's axes filled in.
 
         Raises:
             ValueError: if ``params`` sets an axis that the workload does not declare.
