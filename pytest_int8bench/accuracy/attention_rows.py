@@ -1,4 +1,4 @@
-"""Run the attention of some modules of a model on INT8 queries and keys, and all else as it is."""
+"""Run attention with INT8 queries and keys in chosen modules only."""
 
 from __future__ import annotations
 

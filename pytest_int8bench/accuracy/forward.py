@@ -40,7 +40,7 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs, and outputs are."""
+        """The device of the model and its outputs."""
         return self._model.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ class Forward:
         return map_tensors(lambda _: torch.cat([next(tensors) for tensors in joined]), parts[0])
 
     def _pairs(self, given: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return each tensor of ``given`` with that of the workload's own inputs."""
+        """Pair each tensor of ``given`` with its counterpart in the workload's own inputs."""
         mine, own = list(tensors_of(given)), list(tensors_of(self._model.inputs))
         if len(mine) != len(own):
             raise self._error(f"forward takes {len(own)} tensors, got {len(mine)}")

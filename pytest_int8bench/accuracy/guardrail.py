@@ -83,8 +83,8 @@ class Guardrail:
             workload: what to judge.
             params: the point of the candidate.
             nodeid: identity of the verdicts.
-            limit: the largest drop that passes, instead of that of the guardrail.
-            record: called with each verdict as soon as it is there.
+            limit: the largest drop that passes; overrides the guardrail's limit.
+            record: called with each verdict as soon as it is known.
             tell: called with what is wrong with the samples, before the candidate is built.
 
         Returns:
@@ -158,7 +158,7 @@ class Guardrail:
                     tell(text)
 
     def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
-        """Return what all verdicts of a point have in common."""
+        """Return the fields that all verdicts of a point share."""
         return {
             "nodeid": nodeid,
             "workload": workload.name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|pp)\s*")
 
-#: No number of samples shows that a drop is smaller.
+#: No number of samples can show a smaller drop.
 LEAST = 1e-9
 
 

@@ -71,7 +71,7 @@ def distance(reference: Any, output: Any) -> Distance:
         )
     if not torch.isfinite(ours).any():
         raise OutputsError("the baseline's outputs are NaN or infinite throughout")
-    # inf - inf is NaN: what is not finite in both is left out of the figures.
+    # inf - inf is NaN, so the figures leave out values that are not finite in both.
     both = torch.isfinite(ours) & torch.isfinite(theirs)
     finite = bool((torch.isfinite(theirs) | ~torch.isfinite(ours)).all())
     a, b = ours.where(both, 0.0), theirs.where(both, 0.0)
@@ -107,7 +107,7 @@ def problem(candidate: Distance, floor: Distance) -> str | None:
 
     Args:
         candidate: the candidate's distance from the baseline.
-        floor: that of the eager from the compiled baseline.
+        floor: the eager baseline's distance from the compiled baseline.
     """
     if not candidate.finite:
         return "the outputs hold NaN or infinity where the baseline's are finite"

@@ -1,4 +1,4 @@
-"""What torch.compile is given to compile, under which settings, and how often it has."""
+"""Entry points, settings and counters for torch.compile."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch._dynamo
 
-# A sweep makes a fresh graph for each point; none of them may run into Dynamo's limit of 8,
-# after which calls silently run eagerly.
+# A sweep compiles a fresh graph for each point. Past Dynamo's default limit of 8, calls would
+# silently run eagerly.
 _RECOMPILE_LIMIT = 1 << 16
 
 # OlmoEarth's forward logs, which breaks the graph unless Dynamo leaves these calls out.
@@ -34,14 +34,14 @@ def dynamo_settings() -> AbstractContextManager[Any]:
         recompile_limit=_RECOMPILE_LIMIT,
         accumulated_recompile_limit=_RECOMPILE_LIMIT,
         ignore_logging_functions=config.ignore_logging_functions | _LOGGING,
-        # What does not compile is an error: it would run eagerly under a compiled label.
+        # Raise compile errors, or the model would run eagerly under a compiled label.
         suppress_errors=False,
     )
     return patched
 
 
 def graphs_skipped() -> int:
-    """Return how often Inductor did without CUDA graphs that were asked for."""
+    """Return how often Inductor skipped CUDA graphs that were requested."""
     return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
 
 
@@ -56,11 +56,11 @@ def graph_breaks() -> int:
 
 
 def fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
-    """Return a function that calls ``model`` and has a code object of its own.
+    """Return a function that calls ``model`` and has its own code object.
 
-    Dynamo keeps compiled graphs by code object. Were they kept on ``model.forward``, a second
-    compilation of the same class would find the graph of the first, whatever the attention
-    backend, and a sweep would fill one list of graphs.
+    Dynamo caches compiled graphs by code object. If it cached them on ``model.forward``, a second
+    compilation of the same class would reuse the first graph, whatever the attention backend, and
+    a sweep would fill one list of graphs.
     """
 
     def entry(*args: Any, **kwargs: Any) -> Any:

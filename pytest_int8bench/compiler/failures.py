@@ -1,4 +1,4 @@
-"""Where an error of compiling and running a model comes from."""
+"""Find the cause of an error in compiling or running a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pytest_int8bench.out_of_memory import oom_of
 
 
 class CompileError(ClearError, RuntimeError):
-    """The model did not compile, ran eagerly, or compiled again when it must not."""
+    """The model did not compile, ran eagerly, or recompiled when it must not."""
 
 
 def root_of(error: BaseException) -> BaseException:
@@ -20,8 +20,8 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def is_of_model(error: BaseException) -> bool:
-    """Return whether neither a compiler nor a kernel caused ``error``, because it comes from
-    Dynamo's tracing of the model or from a lack of memory."""
+    """Return whether Dynamo's tracing of the model or a lack of memory caused ``error``, rather
+    than a compiler or a kernel."""
     of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
     of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
     return oom_of(error) is not None or (of_dynamo and not of_backend)

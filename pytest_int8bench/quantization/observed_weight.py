@@ -1,4 +1,4 @@
-"""Weights that show what they are multiplied by."""
+"""Weights that observe the inputs of their matmuls during calibration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pytest_int8bench.kernels.weight import QuantizedWeight
 
 
 class ObservedWeight(QuantizedWeight, torch.Tensor):  # type: ignore[misc]
-    """Weight of a layer during calibration. It is not quantized, but is read as a quantized weight
-    is, so that it observes the inputs of exactly the matmuls that will run quantized.
+    """Observe the inputs of exactly the matmuls that will run quantized. The weight itself is not
+    quantized, but has the interface of a quantized weight.
 
     Args:
         held: the weight.

@@ -1,4 +1,4 @@
-"""Take back changes to a model."""
+"""Roll back changes to a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give the modules of a model back their attributes, parameters and modules if an error leaves
-    the context. Tensors must have been replaced, not written to."""
+    """Restore every module's class, attributes, parameters and submodules if the block raises.
+    In-place writes to tensors are not undone."""
     before = [
         (
             module,

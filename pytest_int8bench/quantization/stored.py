@@ -1,4 +1,4 @@
-"""The tensors that hold a linear layer's weight, whatever type the weight has."""
+"""Find the tensors that store a linear layer's weight, whatever its type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pytest_int8bench.kernels.linear import Int8Linear
 
 
 def stored_weight(layer: Any) -> torch.Tensor:
-    """Return the plain tensor that holds the weight of a linear layer: the integers of a
-    quantized one, the weight itself of another."""
+    """Return the plain tensor that stores a linear layer's weight (integers if quantized)."""
     if isinstance(layer, Int8Linear):
         return layer.int8_weight
-    # Scales and zero points are smaller, except where K is 1.
+    # Scales and zero points are smaller than the weight, unless K is 1.
     return max(plain_tensors(layer.weight), key=lambda tensor: (tensor.numel(), -tensor.itemsize))
 
 

@@ -26,7 +26,7 @@ MODE = Mode(
     name="w8",
     configure=_configure,
     lower=_lower,
-    # Stored INT8 weights are the proof: the kernels that dequantize them have no name of their own.
+    # Stored INT8 weights are the proof: the kernels that dequantize them have no distinctive name.
     proof=Proof(),
     bound=Bound(int8_matmuls=False),
 )

@@ -1,4 +1,4 @@
-"""W8A8: INT8 weights, and activations quantized row by row as they come."""
+"""W8A8: INT8 weights, and activations quantized dynamically, row by row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchao.utils import should_reduce_range
 
 from pytest_int8bench.quantization.modes import Bound, Mode, Proof
 
-#: CUDA's INT8 matmul (``torch._int_mm``) takes K and N that are multiples of this.
+#: CUDA's INT8 matmul (``torch._int_mm``) requires K and N to be multiples of this.
 CUDA_MULTIPLE = 8
 _TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but got (\d+)")
 
