@@ -27,7 +27,7 @@ class Sweep(NamedTuple):
     """RunParams field, or ``extra.NAME``."""
     values: tuple[Any, ...]
     help: str
-    """What is varied, for the documentation."""
+    """Description of what is varied, for the documentation."""
 
 
 class Sweeps(dict[str, dict[str, list[Any]]]):

@@ -27,7 +27,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the outputs for one batch are from the reference's."""
+    """Distance of the outputs of one batch from the reference."""
 
     samples: int
     finite: bool

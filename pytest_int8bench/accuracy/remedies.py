@@ -1,4 +1,4 @@
-"""What to do about a drop: SmoothQuant, BF16 for the worst layers, another mode."""
+"""Remedies for a drop: SmoothQuant, BF16 for the worst layers, another mode."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Trial:
     rung: str
     setting: str
     configuration: str
-    """What to paste."""
+    """Code or options to paste."""
     ordered: bool = False
     """The first of its rung that is good enough is the best one: those after it cost more."""
     drop: float = math.inf

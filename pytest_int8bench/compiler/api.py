@@ -1,4 +1,4 @@
-"""How callers compile a model."""
+"""Public entry points for compiling a model."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class FusingInductor(InductorBackend):
         self._attention = attention
         self._rotate, self._resize = rotate, resize
         self.graphs: list[Graph] = []
-        """What it has compiled."""
+        """Graphs compiled so far."""
         self.around: Callable[
             [fx.GraphModule], AbstractContextManager[AttentionCoverage | None]
         ] = lambda module: nullcontext()

@@ -46,7 +46,7 @@ class CompileCache:
 
     @property
     def folder(self) -> Path:
-        """Where the compiled code is."""
+        """Folder of the compiled code."""
         return self.root / self._digest
 
     def is_empty(self) -> bool:

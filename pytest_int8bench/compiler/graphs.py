@@ -29,7 +29,7 @@ class Graph:
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.calls = 0
-        """How often it ran."""
+        """Number of runs."""
         self.watch: AbstractContextManager[Any] | None = None
         """Entered around what was traced, which then runs in the place of what was compiled."""
         self._computed, self._dropped = _memory(module, inputs)
@@ -103,7 +103,7 @@ def watched(watch: AbstractContextManager[Any], graphs: Sequence[Graph]) -> Iter
 
 
 class _Snapshot(NamedTuple):
-    """What was traced, which passes will change."""
+    """The traced graph, before passes change it."""
 
     graph: fx.Graph
     attributes: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the operators of :mod:`.ops` run: on CUDA, elsewhere in plain torch, and on fake tensors."""
+"""Implementations of the operators in :mod:`.ops`: CUDA, plain torch, and fake tensors."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Described(NamedTuple):
     strides: tuple[int, ...]
     block: list[int]
     layout: Any = None
-    """How a block lies in shared memory; None for Triton, which decides that itself."""
+    """Shared-memory layout of a block; None for Triton, which chooses its own."""
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         if self.layout is None:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a kernel has to show before it runs."""
+    """The test that a kernel must pass before it is used."""
 
     what: str
-    """What the warning calls the kernel if it fails."""
+    """Name of the kernel in the warning if it fails."""
     passed_with: tuple[str, ...]
     """How the versions of Triton begin with which the kernel has passed its tests on a GPU; it
     needs no self-test with these."""

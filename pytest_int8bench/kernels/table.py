@@ -38,7 +38,7 @@ class Kernel:
     operator: str
     """The operator of ``torch.ops.int8bench`` that it computes."""
     name: str
-    """What ``INT8BENCH_PRODUCT`` and the file of tuned tiles call it."""
+    """Its name in ``INT8BENCH_PRODUCT`` and in the file of tuned tiles."""
     function: str
     """The name of its Triton function: evidence recognizes the kernel by it in a profile."""
     launch: Callable[..., Launch]

@@ -17,7 +17,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Product:
-    """How the INT8 matmul is cut into tiles, with TMA and with pointers."""
+    """Tiles of the INT8 matmul, with TMA and with pointers."""
 
     bm: int
     bn: int
@@ -60,7 +60,7 @@ Tile: TypeAlias = Product | Specialized
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows are cut for :func:`.triton.quantize_rows.quantize_rows`."""
+    """Tiles of :func:`.triton.quantize_rows.quantize_rows`."""
 
     rows: int
     block: int
@@ -133,7 +133,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Attention:
-    """How queries are cut for INT8 attention."""
+    """Tiles of INT8 attention."""
 
     rows: int
     warps: int
@@ -148,7 +148,7 @@ SHORT_ROWS = 128
 
 @dataclass(frozen=True)
 class Short:
-    """How the heads of short attention are shared out."""
+    """Distribution of heads in short attention."""
 
     together: int
     """Heads that one program computes."""

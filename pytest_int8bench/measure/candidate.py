@@ -242,7 +242,7 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What one forward did."""
+    """Record of one forward."""
 
     outputs: tuple[torch.Tensor, ...] = ()
     foreign: str | None = None

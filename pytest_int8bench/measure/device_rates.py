@@ -1,4 +1,4 @@
-"""How fast a device is: its matrix products and its memory, measured and never looked up."""
+"""Measure the rates of a device, matmuls and memory, instead of looking them up."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RateError(ClearError, RuntimeError):
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device does at most."""
+    """Highest measured rates of one device."""
 
     float_ops_per_s: Mapping[Size, float]
     """Products in the baseline's dtype; a multiplication and an addition are two operations."""

@@ -1,4 +1,4 @@
-"""Where the device time of one forward goes: INT8 matmuls, other matmuls, attention, the rest."""
+"""Break down the device time of one forward: INT8 matmuls, other matmuls, attention, rest."""
 
 from __future__ import annotations
 

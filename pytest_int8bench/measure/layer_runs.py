@@ -29,7 +29,7 @@ _MATMULS = {
 
 @dataclass
 class LayerRun:
-    """What one forward did with the weight of a layer."""
+    """Use of a layer's weight in one forward."""
 
     size: Size
     storage: int

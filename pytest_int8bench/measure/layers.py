@@ -33,7 +33,7 @@ class Layers:
     """Findings about the linear layers of a model in one forward."""
 
     runs: LayerRuns | None = None
-    """What a forward did with each weight; None if it failed."""
+    """Use of each weight in a forward; None if the forward failed."""
     unused: tuple[str, ...] = ()
     """Quantized layers whose weights have no part in the outputs."""
     outside: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ class Forward:
     """One forward, operator by operator."""
 
     runs: LayerRuns | None
-    """What it did with each weight; None if it failed."""
+    """Use of each weight; None if the forward failed."""
     problem: str | None = None
     """Why it failed."""
 

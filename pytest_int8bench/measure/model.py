@@ -114,7 +114,7 @@ class Model:
         self.wrong: str | None = None
         self.unchecked: str | None = None
         self.layers = Layers()
-        """What :meth:`evidence` found about the linear layers in one forward."""
+        """Findings of :meth:`evidence` about the linear layers in one forward."""
 
     @property
     def is_ready(self) -> bool:

@@ -63,7 +63,7 @@ _QUANTIZATION_PARTS = (
 
 
 class Key(NamedTuple):
-    """What the models of two tests have in common if they are the same."""
+    """Key that is equal for tests that can share a model."""
 
     workload: tuple[Any, ...]
     quantization: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""What getting a model ready took, and what its output looks like."""
+"""Cost of getting a model ready, and a description of its output."""
 
 from __future__ import annotations
 

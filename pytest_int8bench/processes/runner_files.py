@@ -1,4 +1,4 @@
-"""What the runner and the process that measures exchange."""
+"""Files that the runner and its measuring process exchange."""
 
 from __future__ import annotations
 

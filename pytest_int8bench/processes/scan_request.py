@@ -1,4 +1,4 @@
-"""What ``int8bench sensitivity`` asks of the process that scans the layers."""
+"""The request that ``int8bench sensitivity`` sends to the process that scans the layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REQUEST = "INT8BENCH_SCAN"
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """How to scan, handed over in an environment variable."""
+    """Settings of a scan, passed in environment variables."""
 
     by: str
     """``layer`` or ``block``."""

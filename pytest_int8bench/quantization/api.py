@@ -199,7 +199,7 @@ def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> 
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether ``module`` is a linear layer that torchao quantized."""
+    """Return whether ``module`` is a linear layer that torchao quantized."""
     if isinstance(module, Int8Linear):
         return True
     return isinstance(module, nn.Linear) and isinstance(weight_of(module), TorchAOBaseTensor)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """How to quantize a model.
+    """Settings for quantizing a model.
 
     Raises:
         ValueError: for an argument that is wrong whatever the model is.
@@ -79,7 +79,7 @@ class Arguments:
 
     @property
     def precision(self) -> str:
-        """What weights are to be stored in, for messages."""
+        """Storage precision of weights, for messages."""
         return "INT8" if self.is_custom else self.quantizer.choice.precision
 
     @property
@@ -92,7 +92,7 @@ class Arguments:
         return self.quant_config if self.is_custom else self.quantizer.configure(model)
 
     def check_device(self, device: torch.device) -> bool:
-        """Say whether layers are to run on the fused kernels where these fit.
+        """Return whether layers are to run on the fused kernels where these fit.
 
         Raises:
             QuantizationError: if the mode or the backend does not run on the device.

@@ -24,7 +24,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What :func:`apply_int8_quant` did to a model."""
+    """Summary of what :func:`apply_int8_quant` did to a model."""
 
     mode: str
     """Name of the mode, or ``custom`` for a configuration of the user's."""
@@ -35,7 +35,7 @@ class Coverage:
     smoothed_runtime: tuple[str, ...] = ()
     """SmoothQuant: the layers whose inputs are multiplied at run time."""
     precision: str = "INT8"
-    """What the converted layers store their weights in."""
+    """Storage precision of the converted weights."""
     unused: tuple[str, ...] = ()
     """Converted layers that the forward which was measured did not use."""
     missed: dict[str, Any] = field(default_factory=dict)

@@ -174,7 +174,7 @@ class _Place:
         return self.structure is None or not self.structure.is_batch_normed(self._prefix(index))
 
     def _attends_below(self, index: int) -> bool:
-        """Say whether the layer is of a block in an embedding that is a network of its own."""
+        """Return whether the layer is in a block of an embedding that is itself a network."""
         below = self.path[index + 1 : -1]
         if self.structure is not None and not self.structure.attends(self._prefix(index)):
             return False
@@ -182,7 +182,7 @@ class _Place:
         return any(wanted.fullmatch(part) for part in below)
 
     def _is_transformer_block(self, holders: list[int]) -> bool:
-        """Say whether the block is one of a whole network, which a head or an embedding may be."""
+        """Return whether the block belongs to a whole network inside a head or an embedding."""
         assert self.block is not None
         if self.structure is None:
             below = self.path[self.block + 1 : -1]

@@ -26,7 +26,7 @@ _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Expected:
-    """What of a model was to be converted, as its structure says."""
+    """The layers that should be converted according to the model's structure."""
 
     layers: tuple[str, ...]
     """Attention and MLP layers of repeated blocks."""

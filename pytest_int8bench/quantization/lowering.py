@@ -79,7 +79,7 @@ def is_converted_on_cuda(model: nn.Module, layer: Layer) -> bool:
 
 
 def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Say why a linear layer cannot be replaced by another module, or return None."""
+    """Return why a linear layer cannot be replaced by another module, or None."""
     module = modules[name]
     if not name:
         return "type: the model itself, which cannot be replaced in place"
@@ -97,7 +97,7 @@ def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
 
 
 def _activation_problem(weight: Any) -> str | None:
-    """Say why the fused kernels cannot quantize the input of a layer, or return None."""
+    """Return why the fused kernels cannot quantize the input of a layer, or None."""
     if type(weight) not in _INT8:
         return f"weight: {type(weight).__name__}"
     dynamic = weight.act_quant_kwargs

@@ -38,7 +38,7 @@ _FP32_EXPONENT_BIAS, _FP32_MANTISSA_BITS = 127, 23
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How to smooth a model. Nothing is changed before :meth:`apply`."""
+    """A plan to smooth a model, which is not changed before :meth:`apply`."""
 
     scales: Mapping[str, torch.Tensor]
     """Layer -> ``s`` (in_features,), FP32, on the layer's device. Layers with a joint scale have
@@ -103,7 +103,7 @@ def multiply_weight(layer: nn.Module, factor: torch.Tensor) -> None:
 
 
 class _Inputs:
-    """What goes into layers."""
+    """Statistics of layer inputs."""
 
     def __init__(self, numbers: Callable[[torch.Tensor], int]) -> None:
         self.peaks: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""What surrounds a linear layer in its model: repeated blocks, experts, adapters."""
+"""Find the context of a linear layer in its model: repeated blocks, experts, adapters."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class Structure:
                 self._stages.update(above(name))
 
     def attends(self, name: str) -> bool:
-        """Say whether a module is an attention, or holds one."""
+        """Return whether a module is an attention, or holds one."""
         return name in self._attending
 
     def is_normed_mlp(self, name: str) -> bool:
-        """Say whether a module holds a norm and several linear layers."""
+        """Return whether a module holds a norm and several linear layers."""
         return name in self._normed and self._linears[name] > 1
 
     def is_batch_normed(self, name: str) -> bool:
-        """Say whether a module is a layer with the batch norm of its outputs."""
+        """Return whether a module is a layer with the batch norm of its outputs."""
         parts = self._modules[name].children()
         return any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in parts)
 
     def is_stage(self, name: str) -> bool:
-        """Say whether a module holds repeated blocks itself, as the stages of a pyramid do."""
+        """Return whether a module holds repeated blocks itself, as the stages of a pyramid do."""
         return name in self._stages
 
     def is_block(self, name: str) -> bool:
-        """Say whether a module is one of several alike, or numbered, and holds linear layers."""
+        """Return whether a module is one of several alike, or numbered, and holds linear layers."""
         if name not in self._blocks:
             self._blocks[name] = self._is_block(name)
         return self._blocks[name]
@@ -80,7 +80,7 @@ class Structure:
         return sum(type(sibling) is kind for sibling in self._modules[parent].children()) > 1
 
     def is_router(self, layer: nn.Linear, name: str) -> bool:
-        """Say whether a linear layer has one output for each of the experts beside it."""
+        """Return whether a linear layer has one output for each of the experts beside it."""
         count = layer.out_features
         if any(part.in_features == count for part in self._beside(layer, name)):
             return False  # the first layer of an MLP
@@ -99,7 +99,7 @@ class Structure:
         return False
 
     def is_adapter(self, layer: nn.Linear, name: str) -> bool:
-        """Say whether a linear layer is half of a low-rank pair beside a layer of full size."""
+        """Return whether a linear layer is half of a low-rank pair beside a layer of full size."""
         for holder_name in above(name)[:_REACH]:
             if not 3 <= self._linears[holder_name] <= _MANY:
                 continue
@@ -113,7 +113,7 @@ class Structure:
         return False
 
     def is_gated_unit(self, layer: nn.Linear, holder: str) -> bool:
-        """Say whether a linear layer is the gate of the MLP that holds it: the MLP has a twin of
+        """Return whether a linear layer is the gate of the MLP that holds it: the MLP has a twin of
         its size, and a layer that goes back."""
         size = (layer.in_features, layer.out_features)
         sizes = [
@@ -138,7 +138,7 @@ def above(name: str) -> list[str]:
 
 
 def is_numbered(part: str) -> bool:
-    """Say whether a part of a dotted name counts: ``3``, ``block3`` or ``encoder_layer_3``."""
+    """Return whether a part of a dotted name counts: ``3``, ``block3`` or ``encoder_layer_3``."""
     return _NUMBERED.fullmatch(part) is not None
 
 
@@ -183,7 +183,8 @@ def _stacked_counts(module: nn.Module, width: int) -> set[int]:
 
 
 def _is_adapted(base: nn.Linear, parts: list[nn.Linear]) -> bool:
-    """Say whether all other layers are low-rank pairs with the inputs and outputs of ``base``."""
+    """Return whether all other layers are low-rank pairs with the inputs and outputs of
+    ``base``."""
     limit = min(base.in_features, base.out_features) // 2
     into = out = 0
     for part in parts:

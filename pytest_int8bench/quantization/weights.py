@@ -104,7 +104,7 @@ def weight_of(layer: nn.Linear) -> torch.Tensor | None:
 
 
 def weight_problem(layer: nn.Linear) -> str | None:
-    """Say why the weight of a layer that is not quantized cannot be, or return None."""
+    """Return why the weight of a layer that is not quantized cannot be, or None."""
     weight = weight_of(layer)
     if weight is None:
         parts = [name for name, _ in layer.named_parameters() if "bias" not in name.split(".")]

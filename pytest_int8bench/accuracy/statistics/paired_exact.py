@@ -122,7 +122,7 @@ class Flips:
         return MOST_SAMPLES
 
     def power(self, limit: float, flips: float) -> float:
-        """How often a lossless model with this share of flips passes."""
+        """Return how often a lossless model with this share of discordant pairs passes."""
         spread = math.sqrt(self.samples * flips * (1 - flips))
         first = max(0, math.floor(self.samples * flips - 4 * spread - 1))
         last = min(self.samples, math.ceil(self.samples * flips + 4 * spread + 4))

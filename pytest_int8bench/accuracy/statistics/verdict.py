@@ -52,7 +52,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the scores prove about a drop."""
+    """What the scores prove about a drop in a metric."""
 
     outcome: Outcome
     reference: float

@@ -1,1 +1,1 @@
-"""What ``int8bench doctor`` looks at: one function a check, one row each in :mod:`.registry`."""
+"""The checks of ``int8bench doctor``: one function and one row in :mod:`.registry` each."""

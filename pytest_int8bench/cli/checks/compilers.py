@@ -1,4 +1,4 @@
-"""What ``torch.compile`` needs: a C++ compiler, and folders for what it compiles."""
+"""Check what ``torch.compile`` needs: a C++ compiler and writable folders."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _MARKS = (OK, WARNING, PROBLEM)
 
 @dataclass(frozen=True)
 class Line:
-    """What one check found, with what to do about it."""
+    """The finding of one check, with its remedy."""
 
     mark: str
     text: str

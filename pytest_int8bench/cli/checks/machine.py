@@ -1,4 +1,4 @@
-"""What checks ask of this machine, each at most once and not before it is needed."""
+"""Facts about this machine that several checks need, each read lazily and once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Machine:
 
     @functools.cached_property
     def torch(self) -> torch_probe.TorchReport:
-        """What torch says, in a process of its own."""
+        """Report from torch, loaded in a separate process."""
         return torch_probe.ask()
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What only torch knows of this machine, from a child process that loads it.
+"""Ask torch about this machine in a child process.
 
 A torch that is broken can end its process, or never return from it. ``python -m`` runs this module
 in the child, which prints a line of JSON before and after each stage, so that the parent knows how

@@ -42,7 +42,7 @@ MAX_WIDTH = 128
 
 @dataclass
 class AttentionCoverage:
-    """What became of the calls of ``scaled_dot_product_attention``."""
+    """Counts of replaced and remaining calls of ``scaled_dot_product_attention``."""
 
     replaced: int = 0
     """Calls that run on INT8 queries and keys."""

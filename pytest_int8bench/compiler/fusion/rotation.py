@@ -30,10 +30,10 @@ _CASTS = ("to", "float", "half", "bfloat16")
 
 @dataclass(frozen=True)
 class Rotation:
-    """How a tensor (B, H, N, D) is rotated, as :func:`.ops.rotate_heads` takes it."""
+    """Rotation of a tensor (B, H, N, D), in the form that :func:`.ops.rotate_heads` takes."""
 
     x: Node
-    """What is rotated."""
+    """The tensor to rotate."""
     kind: str
     """One of ``schema.ROTATIONS``."""
     turn: tuple[Node, ...]

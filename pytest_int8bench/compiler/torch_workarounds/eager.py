@@ -1,4 +1,4 @@
-"""What torch hides of a model that runs eagerly: watchers, tensors, the precision of matmuls."""
+"""Reach into eager torch: watchers, tensors, the precision of matmuls."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class DesignError(ClearError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """How many processes are measured, and what is decided from them. Shares, not percentages.
+    """Number of processes to measure, and the rule that decides. Shares, not percentages.
 
     Raises:
         DesignError: one line, naming field, rule and value.

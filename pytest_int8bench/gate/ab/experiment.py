@@ -140,7 +140,7 @@ class _Experiment:
         self._tell = tell
         self._statistic = MEDIAN
         self._scales: dict[Identity, float] = {}
-        """How noisy each run is, from screening."""
+        """Noise of each run, from screening."""
 
     def run(self) -> AbResult:
         warm = self._blocks.warm_up()

@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What the blocks of one run say. Shares, not percentages."""
+    """The estimate from the blocks of one run. Shares, not percentages."""
 
     slowdown: float
     """Ratio of the times, less 1; negative if it got faster. The geometric mean over blocks, and

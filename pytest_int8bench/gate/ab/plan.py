@@ -22,7 +22,7 @@ BASE, NEW = "base", "new"
 #: Processes in a block.
 PROCESSES = {SCREENING: 2, VERDICT: 4}
 
-#: What stands for a process, and the fields of ``Result`` and ``Benchmark`` that hold it.
+#: The round that represents a process, and the fields of ``Result`` and ``Benchmark`` that hold it.
 MEDIAN, FASTEST = "median", "fastest"
 FIELDS = {
     MEDIAN: ("batch_time_s", "call_time_s"),
@@ -33,7 +33,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is compared, and how."""
+    """The request: what to compare, and how."""
 
     root: Path
     """Top level of the user's working tree."""
@@ -50,14 +50,14 @@ class Plan:
     """Blocks in which the GPU was slowed down by heat that are measured again, all together."""
     allow_missing: bool = False
     allow_inconclusive: bool = False
-    """What its blocks cannot decide does not count."""
+    """Do not fail because of undecided runs."""
     statistic: str = AUTO
     """``median`` or ``fastest`` round of a process. ``auto``: the fastest without a GPU, where
     other load can only add to a time; else the median, for clocks vary both ways."""
 
     @property
     def key(self) -> str:
-        """What makes two commands the same comparison."""
+        """Identifies commands that are the same comparison."""
         parts = [self.base.commit, self.new.commit, *self.pytest_args, str(self.install)]
         parts += [self.statistic, os.environ.get("PYTEST_ADDOPTS", "")]
         parts += [str(self.folder.relative_to(self.root)), sys.executable, str(asdict(self.design))]
@@ -92,7 +92,7 @@ class AbRun(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class AbResult:
-    """What came out."""
+    """The outcome of a comparison."""
 
     plan: Plan
     environment: Mapping[str, Any]
@@ -103,7 +103,7 @@ class AbResult:
     seconds: float
     """Wall time of those."""
     statistic: str
-    """What stands for a process: ``median`` or ``fastest`` round."""
+    """The round that represents a process: ``median`` or ``fastest``."""
     notes: tuple[str, ...]
 
     @property

@@ -67,11 +67,11 @@ class Side:
     folder: Path
     """Folder below ``tree`` that pytest runs in."""
     site: Path
-    """Where ``--install`` puts packages."""
+    """Target folder of ``--install``."""
     cache: Path
-    """Where compiled code is kept from process to process."""
+    """Compile cache shared by the processes of this side."""
     log: Path
-    """What all processes print, one after the other."""
+    """File with the output of all processes, in order."""
 
     def install(self, command: str) -> None:
         """Run ``--install``'s command in the worktree. Where pip is told to install, it goes to
@@ -285,7 +285,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process measured."""
+    """Results of one process."""
 
     environment: dict[str, Any]
     results: list[Timed]

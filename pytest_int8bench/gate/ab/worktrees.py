@@ -61,7 +61,7 @@ _SHORTEST = 4  # git takes nothing shorter for the start of a hash
 
 
 class GitError(ClearError):
-    """What git refuses, or a place where git cannot work, in one line."""
+    """Raised with one line if git refuses something or cannot work here."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Lines(Chart):
     from_zero: bool = True
     """Whether the y axis starts at 0."""
     reference: float | None = None
-    """Where to draw a horizontal line."""
+    """Position of a horizontal line."""
     marks: tuple[Mark, ...] = ()
 
     def shown(self, point: Point) -> str:
@@ -124,7 +124,7 @@ class Bars(Chart):
 
     bars: tuple[Bar, ...]
     reference: float | None = None
-    """Where to draw a vertical line."""
+    """Position of a vertical line."""
 
     def shown(self, bar: Bar) -> str:
         """Return a bar's figure with its interval."""
