@@ -340,7 +340,7 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
                 "patch height and width in pixels",
             ],
         ),
-        ("options", ["<code>batch_size</code>", "<code>128</code>", "Samples per forward."]),
+        ("options", ["<code>batch_size</code>", "<code>128</code>", "Samples per forward pass."]),
         ("options", ["<code>extra</code>", "<code>{}</code>", None]),
         ("workloads", ["<code>timm:NAME</code>", "an image model of timm", "<code>timm</code>"]),
         ("workloads", ["<code>build</code>", "needed", None]),
