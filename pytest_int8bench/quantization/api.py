@@ -48,9 +48,8 @@ def apply_int8_quant(
     """Quantize the linear layers of ``model`` to INT8, in place.
 
     Weights get one symmetric scale per output channel. In ``w8a8``, activations get one scale per
-    row, computed at run time. Inductor's settings do not change. The quantized model is for
-    inference only: its weights do not receive gradients, and neither do the biases of layers that
-    hold plain tensors.
+    row, computed at run time. Inductor's settings do not change. The model is then for inference
+    only: weights get no gradients, and neither do biases of layers that hold plain tensors.
 
     Args:
         model: a model in ``eval`` mode, on its device, with BF16 or FP32 weights.
@@ -64,13 +63,12 @@ def apply_int8_quant(
             :func:`~pytest_int8bench.quantization.smoothquant.plan_smoothing`.
         calibration: inputs of the model, each a tensor, a tuple of positional arguments or a
             mapping of keyword arguments. Required with ``smoothquant``.
-        alpha: SmoothQuant's migration strength, from 0 (even out only the weights) to 1 (even out
-            only the activations).
+        alpha: SmoothQuant's migration strength, from 0 (only evens out weights) to 1 (only
+            activations).
         quant_config: a torchao ``AOBaseConfig`` or ``FqnToConfig`` to use instead of the mode's.
             An ``FqnToConfig`` also selects the layers, in place of ``filter_fn``.
-        backend: the kernels that run W8A8 layers: ``torchao``, ``fused`` (our kernels, for each
-            layer that they fit, with torchao's weights and scales), or ``auto`` (``fused`` where
-            it runs, else ``torchao``).
+        backend: the kernels of W8A8 layers: ``torchao``, ``fused`` (ours, for each layer that they
+            fit, with torchao's weights and scales), or ``auto`` (``fused`` where it runs).
 
     Returns:
         ``model``. :func:`coverage` returns which layers were converted.

@@ -83,7 +83,7 @@ class Structure:
     def is_router(self, layer: nn.Linear, name: str) -> bool:
         """Return whether a linear layer has one output per expert near it."""
         count = layer.out_features
-        if any(part.in_features == count for part in self._beside(layer, name)):
+        if any(part.in_features == count for part in self._sibling_linears(layer, name)):
             return False  # the first layer of an MLP
         below: nn.Module = layer
         for holder_name in above(name)[:_REACH]:
@@ -124,7 +124,7 @@ class Structure:
         ]
         return size[0] != size[1] and size in sizes and size[::-1] in sizes
 
-    def _beside(self, layer: nn.Linear, name: str) -> list[nn.Linear]:
+    def _sibling_linears(self, layer: nn.Linear, name: str) -> list[nn.Linear]:
         parts = self._modules[name.rpartition(".")[0]].children()
         return [part for part in parts if isinstance(part, nn.Linear) and part is not layer]
 

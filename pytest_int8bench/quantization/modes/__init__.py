@@ -69,8 +69,8 @@ class Mode:
     configure: Callable[[nn.Module], Any]
     """Return torchao's configuration for a model."""
     lower: Callable[[nn.Module, Sequence[Layer]], None] = _leave
-    """Replace layers that torchao quantized by faster ones, in place. The fused kernels replace
-    layers afterwards."""
+    """Replace layers that torchao quantized by faster ones, in place, before layers move to the
+    fused kernels."""
     layer_problem: Callable[[nn.Linear], str | None] = _no_problem
     """Return why torchao's kernels do not support a layer, or None if they do."""
     device_problem: Callable[[torch.device], str | None] = _no_problem
