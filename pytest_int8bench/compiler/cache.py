@@ -56,7 +56,7 @@ class CompileCache:
     @contextlib.contextmanager
     def emptied(self) -> Iterator[None]:
         """Start with an empty folder. Delete the previous contents on exit, or restore them after
-        an error, because then they were not its cause."""
+        an error, which they did not cause."""
         aside = self.folder.with_suffix(f".{os.getpid()}-aside")
         self.folder.rename(aside)
         self._make()
@@ -73,7 +73,7 @@ class CompileCache:
         """Let torch and Triton keep compiled code in the folder, including AOTAutograd's graphs.
 
         Raises:
-            CompileCacheError: if the folder cannot be created. The message is one line.
+            CompileCacheError: if the folder cannot be created.
         """
         self._make()
         before = {name: os.environ.get(name) for name in (_INDUCTOR, _TRITON)}
@@ -129,12 +129,12 @@ def check_temporary_folder(device_type: str) -> None:
     headers there, and does not quote their path in its commands.
 
     Raises:
-        CompileCacheError: if the path has spaces or quotes. The message is one line.
+        CompileCacheError: if the path has spaces or quotes.
     """
     folder = tempfile.gettempdir()
     if device_type == "cpu" and not is_plain(folder):
         raise CompileCacheError(
-            f"the path of the folder for temporary files must have no spaces or quotes, got "
+            "the path of the folder for temporary files must have no spaces or quotes, got "
             f"{folder!r}: torch.compile cannot pass it to the C++ compiler; set TMPDIR to another "
             "folder"
         )
@@ -147,11 +147,10 @@ def default_folder() -> Path:
 
 @contextlib.contextmanager
 def usable_default() -> Iterator[None]:
-    """Let torch keep compiled code in its default folder, under a path that its C++ compiler
-    accepts.
+    """Let torch keep compiled code in its default folder, by a path that the C++ compiler accepts.
 
     Raises:
-        CompileCacheError: if code cannot be loaded from there. The message is one line.
+        CompileCacheError: if code cannot be loaded from there.
     """
     given = os.environ.get(_INDUCTOR)
     folder = default_folder()
@@ -181,8 +180,7 @@ def _compiled_for() -> dict[str, Any]:
 
 
 def lookups() -> tuple[int, int]:
-    """Return how many graphs this process has found in compile caches so far, and how many it has
-    not."""
+    """Return this process's numbers of compile cache hits and misses so far."""
     graphs = torch._dynamo.utils.counters["aot_autograd"]
     kernels = torch._dynamo.utils.counters["inductor"]
     found = graphs["autograd_cache_hit"] + kernels["fxgraph_cache_hit"]

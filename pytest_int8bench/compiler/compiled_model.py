@@ -248,8 +248,8 @@ class CompiledModel(torch.nn.Module):
 
     @contextlib.contextmanager
     def _compiling(self, module: fx.GraphModule) -> Iterator[AttentionCoverage | None]:
-        """Choose an attention backend for a graph and enter its settings. Yield where to count the
-        calls that our kernel for short sequences replaces, or None to replace none."""
+        """Choose an attention backend for a graph and enter its settings. This is
+        :attr:`.FusingInductor.compiling`."""
         if self.choose_attention is not None:
             start = synchronized_perf_counter()
             self.attention = self.choose_attention(calls_in(module))
@@ -278,7 +278,7 @@ class CompiledModel(torch.nn.Module):
                 self._entered -= 1
 
     def eager_settings(self) -> contextlib.AbstractContextManager[None]:
-        """Return :meth:`settings` for an eager call, in which attention may have other masks."""
+        """Return :meth:`settings` for an eager call, whose masks may need another backend."""
         return self.settings(None if self.mode == "off" else "auto")
 
     @contextlib.contextmanager

@@ -68,9 +68,9 @@ def is_transformer_linear(module: nn.Module, name: str) -> bool:
     default filter.
 
     In a repeated block, such as ``layers.3``, it selects linear layers of any name; elsewhere it
-    requires one of the usual names. It never selects embeddings, norms, heads, classifiers,
-    poolers, routers, gates and low-rank adapters. While :func:`apply_int8_quant` runs, it also
-    inspects the model around the layer, and recognizes blocks, routers and adapters of any name.
+    requires a usual name. It does not select embeddings, norms, heads, classifiers, poolers,
+    routers, gates or low-rank adapters. While :func:`apply_int8_quant` runs, it also inspects the
+    model around the layer, and recognizes blocks, routers and adapters of any name.
 
     Args:
         module: any module of the model.
