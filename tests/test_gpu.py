@@ -139,7 +139,7 @@ def test_a_layer_of_few_rows_contradicts_the_label_on_torchaos_kernels() -> None
             return super().second(x[:8])
 
     params = LAYERS.replace(compile_mode="off")
-    problem = r"products of 16 rows or fewer run in floating point\): c, d "
+    problem = r"matmuls of 16 rows or fewer run in floating point\): c, d "
     with pytest.raises(EvidenceError, match=problem):
         measure(with_layers(Pools), params.replace(int8_backend="torchao"))
     [result] = measure(with_layers(Pools), params.replace(int8_backend="fused"))

@@ -1,1 +1,1 @@
-"""torch.compile with settings that are the same on every call."""
+"""Compile models with ``torch.compile`` under the same settings for every call."""

@@ -1,4 +1,4 @@
-"""Public entry points for compiling a model."""
+"""Public entry point for compiling a model."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ def compile_for_a100(
     cache_dir: str | os.PathLike[str] | None = None,
     int8_attention: bool = False,
 ) -> CompiledModel:
-    """Compile ``model`` with Inductor for inference; despite its name not for A100 only.
+    """Compile ``model`` for inference with Inductor, on any device despite the function's name.
 
-    Compiling happens at the first call. The process's own settings are untouched between calls.
+    The model compiles at its first call. Between calls, the process's settings are unchanged.
 
     Args:
         model: the model, in ``eval`` mode and on its device.
-        fullgraph: require one graph; a graph break is then an error.
+        fullgraph: require a single graph and raise an error on a graph break.
         mode: ``default``, ``reduce-overhead``, ``max-autotune``, ``max-autotune-no-cudagraphs``
             or ``off`` (eager under the same settings).
-        allow_tf32: let FP32 products use TF32.
-        attention: the attention backend allowed: ``flash``, ``cudnn``, ``efficient``, ``math``,
-            ``short`` (our kernel for sequences of up to 128 tokens, torch's choice for others) or
-            ``auto``, with which torch decides for each call (nothing is timed here).
-        autocast_dtype: run under autocast to this dtype. Off by default, also where autocast is
-            on around the call: INT8 linears do not see it, so real BF16 weights are the fair
-            comparison.
+        allow_tf32: allow TF32 in FP32 matmuls.
+        attention: the attention backend: ``flash``, ``cudnn``, ``efficient``, ``math``, ``short``
+            (our kernel for sequences of up to 128 tokens, torch's choice for others) or ``auto``
+            (torch's choice for each call; this function times nothing).
+        autocast_dtype: run under autocast to this dtype. By default autocast is off, even if the
+            caller enabled it: it does not affect INT8 linear layers, so the fair comparison is
+            with BF16 weights.
         dynamic: as in ``torch.compile``; static shapes by default.
-        cache_dir: folder to keep compiled code in from process to process. It may be copied to
-            another machine, and is used where hardware, driver, versions and attention backend
-            are the same. By default, torch's own for this machine.
-        int8_attention: run ``scaled_dot_product_attention`` on INT8 queries and keys where it is
-            called without a mask, dropout or causality, for heads of up to 128 columns; the
-            ``int8_attention`` attribute says where it was.
+        cache_dir: folder in which to keep compiled code between processes. It can be copied to
+            another machine with the same hardware, driver and versions; each attention backend
+            has its own entry. By default, torch's folder for this machine.
+        int8_attention: run ``scaled_dot_product_attention`` on INT8 queries and keys if it is
+            called without a mask, dropout or causality, and heads have at most 128 columns. The
+            ``int8_attention`` attribute of the result counts these calls.
 
     Returns:
         A module to call like ``model``. With CUDA graphs (``reduce-overhead``,
-        ``max-autotune``) outputs are copied out of the graph, so that the next call does not
+        ``max-autotune``), it copies outputs out of the graph, so that the next call does not
         overwrite them.
 
     Raises:

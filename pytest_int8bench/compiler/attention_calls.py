@@ -1,4 +1,4 @@
-"""The calls of ``scaled_dot_product_attention`` that a forward makes, or that a graph will."""
+"""Record the calls of ``scaled_dot_product_attention`` in a forward or in a traced graph."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pytest_int8bench.compiler.graphs import Graph, watched
 from pytest_int8bench.compiler.torch_workarounds.names import SETTING_CALLS
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention
-# Functions that Dynamo leaves whole, and that call scaled_dot_product_attention.
+# Functions that call scaled_dot_product_attention and that Dynamo does not trace into.
 _AROUND_SDPA = (F.multi_head_attention_forward,)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All of a tensor but its values."""
+    """Shape, strides, dtype and device of a tensor."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -34,10 +34,10 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
-        """Return the layout of ``tensor``, as attention gets it: autocast casts before.
+        """Return the layout of ``tensor`` as attention receives it, after autocast.
 
         Raises:
-            ValueError: for a size that nobody knows before the model runs.
+            ValueError: if a size is unknown until the model runs.
         """
         device, dtype = tensor.device, tensor.dtype
         if dtype.is_floating_point and torch.is_autocast_enabled(device.type):
@@ -47,14 +47,14 @@ class Layout:
         )
 
     def filled(self, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return a tensor of this layout, its storage filled by ``fill``, which works in place."""
+        """Return a tensor with this layout, whose storage ``fill`` fills in place."""
         steps = (step * (size - 1) for size, step in zip(self.shape, self.stride, strict=True))
         storage = fill(torch.empty(1 + sum(steps), dtype=self.dtype, device=self.device))
         return storage.as_strided(self.shape, self.stride)
 
 
 def _number(size: Any) -> int:
-    """Return a size of a tensor; of one that a graph leaves open, what it was traced with."""
+    """Return a size of a tensor as an integer: for a dynamic size, the value at tracing."""
     if isinstance(size, int):
         return size
     if size.node.hint is None:
@@ -64,7 +64,7 @@ def _number(size: Any) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ``scaled_dot_product_attention``, without its values."""
+    """The layouts and options of one call of ``scaled_dot_product_attention``."""
 
     query: Layout
     key: Layout
@@ -73,7 +73,7 @@ class Call:
     options: tuple[tuple[str, Any], ...]
     """``dropout_p``, ``is_causal`` and the like."""
     is_inside: bool = field(default=False, compare=False)
-    """It is made inside a function that Dynamo leaves whole, where no pass finds it."""
+    """True if a function that Dynamo does not trace into makes the call, where no pass sees it."""
 
     @classmethod
     def of(
@@ -86,7 +86,7 @@ class Call:
         is_causal: bool = False,
         **options: Any,
     ) -> Call:
-        """Return the call with the arguments of ``scaled_dot_product_attention``."""
+        """Return the call, given the arguments of ``scaled_dot_product_attention``."""
         return cls(
             Layout.of(query),
             Layout.of(key),
@@ -96,7 +96,8 @@ class Call:
         )
 
     def runner(self) -> Callable[[], torch.Tensor]:
-        """Return a function that does such a call, on values of its own; a mask lets all pass."""
+        """Return a function that makes such a call on random inputs, with a mask that masks
+        nothing."""
         query, key, value = (
             layout.filled(torch.Tensor.normal_) for layout in (self.query, self.key, self.value)
         )
@@ -116,9 +117,9 @@ class _Recorder(TorchDispatchMode):
         self.allowed = allowed_backends()
         self.calls: Counter[Call] = Counter()
         self.is_free = True
-        """No call was under other backends than this process allows, by the model's own choice."""
+        """Whether the model left the choice of backends to the process in every call."""
         self.is_inside = False
-        """What is recorded is inside a function that Dynamo leaves whole."""
+        """Whether the current calls are inside a function that Dynamo does not trace into."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -137,29 +138,28 @@ class _Recorder(TorchDispatchMode):
 
 
 def recorded_calls(run: Callable[[], object], graphs: Sequence[Graph] = ()) -> Counter[Call]:
-    """Run ``run`` and return the calls of attention it does, with their number; none where it
-    chooses a backend for itself.
+    """Run ``run`` and count its calls of attention. Return none if the model chooses a backend.
 
     Args:
         run: calls a model.
-        graphs: what the model was compiled to.
+        graphs: the compiled graphs of the model.
     """
     recorder = _Recorder()
-    with torch.inference_mode(), watched(recorder, graphs):  # elsewhere, calls arrive in parts
+    # Outside inference mode, the recorder would see calls in decomposed form.
+    with torch.inference_mode(), watched(recorder, graphs):
         run()
     return recorder.found()
 
 
 def calls_in(module: fx.GraphModule) -> Counter[Call]:
-    """Return the calls of attention in what Dynamo traced, with their number; none where the model
-    chooses a backend for itself.
+    """Count the calls of attention in Dynamo's graph. Return none if the model chooses a backend.
 
-    Call it under the settings that the graph is compiled under.
+    Call this under the settings that the graph is compiled under.
     """
     recorder = _Recorder()
     try:
         _visit(module, recorder)
-    except Exception:  # of a graph that we do not understand: torch chooses then
+    except Exception:  # for a graph that we do not understand, torch chooses the backend
         return Counter()
     return recorder.found()
 
@@ -172,7 +172,7 @@ def _visit(part: fx.GraphModule, recorder: _Recorder) -> None:
         for subgraph in subgraphs(part, node):
             _visit(subgraph, recorder)
         if node.target in SETTING_CALLS:
-            # Dynamo restores what it sets, so that the process is left as it was.
+            # The graph also contains the calls that restore the process's settings.
             settings[node] = node.target(*fx.map_arg(node.args, settings.__getitem__))
         elif node.target is F.scaled_dot_product_attention:
             args, kwargs = _values((node.args, node.kwargs))
@@ -187,5 +187,5 @@ def _visit(part: fx.GraphModule, recorder: _Recorder) -> None:
 
 
 def _values(arguments: Any) -> Any:
-    """Return arguments of a node as Dynamo traced them: fake tensors have layouts, but no data."""
+    """Return the arguments of a node as Dynamo traced them, with fake tensors."""
     return fx.map_arg(arguments, lambda node: node.meta.get("example_value"))

@@ -1,4 +1,4 @@
-"""The backend that compiles models: our passes and checks, then Inductor."""
+"""Backend of ``torch.compile`` that runs our passes and checks, then Inductor."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ _REGION = torch.ops.higher_order.invoke_subgraph
 
 
 class FusingInductor(InductorBackend):
-    """Backend of ``torch.compile``: the passes of :mod:`.fusion.passes`, then Inductor.
+    """Backend of ``torch.compile`` that runs the passes of :mod:`.fusion.passes`, then Inductor.
 
     Args:
         mode: the mode of ``torch.compile``.
         dynamic: as in ``torch.compile``.
-        inline: hand kernels to Inductor where it can launch them itself
+        inline: let Inductor launch our kernels where it can
             (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
-        attention: where to count what of the model's attention was replaced by INT8; None to
-            leave attention alone.
-        rotate: rotate queries and keys in one pass also where no layer is quantized.
+        attention: counts the calls that INT8 attention replaces; None to replace none.
+        rotate: rotate queries and keys in one pass even if no layer is quantized.
         resize: resize images by matmuls.
     """
 
@@ -59,26 +58,26 @@ class FusingInductor(InductorBackend):
         self._rotate, self._resize = rotate, resize
         self.graphs: list[Graph] = []
         """Graphs compiled so far."""
-        self.around: Callable[
+        self.compiling: Callable[
             [fx.GraphModule], AbstractContextManager[AttentionCoverage | None]
         ] = lambda module: nullcontext()
-        """What each graph is compiled inside of; gives where to count the attention that our kernel
-        for short sequences replaces, None to replace none."""
+        """Context in which each graph is compiled. It yields where to count the calls that our
+        kernel for short sequences replaces, or None to replace none."""
 
-    # Where a graph breaks, Dynamo keeps graphs by the code of the user's functions. If backends
-    # were equal, as torch's are, it would run one model's graph for another of its class, though it
-    # was compiled under another attention backend.
+    # After a graph break, Dynamo caches graphs by the code of the user's functions. If backends
+    # compared equal, as torch's do, it would run one model's graph for another of the same class,
+    # although it was compiled under another attention backend.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __call__(self, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
-        with self.around(model_) as short:
+        with self.compiling(model_) as short:
             return self._compile(model_, inputs_, short, **kwargs)
 
     def _compile(
         self, model_: Any, inputs_: Any, short: AttentionCoverage | None, **kwargs: Any
     ) -> Any:
-        graph = Graph(model_, inputs_)  # before passes move the operators
+        graph = Graph(model_, inputs_)  # before the passes change the operators
         _check_settings(model_)
         if short is not None:
             replace_short(model_, short)
@@ -96,8 +95,8 @@ class FusingInductor(InductorBackend):
 
 
 def load_inductor(device_type: str) -> None:
-    """Import Inductor, which torch.compile puts off, and for a GPU start the processes in which it
-    compiles kernels."""
+    """Import Inductor, which ``torch.compile`` imports late, and on a GPU start its compile
+    workers."""
     import torch._inductor.compile_fx  # noqa: F401
 
     if device_type == "cuda":
@@ -106,7 +105,7 @@ def load_inductor(device_type: str) -> None:
 
 def _check_regions(module: fx.GraphModule) -> None:
     """Raise if a region returns a view from the middle of a tensor: Inductor adds its offset twice
-    and reads what lies behind (``InvokeSubgraph.create`` of torch 2.13)."""
+    and reads past the view (``InvokeSubgraph.create`` of torch 2.13)."""
     for part in module.modules():
         if part is module or not isinstance(part, fx.GraphModule):
             continue
@@ -124,9 +123,9 @@ def _check_regions(module: fx.GraphModule) -> None:
 def _check_settings(module: fx.GraphModule) -> None:
     """Raise if a region is called under different settings, such as autocast in one call only.
 
-    Dynamo compares the code of two calls of a region, not the settings around them
-    (``are_same_graph_modules`` in torch/_dynamo/variables/higher_order_ops.py), so it compiles the
-    region under the settings of one call and uses it for the other.
+    Dynamo compares the code of two calls of a region, but not the settings around them
+    (``are_same_graph_modules`` in torch/_dynamo/variables/higher_order_ops.py). It would compile
+    the region under the settings of one call and reuse it for the other.
     """
     first: dict[str, list[Any]] = {}
 
@@ -143,17 +142,18 @@ def _check_settings(module: fx.GraphModule) -> None:
                 elif first[node.args[1]] != active:
                     raise RuntimeError("blocks run under different settings, such as autocast")
 
-    # Dynamo restores the process's settings before it calls the backend.
+    # Dynamo has restored the process's settings before it calls the backend.
     enabled: tuple[Any, ...] = SET_GRAD_ENABLED, (torch.is_grad_enabled(),), {}
     visit(module, {SET_GRAD_ENABLED: enabled})
 
 
 def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
-    """Update the settings that are active after ``node``, if it changes any.
+    """Update the active settings if ``node`` changes one.
 
-    Dynamo notes no example value for a call that changes a setting. Some come in pairs, such as
-    ``_enter_autocast`` and ``_exit_autocast(node)``. Of others, such as ``_set_grad_enabled`` and
-    ``_sdpa_kernel``, the latest call holds, and Dynamo restores the setting by another call.
+    Dynamo records no example value for a call that changes a setting. Some calls come in pairs,
+    such as ``_enter_autocast`` and ``_exit_autocast(node)``. For others, such as
+    ``_set_grad_enabled`` and ``_sdpa_kernel``, the latest call applies, and Dynamo restores the
+    setting by another call.
     """
     if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
         return
@@ -169,7 +169,7 @@ def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
 
 
 def _exited_by(node: fx.Node) -> fx.Node | None:
-    """Return the call that entered the setting that ``node`` exits, None for other calls."""
+    """Return the call that entered the setting that ``node`` exits; None if it exits none."""
     if node.users or len(node.args) != 1 or node.kwargs:
         return None
     [entered] = node.args
@@ -181,13 +181,13 @@ def _has_value(node: fx.Node) -> bool:
 
 
 def _call(node: fx.Node) -> tuple[Any, ...]:
-    """Return a call for comparison: arguments that are calls themselves are replaced by these."""
+    """Return the target and arguments of a call for comparison, with nested calls expanded."""
     return node.target, *fx.map_arg((node.args, node.kwargs), _call)
 
 
 def _check_alignment(module: fx.GraphModule) -> None:
-    """Raise if a region is given memory at aligned addresses first and at others later: it is
-    compiled for the first call, and for what its addresses can be divided by."""
+    """Raise if a region's inputs are aligned in its first call but not in a later one: the region
+    is compiled for the first call, including the alignment of its inputs."""
     first: dict[Any, list[bool]] = {}
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
@@ -196,4 +196,4 @@ def _check_alignment(module: fx.GraphModule) -> None:
             aligned = [begins_aligned(operand) for operand in node.args[2:]]
             before = first.setdefault(node.args[1], aligned)
             if any(was and not now for was, now in zip(before, aligned, strict=False)):
-                raise RuntimeError("blocks are given memory at addresses of different alignment")
+                raise RuntimeError("blocks are called with inputs of different memory alignment")

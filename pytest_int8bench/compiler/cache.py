@@ -1,9 +1,9 @@
-"""A folder of compiled code that outlives the process, and may be copied to another machine.
+"""A folder of compiled code that outlives the process and can be copied to another machine.
 
-It holds a folder for each thing that compiled code depends on and the compilers' own keys leave
-out: machine and versions (:func:`pytest_int8bench.environment.compiled_for`), and the attention
-backend, without which AOTAutograd takes a graph compiled under another one for the same
-(pytorch/pytorch#185449). A JSON file beside each folder says what it is for.
+It has a subfolder for each combination of the dependencies that the compilers' own cache keys lack:
+machine and versions (:func:`pytest_int8bench.environment.compiled_for`), and the attention backend,
+without which AOTAutograd would return a graph compiled under another one (pytorch/pytorch#185449).
+A JSON file next to each subfolder lists its dependencies.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from pytest_int8bench.environment import compiled_for
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.files import is_noexec, is_plain, plain_path, replace_text
 
-# Where torch and Triton look, at each use.
+# Torch and Triton read these variables whenever they use their caches.
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
 
 class CompileCacheError(ClearError, OSError):
-    """The folder of the compile cache cannot be written."""
+    """A folder for compiled code cannot be used."""
 
 
 @dataclass(frozen=True)
 class CompileCache:
-    """Compiled code of one attention backend on this machine."""
+    """The cache of compiled code for one attention backend on this machine."""
 
     root: Path
-    """Folder that is shared by all machines and backends; made when it is first used."""
+    """Folder for all machines and backends, created on first use."""
     attention: str
 
     @property
     def folder(self) -> Path:
-        """Folder of the compiled code."""
+        """Folder for this machine and backend."""
         return self.root / self._digest
 
     def is_empty(self) -> bool:
-        """Return whether nothing was ever compiled for this machine and backend."""
+        """Return whether the cache holds nothing for this machine and backend."""
         return not (self.folder.is_dir() and any(self.folder.iterdir()))
 
     @contextlib.contextmanager
     def emptied(self) -> Iterator[None]:
-        """Start with an empty folder. What was in it is dropped on leaving, or, after an error,
-        is there again: it was not to blame."""
+        """Start with an empty folder. Delete the previous contents on exit, or restore them after
+        an error, which they did not cause."""
         aside = self.folder.with_suffix(f".{os.getpid()}-aside")
         self.folder.rename(aside)
         self._make()
@@ -70,10 +70,10 @@ class CompileCache:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Let torch and Triton keep compiled code in the folder, also whole graphs of AOTAutograd.
+        """Let torch and Triton keep compiled code in the folder, including AOTAutograd's graphs.
 
         Raises:
-            CompileCacheError: one line, if the folder cannot be made.
+            CompileCacheError: if the folder cannot be created.
         """
         self._make()
         before = {name: os.environ.get(name) for name in (_INDUCTOR, _TRITON)}
@@ -102,8 +102,8 @@ class CompileCache:
     def _make(self) -> None:
         if is_noexec(self.root):
             raise CompileCacheError(
-                f"the compile cache {self.root} is on a file system mounted noexec, from which no "
-                "compiled code can be loaded: choose another folder (--int8-compile-cache)"
+                f"cannot load compiled code from {self.root}, which is on a file system mounted "
+                "noexec: choose another folder with --int8-compile-cache"
             )
         if self.folder.is_dir():
             return
@@ -115,48 +115,49 @@ class CompileCache:
 
 @contextlib.contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Turn an error of the file system into one line."""
+    """Turn an ``OSError`` into a :class:`CompileCacheError` of one line that names the path."""
     try:
         yield
     except OSError as error:
         raise CompileCacheError(
-            f"the compile cache cannot be written: {error.strerror}: {error.filename or folder}"
+            f"cannot write the compile cache: {error.strerror}: {error.filename or folder}"
         ) from None
 
 
 def check_temporary_folder(device_type: str) -> None:
-    """Refuse a folder for temporary files that Inductor's C++ compiler cannot take: Inductor keeps
-    precompiled headers there, and puts their path into a command without quotes.
+    """Reject a temporary folder that breaks Inductor's C++ compiler: Inductor keeps precompiled
+    headers there, and does not quote their path in its commands.
 
     Raises:
-        CompileCacheError: one line.
+        CompileCacheError: if the path has spaces or quotes.
     """
     folder = tempfile.gettempdir()
     if device_type == "cpu" and not is_plain(folder):
         raise CompileCacheError(
-            f"the folder for temporary files must have a path without spaces and quotes, got "
-            f"{folder!r}: torch.compile cannot pass it to the C++ compiler; set TMPDIR to another"
+            "the path of the folder for temporary files must have no spaces or quotes, got "
+            f"{folder!r}: torch.compile cannot pass it to the C++ compiler; set TMPDIR to another "
+            "folder"
         )
 
 
 def default_folder() -> Path:
-    """Return where torch keeps compiled code if it is not told otherwise."""
+    """Return the folder where torch keeps compiled code by default."""
     return Path(os.environ.get(_INDUCTOR) or inductor_folder())
 
 
 @contextlib.contextmanager
 def usable_default() -> Iterator[None]:
-    """Let torch keep compiled code where it always does, by a path that its C++ compiler can take.
+    """Let torch keep compiled code in its default folder, by a path that the C++ compiler accepts.
 
     Raises:
-        CompileCacheError: one line, if no code can be loaded from there.
+        CompileCacheError: if code cannot be loaded from there.
     """
     given = os.environ.get(_INDUCTOR)
     folder = default_folder()
     if is_noexec(folder):
         raise CompileCacheError(
-            f"{folder}, where torch keeps compiled code, is on a file system mounted noexec, from "
-            f"which none can be loaded: choose another folder (--int8-compile-cache or {_INDUCTOR})"
+            f"cannot load compiled code from {folder}, which is on a file system mounted noexec: "
+            f"choose another folder with --int8-compile-cache or {_INDUCTOR}"
         )
     with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,10 +180,10 @@ def _compiled_for() -> dict[str, Any]:
 
 
 def lookups() -> tuple[int, int]:
-    """Return how many graphs this process has found in compile caches so far, and how many not."""
+    """Return this process's numbers of compile cache hits and misses so far."""
     graphs = torch._dynamo.utils.counters["aot_autograd"]
     kernels = torch._dynamo.utils.counters["inductor"]
     found = graphs["autograd_cache_hit"] + kernels["fxgraph_cache_hit"]
     missed = graphs["autograd_cache_miss"] + kernels["fxgraph_cache_miss"]
-    # A graph that AOTAutograd bypasses is looked up by its kernels.
+    # For a graph that AOTAutograd's cache bypasses, Inductor looks up the kernels.
     return int(found), int(missed + kernels["fxgraph_cache_bypass"])

@@ -1,4 +1,4 @@
-"""torch.compile under settings that are the same on every call and gone after it."""
+"""Compile a model and run it under the same settings on every call, restored afterwards."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ from pytest_int8bench.compiler.torch_workarounds.messages import (
 from pytest_int8bench.errors import first_line
 from pytest_int8bench.out_of_memory import oom_of
 from pytest_int8bench.tensors import map_tensors
+from pytest_int8bench.words import plural
 
 #: Modes in which Inductor records CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -61,28 +62,28 @@ _REFUSED = object()
 
 
 class CompiledModel(torch.nn.Module):
-    """A model and the settings it runs under. Call it like the model.
+    """A model and the settings under which it runs. Call it like the model.
 
     Attributes:
-        model: the model that was given.
-        mode: the torch.compile mode, or ``off``.
+        model: the original model.
+        mode: the mode of ``torch.compile``, or ``off``.
         attention: the attention backend allowed on every call.
-        choose_attention: returns the attention backend to compile a graph for, given the calls in
-            it; None once it is known (:meth:`fix_attention`).
-        rotate: rotate queries and keys in one pass also in graphs without INT8 layers
+        choose_attention: returns the attention backend to compile a graph for, given the calls of
+            attention in it; None once the backend is fixed (:meth:`fix_attention`).
+        rotate: rotate queries and keys in one pass even in graphs without INT8 layers
             (:mod:`.fusion.rotation`); set it before the first call.
         resize: resize images by matmuls (:mod:`.fusion.resize`); set it before the first call.
-        first_call_s: seconds of the first call, compiling included, but not the loading of
-            Inductor; None before it, and in mode ``off``.
-        cuda_graphs_skipped: Inductor could not use CUDA graphs, though the mode asks for them.
+        first_call_s: seconds of the first call, including compilation but not the import of
+            Inductor; None before the call, and in mode ``off``.
+        cuda_graphs_skipped: whether Inductor skipped CUDA graphs although the mode uses them.
         compile_cache: ``warm`` if the first call found all its graphs in a compile cache on disk,
-            ``cold`` if not; None before it, and where nothing was looked up.
-        regions: repeated blocks that were compiled as one (:mod:`.regions`).
-        regions_refused: why blocks that repeat were not, or None.
-        graphs: what the model was compiled to so far, if anything.
-        is_whole: all of the model is in one graph, or in none.
-        int8_attention: what of the model's attention runs in INT8; None if nothing was to.
-        short_attention: with ``attention=short``, what of it runs on our kernel.
+            ``cold`` if not; None before the call, or if it looked up nothing.
+        regions: number of repeated blocks that were compiled as regions (:mod:`.regions`).
+        regions_refused: why some repeated blocks were not, or None.
+        graphs: the graphs compiled so far.
+        is_whole: whether the whole model is in one graph, or not compiled.
+        int8_attention: counts of attention calls in INT8; None if INT8 attention is off.
+        short_attention: counts of attention calls on our kernel with ``attention=short``.
     """
 
     def __init__(
@@ -111,20 +112,20 @@ class CompiledModel(torch.nn.Module):
         self.graphs: list[Graph] = []
         self.int8_attention = AttentionCoverage() if int8_attention else None
         self._entered = 0
-        self._late = contextlib.ExitStack()
+        self._fixed_settings = contextlib.ExitStack()
         self._start(attention)
         if mode != "off":
             load_inductor(device_type_of(model))
 
     def use_attention(self, attention: str) -> None:
-        """Allow another attention backend, and compile for it at the next call."""
+        """Switch to another attention backend. The next call compiles again."""
         reset_failed_cuda_graph_warm_up()
         self._start(attention)
 
     def fix_attention(self) -> None:
-        """Allow ``attention`` alone from now on, also outside graphs."""
+        """Allow only ``attention`` from now on, also outside graphs."""
         self.choose_attention = None
-        self._late.enter_context(self._for_attention())
+        self._fixed_settings.enter_context(self._for_attention())
 
     def _start(self, attention: str) -> None:
         self.attention = attention
@@ -142,20 +143,19 @@ class CompiledModel(torch.nn.Module):
         return None if self._cache_dir is None else CompileCache(self._cache_dir, self.attention)
 
     def _new_entry(self, fullgraph: bool, inline: bool) -> Callable[..., Any]:
-        """Return what calls the model, compiled at its first call by Inductor, with what stands
-        around layers of the fused backend joined first."""
+        """Return a function that calls the model, and that Inductor compiles at its first call."""
         entry = fresh_entry(self.model)
         self.short_attention = AttentionCoverage()
         if self.int8_attention is not None:
-            self.int8_attention = AttentionCoverage()  # of what is compiled from here on
+            self.int8_attention = AttentionCoverage()  # counts only what this entry compiles
         if self.mode == "off":
             return entry
         backend = FusingInductor(
             self.mode, self._dynamic, inline, self.int8_attention, self.rotate, self.resize
         )
-        # Dynamo keeps backends for as long as the process lives.
+        # Dynamo keeps backends until the process ends, so they must not keep the model alive.
         compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)
-        backend.around = lambda module: compiling()(module)
+        backend.compiling = lambda module: compiling()(module)
         self.graphs = backend.graphs
         weakref.finalize(self, forget, backend.graphs)
         compiled: Callable[..., Any] = torch.compile(
@@ -196,8 +196,8 @@ class CompiledModel(torch.nn.Module):
         regions = Regions(repeated_blocks(self.model))
         self.regions_refused = reason_left_out(self.model)
         try:
-            # One graph in any case: with breaks in blocks, less of them might be compiled than
-            # without regions.
+            # Always require one graph: with graph breaks inside blocks, less of the model might be
+            # compiled than without regions.
             output = self._compiled_call(regions, True, args, kwargs) if regions else _REFUSED
         except Exception as error:
             if oom_of(error) is not None:
@@ -205,9 +205,9 @@ class CompiledModel(torch.nn.Module):
                 raise
             self.regions_refused = first_line(root_of(error))
             output = _REFUSED
-        if output is _REFUSED:  # outside, so that the frames of the error let go of its tensors
+        if output is _REFUSED:  # after the except clause, so that the error's frames can be freed
             if regions:
-                gc.collect()  # the frames are a cycle
+                gc.collect()  # the frames are a reference cycle, which holds tensors
                 reset_failed_cuda_graph_warm_up()
             graphs, breaks, regions = graphs_compiled(), graph_breaks(), Regions([])
             output = self._compiled_call(regions, self.fullgraph, args, kwargs)
@@ -230,10 +230,10 @@ class CompiledModel(torch.nn.Module):
     def _compiled_call(
         self, regions: Regions, fullgraph: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Compile and call the model; once more with an empty cache of ours, if it may be that
-        what was in it is damaged."""
+        """Compile and call the model. If that fails, retry once with our cache emptied, because its
+        contents may be damaged."""
         self._cache_was_empty = self._cache is None or self._cache.is_empty()
-        # Where CUDA graphs launch, the host does not. Without regions is the last resort.
+        # CUDA graphs have no launch overhead to save; without regions is the last resort.
         inline = bool(regions) and self.mode not in CUDA_GRAPH_MODES
         self._entry = self._new_entry(fullgraph, inline)
         try:
@@ -248,8 +248,8 @@ class CompiledModel(torch.nn.Module):
 
     @contextlib.contextmanager
     def _compiling(self, module: fx.GraphModule) -> Iterator[AttentionCoverage | None]:
-        """Choose an attention backend for a graph, and enter what it is compiled under; yields
-        where to count what our kernel replaces, if it is to."""
+        """Choose an attention backend for a graph and enter its settings. This is
+        :attr:`.FusingInductor.compiling`."""
         if self.choose_attention is not None:
             start = synchronized_perf_counter()
             self.attention = self.choose_attention(calls_in(module))
@@ -261,15 +261,15 @@ class CompiledModel(torch.nn.Module):
 
     @contextlib.contextmanager
     def _for_attention(self) -> Iterator[None]:
-        """Allow the attention backend alone, and keep compiled code where it is for that."""
+        """Allow only the attention backend, and use its compile cache."""
         cache = contextlib.nullcontext() if self._cache is None else self._cache.entered()
         with FlashSDPA(self.attention), cache:
             yield
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter the settings once for many calls, which then cost what the graph costs. With
-        CUDA graphs, each call inside overwrites the outputs of the last one."""
+        """Enter the settings once for many calls, which then have no overhead of their own. With
+        CUDA graphs, each call inside overwrites the outputs of the previous one."""
         with self.settings():
             self._entered += 1
             try:
@@ -278,12 +278,12 @@ class CompiledModel(torch.nn.Module):
                 self._entered -= 1
 
     def eager_settings(self) -> contextlib.AbstractContextManager[None]:
-        """Enter :meth:`settings` for an eager call, which may mask attention differently."""
+        """Return :meth:`settings` for an eager call, whose masks may need another backend."""
         return self.settings(None if self.mode == "off" else "auto")
 
     @contextlib.contextmanager
     def settings(self, attention: str | None = None) -> Iterator[None]:
-        """Enter what every call runs under; all of it is restored on leaving."""
+        """Enter the settings of every call, and restore the previous ones on exit."""
         device_type = device_type_of(self.model)
         with (
             hide_trace_records(),
@@ -294,9 +294,9 @@ class CompiledModel(torch.nn.Module):
             float32_matmul_precision("high" if self._allow_tf32 else "highest"),
             FlashSDPA(attention or ("auto" if self.choose_attention else self.attention)),
             dynamo_settings(),
-            # The key of AOTAutograd's cache leaves out the attention backend, so that a graph
-            # compiled under another one comes back (pytorch/pytorch#185449). Inductor's own
-            # cache, which holds the kernels, stays on. A cache of ours has a folder for each.
+            # The key of AOTAutograd's cache lacks the attention backend, so that it can return a
+            # graph compiled under another one (pytorch/pytorch#185449). Inductor's own cache, which
+            # holds the kernels, stays on. Our cache has a folder per backend.
             torch._functorch.config.patch(enable_autograd_cache=False),
             self._compiled_code(device_type),
             # For functions that the model compiles itself.
@@ -307,14 +307,14 @@ class CompiledModel(torch.nn.Module):
             eager_short(
                 self.short_attention if self.mode == "off" and self.attention == SHORT else None
             ),
-            contextlib.ExitStack() as late,
+            contextlib.ExitStack() as fixed,
         ):
-            late.callback(setattr, self, "_late", self._late)
-            self._late = late
+            fixed.callback(setattr, self, "_fixed_settings", self._fixed_settings)
+            self._fixed_settings = fixed
             yield
 
     def _compiled_code(self, device_type: str) -> contextlib.AbstractContextManager[None]:
-        """Return what lets torch keep compiled code, where it is meant to be."""
+        """Return a context in which torch keeps compiled code in the right folder."""
         if self.mode == "off":
             return contextlib.nullcontext()
         check_temporary_folder(device_type)
@@ -324,33 +324,33 @@ class CompiledModel(torch.nn.Module):
 
     @contextlib.contextmanager
     def no_compilation(self) -> Iterator[None]:
-        """Raise ``CompileError`` on leaving if anything was compiled inside: time spent
-        compiling must not be taken for time spent running."""
+        """Raise ``CompileError`` on exit if anything was compiled inside, because compilation time
+        must not count as run time."""
         before = graphs_compiled()
         yield
-        if graphs_compiled() != before:
+        if new := graphs_compiled() - before:
             raise CompileError(
-                f"{graphs_compiled() - before} graph(s) were compiled while the clock ran: inputs, "
-                "global settings or a number that the model counts in Python changed between calls"
+                f"torch.compile compiled {plural(new, 'graph')} during timing: inputs, global "
+                "settings or a Python number that the model updates changed between calls"
             )
 
     def graphs_run(self, run: Callable[[], object]) -> list[Graph]:
         """Call ``run``, which calls this model, and return the graphs that ran.
 
         Raises:
-            CompileError: if none did, though the model is compiled.
+            CompileError: if the model is compiled and none ran.
         """
         before = [graph.calls for graph in self.graphs]
         run()
-        before += [0] * (len(self.graphs) - len(before))  # compiled meanwhile
+        before += [0] * (len(self.graphs) - len(before))  # graphs compiled by this run
         ran = [g for g, calls in zip(self.graphs, before, strict=True) if g.calls != calls]
         if self.graphs and not ran:
             raise CompileError("none of the compiled graphs ran: the model ran eagerly")
         return ran
 
     def compiles_again(self, run: Callable[[], object]) -> bool:
-        """Call ``run``, which calls this model, and return whether it had to be compiled anew,
-        after ``torch._dynamo.reset()`` for example.
+        """Call ``run``, which calls this model, and return whether it was compiled again, such as
+        after ``torch._dynamo.reset()``.
 
         Raises:
             CompileError: if it ran eagerly.

@@ -16,7 +16,7 @@ import torch._dynamo
 # silently run eagerly.
 _RECOMPILE_LIMIT = 1 << 16
 
-# OlmoEarth's forward logs, which breaks the graph unless Dynamo leaves these calls out.
+# OlmoEarth's forward logs, which breaks the graph unless Dynamo ignores these calls.
 _LOGGING = {
     logging.Logger.debug,
     logging.Logger.info,
@@ -28,13 +28,13 @@ _serial = itertools.count()
 
 
 def dynamo_settings() -> AbstractContextManager[Any]:
-    """Return the context that models are compiled and called in."""
+    """Return the context in which models are compiled and called."""
     config = torch._dynamo.config
     patched: AbstractContextManager[Any] = config.patch(
         recompile_limit=_RECOMPILE_LIMIT,
         accumulated_recompile_limit=_RECOMPILE_LIMIT,
         ignore_logging_functions=config.ignore_logging_functions | _LOGGING,
-        # Raise compile errors, or the model would run eagerly under a compiled label.
+        # Otherwise the model would run eagerly after a compile error, but be labeled compiled.
         suppress_errors=False,
     )
     return patched
@@ -51,7 +51,7 @@ def graphs_compiled() -> int:
 
 
 def graph_breaks() -> int:
-    """Return how often this process has left part of a model out of a graph so far."""
+    """Return the number of graph breaks in this process so far."""
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
@@ -59,8 +59,8 @@ def fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
     """Return a function that calls ``model`` and has its own code object.
 
     Dynamo caches compiled graphs by code object. If it cached them on ``model.forward``, a second
-    compilation of the same class would reuse the first graph, whatever the attention backend, and
-    a sweep would fill one list of graphs.
+    compilation of the same class would reuse the first graph even with another attention backend,
+    and all points of a sweep would share one list of graphs.
     """
 
     def entry(*args: Any, **kwargs: Any) -> Any:
@@ -73,6 +73,6 @@ def fresh_entry(model: torch.nn.Module) -> Callable[..., Any]:
 
 
 def device_type_of(model: torch.nn.Module) -> str:
-    """Return the type of the device that ``model`` is on."""
+    """Return the device type of ``model``, ``cpu`` if it has no tensors."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return "cpu" if tensor is None else tensor.device.type

@@ -9,7 +9,7 @@ from pytest_int8bench.out_of_memory import oom_of
 
 
 class CompileError(ClearError, RuntimeError):
-    """The model did not compile, ran eagerly, or recompiled when it must not."""
+    """The model did not compile, ran eagerly, or recompiled during timing."""
 
 
 def root_of(error: BaseException) -> BaseException:
@@ -20,8 +20,8 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def is_of_model(error: BaseException) -> bool:
-    """Return whether Dynamo's tracing of the model or a lack of memory caused ``error``, rather
-    than a compiler or a kernel."""
+    """Return whether tracing the model or running out of memory caused ``error``, and not a
+    compiler or a kernel."""
     of_backend = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
     of_dynamo = isinstance(error, torch._dynamo.exc.TorchDynamoException)
     return oom_of(error) is not None or (of_dynamo and not of_backend)

@@ -1,4 +1,4 @@
-"""The graphs that a model was compiled to: what weights they compute with, how often they ran."""
+"""The compiled graphs of a model: which weights they use, and how often they ran."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _REGION = torch.ops.higher_order.invoke_subgraph
 
 
 class Graph:
-    """A compiled graph. Call it in the place of what it was compiled to.
+    """Record of a compiled graph. Install it with :meth:`counted`.
 
     Args:
-        module: what Dynamo traced.
-        inputs: the tensors that it was traced with, weights included.
+        module: the graph that Dynamo traced.
+        inputs: the tensors with which it was traced, including weights.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.calls = 0
         """Number of runs."""
         self.watch: AbstractContextManager[Any] | None = None
-        """Entered around what was traced, which then runs in the place of what was compiled."""
-        self._computed, self._dropped = _memory(module, inputs)
+        """If set, a call enters this context and runs the traced graph instead of the compiled
+        one."""
+        self._used, self._inputs = _memory(module, inputs)
         self._snapshot: _Snapshot | None = _snapshot(module)
 
     @functools.cached_property
@@ -41,22 +42,22 @@ class Graph:
         return _rebuilt(self._snapshot)
 
     def forget(self) -> None:
-        """Let go of what was traced: its model is gone."""
+        """Drop the traced graph and its tensors."""
         self._snapshot = None
         vars(self).pop("_traced", None)
 
     def computes_with(self, tensor: torch.Tensor) -> bool:
         """Return whether an output of the graph depends on the memory that holds ``tensor``."""
-        return any(map(_Memory.of(tensor).overlaps, self._computed))
+        return any(map(_Memory.of(tensor).overlaps, self._used))
 
     def drops(self, tensor: torch.Tensor) -> bool:
-        """Return whether the memory that holds ``tensor`` only leads to results that nobody uses,
-        which compilers leave out."""
-        is_there = any(map(_Memory.of(tensor).overlaps, self._dropped))
-        return is_there and not self.computes_with(tensor)
+        """Return whether ``tensor`` is an input of the graph on which no output depends, so that
+        compilers drop the operators that read it."""
+        is_input = any(map(_Memory.of(tensor).overlaps, self._inputs))
+        return is_input and not self.computes_with(tensor)
 
     def counted(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``compiled``, counting its calls."""
+        """Return a function that runs ``compiled`` and counts its calls."""
 
         def run(*args: Any) -> Any:
             self.calls += 1
@@ -69,22 +70,24 @@ class Graph:
 
 
 def forget(graphs: list[Graph]) -> None:
-    """Let go of what was traced: Dynamo keeps compiled graphs longer than their model lives."""
+    """Drop traced graphs and their tensors, because Dynamo keeps compiled graphs after their model
+    is gone."""
     for graph in graphs:
         graph.forget()
 
 
 @contextlib.contextmanager
 def watched(watch: AbstractContextManager[Any], graphs: Sequence[Graph]) -> Iterator[None]:
-    """Let ``watch`` see each operator of what runs inside: of graphs those that were traced, and of
-    a model that is not compiled all.
+    """Let ``watch`` see each operator that the model runs: for compiled graphs, the operators that
+    Dynamo traced.
 
     Args:
-        watch: a mode of torch. It may not be active where Dynamo looks for a compiled graph.
-        graphs: of the model; none if it is not compiled.
+        watch: a torch function or dispatch mode. It is entered only around the traced graphs,
+            because Dynamo must not look up a compiled graph while a mode is active.
+        graphs: the model's compiled graphs; none if it is not compiled.
 
     Raises:
-        RuntimeError: if there are graphs, and none of them ran.
+        RuntimeError: if there are graphs but none of them ran.
     """
     if not graphs:
         with watch:
@@ -103,7 +106,7 @@ def watched(watch: AbstractContextManager[Any], graphs: Sequence[Graph]) -> Iter
 
 
 class _Snapshot(NamedTuple):
-    """The traced graph, before passes change it."""
+    """A copy of the traced graph, made before passes change it."""
 
     graph: fx.Graph
     attributes: dict[str, Any]
@@ -113,7 +116,7 @@ def _snapshot(module: fx.GraphModule) -> _Snapshot:
     graph = copy.deepcopy(module.graph)
     attributes: dict[str, Any] = {}
     for node in graph.nodes:
-        node.meta = {}  # which would keep what was traced alive
+        node.meta = {}  # the metadata would keep traced tensors alive
         name = str(node.target)
         if node.op in ("get_attr", "call_module") and name not in attributes:
             value = operator.attrgetter(name)(module)
@@ -122,8 +125,8 @@ def _snapshot(module: fx.GraphModule) -> _Snapshot:
 
 
 def _rebuilt(snapshot: _Snapshot) -> fx.GraphModule:
-    """Return what was traced. A region is a call of a module in it: torch runs a region as one
-    operator, and nobody sees those inside."""
+    """Return the traced graph as a module that calls regions as submodules: torch runs a region as
+    a single operator, which hides the operators inside from a mode."""
     graph = snapshot.graph
     for node in graph.find_nodes(op="call_function", target=_REGION):
         body, _, *operands = node.args
@@ -139,12 +142,13 @@ def _rebuilt(snapshot: _Snapshot) -> fx.GraphModule:
 
 
 class _Memory(NamedTuple):
-    """Where the numbers of a tensor are. Layers may share a storage and have some of its rows."""
+    """The bytes of a tensor in its storage. Several layers may share a storage."""
 
     storage: StorageWeakRef
     start: int
+    """Offset of the first byte in the storage."""
     end: int
-    """Behind the last byte, counted from the start of the storage."""
+    """Offset after the last byte."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Memory:
@@ -161,11 +165,10 @@ class _Memory(NamedTuple):
 
 
 def _memory(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[set[_Memory], set[_Memory]]:
-    """Return the memory of the inputs that outputs depend on, and that of all inputs which some
-    outputs do not."""
+    """Return the memory on which outputs depend, and the memory of all inputs."""
     live = set(_needed(module.graph))
-    computed: set[_Memory] = set()
-    dropped: set[_Memory] = set()
+    used: set[_Memory] = set()
+    all_inputs: set[_Memory] = set()
     placeholders = module.graph.find_nodes(op="placeholder")
     held = [*zip(placeholders, inputs, strict=False)]
     held += [
@@ -177,15 +180,15 @@ def _memory(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[set[_Memory]
             continue
         for tensor in plain_tensors(value):
             if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                dropped.add(_Memory.of(tensor))
+                all_inputs.add(_Memory.of(tensor))
                 if node in live:
-                    computed.update(map(_Memory.of, _used(node, tensor, live)))
-    return computed, dropped
+                    used.update(map(_Memory.of, _used_parts(node, tensor, live)))
+    return used, all_inputs
 
 
-def _used(node: fx.Node, tensor: torch.Tensor, live: set[fx.Node]) -> list[torch.Tensor]:
-    """Return the parts of an input that outputs depend on: the rows that are taken from it, where
-    nothing else is done with it."""
+def _used_parts(node: fx.Node, tensor: torch.Tensor, live: set[fx.Node]) -> list[torch.Tensor]:
+    """Return the parts of an input on which outputs depend: slices of its rows if the graph only
+    slices it, else all of it."""
     users = [user for user in node.users if user in live]
     rows: list[Any] = [user.args[1] for user in users if user.target is operator.getitem]
     if not users or len(rows) < len(users) or not all(isinstance(r, slice) for r in rows):
@@ -196,7 +199,7 @@ def _used(node: fx.Node, tensor: torch.Tensor, live: set[fx.Node]) -> list[torch
 
 
 def _needed(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yield the nodes that outputs and side effects depend on."""
+    """Yield the nodes on which outputs and side effects depend."""
     waiting = [node for node in graph.nodes if node.op == "output" or _has_effect(node)]
     seen = set(waiting)
     while waiting:
@@ -209,7 +212,7 @@ def _needed(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Return what a node computes with: of the operands of a region, those that it uses."""
+    """Return the operands that a node uses. A region may ignore some of its operands."""
     if node.target is not _REGION:
         return node.all_input_nodes
     region = getattr(node.graph.owning_module, str(node.args[0].target), None)  # type: ignore[union-attr]
@@ -222,7 +225,8 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Return whether a node may write to what it is given; placeholders do not count."""
+    """Return whether a node may write to its arguments or has another side effect. Placeholders
+    have none."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return False
     name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]

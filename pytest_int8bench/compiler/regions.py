@@ -1,4 +1,4 @@
-"""Repeated blocks of a model, such as the layers of a transformer, which compile once."""
+"""Compile repeated blocks of a model, such as the layers of a transformer, only once."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ _MARK = "__marked_compile_region_fn__"  # of torch.compiler.nested_compile_regio
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of ``model`` that repeat and can be regions, in order.
+    """Return the repeated blocks of ``model`` that can be regions, in order.
 
-    A block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` which has another child of the
-    same class and structure: the same modules inside, with parameters and buffers of the same
-    names, shapes and dtypes. Of blocks inside blocks, the outer ones count. Linear layers and
-    modules without modules inside are no blocks: they would be cut off from the operators that they
-    fuse with.
+    A repeated block is a child of an ``nn.ModuleList`` or ``nn.Sequential`` with another child of
+    the same class and structure: the same submodules, with parameters and buffers of the same
+    names, shapes and dtypes. Of nested blocks, only the outermost are returned. Linear layers and
+    modules without submodules do not count as blocks: as regions, they could not fuse with the
+    operators around them.
     """
     return _search(model)[0]
 
 
 def reason_left_out(model: nn.Module) -> str | None:
-    """Return why blocks of ``model`` that repeat cannot be regions, None if all can: they hold
-    tensor subclasses, such as weights of torchao, or have a ``forward`` set on the instance.
+    """Return why some repeated blocks of ``model`` cannot be regions, or None if all can: they hold
+    tensor subclasses, such as torchao's weights, or have a ``forward`` set on the instance.
 
-    Blocks that the user marked as regions are not left out.
+    Blocks that the user already marked as regions do not count.
     """
     return next(iter(_search(model)[1]), None)
 
 
 def _search(model: nn.Module) -> tuple[list[nn.Module], dict[str, None]]:
-    """Return blocks that repeat, and the reasons why others that repeat cannot be regions."""
+    """Return the repeated blocks that can be regions, and the reasons why the others cannot."""
     found: dict[nn.Module, None] = {}
     reasons: dict[str, None] = {}
-    for module in _outside(model, found):
+    for module in _modules_outside(found, model):
         if not isinstance(module, _CONTAINERS):
             continue
         groups: dict[Hashable, dict[nn.Module, str | None]] = defaultdict(dict)
         for child in module.children():
             if _is_block(child):
-                groups[_structure(child)][child] = _refused(child)
+                groups[_structure(child)][child] = _block_problem(child)
         for group in groups.values():
             able = [child for child, reason in group.items() if reason is None]
             if len(able) > 1:
@@ -60,23 +60,24 @@ def _search(model: nn.Module) -> tuple[list[nn.Module], dict[str, None]]:
 
 
 class Regions:
-    """Context in which Dynamo traces blocks as regions, each kind of them compiled once.
+    """Context in which Dynamo traces blocks as regions and compiles each kind of block once.
 
-    Inside, a block has a ``forward`` of its own, which calls its class's as a function that
-    ``torch.compiler.nested_compile_region`` marked. Its type, its state and its hooks are the
-    user's, and eager calls outside are what they were. Dynamo's guards look for that ``forward``,
-    so every call of the compiled graph has to be inside. May be entered again.
+    Inside the context, each block instance has a ``forward`` that calls its class's ``forward``,
+    marked with ``torch.compiler.nested_compile_region``. The block's type, state and hooks do not
+    change, and neither do eager calls outside the context. Dynamo guards on the instance's
+    ``forward``, so every call of the compiled graph must be inside. The context can be entered
+    repeatedly.
     """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         kinds = {kind: _region_forward(kind) for kind in map(type, blocks)}
-        # In the modules' dictionaries, past nn.Module's own __setattr__: this is in the clock.
+        # Write to the modules' dictionaries, because nn.Module.__setattr__ is slow and this runs
+        # during timing.
         self._changes = [
             (vars(block), types.MethodType(kinds[type(block)], block)) for block in blocks
         ]
 
     def __len__(self) -> int:
-        """Return the number of blocks."""
         return len(self._changes)
 
     def __enter__(self) -> Regions:
@@ -98,13 +99,14 @@ class Regions:
             set_region_reuse(True)
 
 
-def _outside(module: nn.Module, blocks: dict[nn.Module, None]) -> Iterator[nn.Module]:
-    """Yield ``module`` and those in it, but for what is in ``blocks`` by then."""
+def _modules_outside(blocks: dict[nn.Module, None], module: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``module`` and its descendants, except ``blocks`` and their descendants. The caller may
+    add to ``blocks`` while it iterates."""
     if module in blocks:
         return
     yield module
     for child in module.children():
-        yield from _outside(child, blocks)
+        yield from _modules_outside(blocks, child)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -116,14 +118,14 @@ def _is_block(module: nn.Module) -> bool:
     )
 
 
-def _refused(block: nn.Module) -> str | None:
-    """Return why ``block`` cannot be a region, if it cannot."""
+def _block_problem(block: nn.Module) -> str | None:
+    """Return why ``block`` cannot be a region, or None if it can."""
     if "forward" in vars(block):
         return "a block has a forward set on the instance"
     kinds = {type(tensor) for tensor in _tensors(block)} - {torch.Tensor, nn.Parameter}
     if kinds:
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
-        return f"a block holds tensors of type {names}, which no region takes"
+        return f"a block holds tensors of type {names}, which regions do not support"
     return None
 
 
@@ -139,9 +141,9 @@ def _structure(block: nn.Module) -> Hashable:
     )
 
 
-def _in_order(value: Any) -> Any:
-    """Return a tensor whose elements are transposed as a contiguous one, and anything else as it
-    is: a mask that was expanded would grow."""
+def _contiguous_if_transposed(value: Any) -> Any:
+    """Return a contiguous copy of a transposed tensor, and any other value unchanged. In
+    particular, do not copy an expanded mask, which would grow."""
     if not isinstance(value, torch.Tensor) or value.is_contiguous():
         return value
     elements = 1
@@ -153,19 +155,19 @@ def _in_order(value: Any) -> Any:
 
 
 def _region_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return the ``forward`` of blocks of class ``kind`` inside regions."""
+    """Return the ``forward`` of blocks of class ``kind`` inside :class:`Regions`."""
     original: Any = kind.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
 
-    # Not on the original: the mark leaves attributes on the function it is given.
+    # Mark a wrapper, because marking sets attributes on the function.
     compiled_once = torch.compiler.nested_compile_region(forward)
 
     def entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Inductor of torch 2.11 checks that what enters a region is laid out as it was traced, and
-        # lays out what is transposed in another way.
-        named = {name: _in_order(value) for name, value in kwargs.items()}
-        return compiled_once(self, *map(_in_order, args), **named)
+        # In torch 2.11, Inductor asserts that the inputs of a region have the traced layout, but
+        # gives transposed inputs another one.
+        named = {name: _contiguous_if_transposed(value) for name, value in kwargs.items()}
+        return compiled_once(self, *map(_contiguous_if_transposed, args), **named)
 
     return entry

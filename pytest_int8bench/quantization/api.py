@@ -1,4 +1,4 @@
-"""Quantization of linear layers through torchao, what it covered, and what runs it."""
+"""Quantize the linear layers of a model through torchao, and report its coverage."""
 
 from __future__ import annotations
 
@@ -47,41 +47,42 @@ def apply_int8_quant(
 ) -> nn.Module:
     """Quantize the linear layers of ``model`` to INT8, in place.
 
-    Weights get one symmetric scale per output channel, activations (``w8a8``) one per row,
-    computed at run time. Settings of Inductor are left alone. The model is for inference then:
-    weights get no gradients, nor do biases of layers that hold plain tensors.
+    Weights get one symmetric scale per output channel. In ``w8a8``, activations get one scale per
+    row, computed at run time. Inductor's settings do not change. The model is then for inference
+    only: weights get no gradients, and neither do biases of layers that hold plain tensors.
 
     Args:
-        model: a model in ``eval`` mode, on its device, with real BF16 (or FP32) weights.
-        mode: ``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8``, or a mode
-            that was registered.
-        filter_fn: ``filter_fn(module, name)`` says which layers to quantize;
+        model: a model in ``eval`` mode, on its device, with BF16 or FP32 weights.
+        mode: ``w8a8`` (weights and dynamic activations), ``w8`` (weights only), ``fp8``, or a
+            registered mode.
+        filter_fn: ``filter_fn(module, name)`` returns whether to quantize a layer;
             :func:`is_transformer_linear` by default.
         smoothquant: first move outliers of the activations into the weights (SmoothQuant,
             arXiv:2211.10438), with one factor per input channel and layer, measured on
             ``calibration`` and applied at run time. See
             :func:`~pytest_int8bench.quantization.smoothquant.plan_smoothing`.
         calibration: inputs of the model, each a tensor, a tuple of positional arguments or a
-            mapping of keyword arguments. Needed with ``smoothquant``.
-        alpha: SmoothQuant's migration strength, from 0 (weights keep) to 1 (all to the weights).
-        quant_config: any torchao ``AOBaseConfig`` or ``FqnToConfig`` instead of the mode's own.
-            With ``FqnToConfig`` the configuration itself says which layers, not ``filter_fn``.
-        backend: what runs W8A8 layers: ``torchao``, ``fused`` (our kernels, layer by layer where
-            they fit, with torchao's weights and scales), or ``auto``: ``fused`` where it runs.
+            mapping of keyword arguments. Required with ``smoothquant``.
+        alpha: SmoothQuant's migration strength, from 0 (only evens out weights) to 1 (only
+            activations).
+        quant_config: a torchao ``AOBaseConfig`` or ``FqnToConfig`` to use instead of the mode's.
+            An ``FqnToConfig`` also selects the layers, in place of ``filter_fn``.
+        backend: the kernels of W8A8 layers: ``torchao``, ``fused`` (ours, for each layer that they
+            fit, with torchao's weights and scales), or ``auto`` (``fused`` where it runs).
 
     Returns:
-        ``model``. :func:`coverage` tells what was converted.
+        ``model``. :func:`coverage` returns which layers were converted.
 
     Raises:
         ValueError: for an unknown mode or backend, or ``smoothquant`` without ``calibration``.
-        QuantizationError: if no layer was converted, one has a shape that the kernels cannot
-            take, ``backend="fused"`` fits no layer or does not run here, the mode does not run
-            here, or SmoothQuant cannot be calibrated or does not go with the mode or
+        QuantizationError: if no layer was converted, the kernels do not support the shape of a
+            layer, ``backend="fused"`` fits no layer, the mode or the backend does not run on this
+            device, or SmoothQuant cannot be calibrated or does not support the mode or
             ``quant_config``.
 
-    Every error leaves the model as it was.
+    After an error, the model is unchanged.
     """
-    asked = Arguments(
+    arguments = Arguments(
         mode=mode,
         filter_fn=filter_fn or is_transformer_linear,
         smoothquant=smoothquant,
@@ -90,80 +91,84 @@ def apply_int8_quant(
         quant_config=quant_config,
         backend=backend,
     )
-    _coverages[model] = _quantize_whole(model, asked)
+    _coverages[model] = _quantize_whole(model, arguments)
     return model
 
 
-def _quantize_whole(model: nn.Module, asked: Arguments) -> Coverage:
-    """Quantize the model, or leave it as it was on an error; return what it covered and missed."""
-    hoped = expected(model)
+def _quantize_whole(model: nn.Module, arguments: Arguments) -> Coverage:
+    """Quantize ``model``, and add the layers that it misses to the coverage."""
+    should_convert = expected(model)
     with unchanged_on_error(model):
-        covered = _quantize(model, asked)
-    missed = hoped.missed(layer.name for layer in covered.left_out)
-    return dataclasses.replace(covered, missed=missed, elsewhere=hoped.elsewhere)
+        covered = _quantize(model, arguments)
+    missed = should_convert.missed(layer.name for layer in covered.left_out)
+    return dataclasses.replace(covered, missed=missed, elsewhere=should_convert.elsewhere)
 
 
-def _quantize(model: nn.Module, asked: Arguments) -> Coverage:
+def _quantize(model: nn.Module, arguments: Arguments) -> Coverage:
     if already := [name for name, module in model.named_modules() if is_quantized(module)]:
-        raise QuantizationError(f"the model is quantized already ({already[0]} is)")
+        raise QuantizationError(f"the model is already quantized ({already[0]} is)")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    fusing = asked.check_device(device)
+    fusing = arguments.check_device(device)
     total = sum(parameter.numel() for parameter in model.parameters())
     smoothed: tuple[str, ...] = ()
-    if isinstance(asked.quant_config, FqnToConfig):
-        layers = _quantize_named(model, asked.quant_config)
+    if isinstance(arguments.quant_config, FqnToConfig):
+        layers = _quantize_named(model, arguments.quant_config)
     else:
-        layers, smoothed = _quantize_filtered(model, asked, fusing=fusing)
+        layers, smoothed = _quantize_filtered(model, arguments, fusing=fusing)
     if not _converted(layers):
-        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
+        raise QuantizationError(_nothing_converted(model, layers, arguments.precision))
     make_readable(model)
-    if not asked.is_custom:
-        asked.quantizer.lower(model, layers)
+    if not arguments.is_custom:
+        arguments.quantizer.lower(model, layers)
     if fusing:
-        layers = _fuse(model, layers, required=asked.backend == "fused")
-    name = "custom" if asked.is_custom else asked.mode
-    return Coverage(name, tuple(layers), total, smoothed, asked.precision)
+        layers = _fuse(model, layers, required=arguments.backend == "fused")
+    name = "custom" if arguments.is_custom else arguments.mode
+    return Coverage(name, tuple(layers), total, smoothed, arguments.precision)
 
 
 def _quantize_named(model: nn.Module, quant_config: Any) -> list[Layer]:
-    """Quantize the layers that an ``FqnToConfig`` names, and return every layer."""
+    """Quantize the layers that an ``FqnToConfig`` names. Return all linear layers."""
     layers = _select(model, lambda module, name: True)
     quantize_(model, quant_config, filter_fn=None)
     return _recheck(model, layers, "not named by FqnToConfig")
 
 
 def _quantize_filtered(
-    model: nn.Module, asked: Arguments, *, fusing: bool
+    model: nn.Module, arguments: Arguments, *, fusing: bool
 ) -> tuple[list[Layer], tuple[str, ...]]:
-    """Quantize the layers that the filter takes. Return every layer, and the names of those whose
-    inputs SmoothQuant scales at run time."""
+    """Quantize the layers that the filter selects. Return all linear layers, and the names of the
+    layers whose inputs SmoothQuant scales at run time."""
     with within(model):
-        layers = _select(model, asked.filter_fn, layer_problem=asked.layer_problem, fusing=fusing)
+        layers = _select(
+            model, arguments.filter_fn, layer_problem=arguments.layer_problem, fusing=fusing
+        )
     chosen = _converted(layers)
     if not chosen:
-        raise QuantizationError(_nothing_converted(model, layers, asked.precision))
-    config = asked.config(model)
+        raise QuantizationError(_nothing_converted(model, layers, arguments.precision))
+    config = arguments.config(model)
     smoothing = Smoothing({})
-    if asked.smoothquant:
-        assert asked.calibration is not None
-        smoothing = plan_smoothing(model, chosen, asked.calibration, call=call, alpha=asked.alpha)
+    if arguments.smoothquant:
+        assert arguments.calibration is not None
+        smoothing = plan_smoothing(
+            model, chosen, arguments.calibration, call=call, alpha=arguments.alpha
+        )
         _check_takes_scale(model, smoothing, config)
         smoothing.apply(model)
     quantize_(model, config, filter_fn=lambda module, name: name in chosen)
     smoothed = _scale_inputs(model, smoothing)
-    return _recheck(model, layers, "left as it is by the configuration"), smoothed
+    return _recheck(model, layers, "not quantized by the configuration"), smoothed
 
 
 def _fuse(model: nn.Module, layers: list[Layer], *, required: bool) -> list[Layer]:
     """Move layers to the fused kernels where they fit.
 
     Raises:
-        QuantizationError: if they fit none, and ``required``.
+        QuantizationError: if ``required`` and they fit no layer.
     """
     layers = lower(model, layers)
     if required and not any(layer.fused for layer in layers):
         reasons = sorted({str(layer.fallback) for layer in layers if layer.fallback})
-        raise QuantizationError(f"int8_backend=fused fits no layer: {'; '.join(reasons)}")
+        raise QuantizationError(f"int8_backend=fused supports no layer: {'; '.join(reasons)}")
     return layers
 
 
@@ -174,8 +179,8 @@ def _converted(layers: Iterable[Layer]) -> set[str]:
 def coverage(model: nn.Module) -> Coverage:
     """Return which linear layers of ``model`` are INT8, and why the others are not.
 
-    Works on the return value of :func:`apply_int8_quant` or ``compile_for_a100``, and on models
-    that torchao quantized elsewhere.
+    Accepts what :func:`apply_int8_quant` or ``compile_for_a100`` returned, and models that were
+    quantized with torchao directly.
     """
     for known in (model, getattr(model, "model", None)):
         if isinstance(known, nn.Module) and known in _coverages:
@@ -186,8 +191,8 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def weight_storage(model: nn.Module, dtype: torch.dtype | None = torch.int8) -> tuple[int, int]:
-    """Return how many quantized linear layers store weights of ``dtype``, None for any, and how
-    many there are."""
+    """Return how many quantized linear layers store their weight in ``dtype`` (None for any
+    dtype), and how many quantized linear layers there are."""
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     stored = [
         layer.int8_weight
@@ -212,10 +217,10 @@ def _select(
     layer_problem: Callable[[nn.Linear], str | None] | None = None,
     fusing: bool = False,
 ) -> list[Layer]:
-    """Return every linear layer of ``model``, those that are not to be converted with reason.
+    """Return every linear layer of ``model``, with the reason if it must not be converted.
 
-    With ``fusing``, ``layer_problem`` is asked of layers that stay torchao's: the fused kernels
-    take any.
+    With ``fusing``, check ``layer_problem`` only for layers that stay on torchao's kernels: the
+    fused kernels support every layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     attention_parts = {
@@ -248,9 +253,10 @@ def _select(
 
 
 def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
-    """Believe the model, not the plan: a layer counts as converted if its weight is."""
+    """Return ``layers`` as they are in the model: the ones that were selected but whose weights are
+    not quantized get ``reason``."""
     modules = dict(model.named_modules())
-    told = []
+    checked = []
     for layer in layers:
         if layer.reason is None:
             module = modules[layer.name]
@@ -258,48 +264,48 @@ def _recheck(model: nn.Module, layers: list[Layer], reason: str) -> list[Layer]:
                 layer = dataclasses.replace(layer, fused=type(module) is Int8Linear)
             else:
                 layer = dataclasses.replace(layer, reason=reason)
-        told.append(layer)
-    return told
+        checked.append(layer)
+    return checked
 
 
-def _nothing_converted(model: nn.Module, layers: list[Layer], precise: str) -> str:
+def _nothing_converted(model: nn.Module, layers: list[Layer], precision: str) -> str:
     hidden = hidden_matmuls(model)
-    where = f"; its weights are not in nn.Linear, but in {hidden}" if hidden else ""
+    where = f"; it has weights outside nn.Linear, in {hidden}" if hidden else ""
     if not layers:
-        return f"no layer was converted to {precise}: the model has no linear layers{where}"
+        return f"no layer was converted to {precision}: the model has no linear layers{where}"
     reasons = sorted({str(layer.reason) for layer in layers})
     more = " …" if len(layers) > 3 else ""
     names = ", ".join(layer.name for layer in layers[:3]) + more
     hint = ""
     if "filtered" in reasons:
-        reasons[reasons.index("filtered")] = "the filter does not take them"
-        hint = "; choose layers with filter_fn or --int8-filter"
+        reasons[reasons.index("filtered")] = "not selected by the filter"
+        hint = "; select layers with filter_fn or --int8-filter"
     return (
-        f"no layer was converted to {precise}: {len(layers)} linear layers ({names}), "
+        f"no layer was converted to {precision}: {len(layers)} linear layers ({names}), "
         f"left out because: {'; '.join(reasons)}{hint}{where}"
     )
 
 
 def _check_takes_scale(model: nn.Module, smoothing: Smoothing, config: Any) -> None:
-    """Raise before anything is changed if the configuration's tensor has no place for a factor.
-    This shows only on a layer that it quantized."""
+    """Raise if the configuration's weights cannot hold SmoothQuant's factors, before the model
+    changes. Only a quantized layer shows this, so quantize a copy of one."""
     for name in smoothing.scales:
         sample = nn.Sequential(copy.deepcopy(model.get_submodule(name)))
         quantize_(sample, config)
         if is_quantized(sample[0]):
             if not hasattr(sample[0].weight, "act_pre_scale"):
                 raise QuantizationError(
-                    f"smoothquant=True does not go with {type(config).__name__}: "
-                    f"its {type(sample[0].weight).__name__} cannot scale the input of {name} at "
-                    "run time"
+                    f"smoothquant=True does not support {type(config).__name__}: its "
+                    f"{type(sample[0].weight).__name__} cannot scale the input of {name} at run "
+                    "time"
                 )
             return
 
 
 def _scale_inputs(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...]:
-    """Have the quantized weights scale the inputs of their layers; return the layers' names.
+    """Make quantized weights scale the inputs of their layers, and return the layers' names.
 
-    A layer that the configuration left as it is gets its old weight back.
+    Restore the weights of layers that the configuration did not quantize.
     """
     scaled = []
     factors = smoothing.factors
@@ -307,8 +313,8 @@ def _scale_inputs(model: nn.Module, smoothing: Smoothing) -> tuple[str, ...]:
     for name, factor in factors.items():
         layer: Any = model.get_submodule(name)
         if is_quantized(layer):
-            # In the weight's dtype: an FP32 factor would turn a BF16 input into FP32. Layers with a
-            # joint scale keep sharing one tensor, by which the fused backend knows them.
+            # In the weight's dtype, because an FP32 factor would turn a BF16 input into FP32.
+            # Layers with a joint scale must share one tensor: the fused backend compares identity.
             dtype = layer.weight.dtype
             layer.weight.act_pre_scale = cast.setdefault((id(factor), dtype), factor.to(dtype))
             scaled.append(name)

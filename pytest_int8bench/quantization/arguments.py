@@ -1,4 +1,4 @@
-"""The arguments of ``apply_int8_quant``, checked, and what follows from them."""
+"""Validated arguments of ``apply_int8_quant``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Arguments:
     """Settings for quantizing a model.
 
     Raises:
-        ValueError: for an argument that is wrong whatever the model is.
+        ValueError: for an argument that is invalid for every model.
     """
 
     mode: str
@@ -47,7 +47,9 @@ class Arguments:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
         if self.smoothquant and self.calibration is None:
-            raise ValueError("smoothquant=True needs calibration, an iterable of inputs; got None")
+            raise ValueError(
+                "with smoothquant=True, calibration must be an iterable of inputs, got None"
+            )
         if config is not None and not isinstance(config, AOBaseConfig | FqnToConfig):
             raise ValueError(
                 f"quant_config must be a torchao AOBaseConfig or FqnToConfig, got {config!r}"
@@ -59,22 +61,22 @@ class Arguments:
         config = self.quant_config
         if getattr(config, "act_quant_scale", None) is not None:
             raise ValueError(
-                f"smoothquant=True does not go with {type(config).__name__}: "
-                "its act_quant_scale is that of inputs before smoothing"
+                f"smoothquant=True does not support {type(config).__name__} with an "
+                "act_quant_scale, which was measured before smoothing"
             )
         if isinstance(config, FqnToConfig):
-            raise ValueError("smoothquant=True does not go with FqnToConfig")
+            raise ValueError("smoothquant=True does not support FqnToConfig")
         if config is None and not self.quantizer.choice.smoothquant:
-            raise ValueError(f"smoothquant=True does not go with mode {self.mode}")
+            raise ValueError(f"smoothquant=True does not support mode={self.mode}")
 
     @property
     def quantizer(self) -> Mode:
-        """The mode itself."""
+        """The mode named ``mode``."""
         return MODES[self.mode]
 
     @property
     def is_custom(self) -> bool:
-        """The user's configuration replaces the mode's."""
+        """True if the user's configuration replaces the mode's."""
         return self.quant_config is not None
 
     @property
@@ -84,7 +86,8 @@ class Arguments:
 
     @property
     def layer_problem(self) -> Callable[[nn.Linear], str | None] | None:
-        """Says why a layer cannot be quantized; None where the configuration has to know."""
+        """Function that returns why a layer cannot be quantized; None with a custom
+        configuration."""
         return None if self.is_custom else self.quantizer.layer_problem
 
     def config(self, model: nn.Module) -> Any:
@@ -92,7 +95,7 @@ class Arguments:
         return self.quant_config if self.is_custom else self.quantizer.configure(model)
 
     def check_device(self, device: torch.device) -> bool:
-        """Return whether layers are to run on the fused kernels where these fit.
+        """Return whether to run layers on the fused kernels where they fit.
 
         Raises:
             QuantizationError: if the mode or the backend does not run on the device.
@@ -106,5 +109,5 @@ class Arguments:
         if self.backend == "fused" and problem:
             raise QuantizationError(f"int8_backend=fused: {problem}")
         if fusing := self.backend != "torchao" and not problem:
-            dispatch.product_kernel(device)  # raises if the environment asks for one there is not
+            dispatch.product_kernel(device)  # raises if the environment names an unavailable kernel
         return fusing

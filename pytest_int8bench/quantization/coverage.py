@@ -1,4 +1,4 @@
-"""The linear layers of a model, and what became of them when it was quantized."""
+"""Records of which linear layers of a model were quantized, and why the others were not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer and what became of it."""
+    """The outcome of quantizing one linear layer."""
 
     name: str
     parameters: int
@@ -17,45 +17,45 @@ class Layer:
     reason: str | None = None
     """Why the layer was left out; None if it was converted."""
     fused: bool = False
-    """It runs on the fused kernels, not on torchao's."""
+    """True if the layer runs on the fused kernels, False if on torchao's."""
     fallback: str | None = None
-    """Why a converted layer does not, where it was to."""
+    """Why a converted layer runs on torchao's kernels although the fused ones were requested."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Summary of what :func:`apply_int8_quant` did to a model."""
+    """Summary of what :func:`apply_int8_quant` converted in a model."""
 
     mode: str
-    """Name of the mode, or ``custom`` for a configuration of the user's."""
+    """Name of the mode, or ``custom`` for the user's own configuration."""
     layers: tuple[Layer, ...]
     """Every linear layer of the model, in order."""
     total_parameters: int
-    """All parameters of the model, outside linear layers too."""
+    """Number of parameters of the whole model, including those outside linear layers."""
     smoothed_runtime: tuple[str, ...] = ()
-    """SmoothQuant: the layers whose inputs are multiplied at run time."""
+    """Layers whose inputs SmoothQuant scales at run time."""
     precision: str = "INT8"
     """Storage precision of the converted weights."""
     unused: tuple[str, ...] = ()
-    """Converted layers that the forward which was measured did not use."""
+    """Converted layers that the measured forward did not use."""
     missed: dict[str, Any] = field(default_factory=dict)
-    """Attention and MLP layers of repeated blocks that were left out (``layers``), and how many
-    such layers there are (``of``)."""
+    """Attention and MLP layers of repeated blocks that were left out (``layers``), and the total
+    number of such layers (``of``)."""
     elsewhere: dict[str, Any] = field(default_factory=dict)
-    """Where most weights are if not in ``nn.Linear``: their ``share``, and by kind the number of
-    ``parameters`` and the ``layers``."""
+    """Set if most weights are outside ``nn.Linear``: their ``share`` of all weights, and
+    ``weights``, the number of ``parameters`` and the ``layers`` of each kind of module."""
     attention: dict[str, Any] = field(default_factory=dict)
-    """Where INT8 attention was asked for: how many calls run on INT8 queries and keys (``int8``),
+    """Set if INT8 attention was requested: how many calls run on INT8 queries and keys (``int8``),
     and how many were left to torch, by reason (``left_out``)."""
 
     @property
     def converted(self) -> tuple[Layer, ...]:
-        """The layers that are quantized now."""
+        """The quantized layers."""
         return tuple(layer for layer in self.layers if layer.reason is None)
 
     @property
     def left_out(self) -> tuple[Layer, ...]:
-        """The layers that are not, with reasons."""
+        """The layers that were not quantized, with reasons."""
         return tuple(layer for layer in self.layers if layer.reason is not None)
 
     @property
@@ -70,7 +70,7 @@ class Coverage:
 
     @property
     def backend(self) -> str:
-        """``fused`` if a layer runs on the fused kernels, else ``torchao``."""
+        """``fused`` if any layer runs on the fused kernels, else ``torchao``."""
         return "fused" if self.fused else "torchao"
 
     def __str__(self) -> str:
@@ -84,14 +84,15 @@ class Coverage:
             text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
         if self.fused:
             text += f"; {len(self.fused)} on fused kernels"
-        if falls := Counter(layer.fallback for layer in self.converted if layer.fallback):
-            text += "; on torchao's: " + ", ".join(f"{n} {reason}" for reason, n in falls.items())
+        if reasons := Counter(layer.fallback for layer in self.converted if layer.fallback):
+            listed = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+            text += f"; on torchao kernels: {listed}"
         if self.smoothed_runtime:
             text += f"; SmoothQuant: {len(self.smoothed_runtime)} layers scaled at run time"
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the coverage as JSON-serializable values."""
         return {
             "mode": self.mode,
             "converted_layers": len(self.converted),
@@ -101,7 +102,7 @@ class Coverage:
             "left_out": {layer.name: layer.reason for layer in self.left_out},
             "fused_layers": len(self.fused),
             "fallbacks": {layer.name: layer.fallback for layer in self.converted if layer.fallback},
-            "smoothed_folded": {},  # of schema 1; norm -> layers in older files
+            "smoothed_folded": {},  # part of schema 1: norm -> layers in older files
             "smoothed_runtime": list(self.smoothed_runtime),
             **({"unused": list(self.unused)} if self.unused else {}),
             **({"missed": self.missed} if self.missed else {}),

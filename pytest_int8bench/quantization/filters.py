@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Inputs: TypeAlias = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
-# Names that say what a layer is for. Those of a repeated block need none.
+# Common names of attention and MLP layers. In a repeated block, other names match as well.
 _ATTENTION = re.compile(
     r"(q|k|v|o|qkv|kv|qk|(q|k|v|o|out)_proj(_\w+)?|proj|out|to_q|to_k|to_v|to_out|to_qkv"
     r"|to_kv|(query|key|value)(_proj)?|query_key_value|q_lin|k_lin|v_lin|out_lin|in_proj|c_attn"
@@ -49,46 +49,47 @@ _ADAPTER = re.compile(r"(\w*_)?(lora|loha|lokr|dora|ia3|vera|adalora)(_\w*)?", r
 _ROUTER = re.compile(r"(\w+_)?(routers?|routing)(_\w+)?", re.IGNORECASE)
 _GATE = re.compile(r"(\w+_)?(gates?|gating\w*)(_(linear|layer|net(work)?|fc))?|wg", re.IGNORECASE)
 _WRAPPED = re.compile(r"linear|lin|base_layer|module|inner|wrapped|_\w+|original_\w+|fn")
-# What stands beside attention and MLP: between stages, tables of positions, the condition of a
-# diffusion model, and the decisions of a detector.
-_BESIDE = re.compile(
+# Layers beside attention and MLP: downsampling between stages, position biases, conditioning of
+# diffusion models, and outputs of detectors.
+_AUXILIARY = re.compile(
     r"(down|up)_?sampl\w*|\w*merging\w*|reduction|pool(ing)?|proj_[lw]|cpb_mlp|pos_proj|rel_?pos(_\w+)?"
     r"|\w*(position|pos)_bias\w*|ada(_?(ln|norm|in|group|layer|rms)\w*)?|(\w+_)?time_emb\w*|\w*hypernet\w*|\w*bbox\w*"
     r"|\w*confidence\w*|reg_\w+",
     re.IGNORECASE,
 )
 _CONDITION = re.compile(r"(\w+_)?mod(ulation)?", re.IGNORECASE)
-#: Part of its inputs under which a layer of unknown name has so few outputs, or the reverse, that
-#: it is a gate, a bias or a factor rather than attention or MLP.
+#: If one side of a layer of unknown name is at least this many times wider than the other, it is a
+#: gate, a bias or a factor rather than attention or MLP.
 _NARROW = 16
 
 
 def is_transformer_linear(module: nn.Module, name: str) -> bool:
-    """The default filter: attention projections and MLP layers of a transformer.
+    """Return whether a module is an attention projection or MLP layer of a transformer. This is the
+    default filter.
 
-    In a repeated block, such as ``layers.3``, it takes linear layers under any name; elsewhere it
-    goes by the usual names. Embeddings, norms, heads, classifiers, poolers, routers, gates and
-    low-rank adapters stay as they are. While :func:`apply_int8_quant` runs, it also sees the model
-    around the layer, and so recognizes blocks, routers and adapters whatever they are called.
+    In a repeated block, such as ``layers.3``, it selects linear layers of any name; elsewhere it
+    requires a usual name. It does not select embeddings, norms, heads, classifiers, poolers,
+    routers, gates or low-rank adapters. While :func:`apply_int8_quant` runs, it also inspects the
+    model around the layer, and recognizes blocks, routers and adapters of any name.
 
     Args:
         module: any module of the model.
         name: its dotted name, as in ``model.named_modules()``.
     """
-    return isinstance(module, nn.Linear) and _Place(module, name, current()).is_taken
+    return isinstance(module, nn.Linear) and _Place(module, name, current()).is_selected
 
 
 def is_missed(module: nn.Linear, name: str, structure: Structure) -> bool:
-    """Say whether a layer is missed if it is not quantized: it is of the attention or the MLP of a
-    repeated block, or cannot be told from them."""
+    """Return whether to report a layer that was not quantized: it belongs to the attention or the
+    MLP of a repeated block, or cannot be distinguished from them."""
     place = _Place(module, name, structure)
-    if place.block is None or place.is_other:
+    if place.block is None or place.is_excluded:
         return False
-    return place.is_taken or not place.is_beside
+    return place.is_selected or not place.is_auxiliary
 
 
 class _Place:
-    """A linear layer, and where in its model it stands."""
+    """A linear layer and its position in the model."""
 
     def __init__(self, layer: nn.Linear, name: str, structure: Structure | None) -> None:
         self.layer, self.name, self.structure = layer, name, structure
@@ -100,27 +101,26 @@ class _Place:
         self.block = self._find_block()
 
     @property
-    def is_taken(self) -> bool:
-        if self.is_other:
+    def is_selected(self) -> bool:
+        if self.is_excluded:
             return False
-        if self._is_known:
+        if self._has_known_name:
             return True
         placed = self.block is not None or self._is_in_attention
-        return placed and not self.is_beside and not self._is_narrow
+        return placed and not self.is_auxiliary and not self._is_narrow
 
     @property
-    def is_other(self) -> bool:
-        """It is neither attention nor MLP by its name, its size or its neighbours."""
+    def is_excluded(self) -> bool:
+        """True if its name, size or neighbors show that it is neither attention nor MLP."""
         return (
             any(_ADAPTER.fullmatch(part) for part in self.path)
             or self._is_gate
-            or self._is_kept
+            or self._is_in_norm_head_or_embedding
             or (self.structure is not None and self.structure.is_adapter(self.layer, self.name))
         )
 
     @property
-    def _is_known(self) -> bool:
-        """Its name is one that attention or MLP layers usually have."""
+    def _has_known_name(self) -> bool:
         return bool(
             _ATTENTION.fullmatch(self.leaf)
             or _MLP.fullmatch(self.leaf)
@@ -153,17 +153,17 @@ class _Place:
         return self.structure is None or not self.structure.is_gated_unit(self.layer, holder)
 
     @property
-    def _is_kept(self) -> bool:
-        """It is of a norm, a head or an embedding, and not of a block inside of one."""
+    def _is_in_norm_head_or_embedding(self) -> bool:
+        """True if it belongs to a norm, a head or an embedding, but not to a block inside one."""
         start = 0
         if self.block is not None:
             start = self.block + is_numbered(self.path[self.block])
-        if any(self._keeps(index) for index in range(start, len(self.path))):
+        if any(self._is_norm_head_or_embedding(index) for index in range(start, len(self.path))):
             return True
-        holders = [index for index in range(start) if self._keeps(index)]
+        holders = [index for index in range(start) if self._is_norm_head_or_embedding(index)]
         return bool(holders) and not self._is_transformer_block(holders)
 
-    def _keeps(self, index: int) -> bool:
+    def _is_norm_head_or_embedding(self, index: int) -> bool:
         part = self.path[index]
         if _HEAD.fullmatch(part):
             return True
@@ -174,7 +174,8 @@ class _Place:
         return self.structure is None or not self.structure.is_batch_normed(self._prefix(index))
 
     def _attends_below(self, index: int) -> bool:
-        """Return whether the layer is in a block of an embedding that is itself a network."""
+        """Return whether part ``index`` of the name is a network and the layer is in a block of
+        it."""
         below = self.path[index + 1 : -1]
         if self.structure is not None and not self.structure.attends(self._prefix(index)):
             return False
@@ -193,13 +194,13 @@ class _Place:
         return holders[-1] < self.block - 1 and self.structure.is_normed_mlp(prefix)
 
     @property
-    def is_beside(self) -> bool:
-        """It stands between blocks, or in a block beside its attention and MLP."""
+    def is_auxiliary(self) -> bool:
+        """True if it is between blocks, or in a block but outside its attention and MLP."""
         block = self.block or 0
         if any(_CONDITION.fullmatch(part) for part in self.path[block:]):
             factor, rest = divmod(self.layer.out_features, self.layer.in_features)
             return factor > 1 and not rest
-        places = [i for i in range(len(self.path)) if _BESIDE.fullmatch(self.path[i])]
+        places = [i for i in range(len(self.path)) if _AUXILIARY.fullmatch(self.path[i])]
         if self.block is not None:
             places = [i for i in places if i >= self.block - 1]
             if self.structure is not None and self.structure.is_stage(self._prefix(self.block)):
@@ -214,7 +215,7 @@ class _Place:
         return min(size) * _NARROW <= max(size)
 
     def _find_block(self) -> int | None:
-        """Return where in the name the innermost repeated block stands."""
+        """Return the index in ``path`` of the innermost repeated block."""
         for index in reversed(range(len(self.path) - 1)):
             if self.structure is not None:
                 if self.structure.is_block(self._prefix(index)):
@@ -229,5 +230,5 @@ class _Place:
         return ".".join(self.path[: index + 1])
 
 
-#: Whether to quantize a module, given it and its name.
+#: Function of a module and its name that returns whether to quantize the module.
 FilterFn: TypeAlias = "Callable[[torch.nn.Module, str], bool]"

@@ -1,5 +1,5 @@
-"""What a reader would miss among the converted layers: attention and MLP layers of repeated
-blocks, and weights that are not in ``nn.Linear``."""
+"""Find weights that a user would expect to be quantized but that are not: attention and MLP layers
+of repeated blocks, and weights outside ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_int8bench.quantization.filters import is_missed
 from pytest_int8bench.quantization.structure import Structure, above
 from pytest_int8bench.words import plural
 
-#: Part of a model's weights outside nn.Linear from which on the reader is told.
+#: Report weights outside nn.Linear if they exceed this share of all weights.
 _MOST = 0.5
 # Parameters of two or more dimensions that no matmul reads.
 _TABLE = re.compile(
@@ -31,17 +31,17 @@ class Expected:
     layers: tuple[str, ...]
     """Attention and MLP layers of repeated blocks."""
     elsewhere: dict[str, Any]
-    """Most of the weights, where they are not in ``nn.Linear``; else empty."""
+    """The result of :func:`weights_elsewhere`."""
 
     def missed(self, left_out: Iterable[str]) -> dict[str, Any]:
-        """Return which of the layers were left out, and of how many; empty if none was."""
+        """Return :attr:`.Coverage.missed`, given the names of all layers that were left out."""
         left = set(left_out)
         missed = [name for name in self.layers if name in left]
         return {"layers": missed, "of": len(self.layers)} if missed else {}
 
 
 def expected(model: nn.Module) -> Expected:
-    """Return which layers a reader expects to be converted, before they are."""
+    """Return which layers a user expects to be converted. ``model`` is not quantized yet."""
     structure = Structure(model)
     layers = []
     for name, module in model.named_modules():
@@ -54,9 +54,10 @@ def expected(model: nn.Module) -> Expected:
 
 
 def weights_elsewhere(model: nn.Module) -> dict[str, Any]:
-    """Return where most weights of a model are if not in ``nn.Linear``, else an empty dictionary.
+    """Return :attr:`.Coverage.elsewhere`; empty if most weights are in ``nn.Linear``.
 
-    Weights are what matmuls and convolutions read: no embeddings, norms or biases.
+    Only parameters that matmuls and convolutions read count as weights: not embeddings, norms or
+    biases.
     """
     linear = 0
     kinds: dict[str, dict[str, Any]] = {}
@@ -81,8 +82,8 @@ def weights_elsewhere(model: nn.Module) -> dict[str, Any]:
 
 
 def hidden_matmuls(model: nn.Module) -> str:
-    """Return where the weights of matmuls are if most are not in ``nn.Linear``, such as
-    ``Conv1D (48 modules: h.0.attn.c_attn …)``; empty if there are none."""
+    """Return which modules other than ``nn.Linear`` hold matmul weights, such as
+    ``Conv1D (48 modules: h.0.attn.c_attn …)``; empty if most weights are in ``nn.Linear``."""
     return ", ".join(
         f"{kind} ({plural(len(found['layers']), 'module')}: {found['layers'][0]} …)"
         for kind, found in weights_elsewhere(model).get("weights", {}).items()
@@ -91,7 +92,7 @@ def hidden_matmuls(model: nn.Module) -> str:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's own weights, and what to call their kind."""
+    """Yield the name of the kind and the parameter for each of a module's own weights."""
     if isinstance(module, _LOOKED_UP):
         return
     kind = type(module).__name__

@@ -1,4 +1,4 @@
-"""Replace TorchAO's quantized layers by layers of plain tensors that our kernels take."""
+"""Replace TorchAO's quantized layers with layers of plain tensors for our kernels."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pytest_int8bench.kernels.linear import Quantized, WeightOnlyLinear, replace
 from pytest_int8bench.quantization.coverage import Layer
 from pytest_int8bench.quantization.weights import DequantizedInt8Weight, Int8Weight, set_weight
 
-# The weights of layers that can be lowered: TorchAO's, and ours with its tensors.
+# Types of weights whose layers can be lowered: TorchAO's, and our subclass of it.
 _INT8 = (Int8Tensor, Int8Weight)
 
 
 def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
-    """Replace the converted layers that torchao quantized as the fused kernels need it.
+    """Move converted layers to the fused kernels where torchao quantized them in a supported way.
 
     Args:
-        model: quantized; changed in place.
+        model: a quantized model, changed in place.
         layers: its linear layers.
 
     Returns:
-        The layers, with what runs them.
+        The layers, with ``fused`` or ``fallback`` set for each converted one.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     plain: dict[str, Quantized] = {}
-    told = []
+    updated = []
     for layer in layers:
         if layer.reason is None:
             module: Any = modules[layer.name]
@@ -40,21 +40,20 @@ def lower(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
             else:
                 plain[layer.name] = tensors
                 layer = dataclasses.replace(layer, fused=True)
-        told.append(layer)
+        updated.append(layer)
     replace_linears(model, plain)
-    return told
+    return updated
 
 
 def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
-    """Have the converted layers of a model quantized to W8 dequantize their weights, as whole
-    tensors, before the product.
+    """Make the converted layers of a W8 model dequantize their whole weight before the matmul.
 
-    They become :class:`WeightOnlyLinear`: around a tensor subclass, as torchao's weight is,
-    repeated blocks cannot compile once, and each call of a compiled model costs the host some 20 us
-    a layer. Those that cannot be replaced get a :class:`DequantizedInt8Weight`.
+    They become :class:`WeightOnlyLinear`. With tensor subclasses such as torchao's weights,
+    repeated blocks cannot be compiled once, and each call of a compiled model costs the host about
+    20 us per layer. Layers that cannot be replaced get a :class:`DequantizedInt8Weight`.
 
     Args:
-        model: quantized; changed in place.
+        model: a quantized model, changed in place.
         layers: its linear layers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -72,19 +71,19 @@ def dequantize(model: nn.Module, layers: Iterable[Layer]) -> None:
 
 
 def is_converted_on_cuda(model: nn.Module, layer: Layer) -> bool:
-    if layer.reason is not None:  # it may be no module, but a part of nn.MultiheadAttention
+    if layer.reason is not None:  # in_proj of nn.MultiheadAttention is not a module
         return False
     module: Any = model.get_submodule(layer.name)
     return bool(module.weight.device.type == "cuda")
 
 
 def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    """Return why a linear layer cannot be replaced by another module, or None."""
+    """Return why a linear layer cannot be replaced by another module, or None if it can."""
     module = modules[name]
     if not name:
         return "type: the model itself, which cannot be replaced in place"
     if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
-        return f"type: {type(module).__name__} has a forward of its own"
+        return f"type: {type(module).__name__} has its own forward"
     if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
         return "type: inside nn.TransformerEncoderLayer"
     if "bias" not in module._parameters:
@@ -97,7 +96,7 @@ def reason_to_keep(modules: Mapping[str, nn.Module], name: str) -> str | None:
 
 
 def _activation_problem(weight: Any) -> str | None:
-    """Return why the fused kernels cannot quantize the input of a layer, or None."""
+    """Return why the fused kernels cannot quantize the input of a layer, or None if they can."""
     if type(weight) not in _INT8:
         return f"weight: {type(weight).__name__}"
     dynamic = weight.act_quant_kwargs
@@ -111,7 +110,7 @@ def _activation_problem(weight: Any) -> str | None:
 
 
 def _plain(module: Any) -> Quantized | str:
-    """Return the plain tensors of a layer, or why its weight cannot be told by them."""
+    """Return the plain tensors of a layer, or why they cannot represent its weight."""
     weight = module.weight
     if weight.scale.numel() != weight.shape[0]:
         return "weight: scale not per output channel"

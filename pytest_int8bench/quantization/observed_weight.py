@@ -12,11 +12,11 @@ from pytest_int8bench.kernels.weight import QuantizedWeight
 
 
 class ObservedWeight(QuantizedWeight, torch.Tensor):  # type: ignore[misc]
-    """Observe the inputs of exactly the matmuls that will run quantized. The weight itself is not
-    quantized, but has the interface of a quantized weight.
+    """Unquantized weight that observes the inputs of exactly the matmuls that will run quantized,
+    because it dispatches like a quantized weight.
 
     Args:
-        held: the weight.
+        held: the original weight.
         observe: called with the input of each matmul.
     """
 

@@ -1,4 +1,4 @@
-"""Roll back changes to a model."""
+"""Roll back changes to a model after an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Restore every module's class, attributes, parameters and submodules if the block raises.
-    In-place writes to tensors are not undone."""
+    This does not undo in-place writes to tensors."""
     before = [
         (
             module,

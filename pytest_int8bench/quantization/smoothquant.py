@@ -2,10 +2,10 @@
 
 A linear layer computes ``x @ W.T``. Dividing input feature ``j`` of ``x`` by ``s[j]`` and
 multiplying column ``j`` of ``W`` by ``s[j]`` leaves the output unchanged, but makes ``x`` easier to
-round to INT8. The division runs with the model, as part of the kernel that rounds ``x``.
+round to INT8. The division happens at run time, in the kernel that quantizes ``x``.
 
 The scales are powers of two, so that scaling rounds neither weights nor activations: in BF16 and
-FP32 the smoothed model computes the same numbers as before. Compared with unrounded scales this
+FP32 the smoothed model computes the same numbers as before. Compared with unrounded scales, this
 costs 0.2 dB of 43 dB in W8A8 and nothing in W8 (SQNR of two BF16 blocks with outliers, against
 FP32; without SmoothQuant 27 dB and 41 dB).
 """
@@ -28,34 +28,34 @@ from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.quantization.observed_weight import ObservedWeight
 from pytest_int8bench.tensors import deep_copy
 
-#: Scales lie between 2 to the power of minus this and of this. They stay clear of where a scaled
-#: weight would leave BF16's range.
+#: Scales are between 2**-MAX_EXPONENT and 2**MAX_EXPONENT, so that scaled weights stay in BF16's
+#: range.
 MAX_EXPONENT = 16
-#: What smaller weights count as, as in the paper's code.
+#: Lower limit for the largest weight of a feature, as in the paper's code.
 MIN_WEIGHT = 1e-5
 _FP32_EXPONENT_BIAS, _FP32_MANTISSA_BITS = 127, 23
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """A plan to smooth a model, which is not changed before :meth:`apply`."""
+    """A plan to smooth a model. The model does not change until :meth:`apply`."""
 
     scales: Mapping[str, torch.Tensor]
-    """Layer -> ``s`` (in_features,), FP32, on the layer's device. Layers with a joint scale have
-    the same tensor."""
+    """Layer -> ``s`` (in_features,), FP32, on the layer's device. Layers with a joint scale share
+    one tensor."""
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:
-        """Layer -> ``1 / s`` (in_features,), to multiply its input by at run time. Layers with a
-        joint scale have the same tensor."""
+        """Layer -> ``1 / s`` (in_features,), by which to multiply the layer's input at run time.
+        Layers with a joint scale share one tensor."""
         inverses = {id(scale): 1 / scale for scale in self.scales.values()}
         return {name: inverses[id(scale)] for name, scale in self.scales.items()}
 
     def apply(self, model: nn.Module) -> None:
-        """Scale the weights up. From then on the layers need their inputs scaled.
+        """Multiply the weights by the scales. The layers then require scaled inputs.
 
-        Parameters are replaced, not written to: what shares them with this model keeps its
-        values.
+        This replaces parameters and does not write to them, so other modules that share them keep
+        their values.
         """
         for name, scale in self.scales.items():
             multiply_weight(model.get_submodule(name), scale)
@@ -72,48 +72,47 @@ def plan_smoothing(
     """Run ``model`` on ``calibration`` and return how to smooth the linear layers ``chosen``.
 
     Per input feature ``s = max|X| ** alpha / max|W| ** (1 - alpha)`` (equation 4 of the paper),
-    rounded to a power of two, and 1 where the inputs are zero throughout. Only one maximum per
-    feature is kept of the inputs, whatever their number, length and layout.
+    rounded to a power of two, and 1 if the feature is always zero. Memory does not grow with the
+    calibration data: only the maximum of each feature is kept.
 
     Layers of one parent module that always read the same tensors, such as q, k and v, get a joint
-    scale, by the largest of their weights: with one factor, their input is quantized once, and the
-    fused kernels multiply it with all their weights at once.
+    scale, computed from the largest of their weights. Their input is then quantized only once, and
+    the fused kernels multiply it with all their weights in one matmul.
 
     Args:
-        model: a model in ``eval`` mode. It is not changed, and no hooks stay on it, even if
+        model: a model in ``eval`` mode. It does not change, and its hooks are removed even if
             calibration raises.
         chosen: names of ``nn.Linear`` modules.
         calibration: inputs of the model.
         call: ``call(model, inputs)`` runs the model on one of them.
-        alpha: from 0 (only the weights are evened out) to 1 (only the activations are).
+        alpha: from 0 (even out only the weights) to 1 (even out only the activations).
 
     Raises:
-        QuantizationError: if a layer never ran, or had NaN or infinity in its input.
+        QuantizationError: if a layer never ran, or its input contained NaN or infinity.
     """
     layers = {name: module for name, module in model.named_modules() if name in chosen}
     return _plan(layers, _watched(model, layers, calibration, call), alpha)
 
 
 def multiply_weight(layer: nn.Module, factor: torch.Tensor) -> None:
-    """Replace the weight of ``layer`` by its product with ``factor`` (in_features,), in its own
-    dtype."""
+    """Multiply the columns of the weight of ``layer`` by ``factor`` (in_features,), in the weight's
+    dtype. The weight is replaced, not written to."""
     weight: Any = layer.weight
-    product = (weight.detach() * factor.to(weight.dtype)).contiguous()
-    layer.weight = nn.Parameter(product, requires_grad=weight.requires_grad)
+    scaled = (weight.detach() * factor.to(weight.dtype)).contiguous()
+    layer.weight = nn.Parameter(scaled, requires_grad=weight.requires_grad)
 
 
 class _Inputs:
     """Statistics of layer inputs."""
 
-    def __init__(self, numbers: Callable[[torch.Tensor], int]) -> None:
+    def __init__(self, number: Callable[[torch.Tensor], int]) -> None:
         self.peaks: dict[str, torch.Tensor] = {}
         """Layer -> largest absolute input (in_features,), FP32."""
         self.tensors: dict[str, list[int]] = {}
-        """Layer -> the numbers of the tensors it read, in order."""
-        self._number = numbers
+        """Layer -> numbers that identify the tensors it read, in order."""
+        self._number = number
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Record an input of a layer."""
         if x.numel() == 0:
             return
         self.tensors.setdefault(name, []).append(self._number(x))
@@ -123,12 +122,12 @@ class _Inputs:
 
 
 class _Watch(TorchFunctionMode):
-    """Records what layers' weights are multiplied by, by the layer or by other code, and what a
-    layer is called with that multiplies in another way."""
+    """Record the inputs of all matmuls with the layers' weights, also outside the layers, and the
+    inputs of calls of layers whose matmuls it cannot observe."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        # Not by id(), which Python reuses, and without keeping the tensors alive.
+        # Identify tensors without id(), which Python reuses, and without keeping them alive.
         numbers, count = WeakTensorKeyDictionary(), itertools.count()
 
         def number(x: torch.Tensor) -> int:
@@ -137,7 +136,7 @@ class _Watch(TorchFunctionMode):
 
         self._matmuls, self._calls = _Inputs(number), _Inputs(number)
         weights = [id(layer.weight) for layer in layers.values()]
-        # Which layer multiplies by a weight that two share, only a call of it tells.
+        # Exclude shared weights: only a call shows which of the layers multiplies by the weight.
         self._own: dict[str, Any] = {
             name: layer
             for (name, layer), weight in zip(layers.items(), weights, strict=True)
@@ -146,7 +145,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def observed_weights(self) -> Iterator[None]:
-        """Replace the weights of the layers by ones that record what they are multiplied by."""
+        """Replace the layers' weights by weights that record the inputs of their matmuls."""
         weights = {name: layer.weight for name, layer in self._own.items()}
         try:
             for name, weight in weights.items():
@@ -158,7 +157,7 @@ class _Watch(TorchFunctionMode):
                 self._own[name].weight = weight
 
     def before_layer(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
-        """Record the call of a layer; a forward pre-hook."""
+        """Record the input of a layer. This is a forward pre-hook."""
         self._calls.add(name, args[0] if args else kwargs["input"])
 
     def __torch_function__(
@@ -169,20 +168,21 @@ class _Watch(TorchFunctionMode):
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             weight: Any = given["weight"]
             if isinstance(weight, ObservedWeight):
-                # Here and not in the weight, where autocast has made another tensor of the input.
+                # Observe here: when autocast reaches the weight, it has cast the input to a new
+                # tensor.
                 weight.observe(given["input"])
                 return func(**{**given, "weight": weight.held})
         return func(*args, **kwargs)
 
     def peak(self, name: str) -> torch.Tensor | None:
         """Return the largest absolute input (in_features,) of a layer; None if it never ran."""
-        return self._seen(name).peaks.get(name)
+        return self._inputs_of(name).peaks.get(name)
 
     def tensors(self, name: str) -> tuple[int, ...]:
-        """Return the numbers of the tensors that a layer read, in order."""
-        return tuple(self._seen(name).tensors[name])
+        """Return numbers that identify the tensors that a layer read, in order."""
+        return tuple(self._inputs_of(name).tensors[name])
 
-    def _seen(self, name: str) -> _Inputs:
+    def _inputs_of(self, name: str) -> _Inputs:
         return self._matmuls if name in self._matmuls.peaks else self._calls
 
 
@@ -192,14 +192,14 @@ def _watched(
     calibration: Iterable[Any],
     call: Callable[[nn.Module, Any], Any],
 ) -> _Watch:
-    """Run ``model`` on ``calibration`` and return what went into ``layers``."""
+    """Run ``model`` on ``calibration`` and return the inputs of ``layers``."""
     watch = _Watch(layers)
     hooks = [
         module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
         for name, module in layers.items()
     ]
     try:
-        # Eager, even where the model compiles itself: compiled code may run without the hooks.
+        # Run eagerly even if the model compiles itself: compiled code may not call the hooks.
         with (
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
@@ -207,7 +207,7 @@ def _watched(
         ):
             for inputs in calibration:
                 with watch:
-                    call(model, deep_copy(inputs))  # batches may share tensors, and models write
+                    call(model, deep_copy(inputs))  # models may write to tensors that batches share
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,26 +215,28 @@ def _watched(
     peaks = {name: watch.peak(name) for name in layers}
     unseen = [name for name, peak in peaks.items() if peak is None]
     if unseen:
-        uncalled = ""
+        hint = ""
         if len(unseen) < len(layers):  # the calibration has data
-            uncalled = (
-                "; layers that no forward calls are to be left out with filter_fn or "
-                f"--int8-filter: {', '.join(unseen)}"
+            hint = (
+                "; if the model never calls them, exclude them with filter_fn or --int8-filter: "
+                f"{', '.join(unseen)}"
             )
         raise QuantizationError(
-            f"calibration never reached {len(unseen)} of {len(layers)} layers, "
-            f"{unseen[0]} first: it must have at least one batch that runs every layer{uncalled}"
+            f"calibration did not run {len(unseen)} of {len(layers)} layers (first: "
+            f"{unseen[0]}): it must have at least one batch that runs every layer{hint}"
         )
     for name, peak in peaks.items():
         if peak is not None and not peak.isfinite().all():
-            raise QuantizationError(f"calibration has NaN or infinity in the input of {name}")
+            raise QuantizationError(
+                f"during calibration, the input of {name} contains NaN or infinity"
+            )
     return watch
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value (features,) over all dimensions but the last, in FP32,
-    without a copy of ``x``; NaN where there is one."""
-    rows = x.detach().unsqueeze(0)  # or amax over no dimensions would take all
+    without copying ``x``. NaN propagates."""
+    rows = x.detach().unsqueeze(0)  # because amax over no dimensions reduces all
     dimensions = tuple(range(rows.dim() - 1))
     return torch.maximum(rows.amax(dimensions), -rows.amin(dimensions)).float()
 
@@ -254,13 +256,13 @@ def _plan(layers: Mapping[str, Any], watch: _Watch, alpha: float) -> Smoothing:
 
 
 def _scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    # A feature whose weights are all zero may have the largest outlier: it is scaled away.
+    # The clamp also scales away outliers of features whose weights are all zero.
     exponent = alpha * inputs.log2() - (1 - alpha) * weights.clamp(min=MIN_WEIGHT).log2()
     exponent = (
         exponent.where((inputs > 0) & weights.isfinite(), 0)
         .round()
         .clamp(-MAX_EXPONENT, MAX_EXPONENT)
     )
-    # Written as bits: exp2 need not be exact.
+    # Build the bits of a power of two: exp2 may not be exact.
     bits = (exponent.to(torch.int32) + _FP32_EXPONENT_BIAS) << _FP32_MANTISSA_BITS
     return bits.view(torch.float32)

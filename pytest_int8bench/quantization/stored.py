@@ -1,4 +1,4 @@
-"""Find the tensors that store a linear layer's weight, whatever its type."""
+"""Find the plain tensors that store the weight of a linear layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the context of a linear layer in its model: repeated blocks, experts, adapters."""
+"""Recognize repeated blocks, experts and adapters around the linear layers of a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NUMBERED = re.compile(r"\d+|(\w+_)?(block|layer|stage)s?_?\d+")
 _ATTENTION = re.compile(r"\w*(attn|attention)\w*", re.IGNORECASE)
 _NORM = re.compile(r"\w*norm\w*", re.IGNORECASE)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-#: How many modules above a linear layer may hold the experts that it routes to, or the layer that
-#: it adapts.
+#: How many levels above a linear layer to look for the experts that it routes to, or for the layer
+#: that it adapts.
 _REACH = 3
-#: More linear layers than a layer with its adapters has.
+#: The largest number of linear layers in a module that holds a layer with its adapters.
 _MANY = 64
 
 
@@ -44,24 +44,25 @@ class Structure:
                 self._stages.update(above(name))
 
     def attends(self, name: str) -> bool:
-        """Return whether a module is an attention, or holds one."""
+        """Return whether a module is or contains an attention module."""
         return name in self._attending
 
     def is_normed_mlp(self, name: str) -> bool:
-        """Return whether a module holds a norm and several linear layers."""
+        """Return whether a module contains a norm and several linear layers."""
         return name in self._normed and self._linears[name] > 1
 
     def is_batch_normed(self, name: str) -> bool:
-        """Return whether a module is a layer with the batch norm of its outputs."""
+        """Return whether a module pairs a layer with a batch norm of its outputs."""
         parts = self._modules[name].children()
         return any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in parts)
 
     def is_stage(self, name: str) -> bool:
-        """Return whether a module holds repeated blocks itself, as the stages of a pyramid do."""
+        """Return whether a module contains repeated blocks, such as a stage of a pyramid."""
         return name in self._stages
 
     def is_block(self, name: str) -> bool:
-        """Return whether a module is one of several alike, or numbered, and holds linear layers."""
+        """Return whether a module is a repeated block: it contains linear layers, and is numbered
+        or has siblings of the same class."""
         if name not in self._blocks:
             self._blocks[name] = self._is_block(name)
         return self._blocks[name]
@@ -80,26 +81,26 @@ class Structure:
         return sum(type(sibling) is kind for sibling in self._modules[parent].children()) > 1
 
     def is_router(self, layer: nn.Linear, name: str) -> bool:
-        """Return whether a linear layer has one output for each of the experts beside it."""
+        """Return whether a linear layer has one output per expert near it."""
         count = layer.out_features
-        if any(part.in_features == count for part in self._beside(layer, name)):
+        if any(part.in_features == count for part in self._sibling_linears(layer, name)):
             return False  # the first layer of an MLP
         below: nn.Module = layer
         for holder_name in above(name)[:_REACH]:
             holder = self._modules[holder_name]
-            if not isinstance(holder, nn.ModuleList):  # whose items are not experts of each other
+            if not isinstance(holder, nn.ModuleList):  # its items do not route to each other
                 held = [child for child in holder.children() if child is not below]
                 counts = [_expert_counts(child, layer.in_features) for child in held]
                 counts.append(_stacked_counts(holder, layer.in_features))
                 if any(count in found for found in counts):
                     return True
-            if self._linears[holder_name] > 1:  # then it is a part of its own beside the experts
+            if self._linears[holder_name] > 1:  # not just a wrapper of the router
                 return False
             below = holder
         return False
 
     def is_adapter(self, layer: nn.Linear, name: str) -> bool:
-        """Return whether a linear layer is half of a low-rank pair beside a layer of full size."""
+        """Return whether a linear layer is half of a low-rank pair next to a full-size layer."""
         for holder_name in above(name)[:_REACH]:
             if not 3 <= self._linears[holder_name] <= _MANY:
                 continue
@@ -113,8 +114,8 @@ class Structure:
         return False
 
     def is_gated_unit(self, layer: nn.Linear, holder: str) -> bool:
-        """Return whether a linear layer is the gate of the MLP that holds it: the MLP has a twin of
-        its size, and a layer that goes back."""
+        """Return whether a linear layer is the gate of the MLP that holds it: the MLP has another
+        layer of its size, and one that projects back."""
         size = (layer.in_features, layer.out_features)
         sizes = [
             (part.in_features, part.out_features)
@@ -123,13 +124,13 @@ class Structure:
         ]
         return size[0] != size[1] and size in sizes and size[::-1] in sizes
 
-    def _beside(self, layer: nn.Linear, name: str) -> list[nn.Linear]:
+    def _sibling_linears(self, layer: nn.Linear, name: str) -> list[nn.Linear]:
         parts = self._modules[name.rpartition(".")[0]].children()
         return [part for part in parts if isinstance(part, nn.Linear) and part is not layer]
 
 
 def above(name: str) -> list[str]:
-    """Return the names of the modules that hold a module, the closest first."""
+    """Return the names of all ancestors of a module, the closest first."""
     names = []
     while name:
         name = name.rpartition(".")[0]
@@ -138,7 +139,7 @@ def above(name: str) -> list[str]:
 
 
 def is_numbered(part: str) -> bool:
-    """Return whether a part of a dotted name counts: ``3``, ``block3`` or ``encoder_layer_3``."""
+    """Return whether a part of a dotted name is numbered: ``3``, ``block3``, ``layer_3``."""
     return _NUMBERED.fullmatch(part) is not None
 
 
@@ -147,7 +148,7 @@ _current: ContextVar[Structure | None] = ContextVar("structure", default=None)
 
 @contextmanager
 def within(model: nn.Module) -> Iterator[Structure]:
-    """Let filters that are asked in here know the model that the modules belong to."""
+    """Let filters that are called in this context see the structure of ``model``."""
     structure = Structure(model)
     token = _current.set(structure)
     try:
@@ -157,12 +158,12 @@ def within(model: nn.Module) -> Iterator[Structure]:
 
 
 def current() -> Structure | None:
-    """Return the structure of the model that a filter is asked about, None if it is not known."""
+    """Return the structure of the current model, or None outside :func:`within`."""
     return _current.get()
 
 
 def _expert_counts(module: nn.Module, width: int) -> set[int]:
-    """Return how many experts of ``width`` inputs a module holds, by each way of holding them."""
+    """Return the numbers of experts with ``width`` inputs in a module, stacked or as a list."""
     counts = _stacked_counts(module, width)
     for held in (module, *module.children()):
         if isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) > 1:
@@ -177,13 +178,13 @@ def _expert_counts(module: nn.Module, width: int) -> set[int]:
 
 
 def _stacked_counts(module: nn.Module, width: int) -> set[int]:
-    """Return the first dimensions of a module's own 3-D weights, one expert an entry."""
+    """Return the first dimensions of a module's own 3-D weights, one entry per expert."""
     own = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3]
     return {shape[0] for shape in own if width in shape[1:] and 1 not in shape}
 
 
 def _is_adapted(base: nn.Linear, parts: list[nn.Linear]) -> bool:
-    """Return whether all other layers are low-rank pairs with the inputs and outputs of
+    """Return whether all other layers are low-rank pairs with the same inputs and outputs as
     ``base``."""
     limit = min(base.in_features, base.out_features) // 2
     into = out = 0

@@ -1,4 +1,4 @@
-"""TorchAO's quantized weights, such that any code can read them."""
+"""Subclasses of TorchAO's quantized weights that any code can read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pytest_int8bench.kernels.weight import DTYPES, QuantizedWeight
 
 
 class _TorchAOWeight(QuantizedWeight):
-    """Mixed into a subclass of a weight type of TorchAO."""
+    """Mixin for subclasses of TorchAO's weight types."""
 
     torchao: Any
-    """The type that is extended. It knows the quantized matmul, and nothing else is left to it."""
+    """TorchAO's type, used only for the quantized matmul and to dequantize."""
 
     @property
     def factor(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -63,19 +63,18 @@ class _TorchAOWeight(QuantizedWeight):
 
 
 class Int8Weight(_TorchAOWeight, Int8Tensor):  # type: ignore[misc]
-    """INT8 weight (N, K) that TorchAO quantized and multiplies by."""
+    """INT8 weight (N, K), quantized and multiplied by TorchAO."""
 
     torchao = Int8Tensor
 
 
 class DequantizedInt8Weight(Int8Weight):
-    """INT8 weight whose matmul is dequantize, then the 16-bit matmul of the device's library, as
-    that of :class:`~pytest_int8bench.kernels.linear.WeightOnlyLinear`, for layers that cannot be
-    replaced by one.
+    """INT8 weight that is dequantized before the device library's 16-bit matmul.
 
-    TorchAO's own weight-only matmul is ``mm(x, w.to(bf16)) * scale``, which Inductor rewrites to
-    ``aten::_weight_int8pack_mm``; its CUDA kernel is naive, and took 252 ms for one
-    196608x768x768 matmul that cuBLAS does in 0.32 ms (H200, torch 2.11).
+    It does the same as :class:`~pytest_int8bench.kernels.linear.WeightOnlyLinear`, for layers that
+    cannot be replaced by one. TorchAO's own weight-only matmul is ``mm(x, w.to(bf16)) * scale``,
+    which Inductor rewrites to ``aten::_weight_int8pack_mm``. Its naive CUDA kernel took 252 ms for
+    one 196608x768x768 matmul that cuBLAS computes in 0.32 ms (H200, torch 2.11).
     """
 
     def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -85,7 +84,7 @@ class DequantizedInt8Weight(Int8Weight):
 
 
 class Float8Weight(_TorchAOWeight, Float8Tensor):  # type: ignore[misc]
-    """FP8 weight (N, K) that TorchAO quantized and multiplies by."""
+    """FP8 weight (N, K), quantized and multiplied by TorchAO."""
 
     torchao = Float8Tensor
 
@@ -96,19 +95,19 @@ torch.serialization.add_safe_globals([Int8Weight, DequantizedInt8Weight, Float8W
 
 
 def weight_of(layer: nn.Linear) -> torch.Tensor | None:
-    """Return the weight of a layer; None where the layer computes it when it is called, as after
-    ``weight_norm``, pruning and ``register_parametrization``."""
+    """Return the weight of a layer; None if the layer computes it on each call, as after
+    ``weight_norm``, pruning or ``register_parametrization``."""
     if isinstance(getattr(type(layer), "weight", None), property):
         return None
     return layer._parameters.get("weight")
 
 
 def weight_problem(layer: nn.Linear) -> str | None:
-    """Return why the weight of a layer that is not quantized cannot be, or None."""
+    """Return why the weight of an unquantized layer cannot be quantized, or None if it can."""
     weight = weight_of(layer)
     if weight is None:
         parts = [name for name, _ in layer.named_parameters() if "bias" not in name.split(".")]
-        return f"weight: computed when the layer is called ({', '.join(parts) or 'no parameter'})"
+        return f"weight: computed when the layer is called ({', '.join(parts) or 'no parameters'})"
     if type(weight) not in (torch.Tensor, nn.Parameter):
         return f"weight: {type(weight).__name__}"
     if weight.layout != torch.strided:
@@ -116,28 +115,29 @@ def weight_problem(layer: nn.Linear) -> str | None:
     if weight.dtype not in DTYPES:
         return f"dtype: {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
-        return f"shape: {layer.in_features}x{layer.out_features} holds no weights"
+        return f"shape: {layer.in_features}x{layer.out_features} has no weights"
     return None
 
 
 def _as(kind: Any, weight: Any) -> Any:
-    """Return the tensors of a weight as a weight of another type."""
+    """Return a weight of another type that holds the tensors of ``weight``."""
     names, context = weight.__tensor_flatten__()
     held = {name: getattr(weight, name) for name in names}
     return kind.__tensor_unflatten__(held, context, weight.shape, weight.stride())
 
 
 def make_readable(model: nn.Module) -> None:
-    """Replace the weights of linear layers that TorchAO quantized by ours, in place."""
+    """Replace TorchAO's weights of linear layers by our subclasses, in place."""
     for module in model.modules():
         if not isinstance(module, nn.Linear):
             continue
         weight = weight_of(module)
         if (kind := _OWN.get(type(weight))) is not None:
             set_weight(module, kind, weight)
-            vars(module).pop("extra_repr", None)  # TorchAO's, which cannot be pickled
+            vars(module).pop("extra_repr", None)  # set by TorchAO; cannot be pickled
 
 
 def set_weight(layer: Any, kind: Any, weight: Any) -> None:
-    """Give a layer the tensors of a weight as a weight of another type."""
+    """Set the weight of ``layer`` to a weight of another type that holds the tensors of
+    ``weight``."""
     layer.weight = nn.Parameter(_as(kind, weight), requires_grad=False)

@@ -88,7 +88,10 @@ def test_blocks_with_tensor_subclasses_are_left_out() -> None:
     assert repeated_blocks(model) == [first, second]
     assert not set(others) & set(repeated_blocks(model))
     kind = type(model.blocks[2].mlp[0].weight).__name__  # type: ignore[index]
-    assert reason_left_out(model) == f"a block holds tensors of type {kind}, which no region takes"
+    assert (
+        reason_left_out(model)
+        == f"a block holds tensors of type {kind}, which regions do not support"
+    )
 
 
 def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
@@ -436,7 +439,7 @@ def compiled_apart(offsets: tuple[int, ...]) -> None:
     compiled = compile_for_a100(model, mode="default")
     for _ in range(2):
         assert torch.allclose(compiled(X, memory), model(X, memory), atol=1e-5)
-    told = "blocks are given memory at addresses of different alignment"
+    told = "blocks are called with inputs of different memory alignment"
     assert (compiled.regions, compiled.regions_refused) in ((len(offsets), None), (0, told))
 
 

@@ -202,7 +202,7 @@ def test_another_backend_is_taken_where_our_kernel_replaces_no_call() -> None:
         (attending.Plain, OFF, "1 inside nn.MultiheadAttention"),
         (attending.ChoosesMath, AUTO, "1 under a backend that the model chooses"),
         (attending.ChoosesMath, OFF, "1 under a backend that the model chooses"),
-        (attending.NoAttention, AUTO, "it makes no call of scaled_dot_product_attention"),
+        (attending.NoAttention, AUTO, "it never calls scaled_dot_product_attention"),
     ],
 )
 def test_our_kernel_that_replaces_no_call_is_an_error(
@@ -211,8 +211,8 @@ def test_our_kernel_that_replaces_no_call_is_an_error(
     with pytest.raises(AttentionError) as caught:
         ready(kind, params.replace(attention="short"))
     assert str(caught.value) == (
-        "workload 'attends': attention=short takes 16-bit sequences of up to 128 tokens, and none "
-        f"of the model's attention: {left}"
+        "workload 'attends': attention=short replaces no attention call of this model (it supports "
+        f"16-bit sequences of up to 128 tokens): {left}"
     )
 
 

@@ -30,7 +30,7 @@ FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 1
 W8A8 = RunParams(int8_enabled=True)
 W8 = RunParams(int8_enabled=True, int8_mode="w8")
 # What the error adds on CUDA.
-ROWS = " (on CUDA, products of 16 rows or fewer run in floating point)"
+ROWS = " (on CUDA, matmuls of 16 rows or fewer run in floating point)"
 BF16 = RunParams()
 SHORT, SHORT_INT8 = (
     BF16.replace(attention="short"),

@@ -72,7 +72,7 @@ def test_a_layer_that_ran_another_matmul_is_an_error(run: LayerRun, by: str) -> 
     problem = "1 of 2 quantized layers ran matmuls that are not INT8"
     end = "leave them out with filter_fn or --int8-filter"
     assert check(runs) == f"{NAME} is labelled W8A8, but {problem}: qkv{by}; {end}"
-    hint = " (on CUDA, products of 16 rows or fewer run in floating point)"
+    hint = " (on CUDA, matmuls of 16 rows or fewer run in floating point)"
     assert check(runs, CUDA).endswith(f"{problem}{hint}: qkv{by}; {end}")
     check_layers(runs, W8)
     check_layers(runs, W8A8, own_config=True)

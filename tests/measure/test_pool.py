@@ -397,15 +397,15 @@ def test_a_model_that_returns_no_tensor_is_an_error() -> None:
         model.ready()
 
 
-def test_too_few_rows_for_the_cuda_product_say_what_to_do() -> None:
+def test_too_few_rows_for_the_cuda_matmul_say_what_to_do() -> None:
     class Few(Toy):
         def forward(self, x: torch.Tensor) -> Any:
             raise RuntimeError("self.size(0) needs to be greater than 16, but got 4")
 
     model = ModelPool().get(make_workload(build=lambda p: Few()), BF16)
     message = (
-        "W8A8 on CUDA takes more than 16 rows in a product, got 4: "
-        "use a larger batch, or int8_mode w8"
+        "an INT8 matmul on CUDA must have more than 16 rows, got 4: "
+        "use a larger batch or int8_mode=w8"
     )
     with pytest.raises(QuantizationError, match=f"^{re.escape(message)}$"):
         model.ready()

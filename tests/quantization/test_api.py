@@ -361,7 +361,7 @@ def test_layers_that_the_cuda_product_cannot_take_are_left_out_with_their_shape(
     covered = coverage(apply_int8_quant(model, backend="torchao"))
     assert covered.layers == (
         Layer("fc1", 65 * 64),
-        Layer("fc2", 65 * 20, "shape: 64x20 is not a multiple of 8 (CUDA INT8 product)"),
+        Layer("fc2", 65 * 20, "shape: 64x20 is not a multiple of 8 (CUDA INT8 matmul)"),
     )
 
 
@@ -385,7 +385,7 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
         apply_int8_quant(model, filter_fn=lambda module, name: False)
     assert str(caught.value) == (
         "no layer was converted to INT8: 8 linear layers (patch_embed, attn.q, attn.k …), "
-        "left out because: the filter does not take them; choose layers with filter_fn or "
+        "left out because: not selected by the filter; select layers with filter_fn or "
         "--int8-filter"
     )
     assert weight_storage(model) == (0, 0)
@@ -406,7 +406,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
         ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
         (
             {"smoothquant": True},
-            "smoothquant=True needs calibration, an iterable of inputs; got None",
+            "with smoothquant=True, calibration must be an iterable of inputs, got None",
         ),
         (
             {"quant_config": "int8"},
@@ -420,7 +420,7 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
                 "smoothquant": True,
                 "calibration": [],
             },
-            "smoothquant=True does not go with FqnToConfig",
+            "smoothquant=True does not support FqnToConfig",
         ),
         (
             {
@@ -429,15 +429,15 @@ def test_a_model_without_linear_layers_is_an_error() -> None:
                 "calibration": [],
             },
             (
-                "smoothquant=True does not go with Int8StaticActivationInt8WeightConfig: "
-                "its act_quant_scale is that of inputs before smoothing"
+                "smoothquant=True does not support Int8StaticActivationInt8WeightConfig with an "
+                "act_quant_scale, which was measured before smoothing"
             ),
         ),
         ({"backend": "cuda"}, "backend must be one of torchao, fused, auto, got 'cuda'"),
         ({"backend": "fused"}, "int8_backend=fused: the fused kernels run on CUDA, not on cpu"),
         (
             {"backend": "fused", "mode": "w8"},
-            "int8_backend=fused: the fused kernels run W8A8, not w8",
+            "int8_backend=fused: the fused kernels support W8A8, not w8",
         ),
     ],
     ids=[
@@ -453,7 +453,7 @@ def test_rejects_bad_argument(model: Transformer, arguments: dict[str, Any], mes
 
 def test_a_model_is_not_quantized_twice(model: Transformer) -> None:
     apply_int8_quant(model)
-    with pytest.raises(QuantizationError, match=r"^the model is quantized already \(attn\.q is\)$"):
+    with pytest.raises(QuantizationError, match=r"^the model is already quantized \(attn\.q is\)$"):
         apply_int8_quant(model, mode="w8")
 
 
@@ -461,7 +461,7 @@ def test_calibration_without_a_batch_is_an_error(model: Transformer) -> None:
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, smoothquant=True, calibration=[])
     assert str(caught.value) == (
-        "calibration never reached 6 of 6 layers, attn.q first: "
+        "calibration did not run 6 of 6 layers (first: attn.q): "
         "it must have at least one batch that runs every layer"
     )
 
@@ -476,9 +476,9 @@ def test_calibration_that_misses_a_layer_names_it(batch: torch.Tensor) -> None:
             Skips().eval().to(torch.bfloat16), smoothquant=True, calibration=[(batch,)]
         )
     assert str(caught.value) == (
-        "calibration never reached 2 of 6 layers, mlp.fc1 first: "
-        "it must have at least one batch that runs every layer; layers that no forward calls are "
-        "to be left out with filter_fn or --int8-filter: mlp.fc1, mlp.fc2"
+        "calibration did not run 2 of 6 layers (first: mlp.fc1): "
+        "it must have at least one batch that runs every layer; if the model never calls them, "
+        "exclude them with filter_fn or --int8-filter: mlp.fc1, mlp.fc2"
     )
 
 
@@ -706,7 +706,7 @@ def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.T
             model, quant_config=Partly(scales=False), smoothquant=True, calibration=[batch]
         )
     assert str(caught.value) == (
-        "smoothquant=True does not go with Partly: its NoScale cannot scale the input of "
+        "smoothquant=True does not support Partly: its NoScale cannot scale the input of "
         "attn.q at run time"
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -815,7 +815,7 @@ def test_lowers_with_torchao_values(model: Transformer, batch: torch.Tensor) -> 
 def test_a_lowered_model_is_quantized_and_covered(model: Transformer) -> None:
     apply_int8_quant(model)
     lowered(model)
-    with pytest.raises(QuantizationError, match=r"^the model is quantized already \(attn\.q is\)$"):
+    with pytest.raises(QuantizationError, match=r"^the model is already quantized \(attn\.q is\)$"):
         apply_int8_quant(model)
     found = coverage(copy.deepcopy(model))  # as of a model that came from elsewhere
     assert [layer.name for layer in found.fused] == CONVERTED
@@ -935,7 +935,7 @@ def _dequantized(model: Any) -> None:
         (_zero_point, "weight: not symmetric"),
         (_hook, "type: has forward hooks"),
         (_pre_hook, "type: has forward hooks"),
-        (_own_forward, "type: Doubled has a forward of its own"),
+        (_own_forward, "type: Doubled has its own forward"),
         (_dequantized, "weight: DequantizedInt8Weight"),
     ],
 )
@@ -952,7 +952,7 @@ def test_unsupported_layer_says_why(change: Callable[[Any], None], reason: str) 
     assert found.backend == "fused"
     assert found.to_dict()["fused_layers"] == 1
     assert found.to_dict()["fallbacks"] == {"fc1": reason}
-    assert str(found).endswith(f"; 1 on fused kernels; on torchao's: 1 {reason}")
+    assert str(found).endswith(f"; 1 on fused kernels; on torchao kernels: 1 {reason}")
 
 
 def test_layers_of_an_encoder_layer_of_torch_stay() -> None:
@@ -993,7 +993,7 @@ def test_layers_that_were_left_out_are_not_lowered(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("mode", "device", "capability", "triton", "problem"),
     [
-        ("w8", "cuda", (9, 0), True, "the fused kernels run W8A8, not w8"),
+        ("w8", "cuda", (9, 0), True, "the fused kernels support W8A8, not w8"),
         ("w8a8", "cpu", (9, 0), True, "the fused kernels run on CUDA, not on cpu"),
         ("w8a8", "cuda", (7, 5), True, "the fused kernels need sm80 or later, this is sm75"),
         ("w8a8", "cuda", (8, 0), False, "the fused kernels need Triton, which is not installed"),
@@ -1038,7 +1038,7 @@ def test_fused_needs_one_layer(model: Transformer, monkeypatch: pytest.MonkeyPat
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, backend="fused", quant_config=config)
-    assert str(caught.value) == "int8_backend=fused fits no layer: activations: not quantized"
+    assert str(caught.value) == "int8_backend=fused supports no layer: activations: not quantized"
 
 
 def joined_products(model: nn.Module, inputs: Any) -> list[int]:

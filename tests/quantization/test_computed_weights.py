@@ -94,7 +94,7 @@ def test_a_computed_weight_is_left_out_and_the_others_are_converted(
     [
         (lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.complex64), "dtype: complex64"),
         (lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.float64), "dtype: float64"),
-        (lambda: nn.Linear(0, WIDTH), "shape: 0x64 holds no weights"),
+        (lambda: nn.Linear(0, WIDTH), "shape: 0x64 has no weights"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

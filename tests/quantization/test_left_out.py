@@ -80,7 +80,7 @@ def test_a_model_of_conv1d_says_so() -> None:
     model = repeated(
         lambda: Block(Holder(c_attn=conv1d(3 * DIM, DIM)), Holder(c_fc=conv1d(DIM, DIM)))
     )
-    where = "; its weights are not in nn.Linear, but in Conv1D (4 modules: layers.0.attn.c_attn …)"
+    where = "; it has weights outside nn.Linear, in Conv1D (4 modules: layers.0.attn.c_attn …)"
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, mode="w8")
     assert str(caught.value) == (
@@ -88,7 +88,7 @@ def test_a_model_of_conv1d_says_so() -> None:
     )
     model.add_module("lm_head", linear())
     with pytest.raises(
-        QuantizationError, match=r"does not take them; choose .*--int8-filter; its weights"
+        QuantizationError, match=r"not selected by the filter; select .*--int8-filter; it has"
     ):
         apply_int8_quant(model, mode="w8")
 

@@ -164,9 +164,7 @@ def test_fp8_matmuls_prove_fp8(kernel: str) -> None:
 @pytest.mark.usefixtures("own_registry")
 def test_a_registered_mode_that_does_not_load_stops_no_baseline() -> None:
     register_mode("broken", ModeChoice(summary="a toy", target="nowhere:MODE"))
-    message = (
-        "int8_mode=broken: nowhere:MODE cannot be loaded: ModuleNotFoundError: No module named"
-    )
+    message = "int8_mode=broken: cannot load nowhere:MODE: ModuleNotFoundError: No module named"
     with pytest.raises(QuantizationError, match=f"^{message} 'nowhere'$"):
         MODES["broken"]
     check_labels(ran("nvjet_sm90_tst"), FP8.baseline(), (0, 0))
@@ -220,8 +218,8 @@ def test_where_fp8_is_impossible(changes: dict[str, object], reason: str | None)
 @pytest.mark.parametrize(
     ("available", "capability", "problem"),
     [
-        (False, (0, 0), "FP8 runs on CUDA only, and torch sees no CUDA device"),
-        (True, (8, 0), "FP8 needs sm89 (Ada) or later, this is sm80"),
+        (False, (0, 0), "FP8 requires CUDA, but torch sees no CUDA device"),
+        (True, (8, 0), "FP8 requires sm89 (Ada) or later, got sm80"),
         (True, (8, 9), None),
         (True, (9, 0), None),
     ],
@@ -255,9 +253,9 @@ def layers() -> nn.ModuleDict:
 
 def test_fp8_is_refused_where_it_does_not_run() -> None:
     model = layers()
-    with pytest.raises(QuantizationError, match=r"^int8_mode=fp8: FP8 runs on CUDA only, not on c"):
+    with pytest.raises(QuantizationError, match=r"^int8_mode=fp8: FP8 requires CUDA, got c"):
         apply_int8_quant(model, mode="fp8")
-    with pytest.raises(ValueError, match=r"^smoothquant=True does not go with mode fp8$"):
+    with pytest.raises(ValueError, match=r"^smoothquant=True does not support mode=fp8$"):
         apply_int8_quant(model, mode="fp8", smoothquant=True, calibration=[])
     assert weight_storage(model, None) == (0, 0)
 
@@ -286,7 +284,7 @@ def test_fp8_stores_fp8_weights() -> None:
     assert str(covered).startswith("2 of 4 linear layers in FP8 (fp8), ")
     assert {layer.name: layer.reason for layer in covered.left_out} == {
         "fc3": "shape: 64x24 is not a multiple of 16 (FP8 matmul)",
-        "fc4": "dtype: float32 (FP8 by row takes BF16 weights)",
+        "fc4": "dtype: float32 (row-wise FP8 requires BF16 weights)",
     }
 
 
@@ -467,7 +465,7 @@ def test_fp8_without_a_gpu_is_skipped(project: pytest.Pytester) -> None:
     args = ("--int8-preset=seed", "--int8-mode=fp8", "--int8-no-baseline", "-rs")
     result = project.runpytest_subprocess(*args)
     result.assert_outcomes(skipped=2)
-    result.stdout.fnmatch_lines(["SKIPPED * FP8 runs on CUDA only, and torch sees no CUDA device"])
+    result.stdout.fnmatch_lines(["SKIPPED * FP8 requires CUDA, but torch sees no CUDA device"])
 
 
 def test_registered_modes_are_in_help_and_messages(

@@ -291,7 +291,7 @@ def test_smoothed_inputs_that_others_read_are_left() -> None:
 
 
 def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes.weight_only, "_AT_ONCE", 4 * DIM * DIM)
+    monkeypatch.setattr(passes.weight_only, "_MAX_ELEMENTS", 4 * DIM * DIM)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
         "pass over 1": 1,  # of q, k, v and proj
@@ -302,7 +302,7 @@ def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_large_blocks_dequantize_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes.weight_only, "_AT_ONCE", 4 * DIM * DIM - 1)
+    monkeypatch.setattr(passes.weight_only, "_MAX_ELEMENTS", 4 * DIM * DIM - 1)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {"product of 3, dequantized alone": 1, "product of 1, dequantized alone": 3}
 

@@ -1,1 +1,1 @@
-"""Graph passes that replace INT8 linear layers by fused operators."""
+"""Graph passes that fuse operators around INT8 layers, attention and image resizing."""

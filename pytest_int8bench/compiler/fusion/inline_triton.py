@@ -1,17 +1,18 @@
 """Replace our operators by the Triton kernels that they launch, so that Inductor launches them.
 
-Calling an operator costs a trip from Python into the dispatcher and back. Inductor launches a
-kernel that it knows like one of its own: faster, with buffers that it plans, from a compile cache
-that holds the kernel, and compiled in parallel with the others. Operators whose sizes are unknown
-or whose memory is not dense stay; kernels of operators that stay are compiled in threads
-(:mod:`pytest_int8bench.kernels.precompile`).
+Calling an operator costs a round trip through the dispatcher. If Inductor knows the kernel, it
+launches it like one of its own: faster, with planned buffers, from its compile cache, and compiled
+in parallel with the others. Operators with unknown sizes or non-contiguous memory stay; their
+kernels are compiled in threads (:mod:`pytest_int8bench.kernels.precompile`).
 
-The nodes are those that ``torch.compile`` makes of a user's Triton kernel. We do not use the public
-way to them, ``torch.library.triton_op`` with ``wrap_triton``: outside Dynamo, ``wrap_triton`` does
-not pass metadata of TMA descriptors (``TracingTritonHOPifier.call_HOP`` in
-torch/_higher_order_ops/triton_kernel_wrap.py, torch 2.11 to 2.13). A launch with descriptors made
-on the host disappears from the graph without an error, and the output is uninitialized memory. Nor
-does the cache key of ``triton_op`` cover tiles that are chosen inside the operator.
+The new nodes are the same as ``torch.compile`` creates for a user's Triton kernel. We do not use
+the public API for them, ``torch.library.triton_op`` with ``wrap_triton``, for two reasons:
+
+- Outside Dynamo, ``wrap_triton`` does not pass the metadata of TMA descriptors
+  (``TracingTritonHOPifier.call_HOP`` in torch/_higher_order_ops/triton_kernel_wrap.py, torch 2.11
+  to 2.13). A launch with descriptors made on the host disappears from the graph without an error,
+  and its output is uninitialized memory.
+- The cache key of ``triton_op`` does not cover tiles that are chosen inside the operator.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.kernels.tile_types import Problem
 
 
-def put_kernels(graph: fx.Graph, *, inline: bool) -> None:
-    """Replace operators by their kernels wherever shapes, strides and tiles are known.
+def insert_kernels(graph: fx.Graph, *, inline: bool) -> None:
+    """Replace operators by their kernels where shapes, strides and tiles are known.
 
     Args:
-        inline: replace them; otherwise only compile their kernels in threads.
+        graph: a graph of Dynamo, changed in place.
+        inline: whether to replace operators; otherwise, only compile their kernels in threads.
     """
     for node in list(graph.nodes):
         if node.target is QUANTIZE:
@@ -124,11 +126,11 @@ def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
     )
     has = bias is not None, gamma is not None
     operands = functools.cache(functools.partial(operands_like, problem, *has, dtype, device))
-    product = dispatch.matmul_launch(kernels, device, problem, *has, stride, operands)
-    # Inductor would compile a Gluon kernel as plain Triton.
-    if not inline or any(described.layout for described in product.descriptors):
+    matmul = dispatch.matmul_launch(kernels, device, problem, *has, stride, operands)
+    # Only Gluon's descriptors have a layout, and Inductor would compile Gluon as plain Triton.
+    if not inline or any(described.layout for described in matmul.descriptors):
         rest = (residual, scale, weight_scale, bias, gamma)
-        product.compile_ahead((*map(_dtype, (q, weight)), dtype, *map(_dtype, rest)), device)
+        matmul.compile_ahead((*map(_dtype, (q, weight)), dtype, *map(_dtype, rest)), device)
         return
     with graph.inserting_before(node):
         rows: Node = graph.call_method("reshape", (q, (m, k)))
@@ -142,7 +144,7 @@ def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
             residual = graph.call_method("view", (dense, (m, n)))
         out = _empty(graph, (m, n), dtype, device)
         tensors = (rows, weight, out, residual, flat_scale, weight_scale, bias, gamma)
-        (out,) = _insert_launch(graph, product, tensors, ["c"])
+        (out,) = _insert_launch(graph, matmul, tensors, ["c"])
         whole = graph.call_method("view", (out, (*shape[:-1], n)))
     whole.meta = dict(node.meta)
     node.replace_all_uses_with(whole)
@@ -152,14 +154,8 @@ def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
 def _insert_launch(
     graph: fx.Graph, launch: Any, tensors: Sequence[Node], written: Sequence[str]
 ) -> list[Node]:
-    """Insert a launch and return the tensors that it writes.
-
-    Args:
-        graph: where to insert the launch.
-        launch: the launch.
-        tensors: the kernel's first arguments.
-        written: names of the parameters that the kernel writes to.
-    """
+    """Insert a launch of a kernel with ``tensors`` as its first arguments. Return the tensors that
+    it writes: its parameters named in ``written``."""
     names = launch.kernel.arg_names
     given = dict(zip(names, (*tensors, *launch.numbers), strict=False)) | launch.constants
     blocks = {
@@ -173,8 +169,8 @@ def _insert_launch(
 
 
 def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
-    """Return the number under which torch finds a kernel with options of the compiler: a hash of
-    the options and of the kernel's source, so that caches of torch tell them apart."""
+    """Register a kernel with compiler options, and return its index: a hash of the options and the
+    kernel's source, by which torch's caches distinguish kernels."""
     name = f"{kernel.fn.__name__}, {num_warps} warps, {num_stages} stages, {_source(kernel)}"
     index = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     register_triton_kernel(index, _with_options(kernel, num_warps, num_stages))
@@ -183,11 +179,11 @@ def _index(kernel: Any, num_warps: int, num_stages: int) -> int:
 
 @functools.cache
 def _source(kernel: Any) -> str:
-    """Return the source of all files that define ``kernel`` and the functions it calls, and the
-    constants that these read.
+    """Return the source of all files that define ``kernel`` and the functions that it calls, and
+    the constants that these functions read.
 
-    Triton's own ``cache_key`` will not do: in Triton 3.6 it depends on which kernel was hashed
-    first, and no version sees constants that are read as attributes of a module.
+    Triton's own ``cache_key`` is not sufficient: in Triton 3.6 it depends on which kernel was
+    hashed first, and no version includes constants that are read as attributes of a module.
     """
     import triton.language as tl
 
@@ -205,19 +201,20 @@ def _source(kernel: Any) -> str:
 
 
 def _globals_of(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the globals that a function reads, by name, and attributes of modules among them."""
+    """Yield names and values of the globals that a function reads, and of attributes of modules
+    among them."""
     names = function.__code__.co_names
     for name in names:
         value = function.__globals__.get(name)
         yield name, value
-        # Triton's version is part of torch's keys already.
+        # torch's cache keys already contain Triton's version.
         if inspect.ismodule(value) and value.__name__.partition(".")[0] != "triton":
             yield from ((attribute, getattr(value, attribute, None)) for attribute in names)
 
 
 @functools.cache
 def _with_options(kernel: Any, num_warps: int, num_stages: int) -> Any:
-    """Return a kernel with compiler options, as an autotuner with a single configuration."""
+    """Wrap a kernel in an autotuner with a single configuration, to set its compiler options."""
     import triton
 
     config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
@@ -231,7 +228,7 @@ def _empty(
 
 
 def _known_shape(node: Node) -> tuple[int, ...] | None:
-    """Return the shape of a CUDA tensor; None if it is unknown, empty or not on CUDA."""
+    """Return the shape of a nonempty CUDA tensor; None for others, or if a size is unknown."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or not _has_kernels(value.device):
         return None
@@ -248,10 +245,10 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _dense(node: Node) -> bool:
-    """Return whether a tensor is contiguous in Dynamo's graph and Inductor will keep it so.
+    """Return whether a tensor is contiguous in Dynamo's graph and stays so in Inductor.
 
-    Callers still insert ``contiguous()``: tracing may change the layout, and drops the call where
-    it does not.
+    Callers still insert ``contiguous()`` because tracing may change the layout. If it does not,
+    tracing drops the call.
     """
     value = value_of(node)
     dense = isinstance(value, torch.Tensor) and value.is_contiguous()

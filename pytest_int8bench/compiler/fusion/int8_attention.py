@@ -30,13 +30,13 @@ from pytest_int8bench.kernels.tile_types import SHORT_ROWS
 
 #: Names of the first arguments of ``scaled_dot_product_attention``.
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-#: Dynamo does not look inside, nor does a mode of torch functions.
-LEFT_WHOLE = multi_head_attention_forward
-#: Why calls that nobody sees are left to torch.
+#: Function whose attention call neither Dynamo nor a torch function mode sees.
+UNTRACED = multi_head_attention_forward
+#: The reason for leaving its calls to torch.
 INSIDE = "inside nn.MultiheadAttention"
-#: Why calls that are replaced already are left as they are.
+#: The reason for skipping calls that another pass already replaced.
 SHORT = f"of up to {SHORT_ROWS} tokens, which attention=short computes"
-#: Columns of a head that the kernels hold in registers.
+#: The largest number of columns of a head that the kernels hold in registers.
 MAX_WIDTH = 128
 
 
@@ -50,7 +50,7 @@ class AttentionCoverage:
     """Calls that were left to torch, by reason."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the counts as JSON-serializable values."""
         return {"int8": self.replaced, "left_out": dict(self.left)}
 
     def note(self, reason: str | None) -> None:
@@ -66,17 +66,16 @@ class AttentionCoverage:
         return f"{text}; left out: {self.reasons()}" if self.left else text
 
     def reasons(self) -> str:
-        """Return why calls were left to torch, and how many; empty if none was."""
+        """Return the reasons for leaving calls to torch, with counts; empty if there are none."""
         return ", ".join(f"{n} {why}" for why, n in self.left.items())
 
 
 def replace_attention(module: fx.GraphModule, coverage: AttentionCoverage) -> None:
-    """Replace the attention that INT8 can compute, in a graph of Dynamo and in the regions that it
-    calls, in place.
+    """Replace the attention calls that can run in INT8, in place.
 
     Args:
-        module: what Dynamo traced.
-        coverage: where to count what was replaced.
+        module: a graph of Dynamo, including its regions.
+        coverage: counts replaced and remaining calls.
     """
     replace_calls(module, _refusal, _replace, coverage)
 
@@ -87,20 +86,20 @@ def replace_calls(
     replace: Callable[[fx.Graph, Node], None],
     coverage: AttentionCoverage,
 ) -> None:
-    """Replace calls of attention in a graph of Dynamo and in the regions that it calls, in place.
+    """Replace calls of attention in place.
 
     Args:
-        module: what Dynamo traced.
-        refusal: returns why a call is left as it is, None if it is replaced.
+        module: a graph of Dynamo, including its regions.
+        refusal: returns why to keep a call, or None to replace it.
         replace: replaces a call.
-        coverage: where to count what was replaced.
+        coverage: counts replaced and remaining calls.
     """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
     refusals: dict[Node, str | None] = {}
     for part in parts:
         nodes = part.graph.find_nodes(op="call_function", target=scaled_dot_product_attention)
         refusals |= {node: refusal(node) for node in nodes}
-        for target, reason in ((LEFT_WHOLE, INSIDE), (SHORT_ATTENTION, SHORT)):
+        for target, reason in ((UNTRACED, INSIDE), (SHORT_ATTENTION, SHORT)):
             left = part.graph.find_nodes(op="call_function", target=target)
             refusals |= dict.fromkeys(left, reason)
     _count(module, refusals, coverage)
@@ -119,7 +118,7 @@ def _refusal(node: Node) -> str | None:
 def _count(
     part: fx.GraphModule, refusals: dict[Node, str | None], coverage: AttentionCoverage
 ) -> None:
-    """Count the calls in a graph, and in the regions it calls as often as it does."""
+    """Count the calls in a graph, and the calls in its regions once per call of the region."""
     for node in part.graph.nodes:
         if node in refusals:
             coverage.note(refusals[node])
@@ -133,7 +132,7 @@ def _replace(graph: fx.Graph, node: Node) -> None:
     scale = scale_of(value_of(q), given)
     dtype = value_of(node).dtype
     with graph.inserting_before(node):
-        if value_of(v).dtype != dtype:  # autocast does not see into the operator
+        if value_of(v).dtype != dtype:  # autocast does not apply inside the operator
             v = with_value(graph.call_method("to", (v, dtype)), value_of(v).to(dtype))
         operands: tuple[Any, ...] = (q, k, "none", [], [])
         if (both := rotations_of(q, k, node)) is not None:
@@ -151,7 +150,7 @@ def _replace(graph: fx.Graph, node: Node) -> None:
 
 
 def scale_of(q: Any, given: dict[str, Any]) -> float:
-    """Return what a call multiplies its scores by."""
+    """Return the factor by which a call multiplies its scores."""
     scale = given.get("scale")
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -159,17 +158,17 @@ def scale_of(q: Any, given: dict[str, Any]) -> float:
 def refusal_of(
     q: Any, k: Any, v: Any, given: Mapping[str, Any], *, takes_causal: bool = False
 ) -> str | None:
-    """Return why our kernels cannot compute a call, None if they can.
+    """Return why our kernels cannot compute a call, or None if they can.
 
     Args:
         q: the queries.
         k: the keys.
         v: the values.
         given: the other arguments of ``scaled_dot_product_attention``, by name.
-        takes_causal: the kernel can mask later keys.
+        takes_causal: whether the kernel supports causal masking.
     """
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
-        return "without a batch and heads"
+        return "without batch and head dimensions"
     if given.get("attn_mask") is not None:
         return "with a mask"
     if given.get("is_causal") and not (takes_causal and given["is_causal"] is True):
@@ -177,15 +176,15 @@ def refusal_of(
     if given.get("dropout_p"):
         return "with dropout"
     if isinstance(given.get("scale"), fx.Node):
-        return "with a scale that is computed"
+        return "with a computed scale"
     width = q.shape[-1]
     if v.shape[-1] != width or width > MAX_WIDTH or width % 2:
         return f"of heads with {max(width, v.shape[-1])} columns"
     same = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]
     if not same or 0 in (*q.shape, *k.shape):
-        return "of shapes that are broadcast, or empty"
+        return "of broadcast or empty shapes"
     if q.shape[1] % k.shape[1] or (q.shape[1] != k.shape[1] and not given.get("enable_gqa")):
-        return "of shapes that are broadcast, or empty"
+        return "of broadcast or empty shapes"
     if not all(x.is_floating_point() and x.itemsize <= 4 for x in (q, k, v)):
         return f"in {str(q.dtype).removeprefix('torch.')}"
     return None
@@ -194,16 +193,16 @@ def refusal_of(
 def eager_attention(
     coverage: AttentionCoverage | None,
 ) -> contextlib.AbstractContextManager[object]:
-    """Return the context for eager calls: attention in INT8, counted in ``coverage``, or as it is
-    where that is None."""
+    """Return a context in which eager attention runs in INT8, counted in ``coverage``. If that is
+    None, the context does nothing."""
     return contextlib.nullcontext() if coverage is None else EagerInt8Attention(coverage)
 
 
 class EagerInt8Attention(TorchFunctionMode):
-    """Runs attention on INT8 queries and keys where eager code calls it.
+    """Run eager attention on INT8 queries and keys.
 
     Args:
-        coverage: where to count what was replaced.
+        coverage: counts replaced and remaining calls.
     """
 
     def __init__(self, coverage: AttentionCoverage) -> None:
@@ -211,15 +210,15 @@ class EagerInt8Attention(TorchFunctionMode):
         self._coverage = coverage
 
     def refusal(self, q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
-        """Return why a call is left to torch, None if it runs in INT8."""
+        """Return why to leave a call to torch, or None to run it in INT8."""
         return refusal_of(q, k, v, given)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})
-        if func in (LEFT_WHOLE, SHORT_ATTENTION):
-            self._coverage.note(INSIDE if func is LEFT_WHOLE else SHORT)
+        if func in (UNTRACED, SHORT_ATTENTION):
+            self._coverage.note(INSIDE if func is UNTRACED else SHORT)
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = (given[name] for name in PARAMETERS[:3])

@@ -1,4 +1,4 @@
-"""Properties of nodes in Dynamo's graph that the passes need."""
+"""Helpers for nodes of Dynamo's graph, shared by the passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_int8bench.compiler.torch_workarounds.names import HigherOrderOperato
 from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 from pytest_int8bench.kernels.tile_types import ALIGNMENT
 
-# An fx.Node, whose arguments are typed as anything that a graph can hold.
+# An fx.Node. Any, because the type of its arguments is the union of all that a graph can hold.
 Node: TypeAlias = Any
 
 QUANTIZE = torch.ops.int8bench.quantize_rows.default
@@ -27,7 +27,7 @@ INT8_ATTENTION = torch.ops.int8bench.int8_attention.default
 SHORT_ATTENTION = torch.ops.int8bench.short_attention.default
 DEQUANTIZED = torch.ops.int8bench.dequantized_linear.default
 
-# Where an operator takes weight, weight scale and bias.
+# Positions of weight, weight scale and bias in an operator's arguments.
 _LAYER_TENSORS = {LINEAR: slice(2, 5), DEQUANTIZED: slice(1, 4)}
 
 ADD = (operator.add, torch.add)
@@ -45,7 +45,7 @@ NORMS: dict[Any, str] = {
     F.rms_norm: "rms",
     torch.rms_norm: "rms",
 }
-# Parameters of built-in functions, which have no signature.
+# Parameters of built-in functions, which inspect.signature does not support.
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
     F.gelu: ("input", "approximate"),
     F.scaled_dot_product_attention: (
@@ -69,11 +69,11 @@ _VIEWS = {
         *(torch.split, torch.unbind, operator.getitem),
     )
 }
-# Operators that may return their own tensor, if it already has the dtype asked for.
+# Operators that may return their input, if it already has the requested dtype.
 _CASTS = {
     ("call_method", name) for name in ("to", "float", "half", "bfloat16", "double", "type_as")
 }
-# Operators that read a tensor with any strides, and return new tensors.
+# Operators that support any strides and return new tensors.
 _READERS = {
     ("call_method", name)
     for name in (
@@ -92,7 +92,7 @@ _READERS = {
         *(QUANTIZE_HEADS, ROTATE_HEADS, INT8_ATTENTION, SHORT_ATTENTION),
     )
 }
-# Those of them for which Inductor chooses the layout of the tensor.
+# The readers for whose inputs Inductor may choose another layout.
 _LAYING_OUT = {
     *(torch.cat, torch.stack, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
     *(operator.matmul, "matmul", F.scaled_dot_product_attention),
@@ -105,8 +105,8 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 def views_read_by_strides(node: Node) -> list[Node] | None:
-    """Return all views of ``node``, or None if one of them is read by an operator that is not known
-    to respect strides: a kernel may rely on rows without gaps."""
+    """Return all views of ``node``; None if an operator that may not support strides reads one of
+    them, such as a kernel that requires rows without gaps."""
     views: list[Node] = []
     for user in node.users:
         dtypes = any(isinstance(argument, torch.dtype) for argument in user.args)
@@ -121,22 +121,22 @@ def views_read_by_strides(node: Node) -> list[Node] | None:
 
 
 def may_change_layout(node: Node) -> bool:
-    """Return whether Inductor may leave gaps between the rows of a tensor: if it places the tensor
+    """Return whether Inductor may leave gaps between the rows of a tensor, because it places it
     inside the output of ``torch.cat`` or ``torch.stack``, or pads it for a matmul. A kernel that
-    relies on rows without gaps does not notice (torch 2.11)."""
+    requires rows without gaps would read wrong data (torch 2.11)."""
     while _is_view(node) or _is_cast(node):
         node = node.all_input_nodes[0]
     ours = node.target in (QUANTIZE, LINEAR, INT8_ATTENTION, SHORT_ATTENTION)
     if ours or node.op in ("placeholder", "get_attr") or _is_higher_order(node):
         return False  # Inductor does not choose their layout
-    return not all(map(_leaves_alone, node.users))
+    return not all(map(_keeps_layout, node.users))
 
 
-def _leaves_alone(user: Node) -> bool:
-    """Return whether a reader, and all readers of it if it is a view, are known to take any
-    layout."""
+def _keeps_layout(user: Node) -> bool:
+    """Return whether a reader, and all readers of it if it is a view, are known to leave the layout
+    of their input unchanged."""
     if _is_view(user) or _is_cast(user):
-        return all(map(_leaves_alone, user.users))
+        return all(map(_keeps_layout, user.users))
     if user.op == "output" or _is_higher_order(user):
         return True
     return user.target not in _LAYING_OUT and (user.op, user.target) in _READERS
@@ -152,16 +152,17 @@ def _is_cast(node: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    """Return whether a call may return a view of its first argument and respects its strides."""
+    """Return whether a call may return a view of its first argument and supports its strides."""
     if (node.op, node.target) in _VIEWS:
         return True
     # Torch 2.11 does not trace into einops, which reshapes and transposes.
-    whose = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
-    return whose == ("einops.einops", "rearrange")
+    name = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
+    return name == ("einops.einops", "rearrange")
 
 
 def activation_name(node: Any) -> str | None:
-    """Return which activation ``node`` is, if it writes to no tensor and is one that is known."""
+    """Return the name of the activation that ``node`` computes; None if it is not a known one or
+    writes to a tensor."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or writes(node):
         return None
     if node.target is F.gelu:
@@ -170,15 +171,13 @@ def activation_name(node: Any) -> str | None:
 
 
 def given_arguments(node: Node) -> dict[str, Any]:
-    """Return the arguments of a call of ``torch.nn.functional`` by name, those left out left
-    out."""
+    """Return the explicit arguments of a call of ``torch.nn.functional``, by name."""
     given: dict[str, Any] = dict(zip(_parameters(node.target), node.args, strict=False))
     return {**given, **node.kwargs}
 
 
 @functools.cache
 def _parameters(function: Any) -> tuple[str, ...]:
-    """Return the names of the parameters of a function."""
     if function in _PARAMETERS:
         return _PARAMETERS[function]
     try:
@@ -188,8 +187,8 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def nothing_written(start: Node, end: Node) -> bool:
-    """Return whether no operator between two nodes writes to a tensor, so that a tensor read at
-    ``start`` may be read at ``end`` instead."""
+    """Return whether no operator between two nodes writes to a tensor, so that reads can move from
+    ``start`` to ``end``."""
     node = start.next
     while node is not end:
         if writes(node):
@@ -206,7 +205,7 @@ def writes(node: Node) -> bool:
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
     if isinstance(target, HigherOrderOperator):
-        return True  # we do not look inside
+        return True  # conservative: its subgraph is not inspected
     if target in _MUTATING or node.kwargs.get("out") is not None:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -221,7 +220,7 @@ def only_user(node: Node) -> Node:
 
 
 def other_operand(user: Node, node: Node) -> Any:
-    """Return the other operand of ``user``; ``node`` itself where it is both."""
+    """Return the operand of ``user`` that is not ``node``, or ``node`` if both are."""
     left, right = user.args
     return right if left is node else left
 
@@ -231,14 +230,14 @@ def value_of(node: Any) -> Any:
 
 
 def with_value(node: Node, value: Any) -> Node:
-    """Note what a new node returns, and return the node."""
+    """Set the example value of a new node, and return the node."""
     node.meta["example_value"] = value
     return node
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Return whether two arguments are computed alike from the same nodes, by operators that are
-    known, with nothing written to in between."""
+    """Return whether two arguments are equal, because known operators compute them in the same way
+    from the same nodes, and nothing writes to a tensor in between."""
     if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
         if isinstance(one, list | tuple) and type(one) is type(other):
             return len(one) == len(other) and all(map(same_value, one, other))
@@ -258,8 +257,8 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def begins_aligned(node: Any) -> bool:
-    """Return whether a tensor begins at an aligned address of its memory; True for other values,
-    and if the address is unknown."""
+    """Return whether a tensor's offset in its storage is aligned. Return True for other values, and
+    if the offset is unknown."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return True
@@ -268,7 +267,7 @@ def begins_aligned(node: Any) -> bool:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Return whether two nodes are tensors of the same shape and dtype."""
+    """Return whether two different nodes are tensors of the same shape and dtype."""
     if one is other:
         return False
     a, b = value_of(one), value_of(other)
@@ -319,8 +318,8 @@ def layer_operands(node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def rows_of(tensor: Node) -> tuple[Node, int, int]:
-    """Return the block that a layer's tensor is a slice of, its first row, and the row after its
-    last; the tensor itself and all its rows if it is not a slice."""
+    """Return the block of which a layer's tensor is a slice, and the slice's first row and end. A
+    tensor that is not a slice is its own block."""
     if tensor is None:
         return None, 0, 0
     if tensor.target is operator.getitem and isinstance(tensor.args[1], slice):
@@ -333,7 +332,7 @@ def rows_of(tensor: Node) -> tuple[Node, int, int]:
 
 
 def sliced(graph: fx.Graph, block: Node, start: int, stop: int) -> Node:
-    """Return rows of a block as a node."""
+    """Return a node for rows of a block: the block itself if these are all its rows."""
     value = value_of(block)
     if (start, stop) == (0, value.shape[0]):
         return block

@@ -1,10 +1,9 @@
-"""Join INT8 layers with the operators around them, in the graph that Dynamo made.
+"""Fuse INT8 layers with the operators around them in Dynamo's graph.
 
-A norm or an activation before a linear layer becomes part of the kernel that quantizes its rows,
-layers that share an input become one matmul, and a layer scale and a residual after a layer become
-part of the matmul's epilogue. Passes for layers that quantize only their weights are in
-:mod:`.weight_only`. The patterns match the graph, not a particular model: operators that do not fit
-stay, and run as they did.
+A norm or an activation before a linear layer moves into the kernel that quantizes its rows, layers
+that share an input become one matmul, and a layer scale and a residual after a layer move into the
+matmul's epilogue. Passes for layers that quantize only their weights are in :mod:`.weight_only`.
+The patterns match graphs of any model. Operators that do not match stay unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from pytest_int8bench.compiler.fusion import weight_only
-from pytest_int8bench.compiler.fusion.inline_triton import put_kernels
+from pytest_int8bench.compiler.fusion.inline_triton import insert_kernels
 from pytest_int8bench.compiler.fusion.nodes import (
     ADD,
     LINEAR,
@@ -43,7 +42,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     views_read_by_strides,
     writes,
 )
-from pytest_int8bench.compiler.fusion.rotation import rotate_at_once
+from pytest_int8bench.compiler.fusion.rotation import fuse_rotations
 
 # Positions in the operators' arguments.
 _X, _FACTOR = 0, 7
@@ -51,20 +50,20 @@ _GAMMA, _RESIDUAL = 5, 6
 
 
 def fuse(module: fx.GraphModule, *, inline: bool = False, rotate: bool = False) -> fx.GraphModule:
-    """Join operators in the graph of ``module``, and in those of the regions it calls, in place.
+    """Fuse operators in the graph of ``module`` and of the regions that it calls, in place.
 
     Args:
-        module: the graph that Dynamo made.
-        inline: replace the remaining operators by kernels (:mod:`.inline_triton`); otherwise their
-            kernels are only compiled in threads.
-        rotate: rotate queries and keys in one pass (:mod:`.rotation`) also in graphs without INT8
+        module: Dynamo's graph.
+        inline: replace our operators by their kernels (:mod:`.inline_triton`); otherwise, only
+            compile their kernels in threads.
+        rotate: rotate queries and keys in one pass (:mod:`.rotation`) even in graphs without INT8
             layers.
     """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
     for part in parts:
         has_linear = _has_linear(part.graph)
         if rotate or has_linear:
-            rotate_at_once(part.graph)
+            fuse_rotations(part.graph)
         if has_linear:
             _fuse_layers(part.graph, inline)
         if rotate or has_linear:
@@ -78,12 +77,12 @@ def _fuse_layers(graph: fx.Graph, inline: bool) -> None:
     _share_quantization(graph)
     weight_only.share_scaled_inputs(graph)
     _join_matmuls(graph)
-    weight_only.dequantize_at_once(graph)
-    weight_only.open_matmuls(graph)
+    weight_only.dequantize_together(graph)
+    weight_only.decompose_layers(graph)
     _absorb_scale_and_residual(graph)
     _absorb_norms_and_activations(graph)
     _erase_unused(graph)
-    put_kernels(graph, inline=inline)
+    insert_kernels(graph, inline=inline)
 
 
 def _has_linear(graph: fx.Graph) -> bool:
@@ -91,8 +90,8 @@ def _has_linear(graph: fx.Graph) -> bool:
 
 
 def _erase_unused(graph: fx.Graph) -> None:
-    """Erase operators that joining left without a reader. We cannot erase all nodes without one:
-    torch also counts calls as dead that write to a tensor and whose return value is not used."""
+    """Erase operators that fusion left without users. ``eliminate_dead_code`` would also erase
+    calls that write to a tensor and whose return value is not used."""
     for node in reversed(graph.nodes):
         ours = node.target in (QUANTIZE, LINEAR, operator.getitem)
         if not node.users and (ours or activation_name(node) is not None):
@@ -100,7 +99,7 @@ def _erase_unused(graph: fx.Graph) -> None:
 
 
 def _drop_inactive_dropout(graph: fx.Graph) -> None:
-    """Erase dropout that does nothing in ``eval`` mode: it separates operators that could join."""
+    """Erase dropout that is inactive in ``eval`` mode, because it prevents fusion."""
     for node in list(graph.nodes):
         if node.target is not F.dropout:
             continue
@@ -111,7 +110,7 @@ def _drop_inactive_dropout(graph: fx.Graph) -> None:
 
 
 def _share_quantization(graph: fx.Graph) -> None:
-    """Quantize an input of several layers only once."""
+    """Quantize an input only once if several layers share it."""
     first: dict[tuple[Any, ...], Node] = {}
     for node in list(graph.nodes):
         if node.target is QUANTIZE:
@@ -121,7 +120,7 @@ def _share_quantization(graph: fx.Graph) -> None:
 
 
 def _replace_outputs(node: Node, kept: Node) -> None:
-    """Replace the outputs of ``node`` by those of ``kept``."""
+    """Replace the outputs of ``node`` by the same outputs of ``kept``."""
     mine = {user.args[1]: user for user in kept.users}
     for user in list(node.users):
         same = mine.get(user.args[1])
@@ -134,7 +133,7 @@ def _replace_outputs(node: Node, kept: Node) -> None:
 
 
 def _join_matmuls(graph: fx.Graph) -> None:
-    """Make layers of one input one matmul, and split its output."""
+    """Join layers that share an input into one matmul, and split its output."""
     written = any(map(writes, graph.nodes))
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
@@ -146,13 +145,13 @@ def _join_matmuls(graph: fx.Graph) -> None:
             groups.setdefault((node.target, *layer_operands(node), blocks), []).append(node)
     for nodes in groups.values():
         if not nothing_written(nodes[0], nodes[-1]):
-            continue  # the matmul would read the tensors as they are at the first layer
+            continue  # the joined matmul would read tensors before they are written to
         for neighbours in _neighbours(nodes):
             _join(graph, neighbours, written)
 
 
 def _neighbours(nodes: list[Node]) -> list[list[Node]]:
-    """Return layers that share a block in groups of adjacent rows, whatever the order of calls."""
+    """Group layers that use adjacent rows of a block, whatever the order of their calls."""
     runs: list[list[Node]] = []
     end = None
     for node in sorted(nodes, key=lambda node: rows_of(layer_weight(node))[1]):
@@ -166,7 +165,7 @@ def _neighbours(nodes: list[Node]) -> list[list[Node]]:
 
 
 def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
-    """Make layers of adjacent rows of a block, in their order, one matmul."""
+    """Join layers of adjacent rows of a block, sorted by row, into one matmul."""
     sizes = [value_of(layer_weight(node)).shape[0] for node in nodes]
     start, stop = rows_of(layer_weight(nodes[0]))[1], rows_of(layer_weight(nodes[-1]))[2]
     first = min(nodes)
@@ -185,11 +184,11 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
         column.meta = dict(node.meta) | {"example_value": part}
         node.replace_all_uses_with(column)
         graph.erase_node(node)
-        # A column of the joined rows is not dense, as the layer's output was.
+        # Columns of the joined output are not contiguous, but the layer's output was.
         views = None if written else views_read_by_strides(column)
         if views is None:
             with graph.inserting_after(column):
-                # Of one row, contiguous() would return the view.
+                # clone, because contiguous() returns the view if it has one row.
                 memory: dict[str, Any] = {"memory_format": torch.contiguous_format}
                 dense = graph.call_method("clone", (column,), memory)
             dense.meta = dict(node.meta)
@@ -203,8 +202,8 @@ def _join(graph: fx.Graph, nodes: list[Node], written: bool) -> None:
 
 
 def _absorb_scale_and_residual(graph: fx.Graph) -> None:
-    """Let matmuls multiply by a layer scale and add a residual. A matmul then runs where its result
-    was used, so nothing may write to its tensors in between."""
+    """Move a layer scale and a residual into the matmul's epilogue. The matmul then runs where its
+    result was used, so nothing may write to its tensors in between."""
     for node in list(graph.nodes):
         if node.target is not LINEAR:
             continue
@@ -236,7 +235,7 @@ def _replaced(graph: fx.Graph, user: Node, node: Node, position: int, value: Nod
 
 
 def _absorb_norms_and_activations(graph: fx.Graph) -> None:
-    """Let the kernel that quantizes rows normalize or activate them first."""
+    """Move norms and activations into the kernel that quantizes rows."""
     for node in list(graph.nodes):
         if node.target is not QUANTIZE or not isinstance(node.args[_X], fx.Node):
             continue
@@ -248,7 +247,7 @@ def _absorb_norms_and_activations(graph: fx.Graph) -> None:
         if before is None or not nothing_written(start, node):
             continue
         if not all(node < user for user in others):
-            continue  # another operator reads the row before it is quantized
+            continue  # another operator reads the norm's output before it is quantized
         with graph.inserting_before(node):
             joined = graph.call_function(QUANTIZE, (*before, node.args[_FACTOR], bool(others)))
             kept = graph.call_function(operator.getitem, (joined, 2)) if others else None
@@ -272,15 +271,15 @@ def _norm(node: Node) -> tuple[Any, ...] | None:
         return None
     eps = given.get("eps", 1e-5 if layer else None)
     if eps is None:
-        # torch's default: the eps of the dtype that it computes in.
+        # torch's default is the eps of the dtype in which it computes.
         eps = torch.finfo(torch.promote_types(value_of(x).dtype, torch.float32)).eps
     weight, bias = given.get("weight"), given.get("bias")
     return (x, NORMS[node.target], "none", None, weight, bias, eps)
 
 
 def _activation(node: Node) -> tuple[Node, tuple[Any, ...] | None]:
-    """Return the node that reads the input of an activation, gated or not, and the first arguments
-    of ``quantize_rows`` for it."""
+    """Return the node that reads the input of an activation (gated or not), and the first arguments
+    of ``quantize_rows``, or None if there is no activation."""
     if node.op != "call_function":
         return node, None
     if node.target in MULTIPLY and not node.kwargs:

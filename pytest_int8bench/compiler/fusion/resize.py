@@ -1,7 +1,8 @@
-"""Resize images by two matmuls with constant weights, in the graph that Dynamo made.
+"""Replace image resizing in Dynamo's graph by two matmuls with constant weights.
 
-Resizing is linear in the image, first along its rows and then along its columns. Torch's kernel for
-antialiased resizing computes each output element alone, from weights that its blocks compute anew.
+Resizing is linear in the image: first along its rows, then along its columns. Torch's kernel for
+antialiased resizing computes each output element separately, and recomputes the weights in every
+block.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from pytest_int8bench.kernels import dispatch
 _MODES = ("bilinear", "bicubic")
 _CONSTANT = torch.ops.aten.lift_fresh_copy.default
 _DTYPES = (torch.bfloat16, torch.float16)
-# Each output element costs two multiplications for each row and column of the image, whatever the
-# filter reads. Up to here the matmuls still compute about as fast as they store.
+# Each output element costs two multiplications per row and column of the image, however few pixels
+# the filter reads. Up to this side, the matmuls compute about as fast as they store.
 _LARGEST_SIDE = 256
-# Elements of the output below which one launch takes no longer than two.
+# For outputs with fewer elements, torch's single launch is no slower than our two.
 _FEWEST_ELEMENTS = 1 << 20
 
 
 def resize_by_matmuls(module: fx.GraphModule) -> None:
-    """Replace antialiased bilinear and bicubic resizing of 16-bit images by two matmuls, where
-    there are kernels for the device.
+    """Replace antialiased bilinear and bicubic resizing of 16-bit images by two matmuls on devices
+    that our kernels support.
 
-    Weights and the image between the two steps are rounded to the dtype of the image, and sums are
-    FP32, as in torch's own kernel for CUDA (``upsample_gen2d_aa_out_frame``). FP32 images stay with
-    torch: their matmuls may use TF32. So does what runs under autocast, which matmuls obey and
-    resizing does not.
+    Weights and the intermediate image are rounded to the dtype of the image, and sums are FP32, as
+    in torch's CUDA kernel (``upsample_gen2d_aa_out_frame``). Torch still resizes FP32 images,
+    because matmuls may use TF32, and images under autocast, which applies to matmuls but not to
+    resizing.
     """
     found = [node for node in module.graph.nodes if _fits(node)]
     if not found or any(node.target in SETTING_CALLS for node in module.graph.nodes):
@@ -54,7 +55,7 @@ def _fits(node: Node) -> bool:
     return (
         given.get("mode") in _MODES
         and given.get("antialias") is True
-        and given.get("scale_factor") is None  # the scale would not follow from the sizes
+        and given.get("scale_factor") is None  # else the sizes do not determine the scale
         and image.dtype in _DTYPES
         and image.dim() == 4
         and all(isinstance(size, int) for size in sizes)
@@ -92,8 +93,8 @@ def _weights(size: int, resized: int, options: dict[str, object]) -> torch.Tenso
 def _constant(
     module: fx.GraphModule, node: Node, axis: str, weights: torch.Tensor, like: torch.Tensor
 ) -> Node:
-    """Return a node for weights that the module keeps: a constant of the graph, not a buffer, since
-    AOTAutograd takes no buffers that Dynamo did not see."""
+    """Store weights in the module and return a node for them. They are a constant of the graph, not
+    a buffer, because AOTAutograd rejects buffers that Dynamo did not see."""
     name = f"_resize_{node.name}_{axis}"
     setattr(module, name, weights.to(like.device, like.dtype).contiguous())
     kept = module.graph.create_node("get_attr", name)

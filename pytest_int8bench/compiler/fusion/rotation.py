@@ -1,4 +1,4 @@
-"""Find rotary position embedding (RoPE) in a graph, by what it computes, and do it in one pass."""
+"""Match rotary position embedding (RoPE) in a graph, and fuse it into one operator."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ _CASTS = ("to", "float", "half", "bfloat16")
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotation of a tensor (B, H, N, D), in the form that :func:`.ops.rotate_heads` takes."""
+    """The rotation of a tensor (B, H, N, D), as arguments of :func:`.ops.rotate_heads`."""
 
     x: Node
     """The tensor to rotate."""
     kind: str
     """One of ``schema.ROTATIONS``."""
     turn: tuple[Node, ...]
-    """By what it is rotated."""
-    since: Node
-    """The first operator whose inputs are read later if the rotation is done elsewhere."""
+    """The angles, positions and frequencies, or cosines and sines, depending on ``kind``."""
+    first_reader: Node
+    """The first operator whose inputs are read later if the rotation moves."""
 
     def can_move_to(self, node: Node) -> bool:
-        """Return whether nothing is written to before ``node``."""
-        return nothing_written(min(self.x, self.since), node)
+        """Return whether nothing writes to the rotation's inputs before ``node``."""
+        return nothing_written(min(self.x, self.first_reader), node)
 
 
-def rotate_at_once(graph: fx.Graph) -> None:
-    """Rotate queries and keys of attention in one pass, where there is a kernel: each sine and
-    cosine is computed once for both columns of a pair, and for a query and a key of equal angles.
+def fuse_rotations(graph: fx.Graph) -> None:
+    """Rotate queries and keys of attention by one operator if there is a kernel for the device. It
+    computes each sine and cosine once for both columns of a pair, and once for a query and a key
+    with equal angles.
 
-    Rotations of halves by given sines and cosines are left to Inductor, whose kernel reads and
-    writes as much as ours would.
+    Rotations of halves by precomputed sines and cosines stay with Inductor, whose kernel moves as
+    much memory as ours would.
     """
     targets = (scaled_dot_product_attention, SHORT_ATTENTION)
     for node in [n for n in graph.nodes if n.target in targets]:
         named = node.target is scaled_dot_product_attention
         given = given_arguments(node) if named else {}
         sides = [given["query"], given["key"]] if named else list(node.args[:2])
-        if not all(_is_for_kernel(side) and list(side.users) == [node] for side in sides):
+        if not all(_is_supported(side) and list(side.users) == [node] for side in sides):
             continue
         with graph.inserting_before(node):
             found = rotations_of(sides[0], sides[1], node)
@@ -75,14 +76,14 @@ def rotate_at_once(graph: fx.Graph) -> None:
 
 
 def rotations_of(q: Node, k: Node, node: Node) -> tuple[Rotation, Rotation] | None:
-    """Return how queries and keys are rotated, if one operator can rotate both at ``node``."""
+    """Return the rotations of queries and keys if one operator can do both at ``node``, or None."""
     one, other = rotated(q), rotated(k)
     if one is None or other is None or one.kind != other.kind:
         return None
     return (one, other) if one.can_move_to(node) and other.can_move_to(node) else None
 
 
-def _is_for_kernel(node: Node) -> bool:
+def _is_supported(node: Node) -> bool:
     value = value_of(node)
     return (
         isinstance(value, torch.Tensor)
@@ -98,12 +99,12 @@ def _are_alike(q: Node, k: Node) -> bool:
 
 
 def _rows_first(value: torch.Tensor) -> bool:
-    """Return whether the heads of a row stand beside each other in memory."""
+    """Return whether the heads of a row are adjacent in memory."""
     return bool(value.stride(1) <= value.stride(2))
 
 
 def _rotate(graph: fx.Graph, found: list[Rotation], sides: list[Node]) -> None:
-    """Replace rotations by equal angles by one operator."""
+    """Replace rotations that have equal angles with one operator."""
     tensors, turn = [one.x for one in found], list(found[0].turn)
     rest = (found[0].kind, turn, _rows_first(value_of(sides[0])))
     outs: Any = graph.call_function(ROTATE_HEADS, (tensors, *rest))
@@ -114,12 +115,13 @@ def _rotate(graph: fx.Graph, found: list[Rotation], sides: list[Node]) -> None:
 
 
 def rotated(node: Node) -> Rotation | None:
-    """Return the rotation that a node computes, None if it does no such thing.
+    """Return the rotation that a node computes, or None if it computes no rotation.
 
     A rotation of adjacent columns is ``x * cos(a) + stack((-x[..., 1::2], x[..., ::2]),
-    -1).flatten(-2) * sin(a)``, sine and cosine with ``repeat_interleave(2, -1)`` for both columns
-    of a pair; or several of parts of the columns, side by side. One of halves is ``x * cosines +
-    cat((-second half, first half), -1) * sines``, with a row of each for all heads.
+    -1).flatten(-2) * sin(a)``, where ``repeat_interleave(2, -1)`` repeats sine and cosine for both
+    columns of a pair, or a concatenation of such rotations of parts of the columns. A rotation of
+    halves is ``x * cosines + cat((-second half, first half), -1) * sines``, where all heads share a
+    row of cosines and sines.
     """
     inner = _without_cast(node)
     if (node.op, node.target) == ("call_method", "contiguous"):
@@ -129,15 +131,14 @@ def rotated(node: Node) -> Rotation | None:
     chunks = _chunks(node)
     if chunks is not None:
         return _joined(node, chunks)
-    turned = _by_angles(node)
-    if turned is None:
+    rotation = _by_angles(node)
+    if rotation is None:
         return _of_halves(node)
-    terms = _positions(turned)
-    return turned if terms is None else terms
+    return _positions(rotation) or rotation
 
 
-def _sums(node: Node) -> list[tuple[Node, Node, Node, Node]]:
-    """Return the factors of a sum of two products, in any order."""
+def _factors_of_sum(node: Node) -> list[tuple[Node, Node, Node, Node]]:
+    """Return the factors of a sum of two products, in every possible order."""
     if not _is(node, ADD) or len(node.args) != 2 or node.kwargs:
         return []
     return [
@@ -149,7 +150,7 @@ def _sums(node: Node) -> list[tuple[Node, Node, Node, Node]]:
 
 
 def _by_angles(node: Node) -> Rotation | None:
-    for x, cosine, swapped, sine in _sums(node):
+    for x, cosine, swapped, sine in _factors_of_sum(node):
         cosines, sines = _angles(cosine, torch.cos), _angles(sine, torch.sin)
         if cosines is None or sines is None or cosines[0] is not sines[0]:
             continue
@@ -160,7 +161,7 @@ def _by_angles(node: Node) -> Rotation | None:
 
 
 def _of_halves(node: Node) -> Rotation | None:
-    for x, cosines, swapped, sines in _sums(node):
+    for x, cosines, swapped, sines in _factors_of_sum(node):
         source, of = _source(x), value_of(_source(x))
         tables = value_of(cosines), value_of(sines)
         if (
@@ -176,7 +177,7 @@ def _of_halves(node: Node) -> Rotation | None:
 
 
 def _fits(x: Node, angles: Node) -> bool:
-    """Return whether there is an FP32 angle for each pair of each row."""
+    """Return whether there is an FP32 angle for each pair of columns of each row."""
     value, of = value_of(angles), value_of(x)
     return (
         value.dtype == torch.float32
@@ -193,7 +194,8 @@ def _broadcasts(value: torch.Tensor, of: torch.Tensor) -> bool:
 
 
 def _joined(node: Node, chunks: list[Node]) -> Rotation | None:
-    """Return the rotation of all columns of a tensor that ``chunks`` rotate in order."""
+    """Return the rotation of a whole tensor whose columns ``chunks`` rotate part by part, or
+    None."""
     found = [one for chunk in chunks if (one := _by_angles(chunk)) is not None]
     sources = {one.x.args[0] if _is(one.x, (operator.getitem,)) else None for one in found}
     source = sources.pop() if len(found) == len(chunks) else None
@@ -213,11 +215,11 @@ def _joined(node: Node, chunks: list[Node]) -> Rotation | None:
     if start != value_of(source).shape[-1]:
         return None
     whole = _side_by_side(node.graph, [one.turn[0] for one in found], -1)
-    return Rotation(source, "angles", (whole,), min(one.since for one in found))
+    return Rotation(source, "angles", (whole,), min(one.first_reader for one in found))
 
 
 def _side_by_side(graph: fx.Graph, parts: list[Node], dim: int) -> Node:
-    """Insert the concatenation of tensors (B, H, N, D), broadcast in the other dimensions."""
+    """Insert a concatenation of tensors (B, H, N, D) that broadcasts the other dimensions."""
     shapes = [list(value_of(part).shape) for part in parts]
     own = [shape[dim] for shape in shapes]
     for shape in shapes:
@@ -233,10 +235,11 @@ def _side_by_side(graph: fx.Graph, parts: list[Node], dim: int) -> Node:
     return with_value(graph.call_function(torch.cat, (wide, dim)), value)
 
 
-def _positions(turned: Rotation) -> Rotation | None:
-    """Return a rotation by angles that are sums of positions times frequencies as one that computes
-    them: an angle takes as much memory as two columns in BF16."""
-    [angles] = turned.turn
+def _positions(rotation: Rotation) -> Rotation | None:
+    """Return the same rotation with positions and frequencies instead of angles, or None if its
+    angles are not sums of their products. The kernel then computes the angles, because reading an
+    angle takes as much memory traffic as two columns in BF16."""
+    [angles] = rotation.turn
     terms: list[Node] = []
     node = angles
     while _is(node, ADD) and len(node.args) == 2 and not node.kwargs:
@@ -251,11 +254,11 @@ def _positions(turned: Rotation) -> Rotation | None:
         _side_by_side(angles.graph, positions, -1),
         _side_by_side(angles.graph, frequencies, -2),
     )
-    return Rotation(turned.x, "positions", turn, min(terms))
+    return Rotation(rotation.x, "positions", turn, min(terms))
 
 
 def _position_and_frequency(node: Node) -> tuple[Node, Node] | None:
-    """Return the factors of a product of a number for each row and one for each pair of columns."""
+    """Return the factors of a product of a number per row and a number per pair of columns."""
     for row, column in _products(node):
         one, other = value_of(row), value_of(column)
         if (
@@ -269,7 +272,7 @@ def _position_and_frequency(node: Node) -> tuple[Node, Node] | None:
 
 
 def _chunks(node: Node) -> list[Node] | None:
-    """Return the tensors that a node joins along their columns."""
+    """Return the tensors that a node concatenates along their columns; None for other nodes."""
     if not _is(node, (torch.cat,)):
         return None
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -279,7 +282,7 @@ def _chunks(node: Node) -> list[Node] | None:
 
 
 def _products(node: Node) -> list[tuple[Node, Node]]:
-    """Return both orders of the operands of a product."""
+    """Return the operands of a product of tensors in both orders; empty for other nodes."""
     if not _is(node, MULTIPLY) or len(node.args) != 2 or node.kwargs:
         return []
     one, other = node.args
@@ -288,8 +291,8 @@ def _products(node: Node) -> list[tuple[Node, Node]]:
 
 
 def _angles(node: Node, function: Any) -> tuple[Node, Node] | None:
-    """Return the angles of which a node is the sine or cosine, once for each column of a pair, and
-    the operator that computes it."""
+    """Return the angles of a node that repeats their sine or cosine for both columns of each pair,
+    and the operator that computes the sine or cosine; None for other nodes."""
     node = _without_cast(node)
     if not _is(node, (torch.repeat_interleave,)):
         return None
@@ -304,7 +307,7 @@ def _angles(node: Node, function: Any) -> tuple[Node, Node] | None:
 
 
 def _without_cast(node: Node) -> Node:
-    """Return what a node casts from one floating dtype to another; the node itself if nothing."""
+    """Return the input of a cast between floating dtypes, and any other node unchanged."""
     if node.op == "call_method" and node.target in _CASTS and len(node.args) <= 2:
         source = node.args[0]
         before, after = value_of(source), value_of(node)
@@ -315,7 +318,7 @@ def _without_cast(node: Node) -> Node:
 
 
 def _source(x: Node) -> Node:
-    """Return ``x`` before it was cast to FP32."""
+    """Return ``x`` before a cast to FP32, or ``x`` itself."""
     source = _without_cast(x)
     if source is x or value_of(x).dtype != torch.float32 or value_of(source).itemsize > 4:
         return x
@@ -323,7 +326,8 @@ def _source(x: Node) -> Node:
 
 
 def _is_swapped(node: Node, x: Node) -> bool:
-    """Return whether a node is ``x`` with the columns of each pair swapped and one negated."""
+    """Return whether a node is ``x`` with the columns of each pair swapped and the first of them
+    negated."""
     if not (node.op == "call_method" and node.target == "flatten" and node.args[1:] == (-2,)):
         return False
     stacked = node.args[0]
@@ -338,7 +342,7 @@ def _is_swapped(node: Node, x: Node) -> bool:
 
 
 def _is_half_swapped(node: Node, x: Node) -> bool:
-    """Return whether a node is ``x`` with its halves swapped and one negated."""
+    """Return whether a node is ``x`` with its halves swapped and the first of them negated."""
     chunks = _chunks(node)
     if chunks is None or len(chunks) != 2 or not _is(chunks[0], _NEGATE):
         return False
@@ -354,7 +358,7 @@ def _is_half_swapped(node: Node, x: Node) -> bool:
 
 
 def _is_columns(node: Node, x: Node, columns: slice) -> bool:
-    """Return whether a node is some columns of ``x``."""
+    """Return whether a node is the slice ``columns`` of the columns of ``x``."""
     if not _is(node, (operator.getitem,)) or _source(node.args[0]) is not x:
         return False
     bounds, width = node.args[1], value_of(x).shape[-1]
@@ -368,7 +372,7 @@ def _is_columns(node: Node, x: Node, columns: slice) -> bool:
 
 
 def _is_chunk(node: Node, x: Node, index: int) -> bool:
-    """Return whether a node is a half of ``x``, from a call of ``chunk``."""
+    """Return whether a node is half ``index`` of ``x``, from a call of ``chunk``."""
     if not _is(node, (operator.getitem,)) or node.args[1] != index:
         return False
     whole = node.args[0]

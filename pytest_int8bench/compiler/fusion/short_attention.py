@@ -1,4 +1,4 @@
-"""Replace the attention of short sequences by our kernel, in a graph or in an eager forward."""
+"""Replace attention on short sequences by our kernel, in a graph or in an eager forward."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from pytest_int8bench.attention import allowed_backends
 from pytest_int8bench.compiler.fusion.int8_attention import (
     INSIDE,
-    LEFT_WHOLE,
     PARAMETERS,
+    UNTRACED,
     AttentionCoverage,
     refusal_of,
     replace_calls,
@@ -36,23 +36,22 @@ _CHOSEN = "under a backend that the model chooses"
 
 
 class NothingShortError(RuntimeError):
-    """Our kernel was asked for, and takes none of a model's attention."""
+    """Our kernel was requested but supports no attention call of the model."""
 
     def __init__(self, coverage: AttentionCoverage) -> None:
-        left = coverage.reasons() or "it makes no call of scaled_dot_product_attention"
+        left = coverage.reasons() or "it never calls scaled_dot_product_attention"
         super().__init__(
-            f"attention=short takes 16-bit sequences of up to {SHORT_ROWS} tokens, and none of the "
-            f"model's attention: {left}"
+            "attention=short replaces no attention call of this model (it supports 16-bit "
+            f"sequences of up to {SHORT_ROWS} tokens): {left}"
         )
 
 
 def replace_short(module: fx.GraphModule, coverage: AttentionCoverage) -> None:
-    """Replace the attention that our kernel can compute, in a graph of Dynamo and in the regions
-    that it calls, in place.
+    """Replace the attention calls that our kernel supports, in place.
 
     Args:
-        module: what Dynamo traced.
-        coverage: where to count what was replaced.
+        module: a graph of Dynamo, including its regions.
+        coverage: counts replaced and remaining calls.
     """
     parts = (part for part in module.modules() if isinstance(part, fx.GraphModule))
     chooses = any(node.target is CHOOSE_ATTENTION for part in parts for node in part.graph.nodes)
@@ -70,7 +69,7 @@ def _replace(graph: fx.Graph, node: Node) -> None:
     q, k, v = (given[name] for name in PARAMETERS[:3])
     rest = scale_of(value_of(q), given), given.get("is_causal", False)
     with graph.inserting_before(node):
-        # Autocast does not see into the operator.
+        # Autocast does not apply inside the operator.
         operands = [_in_dtype(graph, operand, dtype) for operand in (q, k, v)]
         out = graph.call_function(SHORT_ATTENTION, (*operands, *rest))
     out.meta = dict(node.meta)
@@ -94,21 +93,21 @@ def short_refusal(
     dtype: torch.dtype | None,
     device: torch.device | None = None,
 ) -> str | None:
-    """Return why our kernel cannot compute a call, None if it can.
+    """Return why our kernel cannot compute a call, or None if it can.
 
     Args:
         q: the queries.
         k: the keys.
         v: the values.
         given: the other arguments of ``scaled_dot_product_attention``, by name.
-        dtype: that it is computed in, which autocast may choose.
-        device: that it is computed on; that of ``q`` by default.
+        dtype: the dtype of the computation, after autocast.
+        device: the device of the computation; the device of ``q`` by default.
     """
     if reason := refusal_of(q, k, v, given, takes_causal=True):
         return reason
     sizes = (*q.shape[2:], k.shape[2])
     if not all(isinstance(size, int) for size in sizes):
-        return "of an open length"
+        return "of dynamic length"
     if max(sizes[0], sizes[-1]) > SHORT_ROWS:
         return f"of more than {SHORT_ROWS} tokens"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -119,16 +118,16 @@ def short_refusal(
 def eager_short(
     coverage: AttentionCoverage | None,
 ) -> contextlib.AbstractContextManager[object]:
-    """Return the context for eager calls: attention of short sequences by our kernel, counted in
-    ``coverage``, or as it is where that is None."""
+    """Return a context in which eager attention on short sequences runs on our kernel, counted in
+    ``coverage``. If that is None, the context does nothing."""
     return contextlib.nullcontext() if coverage is None else EagerShortAttention(coverage)
 
 
 class EagerShortAttention(TorchFunctionMode):
-    """Runs our kernel where eager code calls attention of short sequences.
+    """Replace eager attention on short sequences by our kernel.
 
     Args:
-        coverage: where to count what was replaced.
+        coverage: counts replaced and remaining calls.
     """
 
     def __init__(self, coverage: AttentionCoverage) -> None:
@@ -140,7 +139,7 @@ class EagerShortAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is LEFT_WHOLE:
+        if func is UNTRACED:
             self._coverage.note(INSIDE)
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)

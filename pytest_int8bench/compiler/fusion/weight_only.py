@@ -1,7 +1,7 @@
 """Passes for layers that quantize only their weights (W8).
 
-Layers that share an input become one matmul in :mod:`.passes`. Here their weights are dequantized
-in one pass over memory, and Inductor compiles the rest.
+:mod:`.passes` joins layers that share an input into one matmul. The passes here dequantize the
+weights of several layers in one launch, and Inductor compiles the rest.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pytest_int8bench.compiler.fusion.nodes import (
     value_of,
 )
 
-# Elements of weights that one pass dequantizes. Larger passes are not faster, and keep all weights
-# in memory until the last one is used.
-_AT_ONCE = 1 << 24
+# Largest number of weight elements in one launch. Larger launches are not faster, and all their
+# weights stay in memory until the last one is used.
+_MAX_ELEMENTS = 1 << 24
 _X = 0  # position of the input in the operator's arguments
 
 
 def share_scaled_inputs(graph: fx.Graph) -> None:
-    """Multiply an input only once by the factor that several layers share."""
+    """Multiply an input by a SmoothQuant factor only once if several layers share both."""
     first: dict[tuple[Any, ...], Node] = {}
     for node in graph.find_nodes(op="call_function", target=operator.mul):
         if all(user.target is DEQUANTIZED for user in node.users):
@@ -40,19 +40,19 @@ def share_scaled_inputs(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def dequantize_at_once(graph: fx.Graph) -> None:
-    """Dequantize weights of several layers in one pass: a launch takes longer to start than a
-    single weight takes."""
+def dequantize_together(graph: fx.Graph) -> None:
+    """Dequantize the weights of several layers in one launch, because starting a launch takes
+    longer than dequantizing a single weight."""
     layers: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
         weight, scale, _ = layer_tensors(node)
         (block, *rows), (scales, *same) = rows_of(weight), rows_of(scale)
         x = value_of(node.args[_X])
-        if rows == same and value_of(block).numel() <= _AT_ONCE:
+        if rows == same and value_of(block).numel() <= _MAX_ELEMENTS:
             layers.setdefault((block, scales, (x.dtype, x.device)), []).append(node)
     blocks = [key for key, nodes in layers.items() if _use_all(key[0], nodes)]
     while blocks:
-        together = _taken(blocks)
+        together = _pop_batch(blocks)
         nodes = sorted(node for key in together for node in layers[key])
         placed = all(tensor < nodes[0] for *tensors, _ in together for tensor in tensors)
         if len(nodes) > 1 and placed and nothing_written(nodes[0], nodes[-1]):
@@ -60,18 +60,18 @@ def dequantize_at_once(graph: fx.Graph) -> None:
 
 
 def _use_all(block: Node, nodes: list[Node]) -> bool:
-    """Return whether layers use all rows of a block."""
+    """Return whether layers together use all rows of a block."""
     rows = {rows_of(layer_weight(node))[1:] for node in nodes}
     return bool(sum(stop - start for start, stop in rows) >= value_of(block).shape[0])
 
 
-def _taken(blocks: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Remove from a list the first blocks of one dtype and device that fit into one pass."""
+def _pop_batch(blocks: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Remove and return the first blocks of one dtype and device that fit into one launch."""
     taken: list[tuple[Any, ...]] = []
     elements = 0
     while blocks and (not taken or blocks[0][2] == taken[0][2]):
         elements += value_of(blocks[0][0]).numel()
-        if taken and elements > _AT_ONCE:
+        if taken and elements > _MAX_ELEMENTS:
             break
         taken.append(blocks.pop(0))
     return taken
@@ -83,7 +83,7 @@ def _dequantize(
     layers: dict[tuple[Any, ...], list[Node]],
     first: Node,
 ) -> None:
-    """Insert the pass before the first layer, and multiply by the weights that it returns."""
+    """Insert the launch before the first layer, and multiply by the dequantized weights."""
     weights, scales, kinds = ([key[part] for key in blocks] for part in range(3))
     with graph.inserting_before(first):
         whole = graph.call_function(DEQUANTIZE, (weights, scales, kinds[0][0]))
@@ -98,9 +98,9 @@ def _dequantize(
             _multiply_with(graph, node, own)
 
 
-def open_matmuls(graph: fx.Graph) -> None:
-    """Replace the remaining operators by the functions of torch that they call: autocast does not
-    see into an operator in a region."""
+def decompose_layers(graph: fx.Graph) -> None:
+    """Replace the remaining operators by torch functions: autocast does not apply inside an
+    operator in a region."""
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZED):
         weight, scale, _ = layer_tensors(node)
         with graph.inserting_before(node):
@@ -113,7 +113,7 @@ def open_matmuls(graph: fx.Graph) -> None:
 
 
 def _multiply_with(graph: fx.Graph, node: Node, weight: Node) -> None:
-    """Replace a layer's operator by a matmul with a dequantized weight."""
+    """Replace the operator of a layer by a matmul with its dequantized weight."""
     _, _, bias = layer_tensors(node)
     with graph.inserting_before(node):
         matmul = graph.call_function(F.linear, (node.args[_X], weight, bias))

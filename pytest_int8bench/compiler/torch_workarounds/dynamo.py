@@ -1,4 +1,4 @@
-"""Workarounds for Dynamo, and what it leaves on a model."""
+"""Workarounds for Dynamo, and removal of ``torch.compile`` from a model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 import torch._dynamo
 
-#: Objects allocated between two garbage collections while a model compiles.
+#: Threshold of the garbage collector's youngest generation while a model compiles.
 COLLECTION_THRESHOLD = 20_000
 
 
 def register_tensor_types_with_einops() -> None:
-    """Call einops once for each type of tensor, so that the second call does not recompile.
+    """Call einops once per tensor type, so that the model's second call does not recompile.
 
-    Einops records the backend of each type of tensor on its first call (``_type2backend`` in
-    einops/_backends.py). A Dynamo that traces into einops guards on that record, sees it change
-    during the first call, and compiles again at the second.
+    On its first call with a type of tensor, einops records the type's backend (``_type2backend`` in
+    einops/_backends.py). If Dynamo traces into einops, it guards on that record, which the first
+    call changes, so that the second call recompiles.
 
     Affects torch 2.13, which prepares einops for ``torch.Tensor``, but not for ``nn.Parameter``;
     torch 2.11 does not trace into einops. We know of no upstream issue.
@@ -35,12 +35,12 @@ def register_tensor_types_with_einops() -> None:
 
 
 def set_region_reuse(allowed: bool) -> None:
-    """Turn Dynamo's reuse of regions without tracing on or off, for the whole process.
+    """Turn Dynamo's reuse of traced regions on or off, for the whole process.
 
-    Dynamo's reuse mixes up arguments that are passed by name in one call and by position in
-    another, or by name in another order, and so computes wrong numbers silently. It also raises at
-    the ninth kind of block (``max_reuse_entries``). Functions that users marked with a
-    ``reuse_hash_fn`` keep their reuse.
+    If a later call passes arguments by name instead of position, or by name in another order,
+    Dynamo mixes them up and silently computes wrong numbers. It also raises an error at the ninth
+    kind of block (``max_reuse_entries``). Reuse stays on for functions that users marked with a
+    ``reuse_hash_fn``.
 
     Affects torch 2.13 (``has_reuse_entries`` and ``is_reuse_eligible`` in
     torch/_dynamo/variables/invoke_subgraph.py); torch 2.11 traces every call. We know of no
@@ -57,8 +57,8 @@ def _invoke_subgraph_module() -> Any:
 
 @functools.cache
 def _reuse_functions() -> dict[str, tuple[Any, Any]]:
-    """Return torch's functions that decide about reuse by name, each with a replacement that
-    refuses it; none for a torch that traces every call."""
+    """Return name -> function of torch that decides about reuse, and a replacement that refuses
+    it. The result is empty if this torch traces every call."""
     try:
         module = _invoke_subgraph_module()
     except ImportError:
@@ -75,17 +75,17 @@ def _reuse_functions() -> dict[str, tuple[Any, Any]]:
 
 
 def without_compilation(model: torch.nn.Module) -> torch.nn.Module:
-    """Take ``torch.compile`` off ``model`` and the modules and methods in it, in place.
+    """Undo ``torch.compile`` on ``model``, its submodules and their methods, in place.
 
-    Return the module that was compiled, which may be another one than ``model``.
-    ``torch.compiler.disable`` is kept. torch has no public way to undo a compilation.
+    Return the original module, which may not be ``model`` itself. ``torch.compiler.disable`` stays
+    in effect. torch has no public way to undo a compilation.
 
     Affects torch 2.11 to 2.13 (``OptimizedModule``, ``innermost_fn`` and ``DisableContext`` in
     torch/_dynamo/eval_frame.py; ``Module.compile`` in torch/nn/modules/module.py). We know of no
     upstream issue.
 
     Raises:
-        ValueError: if a compiled module has hooks of its own, which would be lost.
+        ValueError: if the compiled wrapper of a module has hooks, which would be lost.
     """
     model = _compiled_module(model)
     for module in list(model.modules()):
@@ -114,8 +114,8 @@ def _compiled_module(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _innermost(function: Any) -> Any:
-    """Return what ``torch.compile`` was given; attributes that ``functools.wraps`` copied to
-    another function do not count."""
+    """Return the function that was passed to ``torch.compile``. Ignore attributes that
+    ``functools.wraps`` copied from a compiled function."""
     while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
         if _is_disabled(function):
             break
@@ -129,14 +129,14 @@ def _is_disabled(function: Any) -> bool:
 
 @contextlib.contextmanager
 def infrequent_garbage_collection() -> Iterator[None]:
-    """Collect garbage less often while a model compiles, still often enough to free GPU memory.
+    """Collect garbage less often while a model compiles, but often enough to free GPU memory.
 
     The compiler allocates millions of objects that stay alive, and the collector visits each of
-    them many times: with the threshold of Python 3.11, 700, this took 7 % of the first call.
+    them many times: with Python 3.11's threshold of 700, this took 7 % of the first call.
 
-    Affects every version of torch; Dynamo 2.15 raises the threshold of full collections itself
-    (``deferred_full_gc`` in torch/_dynamo/utils.py), inside of this. A garbage collection that the
-    user turned off, or made rarer than this, stays as it is.
+    Affects every version of torch. Inside this context, Dynamo 2.15 also raises the threshold of
+    full collections (``deferred_full_gc`` in torch/_dynamo/utils.py). If the user turned garbage
+    collection off or made it rarer, this changes nothing.
     """
     before = gc.get_threshold()
     if 0 < before[0] < COLLECTION_THRESHOLD:  # 0 turns collection off

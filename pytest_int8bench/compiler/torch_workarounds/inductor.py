@@ -1,4 +1,4 @@
-"""Workarounds for AOTAutograd, Inductor and its CUDA graphs, and where Inductor finds things."""
+"""Workarounds for AOTAutograd, Inductor and CUDA graphs, and Inductor's folder and compiler."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import torch._guards
 
 @contextlib.contextmanager
 def cached_region_schemas() -> Iterator[None]:
-    """Find out once for each region which of its inputs it writes to.
+    """Determine only once per region to which of its inputs it writes.
 
-    Without this, AOTAutograd traces the region twice for each of its calls
-    (``gen_schema`` of ``torch.ops.higher_order.invoke_subgraph``, in
-    torch/_higher_order_ops/invoke_subgraph.py), which took 1.8 s for the twelve blocks of a base
-    encoder.
+    Otherwise AOTAutograd traces a region twice for each of its calls (``gen_schema`` of
+    ``torch.ops.higher_order.invoke_subgraph``, in torch/_higher_order_ops/invoke_subgraph.py),
+    which took 1.8 s for the twelve blocks of a base encoder.
 
-    Affects torch 2.11. Torch 2.13 keeps the schemas itself
+    Affects torch 2.11. Torch 2.13 caches the schemas
     (``InvokeSubgraphCache.get_functionalize_schema_entry`` in torch/_guards.py), so this does
     nothing there. We know of no upstream issue.
     """
     if torch_caches_region_schemas():
         yield
         return
-    # Any, because mypy does not allow replacing a method of an operator.
+    # mypy does not allow replacing a method of an operator, hence Any.
     region: Any = torch.ops.higher_order.invoke_subgraph
     make, own = region.gen_schema, vars(region).get("gen_schema")
-    # Keyed by identity, as in torch 2.13; holding the subgraph keeps its id from being reused.
+    # Keyed by identity, as in torch 2.13. Values hold the subgraph so that its id is not reused.
     kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def gen_schema(subgraph: Any, identifier: Any, *operands: Any) -> Any:
@@ -49,16 +48,16 @@ def cached_region_schemas() -> Iterator[None]:
 
 
 def torch_caches_region_schemas() -> bool:
-    """Return whether this torch keeps the schemas of regions itself."""
+    """Return whether this version of torch caches the schemas of regions."""
     return hasattr(torch._guards.InvokeSubgraphCache, "get_functionalize_schema_entry")
 
 
 def reset_failed_cuda_graph_warm_up() -> None:
-    """Make CUDA graphs usable again after a call failed while it warmed up for one.
+    """Make CUDA graphs usable again after a call failed during their warm-up.
 
-    The failed warm-up node stays the manager's current node and has no outputs. The next call of
-    any CUDA graph in the process then fails an assertion that there are as many outputs as stack
-    traces of outputs.
+    The failed warm-up node stays the manager's current node, without outputs. The next call of any
+    CUDA graph in the process then fails an assertion that the numbers of outputs and of their stack
+    traces are equal.
 
     Affects torch before 2.12 (``CUDAWarmupNode`` in torch/_inductor/cudagraph_trees.py;
     pytorch/pytorch#175562).
@@ -77,16 +76,16 @@ def reset_failed_cuda_graph_warm_up() -> None:
 def free_matmul_workspaces() -> None:
     """Free the workspaces that cuBLAS keeps for the next matmul.
 
-    Recording a CUDA graph frees them (``clear_cublas_manager`` in
-    torch/_inductor/cudagraph_trees.py of torch 2.11 to 2.13), so that memory which was taken before
-    would be missing afterwards.
+    Recording a CUDA graph also frees them (``clear_cublas_manager`` in
+    torch/_inductor/cudagraph_trees.py of torch 2.11 to 2.13). A memory reading taken before the
+    recording would count them, and one taken afterwards would not.
     """
     if torch.cuda.is_initialized():
         torch._C._cuda_clearCublasWorkspaces()
 
 
 def inductor_folder() -> str:
-    """Return where Inductor keeps compiled code when ``TORCHINDUCTOR_CACHE_DIR`` is not set.
+    """Return the folder where Inductor keeps compiled code if ``TORCHINDUCTOR_CACHE_DIR`` is unset.
 
     In torch 2.11 to 2.13: ``default_cache_dir`` in torch/_inductor/runtime/cache_dir_utils.py.
     """
@@ -96,7 +95,7 @@ def inductor_folder() -> str:
 
 
 def cpp_compiler() -> str:
-    """Return the C++ compiler that Inductor calls; it raises an error that says what it looked for.
+    """Return the C++ compiler that Inductor calls. If there is none, the error lists what it tried.
 
     In torch 2.11 to 2.13: ``get_cpp_compiler`` in torch/_inductor/cpp_builder.py.
     """
@@ -106,12 +105,12 @@ def cpp_compiler() -> str:
 
 
 def start_compile_workers() -> None:
-    """Start the processes in which Inductor compiles kernels, with the right ``ptxas``.
+    """Start Inductor's compile workers, and use the same ``ptxas`` in this process as they do.
 
-    The processes take seconds to import torch; until they are ready, this process compiles. The
-    processes assemble with torch's own ``ptxas``, this process with Triton's until it compiles a
-    kernel of Inductor. The version of ``ptxas`` is part of the key of Triton's cache and is looked
-    up once, so a process that found its graph in the cache did not find the kernels there.
+    The workers take seconds to import torch; until they are ready, this process compiles. They use
+    torch's own ``ptxas``, while this process uses Triton's until it compiles one of Inductor's
+    kernels. Triton looks up the version of ``ptxas`` only once and makes it part of its cache key,
+    so a process that found its graph in the cache would not find the kernels.
 
     Affects torch 2.11 to 2.13 (``_set_triton_ptxas_path`` in
     torch/_inductor/runtime/compile_tasks.py). We know of no upstream issue.

@@ -1,4 +1,4 @@
-"""Keep what torch logs and warns of, and is not about the user's model, from the user."""
+"""Hide logs and warnings of torch that are not about the user's model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 def hide_metrics_error() -> Iterator[None]:
     """Keep a harmless error of torch's compile metrics out of the log.
 
-    Torch sorts the functions in ``torch._dynamo.config.ignore_logging_functions`` to write its
-    configuration into the metrics, and logs a ``TypeError``, because functions have no order.
+    To write its configuration to the metrics, torch sorts the functions in
+    ``torch._dynamo.config.ignore_logging_functions``, and logs a ``TypeError`` because functions
+    cannot be compared.
 
     Affects torch 2.11 (logger ``torch._dynamo.metrics_context``, torch/_dynamo/metrics_context.py).
     We know of no upstream issue.
@@ -36,12 +37,12 @@ def hide_metrics_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hide_trace_records() -> Iterator[None]:
-    """Keep pytest from capturing torch's structured trace, and torch from writing it for nobody.
+    """Keep pytest from capturing torch's structured trace.
 
-    The logger is at level DEBUG and does not propagate; torch formats records, graphs included, as
-    soon as it has a handler. Pytest 9.1 adds those that capture logs to loggers that do not
-    propagate (``catching_logs`` in _pytest/logging.py), so that a test that fails after it compiled
-    is reported with a hundred empty lines and more. Handlers of torch (``TORCH_TRACE``) and of
+    The trace's logger has level DEBUG and does not propagate, and torch formats records, including
+    graphs, only if it has a handler. Pytest 9.1 adds its capturing handlers even to loggers that do
+    not propagate (``catching_logs`` in _pytest/logging.py), so that the report of a test that fails
+    after compiling has more than a hundred empty lines. Handlers of torch (``TORCH_TRACE``) and of
     users stay.
 
     Affects torch 2.11 to 2.15 (``trace_structured`` in torch/_logging/_internal.py).
@@ -63,18 +64,18 @@ def _is_of_pytest(handler: logging.Handler) -> bool:
 
 @contextlib.contextmanager
 def hide_compiler_warnings(model: torch.nn.Module) -> Iterator[None]:
-    """Keep warnings of torch that are not about the user's model from the user, while it compiles.
+    """Hide warnings of torch that are not about the user's model while it compiles:
 
-    - Dynamo tries to trace ``_thread.get_ident``, which the ``repr`` of a dataclass calls in an
-      argument of a logger, and does without (torch 2.14 and 2.15, ``SkipFunctionVariable`` in
+    - Dynamo cannot trace ``_thread.get_ident``, which the ``repr`` of a dataclass in the argument
+      of a logger calls, and continues without it (torch 2.14 and 2.15, ``SkipFunctionVariable`` in
       torch/_dynamo/variables/functions.py).
-    - AOTAutograd's cache asks authors of tensor subclasses, here those of torchao, for a method
-      (torch 2.13 to 2.15, ``_reduce_tensor_subclass`` in
+    - AOTAutograd's cache asks the authors of tensor subclasses, here torchao's, to implement a
+      method (torch 2.13 to 2.15, ``_reduce_tensor_subclass`` in
       torch/_functorch/_aot_autograd/autograd_cache.py).
     - Autotuning calls a deprecated method of tensors (torch 2.11, ``select_algorithm.py`` in
       torch/_inductor).
-    - Each attention backend says why it does not take the inputs (all versions, sdp_utils.cpp in
-      aten/src/ATen/native/transformers/); where none does, an error says so.
+    - Each attention backend warns why it does not support the inputs (all versions, sdp_utils.cpp
+      in aten/src/ATen/native/transformers/). If no backend does, torch raises an error anyway.
     """
     of_torchao = {
         type(tensor).__name__

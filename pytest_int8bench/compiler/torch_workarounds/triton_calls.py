@@ -1,4 +1,4 @@
-"""Triton kernels in graphs, as torch.compile holds them."""
+"""Insert launches of Triton kernels into graphs, in the form that ``torch.compile`` uses."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import fx
 
-#: Torch keeps constants that a graph cannot hold in a table; this entry of it is empty.
+#: Index of an empty entry in torch's table of constant kernel arguments.
 _NO_CONSTANTS = 1 << 60
 
 
 def register_triton_kernel(index: int, kernel: Any) -> None:
-    """Make a kernel known to torch under a number that we choose.
+    """Register a kernel with torch under an index that we choose.
 
-    The key of AOTAutograd's cache contains this number but not the kernel's source, and torch
-    numbers kernels in the order in which it meets them. Another process would miss what this one
-    cached, or load it for a kernel whose source has changed.
+    The key of AOTAutograd's cache contains this index but not the kernel's source, and torch
+    numbers kernels in the order in which it sees them. Another process would not find what this
+    one cached, or would load it for a kernel whose source has changed.
 
     Affects torch 2.11 to 2.13 (``KernelSideTable`` in
     torch/_higher_order_ops/triton_kernel_wrap.py). We know of no upstream issue.
     """
-    # Imported late, also below: this loads modules of torch that few sessions need.
+    # Imported late here and below, because few sessions need these modules of torch.
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     kernel_side_table.id_to_kernel[index] = kernel
@@ -37,22 +37,22 @@ def insert_triton_call(
     blocks: Mapping[str, Sequence[int]],
     written: Sequence[str],
 ) -> fx.Node:
-    """Insert the node that ``torch.compile`` makes of a launch of a user's Triton kernel.
+    """Insert the node that ``torch.compile`` creates for a launch of a user's Triton kernel.
 
-    The node stands for a kernel that first copies the tensors it writes; Inductor drops the copies,
-    as nothing else reads the originals. The other kind of node does not name outputs: AOTAutograd
-    parses the kernel to find them, each time it traces the launch.
+    The node represents a kernel that first copies the tensors to which it writes. Inductor drops
+    the copies, because nothing else reads the originals. The mutating kind of node does not name
+    its outputs, so that AOTAutograd would parse the kernel each time it traces the launch.
 
-    The public way to these nodes, ``wrap_triton``, drops launches with TMA descriptors in torch
+    The public API for these nodes, ``wrap_triton``, drops launches with TMA descriptors in torch
     2.11 to 2.13 (see :mod:`..fusion.inline_triton`). We know of no upstream issue.
 
     Args:
         graph: where to insert the node.
-        index: the number of the kernel (:func:`register_triton_kernel`).
-        programs: how many programs to launch.
-        arguments: all arguments of the kernel by name.
-        blocks: shapes of the blocks of those tensors that the kernel addresses by TMA.
-        written: names of the arguments that the kernel writes to.
+        index: the index of the kernel (:func:`register_triton_kernel`).
+        programs: the number of programs to launch.
+        arguments: all arguments of the kernel, by name.
+        blocks: for each tensor that the kernel addresses by TMA, the shape of its blocks.
+        written: names of the arguments to which the kernel writes.
     """
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,

@@ -1,7 +1,7 @@
-"""Quantization modes: one file a mode, with everything that varies between them.
+"""Quantization modes, one file per mode.
 
-A mode of another package is registered by name before options are read, and loaded when it is
-first used::
+Another package registers its mode by name before pytest reads options. The mode is imported when
+it is first used::
 
     from pytest_int8bench.choices import ModeChoice, register_mode
 
@@ -29,27 +29,27 @@ from pytest_int8bench.quantization.coverage import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What must be seen of a model, and in one profiled forward of it, for its label to hold."""
+    """The evidence that a model runs in its mode, from its weights and one profiled forward."""
 
     storage: torch.dtype | None = torch.int8
-    """What every quantized layer must store its weight in; None for anything."""
+    """The dtype in which every quantized layer must store its weight, or None for any dtype."""
     int8_matmuls: bool = False
-    """INT8 matmuls must run. Without it none may."""
+    """True if INT8 matmuls must run, False if none may."""
     kernels: re.Pattern[str] | None = None
-    """Names of other kernels one of which must run. They must not run in a baseline."""
+    """Matches the names of other kernels. At least one must run, and none in a baseline."""
     hint: str = ""
-    """Why they may be missing on CUDA."""
+    """Appended to the error if they did not run on CUDA: a possible reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What the upper bound of the speedup is computed from."""
+    """Parameters of the upper bound of a mode's speedup."""
 
     int8_matmuls: bool
-    """Matmuls run at the device's INT8 rate, on inputs of one byte, which kernels between layers
-    may write; otherwise at the baseline's rate, on its inputs."""
+    """Matmuls run at the device's INT8 rate and read one byte per input element, which the kernels
+    before them can write. Otherwise they run at the baseline's rate and read its inputs."""
     weight_bytes: float = 1
-    """Bytes of an element of a quantized weight."""
+    """Bytes per element of a quantized weight."""
 
 
 def _no_problem(_: Any) -> str | None:
@@ -65,46 +65,47 @@ class Mode:
     """A way to quantize linear layers."""
 
     name: str
-    """As registered in :mod:`pytest_int8bench.choices`."""
+    """The name under which :mod:`pytest_int8bench.choices` registers the mode."""
     configure: Callable[[nn.Module], Any]
     """Return torchao's configuration for a model."""
     lower: Callable[[nn.Module, Sequence[Layer]], None] = _leave
-    """Replace layers that torchao quantized by faster ones, in place. Layers that the fused kernels
-    take are replaced after it."""
+    """Replace layers that torchao quantized by faster ones, in place, before layers move to the
+    fused kernels."""
     layer_problem: Callable[[nn.Linear], str | None] = _no_problem
-    """Say why torchao's kernels cannot take a layer, or return None."""
+    """Return why torchao's kernels do not support a layer, or None if they do."""
     device_problem: Callable[[torch.device], str | None] = _no_problem
-    """Say why a device cannot run the mode, or return None. Points are skipped with the reason."""
+    """Return why a device cannot run the mode, or None if it can. Points are skipped with the
+    reason."""
     proof: Proof = field(default_factory=Proof)
     bound: Bound | None = None
-    """None where no upper bound is known."""
+    """None if no upper bound is known."""
     smoothquant_helps: bool = False
-    """SmoothQuant is the first thing to try when accuracy drops."""
+    """Suggest SmoothQuant first when accuracy drops."""
     next_mode: str | None = None
-    """The mode to try when accuracy drops, if any."""
+    """The mode to suggest when accuracy drops, if any."""
     explain: Callable[[str], str | None] = _no_problem
-    """Turn the message of an error of torch into one line that says what to do, or return None."""
+    """Turn torch's error message into one line with a remedy, or return None."""
 
     @property
     def label(self) -> str:
-        """What messages call the mode: ``W8A8``."""
+        """The name of the mode in messages, such as ``W8A8``."""
         return self.name.upper()
 
     @property
     def choice(self) -> ModeChoice:
-        """What is known of the mode without torch."""
+        """The mode's entry in :mod:`pytest_int8bench.choices`, which does not import torch."""
         return mode_choices()[self.name]
 
     def fused_problem(self, device: torch.device) -> str | None:
-        """Say why no layer can run on the fused kernels, or return None."""
+        """Return why no layer can run on the fused kernels, or None if one can."""
         if not self.choice.fused:
             fused = ", ".join(name.upper() for name, c in mode_choices().items() if c.fused)
-            return f"the fused kernels run {fused}, not {self.name}"
+            return f"the fused kernels support {fused}, not {self.name}"
         return dispatch.fused_problem(device)
 
 
 class _Modes(Mapping[str, Mode]):
-    """Every mode that is registered, imported when it is first asked for."""
+    """Name -> registered mode, imported on lookup."""
 
     def __getitem__(self, name: str) -> Mode:
         target = mode_choices()[name].target
@@ -113,7 +114,7 @@ class _Modes(Mapping[str, Mode]):
             mode = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # code of another package runs here
             raise QuantizationError(
-                f"int8_mode={name}: {target} cannot be loaded: {type(error).__name__}: {error}"
+                f"int8_mode={name}: cannot load {target}: {type(error).__name__}: {error}"
             ) from None
         if not isinstance(mode, Mode) or mode.name != name:
             raise TypeError(f"{module}:{attribute} must be a Mode named {name!r}, got {mode!r}")
@@ -127,4 +128,3 @@ class _Modes(Mapping[str, Mode]):
 
 
 MODES: Mapping[str, Mode] = _Modes()
-"""Name -> mode."""

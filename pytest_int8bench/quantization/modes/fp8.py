@@ -1,6 +1,6 @@
-"""FP8 (e4m3): weights and dynamic activations with one scale a row, through TorchAO.
+"""FP8 (e4m3): weights and dynamic activations with one scale per row, through TorchAO.
 
-For reference: what a user of an Ada or Hopper GPU would take instead of INT8.
+For comparison: the alternative to INT8 on an Ada or Hopper GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerR
 
 from pytest_int8bench.quantization.modes import Mode, Proof
 
-#: Compute capability from which ``torch._scaled_mm`` runs on FP8 tensor cores.
+#: The lowest compute capability at which ``torch._scaled_mm`` runs on FP8 tensor cores.
 CAPABILITY = (8, 9)
-#: ``torch._scaled_mm`` takes K and N that are multiples of this.
+#: ``torch._scaled_mm`` requires K and N to be multiples of this.
 MULTIPLE = 16
 # cuBLAS on Hopper and later (nvjet names its operands' types: q is e4m3) and on Ada
 # (sm89_xmma_gemm_e4m3...), CUTLASS (which names types in full), and Inductor's Triton templates.
-# Pointwise kernels that are fused around a matmul carry its name too, and are no proof.
+# Inductor also names pointwise kernels after the matmul they surround; these prove nothing.
 _MATMUL = re.compile(
     r"nvjet_(sm\d+_)?qq|gemm.*e4m3|f8f8\w*_rowwise|triton_(tem|mm)\w*_scaled_mm",
     re.IGNORECASE | re.DOTALL,
@@ -30,7 +30,7 @@ _MATMUL = re.compile(
 def _configure(model: nn.Module) -> Any:
     return Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(),
-        # True would change Inductor for the whole process, baseline included.
+        # True would reconfigure Inductor for the whole process, including the baseline.
         set_inductor_config=False,
     )
 
@@ -41,18 +41,18 @@ def _layer_problem(module: nn.Linear) -> str | None:
         return f"shape: {columns}x{rows} is not a multiple of {MULTIPLE} (FP8 matmul)"
     if module.weight.dtype != torch.bfloat16:
         dtype = str(module.weight.dtype).removeprefix("torch.")
-        return f"dtype: {dtype} (FP8 by row takes BF16 weights)"
+        return f"dtype: {dtype} (row-wise FP8 requires BF16 weights)"
     return None
 
 
 def _device_problem(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"FP8 runs on CUDA only, not on {'ROCm' if torch.version.hip else device.type}"
+        return f"FP8 requires CUDA, got {'ROCm' if torch.version.hip else device.type}"
     if not torch.cuda.is_available():
-        return "FP8 runs on CUDA only, and torch sees no CUDA device"
+        return "FP8 requires CUDA, but torch sees no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
-        return f"FP8 needs sm89 (Ada) or later, this is sm{capability[0]}{capability[1]}"
+        return f"FP8 requires sm89 (Ada) or later, got sm{capability[0]}{capability[1]}"
     return None
 
 

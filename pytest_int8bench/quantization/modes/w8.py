@@ -14,7 +14,7 @@ from pytest_int8bench.quantization.modes import Bound, Mode, Proof
 
 
 def _configure(model: nn.Module) -> Any:
-    # True would change Inductor for the whole process, baseline included.
+    # True would reconfigure Inductor for the whole process, including the baseline.
     return Int8WeightOnlyConfig(set_inductor_config=False)
 
 
@@ -26,7 +26,7 @@ MODE = Mode(
     name="w8",
     configure=_configure,
     lower=_lower,
-    # Stored INT8 weights are the proof: the kernels that dequantize them have no distinctive name.
+    # Checks only that weights are stored in INT8: the dequantizing kernels' names are generic.
     proof=Proof(),
     bound=Bound(int8_matmuls=False),
 )

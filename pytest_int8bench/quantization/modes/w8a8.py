@@ -19,9 +19,9 @@ _TOO_FEW_ROWS = re.compile(r"self\.size\(0\) needs to be greater than 16, but go
 def _configure(model: nn.Module) -> Any:
     devices = {parameter.device for parameter in model.parameters()}
     return Int8DynamicActivationInt8WeightConfig(
-        # True would change Inductor for the whole process, baseline included.
+        # True would reconfigure Inductor for the whole process, including the baseline.
         set_inductor_config=False,
-        # Without VNNI the CPU's INT8 matmul saturates in 16 bits.
+        # The INT8 matmul of CPUs without VNNI saturates at 16 bits.
         reduce_range=any(should_reduce_range(device) for device in devices),
     )
 
@@ -31,7 +31,7 @@ def _layer_problem(module: nn.Linear) -> str | None:
         return None
     rows, columns = module.weight.shape
     if rows % CUDA_MULTIPLE or columns % CUDA_MULTIPLE:
-        return f"shape: {columns}x{rows} is not a multiple of {CUDA_MULTIPLE} (CUDA INT8 product)"
+        return f"shape: {columns}x{rows} is not a multiple of {CUDA_MULTIPLE} (CUDA INT8 matmul)"
     return None
 
 
@@ -40,8 +40,8 @@ def _explain(error: str) -> str | None:
     if match is None:
         return None
     return (
-        f"W8A8 on CUDA takes more than 16 rows in a product, got {match[1]}: "
-        "use a larger batch, or int8_mode w8"
+        f"an INT8 matmul on CUDA must have more than 16 rows, got {match[1]}: "
+        "use a larger batch or int8_mode=w8"
     )
 
 
@@ -51,7 +51,7 @@ MODE = Mode(
     layer_problem=_layer_problem,
     proof=Proof(
         int8_matmuls=True,
-        hint=" (on CUDA, products of 16 rows or fewer run in floating point)",
+        hint=" (on CUDA, matmuls of 16 rows or fewer run in floating point)",
     ),
     bound=Bound(int8_matmuls=True),
     smoothquant_helps=True,

@@ -86,8 +86,8 @@ def test_calls_that_int8_computes(given: Any, shapes: Any, how: str) -> None:
         ({"attn_mask": torch.ones(8, 8, dtype=torch.bool)}, (1, 2, 8, 16), "with a mask"),
         ({"dropout_p": 0.5}, (1, 2, 8, 16), "with dropout"),
         ({}, (1, 2, 8, 256), "of heads with 256 columns"),
-        ({}, (2, 8, 16), "without a batch and heads"),
-        ({}, (1, 2, 0, 16), "of shapes that are broadcast, or empty"),
+        ({}, (2, 8, 16), "without batch and head dimensions"),
+        ({}, (1, 2, 0, 16), "of broadcast or empty shapes"),
     ],
 )
 def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: str) -> None:
