@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import Distance, distance, nan_remark, problem
-from pytest_int8bench.accuracy.scores import Scores, judged, read_scores, too_few
+from pytest_int8bench.accuracy.scores import Scores, judge_scores, read_scores, too_few_samples
 from pytest_int8bench.accuracy.statistics.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
@@ -154,7 +154,7 @@ class Guardrail:
             if key not in self._told:
                 self._told.add(key)
                 reference = self.baseline_scores(workload, params, index)
-                if (text := too_few(evaluation, reference, limit)) is not None:
+                if (text := too_few_samples(evaluation, reference, limit)) is not None:
                     tell(text)
 
     def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Guardrail:
         reference = self.baseline_scores(workload, params, index, selection=selection)
         candidate = self.candidate(workload, params)
         scores = self.scores(candidate, index, selection=selection)
-        return judged(
+        return judge_scores(
             self.evaluations(workload, params)[index], reference, scores, limit or self.limit
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.scores import groups_of, judged, seen_drop
+from pytest_int8bench.accuracy.scores import groups_of, judge_scores, observed_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
@@ -191,7 +191,7 @@ class Remedies:
             model = guardrail.pool.variant(trial.workload, trial.params)
             scores = guardrail.scores(model, index, selection=True)
             rows = _half(evaluation, len(reference.values), 0)
-            drop, samples = seen_drop(evaluation, reference, scores, self._limit, rows=rows)
+            drop, samples = observed_drop(evaluation, reference, scores, self._limit, rows=rows)
         except Exception as error:
             return dataclasses.replace(trial, problem=_expected(error))
         return dataclasses.replace(trial, drop=drop, samples=samples)
@@ -228,7 +228,7 @@ class Remedies:
         evaluation = guardrail.evaluations(workload, params)[index]
         reference = guardrail.baseline_scores(workload, params, index)
         scores = guardrail.scores(guardrail.candidate(workload, params), index)
-        return judged(
+        return judge_scores(
             evaluation,
             reference,
             scores,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pytest_int8bench.accuracy.attention_rows import AttentionIn
+from pytest_int8bench.accuracy.attention_rows import SelectiveInt8Attention
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
-from pytest_int8bench.accuracy.scores import Scores, seen_drop
+from pytest_int8bench.accuracy.scores import Scores, observed_drop
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.building import calibration_inputs, check_dense, run_once
 from pytest_int8bench.measure.model import Model
@@ -138,7 +138,7 @@ class SensitivityScan:
         groups = {name: (layers, none) for name, layers in self.groups.items()}
         if not self._params.int8_attention:
             return groups
-        mode = AttentionIn(baseline.eager)
+        mode = SelectiveInt8Attention(baseline.eager)
         with mode.entered():
             _eager(baseline, batch)
         if not mode.callers:
@@ -160,7 +160,7 @@ class SensitivityScan:
         model = self._model(layers)
         model.restore()
         signal = noise = 0.0
-        with AttentionIn(model.eager, callers).entered() if callers else nullcontext():
+        with SelectiveInt8Attention(model.eager, callers).entered() if callers else nullcontext():
             for batch, ours in zip(batches, reference, strict=True):
                 for a, b in zip(ours, _eager(model, batch), strict=True):
                     masked = a.isinf() & (a == b)  # such as logits of classes that cannot be
@@ -191,7 +191,7 @@ class SensitivityScan:
     def _loss(self, model: Model, reference: Scores) -> dict[str, Any]:
         evaluation = self._guardrail.evaluations(self._workload, self._params)[0]
         scores = self._guardrail.scores(model, 0, selection=True)
-        drop, _ = seen_drop(evaluation, reference, scores, _POINTS)
+        drop, _ = observed_drop(evaluation, reference, scores, _POINTS)
         worse = reference.values > scores.values
         better = reference.values < scores.values
         return {

@@ -101,7 +101,7 @@ def test_nan_in_outputs_without_labels_is_told() -> None:
     [found] = Guardrail(ModelPool(), ONE_PERCENT).check(make_workload(Breaks), W8A8, nodeid="t")
     assert (found.outcome, found.reason) == (
         "proxy-ok",
-        "the baseline's own outputs hold NaN (1 of 256 values, left out of the comparison)",
+        "the baseline's own outputs hold NaN (1 of 256 values, excluded from the comparison)",
     )
 
 
@@ -209,7 +209,9 @@ def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
     found = Evaluation(metric="F1", scores=lambda forward: rows, aggregate=f1)
     [text] = told(found, "1%")
     match = re.fullmatch(
-        r"F1: 300 samples cannot pass 1% even if nothing drops: it takes about (\d+)", text
+        r"F1: 300 samples are too few to pass the limit of 1%, even for an unchanged model; "
+        r"about (\d+) are needed",
+        text,
     )
     assert match is not None
     assert 730 <= int(match[1]) < 1000
@@ -222,11 +224,11 @@ def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
 
 def test_too_few_samples_and_groups_are_said() -> None:
     [text] = told(Evaluation(metric="top1", scores=flips(0, samples=40)), "1%")
-    assert text.startswith("top1: 40 samples cannot pass 1% even if nothing drops: it takes about ")
+    assert text.startswith("top1: 40 samples are too few to pass the limit of 1%, even for an ")
     groups = np.arange(SAMPLES) // 20
     [text] = told(Evaluation(metric="top1", scores=flips(0), groups=groups), "1%")
-    assert text.startswith("top1: 2000 samples in 100 groups cannot pass 1% even if nothing drops:")
-    assert text.endswith(" groups")
+    assert text.startswith("top1: 2000 samples in 100 groups are too few to pass the limit of 1%")
+    assert text.endswith(" groups are needed")
     assert told(Evaluation(metric="top1", scores=flips(0)), "1%") == []
     # A constant baseline cannot say; its candidate can.
     constant = Evaluation(metric="top1", scores=lambda forward: 1.0 - is_candidate(forward) * GOOD)
@@ -504,7 +506,7 @@ def test_outputs_that_are_too_far_fail() -> None:
 
     [found] = check(None, build=outliers)
     assert found.outcome == "FAIL"
-    assert found.reason == f"SQNR {found.distance['sqnr_db']:.1f} dB is under 10 dB"
+    assert found.reason == f"SQNR must be at least 10 dB, got {found.distance['sqnr_db']:.1f} dB"
 
 
 # -- what cannot be judged ----------------------------------------------------------------------
@@ -529,13 +531,16 @@ BAD = {
     ),
     "ids of one": (
         by_role((IDS, GOOD), GOOD),
-        "top1: scores gave ids for one model and none for the other",
+        "top1: scores must return ids for both models or for neither",
     ),
     "ids twice": (
         by_role((IDS // 2, GOOD), (IDS // 2, GOOD)),
-        "top1: scores gave an id more than once",
+        "top1: scores must return unique ids, got duplicates",
     ),
-    "too few ids": (by_role((IDS[1:], GOOD), (IDS, GOOD)), "top1: 99 ids for 100 scores"),
+    "too few ids": (
+        by_role((IDS[1:], GOOD), (IDS, GOOD)),
+        "top1: scores must return one id per score, got 99 ids for 100 scores",
+    ),
     "three": (
         by_role((IDS, GOOD, GOOD), GOOD),
         r"top1: scores must return one score per sample or \(ids, scores\), got a tuple of 3",

@@ -100,7 +100,7 @@ def test_lossless_model_passes(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=4, warnings=1)
     result.stdout.fnmatch_lines(
         [
-            "int8bench: accuracy: top1: 40 samples cannot pass 1% even if nothing drops: *",
+            "int8bench: accuracy: top1: 40 samples are too few to pass the limit of 1%, even for *",
             f"*INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00%*",
         ]
     )
@@ -233,7 +233,9 @@ def test_random_weights_proxy(project: pytest.Pytester, monkeypatch: pytest.Monk
     rows = [line.split() for line in result.outlines if "dropped" not in line and "top1" in line]
     assert rows[0][-1] == "FAIL*"
     result.stdout.fnmatch_lines(["[*] pipeline check: the weights are random, so the verdict *"])
-    result.stdout.fnmatch_lines([f"AccuracyError: FAIL: broken: {W8A8}: SQNR * dB is under 10 dB"])
+    result.stdout.fnmatch_lines(
+        [f"AccuracyError: FAIL: broken: {W8A8}: SQNR must be at least 10 dB, got * dB"]
+    )
 
 
 def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
