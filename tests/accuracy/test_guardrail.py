@@ -553,27 +553,27 @@ BAD = {
     "text": (by_role("good", "bad"), "top1: scores must be numbers, got str"),
     "not finite": (
         by_role(GOOD, np.where(IDS == 3, np.nan, GOOD)),
-        "top1: scores must be finite, the candidate has 1",
+        "top1: scores must be finite, got 1 non-finite score for the candidate",
     ),
     "complex": (
         by_role(GOOD + 1j, GOOD),
-        "top1: scores must be numbers, the baseline has complex128",
+        "top1: scores must be numbers, got complex128 for the baseline",
     ),
     "numbers as text": (
         by_role(GOOD.astype(str), GOOD),
-        "top1: scores must be numbers, the baseline has <U",
+        "top1: scores must be numbers, got <U",
     ),
     "masked": (
         by_role(GOOD, np.ma.masked_array(GOOD, mask=IDS < 3)),
-        "top1: scores must not be masked, the candidate has 3",
+        "top1: scores must not be masked, got 3 masked scores for the candidate",
     ),
     "huge": (
         by_role(GOOD, torch.full((100,), 1e155, dtype=torch.float64)),
-        r"top1: scores and worst must be at most 1e\+100 in size, got 1e\+155",
+        r"top1: scores and worst must be at most 1e\+100 in magnitude, got 1e\+155",
     ),
     "log likelihoods": (
         Evaluation(metric="loglik", scores=lambda forward: -IDS / 7, worst=float("-inf")),
-        "loglik: worst must be a finite number, got -inf; if scores have no lowest one",
+        "loglik: worst must be a finite number, got -inf; clip scores without",
     ),
     "one": (by_role(GOOD[:1], GOOD[:1]), "top1: .*2 samples"),
     "constant": (

@@ -288,7 +288,7 @@ def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pyteste
     )
     result, saved = run(project, "test_accuracy.py", "-k", "test_")
     result.stdout.fnmatch_lines(
-        ["ScoreError: top1: scores must be finite, the candidate has 1000 that are not"]
+        ["ScoreError: top1: scores must be finite, got 1000 non-finite scores for the candidate"]
     )
     result.stdout.fnmatch_lines(
         ["int8_guardrail: max_drop must be a percentage such as 1% (relative) or 1pp (absolute)*"]
