@@ -318,7 +318,7 @@ def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
 
 def test_the_next_step_of_a_workload_that_quantizes_itself_is_its_own() -> None:
     # Its layers cannot be ranked one at a time.
-    own = "next step: leave more layers in BF16 where the workload itself quantizes"
+    own = "next step: leave more layers in BF16 in the workload's own quantization"
     assert next_step(make_workload(prequantized=True), W8A8) == own
 
 
@@ -468,7 +468,9 @@ def test_long_steps_are_said() -> None:
 
 
 def test_a_baseline_is_not_judged() -> None:
-    with pytest.raises(ValueError, match=f"^{BF16.run_name} is a baseline: there is nothing to"):
+    with pytest.raises(
+        ValueError, match=f"^params must be a candidate, got the baseline {BF16.run_name}$"
+    ):
         check(Evaluation(metric="top1", scores=flips(lost=0)), BF16)
 
 
@@ -594,7 +596,8 @@ def test_scores_that_cannot_be_judged_are_refused_in_one_line(name: str) -> None
 def test_an_evaluation_must_be_one() -> None:
     with pytest.raises(
         WorkloadError,
-        match=r"^workload 'toy': evaluation must be an Evaluation, several, or None, got 'top1'$",
+        match=r"^workload 'toy': evaluation must be an Evaluation, a sequence of them, or None, "
+        r"got 'top1'$",
     ):
         check("top1")
 

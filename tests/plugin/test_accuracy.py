@@ -357,7 +357,7 @@ def test_ranks_layers(project: pytest.Pytester, capfd: pytest.CaptureFixture[str
     assert {row["drop"] for row in table.layers} == {0.0}
     result.stdout.fnmatch_lines(
         [
-            f"int8bench: sensitivity of {W8A8}: 2 layers, * s for the first: about * s",
+            f"int8bench: sensitivity of {W8A8}: 2 layers: about * s (* s for the first)",
             f"toy: {W8A8}, 1,000 samples",
             "INT8 in one layer alone SQNR dB top1 drop worse/better",
             "fc? * 0.00pp * 0/0",
