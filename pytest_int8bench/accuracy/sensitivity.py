@@ -115,16 +115,16 @@ class SensitivityScan:
             layers=[],
         )
         for count, (name, (layers, callers)) in enumerate(groups.items()):
-            begun = time.perf_counter()
+            group_start = time.perf_counter()
             row = self._row(name, layers, callers, batches, reference, scores)
             table = dataclasses.replace(
                 table,
-                layers=sorted([*table.layers, row], key=_badness, reverse=True),
+                layers=sorted([*table.layers, row], key=_rank, reverse=True),
                 seconds=time.perf_counter() - start,
             )
             record(table)
             if count == 0:
-                each_s = time.perf_counter() - begun
+                each_s = time.perf_counter() - group_start
                 counted, all_s = plural(len(self.groups), self._by), len(groups) * each_s
                 if more := len(groups) - len(self.groups):
                     counted += f" and the attention of {more}"
@@ -248,6 +248,6 @@ def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 
 
-def _badness(row: dict[str, Any]) -> tuple[float, float]:
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
     sqnr = row["sqnr_db"]
     return (row.get("drop", 0.0), -math.inf if sqnr is None else -sqnr)

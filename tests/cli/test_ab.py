@@ -349,7 +349,7 @@ def test_rejected_at_start(ab_here: Ab, root: Path, args: list[str], message: st
     text = refusal(done)
     if message is None:
         assert text.startswith(f"v1 ({git(root, 'rev-parse', 'v1')[:10]}): --install failed with ")
-        assert f"exit code 1: why (all of it is in {log}/" in text
+        assert f"exit code 1: why (its output is in {log}/" in text
         assert len(done.stderr.splitlines()) == 2
     else:
         assert text == message.format(root=root)

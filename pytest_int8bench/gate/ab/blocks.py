@@ -86,10 +86,10 @@ class BlockRunner:
         )
         budget = self._plan.budget_s
         done = any(p.stage == SCREENING for p in self._journal.processes)
-        if budget is not None and not done and self._spent() + screening > budget:
+        if budget is not None and not done and self._elapsed_s() + screening > budget:
             raise AbError(
                 f"--budget {duration(budget)} is too short: screening alone needs about "
-                f"{duration(screening)}, after {duration(self._spent())} of warm-up"
+                f"{duration(screening)}, after {duration(self._elapsed_s())} of warm-up"
             )
 
     def measure(
@@ -104,7 +104,7 @@ class BlockRunner:
             identities: runs to measure.
         """
         only = self._journal.nodeids(identities) if stage == VERDICT else None
-        # Once verdicts have started, screening must not change, even with more --retries: it would
+        # Once verdicts have started, screening must not change, even with more --retries: it could
         # flag other runs.
         is_closed = stage == SCREENING and any(
             process.stage == VERDICT for process in self._journal.processes
@@ -227,8 +227,8 @@ class BlockRunner:
             return
         if found := differences(first, environment):
             listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in found.items())
-            begun = {self._sides[process.side].tree for process in self._journal.processes}
-            if side.tree not in begun:
+            measured_trees = {self._sides[process.side].tree for process in self._journal.processes}
+            if side.tree not in measured_trees:
                 raise AbError(
                     f"{side.revision.label} and the base must run with the same software on the "
                     f"same machine, got {listed}; only the project's own code may differ"
@@ -269,7 +269,7 @@ class BlockRunner:
                 "no other block will start"
             )
 
-        if (left := budget - self._spent()) <= 0:
+        if (left := budget - self._elapsed_s()) <= 0:
             tell()
             yield
             return
@@ -281,11 +281,11 @@ class BlockRunner:
         finally:
             timer.cancel()
 
-    def _spent(self) -> float:
+    def _elapsed_s(self) -> float:
         return time.monotonic() - self._start
 
     def _affordable(self, processes: int, stage: str, identities: Sequence[Identity]) -> bool:
         budget = self._plan.budget_s
         if budget is None:
             return True
-        return self._spent() + processes * self._process_s(stage, identities) <= budget
+        return self._elapsed_s() + processes * self._process_s(stage, identities) <= budget

@@ -146,7 +146,7 @@ def looks(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({max(2, math.ceil(blocks * part / 3)) for part in (1, 2, 3)}))
 
 
-def spend(level: float, blocks: int, seen: Sequence[int]) -> list[float]:
+def spend(level: float, blocks: int, measured: Sequence[int]) -> list[float]:
     """Return the significance level of each look; their sum is at most ``level``.
 
     The level spent up to a look is proportional to the square root of its share of the blocks
@@ -157,13 +157,13 @@ def spend(level: float, blocks: int, seen: Sequence[int]) -> list[float]:
     Args:
         level: significance level of all looks together.
         blocks: planned blocks of the whole stage.
-        seen: blocks measured at each look. The last look of a stage that ended early may count as
-            if all blocks were measured.
+        measured: blocks measured at each look. The last look of a stage that ended early may count
+            as if all blocks were measured.
     """
     levels: list[float] = []
-    for planned, there in zip(looks(blocks), seen, strict=False):
+    for planned, at_look in zip(looks(blocks), measured, strict=False):
         left = level * math.sqrt(planned / blocks) - sum(levels)
-        levels.append(attainable(left, there))
+        levels.append(attainable(left, at_look))
     return levels
 
 
@@ -219,8 +219,8 @@ def _power(
     for gap, runs in tests:
         noncentrality = gap / max(noise, ROUNDING) * np.sqrt(blocks_at)
         noncentrality = np.clip(noncentrality, -MAX_NONCENTRALITY, MAX_NONCENTRALITY)
-        reach = -special.stdtrit(freedom, level_at / runs)
-        best = np.maximum(best, stats.nct.sf(reach, freedom, noncentrality))
+        thresholds = -special.stdtrit(freedom, level_at / runs)
+        best = np.maximum(best, stats.nct.sf(thresholds, freedom, noncentrality))
     powers = np.zeros_like(found)
     powers[is_look] = best
     return [float(power) for power in powers.max(axis=1)]

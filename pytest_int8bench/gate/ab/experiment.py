@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from pytest_int8bench.gate.ab.blocks import BlockRunner
 from pytest_int8bench.gate.ab.design import spend
 from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
-from pytest_int8bench.gate.ab.judging import judge, scales, screen, too_few
+from pytest_int8bench.gate.ab.judging import judge, scales, screen, too_few_blocks
 from pytest_int8bench.gate.ab.matching import (
     BlockTimes,
     block_times,
@@ -217,14 +217,14 @@ class _Experiment:
         family = list(flagged)
         found: dict[Identity, AbRun] = {}
         blocks: list[list[Process]] = []
-        seen: list[int] = []
+        measured: list[int] = []
         start = 0
         for planned in design.looks:
             part = range(start, planned)
             blocks += self._blocks.measure(VERDICT, part, design.verdict_blocks, family)
-            seen.append(len(blocks))
+            measured.append(len(blocks))
             is_last = planned == design.verdict_blocks or self._blocks.is_cut_short
-            looked = self._look(blocks, family, screened, seen, is_last=is_last)
+            looked = self._look(blocks, family, screened, measured, is_last=is_last)
             passed = {i: run for i, run in found.items() if run.outcome == "PASS"}
             found |= looked | passed
             family = [i for i in family if found[i].outcome in ("PASS", "INCONCLUSIVE")]
@@ -238,7 +238,7 @@ class _Experiment:
         blocks: Sequence[Sequence[Process]],
         family: Sequence[Identity],
         screened: Mapping[Identity, AbRun],
-        seen: Sequence[int],
+        measured: Sequence[int],
         *,
         is_last: bool,
     ) -> dict[Identity, AbRun]:
@@ -246,7 +246,7 @@ class _Experiment:
         design = self._plan.design
         times, found = self._times(VERDICT, blocks, family)
         sides = sides_of(VERDICT, blocks)
-        level = spend(design.level, design.verdict_blocks, seen)[-1]
+        level = spend(design.level, design.verdict_blocks, measured)[-1]
         outcomes = (
             judge(
                 list(times.values()),
@@ -257,7 +257,7 @@ class _Experiment:
                 is_last=is_last,
             )
             if times and blocks
-            else [too_few(0, design) for _ in times]
+            else [too_few_blocks(0, design) for _ in times]
         )
         undecided = PASSES if self._plan.allow_inconclusive else UNDECIDED
         codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": undecided}

@@ -127,10 +127,8 @@ def judge(
 
     Args:
         times: seconds, of shape (runs, blocks, 4), in the order in which the processes ran.
-        is_new: whether a process is the new revision's, true for two in each block; of shape
-            (blocks, 4).
-        design: levels and limits. There may be fewer blocks than it plans, as blocks can be
-            dropped.
+        is_new: whether a process is the new revision's (two in each block), of shape (blocks, 4).
+        design: levels and limits. Blocks may be dropped, so there can be fewer than it plans.
         scale: noise of each run, estimated from other data; see :func:`scales`.
         level: significance level of this look; the design's level by default.
         is_last: whether this is the last look.
@@ -141,7 +139,7 @@ def judge(
     logs, labels = _blocks_of_four(times, is_new)
     runs, blocks = logs.shape[:2]
     if blocks < 2 or not runs:
-        return [too_few(blocks, design) for _ in range(runs)]
+        return [too_few_blocks(blocks, design) for _ in range(runs)]
     level = design.level if level is None else level
     decided = decide(logs, labels, design, level, np.asarray(scale, float), is_last=is_last)
     controls = _control(logs, labels).estimates(design.level / 2)
@@ -155,8 +153,8 @@ def judge(
             reason = f"the base differs from itself by {shown}: the machine was not stable"
         elif outcome == "INCONCLUSIVE":
             noise, p_holm = estimates[run].noise, float(decided.p_holm[run])
-            needed = _would_decide(float(centers[run]), noise, runs, design)
-            reason = _undecided(estimates[run], p_holm, runs, needed, design)
+            needed = _blocks_to_decide(float(centers[run]), noise, runs, design)
+            reason = _undecided_reason(estimates[run], p_holm, runs, needed, design)
         judged.append(
             Judged(
                 outcome=outcome,
@@ -273,14 +271,14 @@ class _Ratios:
         self._error = self.spread / math.sqrt(self._blocks)
 
     def low(self, level: float) -> Floats:
-        return self.mean - self._reach(level)
+        return self.mean - self._half_width(level)
 
     def high(self, level: float) -> Floats:
-        return self.mean + self._reach(level)
+        return self.mean + self._half_width(level)
 
-    def _reach(self, level: float) -> Floats:
-        reach: Floats = critical(level, self._blocks) * self._error
-        return reach
+    def _half_width(self, level: float) -> Floats:
+        half_width: Floats = critical(level, self._blocks) * self._error
+        return half_width
 
     def estimates(self, level: float) -> list[Estimate]:
         with np.errstate(over="ignore"):  # two blocks can leave any slowdown possible
@@ -328,7 +326,7 @@ def _check_seconds(name: str, array: Floats) -> None:
 # --- Reasons, and blocks needed ---
 
 
-def too_few(blocks: int, design: Design) -> Judged:
+def too_few_blocks(blocks: int, design: Design) -> Judged:
     """Return the verdict on a run with fewer than two blocks."""
     return Judged(
         outcome="INCONCLUSIVE",
@@ -341,7 +339,7 @@ def too_few(blocks: int, design: Design) -> Judged:
     )
 
 
-def _would_decide(mean: float, noise: float, runs: int, design: Design) -> int | None:
+def _blocks_to_decide(mean: float, noise: float, runs: int, design: Design) -> int | None:
     """Return the blocks that would decide if the true mean were the observed one.
 
     This is the smaller number of those that show it to be over the margin, corrected for all runs,
@@ -352,7 +350,7 @@ def _would_decide(mean: float, noise: float, runs: int, design: Design) -> int |
     return fewest_blocks([to_fail, to_pass], noise, design.level)
 
 
-def _undecided(
+def _undecided_reason(
     estimate: Estimate, p_holm: float, runs: int, needed: int | None, design: Design
 ) -> str:
     return (

@@ -50,13 +50,13 @@ def p_slower(logs: Floats, is_new: Bools, shift: float | Floats) -> Floats:
         shift: log ratio to test, a scalar or one per run.
     """
     actual, others = _statistics(logs, is_new, shift)
-    return _share(others >= actual[..., None] - ROUNDING, logs.shape[-2])
+    return _share_of_orders(others >= actual[..., None] - ROUNDING, logs.shape[-2])
 
 
 def p_faster(logs: Floats, is_new: Bools, shift: float | Floats) -> Floats:
     """Return the p-value of H0 "slower by at least ``shift``" for each run."""
     actual, others = _statistics(logs, is_new, shift)
-    return _share(others <= actual[..., None] + ROUNDING, logs.shape[-2])
+    return _share_of_orders(others <= actual[..., None] + ROUNDING, logs.shape[-2])
 
 
 def p_slower_of_family(
@@ -68,7 +68,7 @@ def p_slower_of_family(
     mask the others. It must come from other data than ``logs``.
     """
     actual, others = _statistics(logs, is_new, shift)
-    own = _share(others >= actual[..., None] - ROUNDING, logs.shape[-2])
+    own = _share_of_orders(others >= actual[..., None] - ROUNDING, logs.shape[-2])
     divisor = np.broadcast_to(scale, actual.shape)
     actual, others = actual / divisor, others / divisor[..., None]
     order = np.argsort(-actual, axis=-1, kind="stable")
@@ -77,7 +77,7 @@ def p_slower_of_family(
     # Step down: the maximum over a run and all runs that look less slow.
     largest = np.maximum.accumulate(largest[..., ::-1, :], axis=-2)[..., ::-1, :]
     slack = ROUNDING / np.min(scale)
-    p = _share(largest >= ranked[..., None] - slack, logs.shape[-2])
+    p = _share_of_orders(largest >= ranked[..., None] - slack, logs.shape[-2])
     adjusted = np.empty_like(p)
     np.put_along_axis(adjusted, order, np.maximum.accumulate(p, axis=-1), -1)
     return own, adjusted
@@ -142,7 +142,7 @@ def _statistic(logs: Floats, is_new: Bools, shift: float | Floats) -> tuple[Floa
     return signed.sum(axis=(-2, -1)), residuals
 
 
-def _share(hits: Bools, blocks: int) -> Floats:
+def _share_of_orders(hits: Bools, blocks: int) -> Floats:
     """Return the share of orders that are hits; the actual order counts in addition to sampled
     ones."""
     is_drawn = blocks > ENUMERATED_BLOCKS
