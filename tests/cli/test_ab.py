@@ -285,7 +285,7 @@ def test_code_of_the_main_checkout_is_refused(ab: Ab, root: Path, tmp_path: Path
     commit(root, conftest_py=text)
     assert refusal(ab(root, "HEAD", "HEAD", "--", "bench", PYTHONPATH=first)).startswith(
         f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was imported from "
-        f"{root}/toy.py, which is not this revision's: "
+        f"{root}/toy.py, not from this revision; "
     )
 
 
@@ -296,8 +296,8 @@ def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -
     commit(root, conftest_py=f"import sys\nsys.path.insert(0, {str(packages)!r})\n{CONFTEST}")
     assert refusal(ab_here(root, "v1", "--", "bench")) == (
         f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was imported from "
-        f"{packages}/toy.py, not from the worktree: a package that must be built or installed "
-        "needs --install, such as --install 'pip install --no-deps .'"
+        f"{packages}/toy.py, not from the worktree; if the package must be built or "
+        "installed, pass the command, for example --install 'pip install --no-deps .'"
     )
 
 
