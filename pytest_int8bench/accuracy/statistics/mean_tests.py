@@ -29,9 +29,9 @@ class MeanTest:
     A few samples that fall to the worst score can cause a whole drop, but even a large data set may
     contain none of them. Each test therefore adds m = (z² + 2) / 3 virtual samples: ``collapse`` in
     the test that can pass a model, ``jump`` in the one that can fail it. With k collapses among n
-    samples, this bounds their number by about k + m + z sqrt(k + m), which is at least the exact
-    limit of Garwood (Biometrika 28, 1936, 437-442) for any k. It is the Cornish-Fisher correction
-    for skewness.
+    samples, this bounds their expected number by about k + m + z sqrt(k + m), which is at least the
+    exact limit of Garwood (Biometrika 28, 1936, 437-442) for any k. It is the Cornish-Fisher
+    correction for skewness.
 
     The drop is the sum of all losses divided by the sum of all bases. Each test examines the mean
     of ``loss - drop * base``, which avoids the skewness of a ratio (Fieller 1954).

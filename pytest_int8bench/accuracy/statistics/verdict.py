@@ -325,7 +325,7 @@ def _jackknife_test(
             raise ScoreError(f"{metric}: aggregate must return one number: {error}") from error
         if not math.isfinite(found):
             raise ScoreError(
-                f"{metric}: aggregate must return a finite number, got {found} of {len(rows)} rows"
+                f"{metric}: aggregate must return a finite number, got {found} for {len(rows)} rows"
             )
         return found
 

@@ -150,7 +150,7 @@ def judge(
         reason, needed = None, None
         if decided.is_unstable[run]:
             shown = _interval(controls[run])
-            reason = f"the base differs from itself by {shown}: the machine was not stable"
+            reason = f"the base differs from itself by {shown}: the machine was not steady"
         elif outcome == "INCONCLUSIVE":
             noise, p_holm = estimates[run].noise, float(decided.p_holm[run])
             needed = _blocks_to_decide(float(centers[run]), noise, runs, design)

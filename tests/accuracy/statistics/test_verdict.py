@@ -747,13 +747,13 @@ GOOD = [0.5, 0.6, 0.7]
             GOOD,
             GOOD,
             {"aggregate": lambda rows: math.nan},
-            "iou: aggregate must return a finite number, got nan of 3 rows",
+            "iou: aggregate must return a finite number, got nan for 3 rows",
         ),
         (
             GOOD,
             GOOD,
             {"aggregate": lambda rows: 0.5 if len(rows) > 2 else math.inf},
-            "iou: aggregate must return a finite number, got inf of 2 rows",
+            "iou: aggregate must return a finite number, got inf for 2 rows",
         ),
         (
             GOOD,

@@ -325,7 +325,7 @@ def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> 
     run = only_run(result)
     assert (run.outcome, run.exit_code, result.exit_code) == ("INCONCLUSIVE", 2, 2)
     assert re.fullmatch(
-        r"the base differs from itself by (19\.9|20\.\d)% \[.*\]: the machine was not stable",
+        r"the base differs from itself by (19\.9|20\.\d)% \[.*\]: the machine was not steady",
         run.reason or "",
     )
 

@@ -331,7 +331,7 @@ def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again:
     sign = "-" if again < 0 else ""
     assert found.reason is not None
     assert found.reason.startswith(f"the base differs from itself by {sign}")
-    assert found.reason.endswith("]: the machine was not stable")
+    assert found.reason.endswith("]: the machine was not steady")
     assert found.blocks_needed is None
 
 
