@@ -89,10 +89,7 @@ class Forward:
         return list(zip(mine, own, strict=True))
 
     def _sizes(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int | None]:
-        """Return the compiled batch size and the number of samples.
-
-        Return ``(0, None)`` if all tensors have their compiled shapes.
-        """
+        """Return the compiled batch size and the number of samples; ``(0, None)`` if equal."""
         differing = {(len(like), len(t)) for t, like in pairs if t.shape != like.shape}
         if not differing:
             return 0, None

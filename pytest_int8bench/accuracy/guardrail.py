@@ -327,7 +327,6 @@ def _compared(
 
 
 def _outputs(model: Model) -> Any:
-    """Return the outputs for the workload's batch."""
     return _first(call(Forward(model), model.inputs))
 
 
@@ -340,10 +339,7 @@ def _first(outputs: Any) -> Any:
 
 
 def has_random_weights(workload: Workload, weights: str) -> bool:
-    """Return whether a library's model was built with random weights.
-
-    It is False for a user's own workload, whose weights are unknown.
-    """
+    """Return whether a library's model has random weights; those of user workloads are unknown."""
     return weights == RANDOM and workload.load is not None
 
 

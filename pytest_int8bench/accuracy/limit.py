@@ -18,8 +18,7 @@ class Limit:
     value: float
     """0.01 for both ``1%`` and ``1pp``."""
     relative: bool
-    """Whether ``value`` is a share of the baseline's metric; otherwise it is in the metric's own
-    unit."""
+    """Whether ``value`` is a share of the baseline's metric, not an absolute difference."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, int | float) or not LEAST <= self.value <= 1:  # NaN too

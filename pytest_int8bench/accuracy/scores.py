@@ -48,9 +48,7 @@ def read_scores(given: Any, metric: str, owner: str) -> Scores:
     found = numbers(_array(given), metric, owner)
     if found.ndim == 0:
         raise ScoreError(f"{metric}: scores must be one per sample, got the number {found:g}")
-    values = np.array(
-        found, dtype=np.float64
-    )  # copied, because the evaluation may reuse its buffer
+    values = np.array(found, dtype=np.float64)  # a copy: the evaluation may reuse its buffer
     if ids is not None and len(ids) != len(values):
         raise ScoreError(
             f"{metric}: scores must return one id per score, got {len(ids)} ids for "
@@ -156,8 +154,7 @@ def too_few_samples(evaluation: Evaluation, reference: Scores, limit: Limit) -> 
             metric=evaluation.metric,
         )
     except ScoreError:
-        # The candidate's scores may vary even if the baseline's are constant. For any other
-        # reason, judge_scores() raises the same error.
+        # A constant baseline can have a candidate that varies. Otherwise, judge_scores() raises.
         return None
     if needed is None:
         return None

@@ -210,7 +210,6 @@ _Chosen = tuple[_Test, Method, tuple[float, float], Floats]
 
 
 def _pairs(reference: ArrayLike, candidate: ArrayLike, metric: str) -> _Pairs:
-    """Convert both models' scores to arrays of finite numbers of the same shape."""
     first, second = numbers(reference, metric, "baseline"), numbers(candidate, metric, "candidate")
     if first.shape != second.shape:
         raise ScoreError(

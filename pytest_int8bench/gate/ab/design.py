@@ -181,16 +181,9 @@ def attainable(level: float, blocks: int) -> float:
 def fewest_blocks(
     tests: Sequence[tuple[float, int]], noise: float, level: float, *, power: float = POWER
 ) -> int | None:
-    """Return the fewest blocks with which one of the tests has this power.
+    """Return the fewest blocks with which one of the tests has this power; None if over a thousand.
 
-    Args:
-        tests: gap (log ratio) and number of runs that share the level, for each test.
-        noise: relative standard deviation between processes.
-        level: significance level of all looks and runs together.
-        power: required probability of rejection.
-
-    Returns:
-        None if more than a thousand blocks are needed.
+    A test is its gap (log ratio) and the number of runs that share the level.
     """
     numbers = range(2, MOST_BLOCKS + 1)
     found = _power(tests, noise, level, numbers)

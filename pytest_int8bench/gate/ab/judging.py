@@ -234,7 +234,6 @@ def _is_unstable(control: _Ratios, design: Design) -> NDArray[np.bool_]:
 def _estimates(
     logs: Floats, is_new: NDArray[np.bool_], level: float
 ) -> tuple[list[Estimate], Floats]:
-    """Return the estimate and the log ratio of each run."""
     centers = center(logs, is_new)
     low, high = bounds(logs, is_new, level)
     blocks = logs.shape[1]

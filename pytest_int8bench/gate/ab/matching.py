@@ -41,10 +41,7 @@ def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Iden
 def _unmatched(
     old: Timed | None, now: Timed | None, *, allow_missing: bool
 ) -> tuple[str | None, int, str | None]:
-    """Return outcome, exit code and reason of a run that was not measured on both sides.
-
-    The outcome is None if it was.
-    """
+    """Return outcome, exit code and reason; the outcome is None if both sides measured the run."""
     lost = PASSES if allow_missing else UNDECIDED
     if now is None:
         assert old is not None

@@ -36,9 +36,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 _CODE = (".py", ".so", ".pyd")
 _PROJECTS = ("pyproject.toml", "*/pyproject.toml", "*/*/pyproject.toml")
 # Lines of pytest's output that explain a failure, most informative first.
-_EXPLANATIONS = tuple(
-    map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)"))
-)
+_FAILURES = tuple(map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)")))
 _TOO_OLD = re.compile(
     rf'(importing|loading) plugin "({re.escape(_PLUGIN)}|int8bench)"|'
     "unrecognized arguments: --int8"
@@ -190,7 +188,7 @@ class Side:
             )
         if (missing := self._missing_module(text)) is not None:
             return where + missing
-        found = (next(_matches(pattern, text), None) for pattern in _EXPLANATIONS)
+        found = (next(_matches(pattern, text), None) for pattern in _FAILURES)
         why = next(filter(None, found), None)
         return (
             where
@@ -200,10 +198,8 @@ class Side:
         )
 
     def _missing_module(self, text: str) -> str | None:
-        """Return a message about a module whose file only the user's working tree has, or None.
-
-        Such files are usually build outputs that git ignores.
-        """
+        """Return a message about a module that only the user's working tree has, such as a build
+        output that git ignores, or None."""
         here = self.folder.relative_to(self.tree).as_posix()
         tops = dict.fromkeys(("", "src/", f"{here}/", f"{here}/src/"))
         for match in _NO_MODULE.finditer(text):
@@ -255,10 +251,7 @@ class Side:
                 )
 
     def _names(self) -> set[str]:
-        """Return the top-level modules of the revision.
-
-        They include the installed modules of its projects, in whichever folder their sources are.
-        """
+        """Return the top-level modules of the revision and the installed ones of its projects."""
         found = set()
         for folder in (self.tree, self.tree / "src"):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -276,7 +269,6 @@ class Side:
         return found
 
     def _projects(self) -> set[str]:
-        """Return the names of the Python projects in the revision."""
         found = set()
         for pattern in _PROJECTS:
             for path in self.tree.glob(pattern):

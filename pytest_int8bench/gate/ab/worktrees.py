@@ -264,9 +264,9 @@ def _is_alive(owner: Path) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return a process's start time in clock ticks since boot, to detect a reused process id.
+    """Return a process's start time in clock ticks since boot, which tells reused ids apart.
 
-    Return None if there is no such process, and ``unknown`` without ``/proc``.
+    Return None for no such process, and ``unknown`` for one without ``/proc``.
     """
     if not (_PROC / "self" / "stat").exists():
         try:
@@ -297,7 +297,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run git in ``folder`` and return its exit code, stdout and stderr."""
     settings = [word for setting in _SETTINGS for word in ("-c", setting)]
     environ = {name: value for name, value in os.environ.items() if name not in LOCAL_VARIABLES}
     # Untranslated messages, and no index refresh by commands that only read.
@@ -325,11 +324,8 @@ def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def _error_summary(err: str) -> str:
-    """Return the first and the last line of git's errors.
-
-    The first has the cause, as a filter such as git-lfs prints before git does. The last names the
-    operation that failed.
-    """
+    """Return the first line of git's errors, which has the cause (filters such as git-lfs print
+    before git does), and the last, which names the failed operation."""
     lines = [line for part in re.split(r"[\r\n]+", err) if (line := part.strip())]
     lines = [line for line in lines if not _NOT_ERRORS.match(line)] or lines
     errors = [line for line in lines if line.startswith(("error: ", "fatal: "))]
