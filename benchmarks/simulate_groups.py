@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pytest_int8bench.accuracy.statistics.groups import grouped_means
-from pytest_int8bench.accuracy.statistics.paired_exact import Flips
+from pytest_int8bench.accuracy.statistics.groups import grouped_mean_test
+from pytest_int8bench.accuracy.statistics.paired_exact import PairedExactTest
 
 ALPHA = 0.05
 LIMITS = (0.01, 0.05)  # relative
@@ -124,7 +124,7 @@ def rates(
     passed = failed = 0
     for _ in range(families):
         reference, candidate, codes = family(rng, size, change, groups, limit)
-        test = grouped_means(
+        test = grouped_mean_test(
             reference,
             candidate,
             codes,
@@ -133,8 +133,8 @@ def rates(
             relative=True,
             alpha=ALPHA,
         )
-        passed += test.at_least(limit) <= ALPHA
-        failed += test.at_most(limit) <= ALPHA
+        passed += test.p_at_least(limit) <= ALPHA
+        failed += test.p_at_most(limit) <= ALPHA
     return passed / families, failed / families
 
 
@@ -146,7 +146,7 @@ def as_if_independent(
     passed = 0
     for _ in range(families):
         reference, candidate, _ = family(rng, size, change, groups, limit)
-        test = Flips(
+        test = PairedExactTest(
             lost=int((reference > candidate).sum()),
             gained=int((reference < candidate).sum()),
             right=int(reference.sum()),
@@ -154,7 +154,7 @@ def as_if_independent(
             relative=True,
             alpha=ALPHA,
         )
-        passed += test.at_least(limit) <= ALPHA
+        passed += test.p_at_least(limit) <= ALPHA
     return passed / families
 
 

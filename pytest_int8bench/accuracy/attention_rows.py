@@ -1,4 +1,4 @@
-"""Run attention with INT8 queries and keys in chosen modules only."""
+"""Run attention with INT8 queries and keys in selected modules only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn.modules.module import (
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, EagerInt8Attention
 
 
-class AttentionIn(EagerInt8Attention):
-    """Runs attention in INT8 where chosen modules of an eager model call it.
+class SelectiveInt8Attention(EagerInt8Attention):
+    """Torch function mode that runs attention in INT8 when a selected module calls it.
 
     Args:
-        model: the model.
-        chosen: names of its modules.
+        model: an eager model.
+        chosen: names of the selected modules.
     """
 
     def __init__(self, model: nn.Module, chosen: Collection[str] = ()) -> None:
@@ -30,19 +30,21 @@ class AttentionIn(EagerInt8Attention):
         self._chosen = frozenset(chosen)
         self._running = [""]
         self.callers: dict[str, None] = {}
-        """Names of the modules that called attention which INT8 can compute, in order."""
+        """Names of the modules that called attention that INT8 supports, in order of first call."""
 
     def refusal(self, q: Any, k: Any, v: Any, given: Mapping[str, Any]) -> str | None:
         reason = super().refusal(q, k, v, given)
         if reason is not None:
             return reason
         self.callers[self._running[-1]] = None
-        return None if self._running[-1] in self._chosen else "of other modules"
+        return None if self._running[-1] in self._chosen else "outside the selected modules"
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter the mode, and follow which module runs. Only for eager forwards: hooks of all
-        modules would have compiled ones compiled again."""
+        """Enter the mode and track the running module.
+
+        Use it for eager forwards only: global module hooks would recompile compiled modules.
+        """
 
         def enter(module: nn.Module, args: object) -> None:
             self._running.append(self._names.get(module, self._running[-1]))

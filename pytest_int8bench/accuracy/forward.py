@@ -1,4 +1,4 @@
-"""Run a compiled model on any number of samples."""
+"""Run a compiled model on any number of samples, in batches of the compiled size."""
 
 from __future__ import annotations
 
@@ -15,43 +15,48 @@ from pytest_int8bench.tensors import call, cast, map_tensors, refilled, tensors_
 
 
 class Forward:
-    """Takes what a model takes, with any number of samples in the first dimension.
+    """Callable that takes a model's inputs, with any number of samples in the first dimension.
 
-    Tensors are moved to the device, floating ones cast to the model's dtype. Samples are cut into
-    batches of the shape that the model was compiled for; a last, partial one is filled up with
-    copies of its last sample, whose outputs are dropped.
+    It moves tensors to the device, casts floating-point ones to the model's dtype, and splits the
+    samples into batches of the compiled shape. It pads a partial last batch with copies of its
+    last sample and drops their outputs.
 
     Args:
-        model: a model that is ready. It is referred to weakly, so that an evaluation which keeps
-            its forward does not keep the model on the device.
+        model: a compiled and warm model. Only a weak reference is kept, so that an evaluation that
+            stores this object does not keep the model on the device.
     """
 
     def __init__(self, model: Model) -> None:
         self._reference = weakref.ref(model)
         self.has_nan = False
-        """Whether an output held NaN."""
+        """Whether any output so far contained NaN."""
 
     @property
     def _model(self) -> Model:
         model = self._reference()
         if model is None:
-            raise RuntimeError("this forward was kept longer than its model")
+            raise RuntimeError("forward() was called after its model was freed")
         return model
 
     @property
     def device(self) -> torch.device:
-        """The device of the model and its outputs."""
+        """Device of the model and its outputs."""
         return self._model.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output for all samples, floating tensors as FP32 copies that later calls do
-        not overwrite.
+        """Return the outputs for all samples.
+
+        Floating-point outputs are FP32; all are copies that later calls do not overwrite.
 
         Raises:
-            WorkloadError: one line, if the inputs are not like those of the workload.
+            WorkloadError: if the arguments differ from the workload's inputs in structure, kind of
+                dtype, or shape beyond the first dimension.
         """
         if args and kwargs:
-            raise self._error("forward takes positions or keywords, as inputs gives them, not both")
+            raise self._error(
+                "forward must be called with positional or keyword arguments, like the workload's "
+                "inputs, not with both"
+            )
         given: Any = kwargs or args
         if isinstance(given, dict) and isinstance(self._model.inputs, Mapping):
             given = {k: given[k] for k in self._model.inputs if k in given} | given
@@ -67,14 +72,14 @@ class Forward:
         return map_tensors(lambda _: torch.cat([next(tensors) for tensors in joined]), parts[0])
 
     def _pairs(self, given: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pair each tensor of ``given`` with its counterpart in the workload's own inputs."""
+        """Pair each tensor of ``given`` with its counterpart in the workload's inputs."""
         mine, own = list(tensors_of(given)), list(tensors_of(self._model.inputs))
         if len(mine) != len(own):
-            raise self._error(f"forward takes {len(own)} tensors, got {len(mine)}")
+            raise self._error(f"forward must get {len(own)} tensors, got {len(mine)}")
         for index, (tensor, like) in enumerate(zip(mine, own, strict=True)):
             if tensor.dim() != like.dim() or tensor.shape[1:] != like.shape[1:]:
                 raise self._error(
-                    f"tensor {index} of forward must be {_shape(like)} but for the first "
+                    f"tensor {index} of forward must have shape {_shape(like)} beyond the first "
                     f"dimension, got {_shape(tensor)}"
                 )
             if tensor.is_floating_point() != like.is_floating_point():
@@ -84,22 +89,22 @@ class Forward:
         return list(zip(mine, own, strict=True))
 
     def _sizes(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int | None]:
-        """Return the compiled batch size and the number of samples, None where it is the batch
-        size."""
+        """Return the compiled batch size and the number of samples; ``(0, None)`` if equal."""
         differing = {(len(like), len(t)) for t, like in pairs if t.shape != like.shape}
         if not differing:
             return 0, None
         [(batch, _), *_] = differing
-        # One that kept its size though its like counts samples does not belong to the others.
+        # A tensor that kept the compiled batch size while others changed has a different number
+        # of samples.
         kept = any(t.shape == like.shape and len(like) == batch for t, like in pairs if t.dim())
         if len(differing) > 1 or kept:
             raise self._error(
-                "the tensors of forward differ in their number of samples: "
+                "all tensors of forward must have the same number of samples, got "
                 + ", ".join(str(len(tensor)) for tensor, _ in pairs)
             )
         [(batch, samples)] = differing
         if samples == 0:
-            raise self._error("forward needs one sample at least, got 0")
+            raise self._error("forward needs at least one sample, got 0")
         return batch, samples
 
     def _run(
@@ -124,8 +129,8 @@ class Forward:
         def cut(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.dim() == 0 or len(tensor) != batch:
                 raise self._error(
-                    f"an output of {_shape(tensor)} has no first dimension of {batch} samples: "
-                    "forward can only run whole batches of it"
+                    f"forward can only run whole batches of {batch} samples, because an output has "
+                    f"shape {_shape(tensor)}, without a first dimension of {batch}"
                 )
             return _copy(tensor[:kept])
 
@@ -134,7 +139,7 @@ class Forward:
     def _place(self, tensor: torch.Tensor, like: torch.Tensor, rows: slice) -> torch.Tensor:
         if tensor.is_floating_point():
             tensor = cast(tensor, like.dtype)
-        # With the strides of the compiled batch too: others would be compiled for again.
+        # Other strides would trigger a recompilation.
         strides = like.stride() if 0 not in like.stride() else like.contiguous().stride()
         made = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=self.device)
         if tensor.shape == like.shape:

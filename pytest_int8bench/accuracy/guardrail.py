@@ -1,4 +1,4 @@
-"""Compare a candidate's accuracy with its baseline's."""
+"""Judge a candidate's accuracy against its baseline's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from pytest_int8bench.accuracy.forward import Forward
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import Distance, distance, nan_remark, problem
-from pytest_int8bench.accuracy.scores import Scores, judged, read_scores, too_few
+from pytest_int8bench.accuracy.scores import Scores, judge_scores, read_scores, too_few_samples
 from pytest_int8bench.accuracy.statistics.verdict import Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
 from pytest_int8bench.errors import ClearError, WorkloadError
@@ -30,20 +30,20 @@ from pytest_int8bench.tensors import call, map_tensors, tensors_of
 from pytest_int8bench.workloads.weights import RANDOM
 from pytest_int8bench.workloads.workload import Evaluation, Workload
 
-#: Numbers of an output that are compared without labels, at most.
+#: Maximum number of output elements to compare when there are no labels.
 MAX_COMPARED = 1 << 26
-#: What the evaluations of two tests have in common if they are the same.
+#: Identifies a baseline and its evaluations across tests.
 _Key: TypeAlias = tuple[Key, Any]
 
 
 class Guardrail:
-    """Scores the models of one pool; the baseline's scores are computed once.
+    """Scores and judges the models of one pool; computes each baseline's scores only once.
 
     Args:
-        pool: where the models come from.
+        pool: the pool that builds and keeps the models.
         limit: the largest drop that passes.
-        timer: a timer that waits for the device.
-        step: entered around each long step.
+        timer: a timer that synchronizes with the device.
+        step: a context manager entered around each long step.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Guardrail:
         self._evaluations: dict[_Key, list[Evaluation]] = {}
         self._baselines: dict[tuple[_Key, int, bool], Scores] = {}
         self._fitted: dict[tuple[_Key, int], Any] = {}
-        self._told: set[tuple[_Key, int, Limit]] = set()
+        self._warned: set[tuple[_Key, int, Limit]] = set()
         self._scoring_s = 0.0
         self._nan: set[Key] = set()
-        # One for each model, so that evaluations of the same outputs can share them.
+        # One Forward per model, so that evaluations can cache outputs by it.
         self._forwards: weakref.WeakKeyDictionary[Model, Forward] = weakref.WeakKeyDictionary()
 
     def check(
@@ -77,30 +77,30 @@ class Guardrail:
         record: Callable[[Accuracy], None] = lambda verdict: None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> list[Accuracy]:
-        """Judge the candidate of ``params``, compiled, against its baseline, compiled.
+        """Judge the compiled candidate of a point against its compiled baseline.
 
         Args:
-            workload: what to judge.
-            params: the point of the candidate.
-            nodeid: identity of the verdicts.
+            workload: the workload to judge.
+            params: the candidate's point.
+            nodeid: node id to store with the verdicts.
             limit: the largest drop that passes; overrides the guardrail's limit.
             record: called with each verdict as soon as it is known.
-            tell: called with what is wrong with the samples, before the candidate is built.
+            tell: called with a warning if there are too few samples to pass, before the candidate
+                is built.
 
         Returns:
-            One verdict for each evaluation of the workload. Without labels, and with random
-            weights, one of a comparison of outputs, which can fail a model and not pass it. Random
-            weights are scored on the samples for selection, of which there are fewer: their
-            verdict decides nothing.
+            One verdict per evaluation of the workload. Without labels or with random weights, there
+            is also a verdict from comparing outputs, which can fail a model but not pass it. Random
+            weights are scored on the smaller selection split, and these verdicts decide nothing.
 
         Raises:
             ValueError: if ``params`` is a baseline.
-            EvidenceError: if the kernels that ran contradict the label of the candidate.
-            ScoreError: one line, if the scores cannot be judged.
-            torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
+            EvidenceError: if the kernels that ran contradict the candidate's label.
+            ScoreError: if the scores cannot be judged.
+            torch.OutOfMemoryError: or another error that ``memory.oom_of`` recognizes.
         """
         if not params.int8_enabled:
-            raise ValueError(f"{params.run_name} is a baseline: there is nothing to compare")
+            raise ValueError(f"params must be a candidate, got the baseline {params.run_name}")
         point = self._point(workload, params, nodeid)
         verdicts: list[Accuracy] = []
         for values in self._verdicts(workload, params, limit, tell, point["random_weights"]):
@@ -119,16 +119,16 @@ class Guardrail:
         """Yield the fields of each verdict of :meth:`check`, as soon as they are known."""
         evaluations = self.evaluations(workload, params)
         compared = not evaluations or is_random
-        # All of the baseline first: it may have to make room for the candidate.
+        # Finish with the baseline first, because it may be evicted to make room for the candidate.
         outputs = self._baseline_outputs(workload, params) if compared else None
         spent_s = [
-            self._spent_s(
+            self._scoring_time_s(
                 partial(self.baseline_scores, workload, params, index, selection=is_random)
             )
             for index in range(len(evaluations))
         ]
         if not is_random:
-            self._tell_too_few(workload, params, limit or self.limit, tell)
+            self._warn_too_few(workload, params, limit or self.limit, tell)
         candidate = self.candidate(workload, params)
         candidate.evidence()
         if self.pool.holds(workload, params.baseline()):
@@ -145,16 +145,16 @@ class Guardrail:
         if outputs is not None:
             yield _compared(candidate, *outputs)
 
-    def _tell_too_few(
+    def _warn_too_few(
         self, workload: Workload, params: RunParams, limit: Limit, tell: Callable[[str], None]
     ) -> None:
-        """Say once for all candidates of a baseline what has too few samples to pass."""
+        """Warn about evaluations with too few samples to pass, once per baseline and limit."""
         for index, evaluation in enumerate(self.evaluations(workload, params)):
             key = (self._key(workload, params), index, limit)
-            if key not in self._told:
-                self._told.add(key)
+            if key not in self._warned:
+                self._warned.add(key)
                 reference = self.baseline_scores(workload, params, index)
-                if (text := too_few(evaluation, reference, limit)) is not None:
+                if (text := too_few_samples(evaluation, reference, limit)) is not None:
                     tell(text)
 
     def _point(self, workload: Workload, params: RunParams, nodeid: str) -> dict[str, Any]:
@@ -168,23 +168,23 @@ class Guardrail:
         }
 
     def _nan_remark(self, workload: Workload, params: RunParams) -> str | None:
-        """Return whose outputs held NaN while they were scored, which scores may not show."""
+        """Return a remark on models whose outputs held NaN, which their scores may not show."""
         roles = {"baseline": params.baseline(), "candidate": params}
         found = [
             role for role, point in roles.items() if self.pool.key(workload, point) in self._nan
         ]
         return f"outputs of the {' and the '.join(found)} hold NaN" if found else None
 
-    def _spent_s(self, score: Callable[[], Any]) -> float:
+    def _scoring_time_s(self, score: Callable[[], Any]) -> float:
         before_s = self._scoring_s
         score()
         return self._scoring_s - before_s
 
     def evaluations(self, workload: Workload, params: RunParams) -> list[Evaluation]:
-        """Return how the workload is judged at a point; an empty list for not at all.
+        """Return the workload's evaluations at a point, empty if it has none.
 
         Raises:
-            WorkloadError: if the workload gives anything else.
+            WorkloadError: if the workload's ``evaluation`` has another type.
         """
         key = self._key(workload, params)
         if key not in self._evaluations:
@@ -197,8 +197,8 @@ class Guardrail:
                 isinstance(item, Evaluation) for item in found
             ):
                 raise WorkloadError(
-                    f"workload {workload.name!r}: evaluation must be an Evaluation, several, or "
-                    f"None, got {given!r}"
+                    f"workload {workload.name!r}: evaluation must be an Evaluation, a sequence of "
+                    f"them, or None, got {given!r}"
                 )
             self._evaluations[key] = list(found)
         return self._evaluations[key]
@@ -212,18 +212,18 @@ class Guardrail:
         limit: Limit | None = None,
         selection: bool = False,
     ) -> Verdict:
-        """Return the verdict of one evaluation on the compiled models; see :meth:`scores`."""
+        """Judge the compiled candidate by one evaluation; see :meth:`scores`."""
         reference = self.baseline_scores(workload, params, index, selection=selection)
         candidate = self.candidate(workload, params)
         scores = self.scores(candidate, index, selection=selection)
-        return judged(
+        return judge_scores(
             self.evaluations(workload, params)[index], reference, scores, limit or self.limit
         )
 
     def baseline_scores(
         self, workload: Workload, params: RunParams, index: int, *, selection: bool = False
     ) -> Scores:
-        """Return the baseline's scores, computed once."""
+        """Return the baseline's scores, computing them on the first call."""
         key = self._key(workload, params)
         selection = selection and self.evaluations(workload, params)[index].selection is not None
         if (key, index, selection) not in self._baselines:
@@ -235,12 +235,13 @@ class Guardrail:
         return self._baselines[key, index, selection]
 
     def scores(self, model: Model, index: int, *, selection: bool = False) -> Scores:
-        """Return the scores of a model that is ready.
+        """Score a model.
 
         Args:
-            model: the model.
-            index: which evaluation of its workload.
-            selection: on the samples that remedies are chosen on, where the evaluation has some.
+            model: a compiled and warm model.
+            index: index of the evaluation in :meth:`evaluations`.
+            selection: whether to score the samples on which remedies are chosen, if the evaluation
+                has such a split.
         """
         workload, params = model.workload, model.params
         evaluation = self.evaluations(workload, params)[index]
@@ -276,20 +277,20 @@ class Guardrail:
         return self.pool.key(workload, params).baseline(), part_key(workload.evaluation)
 
     def candidate(self, workload: Workload, params: RunParams) -> Model:
-        """Return the candidate, ready; without the baseline where both do not fit in memory."""
+        """Return the compiled and warm candidate; evict the baseline if both do not fit."""
         try:
             return self.ready(workload, params)
         except Exception as error:
             if oom_of(error) is None:
                 raise
             release(error)
-        # Both do not fit: the baseline's scores are there already.
+        # The baseline can go, because its scores are cached already.
         self.pool.evict("candidate")
         self.pool.evict("baseline")
         return self.ready(workload, params)
 
     def ready(self, workload: Workload, params: RunParams) -> Model:
-        """Return a model, compiled and warm."""
+        """Return a compiled and warm model."""
         model = built(self.pool, workload, params, self.step)
         warmed(model, self._timer, self.step)
         return model
@@ -297,8 +298,8 @@ class Guardrail:
     def _baseline_outputs(
         self, workload: Workload, params: RunParams
     ) -> tuple[Any, Distance, str | None]:
-        """Return the compiled baseline's outputs; how far the eager baseline's are from them, the
-        noise floor; and why it could not be checked, or None."""
+        """Return the compiled baseline's outputs, the noise floor (the eager baseline's distance
+        from them), and why the baseline could not be checked, or None."""
         self.pool.evict_other_candidate(workload, params)
         baseline = self.ready(workload, params.baseline())
         outputs = _outputs(baseline)
@@ -326,31 +327,29 @@ def _compared(
 
 
 def _outputs(model: Model) -> Any:
-    """Return the outputs for the workload's own batch."""
     return _first(call(Forward(model), model.inputs))
 
 
 def _first(outputs: Any) -> Any:
-    """Return the outputs of as many samples as are compared; encoders return gigabytes."""
+    """Truncate outputs to ``MAX_COMPARED`` elements, because encoders can return gigabytes."""
     each = [t[0].numel() for t in tensors_of(outputs) if t.dim() > 0 and len(t)]
     samples = max(1, MAX_COMPARED // max(1, sum(each)))
-    # Copies: a view would keep all of it.
+    # A view would keep the whole output alive.
     return map_tensors(lambda t: t[:samples].clone() if t.dim() > 0 else t, outputs)
 
 
 def has_random_weights(workload: Workload, weights: str) -> bool:
-    """Return whether the model comes from a library and was not trained. A user's own workload may
-    build what it likes."""
+    """Return whether a library's model has random weights; those of user workloads are unknown."""
     return weights == RANDOM and workload.load is not None
 
 
 def next_step(workload: Workload, params: RunParams) -> str:
-    """Return what to try when accuracy dropped too much."""
+    """Return a hint on what to try if accuracy dropped too much."""
     mode = MODES[params.int8_mode]
     if params.int8_attention:
         step = "attention in BF16 (--int8-set int8_attention=false, int8_attention=False)"
     elif workload.brings_quantization:
-        step = "leave more layers in BF16 where the workload itself quantizes"
+        step = "leave more layers in BF16 in the workload's own quantization"
     elif mode.smoothquant_helps and not params.int8_smoothquant:
         step = "SmoothQuant (--int8-smoothquant, int8_smoothquant=True)"
     elif mode.next_mode is not None:

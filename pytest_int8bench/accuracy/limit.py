@@ -1,4 +1,4 @@
-"""Parse and print how far a metric may drop."""
+"""Parse and format the largest drop of a metric that passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|pp)\s*")
 
-#: No number of samples can show a smaller drop.
+#: No realistic number of samples can resolve a smaller drop.
 LEAST = 1e-9
 
 
@@ -16,9 +16,9 @@ class Limit:
     """The largest drop of a metric that passes."""
 
     value: float
-    """0.01 for ``1%`` as for ``1pp``."""
+    """0.01 for both ``1%`` and ``1pp``."""
     relative: bool
-    """A share of the baseline's metric, else a difference of both."""
+    """Whether ``value`` is a share of the baseline's metric, not an absolute difference."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, int | float) or not LEAST <= self.value <= 1:  # NaN too
@@ -26,10 +26,10 @@ class Limit:
 
     @classmethod
     def parse(cls, text: str) -> Limit:
-        """Read ``1%`` (relative) or ``1pp`` (absolute).
+        """Parse ``1%`` (relative) or ``1pp`` (absolute).
 
         Raises:
-            ValueError: one line, for anything else.
+            ValueError: for anything else, and for values outside 1e-7 to 100.
         """
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
@@ -45,6 +45,6 @@ class Limit:
 
     def __str__(self) -> str:
         number = f"{100 * self.value:g}"
-        if "e" in number:  # as it can be read
+        if "e" in number:  # parse() does not accept scientific notation
             number = f"{100 * self.value:.20f}".rstrip("0")
         return f"{number}{'%' if self.relative else 'pp'}"

@@ -1,4 +1,7 @@
-"""Remedies for a drop: SmoothQuant, BF16 for the worst layers, another mode."""
+"""Search for a remedy for an accuracy drop.
+
+The order is: attention in BF16, SmoothQuant, BF16 for the worst layers, and another mode.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
-from pytest_int8bench.accuracy.scores import groups_of, judged, seen_drop
+from pytest_int8bench.accuracy.scores import groups_of, judge_scores, observed_drop
 from pytest_int8bench.accuracy.sensitivity import SensitivityScan
 from pytest_int8bench.accuracy.statistics.verdict import ALPHA, Verdict
 from pytest_int8bench.clock import synchronized_perf_counter
@@ -28,40 +31,41 @@ from pytest_int8bench.workloads.workload import Evaluation, Workload
 ATTENTION = "attention in BF16"
 SMOOTHQUANT, WORST_LAYERS = "SmoothQuant", "BF16 for the worst layers"
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-#: Certified at most; each at this part of the level, so that the best of them is no lucky one.
-RUNGS = 3
-#: Part of the limit that a selection of layers must stay within, for it is measured on few samples.
+#: Remedies certified besides attention in BF16. The significance level is divided among all of them
+#: (Bonferroni), so that trying several does not raise the error rate.
+CERTIFIED = 3
+#: Share of the limit within which a selection of layers must stay on the small selection split.
 MARGIN = 0.5
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to quantize, and how it did on the samples for selection."""
+    """One way to quantize, and its drop on the selection split."""
 
     workload: Workload
     params: RunParams
     rung: str
     setting: str
     configuration: str
-    """Code or options to paste."""
+    """Code or options that the user can paste."""
     ordered: bool = False
-    """The first of its rung that is good enough is the best one: those after it cost more."""
+    """Whether later trials of the remedy cost more speed, so that the first good one is best."""
     drop: float = math.inf
-    """Drop on the samples for selection, in the limit's terms; infinite if it was not tried."""
+    """Drop on the selection split, relative if the limit is; infinite if it was not tried."""
     samples: int | None = None
     problem: str | None = None
     """Why it could not be tried."""
 
 
 class Remedies:
-    """Walks a ladder of remedies: chooses on one split of the samples, certifies on another.
+    """Tries remedies in order: selects on one split of the samples, certifies on the other.
 
     Args:
-        guardrail: where models and scores come from.
+        guardrail: builds and scores the models.
         limit: the largest drop that passes.
-        record: called with the verdict after each rung.
-        tell: called with what is going to take long.
+        record: called with the updated verdict after each remedy.
+        tell: called with progress messages before long steps.
     """
 
     def __init__(
@@ -76,40 +80,40 @@ class Remedies:
         self._limit = limit
         self._record = record
         self._tell = tell
-        self._level = ALPHA / RUNGS
+        self._level = ALPHA / CERTIFIED
 
     def walk(
         self, workload: Workload, params: RunParams, index: int, verdict: Accuracy
     ) -> Accuracy:
-        """Return ``verdict`` with what was tried, until something passes.
+        """Try remedies until one passes, and return ``verdict`` with all trials added.
 
         Args:
-            workload: what failed.
-            params: where it failed.
-            index: which evaluation of the workload failed.
-            verdict: that evaluation's.
+            workload: the workload that failed.
+            params: the point that failed.
+            index: index of the evaluation that failed.
+            verdict: the verdict of that evaluation.
         """
         tried: list[dict[str, Any]] = []
-        self._level = ALPHA / (RUNGS + params.int8_attention)
-        rungs = {
+        self._level = ALPHA / (CERTIFIED + params.int8_attention)
+        remedies = {
             ATTENTION: self._attention,
             SMOOTHQUANT: self._smoothquant,
             WORST_LAYERS: self._without_worst_layers,
-            _next_rung(params): self._next_mode,
+            _next_mode_name(params): self._next_mode,
         }
-        for name, rung in rungs.items():
+        for name, trials in remedies.items():
             try:
-                tried += self._climb(rung(workload, params), index)
+                tried += self._try(trials(workload, params), index)
             except Exception as error:
-                tried.append(_row(Trial(workload, params, name, "", "", problem=_expected(error))))
+                tried.append(_row(Trial(workload, params, name, "", "", problem=_reason(error))))
             verdict = dataclasses.replace(verdict, remedies=list(tried))
             self._record(verdict)
             if any(row["outcome"] == "PASS" for row in tried):
                 break
         return verdict
 
-    def _climb(self, trials: Iterator[Trial], index: int) -> Iterator[dict[str, Any]]:
-        """Try a rung's trials, and certify the best of them."""
+    def _try(self, trials: Iterator[Trial], index: int) -> Iterator[dict[str, Any]]:
+        """Select the best trial of one remedy and certify it; yield a row for each trial."""
         found = []
         for trial in trials:
             self._tell(f"trying {trial.rung} ({trial.setting})")
@@ -123,7 +127,7 @@ class Remedies:
                 row |= self._certify(trial, index)
             yield row
 
-    # -- the ladder -------------------------------------------------------------------------
+    # -- remedies ---------------------------------------------------------------------------
 
     def _attention(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
         if params.int8_attention:
@@ -152,7 +156,7 @@ class Remedies:
     def _without_worst_layers(self, workload: Workload, params: RunParams) -> Iterator[Trial]:
         if workload.brings_quantization:
             return
-        # Attention is no layer to leave in BF16, and has a rung of its own.
+        # Attention is a remedy of its own, not a layer that the filter could leave in BF16.
         scan = SensitivityScan(self._guardrail, workload, params.replace(int8_attention=False))
         ranked = [row["name"] for row in scan.run(nodeid="", tell=self._tell).layers]
         count = 1
@@ -174,7 +178,7 @@ class Remedies:
             yield Trial(
                 workload,
                 params.replace(int8_mode=mode, int8_smoothquant=False),
-                rung=_next_rung(params),
+                rung=_next_mode_name(params),
                 setting=mode,
                 configuration=f"--int8-mode={mode}",
             )
@@ -191,14 +195,13 @@ class Remedies:
             model = guardrail.pool.variant(trial.workload, trial.params)
             scores = guardrail.scores(model, index, selection=True)
             rows = _half(evaluation, len(reference.values), 0)
-            drop, samples = seen_drop(evaluation, reference, scores, self._limit, rows=rows)
+            drop, samples = observed_drop(evaluation, reference, scores, self._limit, rows=rows)
         except Exception as error:
-            return dataclasses.replace(trial, problem=_expected(error))
+            return dataclasses.replace(trial, problem=_reason(error))
         return dataclasses.replace(trial, drop=drop, samples=samples)
 
     def _certify(self, trial: Trial, index: int) -> dict[str, Any]:
-        """Judge the compiled model on the other samples, by every metric of the workload, and
-        measure what it costs."""
+        """Judge the compiled model on the other split by every metric, and measure its speedup."""
         guardrail, workload, params = self._guardrail, trial.workload, trial.params
         try:
             verdicts = [
@@ -207,7 +210,7 @@ class Remedies:
             ]
             guardrail.candidate(workload, params).evidence()
         except Exception as error:
-            return {"problem": _expected(error)}
+            return {"problem": _reason(error)}
         verdict = verdicts[index]
         row: dict[str, Any] = {
             "outcome": verdict.outcome,
@@ -228,7 +231,7 @@ class Remedies:
         evaluation = guardrail.evaluations(workload, params)[index]
         reference = guardrail.baseline_scores(workload, params, index)
         scores = guardrail.scores(guardrail.candidate(workload, params), index)
-        return judged(
+        return judge_scores(
             evaluation,
             reference,
             scores,
@@ -246,7 +249,7 @@ class Remedies:
                 params.benchmark_interval_s,
             )
         except Exception as error:
-            return {"speed_problem": _expected(error)}
+            return {"speed_problem": _reason(error)}
         return {
             "speedup": speedup.ratio,
             "speedup_low": speedup.low,
@@ -258,8 +261,8 @@ def filter_text(kept: list[str], *, own: bool) -> str:
     """Return Python source of a ``filter_fn`` that leaves layers in BF16.
 
     Args:
-        kept: names of the layers.
-        own: the workload has a filter already, which stays in force.
+        kept: names of the layers to leave in BF16.
+        own: whether the workload already has a filter, which the new one then calls.
     """
     base = "your_filter" if own else "is_transformer_linear"
     lines = [] if own else ["from pytest_int8bench import is_transformer_linear", ""]
@@ -274,14 +277,14 @@ def filter_text(kept: list[str], *, own: bool) -> str:
     return "\n".join(lines)
 
 
-def _next_rung(params: RunParams) -> str:
-    """Return what the rung of the next mode is called: ``weights only``."""
+def _next_mode_name(params: RunParams) -> str:
+    """Return the name of the last remedy, such as ``weights only``."""
     name = MODES[params.int8_mode].next_mode
     return "another mode" if name is None else MODES[name].choice.summary
 
 
-def _expected(error: Exception) -> str:
-    """Return in one line why something cannot be tried; raise what is no reason."""
+def _reason(error: Exception) -> str:
+    """Return an expected error as one line; re-raise any other error."""
     if not isinstance(error, ClearError) and oom_of(error) is None:
         raise error
     text = first_line(error)
@@ -297,9 +300,9 @@ def _without(workload: Workload, kept: frozenset[str]) -> Workload:
 
 
 def _half(evaluation: Evaluation, samples: int, half: int) -> np.ndarray[Any, Any] | None:
-    """Return the samples to select on (0) or to certify on (1), None for all of them.
+    """Return the indices of the samples for selection (0) or certification (1), None for all.
 
-    They are split at random, always in the same way, and groups stay together.
+    The random split is reproducible and does not divide groups.
     """
     if evaluation.selection is not None:
         return None

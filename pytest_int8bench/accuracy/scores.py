@@ -1,4 +1,4 @@
-"""Read what evaluations return, check that both models scored the same samples, and judge it."""
+"""Validate the scores that evaluations return, and judge a candidate's against its baseline's."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pytest_int8bench.workloads.workload import Evaluation
 
 @dataclass(frozen=True)
 class Scores:
-    """One score per sample, or with ``aggregate`` one row per image."""
+    """One score per sample, or one row per image if the evaluation has an ``aggregate``."""
 
     ids: np.ndarray[Any, Any] | None
     values: np.ndarray[Any, Any]
 
 
 def read_scores(given: Any, metric: str, owner: str) -> Scores:
-    """Read what ``Evaluation.scores`` returned: one score per sample, or ``(ids, scores)``.
+    """Validate the return value of ``Evaluation.scores``.
 
     Args:
-        given: what it returned.
+        given: one score per sample, or ``(ids, scores)``.
         metric: the metric's name, for errors.
-        owner: whose scores they are, ``baseline`` or ``candidate``.
+        owner: the model that was scored, ``baseline`` or ``candidate``, for errors.
 
     Raises:
-        ScoreError: one line, if it is anything else.
+        ScoreError: for anything else.
     """
     ids = None
     if isinstance(given, tuple):
@@ -48,9 +48,12 @@ def read_scores(given: Any, metric: str, owner: str) -> Scores:
     found = numbers(_array(given), metric, owner)
     if found.ndim == 0:
         raise ScoreError(f"{metric}: scores must be one per sample, got the number {found:g}")
-    values = np.array(found, dtype=np.float64)  # a copy: it may be used again
+    values = np.array(found, dtype=np.float64)  # a copy: the evaluation may reuse its buffer
     if ids is not None and len(ids) != len(values):
-        raise ScoreError(f"{metric}: {len(ids)} ids for {len(values)} scores")
+        raise ScoreError(
+            f"{metric}: scores must return one id per score, got {len(ids)} ids for "
+            f"{len(values)} scores"
+        )
     return Scores(ids, values)
 
 
@@ -70,11 +73,11 @@ def _array(value: Any) -> Any:
 
 def _check_ids(metric: str, reference: Any, candidate: Any) -> None:
     if (reference is None) != (candidate is None):
-        raise ScoreError(f"{metric}: scores gave ids for one model and none for the other")
+        raise ScoreError(f"{metric}: scores must return ids for both models or for neither")
     if reference is None or len(reference) != len(candidate):
-        return  # other lengths are said by the judge
+        return  # the caller reports different lengths
     if len(set(reference.tolist())) != len(reference):
-        raise ScoreError(f"{metric}: scores gave an id more than once")
+        raise ScoreError(f"{metric}: scores must return unique ids, got duplicates")
     differing = np.flatnonzero(reference != candidate)
     if len(differing):
         at = differing[0]
@@ -84,7 +87,7 @@ def _check_ids(metric: str, reference: Any, candidate: Any) -> None:
         )
 
 
-def judged(
+def judge_scores(
     evaluation: Evaluation,
     reference: Scores,
     candidate: Scores,
@@ -96,15 +99,15 @@ def judged(
     """Judge the scores of one evaluation.
 
     Args:
-        evaluation: where they are from.
-        reference: the baseline's.
-        candidate: the candidate's, of the same samples in the same order.
+        evaluation: the evaluation that computed them.
+        reference: the baseline's scores.
+        candidate: the candidate's scores of the same samples, in the same order.
         limit: the largest drop that passes.
-        alpha: level of each one-sided bound.
-        rows: indices of the samples to judge, all by default.
+        alpha: significance level of each one-sided test.
+        rows: indices of the samples to judge; all by default.
 
     Raises:
-        ScoreError: one line, if the samples are not the same or cannot be judged.
+        ScoreError: if the samples differ or the scores cannot be judged.
     """
     before, after = _paired(evaluation.metric, reference, candidate, rows)
     codes = groups_of(evaluation, len(reference.values))
@@ -123,10 +126,10 @@ def judged(
 
 
 def groups_of(evaluation: Evaluation, samples: int) -> Codes | None:
-    """Return the number of each sample's group, None if every sample stands for itself.
+    """Return each sample's group number, or None if the samples are independent.
 
     Raises:
-        ScoreError: one line, if there is not one label per sample, or only one group.
+        ScoreError: if there is not exactly one label per sample, or only one group.
     """
     given = evaluation.groups
     if given is None:
@@ -134,9 +137,11 @@ def groups_of(evaluation: Evaluation, samples: int) -> Codes | None:
     return group_codes(given() if callable(given) else given, samples, evaluation.metric)
 
 
-def too_few(evaluation: Evaluation, reference: Scores, limit: Limit) -> str | None:
-    """Say that no candidate can pass on so few samples, even if nothing drops, and how many it
-    takes; None if it can, or if the baseline alone cannot tell."""
+def too_few_samples(evaluation: Evaluation, reference: Scores, limit: Limit) -> str | None:
+    """Return a warning with the number of samples needed, if even an unchanged model cannot pass.
+
+    Return None if it can pass, or if the baseline's scores alone do not tell.
+    """
     samples = len(reference.values)
     try:
         codes = groups_of(evaluation, samples)
@@ -148,22 +153,23 @@ def too_few(evaluation: Evaluation, reference: Scores, limit: Limit) -> str | No
             groups=codes,
             metric=evaluation.metric,
         )
-    except ScoreError:  # a constant baseline can have a candidate that varies; else judged() raises
+    except ScoreError:
+        # A constant baseline can have a candidate that varies. Otherwise, judge_scores() raises.
         return None
     if needed is None:
         return None
-    counted, asked = f"{samples} samples", f"{needed:,}"
+    given, asked = f"{samples} samples", f"{needed:,}"
     if codes is not None:
         groups = int(codes.max()) + 1
-        counted += f" in {groups} groups"
+        given += f" in {groups} groups"
         asked += f" in {math.ceil(needed * groups / samples):,} groups"
     return (
-        f"{evaluation.metric}: {counted} cannot pass {limit} even if nothing drops: "
-        f"it takes about {asked}"
+        f"{evaluation.metric}: {given} are too few to pass the limit of {limit}, even for an "
+        f"unchanged model; about {asked} are needed"
     )
 
 
-def seen_drop(
+def observed_drop(
     evaluation: Evaluation,
     reference: Scores,
     candidate: Scores,
@@ -171,12 +177,14 @@ def seen_drop(
     *,
     rows: np.ndarray[Any, Any] | None = None,
 ) -> tuple[float, int]:
-    """Return the drop as seen, in the limit's terms, and the number of samples; for a choice
-    between candidates, not for a verdict. Arguments are those of :func:`judged`.
+    """Return the observed drop, relative if the limit is, and the number of samples.
+
+    Use it to choose between candidates, not for a verdict. It takes the same arguments as
+    :func:`judge_scores`.
 
     Raises:
-        ScoreError: one line, if the samples are not the same, or the baseline's metric is not
-            above 0 with a relative limit.
+        ScoreError: if the samples differ, or if the limit is relative and the baseline's metric
+            is not above 0.
     """
     before, after = _paired(evaluation.metric, reference, candidate, rows)
     if evaluation.aggregate is None:

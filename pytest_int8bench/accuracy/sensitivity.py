@@ -1,4 +1,4 @@
-"""Rank layers, or blocks, by what quantizing each of them alone costs, attention included."""
+"""Rank layers or blocks, and their attention, by the accuracy lost when only one is quantized."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pytest_int8bench.accuracy.attention_rows import AttentionIn
+from pytest_int8bench.accuracy.attention_rows import SelectiveInt8Attention
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError, sqnr_db
-from pytest_int8bench.accuracy.scores import Scores, seen_drop
+from pytest_int8bench.accuracy.scores import Scores, observed_drop
 from pytest_int8bench.errors import ClearError, WorkloadError
 from pytest_int8bench.measure.building import calibration_inputs, check_dense, run_once
 from pytest_int8bench.measure.model import Model
@@ -29,26 +29,27 @@ from pytest_int8bench.words import plural
 from pytest_int8bench.workloads.workload import Workload
 
 BY = ("layer", "block")
-_POINTS = Limit(1.0, relative=False)  # drops are differences here
+_ABSOLUTE = Limit(1.0, relative=False)  # makes drops absolute differences
 
 
 class ScanError(ClearError, ValueError):
-    """A scan that was asked for in words that are not known."""
+    """Raised for a scan that is not possible."""
 
 
 class SensitivityScan:
-    """Quantizes one layer, or block, of a workload's model at a time, and with INT8 attention the
-    attention of one at a time.
+    """Quantizes one layer or block of a workload's model at a time.
+
+    With INT8 attention, it also runs the attention of one module or block at a time in INT8.
 
     Args:
-        guardrail: where models and scores come from.
-        workload: what to scan.
-        params: the point; SmoothQuant is left out.
+        guardrail: builds and scores the models.
+        workload: the workload to scan.
+        params: the point to scan; SmoothQuant is turned off.
         by: ``layer`` or ``block``.
 
     Raises:
-        WorkloadError: if the workload itself says which layers are quantized, and how.
-        ScanError: for another ``by``.
+        WorkloadError: if the workload brings its own quantization.
+        ScanError: if ``by`` has another value.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class SensitivityScan:
             raise ScanError(f"by must be one of {', '.join(BY)}, got {by!r}")
         if workload.brings_quantization:
             raise WorkloadError(
-                f"workload {workload.name!r} brings its own quantization: its layers cannot be "
+                f"workload {workload.name!r} brings its own quantization, so its layers cannot be "
                 "quantized one at a time"
             )
         self._guardrail = guardrail
@@ -78,24 +79,24 @@ class SensitivityScan:
         tell: Callable[[str], None] = lambda text: None,
         record: Callable[[Sensitivity], None] = lambda table: None,
     ) -> Sensitivity:
-        """Measure every group.
+        """Measure every group and return the table, worst group first.
 
         Args:
-            nodeid: identity of the table.
-            metric: score each on the samples for selection too, which takes longer.
-            tell: called with what the groups are going to cost.
+            nodeid: node id to store with the table.
+            metric: whether to score each group on the selection split as well, which takes longer.
+            tell: called after the first group with an estimate of the total time.
             record: called with the table after each group.
 
         Raises:
-            WorkloadError: for ``metric`` where the workload has no labels.
-            ScanError: for INT8 attention where none of the model's can run in INT8.
+            WorkloadError: if ``metric`` is set and the workload has no evaluation.
+            ScanError: if the point has INT8 attention and the model has none that INT8 supports.
         """
         start = time.perf_counter()
         evaluations = self._guardrail.evaluations(self._workload, self._params)
         if metric and not evaluations:
             raise WorkloadError(
                 f"workload {self._workload.name!r} has no evaluation at {self._params.run_name}: "
-                "layers can be ranked by SQNR only"
+                "layers can only be ranked by SQNR"
             )
         baseline = self._pool.get(self._workload, self._params.baseline())
         batches = calibration_inputs(self._workload, self._params, baseline.inputs, baseline.device)
@@ -114,31 +115,31 @@ class SensitivityScan:
             layers=[],
         )
         for count, (name, (layers, callers)) in enumerate(groups.items()):
-            begun = time.perf_counter()
+            group_start = time.perf_counter()
             row = self._row(name, layers, callers, batches, reference, scores)
             table = dataclasses.replace(
                 table,
-                layers=sorted([*table.layers, row], key=_badness, reverse=True),
+                layers=sorted([*table.layers, row], key=_rank, reverse=True),
                 seconds=time.perf_counter() - start,
             )
             record(table)
             if count == 0:
-                each_s = time.perf_counter() - begun
+                each_s = time.perf_counter() - group_start
                 counted, all_s = plural(len(self.groups), self._by), len(groups) * each_s
                 if more := len(groups) - len(self.groups):
                     counted += f" and the attention of {more}"
-                tell(f"{counted}, {each_s:.1f} s for the first: about {all_s:.0f} s")
+                tell(f"{counted}: about {all_s:.0f} s ({each_s:.1f} s for the first)")
         return table
 
     def _groups(
         self, baseline: Model, batch: Any
     ) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Return by name the layers of each group, and the modules whose attention is in it."""
+        """Return the layers and the attention callers of each group, by the group's name."""
         none: tuple[str, ...] = ()
         groups = {name: (layers, none) for name, layers in self.groups.items()}
         if not self._params.int8_attention:
             return groups
-        mode = AttentionIn(baseline.eager)
+        mode = SelectiveInt8Attention(baseline.eager)
         with mode.entered():
             _eager(baseline, batch)
         if not mode.callers:
@@ -156,14 +157,14 @@ class SensitivityScan:
         reference: Sequence[list[torch.Tensor]],
         scores: Scores | None,
     ) -> dict[str, Any]:
-        """Return what one group loses, when it alone is quantized."""
+        """Measure the loss when only one group is quantized."""
         model = self._model(layers)
         model.restore()
         signal = noise = 0.0
-        with AttentionIn(model.eager, callers).entered() if callers else nullcontext():
+        with SelectiveInt8Attention(model.eager, callers).entered() if callers else nullcontext():
             for batch, ours in zip(batches, reference, strict=True):
                 for a, b in zip(ours, _eager(model, batch), strict=True):
-                    masked = a.isinf() & (a == b)  # such as logits of classes that cannot be
+                    masked = a.isinf() & (a == b)  # for example, logits of masked classes
                     a, b = a.masked_fill(masked, 0), b.masked_fill(masked, 0)
                     signal += float(a.square().sum(dtype=torch.float64))
                     noise += float((a - b).square().sum(dtype=torch.float64))
@@ -175,7 +176,7 @@ class SensitivityScan:
         return row | loss
 
     def _model(self, layers: tuple[str, ...]) -> Model:
-        """Return a candidate of which ``layers`` alone are quantized, none where it is empty."""
+        """Return a candidate in which only ``layers`` are quantized, possibly none."""
         params = self._params.replace(int8_attention=False)
         if layers:
             return self._pool.variant(self._only(layers), params)
@@ -191,7 +192,7 @@ class SensitivityScan:
     def _loss(self, model: Model, reference: Scores) -> dict[str, Any]:
         evaluation = self._guardrail.evaluations(self._workload, self._params)[0]
         scores = self._guardrail.scores(model, 0, selection=True)
-        drop, _ = seen_drop(evaluation, reference, scores, _POINTS)
+        drop, _ = observed_drop(evaluation, reference, scores, _ABSOLUTE)
         worse = reference.values > scores.values
         better = reference.values < scores.values
         return {
@@ -202,10 +203,10 @@ class SensitivityScan:
 
 
 def grouped(names: Sequence[str], by: str) -> dict[str, tuple[str, ...]]:
-    """Return the layers of each group, by the group's name.
+    """Group layers by name.
 
-    A block is what the first number in a layer's name counts, as in ``encoder.blocks.3.attn.q``;
-    a layer without one is in the block of its parent.
+    A block's name ends at the first number in the layer's name: ``encoder.blocks.3.attn.q`` belongs
+    to ``encoder.blocks.3``. A layer without a number belongs to the block of its parent.
     """
     groups: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -223,11 +224,11 @@ def _block(name: str) -> str:
 
 
 def _repeatable(model: Model, batches: Sequence[Any]) -> list[list[torch.Tensor]]:
-    """Return the outputs of a model.
+    """Return the eager outputs of a model.
 
     Raises:
-        OutputsError: if the same inputs give other outputs the next time, as those of a model that
-            keeps a state in Python do: the difference would count as the layers' loss.
+        OutputsError: if a second call returns different outputs, for example because the model
+            keeps state in Python. The difference would be attributed to the layers.
     """
     model.restore()
     outputs = [_eager(model, batch) for batch in batches]
@@ -242,11 +243,11 @@ def _repeatable(model: Model, batches: Sequence[Any]) -> list[list[torch.Tensor]
 
 def _eager(model: Model, batch: Any) -> list[torch.Tensor]:
     with model.compiled.eager_settings():
-        output = run_once(model.eager, batch, model.device)  # seeded, for models that draw
+        output = run_once(model.eager, batch, model.device)  # seeds models that draw random numbers
     check_dense(model.workload, "outputs", output)
     return [t.float() for t in tensors_of(output) if t.is_floating_point()]
 
 
-def _badness(row: dict[str, Any]) -> tuple[float, float]:
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
     sqnr = row["sqnr_db"]
     return (row.get("drop", 0.0), -math.inf if sqnr is None else -sqnr)

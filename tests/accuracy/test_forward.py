@@ -105,21 +105,21 @@ def test_inputs_may_be_of_another_dtype_and_layout() -> None:
 
 X, TABLE, INDEX = rows(6)
 BAD = {
-    "too few": ((X,), "forward takes 3 tensors, got 1"),
+    "too few": ((X,), "forward must get 3 tensors, got 1"),
     "width": (
         (X[:, :5], TABLE, INDEX),
-        r"tensor 0 of forward must be \[4, 8\] but for the first dimension, got \[6, 5\]",
+        r"tensor 0 of forward must have shape \[4, 8\] beyond the first dimension, got \[6, 5\]",
     ),
     "kind": ((X, TABLE, INDEX.float()), "tensor 2 of forward must be torch.int64, got"),
     "lengths": (
         (X, TABLE, INDEX[:5]),
-        "the tensors of forward differ in their number of samples: 6, 2, 5",
+        "all tensors of forward must have the same number of samples, got 6, 2, 5",
     ),
     "one kept": (
         (X, TABLE, INDEX[:4]),
-        "the tensors of forward differ in their number of samples: 6, 2, 4",
+        "all tensors of forward must have the same number of samples, got 6, 2, 4",
     ),
-    "none": ((X[:0], TABLE, INDEX[:0]), "forward needs one sample at least, got 0"),
+    "none": ((X[:0], TABLE, INDEX[:0]), "forward needs at least one sample, got 0"),
 }
 
 
@@ -141,7 +141,7 @@ def test_outputs_without_samples_take_whole_batches_only() -> None:
 
     model = make(Summed, lambda p, device: (torch.randn(p.batch_size, 8),))
     assert Forward(model)(torch.ones(BATCH, 8)).shape == (8,)
-    with pytest.raises(WorkloadError, match=r"an output of \[8\] has no first dimension of 4"):
+    with pytest.raises(WorkloadError, match=r"of 4 samples, because an output has shape \[8\], "):
         Forward(model)(torch.ones(3, 8))
 
 
@@ -150,5 +150,5 @@ def test_a_forward_does_not_keep_its_model() -> None:
     forward = Forward(model)
     del model
     gc.collect()
-    with pytest.raises(RuntimeError, match="this forward was kept longer than its model"):
+    with pytest.raises(RuntimeError, match=r"^forward\(\) was called after its model was freed$"):
         forward(*rows(BATCH))

@@ -101,7 +101,7 @@ def test_nan_in_outputs_without_labels_is_told() -> None:
     [found] = Guardrail(ModelPool(), ONE_PERCENT).check(make_workload(Breaks), W8A8, nodeid="t")
     assert (found.outcome, found.reason) == (
         "proxy-ok",
-        "the baseline's own outputs hold NaN (1 of 256 values, left out of the comparison)",
+        "the baseline's own outputs hold NaN (1 of 256 values, excluded from the comparison)",
     )
 
 
@@ -209,7 +209,9 @@ def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
     found = Evaluation(metric="F1", scores=lambda forward: rows, aggregate=f1)
     [text] = told(found, "1%")
     match = re.fullmatch(
-        r"F1: 300 samples cannot pass 1% even if nothing drops: it takes about (\d+)", text
+        r"F1: 300 samples are too few to pass the limit of 1%, even for an unchanged model; "
+        r"about (\d+) are needed",
+        text,
     )
     assert match is not None
     assert 730 <= int(match[1]) < 1000
@@ -222,11 +224,11 @@ def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
 
 def test_too_few_samples_and_groups_are_said() -> None:
     [text] = told(Evaluation(metric="top1", scores=flips(0, samples=40)), "1%")
-    assert text.startswith("top1: 40 samples cannot pass 1% even if nothing drops: it takes about ")
+    assert text.startswith("top1: 40 samples are too few to pass the limit of 1%, even for an ")
     groups = np.arange(SAMPLES) // 20
     [text] = told(Evaluation(metric="top1", scores=flips(0), groups=groups), "1%")
-    assert text.startswith("top1: 2000 samples in 100 groups cannot pass 1% even if nothing drops:")
-    assert text.endswith(" groups")
+    assert text.startswith("top1: 2000 samples in 100 groups are too few to pass the limit of 1%")
+    assert text.endswith(" groups are needed")
     assert told(Evaluation(metric="top1", scores=flips(0)), "1%") == []
     # A constant baseline cannot say; its candidate can.
     constant = Evaluation(metric="top1", scores=lambda forward: 1.0 - is_candidate(forward) * GOOD)
@@ -316,7 +318,7 @@ def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
 
 def test_the_next_step_of_a_workload_that_quantizes_itself_is_its_own() -> None:
     # Its layers cannot be ranked one at a time.
-    own = "next step: leave more layers in BF16 where the workload itself quantizes"
+    own = "next step: leave more layers in BF16 in the workload's own quantization"
     assert next_step(make_workload(prequantized=True), W8A8) == own
 
 
@@ -466,7 +468,9 @@ def test_long_steps_are_said() -> None:
 
 
 def test_a_baseline_is_not_judged() -> None:
-    with pytest.raises(ValueError, match=f"^{BF16.run_name} is a baseline: there is nothing to"):
+    with pytest.raises(
+        ValueError, match=f"^params must be a candidate, got the baseline {BF16.run_name}$"
+    ):
         check(Evaluation(metric="top1", scores=flips(lost=0)), BF16)
 
 
@@ -504,7 +508,7 @@ def test_outputs_that_are_too_far_fail() -> None:
 
     [found] = check(None, build=outliers)
     assert found.outcome == "FAIL"
-    assert found.reason == f"SQNR {found.distance['sqnr_db']:.1f} dB is under 10 dB"
+    assert found.reason == f"SQNR must be at least 10 dB, got {found.distance['sqnr_db']:.1f} dB"
 
 
 # -- what cannot be judged ----------------------------------------------------------------------
@@ -529,13 +533,16 @@ BAD = {
     ),
     "ids of one": (
         by_role((IDS, GOOD), GOOD),
-        "top1: scores gave ids for one model and none for the other",
+        "top1: scores must return ids for both models or for neither",
     ),
     "ids twice": (
         by_role((IDS // 2, GOOD), (IDS // 2, GOOD)),
-        "top1: scores gave an id more than once",
+        "top1: scores must return unique ids, got duplicates",
     ),
-    "too few ids": (by_role((IDS[1:], GOOD), (IDS, GOOD)), "top1: 99 ids for 100 scores"),
+    "too few ids": (
+        by_role((IDS[1:], GOOD), (IDS, GOOD)),
+        "top1: scores must return one id per score, got 99 ids for 100 scores",
+    ),
     "three": (
         by_role((IDS, GOOD, GOOD), GOOD),
         r"top1: scores must return one score per sample or \(ids, scores\), got a tuple of 3",
@@ -548,27 +555,27 @@ BAD = {
     "text": (by_role("good", "bad"), "top1: scores must be numbers, got str"),
     "not finite": (
         by_role(GOOD, np.where(IDS == 3, np.nan, GOOD)),
-        "top1: scores must be finite, the candidate has 1",
+        "top1: scores must be finite, got 1 non-finite score for the candidate",
     ),
     "complex": (
         by_role(GOOD + 1j, GOOD),
-        "top1: scores must be numbers, the baseline has complex128",
+        "top1: scores must be numbers, got complex128 for the baseline",
     ),
     "numbers as text": (
         by_role(GOOD.astype(str), GOOD),
-        "top1: scores must be numbers, the baseline has <U",
+        "top1: scores must be numbers, got <U",
     ),
     "masked": (
         by_role(GOOD, np.ma.masked_array(GOOD, mask=IDS < 3)),
-        "top1: scores must not be masked, the candidate has 3",
+        "top1: scores must not be masked, got 3 masked scores for the candidate",
     ),
     "huge": (
         by_role(GOOD, torch.full((100,), 1e155, dtype=torch.float64)),
-        r"top1: scores and worst must be at most 1e\+100 in size, got 1e\+155",
+        r"top1: scores and worst must be at most 1e\+100 in magnitude, got 1e\+155",
     ),
     "log likelihoods": (
         Evaluation(metric="loglik", scores=lambda forward: -IDS / 7, worst=float("-inf")),
-        "loglik: worst must be a finite number, got -inf; if scores have no lowest one",
+        "loglik: worst must be a finite number, got -inf; clip scores without",
     ),
     "one": (by_role(GOOD[:1], GOOD[:1]), "top1: .*2 samples"),
     "constant": (
@@ -589,7 +596,8 @@ def test_scores_that_cannot_be_judged_are_refused_in_one_line(name: str) -> None
 def test_an_evaluation_must_be_one() -> None:
     with pytest.raises(
         WorkloadError,
-        match=r"^workload 'toy': evaluation must be an Evaluation, several, or None, got 'top1'$",
+        match=r"^workload 'toy': evaluation must be an Evaluation, a sequence of them, or None, "
+        r"got 'top1'$",
     ):
         check("top1")
 

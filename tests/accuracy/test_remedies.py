@@ -254,7 +254,7 @@ def test_layers_are_ranked_by_what_they_lose() -> None:
     scan = SensitivityScan(guardrail, make_workload(spike={1: 40.0}), W8A8)
     kept: list[Sensitivity] = []
     table = scan.run(nodeid="a", tell=told.append, record=kept.append)
-    assert re.fullmatch(r"8 layers, \d+\.\d s for the first: about \d+ s", *told)
+    assert re.fullmatch(r"8 layers: about \d+ s \(\d+\.\d s for the first\)", *told)
     assert [len(part.layers) for part in kept] == [*range(1, 9)]
     assert kept[-1] == table
     assert table.layers[0]["name"] == "blocks.1.fc2"
@@ -298,10 +298,12 @@ def test_what_cannot_be_scanned_is_said() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     with pytest.raises(ScanError, match=r"^by must be one of layer, block, got 'model'$"):
         SensitivityScan(guardrail, make_workload(), W8A8, by="model")
-    with pytest.raises(WorkloadError, match=r"^workload 'net' brings its own quantization: its"):
+    with pytest.raises(WorkloadError, match=r"^workload 'net' brings its own quantization, so"):
         SensitivityScan(guardrail, make_workload(prequantized=True), W8A8)
     scan = SensitivityScan(guardrail, make_workload(evaluation=None), W8A8)
-    with pytest.raises(WorkloadError, match=r"^workload 'net' has no evaluation at .*SQNR only$"):
+    with pytest.raises(
+        WorkloadError, match=r"^workload 'net' has no evaluation at .*ranked by SQNR$"
+    ):
         scan.run(nodeid="a", metric=True)
 
 

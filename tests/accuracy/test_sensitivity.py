@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_int8bench.accuracy.attention_rows import AttentionIn
+from pytest_int8bench.accuracy.attention_rows import SelectiveInt8Attention
 from pytest_int8bench.accuracy.guardrail import Guardrail
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.outputs import OutputsError
@@ -181,7 +181,7 @@ def test_hooks_do_not_outlive_a_forward_that_fails() -> None:
             raise ValueError("mine")
 
     model = nn.Sequential(Fails())
-    mode = AttentionIn(model)
+    mode = SelectiveInt8Attention(model)
     with pytest.raises(ValueError, match=r"^mine$"), mode.entered():
         model(torch.ones(1))
     x = torch.ones(1, 1, 4, 8)

@@ -230,7 +230,7 @@ def test_a_slower_revision_fails_in_all_reports(ab: Ab, root: Path, tmp_path: Pa
 
     assert "int8bench ab: uncommitted changes are not measured (toy.py)\n" in done.stderr
     assert "2 flagged" not in done.stderr
-    assert "1 flagged, measured afresh: test_speed[Gr" in done.stderr
+    assert "measuring 1 flagged run again: test_speed[Gr" in done.stderr
     assert done.stdout.endswith("\nint8bench ab: FAIL (1 PASS, 1 FAIL)\n")
     values = json.loads(outputs["json"].read_text())["int8bench_ab"]
     assert values["exit_code"] == 1
@@ -284,8 +284,8 @@ def test_code_of_the_main_checkout_is_refused(ab: Ab, root: Path, tmp_path: Path
     text = f"import sys\nsys.path.insert(0, {str(root)!r})\n{CONFTEST}"
     commit(root, conftest_py=text)
     assert refusal(ab(root, "HEAD", "HEAD", "--", "bench", PYTHONPATH=first)).startswith(
-        f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was loaded from "
-        f"{root}/toy.py, which is not this revision's: "
+        f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was imported from "
+        f"{root}/toy.py, not from this revision; "
     )
 
 
@@ -295,9 +295,9 @@ def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -
     (packages / "toy.py").write_text(toy())
     commit(root, conftest_py=f"import sys\nsys.path.insert(0, {str(packages)!r})\n{CONFTEST}")
     assert refusal(ab_here(root, "v1", "--", "bench")) == (
-        f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was loaded from "
-        f"{packages}/toy.py, not from the worktree: a package that must be built or installed "
-        "needs --install, such as --install 'pip install --no-deps .'"
+        f"HEAD ({git(root, 'rev-parse', 'HEAD')[:10]}): module toy was imported from "
+        f"{packages}/toy.py, not from the worktree; if the package must be built or "
+        "installed, pass the command, for example --install 'pip install --no-deps .'"
     )
 
 
@@ -312,7 +312,7 @@ def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None
     done = ab(root, "HEAD", "HEAD", "--install", build, "--", "bench", PYTHONPATH=str(packages))
     assert done.returncode == 0, done.stderr
     assert "int8bench ab: installing HEAD (" in done.stderr
-    assert "note: both are the same commit: this checks the machine\n" in done.stdout
+    assert "note: both revisions are the same commit: this only checks the machine\n" in done.stdout
     assert done.stdout.endswith("\nint8bench ab: PASS (2 PASS)\n")
 
 
@@ -328,16 +328,16 @@ def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None
         (
             ["v1", "--margin=6%"],
             (
-                "margin must be at least 0 and under max_slowdown, got 0.06 with a max_slowdown "
-                "of 0.05"
+                "margin must be at least 0 and less than max_slowdown, got 0.06 with a "
+                "max_slowdown of 0.05"
             ),
         ),
         (["v1", "--screening-blocks=1"], "screening_blocks must be at least 2, got 1"),
         (
             ["v1", "--verdict-blocks=2", "--noise=3%"],
             (
-                "with 2 verdict blocks a slowdown of 5% would be found with a probability of 34% "
-                "only (1 run, noise 3% between processes): 9 blocks are needed for 90%"
+                "2 verdict blocks detect a slowdown of 5% with a probability of only 34% "
+                "(1 run, noise 3% between processes); 90% needs 9 blocks"
             ),
         ),
         (["v1", "--install", "echo why >&2; false"], None),
@@ -348,8 +348,8 @@ def test_rejected_at_start(ab_here: Ab, root: Path, args: list[str], message: st
     done = ab_here(root, *args, "--", "bench")
     text = refusal(done)
     if message is None:
-        assert text.startswith(f"v1 ({git(root, 'rev-parse', 'v1')[:10]}): --install ended with ")
-        assert f"exit code 1: why (all of it is in {log}/" in text
+        assert text.startswith(f"v1 ({git(root, 'rev-parse', 'v1')[:10]}): --install failed with ")
+        assert f"exit code 1: why (its output is in {log}/" in text
         assert len(done.stderr.splitlines()) == 2
     else:
         assert text == message.format(root=root)
@@ -392,7 +392,7 @@ def test_no_git(ab_here: Ab, root: Path) -> None:
 
 NOTHING = "pytest measured nothing"
 LEAN = f"{NOTHING}: usage error: --int8-lean: cannot be combined with"
-TOO_OLD = "pytest-int8bench is missing there, turned off, or too old to be measured by int8bench ab"
+TOO_OLD = "pytest-int8bench is missing in this revision, turned off, or too old for int8bench ab"
 
 
 @pytest.mark.parametrize(
@@ -438,8 +438,8 @@ def test_a_test_that_cannot_be_imported(ab_here: Ab, root: Path) -> None:
 
 def test_a_budget_that_is_too_small(ab_here: Ab, root: Path) -> None:
     done = ab_here(root, "v1", "--budget=2s", "--", "bench")
-    assert refusal(done).startswith("--budget 2 s: screening alone needs about ")
-    assert "2 processes are in " in done.stderr
+    assert refusal(done).startswith("--budget 2 s is too short: screening alone needs about ")
+    assert "2 processes are saved in " in done.stderr
     assert count(root) == 2
 
 
@@ -491,7 +491,8 @@ def test_two_gates_at_once(ab_here: Ab, root: Path) -> None:
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         assert refusal(ab_here(root, "v1", "--", "bench")) == (
-            f"another int8bench ab runs in {folder}: two would disturb each other"
+            f"another int8bench ab is running in {folder}; wait for it to end, as two would "
+            "disturb each other"
         )
     assert count(root) == 0
 
@@ -557,7 +558,7 @@ def test_resumes_after_kill(ab: Ab, root: Path, temporary: Path, tmp_path: Path)
     counter.write_text("x" * 2)
     resumed = ab(root, f"--json={tmp_path / 'ab.json'}", *args)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on with 3 processes of " in resumed.stderr
+    assert "resuming with 3 processes from " in resumed.stderr
     assert count(root) == 6
     assert state(root) == before
     values = json.loads((tmp_path / "ab.json").read_text())["int8bench_ab"]

@@ -100,7 +100,7 @@ def test_lossless_model_passes(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=4, warnings=1)
     result.stdout.fnmatch_lines(
         [
-            "int8bench: accuracy: top1: 40 samples cannot pass 1% even if nothing drops: *",
+            "int8bench: accuracy: top1: 40 samples are too few to pass the limit of 1%, even for *",
             f"*INCONCLUSIVE: few: {W8A8}: top1 dropped by 0.00%*",
         ]
     )
@@ -233,7 +233,9 @@ def test_random_weights_proxy(project: pytest.Pytester, monkeypatch: pytest.Monk
     rows = [line.split() for line in result.outlines if "dropped" not in line and "top1" in line]
     assert rows[0][-1] == "FAIL*"
     result.stdout.fnmatch_lines(["[*] pipeline check: the weights are random, so the verdict *"])
-    result.stdout.fnmatch_lines([f"AccuracyError: FAIL: broken: {W8A8}: SQNR * dB is under 10 dB"])
+    result.stdout.fnmatch_lines(
+        [f"AccuracyError: FAIL: broken: {W8A8}: SQNR must be at least 10 dB, got * dB"]
+    )
 
 
 def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +288,7 @@ def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pyteste
     )
     result, saved = run(project, "test_accuracy.py", "-k", "test_")
     result.stdout.fnmatch_lines(
-        ["ScoreError: top1: scores must be finite, the candidate has 1000 that are not"]
+        ["ScoreError: top1: scores must be finite, got 1000 non-finite scores for the candidate"]
     )
     result.stdout.fnmatch_lines(
         ["int8_guardrail: max_drop must be a percentage such as 1% (relative) or 1pp (absolute)*"]
@@ -355,7 +357,7 @@ def test_ranks_layers(project: pytest.Pytester, capfd: pytest.CaptureFixture[str
     assert {row["drop"] for row in table.layers} == {0.0}
     result.stdout.fnmatch_lines(
         [
-            f"int8bench: sensitivity of {W8A8}: 2 layers, * s for the first: about * s",
+            f"int8bench: sensitivity of {W8A8}: 2 layers: about * s (* s for the first)",
             f"toy: {W8A8}, 1,000 samples",
             "INT8 in one layer alone SQNR dB top1 drop worse/better",
             "fc? * 0.00pp * 0/0",

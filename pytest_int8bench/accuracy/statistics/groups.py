@@ -1,4 +1,4 @@
-"""Samples that belong together: the group is what was drawn at random, not the sample."""
+"""Test samples that come in groups, where the groups rather than the samples are independent."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_int8bench.accuracy.statistics.checks import ScoreError
-from pytest_int8bench.accuracy.statistics.mean_tests import Floats, Means
+from pytest_int8bench.accuracy.statistics.mean_tests import Floats, MeanTest
 
 Codes = NDArray[np.int64]
 
 
 def group_codes(given: Any, samples: int, metric: str) -> Codes:
-    """Return the number of each sample's group, counted from 0 in the order of appearance.
+    """Number the groups from 0 in order of appearance, and return each sample's group number.
 
     Args:
         given: one label per sample: names, numbers, or tuples of them.
-        samples: how many samples there are.
+        samples: the number of samples.
         metric: the metric's name, for errors.
 
     Raises:
-        ScoreError: one line, if it is anything else, or if all samples are of one group.
+        ScoreError: for other labels, or if all samples are in one group.
     """
     labels = _labels(given, metric)
     if len(labels) != samples:
@@ -35,17 +35,19 @@ def group_codes(given: Any, samples: int, metric: str) -> Codes:
     codes = np.empty(samples, dtype=np.int64)
     for index, label in enumerate(labels):
         if label is None or label != label:  # NaN
-            raise ScoreError(f"{metric}: every sample must be in a group, sample {index} is not")
+            raise ScoreError(
+                f"{metric}: every sample must have a group label, got {label} for sample {index}"
+            )
         try:
             codes[index] = numbers.setdefault(label, len(numbers))
         except TypeError:
             raise ScoreError(
-                f"{metric}: labels of groups must be names or numbers, got {label!r:.40}"
+                f"{metric}: group labels must be names or numbers, got {label!r:.40}"
             ) from None
     if len(numbers) < 2:
         raise ScoreError(
-            f"{metric}: needs at least 2 groups, got {len(numbers)}: the groups are what is "
-            "sampled, not the samples in them"
+            f"{metric}: needs at least 2 groups, got {len(numbers)}; groups, not the samples in "
+            "them, count as independent"
         )
     return codes
 
@@ -59,7 +61,7 @@ def _labels(given: Any, metric: str) -> list[Any]:
     return list(given)
 
 
-def grouped_means(
+def grouped_mean_test(
     reference: Floats,
     candidate: Floats,
     codes: Codes,
@@ -68,22 +70,22 @@ def grouped_means(
     highest: float,
     relative: bool,
     alpha: float,
-) -> Means:
-    """Return the test of a mean over samples whose groups are the sampling units.
+) -> MeanTest:
+    """Return the test of a mean over samples, with groups as the sampling units.
 
-    A unit's loss is the sum over its samples, so that large groups count for more, as they do in
-    the metric. A whole group can collapse at once, the largest one too.
+    A unit's loss is the sum over its samples, so that large groups weigh more, as they do in the
+    metric. Any group can collapse as a whole, even the largest.
     """
     sizes = np.bincount(codes).astype(np.float64)
     largest = float(sizes.max())
     low, high = float(reference.min()), float(reference.max())
-    return Means(
+    return MeanTest(
         _sums(reference - candidate, codes),
         _sums(reference, codes) if relative else sizes,
         collapse=(largest * (high - worst), largest * (high if relative else 1.0)),
         jump=(largest * (low - highest), largest * (low if relative else 1.0)),
         alpha=alpha,
-        at_stake=sizes * (high - worst),
+        possible_losses=sizes * (high - worst),
     )
 
 

@@ -1,6 +1,6 @@
-"""Measure the blocks of an A/B in fresh processes, within the budget.
+"""Measure the blocks of an A/B comparison in fresh processes, within the time budget.
 
-Blocks that the journal has are not measured again.
+Blocks that are already in the journal are not measured again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from pytest_int8bench.gate.ab.plan import (
 )
 from pytest_int8bench.gate.ab.side import Side
 from pytest_int8bench.results.figures import FIGURES
+from pytest_int8bench.words import plural
 
-_WARM = "warm"  # file in a cache: what a process compiles is in it, or need not be compiled
+_WARM = "warm"  # marker file of a cache that a warm-up process has filled
 
 
 class BlockRunner:
-    """Starts the processes of both sides, in the order that the plan asks for.
+    """Runs the processes of both sides in random order, block by block.
 
     Args:
-        plan: what to compare.
-        sides: both revisions, by ``BASE`` and ``NEW``.
-        journal: keeps each process that has ended.
-        tell: called with a line for each thing that happens.
+        plan: revisions to compare, and how.
+        sides: both sides, by ``BASE`` and ``NEW``.
+        journal: journal to which each finished process is added.
+        tell: called with progress messages, one line each.
     """
 
     def __init__(
@@ -57,21 +58,20 @@ class BlockRunner:
         self._tell = tell
         self._start = time.monotonic()
         self._compiled: set[str] = set()
-        """Sides that began with a cold cache."""
-        self._hot = 0
-        """Blocks in which the GPU was slowed down."""
+        """Sides that started with a cold cache."""
+        self._throttled_blocks = 0
         self.is_cut_short = False
-        """The budget ended it: the same command, with more time, goes on."""
-        self._is_overrun_told = False
+        """Whether the budget ended the measurement, which the same command can resume."""
+        self._is_overrun_reported = False
 
     def warm_up(self) -> dict[str, Process]:
-        """Fill the compile caches of both sides, and return what there is to measure."""
+        """Fill the compile caches, and return one process of each side with all its runs."""
         warm = {key: self._warm_up(key) for key in self._sides}
-        self._spare_compilers(warm)
+        self._repeat_oom_while_compiling(warm)
         return warm
 
     def estimate(self, compared: Sequence[Identity]) -> None:
-        """Tell how long it is going to take.
+        """Report how long the comparison is expected to take.
 
         Raises:
             AbError: if screening alone would exceed the budget.
@@ -81,31 +81,31 @@ class BlockRunner:
         screening = 2 * design.screening_blocks * each
         verdict = PROCESSES[VERDICT] * design.verdict_blocks * each
         self._tell(
-            f"{runs} run(s), about {duration(each)} a process: screening in "
-            f"{duration(screening)}; then verdicts on what it flags, in at most "
-            f"{duration(verdict)} more"
+            f"{plural(runs, 'run')}, about {duration(each)} per process: screening takes about "
+            f"{duration(screening)}, verdicts on flagged runs at most {duration(verdict)} more"
         )
         budget = self._plan.budget_s
         done = any(p.stage == SCREENING for p in self._journal.processes)
-        if budget is not None and not done and self._spent() + screening > budget:
+        if budget is not None and not done and self._elapsed_s() + screening > budget:
             raise AbError(
-                f"--budget {duration(budget)}: screening alone needs about "
-                f"{duration(screening)}, after {duration(self._spent())} for warming up"
+                f"--budget {duration(budget)} is too short: screening alone needs about "
+                f"{duration(screening)}, after {duration(self._elapsed_s())} of warm-up"
             )
 
     def measure(
         self, stage: str, part: range, count: int, identities: Sequence[Identity]
     ) -> list[list[Process]]:
-        """Measure the blocks that are not in the journal; return all that count.
+        """Measure the blocks that are not in the journal, and return all valid blocks.
 
         Args:
-            stage: screening or verdict.
-            part: which blocks of the stage.
-            count: how many the stage has at most.
-            identities: the runs that are measured.
+            stage: ``SCREENING`` or ``VERDICT``.
+            part: indices of the blocks to measure.
+            count: maximum number of blocks of the stage.
+            identities: runs to measure.
         """
         only = self._journal.nodeids(identities) if stage == VERDICT else None
-        # What verdicts were begun on must not change any more, also with more --retries.
+        # Once verdicts have started, screening must not change, even with more --retries: it could
+        # flag other runs.
         is_closed = stage == SCREENING and any(
             process.stage == VERDICT for process in self._journal.processes
         )
@@ -125,33 +125,33 @@ class BlockRunner:
                         for position, key in enumerate(order)
                     ]
                 if len(processes) < len(order):
-                    continue  # half a block, of a command that was interrupted, is measured again
-                heat = ", ".join(
-                    sorted({h for p in processes for h in throttle_reasons(p, identities)})
+                    continue  # repeat a partial block of an interrupted command
+                reasons = ", ".join(
+                    sorted({r for p in processes for r in throttle_reasons(p, identities)})
                 )
-                if not heat:
+                if not reasons:
                     found.append(processes)
                     break
-                self._hot += 1
+                self._throttled_blocks += 1
                 again = self._recorded(stage, block, attempt + 1)
-                if self._hot > self._plan.retries or (is_closed and not again):
+                if self._throttled_blocks > self._plan.retries or (is_closed and not again):
                     self._journal.notes.append(
-                        f"{stage} block {block + 1} is left out: the GPU was slowed down ({heat})"
+                        f"dropped {stage} block {block + 1}: the GPU was throttled ({reasons})"
                     )
                     break
                 if not again:
                     self._tell(
-                        f"{stage} {block + 1}/{count}: the GPU was slowed down ({heat}): the block "
-                        "is measured again"
+                        f"{stage} {block + 1}/{count}: the GPU was throttled ({reasons}), "
+                        "measuring the block again"
                     )
         if is_over and len(found) < len(part):
             done = part.start + len(found)
-            self._journal.notes.append(f"--budget: {stage} ended after {done} of {count} blocks")
+            self._journal.notes.append(f"--budget ended {stage} after {done} of {count} blocks")
             self.is_cut_short = True
         return found
 
     def _recorded(self, stage: str, block: int, attempt: int) -> list[Process]:
-        """Return what the journal has of a block, whole or not."""
+        """Return the processes of a block in the journal, even if the block is incomplete."""
         return [
             process
             for process in self._journal.processes
@@ -168,8 +168,8 @@ class BlockRunner:
             if process.stage == WARM_UP and process.side == key and was_warm:
                 return process
         if key == NEW and not was_warm:
-            # Autotuning chooses between kernels by their times, once for all processes of a side:
-            # where the code is the same, both sides must run what was chosen for the base.
+            # Autotuning picks kernels by their times, once per cache. Start from the base's cache,
+            # so that both sides run the same kernels wherever the code is the same.
             shutil.copytree(self._sides[BASE].cache, cache, dirs_exist_ok=True)
             is_warm.unlink(missing_ok=True)
         measured = self._run(WARM_UP, 0, 0, 0, key, None)
@@ -178,14 +178,16 @@ class BlockRunner:
             self._compiled.add(key)
         return measured
 
-    def _spare_compilers(self, warm: dict[str, Process]) -> None:
-        """Measure a side again that ran out of memory while it compiled, where the other one did
-        not: autotuning takes memory that later processes do not need."""
+    def _repeat_oom_while_compiling(self, warm: dict[str, Process]) -> None:
+        """Repeat the warm-up of a side that ran out of memory while compiling, if the other fits.
+
+        Autotuning needs memory that later processes do not need.
+        """
         for key, other in ((BASE, NEW), (NEW, BASE)):
             fits = {i for i, result in warm[other].by_identity().items() if result.status == "ok"}
             ooms = {i for i, result in warm[key].by_identity().items() if result.oom}
             if key in self._compiled and fits & ooms:
-                self._tell(f"{key} ran out of memory while it compiled: once more")
+                self._tell(f"{key} ran out of memory while compiling, warming up again")
                 warm[key] = self._run(WARM_UP, 0, 1, 0, key, None)
 
     # -- one process --------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class BlockRunner:
         count: int = 1,
     ) -> Process:
         side = self._sides[key]
-        with self._overrun_told():
+        with self._reporting_overrun():
             measured = side.measure(self._plan.pytest_args, only)
         self._check_machine(measured.environment, side)
         process = Process(
@@ -225,15 +227,15 @@ class BlockRunner:
             return
         if found := differences(first, environment):
             listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in found.items())
-            begun = {self._sides[process.side].tree for process in self._journal.processes}
-            if side.tree not in begun:
+            measured_trees = {self._sides[process.side].tree for process in self._journal.processes}
+            if side.tree not in measured_trees:
                 raise AbError(
-                    f"{side.revision.label} runs with other software, or on another machine, than "
-                    f"the base: {listed}; only the project's own code may differ"
+                    f"{side.revision.label} and the base must run with the same software on the "
+                    f"same machine, got {listed}; only the project's own code may differ"
                 )
             raise AbError(
-                f"machine or software changed since the comparison began: {listed}; remove "
-                f"{self._journal.path} to begin anew"
+                f"the machine or its software changed since the comparison began: {listed}; remove "
+                f"{self._journal.path} to start over"
             )
 
     # -- time ---------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class BlockRunner:
         if own:
             return statistics.fmean(own)
         screening = [p for p in self._journal.processes if p.stage == SCREENING]
-        if screening:  # the runs that are left out take no time
+        if screening:  # verdict processes skip all other runs
             return statistics.fmean(wall_time_of(process, identities) for process in screening)
         first = [
             max(p.seconds - sum(FIGURES["compile_s"].of(r) or 0.0 for r in p.results), 1.0)
@@ -253,21 +255,21 @@ class BlockRunner:
         return statistics.fmean(first)
 
     @contextmanager
-    def _overrun_told(self) -> Iterator[None]:
-        """Say once that the budget is used up while a process runs, which is not stopped."""
+    def _reporting_overrun(self) -> Iterator[None]:
+        """Report once if the budget runs out while a process runs; do not stop the process."""
         budget = self._plan.budget_s
-        if budget is None or self._is_overrun_told:
+        if budget is None or self._is_overrun_reported:
             yield
             return
 
         def tell() -> None:
-            self._is_overrun_told = True
+            self._is_overrun_reported = True
             self._tell(
-                f"--budget {duration(budget)} is used up; waiting for the processes of this block, "
+                f"--budget {duration(budget)} is used up: waiting for the processes of this block; "
                 "no other block will start"
             )
 
-        if (left := budget - self._spent()) <= 0:
+        if (left := budget - self._elapsed_s()) <= 0:
             tell()
             yield
             return
@@ -279,11 +281,11 @@ class BlockRunner:
         finally:
             timer.cancel()
 
-    def _spent(self) -> float:
+    def _elapsed_s(self) -> float:
         return time.monotonic() - self._start
 
     def _affordable(self, processes: int, stage: str, identities: Sequence[Identity]) -> bool:
         budget = self._plan.budget_s
         if budget is None:
             return True
-        return self._spent() + processes * self._process_s(stage, identities) <= budget
+        return self._elapsed_s() + processes * self._process_s(stage, identities) <= budget

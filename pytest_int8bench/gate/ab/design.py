@@ -1,16 +1,16 @@
-"""Plan how many processes an A/B measures, so that it finds the slowdown that it must.
+"""Plan how many processes an A/B comparison measures to reach its power.
 
-One process measures all runs of one revision and gives one median batch time each. The process is
-the sampling unit: times within a process share its memory layout, its clocks and its luck.
+One process measures all runs of one revision and yields one median batch time for each. The process
+is the sampling unit, because times within a process share its memory layout and clocks.
 
-Screening measures both revisions in blocks of two processes, AB BA or BA AB. It clears runs, and
-flags all others. The verdict stage measures the flagged runs again, in blocks of four: two
-processes of each revision, in an order that is drawn at random, from which
-:mod:`pytest_int8bench.gate.ab.randomization` tests. Its data are fresh, so choosing runs by
-screening is not multiple testing: the flagged runs are the family.
+Screening measures both revisions in blocks of two processes, AB BA or BA AB, and clears or flags
+each run. The verdict stage measures the flagged runs again in blocks of four, two processes of each
+revision in random order, which :mod:`pytest_int8bench.gate.ab.randomization` tests. Because these
+data are fresh, selecting runs by screening is not multiple testing: only the flagged runs form the
+family.
 
-The verdict stage is looked at up to three times, after a third, two thirds and all of its blocks,
-and ends when every run is decided. :func:`spend` divides the level among the looks.
+The verdict stage has up to three looks, after a third, two thirds and all of its blocks, and ends
+when every run is decided. :func:`spend` divides the significance level among the looks.
 
 :mod:`pytest_int8bench.gate.ab.judging` decides from the times.
 """
@@ -24,59 +24,58 @@ from dataclasses import dataclass
 from pytest_int8bench.errors import ClearError
 from pytest_int8bench.words import plural
 
-#: How often a slowdown that must be found is to be found.
+#: Required probability of detecting a slowdown of ``max_slowdown``.
 POWER = 0.9
-#: More blocks are not asked for.
 MOST_BLOCKS = 1000
-#: Log ratios this close are equal: the rest is rounding, as with the times of a fake clock.
+#: Log ratios closer than this are equal: the difference is rounding, as with a fake clock.
 ROUNDING = 1e-12
-#: Noncentrality beyond which SciPy gives NaN, far beyond a power of 0 or 1.
-FARTHEST = 1e8
-#: Variance of a screening block's log ratio, new / base, in those of a process.
+#: SciPy returns NaN beyond this noncentrality, where the power is 0 or 1 anyway.
+MAX_NONCENTRALITY = 1e8
+#: Variance of a screening block's log ratio, new / base, relative to the variance of a process.
 SCREENING_VARIANCE = 2.0
-#: Orders that a verdict block can have.
+#: Possible orders of a verdict block.
 ORDERS_PER_BLOCK = 6
-#: Blocks up to which all orders are looked at; with more, a sample of them.
+#: Up to this number of blocks, the test enumerates all orders; with more blocks, it samples them.
 ENUMERATED_BLOCKS = 4
 
 
 class DesignError(ClearError, ValueError):
-    """A design that is none, or that would not find what it must."""
+    """Raised for an invalid design, or one with too little power."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """Number of processes to measure, and the rule that decides. Shares, not percentages.
+    """Number of processes and decision rule of an A/B comparison. Values are shares, not percent.
 
     Raises:
-        DesignError: one line, naming field, rule and value.
+        DesignError: naming the field, the rule and the value.
     """
 
     margin: float = 0.01
-    """Slowdown, the relative growth of time, that is never a ``FAIL``."""
+    """Tolerated slowdown (relative increase in time), which never leads to a ``FAIL``."""
     max_slowdown: float = 0.05
-    """Slowdown that must be found. A ``PASS`` excludes it."""
+    """Slowdown that must be detected; a ``PASS`` rules it out."""
     level: float = 0.05
-    """Family-wise error of ``FAIL``, and the level of each one-sided bound."""
+    """Family-wise error rate of ``FAIL``, and the level of each one-sided bound."""
     screening_blocks: int = 4
     """Blocks of two processes.
 
-    Few of them miss little: whatever their number and the noise, a run slower by
-    ``max_slowdown`` is cleared with a probability of ``level`` at most, since a cleared run's
-    bound excludes it, and with less than 1 in 10,000 at the default noise. Few of them flag more
-    unchanged runs, which costs time in the verdict stage and nothing else: with 2, 3 and 4 blocks
-    51, 13 and 8 % of them at a noise of 1 %, and 1, 0 and 0 % at 0.3 %. So :meth:`check` refuses
-    no number; even ones cancel a linear drift.
+    A small number misses little. Whatever the number and the noise, a run slower by
+    ``max_slowdown`` is cleared with a probability of at most ``level``, because a cleared run's
+    bound excludes it; at the default noise, the probability is below 1 in 10,000. A small number
+    only flags more unchanged runs, which costs time in the verdict stage: 2, 3 and 4 blocks flag
+    51, 13 and 8 % of them at a noise of 1 %, and 1, 0 and 0 % at 0.3 %. :meth:`check` therefore
+    accepts any number. An even number cancels a linear drift.
     """
     verdict_blocks: int = 6
-    """Most blocks of four processes; a clear case takes a third of them."""
+    """Maximum number of blocks of four processes; clear cases need a third of them."""
     noise: float = 0.01
-    """Standard deviation between processes, relative, that the design is planned for."""
+    """Assumed relative standard deviation between processes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < self.max_slowdown < math.inf:
             raise DesignError(
-                "margin must be at least 0 and under max_slowdown, "
+                "margin must be at least 0 and less than max_slowdown, "
                 f"got {self.margin:g} with a max_slowdown of {self.max_slowdown:g}"
             )
         if not 0 < self.level < 0.5:
@@ -91,41 +90,40 @@ class Design:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Numbers of blocks after which the verdict stage is looked at."""
+        """Numbers of blocks after which the verdict stage decides."""
         return looks(self.verdict_blocks)
 
     def power(self, runs: int) -> float:
-        """Probability that the verdict stage finds one run that is slower by ``max_slowdown``.
+        """Return the probability that the verdict stage detects one run slower by ``max_slowdown``.
 
-        It is approximated by that of the best look alone, for a t test of all processes at the
-        look's level divided by the runs. Runs that screening clears wrongly, ``level`` at most, do
-        not count.
+        It is approximated by a t test of all processes at the best look, at this look's level
+        divided by the number of runs. Runs that screening clears wrongly (at most ``level``) are
+        not included.
 
         Args:
-            runs: how many are flagged; all of them is the worst case.
+            runs: number of flagged runs; all runs are the worst case.
         """
         return _power([(self._gap, _count(runs))], self.noise, self.level, [self.verdict_blocks])[0]
 
     def blocks_needed(self, runs: int, *, power: float = POWER) -> int | None:
-        """The fewest ``verdict_blocks`` that have the power, whatever this design has; ``None`` if
-        they are over a thousand."""
+        """Return the fewest ``verdict_blocks`` with this power; None if over a thousand."""
         return fewest_blocks([(self._gap, _count(runs))], self.noise, self.level, power=power)
 
     def check(self, runs: int) -> None:
-        """Refuse a verdict stage that finds the slowdown that it must in less than 90 %.
+        """Refuse a verdict stage with a power below 90 %.
 
         Raises:
-            DesignError: one line, with the blocks that are needed.
+            DesignError: with the number of blocks needed.
         """
         power = self.power(runs)
         if power >= POWER:
             return
         raise DesignError(
-            f"with {self.verdict_blocks} verdict blocks a slowdown of "
-            f"{percent(self.max_slowdown)} would be found with a probability of "
-            f"{math.floor(100 * power)}% only ({plural(runs, 'run')}, noise {percent(self.noise)} "
-            f"between processes): {count_blocks(self.blocks_needed(runs))} are needed for "
-            f"{percent(POWER)}"
+            f"{self.verdict_blocks} verdict blocks detect a slowdown of "
+            f"{percent(self.max_slowdown)} with a probability of only "
+            f"{math.floor(100 * power)}% ({plural(runs, 'run')}, noise {percent(self.noise)} "
+            f"between processes); {percent(POWER)} needs "
+            f"{count_blocks(self.blocks_needed(runs))}"
         )
 
     @property
@@ -143,34 +141,34 @@ def _count(runs: int) -> int:
 
 
 def looks(blocks: int) -> tuple[int, ...]:
-    """Return after how many blocks a verdict stage is looked at: a third, two thirds, and all of
-    them, and two at least."""
+    """Return the numbers of blocks after which a verdict stage decides: a third, two thirds, and
+    all of them, each at least two."""
     return tuple(sorted({max(2, math.ceil(blocks * part / 3)) for part in (1, 2, 3)}))
 
 
-def spend(level: float, blocks: int, seen: Sequence[int]) -> list[float]:
-    """Return the level of each look; together they are no more than ``level``.
+def spend(level: float, blocks: int, measured: Sequence[int]) -> list[float]:
+    """Return the significance level of each look; their sum is at most ``level``.
 
-    Up to a look, the root of its share of the blocks is spent, so that the first look at 2 of 6
-    blocks can decide: one of 36 orders is 2.8 %. What a look cannot use, since p-values are
-    multiples of one order, is left to the next one (Bonferroni over looks, with the spending
-    function of Kim and DeMets 1987 with the exponent 1/2).
+    The level spent up to a look is proportional to the square root of its share of the blocks
+    (Bonferroni over looks, with the spending function of Kim and DeMets 1987 and exponent 1/2), so
+    that a first look at 2 of 6 blocks can decide: one of 36 orders is 2.8 %. P-values are multiples
+    of one order's probability; the part of a level that a look cannot use goes to the next.
 
     Args:
-        level: of all looks together.
-        blocks: planned for the whole stage.
-        seen: blocks that were there at each look. The last one of a stage that ended early may
-            stand as if all were.
+        level: significance level of all looks together.
+        blocks: planned blocks of the whole stage.
+        measured: blocks measured at each look. The last look of a stage that ended early may count
+            as if all blocks were measured.
     """
     levels: list[float] = []
-    for planned, there in zip(looks(blocks), seen, strict=False):
+    for planned, at_look in zip(looks(blocks), measured, strict=False):
         left = level * math.sqrt(planned / blocks) - sum(levels)
-        levels.append(attainable(left, there))
+        levels.append(attainable(left, at_look))
     return levels
 
 
 def attainable(level: float, blocks: int) -> float:
-    """Return the largest p-value of so many blocks that is no more than ``level``."""
+    """Return the largest possible p-value of at most ``level`` with this number of blocks."""
     if blocks > ENUMERATED_BLOCKS:
         return level
     orders: int = ORDERS_PER_BLOCK**blocks
@@ -183,8 +181,10 @@ def attainable(level: float, blocks: int) -> float:
 def fewest_blocks(
     tests: Sequence[tuple[float, int]], noise: float, level: float, *, power: float = POWER
 ) -> int | None:
-    """Return the fewest blocks with which one of the tests, each by its gap and the number of runs
-    that share its level, has the power; ``None`` if they are over a thousand."""
+    """Return the fewest blocks with which one of the tests has this power; None if over a thousand.
+
+    A test is its gap (log ratio) and the number of runs that share the level.
+    """
     numbers = range(2, MOST_BLOCKS + 1)
     found = _power(tests, noise, level, numbers)
     return next((blocks for blocks, one in zip(numbers, found, strict=True) if one >= power), None)
@@ -193,8 +193,8 @@ def fewest_blocks(
 def _power(
     tests: Sequence[tuple[float, int]], noise: float, level: float, numbers: Sequence[int]
 ) -> list[float]:
-    """Return for each number of blocks the probability that the best look of the best test excludes
-    what is off the true mean by its gap."""
+    """Return, for each number of blocks, the probability that the best look of the best test
+    rejects a hypothesis that differs from the true mean by the test's gap."""
     import numpy as np
     from scipy import special, stats
 
@@ -207,30 +207,30 @@ def _power(
         levels[row, : len(spent)] = spent
     is_look = levels > 0
     blocks_at, level_at = found[is_look], levels[is_look]
-    freedom = 3 * blocks_at - 1  # four processes a block, less its own level; less the slowdown
+    freedom = 3 * blocks_at - 1  # four processes per block, minus one mean each and the slowdown
     best = np.zeros_like(blocks_at)
     for gap, runs in tests:
         noncentrality = gap / max(noise, ROUNDING) * np.sqrt(blocks_at)
-        noncentrality = np.clip(noncentrality, -FARTHEST, FARTHEST)
-        reach = -special.stdtrit(freedom, level_at / runs)
-        best = np.maximum(best, stats.nct.sf(reach, freedom, noncentrality))
+        noncentrality = np.clip(noncentrality, -MAX_NONCENTRALITY, MAX_NONCENTRALITY)
+        thresholds = -special.stdtrit(freedom, level_at / runs)
+        best = np.maximum(best, stats.nct.sf(thresholds, freedom, noncentrality))
     powers = np.zeros_like(found)
     powers[is_look] = best
     return [float(power) for power in powers.max(axis=1)]
 
 
 def critical(level: float, blocks: int) -> float:
-    """Return the value that a t statistic of so many blocks exceeds with probability ``level``."""
+    """Return the critical value of a one-sided t test of ``blocks`` values."""
     from scipy import special
 
     return -float(special.stdtrit(blocks - 1, level))
 
 
 def percent(share: float) -> str:
-    """Return a share as people read it, such as ``5%``."""
+    """Format a share as a percentage, such as ``5%``."""
     return f"{100 * share:.3g}%"
 
 
 def count_blocks(needed: int | None) -> str:
-    """Return ``6 blocks``; ``None`` is more than are ever asked for."""
+    """Format a number of blocks; ``None`` means more than ``MOST_BLOCKS``."""
     return f"over {MOST_BLOCKS} blocks" if needed is None else f"{needed} blocks"

@@ -1,7 +1,7 @@
-"""Compare two revisions on one machine: new processes in alternation, screening, and verdicts.
+"""Compare two revisions on one machine by screening and verdicts from interleaved processes.
 
-Everything that is measured goes to a journal at once, so that the same command continues an
-interrupted one.
+Each process is saved to a journal as soon as it ends, so that the same command can resume an
+interrupted comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from pytest_int8bench.gate.ab.blocks import BlockRunner
 from pytest_int8bench.gate.ab.design import spend
 from pytest_int8bench.gate.ab.journal import AbError, AbJournal, Identity, Process
-from pytest_int8bench.gate.ab.judging import judge, scales, screen, too_few
+from pytest_int8bench.gate.ab.judging import judge, scales, screen, too_few_blocks
 from pytest_int8bench.gate.ab.matching import (
     BlockTimes,
     block_times,
@@ -44,6 +44,7 @@ from pytest_int8bench.gate.ab.side import Side
 from pytest_int8bench.gate.ab.worktrees import has_submodules, worktrees
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.results.journal import journal_folder
+from pytest_int8bench.words import plural
 
 _KEPT_CACHES = 6
 
@@ -52,11 +53,11 @@ def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
     """Compare two revisions.
 
     Args:
-        plan: what to compare.
-        tell: called with a line for each thing that happens.
+        plan: revisions to compare, and how.
+        tell: called with progress messages, one line each.
 
     Raises:
-        ClearError: one line, if the comparison cannot be made. What was measured is kept.
+        ClearError: if the comparison is not possible. Finished processes stay in the journal.
     """
     plan.design.check(runs=1)
     folder = journal_folder(plan.root) / "ab"
@@ -64,7 +65,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> AbResult:
     with _locked(folder), AbJournal.open(folder, plan.key, plan.to_dict(), tell) as journal:
         revisions = {BASE: plan.base, NEW: plan.new}
         if plan.base.commit == plan.new.commit:
-            journal.notes.append("both are the same commit: this checks the machine")
+            journal.notes.append("both revisions are the same commit: this only checks the machine")
         with worktrees(plan.root, revisions) as trees:
             sides = {key: _side(plan, folder, journal, key, trees[key]) for key in revisions}
             blocks = BlockRunner(plan, sides, journal, tell)
@@ -86,7 +87,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise AbError(
-            f"another int8bench ab runs in {folder}: two would disturb each other"
+            f"another int8bench ab is running in {folder}; wait for it to end, as two would "
+            "disturb each other"
         ) from None
     try:
         yield
@@ -98,7 +100,7 @@ def _side(plan: Plan, folder: Path, journal: AbJournal, key: str, tree: Path) ->
     revision = {BASE: plan.base, NEW: plan.new}[key]
     if has_submodules(tree):
         journal.notes.append(f"{revision.label}: submodules are not checked out; see --install")
-    # Both commits for the new one, which starts from the base's.
+    # The new revision's cache starts as a copy of the base's, so its name contains both commits.
     commits = [plan.base.commit[:12], *([revision.commit[:12]] if key == NEW else [])]
     cache = folder / "cache" / "-".join([key, *commits])
     cache.mkdir(parents=True, exist_ok=True)
@@ -118,14 +120,14 @@ def _side(plan: Plan, folder: Path, journal: AbJournal, key: str, tree: Path) ->
 
 
 def _prune_caches(folder: Path) -> None:
-    """Remove the caches that were not used for the longest."""
+    """Remove the least recently used caches."""
     caches = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     for cache in caches[:-_KEPT_CACHES]:
         shutil.rmtree(cache, ignore_errors=True)
 
 
 class _Experiment:
-    """Screens the runs of both sides, and judges those that are flagged."""
+    """Screens the runs of both sides and judges the flagged ones."""
 
     def __init__(
         self,
@@ -170,23 +172,23 @@ class _Experiment:
         )
 
     def _choose_statistic(self, processes: Sequence[Process], compared: Sequence[Identity]) -> str:
-        """Return what stands for a process.
+        """Return which round represents a process.
 
         Raises:
-            AbError: if a revision's plugin is too old to say what is asked for.
+            AbError: if the user asked for a statistic that a revision's plugin does not save.
         """
         has_fastest = all(
             process.by_identity()[identity].fastest_s is not None
             for process in processes
             for identity in compared
         )
-        asked = self._plan.statistic
-        if asked == FASTEST and not has_fastest:
+        requested = self._plan.statistic
+        if requested == FASTEST and not has_fastest:
             raise AbError(
-                "--statistic fastest: a revision's pytest-int8bench is too old to save it"
+                "--statistic fastest: the pytest-int8bench of one revision is too old to save it"
             )
-        if asked != AUTO:
-            return asked
+        if requested != AUTO:
+            return requested
         gpu = (self._journal.environment or {}).get("gpu")
         return FASTEST if gpu is None and has_fastest else MEDIAN
 
@@ -208,21 +210,21 @@ class _Experiment:
         self, flagged: Sequence[Identity], screened: Mapping[Identity, AbRun]
     ) -> dict[Identity, AbRun]:
         names = ", ".join(dict.fromkeys(screened[identity].run_name for identity in flagged))
-        self._tell(f"{len(flagged)} flagged, measured afresh: {names}")
+        self._tell(f"measuring {plural(len(flagged), 'flagged run')} again: {names}")
         design = self._plan.design
-        # Runs that pass stay in the family, and are measured on: those left would be the ones that
-        # looked slowest, and a test of them alone would take that for evidence.
+        # Runs that pass stay in the family and are still measured. Without them, only the runs that
+        # looked slowest would remain, and testing those alone would be biased.
         family = list(flagged)
         found: dict[Identity, AbRun] = {}
         blocks: list[list[Process]] = []
-        seen: list[int] = []
+        measured: list[int] = []
         start = 0
         for planned in design.looks:
             part = range(start, planned)
             blocks += self._blocks.measure(VERDICT, part, design.verdict_blocks, family)
-            seen.append(len(blocks))
+            measured.append(len(blocks))
             is_last = planned == design.verdict_blocks or self._blocks.is_cut_short
-            looked = self._look(blocks, family, screened, seen, is_last=is_last)
+            looked = self._look(blocks, family, screened, measured, is_last=is_last)
             passed = {i: run for i, run in found.items() if run.outcome == "PASS"}
             found |= looked | passed
             family = [i for i in family if found[i].outcome in ("PASS", "INCONCLUSIVE")]
@@ -236,15 +238,15 @@ class _Experiment:
         blocks: Sequence[Sequence[Process]],
         family: Sequence[Identity],
         screened: Mapping[Identity, AbRun],
-        seen: Sequence[int],
+        measured: Sequence[int],
         *,
         is_last: bool,
     ) -> dict[Identity, AbRun]:
-        """Judge the runs that no earlier look found slower, from all blocks until now."""
+        """Judge the runs that no earlier look found slower, from all blocks so far."""
         design = self._plan.design
         times, found = self._times(VERDICT, blocks, family)
         sides = sides_of(VERDICT, blocks)
-        level = spend(design.level, design.verdict_blocks, seen)[-1]
+        level = spend(design.level, design.verdict_blocks, measured)[-1]
         outcomes = (
             judge(
                 list(times.values()),
@@ -255,7 +257,7 @@ class _Experiment:
                 is_last=is_last,
             )
             if times and blocks
-            else [too_few(0, design) for _ in times]
+            else [too_few_blocks(0, design) for _ in times]
         )
         undecided = PASSES if self._plan.allow_inconclusive else UNDECIDED
         codes = {"PASS": PASSES, "FAIL": REGRESSES, "INCONCLUSIVE": undecided}
@@ -275,7 +277,7 @@ class _Experiment:
     def _times(
         self, stage: str, blocks: Sequence[Sequence[Process]], identities: Sequence[Identity]
     ) -> tuple[BlockTimes, dict[Identity, AbRun]]:
-        """Return the times of the runs that have them, and the entries of those that failed."""
+        """Return the times of complete runs, and entries for runs with missing times."""
         times, broken = block_times(stage, blocks, identities, f"{self._statistic}_s")
         failed = {
             identity: self._entry(identity, (), (), "failed", UNDECIDED, reason=reason)

@@ -1,4 +1,4 @@
-"""Keep on disk what an A/B has measured, so that the same command continues an interrupted one."""
+"""Save the processes of an A/B comparison, so that the same command can resume it."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from pytest_int8bench.results.lines import unwrapped, wrapped
 from pytest_int8bench.results.records import KINDS, Saved, Timed
 
 SCHEMA = 1
-"""Of the JSON that a comparison writes."""
+"""Schema of the JSON that a comparison writes."""
 JOURNAL_SCHEMA = 2
-"""Of the journal. With 1, verdict blocks had three processes, in an order that was not drawn."""
+"""Schema of the journal. In 1, verdict blocks had three processes in a fixed order."""
 _FINISHED = json.dumps({"finished": True})
 
 Identity = tuple[str, str]
 
 
 class AbError(ClearError, RuntimeError):
-    """A comparison that cannot be made, or not with this budget."""
+    """Raised for a comparison that is not possible, or not within its budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One process that measured."""
+    """One measuring process that has finished."""
 
     stage: str
     block: int
     attempt: int
     position: int
-    """In the block's order."""
+    """Index in the block's order."""
     side: str
     seconds: float
     results: tuple[Timed, ...]
 
     def by_identity(self) -> dict[Identity, Timed]:
-        """Return the results by node id and workload."""
+        """Map node id and workload to the result."""
         return {(result.nodeid, result.workload): result for result in self.results}
 
 
 class AbJournal:
-    """Keeps each finished process on disk at once."""
+    """File to which each process is appended as soon as it has finished."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         self.environment: dict[str, Any] | None = None
@@ -63,27 +63,26 @@ class AbJournal:
 
     @property
     def path(self) -> Path:
-        """The file."""
         return self._file.path
 
     @property
     def processes(self) -> list[Process]:
-        """The processes that finished."""
+        """Finished processes, including those of interrupted commands."""
         return [self.named(process) for process in self._processes]
 
     def match_names(self, processes: Iterable[Process]) -> None:
-        """Let one side's points have the other side's names, where these are newer."""
+        """Apply the newer of the two sides' names to points that were renamed between them."""
         self._renames = Renames(result for process in processes for result in process.results)
         self.notes += self._renames.lines
 
     def named(self, process: Process) -> Process:
-        """Return a process with the names of :meth:`match_names`."""
+        """Return a process with the names that :meth:`match_names` chose."""
         if self._renames is None:
             return process
         return replace(process, results=tuple(map(self._renames.of, process.results)))
 
     def nodeids(self, identities: Iterable[Identity]) -> list[str]:
-        """Return the node ids of runs, on both sides."""
+        """Return the node ids of runs, including their names on the other side."""
         now = {nodeid for nodeid, _ in identities}
         renames = self._renames.nodeids if self._renames is not None else {}
         return sorted(now | {old for old, new in renames.items() if new in now})
@@ -93,16 +92,16 @@ class AbJournal:
     def open(
         cls, folder: Path, key: str, header: Mapping[str, Any], tell: Callable[[str], None]
     ) -> Iterator[AbJournal]:
-        """Go on with the journal of an interrupted comparison, or start a new one.
+        """Resume the journal of an interrupted comparison, or start a new one.
 
         Args:
-            folder: where journals are.
-            key: what makes two commands the same comparison.
-            header: what is written at the start of a new one.
-            tell: called with a line for each thing that happens.
+            folder: folder with the journals.
+            key: :attr:`.plan.Plan.key` of the comparison.
+            header: values to write at the start of a new journal.
+            tell: called with progress messages, one line each.
 
         Raises:
-            AbError: if a new one cannot be written.
+            AbError: if a new journal cannot be written, or the old one is damaged.
         """
         found = sorted(folder.glob(f"{key}-*.jsonl"), key=lambda path: path.stem)
         journal = cls(found[-1], header, tell) if found else None
@@ -114,24 +113,24 @@ class AbJournal:
             try:
                 create(path, f"{journal._header}\n")
             except OSError as error:
-                raise AbError(f"{path} cannot be written: {error.strerror}") from None
+                raise AbError(f"cannot write {path}: {error.strerror}") from None
             journal._file = LineFile(
                 path, journal._lines, mark=journal._header, size=path.stat().st_size
             )
         elif journal.processes:
-            tell(f"going on with {len(journal.processes)} processes of {journal.path}")
+            tell(f"resuming with {len(journal.processes)} processes from {journal.path}")
         try:
             yield journal
         except BaseException:
             if journal.processes and journal._is_saved():
                 tell(
-                    f"{len(journal.processes)} processes are in {journal.path}: the same command "
-                    "goes on from there"
+                    f"{len(journal.processes)} processes are saved in {journal.path}; run the same "
+                    "command again to resume"
                 )
             raise
 
     def _read(self, tell: Callable[[str], None]) -> bool:
-        """Read what an earlier command wrote; return whether it can be gone on with.
+        """Read the journal of an earlier command, and return whether it can be resumed.
 
         Raises:
             AbError: if the file is damaged.
@@ -139,7 +138,7 @@ class AbJournal:
         path = self.path
         text = path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:  # half a line, of a process that was killed
+        if whole != text:  # a command was killed while it wrote the last line
             os.truncate(path, len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
@@ -155,23 +154,23 @@ class AbJournal:
                     self._processes.append(Process(**record, results=results))
                 elif (schema := record["int8bench_ab"]["schema"]) != JOURNAL_SCHEMA:
                     tell(
-                        f"{path} is of another version of int8bench ab (journal {schema}, "
-                        f"this one writes {JOURNAL_SCHEMA}): it stays there, and a new one is begun"
+                        f"{path} was written by another version of int8bench ab (schema {schema} "
+                        f"instead of {JOURNAL_SCHEMA}): keeping it, and starting a new journal"
                     )
                     return False
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise AbError(
-                    f"{path} is damaged (line {number}): remove it to begin anew"
+                    f"{path} is damaged (line {number}); remove it to start over"
                 ) from None
         self._header = whole.partition(b"\n")[0].decode()
         self._file = LineFile(path, self._lines, mark=self._header, size=len(whole))
         return bool(whole)
 
     def add(self, process: Process, environment: dict[str, Any]) -> None:
-        """Keep a finished process.
+        """Append a finished process.
 
         Raises:
-            AbError: if it cannot be written; that is tried once more when the journal is closed.
+            AbError: if it cannot be written. Closing the journal tries once more.
         """
         if self.environment is None:
             self.environment = environment
@@ -180,9 +179,9 @@ class AbJournal:
         self._write(_process_line(process))
 
     def finish(self) -> None:
-        """Note that the comparison is over: the same command starts a new one."""
+        """Mark the comparison as finished, so that the same command starts a new one."""
         self._is_finished = True
-        with suppress(AbError):  # the result is still to be shown
+        with suppress(AbError):  # do not lose the result, which is shown next
             self._write(_FINISHED)
         self._is_saved()
 
@@ -198,16 +197,16 @@ class AbJournal:
         try:
             self._file.add(line)
         except OSError as error:
-            raise AbError(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise AbError(f"cannot write {self.path}: {error.strerror or error}") from None
 
     def _is_saved(self) -> bool:
-        """Write what the file lacks; return whether all is there, and say so if not."""
+        """Write the lines that the file lacks; report a failure and return whether it succeeded."""
         try:
             self._file.save()
         except OSError as error:
             lacking = min(self._file.lacking(), len(self._processes))
             self._tell(
-                f"{self.path} lacks {lacking} of {len(self._processes)} processes: "
+                f"cannot write {lacking} of {len(self._processes)} processes to {self.path}: "
                 f"{error.strerror or error}"
             )
             return False

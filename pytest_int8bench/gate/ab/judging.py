@@ -1,8 +1,8 @@
-"""Decide whether a revision is slower than its base, from processes measured in alternation.
+"""Decide whether a revision is slower than its base, from interleaved processes.
 
-Screening and the control look at log ratios, one for each block, by one-sided t tests. Verdicts are
-those of :mod:`pytest_int8bench.gate.ab.randomization`.
-:mod:`pytest_int8bench.gate.ab.design` says which blocks there are, and how many.
+Screening and the control use one-sided t tests of log ratios, one per block. Verdicts use the tests
+of :mod:`pytest_int8bench.gate.ab.randomization`. :mod:`pytest_int8bench.gate.ab.design` defines the
+blocks and their number.
 """
 
 from __future__ import annotations
@@ -34,66 +34,66 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The estimate from the blocks of one run. Shares, not percentages."""
+    """Estimated slowdown of one run. Values are shares, not percent."""
 
     slowdown: float
-    """Ratio of the times, less 1; negative if it got faster. The geometric mean over blocks, and
-    in the verdict stage one that outliers do not move far."""
+    """Ratio of the times minus 1; negative if the run got faster. In screening, it comes from the
+    geometric mean over blocks, in the verdict stage from an estimate that is robust to outliers."""
     low: float
-    """One-sided bounds of the slowdown, each at the level of the design; those of a control at
-    half of it, and those of the verdict stage at the level of its last look."""
+    """One-sided lower bound of the slowdown, at the design's level; at half that level for a
+    control, and at the level of the last look in the verdict stage."""
     high: float
+    """One-sided upper bound, at the same level."""
     noise: float
-    """Standard deviation between processes, as estimated from the blocks."""
+    """Standard deviation between processes, estimated from the blocks."""
     blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Screened:
-    """One run after screening."""
+    """Result of screening one run."""
 
     estimate: Estimate | None
-    """``None`` with fewer than two blocks."""
+    """None for fewer than two blocks."""
     flagged: bool
-    """Whether it needs a verdict. A run that does not is a ``PASS``."""
+    """Whether the run needs a verdict; otherwise it is a ``PASS``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One run after the verdict stage."""
+    """Verdict on one run."""
 
     outcome: Outcome
     estimate: Estimate | None
-    """``None`` with fewer than two blocks. Its lower bound knows nothing of the other runs, so it
-    can lie over the margin where ``p_holm`` does not show it."""
+    """None for fewer than two blocks. Its lower bound is not adjusted for the other runs, so it can
+    exceed the margin although ``p_holm`` is not significant."""
     p: float
-    """Of H0: it is slower by no more than the margin. 1 with fewer than two blocks."""
+    """p-value of H0: the run is slower by at most the margin. 1 for fewer than two blocks."""
     p_holm: float
-    """The same, adjusted for all runs that were judged together, by the largest statistic of all of
-    them. (Holm's correction did that once; the name is that of saved files.)"""
+    """``p`` adjusted for all runs that were judged together, by the maximum statistic over them.
+    (Saved files keep the name of Holm's correction, which was used before.)"""
     control: Estimate | None
-    """The base's second process of each block against its first; ``None`` as above."""
+    """The base's second process of each block against its first; None for fewer than two blocks."""
     reason: str | None
-    """Why it is ``INCONCLUSIVE``, in one line."""
+    """Why the run is ``INCONCLUSIVE``, in one line."""
     blocks_needed: int | None
-    """Blocks with which a slowdown as seen would be decided in 90 %, at the noise seen. ``None``
-    if they are over a thousand, or if more blocks are not what is missing."""
+    """Blocks that would decide the observed slowdown with a probability of 90 %, at the observed
+    noise. None if over a thousand, or if more blocks would not help."""
 
 
 def screen(base: ArrayLike, new: ArrayLike, design: Design) -> list[Screened]:
     """Flag the runs that need a verdict.
 
-    Flagged is a run whose mean is over the margin, or whose upper bound does not exclude
-    ``max_slowdown``, or that has fewer than two blocks.
+    A run is flagged if its mean exceeds the margin, if its upper bound does not exclude
+    ``max_slowdown``, or if it has fewer than two blocks.
 
     Args:
-        base: seconds, of shape (runs, blocks).
-        new: seconds, of the same shape.
-        design: its levels and limits. There may be fewer blocks than planned: what there is
-            counts.
+        base: the base's times in seconds, of shape (runs, blocks).
+        new: the new revision's times in seconds, of the same shape.
+        design: levels and limits. There may be fewer blocks than it plans.
 
     Raises:
-        ValueError: one line, if the times are not positive and finite, or differ in shape.
+        ValueError: if the times are not positive and finite, or differ in shape.
     """
     before, after = _logs(base=base, new=new)
     if before.shape[1] < 2:
@@ -118,43 +118,43 @@ def judge(
 ) -> list[Judged]:
     """Judge the runs that screening flagged, from fresh blocks of four processes.
 
-    ``FAIL`` if a slowdown within the margin is excluded, the runs given being one family.
-    ``PASS`` if it is not, but ``max_slowdown`` is; before the last look only where nothing points
-    over the margin, so that more blocks can find what is smaller. ``INCONCLUSIVE`` if neither is,
-    with fewer than two blocks, or if the base differs from itself by more than the margin:
-    whatever moved it may have moved the new revision, so that nothing is said about that.
+    A run is a ``FAIL`` if a slowdown within the margin is ruled out, with all given runs as one
+    family. Otherwise it is a ``PASS`` if ``max_slowdown`` is ruled out; before the last look, only
+    if its estimate is also within the margin, so that more blocks can detect a smaller slowdown.
+    All other runs are ``INCONCLUSIVE``, as are runs with fewer than two blocks. So are runs whose
+    base differs from itself by more than the margin, because what disturbed the base may also have
+    disturbed the new revision.
 
     Args:
-        times: seconds, of shape (runs, blocks, 4), in the order in which processes ran.
-        is_new: which processes are the new revision's, two in each block; of shape (blocks, 4).
-        design: its levels and limits. There may be fewer blocks than planned, since blocks can
-            have been dropped: it is judged by those that there are.
-        scale: how noisy each run is, as other times showed; see :func:`scales`.
-        level: of this look; that of the design if it is the only one.
-        is_last: no blocks follow.
+        times: seconds, of shape (runs, blocks, 4), in the order in which the processes ran.
+        is_new: whether a process is the new revision's (two in each block), of shape (blocks, 4).
+        design: levels and limits. Blocks may be dropped, so there can be fewer than it plans.
+        scale: noise of each run, estimated from other data; see :func:`scales`.
+        level: significance level of this look; the design's level by default.
+        is_last: whether this is the last look.
 
     Raises:
-        ValueError: one line, if the times are not positive and finite, or the shapes do not fit.
+        ValueError: if the times are not positive and finite, or the shapes do not match.
     """
     logs, labels = _blocks_of_four(times, is_new)
     runs, blocks = logs.shape[:2]
     if blocks < 2 or not runs:
-        return [too_few(blocks, design) for _ in range(runs)]
+        return [too_few_blocks(blocks, design) for _ in range(runs)]
     level = design.level if level is None else level
     decided = decide(logs, labels, design, level, np.asarray(scale, float), is_last=is_last)
     controls = _control(logs, labels).estimates(design.level / 2)
-    # A look that has no new blocks may have no level left.
+    # A look without new blocks may have no level left.
     estimates, centers = _estimates(logs, labels, level or design.level)
     judged = []
     for run, outcome in enumerate(decided.outcomes.tolist()):
         reason, needed = None, None
-        if decided.is_unsteady[run]:
+        if decided.is_unstable[run]:
             shown = _interval(controls[run])
-            reason = f"base differs from itself by {shown}: the machine was not steady"
+            reason = f"the base differs from itself by {shown}: the machine was not steady"
         elif outcome == "INCONCLUSIVE":
             noise, p_holm = estimates[run].noise, float(decided.p_holm[run])
-            needed = _would_decide(float(centers[run]), noise, runs, design)
-            reason = _undecided(estimates[run], p_holm, runs, needed, design)
+            needed = _blocks_to_decide(float(centers[run]), noise, runs, design)
+            reason = _undecided_reason(estimates[run], p_holm, runs, needed, design)
         judged.append(
             Judged(
                 outcome=outcome,
@@ -171,17 +171,19 @@ def judge(
 
 @dataclass(frozen=True)
 class Decided:
-    """Outcomes of one look, and what they come from; one of each for every run."""
+    """Outcomes of one look and the statistics that led to them, one entry per run."""
 
     outcomes: NDArray[np.str_]
     p: Floats
     p_holm: Floats
-    is_unsteady: NDArray[np.bool_]
+    is_unstable: NDArray[np.bool_]
 
 
 def scales(screened: Sequence[Screened]) -> list[float]:
-    """Return how noisy each run is, from screening: as its blocks showed, and no less than the
-    median of all runs, since four blocks can look steady by chance."""
+    """Return the noise of each run in screening, at least the median over all runs.
+
+    The minimum guards against blocks that are close to each other by chance.
+    """
     noises = [run.estimate.noise if run.estimate is not None else 0.0 for run in screened]
     middle = max(statistics.median(noises), ROUNDING) if noises else 1.0
     return [max(noise, middle) for noise in noises]
@@ -202,12 +204,12 @@ def decide(
     is_excluded = p_faster(logs, is_new, most) <= level * (1 + ROUNDING)
     if not is_last:
         is_excluded &= center(logs, is_new) <= margin + ROUNDING
-    is_unsteady = _is_unsteady(_control(logs, is_new), design)
+    is_unstable = _is_unstable(_control(logs, is_new), design)
     is_slower = p_holm <= level * (1 + ROUNDING)
     outcomes = np.select(
-        [is_unsteady, is_slower, is_excluded], ["INCONCLUSIVE", "FAIL", "PASS"], "INCONCLUSIVE"
+        [is_unstable, is_slower, is_excluded], ["INCONCLUSIVE", "FAIL", "PASS"], "INCONCLUSIVE"
     )
-    return Decided(outcomes, p, p_holm, is_unsteady)
+    return Decided(outcomes, p, p_holm, is_unstable)
 
 
 def _control(logs: Floats, is_new: NDArray[np.bool_]) -> _Ratios:
@@ -217,12 +219,12 @@ def _control(logs: Floats, is_new: NDArray[np.bool_]) -> _Ratios:
     return _Ratios(base[..., 1] - base[..., 0], SCREENING_VARIANCE)
 
 
-def _is_unsteady(control: _Ratios, design: Design) -> NDArray[np.bool_]:
-    """Return for each run whether the base differs from itself by more than the margin.
+def _is_unstable(control: _Ratios, design: Design) -> NDArray[np.bool_]:
+    """Return whether each run's base differs from itself by more than the margin.
 
-    The control is tested in both directions at half the level, and not corrected for the number
-    of runs. That is the cautious side: a correction would call fewer machines unsteady, and so
-    let more verdicts stand.
+    The control is tested in both directions at half the level each, without a correction for the
+    number of runs. This is conservative: a correction would classify fewer machines as unstable
+    and accept more verdicts.
     """
     limit = math.log1p(design.margin) + ROUNDING
     slower, faster = control.low(design.level / 2) > limit, control.high(design.level / 2) < -limit
@@ -232,7 +234,6 @@ def _is_unsteady(control: _Ratios, design: Design) -> NDArray[np.bool_]:
 def _estimates(
     logs: Floats, is_new: NDArray[np.bool_], level: float
 ) -> tuple[list[Estimate], Floats]:
-    """Return the estimate of each run, and its log ratio."""
     centers = center(logs, is_new)
     low, high = bounds(logs, is_new, level)
     blocks = logs.shape[1]
@@ -253,11 +254,11 @@ def _estimates(
 
 
 class _Ratios:
-    """Means of log ratios, and what bounds them by t tests; one of each for every run.
+    """Means of log ratios and their bounds from t tests, for each run.
 
     Args:
-        ratios: of shape (..., blocks), with two blocks or more.
-        variance: of one of them, in variances of a process.
+        ratios: log ratios, of shape (..., blocks), with at least two blocks.
+        variance: variance of one log ratio, relative to the variance of a process.
     """
 
     def __init__(self, ratios: Floats, variance: float) -> None:
@@ -269,14 +270,14 @@ class _Ratios:
         self._error = self.spread / math.sqrt(self._blocks)
 
     def low(self, level: float) -> Floats:
-        return self.mean - self._reach(level)
+        return self.mean - self._half_width(level)
 
     def high(self, level: float) -> Floats:
-        return self.mean + self._reach(level)
+        return self.mean + self._half_width(level)
 
-    def _reach(self, level: float) -> Floats:
-        reach: Floats = critical(level, self._blocks) * self._error
-        return reach
+    def _half_width(self, level: float) -> Floats:
+        half_width: Floats = critical(level, self._blocks) * self._error
+        return half_width
 
     def estimates(self, level: float) -> list[Estimate]:
         with np.errstate(over="ignore"):  # two blocks can leave any slowdown possible
@@ -309,48 +310,53 @@ def _blocks_of_four(times: ArrayLike, is_new: ArrayLike) -> tuple[Floats, NDArra
             f"is_new must have the shape (blocks, 4), {seconds.shape[1:]}, got {labels.shape}"
         )
     if (labels.sum(axis=1) != 2).any():
-        raise ValueError("is_new must mark two processes of each block")
+        raise ValueError("is_new must mark exactly two processes in each block")
     _check_seconds("times", seconds)
     return np.log(seconds), labels
 
 
 def _check_seconds(name: str, array: Floats) -> None:
     if bad := array.size - int((np.isfinite(array) & (array > 0)).sum()):
-        raise ValueError(f"{name} must be positive, finite seconds: {bad} are not")
+        raise ValueError(
+            f"{name} must be positive and finite seconds, got {plural(bad, 'other value')}"
+        )
 
 
-# --- Texts, and blocks needed ---
+# --- Reasons, and blocks needed ---
 
 
-def too_few(blocks: int, design: Design) -> Judged:
-    """Return what is said of a run with fewer than two blocks."""
+def too_few_blocks(blocks: int, design: Design) -> Judged:
+    """Return the verdict on a run with fewer than two blocks."""
     return Judged(
         outcome="INCONCLUSIVE",
         estimate=None,
         p=1.0,
         p_holm=1.0,
         control=None,
-        reason=f"only {blocks} of {design.verdict_blocks} blocks",
+        reason=f"measured only {blocks} of {design.verdict_blocks} blocks",
         blocks_needed=design.verdict_blocks,
     )
 
 
-def _would_decide(mean: float, noise: float, runs: int, design: Design) -> int | None:
-    """Return the blocks with which a true mean as seen is shown to be over the margin, with so many
-    runs, or under ``max_slowdown``, whichever takes fewer."""
+def _blocks_to_decide(mean: float, noise: float, runs: int, design: Design) -> int | None:
+    """Return the blocks that would decide if the true mean were the observed one.
+
+    This is the smaller number of those that show it to be over the margin, corrected for all runs,
+    and those that show it to be under ``max_slowdown``.
+    """
     to_fail = (mean - math.log1p(design.margin), runs)
     to_pass = (math.log1p(design.max_slowdown) - mean, 1)
     return fewest_blocks([to_fail, to_pass], noise, design.level)
 
 
-def _undecided(
+def _undecided_reason(
     estimate: Estimate, p_holm: float, runs: int, needed: int | None, design: Design
 ) -> str:
     return (
-        f"a slowdown of {_interval(estimate)} is neither shown to be over "
-        f"{percent(design.margin)} (p {p_holm:.2g} for {plural(runs, 'run')}) nor under "
-        f"{percent(design.max_slowdown)}: at the noise seen "
-        f"({100 * estimate.noise:.1f}%) {count_blocks(needed)} would decide"
+        f"the slowdown of {_interval(estimate)} is not shown to be over "
+        f"{percent(design.margin)} (p = {p_holm:.2g} for {plural(runs, 'run')}) or under "
+        f"{percent(design.max_slowdown)}; at the observed noise "
+        f"({100 * estimate.noise:.1f}%), {count_blocks(needed)} would decide"
     )
 
 

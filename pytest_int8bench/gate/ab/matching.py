@@ -1,4 +1,4 @@
-"""Match the points of both revisions, and collect their times block by block."""
+"""Match the runs of both revisions, and collect their times by block."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pytest_int8bench.gate.ab.plan import BASE, PROCESSES, SCREENING, AbRun
 from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED
 from pytest_int8bench.results.records import Timed
 
-#: Seconds per batch for each run and block: base and new revision in screening, and in the order in
-#: which processes ran in the verdict stage.
+#: Seconds per batch by run and block. Times of a block are ordered base, new in screening, and in
+#: the order of the processes in the verdict stage.
 BlockTimes = dict[Identity, list[tuple[float, ...]]]
 
 
 def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Identity, AbRun | None]:
-    """Return the runs of both sides; None for those that can be compared."""
+    """Return the runs of both sides, with None for each run that can be compared."""
     before, after = base.by_identity(), new.by_identity()
     found: dict[Identity, AbRun | None] = {}
     for identity in dict.fromkeys((*before, *after)):
@@ -41,7 +41,7 @@ def match_runs(base: Process, new: Process, *, allow_missing: bool) -> dict[Iden
 def _unmatched(
     old: Timed | None, now: Timed | None, *, allow_missing: bool
 ) -> tuple[str | None, int, str | None]:
-    """Return outcome, exit code and reason of a run that both sides do not have measured."""
+    """Return outcome, exit code and reason; the outcome is None if both sides measured the run."""
     lost = PASSES if allow_missing else UNDECIDED
     if now is None:
         assert old is not None
@@ -71,7 +71,7 @@ def block_times(
     identities: Sequence[Identity],
     field_name: str,
 ) -> tuple[BlockTimes, dict[Identity, str]]:
-    """Return the times of each run, and why runs have none."""
+    """Return the times of each run by block, and the reason for each run with missing times."""
     times: BlockTimes = {identity: [] for identity in identities}
     broken: dict[Identity, str] = {}
     for processes in blocks:
@@ -91,7 +91,7 @@ def block_times(
 
 
 def to_arrays(times: BlockTimes) -> list[list[list[float]]]:
-    """Return the times of both sides in screening, each as an array of shape (runs, blocks)."""
+    """Convert screening times to one array of shape (runs, blocks) per side."""
     return [
         [[block[position] for block in blocks] for blocks in times.values()]
         for position in range(PROCESSES[SCREENING])
@@ -99,7 +99,7 @@ def to_arrays(times: BlockTimes) -> list[list[list[float]]]:
 
 
 def sides_of(stage: str, blocks: Sequence[Sequence[Process]]) -> list[list[str]]:
-    """Return the side of each time of each block, as :func:`block_times` orders them."""
+    """Return the side of each time in each block, in the order of :func:`block_times`."""
     return [[process.side for process in _ordered(stage, processes)] for processes in blocks]
 
 
@@ -111,7 +111,7 @@ def _ordered(stage: str, processes: Sequence[Process]) -> list[Process]:
 
 
 def wall_time_of(process: Process, identities: Sequence[Identity]) -> float:
-    """Return the wall time of a process, less that of runs other than these."""
+    """Return the wall time of a process without its other runs, at least 1 s."""
     others = sum(
         result.wall_s
         for identity, result in process.by_identity().items()

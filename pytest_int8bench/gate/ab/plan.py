@@ -1,4 +1,4 @@
-"""Plan an A/B: what is asked for, and the records of what came out."""
+"""Define the request for an A/B comparison, its result, and the order of its processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pytest_int8bench.gate.outcomes import PASSES, REGRESSES, UNDECIDED, Compare
 
 WARM_UP, SCREENING, VERDICT = "warm-up", "screening", "verdict"
 BASE, NEW = "base", "new"
-#: Processes in a block.
+#: Processes per block.
 PROCESSES = {SCREENING: 2, VERDICT: 4}
 
-#: The round that represents a process, and the fields of ``Result`` and ``Benchmark`` that hold it.
+#: Round whose time represents a process, and the fields of ``Result`` and ``Benchmark`` with it.
 MEDIAN, FASTEST = "median", "fastest"
 FIELDS = {
     MEDIAN: ("batch_time_s", "call_time_s"),
@@ -33,12 +33,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The request: what to compare, and how."""
+    """Revisions to compare, and how to compare them."""
 
     root: Path
     """Top level of the user's working tree."""
     folder: Path
-    """Folder, in ``root``, that the command was given in."""
+    """Folder in ``root`` from which the command was run."""
     base: Revision
     new: Revision
     pytest_args: tuple[str, ...] = ()
@@ -47,24 +47,24 @@ class Plan:
     """Shell command that builds or installs a side's packages."""
     budget_s: float | None = None
     retries: int = 3
-    """Blocks in which the GPU was slowed down by heat that are measured again, all together."""
+    """Maximum number of blocks in total that are repeated because the GPU was throttled."""
     allow_missing: bool = False
     allow_inconclusive: bool = False
-    """Do not fail because of undecided runs."""
+    """Whether inconclusive runs leave the exit code at 0."""
     statistic: str = AUTO
-    """``median`` or ``fastest`` round of a process. ``auto``: the fastest without a GPU, where
-    other load can only add to a time; else the median, for clocks vary both ways."""
+    """``median`` or ``fastest`` round of a process. ``auto`` is the fastest on a CPU, where other
+    load can only add to a time, and the median on a GPU, whose clocks vary in both directions."""
 
     @property
     def key(self) -> str:
-        """Identifies commands that are the same comparison."""
+        """Hash that is equal for commands that request the same comparison."""
         parts = [self.base.commit, self.new.commit, *self.pytest_args, str(self.install)]
         parts += [self.statistic, os.environ.get("PYTEST_ADDOPTS", "")]
         parts += [str(self.folder.relative_to(self.root)), sys.executable, str(asdict(self.design))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is compared, as plain values."""
+        """Return the header of the comparison's journal as JSON-compatible values."""
         return {
             "base": self.base.commit,
             "new": self.new.commit,
@@ -76,45 +76,45 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class AbRun(Compared):
-    """One run of both revisions.
+    """Comparison of one run in both revisions.
 
-    Its outcome is ``PASS``, ``FAIL``, ``INCONCLUSIVE``, or why it was not compared: ``oom``,
-    ``missing``, ``new``, ``failed``, ``skipped``, ``disabled``.
+    The outcome is ``PASS``, ``FAIL`` or ``INCONCLUSIVE``, or the reason why the run was not
+    compared: ``oom``, ``missing``, ``new``, ``failed``, ``skipped`` or ``disabled``.
     """
 
     base_s: float | None = None
-    """Seconds per batch, median of all processes of the last stage."""
+    """Seconds per batch: the median over all processes of the last stage."""
     new_s: float | None = None
     screened: Screened | None = None
     judged: Judged | None = None
-    """None if screening cleared it."""
+    """None if screening cleared the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbResult:
-    """The outcome of a comparison."""
+    """Result of a comparison."""
 
     plan: Plan
     environment: Mapping[str, Any]
     """Fingerprint of the machine."""
     runs: tuple[AbRun, ...]
     processes: int
-    """Measuring processes that were run, also by commands that were interrupted."""
+    """Number of measuring processes, including those of interrupted commands."""
     seconds: float
-    """Wall time of those."""
+    """Total wall time of these processes."""
     statistic: str
-    """The round that represents a process: ``median`` or ``fastest``."""
+    """Round whose time represents a process: ``median`` or ``fastest``."""
     notes: tuple[str, ...]
 
     @property
     def is_empty(self) -> bool:
-        """No run was compared."""
+        """Whether no run was compared."""
         return not any(run.screened or run.judged for run in self.runs)
 
     @property
     def exit_code(self) -> int:
-        """1 if a run is slower; else 2 if one is undecided or could not be compared, or nothing
-        was; else 0."""
+        """1 if a run is slower; otherwise 2 if a run is undecided or was not compared, or if there
+        are none; otherwise 0."""
         codes = {run.exit_code for run in self.runs}
         if REGRESSES in codes:
             return REGRESSES
@@ -122,17 +122,16 @@ class AbResult:
 
 
 def order_of(stage: str, block: int, attempt: int, seed: str) -> tuple[str, ...]:
-    """Return who runs in a block, drawn at random, so that no rhythm of the machine can favour a
-    side.
+    """Draw the order of the sides in a block at random, so that periodic noise favors neither.
 
-    In screening, two blocks are drawn together, AB BA or BA AB: a linear drift cancels. In the
-    verdict stage each block is, from the six orders of two processes of each side.
+    Screening draws two blocks together, AB BA or BA AB, so that a linear drift cancels. The verdict
+    stage draws each block from the six orders of two processes per side.
 
     Args:
         stage: ``SCREENING`` or ``VERDICT``.
-        block: its number, from 0 on.
-        attempt: how often it was begun before.
-        seed: what the order depends on, besides: the same for a comparison that is continued.
+        block: index of the block in its stage.
+        attempt: number of earlier attempts at the block.
+        seed: seed of the draw; a resumed comparison must pass the same one.
     """
     if stage == SCREENING:
         is_swapped = random.Random(f"{seed} {stage} {block // 2}").random() < 0.5
@@ -144,7 +143,7 @@ def order_of(stage: str, block: int, attempt: int, seed: str) -> tuple[str, ...]
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,17 +1,17 @@
-"""Test by the order of processes: what would the times have shown in another order?
+"""Randomization test over the order of processes.
 
-The verdict stage runs two processes of each revision in a block of four, in one of six orders that
-is drawn at random. Suppose that the new revision is slower by a known amount. Take that off, and
-the times of a block are what the machine would have given in any order, so that each of the
-``6 ** blocks`` orders was as likely as the one that was drawn. The p-value is the share of orders
-under which the new revision looks at least as slow. It is exact whatever the noise is: bimodal
-clocks, outliers, drift, a period of any length, alike in all runs or not.
+The verdict stage runs two processes of each revision per block of four, in one of six orders drawn
+at random. If the new revision is slower by a known amount, subtracting it leaves the times that the
+machine would have produced in any order, and all ``6 ** blocks`` orders are equally likely. The
+p-value is the share of orders under which the new revision looks at least as slow. It is exact for
+any noise, be it bimodal clocks, outliers, drift or periods of any length, whether the runs share it
+or not.
 
-Times are compared within their block and outliers are cut, which the order has no influence on.
-All runs have the same order, so that the largest statistic of all runs under each order gives
-p-values for the family (Westfall and Young 1993, step-down max T).
+Times are compared within their block, and residuals are clipped to limit outliers; neither depends
+on the order. All runs share the same order, so the maximum statistic over the runs under each order
+yields family-wise p-values (Westfall and Young 1993, step-down max T).
 
-Arrays may have leading axes, which the tests use to simulate many families at once.
+Arrays may have leading axes, with which the tests simulate many families at once.
 """
 
 from __future__ import annotations
@@ -32,82 +32,81 @@ Bools = NDArray[np.bool_]
 PLACES = tuple(itertools.combinations(range(4), 2))
 _IS_NEW = np.array([[place in places for place in range(4)] for places in PLACES])
 _SIGNS = np.where(_IS_NEW, 0.5, -0.5)
-#: Orders drawn where there are too many to look at all of them.
+#: Number of orders to sample if there are too many to enumerate.
 _DRAWN = 5000
-#: Residuals are cut at so many standard deviations, as estimated from their median size. Cut at 2,
-#: a slowdown of 5 % is found in 70 % of families where 8 % of times are 20 % too long; cut at 1, in
-#: 91 %, and as often as before where there are no outliers.
-_CUT = 1.0
+#: Residuals are clipped at this many standard deviations, estimated from the median absolute
+#: residual. If 8 % of times are 20 % too long, clipping at 2 detects a slowdown of 5 % in 70 % of
+#: families, and clipping at 1 in 91 %, at no loss without outliers.
+_CLIP = 1.0
 _SD_OF_MEDIAN = 1.4826
 
 
 def p_slower(logs: Floats, is_new: Bools, shift: float | Floats) -> Floats:
-    """Return p-values of "slower by ``shift`` or less", one for each run.
+    """Return the p-value of H0 "slower by at most ``shift``" for each run.
 
     Args:
         logs: log times, of shape (..., runs, blocks, 4).
-        is_new: which of them are the new revision's, of shape (..., blocks, 4).
-        shift: the log ratio that is tested, one or one for each run.
+        is_new: whether a time is the new revision's, of shape (..., blocks, 4).
+        shift: log ratio to test, a scalar or one per run.
     """
-    seen, others = _statistics(logs, is_new, shift)
-    return _share(others >= seen[..., None] - ROUNDING, logs.shape[-2])
+    actual, others = _statistics(logs, is_new, shift)
+    return _share_of_orders(others >= actual[..., None] - ROUNDING, logs.shape[-2])
 
 
 def p_faster(logs: Floats, is_new: Bools, shift: float | Floats) -> Floats:
-    """Return p-values of "slower by ``shift`` or more", one for each run."""
-    seen, others = _statistics(logs, is_new, shift)
-    return _share(others <= seen[..., None] + ROUNDING, logs.shape[-2])
+    """Return the p-value of H0 "slower by at least ``shift``" for each run."""
+    actual, others = _statistics(logs, is_new, shift)
+    return _share_of_orders(others <= actual[..., None] + ROUNDING, logs.shape[-2])
 
 
 def p_slower_of_family(
     logs: Floats, is_new: Bools, shift: float, scale: Floats | float = 1.0
 ) -> tuple[Floats, Floats]:
-    """Return the p-values of :func:`p_slower`, and those adjusted for all runs.
+    """Return the p-values of :func:`p_slower`, unadjusted and adjusted for all runs.
 
-    ``scale`` is how noisy each run is, so that a noisy one does not hide the others. It must not
-    come from these times.
+    ``scale`` is the noise of each run, by which statistics are divided so that a noisy run does not
+    mask the others. It must come from other data than ``logs``.
     """
-    seen, others = _statistics(logs, is_new, shift)
-    own = _share(others >= seen[..., None] - ROUNDING, logs.shape[-2])
-    divisor = np.broadcast_to(scale, seen.shape)
-    seen, others = seen / divisor, others / divisor[..., None]
-    order = np.argsort(-seen, axis=-1, kind="stable")
-    ranked = np.take_along_axis(seen, order, -1)
+    actual, others = _statistics(logs, is_new, shift)
+    own = _share_of_orders(others >= actual[..., None] - ROUNDING, logs.shape[-2])
+    divisor = np.broadcast_to(scale, actual.shape)
+    actual, others = actual / divisor, others / divisor[..., None]
+    order = np.argsort(-actual, axis=-1, kind="stable")
+    ranked = np.take_along_axis(actual, order, -1)
     largest = np.take_along_axis(others, order[..., None], -2)
-    # The largest of a run and of all that look less slow than it.
+    # Step down: the maximum over a run and all runs that look less slow.
     largest = np.maximum.accumulate(largest[..., ::-1, :], axis=-2)[..., ::-1, :]
     slack = ROUNDING / np.min(scale)
-    p = _share(largest >= ranked[..., None] - slack, logs.shape[-2])
+    p = _share_of_orders(largest >= ranked[..., None] - slack, logs.shape[-2])
     adjusted = np.empty_like(p)
     np.put_along_axis(adjusted, order, np.maximum.accumulate(p, axis=-1), -1)
     return own, adjusted
 
 
 def center(logs: Floats, is_new: Bools) -> Floats:
-    """Return for each run the log ratio at which the new revision looks neither slower nor
-    faster."""
+    """Estimate the log ratio, new / base, of each run: the shift whose statistic is zero."""
 
     def is_under(shift: Floats) -> Bools:
-        return _seen(logs, is_new, shift)[0] > 0
+        return _statistic(logs, is_new, shift)[0] > 0
 
     return _bisect(logs, is_new, is_under)
 
 
 def bounds(logs: Floats, is_new: Bools, level: float) -> tuple[Floats, Floats]:
-    """Return for each run the smallest and the largest log ratio that its test does not reject.
+    """Return the smallest and the largest log ratio of each run that its test does not reject.
 
-    They are infinite where there are too few orders for the level.
+    They are infinite if there are too few orders to reject at this level.
     """
     if ORDERS_PER_BLOCK ** -float(logs.shape[-2]) > level:
-        nothing = np.full(logs.shape[:-2], np.inf)
-        return -nothing, nothing
+        infinite = np.full(logs.shape[:-2], np.inf)
+        return -infinite, infinite
     low = _bisect(logs, is_new, lambda shift: p_slower(logs, is_new, shift) <= level)
     high = _bisect(logs, is_new, lambda shift: p_faster(logs, is_new, shift) > level)
     return low, high
 
 
 def _bisect(logs: Floats, is_new: Bools, is_under: Callable[[Floats], Bools]) -> Floats:
-    """Return for each run the shift up to which ``is_under`` holds."""
+    """Return the shift of each run up to which ``is_under`` holds."""
     new = np.where(is_new[..., None, :, :], logs, np.nan)
     base = np.where(is_new[..., None, :, :], np.nan, logs)
     low = (np.nanmin(new, axis=-1) - np.nanmax(base, axis=-1)).min(axis=-1) - ROUNDING
@@ -121,30 +120,31 @@ def _bisect(logs: Floats, is_new: Bools, is_under: Callable[[Floats], Bools]) ->
 
 
 def _statistics(logs: Floats, is_new: Bools, shift: float | Floats) -> tuple[Floats, Floats]:
-    """Return the statistic under the order that was drawn, and under those that it is compared
-    with, of shape (..., runs, orders)."""
-    seen, residuals = _seen(logs, is_new, shift)
+    """Return the statistic under the actual order, of shape (..., runs), and under the reference
+    orders, of shape (..., runs, orders)."""
+    actual, residuals = _statistic(logs, is_new, shift)
     contrasts = residuals @ _SIGNS.T
     orders = _orders(logs.shape[-2])
-    others = np.zeros((*seen.shape, len(orders)))
+    others = np.zeros((*actual.shape, len(orders)))
     for block in range(orders.shape[1]):
         others += contrasts[..., block, :][..., orders[:, block]]
-    return seen, others
+    return actual, others
 
 
-def _seen(logs: Floats, is_new: Bools, shift: float | Floats) -> tuple[Floats, Floats]:
+def _statistic(logs: Floats, is_new: Bools, shift: float | Floats) -> tuple[Floats, Floats]:
     labels = is_new[..., None, :, :]
     moved = logs - np.asarray(shift)[..., None, None] * labels
     residuals = moved - np.median(moved, axis=-1, keepdims=True)
     size = np.median(np.abs(residuals).reshape(*residuals.shape[:-2], -1), axis=-1)
-    cut = np.where(size > ROUNDING, _CUT * _SD_OF_MEDIAN * size, np.inf)[..., None, None]
+    cut = np.where(size > ROUNDING, _CLIP * _SD_OF_MEDIAN * size, np.inf)[..., None, None]
     residuals = np.clip(residuals, -cut, cut)
     signed: Floats = residuals * np.where(labels, 0.5, -0.5)
     return signed.sum(axis=(-2, -1)), residuals
 
 
-def _share(hits: Bools, blocks: int) -> Floats:
-    """Return the share of orders; one that is drawn counts beside the others."""
+def _share_of_orders(hits: Bools, blocks: int) -> Floats:
+    """Return the share of orders that are hits; the actual order counts in addition to sampled
+    ones."""
     is_drawn = blocks > ENUMERATED_BLOCKS
     found: Floats = (hits.sum(axis=-1) + is_drawn) / (hits.shape[-1] + is_drawn)
     return found

@@ -1,5 +1,4 @@
-"""Measure one side of an A/B: a revision in a worktree, by new processes of pytest that import its
-own code."""
+"""Measure one side of an A/B comparison: run pytest in a revision's worktree, with its own code."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Timed
 
 _PLUGIN = "pytest_int8bench.suite.side"
-# What the two sides must not share.
+# Caches that the two sides must not share.
 _CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
@@ -36,13 +35,13 @@ _CACHES = {
 _INSTALLED = ("site-packages", "dist-packages")
 _CODE = (".py", ".so", ".pyd")
 _PROJECTS = ("pyproject.toml", "*/pyproject.toml", "*/*/pyproject.toml")
-# Lines of pytest's output that say what went wrong, the most telling ones first.
-_TELLING = tuple(map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)")))
+# Lines of pytest's output that explain a failure, most informative first.
+_FAILURES = tuple(map(re.compile, (r"E   +(\w+.*)", r"ERROR: (?!usage)(.+)", r".*: error: (.+)")))
 _TOO_OLD = re.compile(
     rf'(importing|loading) plugin "({re.escape(_PLUGIN)}|int8bench)"|'
     "unrecognized arguments: --int8"
 )
-# Python's errors of imports: of a module, and of a name of a package, which may be a module.
+# Python's import errors, for a module or for a name in a package, which may be a module.
 _NO_MODULE = re.compile(
     r"No module named '([\w.]+)'|cannot import name '(\w+)' from (?:partially initialized module )?"
     r"'([\w.]+)'"
@@ -52,33 +51,32 @@ _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class SideError(ClearError, RuntimeError):
-    """A revision that cannot be measured."""
+    """Raised for a revision that cannot be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """A revision and where it is measured."""
+    """A revision and the folders in which it is measured."""
 
     revision: Revision
     root: Path
-    """Top level of the user's own working tree."""
+    """Top level of the user's working tree."""
     tree: Path
     """Top level of the revision's worktree."""
     folder: Path
-    """Folder below ``tree`` that pytest runs in."""
+    """Folder in ``tree`` from which pytest runs."""
     site: Path
     """Target folder of ``--install``."""
     cache: Path
     """Compile cache shared by the processes of this side."""
     log: Path
-    """File with the output of all processes, in order."""
+    """File to which the output of all processes is appended."""
 
     def install(self, command: str) -> None:
-        """Run ``--install``'s command in the worktree. Where pip is told to install, it goes to
-        ``site``.
+        """Run the command of ``--install`` in the worktree; pip installs to ``site``.
 
         Raises:
-            SideError: one line, if it fails.
+            SideError: if the command fails.
         """
         environ = {**self._environ(), "PIP_TARGET": str(self.site), "PIP_UPGRADE": "1"}
         with self._logged(command) as log:
@@ -89,7 +87,7 @@ class Side:
             why = f": {lines[-1].strip()}" if lines else ""
             how = f"exit code {code}" if code > 0 else ending(code)
             raise SideError(
-                f"{self.revision.label}: --install ended with {how}{why} (all of it is in "
+                f"{self.revision.label}: --install failed with {how}{why} (its output is in "
                 f"{self.log})"
             )
 
@@ -97,14 +95,14 @@ class Side:
         """Run pytest once, in a fresh process.
 
         Args:
-            pytest_args: the user's; paths into the user's working tree become the worktree's.
+            pytest_args: the user's arguments; paths into the user's working tree are replaced by
+                paths into the worktree.
             only: node ids to run; None for all.
 
         Raises:
-            SideError: one line, if nothing could be measured, or with code that is not this
-                revision's.
+            SideError: if nothing was measured, or if code of another revision was imported.
         """
-        # Beside the worktrees: it goes with them, should this process be killed.
+        # If this process is killed, the next start removes this folder together with the worktrees.
         with tempfile.TemporaryDirectory(prefix="side-", dir=self.tree.parent) as folder:
             files = SideFiles.start(Path(folder) / "process", only)
             command = [sys.executable, "-P", "-m", "pytest", "-p", _PLUGIN]
@@ -130,14 +128,14 @@ class Side:
         if commit != self.revision.commit:
             where = f", but at commit {commit}" if commit else ""
             raise SideError(
-                f"{self.revision.label}: pytest's root folder is not in the worktree{where}: "
-                "leave out --rootdir and -c"
+                f"{self.revision.label}: pytest's root folder must be in the worktree{where}; "
+                "remove --rootdir and -c from the pytest arguments"
             )
         return Measured(saved.environment, results, seconds)
 
     @contextmanager
     def _logged(self, command: str) -> Iterator[IO[str]]:
-        """Open the log for the output of a command, which is noted in it."""
+        """Write a command to the log, and open the log for the command's output."""
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {command}  # {self.revision.label}\n")
             log.flush()
@@ -145,7 +143,7 @@ class Side:
 
     def _environ(self) -> dict[str, str]:
         left_out = {name for name in os.environ if name.startswith("PYTEST_XDIST_")}
-        left_out |= LOCAL_VARIABLES  # of a git hook: they would name the user's own repository
+        left_out |= LOCAL_VARIABLES  # in a git hook, they refer to the user's repository
         kept = {name: value for name, value in os.environ.items() if name not in left_out}
         given = [part for part in kept.get("PYTHONPATH", "").split(os.pathsep) if part]
         own = [self.site, self.tree / "src", self.tree, self.folder]
@@ -154,18 +152,18 @@ class Side:
             cache = plain_path(self.cache)
         except OSError as error:
             why = f"{error.strerror}: {error.filename}"
-            raise SideError(f"compiled code cannot be kept for a side: {why}") from None
+            raise SideError(f"cannot create a compile cache for this side: {why}") from None
         caches = {name: str(cache / folder) for name, folder in _CACHES.items()}
         return {**kept, **caches, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
 
     def _moved(self, argument: str) -> str:
-        """Return an argument in which the user's working tree is replaced by the worktree."""
+        """Replace a path into the user's working tree by the same path in the worktree."""
         name, equals, value = argument.partition("=")
         if equals and name.startswith("-"):
             return f"{name}={self._moved(value)}"
         if not os.path.isabs(argument):
             return argument
-        # As it is written, or through links to the working tree.
+        # The path may point into the working tree directly or through links.
         for path in (Path(argument), Path(os.path.realpath(argument))):
             if path.is_relative_to(self.root):
                 moved = self.tree / path.relative_to(self.root)
@@ -173,11 +171,11 @@ class Side:
         return argument
 
     def _is_data(self, path: Path, moved: Path) -> bool:
-        """Return whether something is in the user's working tree only and is not the project's
-        code: weights that are not committed, a virtual environment."""
+        """Return whether a path is not the project's code and exists only in the user's working
+        tree, such as uncommitted weights or a virtual environment."""
         if any(part in path.parts for part in _INSTALLED):
             return True
-        # Code that is not committed is refused when it is loaded.
+        # Exclude uncommitted code here; it is refused when it is imported.
         return path.exists() and path.suffix != ".py" and not moved.exists()
 
     def _failure(self, what: str, code: int, begin: int) -> str:
@@ -185,12 +183,12 @@ class Side:
         where = f"{self.revision.label}: "
         if _TOO_OLD.search(text):
             return where + (
-                "pytest-int8bench is missing there, turned off, or too old to be measured by "
+                "pytest-int8bench is missing in this revision, turned off, or too old for "
                 "int8bench ab"
             )
-        if (lacking := self._lacking(text)) is not None:
-            return where + lacking
-        found = (next(_matches(pattern, text), None) for pattern in _TELLING)
+        if (missing := self._missing_module(text)) is not None:
+            return where + missing
+        found = (next(_matches(pattern, text), None) for pattern in _FAILURES)
         why = next(filter(None, found), None)
         return (
             where
@@ -199,9 +197,9 @@ class Side:
             + f" (its output is in {self.log})"
         )
 
-    def _lacking(self, text: str) -> str | None:
-        """Return a line about a module that could not be imported because the user's working tree
-        has its file and the revision does not: one that a build makes, and git ignores."""
+    def _missing_module(self, text: str) -> str | None:
+        """Return a message about a module that only the user's working tree has, such as a build
+        output that git ignores, or None."""
         here = self.folder.relative_to(self.tree).as_posix()
         tops = dict.fromkeys(("", "src/", f"{here}/", f"{here}/src/"))
         for match in _NO_MODULE.finditer(text):
@@ -212,25 +210,25 @@ class Side:
             files = (path.relative_to(self.root) for path in found)
             if (file := next((f for f in files if not (self.tree / f).exists()), None)) is not None:
                 return (
-                    f"module {module} is missing: {file} is in your working tree and not in the "
-                    "revision; a file that a build makes needs --install, such as "
+                    f"module {module} is missing: {file} is in your working tree, but not in the "
+                    "revision; if a build creates it, pass the build command, for example "
                     "--install 'pip install --no-deps .'"
                 )
         return None
 
     def _printed(self, begin: int) -> str:
-        """Return what was printed from byte ``begin`` of the log on, without colors."""
+        """Return the log from byte ``begin``, without colors."""
         text = self.log.read_bytes()[begin:].decode(errors="replace")
         return _COLOR.sub("", text)
 
     def _check_own_code(self, modules: dict[str, str]) -> None:
-        """Refuse code of the project that was loaded from elsewhere than this side.
+        """Refuse project code that was imported from outside of this side's folders.
 
         Raises:
             SideError: naming the first such module.
         """
-        own = [self.tree.resolve(), self.site.resolve(), self.cache.resolve()]  # and compiled code
-        # A whole Python can be in the user's working tree, such as one of conda.
+        own = [self.tree.resolve(), self.site.resolve(), self.cache.resolve()]
+        # The user's working tree may contain a whole Python installation, for example from conda.
         python = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
         root, names = self.root.resolve(), self._names()
         for module, file in sorted(modules.items()):
@@ -241,20 +239,19 @@ class Side:
                 continue
             if path.is_relative_to(root) and not is_installed:
                 raise SideError(
-                    f"{self.revision.label}: module {module} was loaded from {path}, which is not "
-                    "this revision's: the path to it is set somewhere, such as in a conftest.py "
-                    "or by an editable install (see --install)"
+                    f"{self.revision.label}: module {module} was imported from {path}, not from "
+                    "this revision; remove that path from sys.path, for example in a conftest.py "
+                    "or an editable install (see --install)"
                 )
             if module.partition(".")[0] in names:
                 raise SideError(
-                    f"{self.revision.label}: module {module} was loaded from {path}, not from the "
-                    "worktree: a package that must be built or installed needs --install, such as "
-                    "--install 'pip install --no-deps .'"
+                    f"{self.revision.label}: module {module} was imported from {path}, not from "
+                    "the worktree; if the package must be built or installed, pass the command, "
+                    "for example --install 'pip install --no-deps .'"
                 )
 
     def _names(self) -> set[str]:
-        """Return the packages and modules that the revision holds, and those of its projects that
-        are installed, wherever in the revision these are kept."""
+        """Return the top-level modules of the revision and the installed ones of its projects."""
         found = set()
         for folder in (self.tree, self.tree / "src"):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -272,11 +269,10 @@ class Side:
         return found
 
     def _projects(self) -> set[str]:
-        """Return the names of the Python projects that the revision holds."""
         found = set()
         for pattern in _PROJECTS:
             for path in self.tree.glob(pattern):
-                # What is wrong with a file is for pip to say.
+                # Ignore invalid files; pip reports them.
                 with suppress(OSError, ValueError, LookupError, TypeError):
                     name = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]
                     found |= {name} if name and isinstance(name, str) else set()
@@ -285,7 +281,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of one process."""
+    """Output of one measuring process."""
 
     environment: dict[str, Any]
     results: list[Timed]

@@ -1,6 +1,6 @@
-"""Check revisions of the user's repository out side by side.
+"""Check out revisions of the user's repository side by side.
 
-The user's working tree, index, branches, stash and HEAD stay as they are.
+The user's working tree, index, branches, stash and HEAD are not changed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pytest_int8bench.printing import show
 from pytest_int8bench.processes.signals import ENDING, exit_now, handling
 
 _PREFIX = "int8bench-ab-"
-# The temporary folders of another machine (a cluster's node, a container) cannot be seen from
-# here, and must not be taken for gone: the name says whose they are.
+# Folder names contain the host, because temporary folders of another host (a cluster node, a
+# container) are not visible from here and must not be mistaken for abandoned ones.
 _HOST = re.sub(r"[^A-Za-z0-9.-]", "", platform.node())
 
 _SETTINGS = (
-    f"core.hooksPath={os.devnull}",  # git's hooks are for what the user does
+    f"core.hooksPath={os.devnull}",  # hooks must run only for the user's own commands
     "core.fsmonitor=false",  # would start a process that watches the worktree
     "worktree.useRelativePaths=false",  # would write an extension into the repository's config
 )
-#: What git sets for its hooks, and what would lead every call to another repository or index:
-#: `git rev-parse --local-env-vars`, without the settings that users give in the environment.
+#: Variables that git sets for its hooks, and that would redirect every call to another repository
+#: or index: `git rev-parse --local-env-vars`, except settings that users pass in the environment.
 LOCAL_VARIABLES = {
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_COMMON_DIR",
@@ -50,43 +50,43 @@ LOCAL_VARIABLES = {
     "GIT_SHALLOW_FILE",
     "GIT_WORK_TREE",
 }
-# Lines of git that are no errors: advice, progress, and what git-lfs says where to read on.
-_BESIDE = re.compile(
+# Lines of git that are not errors: advice, progress, and where git-lfs logs its errors.
+_NOT_ERRORS = re.compile(
     r"warning: |hint: |Preparing worktree|HEAD is now|Note: |[A-Z]\w+ing [\w ]+:\s+\d+%|"
     r"Downloading .*\(\d|Errors logged to |Use `git lfs"
 )
 _PROC = Path("/proc")
 _SHORT = 10
-_SHORTEST = 4  # git takes nothing shorter for the start of a hash
+_SHORTEST = 4  # git does not accept shorter abbreviations of a hash
 
 
 class GitError(ClearError):
-    """Raised with one line if git refuses something or cannot work here."""
+    """Raised if git fails or cannot be used."""
 
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit, and what the user calls it."""
+    """A commit and the user's name for it."""
 
     name: str
-    """As typed: a branch, a tag, a hash, ``HEAD~3``."""
+    """Name as typed: a branch, a tag, a hash, ``HEAD~3``."""
     commit: str
-    """The full hash."""
+    """Full hash."""
 
     @property
     def label(self) -> str:
-        """``main (1a2b3c4d5e)``, or the short hash alone where the name is a hash itself."""
+        """``main (1a2b3c4d5e)``, or only the short hash if the name is a hash itself."""
         short = self.commit[:_SHORT]
         is_hash = len(self.name) >= _SHORTEST and self.commit.startswith(self.name.lower())
         return short if is_hash else f"{self.name} ({short})"
 
 
 def find_repository(folder: Path) -> Path:
-    """Return the top level of the working tree that ``folder`` is in.
+    """Return the top level of the working tree that contains ``folder``.
 
     Raises:
-        GitError: if git is not installed, ``folder`` is in no repository or in one without a
-            working tree, or git refuses it (such as another user's repository).
+        GitError: if git is not installed, ``folder`` is not in a working tree of a repository, or
+            git refuses to use it (for example, because another user owns it).
     """
     code, out, err = _run(folder, "rev-parse", "--show-toplevel")
     if code == 0:
@@ -95,35 +95,35 @@ def find_repository(folder: Path) -> Path:
         raise GitError(f"{folder} is not in a git repository")
     if "must be run in a work tree" in err:
         raise GitError(f"{folder} is in a bare repository or a .git folder, not in a working tree")
-    raise GitError(f"git cannot read {folder}: {_complaint(err)}")
+    raise GitError(f"git cannot read {folder}: {_error_summary(err)}")
 
 
 def resolve(root: Path, name: str) -> Revision:
-    """Return the commit that ``name`` stands for in the repository at ``root``.
+    """Resolve a revision's name in the repository at ``root``.
 
     Raises:
-        GitError: if ``name`` is no commit there, or git is not installed.
+        GitError: if ``name`` is not a commit there, or git is not installed.
     """
     verify = ("rev-parse", "--verify", "--quiet", "--end-of-options")
     code, found, _ = _run(root, *verify, name)
     if code == 0:
-        # Not NAME^{commit} at once: in ":/text", that would be part of the text.
+        # Peel in a second step: in ":/text", an appended ^{commit} would be part of the text.
         code, found, _ = _run(root, *verify, f"{found.strip()}^{{commit}}")
     commit = found.strip()
-    if code == 0 and re.fullmatch("[0-9a-f]+", commit):  # "^main" is a valid answer, with its ^
+    if code == 0 and re.fullmatch("[0-9a-f]+", commit):  # for "^main", git prints ^ and the hash
         return Revision(name, commit)
     message = f"{name!r} is not a revision of {root}"
     if _run(root, "rev-parse", "--is-shallow-repository")[1].strip() == "true":
         message += (
-            " (the clone is shallow: fetch its history, in GitHub Actions with fetch-depth: 0)"
+            " (the clone is shallow; fetch its history, in GitHub Actions with fetch-depth: 0)"
         )
     raise GitError(message)
 
 
 def changed_files(root: Path) -> list[str]:
-    """Return the tracked files with changes that are not committed, staged or not.
+    """Return the tracked files with uncommitted changes, staged or not, relative to ``root``.
 
-    The paths start from ``root``. A submodule counts if its commit or its tracked files changed.
+    A submodule counts if its commit or its tracked files changed.
 
     Raises:
         GitError: if git cannot read the repository.
@@ -134,35 +134,34 @@ def changed_files(root: Path) -> list[str]:
 
 
 def has_submodules(folder: Path) -> bool:
-    """Return whether the revision in ``folder`` has submodules, whose folders a worktree leaves
-    empty."""
+    """Return whether the revision in ``folder`` has submodules; a worktree leaves them empty."""
     return (folder / ".gitmodules").is_file()
 
 
 @contextlib.contextmanager
 def worktrees(root: Path, revisions: Mapping[str, Revision]) -> Iterator[dict[str, Path]]:
-    """Check the revisions out into detached worktrees, and remove these in the end.
+    """Check out the revisions into detached worktrees, and remove them at the end.
 
-    They are in one folder in the folder for temporary files, outside of the repository, so that
-    no ``conftest.py`` or ini file of the main checkout is above them. Submodules are not checked
-    out. No hook runs.
+    The worktrees are in a new folder in the temporary directory, outside of the repository, so that
+    pytest finds no ``conftest.py`` or ini file of the main checkout above them. Submodules are not
+    checked out, and hooks do not run.
 
-    While the context is open, SIGTERM and SIGHUP end it as Ctrl-C does, with a ``SystemExit`` in
-    the main thread; a signal that is ignored (``nohup``) stays so. In another thread, signals are
-    left alone. What a process that was killed left behind is removed at the next start.
+    While the context is open, SIGTERM and SIGHUP end it like Ctrl-C, by a ``SystemExit`` in the
+    main thread. Ignored signals (``nohup``) stay ignored, and outside of the main thread, signal
+    handlers are not changed. Worktrees of a killed process are removed at the next start.
 
     Args:
         root: top level of the user's working tree, which may be a linked worktree.
-        revisions: key -> revision. Keys are the names of the folders; two may have one commit.
+        revisions: key -> revision. Keys are folder names; two revisions may be the same commit.
 
     Yields:
         key -> folder.
 
     Raises:
-        GitError: if git cannot check a revision out, or the folder for temporary files is in the
+        GitError: if git cannot check out a revision, or the temporary directory is in the
             repository.
-        OSError: if nothing can be written to the folder for temporary files.
-        SystemExit: on SIGTERM and SIGHUP, with 128 and the signal's number.
+        OSError: if the temporary directory is not writable.
+        SystemExit: on SIGTERM and SIGHUP, with the code 128 plus the signal's number.
 
     Warns:
         UserWarning: if a worktree cannot be removed.
@@ -170,28 +169,29 @@ def worktrees(root: Path, revisions: Mapping[str, Revision]) -> Iterator[dict[st
     temporary = Path(tempfile.gettempdir()).resolve()
     if temporary.is_relative_to(root.resolve()):
         raise GitError(
-            f"the folder for temporary files, {temporary}, is in the repository {root}: "
-            "set TMPDIR to one outside of it"
+            f"the temporary directory must be outside of the repository {root}, got {temporary}; "
+            "set TMPDIR to another directory"
         )
     with handling(exit_now, *ENDING):
-        for folder in _left_behind(root, temporary):
+        for folder in _abandoned(root, temporary):
             _remove(root, folder)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=f"-{_HOST}", dir=temporary))
         try:
-            # Before git lists a worktree in it: without an owner, it counts as left behind.
+            # Write this before git lists a worktree in the folder: without an owner, another
+            # process would remove it as abandoned.
             (folder / "owner").write_text(f"{os.getpid()} {_start_time(os.getpid())}")
             yield {key: _add(root, folder / key, value) for key, value in revisions.items()}
         finally:
-            # Ignored rather than handled, so that git, which a terminal's Ctrl-C reaches as well,
-            # inherits it.
+            # Ignore signals instead of handling them, so that git inherits this. A terminal sends
+            # Ctrl-C to git as well.
             with handling(signal.SIG_IGN, signal.SIGINT, *ENDING):
                 _remove(root, folder)
 
 
 def _add(root: Path, folder: Path, revision: Revision) -> Path:
     try:
-        # Checked out by a call of its own, which can be ended; `worktree add` leaves the process
-        # that writes the files running when it is ended itself.
+        # Check out with a separate command: when terminated, `worktree add` leaves the process that
+        # writes the files running.
         _git(root, "worktree", "add", "--detach", "--no-checkout", str(folder), revision.commit)
         _git(folder, "reset", "--hard", "--quiet", "--no-recurse-submodules")
     except GitError as error:
@@ -199,8 +199,8 @@ def _add(root: Path, folder: Path, revision: Revision) -> Path:
     return folder
 
 
-def _left_behind(root: Path, temporary: Path) -> set[Path]:
-    """Return the folders of this machine's processes that ended without removing theirs."""
+def _abandoned(root: Path, temporary: Path) -> set[Path]:
+    """Return the folders that ended processes of this host did not remove."""
     folders = {path.parent for path in _listed(root) if path.parent.parent == temporary}
     return {
         folder
@@ -212,21 +212,21 @@ def _left_behind(root: Path, temporary: Path) -> set[Path]:
 
 
 def _remove(root: Path, folder: Path) -> None:
-    """Remove ``folder`` and its worktrees; warn where that is not possible.
+    """Remove ``folder`` and its worktrees; warn if that fails.
 
-    The folder goes first: as long as git lists a worktree in it, the next start finds the rest.
-    Nothing is pruned, for worktrees of the user may be on a disk that is not mounted.
+    Delete the folder first: as long as git lists a worktree in it, the next start finds the rest.
+    Do not prune, because worktrees of the user may be on a disk that is not mounted.
     """
     try:
         _delete(folder)
         for path in _listed(root):
-            if path.parent == folder:  # twice --force: also a locked one
+            if path.parent == folder:  # a second --force also removes a locked worktree
                 _git(root, "worktree", "remove", "--force", "--force", str(path))
     except (OSError, GitError) as error:
         text = f"int8bench could not remove {folder}: {error}"
         try:
             warnings.warn(text, stacklevel=2)
-        except UserWarning:  # with warnings as errors; what was measured must not be lost for this
+        except UserWarning:  # warnings are errors, but the results must not be lost
             show(text, error=True)
 
 
@@ -234,7 +234,7 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         return
-    # Builds and package managers make folders read-only.
+    # Builds and package managers can make folders read-only.
     for parent, names, _ in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             if not path.is_symlink():
@@ -244,7 +244,7 @@ def _delete(folder: Path) -> None:
 
 
 def _listed(root: Path) -> list[Path]:
-    """Return the folders of all worktrees of the repository, the main one too."""
+    """Return the folders of all worktrees of the repository, including the main one."""
     lines = _git(root, "worktree", "list", "--porcelain").split("\n")
     return [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
 
@@ -253,20 +253,21 @@ def _listed(root: Path) -> list[Path]:
 
 
 def _is_alive(owner: Path) -> bool:
-    """Return whether the process that wrote ``owner`` still runs."""
+    """Return whether the process that wrote ``owner`` is still running."""
     try:
         pid, start = owner.read_text().split()
         return _start_time(int(pid)) == start
-    except PermissionError:  # another user's, who can remove it
+    except PermissionError:  # another user owns it and can remove it
         return True
-    except (OSError, ValueError):  # gone with the folder, or cut off by a power cut
+    except (OSError, ValueError):  # removed with the folder, or truncated by a power failure
         return False
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since the machine did; a process that took
-    over the number of another has another time. None if there is no such process, ``unknown`` if
-    there is, but no ``/proc``."""
+    """Return a process's start time in clock ticks since boot, which tells reused ids apart.
+
+    Return None for no such process, and ``unknown`` for one without ``/proc``.
+    """
     if not (_PROC / "self" / "stat").exists():
         try:
             os.kill(pid, 0)
@@ -276,13 +277,13 @@ def _start_time(pid: int) -> str | None:
             return None
         return "unknown"
     try:
-        # proc(5): the state is field 3, the start time field 22. The name in field 2 may hold
+        # proc(5): the state is field 3, the start time field 22. The name in field 2 may contain
         # spaces and parentheses.
         stat = (_PROC / str(pid) / "stat").read_text("latin-1")
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]  # ended, but nobody asked how
+    return None if state in "ZX" else fields[18]  # Z and X: ended, but not reaped yet
 
 
 # -- git --------------------------------------------------------------------------------------
@@ -291,15 +292,14 @@ def _start_time(pid: int) -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     code, out, err = _run(folder, *arguments)
     if code != 0:
-        raise GitError(_complaint(err))
+        raise GitError(_error_summary(err))
     return out
 
 
 def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run git in ``folder`` and return its exit code and what it printed."""
     settings = [word for setting in _SETTINGS for word in ("-c", setting)]
     environ = {name: value for name, value in os.environ.items() if name not in LOCAL_VARIABLES}
-    # Messages that can be recognized, and no refreshed index written by a mere question.
+    # Untranslated messages, and no index refresh by commands that only read.
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
     pipe = subprocess.PIPE
     try:
@@ -316,19 +316,18 @@ def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
         try:
             out, err = process.communicate()
         except BaseException:
-            # Ended and not killed, as subprocess.run would: git removes what is half made.
+            # Terminate instead of killing (as subprocess.run does), so that git can clean up.
             process.terminate()
             process.wait()
             raise
     return process.returncode, os.fsdecode(out), os.fsdecode(err)
 
 
-def _complaint(err: str) -> str:
-    """Return the first line of an error that git prints, and the last one, which names what git
-    could not do. The first has the cause: what a filter such as git-lfs says goes before git's
-    own."""
+def _error_summary(err: str) -> str:
+    """Return the first line of git's errors, which has the cause (filters such as git-lfs print
+    before git does), and the last, which names the failed operation."""
     lines = [line for part in re.split(r"[\r\n]+", err) if (line := part.strip())]
-    lines = [line for line in lines if not _BESIDE.match(line)] or lines
+    lines = [line for line in lines if not _NOT_ERRORS.match(line)] or lines
     errors = [line for line in lines if line.startswith(("error: ", "fatal: "))]
     telling = dict.fromkeys([*lines[:1], *(errors or lines)[-1:]])
     return "; ".join(telling) or "git failed without a message"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.accuracy.limit import Limit
 from pytest_int8bench.accuracy.statistics.checks import ScoreError, numbers
-from pytest_int8bench.accuracy.statistics.verdict import _reach, judge, samples_to_pass
+from pytest_int8bench.accuracy.statistics.verdict import _rejection_distance, judge, samples_to_pass
 
 ONE_PERCENT = Limit.parse("1%")
 LIMITS = [ONE_PERCENT, Limit.parse("1pp")]
@@ -23,8 +23,8 @@ RNG = np.random.default_rng(20)
 SCORES = RNG.uniform(0.3, 0.9, 50)
 LOWER = np.clip(SCORES - RNG.normal(0, 0.02, 50), 0, 1)
 NO_LOWEST = (
-    "iou: worst must be a finite number, got {}; if scores have no lowest one, as log "
-    "likelihoods, clip them at one that is bad enough and give that"
+    "iou: worst must be a finite number, got {}; clip scores without a minimum, such "
+    "as log-likelihoods, at a low value and set worst to that value"
 )
 
 
@@ -46,7 +46,7 @@ def test_worst_must_be_a_finite_number(worst: Any, limit: Limit) -> None:
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 @pytest.mark.parametrize("scale", [1e101, 1e154, 1e155, 1e300, 1.7e308])
 def test_huge_scores(scale: float, limit: Limit) -> None:
-    expected = "iou: scores and worst must be at most 1e+100 in size, got "
+    expected = "iou: scores and worst must be at most 1e+100 in magnitude, got "
     assert refused(SCORES * scale, LOWER * scale, limit=limit).startswith(expected)
     assert refused(SCORES, LOWER, limit=limit, worst=-scale).startswith(expected)
     one = np.where(np.arange(50) == 3, -scale, SCORES)
@@ -61,7 +61,7 @@ def test_no_share_of_a_vanishing_metric(scale: float) -> None:
 
 
 def test_huge_aggregates() -> None:
-    expected = "iou: what aggregate returns must be at most 1e+100 in size, got "
+    expected = "iou: values of aggregate must be at most 1e+100 in magnitude, got "
     assert refused(SCORES, LOWER, aggregate=lambda r: r.mean() * 1e154).startswith(expected)
     # What each image adds is larger than the metric.
     assert refused(SCORES, LOWER, aggregate=lambda r: r[0] * 1e100).startswith(expected)
@@ -101,24 +101,27 @@ def test_a_limit_that_vanishes() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.array([1 + 2j, 3]), "scores must be numbers, the baseline has complex128"),
-        ([1 + 2j, 3], "scores must be numbers, the baseline has complex128"),
-        (np.array([1 + 2j, 3], dtype=object), "scores must be numbers, the baseline has complex"),
-        (["0.5", "0.7"], "scores must be numbers, the baseline has <U3"),
-        (np.array(["0.5", 1], dtype=object), "scores must be numbers, the baseline has str"),
-        ([None, 0.5], "scores must be numbers, the baseline has NoneType"),
-        (np.array(["2026-01-01"] * 2, dtype="M8[D]"), "scores must be numbers, the baseline has d"),
-        ([10**400, 1], "scores must be finite, the baseline has 1 that are not"),
-        ([Decimal("sNaN"), 1], "scores must be finite, the baseline has 1 that are not"),
+        (np.array([1 + 2j, 3]), "scores must be numbers, got complex128 for the baseline"),
+        ([1 + 2j, 3], "scores must be numbers, got complex128 for the baseline"),
+        (np.array([1 + 2j, 3], dtype=object), "scores must be numbers, got complex"),
+        (["0.5", "0.7"], "scores must be numbers, got <U3 for the baseline"),
+        (np.array(["0.5", 1], dtype=object), "scores must be numbers, got str"),
+        ([None, 0.5], "scores must be numbers, got NoneType for the baseline"),
+        (np.array(["2026-01-01"] * 2, dtype="M8[D]"), "scores must be numbers, got d"),
+        ([10**400, 1], "scores must be finite, got 1 non-finite score for the baseline"),
+        ([Decimal("sNaN"), 1], "scores must be finite, got 1 non-finite score for the baseline"),
         (
             np.array([1, 2], dtype=np.longdouble) * np.longdouble("1e4000"),
-            "scores must be finite, the baseline has 2 that are not",
+            "scores must be finite, got 2 non-finite scores for the baseline",
         ),
         (
             np.ma.masked_array([0.5, 0.7, 0.6], mask=[0, 1, 0]),
-            "scores must not be masked, the baseline has 1",
+            "scores must not be masked, got 1 masked score for the baseline",
         ),
-        ([[0.5], [0.5, 0.7]], "the baseline's scores are not an array: setting an array element"),
+        (
+            [[0.5], [0.5, 0.7]],
+            "the baseline's scores cannot be converted to an array: setting an array element",
+        ),
     ],
 )
 def test_what_is_no_array_of_real_numbers(given: Any, message: str) -> None:
@@ -183,4 +186,4 @@ def test_a_verdict_is_finite_or_refused(
 @pytest.mark.parametrize("at", [0.0, 1.7, 1e5, math.inf, math.nan])
 def test_the_search_for_a_bound_ends(step: float, at: float) -> None:
     """For any step, and a test that rejects late or never."""
-    assert not _reach(lambda by: by >= at, step) < 0
+    assert not _rejection_distance(lambda by: by >= at, step) < 0

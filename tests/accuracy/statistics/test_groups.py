@@ -157,12 +157,12 @@ def test_bounds_are_finite_with_few_groups(limit: Limit, sizes: tuple[int, ...])
         (4, "iou: groups must be a list of one label per sample, got 4"),
         (np.array(4), "iou: groups must be a list of one label per sample, got 4"),
         (iter([1, 1, 2, 2]), "iou: groups must be a list of one label per sample, got <list_iter"),
-        ([1, 1, None, 2], "iou: every sample must be in a group, sample 2 is not"),
-        ([1.0, math.nan, 2, 2], "iou: every sample must be in a group, sample 1 is not"),
-        (np.ones((4, 2)), "iou: labels of groups must be names or numbers, got [1.0, 1.0]"),
+        ([1, 1, None, 2], "iou: every sample must have a group label, got None for sample 2"),
+        ([1.0, math.nan, 2, 2], "iou: every sample must have a group label, got nan for sample 1"),
+        (np.ones((4, 2)), "iou: group labels must be names or numbers, got [1.0, 1.0]"),
         (
             ["a"] * 4,
-            "iou: needs at least 2 groups, got 1: the groups are what is sampled, not the ",
+            "iou: needs at least 2 groups, got 1; groups, not the samples in them, count as ",
         ),
     ],
 )

@@ -43,15 +43,15 @@ def zero_one(samples: int, lost: int, gained: int, right: int) -> tuple[Array, A
     return reference, candidate
 
 
-def flips(samples: int, lost: int, gained: int, **changes: Any) -> paired_exact.Flips:
+def flips(samples: int, lost: int, gained: int, **changes: Any) -> paired_exact.PairedExactTest:
     values = {"right": samples, "relative": False, "alpha": ALPHA, **changes}
-    return paired_exact.Flips(lost=lost, gained=gained, samples=samples, **values)
+    return paired_exact.PairedExactTest(lost=lost, gained=gained, samples=samples, **values)
 
 
 @pytest.fixture
 def no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes longest."""
-    monkeypatch.setattr(paired_exact.Flips, "needed", lambda self, limit, drop: 0)
+    monkeypatch.setattr(paired_exact.PairedExactTest, "needed", lambda self, limit, drop: 0)
 
 
 # --- Levels of the exact test ---
@@ -60,7 +60,7 @@ def no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
 def fewest_lost_that_fail(samples: int, count: int, limit: float, guess: int) -> int:
     @functools.cache
     def fails(lost: int) -> bool:
-        return flips(samples, lost, count - lost).at_most(limit) <= ALPHA
+        return flips(samples, lost, count - lost).p_at_most(limit) <= ALPHA
 
     lost = min(guess, count)
     while lost <= count and not fails(lost):
@@ -199,7 +199,7 @@ def test_the_score_is_tangos() -> None:
 @pytest.mark.usefixtures("no_advice")
 def test_without_disagreement_one_point_needs_300_samples() -> None:
     """0.99^n is the chance to see no flip; a hundredth of the level is spent on the interval."""
-    spent = ALPHA * paired_exact.NUISANCE_SHARE + paired_exact.LEFT_OUT
+    spent = ALPHA * paired_exact.NUISANCE_SHARE + paired_exact.TRUNCATED
     assert 0.99**299 > ALPHA - spent > 0.99**300
     assert judge(*zero_one(299, 0, 0, 240), ONE_POINT).outcome == "INCONCLUSIVE"
     assert judge(*zero_one(300, 0, 0, 240), ONE_POINT).outcome == "PASS"
@@ -221,16 +221,16 @@ def allowed(repeats: int) -> float:
 
 def passes(limit: Limit, alpha: float = ALPHA) -> Callable[[Array, Array], bool]:
     def decide(reference: Array, candidate: Array) -> bool:
-        test = module._plain((reference, candidate), limit, alpha, 0.0, "iou")[0]
-        return test.at_least(limit.value) <= alpha
+        test = module._score_test((reference, candidate), limit, alpha, 0.0, "iou")[0]
+        return test.p_at_least(limit.value) <= alpha
 
     return decide
 
 
 def fails(limit: Limit) -> Callable[[Array, Array], bool]:
     def decide(reference: Array, candidate: Array) -> bool:
-        test = module._plain((reference, candidate), limit, ALPHA, 0.0, "iou")[0]
-        return test.at_most(limit.value) <= ALPHA
+        test = module._score_test((reference, candidate), limit, ALPHA, 0.0, "iou")[0]
+        return test.p_at_most(limit.value) <= ALPHA
 
     return decide
 
@@ -300,9 +300,9 @@ def test_levels_under_normal_noise(samples: int, limit: Limit) -> None:
     decided = {"PASS": 0, "FAIL": 0}
 
     for _ in range(repeats):
-        test = module._plain(draw(rng), limit, ALPHA, 0.0, "iou")[0]
-        decided["PASS"] += test.at_least(limit.value) <= ALPHA
-        decided["FAIL"] += test.at_most(limit.value) <= ALPHA
+        test = module._score_test(draw(rng), limit, ALPHA, 0.0, "iou")[0]
+        decided["PASS"] += test.p_at_least(limit.value) <= ALPHA
+        decided["FAIL"] += test.p_at_most(limit.value) <= ALPHA
 
     assert decided["PASS"] / repeats <= allowed(repeats)
     assert decided["FAIL"] / repeats <= allowed(repeats)
@@ -410,7 +410,7 @@ def test_levels_with_an_aggregate(
 ) -> None:
     """A wide limit, so that the samples can pass at all."""
     # Counts lost and gained images, at the cost of one more metric for each.
-    monkeypatch.setattr(module, "swaps", lambda pairs, total, value: np.zeros(len(pairs[0])))
+    monkeypatch.setattr(module, "swap_effects", lambda pairs, total, value: np.zeros(len(pairs[0])))
     chance = chance_of(metric, classes, change, limit)
     repeats = 100
     rng = np.random.default_rng(RNG_SEED)
@@ -420,9 +420,9 @@ def test_levels_with_an_aggregate(
         reference = images(rng, samples, classes)
         candidate = change(rng, reference, chance)
         pairs = (reference, candidate)
-        test = module._jackknifed(pairs, limit, ALPHA, metric, "f1")[0]
-        decided["PASS"] += test.at_least(limit.value) <= ALPHA
-        decided["FAIL"] += test.at_most(limit.value) <= ALPHA
+        test = module._jackknife_test(pairs, limit, ALPHA, metric, "f1")[0]
+        decided["PASS"] += test.p_at_least(limit.value) <= ALPHA
+        decided["FAIL"] += test.p_at_most(limit.value) <= ALPHA
 
     assert decided["PASS"] / repeats <= allowed(repeats)
     assert decided["FAIL"] / repeats <= allowed(repeats)
@@ -537,11 +537,11 @@ def test_a_lossless_aggregate_passes_as_planned(
     [(500, 50, 50, 400, ONE_POINT), (200, 60, 60, 100, Limit.parse("6%"))],
 )
 def test_large_ask_holds(samples: int, lost: int, gained: int, right: int, limit: Limit) -> None:
-    """Beyond ``MANY_FLIPS`` the normal approximation computes the power."""
+    """Beyond ``MANY_DISCORDANT`` the normal approximation computes the power."""
     verdict = judge(*zero_one(samples, lost, gained, right), limit)
     needed, q = verdict.needed, (lost + gained) / samples
     assert needed is not None
-    assert needed * q > paired_exact.MANY_FLIPS
+    assert needed * q > paired_exact.MANY_DISCORDANT
     assert lossless_power(needed, right / samples, q, limit, points=9) >= mean_tests.POWER
 
 
@@ -554,7 +554,7 @@ def test_a_drop_of_two_points_fails_ever_more_often() -> None:
         for _ in range(30):
             lost, gained, _rest = rng.multinomial(samples, [0.03, 0.01, 0.96])
             test = flips(samples, lost, gained)
-            found.append((test.at_most(0.01) <= ALPHA, test.at_least(0.01) <= ALPHA))
+            found.append((test.p_at_most(0.01) <= ALPHA, test.p_at_least(0.01) <= ALPHA))
         failed.append(sum(fail for fail, _ in found) / 30)
         passed.append(sum(good for _, good in found) / 30)
     assert failed == sorted(failed)
@@ -636,9 +636,9 @@ def test_gains_never_spoil_a_pass(counts: tuple[int, int, int, int], limit: Limi
     samples, lost, gained, right = counts
     assume(right + gained < samples)
     relative = {"right": right, "relative": limit.relative}
-    if flips(samples, lost, gained, **relative).at_least(limit.value) <= ALPHA:
+    if flips(samples, lost, gained, **relative).p_at_least(limit.value) <= ALPHA:
         more = flips(samples, lost, gained + 1, **relative)
-        assert more.at_least(limit.value) <= ALPHA
+        assert more.p_at_least(limit.value) <= ALPHA
 
 
 @settings(max_examples=60)
@@ -702,15 +702,15 @@ GOOD = [0.5, 0.6, 0.7]
             GOOD,
             [0.5, math.nan, math.inf],
             {},
-            "iou: scores must be finite, the candidate has 2 that are not",
+            "iou: scores must be finite, got 2 non-finite scores for the candidate",
         ),
         (
             [math.nan, 0.5, 0.5],
             GOOD,
             {},
-            "iou: scores must be finite, the baseline has 1 that are not",
+            "iou: scores must be finite, got 1 non-finite score for the baseline",
         ),
-        (["a", "b"], GOOD, {}, "iou: scores must be numbers, the baseline has <U1"),
+        (["a", "b"], GOOD, {}, "iou: scores must be numbers, got <U1 for the baseline"),
         ([0.5], [0.5], {}, "iou: needs at least 2 samples, got 1"),
         (0.5, 0.5, {}, "iou: needs at least 2 samples, got 1"),
         (
@@ -731,19 +731,29 @@ GOOD = [0.5, 0.6, 0.7]
             {},
             "iou: a relative limit (1%) needs a baseline metric over 0, got 0",
         ),
-        (GOOD, [0.5, 0.6, -0.1], {}, "iou: scores must be at least 0, the candidate has -0.1"),
-        (GOOD, GOOD, {"worst": 0.55}, "iou: scores must be at least 0.55, the baseline has 0.5"),
+        (
+            GOOD,
+            [0.5, 0.6, -0.1],
+            {},
+            "iou: scores must be at least 0 (worst), got -0.1 for the candidate",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"worst": 0.55},
+            "iou: scores must be at least 0.55 (worst), got 0.5 for the baseline",
+        ),
         (
             GOOD,
             GOOD,
             {"aggregate": lambda rows: math.nan},
-            "iou: aggregate must return a finite number, got nan of 3 rows",
+            "iou: aggregate must return a finite number, got nan for 3 rows",
         ),
         (
             GOOD,
             GOOD,
             {"aggregate": lambda rows: 0.5 if len(rows) > 2 else math.inf},
-            "iou: aggregate must return a finite number, got inf of 2 rows",
+            "iou: aggregate must return a finite number, got inf for 2 rows",
         ),
         (
             GOOD,
@@ -761,7 +771,7 @@ GOOD = [0.5, 0.6, 0.7]
             [0.5, [0.5]],
             GOOD,
             {},
-            "iou: the baseline's scores are not an array: setting an array element with a ",
+            "iou: the baseline's scores cannot be converted to an array: setting an array element ",
         ),
     ],
 )

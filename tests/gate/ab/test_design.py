@@ -103,9 +103,9 @@ def test_a_design_that_would_not_find_it_is_refused(
     needed = design.blocks_needed(runs)
     listed = "over 1000 blocks" if needed is None else f"{needed} blocks"
     message = (
-        f"with {design.verdict_blocks} verdict blocks a slowdown of {slowdown} would be found with "
-        f"a probability of {math.floor(100 * design.power(runs))}% only ({conditions} between "
-        f"processes): {listed} are needed for 90%"
+        f"{design.verdict_blocks} verdict blocks detect a slowdown of {slowdown} with a "
+        f"probability of only {math.floor(100 * design.power(runs))}% ({conditions} between "
+        f"processes); 90% needs {listed}"
     )
     with pytest.raises(DesignError, match=f"^{re.escape(message)}$") as caught:
         design.check(runs)
@@ -122,7 +122,7 @@ def test_over_a_thousand_blocks_are_not_asked_for() -> None:
 )
 def test_margins_that_are_none(margin: float, max_slowdown: float) -> None:
     message = (
-        "margin must be at least 0 and under max_slowdown, "
+        "margin must be at least 0 and less than max_slowdown, "
         f"got {margin:g} with a max_slowdown of {max_slowdown:g}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

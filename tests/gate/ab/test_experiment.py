@@ -251,7 +251,8 @@ def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Co
     machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
     assert compare().statistic == "median"
     with pytest.raises(
-        AbError, match=r"^--statistic fastest: a revision's pytest-int8bench is too old to save it$"
+        AbError,
+        match=r"^--statistic fastest: the pytest-int8bench of one revision is too old to save it$",
     ):
         compare(statistic="fastest")
 
@@ -324,7 +325,7 @@ def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> 
     run = only_run(result)
     assert (run.outcome, run.exit_code, result.exit_code) == ("INCONCLUSIVE", 2, 2)
     assert re.fullmatch(
-        r"base differs from itself by (19\.9|20\.\d)% \[.*\]: the machine was not steady",
+        r"the base differs from itself by (19\.9|20\.\d)% \[.*\]: the machine was not steady",
         run.reason or "",
     )
 
@@ -377,8 +378,8 @@ def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
         "warm-up: base main (aaaaaaaaaa), 8 s",
         "warm-up: new HEAD (bbbbbbbbbb), 8 s",
         (
-            "1 run(s), about 8 s a process: screening in 32 s; then verdicts on what it flags, in "
-            "at most 3 min more"
+            "1 run, about 8 s per process: screening takes about 32 s, verdicts on flagged runs at "
+            "most 3 min more"
         ),
         *(f"screening {1 + place // 2}/2: {name}, 8 s" for place, name in enumerate(drawn)),
         "(worktrees removed)",
@@ -388,12 +389,12 @@ def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
 def test_what_is_flagged_is_said(machine: Machine, compare: Compare) -> None:
     machine.times |= {"slow": (1, 2), "slower": (1, 3)}
     compare()
-    assert "2 flagged, measured afresh: slow, slower" in machine.said
+    assert "measuring 2 flagged runs again: slow, slower" in machine.said
 
 
 def test_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
     result = compare(new=Revision("HEAD", BASE.commit))
-    assert result.notes == ("both are the same commit: this checks the machine",)
+    assert result.notes == ("both revisions are the same commit: this only checks the machine",)
     assert result.exit_code == 0
     assert machine.sides["base"].cache != machine.sides["new"].cache
 
@@ -551,7 +552,7 @@ def test_memory_that_only_compiling_takes_is_no_verdict(
     result = compare()
     assert (only_run(result).outcome, result.exit_code) == ("PASS", 0)
     assert machine.calls == ["base", "new", "new", *screening(root)]
-    assert "new ran out of memory while it compiled: once more" in machine.said
+    assert "new ran out of memory while compiling, warming up again" in machine.said
 
 
 def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) -> None:
@@ -596,7 +597,7 @@ def test_a_budget_knows_that_few_runs_take_less_time(
     # All but a second of a process is the run that screening clears.
     machine.change = lambda number, key, name: {"compile_s": 7.0} if name == "x" else {}
     result = compare(budget_s=10 * PROCESS_S + 4.5)
-    assert result.notes == ("--budget: verdict ended after 1 of 6 blocks",)
+    assert result.notes == ("--budget ended verdict after 1 of 6 blocks",)
     assert compare(budget_s=1e6).notes == ()  # and the same command goes on
     assert machine.calls == WARMING + screening(root) + verdict(root)
 
@@ -668,9 +669,7 @@ def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare, root:
     assert (run.outcome, run.judged) == ("PASS", None)
     assert result.notes == ()
     assert result.processes == 12
-    said = (
-        "screening 2/4: the GPU was slowed down (thermal (hardware)): the block is measured again"
-    )
+    said = "screening 2/4: the GPU was throttled (thermal (hardware)), measuring the block again"
     assert machine.said.count(said) == 1
 
 
@@ -680,7 +679,7 @@ def test_blocks_that_stay_hot_are_left_out(machine: Machine, compare: Compare) -
     # Block 2 three times, then block 3 once: no retry is left.
     assert len(machine.calls) == 2 + 2 + 3 * 2 + 2 + 2
     assert result.notes == tuple(
-        f"screening block {block} is left out: the GPU was slowed down (thermal (hardware))"
+        f"dropped screening block {block}: the GPU was throttled (thermal (hardware))"
         for block in (2, 3)
     )
 
@@ -701,9 +700,7 @@ def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare
     result = compare(retries=1)
     # The first look has one block, too few; the second one has three.
     assert len(machine.calls) == 2 + 8 + 2 + 16
-    assert result.notes == (
-        "verdict block 1 is left out: the GPU was slowed down (thermal (hardware))",
-    )
+    assert result.notes == ("dropped verdict block 1: the GPU was throttled (thermal (hardware))",)
     run = only_run(result)
     assert (run.outcome, estimate_of(run.judged).blocks) == ("FAIL", 3)
 
@@ -712,7 +709,11 @@ def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare:
     machine.change = lambda *_: HOT
     result = compare()
     run = only_run(result)
-    assert (run.outcome, run.exit_code, run.reason) == ("INCONCLUSIVE", 2, "only 0 of 6 blocks")
+    assert (run.outcome, run.exit_code, run.reason) == (
+        "INCONCLUSIVE",
+        2,
+        "measured only 0 of 6 blocks",
+    )
     assert (run.base_s, run.new_s) == (None, None)
     assert len(machine.calls) == 2 + 8 + 3 * 2 + 24
     assert len(result.notes) == 10
@@ -810,7 +811,7 @@ def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path,
     machine.number, machine.calls, machine.said, machine.now = 0, [], [], 5000.0
     interrupt(machine, compare, at)
     journal = journals(root)[-1]
-    hint = f"{at} processes are in {journal}: the same command goes on from there"
+    hint = f"{at} processes are saved in {journal}; run the same command again to resume"
     assert (hint in machine.said) is (at > 0)
 
     machine.number, machine.calls, machine.said = start_of_block(at), [], []
@@ -821,7 +822,7 @@ def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path,
     assert resumed.processes == 18 + at - start_of_block(at)
     assert len(journals(root)) == 2
     if at:
-        assert machine.said[0] == f"going on with {at} processes of {journal}"
+        assert machine.said[0] == f"resuming with {at} processes from {journal}"
 
 
 @pytest.mark.usefixtures("same_orders")
@@ -843,10 +844,10 @@ def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, ro
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 4, 8, 17) else {}
     whole = compare(retries=1)
-    assert [note.partition(" is left out")[0] for note in whole.notes] == [
-        "screening block 1",
-        "screening block 3",
-        "verdict block 2",
+    assert [note.partition(":")[0] for note in whole.notes] == [
+        "dropped screening block 1",
+        "dropped screening block 3",
+        "dropped verdict block 2",
     ]
 
     machine.number, machine.calls, machine.now = 0, [], 5000.0
@@ -916,7 +917,7 @@ def test_rejects_damaged_journal(machine: Machine, compare: Compare, root: Path,
     journal.write_bytes(whole + os.fsencode(line) + b"\n")
     with pytest.raises(AbError) as caught:
         compare()
-    assert str(caught.value) == f"{journal} is damaged (line 5): remove it to begin anew"
+    assert str(caught.value) == f"{journal} is damaged (line 5); remove it to start over"
     assert journal.read_bytes().startswith(whole)
 
 
@@ -930,8 +931,8 @@ def test_ignores_journal_of_other_version(machine: Machine, compare: Compare, ro
     assert len(machine.calls) == 10
     assert journal.read_text() == text
     assert machine.said[0] == (
-        f"{journal} is of another version of int8bench ab (journal 1, this one writes 2): it stays "
-        "there, and a new one is begun"
+        f"{journal} was written by another version of int8bench ab (schema 1 instead of 2): "
+        "keeping it, and starting a new journal"
     )
 
 
@@ -942,7 +943,7 @@ def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, r
     machine.calls, machine.said = [], []
     compare()
     assert len(machine.calls) == 10
-    assert not any("going on" in line for line in machine.said)
+    assert not any("resuming" in line for line in machine.said)
     assert first.read_text() == text
     assert len(journals(root)) == 2
 
@@ -1034,7 +1035,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
         with pytest.raises(AbError) as caught:
             compare()
     [journal] = journals(root)
-    assert str(caught.value) == f"{journal} cannot be written: No space left on device"
+    assert str(caught.value) == f"cannot write {journal}: No space left on device"
     assert "(worktrees removed)" in machine.said
     machine.calls = []
     assert compare().exit_code == 0
@@ -1061,11 +1062,11 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_process(
             return saving(journal)
 
         patch.setattr(AbJournal, "_is_saved", saved)
-        with pytest.raises(AbError, match="cannot be written: No space left on device"):
+        with pytest.raises(AbError, match=r"^cannot write .*: No space left on device$"):
             compare()
     [journal] = journals(root)
     assert all(json.loads(line) for line in journal.read_text().splitlines())
-    assert machine.said[-1].startswith(f"6 processes are in {journal}: ")
+    assert machine.said[-1].startswith(f"6 processes are saved in {journal}; ")
     machine.calls, machine.change = [], lambda *_: {}
     assert compare().exit_code == 0
     assert machine.calls == screening(root)[4:]
@@ -1083,7 +1084,7 @@ def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
     monkeypatch.setattr(AbJournal, "finish", full)
     assert compare().exit_code == 0
     [journal] = journals(root)
-    assert machine.said[-1].startswith(f"{journal} lacks ")
+    assert machine.said[-1].startswith("cannot write ")
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
@@ -1094,7 +1095,7 @@ def test_after_an_error_it_is_said_where_to_go_on(
     interrupt(machine, compare, 3, error)
     assert machine.said[-2:] == [
         "(worktrees removed)",
-        f"3 processes are in {journals(root)[0]}: the same command goes on from there",
+        f"3 processes are saved in {journals(root)[0]}; run the same command again to resume",
     ]
 
 
@@ -1105,7 +1106,8 @@ def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path)
     with FileLock(folder / "lock"), pytest.raises(AbError) as caught:
         compare()
     assert str(caught.value) == (
-        f"another int8bench ab runs in {folder}: two would disturb each other"
+        f"another int8bench ab is running in {folder}; wait for it to end, as two would disturb "
+        "each other"
     )
     assert len(machine.said) == said
     assert compare().exit_code == 0
@@ -1124,7 +1126,7 @@ def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: 
     with pytest.raises(AbError) as caught:
         compare()
     assert str(caught.value) == (
-        "HEAD (bbbbbbbbbb) runs with other software, or on another machine, than the base: "
+        "HEAD (bbbbbbbbbb) and the base must run with the same software on the same machine, got "
         "torch 2.0 -> 2.1; only the project's own code may differ"
     )
     assert machine.calls == WARMING
@@ -1139,8 +1141,8 @@ def test_machine_changes_midway(machine: Machine, compare: Compare, root: Path, 
         compare()
     [journal] = journals(root)
     assert str(caught.value) == (
-        "machine or software changed since the comparison began: cpu EPYC -> Xeon, "
-        f"torch 2.11.0 -> None; remove {journal} to begin anew"
+        "the machine or its software changed since the comparison began: cpu EPYC -> Xeon, "
+        f"torch 2.11.0 -> None; remove {journal} to start over"
     )
     assert len(machine.calls) == at + 1
     machine.environment, machine.calls = lambda number: ENVIRONMENT, []
@@ -1191,7 +1193,9 @@ def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root:
 def test_rejects_powerless_design_first(machine: Machine, compare: Compare, root: Path) -> None:
     with pytest.raises(DesignError) as caught:
         compare(design=Design(verdict_blocks=2, noise=0.03))
-    assert "with 2 verdict blocks a slowdown of 5% would be found with" in str(caught.value)
+    assert "2 verdict blocks detect a slowdown of 5% with a probability of only" in str(
+        caught.value
+    )
     assert "(1 run, noise 3% between processes)" in str(caught.value)
     assert list(root.iterdir()) == []
     assert machine.said == []
@@ -1217,7 +1221,7 @@ def test_rejects_budget_below_screening(machine: Machine, compare: Compare, root
     with pytest.raises(AbError) as caught:
         compare(budget_s=79)
     assert str(caught.value) == (
-        "--budget 79 s: screening alone needs about 64 s, after 16 s for warming up"
+        "--budget 79 s is too short: screening alone needs about 64 s, after 16 s of warm-up"
     )
     assert machine.calls == WARMING
     machine.calls = []
@@ -1229,7 +1233,7 @@ def test_compiling_is_not_reckoned_with(machine: Machine, compare: Compare) -> N
     """Processes after the first find what it compiled."""
     machine.change = lambda number, key, name: {"compile_s": 6.0} if number < 2 else {}
     compare()
-    assert any("about 2 s a process: screening in 16 s" in line for line in machine.said)
+    assert any("about 2 s per process: screening takes about 16 s" in line for line in machine.said)
 
 
 def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, root: Path) -> None:
@@ -1237,7 +1241,7 @@ def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, roo
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
     result = compare(budget_s=10 * PROCESS_S + 3.9 * 4 * PROCESS_S)
     assert machine.calls == WARMING + screening(root) + verdict(root, 3)
-    assert result.notes == ("--budget: verdict ended after 3 of 6 blocks",)
+    assert result.notes == ("--budget ended verdict after 3 of 6 blocks",)
     assert estimate_of(only_run(result).judged).blocks == 3
 
 
@@ -1245,8 +1249,12 @@ def test_a_budget_without_a_verdict_is_no_success(machine: Machine, compare: Com
     machine.times["x"] = (1, 2)
     result = compare(budget_s=10 * PROCESS_S)
     run = only_run(result)
-    assert (run.outcome, run.reason, result.exit_code) == ("INCONCLUSIVE", "only 0 of 6 blocks", 2)
-    assert result.notes == ("--budget: verdict ended after 0 of 6 blocks",)
+    assert (run.outcome, run.reason, result.exit_code) == (
+        "INCONCLUSIVE",
+        "measured only 0 of 6 blocks",
+        2,
+    )
+    assert result.notes == ("--budget ended verdict after 0 of 6 blocks",)
 
 
 def test_budget_ends_slow_screening(machine: Machine, compare: Compare, root: Path) -> None:
@@ -1256,12 +1264,12 @@ def test_budget_ends_slow_screening(machine: Machine, compare: Compare, root: Pa
     machine.before = before
     result = compare(budget_s=10 * PROCESS_S)
     assert machine.calls == WARMING + screening(root)[:4]
-    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+    assert result.notes == ("--budget ended screening after 2 of 4 blocks",)
     assert estimate_of(only_run(result).screened).blocks == 2
 
 
 OVERRUN = (
-    "--budget 80 s is used up; waiting for the processes of this block, no other block will start"
+    "--budget 80 s is used up: waiting for the processes of this block; no other block will start"
 )
 
 
@@ -1272,7 +1280,7 @@ def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compa
     machine.before = before
     result = compare(budget_s=10 * PROCESS_S)
     assert machine.said.count(OVERRUN) == 1
-    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+    assert result.notes == ("--budget ended screening after 2 of 4 blocks",)
 
 
 def test_tells_that_a_process_overruns_the_budget(
@@ -1296,7 +1304,7 @@ def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if number == 8 else {}
     result = compare(budget_s=10 * PROCESS_S)
     assert len(machine.calls) == 10
-    assert result.notes == ("--budget: screening ended after 3 of 4 blocks",)
+    assert result.notes == ("--budget ended screening after 3 of 4 blocks",)
 
 
 def test_a_budget_is_for_one_command(machine: Machine, compare: Compare, root: Path) -> None:
@@ -1311,7 +1319,7 @@ def test_resumes_within_small_budget(machine: Machine, compare: Compare) -> None
     interrupt(machine, compare, 6)
     result = compare(budget_s=1)
     assert machine.calls == []
-    assert result.notes == ("--budget: screening ended after 2 of 4 blocks",)
+    assert result.notes == ("--budget ended screening after 2 of 4 blocks",)
 
 
 def test_resume_keeps_screening_of_begun_verdicts(
@@ -1326,7 +1334,7 @@ def test_resume_keeps_screening_of_begun_verdicts(
     again = [*ab_plan.order_of("verdict", 0, 1, journals(root)[-1].stem)]
     assert machine.calls == again + verdict(root)[4:]
     assert result.notes == (
-        "screening block 1 is left out: the GPU was slowed down (thermal (hardware))",
+        "dropped screening block 1: the GPU was throttled (thermal (hardware))",
     )
 
 

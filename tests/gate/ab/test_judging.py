@@ -183,7 +183,7 @@ def test_a_control_is_called_unsteady_by_chance_at_the_level(
     logs[:2000, :, 3] += again
     logs[2000:, :, 3] -= again
     decided = decide(logs, np.tile(ABBA, (3, 1)), DEFAULT, 0.05, is_last=True)
-    for half in (decided.is_unsteady[:2000], decided.is_unsteady[2000:]):
+    for half in (decided.is_unstable[:2000], decided.is_unstable[2000:]):
         assert low / 2 <= half.mean() <= high / 2
 
 
@@ -300,8 +300,8 @@ def test_inconclusive() -> None:
     assert found.outcome == "INCONCLUSIVE"
     assert found.reason is not None
     assert re.fullmatch(
-        r"a slowdown of \S+% \[\S+, \S+\] is neither shown to be over 1% \(p 0\.\d+ for 1 run\) "
-        r"nor under 5%: at the noise seen \(\S+%\) \d+ blocks would decide",
+        r"the slowdown of \S+% \[\S+, \S+\] is not shown to be over 1% \(p = 0\.\d+ for 1 run\) "
+        r"or under 5%; at the observed noise \(\S+%\), \d+ blocks would decide",
         found.reason,
     )
     assert found.blocks_needed is not None
@@ -330,7 +330,7 @@ def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again:
     assert found.outcome == "INCONCLUSIVE"
     sign = "-" if again < 0 else ""
     assert found.reason is not None
-    assert found.reason.startswith(f"base differs from itself by {sign}")
+    assert found.reason.startswith(f"the base differs from itself by {sign}")
     assert found.reason.endswith("]: the machine was not steady")
     assert found.blocks_needed is None
 
@@ -382,7 +382,7 @@ def test_too_few_blocks_for_a_verdict(count: int) -> None:
         p=1.0,
         p_holm=1.0,
         control=None,
-        reason=f"only {count} of 6 blocks",
+        reason=f"measured only {count} of 6 blocks",
         blocks_needed=6,
     )
     found = judge(np.full((2, count, 4), 0.02), np.tile(ABBA, (count, 1)), DEFAULT)
@@ -415,9 +415,9 @@ GOOD = [[0.02, 0.03]]
         ([0.02, 0.03], GOOD, "base must have the shape (runs, blocks), got (2,)"),
         (GOOD, 0.02, "new must have the shape (runs, blocks), got ()"),
         (GOOD, [[0.02, 0.03, 0.04]], "new must have the shape of base, (1, 2), got (1, 3)"),
-        (GOOD, [[0.0, 0.03]], "new must be positive, finite seconds: 1 are not"),
-        ([[-1.0, math.nan]], GOOD, "base must be positive, finite seconds: 2 are not"),
-        (GOOD, [[math.inf, 0.03]], "new must be positive, finite seconds: 1 are not"),
+        (GOOD, [[0.0, 0.03]], "new must be positive and finite seconds, got 1 other value"),
+        ([[-1.0, math.nan]], GOOD, "base must be positive and finite seconds, got 2 other values"),
+        (GOOD, [[math.inf, 0.03]], "new must be positive and finite seconds, got 1 other value"),
     ],
 )
 def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
@@ -431,11 +431,11 @@ def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
         ([[0.02] * 4], [ABBA], "times must have the shape (runs, blocks, 4), got (1, 4)"),
         ([[[0.02] * 3]], [ABBA], "times must have the shape (runs, blocks, 4), got (1, 1, 3)"),
         ([[[0.02] * 4]], ABBA, "is_new must have the shape (blocks, 4), (1, 4), got (4,)"),
-        ([[[0.02] * 4]], [[True] * 4], "is_new must mark two processes of each block"),
+        ([[[0.02] * 4]], [[True] * 4], "is_new must mark exactly two processes in each block"),
         (
             [[[0.0, -1.0, math.nan, 1.0]]],
             [ABBA],
-            "times must be positive, finite seconds: 3 are not",
+            "times must be positive and finite seconds, got 3 other values",
         ),
     ],
 )

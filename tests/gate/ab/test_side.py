@@ -222,13 +222,13 @@ def add_project(side: Side) -> None:
 
 
 FOREIGN = (
-    "main (aaaaaaaaaa): module {module} was loaded from {path}, which is not this revision's: the "
-    "path to it is set somewhere, such as in a conftest.py or by an editable install "
-    "(see --install)"
+    "main (aaaaaaaaaa): module {module} was imported from {path}, not from this revision; remove "
+    "that path from sys.path, for example in a conftest.py or an editable install (see --install)"
 )
 INSTALLED = (
-    "main (aaaaaaaaaa): module {module} was loaded from {path}, not from the worktree: a package "
-    "that must be built or installed needs --install, such as --install 'pip install --no-deps .'"
+    "main (aaaaaaaaaa): module {module} was imported from {path}, not from the worktree; if the "
+    "package must be built or installed, pass the command, for example --install 'pip install "
+    "--no-deps .'"
 )
 
 
@@ -281,11 +281,11 @@ def test_where_code_may_come_from(
 def test_ignores_tree_python(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     stdlib = side.root / "env" / "lib" / "python3.11"
     process.modules = {"json": str(stdlib / "json" / "__init__.py")}
-    assert refusal(side).startswith("main (aaaaaaaaaa): module json was loaded from ")
+    assert refusal(side).startswith("main (aaaaaaaaaa): module json was imported from ")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(stdlib))
     assert side.measure([], None).results == [RESULT]
     process.modules = {"toy": str(side.root / "env" / "lib" / "toy.py")}
-    assert refusal(side).startswith("main (aaaaaaaaaa): module toy was loaded from ")
+    assert refusal(side).startswith("main (aaaaaaaaaa): module toy was imported from ")
 
 
 @pytest.mark.parametrize("where", [".", "python", "packages/toy"])
@@ -327,16 +327,16 @@ def test_a_project_file_that_is_none_is_left_alone(side: Side, process: Process,
 def test_rejects_other_root(side: Side, process: Process, commit: str | None, where: str) -> None:
     process.commit = commit
     assert refusal(side) == (
-        f"main (aaaaaaaaaa): pytest's root folder is not in the worktree{where}: leave out "
-        "--rootdir and -c"
+        f"main (aaaaaaaaaa): pytest's root folder must be in the worktree{where}; remove --rootdir "
+        "and -c from the pytest arguments"
     )
 
 
 # -- nothing measured -------------------------------------------------------------------------
 
 TOO_OLD = (
-    "main (aaaaaaaaaa): pytest-int8bench is missing there, turned off, or too old to be measured "
-    "by int8bench ab"
+    "main (aaaaaaaaaa): pytest-int8bench is missing in this revision, turned off, or too old for "
+    "int8bench ab"
 )
 
 
@@ -446,9 +446,9 @@ def test_a_module_that_git_ignores_is_named(
     (side.root / file).touch()
     process.has_journal, process.code, process.output = False, 2, f"E   {error}\n"
     assert refusal(side) == (
-        f"main (aaaaaaaaaa): module {name} is missing: {file} is in your working tree and not in "
-        "the revision; a file that a build makes needs --install, such as --install 'pip install "
-        "--no-deps .'"
+        f"main (aaaaaaaaaa): module {name} is missing: {file} is in your working tree, but not in "
+        "the revision; if a build creates it, pass the build command, for example "
+        "--install 'pip install --no-deps .'"
     )
 
 
@@ -494,7 +494,7 @@ def test_install_fails(side: Side, command: str, how: str) -> None:
     with pytest.raises(SideError) as caught:
         side.install(command)
     assert str(caught.value) == (
-        f"main (aaaaaaaaaa): --install ended with {how} (all of it is in {side.log})"
+        f"main (aaaaaaaaaa): --install failed with {how} (its output is in {side.log})"
     )
 
 

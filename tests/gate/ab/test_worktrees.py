@@ -220,7 +220,7 @@ def test_a_shallow_clone_is_named(root: Path, tmp_path: Path) -> None:
         with pytest.raises(GitError) as caught:
             resolve(clone, name)
         assert str(caught.value) == (
-            f"'{name}' is not a revision of {clone} (the clone is shallow: fetch its history, in "
+            f"'{name}' is not a revision of {clone} (the clone is shallow; fetch its history, in "
             "GitHub Actions with fetch-depth: 0)"
         )
 
@@ -370,8 +370,8 @@ def test_a_temporary_folder_in_the_repository(root: Path, monkeypatch: pytest.Mo
     with pytest.raises(GitError) as caught, worktrees(root, both(root)):
         pass
     assert str(caught.value) == (
-        f"the folder for temporary files, {inside}, is in the repository {root}: "
-        "set TMPDIR to one outside of it"
+        f"the temporary directory must be outside of the repository {root}, got {inside}; "
+        "set TMPDIR to another directory"
     )
     assert not list(inside.iterdir())
 
