@@ -159,6 +159,6 @@ def check_late_writes(workload: str, batch: Batch) -> None:
     """
     if batch.check_late():
         raise WorkloadError(
-            f"workload {workload!r}: the model wrote to its inputs at a later call than the first "
-            "ones, while it was measured: each call must see the same values"
+            f"workload {workload!r}: the model wrote to its inputs while it was measured, after "
+            "its first calls; each call must see the same values"
         )

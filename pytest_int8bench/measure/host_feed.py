@@ -203,8 +203,8 @@ class HostFeed:
             self.close()
             why = str(error).strip().splitlines()[-1]  # the worker's traceback precedes it
             raise FeedError(
-                f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes travel through "
-                f"shared memory: see whether {_SHARED_MEMORY} is large enough (docker: --shm-size)"
+                f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes pass through "
+                f"shared memory; check that {_SHARED_MEMORY} is large enough (docker: --shm-size)"
             ) from error
 
 
@@ -368,7 +368,7 @@ def _tensors_in(inputs: Any) -> list[torch.Tensor]:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.layout is not torch.strided:
-            raise WorkloadError(f"feed=host takes dense tensors, got one of {tensor.layout}")
+            raise WorkloadError(f"feed=host needs dense tensors, got layout {tensor.layout}")
         found.append(tensor)
         return tensor
 
