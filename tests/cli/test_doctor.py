@@ -397,7 +397,7 @@ def test_json_in_a_file(
     assert main(["doctor", "--json", "."]) == 2
     assert capsys.readouterr() == (
         "",
-        "int8bench doctor: . is not written: it is no regular file\n",
+        "int8bench doctor: refusing to overwrite .: not a regular file\n",
     )
 
 

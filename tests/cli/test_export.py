@@ -255,7 +255,7 @@ def test_pairs_of_files_need_a_name(
         (["missing.json"], "missing.json does not exist"),
         (["failed.json"], "failed.json holds no figure of a point that was measured"),
         (["folder"], "folder holds 2 files, one can be exported"),
-        (["fine.json", "--output", "fine.json"], "fine.json holds saved benchmarks, which are "),
+        (["fine.json", "--output", "fine.json"], "refusing to overwrite fine.json: it contains "),
         (["fine.json", "--output", "no/such/\0"], "ValueError"),
     ],
 )
