@@ -1,4 +1,4 @@
-"""End a process together with the one that started it."""
+"""End a process together with its parent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import signal
 import sys
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that comes when the parent ends
+_PR_SET_PDEATHSIG = 1  # prctl(2): set the signal to receive when the parent ends
 
 
 def end_with(is_parent: Callable[[int], bool]) -> bool:
-    """Have the system end this process when its parent ends. Return whether that can still be:
-    ``is_parent`` says whether a process id is that of the parent, which may have ended before.
+    """Make the system send this process SIGTERM when its parent ends (Linux only).
 
-    It is the end of the thread that counts that started this process. Only Linux has this;
-    elsewhere, nothing is done.
+    The signal is sent when the thread that started this process ends, even if other threads of the
+    parent live on.
+
+    Args:
+        is_parent: returns whether a process id belongs to the process that started this one.
+
+    Returns:
+        Whether the parent was still alive; always true on other systems.
     """
     if sys.platform != "linux":
         return True
