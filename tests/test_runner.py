@@ -624,7 +624,7 @@ def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -
 
 
 def test_the_suite_says_who_runs_it() -> None:
-    with pytest.raises(RuntimeError, match="are run by pytest_int8bench"):
+    with pytest.raises(RuntimeError, match="can only be run by pytest_int8bench"):
         Handover.from_env_vars({})
 
 
@@ -662,7 +662,9 @@ def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     with Handover.start("group", ["a"]) as given:
         monkeypatch.setattr("pytest_int8bench.processes.runner_files._append", fail)
-        with pytest.warns(UserWarning, match="cannot send a .record. message to the runner: .*File too large"):
+        with pytest.warns(
+            UserWarning, match="cannot send a .record. message to the runner: .*File too large"
+        ):
             given.note_line("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

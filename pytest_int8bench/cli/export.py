@@ -1,4 +1,4 @@
-"""``int8bench export``: a saved file in, files for services that keep a history out."""
+"""Implement ``int8bench export``, which converts a saved file for benchmark history services."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_NAMED = 10
 
 
 def add_export(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "export",
         help="write a saved file for Bencher or github-action-benchmark",
@@ -40,27 +40,30 @@ def add_export(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"file to write (default: stdout); {_GITHUB} takes a file for each direction, "
-        "FILE-bigger and FILE-smaller (default: int8bench.json, which makes int8bench-bigger.json "
+        help=f"file to write (default: stdout); {_GITHUB} needs one file per direction, "
+        "FILE-bigger and FILE-smaller (default: int8bench.json, that is, int8bench-bigger.json "
         "and int8bench-smaller.json)",
     )
     add_storage(parser)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code: 0, or 2 if there is nothing to export or a file
-    cannot be read or written."""
+    """Run the command and return its exit code.
+
+    Returns:
+        0, or 2 if there is nothing to export or a file cannot be read or written.
+    """
     try:
         found = find(arguments.file, arguments.storage, journals=True)
         if len(found) > 1:
-            raise FileError(f"{arguments.file} holds {len(found)} files, one can be exported")
+            raise FileError(f"{arguments.file} must be one saved file, got {len(found)} files")
         runs = read_runs(found)
         [run] = runs
         tell_broken("export", runs)
         metrics = exports.metrics(run.saved)
         _tell(exports.left_out(run.saved))
         if not metrics:
-            raise FileError(f"{run.path} holds no figure of a point that was measured")
+            raise FileError(f"{run.path} contains no successfully measured point to export")
         if arguments.format == _BENCHER:
             values = exports.bencher(metrics)
             if arguments.output is None:
@@ -78,11 +81,11 @@ def run_export(arguments: argparse.Namespace) -> int:
             path = output.with_stem(f"{output.stem}-{end}")
             if entries:
                 _put(path, entries)
-            elif path.exists():  # one of an earlier run would pass for this one's
+            elif path.exists():  # an older file would be mistaken for this run's
                 check_writable(path)
                 path.unlink()
             show(f"{path if entries else 'no file'}: tool {tool}, {plural(len(entries), 'figure')}")
-    except (OSError, ValueError) as error:  # SchemaError and FileError among them
+    except (OSError, ValueError) as error:  # includes SchemaError and FileError
         return refuse("export", error)
     return 0
 

@@ -138,7 +138,7 @@ def tell_broken(command: str, runs: Sequence[Run]) -> None:
 
 
 def refuse(command: str, problem: BaseException | str) -> int:
-    """Print the one line of an error and return the exit code."""
+    """Print an error as one line and return the exit code."""
     line = one_line(f"int8bench {command}".rstrip() + f": {problem}")
     show(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", error=True)
     return UNDECIDED

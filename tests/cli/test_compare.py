@@ -178,13 +178,16 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
     [
         (
             ["base.json"],
-            "give BASE and NEW, got 1 file(s); more runs of a side go to --base and --new",
+            "BASE and NEW must be two files, got 1; add more runs of a side with --base and --new",
         ),
         (
             ["a", "b", "c"],
-            "give BASE and NEW, got 3 file(s); more runs of a side go to --base and --new",
+            "BASE and NEW must be two files, got 3; add more runs of a side with --base and --new",
         ),
-        (["--base", "base.json"], "both sides need a file: --base and --new"),
+        (
+            ["--base", "base.json"],
+            "each side must have at least one file; give both --base and --new",
+        ),
         (["base.json", "nowhere.json"], "nowhere.json does not exist"),
         (["", "base.json"], "must be a file, a folder or a pytest-benchmark run number, got ''"),
         (
@@ -199,7 +202,10 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
             ["base.json", "new.json", "--junit=base.json"],
             "refusing to overwrite base.json: it is one of the files to compare",
         ),
-        (["base.json", "new.json", "--config=x.toml"], "--config: x.toml is not there"),
+        (
+            ["base.json", "new.json", "--config=x.toml"],
+            "--config must be an existing file, got x.toml",
+        ),
         (["base.json", "new.json", "--allow=commit"], "--allow: commit may always differ"),
     ],
 )

@@ -253,8 +253,8 @@ def test_pairs_of_files_need_a_name(
     ("arguments", "message"),
     [
         (["missing.json"], "missing.json does not exist"),
-        (["failed.json"], "failed.json holds no figure of a point that was measured"),
-        (["folder"], "folder holds 2 files, one can be exported"),
+        (["failed.json"], "failed.json contains no successfully measured point to export"),
+        (["folder"], "folder must be one saved file, got 2 files"),
         (["fine.json", "--output", "fine.json"], "refusing to overwrite fine.json: it contains "),
         (["fine.json", "--output", "no/such/\0"], "ValueError"),
     ],
