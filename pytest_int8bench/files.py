@@ -57,8 +57,7 @@ def write(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Append all of ``text`` or nothing to a file that others append to as well, such as
-    ``$GITHUB_STEP_SUMMARY``.
+    """Append all of ``text`` or nothing to a shared file such as ``$GITHUB_STEP_SUMMARY``.
 
     Raises:
         FileError: one line, if the file contains benchmarks or cannot be written.
@@ -95,9 +94,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append all of ``text`` or nothing to a file, creating it if needed.
-
-    The text is on disk when this returns.
+    """Append all of ``text`` or nothing, create the file if needed, and sync it to disk.
 
     Raises:
         OSError: if the text cannot be written; the file is unchanged.
@@ -173,8 +170,8 @@ class LineFile:
     """A file to which lines are appended, each synced to disk immediately.
 
     A line that cannot be written is retried with the next one. If the file has disappeared or
-    changed, all lines are rewritten. If another process has replaced it by a file of its own, that
-    file is left alone and the lines go to a new name.
+    changed, all lines are rewritten. If another file has taken its place, that file is left alone
+    and the lines go to a new name.
 
     Args:
         path: the existing file; see :meth:`save`.
@@ -244,7 +241,6 @@ class LineFile:
             self.path.unlink()
 
     def _found(self) -> tuple[bytes, int]:
-        """Return the start of the file and its size in bytes."""
         try:
             with self.path.open("rb") as file:
                 return file.read(len(self._mark)), os.fstat(file.fileno()).st_size
@@ -332,8 +328,7 @@ def plain_path(folder: Path) -> Path:
 
 
 def _links_folder(folder: Path) -> Path:
-    """Create and return the folder for links, preferably a permanent one: cached files keep these
-    paths."""
+    # Prefer a permanent folder, because compile caches keep the links' paths.
     with contextlib.suppress(RuntimeError, OSError):  # no home directory, or a read-only one
         links = cache_folder() / "links"
         if is_plain(links):
@@ -353,7 +348,7 @@ def _links_folder(folder: Path) -> Path:
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file, which may accept only a part per call."""
+    # An unbuffered file may accept only a part per call, for example if the disk is nearly full.
     left = memoryview(data)
     while left:
         written = file.write(left)

@@ -195,7 +195,6 @@ class ThroughputBenchmarkRunner:
         return self._save_folder or self._work_dir / DEFAULT_FOLDER
 
     def _measure(self, sweep: SweepFiles) -> None:
-        """Measure the points in as many processes as needed."""
         left = [point.run_name for point in self.points]
         while left:
             try:
@@ -246,11 +245,8 @@ class ThroughputBenchmarkRunner:
             show(f"int8bench: {problem}", error=True)
 
     def _run_pytest(self, handover: Handover) -> tuple[int, bool]:
-        """Run the points of ``handover``.
-
-        Returns:
-            The exit code, negative for a signal, and whether Ctrl-C interrupted this process.
-        """
+        """Run the points of ``handover``. Return the exit code, negative for a signal, and whether
+        Ctrl-C interrupted this process."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
         sets = [f"--int8-set={k}={v}" for k, v in measuring.items()]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]

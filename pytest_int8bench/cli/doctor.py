@@ -42,11 +42,8 @@ def add_doctor(commands: Any) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code.
-
-    Returns:
-        0, 1 if there is a problem to fix before measuring, or 2 if the JSON cannot be written.
-    """
+    """Run the command and return its exit code: 0, 1 if there is a problem to fix before measuring,
+    or 2 if the JSON cannot be written."""
     path = arguments.json
     try:
         if path is not None and path != _STDOUT:

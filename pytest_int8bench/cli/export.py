@@ -48,11 +48,8 @@ def add_export(commands: Any) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code.
-
-    Returns:
-        0, or 2 if there is nothing to export or a file cannot be read or written.
-    """
+    """Run the command and return its exit code: 0, or 2 if there is nothing to export or a file
+    cannot be read or written."""
     try:
         found = find(arguments.file, arguments.storage, journals=True)
         if len(found) > 1:

@@ -64,11 +64,8 @@ def publish(
     cases: Sequence[Case],
     exit_code: int,
 ) -> int:
-    """Write the requested files, then print the report.
-
-    Returns:
-        ``exit_code``, or 2 instead of 0 if a file could not be written.
-    """
+    """Write the requested files, then print the report. Return ``exit_code``, or 2 instead of 0 if
+    a file could not be written."""
     outputs: list[Callable[[], None]] = []
     if path := arguments.json:
         outputs.append(lambda: write(path, json.dumps(values(), indent=2) + "\n"))

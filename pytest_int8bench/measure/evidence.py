@@ -205,7 +205,6 @@ def check_labels(
 
 
 def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
-    """Compare the attention kernels that ran with the requested backend."""
     label = params.run_name
     int8 = [kernel for kernel in evidence.kernels if is_int8_attention_kernel(kernel.name)]
     if bool(int8) != params.int8_attention:
@@ -218,7 +217,7 @@ def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
             f"kernels: {evidence.top()}"
         )
     ran = attention_kernel(kernel.name for kernel in evidence.kernels if kernel not in int8)
-    # The names of math attention's kernels do not identify it; those of our kernels do.
+    # Math attention cannot be recognized by its kernels' names, but our own kernels can.
     unknown = None if asked != SHORT else asked
     if asked != "auto" and ran not in (unknown, asked):
         raise EvidenceError(

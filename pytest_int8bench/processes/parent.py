@@ -13,16 +13,13 @@ _PR_SET_PDEATHSIG = 1  # prctl(2): set the signal to receive when the parent end
 
 
 def end_with(is_parent: Callable[[int], bool]) -> bool:
-    """Make the system send this process SIGTERM when its parent ends (Linux only).
-
-    The signal is sent when the thread that started this process ends, even if other threads of the
-    parent live on.
+    """Make Linux send this process SIGTERM when the thread that started it ends.
 
     Args:
-        is_parent: returns whether a process id belongs to the process that started this one.
+        is_parent: returns whether a process id is the parent's.
 
     Returns:
-        Whether the parent was still alive; always true on other systems.
+        Whether the parent is still alive; always true on other systems.
     """
     if sys.platform != "linux":
         return True

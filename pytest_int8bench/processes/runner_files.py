@@ -20,11 +20,10 @@ _RECORD, _JSON = "record", "json"
 
 @dataclass(frozen=True)
 class Handover:
-    """A file with the points to run, to which the measuring process appends its progress and
-    results.
+    """A file with the points to run, to which the measuring process appends progress and results.
 
-    The file is in memory if the system supports that. A full disk then costs no result, and a
-    killed runner leaves no file behind.
+    It is in memory if the system supports that, so that a full disk costs no result and a killed
+    runner leaves no file behind.
     """
 
     path: Path
@@ -50,8 +49,7 @@ class Handover:
         """Write the points for a new process.
 
         Raises:
-            OSError: if the file cannot be written: the system has no in-memory files, and the disk
-                is full.
+            OSError: if the disk is full and the system has no in-memory files.
         """
         with _exchange() as path:
             written = None if journal is None else str(journal)
