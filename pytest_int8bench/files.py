@@ -20,8 +20,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./+@:%~=,-]*")
 #: Disk errors that may have passed by the next write.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 #: Free space that a disk must have; the smallest benchmark files are about this size.
-_ROOM_BYTES = 1 << 16
-_SHORT_NAME = 100
+_PROBE_BYTES = 1 << 16
+_PROBE_NAME_LENGTH = 100
 # Keys of saved files and journals, including damaged ones and those of newer versions.
 _BENCHMARKS = re.compile(r'"(benchmarks|int8bench)"\s*:')
 
@@ -51,7 +51,7 @@ def write(path: Path, text: str) -> None:
     Raises:
         FileError: one line, if ``path`` contains benchmarks or cannot be written.
     """
-    with _one_line(path):
+    with _as_file_error(path):
         check_writable(path)
         replace_text(path, text)
 
@@ -62,10 +62,10 @@ def append(path: Path, text: str) -> None:
     Raises:
         FileError: one line, if the file contains benchmarks or cannot be written.
     """
-    with _one_line(path):
+    with _as_file_error(path):
         if path.is_file() and _is_saved(path.read_text(encoding="utf-8", errors="replace")):
             raise FileError(f"refusing to append to {path}: it contains saved benchmarks")
-        with _read_if_pipe(path):
+        with _with_reader(path):
             append_text(path, text)
 
 
@@ -136,7 +136,7 @@ def probe_report(path: Path) -> None:
         FileError: one line, if the file cannot be written.
     """
     folder = next(folder for folder in path.absolute().parents if folder.exists())
-    with _one_line(path):
+    with _as_file_error(path):
         probe(folder / path.name)
 
 
@@ -156,9 +156,9 @@ def probe(path: Path) -> None:
             return
     elif path.exists():  # a pipe from the shell, such as /dev/fd/63, whose target has no path
         return
-    beside = target.with_name(f".{target.name[:_SHORT_NAME]}.{os.getpid()}")
+    beside = target.with_name(f".{target.name[:_PROBE_NAME_LENGTH]}.{os.getpid()}")
     try:
-        create(beside, " " * _ROOM_BYTES)
+        create(beside, " " * _PROBE_BYTES)
     except PermissionError:
         if not target.exists():
             raise
@@ -363,7 +363,7 @@ def _is_saved(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _read_if_pipe(path: Path) -> Iterator[None]:
+def _with_reader(path: Path) -> Iterator[None]:
     """Refuse a named pipe without a reader, because opening it for writing would block."""
     if not path.is_fifo():
         yield
@@ -381,7 +381,7 @@ def _read_if_pipe(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _as_file_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -97,7 +97,7 @@ def _library() -> Any | None:
     return pynvml
 
 
-def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
+def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
     """Call an NVML function by name.
 
     Arguments that are strings starting with ``NVML_`` are replaced by the constants they name.
@@ -131,17 +131,17 @@ def _uuids() -> list[list[str]] | None:
         return None
     try:
         count = pynvml.nvmlDeviceGetCount()
-        return [_of_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+        return [_uuids_of(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
     except Exception:  # NVML fails (containers, WSL)
         return None
 
 
-def _of_gpu(pynvml: Any, handle: Any) -> list[str]:
-    mode = _ask(pynvml, "nvmlDeviceGetMigMode", handle)  # None for a GPU that cannot be split
+def _uuids_of(pynvml: Any, handle: Any) -> list[str]:
+    mode = _call(pynvml, "nvmlDeviceGetMigMode", handle)  # None for a GPU that cannot be split
     if not (mode and mode[0]):
         return [_text(pynvml.nvmlDeviceGetUUID(handle))]
     places = range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
-    instances = [_ask(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in places]
+    instances = [_call(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in places]
     return [_text(pynvml.nvmlDeviceGetUUID(found)) for found in instances if found is not None]
 
 
@@ -184,7 +184,7 @@ class Gpu:
 
     def driver(self) -> str | None:
         """Return the driver version."""
-        version = _ask(self.pynvml, "nvmlSystemGetDriverVersion")
+        version = _call(self.pynvml, "nvmlSystemGetDriverVersion")
         return None if version is None else _text(version)
 
     def name(self) -> str | None:
@@ -264,7 +264,7 @@ class Gpu:
         return None if millijoules is None else float(millijoules) / 1000
 
     def _read(self, function: str, *arguments: str) -> Any:
-        return _ask(self.pynvml, function, self.handle, *arguments)
+        return _call(self.pynvml, function, self.handle, *arguments)
 
 
 def whole_gpus() -> list[tuple[Gpu, list[str]]] | None:
@@ -273,7 +273,7 @@ def whole_gpus() -> list[tuple[Gpu, list[str]]] | None:
     pynvml, uuids = _library(), _uuids()
     if pynvml is None or uuids is None:
         return None
-    handles = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(len(uuids))]
+    handles = [_call(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(len(uuids))]
     return [
         (Gpu(pynvml, handle, None, False), part)
         for handle, part in zip(handles, uuids, strict=True)
@@ -284,7 +284,7 @@ def driver_cuda() -> tuple[int, int] | None:
     """Return the newest CUDA version that the driver supports; None without NVML."""
     if (pynvml := _library()) is None:
         return None
-    version = _ask(pynvml, "nvmlSystemGetCudaDriverVersion")
+    version = _call(pynvml, "nvmlSystemGetCudaDriverVersion")
     return None if version is None else (version // 1000, version % 1000 // 10)
 
 
@@ -296,13 +296,13 @@ def find_gpu(uuid: str) -> Gpu | None:
     # torch omits the prefix, so the UUID may be a GPU's or a MIG instance's.
     candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for candidate in candidates:
-        if (handle := _ask(pynvml, "nvmlDeviceGetHandleByUUID", candidate)) is not None:
+        if (handle := _call(pynvml, "nvmlDeviceGetHandleByUUID", candidate)) is not None:
             break
     else:
         return None
     instance = None
-    if _ask(pynvml, "nvmlDeviceIsMigDeviceHandle", handle):
-        whole = _ask(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
+    if _call(pynvml, "nvmlDeviceIsMigDeviceHandle", handle):
+        whole = _call(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
         if whole is not None:
             instance, handle = handle, whole
     return Gpu(pynvml, handle, instance, candidate.startswith("MIG") or instance is not None)
@@ -315,5 +315,5 @@ _MIG_STATES = {0: "off", 1: "on"}
 def _mig_profile(pynvml: Any, instance: Any) -> str:
     """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``, or ``on``
     if it is unknown."""
-    name = _text(_ask(pynvml, "nvmlDeviceGetName", instance) or "")
+    name = _text(_call(pynvml, "nvmlDeviceGetName", instance) or "")
     return name.rpartition(" MIG ")[2] if " MIG " in name else "on"

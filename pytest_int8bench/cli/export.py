@@ -18,7 +18,7 @@ from pytest_int8bench.words import plural
 _BENCHER, _GITHUB = "bencher", "github-action-benchmark"
 #: Tool of github-action-benchmark -> whether higher values are better, and the end of its file.
 _TOOLS = {"customBiggerIsBetter": (True, "bigger"), "customSmallerIsBetter": (False, "smaller")}
-_MOST_NAMED = 10
+_NAMED = 10
 
 
 def add_export(commands: Any) -> None:
@@ -58,7 +58,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         [run] = runs
         tell_broken("export", runs)
         metrics = exports.metrics(run.saved)
-        _tell(exports.left_out(run.saved))
+        _show_left_out(exports.left_out(run.saved))
         if not metrics:
             raise FileError(f"{run.path} contains no successfully measured point to export")
         if arguments.format == _BENCHER:
@@ -66,7 +66,7 @@ def run_export(arguments: argparse.Namespace) -> int:
             if arguments.output is None:
                 print_json(values)
             else:
-                _put(arguments.output, values)
+                _write_json(arguments.output, values)
             return 0
         output = arguments.output or Path("int8bench.json")
         if not output.name:
@@ -77,7 +77,7 @@ def run_export(arguments: argparse.Namespace) -> int:
             )
             path = output.with_stem(f"{output.stem}-{end}")
             if entries:
-                _put(path, entries)
+                _write_json(path, entries)
             elif path.exists():  # an older file would be mistaken for this run's
                 check_writable(path)
                 path.unlink()
@@ -87,14 +87,14 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _put(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Any) -> None:
     check_writable(path)
     write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def _tell(left_out: list[str]) -> None:
+def _show_left_out(left_out: list[str]) -> None:
     if not left_out:
         return
-    more = len(left_out) - _MOST_NAMED
-    named = "; ".join(left_out[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    more = len(left_out) - _NAMED
+    named = "; ".join(left_out[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
     show(one_line(f"int8bench export: left out: {named}"), error=True)

@@ -29,7 +29,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 #: GitHub accepts up to 65,536 characters in a comment.
 _COMMENT_BYTES = 60_000
 #: Maximum characters of an error line; some errors quote the contents of a file.
-_LONGEST = 2000
+_MAX_LENGTH = 2000
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +137,7 @@ def tell_broken(command: str, runs: Sequence[Run]) -> None:
 def refuse(command: str, problem: BaseException | str) -> int:
     """Print an error as one line and return the exit code."""
     line = one_line(f"int8bench {command}".rstrip() + f": {problem}")
-    show(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", error=True)
+    show(line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]}...", error=True)
     return UNDECIDED
 
 

@@ -78,7 +78,7 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
     else:
         # Relay the output: with a closed pipe or a full disk, pytest would end without a table.
         environ["PYTHONIOENCODING"] = "utf-8"
-        with handling(exit_now, *ENDING), _shown() as out, _shown(error=True) as err:
+        with handling(exit_now, *ENDING), _relayed() as out, _relayed(error=True) as err:
             code = run(whole, cwd=Path.cwd(), env=environ, log=out, errors=err)
     if code >= 0:
         return UNDECIDED if code else PASSES  # a failed test (pytest's 1) is not a regression
@@ -87,7 +87,7 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
 
 
 @contextlib.contextmanager
-def _shown(*, error: bool = False) -> Iterator[IO[str]]:
+def _relayed(*, error: bool = False) -> Iterator[IO[str]]:
     """Yield a file whose text is printed to stdout or stderr as it is written."""
     read_end, write_end = os.pipe()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -511,7 +511,7 @@ class Watcher(TorchFunctionMode):
 def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, name: str) -> None:
     with watching():
         result = measure(throughput, make_workload(), BF16)
-    assert result.reason == f"timed with {name} active; the times include the overhead"
+    assert result.reason == f"timed with {name} active; times include the overhead"
     with torch.device("cpu"):  # what torch.set_default_device enters
         assert measure(throughput, make_workload(), BF16).reason is None
 

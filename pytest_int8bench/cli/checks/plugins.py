@@ -13,7 +13,7 @@ from pytest_int8bench.clock import lasting_tracers
 
 _BENCHMARK = "pytest-benchmark"
 # Plugins that affect timings -> how they do it, and the remedy.
-_DISTURBING = {
+_AFFECTING_TIMINGS = {
     "pytest-codspeed": ("--codspeed disables timing", "run without --codspeed"),
     "pytest-cov": ("--cov traces Python, except while the timer runs", "run with --no-cov"),
     "pytest-memray": ("--memray tracks every allocation", "run without --memray"),
@@ -50,10 +50,10 @@ def plugins(machine: Machine) -> Iterator[Line]:
     """Name the installed plugins, with warnings about those that affect timings."""
     found = _plugins()
     for name in found:
-        if name in _DISTURBING:
-            how, remedy = _DISTURBING[name]
+        if name in _AFFECTING_TIMINGS:
+            how, remedy = _AFFECTING_TIMINGS[name]
             yield Line(WARNING, f"{name} is installed: {how}", remedy)
-    known = {OURS, _BENCHMARK, *_DISTURBING}
+    known = {OURS, _BENCHMARK, *_AFFECTING_TIMINGS}
     others = ", ".join(name for name in found if name not in known)
     yield Line(OK, f"other plugins, not known to affect timings: {others or 'none'}")
 

@@ -17,7 +17,7 @@ from pytest_int8bench.environment import package_version
 
 OURS = "pytest-int8bench"
 #: Packages with separate lines.
-_APART = ("torch", "torchao", "pytest", "pytest-benchmark")
+_CHECKED_SEPARATELY = ("torch", "torchao", "pytest", "pytest-benchmark")
 # Version prefixes of torch and Triton that together give wrong results on a GPU -> for which code.
 _MISCOMPILES = {("2.13.", "3.7.1"): "slice assignments, as in RoPE (pytorch#193183)"}
 
@@ -56,7 +56,7 @@ def others(machine: Machine) -> Iterator[Line]:
         text = f"{OURS} is not installed, so pytest does not find the plugin"
         yield Line(PROBLEM, text, f"pip install {OURS}")
         return
-    lines = [installed(name) for name in requirements(OURS) if name not in _APART]
+    lines = [installed(name) for name in requirements(OURS) if name not in _CHECKED_SEPARATELY]
     yield Line(OK, f"{OURS} {version}, with {', '.join(x.text for x in lines if x.mark == OK)}")
     yield from (line for line in lines if line.mark != OK)
 

@@ -214,11 +214,11 @@ def main() -> None:
     """Print torch's report, stage by stage."""
     warnings.simplefilter("ignore")
     for name, stage in _STAGES.items():
-        _say(begins=name)
+        _emit(begins=name)
         try:
-            _say(values=stage())
+            _emit(values=stage())
         except Exception as error:
-            _say(problems={name: _text(error)})
+            _emit(problems={name: _text(error)})
             if name == "torch":
                 return  # all other stages need torch
 
@@ -228,7 +228,7 @@ def _text(error: Exception) -> str:
     return line if isinstance(error, ClearError) else f"{type(error).__name__}: {line}"
 
 
-def _say(**entry: Any) -> None:
+def _emit(**entry: Any) -> None:
     print(f"\n{_MARK}{json.dumps(entry)}", flush=True)
 
 
