@@ -131,7 +131,7 @@ def _check_runs(origin: Origin, model: nn.Module, *, tolerance: float) -> None:
     if mine.foreign is not None:
         raise DifferentError(f"it runs {mine.foreign!r} of another model")
     if mine.out_of_memory or theirs.out_of_memory or theirs.error is not None:
-        return  # what is wrong shows where the models are measured
+        return  # measuring the models will report the problem
     if mine.error is not None:
         raise DifferentError(f"its forward fails, unlike the baseline's: {mine.error}")
     if not _same(mine.outputs, theirs.outputs, tolerance):
