@@ -1,4 +1,4 @@
-"""Write files whole or not at all, name them by time, and find the folder for cached ones."""
+"""Write files atomically, name them by time, and find the cache folder."""
 
 from __future__ import annotations
 
@@ -16,69 +16,67 @@ from typing import BinaryIO
 
 from pytest_int8bench.errors import ClearError
 
-# Keys of saved files and journals, also of damaged ones and of those of newer versions.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+@:%~=,-]*")
-#: Errors of a disk that may be gone when it is written to again.
+#: Disk errors that may have passed by the next write.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-#: What must fit on a disk that is not full: the smallest files of benchmarks have as much.
-_ROOM_BYTES = 1 << 16
-_SHORT_NAME = 100
+#: Free space that a disk must have; the smallest benchmark files are about this size.
+_PROBE_BYTES = 1 << 16
+_PROBE_NAME_LENGTH = 100
+# Keys of saved files and journals, including damaged ones and those of newer versions.
 _BENCHMARKS = re.compile(r'"(benchmarks|int8bench)"\s*:')
 
 
 class FileError(ClearError, ValueError):
-    """There is no such file, or it must not be written."""
+    """A file does not exist, or must not be written."""
 
 
 def check_writable(path: Path) -> None:
-    """Refuse to write over what is no report.
+    """Refuse to overwrite anything but a report.
 
     Raises:
-        FileError: one line, if ``path`` holds benchmarks or is no regular file.
-        OSError: if it cannot be read.
+        FileError: one line, if ``path`` contains benchmarks or is not a regular file.
+        OSError: if the file cannot be read.
     """
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_file():
-        raise FileError(f"{path} is not written: it is no regular file")
+        raise FileError(f"refusing to overwrite {path}: not a regular file")
     if _BENCHMARKS.search(path.read_text(encoding="utf-8", errors="replace")):
-        raise FileError(f"{path} holds saved benchmarks, which are not overwritten")
+        raise FileError(f"refusing to overwrite {path}: it contains saved benchmarks")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a report whole or not at all. A report that is there is replaced, a saved file of
-    benchmarks is not.
+    """Write a report atomically, replacing an older report but never saved benchmarks.
 
     Raises:
-        FileError: one line, if ``path`` holds benchmarks or cannot be written.
+        FileError: one line, if ``path`` contains benchmarks or cannot be written.
     """
-    with _one_line(path):
+    with _as_file_error(path):
         check_writable(path)
         replace_text(path, text)
 
 
 def append(path: Path, text: str) -> None:
-    """Add to a file that others add to as well, such as ``$GITHUB_STEP_SUMMARY``: all of ``text``
-    or nothing.
+    """Append all of ``text`` or nothing to a shared file such as ``$GITHUB_STEP_SUMMARY``.
 
     Raises:
-        FileError: one line, if it holds benchmarks or cannot be written.
+        FileError: one line, if the file contains benchmarks or cannot be written.
     """
-    with _one_line(path):
+    with _as_file_error(path):
         if path.is_file() and _is_saved(path.read_text(encoding="utf-8", errors="replace")):
-            raise FileError(f"{path} holds saved benchmarks, which are not added to")
-        with _read_if_pipe(path):
+            raise FileError(f"refusing to append to {path}: it contains saved benchmarks")
+        with _with_reader(path):
             append_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Make a file with this text, or replace the one that is there, which keeps its mode.
+    """Create a file with this text, or replace an existing one and keep its mode.
 
     The text is on disk when this returns. Readers see the old text or the new one, never a part.
-    The folder is made if it does not exist.
+    The folder is created if it does not exist.
 
     Raises:
-        OSError: if it cannot be written; the old file is as it was.
+        OSError: if the file cannot be written; an old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -90,26 +88,25 @@ def replace_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.chmod(_mode(path))
         partial.replace(path)
-    except BaseException:  # also at Ctrl-C
+    except BaseException:  # includes Ctrl-C
         partial.unlink(missing_ok=True)
         raise
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add all of ``text`` to a file, which is made if it does not exist, or nothing of it. It is
-    on disk when this returns.
+    """Append all of ``text`` or nothing, create the file if needed, and sync it to disk.
 
     Raises:
-        OSError: if it cannot be written; the file is as it was.
+        OSError: if the text cannot be written; the file is unchanged.
     """
-    # Unbuffered: a buffer keeps what could not be written, and writes it when the file is closed.
+    # A buffer would keep text that could not be written, and write it when the file is closed.
     with path.open("ab", buffering=0) as file:
         before = file.tell() if path.is_file() else None  # None for a device or a pipe
         try:
             _write_all(file, text.encode())
             if before is not None:
                 os.fsync(file.fileno())
-        except BaseException:  # also at Ctrl-C
+        except BaseException:  # includes Ctrl-C
             if before is not None:
                 with contextlib.suppress(OSError):
                     file.truncate(before)
@@ -117,70 +114,70 @@ def append_text(path: Path, text: str) -> None:
 
 
 def create(path: Path, text: str) -> None:
-    """Make a file that is not there yet. Of several processes that do so at once, one succeeds.
+    """Create a new file. If several processes try at once, only one succeeds.
 
     Raises:
-        FileExistsError: if it is there, or a link to nowhere is.
-        OSError: if it cannot be made; then there is none.
+        FileExistsError: if the path exists, even as a dangling link.
+        OSError: if the text cannot be written; no file is left behind.
     """
     with path.open("xb", buffering=0) as file:
         try:
             _write_all(file, text.encode())
             os.fsync(file.fileno())
-        except BaseException:  # also at Ctrl-C
+        except BaseException:  # includes Ctrl-C
             path.unlink(missing_ok=True)
             raise
 
 
 def probe_report(path: Path) -> None:
-    """Try whether :func:`write` can write a file, as :func:`probe` does; its folder need not exist.
+    """Check with :func:`probe` that :func:`write` can write a file, whose folder need not exist.
 
     Raises:
-        FileError: one line, if it cannot be written.
+        FileError: one line, if the file cannot be written.
     """
     folder = next(folder for folder in path.absolute().parents if folder.exists())
-    with _one_line(path):
+    with _as_file_error(path):
         probe(folder / path.name)
 
 
 def probe(path: Path) -> None:
-    """Try whether a file can be written: whether its path can be, and whether the disk has room.
-    Nothing is changed.
+    """Check that a path is writable and its disk has room, without changing the file.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     target = real_path(path)
     if target.is_fifo():
-        raise OSError(errno.EINVAL, "a named pipe, which nobody may read", str(path))
+        raise OSError(errno.EINVAL, "a named pipe, which may have no reader", str(path))
     if target.exists():
         with target.open("rb+" if target.is_file() else "ab"):
             pass
         if not target.is_file():
             return
-    elif path.exists():  # a pipe of the shell, such as /dev/fd/63: its target has no path
+    elif path.exists():  # a pipe from the shell, such as /dev/fd/63, whose target has no path
         return
-    beside = target.with_name(f".{target.name[:_SHORT_NAME]}.{os.getpid()}")
+    beside = target.with_name(f".{target.name[:_PROBE_NAME_LENGTH]}.{os.getpid()}")
     try:
-        create(beside, " " * _ROOM_BYTES)
+        create(beside, " " * _PROBE_BYTES)
     except PermissionError:
         if not target.exists():
             raise
-        return  # no other file can be made beside it
+        return  # the folder is read-only, but the file itself could be opened
     beside.unlink()
 
 
 class LineFile:
-    """A file that lines are added to, each on disk at once.
+    """A file to which lines are appended, each synced to disk immediately.
 
-    A line that cannot be written is written with the next one. A file that is gone, or not as it
-    was left, is written anew; one that is another's by now is left alone, and another name taken.
+    A line that cannot be written is retried with the next one. If the file has disappeared or
+    changed, all lines are rewritten. If another file has taken its place, that file is left alone
+    and the lines go to a new name.
 
     Args:
-        path: the file, which is there; see :meth:`save`.
-        lines: returns all lines that it is to hold, without their ends.
-        mark: what the first of them starts with, and no other file.
-        size: its bytes, None if it must be written anew.
+        path: the existing file; see :meth:`save`.
+        lines: returns all lines of the file, without line ends.
+        mark: start of the first line, which identifies this file.
+        size: size of the file in bytes, or None if it must be rewritten.
     """
 
     def __init__(
@@ -193,28 +190,28 @@ class LineFile:
         self._unwritten: list[str] = []
 
     def add(self, line: str) -> None:
-        """Add a line, which ``lines`` returns from now on.
+        """Append a line, which ``lines`` must return from now on.
 
         Raises:
-            OSError: if it cannot be written; the file is as it was.
+            OSError: if it cannot be written; the file is unchanged.
         """
         self._unwritten.append(line)
         self.save()
 
     def rewrite(self) -> None:
-        """Write all lines anew.
+        """Rewrite all lines.
 
         Raises:
-            OSError: if they cannot be written; the file is as it was.
+            OSError: if they cannot be written; the file is unchanged.
         """
         self._size = None
         self.save()
 
     def save(self) -> None:
-        """Write what the file lacks.
+        """Write the missing lines.
 
         Raises:
-            OSError: if it cannot be written; the file is as it was.
+            OSError: if they cannot be written; the file is unchanged.
         """
         start, size = self._found()
         if start == self._mark and size == self._size:
@@ -228,14 +225,14 @@ class LineFile:
         self._unwritten.clear()
 
     def lacking(self) -> int:
-        """Return how many lines the file lacks, or holds otherwise than they are to be."""
+        """Return how many lines are missing from the file or differ from ``lines``."""
         start, size = self._found()
         if start == self._mark and size == self._size:
             return len(self._unwritten)
         return len([*self._lines()])
 
     def remove(self) -> None:
-        """Remove the file, unless it is not as it was left: what is in it then is another's.
+        """Remove the file, unless it has changed and may belong to another process.
 
         Raises:
             OSError: if it cannot be removed.
@@ -244,7 +241,6 @@ class LineFile:
             self.path.unlink()
 
     def _found(self) -> tuple[bytes, int]:
-        """Return how the file starts, and its bytes."""
         try:
             with self.path.open("rb") as file:
                 return file.read(len(self._mark)), os.fstat(file.fileno()).st_size
@@ -266,12 +262,12 @@ def _joined(lines: Iterable[str]) -> str:
 
 
 def real_path(path: Path) -> Path:
-    """Return where a path leads; ``resolve`` may raise RuntimeError for a circle of links."""
+    """Resolve a path's links; ``Path.resolve`` may raise RuntimeError for a circle of links."""
     return Path(os.path.realpath(path))
 
 
 def relative(path: Path) -> Path:
-    """Return a path from the current folder, if it is in it and there still is one."""
+    """Return ``path`` relative to the current folder if that exists and contains it."""
     try:
         return path.relative_to(Path.cwd())
     except (ValueError, OSError):
@@ -279,18 +275,18 @@ def relative(path: Path) -> Path:
 
 
 def timestamp() -> str:
-    """Return the current time for the name of a file, in UTC: 20260131T235959Z."""
+    """Return the current UTC time for file names, such as ``20260131T235959Z``."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for files that can be made again; it may not exist yet.
+    """Return the user's cache folder, which may not exist yet.
 
-    It is ``pytest-int8bench`` in ``$XDG_CACHE_HOME``, or in ``~/.cache`` where that variable is
-    empty or holds a relative path, which the XDG specification tells programs to ignore.
+    It is ``pytest-int8bench`` in ``$XDG_CACHE_HOME``, or in ``~/.cache`` if that variable is unset,
+    empty or a relative path, which the XDG specification tells programs to ignore.
 
     Raises:
-        RuntimeError: if there is no home directory.
+        RuntimeError: if the user has no home directory.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
@@ -298,7 +294,7 @@ def cache_folder() -> Path:
 
 
 def is_noexec(folder: Path) -> bool:
-    """Return whether ``folder``, which may not exist yet, is where no code can be loaded from."""
+    """Return whether ``folder``, which need not exist, is on a file system mounted ``noexec``."""
     if not hasattr(os, "statvfs"):  # Windows
         return False
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -306,16 +302,18 @@ def is_noexec(folder: Path) -> bool:
 
 
 def is_plain(path: Path | str) -> bool:
-    """Return whether command lines need no quotes for ``path``."""
+    """Return whether ``path`` needs no quotes on a command line."""
     return _PLAIN.fullmatch(str(path)) is not None
 
 
 def plain_path(folder: Path) -> Path:
-    """Return a path of ``folder`` that command lines need no quotes for: its own or, where that has
-    spaces or quotes, a link in :func:`cache_folder` or in a folder for temporary files.
+    """Return a path to ``folder`` that needs no quotes on a command line.
+
+    If the path itself needs quotes, this is a link in :func:`cache_folder` or in a folder for
+    temporary files.
 
     Raises:
-        OSError: if the link cannot be made, or all these folders need quotes too.
+        OSError: if the link cannot be created, or all these folders need quotes too.
     """
     if is_plain(folder):
         return folder
@@ -330,8 +328,8 @@ def plain_path(folder: Path) -> Path:
 
 
 def _links_folder(folder: Path) -> Path:
-    """Make and return the folder for links, which the caches behind them need for good."""
-    with contextlib.suppress(RuntimeError, OSError):  # no home, or one that cannot be written to
+    # Prefer a permanent folder, because compile caches keep the links' paths.
+    with contextlib.suppress(RuntimeError, OSError):  # no home directory, or a read-only one
         links = cache_folder() / "links"
         if is_plain(links):
             links.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +339,7 @@ def _links_folder(folder: Path) -> Path:
     temporary = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
     usable = [path for path in temporary if is_plain(path) and path.is_dir()]
     if not usable:
-        raise OSError(errno.EINVAL, "must be a path without spaces and quotes", str(folder))
+        raise OSError(errno.EINVAL, "must be a path without spaces or quotes", str(folder))
     links = usable[0] / f"int8bench-links-{user}"
     links.mkdir(mode=0o700, exist_ok=True)
     if links.lstat().st_uid != user:
@@ -350,7 +348,7 @@ def _links_folder(folder: Path) -> Path:
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write to an unbuffered file, which may take less at a time: a disk that is nearly full."""
+    # An unbuffered file may accept only a part per call, for example if the disk is nearly full.
     left = memoryview(data)
     while left:
         written = file.write(left)
@@ -360,13 +358,13 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 
 
 def _is_saved(text: str) -> bool:
-    """Return whether a file is saved benchmarks, also damaged ones, not a page that shows some."""
+    """Return whether a text is a saved, possibly damaged file, not a page that quotes one."""
     return text.lstrip().startswith("{") and _BENCHMARKS.search(text) is not None
 
 
 @contextlib.contextmanager
-def _read_if_pipe(path: Path) -> Iterator[None]:
-    """Refuse a named pipe that nobody reads: opening it to write would wait for a reader."""
+def _with_reader(path: Path) -> Iterator[None]:
+    """Refuse a named pipe without a reader, because opening it for writing would block."""
     if not path.is_fifo():
         yield
         return
@@ -375,23 +373,23 @@ def _read_if_pipe(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OSError(error.errno, "a named pipe that nobody reads", str(path)) from None
+        raise OSError(error.errno, "a named pipe without a reader", str(path)) from None
     try:
-        yield  # with the pipe open, so that its reader does not take it for ended
+        yield  # keep the pipe open, so that its reader sees no end of file yet
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def _as_file_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path} is not written: {error.strerror or error}") from None
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _mode(path: Path) -> int:
-    """Return the mode of a file, or the one that a new file gets."""
+    """Return the mode of an existing file, or the default mode of a new one."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mode & 0o777
     current = os.umask(0)

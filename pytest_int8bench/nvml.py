@@ -1,6 +1,6 @@
-"""GPUs through NVML: which ones a process may use, their state and their energy counter.
+"""Query NVML for the GPUs that a process may use, their state and their energy counter.
 
-The only module that knows pynvml. Only :func:`seen_by_cuda` starts CUDA.
+This is the only module that imports pynvml. Only :func:`seen_by_cuda` initializes CUDA.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _UUIDS = ("GPU-", "MIG-")
 def visible(environ: Mapping[str, str] | None = None) -> list[str] | None:
     """Return the GPUs that a process may use, each as ``CUDA_VISIBLE_DEVICES`` would name it.
 
-    Where that variable is set, what it names, read as CUDA reads it: up to the first entry that is
-    no device, and nothing if one is named twice. Else the UUID of each GPU or, of a GPU with MIG
-    on, of each of its instances: CUDA alone would show a process the first one only.
+    If that variable is set, its entries are read as CUDA reads them: up to the first entry that is
+    not a device, and none at all if one occurs twice. Otherwise every GPU is listed by UUID, or by
+    the UUIDs of its instances if MIG is on, although CUDA alone would show only the first instance.
 
     Returns:
-        The names, or None where only CUDA itself knows: NVML does not answer, and the variable is
-        not set.
+        The names, or None if only CUDA knows, because the variable is not set and NVML does not
+        answer.
     """
     environ = os.environ if environ is None else environ
     there = _uuids()
@@ -42,21 +42,22 @@ def visible(environ: Mapping[str, str] | None = None) -> list[str] | None:
 
 
 def described(names: list[str], environ: Mapping[str, str] | None = None) -> str:
-    """Say how many GPUs there are, and where that comes from."""
+    """Describe how many GPUs there are and who says so, such as ``this machine has 2 GPUs``."""
     environ = os.environ if environ is None else environ
     where = f"{VISIBLE} names" if VISIBLE in environ else "this machine has"
     return f"{where} {len(names)} GPU{'s' * (len(names) != 1)}"
 
 
 def pin(number: int, environ: MutableMapping[str, str] | None = None) -> str | None:
-    """Leave a process one GPU of those it may use, before it starts CUDA.
+    """Restrict a process that has not initialized CUDA to one of the GPUs that it may use.
 
     Args:
-        number: which one, from 0.
-        environ: where to say so; ``os.environ`` by default.
+        number: index of the GPU, from 0.
+        environ: the environment to change; ``os.environ`` by default.
 
     Returns:
-        Its name in ``CUDA_VISIBLE_DEVICES``, or None, with nothing changed, if there are fewer.
+        The GPU's name in ``CUDA_VISIBLE_DEVICES``, or None, with nothing changed, if there are
+        fewer GPUs.
     """
     environ = os.environ if environ is None else environ
     names = visible(environ)
@@ -68,13 +69,13 @@ def pin(number: int, environ: MutableMapping[str, str] | None = None) -> str | N
 
 
 def seen_by_cuda() -> int:
-    """Return how many GPUs CUDA shows this process. Loads torch, and starts CUDA."""
+    """Return how many GPUs this process sees. Imports torch and initializes CUDA."""
     import torch
 
     if not torch.cuda.is_available():
         return 0
-    # Not device_count(), which asks NVML and reads the variable anew: what was true when CUDA
-    # was started holds.
+    # device_count() would ask NVML and read the variable again, but only its value at the time when
+    # CUDA was initialized counts.
     return int(torch._C._cuda_getDeviceCount())
 
 
@@ -82,7 +83,7 @@ _initialized: Any = None
 
 
 def _library() -> Any | None:
-    """Return pynvml, initializing NVML on the first call; None if NVML is missing or refuses
+    """Return pynvml, initializing NVML on the first call, or None if NVML is missing or fails
     (containers, WSL)."""
     global _initialized
     try:
@@ -96,10 +97,12 @@ def _library() -> Any | None:
     return pynvml
 
 
-def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
-    """Call a function of NVML by its name; a string among ``arguments`` that begins with ``NVML_``
-    stands for a constant. Return None where it refuses, and where this driver or pynvml has no such
-    function or constant."""
+def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
+    """Call an NVML function by name.
+
+    Arguments that are strings starting with ``NVML_`` are replaced by the constants they name.
+    Return None if the call fails, or if this driver or pynvml lacks the function or constant.
+    """
     try:
         values = [
             getattr(pynvml, argument)
@@ -117,28 +120,28 @@ def _kind(entry: str) -> str:
 
 
 def _is_device(entry: str, there: list[list[str]] | None) -> bool:
-    if entry.startswith(_UUIDS):  # the start of one is enough
+    if entry.startswith(_UUIDS):  # CUDA accepts a prefix of a UUID
         return there is None or any(uuid.startswith(entry) for part in there for uuid in part)
     return entry.isdecimal() and (there is None or int(entry) < len(there))
 
 
 def _uuids() -> list[list[str]] | None:
-    """Return the UUID of each GPU, or those of its MIG instances; None without NVML."""
+    """Return a list per GPU, with its UUID or the UUIDs of its MIG instances; None without NVML."""
     if (pynvml := _library()) is None:
         return None
     try:
         count = pynvml.nvmlDeviceGetCount()
-        return [_of_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
-    except Exception:  # NVML refuses (containers, WSL)
+        return [_uuids_of(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+    except Exception:  # NVML fails (containers, WSL)
         return None
 
 
-def _of_gpu(pynvml: Any, handle: Any) -> list[str]:
-    mode = _ask(pynvml, "nvmlDeviceGetMigMode", handle)  # None for a GPU that cannot be split
+def _uuids_of(pynvml: Any, handle: Any) -> list[str]:
+    mode = _call(pynvml, "nvmlDeviceGetMigMode", handle)  # None for a GPU that cannot be split
     if not (mode and mode[0]):
         return [_text(pynvml.nvmlDeviceGetUUID(handle))]
     places = range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle))
-    instances = [_ask(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in places]
+    instances = [_call(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in places]
     return [_text(pynvml.nvmlDeviceGetUUID(found)) for found in instances if found is not None]
 
 
@@ -146,15 +149,15 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-# Clocks held down by heat or power. Power capping by software (0x4) is left out: a GPU at full load
-# touches it in normal operation.
+# Clocks reduced by heat or power. Software power capping (0x4) is left out, because a GPU at full
+# load reaches it in normal operation.
 _THROTTLED = {0x8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
 _THROTTLED |= {0x80: "power brake"}
 
 
 class GpuState(TypedDict):
-    """Clock, temperature, power and throttling of a GPU at one time; None where NVML does not
-    answer."""
+    """Clock, temperature, power and throttling of a GPU at one time; a value is None if NVML does
+    not answer."""
 
     sm_clock_mhz: int | None
     temperature_c: int | None
@@ -163,25 +166,25 @@ class GpuState(TypedDict):
 
 
 def throttled(state: GpuState | None) -> list[str]:
-    """Return the reasons in ``state`` for which the GPU runs slower than it could."""
+    """Return the reasons in ``state`` why the GPU is throttled."""
     return list(state["throttle_reasons"]) if state else []
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as NVML knows it. Each method returns None where NVML does not answer."""
+    """A GPU as NVML reports it. Methods return None if NVML does not answer."""
 
     pynvml: Any
     handle: Any
-    """The whole GPU, also for a MIG instance: driver, clocks and power are the whole GPU's."""
+    """The whole GPU, even for a MIG instance, because driver, clocks and power belong to it."""
     instance: Any | None
-    """The MIG instance, where the process has one."""
+    """The MIG instance, if the process has one."""
     is_instance: bool
-    """The UUID names a MIG instance; an old driver gives no handle of the whole GPU for one."""
+    """Whether the UUID names a MIG instance. Old drivers do not give the handle of its GPU."""
 
     def driver(self) -> str | None:
-        """Return the version of the driver."""
-        version = _ask(self.pynvml, "nvmlSystemGetDriverVersion")
+        """Return the driver version."""
+        version = _call(self.pynvml, "nvmlSystemGetDriverVersion")
         return None if version is None else _text(version)
 
     def name(self) -> str | None:
@@ -200,7 +203,7 @@ class Gpu:
         return None if found is None else (int(found[0]), int(found[1]))
 
     def memory_bytes(self) -> int | None:
-        """Return the memory of the whole GPU."""
+        """Return the memory of the whole GPU in bytes."""
         memory = self._read("nvmlDeviceGetMemoryInfo")
         return None if memory is None else int(memory.total)
 
@@ -210,17 +213,17 @@ class Gpu:
         return None if milliwatts is None else milliwatts / 1000
 
     def default_power_limit_w(self) -> float | None:
-        """Return the power limit in watts that the GPU comes with."""
+        """Return the GPU's default power limit in watts."""
         milliwatts = self._read("nvmlDeviceGetPowerManagementDefaultLimit")
         return None if milliwatts is None else milliwatts / 1000
 
     def max_sm_clock_mhz(self) -> int | None:
-        """Return the clock of the multiprocessors that the GPU can reach."""
+        """Return the maximum SM clock in MHz."""
         clock: int | None = self._read("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM")
         return clock
 
     def processes(self) -> list[int] | None:
-        """Return the ids of the processes that compute on the whole GPU."""
+        """Return the ids of the processes that compute on any part of the GPU."""
         found = self._read("nvmlDeviceGetComputeRunningProcesses")
         return None if found is None else [int(process.pid) for process in found]
 
@@ -232,7 +235,7 @@ class Gpu:
         return _MIG_STATES.get(mode and mode[0])
 
     def state(self) -> GpuState:
-        """Return clock, temperature, power and throttle reasons."""
+        """Return the current clock, temperature, power and throttle reasons."""
         usage = self._read("nvmlDeviceGetPowerUsage")
         return {
             "sm_clock_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
@@ -242,35 +245,35 @@ class Gpu:
         }
 
     def throttle_reasons(self) -> list[str] | None:
-        """Return why the GPU runs slower than it could."""
+        """Return why the GPU is throttled, as an empty list if it is not."""
         reasons = self._read("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # the older name
+        if reasons is None:  # the function's older name
             reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
         if reasons is None:
             return None
         return [name for bit, name in _THROTTLED.items() if reasons & bit]
 
     def counts_own_energy(self) -> bool:
-        """Return whether :meth:`energy_j` counts what this process uses: not with MIG, where the
-        counter is that of the whole GPU and all its instances."""
+        """Return whether :meth:`energy_j` counts only this GPU's use; with MIG, all instances share
+        one counter."""
         return not self.is_instance and self.mig() != "on"
 
     def energy_j(self) -> float | None:
-        """Return the energy in joules since the driver was loaded (Volta and later)."""
+        """Return the energy in joules used since the driver was loaded (Volta and later)."""
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else float(millijoules) / 1000
 
     def _read(self, function: str, *arguments: str) -> Any:
-        return _ask(self.pynvml, function, self.handle, *arguments)
+        return _call(self.pynvml, function, self.handle, *arguments)
 
 
 def whole_gpus() -> list[tuple[Gpu, list[str]]] | None:
-    """Return the GPUs of this machine, each with its UUID or, with MIG on, with those of its
-    instances; None without NVML."""
+    """Return the GPUs of this machine, each with its UUID, or with the UUIDs of its instances if
+    MIG is on; None without NVML."""
     pynvml, uuids = _library(), _uuids()
     if pynvml is None or uuids is None:
         return None
-    handles = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(len(uuids))]
+    handles = [_call(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(len(uuids))]
     return [
         (Gpu(pynvml, handle, None, False), part)
         for handle, part in zip(handles, uuids, strict=True)
@@ -278,37 +281,39 @@ def whole_gpus() -> list[tuple[Gpu, list[str]]] | None:
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """Return the newest CUDA that the driver knows, None without NVML."""
+    """Return the newest CUDA version that the driver supports; None without NVML."""
     if (pynvml := _library()) is None:
         return None
-    version = _ask(pynvml, "nvmlSystemGetCudaDriverVersion")
+    version = _call(pynvml, "nvmlSystemGetCudaDriverVersion")
     return None if version is None else (version // 1000, version % 1000 // 10)
 
 
 def find_gpu(uuid: str) -> Gpu | None:
-    """Return the GPU or MIG instance with the UUID that torch gives, or None without NVML."""
+    """Return the GPU or MIG instance with the UUID that torch gives; None if NVML does not find
+    it."""
     if (pynvml := _library()) is None:
         return None
-    # torch leaves out which of the two a UUID is of.
+    # torch omits the prefix, so the UUID may be a GPU's or a MIG instance's.
     candidates = [uuid] if uuid.startswith(("GPU", "MIG")) else [f"GPU-{uuid}", f"MIG-{uuid}"]
     for candidate in candidates:
-        if (handle := _ask(pynvml, "nvmlDeviceGetHandleByUUID", candidate)) is not None:
+        if (handle := _call(pynvml, "nvmlDeviceGetHandleByUUID", candidate)) is not None:
             break
     else:
         return None
     instance = None
-    if _ask(pynvml, "nvmlDeviceIsMigDeviceHandle", handle):
-        whole = _ask(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
+    if _call(pynvml, "nvmlDeviceIsMigDeviceHandle", handle):
+        whole = _call(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
         if whole is not None:
             instance, handle = handle, whole
     return Gpu(pynvml, handle, instance, candidate.startswith("MIG") or instance is not None)
 
 
-#: By NVML's current mode: without an instance of its own a process sees the whole GPU, or none.
+#: NVML's current MIG mode -> state, for a process without a MIG instance.
 _MIG_STATES = {0: "off", 1: "on"}
 
 
 def _mig_profile(pynvml: Any, instance: Any) -> str:
-    """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``."""
-    name = _text(_ask(pynvml, "nvmlDeviceGetName", instance) or "")
+    """Return the profile of a MIG instance as nvidia-smi names it, such as ``1g.10gb``, or ``on``
+    if it is unknown."""
+    name = _text(_call(pynvml, "nvmlDeviceGetName", instance) or "")
     return name.rpartition(" MIG ")[2] if " MIG " in name else "on"

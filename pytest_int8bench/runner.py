@@ -1,4 +1,4 @@
-"""The Python front: a sweep as a configuration object, run through pytest.
+"""The Python API: configure a sweep in an object and run it through pytest.
 
 >>> config = ThroughputBenchmarkRunnerConfig(
 ...     default_run_params=RunParams(int8_enabled=True), sweep_keys=["int8_mode"]
@@ -45,41 +45,41 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class RunnerError(RuntimeError):
-    """The process that measures could not be run."""
+    """The measuring process could not run, or its files cannot be written."""
 
 
 @dataclass(kw_only=True)
 class ThroughputBenchmarkRunnerConfig:
-    """A sweep around one point. Exactly one of ``sweep_keys`` and ``sweep_dict`` says over what."""
+    """A sweep around one point. Set exactly one of ``sweep_keys`` and ``sweep_dict``."""
 
     default_run_params: RunParams | None = None
-    """The point whose other fields are kept; ``RunParams()`` by default."""
+    """The point whose fields are kept unless swept; ``RunParams()`` by default."""
     sweep_keys: Sequence[str] | None = None
-    """Names of sweeps, keys of ``SWEEPS``."""
+    """Names of sweeps, which are keys of ``SWEEPS``."""
     sweep_dict: Mapping[str, Sequence[Any]] | None = None
     """RunParams field (or ``extra.NAME``) -> values."""
     cross_product_sweep: bool = False
-    """All combinations instead of one axis at a time."""
+    """Measure all combinations instead of one axis at a time."""
     sweep_group_name: str | None = None
     """Group of the results in pytest-benchmark's JSON and of the runs in Weights & Biases, and
-    start of the names of the files; ``throughput`` by default."""
+    prefix of the file names; ``throughput`` by default."""
     save_folder: str | os.PathLike[str] | None = None
-    """Where the JSON and the journals are written, made if it is not there. Several runners may use
-    one folder at once. Of a process that was killed, the JSON has the results, but not the rounds.
+    """Folder for the JSON and the journals, created if it does not exist. Several runners may use
+    one folder at once. If a process is killed, the JSON has its results but not its rounds.
     By default, journals go to ``.benchmarks/int8bench`` in ``work_dir``, and no JSON is written."""
     work_dir: str | os.PathLike[str] = "."
-    """Folder the benchmarks run in, made if it is not there."""
+    """Folder in which the benchmarks run, created if it does not exist."""
     workload: str = "olmoearth"
-    """What to measure, as in ``--int8-workload``; paths start from ``work_dir``."""
+    """Workload to measure, as in ``--int8-workload``; relative paths start from ``work_dir``."""
     pytest_args: Sequence[str] = ()
     """More arguments for pytest, such as ``--int8-no-baseline`` or ``-x``."""
 
     def build(self) -> ThroughputBenchmarkRunner:
-        """Expand the sweep and return its runner. Nothing is run.
+        """Expand the sweep and return its runner without running anything.
 
         Raises:
-            ValueError: for neither or both of ``sweep_keys`` and ``sweep_dict``, an unknown key
-                or field, or a bad value.
+            ValueError: if neither or both of ``sweep_keys`` and ``sweep_dict`` are set, a key or
+                field is unknown, or a value is invalid.
         """
         if (self.sweep_keys is None) == (self.sweep_dict is None):
             given = "neither" if self.sweep_keys is None else "both"
@@ -91,7 +91,7 @@ class ThroughputBenchmarkRunnerConfig:
             raise ValueError("sweep_keys and sweep_dict must not be empty")
         for name in axes:
             if name in MEASURING_FIELDS:
-                raise ValueError(f"{name} is no part of a run's name and cannot be swept")
+                raise ValueError(f"{name} is not part of the run name, so it cannot be swept")
         default = self.default_run_params or RunParams()
         if default.wandb_enabled:
             try:
@@ -105,11 +105,11 @@ class ThroughputBenchmarkRunnerConfig:
                 f"got {group!r}"
             )
         if any(argument.startswith("--benchmark-json") for argument in self.pytest_args):
-            raise ValueError("pytest_args must not hold --benchmark-json; set save_folder")
+            raise ValueError("pytest_args must not contain --benchmark-json; set save_folder")
         if "--int8-wandb" in self.pytest_args:
-            raise ValueError("pytest_args must not hold --int8-wandb; set wandb_enabled")
+            raise ValueError("pytest_args must not contain --int8-wandb; set wandb_enabled")
         workload = check_workload_name(self.workload)
-        if ALL not in (self.sweep_keys or ()):  # which leaves out what the workload does not read
+        if ALL not in (self.sweep_keys or ()):  # ALL skips fields that the workload does not read
             check_fields(workload, axes)
         points = expand(default, axes, cross_product=self.cross_product_sweep)
         return ThroughputBenchmarkRunner(
@@ -123,12 +123,12 @@ class ThroughputBenchmarkRunnerConfig:
 
 
 class ThroughputBenchmarkRunner:
-    """Measures points by running the packaged test file with pytest in a process of its own.
+    """Measures points by running the packaged test file with pytest in a separate process.
 
     Attributes:
-        points: what is measured, in this order in the results.
-        saved: the JSON file that :meth:`run` wrote; None before it, or without ``save_folder``.
-        journals: the journals of the last :meth:`run`, one for each process.
+        points: the points to measure, in the order of the results.
+        saved: the JSON file written by the last :meth:`run`, or None without one.
+        journals: the journals of the last :meth:`run`, one per process.
     """
 
     def __init__(
@@ -151,22 +151,22 @@ class ThroughputBenchmarkRunner:
         self._pytest_args = list(pytest_args)
 
     def run(self) -> list[Result]:
-        """Measure the points; pytest prints as it goes.
+        """Measure the points while pytest prints its progress.
 
-        A point that fails, runs out of memory or cannot be is a result with its status and
-        reason. A point that kills the process is ``failed``, and the others go on in a new one.
-        Every finished point is in a journal at once, also after Ctrl-C, and is returned whatever
-        becomes of the disk.
+        A point that fails, runs out of memory or is not supported gives a result with its status
+        and reason. A point that kills its process is ``failed``, and the remaining points run in a
+        new process. Each point is written to a journal as soon as it is finished, so Ctrl-C does
+        not lose it. It is returned even if the disk fails.
 
         Returns:
-            One result for each point that was run, in the order of ``points``.
+            One result for each point that ran, in the order of ``points``.
 
         Raises:
-            RunnerError: if pytest could not run at all, or nothing can ever be written to
-                ``save_folder`` or ``work_dir``.
+            RunnerError: if pytest could not run at all, or ``save_folder`` or ``work_dir`` cannot
+                be written for a reason that does not pass, unlike a full disk.
             KeyboardInterrupt: on Ctrl-C, after the finished points are saved.
-            SystemExit: on SIGTERM and SIGHUP, likewise, in the main thread of a program that does
-                not handle them itself.
+            SystemExit: on SIGTERM and SIGHUP, after the finished points are saved, if this runs in
+                the main thread of a program that does not handle these signals.
         """
         self.saved, self.journals = None, []
         sweep = SweepFiles(self._make_folder(), f"{self._group}-{timestamp()}")
@@ -181,7 +181,7 @@ class ThroughputBenchmarkRunner:
         return results
 
     def _make_folder(self) -> Path:
-        """Make the folders that the runner writes to. Return that of the journals."""
+        """Create the output folders and return the folder of the journals."""
         name = "work_dir"
         try:
             self._work_dir.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,6 @@ class ThroughputBenchmarkRunner:
         return self._save_folder or self._work_dir / DEFAULT_FOLDER
 
     def _measure(self, sweep: SweepFiles) -> None:
-        """Measure the points, in as many processes as it takes."""
         left = [point.run_name for point in self.points]
         while left:
             try:
@@ -208,7 +207,7 @@ class ThroughputBenchmarkRunner:
             ) as handover:
                 try:
                     code, is_interrupted = self._run_pytest(handover)
-                finally:  # also what an interrupt left unread
+                finally:  # an interrupt may have left results unread
                     part.take(handover)
                 left = [name for name in left if name not in sweep.found]
                 running, measured = handover.running(), part.results
@@ -223,10 +222,10 @@ class ThroughputBenchmarkRunner:
                         f"pytest measured nothing: {ending(code)}; see its output above"
                     )
                 if code in (0, FAILED, NO_TESTS) and not handover.asked_for_new_process():
-                    return  # what is left was not to be run: -x or -k among pytest_args
+                    return  # pytest_args such as -x or -k excluded the remaining points
 
     def _finish(self, sweep: SweepFiles, results: list[Result]) -> None:
-        """Put what several processes handed over into one JSON, and show it as one table."""
+        """Merge the results of all processes into one JSON file and one table."""
         self.journals, problems = sweep.save_journals()
         if results:
             saved = sweep.saved(results)
@@ -234,11 +233,11 @@ class ThroughputBenchmarkRunner:
                 self.saved, more = sweep.save_json(saved)
                 problems += more
             if len(sweep.parts) > 1:
-                show(f"\nint8bench: {len(sweep.parts)} processes together:")
+                show(f"\nint8bench: results of all {len(sweep.parts)} processes:")
                 show(render(saved, width=None, color=False), end="")
             if self.saved is not None:
                 show(f"int8bench: saved: {relative(self.saved)}")
-            # Here, not in the processes that measure: one that is killed logs nothing.
+            # Log here, because a measuring process that is killed logs nothing.
             if runs := wandb.runs_of(saved, every=False):
                 tracked = wandb.log(runs, folder=self._work_dir, group=self._group)
                 show(f"int8bench: {tracked.line}")
@@ -247,14 +246,14 @@ class ThroughputBenchmarkRunner:
 
     def _run_pytest(self, handover: Handover) -> tuple[int, bool]:
         """Run the points of ``handover``. Return the exit code, negative for a signal, and whether
-        Ctrl-C came meanwhile."""
+        Ctrl-C interrupted this process."""
         measuring = {name: getattr(self.points[0], name) for name in MEASURING_FIELDS}
         sets = [f"--int8-set={k}={v}" for k, v in measuring.items()]
         command = [sys.executable, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
         command += ["-p", "pytest_int8bench.suite.runner_side", str(_SUITE / "test_throughput.py")]
         command += [f"--int8-workload={self._workload}", *sets]
-        # Other plugins and options of the user's environment, such as xdist, random order or
-        # -x, would change what is measured; pytest_args can bring them back.
+        # Plugins and options from the user's environment, such as xdist, random order or -x, would
+        # change the measurements; pytest_args can add them back.
         environ = {name: value for name, value in os.environ.items() if not is_pytests(name)}
         environ |= handover.to_env_vars()
         environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -262,11 +261,11 @@ class ThroughputBenchmarkRunner:
         sys.stdout.flush()
         try:
             return run([*command, *self._pytest_args], cwd=self._work_dir, env=environ), False
-        except KeyboardInterrupt:  # after pytest has said what it has to say
+        except KeyboardInterrupt:  # raised after pytest has finished its output
             return INTERRUPTED, True
 
     def _killed(self, run_name: str, code: int, workload: str | None) -> Result:
-        """Return the point that took the process down, as failed."""
+        """Return a failed result for the point that killed its process."""
         params = next(point for point in self.points if point.run_name == run_name)
         return Result(
             nodeid=f"test_throughput.py::test_throughput[{params.run_name}]",
@@ -274,10 +273,10 @@ class ThroughputBenchmarkRunner:
             run_name=params.run_name,
             params=params.to_dict(),
             status="failed",
-            reason=f"the process ended in this point: {ending(code)}",
+            reason=f"the process ended while measuring this point: {ending(code)}",
         )
 
 
 def _not_writable(name: str, error: OSError) -> RunnerError:
     why = f"{str(error.filename)!r}: {error.strerror}" if error.filename else str(error)
-    return RunnerError(f"{name} must be a folder that can be written to, got {why}")
+    return RunnerError(f"{name} must be a writable folder, got {why}")

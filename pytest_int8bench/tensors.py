@@ -1,6 +1,7 @@
-"""The tensors in what models take and return: tensors, sequences, mappings and dataclasses.
+"""Traverse, copy and compare the inputs and outputs of models.
 
-Copies and comparisons go further: they also see arrays, and what other objects hold.
+Traversal finds tensors in sequences, mappings and dataclasses. Copies and comparisons also cover
+NumPy arrays and the attributes of other objects.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a tensor, sequence, mapping or dataclass, in order."""
+    """Yield the tensors in a tensor, list, tuple, mapping or dataclass, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif _is_dataclass(value):
@@ -35,7 +36,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Return ``value`` with ``change`` applied to each tensor that :func:`tensors_of` finds.
 
-    Containers keep their type, Hugging Face's ``ModelOutput`` (a dataclass) included.
+    Containers keep their type, including Hugging Face's ``ModelOutput`` (a dataclass).
     """
     if isinstance(value, torch.Tensor):
         return change(value)
@@ -62,7 +63,7 @@ def _is_dataclass(value: Any) -> bool:
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call ``model`` with inputs as a workload or a calibration gives them."""
+    """Call ``model`` with a workload's inputs: a mapping, a tuple, a list or a single value."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):
@@ -79,32 +80,31 @@ def deep_copy(
     device_of: Callable[[torch.Tensor], torch.device] = lambda tensor: tensor.device,
     made: Callable[[torch.Tensor, torch.Tensor], None] = lambda tensor, copied: None,
 ) -> Any:
-    """Return a copy of what a model takes, so that writing to it leaves ``value`` as it is.
+    """Copy model inputs so that writing to the copy leaves ``value`` unchanged.
 
     Tensors keep their strides, and a tensor that occurs twice is one tensor in the copy. Objects
     that Python cannot copy, such as locks, are shared.
 
     Args:
-        value: tensors, arrays and any containers and objects that hold them.
+        value: tensors, arrays, and containers and objects that hold them.
         device_of: returns the device for the copy of a tensor.
         made: called with each tensor and its copy.
     """
-    # Not inference tensors: Dynamo tells the two apart, and would compile for the copy again.
+    # Avoid inference tensors: Dynamo distinguishes them and would recompile for the copy.
     with torch.inference_mode(False), torch.no_grad(), _CopyTensors(device_of, made):
         return _copied(value)
 
 
 def refilled(value: Any, tensors: Iterable[torch.Tensor]) -> Any:
-    """Return a copy of ``value`` that holds ``tensors`` instead of those that :func:`tensors_of`
-    finds, in their order."""
+    """Return a copy of ``value`` with ``tensors`` in place of its own, in the order of
+    :func:`tensors_of`."""
     empty, rest = torch.empty(0), iter(tensors)
     hollow = deep_copy(map_tensors(lambda _: empty, value))
     return map_tensors(lambda _: next(rest), hollow)
 
 
 class _CopyTensors(TorchFunctionMode):
-    """Copies tensors, wherever ``copy.deepcopy`` finds them, without the rest of a storage that
-    they are views of."""
+    """Makes ``copy.deepcopy`` copy only the elements that a tensor spans, not its whole storage."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _CopyTensors(TorchFunctionMode):
         if func is not torch.Tensor.__deepcopy__ or not _is_plain(args[0]):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
-        span = 0  # elements from the first to the last
+        span = 0  # elements of the storage from the tensor's first to its last
         if tensor.numel():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             span = 1 + sum((size - 1) * stride for size, stride in steps)
@@ -144,9 +144,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _copied(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # something in it cannot be copied: all but that
+    except Exception:  # copy the parts that can be copied
         pass
-    if isinstance(value, torch.Tensor):  # computed with gradients
+    if isinstance(value, torch.Tensor):  # not a leaf of autograd, which deepcopy refuses
         return value.detach().clone().requires_grad_(value.requires_grad)
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
@@ -163,14 +163,14 @@ def _copied(value: Any) -> Any:
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Return whether two values are equal bit by bit, in all that :func:`deep_copy` copies.
+    """Return whether two values are equal bit by bit in everything that :func:`deep_copy` copies.
 
-    Devices do not count, and neither does memory that no element lies in.
+    Devices and unused memory between elements are ignored.
     """
     return _same(a, b, {})
 
 
-# Pairs that were met, by their ids, and the objects themselves, so that no id is used again.
+# Ids of the pairs compared so far -> the objects, which are kept alive so that no id is reused.
 _Seen: TypeAlias = dict[tuple[int, int], tuple[Any, Any]]
 
 
@@ -200,7 +200,7 @@ def _same(a: Any, b: Any, seen: _Seen) -> bool:
         return False
     if isinstance(a, dict | list | tuple | deque):
         return True
-    try:  # what pickle would write, such as the state of a random number generator
+    try:  # compare the pickled state, e.g. of a random number generator
         return _same(a.__reduce_ex__(2), b.__reduce_ex__(2), seen)
     except Exception:
         return True
@@ -244,14 +244,14 @@ def _bits(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a floating tensor in ``dtype``, and finite where it was.
+    """Cast a floating-point tensor to ``dtype``, keeping finite values finite.
 
-    Masks hold the lowest number of their dtype, and FP32's rounds to minus infinity in BF16: a row
-    that is masked throughout comes out as NaN.
+    Masks contain the lowest number of their dtype. FP32's lowest number rounds to minus infinity in
+    BF16, which would turn a fully masked row into NaN.
     """
     made = tensor.to(dtype)
     if made.layout is not torch.strided:
-        return made  # weights and adjacencies; masks are dense
+        return made  # sparse weights and adjacency matrices; masks are dense
     if made is tensor or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return made
     limits = torch.finfo(dtype)
@@ -260,7 +260,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cloned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a parameter or buffer, of its kind and not made in inference mode."""
+    """Copy a parameter or buffer, keeping its kind and never creating an inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
         clone = tensor.detach().clone()
     if isinstance(tensor, torch.nn.Parameter):

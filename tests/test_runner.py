@@ -193,11 +193,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "measuring": (
         {"sweep_dict": {"benchmark_interval_s": [1, 2]}},
-        "benchmark_interval_s is no part of a run's name and cannot be swept",
+        "benchmark_interval_s is not part of the run name, so it cannot be swept",
     ),
     "wandb": (
         {"sweep_keys": ["batch"], "pytest_args": ["--int8-wandb"]},
-        "pytest_args must not hold --int8-wandb; set wandb_enabled",
+        "pytest_args must not contain --int8-wandb; set wandb_enabled",
     ),
     "group": (
         {"sweep_keys": ["batch"], "sweep_group_name": "a/b"},
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "json": (
         {"sweep_keys": ["batch"], "pytest_args": ["--benchmark-json=mine.json"]},
-        "pytest_args must not hold --benchmark-json; set save_folder",
+        "pytest_args must not contain --benchmark-json; set save_folder",
     ),
     "field of OlmoEarth": (
         {"sweep_keys": ["image"], "workload": "hf:bert"},
@@ -309,13 +309,13 @@ def test_no_point_stops_the_sweep_or_loses_another(
     assert outcome(results) == expected
     reasons = {result.params["batch_size"]: result.reason for result in results}
     assert reasons[5] == "ValueError: five is too many"
-    assert reasons[7] == "the process ended in this point: SIGKILL"
+    assert reasons[7] == "the process ended while measuring this point: SIGKILL"
     assert reasons[8] == "torch.AcceleratorError: CUDA error: an illegal memory access"
     assert {result.workload for result in results} == {"toy"}
     for result in results:
         assert result.nodeid == f"test_throughput.py::test_throughput[{result.run_name}]"
     printed = capfd.readouterr().out
-    assert "int8bench: 3 processes together:" in printed
+    assert "int8bench: results of all 3 processes:" in printed
     # Logged once, by this process and for all three.
     oom = [(r.run_name, int(r.status == "oom"), tmp_path, "toy") for r in results]
     assert logged == (oom if params.wandb_enabled else [])
@@ -619,12 +619,12 @@ def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -
     (tmp_path / "taken").touch()
     for name in ("taken", "taken/below", "x" * 300):
         runner = toy_runner(tmp_path, [4], save_folder=tmp_path / name)
-        with pytest.raises(RunnerError, match="save_folder must be a folder that can be written"):
+        with pytest.raises(RunnerError, match="save_folder must be a writable folder, got"):
             runner.run()
 
 
 def test_the_suite_says_who_runs_it() -> None:
-    with pytest.raises(RuntimeError, match="are run by pytest_int8bench"):
+    with pytest.raises(RuntimeError, match="can only be run by pytest_int8bench"):
         Handover.from_env_vars({})
 
 
@@ -662,7 +662,9 @@ def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     with Handover.start("group", ["a"]) as given:
         monkeypatch.setattr("pytest_int8bench.processes.runner_files._append", fail)
-        with pytest.warns(UserWarning, match="the runner will lack a record: .*File too large"):
+        with pytest.warns(
+            UserWarning, match="cannot send a .record. message to the runner: .*File too large"
+        ):
             given.note_line("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""``int8bench ab``: measure two revisions in alternation."""
+"""Implement ``int8bench ab``, which measures two revisions in alternation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pytest_int8bench.gate.rules import parse_share
 from pytest_int8bench.printing import one_line, show
 from pytest_int8bench.results.checks import shown
 
-#: Field of Design -> meaning of its option.
+#: Field of Design -> help of its option.
 _DESIGN = {
     "margin": "largest slowdown that is never a FAIL",
     "max_slowdown": "slowdown that must be detected, and that a PASS rules out",
@@ -31,7 +31,7 @@ _DESIGN = {
 
 
 def add_ab(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "ab",
         help="measure two revisions in alternation, and fail if the new one is slower",
@@ -83,7 +83,7 @@ def add_ab(commands: Any) -> None:
 
 
 def _add_design(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of :class:`Design` that is planned with."""
+    """Add an option for each field of :class:`Design` in ``_DESIGN``."""
     design = Design()
     for field, text in _DESIGN.items():
         default = getattr(design, field)
@@ -99,7 +99,7 @@ def _add_design(parser: argparse.ArgumentParser) -> None:
 
 def run_ab(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    from pytest_int8bench.gate.ab import experiment, worktrees  # with numpy
+    from pytest_int8bench.gate.ab import experiment, worktrees  # imports numpy
     from pytest_int8bench.gate.ab import plan as ab_plan
 
     def tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Add arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pytest_int8bench.gate.flags import Flag
 
 
 def add_flag(parser: argparse.ArgumentParser, flag: Flag, default: Any = None) -> None:
-    """Add an option that pytest takes too.
+    """Add an option that pytest has too.
 
     Args:
         parser: the command's parser.
-        flag: the option. The texts of a repeatable one are left to be read together.
-        default: value of an option that is not given; a switch has False, a repeatable one [].
+        flag: the option. The values of a repeatable option stay unparsed strings.
+        default: value if the option is not given; switches default to False and repeatable options
+            to [].
     """
     kind: dict[str, Any]
     if flag.read is None:
@@ -31,7 +32,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: Flag, default: Any = None) -
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
-    """Add the folder of pytest-benchmark."""
+    """Add the option for pytest-benchmark's storage folder."""
     parser.add_argument(
         "--storage",
         type=Path,
@@ -41,12 +42,12 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def with_default(text: str, default: str) -> str:
-    """Return the help of an option for argparse, which takes a percent sign for a field."""
+    """Return help text with its default, escaping percent signs, which argparse would expand."""
     return f"{text} (default: {default})".replace("%", "%%")
 
 
 def as_argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader whose errors argparse shows."""
+    """Wrap a reader so that argparse shows the messages of its ``ValueError``."""
 
     def typed(text: str) -> Any:
         try:

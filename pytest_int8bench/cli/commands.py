@@ -1,4 +1,4 @@
-"""The arguments of ``int8bench``, and the function of each subcommand."""
+"""Parse the arguments of ``int8bench`` and run the chosen subcommand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_int8bench.cli.show import add_show, run_show
 from pytest_int8bench.printing import show
 from pytest_int8bench.version import __version__
 
-#: Those that take no options of pytest.
+#: Subcommands that take no pytest options.
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": run_show,
     "compare": run_compare,
@@ -29,13 +29,13 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options: a misspelt limit must not count as another one."""
+    """Refuses abbreviated options, so that a misspelt limit is not taken for another one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line instead of the usage of all options, and exit."""
+        """Print one line instead of the full usage, and exit."""
         text = message.removeprefix("argument ")
         if text == message:  # about the syntax of the command, not a value
             text += f" (see {self.prog} --help)"
@@ -46,8 +46,7 @@ def run_command(argv: Sequence[str]) -> int:
     """Run the subcommand that ``argv`` names and return its exit code.
 
     Raises:
-        SystemExit: after ``--help`` and ``--version``, and with 2 for arguments that argparse
-            refuses.
+        SystemExit: after ``--help`` and ``--version``, and with code 2 for invalid arguments.
     """
     parser = _Parser(prog="int8bench", description="INT8 inference benchmarks.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -70,11 +69,11 @@ def run_command(argv: Sequence[str]) -> int:
 def _parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """Return the arguments, those that are not the command's own, and those behind ``--``."""
+    """Return the parsed arguments, unrecognized arguments, and the arguments after ``--``."""
     given, for_pytest = _split(argv)
     out, err = io.StringIO(), io.StringIO()
     try:
-        # argparse prints in the encoding of the terminal, or fails.
+        # argparse fails to print characters that the terminal's encoding lacks; show() does not.
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             arguments, rest = parser.parse_known_args(given)
             if for_pytest and arguments.command != "ab":

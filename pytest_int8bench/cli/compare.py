@@ -1,4 +1,4 @@
-"""``int8bench compare``: options in, reports and an exit code out."""
+"""Implement ``int8bench compare``, which compares saved files of two commits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pytest_int8bench.results.locating import find_side, latest_two, read_runs
 
 
 def add_compare(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "compare",
         help="compare saved files of two commits, and fail if anything regressed",
@@ -53,8 +53,8 @@ def add_compare(commands: Any) -> None:
         metavar="METRIC=SHARE",
         help=with_default(
             f"largest difference between two processes on your machine, such as throughput=3%; a "
-            "growth above this and the limit is a regression. Repeatable; metrics are "
-            f"{', '.join(METRICS)}",
+            "change for the worse above both this and the limit is a regression. Repeatable; "
+            f"metrics are {', '.join(METRICS)}",
             f"learned from the files if there are enough, such as 3 per side, else {floors}",
         ),
     )
@@ -76,7 +76,7 @@ def add_compare(commands: Any) -> None:
 
 
 def _add_sides(parser: argparse.ArgumentParser) -> None:
-    """Add what says which saved files, and which runs in them, are compared."""
+    """Add the arguments that select the saved files and the runs to compare."""
     parser.add_argument(
         "files",
         nargs="*",
@@ -116,8 +116,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
         sides = read_runs(base), read_runs(new)
         found = compare(*sides, rules, arguments.pick)
         if arguments.pick is not None and not (found.runs or found.accuracy):
-            raise FileError("-k: no run of these files matches")
-    except (OSError, ValueError) as error:  # SchemaError, FileError and bad tables among them
+            raise FileError("-k matches no run in these files")
+    except (OSError, ValueError) as error:  # includes SchemaError, FileError and invalid tables
         return refuse("compare", error)
     tell_broken("compare", [*sides[0], *sides[1]])
     return publish(
@@ -131,9 +131,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def _rules(arguments: argparse.Namespace) -> Rules:
-    """Return the rules of ``pyproject.toml``, changed by the command line."""
+    """Return the rules of ``pyproject.toml``, overridden by the command line."""
     if arguments.config is not None and not arguments.config.is_file():
-        raise FileError(f"--config: {arguments.config} is not there")
+        raise FileError(f"--config must be an existing file, got {arguments.config}")
     rules = read_rules(arguments.config or find_pyproject(Path.cwd()))
     given = {name: getattr(arguments, name) for name in METRICS}
     try:
@@ -157,13 +157,13 @@ def _sides(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         return [base], [new]
     if len(names) not in (0, 2):
         raise FileError(
-            f"give BASE and NEW, got {len(names)} file(s); more runs of a side go to --base and "
-            "--new"
+            f"BASE and NEW must be two files, got {len(names)}; add more runs of a side with "
+            "--base and --new"
         )
     sides = []
     for first, more in zip(names or [None, None], (arguments.base, arguments.new), strict=True):
         given = [*([] if first is None else [first]), *more]
         if not given:
-            raise FileError("both sides need a file: --base and --new")
+            raise FileError("each side must have at least one file; give both --base and --new")
         sides.append(find_side(given, arguments.storage))
     return sides[0], sides[1]

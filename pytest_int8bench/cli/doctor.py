@@ -1,4 +1,4 @@
-"""``int8bench doctor``: check this machine and what is installed before anything is measured."""
+"""Implement ``int8bench doctor``, which checks a machine and its software before measuring."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pytest_int8bench.files import check_writable, probe_report, write
 from pytest_int8bench.printing import one_line, show
 
 _SCHEMA = 1
-#: Mark -> its sign, the sign where the terminal has none of these, and its color.
+#: Mark -> its sign, the sign for terminals without Unicode, and its ANSI color.
 _SIGNS = {OK: ("✓", "+", 32), WARNING: ("!", "!", 33), PROBLEM: ("✗", "x", 31)}
 _STDOUT = Path("-")
 
 
 def add_doctor(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "doctor",
         help="check versions, GPUs, compiler, folders and plugins before you measure",
@@ -42,8 +42,8 @@ def add_doctor(commands: Any) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code: 0, 1 if something must be mended first, or 2 if
-    the JSON cannot be written."""
+    """Run the command and return its exit code: 0, 1 if there is a problem to fix before measuring,
+    or 2 if the JSON cannot be written."""
     path = arguments.json
     try:
         if path is not None and path != _STDOUT:

@@ -1,4 +1,4 @@
-"""``int8bench export``: a saved file in, files for services that keep a history out."""
+"""Implement ``int8bench export``, which converts a saved file for benchmark history services."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pytest_int8bench.words import plural
 _BENCHER, _GITHUB = "bencher", "github-action-benchmark"
 #: Tool of github-action-benchmark -> whether higher values are better, and the end of its file.
 _TOOLS = {"customBiggerIsBetter": (True, "bigger"), "customSmallerIsBetter": (False, "smaller")}
-_MOST_NAMED = 10
+_NAMED = 10
 
 
 def add_export(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "export",
         help="write a saved file for Bencher or github-action-benchmark",
@@ -40,8 +40,8 @@ def add_export(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"file to write (default: stdout); {_GITHUB} takes a file for each direction, "
-        "FILE-bigger and FILE-smaller (default: int8bench.json, which makes int8bench-bigger.json "
+        help=f"file to write (default: stdout); {_GITHUB} needs one file per direction, "
+        "FILE-bigger and FILE-smaller (default: int8bench.json, that is, int8bench-bigger.json "
         "and int8bench-smaller.json)",
     )
     add_storage(parser)
@@ -53,20 +53,20 @@ def run_export(arguments: argparse.Namespace) -> int:
     try:
         found = find(arguments.file, arguments.storage, journals=True)
         if len(found) > 1:
-            raise FileError(f"{arguments.file} holds {len(found)} files, one can be exported")
+            raise FileError(f"{arguments.file} must be one saved file, got {len(found)} files")
         runs = read_runs(found)
         [run] = runs
         tell_broken("export", runs)
         metrics = exports.metrics(run.saved)
-        _tell(exports.left_out(run.saved))
+        _show_left_out(exports.left_out(run.saved))
         if not metrics:
-            raise FileError(f"{run.path} holds no figure of a point that was measured")
+            raise FileError(f"{run.path} contains no successfully measured point to export")
         if arguments.format == _BENCHER:
             values = exports.bencher(metrics)
             if arguments.output is None:
                 print_json(values)
             else:
-                _put(arguments.output, values)
+                _write_json(arguments.output, values)
             return 0
         output = arguments.output or Path("int8bench.json")
         if not output.name:
@@ -77,24 +77,24 @@ def run_export(arguments: argparse.Namespace) -> int:
             )
             path = output.with_stem(f"{output.stem}-{end}")
             if entries:
-                _put(path, entries)
-            elif path.exists():  # one of an earlier run would pass for this one's
+                _write_json(path, entries)
+            elif path.exists():  # an older file would be mistaken for this run's
                 check_writable(path)
                 path.unlink()
             show(f"{path if entries else 'no file'}: tool {tool}, {plural(len(entries), 'figure')}")
-    except (OSError, ValueError) as error:  # SchemaError and FileError among them
+    except (OSError, ValueError) as error:  # includes SchemaError and FileError
         return refuse("export", error)
     return 0
 
 
-def _put(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Any) -> None:
     check_writable(path)
     write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def _tell(left_out: list[str]) -> None:
+def _show_left_out(left_out: list[str]) -> None:
     if not left_out:
         return
-    more = len(left_out) - _MOST_NAMED
-    named = "; ".join(left_out[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    more = len(left_out) - _NAMED
+    named = "; ".join(left_out[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
     show(one_line(f"int8bench export: left out: {named}"), error=True)

@@ -1,4 +1,4 @@
-"""Options and files that several commands write their results to."""
+"""Options and output files shared by several commands."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pytest_int8bench.report.tables import MARKDOWN_BYTES, Page
 from pytest_int8bench.results.locating import Run
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-#: GitHub takes 65,536 characters in a comment.
+#: GitHub accepts up to 65,536 characters in a comment.
 _COMMENT_BYTES = 60_000
-#: Characters of an error: some quote what a file holds.
-_LONGEST = 2000
+#: Maximum characters of an error line; some errors quote the contents of a file.
+_MAX_LENGTH = 2000
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where reports go."""
+    """Add the options that name output files."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument(
         "--markdown",
@@ -64,13 +64,13 @@ def publish(
     cases: Sequence[Case],
     exit_code: int,
 ) -> int:
-    """Write the files asked for, then print a report. Return ``exit_code``, or 2 instead of 0 if a
-    file could not be written."""
+    """Write the requested files, then print the report. Return ``exit_code``, or 2 instead of 0 if
+    a file could not be written."""
     outputs: list[Callable[[], None]] = []
     if path := arguments.json:
         outputs.append(lambda: write(path, json.dumps(values(), indent=2) + "\n"))
     summary = _summary()
-    # Where both are one file, it gets the report once, behind what other steps wrote.
+    # If both are the same file, the report is appended once, after the output of other steps.
     if (markdown := arguments.markdown) and not _is_same(markdown, summary):
         outputs.append(lambda: write(markdown, page.markdown(limit_bytes=MARKDOWN_BYTES)))
     if comment := arguments.comment:
@@ -82,7 +82,7 @@ def publish(
     for output in outputs:
         try:
             output()
-        except Exception as error:  # whatever it is, the other files are still to be written
+        except Exception as error:  # write the other files even if one fails
             code = refuse(command, error)
             exit_code = exit_code or code
     print_page(page)
@@ -95,76 +95,78 @@ def _comment(page: Page) -> str:
 
 
 def print_json(values: Any) -> None:
-    """Print JSON, in which :func:`show` finds no command of a CI server to change."""
-    # A # stands in strings alone, and may be escaped there.
+    """Print JSON so that :func:`show` finds no CI workflow command in it to neutralize."""
+    # In JSON, # occurs only inside strings, where it may be escaped.
     show(json.dumps(values, indent=2, allow_nan=False).replace("##", "#\\u0023"))
 
 
 def print_page(page: Page) -> None:
-    """Print a report as wide as the terminal, or as it needs."""
+    """Print a report at the terminal's width, or at its natural width without a terminal."""
     width, color = terminal_style()
     show(page.text(width=width, color=color), end="")
 
 
 def terminal_style() -> tuple[int | None, bool]:
-    """Return the columns of the terminal that stdout is, None where it is none, and whether to use
-    colors."""
+    """Return the width of the terminal on stdout, None without one, and whether to use colors."""
     try:
         is_terminal = sys.stdout.isatty()
-    except (AttributeError, ValueError):  # closed before Python started, or since
+    except (AttributeError, ValueError):  # stdout was closed before Python started, or later
         is_terminal = False
     return (shutil.get_terminal_size().columns if is_terminal else None), is_terminal
 
 
 def _append_summary(path: Path, page: Page) -> None:
-    """Add the report to the summary of a step of GitHub Actions, behind what is in it."""
+    """Append the report to the summary of a GitHub Actions step."""
     try:
         used = path.stat().st_size
-    except OSError:  # not made yet; what else there is, writing says
+    except OSError:  # the file does not exist yet, or writing will report the problem
         used = 0
     text = page.markdown(limit_bytes=MARKDOWN_BYTES - used - 1) + "\n"
     if used + len(text.encode()) > MARKDOWN_BYTES:
-        raise FileError(f"{path} is not written: the summary of this step is full")
+        raise FileError(f"cannot write {path}: the summary of this step is full")
     append(path, text)
 
 
 def tell_broken(command: str, runs: Sequence[Run]) -> None:
-    """Say which files have lines that are left out."""
+    """Warn about files with unreadable lines, which are left out."""
     for run in runs:
         if broken := run.saved.broken():
             show(one_line(f"int8bench {command}: {run.path}: {broken}"), error=True)
 
 
 def refuse(command: str, problem: BaseException | str) -> int:
-    """Print the one line of an error and return the exit code."""
+    """Print an error as one line and return the exit code."""
     line = one_line(f"int8bench {command}".rstrip() + f": {problem}")
-    show(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...", error=True)
+    show(line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]}...", error=True)
     return UNDECIDED
 
 
 def check_outputs(arguments: argparse.Namespace, inputs: set[Path]) -> None:
-    """Refuse files that must not be written.
+    """Refuse output files that must not be overwritten.
 
     Raises:
-        FileError: one line, for the first of them.
+        FileError: one line, for the first such file.
     """
     outputs = _outputs(arguments)
     for index, output in enumerate(outputs):
         if real_path(output) in inputs:
-            raise FileError(f"{output} is one of the files to compare, and not overwritten")
+            raise FileError(f"refusing to overwrite {output}: it is one of the files to compare")
         if real_path(output) in {real_path(other) for other in outputs[:index]}:
-            raise FileError(f"{output} is given for two reports")
+            raise FileError(f"two reports would be written to {output}; name different files")
         check_writable(output)
     for output in (arguments.json, arguments.junit, arguments.comment):
         if output is not None and _is_same(output, _summary()):
-            raise FileError(f"{output} is ${SUMMARY}, which the report is appended to as Markdown")
+            raise FileError(
+                f"refusing to overwrite {output}: it is ${SUMMARY}, to which the report is "
+                "appended as Markdown"
+            )
 
 
 def probe_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse files that cannot be written, before the command takes its time.
+    """Check that all output files can be written, before a long command starts.
 
     Raises:
-        FileError: one line, for the first of them.
+        FileError: one line, for the first file that cannot be written.
     """
     summary = _summary()
     for output in (*_outputs(arguments), *([] if summary is None else [summary])):
@@ -177,7 +179,7 @@ def _outputs(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _summary() -> Path | None:
-    """Return the file for the summary of a step of GitHub Actions."""
+    """Return the summary file of the GitHub Actions step, or None outside GitHub Actions."""
     text = os.environ.get(SUMMARY)
     return Path(text) if text else None
 

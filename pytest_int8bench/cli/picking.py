@@ -1,5 +1,7 @@
-"""Pick runs as pytest's ``-k`` picks tests. What pytest does that with is private, and only the
-plugin imports pytest."""
+"""Select runs with the syntax of pytest's ``-k``.
+
+It is implemented here because pytest's parser is private and only the plugin may import pytest.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import ast
 import re
 from collections.abc import Callable, Collection
 
-#: What ``-k`` takes for a name, an operator or a parenthesis.
+#: A name, an operator or a parenthesis, as ``-k`` defines them.
 _TOKEN = re.compile(r"\s*([\w:+\-.\[\]\\/]+|[()])\s*")
 _ALLOWED = (
     *(ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not),
@@ -17,10 +19,12 @@ _OPERATORS = ("and", "or", "not", "(", ")")
 
 
 def parse_expression(text: str) -> Callable[[Collection[str]], bool]:
-    """Return what says whether a run is picked, by its names: part of one, in any case.
+    """Parse an expression into a predicate on the names of a run.
+
+    A name in the expression matches if it is part of any of the run's names, ignoring case.
 
     Raises:
-        ValueError: naming the rule and the value.
+        ValueError: if ``text`` is not a valid expression.
     """
     tokens, place = [], 0
     while match := _TOKEN.match(text, place):

@@ -1,4 +1,4 @@
-"""``int8bench report``: saved files in, one page out."""
+"""Implement ``int8bench report``, which writes a page or Markdown from saved files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DEFAULT = "report.html"
 
 
 def add_report(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "report",
         help="write a page, or Markdown, from saved files",
@@ -59,7 +59,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         for output in dict.fromkeys(outputs):
             publish(named, output)
             show(str(output))
-    except (OSError, ValueError) as error:  # SchemaError and FileError among them
+    except (OSError, ValueError) as error:  # includes SchemaError and FileError
         return refuse("report", error)
     return 0
 
@@ -68,20 +68,20 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 def gather(names: Sequence[str], storage: Path) -> list[Run]:
-    """Return what files, folders and numbers of pytest-benchmark stand for, oldest first.
+    """Read the runs that file names, folders and pytest-benchmark run numbers refer to.
 
-    Files of the same time keep their order; one that says no time stays behind the one before it. A
-    file that is given twice counts once. What a JSON file and the journal of its session both hold
-    is that of the JSON file.
+    Runs are sorted by time, oldest first. Files with equal times keep their order, and a file
+    without a time stays after the file before it. A file that is given twice counts once. Records
+    that both a JSON file and its session's journal contain are taken from the JSON file.
 
     Raises:
-        FileError: if there is no such file.
+        FileError: if a file does not exist.
         SchemaError: one line, if a file is damaged or not ours.
-        OSError: if one cannot be read.
+        OSError: if a file cannot be read.
     """
     found = [path for name in names for path in find(name, storage, journals=True)]
     paths = {real_path(path): path for path in reversed(found)}
-    return _by_time(_without_twins(read_runs([*reversed(paths.values())])))
+    return _by_time(_without_duplicates(read_runs([*reversed(paths.values())])))
 
 
 def _by_time(runs: Sequence[Run]) -> list[Run]:
@@ -92,12 +92,13 @@ def _by_time(runs: Sequence[Run]) -> list[Run]:
     return [runs[place] for place in order]
 
 
-def _without_twins(runs: Sequence[Run]) -> list[Run]:
+def _without_duplicates(runs: Sequence[Run]) -> list[Run]:
     files = [run.saved for run in runs if not run.saved.is_journal]
     if len(files) in (0, len(runs)):
         return [*runs]
     known = [_texts(file).keys() for file in files]
-    holders: dict[str, list[int]] = {}  # a look at each file for each journal would be quadratic
+    # Index files by record, because comparing each journal with each file would be quadratic.
+    holders: dict[str, list[int]] = {}
     for place, found in enumerate(known):
         for text in found:
             holders.setdefault(text, []).append(place)
@@ -109,9 +110,9 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
             timed = [text for text, is_timed in texts.items() if is_timed]
             sharing = {place for text in timed or texts for place in holders.get(text, ())}
             for place in sorted(sharing) if texts else range(len(files)):
-                # The runner writes a journal for a process that died before it had an environment.
+                # If a process died early, the runner writes its journal without an environment.
                 alike = saved.environment in ({}, files[place].environment)
-                # No two sessions measure the same times.
+                # Equal times identify a session, because no two sessions measure the same ones.
                 if alike and (timed or texts.keys() <= known[place]):
                     saved = saved.without(files[place].records)
             if saved is not run.saved and not saved.records:
@@ -121,7 +122,7 @@ def _without_twins(runs: Sequence[Run]) -> list[Run]:
 
 
 def _texts(saved: Saved) -> dict[str, bool]:
-    """Return what tells records apart -> whether the record holds a time."""
+    """Return an identifying text of each record -> whether the record contains a time."""
     return {_text(record): _is_timed(record) for record in saved.records}
 
 
@@ -131,4 +132,5 @@ def _is_timed(record: Record) -> bool:
 
 
 def _text(record: Record) -> str:
-    return json.dumps([record.KIND, record.to_dict()], sort_keys=True)  # NaN equals itself here
+    # Compare records as JSON text, in which NaN equals itself.
+    return json.dumps([record.KIND, record.to_dict()], sort_keys=True)

@@ -1,4 +1,4 @@
-"""``int8bench sensitivity``: the packaged test of layers, run by pytest in a child process."""
+"""Implement ``int8bench sensitivity``, which runs the packaged layer scan in a pytest process."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _SUITE = Path(__file__).parents[1] / "suite"
 #: pytest-benchmark warns about saving a file without timings just before it saves the file.
 _QUIET = ("-W", "ignore:Not saving anything")
 _CHUNK_BYTES = 1 << 16
-_LAST_WORDS_S = 10
+_DRAIN_S = 10
 
 
 def add_sensitivity(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser(
         "sensitivity",
-        help="quantize one layer at a time and rank the layers by what that loses",
+        help="quantize one layer at a time and rank the layers by the accuracy lost",
         description="Quantize one layer or block at a time and rank them by the SQNR of the "
         "model's outputs, worst first. The run time is proportional to their number. All other "
         "options are passed to pytest, such as --int8-workload, --int8-mode, --int8-set and "
         "--int8-weights.",
     )
     parser.add_argument(
-        "--by", choices=("layer", "block"), default="layer", help="what to quantize at a time"
+        "--by", choices=("layer", "block"), default="layer", help="unit to quantize at a time"
     )
     parser.add_argument(
         "--metric",
@@ -48,22 +48,22 @@ def add_sensitivity(commands: Any) -> None:
 
 
 def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -> int:
-    """Scan the layers; pytest prints as it goes.
+    """Scan the layers while pytest prints its progress.
 
     Args:
-        arguments: the command's own.
-        pytest_args: options of the plugin, such as ``--int8-workload=digits``.
+        arguments: the command's own arguments.
+        pytest_args: options for pytest, such as ``--int8-workload=digits``.
 
     Returns:
-        0, or 2 if there is no table; 128 and its number if a signal ended pytest.
+        0, 2 if there is no table, or 128 plus the number of the signal that ended pytest.
     """
     if (path := arguments.json) is not None and (path.is_dir() or not path.parent.is_dir()):
         problem = ValueError(f"--json: must be a file in an existing folder, got {str(path)!r}")
         return refuse("sensitivity", problem)
-    # -P: the folder that the command is called in does not become importable.
+    # -P keeps the current folder off sys.path.
     command = [sys.executable, "-P", *_QUIET, "-m", "pytest", f"-c={_SUITE / 'pytest.ini'}"]
     command.append("--no-header")
-    # Layers run eagerly; the user's own compile mode comes later and wins.
+    # Run layers eagerly by default; a compile mode given by the user comes later and wins.
     command += ["--int8-set=compile_mode=off", "-p", "pytest_int8bench.suite.sensitivity_side"]
     command.append(str(_SUITE / "test_sensitivity.py"))
     if arguments.json is not None:
@@ -76,19 +76,19 @@ def run_sensitivity(arguments: argparse.Namespace, pytest_args: Sequence[str]) -
         with handling(exit_now, *ENDING):
             code = run(whole, cwd=Path.cwd(), env=environ)
     else:
-        # In a pipe that is closed, or on a disk that is full, pytest would end without a table.
+        # Relay the output: with a closed pipe or a full disk, pytest would end without a table.
         environ["PYTHONIOENCODING"] = "utf-8"
-        with handling(exit_now, *ENDING), _shown() as out, _shown(error=True) as err:
+        with handling(exit_now, *ENDING), _relayed() as out, _relayed(error=True) as err:
             code = run(whole, cwd=Path.cwd(), env=environ, log=out, errors=err)
     if code >= 0:
-        return UNDECIDED if code else PASSES  # pytest's 1, a test that failed, is no verdict here
+        return UNDECIDED if code else PASSES  # a failed test (pytest's 1) is not a regression
     show(f"int8bench sensitivity: {ending(code)}", error=True)
     return 128 - code
 
 
 @contextlib.contextmanager
-def _shown(*, error: bool = False) -> Iterator[IO[str]]:
-    """Yield a file whose text is printed to stdout or stderr as it comes."""
+def _relayed(*, error: bool = False) -> Iterator[IO[str]]:
+    """Yield a file whose text is printed to stdout or stderr as it is written."""
     read_end, write_end = os.pipe()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -103,4 +103,5 @@ def _shown(*, error: bool = False) -> Iterator[IO[str]]:
         with open(write_end, "w", encoding="utf-8") as file:
             yield file
     finally:
-        reader.join(_LAST_WORDS_S)  # a process that outlives pytest may hold the other end
+        # Do not wait forever: a process that outlives pytest may keep the other end open.
+        reader.join(_DRAIN_S)

@@ -1,4 +1,4 @@
-"""``int8bench show``: print the tables of a saved file."""
+"""Implement ``int8bench show``, which prints the tables of a saved file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_show(commands: Any) -> None:
-    """Add the command to argparse's sub-commands."""
+    """Add the command to argparse's subcommands."""
     parser = commands.add_parser("show", help="print the table of a saved JSON file or a journal")
     parser.add_argument("file", type=Path, help="pytest-benchmark JSON file, or a journal (.jsonl)")
 

@@ -126,7 +126,7 @@ class AutoAttention:
         failed = " and ".join(
             f"{name} failed ({problem})" for name, problem in self._failed.items()
         )
-        return f"attention=auto took {self.chosen}, because {failed}"
+        return f"attention=auto chose {self.chosen} because {failed}"
 
     def _fastest(self) -> str:
         return fastest_backend(self._calls, timings=self._timings, but=self._failed) or "auto"

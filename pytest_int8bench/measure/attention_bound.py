@@ -30,15 +30,15 @@ def replaced_calls(calls: Mapping[Call, int], coverage: AttentionCoverage) -> li
         CeilingError: if this cannot be determined, or if none runs in INT8.
     """
     if coverage.left[INSIDE]:
-        raise CeilingError(f"which calls INT8 attention replaces is not known {INSIDE}")
+        raise CeilingError(f"the calls that INT8 attention replaces are unknown {INSIDE}")
     if not calls:
-        raise CeilingError("the baseline's calls of attention are not known")
+        raise CeilingError("the baseline's attention calls are unknown")
     with_short = coverage.left[SHORT] > 0
     replaced = [
         call for call in calls if _is_replaced(call) and not (with_short and is_short(call))
     ]
     if not replaced:
-        raise CeilingError("INT8 attention replaces no call of the baseline")
+        raise CeilingError("INT8 attention replaces none of the baseline's attention calls")
     return replaced
 
 
@@ -79,12 +79,12 @@ def attention_part(
         CeilingError: if the baseline's time in attention is unknown.
     """
     if not attention_s:
-        raise CeilingError("no kernel of the baseline is known to be attention")
+        raise CeilingError("no kernel of the baseline was recognized as attention")
     share = 1.0
     if len(replaced) < len(calls):
         alone = {call: count * seconds_of(call) for call, count in calls.items()}
         if math.isinf(sum(alone.values())):
-            raise CeilingError("a call of the baseline's attention does not run alone")
+            raise CeilingError("an attention call of the baseline cannot be timed separately")
         share = sum(alone[call] for call in replaced) / sum(alone.values())
     ops = {call: calls[call] * _ops(call) for call in replaced}
     fastest = {call: ops[call] / rates.attention_ops_per_s[head_of(call)] for call in replaced}

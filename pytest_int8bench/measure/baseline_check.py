@@ -76,7 +76,7 @@ def _check(model: Model) -> None:
         return
     try:
         if any(map(is_quantized, model.eager.modules())):
-            raise _UncheckedError("its layers are quantized already")
+            raise _UncheckedError("its layers are already quantized")
         with kept_generators():
             is_explained = _Check(model).is_explained()
     except Exception as error:
@@ -99,9 +99,9 @@ def _message(model: Model) -> str:
     used = ["torch", "triton"] if model.device.type == "cuda" else ["torch"]
     versions = " with ".join(f"{name} {packages[name]}" for name in used)
     return (
-        f"workload {model.workload.name!r} at {model.params.run_name}: the baseline as compiled by "
-        f"{versions} is wrong: rounding does not explain how far its outputs are from those of "
-        "eager forwards; try another version, or compile_mode=off"
+        f"workload {model.workload.name!r} at {model.params.run_name}: the baseline compiled by "
+        f"{versions} is wrong: its outputs differ from eager outputs by more than rounding "
+        "explains; try other versions or compile_mode=off"
     )
 
 
@@ -137,7 +137,7 @@ class _Check:
             raise _UncheckedError("its outputs differ in shape from those of an eager forward")
         reference = where_finite(reference, replicates[0])
         if not any(bool(tensor.isfinite().any()) for tensor in reference):
-            raise _UncheckedError("its outputs hold no finite number when it runs eagerly")
+            raise _UncheckedError("its eager outputs contain no finite number")
         return excess(reference, replicates, compiled)
 
     # -- which samples --------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class _Check:
             outputs = outputs_of(self._run_eager(inputs, autocast=not self._model.params.bf16))
         drew = noise is not None and noise.saw_generator
         if drew or not same_values(before, generator_states()):
-            raise _UncheckedError("it draws random numbers")
+            raise _UncheckedError("the model draws random numbers")
         return outputs
 
 

@@ -14,7 +14,7 @@ from pytest_int8bench.tensors import call, deep_copy, map_tensors, refilled, sam
 
 #: Most bytes, and most copies, for one block of calls.
 COPIES_BYTES, MAX_COPIES = 1 << 28, 512
-#: What the reader of a result is told.
+#: Remark on a result whose model writes to its inputs.
 WRITES = (
     "the model writes to its inputs: each call gets a fresh copy, which is made outside the clock"
 )
@@ -159,6 +159,6 @@ def check_late_writes(workload: str, batch: Batch) -> None:
     """
     if batch.check_late():
         raise WorkloadError(
-            f"workload {workload!r}: the model wrote to its inputs at a later call than the first "
-            "ones, while it was measured: each call must see the same values"
+            f"workload {workload!r}: the model wrote to its inputs while it was measured, after "
+            "its first calls; each call must see the same values"
         )

@@ -86,7 +86,7 @@ def build_eager(
     prequantized, so both sides of a comparison are built the same way.
 
     Args:
-        workload: what to build.
+        workload: the workload to build.
         params: the point to build it for.
         device: device to move the model to.
         weights: ``random``, ``hub`` or the path of a file.
@@ -98,7 +98,7 @@ def build_eager(
             that cannot be quantized or compiled.
     """
     seen = params if workload.prequantized else params.baseline()
-    with _seeded(device), _told("build", workload, params):
+    with _seeded(device), _naming_callable("build", workload, params):
         model = build_with_weights(workload, workload.with_axes(seen), weights)
     if built is not None:
         if model in built:
@@ -159,7 +159,7 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
+def _naming_callable(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
     """Add the callable and the point to errors that a workload's callable raises."""
     try:
         yield
@@ -170,7 +170,7 @@ def _told(what: str, workload: Workload, params: RunParams) -> Iterator[None]:
 
 
 def _cast_all(model: nn.Module, workload: Workload, params: RunParams) -> None:
-    """Cast the model, but for what is kept in FP32 and what is quantized."""
+    """Cast the model, except quantized modules and tensors that must stay in FP32."""
     kept = {
         id(part)
         for name, module in model.named_modules()
@@ -188,13 +188,13 @@ def _cast_all(model: nn.Module, workload: Workload, params: RunParams) -> None:
 
 
 def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> Any:
-    """Return the inputs of a workload: seeded, on the device and in the dtype of the model; with
-    ``feed=host`` on the host.
+    """Return a workload's seeded inputs in the model's dtype, on the device, or on the host with
+    ``feed=host``.
 
     Raises:
-        WorkloadError: if they are no tuple or mapping with dense tensors that hold data.
+        WorkloadError: if they are not a tuple, list or mapping with dense tensors that hold data.
     """
-    with _seeded(device), _told("inputs", workload, params):
+    with _seeded(device), _naming_callable("inputs", workload, params):
         inputs = workload.inputs(workload.with_axes(params), device)
     if not isinstance(inputs, tuple | list | Mapping) or not list(tensors_of(inputs)):
         raise WorkloadError(
@@ -208,7 +208,8 @@ def make_inputs(workload: Workload, params: RunParams, device: torch.device) -> 
     check_dense(workload, "inputs", inputs)
     if params.feed == "device":
         return _placed(inputs, workload, params, device)
-    # Dense, as what arrives on the device: other strides would compile anew.
+    # Clone into dense tensors like those that arrive on the device, because other strides would
+    # cause a recompilation.
     return map_tensors(torch.clone, _placed(inputs, workload, params, torch.device("cpu")))
 
 
@@ -230,10 +231,10 @@ def check_dense(workload: Workload, what: str, value: Any) -> None:
 def calibration_inputs(
     workload: Workload, params: RunParams, inputs: Any, device: torch.device
 ) -> list[Any]:
-    """Return the batches that SmoothQuant is calibrated on: the workload's own, or ``inputs``."""
+    """Return the batches for SmoothQuant's calibration: the workload's own, or ``inputs``."""
     if workload.calibration is None:
         return [_placed(inputs, workload, params, device)]
-    with _seeded(device), _told("calibration", workload, params):
+    with _seeded(device), _naming_callable("calibration", workload, params):
         batches = list(workload.calibration(workload.with_axes(params), device))
         for batch in batches:
             check_dense(workload, "calibration", batch)
@@ -257,33 +258,32 @@ def build_with_weights(workload: Workload, params: RunParams, weights: str) -> t
     """Build the model of ``workload`` at ``params``.
 
     Args:
-        workload: what to build.
+        workload: the workload to build.
         params: the point, with the workload's axes.
-        weights: ``random`` for what ``build`` returns, ``hub``, or the path of a file.
+        weights: ``random`` for the weights that ``build`` returns, ``hub``, or the path of a file.
 
     Raises:
-        WeightsError: one line, if the weights cannot be had or do not fit.
+        WeightsError: one line, if the weights cannot be loaded or do not match the model.
     """
     if weights == RANDOM:
-        return _usable(workload.build(params), workload)
+        return _checked_module(workload.build(params), workload)
     if workload.load is not None:
-        return _usable(workload.load(params, weights), workload)
+        return _checked_module(workload.load(params, weights), workload)
     if weights == HUB:
         raise WeightsError(
             f"--int8-weights=hub: workload {workload.name!r} has no weights on a hub; "
             "give the path of a file, or load them in build"
         )
-    model = _usable(workload.build(params), workload)
+    model = _checked_module(workload.build(params), workload)
     load_state_dict(model, read_state_dict(Path(weights)), source=weights)
     return model
 
 
-def _usable(returned: Any, workload: Workload) -> nn.Module:
-    """Return what ``build`` returned as a module that can be quantized, and that compiles where
-    ``compile_mode`` says so, not by itself.
+def _checked_module(returned: Any, workload: Workload) -> nn.Module:
+    """Return the module that ``build`` returned, without any compilation of its own.
 
     Raises:
-        WorkloadError: if it is no such module.
+        WorkloadError: if it is not a module that can be quantized and compiled.
     """
     must = f"workload {workload.name!r}: build must return a torch.nn.Module"
     if not isinstance(returned, nn.Module):
@@ -308,7 +308,7 @@ def _usable(returned: Any, workload: Workload) -> nn.Module:
 
 
 def _is_exported(module: nn.Module) -> bool:
-    """Return whether ``torch.export`` made ``module``: it runs operators, not layers."""
+    """Return whether ``torch.export`` created ``module``, which then runs operators, not layers."""
     graph = getattr(module, "graph", None)
     return isinstance(graph, torch.fx.Graph) and any(
         isinstance(node.target, OpOverload) for node in graph.nodes
@@ -316,6 +316,5 @@ def _is_exported(module: nn.Module) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Return ``value`` on one short line."""
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"an object of {type(value)!r}"

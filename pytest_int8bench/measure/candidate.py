@@ -76,7 +76,7 @@ def make_candidate(origin: Origin, *, copy_first: bool = False) -> nn.Module:
         free_memory()  # the model that cannot be used
     raise WorkloadError(
         f"workload {origin.workload!r}: build must return a new model each time, with the same "
-        f"layers and sharing none, so that the candidate can have the baseline's weights; "
+        f"layers but sharing none, so that the candidate can get the baseline's weights; "
         f"{'; '.join(problems)}"
     )
 
@@ -131,13 +131,13 @@ def _check_runs(origin: Origin, model: nn.Module, *, tolerance: float) -> None:
     if mine.foreign is not None:
         raise DifferentError(f"it runs {mine.foreign!r} of another model")
     if mine.out_of_memory or theirs.out_of_memory or theirs.error is not None:
-        return  # what is wrong shows where the models are measured
+        return  # measuring the models will report the problem
     if mine.error is not None:
-        raise DifferentError(f"it fails where the baseline does not: {mine.error}")
+        raise DifferentError(f"its forward fails, unlike the baseline's: {mine.error}")
     if not _same(mine.outputs, theirs.outputs, tolerance):
         again = _observe(origin, origin.baseline)
         if _same(theirs.outputs, again.outputs, tolerance):  # else nothing can be compared
-            raise DifferentError("its output is not the baseline's")
+            raise DifferentError("its output differs from the baseline's")
 
 
 # -- weights ------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _load(model: nn.Module, baseline: nn.Module) -> None:
     mine, theirs = _modules(model), _modules(baseline)
     if [*mine] != [*theirs]:
         odd = next(iter([*(mine.keys() ^ theirs.keys()), *mine]))
-        raise DifferentError(f"it has other modules than the baseline, such as {odd!r}")
+        raise DifferentError(f"its modules differ from the baseline's, for example {odd!r}")
     loaded: dict[int, torch.Tensor] = {}
     with torch.inference_mode():  # a forward may have made some of them
         for name, module in mine.items():
@@ -195,24 +195,24 @@ def _load_tensors(
         loaded: by the id of each tensor of the baseline, what it was loaded into.
     """
     if mine.keys() != theirs.keys():
-        raise DifferentError(f"its {module!r} has other tensors than the baseline's")
+        raise DifferentError(f"the tensors of its {module!r} differ from the baseline's")
     for name, source in theirs.items():
         target, dotted = mine[name], f"{module}.{name}".lstrip(".")
         if source is None or target is None:
             if source is not target:
-                raise DifferentError(f"its {dotted!r} is not that of the baseline")
+                raise DifferentError(f"{dotted!r} is None in only one of it and the baseline")
             continue
         if _form(source) != _form(target):
-            raise DifferentError(f"its {dotted!r} has another shape, dtype or device")
+            raise DifferentError(f"its {dotted!r} differs in shape, dtype or device")
         if target is source:  # a constant that each build takes from one place
             mine[name] = target = loaded.setdefault(id(source), cloned(source))
         if loaded.setdefault(id(source), target) is not target:
-            raise DifferentError(f"its {dotted!r} is not tied as the baseline's is")
+            raise DifferentError(f"its {dotted!r} is not tied like the baseline's")
         _copy(target, source)
     if len({id(loaded[id(t)]) for t in theirs.values() if t is not None}) != len(
         {id(t) for t in theirs.values() if t is not None}
     ):
-        raise DifferentError(f"tensors of its {module!r} are tied that are not in the baseline")
+        raise DifferentError(f"it ties tensors of {module!r} that the baseline does not tie")
 
 
 def _load_attributes(mine: dict[str, Any], theirs: dict[str, Any]) -> None:

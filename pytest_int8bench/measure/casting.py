@@ -13,8 +13,8 @@ from pytest_int8bench.tensors import cast, cloned
 
 
 def kept_by_library(model: nn.Module) -> frozenset[str]:
-    """Return the parameters and buffers of ``model`` that its library keeps in FP32 where it loads
-    a model in BF16; none for models of libraries that cast all, as ``nn.Module.to`` does."""
+    """Return the parameters and buffers of ``model`` that its library keeps in FP32 when it loads a
+    model in BF16; none if the library casts everything, as ``nn.Module.to`` does."""
     kinds = {
         f"{kind.__module__}.{kind.__qualname__}"
         for module in model.modules()

@@ -90,7 +90,7 @@ def find_ceiling(
     """
     quantized = quantized_calls(calls, converted)
     if not baseline.products_s:
-        raise CeilingError("no kernel of the baseline is known to be a matrix product")
+        raise CeilingError("no kernel of the baseline was recognized as a matmul")
     others = [call for call in calls if call.name not in converted]
     int8_rates = rates.int8_ops_per_s if bound.int8_matmuls else None
     share, ratio = _share_and_ratio(quantized, others, rates, bound, element_bytes)

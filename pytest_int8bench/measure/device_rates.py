@@ -16,20 +16,20 @@ from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.measure.memory import oom_of, release
 from pytest_int8bench.measure.timing import Run, Timer, time_block, time_once
 
-#: Rows of a product that is measured, where they fit: enough that every SM has several tiles.
+#: Rows of a measured matmul if they fit: enough to give every SM several tiles.
 ROWS = 1 << 16
-#: The largest operand of a product that is measured, and the buffer that is copied.
+#: Largest operand of a measured matmul, and size of the copied buffer.
 OPERAND_BYTES, COPY_BYTES = 1 << 30, 1 << 29
-#: Tokens of the attention that is measured. Its rate grows with them; by the kernel's time at 1,024
-#: to 9,216 tokens, no length is more than 1 % faster.
+#: Tokens of the measured attention. Its rate grows with them; by the kernel's time at 1,024 to
+#: 9,216 tokens, no length is more than 1 % faster.
 TOKENS = 1 << 14
-#: A figure is the best of some blocks, each of so many seconds.
+#: A rate is the best of several blocks of this many seconds.
 BLOCKS, BLOCK_S = 5, 0.01
-#: Calls that are launched as one on CUDA.
+#: Calls captured in one CUDA graph.
 RECORDED = 10
 
-#: From INT8 operands, rows x inputs and outputs x inputs, to what runs their product once.
-Int8Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor], Run]
+#: Takes INT8 operands, rows x inputs and outputs x inputs, and returns a call of their matmul.
+Int8Matmul: TypeAlias = Callable[[torch.Tensor, torch.Tensor], Run]
 
 
 class Head(NamedTuple):
@@ -38,7 +38,7 @@ class Head(NamedTuple):
     width: int
     """Columns."""
     dtype: torch.dtype
-    """Of the values."""
+    """Dtype of the values."""
 
 
 class RateError(ClearError, RuntimeError):
@@ -50,14 +50,14 @@ class Rates:
     """Highest measured rates of one device."""
 
     float_ops_per_s: Mapping[Size, float]
-    """Products in the baseline's dtype; a multiplication and an addition are two operations."""
+    """Matmuls in the baseline's dtype; a multiplication and an addition are two operations."""
     int8_ops_per_s: Mapping[Size, float]
-    """Products on INT8 operands; empty where none are wanted."""
+    """Matmuls on INT8 operands; empty if they were not requested."""
     bytes_per_s: float
     """Memory traffic of a copy, reading and writing."""
     attention_ops_per_s: Mapping[Head, float] = field(default_factory=dict)
-    """INT8 attention on a long sequence, its exponentials and the quantizing of queries and keys
-    included; the operations are those of its two matmuls."""
+    """INT8 attention on a long sequence. The time includes exponentials and the quantization of
+    queries and keys; the operations are only those of the two matmuls."""
 
 
 def _int_mm(x: torch.Tensor, weight: torch.Tensor) -> Run:
@@ -71,8 +71,8 @@ def _fused(x: torch.Tensor, weight: torch.Tensor) -> Run:
     return lambda: ops.linear(x, row_scale, weight, scale, None, None, None, torch.bfloat16)
 
 
-def int8_products(device: torch.device) -> tuple[Int8Product, ...]:
-    """Return the INT8 products there are; the fastest one at a size stands for the device."""
+def int8_matmuls(device: torch.device) -> tuple[Int8Matmul, ...]:
+    """Return the INT8 matmuls available on a device, whose rate at a size is the fastest one's."""
     return (_int_mm,) if fused_problem(device) else (_int_mm, _fused)
 
 
@@ -88,22 +88,22 @@ def measure_rates(
     with_int8: bool = True,
     heads: Iterable[Head] = (),
 ) -> Rates:
-    """Measure what a device does at the sizes of linear layers and heads, each once a process.
+    """Measure a device's rates at the given layer sizes and heads, each once per process.
 
-    Products get so many rows that launches do not count. Operands are random: a GPU draws less
-    power on zeros, and is faster.
+    Matmuls have enough rows to make launch overhead negligible. Operands are random, because a GPU
+    draws less power on zeros and is faster.
 
     Args:
-        sizes: the sizes of linear layers.
+        sizes: sizes of linear layers.
         device: the device.
-        dtype: the dtype of products that are not INT8.
+        dtype: dtype of matmuls that are not INT8.
         timer: a timer that waits for the device.
-        with_int8: measure INT8 products too.
-        heads: the heads to measure INT8 attention of.
+        with_int8: measure INT8 matmuls too.
+        heads: heads for which to measure INT8 attention.
 
     Raises:
-        RateError: if no INT8 product takes a size, or INT8 attention does not take a head.
-        torch.OutOfMemoryError: or another error that ``memory.oom_of`` knows.
+        RateError: if no INT8 matmul supports a size, or INT8 attention does not support a head.
+        torch.OutOfMemoryError: or any other error that ``memory.oom_of`` recognizes.
     """
     where = (device.type, torch.cuda.current_device() if device.type == "cuda" else 0)
     sizes = sorted(set(sizes))
@@ -128,8 +128,8 @@ def measure_rates(
 
 
 def rows_for(size: Size) -> int:
-    """Return the rows of a product that is measured: fewer where an operand would not fit."""
-    fitting = OPERAND_BYTES // (4 * max(size))  # INT8 products may return INT32
+    """Return the rows of a measured matmul, fewer if an operand would not fit."""
+    fitting = OPERAND_BYTES // (4 * max(size))  # INT8 matmuls may return INT32
     return min(ROWS, max(fitting // 256 * 256, 256))
 
 
@@ -150,24 +150,24 @@ def _int8_rate(size: Size, device: torch.device, timer: Timer) -> float:
         for n in (rows, size.outputs)
     )
     seconds, problem = math.inf, "there is none"
-    for product in int8_products(device):
+    for matmul in int8_matmuls(device):
         try:
-            seconds = min(seconds, _best_s(product(x, weight), timer, device))
-        except Exception as error:  # also what a compiler of kernels raises
+            seconds = min(seconds, _best_s(matmul(x, weight), timer, device))
+        except Exception as error:  # kernel compilers raise errors of many kinds
             if oom_of(error) is not None:
                 raise
             problem = first_line(error)
             release(error)
     if math.isinf(seconds):
         raise RateError(
-            f"no INT8 product of {rows} rows takes {size.inputs}x{size.outputs} on {device.type}: "
-            f"{problem}"
+            f"no INT8 matmul supports {size.inputs} inputs and {size.outputs} outputs at {rows} "
+            f"rows on {device.type}: {problem}"
         )
     return 2 * rows * math.prod(size) / seconds
 
 
 def _attention_rate(head: Head, device: torch.device, timer: Timer) -> float:
-    # As many heads as multiprocessors: all of them finish together.
+    # One head per multiprocessor, so that all of them finish together.
     count, random = 1, _generator(device)
     if device.type == "cuda":
         count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -177,19 +177,19 @@ def _attention_rate(head: Head, device: torch.device, timer: Timer) -> float:
         q, k, v = (
             torch.randn(shape, device=device, dtype=head.dtype, generator=random) for _ in range(3)
         )
-        q *= 0.25  # small scores, for which the kernel needs no running maximum
+        q *= 0.25  # small scores spare the kernel its running maximum
 
         def run() -> None:
             ops.int8_attention(*ops.quantize_heads(q, k), v, head.width**-0.5)
 
-        seconds = _best_s(run, timer, device, recorded=1)  # it takes longer than its launches
+        seconds = _best_s(run, timer, device, recorded=1)  # runs much longer than its launch
     except Exception as error:
         if oom_of(error) is not None:
             raise
         problem = first_line(error)
         release(error)
         raise RateError(
-            f"INT8 attention of heads with {head.width} columns does not run on {device.type}: "
+            f"INT8 attention does not run on {device.type} with heads of {head.width} columns: "
             f"{problem}"
         ) from None
     return 4 * count * TOKENS**2 * head.width / seconds
@@ -203,13 +203,13 @@ def _copy_rate(device: torch.device, timer: Timer) -> float:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Return a generator of its own: that of the process is not ours to advance."""
+    # The global generator belongs to the user and must not advance here.
     return torch.Generator(device).manual_seed(0)
 
 
 def _best_s(run: Run, timer: Timer, device: torch.device, recorded: int = RECORDED) -> float:
-    """Return the seconds of one call in the fastest block."""
-    run()  # chooses or compiles its kernel
+    """Return the seconds per call of the fastest block."""
+    run()  # selects or compiles the kernel
     calls = 1
     if device.type == "cuda":
         run, calls = _recorded(run, recorded), recorded
@@ -218,8 +218,8 @@ def _best_s(run: Run, timer: Timer, device: torch.device, recorded: int = RECORD
 
 
 def _recorded(run: Run, calls: int) -> Run:
-    """Return ``calls`` of ``run`` as one CUDA graph: to launch a small product takes longer than
-    to compute it."""
+    """Capture ``calls`` of ``run`` in one CUDA graph; launching a small matmul takes longer than
+    computing it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):

@@ -1,6 +1,6 @@
-"""Where the device's time goes at a point, and the upper bound of the speedup that follows from it.
+"""Break down the device time of a point, and compute the speedup's upper bound from it.
 
-Both stages come after the clock.
+Both stages run after the timed rounds.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.parts import Kernels, UpperBound
 
 KERNELS_KEPT = 20
-#: Devices whose profile lists kernels. On a CPU, what Inductor fused is one graph.
+#: Devices whose profile lists kernels. On a CPU, it lists a graph that Inductor fused as one entry.
 WITH_KERNELS = ("cuda",)
 
 
 @dataclass(frozen=True)
 class NoCeiling:
-    """Why there is no ceiling."""
+    """Reason why there is no upper bound."""
 
     problem: str
 
     def to_dict(self) -> dict[str, str]:
-        """Return the problem, for JSON."""
+        """Return the problem for JSON."""
         return {"problem": self.problem}
 
 
 @dataclass(frozen=True)
 class CeilingSources:
-    """A ceiling, and where the baseline's time goes."""
+    """An upper bound and the breakdown of the baseline's time."""
 
     baseline: Breakdown
     ceiling: Ceiling
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the ceiling was computed from, for JSON."""
+        """Return the inputs of the upper bound for JSON."""
         values = dataclasses.asdict(self.ceiling)
         del values["speedup"]
         if values["attention"] is None:
@@ -64,7 +64,7 @@ class CeilingSources:
 
 
 def kernels_of(model: Model, keep: Keep | None) -> Kernels:
-    """Return the kernels that ran, having compared them with the labels."""
+    """Return the kernels that ran, after comparing them with the labels."""
     evidence = model.evidence(keep)
     with_kernels = model.device.type in WITH_KERNELS
     return Kernels(
@@ -80,12 +80,13 @@ def kernels_of(model: Model, keep: Keep | None) -> Kernels:
 def upper_bound(
     baseline: Model, candidate: Model, speedup: float, timer: Timer
 ) -> UpperBound | None:
-    """Return what INT8 could bring at most, or why that is not known."""
+    """Return the upper bound of INT8's speedup or why it is unknown; None if kernels cannot be
+    profiled."""
     if baseline.device.type not in WITH_KERNELS:
         return None
     try:
         sources = _find_ceiling(baseline, candidate, timer)
-    except Exception as error:  # whatever it is, the measurement is there
+    except Exception as error:  # the measurement is complete, so no error may discard it
         problem = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, ClearError):
             problem = first_line(error)

@@ -10,12 +10,12 @@ Reading the counter at both ends of an interval would be off by up to one step a
 
 - Wait for the counter to move, and start the work at once.
 - After the work, wait for two more steps with the device idle. The first gives the energy since the
-  start of the work, including that of the idle time before this step. The power between the two
-  steps is the idle power, with which the idle part is subtracted. The time between them is the
-  length of a step.
+  start of the work, including the idle time before this step. The power between the two steps is
+  the idle power, from which the energy of the idle time is computed and subtracted. The time
+  between them is the length of a step.
 - Return None for work shorter than :data:`MIN_STEPS` steps. Idle power falls after the work (on the
-  H200 from 165 to 130 W, against 690 W under load), so what is subtracted, the idle energy of one
-  step at most, is off by under 1 % of the energy of 8 steps under load.
+  H200 from 165 to 130 W, against 690 W under load). The subtracted energy, at most one step of idle
+  time, is therefore off by under 1 % of the energy of 8 steps under load.
 
 On that H200, an 8192x8192x8192 matmul that ran for 1 s took 0.3 to 1.6 % more energy than in a 6 s
 run (BF16 and INT8, three runs each). Twenty ratios of the two lay within 1.5 % of their median.
@@ -131,10 +131,10 @@ class EnergyCounter:
         return per_batch[0] / per_batch[1]
 
     def next_step(self) -> Step | None:
-        """Wait until the counter moves; None where it does not answer or stands still.
+        """Wait until the counter moves. Return None if it does not answer or never moves.
 
-        The first readings after a pause may be old or slow. So a step only counts between readings
-        that are close together, the earlier of which showed no change.
+        The first readings after a pause may be old or slow, so a step only counts between two
+        readings that are close together and of which the earlier showed no change.
         """
         values = [self._read()]
         begin_s = before_s = self._clock()

@@ -1,4 +1,4 @@
-"""Profile one forward and use its kernels and their times to verify a result's labels."""
+"""Profile one forward and verify a result's labels by its kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _INT8_MATMUL = re.compile(
 # of the model's work.
 _TRANSFER = re.compile(r"Memcpy (HtoD|DtoH)")
 
-# Event around a graph's kernels (CompiledFxGraph.__call__, torch/_inductor/output_code.py).
+# Event that encloses a graph's kernels (CompiledFxGraph.__call__, torch/_inductor/output_code.py).
 _GRAPH = "## Call CompiledFxGraph"
 
 # Host time around a compiled graph, which a CPU profile lists among the operators.
@@ -67,7 +67,7 @@ class Evidence:
     kernels: tuple[Kernel, ...]
     """Kernels, longest first. On a CPU, Inductor's fused kernels are listed as their graph."""
     trace: str | None = None
-    """Where ``keep`` saved the trace of the forward."""
+    """Location of the trace that ``keep`` saved."""
     eager_s: float = 0.0
     """Seconds of kernels outside compiled graphs, if requested."""
 
@@ -101,7 +101,7 @@ class Evidence:
         return ", ".join(f"{k.name[:80]} {k.seconds * 1e6:.0f} us" for k in self.kernels[:count])
 
 
-#: Saves a profile and returns the location of its trace; None if that failed.
+#: Saves a profile and its kernels and returns the location of the trace, or None on failure.
 Keep = Callable[[profile, tuple[Kernel, ...]], str | None]
 
 
@@ -115,8 +115,8 @@ def profile_forward(
     """Profile one call of ``run`` and return its kernels without host-device copies.
 
     Args:
-        run: one forward.
-        device: device that it runs on.
+        run: runs one forward.
+        device: the device on which it runs.
         keep: saves the profile and the kernels.
         find_eager: also measure the time outside compiled graphs.
 
@@ -143,14 +143,14 @@ def profile_forward(
         kernels.append(Kernel(row.key, micros / 1e6, row.count))
     kernels = [kernel for kernel in kernels if kernel.seconds > 0]
     if not kernels:
-        raise EvidenceError(f"the profiler saw no kernel on {device}: there is no evidence")
+        raise EvidenceError(f"the profiler saw no kernel on {device}, so the label is unproven")
     longest_first = tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
     trace = keep(profiler, longest_first) if keep is not None else None
     return Evidence(longest_first, trace, _eager_s(profiler, on_cuda) if find_eager else 0.0)
 
 
 def _eager_s(profiler: profile, on_cuda: bool) -> float:
-    """Return the seconds of operators, or their kernels, outside compiled graphs."""
+    """Return the seconds of operators (CPU) or their kernels (CUDA) outside compiled graphs."""
     micros = 0.0
     for event in profiler.events() or ():
         if event.device_type.name != "CPU" or _HOST.match(event.name):
@@ -178,13 +178,14 @@ def check_labels(
         params: the point that the model was built for.
         stored: number of quantized layers that store weights as the mode's proof requires, and
             number of all quantized layers.
-        attention: the backend that the model was compiled for, if ``params`` leave it open.
-        fused: whether layers of the model use the fused backend.
+        attention: the backend for which the model was compiled, if ``params`` do not name it.
+        fused: whether any layer of the model uses the fused backend.
 
     Raises:
-        EvidenceError: for a mode without its kernels or stored weights, or with INT8 matmuls that
-            it must not run; a baseline with either; the fused backend without its kernels or its
-            kernels without it; or an attention backend other than the requested one.
+        EvidenceError: if a mode's kernels or stored weights are missing, or INT8 matmuls ran that
+            the mode must not run; if a baseline has either; if the fused backend is labelled but
+            its kernels did not run, or the reverse; or if another attention backend ran than the
+            requested one.
     """
     if params.int8_enabled:
         _check_mode(evidence, params, stored)
@@ -204,31 +205,28 @@ def check_labels(
 
 
 def _check_attention(evidence: Evidence, params: RunParams, asked: str) -> None:
-    """Compare the attention kernels that ran with the requested backend."""
     label = params.run_name
     int8 = [kernel for kernel in evidence.kernels if is_int8_attention_kernel(kernel.name)]
     if bool(int8) != params.int8_attention:
         what = int8[0].name if int8 else "none of its kernels"
+        why = ""
         if asked == SHORT and not int8:
-            what += (
-                f" beside attention={SHORT}, which takes sequences of up to {SHORT_ROWS} tokens,"
-            )
+            why = f" (attention={SHORT} computes sequences of up to {SHORT_ROWS} tokens instead)"
         raise EvidenceError(
-            f"{label} is labelled int8_attention={params.int8_attention}, but {what} ran; "
+            f"{label} is labelled int8_attention={params.int8_attention}, but {what} ran{why}; "
             f"kernels: {evidence.top()}"
         )
     ran = attention_kernel(kernel.name for kernel in evidence.kernels if kernel not in int8)
-    # Math attention's kernels cannot be recognized by name; ours can.
+    # Math attention cannot be recognized by its kernels' names, but our own kernels can.
     unknown = None if asked != SHORT else asked
     if asked != "auto" and ran not in (unknown, asked):
         raise EvidenceError(
-            f"{label} asked for {asked} attention, but {ran or 'none'} ran; "
+            f"{label} asked for {asked} attention, but {ran or 'no known backend'} ran; "
             f"kernels: {evidence.top()}"
         )
 
 
 def _check_mode(evidence: Evidence, params: RunParams, stored: tuple[int, int]) -> None:
-    """Compare a quantized point with the proof of its mode."""
     mode, label = MODES[params.int8_mode], params.run_name
     precision = mode.choice.precision
     if stored[0] < stored[1] or stored[1] == 0:
@@ -243,18 +241,18 @@ def _check_mode(evidence: Evidence, params: RunParams, stored: tuple[int, int]) 
     if missing or (needed is not None and not _matching(evidence, needed)):
         hint = mode.proof.hint if params.gpu_type == "cuda" else ""
         raise EvidenceError(
-            f"{label} is labelled {mode.label}, but no {precision} product ran{hint}; "
+            f"{label} is labelled {mode.label}, but no {precision} matmul ran{hint}; "
             f"kernels: {evidence.top()}"
         )
 
 
 def _check_baseline(evidence: Evidence, params: RunParams, *, quantized: int) -> None:
-    """Check that a baseline shows the proof of no mode."""
+    """Check that a baseline ran no kernel and stores no layer that would prove a mode."""
     ran = list(evidence.int8_products)
     for name in MODES:
         try:
             pattern = MODES[name].proof.kernels
-        except Exception:  # its package does not load, so it cannot have run
+        except Exception:  # a mode whose package does not load cannot have run
             continue
         if pattern is not None:
             ran += _matching(evidence, pattern)
@@ -267,6 +265,6 @@ def _check_baseline(evidence: Evidence, params: RunParams, *, quantized: int) ->
 
 
 def _matching(evidence: Evidence, pattern: re.Pattern[str]) -> list[Kernel]:
-    """Return the kernels whose own names match."""
+    """Return the matching kernels, ignoring fused kernels named after their operators."""
     names = set(filter(pattern.search, own_names(k.name for k in evidence.kernels)))
     return [kernel for kernel in evidence.kernels if kernel.name in names]

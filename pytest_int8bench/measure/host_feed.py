@@ -203,8 +203,8 @@ class HostFeed:
             self.close()
             why = str(error).strip().splitlines()[-1]  # the worker's traceback precedes it
             raise FeedError(
-                f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes travel through "
-                f"shared memory: see whether {_SHARED_MEMORY} is large enough (docker: --shm-size)"
+                f"the loader failed: {why}; batches of {self._batch_bytes:,} bytes pass through "
+                f"shared memory; check that {_SHARED_MEMORY} is large enough (docker: --shm-size)"
             ) from error
 
 
@@ -312,11 +312,11 @@ def _loader(
     """Return an endless iterator over new copies of ``sources`` in turn."""
     processes: dict[str, Any] = {}
     if workers:
-        # Not fork: this process has initialized CUDA, which a forked child inherits broken, and
-        # runs threads (of CUDA, OpenMP, Inductor, and those that pin memory), whose locks it
-        # would inherit held. Not forkserver: torch's workers end when their parent does, which
-        # there is the server, and the server lives as long as they do: were this process killed,
-        # all of them would stay. So each worker imports torch anew, once, before the clock.
+        # fork is unsafe: a forked child inherits an unusable CUDA context and possibly held locks
+        # of this process's threads (CUDA, OpenMP, Inductor, memory pinning). forkserver leaks:
+        # torch's workers end when their parent does, but there the parent is the server, which
+        # lives as long as its workers, so all of them would survive if this process were killed.
+        # With spawn, each worker imports torch once, before the timer starts.
         processes = {
             "multiprocessing_context": "spawn",
             "persistent_workers": True,
@@ -354,8 +354,8 @@ def _shut_down(loader: Any, side: torch.cuda.Stream | None) -> None:
         end()
     except RuntimeError:
         # A worker that aborts while it ends (seen with torch 2.11: "terminate called without an
-        # active exception") has handed out all that was asked of it; torch raises all the same,
-        # in the midst of waiting for the others.
+        # active exception") has already delivered every batch requested from it. torch raises
+        # nevertheless, before it has waited for the other workers.
         for worker in loader._workers:
             worker.join(WORKER_END_S)
             if worker.is_alive():
@@ -368,7 +368,7 @@ def _tensors_in(inputs: Any) -> list[torch.Tensor]:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.layout is not torch.strided:
-            raise WorkloadError(f"feed=host takes dense tensors, got one of {tensor.layout}")
+            raise WorkloadError(f"feed=host needs dense tensors, got layout {tensor.layout}")
         found.append(tensor)
         return tensor
 

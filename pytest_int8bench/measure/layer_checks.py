@@ -1,8 +1,8 @@
-"""Prove of each quantized layer that its matmul ran as the label says.
+"""Prove that the matmul of each quantized layer ran as the label says.
 
-The baseline's forward says what has to run, a forward of the candidate operator by operator what
-each layer's weight was used for, the compiled graphs which of that is compiled, and on CUDA the
-kernels of one compiled forward that it ran.
+The baseline's forward shows which layers must run. A forward of the candidate, recorded operator by
+operator, shows how each layer's weight is used, and its compiled graphs show which of these uses
+are compiled. On CUDA, the kernels of one compiled forward prove that they ran.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pytest_int8bench.quantization.modes import MODES
 from pytest_int8bench.words import some
 
 _NAMES_LISTED = 8
-#: Work that may differ between forwards of one model is below this part of it.
+#: Relative difference in work that rounding may cause.
 _ROUNDING = 1e-6
-# Templates of Inductor, which need not say what they multiply.
+# Inductor's templates, whose names need not contain the dtype of the operands.
 _TEMPLATE = re.compile(r"triton_(tem|mm)_")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a message; the first few of many."""
+    """Return names for a message, only the first few if there are many."""
     return some(list(names), _NAMES_LISTED)
 
 
 def quantized(runs: LayerRuns) -> dict[str, LayerRun]:
-    """Return the runs of the layers that are quantized."""
+    """Return the runs of quantized layers."""
     return {name: run for name, run in runs.items() if run.quantized}
 
 
 def in_other_precision(runs: LayerRuns) -> list[str]:
-    """Return the quantized layers whose weights were used for anything but quantized matmuls."""
+    """Return the quantized layers whose weights were used outside quantized matmuls."""
     return [
         name
         for name, run in quantized(runs).items()
@@ -45,16 +45,16 @@ def in_other_precision(runs: LayerRuns) -> list[str]:
 
 
 def check_layers(runs: LayerRuns, params: RunParams, *, own_config: bool = False) -> None:
-    """Compare what a forward did with each quantized layer with the label.
+    """Check that a forward used each quantized layer as the label says.
 
     Args:
-        runs: of the candidate.
-        params: the point that it was built for.
-        own_config: the user configured the layers, each of which may have a precision of its own.
+        runs: the candidate's layer runs.
+        params: the point that the candidate was built for.
+        own_config: whether the user's own configuration chose each layer's precision.
 
     Raises:
-        EvidenceError: if the forward used no quantized layer, or used one, in a mode that is proven
-            by its matmuls, for another matmul.
+        EvidenceError: if the forward used no quantized layer, or if the mode is proven by its
+            matmuls and a quantized layer ran another matmul.
     """
     mode, label = MODES[params.int8_mode], params.run_name
     layers = quantized(runs)
@@ -78,13 +78,13 @@ def check_layers(runs: LayerRuns, params: RunParams, *, own_config: bool = False
 
 
 def check_same_work(baseline: LayerRuns, candidate: LayerRuns, params: RunParams) -> None:
-    """Compare how much of each layer the forwards of baseline and candidate ran.
+    """Check that the candidate's forward does as much work in each layer as the baseline's.
 
-    A router may send a row to one expert here and to another there, but to one of the same size.
+    A router may send a row to different experts in the two forwards, but experts have the same
+    size, so layers are compared by size first.
 
     Raises:
-        EvidenceError: if the candidate ran less, because it calls layers of another model, for
-            example.
+        EvidenceError: if the candidate does less, e.g. because it calls layers of another model.
     """
     before, after = _work_by_size(baseline), _work_by_size(candidate)
     fewer = [
@@ -112,19 +112,19 @@ def _work_by_size(runs: LayerRuns) -> dict[Size, float]:
 def check_kernel_count(
     evidence: Evidence, runs: LayerRuns, params: RunParams, dropped: Iterable[str]
 ) -> None:
-    """Compare the INT8 kernels of one profiled forward on CUDA with the layers that need one.
+    """Check that one profiled forward on CUDA ran an INT8 kernel for each layer that needs one.
 
-    Layers that share memory may share a matmul. An expert that few rows reach in one forward may
-    get none in another, and is not counted.
+    Layers that share memory may share a matmul. An expert that gets few rows in one forward may get
+    none in another, so it is not counted.
 
     Args:
         evidence: the profiled forward.
-        runs: of the candidate.
-        params: the point that it was built for.
-        dropped: layers whose results nobody uses.
+        runs: the candidate's layer runs.
+        params: the point that the candidate was built for.
+        dropped: layers whose results are unused.
 
     Raises:
-        EvidenceError: if there are fewer kernels.
+        EvidenceError: if fewer kernels ran than layers need.
     """
     if not MODES[params.int8_mode].proof.int8_matmuls:
         return

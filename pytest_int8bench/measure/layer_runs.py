@@ -19,7 +19,7 @@ from pytest_int8bench.measure.linear_calls import Size
 from pytest_int8bench.quantization.api import is_quantized
 from pytest_int8bench.quantization.stored import stored_weight
 
-# In inference mode, composite operators such as linear arrive whole; elsewhere as their parts.
+# Composite operators such as linear are dispatched whole in inference mode, else in parts.
 _MATMULS = {
     "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "einsum", "tensordot",
     "inner", "_addmm_activation", "_int_mm", "_scaled_mm", "_weight_int8pack_mm",
@@ -33,17 +33,16 @@ class LayerRun:
 
     size: Size
     storage: int
-    """Names the memory that the weight is part of. Neighbours in one block share it, and may share
-    a matmul."""
+    """Identifies the storage that holds the weight. Layers that share one may share a matmul."""
     quantized: bool
     quantized_work: float = 0.0
-    """Multiplications in matmuls of which both operands are quantized."""
+    """Multiplications in matmuls whose operands are both quantized."""
     other_work: float = 0.0
-    """Multiplications in other matmuls, such as those of a weight that was dequantized before."""
+    """Multiplications in other matmuls, e.g. with a dequantized weight."""
     readers: set[str] = field(default_factory=set)
     """Other operators that read the weight."""
     hidden: bool = False
-    """An operator took the weight that runs others, which were not seen."""
+    """Whether a higher-order operator took the weight; its inner operators were not seen."""
 
     @property
     def work(self) -> float:
@@ -61,15 +60,15 @@ class LayerRun:
         return bool(self.work or self.readers or self.hidden)
 
 
-#: Dotted name of a layer -> what a forward did with its weight.
+#: Dotted name of a layer -> how a forward used its weight.
 LayerRuns = Mapping[str, LayerRun]
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator that reads a weight, or a copy of it in another dtype or layout.
+    """Records every operator that reads a weight, or a copy of it in another dtype or layout.
 
-    Modules and functions are left alone: what a forward does with the weight counts, however it
-    calls a layer.
+    It watches operators instead of modules, because a forward need not call the module to use its
+    weight.
     """
 
     supports_higher_order_operators = True
@@ -77,7 +76,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: dict[str, LayerRun] = {}
-        # Weak references keep the addresses of freed memory from being used again.
+        # Weak references keep the storages' identifiers from being reused after they are freed.
         self._held: dict[StorageWeakRef, list[tuple[int, int, str]]] = defaultdict(list)
         self._copies: dict[StorageWeakRef, frozenset[str]] = {}
         for name, layer in layers.items():
@@ -123,7 +122,7 @@ class _Watch(TorchDispatchMode):
         runs = [self.runs[name] for name in names]
         others = [other for other in operands if other is not weight]
         if weight.dim() > 1 and (kind := _matmul_kind(func, weight, others, runs[0].size.inputs)):
-            for run in runs:  # several, where layers share a weight
+            for run in runs:  # several if layers share a weight
                 work = new[0].numel() * run.size.inputs / len(runs)
                 setattr(run, kind, getattr(run, kind) + work)
             return
@@ -141,14 +140,13 @@ class _Watch(TorchDispatchMode):
 def _matmul_kind(
     func: Any, weight: torch.Tensor, others: list[torch.Tensor], inputs: int
 ) -> str | None:
-    """Return which kind of work an operator that is given a weight does, or None if it is not a
-    matmul."""
-    # Whatever the operator is called: a weight of one byte and rows of one byte, not zero points.
+    """Return the field of :class:`LayerRun` that counts an operator, or None for a non-matmul."""
+    # An operator of any name on one-byte weights and one-byte rows (by shape, not zero points).
     if weight.itemsize == 1 and any(o.itemsize == 1 and o.shape[-1:] == (inputs,) for o in others):
         return "quantized_work"
     if getattr(func, "__name__", "").partition(".")[0] not in _MATMULS:
         return None
-    # Exact sums of INT8 products on devices without INT8 matmuls.
+    # Devices without INT8 matmuls compute them exactly in wider integers.
     exact = not weight.is_floating_point() and all(not o.is_floating_point() for o in others)
     return "quantized_work" if exact else "other_work"
 
@@ -162,8 +160,7 @@ def _is_strided(value: Any) -> bool:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the bytes of its storage that a tensor lies in: the first, and the one after the
-    last."""
+    """Return the range of bytes that a tensor spans in its storage; the end is exclusive."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     elements = sum((size - 1) * int(stride) for size, stride in steps) + 1 if tensor.numel() else 0
     start = int(tensor.storage_offset())
@@ -173,15 +170,15 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def layer_runs(
     model: nn.Module, run: Callable[[], object], graphs: Sequence[Graph] = ()
 ) -> LayerRuns:
-    """Run a forward of ``model`` and return what it did with each linear layer's weight.
+    """Run a forward of ``model`` and return how it used each linear layer's weight.
 
     Args:
         model: the model, quantized or not.
-        run: one forward of it.
+        run: runs one forward of the model.
         graphs: the model's compiled graphs.
     """
     watch = _Watch(dict(_linear_layers(model)))
-    # What an eager model compiles itself would not run operator by operator.
+    # Parts that an eager model compiles itself would not dispatch their operators one by one.
     stance = contextlib.nullcontext() if graphs else torch.compiler.set_stance("force_eager")
     with stance, watched(watch, graphs):
         run()

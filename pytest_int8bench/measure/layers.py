@@ -107,7 +107,7 @@ def look_at_forward(
     except Exception as error:
         problem = f"an eager forward raised {type(error).__name__}: {first_line(error)}"
         if oom_of(error) is not None:
-            problem = "an eager forward runs out of memory"
+            problem = "an eager forward ran out of memory"
         release(error)
     free_memory()
     return Forward(None, problem)

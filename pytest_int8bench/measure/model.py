@@ -346,7 +346,7 @@ class Model:
             self.batch.check(given)
 
     def _look_outside_graphs(self) -> None:
-        """Choose the attention backend anew where calls may have run outside the graphs.
+        """Choose the attention backend again if calls may have run outside the graphs.
 
         Raises:
             AnotherBackend: if the choice changes.

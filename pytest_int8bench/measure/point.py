@@ -294,8 +294,8 @@ class Throughput:
             else:
                 if apart is not None and abs(apart / comparison.speedup - 1) > DRIFT:
                     problem = (
-                        f"{SPEED_CHANGED}: the speedup is measured in alternation, the rates "
-                        f"alone would give {apart:.2f}x"
+                        f"{SPEED_CHANGED}: the speedup was measured in alternation; the "
+                        f"separate rates would give {apart:.2f}x"
                     )
                 return comparison, problem
             self._pool.evict("baseline")

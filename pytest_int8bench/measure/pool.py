@@ -224,7 +224,7 @@ class ModelPool:
             if not any(map(is_quantized, eager.modules())):
                 raise QuantizationError(
                     f"workload {workload.name!r} is prequantized, but build returned a model "
-                    f"without a layer that torchao quantized at {params.run_name}"
+                    f"without layers quantized by torchao at {params.run_name}"
                 )
             make_readable(eager)
         elif params.int8_enabled and quantize:
@@ -252,8 +252,8 @@ class ModelPool:
         found = fingerprint(eager)
         if self._fingerprints.setdefault(self.key(workload, params).baseline(), found) != found:
             raise WorkloadError(
-                f"workload {workload.name!r}: build must return the same weights each time, as "
-                "baseline and candidate may have to be built apart, got others at "
+                f"workload {workload.name!r}: build must return the same weights each time, "
+                "because baseline and candidate may be built separately, got different weights at "
                 f"{params.run_name}; draw them from torch's, numpy's or Python's own generator"
             )
 

@@ -84,8 +84,8 @@ class Buffers:
             return None
         named = ", ".join(self.changing[:_NAMED]) + (" …" if len(self.changing) > _NAMED else "")
         return (
-            f"each call changes buffers of the model ({named}): they are put back before outputs "
-            "are compared or scored, but not between calls that are timed"
+            f"each call changes buffers of the model ({named}); they are restored before outputs "
+            "are compared or scored, but not between timed calls"
         )
 
 

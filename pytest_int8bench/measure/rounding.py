@@ -1,14 +1,14 @@
 """Decide whether rounding explains the difference between two computations of the same model.
 
-A model is run in FP32, for reference; as it is; and as it is with noise, which rounds the result of
-each operator differently. All of these are replicates: another way to compute the model, such as
-its compiled code, is explained by rounding if it is no further from the reference than they are.
+The model runs in FP32 as the reference, and unchanged and with noise as replicates; noise rounds
+the result of each operator differently. Rounding explains another computation of the model, such as
+its compiled code, if it is no further from the reference than the replicates are.
 
-Errors are compared slice by slice, along each dimension of each output, so that one wrong row, or
-one wrong channel, is not lost among the others; by their norm, and by their largest element. How
-unlike each other replicates may be depends on the model: one that picks the best of several
-experts takes another one for some token, sooner or later. So each replicate is held against the
-others in the same way, and what is looked for is a slice that stands out more than theirs do.
+Errors are compared slice by slice along each dimension of each output, by their norm and by their
+largest element, so that one wrong row or channel is not lost among the others. How much replicates
+differ depends on the model: one that routes to the best of several experts will eventually choose
+another expert for some token. Each replicate is therefore compared with the others in the same way,
+and a slice counts only if it stands out more than the replicates' slices do.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _floor(exact: torch.Tensor) -> float:
 
 
 def _error(exact: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return the error of each element: infinite where it is not finite but should be; none where
-    there is nothing to compare with."""
+    """Return the error of each element: infinity if only the exact value is finite, and 0 if the
+    exact value is not finite."""
     if not exact.is_floating_point():
         return (exact != found).double()
     error = (found - exact).abs().nan_to_num(nan=math.inf)
@@ -188,8 +188,7 @@ def _usual_size(values: torch.Tensor) -> torch.Tensor:
 
 
 class WithoutCasts(TorchDispatchMode):
-    """Has operators inside return FP32 where they are asked for a dtype of 16 bits, as models do
-    that cast by themselves."""
+    """Makes operators return FP32 although the model itself requests a 16-bit dtype."""
 
     supports_higher_order_operators = True
 

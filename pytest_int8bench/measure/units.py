@@ -23,7 +23,7 @@ def units_of(model: Model, ready: Ready) -> Units:
     unknown = set(units) - set(UNITS)
     if unknown or "samples" not in units:
         raise WorkloadError(
-            f"workload {model.workload.name!r}: units must give samples, and may give "
+            f"workload {model.workload.name!r}: units must include samples and may include "
             f"{', '.join(UNITS[1:])}; got {', '.join(units) or 'nothing'}"
         )
     for unit, count in units.items():

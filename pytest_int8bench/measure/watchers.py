@@ -14,4 +14,4 @@ def active_tracers() -> list[str]:
 def tracer_remark() -> str | None:
     """Return a remark on such tools, or None."""
     found = active_tracers()
-    return f"timed beside {', '.join(found)}: the times include what that costs" if found else None
+    return f"timed with {', '.join(found)} active; times include the overhead" if found else None

@@ -1,4 +1,4 @@
-"""Files that ``int8bench ab`` and a process that measures exchange."""
+"""Exchange files between ``int8bench ab`` and a measuring process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PARENT, _ONLY, _MODULES = "parent", "only.json", "modules.json"
 
 @dataclass(frozen=True)
 class SideFiles:
-    """A folder that both processes write to."""
+    """The folder to which both processes write."""
 
     folder: Path
 
     @classmethod
     def start(cls, folder: Path, only: Collection[str] | None) -> SideFiles:
-        """Make the folder for a process to be started, which runs the node ids ``only``."""
+        """Create the folder for a new process that runs the node ids ``only``, or all if None."""
         files = cls(folder)
         folder.mkdir(parents=True)
         (folder / _PARENT).write_text(str(os.getpid()))
@@ -42,28 +42,28 @@ class SideFiles:
 
     @property
     def journal(self) -> Path:
-        """Journal of the process."""
+        """Path of the measuring process's journal."""
         return self.folder / "journal.jsonl"
 
     def only(self) -> list[str] | None:
-        """Return the node ids to run; None for all."""
+        """Return the node ids to run, or None for all."""
         only: list[str] | None = self._read(_ONLY)
         return only
 
     def is_started_by(self, pid: int) -> bool:
-        """Return whether the process ``pid`` made the folder."""
+        """Return whether the process ``pid`` created the folder."""
         path = self.folder / _PARENT
         return path.exists() and path.read_text() == str(pid)
 
     def note_modules(self) -> None:
-        """Write down the files of all modules that are loaded."""
+        """Record the files of all loaded modules."""
         files = {name: getattr(module, "__file__", None) for name, module in [*sys.modules.items()]}
-        # torch.classes and the like make up a relative one.
+        # Pseudo-modules such as torch.classes have a relative path that does not exist.
         found = {n: file for n, file in files.items() if isinstance(file, str) and isabs(file)}
         (self.folder / _MODULES).write_text(json.dumps(found))
 
     def modules(self) -> dict[str, str] | None:
-        """Return module -> file; None if the process did not get as far as that."""
+        """Return module -> file, or None if the process ended before recording them."""
         files: dict[str, str] | None = self._read(_MODULES)
         return files
 

@@ -1,4 +1,4 @@
-"""End a process together with the one that started it."""
+"""End a process together with its parent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import signal
 import sys
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that comes when the parent ends
+_PR_SET_PDEATHSIG = 1  # prctl(2): set the signal to receive when the parent ends
 
 
 def end_with(is_parent: Callable[[int], bool]) -> bool:
-    """Have the system end this process when its parent ends. Return whether that can still be:
-    ``is_parent`` says whether a process id is that of the parent, which may have ended before.
+    """Make Linux send this process SIGTERM when the thread that started it ends.
 
-    It is the end of the thread that counts that started this process. Only Linux has this;
-    elsewhere, nothing is done.
+    Args:
+        is_parent: returns whether a process id is the parent's.
+
+    Returns:
+        Whether the parent is still alive; always true on other systems.
     """
     if sys.platform != "linux":
         return True

@@ -1,4 +1,4 @@
-"""Files that the runner and its measuring process exchange."""
+"""Exchange points and results between the runner and its measuring process."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ _RECORD, _JSON = "record", "json"
 
 @dataclass(frozen=True)
 class Handover:
-    """A file with the points to run, which the process that measures adds lines to: what it does
-    and what it finds. The file is in memory where the system has such files, so that neither a full
-    disk nor a killed runner leaves anything behind or costs a result."""
+    """A file with the points to run, to which the measuring process appends progress and results.
+
+    It is in memory if the system supports that, so that a full disk costs no result and a killed
+    runner leaves no file behind.
+    """
 
     path: Path
     runner: int
-    """Process id."""
+    """Process id of the runner."""
     group: str
     run_names: list[str]
     journal: str | None
-    """Path of the file, which is there; None if there is none."""
+    """Path of the existing journal, or None without one."""
     wants_json: bool
-    """Whether the JSON of pytest-benchmark is to be handed over."""
+    """Whether the runner needs pytest-benchmark's JSON."""
 
     @classmethod
     @contextmanager
@@ -44,10 +46,10 @@ class Handover:
         journal: Path | None = None,
         wants_json: bool = False,
     ) -> Iterator[Handover]:
-        """Write the points for a process to be started.
+        """Write the points for a new process.
 
         Raises:
-            OSError: if the system has no files in memory, and the disk is full.
+            OSError: if the disk is full and the system has no in-memory files.
         """
         with _exchange() as path:
             written = None if journal is None else str(journal)
@@ -58,14 +60,14 @@ class Handover:
 
     @classmethod
     def from_env_vars(cls, environ: Mapping[str, str] = os.environ) -> Handover:
-        """Read what :meth:`start` wrote, in the file that :meth:`to_env_vars` names.
+        """Read the points from the file that :meth:`to_env_vars` names.
 
         Raises:
             RuntimeError: if the variable is not set.
         """
         if _FILE not in environ:
             raise RuntimeError(
-                "these tests are run by pytest_int8bench.ThroughputBenchmarkRunner, "
+                "these tests can only be run by pytest_int8bench.ThroughputBenchmarkRunner, "
                 f"which sets {_FILE}"
             )
         path = Path(environ[_FILE])
@@ -86,23 +88,24 @@ class Handover:
         return pid == self.runner
 
     def note_running(self, run_name: str) -> None:
-        """Write down the point that runs now; empty for none."""
+        """Record the run name of the current point; empty for none."""
         self._note(_RUNNING, run_name)
 
     def running(self) -> str | None:
-        """Return the point that was running last, None if there was none."""
+        """Return the run name of the point that is running, or ran when the process ended; None
+        if there is none."""
         return next(reversed(self._noted(_RUNNING)), None) or None
 
     def note_workload(self, name: str) -> None:
-        """Write down the name of the workload, which is known when it is loaded."""
+        """Record the name of the workload once it is loaded."""
         self._note(_WORKLOAD, name)
 
     def workload(self) -> str | None:
-        """Return the name of the workload, None if it was not loaded."""
+        """Return the name of the workload, or None if it was not loaded."""
         return next(reversed(self._noted(_WORKLOAD)), None)
 
     def ask_for_new_process(self) -> None:
-        """Say that the points that are left need a new process."""
+        """Request a new process for the remaining points."""
         self._note(_AGAIN, True)
 
     def asked_for_new_process(self) -> bool:
@@ -110,7 +113,7 @@ class Handover:
         return bool(self._noted(_AGAIN))
 
     def note_interrupted(self) -> None:
-        """Say that Ctrl-C ended the process."""
+        """Record that Ctrl-C ended the process."""
         self._note(_INTERRUPTED, True)
 
     def is_interrupted(self) -> bool:
@@ -118,33 +121,34 @@ class Handover:
         return bool(self._noted(_INTERRUPTED))
 
     def note_line(self, line: str) -> None:
-        """Hand a line of the journal over."""
+        """Send a line of the journal to the runner."""
         self._note(_RECORD, json.loads(line))
 
     def lines(self) -> list[Any]:
-        """Return the lines of the journal that were handed over, read as JSON."""
+        """Return the received lines of the journal as parsed JSON."""
         return self._noted(_RECORD)
 
     def note_json(self, values: Any) -> None:
-        """Hand the JSON of pytest-benchmark over."""
+        """Send pytest-benchmark's JSON to the runner."""
         self._note(_JSON, values)
 
     def json(self) -> dict[str, Any] | None:
-        """Return the JSON of pytest-benchmark; None if the process did not get as far as that."""
+        """Return pytest-benchmark's JSON, or None if the process ended before sending it."""
         return next(reversed(self._noted(_JSON)), None)
 
     def _note(self, kind: str, value: Any) -> None:
-        # A point is still measured where nothing can be written, or the runner has been killed.
+        # Keep measuring even if nothing can be written or the runner has been killed.
         try:
             _append(self.path, json.dumps({kind: value}))
         except OSError as error:
             if self.path.exists():
-                warnings.warn(f"int8bench: the runner will lack a {kind}: {error}", stacklevel=3)
+                what = f"int8bench: cannot send a {kind!r} message to the runner: {error}"
+                warnings.warn(what, stacklevel=3)
 
     def _noted(self, kind: str) -> list[Any]:
         found = []
         for line in self.path.read_bytes().splitlines()[1:]:
-            with contextlib.suppress(ValueError):  # half a line, of a process that was killed
+            with contextlib.suppress(ValueError):  # incomplete line of a killed process
                 values = json.loads(line)
                 found += [values[kind]] if kind in values else []
         return found
@@ -157,7 +161,7 @@ def _append(path: Path, line: str) -> None:
 
 @contextmanager
 def _exchange() -> Iterator[Path]:
-    """Make an empty file that this process and its children can open."""
+    """Create an empty file that this process and its children can open."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("int8bench")
         try:

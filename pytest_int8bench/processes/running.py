@@ -1,4 +1,4 @@
-"""Run a child process, stop it, and say how it ended."""
+"""Run and stop child processes and describe how they ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-# Exit codes of pytest: some tests failed, interrupted (or nothing could be collected), no tests.
+# pytest's exit codes: tests failed, interrupted (or collection failed), no tests collected.
 FAILED, INTERRUPTED, NO_TESTS = 1, 2, 5
 _ERRORS = {
     0: "no test ran",
@@ -24,8 +24,8 @@ _INTERRUPT_S = 10
 
 
 def is_pytests(variable: str) -> bool:
-    """Return whether an environment variable belongs to the pytest session that started this
-    process, so that a new session must not inherit it."""
+    """Return whether an environment variable configures the current pytest session, so that a new
+    session must not inherit it."""
     own = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
     return variable in own or variable.startswith("PYTEST_XDIST_")
 
@@ -39,18 +39,20 @@ def run(
     errors: IO[str] | None = None,
     shell: bool = False,
 ) -> int:
-    """Run a process, and stop it if this one is interrupted.
+    """Run a child process, and stop it if this process is interrupted.
 
     Args:
-        command: what to run; a string for the shell with ``shell``.
-        cwd: folder that it runs in.
-        env: all of its environment.
-        log: where its output goes, and then it reads nothing; by default it shares the terminal.
-        errors: where its stderr goes, if it does not go to ``log`` as well.
-        shell: run it by the shell, in a session of its own, which is stopped as a whole.
+        command: the command, a string if ``shell`` is set.
+        cwd: folder in which it runs.
+        env: its complete environment.
+        log: file for its output, in which case its stdin is empty; by default it shares the
+            terminal.
+        errors: file for its stderr; by default stderr goes where stdout goes.
+        shell: run the command in a shell in a new session, whose processes are all stopped
+            together.
 
     Returns:
-        Its exit code, negative for a signal.
+        The exit code, negative for a signal.
     """
     process = subprocess.Popen(
         command,
@@ -70,22 +72,22 @@ def run(
 
 
 def stop(process: subprocess.Popen[bytes], *, group: bool = False) -> None:
-    """Interrupt ``process``, give it time to finish what it has to say, then kill it.
+    """Interrupt ``process``, give it time to finish its output, then kill it.
 
     Args:
-        process: what to stop; it may have ended.
-        group: it was started in a session of its own, which ends as a whole.
+        process: the process, which may already have ended.
+        group: stop its whole process group; it must have been started in a new session.
     """
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            # A terminal interrupts both processes, os.kill only this one.
+            # Ctrl-C in a terminal has already interrupted the child too; os.kill has not.
             process.wait(timeout=0 if group else 1)
         if process.poll() is None:
             _signal(process, signal.SIGINT, group)
             process.wait(timeout=_INTERRUPT_S)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also at a second Ctrl-C
+    finally:  # even after a second Ctrl-C
         _signal(process, signal.SIGKILL, group)
         process.wait()
 
@@ -94,12 +96,12 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals, group: boo
     if not group:
         process.send_signal(number)
         return
-    with contextlib.suppress(ProcessLookupError):  # nobody is left in it
+    with contextlib.suppress(ProcessLookupError):  # the group has no processes left
         os.killpg(process.pid, number)
 
 
 def ending(code: int) -> str:
-    """Return how a process ended that did not finish its tests."""
+    """Describe the exit code of a process that did not finish its tests."""
     if code >= 0:
         return _ERRORS.get(code, f"exit code {code}")
     try:

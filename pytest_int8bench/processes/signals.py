@@ -1,4 +1,4 @@
-"""Handle signals for a while."""
+"""Handle signals temporarily."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import NoReturn
 def handling(
     handler: signal._HANDLER, *signals: signal.Signals, only_default: bool = False
 ) -> Iterator[None]:
-    """Handle signals otherwise for a while, but for those that are ignored.
+    """Replace the handlers of signals temporarily, except for ignored signals.
 
-    Only the main thread may; in another one, nothing is done.
+    Python allows this only in the main thread; in other threads, this does nothing.
 
     Args:
-        handler: what handles them.
-        signals: those that are handled.
-        only_default: leave those alone that the program handles itself.
+        handler: the new handler.
+        signals: the signals to handle.
+        only_default: leave signals alone that already have a handler.
     """
     before: dict[signal.Signals, signal._HANDLER] = {}
     if threading.current_thread() is threading.main_thread():
-        # None: set by code in C, which Python cannot set back.
+        # A handler that C code installed shows as None, and Python could not restore it.
         found = {number: signal.getsignal(number) for number in signals}
         before = {n: old for n, old in found.items() if old not in (None, signal.SIG_IGN)}
     if only_default:
@@ -40,9 +40,9 @@ def handling(
 
 
 def exit_now(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal by ending as Ctrl-C does, with the exit code that shells give it."""
+    """Exit on a signal with the exit code that shells use, unwinding the stack like Ctrl-C."""
     raise SystemExit(128 + number)
 
 
-#: What asks a process to end. Windows has no SIGHUP.
+#: Signals that ask a process to end. Windows has no SIGHUP.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -371,12 +371,12 @@ def test_reports_that_must_not_be_written(ab_here: Ab, root: Path, tmp_path: Pat
     saved = tmp_path / "saved.json"
     saved.write_text('{"benchmarks": []}')
     done = ab_here(root, "v1", f"--json={saved}")
-    assert refusal(done) == f"{saved} holds saved benchmarks, which are not overwritten"
+    assert refusal(done) == f"refusing to overwrite {saved}: it contains saved benchmarks"
     done = ab_here(root, "v1", "--json=out", "--junit=out")
-    assert refusal(done) == "out is given for two reports"
+    assert refusal(done) == "two reports would be written to out; name different files"
     (tmp_path / "file").touch()
     report = tmp_path / "file" / "out.md"
-    unwritable = f"{report} is not written: Not a directory"
+    unwritable = f"cannot write {report}: Not a directory"
     assert refusal(ab_here(root, "v1", f"--markdown={report}")) == unwritable
     assert refusal(ab_here(root, "v1", GITHUB_STEP_SUMMARY=str(report))) == unwritable
     assert count(root) == 0

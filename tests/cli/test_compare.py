@@ -178,13 +178,16 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
     [
         (
             ["base.json"],
-            "give BASE and NEW, got 1 file(s); more runs of a side go to --base and --new",
+            "BASE and NEW must be two files, got 1; add more runs of a side with --base and --new",
         ),
         (
             ["a", "b", "c"],
-            "give BASE and NEW, got 3 file(s); more runs of a side go to --base and --new",
+            "BASE and NEW must be two files, got 3; add more runs of a side with --base and --new",
         ),
-        (["--base", "base.json"], "both sides need a file: --base and --new"),
+        (
+            ["--base", "base.json"],
+            "each side must have at least one file; give both --base and --new",
+        ),
         (["base.json", "nowhere.json"], "nowhere.json does not exist"),
         (["", "base.json"], "must be a file, a folder or a pytest-benchmark run number, got ''"),
         (
@@ -193,13 +196,16 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
         ),
         (
             ["base.json", "new.json", "--json=out.md", "--markdown=./out.md"],
-            "out.md is given for two reports",
+            "two reports would be written to out.md; name different files",
         ),
         (
             ["base.json", "new.json", "--junit=base.json"],
-            "base.json is one of the files to compare, and not overwritten",
+            "refusing to overwrite base.json: it is one of the files to compare",
         ),
-        (["base.json", "new.json", "--config=x.toml"], "--config: x.toml is not there"),
+        (
+            ["base.json", "new.json", "--config=x.toml"],
+            "--config must be an existing file, got x.toml",
+        ),
         (["base.json", "new.json", "--allow=commit"], "--allow: commit may always differ"),
     ],
 )
@@ -219,7 +225,7 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
 def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture) -> None:
     Path("loop").symlink_to("loop")
     why = refused(capsys, base, save("new.json", timed()), f"--{option}=loop")
-    assert why == "loop is not written: it is no regular file"
+    assert why == "refusing to overwrite loop: not a regular file"
     assert refused(capsys, base, "loop") == "loop does not exist"
 
 
@@ -372,10 +378,10 @@ def test_a_comment_is_marked_and_fits(base: str, capsys: Capture) -> None:
 def test_a_comment_is_a_file_of_its_own(base: str, capsys: Capture) -> None:
     new = save("new.json", timed())
     assert refused(capsys, base, new, "--comment=a.md", "--markdown=a.md") == (
-        "a.md is given for two reports"
+        "two reports would be written to a.md; name different files"
     )
     assert refused(capsys, base, new, f"--comment={new}") == (
-        "new.json is one of the files to compare, and not overwritten"
+        "refusing to overwrite new.json: it is one of the files to compare"
     )
 
 
@@ -385,7 +391,7 @@ def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> Non
     assert main(["compare", base, new, f"--json={other}"]) == 2
     assert capsys.readouterr() == (
         "",
-        "int8bench compare: other.json holds saved benchmarks, which are not overwritten\n",
+        "int8bench compare: refusing to overwrite other.json: it contains saved benchmarks\n",
     )
     assert Path(other).read_text() == before
 
@@ -398,7 +404,7 @@ def test_saved_benchmarks_are_no_summary(
         before = Path(name).read_text()
         monkeypatch.setenv("GITHUB_STEP_SUMMARY", name)
         assert main(["compare", base, new]) == 2
-        message = f"int8bench compare: {name} holds saved benchmarks, which are not added to\n"
+        message = f"int8bench compare: refusing to append to {name}: it contains saved benchmarks\n"
         assert capsys.readouterr().err == message
         assert Path(name).read_text() == before
 
@@ -426,7 +432,8 @@ def test_a_summary_that_is_a_report_too_gets_it_once(
         refusal = refused(capsys, base, new, option)
         assert (
             refusal
-            == "summary is $GITHUB_STEP_SUMMARY, which the report is appended to as Markdown"
+            == "refusing to overwrite summary: it is $GITHUB_STEP_SUMMARY, to which the report is "
+            "appended as Markdown"
         )
     assert Path("summary").read_text() == summary
 
@@ -442,7 +449,7 @@ def test_a_summary_that_nobody_reads_is_not_waited_for(
         monkeypatch.setenv("GITHUB_STEP_SUMMARY", name)
         assert main(["compare", base, new]) == code
         out, err = capsys.readouterr()
-        assert err == f"int8bench compare: {name} is not written: a named pipe that nobody reads\n"
+        assert err == f"int8bench compare: cannot write {name}: a named pipe without a reader\n"
         assert "int8bench compare: " in out
 
 
@@ -468,7 +475,7 @@ def test_a_full_disk_is_said_and_does_not_pass(
     monkeypatch.setattr(files.os, "fsync", full)
     assert main(["compare", base, new, *REPORTS]) == code
     assert capsys.readouterr().err.splitlines() == [
-        f"int8bench compare: {name} is not written: No space left on device"
+        f"int8bench compare: cannot write {name}: No space left on device"
         for name in ("out/a.json", "out/a.md", "out/a.xml", "summary.md")
     ]
     assert os.listdir("out") == []

@@ -1,4 +1,4 @@
-"""``int8bench doctor``: what its lines say of machines that are not there."""
+"""Test the lines of ``int8bench doctor`` on simulated machines."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def check(capsys: pytest.CaptureFixture[str], name: str) -> tuple[int, list[Line
 
 CAN = "kernels on NVIDIA A100-SXM4-80GB: pointers, quantize_rows, dequantize"
 CANNOT = (
-    "not specialized, which needs sm90, this is sm80",
-    "not tma, which needs sm90 or later, this is sm80",
+    "not available: specialized (needs sm90, this is sm80)",
+    "not available: tma (needs sm90 or later, this is sm80)",
 )
 GPU = "GPU 0, NVIDIA H200, sm90, 139 GiB"
 FREE = "345 MHz now of 1980 MHz at 31 C; not in use"
@@ -69,7 +69,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                f"{GPU}; MIG off; {LIMIT}; slowed down now (thermal (hardware), power brake): "
+                f"{GPU}; MIG off; {LIMIT}; throttled now (thermal (hardware), power brake): "
                 "1200 MHz now of 1980 MHz at 91 C; not in use",
                 "let it cool down; check cooling and power supply",
             )
@@ -104,9 +104,9 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                f"{GPU}; MIG on, 1 instance: they share clocks and power, and energy is not "
-                f"measured; {LIMIT}; {FREE}",
-                "nvidia-smi -mig 0 for figures of the whole GPU",
+                f"{GPU}; MIG on, 1 instance: instances share clocks and power, and energy is "
+                f"not measured; {LIMIT}; {FREE}",
+                "nvidia-smi -mig 0 to measure the whole GPU",
             )
         ],
     ),
@@ -116,10 +116,10 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                f"{GPU}; MIG on, without an instance; {LIMIT}; {FREE}",
+                f"{GPU}; MIG on, but no instance exists; {LIMIT}; {FREE}",
                 "nvidia-smi mig -cgi ... -C, or -mig 0",
             ),
-            Line(PROBLEM, "torch sees no GPU: it does not say why", "nvidia-smi"),
+            Line(PROBLEM, "torch sees no GPU: no reason given", "nvidia-smi"),
         ],
     ),
     "nvml-knows-little": (
@@ -134,7 +134,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 OK,
-                "GPU 0, of unknown name, compute capability not known, memory not known; MIG not "
+                "GPU 0, name not known, compute capability not known, memory not known; MIG not "
                 "known; power limit not known; clock not known, throttling not known; processes "
                 "not known",
             )
@@ -171,8 +171,8 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                "kernels on NVIDIA H200: tma; not specialized: ?",
-                "slower kernels run instead: install the triton that torch asks for",
+                "kernels on NVIDIA H200: tma; failed: specialized (?)",
+                "slower kernels run instead; install the Triton version that torch requires",
             )
         ],
     ),
@@ -182,7 +182,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "NVIDIA X does not compute: no kernel image",
+                "NVIDIA X cannot run kernels: no kernel image",
                 "install a build of torch for this GPU",
             )
         ],
@@ -197,7 +197,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
             Line(
                 PROBLEM,
                 "CUDA 13.0, but driver 535.1, for CUDA 12.2 and earlier",
-                "update the driver, or install a torch for CUDA 12",
+                "update the driver, or install a torch build for CUDA 12",
             )
         ],
     ),
@@ -223,7 +223,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "triton 3.7.1, but the installed torch asks for triton==3.6.0",
+                "triton 3.7.1, but the installed torch requires triton==3.6.0",
                 "pip install 'triton==3.6.0'",
             )
         ],
@@ -234,7 +234,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "triton is not installed, but the installed torch asks for triton==3.6.0",
+                "triton is not installed, but the installed torch requires triton==3.6.0",
                 "pip install 'triton==3.6.0'",
             )
         ],
@@ -245,7 +245,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                "triton 3.7.1; with torch 2.13.0 it computes wrongly: slice assignments, as in "
+                "triton 3.7.1; with torch 2.13.0 it miscompiles slice assignments, as in "
                 "RoPE (pytorch#193183)",
                 "pip install -U torch",
             )
@@ -273,7 +273,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "torchao 0.18.0; it cannot be loaded: ImportError: int8",
+                "torchao 0.18.0; it cannot be imported: ImportError: int8",
                 "pip install --force-reinstall 'torchao>=0.18'",
             )
         ],
@@ -284,7 +284,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "torch 2.11.0+cu130; it cannot be loaded: SIGSEGV",
+                "torch 2.11.0+cu130; it cannot be imported: SIGSEGV",
                 "pip install --force-reinstall torch",
             )
         ],
@@ -295,8 +295,8 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 PROBLEM,
-                "torch 2.11.0+cu130; built for CUDA 13.0; but Python loads torch 2.12.0",
-                "python -c 'import torch; print(torch.__file__)' says where that is",
+                "torch 2.11.0+cu130; built for CUDA 13.0; but Python imports torch 2.12.0",
+                "find it with python -c 'import torch; print(torch.__file__)'",
             )
         ],
     ),
@@ -311,7 +311,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
         [
             Line(
                 WARNING,
-                "pytest-cov is installed: with --cov Python is traced, except while a clock runs",
+                "pytest-cov is installed: --cov traces Python, except while the timer runs",
                 "run with --no-cov",
             ),
             Line(
@@ -319,7 +319,7 @@ MACHINES: dict[str, tuple[dict[str, Any], str, list[Line]]] = {
                 "pytest-xdist is installed: with -n, processes share cores and GPUs",
                 "run at most one worker per GPU",
             ),
-            Line(OK, "other plugins, not known to change times: pytest-timeout"),
+            Line(OK, "other plugins, not known to affect timings: pytest-timeout"),
         ],
     ),
     "no-compiler": (
@@ -397,7 +397,7 @@ def test_json_in_a_file(
     assert main(["doctor", "--json", "."]) == 2
     assert capsys.readouterr() == (
         "",
-        "int8bench doctor: . is not written: it is no regular file\n",
+        "int8bench doctor: refusing to overwrite .: not a regular file\n",
     )
 
 
@@ -436,7 +436,7 @@ def test_folders_that_code_cannot_be_loaded_from(
     code_folder = Path.cwd() / "inductor"
     assert lines[0] == Line(
         PROBLEM,
-        f"folder of compiled code, {code_folder}: mounted noexec, no code can be loaded from it",
+        f"folder of compiled code, {code_folder}: mounted noexec, so code cannot be loaded from it",
         "set TORCHINDUCTOR_CACHE_DIR to another folder",
     )
     assert [line.mark for line in lines] == [PROBLEM, PROBLEM, OK, OK]  # results are no code
@@ -453,7 +453,7 @@ def test_folders_that_cannot_be_written(
     problems = {"temporary folder": "set TMPDIR to another"}
     put(monkeypatch, nvml=Nvml(), torch=torch_says(inductor_folder=None, problems=problems))
     found = check(capsys, "folders")[1]
-    assert found[0] == Line(WARNING, "folder of compiled code: not known: torch does not say")
+    assert found[0] == Line(WARNING, "folder of compiled code: not known: torch did not report it")
     assert found[2] == Line(PROBLEM, "set TMPDIR to another")
 
 
@@ -488,9 +488,13 @@ def test_a_compiler_that_compiles_nothing(
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("CUDA_LAUNCH_BLOCKING", "1", "times would include what this costs: CUDA_LAUNCH_BLOCKING"),
-        ("TRITON_INTERPRET", "1", "TRITON_INTERPRET=1: Triton's kernels are interpreted"),
-        ("TORCHDYNAMO_DISABLE", "0", "nothing in this environment slows down each call"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "timings would include the overhead of CUDA_LAUNCH_BLOCKING"),
+        (
+            "TRITON_INTERPRET",
+            "1",
+            "TRITON_INTERPRET=1: Triton interprets its kernels instead of compiling them",
+        ),
+        ("TORCHDYNAMO_DISABLE", "0", "nothing in this environment adds overhead to each call"),
     ],
 )
 def test_variables_that_change_what_is_measured(

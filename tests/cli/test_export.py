@@ -253,9 +253,9 @@ def test_pairs_of_files_need_a_name(
     ("arguments", "message"),
     [
         (["missing.json"], "missing.json does not exist"),
-        (["failed.json"], "failed.json holds no figure of a point that was measured"),
-        (["folder"], "folder holds 2 files, one can be exported"),
-        (["fine.json", "--output", "fine.json"], "fine.json holds saved benchmarks, which are "),
+        (["failed.json"], "failed.json contains no successfully measured point to export"),
+        (["folder"], "folder must be one saved file, got 2 files"),
+        (["fine.json", "--output", "fine.json"], "refusing to overwrite fine.json: it contains "),
         (["fine.json", "--output", "no/such/\0"], "ValueError"),
     ],
 )

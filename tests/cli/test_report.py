@@ -216,7 +216,7 @@ def test_foreign_and_missing_files_are_refused(capsys: pytest.CaptureFixture[str
 def test_saved_benchmarks_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     before = write(Path("one.md"), everything()).read_text()
     assert refusal(capsys, "one.md", "--output", "one.md") == (
-        "--output: one.md holds saved benchmarks, which are not overwritten"
+        "--output: refusing to overwrite one.md: it contains saved benchmarks"
     )
     assert Path("one.md").read_text() == before
 
@@ -272,7 +272,7 @@ def test_the_sides_of_an_a_b_write_no_report(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("error", "why"),
     [
-        (FileError("r.md is not written: No space left"), "r.md is not written: No space left"),
+        (FileError("cannot write r.md: No space left"), "cannot write r.md: No space left"),
         (KeyError("bug"), "cannot write {folder}/r.md: KeyError: 'bug'"),
     ],
 )

@@ -90,7 +90,9 @@ def test_rejects_json_that_cannot_be_written(path: str, capsys: pytest.CaptureFi
 
 
 def test_the_test_is_run_by_the_command_only() -> None:
-    with pytest.raises(RuntimeError, match=r"^this test is run by int8bench sensitivity, which "):
+    with pytest.raises(
+        RuntimeError, match=r"^this test can only be run by int8bench sensitivity, which "
+    ):
         ScanRequest.from_env_vars({})
 
 

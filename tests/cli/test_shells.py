@@ -312,7 +312,7 @@ def test_a_summary_that_is_full_is_one_line(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     Path("summary.md").write_text("y" * (MIB - 10))
     assert main(["compare", save("base.json"), save("new.json")]) == 2
-    message = "int8bench compare: summary.md is not written: the summary of this step is full\n"
+    message = "int8bench compare: cannot write summary.md: the summary of this step is full\n"
     assert capsys.readouterr().err == message
     assert Path("summary.md").stat().st_size == MIB - 10
     assert main(["compare", "base.json", save("new.json", 1.2)]) == 1

@@ -148,7 +148,7 @@ def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.Monk
     assert auto.replace(ValueError("a head is too wide\nfor this kernel"))
     assert auto.chosen == "cudnn"
     assert auto.remark() == (
-        "attention=auto took cudnn, because flash failed (RuntimeError: No available kernel. "
+        "attention=auto chose cudnn because flash failed (RuntimeError: No available kernel. "
         "Aborting execution.) and efficient failed (RuntimeError: No available kernel. Aborting "
         "execution.) and math failed (ValueError: a head is too wide)"
     )

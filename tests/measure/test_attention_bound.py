@@ -67,10 +67,12 @@ def test_memory_bounds_short_sequences() -> None:
 
 def test_no_time_without_its_kernels() -> None:
     rates = Rates({}, {}, 1.0, {head_of(LONG): 1e12})
-    message = r"^no kernel of the baseline is known to be attention$"
+    message = r"^no kernel of the baseline was recognized as attention$"
     with pytest.raises(CeilingError, match=message):
         attention_part(0.0, {LONG: 1}, [LONG], rates, lambda call: 1.0)
-    with pytest.raises(CeilingError, match=r"^a call of the baseline's attention does not run al"):
+    with pytest.raises(
+        CeilingError, match=r"^an attention call of the baseline cannot be timed separately"
+    ):
         attention_part(1.0, {LONG: 1, SHORT: 1}, [LONG], rates, lambda call: math.inf)
 
 
@@ -81,13 +83,17 @@ def test_heads_by_width_and_dtype_of_the_values() -> None:
 @pytest.mark.parametrize(
     ("calls", "left", "problem"),
     [
-        ([], {}, "the baseline's calls of attention are not known"),
-        ([call_of(1, 2, 8, 16, is_causal=True)], {}, "INT8 attention replaces no call of the b"),
-        ([call_of(1, 2, 8, 256)], {}, "INT8 attention replaces no call of the baseline"),
+        ([], {}, "the baseline's attention calls are unknown"),
+        ([call_of(1, 2, 8, 16, is_causal=True)], {}, "INT8 attention replaces none of the b"),
+        (
+            [call_of(1, 2, 8, 256)],
+            {},
+            "INT8 attention replaces none of the baseline's attention calls",
+        ),
         (
             [LONG],
             {"inside nn.MultiheadAttention": 1},
-            "which calls INT8 attention replaces is not known inside nn.MultiheadAttention",
+            "the calls that INT8 attention replaces are unknown inside nn.MultiheadAttention",
         ),
     ],
     ids=["none-known", "causal", "wide", "multihead"],

@@ -225,7 +225,7 @@ def test_a_gpu_without_our_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 # -- backends that fail -------------------------------------------------------------------------
 
-TOLD = "attention=auto took math, because flash failed (RuntimeError: {})"
+TOLD = "attention=auto chose math because flash failed (RuntimeError: {})"
 
 
 @pytest.mark.parametrize("call", [0, 3], ids=["compiling", "later-call"])

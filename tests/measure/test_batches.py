@@ -251,7 +251,9 @@ def test_writing_later_than_at_first_is_an_error() -> None:
         model.late = True
         return time_rounds(run, plan)
 
-    with pytest.raises(WorkloadError, match=r"^workload 'neg': the model wrote to its inputs at a"):
+    with pytest.raises(
+        WorkloadError, match=r"^workload 'neg': the model wrote to its inputs while"
+    ):
         Throughput(ModelPool()).measure(
             workload("neg", build=lambda p: model), BF16, rounds, nodeid="t"
         )
@@ -312,8 +314,8 @@ class Counts(nn.Module):
 
 
 CHANGING = (
-    "each call changes buffers of the model (calls): they are put back before outputs are compared "
-    "or scored, but not between calls that are timed"
+    "each call changes buffers of the model (calls); they are restored before outputs are compared "
+    "or scored, but not between timed calls"
 )
 
 

@@ -244,8 +244,8 @@ def test_constants_may_be_shared() -> None:
 # -- models that cannot be kept apart -----------------------------------------------------------
 
 _LINE = (
-    "workload 'toy': build must return a new model each time, with the same layers and sharing "
-    "none, so that the candidate can have the baseline's weights; the model that build returned "
+    "workload 'toy': build must return a new model each time, with the same layers but sharing "
+    "none, so that the candidate can get the baseline's weights; the model that build returned "
     "the second time cannot be used: {}; a copy of the baseline cannot be used: {}"
 )
 CURRENT: dict[str, Any] = {}
@@ -317,16 +317,16 @@ _RUNS = "it runs 'blocks.1.fc1.weight' of another model"
         (KeptClosure(rebound.hook), _RETURNED, _RUNS),
         (KeptClosure(rebound.lock), _RETURNED, "TypeError: cannot pickle '_thread.lock' object"),
         (KeptClosure(copies_itself), _RETURNED, "it shares 'blocks.1' with the baseline"),
-        (KeptClosure(forgets), _RETURNED, "its output is not the baseline's"),
+        (KeptClosure(forgets), _RETURNED, "its output differs from the baseline's"),
         (first_only(rebound.closure), "KeyError: 'opened already'", _RUNS),
         (
             numbered(),
-            "it has other modules than the baseline, such as '1'",
+            "its modules differ from the baseline's, for example '1'",
             "TypeError: cannot pickle '_thread.lock' object",
         ),
         (
             Unseeded(changed(rebound.lock, scaled_by_chance)),
-            "its output is not the baseline's",
+            "its output differs from the baseline's",
             "TypeError: cannot pickle '_thread.lock' object",
         ),
     ],
@@ -398,9 +398,9 @@ def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
     pool.evict("baseline")
     pool.evict("candidate")
     line = (
-        "workload 'toy': build must return the same weights each time, as baseline and candidate "
-        f"may have to be built apart, got others at {second.run_name}; draw them from torch's, "
-        "numpy's or Python's own generator"
+        "workload 'toy': build must return the same weights each time, because baseline and "
+        f"candidate may be built separately, got different weights at {second.run_name}; "
+        "draw them from torch's, numpy's or Python's own generator"
     )
     with pytest.raises(WorkloadError, match=f"^{re.escape(line)}$"):
         pool.get(of, second)

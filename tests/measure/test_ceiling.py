@@ -211,7 +211,7 @@ def test_no_quantized_layer_is_said() -> None:
 
 def test_no_known_product_is_said() -> None:
     with pytest.raises(
-        CeilingError, match=r"^no kernel of the baseline is known to be a matrix product$"
+        CeilingError, match=r"^no kernel of the baseline was recognized as a matmul$"
     ):
         find_ceiling(
             replace(SPLIT, other_products=0.0), calls_of("a"), {"a"}, rates_of(), bound=W8A8

@@ -20,7 +20,7 @@ SMALL, WIDE = Size(16, 32), Size(32, 16)
 
 
 class Clock:
-    """A clock that only products and copies move, by seconds for each call."""
+    """A clock that only matmuls and copies advance, by seconds for each call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Nothing is measured yet, products of the baseline take 2 ms, and copies 1 ms."""
+    """Nothing is measured yet, matmuls of the baseline take 2 ms, and copies 1 ms."""
     clock = Clock()
     monkeypatch.setattr(device_rates, "_measured", {})
     monkeypatch.setattr(device_rates, "ROWS", 512)
@@ -65,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *products: Callable[..., Run]) -> None:
-    monkeypatch.setattr(device_rates, "int8_products", lambda device: products)
+    monkeypatch.setattr(device_rates, "int8_matmuls", lambda device: products)
 
 
 def test_rates_are_operations_over_seconds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_rates_are_operations_over_seconds(clock: Clock, monkeypatch: pytest.Mon
     }
 
 
-def test_the_fastest_int8_product_stands(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_fastest_int8_matmul(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(
         monkeypatch, clock.taking("slow", 4e-3), clock.taking("fast", 1e-3), clock.taking("b", 2e-3)
     )
@@ -122,7 +122,7 @@ def test_each_is_measured_once_a_process(clock: Clock, monkeypatch: pytest.Monke
     assert set(clock.calls) == {"torch.float32 512x16x32"}
 
 
-def test_skips_unwanted_int8_products(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skips_unwanted_int8_matmuls(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, clock.taking("ours", 1e-3))
     assert measure_rates([SMALL], CPU, torch.bfloat16, clock, with_int8=False).int8_ops_per_s == {}
     assert not [call for call in clock.calls if call.startswith("ours")]
@@ -135,11 +135,11 @@ def fails(error: Exception) -> Callable[..., Run]:
     return product
 
 
-def test_skips_unsupported_product(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skips_unsupported_matmul(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, fails(RuntimeError("no such shape\nadvice")), clock.taking("ours", 1e-3))
     assert len(measure_rates([SMALL], CPU, torch.bfloat16, clock).int8_ops_per_s) == 1
     use(monkeypatch, fails(RuntimeError("no such shape\nadvice")))
-    message = "no INT8 product of 512 rows takes 32x16 on cpu: no such shape"
+    message = "no INT8 matmul supports 32 inputs and 16 outputs at 512 rows on cpu: no such shape"
     with pytest.raises(RateError, match=f"^{re.escape(message)}$"):
         measure_rates([WIDE], CPU, torch.bfloat16, clock)
 
@@ -220,7 +220,7 @@ def test_attention_that_does_not_run_is_said(clock: Clock, monkeypatch: pytest.M
     monkeypatch.setattr(device_rates, "TOKENS", 8)
     monkeypatch.setattr(device_rates.ops, "int8_attention", refuse)
     message = (
-        "^INT8 attention of heads with 16 columns does not run on cpu: no kernel computes "
+        "^INT8 attention does not run on cpu with heads of 16 columns: no kernel computes "
         "attention of it$"
     )
     with pytest.raises(RateError, match=message):

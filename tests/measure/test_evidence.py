@@ -184,7 +184,7 @@ def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
             ("quantize_rows",),
             True,
             (
-                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 matmul ran{ROWS}; "
                 "kernels: quantize_rows 1000 us"
             ),
         ),
@@ -204,7 +204,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             ran(GEMM_BF16, FLASH),
             (24, 24),
             (
-                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 matmul ran{ROWS}; "
                 f"kernels: {GEMM_BF16} 1000 us, {FLASH[:80]} 1000 us"
             ),
         ),
@@ -213,7 +213,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             ran("triton_poi_fused__int_mm_mul_add_7"),
             (24, 24),
             (
-                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 matmul ran{ROWS}; "
                 "kernels: triton_poi_fused__int_mm_mul_add_7 1000 us"
             ),
         ),
@@ -247,7 +247,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             ran("aten::_weight_int8pack_mm"),  # INT8 weights, 16-bit activations
             (24, 24),
             (
-                f"{W8A8.run_name} is labelled W8A8, but no INT8 product ran{ROWS}; "
+                f"{W8A8.run_name} is labelled W8A8, but no INT8 matmul ran{ROWS}; "
                 "kernels: aten::_weight_int8pack_mm 1000 us"
             ),
         ),
@@ -293,7 +293,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             ran("triton_poi_fused_short_attention_0"),  # named after what it was fused with
             (0, 0),
             (
-                f"{SHORT.run_name} asked for short attention, but none ran; "
+                f"{SHORT.run_name} asked for short attention, but no known backend ran; "
                 "kernels: triton_poi_fused_short_attention_0 1000 us"
             ),
         ),
@@ -312,7 +312,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
             (24, 24),
             (
                 f"{SHORT_INT8.run_name} is labelled int8_attention=True, but none of its kernels "
-                "beside attention=short, which takes sequences of up to 128 tokens, ran; "
+                "ran (attention=short computes sequences of up to 128 tokens instead); "
                 f"kernels: {GEMM_INT8[:80]} 1000 us, short_attention 1000 us"
             ),
         ),
@@ -429,6 +429,6 @@ def test_a_profile_shows_the_attention_backend(backend: str) -> None:
 
 def test_no_kernel_is_no_evidence() -> None:
     with pytest.raises(
-        EvidenceError, match=r"^the profiler saw no kernel on cpu: there is no evidence$"
+        EvidenceError, match=r"^the profiler saw no kernel on cpu, so the label is unproven$"
     ):
         profile_forward(lambda: None, torch.device("cpu"))

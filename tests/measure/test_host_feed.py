@@ -158,7 +158,7 @@ def test_the_generator_of_torch_is_left_alone() -> None:
 def test_tensors_that_are_not_dense_are_refused() -> None:
     sparse = torch.eye(SAMPLES).to_sparse()
     with pytest.raises(
-        WorkloadError, match=r"^feed=host takes dense tensors, got one of torch\.sparse_coo$"
+        WorkloadError, match=r"^feed=host needs dense tensors, got layout torch\.sparse_coo$"
     ):
         feed_of((sparse,))
 
@@ -387,7 +387,7 @@ def test_a_worker_that_died_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     feed.open()
     message = (
         "the loader failed: DataLoader worker (pid(s) 7) exited unexpectedly; batches of 120 bytes "
-        "travel through shared memory: see whether /dev/shm is large enough (docker: --shm-size)"
+        "pass through shared memory; check that /dev/shm is large enough (docker: --shm-size)"
     )
     with pytest.raises(FeedError, match=f"^{re.escape(message)}$"):
         next(feed)

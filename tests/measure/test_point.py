@@ -511,7 +511,7 @@ class Watcher(TorchFunctionMode):
 def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, name: str) -> None:
     with watching():
         result = measure(throughput, make_workload(), BF16)
-    assert result.reason == f"timed beside {name}: the times include what that costs"
+    assert result.reason == f"timed with {name} active; times include the overhead"
     with torch.device("cpu"):  # what torch.set_default_device enters
         assert measure(throughput, make_workload(), BF16).reason is None
 
@@ -547,7 +547,7 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 product ran; "):
+    with pytest.raises(EvidenceError, match=r" is labelled W8A8, but no INT8 matmul ran; "):
         measure(throughput, make_workload(Skips), W8A8)
 
 
@@ -627,7 +627,7 @@ def test_an_eager_forward_that_fails_is_told(
 
     monkeypatch.setattr("pytest_int8bench.measure.layers.layer_runs", fails)
     result = measure(throughput, make_workload(), W8A8)
-    told = "not proven layer by layer: an eager forward runs out of memory"
+    told = "not proven layer by layer: an eager forward ran out of memory"
     assert (result.status, result.reason) == ("ok", told)
 
 
@@ -680,7 +680,7 @@ def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.Monkey
 )
 def test_units_must_be_known(throughput: Throughput, units: dict[str, float], got: str) -> None:
     message = (
-        "workload 'toy': units must give samples, and may give tokens, pixels, square_km; "
+        "workload 'toy': units must include samples and may include tokens, pixels, square_km; "
         f"got {got}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -746,8 +746,8 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
     )
     assert result.speedup == 0.5
     assert result.reason == (
-        "the machine's speed changed between the two tests: the speedup is measured in "
-        "alternation, the rates alone would give 0.60x"
+        "the machine's speed changed between the two tests: the speedup was measured in "
+        "alternation; the separate rates would give 0.60x"
         if told
         else None
     )

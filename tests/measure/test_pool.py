@@ -759,8 +759,8 @@ def test_a_prequantized_workload_must_quantize() -> None:
     with pytest.raises(QuantizationError) as caught:
         ModelPool().get(make_workload(prequantized=True), W8A8)
     assert str(caught.value) == (
-        "workload 'toy' is prequantized, but build returned a model without a layer that torchao "
-        f"quantized at {W8A8.run_name}"
+        "workload 'toy' is prequantized, but build returned a model without layers "
+        f"quantized by torchao at {W8A8.run_name}"
     )
 
 

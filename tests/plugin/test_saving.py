@@ -163,7 +163,7 @@ def test_a_journal_that_lacks_points_says_so(project: pytest.Pytester) -> None:
         ("folder", "Is a directory"),
         ("missing/new.json", "No such file or directory"),
         ("taken/new.json", "Not a directory"),
-        ("pipe", "a named pipe, which nobody may read"),
+        ("pipe", "a named pipe, which may have no reader"),
         ("/proc/new.json", "No such file or directory"),
     ],
 )

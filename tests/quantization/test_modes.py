@@ -180,7 +180,7 @@ def test_a_registered_mode_that_does_not_load_stops_no_baseline() -> None:
     ],
 )
 def test_other_kernels_do_not_prove_fp8(kernel: str) -> None:
-    message = f"{FP8.run_name} is labelled FP8, but no FP8 product ran; kernels: {kernel} 1000 us"
+    message = f"{FP8.run_name} is labelled FP8, but no FP8 matmul ran; kernels: {kernel} 1000 us"
     with pytest.raises(EvidenceError, match=f"^{re.escape(message)}$"):
         check_labels(ran(kernel), FP8, (24, 24))
 

@@ -234,7 +234,7 @@ def test_saved_benchmarks_are_never_overwritten(kind: Any) -> None:
     before = path.read_bytes()
     with pytest.raises(FileError) as error:
         write(path, "report")
-    assert said(error) == "run.json holds saved benchmarks, which are not overwritten"
+    assert said(error) == "refusing to overwrite run.json: it contains saved benchmarks"
     assert path.read_bytes() == before
     assert names() == ["run.json"]
 
@@ -247,7 +247,7 @@ def test_only_regular_files_are_replaced() -> None:
     for name in ("link.md", "folder", "/dev/null"):
         with pytest.raises(FileError) as error:
             write(Path(name), "report")
-        assert said(error) == f"{name} is not written: it is no regular file"
+        assert said(error) == f"refusing to overwrite {name}: not a regular file"
     assert target.read_text() == "mine"
     assert Path("link.md").is_symlink()
 
@@ -257,8 +257,8 @@ def test_a_folder_that_cannot_be_created_is_a_one_line_error() -> None:
     with pytest.raises(FileError) as error:
         write(Path("file/report.md"), "report")
     assert said(error) in (
-        "file/report.md is not written: Not a directory",
-        "file/report.md is not written: File exists",
+        "cannot write file/report.md: Not a directory",
+        "cannot write file/report.md: File exists",
     )
 
 
@@ -274,7 +274,7 @@ def test_full_disk_leaves_no_report(before: str | None, monkeypatch: pytest.Monk
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(FileError) as error:
         write(path, "report")
-    assert said(error) == "report.md is not written: No space left on device"
+    assert said(error) == "cannot write report.md: No space left on device"
     assert names() == ([] if before is None else ["report.md"])
     assert before is None or path.read_text() == before
 
@@ -304,14 +304,14 @@ def test_a_full_disk_leaves_a_summary_as_it_was(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(FileError) as error:
         append(Path("summary.md"), "ours\n")
-    assert said(error) == "summary.md is not written: No space left on device"
+    assert said(error) == "cannot write summary.md: No space left on device"
     assert Path("summary.md").read_text() == "of another step\n"
 
 
 def test_a_summary_in_a_missing_folder_is_a_one_line_error() -> None:
     with pytest.raises(FileError) as error:
         append(Path("nowhere/summary.md"), "ours\n")
-    assert said(error) == "nowhere/summary.md is not written: No such file or directory"
+    assert said(error) == "cannot write nowhere/summary.md: No such file or directory"
 
 
 def test_a_summary_may_be_a_device() -> None:

@@ -16,7 +16,7 @@ from pytest_int8bench.cli.checks.lines import OK, PROBLEM, WARNING, Line
 from pytest_int8bench.cli.checks.machine import Machine
 from pytest_int8bench.files import FileError, is_noexec, probe_report
 
-# As Inductor's code does: Python's header, and OpenMP's where it compiles with that.
+# Inductor's code includes Python's header, and OpenMP's where Inductor compiles with OpenMP.
 _IS_LINUX = sys.platform == "linux"
 _PROGRAM = f"""#include <Python.h>
 {"#include <omp.h>" if _IS_LINUX else ""}
@@ -24,19 +24,19 @@ extern "C" int int8bench() {{ return 0; }}
 """
 _TIMEOUT_S = 60
 _INSTALL = "install a C++ compiler and Python's headers (Debian: apt install g++ python3-dev)"
-#: Code that is compiled for a sweep, its results and its report fit into the second.
+#: Free space that counts as full, and free space in which a sweep's compiled code and results fit.
 _FULL_BYTES, _NEARLY_FULL_BYTES = 64 << 20, 2 << 30
 _SET_TMPDIR = "set TMPDIR to another folder"
 
 
 def compiler(machine: Machine) -> Iterator[Line]:
-    """Compile a line with the compiler that Inductor calls."""
+    """Compile a test program with the compiler that Inductor uses."""
     problems, command = machine.torch.problems, machine.torch.compiler
     if command is None:
         if problem := problems.get("compiler"):
             yield Line(PROBLEM, f"no C++ compiler for torch.compile: {problem}", _INSTALL)
         else:
-            yield Line.unknown("C++ compiler", "torch cannot be loaded")
+            yield Line.unknown("C++ compiler", "torch cannot be imported")
         return
     with tempfile.TemporaryDirectory(prefix="int8bench-") as folder:
         source = Path(folder, "line.cpp")
@@ -58,44 +58,45 @@ def compiler(machine: Machine) -> Iterator[Line]:
         yield Line(OK, f"C++ compiler {command} compiles with Python's headers")
         return
     said = done.stderr.decode(errors="replace").splitlines()
-    why = next((line for line in said if "error" in line), said[-1] if said else "it says nothing")
+    why = next((line for line in said if "error" in line), said[-1] if said else "no message")
     remedy = "free some space" if os.strerror(errno.ENOSPC) in why else _INSTALL
-    yield Line(PROBLEM, f"C++ compiler {command} compiles no line: {why.strip()}", remedy)
+    text = f"C++ compiler {command} cannot compile a test program: {why.strip()}"
+    yield Line(PROBLEM, text, remedy)
 
 
 def folders(machine: Machine) -> Iterator[Line]:
-    """Check the folders that are written to."""
+    """Check the folders to which files are written."""
     try:
         Path.cwd()
     except FileNotFoundError:
-        yield Line(PROBLEM, "the current folder is gone", "cd to another one")
+        yield Line(PROBLEM, "the current folder no longer exists", "cd to another one")
         return
     report = machine.torch
     if report.inductor_folder is not None:
         remedy = "set TORCHINDUCTOR_CACHE_DIR to another folder"
         yield _folder("compiled code", report.inductor_folder, remedy, runs=True)
     else:
-        yield Line.unknown("folder of compiled code", "torch does not say")
+        yield Line.unknown("folder of compiled code", "torch did not report it")
     if report.triton_folder is not None:
         remedy = "set TRITON_CACHE_DIR to another folder"
         yield _folder("compiled kernels", report.triton_folder, remedy, runs=True)
     if problem := report.problems.get("temporary folder"):
-        yield Line(PROBLEM, problem)  # with what to do
+        yield Line(PROBLEM, problem)  # the problem includes its remedy
     try:
         yield _folder("temporary files", tempfile.gettempdir(), _SET_TMPDIR)
-    except FileNotFoundError as error:  # it has tried several
+    except FileNotFoundError as error:  # none of Python's candidate folders is usable
         yield Line(PROBLEM, f"folder of temporary files: {error.strerror}", _SET_TMPDIR)
-    yield _folder("results", ".benchmarks", "call pytest in another folder")
+    yield _folder("results", ".benchmarks", "run pytest in another folder")
 
 
 def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:
-    """Check one of them, which may not exist yet.
+    """Check a folder, which may not exist yet.
 
     Args:
-        what: what is in it.
+        what: the contents of the folder.
         folder: its path.
-        remedy: what to do where it cannot be used.
-        runs: code is loaded from it.
+        remedy: the remedy if the folder cannot be used.
+        runs: whether code is loaded from it.
     """
     path = Path(folder).absolute()
     text = f"folder of {what}, {path}"
@@ -106,7 +107,7 @@ def _folder(what: str, folder: str, remedy: str, *, runs: bool = False) -> Line:
     except FileError as error:
         return Line(PROBLEM, f"{text}: {str(error).rpartition(': ')[2]}", remedy)
     if runs and is_noexec(path):
-        return Line(PROBLEM, f"{text}: mounted noexec, no code can be loaded from it", remedy)
+        return Line(PROBLEM, f"{text}: mounted noexec, so code cannot be loaded from it", remedy)
     there = next(part for part in (path, *path.parents) if part.exists())
     free = shutil.disk_usage(there).free
     text += f": {free / 2**30:.1f} GiB free" if free >= 1 << 30 else f": {free >> 20} MiB free"

@@ -1,4 +1,4 @@
-"""The GPUs, their state now, and the kernels that run on them."""
+"""Check the GPUs, their current state and the kernels that run on them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pytest_int8bench.errors import ClearError
 from pytest_int8bench.kernels import dispatch
 from pytest_int8bench.words import plural
 
-_CPU_ONLY = "measure on the GPU that you deploy on; CPU figures say nothing about it"
+_CPU_ONLY = "measure on the GPU that you deploy on; CPU results do not carry over"
 _NO_NVML = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 
 
 def gpus(machine: Machine) -> Iterator[Line]:
-    """Check each GPU: what it is, and whether anything slows it down now."""
+    """Describe each GPU and check whether anything slows it down now."""
     seen = [device.uuid for device in machine.torch.devices if device.uuid]
     if machine.gpus is None:
         what = f"torch sees {plural(len(seen), 'GPU')}" if seen else "torch sees none"
@@ -35,7 +35,7 @@ def gpus(machine: Machine) -> Iterator[Line]:
 
 
 def _unseen(machine: Machine) -> Line:
-    """Return why torch has no GPU where there is one."""
+    """Return why torch sees no GPU although the machine has one."""
     problem = machine.torch.problems.get("devices") or machine.torch.cuda_problem
     names = nvml.visible()
     if nvml.VISIBLE in os.environ and not names:
@@ -43,13 +43,13 @@ def _unseen(machine: Machine) -> Line:
         return Line(WARNING, text, remedy)
     if machine.torch.cuda is None and machine.torch.hip is None:
         return Line(WARNING, "torch sees no GPU: it is built without CUDA", _CPU_ONLY)
-    return Line(PROBLEM, f"torch sees no GPU: {problem or 'it does not say why'}", "nvidia-smi")
+    return Line(PROBLEM, f"torch sees no GPU: {problem or 'no reason given'}", "nvidia-smi")
 
 
 def _gpu(index: int, gpu: nvml.Gpu, uuids: list[str], *, is_used: bool) -> Line:
     capability, memory = gpu.capability(), gpu.memory_bytes()
     parts = [
-        f"GPU {index}, {gpu.name() or 'of unknown name'}",
+        f"GPU {index}, {gpu.name() or 'name not known'}",
         f"sm{capability[0]}{capability[1]}" if capability else "compute capability not known",
         f"{memory / 2**30:.0f} GiB" if memory else "memory not known",
     ]
@@ -64,10 +64,11 @@ def _mig(gpu: nvml.Gpu, uuids: list[str]) -> Line:
     if mode != "on":
         return Line(OK, "MIG not known" if mode is None else f"MIG {mode}")
     if not uuids:
-        text, remedy = "MIG on, without an instance", "nvidia-smi mig -cgi ... -C, or -mig 0"
+        text, remedy = "MIG on, but no instance exists", "nvidia-smi mig -cgi ... -C, or -mig 0"
         return Line(PROBLEM, text, remedy)
-    text = f"MIG on, {plural(len(uuids), 'instance')}: they share clocks and power, and energy is "
-    return Line(WARNING, text + "not measured", "nvidia-smi -mig 0 for figures of the whole GPU")
+    text = f"MIG on, {plural(len(uuids), 'instance')}: "
+    text += "instances share clocks and power, and energy is not measured"
+    return Line(WARNING, text, "nvidia-smi -mig 0 to measure the whole GPU")
 
 
 def _power(gpu: nvml.Gpu) -> Line:
@@ -90,7 +91,7 @@ def _clocks(gpu: nvml.Gpu) -> Line:
     if reasons is None:
         return Line(OK, f"{text}, throttling not known")
     if reasons:
-        text = f"slowed down now ({', '.join(reasons)}): {text}"
+        text = f"throttled now ({', '.join(reasons)}): {text}"
         return Line(PROBLEM, text, "let it cool down; check cooling and power supply")
     return Line(OK, text)
 
@@ -99,7 +100,7 @@ def _others(gpu: nvml.Gpu) -> Line:
     processes = gpu.processes()
     if processes is None:
         return Line(OK, "processes not known")
-    if not processes:  # the one that asked torch has ended
+    if not processes:  # the child process that loaded torch has ended
         return Line(OK, "not in use")
     return Line(
         WARNING,
@@ -109,7 +110,7 @@ def _others(gpu: nvml.Gpu) -> Line:
 
 
 def kernels(machine: Machine) -> Iterator[Line]:
-    """Name the kernels that run here, and why others do not."""
+    """Name the kernels that run here, and say why others do not."""
     report = machine.torch
     try:
         forced = dispatch.forced_product()
@@ -119,24 +120,24 @@ def kernels(machine: Machine) -> Iterator[Line]:
     if problem := report.problems.get("torch") or report.problems.get("devices"):
         yield Line.unknown("fused kernels", problem)
         return
-    # GPUs of a kind have one line.
+    # Identical GPUs share one line.
     yield from dict.fromkeys(_kernels(device, forced) for device in report.devices)
 
 
 def _kernels(device: Device, forced: str | None) -> Line:
     if device.problem is not None:
-        text = f"{device.name} does not compute: {device.problem}"
+        text = f"{device.name} cannot run kernels: {device.problem}"
         return Line(PROBLEM, text, "install a build of torch for this GPU")
     if device.fused_problem is not None:
         return Line(WARNING, device.fused_problem, "INT8 runs on TorchAO's kernels here")
     text = f"kernels on {device.name}: {', '.join(device.kernels)}"
-    text += "".join(f"; not {name}, which {why}" for name, why in device.unmet.items())
-    text += "".join(f"; not {name}: {why}" for name, why in device.failed.items())
-    # What a device of this kind never runs is no fault.
-    remedy = "slower kernels run instead: install the triton that torch asks for"
+    text += "".join(f"; not available: {name} ({why})" for name, why in device.unmet.items())
+    text += "".join(f"; failed: {name} ({why})" for name, why in device.failed.items())
+    # Kernels for other kinds of devices are not a problem.
+    remedy = "slower kernels run instead; install the Triton version that torch requires"
     line = Line(WARNING, text, remedy) if device.failed else Line(OK, text)
     if forced is None:
         return line
     mark = WARNING if forced in device.kernels else PROBLEM
-    what = f"{dispatch.KERNEL_VARIABLE}={forced} allows no other kernel of the INT8 matmul"
+    what = f"{dispatch.KERNEL_VARIABLE}={forced} rules out all other INT8 matmul kernels"
     return line.with_findings([Line(mark, what, f"unset {dispatch.KERNEL_VARIABLE}")])

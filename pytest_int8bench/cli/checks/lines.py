@@ -1,18 +1,18 @@
-"""The lines of ``int8bench doctor``."""
+"""Represent the lines that ``int8bench doctor`` prints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: What a line says: all is well, look at this, nothing works before this is mended.
+#: All is well; look at this; fix this before you measure.
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _MARKS = (OK, WARNING, PROBLEM)
 
 
 @dataclass(frozen=True)
 class Line:
-    """The finding of one check, with its remedy."""
+    """A finding of a check, with its remedy."""
 
     mark: str
     text: str
@@ -20,11 +20,11 @@ class Line:
 
     @classmethod
     def unknown(cls, what: str, why: str, remedy: str = "") -> Line:
-        """Return the line of what cannot be found out."""
+        """Return a warning that ``what`` could not be determined."""
         return cls(WARNING, f"{what}: not known: {why}", remedy)
 
     def with_findings(self, findings: Sequence[Line]) -> Line:
-        """Return this line with details: the worst mark, all texts and remedies."""
+        """Return this line merged with findings: the worst mark, and all texts and remedies."""
         lines = (self, *findings)
         return Line(
             max((line.mark for line in lines), key=_MARKS.index),

@@ -1,4 +1,4 @@
-"""Facts about this machine that several checks need, each read lazily and once."""
+"""Read facts about this machine that several checks need, each once and on first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pytest_int8bench.cli.checks import torch_probe
 
 
 class Machine:
-    """This machine."""
+    """The machine that is being checked."""
 
     @functools.cached_property
     def torch(self) -> torch_probe.TorchReport:
@@ -18,5 +18,5 @@ class Machine:
 
     @functools.cached_property
     def gpus(self) -> list[tuple[nvml.Gpu, list[str]]] | None:
-        """The GPUs that NVML knows, with their UUIDs or those of their instances; None without."""
+        """The GPUs with their UUIDs or the UUIDs of their MIG instances; None without NVML."""
         return nvml.whole_gpus()

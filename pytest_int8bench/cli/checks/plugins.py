@@ -1,4 +1,4 @@
-"""pytest, its plugins, and what slows processes down."""
+"""Check pytest, its plugins, and settings that slow down processes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pytest_int8bench.cli.checks.software import OURS, installed
 from pytest_int8bench.clock import lasting_tracers
 
 _BENCHMARK = "pytest-benchmark"
-# Plugins that change times -> how, and what to do.
-_DISTURBING = {
-    "pytest-codspeed": ("with --codspeed nothing is timed", "run without --codspeed"),
-    "pytest-cov": ("with --cov Python is traced, except while a clock runs", "run with --no-cov"),
-    "pytest-memray": ("with --memray each allocation is followed", "run without --memray"),
-    "pytest-monitor": ("it watches load and memory during each test", "run with --no-monitor"),
-    "pytest-profiling": ("with --profile each call is profiled", "run without --profile"),
-    "pytest-run-parallel": ("with --parallel-threads tests run at once", "run without it"),
+# Plugins that affect timings -> how they do it, and the remedy.
+_AFFECTING_TIMINGS = {
+    "pytest-codspeed": ("--codspeed disables timing", "run without --codspeed"),
+    "pytest-cov": ("--cov traces Python, except while the timer runs", "run with --no-cov"),
+    "pytest-memray": ("--memray tracks every allocation", "run without --memray"),
+    "pytest-monitor": ("it monitors load and memory during each test", "run with --no-monitor"),
+    "pytest-profiling": ("--profile profiles every call", "run without --profile"),
+    "pytest-run-parallel": ("--parallel-threads runs tests in parallel", "run without it"),
     "pytest-xdist": ("with -n, processes share cores and GPUs", "run at most one worker per GPU"),
 }
-# Variables that change what is measured -> how.
+# Environment variables that affect measurements -> how they do it.
 _VARIABLES = {
     "TORCHDYNAMO_DISABLE": "torch.compile compiles nothing",
     "TORCH_COMPILE_DISABLE": "torch.compile compiles nothing",
-    "TRITON_INTERPRET": "Triton's kernels are interpreted",
-    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "pytest loads no plugin that is not named by -p",
+    "TRITON_INTERPRET": "Triton interprets its kernels instead of compiling them",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "pytest loads only plugins named with -p",
 }
 
 
 def pytest(machine: Machine) -> Iterator[Line]:
-    """Check pytest and what this plugin needs of its plugins."""
+    """Check pytest and the plugins that this package needs."""
     yield installed("pytest")
     line = installed(_BENCHMARK)
     if line.mark == PROBLEM:
@@ -47,32 +47,32 @@ def pytest(machine: Machine) -> Iterator[Line]:
 
 
 def plugins(machine: Machine) -> Iterator[Line]:
-    """Name the installed plugins that change times."""
+    """Name the installed plugins, with warnings about those that affect timings."""
     found = _plugins()
     for name in found:
-        if name in _DISTURBING:
-            how, remedy = _DISTURBING[name]
+        if name in _AFFECTING_TIMINGS:
+            how, remedy = _AFFECTING_TIMINGS[name]
             yield Line(WARNING, f"{name} is installed: {how}", remedy)
-    known = {OURS, _BENCHMARK, *_DISTURBING}
+    known = {OURS, _BENCHMARK, *_AFFECTING_TIMINGS}
     others = ", ".join(name for name in found if name not in known)
-    yield Line(OK, f"other plugins, not known to change times: {others or 'none'}")
+    yield Line(OK, f"other plugins, not known to affect timings: {others or 'none'}")
 
 
 def environment(machine: Machine) -> Iterator[Line]:
-    """Name what slows down processes that are started here, or changes what they compute."""
+    """Name settings that slow down processes started here or change their results."""
     set_here = {name: why for name, why in _VARIABLES.items() if os.environ.get(name)}
     for name, why in set_here.items():
         if os.environ[name] != "0":
             yield Line(WARNING, f"{name}={os.environ[name]}: {why}", f"unset {name}")
     tracers = ", ".join(lasting_tracers())
     if tracers:
-        yield Line(WARNING, f"times would include what this costs: {tracers}", "turn it off")
+        yield Line(WARNING, f"timings would include the overhead of {tracers}", "turn it off")
     else:
-        yield Line(OK, "nothing in this environment slows down each call")
+        yield Line(OK, "nothing in this environment adds overhead to each call")
 
 
 def _plugins() -> list[str]:
-    """Return the distributions whose plugins pytest loads by itself."""
+    """Return the distributions whose plugins pytest loads automatically."""
     entries = importlib.metadata.entry_points(group="pytest11")
     names = (entry.dist.metadata["Name"] for entry in entries if entry.dist is not None)
     return sorted({name.lower().replace("_", "-") for name in names if name})

@@ -1,4 +1,4 @@
-"""The checks of ``int8bench doctor``, in the order in which they are made."""
+"""List the checks of ``int8bench doctor`` and run them in order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CHECKS: dict[str, Callable[[Machine], Iterable[Line]]] = {
 
 
 def lines(machine: Machine) -> Iterator[tuple[str, Line]]:
-    """Make each check; yield its name with each of its lines as they come."""
+    """Run all checks and yield each line as it comes, with the name of its check."""
     for name, check in CHECKS.items():
         try:
             for line in check(machine):
                 yield name, line
-        except Exception as error:  # a check that fails is no reason to leave the others out
+        except Exception as error:  # run the other checks even if one fails
             yield name, Line.unknown(name, f"{type(error).__name__}: {first_line(error)}")

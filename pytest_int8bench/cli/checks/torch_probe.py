@@ -1,8 +1,7 @@
 """Ask torch about this machine in a child process.
 
-A torch that is broken can end its process, or never return from it. ``python -m`` runs this module
-in the child, which prints a line of JSON before and after each stage, so that the parent knows how
-far it came.
+A broken torch can crash or hang its process. ``python -m`` runs this module in the child, which
+prints a line of JSON before and after each stage, so that the parent knows how far it got.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ from pytest_int8bench.errors import ClearError, first_line
 from pytest_int8bench.processes.running import ending
 
 _TIMEOUT_S = 180
-#: Begins a line of ours: libraries print too.
+#: Marks our lines, because libraries print to stdout too.
 _MARK = "int8bench-doctor "
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device as torch sees it, and the kernels on it."""
+    """A device as torch sees it, and the status of our kernels on it."""
 
     name: str
     uuid: str = ""
     problem: str | None = None
-    """Why it does not compute."""
+    """Why it runs no kernels at all."""
     fused_problem: str | None = None
-    """Why none of the fused kernels run."""
+    """Why it runs none of the fused kernels."""
     kernels: tuple[str, ...] = ()
-    """Those that run."""
+    """Kernels that run."""
     unmet: dict[str, str] = field(default_factory=dict)
-    """Kernels for other devices -> what they need."""
+    """Kernels for other devices -> their requirements."""
     failed: dict[str, str] = field(default_factory=dict)
     """Kernels for this device -> why they do not run."""
 
 
 @dataclass(frozen=True)
 class TorchReport:
-    """What torch says. A stage of the child that failed has left its name and its error in
-    ``problems``, and the fields that it fills as they are."""
+    """Facts reported by torch. A failed stage of the child adds its name and error to ``problems``
+    and leaves its fields at their defaults."""
 
     problems: dict[str, str] = field(default_factory=dict)
     version: str | None = None
@@ -60,47 +59,47 @@ class TorchReport:
     devices: tuple[Device, ...] = ()
     """The GPUs, or the CPU."""
     cuda_problem: str | None = None
-    """Why there is no GPU."""
+    """Why torch sees no GPU."""
 
     @property
     def has_cuda(self) -> bool:
-        """Return whether torch computes on a GPU."""
+        """Whether torch can run kernels on a GPU."""
         return any(device.uuid and device.problem is None for device in self.devices)
 
 
 def ask() -> TorchReport:
-    """Load torch in a child process and return what it says."""
-    # -P: the folder that the command is called in does not become importable.
+    """Import torch in a child process and return its report."""
+    # -P keeps the current folder off sys.path.
     command = [sys.executable, "-P", "-m", __name__]
     paths = [os.path.abspath(path) for path in sys.path if path]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(
             command,
-            cwd=os.sep,  # where it is called may be gone, and torch would not load
+            cwd=os.sep,  # torch cannot be imported if the current folder no longer exists
             env=environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        return read(error.stdout or b"", f"no answer in {_TIMEOUT_S} s")
+        return read(error.stdout or b"", f"no answer within {_TIMEOUT_S} s")
     except OSError as error:
-        return read(b"", f"no process can be started: {error.strerror}")
+        return read(b"", f"cannot start a process: {error.strerror}")
     said = done.stderr.decode(errors="replace").strip().splitlines()
     how = ending(done.returncode) if done.returncode < 0 else (said or ["no answer"])[-1]
     return read(done.stdout, how)
 
 
 def read(output: bytes, how: str) -> TorchReport:
-    """Return what a child printed; ``how`` says why there is no more of it."""
+    """Parse a child's output; ``how`` says how the child ended, if a stage is incomplete."""
     values: dict[str, Any] = {}
     problems: dict[str, str] = {}
-    stage: str | None = "torch"  # what is begun and not ended
+    stage: str | None = "torch"  # the stage that has begun but not ended
     for line in output.decode(errors="replace").splitlines():
         if not line.startswith(_MARK):
             continue
-        with contextlib.suppress(ValueError):  # half a line, of a process that was killed
+        with contextlib.suppress(ValueError):  # incomplete line of a killed process
             entry = json.loads(line.removeprefix(_MARK))
             stage = entry.get("begins")
             values |= entry.get("values", {})
@@ -122,7 +121,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _torchao() -> dict[str, Any]:
-    import pytest_int8bench.quantization.api  # noqa: F401  # and all that it needs of torchao
+    import pytest_int8bench.quantization.api  # noqa: F401  # imports the parts of torchao we use
 
     return {}
 
@@ -152,7 +151,7 @@ def _devices() -> dict[str, Any]:
     problem = None
     try:
         if torch.version.cuda is not None or torch.version.hip is not None:
-            torch.cuda.init()  # says why there is no device, where is_available() does not
+            torch.cuda.init()  # unlike is_available(), says why there is no device
     except Exception as error:
         problem = _text(error)
     count = 0 if problem else torch.cuda.device_count()
@@ -174,7 +173,7 @@ def _device(device: Any) -> Device:
         Device, properties.name, str(properties.uuid), fused_problem=fused_problem
     )
     try:
-        (torch.ones(1, device=device) + 1).item()  # a kernel that this build may lack
+        (torch.ones(1, device=device) + 1).item()  # fails if this build lacks kernels for the GPU
     except Exception as error:
         return named(problem=_text(error))
     if fused_problem is not None:
@@ -199,7 +198,7 @@ def _triton() -> dict[str, Any]:
     return {"triton_folder": knobs.cache.dir}
 
 
-#: In the order in which one that crashes costs least.
+#: Stages most likely to crash come last, where they lose the least.
 _STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": _torch,
     "torchao": _torchao,
@@ -212,16 +211,16 @@ _STAGES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print what torch says."""
+    """Print torch's report, stage by stage."""
     warnings.simplefilter("ignore")
     for name, stage in _STAGES.items():
-        _say(begins=name)
+        _emit(begins=name)
         try:
-            _say(values=stage())
+            _emit(values=stage())
         except Exception as error:
-            _say(problems={name: _text(error)})
+            _emit(problems={name: _text(error)})
             if name == "torch":
-                return  # the others need it
+                return  # all other stages need torch
 
 
 def _text(error: Exception) -> str:
@@ -229,7 +228,7 @@ def _text(error: Exception) -> str:
     return line if isinstance(error, ClearError) else f"{type(error).__name__}: {line}"
 
 
-def _say(**entry: Any) -> None:
+def _emit(**entry: Any) -> None:
     print(f"\n{_MARK}{json.dumps(entry)}", flush=True)
 
 
