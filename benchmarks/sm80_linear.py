@@ -21,8 +21,12 @@ from pytest_int8bench.kernels.tile_types import Product
 from pytest_int8bench.kernels.tiles import POINTER_CANDIDATES
 from pytest_int8bench.kernels.tuning import seconds
 
-# BF16 has two bytes.
-CANDIDATES = tuple(dataclasses.replace(tile, bk=tile.bk // 2) for tile in POINTER_CANDIDATES)
+# BF16 has two bytes. Only large matmuls are measured.
+CANDIDATES = tuple(
+    dataclasses.replace(tile, bk=tile.bk // 2)
+    for tile in POINTER_CANDIDATES
+    if tile.bm * tile.bn >= 128 * 64
+)
 
 
 @triton.jit
@@ -41,6 +45,8 @@ def matmul(
     # Rows beyond the end are read again from the start, which needs no mask, and not stored.
     left_at = a + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
     right_at = b + (columns % N).to(tl.int64)[None, :] * K + depth[:, None]
+    if HAS_BIAS:
+        added = tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(tl.cdiv(K, BK)):
         if EVEN_K:
@@ -53,7 +59,7 @@ def matmul(
         left_at += BK
         right_at += BK
     if HAS_BIAS:
-        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        acc += added
     at = c + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(at, acc.to(c.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 

@@ -172,8 +172,9 @@ def rotate_heads(
         rotation: ``angles`` rotates adjacent columns by angles, ``positions`` by angles that are
             sums of positions times frequencies. ``halves``, for :func:`quantize_heads` only,
             multiplies by cosines, and ``cat(-second half, first half)`` by sines.
-        turn: FP32 angles in radians (B, H, N, D / 2); FP32 positions (B, 1, N, T) and frequencies
-            (1, H, T, D / 2); or cosines and sines (B, H, N, D). Other sizes may be 1.
+        turn: FP32 angles in radians (B, H, N, D / 2); floating positions (B, 1, N, T) and
+            frequencies (1, H, T, D / 2), computed with in FP32; or cosines and sines (B, H, N, D).
+            Other sizes may be 1.
         rows_first: the heads of a row stand beside each other in memory; the rows of a head, if
             not.
 

@@ -148,7 +148,7 @@ def _pairs(x: torch.Tensor, rotation: str, turn: Sequence[torch.Tensor]) -> torc
         return x.float() * cosine + torch.cat([-second, first], -1) * sine
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     if rotation != "none":
-        angles = turn[0] if rotation == "angles" else turn[0] @ turn[1]
+        angles = turn[0] if rotation == "angles" else turn[0].float() @ turn[1].float()
         sine, cosine = angles.sin(), angles.cos()
         even, odd = even * cosine - odd * sine, odd * cosine + even * sine
     return torch.cat([even, odd], -1)

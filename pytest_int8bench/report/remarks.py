@@ -88,13 +88,15 @@ def upper_bound_remarks(result: Result) -> list[str]:
         if part > 1 and (result.speedup_low or math.inf) <= result.ceiling_speedup:
             part = 1.0  # the speedup's interval includes the bound
         text += f"; {f'{part:.0%}' if part else 'none'} of the possible gain achieved"
+        if part > 1:
+            text += " (the bound assumes that all other kernels take as long as in the baseline)"
     if result.speedup and result.batch_time_s:
         busy = total_s / (result.speedup * result.batch_time_s)
         if busy < HOST_BOUND:
             text += (
                 f"; this covers kernels only, which run for {busy:.0%} of the {dtype} batch time"
             )
-    if result.params.get("attention") == "math":
+    if "math" in (result.params.get("attention"), result.attention_backend):
         text += "; matmuls of math attention count as layer matmuls"
     return [f"upper bound: {result.label}: {text}"]
 

@@ -271,7 +271,11 @@ def test_reports_upper_bound() -> None:
 @pytest.mark.parametrize(
     ("values", "end"),
     [
-        ({"ceiling_reached": 1.2}, "; 120% of the possible gain achieved"),
+        (
+            {"ceiling_reached": 1.2},
+            "; 120% of the possible gain achieved (the bound assumes that all other kernels take as "
+            "long as in the baseline)",
+        ),
         ({"ceiling_reached": 1.2, "speedup_low": 1.46}, "; 100% of the possible gain achieved"),
         ({"ceiling_reached": 0.0}, "; none of the possible gain achieved"),
         ({"ceiling_reached": -0.4}, "; none of the possible gain achieved"),
@@ -281,8 +285,12 @@ def test_reports_upper_bound() -> None:
             {"params": {"attention": "math"}},
             "; 78% of the possible gain achieved; matmuls of math attention count as layer matmuls",
         ),
+        (
+            {"params": {"attention": "auto"}, "attention_backend": "math"},
+            "; 78% of the possible gain achieved; matmuls of math attention count as layer matmuls",
+        ),
     ],
-    ids=["over", "over-within-noise", "nothing", "slower", "no-gain", "fp32", "math"],
+    ids=["over", "over-within-noise", "nothing", "slower", "no-gain", "fp32", "math", "auto-math"],
 )
 def test_reports_achieved_gain(values: dict[str, Any], end: str) -> None:
     assert upper_bound_line(**values) == end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ from pytest_int8bench.kernels import dispatch
 
 _NEGATE = (operator.neg, torch.neg)
 _CASTS = ("to", "float", "half", "bfloat16")
+# How a position for each row (B, N), and a frequency for each pair of columns (H, D / 2), are
+# broadcast to angles (B, H, N, D / 2).
+_OF_ROWS = (slice(None), None, slice(None), None)
+_OF_COLUMNS = (None, slice(None), None, slice(None))
 
 
 @dataclass(frozen=True)
@@ -250,11 +255,54 @@ def _positions(rotation: Rotation) -> Rotation | None:
     if not all(factors):
         return None
     positions, frequencies = (list(side) for side in zip(*factors, strict=True))
-    turn = (
-        _side_by_side(angles.graph, positions, -1),
-        _side_by_side(angles.graph, frequencies, -2),
-    )
-    return Rotation(rotation.x, "positions", turn, min(terms))
+    graph, first = angles.graph, list(terms)
+    table, selected = _selected_in_order(positions, _OF_ROWS, lambda i: (Ellipsis, i))
+    if table is None:
+        rows = _side_by_side(graph, positions, -1)
+    else:
+        first += selected
+        rows = _view(graph, operator.getitem, table, (slice(None), None))
+    table, selected = _selected_in_order(frequencies, _OF_COLUMNS, lambda i: i)
+    if table is None:
+        columns = _side_by_side(graph, frequencies, -2)
+    else:
+        first += selected
+        swapped = _view(graph, torch.transpose, table, 0, 1)
+        columns = _view(graph, torch.unsqueeze, swapped, 0)
+    return Rotation(rotation.x, "positions", (rows, columns), min(first))
+
+
+def _selected_in_order(
+    parts: list[Node], view: tuple[Any, ...], index: Callable[[int], Any]
+) -> tuple[Node | None, list[Node]]:
+    """Return the tensor of three dimensions that ``parts`` were selected from, in order and all of
+    it, and the operators that selected them; None if they were not. To read it saves copying the
+    parts side by side.
+
+    Args:
+        parts: views of the selected parts, which may have been cast.
+        view: index of each view.
+        index: returns the index that selects the part of a given number.
+    """
+    selected: list[Node] = []
+    for i, part in enumerate(parts):
+        inner = _without_cast(part.args[0]) if _is(part, (operator.getitem,)) else None
+        if not _is(inner, (operator.getitem,)) or (part.args[1], inner.args[1]) != (view, index(i)):
+            return None, []
+        selected.append(inner)
+    table = selected[0].args[0]
+    of = value_of(table)
+    count = of.shape[-1] if isinstance(index(0), tuple) else of.shape[0]
+    is_whole = of.dim() == 3 and count == len(parts) and of.itemsize <= 4
+    if not is_whole or any(one.args[0] is not table for one in selected):
+        return None, []
+    return table, selected
+
+
+def _view(graph: fx.Graph, function: Any, *args: Any) -> Node:
+    """Insert a view of the tensor ``args[0]``."""
+    value = function(value_of(args[0]), *args[1:])
+    return with_value(graph.call_function(function, args), value)
 
 
 def _position_and_frequency(node: Node) -> tuple[Node, Node] | None:

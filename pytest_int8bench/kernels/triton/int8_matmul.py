@@ -49,14 +49,18 @@ def _scaled(
 ):
     """Return ``(acc * row_scale * column_scale + bias) * gamma`` in FP32."""
     scale_m = tl.load(row_scale + rows, mask=rows < M, other=0.0)
-    column_ok = columns < N
-    scale_n = tl.load(column_scale + columns, mask=column_ok, other=0.0)
-    out = acc.to(tl.float32) * scale_m[:, None] * scale_n[None, :]
+    out = acc.to(tl.float32) * scale_m[:, None] * _of_columns(column_scale, columns, N)
     if HAS_BIAS:
-        out += tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        out += _of_columns(bias, columns, N)
     if HAS_GAMMA:
-        out *= tl.load(gamma + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        out *= _of_columns(gamma, columns, N)
     return out
+
+
+@triton.jit
+def _of_columns(vector, columns, N):
+    """Return a row of FP32 values of ``vector``, one for each column."""
+    return tl.load(vector + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -208,6 +212,11 @@ def int8_product_pointers(
     # Rows beyond the end are read again from the start, which needs no mask, and not stored.
     left_at = a + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
     right_at = b + (columns % N).to(tl.int64)[None, :] * K + depth[:, None]
+    # Loaded before the loop, which hides how long that takes.
+    scale_m = tl.load(row_scale + rows, mask=rows < M, other=0.0)
+    scale_n = _of_columns(column_scale, columns, N)
+    if HAS_BIAS:
+        added = _of_columns(bias, columns, N)
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     for k in range(tl.cdiv(K, BK)):
         if EVEN_K:
@@ -220,9 +229,11 @@ def int8_product_pointers(
         acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         left_at += BK
         right_at += BK
-    out = _scaled(
-        acc, rows, columns, M, N, row_scale, column_scale, bias, gamma, HAS_BIAS, HAS_GAMMA
-    )
+    out = acc.to(tl.float32) * scale_m[:, None] * scale_n
+    if HAS_BIAS:
+        out += added
+    if HAS_GAMMA:
+        out *= _of_columns(gamma, columns, N)
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
     if HAS_RESIDUAL:

@@ -72,19 +72,28 @@ def _angles(
     if ROTATION == _ANGLES:
         angles = tl.load(rows[:, None] + columns[None, :], there[:, None] & fits[None, :], 0.0)
     else:
-        position = tl.load(rows, there, 0.0)[:, None]
-        frequency = tl.load(other + columns, fits, 0.0)[None, :]
+        position = _position(rows, there)
+        frequency = _frequency(other, columns, fits)
         if TERMS == 1:
             angles = position * frequency
         else:
-            second = tl.load(rows + 1, there, 0.0)[:, None]
-            angles = second * tl.load(other + other_row + columns, fits, 0.0)[None, :]
+            angles = _position(rows + 1, there) * _frequency(other + other_row, columns, fits)
             angles = tl.fma(position, frequency, angles)
         for term in tl.static_range(2, TERMS):
-            position = tl.load(rows + term, there, 0.0)[:, None]
-            frequency = tl.load(other + term * other_row + columns, fits, 0.0)[None, :]
+            position = _position(rows + term, there)
+            frequency = _frequency(other + term * other_row, columns, fits)
             angles = tl.fma(position, frequency, angles)
     return angles
+
+
+@triton.jit
+def _position(rows, there):
+    return tl.load(rows, there, 0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _frequency(row, columns, fits):
+    return tl.load(row + columns, fits, 0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

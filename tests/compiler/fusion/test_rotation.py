@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, replace_attention
-from pytest_int8bench.compiler.fusion.nodes import LINEAR, QUANTIZE_HEADS, ROTATE_HEADS
+from pytest_int8bench.compiler.fusion.nodes import LINEAR, QUANTIZE_HEADS, ROTATE_HEADS, value_of
 from pytest_int8bench.kernels import dispatch
 from toys.models import lowered
 
@@ -94,6 +95,37 @@ def test_rotations_of_olmoearth(name: str) -> None:
     error, inside = run(rotate, axes)
     assert inside == kind
     assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positions_and_frequencies_are_read_where_they_are(axes: int, dtype: torch.dtype) -> None:
+    apply = getattr(encodings, f"apply_{axes}d_mixed_rope")
+    frequencies = torch.randn(axes, HEADS, WIDTH // 2).to(dtype)
+    out, want, nodes = compiled(
+        Rotated(lambda x, at: apply(x, at, frequencies)),
+        *inputs_of(axes, torch.float32),
+        change=lambda module: replace_attention(module, AttentionCoverage()),
+    )
+    assert (out - want).norm() < 0.02 * want.norm()
+    assert not any(node.target is torch.cat for node in nodes)
+    [call] = [node for node in nodes if node.target is QUANTIZE_HEADS]
+    assert [value_of(part).dtype for part in call.args[3]] == [torch.float32, dtype]
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 1), (0, 1)], ids=str)
+def test_positions_in_another_order_are_copied(order: tuple[int, ...]) -> None:
+    def rotate(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        angles = [
+            at[..., i][:, None, :, None] * MIXED_3D[j][None, :, None, :]
+            for j, i in enumerate(order)
+        ]
+        a = functools.reduce(operator.add, angles)
+        return x * twice(torch.cos(a)) + crossed(x) * twice(torch.sin(a))
+
+    error, kind = run(rotate, 3)
+    assert kind == "positions"
+    assert error < 0.02
 
 
 def test_rotation_in_bf16() -> None:
