@@ -1,9 +1,9 @@
-"""Attention with INT8 queries and keys: one kernel quantizes them, the other attends.
+"""Attention with INT8 queries and keys: one kernel quantizes them, another computes attention.
 
-The scores of a row are bounded by the norm of its query times the largest norm of a key. Where that
-bound is small enough, powers of two of the scores can be added up as they are: no row maximum, no
-rescaling, and each block of keys is independent of the one before. Softmax does not change by what
-is left out. Rows of a tile with a larger bound are computed the usual way, by a running maximum.
+The norm of a query times the largest norm of a key bounds the scores of the query's row. If that
+bound is small enough, exp2 of the scores can be summed without subtracting the row maximum, which
+does not change softmax. Then nothing is rescaled, and no block of keys depends on the one before.
+Tiles with a larger bound use the usual online softmax with a running maximum.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from pytest_int8bench.kernels.schema import ROTATIONS
 from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Attention, Heads
 from pytest_int8bench.kernels.triton.rotation import rotated_pairs
 
-#: Rows that one program of ``quantize_heads`` quantizes, in blocks of keys.
+#: Blocks of ``KEY_BLOCK`` rows that one program of ``quantize_heads`` quantizes.
 _BLOCKS = 4
 _SAMPLE = tl.constexpr(KEY_SAMPLE)
-# Adding and taking away 1.5 * 2**23 rounds a float to the nearest integer.
+# Adding and subtracting 1.5 * 2**23 rounds a float to the nearest integer.
 _ROUND = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(1e-36)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-# Scores in powers of two up to which their exponentials, and the sums of these, stay far from the
-# ends of BF16 and FP32, and of FP16.
+# Largest bounds on scores for which exp2 of the scores, and sums of it, stay well within the range
+# of BF16 and FP32 (the first limit), and of FP16 (the second one).
 _LIMIT, _FP16_LIMIT = tl.constexpr(64.0), tl.constexpr(10.0)
 
 
 @triton.jit
 def _magnitudes(even, odd):
-    """Return the larger magnitudes of pairs as integers: the same order, and NaN is the largest."""
+    """Return the larger magnitude of each pair as integer bits, among which NaN is the largest."""
     first = even.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.maximum(first, odd.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _scale_of(largest):
-    """Return the scale of values whose largest magnitude is ``largest``, and its inverse; NaN where
-    that is not finite."""
+    """Return the scale for the largest magnitude (integer bits), and the inverse of the scale.
+
+    The scale is NaN if the magnitude is not finite.
+    """
     peak = largest.to(tl.float32, bitcast=True)
     finite = largest < _INFINITY_BITS
     used = finite & (peak > _TINY)
@@ -51,7 +53,7 @@ def _scale_of(largest):
 
 @triton.jit
 def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
-    """Store pairs as INT8, all even columns before the odd ones, and return their squares."""
+    """Store pairs as INT8, even columns before odd ones; return the sum of squares of each pair."""
     columns = tl.arange(0, PADDED // 2)
     to = target + at.to(tl.int64)[:, None] * PADDED + columns[None, :]
     squares = tl.zeros(even.shape, tl.float32)
@@ -107,12 +109,13 @@ def quantize_heads(
     ROTATION: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Quantize queries ``q[B, H, N, WIDTH]`` with a scale for each row, and keys, less a mean, with
-    a scale for each block of ``BLOCK``; both are rotated before as ``ROTATION`` says.
+    """Rotate as ``ROTATION`` says and quantize queries ``q[B, H, N, WIDTH]`` and keys.
 
-    ``q8`` and ``k8`` have ``PADDED`` columns, and ``k8`` rows to a whole block; what is padded is
-    zero. ``k_scale[B, H, blocks, 2]`` holds the scale of a block and the largest norm of its keys.
-    Programs take turns, so that those of a query and a key find the angles of both in the cache.
+    Each row of queries has a scale; each block of ``BLOCK`` keys has one, after the mean of a
+    sample of the keys is subtracted. ``q8`` and ``k8`` are padded with zeros to ``PADDED`` columns,
+    and ``k8`` to whole blocks of rows. ``k_scale[B, H, blocks, 2]`` holds the scale of each block
+    and the largest norm of its keys. Programs alternate between queries and keys, so that the
+    rotation of both is in the cache.
     """
     program = tl.program_id(0)
     both = tl.minimum(Q_PROGRAMS, K_PROGRAMS)
@@ -190,7 +193,7 @@ def _block(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Attend to one block of keys."""
+    """Add one block of keys and values to the state of attention, and return it."""
     acc, partial, peak = state
     k8, v = tiles
     batch, head, kv_row, v_row, K_ROWS = where
@@ -223,7 +226,7 @@ def _block(
         p = tl.exp2(scores)
         if MASKED:
             p = tl.where((rows < K_ROWS)[None, :], p, 0.0)
-    # Of each row a thread adds up its own columns only: the rest of the sum is left for the end.
+    # Each thread sums only its own columns of a row; the threads' sums are combined at the end.
     partial += tl.sum(tl.reshape(p, (p.shape[0], BLOCK // 8, 8)), 1)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
     return acc, partial, peak
@@ -243,7 +246,7 @@ def _attend(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return the sum of values weighted by powers of two of the scores, and the sum of these."""
+    """Return the sum of the values weighted by exp2 of the scores, and the sum of the weights."""
     ROWS: tl.constexpr = q_tile.shape[0]
     state = (
         tl.zeros((ROWS, PADDED), tl.float32),
@@ -288,10 +291,11 @@ def int8_attention(
     PADDED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Attention of INT8 queries and keys from ``quantize_heads`` and values ``v[B, H, N, WIDTH]``.
+    """Attend with INT8 queries and keys from ``quantize_heads`` and values ``v[B, H, N, WIDTH]``.
 
-    ``out[B, N, H, WIDTH]`` is written as the layer after attention reads it. ``SCALE`` multiplies
-    the scores, in powers of two; ``BLOCKS`` is a power of two no smaller than the blocks of keys.
+    ``out[B, N, H, WIDTH]`` has the memory order that the next linear layer reads. ``SCALE``
+    multiplies the scores and includes log2(e), because softmax uses exp2. ``BLOCKS`` is the number
+    of blocks of keys, rounded up to a power of two.
     """
     parts = tl.cdiv(Q_ROWS, ROWS)
     head = (tl.program_id(0) // parts).to(tl.int64)
@@ -332,7 +336,7 @@ def int8_attention(
     tl.store(out + to[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), fits)
 
 
-#: From batch to batch, head to head and row to row of a tensor whose columns are adjacent.
+#: Batch, head and row strides of a tensor with adjacent columns, in elements.
 Strides: TypeAlias = Sequence[int]
 
 
@@ -342,8 +346,9 @@ def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[S
     Args:
         heads: the sizes.
         rotation: one of ``schema.ROTATIONS``.
-        terms: positions that an angle is computed from, if it is.
-        strides: of queries and keys, and of both tensors that describe the rotation of each.
+        terms: number of positions that an angle is computed from, if it is.
+        strides: of queries and keys, then of the first tensors that describe their rotations, then
+            of the second ones.
     """
     rows = _BLOCKS * KEY_BLOCK
     queries = heads.batch * heads.heads * ceil(heads.q_rows, rows)
@@ -366,14 +371,14 @@ def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[S
 
 
 def launch(heads: Heads, scale: float, v: Strides, tile: Attention, tma: bool) -> Launch:
-    """Return the launch that attends.
+    """Return the launch that computes attention.
 
     Args:
         heads: the sizes.
-        scale: of the scores, in powers of two.
+        scale: multiplies the scores; includes log2(e).
         v: strides of the values.
-        tile: how queries are cut.
-        tma: load keys and values through TMA.
+        tile: how programs divide the queries.
+        tma: whether to load keys and values through TMA.
     """
     blocks = heads.k_blocks
     described: tuple[Described, ...] = ()
