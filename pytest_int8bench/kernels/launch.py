@@ -101,7 +101,7 @@ class Described(NamedTuple):
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
     """A descriptor without Triton's checks, which take as long as a launch.
 
-    :meth:`.table.Kernel.accepts` has checked the tensor already.
+    :mod:`.dispatch` has checked the strides and addresses already.
     """
 
     def __post_init__(self) -> None:
