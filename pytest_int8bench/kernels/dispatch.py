@@ -35,7 +35,7 @@ class KernelError(ClearError, ValueError):
 # -- INT8 matmul --------------------------------------------------------------------------------
 
 
-def forced_product() -> str | None:
+def forced_kernel() -> str | None:
     """Return the kernel that ``INT8BENCH_PRODUCT`` names, or None if it is empty or unset.
 
     Raises:
@@ -50,14 +50,14 @@ def forced_product() -> str | None:
     return forced
 
 
-def product_kernel(device: torch.device) -> str:
+def matmul_kernel(device: torch.device) -> str:
     """Return the name of the preferred INT8 matmul kernel for a device.
 
     Raises:
         KernelError: if ``INT8BENCH_PRODUCT`` names a kernel that does not exist or that the device
             cannot run.
     """
-    forced = forced_product()
+    forced = forced_kernel()
     for kernel in kernels_of("linear"):
         if forced and kernel.name != forced:
             continue
@@ -269,7 +269,7 @@ def attention_launch(
     """
     steps = [stride * v.element_size() for stride in v.stride()[:3]]
     fits = is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
-    tma = fits and devices.capability(device) >= (9, 0) and forced_product() != "pointers"
+    tma = fits and devices.capability(device) >= (9, 0) and forced_kernel() != "pointers"
     for kernel in kernels_of("int8_attention"):
         if kernel.runs_on(device) and kernel.accepts(heads):
             return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads, tma), tma)

@@ -44,7 +44,7 @@ def linear_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     from pytest_int8bench.kernels import cuda
 
     with _current_device(q.device):
-        return cuda.linear(q, *rest, kernel=dispatch.product_kernel(q.device))
+        return cuda.linear(q, *rest, kernel=dispatch.matmul_kernel(q.device))
 
 
 def linear_fake(
