@@ -194,8 +194,10 @@ def _plain(value: Any) -> Any:
 
 
 def _for_inference(weight: Any) -> Any:
-    """Return a weight created in inference mode, in which views of other weights cannot be made
-    unless they share their memory."""
+    """Return the weight, or an alias from inference mode if it was created outside.
+
+    Inference mode rejects views of weights from outside that do not share their memory.
+    """
     made_outside = isinstance(weight, QuantizedWeight) and not weight.is_inference()  # type: ignore[attr-defined]
     return _alias(weight) if made_outside else weight
 

@@ -52,7 +52,7 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
+def _store_levels(target, at, mask, even, odd, inverse, PADDED: tl.constexpr):
     """Store pairs as INT8, even columns before odd ones; return the sum of squares of each pair."""
     columns = tl.arange(0, PADDED // 2)
     to = target + at.to(tl.int64)[:, None] * PADDED + columns[None, :]
@@ -60,7 +60,7 @@ def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
     for half in tl.static_range(2):
         levels = (even if half == 0 else odd) * inverse + _ROUND
         bits = levels.to(tl.int32, bitcast=True)
-        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), there[:, None])
+        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), mask[:, None])
         levels -= _ROUND
         squares += levels * levels
     return squares
@@ -120,19 +120,19 @@ def quantize_heads(
     program = tl.program_id(0)
     both = tl.minimum(Q_PROGRAMS, K_PROGRAMS)
     paired = program < 2 * both
-    of_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
+    is_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
     program = tl.where(paired, program // 2, program - both)
     rows = tl.arange(0, BLOCK)
-    if of_keys:
+    if is_keys:
         blocks = tl.cdiv(K_ROWS, BLOCK)
         parts = tl.cdiv(blocks, BLOCKS)
         head = (program // parts).to(tl.int64)
-        batch, head_in = head // KV_HEADS, head % KV_HEADS
-        source = k + batch * k_batch + head_in * k_head
+        batch, head_in_batch = head // KV_HEADS, head % KV_HEADS
+        source = k + batch * k_batch + head_in_batch * k_head
         if k_turn is not None:
-            k_turn += batch * k_turn_batch + head_in * k_turn_head
+            k_turn += batch * k_turn_batch + head_in_batch * k_turn_head
         if k_other is not None:
-            k_other += batch * k_other_batch + head_in * k_other_head
+            k_other += batch * k_other_batch + head_in_batch * k_other_head
         sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
         even, odd = rotated_pairs(
             source, k_row, k_turn, k_turn_row, k_other, k_other_row, sample, sample < K_ROWS,
@@ -142,13 +142,13 @@ def quantize_heads(
         for part in range(BLOCKS):
             block = program % parts * BLOCKS + part
             at = block * BLOCK + rows
-            there = at < K_ROWS
+            mask = at < K_ROWS
             x, y = rotated_pairs(
-                source, k_row, k_turn, k_turn_row, k_other, k_other_row, at, there,
+                source, k_row, k_turn, k_turn_row, k_other, k_other_row, at, mask,
                 ROTATION, TERMS, WIDTH, PADDED,
             )  # fmt: skip
-            x = tl.where(there[:, None], x - mean_even[None, :], 0.0)
-            y = tl.where(there[:, None], y - mean_odd[None, :], 0.0)
+            x = tl.where(mask[:, None], x - mean_even[None, :], 0.0)
+            y = tl.where(mask[:, None], y - mean_odd[None, :], 0.0)
             scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x, y), 1), 0))
             target = k8 + head * blocks * BLOCK * PADDED
             squares = _store_levels(target, at, at < blocks * BLOCK, x, y, inverse, PADDED)
@@ -159,22 +159,22 @@ def quantize_heads(
     else:
         parts = tl.cdiv(Q_ROWS, BLOCK * BLOCKS)
         head = (program // parts).to(tl.int64)
-        batch, head_in = head // HEADS, head % HEADS
-        source = q + batch * q_batch + head_in * q_head
+        batch, head_in_batch = head // HEADS, head % HEADS
+        source = q + batch * q_batch + head_in_batch * q_head
         if q_turn is not None:
-            q_turn += batch * q_turn_batch + head_in * q_turn_head
+            q_turn += batch * q_turn_batch + head_in_batch * q_turn_head
         if q_other is not None:
-            q_other += batch * q_other_batch + head_in * q_other_head
+            q_other += batch * q_other_batch + head_in_batch * q_other_head
         for part in range(BLOCKS):
             at = (program % parts * BLOCKS + part) * BLOCK + rows
-            there = at < Q_ROWS
+            mask = at < Q_ROWS
             x, y = rotated_pairs(
-                source, q_row, q_turn, q_turn_row, q_other, q_other_row, at, there,
+                source, q_row, q_turn, q_turn_row, q_other, q_other_row, at, mask,
                 ROTATION, TERMS, WIDTH, PADDED,
             )  # fmt: skip
             scale, inverse = _scale_of(tl.max(_magnitudes(x, y), 1))
-            _store_levels(q8 + head * Q_ROWS * PADDED, at, there, x, y, inverse[:, None], PADDED)
-            tl.store(q_scale + head * Q_ROWS + at, scale, there)
+            _store_levels(q8 + head * Q_ROWS * PADDED, at, mask, x, y, inverse[:, None], PADDED)
+            tl.store(q_scale + head * Q_ROWS + at, scale, mask)
 
 
 @triton.jit
@@ -204,13 +204,13 @@ def _block(
         v_tile = v.load([batch, head, start, 0]).reshape(BLOCK, PADDED)
     else:
         k_tile = tl.load(k8 + (kv_row + rows)[:, None] * PADDED + columns[None, :])
-        there = tl.full((BLOCK, PADDED), True, tl.int1)
+        mask = tl.full((BLOCK, PADDED), True, tl.int1)
         if MASKED:
-            there = there & (rows < K_ROWS)[:, None]
+            mask = mask & (rows < K_ROWS)[:, None]
         if WIDTH < PADDED:
-            there = there & (columns < WIDTH)[None, :]
+            mask = mask & (columns < WIDTH)[None, :]
         at = rows.to(tl.int64)[:, None] * v_row + columns[None, :]
-        v_tile = tl.load(v + at, there, 0.0)
+        v_tile = tl.load(v + at, mask, 0.0)
     scores = tl.dot(q_tile, k_tile.T).to(tl.float32)
     scores *= (factor * tl.load(scales + start // BLOCK * 2))[:, None]
     if ONLINE:
@@ -301,10 +301,10 @@ def int8_attention(
     head = (tl.program_id(0) // parts).to(tl.int64)
     rows = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED)
-    there = rows < Q_ROWS
+    mask = rows < Q_ROWS
     at = (head * Q_ROWS + rows)[:, None] * PADDED + columns[None, :]
-    q_tile = tl.load(q8 + at, there[:, None], 0)
-    factor = tl.load(q_scale + head * Q_ROWS + rows, there, 0.0) * SCALE
+    q_tile = tl.load(q8 + at, mask[:, None], 0)
+    factor = tl.load(q_scale + head * Q_ROWS + rows, mask, 0.0) * SCALE
 
     batch = head // HEADS
     kv = batch * (HEADS // GROUP) + head % HEADS // GROUP
@@ -332,7 +332,7 @@ def int8_attention(
         )
     result = acc / total[:, None]
     to = (batch * Q_ROWS + rows) * HEADS + head % HEADS
-    fits = there[:, None] & (columns < WIDTH)[None, :]
+    fits = mask[:, None] & (columns < WIDTH)[None, :]
     tl.store(out + to[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), fits)
 
 

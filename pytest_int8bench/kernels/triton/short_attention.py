@@ -31,13 +31,13 @@ def _offsets(
     A single head is a matrix, not a batch of one: GPUs have faster instructions for matrices.
     """
     at = rows.to(tl.int64)[:, None] * row_step + columns[None, :]
-    there = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
+    mask = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
     if TOGETHER == 1:
         at = heads * head_step + at
     else:
         at = (heads * head_step)[:, None, None] + at[None, :, :]
-        there = (heads < HEADS)[:, None, None] & there[None, :, :]
-    return at, there
+        mask = (heads < HEADS)[:, None, None] & mask[None, :, :]
+    return at, mask
 
 
 @triton.jit
@@ -79,13 +79,17 @@ def short_attention(
     if TOGETHER > 1:
         heads += tl.arange(0, TOGETHER)
     rows, keys, columns = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
-    at, fits = _offsets(heads, rows, columns, HEADS, Q_ROWS, q_head, q_row, TOGETHER, WIDTH)
-    q_tile = tl.load(q + batch * q_batch + at, fits, 0.0)
-    of = heads // GROUP
-    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, k_head, k_row, TOGETHER, WIDTH)
-    k_tile = tl.load(k + batch * k_batch + at, fits, 0.0)
-    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, v_head, v_row, TOGETHER, WIDTH)
-    v_tile = tl.load(v + batch * v_batch + at, fits, 0.0)
+    at, mask = _offsets(heads, rows, columns, HEADS, Q_ROWS, q_head, q_row, TOGETHER, WIDTH)
+    q_tile = tl.load(q + batch * q_batch + at, mask, 0.0)
+    kv_heads = heads // GROUP
+    at, mask = _offsets(
+        kv_heads, keys, columns, HEADS // GROUP, K_ROWS, k_head, k_row, TOGETHER, WIDTH
+    )
+    k_tile = tl.load(k + batch * k_batch + at, mask, 0.0)
+    at, mask = _offsets(
+        kv_heads, keys, columns, HEADS // GROUP, K_ROWS, v_head, v_row, TOGETHER, WIDTH
+    )
+    v_tile = tl.load(v + batch * v_batch + at, mask, 0.0)
 
     seen = (keys < K_ROWS)[None, :]
     if CAUSAL:
@@ -99,11 +103,11 @@ def short_attention(
     # tl.max ignores NaN, but a NaN score minus the maximum remains NaN.
     p = tl.exp2(scores - tl.max(scores, -1, keep_dims=True))
     result = tl.dot(p.to(v_tile.dtype), v_tile) / tl.sum(p, -1, keep_dims=True)
-    at, fits = _offsets(
+    at, mask = _offsets(
         heads, rows, columns, HEADS, Q_ROWS, WIDTH, HEADS * WIDTH, TOGETHER, WIDTH
     )  # fmt: skip
     to = out + batch * Q_ROWS * HEADS * WIDTH + at
-    tl.store(to, result.to(out.dtype.element_ty), fits)
+    tl.store(to, result.to(out.dtype.element_ty), mask)
 
 
 def launch(
