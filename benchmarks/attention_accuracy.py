@@ -1,12 +1,12 @@
-"""What INT8 attention costs in accuracy, on the trained models of handwritten digits.
+"""Measure how much accuracy INT8 attention costs on trained models of handwritten digits.
 
     python benchmarks/attention_accuracy.py [--steps N]
 
-Two models read the same images: the workload ``digits`` (16 tokens), and one with a token for
-each pixel of the images at twice their size (256 tokens, 2 blocks), trained here by the recipe of
-``train_digits.py``. Each runs eagerly on the CPU, on the 797 images for certification. INT8
-attention is plain torch there: its numbers are those of the kernels up to the order of sums. dB is
-the SQNR of the logits against BF16's.
+Two models classify the same images: the workload ``digits`` (16 tokens), and a model with one token
+per pixel of the images at twice their size (256 tokens, 2 transformer blocks), which this script
+trains with the recipe in ``train_digits.py``. Each runs eagerly on the CPU, on the 797 images for
+certification. INT8 attention runs in plain torch there; it differs from the kernels only in the
+order of sums. dB is the SQNR of the logits against BF16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODES = (None, "w8a8", "w8")
 
 
 class Pixels(VisionTransformer):
-    """A token for each pixel of an image that is enlarged."""
+    """A digits model with one token per pixel of the enlarged image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Pixels(VisionTransformer):
 
 
 def logits(model: nn.Module, mode: str | None, int8_attention: bool) -> torch.Tensor:
-    """Return the logits of the images for certification, in FP32."""
+    """Return the FP32 logits for the images for certification."""
     model = copy.deepcopy(model).to(torch.bfloat16)
     if mode is not None:
         apply_int8_quant(model, mode=mode)
@@ -63,17 +63,18 @@ def logits(model: nn.Module, mode: str | None, int8_attention: bool) -> torch.Te
 
 
 def rows(name: str, model: nn.Module) -> list[str]:
-    """Return the rows of a model's table."""
+    """Return the table rows of a model."""
     labels = splits()["certification"].labels
-    wanted = logits(model, None, False)
-    right = wanted.argmax(1) == labels
+    baseline = logits(model, None, False)
+    baseline_correct = baseline.argmax(1) == labels
     lines = []
     for mode in MODES:
         for int8_attention in (False, True):
-            found = logits(model, mode, int8_attention)
-            correct = found.argmax(1) == labels
-            worse, better = (right & ~correct).sum(), (~right & correct).sum()
-            noise = (found - wanted).norm() / wanted.norm()
+            candidate = logits(model, mode, int8_attention)
+            correct = candidate.argmax(1) == labels
+            worse = (baseline_correct & ~correct).sum()
+            better = (~baseline_correct & correct).sum()
+            noise = (candidate - baseline).norm() / baseline.norm()
             sqnr = f"{-20 * math.log10(noise):.1f}" if noise else "–"
             lines.append(
                 f"| {name} | {(mode or 'bf16').upper()} | {'INT8' if int8_attention else 'BF16'} | "
@@ -83,9 +84,8 @@ def rows(name: str, model: nn.Module) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train the second model and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of training, 300 if left")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: 300)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     shipped = VisionTransformer().eval()

@@ -1,10 +1,10 @@
-"""Compare the batch time that the plugin reports with two other ways to time the same model.
+"""Compare the plugin's batch times with two other ways to time the same model.
 
     python benchmarks/check_timing.py [pytest options]
 
-After each measured point, the very same compiled model is timed by a bare loop (synchronize, N
-batches, synchronize) and by ``torch.utils.benchmark.Timer``. The difference is the median over
-alternating repetitions, so that a drifting clock does not look like one. Exits with 1 if a
+After each measured point, the script times the same compiled model with a bare loop (synchronize,
+N batches, synchronize) and with ``torch.utils.benchmark.Timer``. Each difference is the median over
+alternating repetitions, so that clock drift does not cause one. The script exits with 1 if a
 difference is over 1 %.
 """
 
@@ -28,12 +28,12 @@ from pytest_int8bench.plugin.recorder import RECORDER
 
 LIMIT = 0.01
 REPETITIONS = 3
-#: Seconds of a bare loop, and of ``torch.utils.benchmark.Timer``.
+#: Length of each bare loop and of each measurement with ``torch.utils.benchmark.Timer``.
 SECONDS = 2.0
 
 
 class Check:
-    """Times each model again when its test is over."""
+    """Plugin that times each model again after its test."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, float, float]] = []
@@ -48,19 +48,18 @@ class Check:
             item.funcargs["int8_workload"], item.funcargs["int8_params"]
         )
         count = max(10, math.ceil(SECONDS / results[-1].batch_time_s))
-        product, loop, timer = [], [], []
+        plugin, loop, timer = [], [], []
         with model.compiled.entered():
             for _ in range(REPETITIONS):
-                product.append(_product(model.run, model.params.benchmark_interval_s))
+                plugin.append(_plugin_time(model.run, model.params.benchmark_interval_s))
                 loop.append(_bare_loop(model.run, count))
                 timer.append(_torch_timer(model.run, count))
-        reported = statistics.median(product)
-        off_loop = statistics.median(p / x - 1 for p, x in zip(product, loop, strict=True))
-        off_timer = statistics.median(p / x - 1 for p, x in zip(product, timer, strict=True))
-        self.rows.append((results[-1].run_name, reported, off_loop, off_timer))
+        vs_loop = statistics.median(p / x - 1 for p, x in zip(plugin, loop, strict=True))
+        vs_timer = statistics.median(p / x - 1 for p, x in zip(plugin, timer, strict=True))
+        self.rows.append((results[-1].run_name, statistics.median(plugin), vs_loop, vs_timer))
 
 
-def _product(run: Any, interval_s: float) -> float:
+def _plugin_time(run: Any, interval_s: float) -> float:
     """Time a model the way the plugin does."""
     plan = pilot(run, synchronized_perf_counter, interval_s=interval_s, min_batches=10)
     rounds = range(plan.rounds)
@@ -90,8 +89,8 @@ def main() -> int:
         return int(code) or 1
     print(describe(fingerprint(here)))
     print(f"{'ms/batch':>10} {'vs loop':>9} {'vs Timer':>9}  run")
-    for name, seconds, off_loop, off_timer in check.rows:
-        print(f"{seconds * 1e3:10.3f} {off_loop:+9.2%} {off_timer:+9.2%}  {name}")
+    for name, seconds, vs_loop, vs_timer in check.rows:
+        print(f"{seconds * 1e3:10.3f} {vs_loop:+9.2%} {vs_timer:+9.2%}  {name}")
     return int(any(max(abs(a), abs(b)) > LIMIT for _, _, a, b in check.rows))
 
 

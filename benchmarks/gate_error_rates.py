@@ -1,7 +1,9 @@
-"""Simulate how often ``int8bench ab`` and ``compare`` err: the tables of docs/gate.md.
+"""Simulate the error rates of ``int8bench ab`` and ``int8bench compare``.
 
-python benchmarks/gate_error_rates.py ab --families 1000
-python benchmarks/gate_error_rates.py compare --families 500
+    python benchmarks/gate_error_rates.py ab --families 1000
+    python benchmarks/gate_error_rates.py compare --families 500
+
+These commands print the tables in docs/gate.md.
 """
 
 from __future__ import annotations
@@ -26,41 +28,45 @@ SLOWDOWNS: dict[str, float | list[float]] = {
 FILES = ((1, 1), (2, 2), (3, 3), (5, 5), (5, 1), (8, 1))
 
 
-def _row(*cells: object) -> None:
+def _print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def _share(share: float) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
 def ab(families: int) -> None:
     """Print one line for each machine and slowdown."""
-    _row("noise between processes", "slowdown", "FAIL, of families", "FAIL, of runs that are slow",
-         "PASS, of runs", "INCONCLUSIVE, of runs", "verdict blocks, mean")  # fmt: skip
-    _row(*["---"] * 7)
+    _print_row(
+        "noise between processes", "slowdown", "FAIL, of families", "FAIL, of runs that are slow",
+        "PASS, of runs", "INCONCLUSIVE, of runs", "verdict blocks, mean",
+    )  # fmt: skip
+    _print_row(*["---"] * 7)
     for machine, noise in MACHINES.items():
         for name, slowdowns in SLOWDOWNS.items():
             found = simulate_ab(noise, families=families, runs=RUNS, slowdowns=slowdowns)
-            is_one = isinstance(slowdowns, list)
-            slow = found.outcomes[:, :1] if is_one else found.outcomes
-            _row(
+            only_first_is_slow = isinstance(slowdowns, list)
+            slow = found.outcomes[:, :1] if only_first_is_slow else found.outcomes
+            _print_row(
                 machine,
                 name,
-                _share(found.families_with("FAIL") / families),
-                _share(float((slow == "FAIL").mean())),
-                _share(found.share("PASS")),
-                _share(found.share("INCONCLUSIVE")),
+                _percent(found.families_with("FAIL") / families),
+                _percent(float((slow == "FAIL").mean())),
+                _percent(found.share("PASS")),
+                _percent(found.share("INCONCLUSIVE")),
                 f"{found.blocks.max(axis=1).mean():.1f}",
             )
 
 
 def compare(families: int) -> None:
-    """Print one line for each noise and number of files."""
-    _row("noise between processes", "files, base and new", "regressed, of unchanged families",
-         "suspected, of unchanged families", "10 % slower: regressed", "suspected",
-         "20 % slower: regressed", "suspected")  # fmt: skip
-    _row(*["---"] * 8)
+    """Print one line for each noise level and number of files."""
+    _print_row(
+        "noise between processes", "files, base and new", "unchanged: regressed",
+        "unchanged: suspected", "10 % slower: regressed", "suspected",
+        "20 % slower: regressed", "suspected",
+    )  # fmt: skip
+    _print_row(*["---"] * 8)
     for machine, noise in PROCESSES.items():
         for files in FILES:
             cells = []
@@ -71,15 +77,18 @@ def compare(families: int) -> None:
                 )
                 for outcome in ("regressed", "suspected"):
                     hits = found == outcome
-                    one = hits.any(axis=1) if slowdown == 0 else hits[:, 0]
-                    cells.append(_share(float(one.mean())))
-            _row(machine, f"{files[0]} and {files[1]}", *cells)
+                    # Unchanged: any run of the family. Otherwise: the run that is slower.
+                    counted = hits.any(axis=1) if slowdown == 0 else hits[:, 0]
+                    cells.append(_percent(float(counted.mean())))
+            _print_row(machine, f"{files[0]} and {files[1]}", *cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("ab", "compare"))
-    parser.add_argument("--families", type=int, default=500)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", choices=("ab", "compare"), help="the command to simulate")
+    parser.add_argument(
+        "--families", type=int, default=500, help="simulated families of runs (default: 500)"
+    )
     arguments = parser.parse_args()
     {"ab": ab, "compare": compare}[arguments.command](arguments.families)
 

@@ -1,4 +1,4 @@
-"""The tables that quote.py prints, from its records."""
+"""Format the records of quote.py as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROXY_NOTE = (
     f"{PROXY}*: instructions of sm80 on this GPU. Their ratio is an estimate of what an A100 "
     "shows, not a measurement of one."
 )
-#: The columns of a row for a GPU: variant -> header.
+#: Columns of the table of GPUs: variant -> header.
 ROW = {
     "bf16-flash": "BF16, flash",
     "bf16-cudnn": "BF16, cuDNN",
@@ -25,7 +25,7 @@ _VERSIONS = ("driver", "cuda", "torch", "triton", "torchao", "pytest-int8bench")
 
 
 def table(records: list[dict[str, Any]], order: list[str]) -> str:
-    """Return a Markdown table of times and speedups, with variants in an order."""
+    """Return a Markdown table of times and speedups, with the variants as columns in ``order``."""
     points = _by_point(records)
     names = [name for name in order if any(name in point for point in points.values())]
     lines = _header("point", *names)
@@ -43,7 +43,7 @@ def table(records: list[dict[str, Any]], order: list[str]) -> str:
 
 
 def markdown(machine: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """Return rows for the table of GPUs in docs/fused.md, below its header, and what failed."""
+    """Return rows for the table of GPUs in docs/fused.md, with a header, and a list of errors."""
     lines = []
     for title, point in _by_point(records).items():
         if any("batch_time_s" in point.get(name, {}) for name in ROW):
@@ -52,13 +52,13 @@ def markdown(machine: dict[str, Any], records: list[dict[str, Any]]) -> str:
     if lines:
         lines = [*_header("GPU", "point", *ROW.values(), "versions"), *lines]
     else:
-        lines = ["no row: nothing was measured"]
+        lines = ["no rows: none of the variants in this table was measured"]
     failed = [f"{r['point']}, {r['variant']}: {r['error']}" for r in records if "error" in r]
     return "\n".join([*lines, *([""] if failed else []), *failed])
 
 
 def _gpu(machine: dict[str, Any]) -> str:
-    """Return the GPU and what limits it."""
+    """Return the name of the GPU with its MIG profile and power limit."""
     known = flat(machine)
     parts = [str(known["gpu"])]
     if known["mig"] not in (None, "off"):
@@ -85,7 +85,7 @@ def _by_point(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, An
 
 
 def _cell(point: dict[str, dict[str, Any]], name: str) -> str:
-    """Return the time of a variant, and how many times as fast as others of its point it is."""
+    """Return the time of a variant and its speedups over the baselines at the same point."""
     if name not in point:
         return "–"
     if "error" in point[name]:
@@ -95,8 +95,8 @@ def _cell(point: dict[str, dict[str, Any]], name: str) -> str:
         plain, best = [f"{PROXY}bf16"], None
     else:
         plain, best = ["bf16-flash", "bf16-cudnn"], times.get(BEST)
-    faster = min((times[other] for other in plain if other in times), default=None)
-    bases = [(faster, "×" + f" of {plain[0]}" * (len(plain) == 1)), (best, f"× of {BEST}")]
+    fastest = min((times[other] for other in plain if other in times), default=None)
+    bases = [(fastest, "×" + f" of {plain[0]}" * (len(plain) == 1)), (best, f"× of {BEST}")]
     seconds = times[name]
     ratios = ", ".join(f"{base / seconds:.3g}{unit}" for base, unit in bases if base)
     return f"{seconds * 1e3:.4g} ms" + (f" ({ratios})" if ratios else "")

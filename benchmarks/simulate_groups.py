@@ -1,10 +1,10 @@
-"""Simulate how often grouped samples pass, or fail, at a true drop of exactly the limit.
+"""Simulate how often grouped samples pass or fail if the true drop is exactly the limit.
 
     python benchmarks/simulate_groups.py [families]
 
-Prints a row of docs/accuracy.md for each way in which groups change: the largest rate over all
-sizes of groups, for each number of groups. The last column judges the same samples as if they were
-independent.
+The script prints the table in docs/accuracy.md, two rows for each way in which groups change. Each
+cell is the largest rate over the three distributions of group sizes, for one limit and number of
+groups. The last column judges the same samples as if they were independent.
 """
 
 from __future__ import annotations
@@ -37,38 +37,39 @@ def uneven(rng: Rng, groups: int) -> Array:
 
 
 def heavy(rng: Rng, groups: int) -> Array:
-    """A few groups are ten times as large as most."""
+    """Draw sizes of which a few are ten times larger than most."""
     return 1 + np.minimum(rng.lognormal(2.0, 1.0, groups), 150).astype(np.int64)
 
 
 SIZES = (equal, uneven, heavy)
-#: Change the scores of groups of these sizes, so that the true drop is the limit.
+#: Takes the generator, group sizes, group of each sample, baseline scores and limit; returns
+#: candidate scores whose true drop is the limit.
 Change = Callable[[Rng, Array, Array, Array, float], Array]
 
 
 def right(rng: Rng, codes: Array, groups: int) -> Array:
-    """0/1 scores of a baseline that gets 80 % right, more in some groups than in others."""
+    """Draw 0/1 scores of a baseline that gets 80 % right, more in some groups than in others."""
     return (rng.random(len(codes)) < rng.beta(8, 2, groups)[codes]).astype(np.float64)
 
 
 def continuous(rng: Rng, codes: Array, groups: int) -> Array:
-    """Scores of 0.75 on average."""
+    """Draw continuous scores with a mean of 0.75."""
     return rng.uniform(0.6, 0.9, groups)[codes] + rng.uniform(-0.05, 0.05, len(codes))
 
 
 def whole(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
-    """A few groups lose everything."""
+    """Set all scores of a few groups to 0."""
     return reference * (rng.random(len(sizes)) >= limit)[codes]
 
 
 def half(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
-    """A few groups lose half of what they had."""
+    """Set half of the scores of a few groups to 0."""
     hit = (rng.random(len(sizes)) < 2 * limit)[codes]
     return reference * ~(hit & (rng.random(len(codes)) < 0.5))
 
 
 def large(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
-    """Groups lose everything, the larger the likelier."""
+    """Set all scores of a few groups to 0, more often those of large groups."""
     return reference * (rng.random(len(sizes)) >= limit * sizes * _per_sample(sizes))[codes]
 
 
@@ -79,20 +80,20 @@ def _expected(size: Callable[[Rng, int], Array]) -> float:
 
 
 def _per_sample(sizes: Array) -> float:
-    """What turns the size of a group into its chance of a collapse, for a drop of the limit."""
+    """Return the factor that turns size times limit into a group's probability of collapsing."""
     return _expected(equal if (sizes == 10).all() else uneven if sizes.max() < 30 else heavy)
 
 
 def flips(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
-    """Samples of some groups change sides both ways, of others they do not."""
+    """Flip samples of some groups in both directions, and lose the limit in addition."""
     share = 0.2 * rng.beta(0.2, 0.6, len(sizes))[codes]  # 5 % on average
     lost = rng.random(len(codes)) < limit + share
-    gained = rng.random(len(codes)) < 4 * share  # as many, for 80 % are right
+    gained = rng.random(len(codes)) < 4 * share  # balances share, because 80 % are right
     return np.where(reference == 1, ~lost, gained & (reference == 0)).astype(np.float64)
 
 
 def shifts(rng: Rng, sizes: Array, codes: Array, reference: Array, limit: float) -> Array:
-    """Continuous scores: each group shifts as a whole, and each sample a little."""
+    """Shift continuous scores, each group as a whole and each sample a little."""
     shift = limit * 0.75 + rng.normal(0, 0.05, len(sizes))[codes]
     return reference - shift + rng.normal(0, 0.02, len(codes))
 
@@ -109,7 +110,7 @@ CHANGES: dict[str, Change] = {
 def family(
     rng: Rng, size: Callable[[Rng, int], Array], change: Change, groups: int, limit: float
 ) -> Any:
-    """Return reference, candidate and codes of one evaluation whose true drop is the limit."""
+    """Return baseline scores, candidate scores and groups of an evaluation that drops by limit."""
     sizes = size(rng, groups)
     codes = np.repeat(np.arange(groups), sizes)
     reference = (continuous if change is shifts else right)(rng, codes, groups)
@@ -119,7 +120,7 @@ def family(
 def rates(
     size: Callable[[Rng, int], Array], change: Change, groups: int, limit: float, families: int
 ) -> tuple[float, float]:
-    """Return how often a family passes and how often it fails."""
+    """Return the shares of families that pass and that fail."""
     rng = np.random.default_rng(SEED)
     passed = failed = 0
     for _ in range(families):
@@ -141,7 +142,7 @@ def rates(
 def as_if_independent(
     size: Callable[[Rng, int], Array], change: Change, groups: int, limit: float, families: int
 ) -> float:
-    """Return how often a family passes whose 0/1 samples are judged without their groups."""
+    """Return the share of families with 0/1 scores that pass if judged without groups."""
     rng = np.random.default_rng(SEED)
     passed = 0
     for _ in range(families):
@@ -161,14 +162,15 @@ def as_if_independent(
 def main() -> None:
     families = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     columns = [(limit, groups) for limit in LIMITS for groups in GROUPS]
-    print("| change | outcome |", *(f"{100 * at:g} %, {n} |" for at, n in columns), "independent |")
+    cells = [f"{100 * at:g} %, {n} |" for at, n in columns]
+    print("| change | outcome |", *cells, "without groups |")
     print("|---|---|" + "---|" * (len(columns) + 1))
     for name, change in CHANGES.items():
         found = [[rates(size, change, n, at, families) for size in SIZES] for at, n in columns]
         naive = ""
         if change is not shifts:
-            cells = [(s, n, at) for s in SIZES for at, n in columns if n <= 300]
-            worst = max(as_if_independent(s, change, n, at, families // 20) for s, n, at in cells)
+            cases = [(s, n, at) for s in SIZES for at, n in columns if n <= 300]
+            worst = max(as_if_independent(s, change, n, at, families // 20) for s, n, at in cases)
             naive = f"{100 * worst:.0f} %"
         for index, outcome in enumerate(("passes", "fails")):
             shown = [f"{100 * max(rate[index] for rate in each):.1f} % |" for each in found]

@@ -1,7 +1,7 @@
-"""BF16 linear layers with the instructions of sm80: the yardstick of ``sm80-proxy-*`` in quote.py.
+"""BF16 linear layers with sm80 instructions: the baseline of ``sm80-proxy-*`` in quote.py.
 
-cuBLAS takes wgmma on newer GPUs; Triton does not with ``DISABLE_MMA_V3=1``. The tiles are those of
-the INT8 kernel with pointers, of as many bytes.
+cuBLAS uses wgmma on newer GPUs, and so does Triton without ``DISABLE_MMA_V3=1``. The tiles are the
+same as in the INT8 kernel with pointers and take as many bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pytest_int8bench.kernels.tile_types import Product
 from pytest_int8bench.kernels.tiles import POINTER_CANDIDATES
 from pytest_int8bench.kernels.tuning import seconds
 
-# BF16 has two bytes. Only large matmuls are measured.
+# BF16 takes two bytes per element. Small tiles are left out, because only large matmuls are
+# measured.
 CANDIDATES = tuple(
     dataclasses.replace(tile, bk=tile.bk // 2)
     for tile in POINTER_CANDIDATES
@@ -34,7 +35,10 @@ def matmul(
     a, b, bias, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``C[M, N] = A[M, K] @ B[N, K].T + bias``; ``GROUP`` rows of tiles share the cache."""
+    """Compute ``C[M, N] = A[M, K] @ B[N, K].T + bias``.
+
+    Programs that run at the same time share ``GROUP`` tile rows, which they find in the cache.
+    """
     index, in_n = tl.program_id(0), tl.cdiv(N, BN)
     first = index // (GROUP * in_n) * GROUP
     height = min(tl.cdiv(M, BM) - first, GROUP)
@@ -42,7 +46,7 @@ def matmul(
     rows = (first + inside % height) * BM + tl.arange(0, BM)
     columns = inside // height * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    # Rows beyond the end are read again from the start, which needs no mask, and not stored.
+    # Rows past the end wrap around to the start, so loads need no mask; they are not stored.
     left_at = a + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
     right_at = b + (columns % N).to(tl.int64)[None, :] * K + depth[:, None]
     if HAS_BIAS:
@@ -65,7 +69,7 @@ def matmul(
 
 
 def launch(m: int, n: int, k: int, has_bias: bool, tile: Product) -> Launch:
-    """Return the launch of the matmul with given tiles."""
+    """Return the launch of the matmul with the given tiles."""
     return Launch(
         matmul,
         ceil(m, tile.bm) * ceil(n, tile.bn),
@@ -81,7 +85,7 @@ def fastest(m: int, n: int, k: int, has_bias: bool, device: torch.device) -> Lau
     """Return the launch with the fastest tiles.
 
     Raises:
-        RuntimeError: if Triton compiles to wgmma all the same.
+        RuntimeError: if Triton used wgmma.
     """
     new = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
     operands: Any = (new(m, k), new(n, k), new(n) if has_bias else None, new(m, n))
@@ -93,7 +97,7 @@ def fastest(m: int, n: int, k: int, has_bias: bool, device: torch.device) -> Lau
         *operands, *found.numbers, grid=(1,), **found.constants, **found.options
     )
     if "wgmma.mma" in compiled.asm["ptx"]:
-        raise RuntimeError("sm80-proxy needs DISABLE_MMA_V3=1: Triton compiled to wgmma")
+        raise RuntimeError("Triton used wgmma, which sm80 lacks; set DISABLE_MMA_V3=1")
     return found
 
 
@@ -113,17 +117,16 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 class Sm80Linear(nn.Linear):
-    """A linear layer whose BF16 matmul takes the instructions of sm80."""
+    """A linear layer whose BF16 matmul uses only sm80 instructions."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return what ``nn.Linear`` returns."""
         if input.dtype != torch.bfloat16:
             return F.linear(input, self.weight, self.bias)
         return sm80_linear(input, self.weight, self.bias)
 
 
 def use_sm80_linears(model: nn.Module) -> None:
-    """Give all linear layers that are not quantized the matmul of this module."""
+    """Make the unquantized linear layers of a model use :func:`sm80_linear`."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Sm80Linear

@@ -1,4 +1,4 @@
-"""Accuracy of INT8 against BF16: ``pytest benchmarks --int8-mode=w8a8``."""
+"""Test the accuracy of INT8 against BF16: ``pytest benchmarks --int8-mode=w8a8``."""
 
 from __future__ import annotations
 

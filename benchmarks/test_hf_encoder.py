@@ -1,4 +1,4 @@
-"""An encoder of Hugging Face transformers under the plugin: copy this file for your own."""
+"""Benchmark an encoder from Hugging Face transformers. Copy this file to benchmark your own."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import BertConfig, BertModel
 
 from pytest_int8bench.workloads import Workload
 
-SIZES = {"cpu": (2, 2), "cuda": (12, 12)}  # layers and heads, few of them without a GPU
+SIZES = {"cpu": (2, 2), "cuda": (12, 12)}  # layers and heads; fewer without a GPU
 
 
 def build(p):
@@ -23,8 +23,9 @@ def int8_workload():
     return Workload(name="bert", build=build, inputs=inputs)
 
 
-# Compiled, older transformers makes a mask for this model, which flash attention does not take.
-# An example is to be quick: max-autotune, the default on a GPU, compiles for longer.
+# attention="auto": under torch.compile, older transformers versions pass this model a mask, which
+# flash attention does not support. compile_mode="default" keeps the example quick: max-autotune,
+# the default on a GPU, takes longer to compile.
 @pytest.mark.int8(attention="auto", compile_mode="default", benchmark_interval_s=5)
 def test_throughput(int8_throughput):
     assert int8_throughput().status in ("ok", "oom")

@@ -1,4 +1,4 @@
-"""Throughput of OlmoEarth encoders: ``pytest benchmarks --int8-mode=w8a8``."""
+"""Measure the throughput of OlmoEarth encoders: ``pytest benchmarks --int8-mode=w8a8``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A vision transformer of timm under the plugin: copy this file for your own."""
+"""Benchmark a vision transformer from timm. Copy this file to benchmark your own."""
 
 import pytest
 import torch
 
 from pytest_int8bench.workloads import Workload
 
-# torchvision, which timm needs, raises RuntimeError where it was built for another torch.
+# timm needs torchvision, which raises RuntimeError if it was built for another version of torch.
 timm = pytest.importorskip("timm", exc_type=Exception)
-NAMES = {"cpu": "test_vit", "cuda": "vit_base_patch16_224"}  # a small one without a GPU
+NAMES = {"cpu": "test_vit", "cuda": "vit_base_patch16_224"}  # a small model without a GPU
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def int8_workload():
     )
 
 
-# An example is to be quick: max-autotune, the default on a GPU, compiles for longer.
+# Keep the example quick: max-autotune, the default on a GPU, takes longer to compile.
 @pytest.mark.int8(compile_mode="default", benchmark_interval_s=5)
 def test_throughput(int8_throughput):
     result = int8_throughput()

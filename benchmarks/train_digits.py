@@ -1,14 +1,16 @@
-"""Train the weights of workload ``digits``, which the package ships.
+"""Train the weights of the workload ``digits``, which the package ships.
 
     python benchmarks/train_digits.py [--output FILE] [--steps N]
 
-AdamW, 500 steps of 64 images with small affine changes, in FP32 on one CPU thread: 25 s of CPU time
-(AMD EPYC, torch 2.13.0). The recipe was chosen by cross-validation on the images of the training
-and selection splits. All random numbers come from one seeded generator, so training again with the
-same torch on the same machine gives the same weights; another CPU or torch gives slightly others.
+Training takes 500 AdamW steps of 64 images with small affine changes, in FP32 on one CPU thread:
+25 s of CPU time (AMD EPYC, torch 2.13.0). The recipe was chosen by cross-validation on the training
+and selection splits. All random numbers come from one seeded generator, so the same torch on the
+same machine trains the same weights; another CPU or version of torch trains slightly different
+ones.
 
-The file's header holds the recipe, the versions, the digest of the splits, and how many images of
-each held-out split are right in FP32. Those counts are printed, too.
+The header of the file contains the recipe, the versions, the digest of the splits, and how many
+images of each held-out split the model classifies correctly in FP32. The script also prints these
+counts.
 """
 
 from __future__ import annotations
@@ -38,35 +40,39 @@ from pytest_int8bench.workloads.digits import (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the model is trained."""
+    """Hyperparameters of the training."""
 
     version: int = 1
-    """Raise it when a change to this script changes the weights."""
+    """Increment it if a change to this script changes the weights."""
     steps: int = 500
     """Steps of AdamW."""
     batch: int = 64
-    """Images of a step."""
+    """Images per step."""
     learning_rate: float = 2e-3
     """Peak of the cosine schedule."""
     warm_up: int = 40
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """Of matrices and convolutions; not of biases and norms."""
+    """Weight decay of matrices and convolutions; biases and norms have none."""
     label_smoothing: float = 0.05
-    """Share of each label that is spread over all classes."""
+    """Share of each label's probability that is spread over all classes."""
     turn: float = 10.0
-    """Largest rotation and slant of an image, in degrees."""
+    """Largest rotation and shear of an image, in degrees."""
     zoom: float = 0.1
-    """Largest change of scale."""
+    """Largest relative change of scale."""
     shift: float = 0.5
     """Largest shift in each direction, in pixels."""
     seed: int = 0
-    """Seed of the initial weights, and of the order and augmentation of the images."""
+    """Seed for the initial weights and for the order and augmentation of the images."""
 
 
 def train(recipe: Recipe, model: VisionTransformer | None = None) -> VisionTransformer:
-    """Return a model trained on the training split, in evaluation mode; that of the workload unless
-    ``model`` is another one to train."""
+    """Train a model on the training split and return it in evaluation mode.
+
+    Args:
+        recipe: the hyperparameters.
+        model: trained instead of the workload's model.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     model = VisionTransformer() if model is None else model
     initialize(model, generator)
@@ -94,13 +100,13 @@ def train(recipe: Recipe, model: VisionTransformer | None = None) -> VisionTrans
 
 
 def initialize(model: VisionTransformer, generator: torch.Generator) -> None:
-    """Set every parameter, drawing from ``generator``."""
+    """Initialize every parameter with random numbers from ``generator``."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name == "pos_embed":
-                # As large as the patches' embeddings, because smaller ones are learned late.
+                # As large as the patch embeddings: smaller position embeddings train slowly.
                 nn.init.trunc_normal_(parameter, std=0.5, generator=generator)
-            elif parameter.dim() > 1:  # inputs of unit variance give outputs of unit variance
+            elif parameter.dim() > 1:  # keeps unit variance from input to output
                 std = parameter[0].numel() ** -0.5
                 nn.init.trunc_normal_(
                     parameter, std=std, a=-2 * std, b=2 * std, generator=generator
@@ -112,7 +118,7 @@ def initialize(model: VisionTransformer, generator: torch.Generator) -> None:
 
 
 def augment(images: torch.Tensor, generator: torch.Generator, recipe: Recipe) -> torch.Tensor:
-    """Rotate, slant, scale and shift each image at random, filling with paper."""
+    """Rotate, shear, scale and shift each image at random, filling with the background."""
     random = torch.rand(5, len(images), generator=generator) * 2 - 1
     turn, slant = random[:2] * math.radians(recipe.turn)
     scale = 1 + random[2] * recipe.zoom
@@ -122,12 +128,12 @@ def augment(images: torch.Tensor, generator: torch.Generator, recipe: Recipe) ->
         torch.stack([turn.sin() * scale, (turn + slant).cos() * scale, down], 1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    # grid_sample fills with 0, so paper is 0 meanwhile.
+    # grid_sample fills with 0, so shift the background from -1 to 0 and back.
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
 def schedule(step: int, recipe: Recipe) -> float:
-    """Return the share of the peak learning rate: up linearly, then down half a cosine."""
+    """Return the fraction of the peak learning rate: a linear warm-up, then a half cosine."""
     if step < recipe.warm_up:
         return (step + 1) / recipe.warm_up
     done = (step - recipe.warm_up) / max(recipe.steps - recipe.warm_up, 1)
@@ -135,7 +141,7 @@ def schedule(step: int, recipe: Recipe) -> float:
 
 
 def right_images(model: VisionTransformer) -> dict[str, str]:
-    """Return how many images of each held-out split ``model`` gets right, such as 200/200."""
+    """Return how many images of each held-out split ``model`` classifies correctly, as "R/N"."""
     evaluation = digits().evaluation
     with torch.inference_mode():
         found = {
@@ -146,7 +152,7 @@ def right_images(model: VisionTransformer) -> dict[str, str]:
 
 
 def header(recipe: Recipe, right: Mapping[str, str]) -> dict[str, str]:
-    """Return what the file says about its weights."""
+    """Return the metadata of the weights file."""
     return {
         **{f"recipe.{name}": str(value) for name, value in asdict(recipe).items()},
         **{f"right.{name}": count for name, count in right.items()},
@@ -157,10 +163,13 @@ def header(recipe: Recipe, right: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, write the file and print the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="the package's file if left")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of AdamW, 500 if left")
+    parser.add_argument(
+        "--output", type=Path, default=WEIGHTS, help="weights file (default: the package's file)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=Recipe.steps, help="AdamW steps (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     # The order of sums depends on the number of threads.
     torch.set_num_threads(1)
@@ -169,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     right = right_images(model)
     save_file(model.state_dict(), args.output, header(recipe, right))
     for name, count in right.items():
-        print(f"{name}: {count} right")
+        print(f"{name}: {count} correct")
     print(f"wrote {args.output}")
     return 0
 

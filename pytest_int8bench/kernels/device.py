@@ -1,6 +1,6 @@
-"""Properties of a CUDA device that the choice of a kernel and of its tiles depends on.
+"""Properties of a CUDA device that decide which kernel and tiles run on it.
 
-Importing this module does not load torch (see :mod:`.dispatch`).
+Importing this module does not load torch; :mod:`.dispatch` says why.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a GPU, (0, 0) elsewhere."""
+    """Return the compute capability of a GPU, or (0, 0) for any other device."""
     import torch
 
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -22,7 +22,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors of a GPU, 1 elsewhere."""
+    """Return the number of multiprocessors (SMs) of a GPU, or 1 for any other device."""
     import torch
 
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""Which kernel of :mod:`.table` runs, and why not another.
+"""Choose a kernel from :mod:`.table` for each call, and explain why a kernel cannot run.
 
-Importing this module loads neither torch nor Triton: pytest checks ``INT8BENCH_PRODUCT`` when a
-session starts, and :func:`fused_problem` answers where Triton is not installed.
+Importing this module loads neither torch nor Triton, because pytest checks ``INT8BENCH_PRODUCT``
+at the start of a session, and :func:`fused_problem` must work without Triton.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
     from pytest_int8bench.kernels.launch import Launch, Operands
 
-#: Environment variable that forces a kernel of the INT8 matmul: the name of its row.
+#: Environment variable that forces one kernel of the INT8 matmul, by its name in the table.
 KERNEL_VARIABLE = "INT8BENCH_PRODUCT"
 
 
 class KernelError(ClearError, ValueError):
-    """The environment asks for a kernel that does not exist or does not run on the device."""
+    """Raised if no kernel runs a call, or if ``INT8BENCH_PRODUCT`` names an unusable kernel."""
 
 
-# -- the kernel of the INT8 matmul --------------------------------------------------------------
+# -- INT8 matmul --------------------------------------------------------------------------------
 
 
-def forced_product() -> str | None:
-    """Return the kernel that ``INT8BENCH_PRODUCT`` names, None if it is empty or not set.
+def forced_kernel() -> str | None:
+    """Return the kernel that ``INT8BENCH_PRODUCT`` names, or None if it is empty or unset.
 
     Raises:
-        KernelError: if there is no kernel of that name.
+        KernelError: if no kernel has that name.
     """
     forced = os.environ.get(KERNEL_VARIABLE)
     if not forced:
@@ -50,13 +50,14 @@ def forced_product() -> str | None:
     return forced
 
 
-def product_kernel(device: torch.device) -> str:
-    """Return the name of the preferred kernel of the INT8 matmul on a device.
+def matmul_kernel(device: torch.device) -> str:
+    """Return the name of the preferred INT8 matmul kernel for a device.
 
     Raises:
-        KernelError: if ``INT8BENCH_PRODUCT`` names no kernel, or one that the device cannot run.
+        KernelError: if ``INT8BENCH_PRODUCT`` names a kernel that does not exist or that the device
+            cannot run.
     """
-    forced = forced_product()
+    forced = forced_kernel()
     for kernel in kernels_of("linear"):
         if forced and kernel.name != forced:
             continue
@@ -64,7 +65,7 @@ def product_kernel(device: torch.device) -> str:
             return kernel.name
         if forced:
             raise KernelError(f"{KERNEL_VARIABLE}={forced} {kernel.unmet(device)}")
-    raise KernelError(f"no kernel multiplies INT8 on {device}")
+    raise KernelError(f"there is no INT8 matmul kernel for {device}")
 
 
 def accepting(
@@ -79,13 +80,14 @@ def accepting(
     """Return the kernels that accept the operands of a matmul, in order of preference.
 
     Args:
-        name: the first kernel to consider, which must run on the device.
+        name: the first kernel to consider; it must run on the device.
         device: where the operands are.
         problem: the sizes.
-        stride: from row to row of the residual, 0 without one.
-        residual: what is added last, or None.
+        stride: row stride of the residual in elements, 0 without a residual.
+        residual: added last, or None.
         dtype: of the output.
-        is_aligned: the addresses of inputs, output and residual are multiples of ``ALIGNMENT``.
+        is_aligned: whether the addresses of inputs, output and residual are multiples of
+            ``ALIGNMENT``.
     """
     kernels = kernels_of("linear")
     start = [kernel.name for kernel in kernels].index(name)
@@ -103,14 +105,14 @@ def kernel_and_tile(
     problem: Problem,
     time: Callable[[Kernel, Tile], float] | None,
 ) -> tuple[Kernel, Tile]:
-    """Return the first kernel that has tiles for a matmul, with the tiles.
+    """Return the first kernel that has tiles for a matmul, and those tiles.
 
     Args:
         kernels: kernels that accept the operands.
         device: where the operands are.
         problem: the sizes.
-        time: runs the matmul and returns seconds, infinite if the tiles do not fit; None where
-            nothing can be timed now, such as while a CUDA graph is recorded.
+        time: runs the matmul and returns seconds, infinite if the tiles do not fit; None if
+            nothing can be timed now, for example during CUDA graph capture.
     """
     for kernel in kernels:
         timed = None if time is None else functools.partial(time, kernel)
@@ -129,7 +131,7 @@ def matmul_launch(
     stride: int,
     operands: Callable[[], Operands] | None,
 ) -> Launch:
-    """Return the launch of a matmul: its kernel, its tiles and its arguments but for the tensors.
+    """Return the launch of a matmul: its kernel, tiles and all arguments except the tensors.
 
     Args:
         kernels: kernels that accept the operands, from :func:`accepting`.
@@ -137,23 +139,31 @@ def matmul_launch(
         problem: the sizes.
         has_bias: whether there is a bias.
         has_gamma: whether there is a factor for each column.
-        stride: from row to row of the residual, 0 without one.
-        operands: returns the operands to time tiles with; None where nothing can be timed now.
+        stride: row stride of the residual in elements, 0 without a residual.
+        operands: returns operands to time tiles with; None if nothing can be timed now.
     """
-    what = problem, has_bias, has_gamma, stride
+    call = problem, has_bias, has_gamma, stride
 
     def time(kernel: Kernel, tile: Tile) -> float:
         assert operands is not None
-        return tuning.seconds(operands(), kernel.launch(*what, tile, device))
+        return tuning.seconds(operands(), kernel.launch(*call, tile, device))
 
     can_run = operands is not None
     passed = [kernel for kernel in kernels if has_passed(kernel, device, may_try=can_run)]
     kernel, tile = kernel_and_tile(passed, device, problem, time if can_run else None)
-    return kernel.launch(*what, tile, device)
+    return kernel.launch(*call, tile, device)
 
 
 def has_passed(kernel: Kernel, device: torch.device, *, may_try: bool) -> bool:
-    """Return whether a kernel is known to give the bits of the next one that runs on a device."""
+    """Return whether a kernel may be used on a device: it needs no self-test or has passed it.
+
+    The self-test compares its output bit for bit with the next kernel that runs on the device.
+
+    Args:
+        kernel: a row of the table.
+        device: where it runs.
+        may_try: run the self-test if it has not run yet.
+    """
     test = kernel.selftest
     if test is None or os.environ.get(KERNEL_VARIABLE):
         return True
@@ -162,18 +172,18 @@ def has_passed(kernel: Kernel, device: torch.device, *, may_try: bool) -> bool:
         tile = kernel.tiles(kernel.name, problem, device, None)
         if tile is None:
             count = devices.multiprocessors(device)
-            raise RuntimeError(f"nothing to compare on {count} multiprocessors")
+            raise RuntimeError(f"the self-test has no tiles for {count} multiprocessors")
         rows = kernels_of("linear")
         others = [other for other in rows[rows.index(kernel) + 1 :] if other.runs_on(device)]
         pairs = kernel_and_tile(others, device, problem, None), (kernel, tile)
         stride = problem.n if problem.residual else 0
-        return [one.launch(problem, True, False, stride, its, device) for one, its in pairs]
+        return [other.launch(problem, True, False, stride, tile, device) for other, tile in pairs]
 
     return selftest.has_passed(test, device, launches, may_try=may_try)
 
 
 def selftest_failure(kernel: Kernel, device: torch.device) -> str | None:
-    """Run the self-test of a kernel, if it needs one, and return why it failed; None if not."""
+    """Run the self-test of a kernel, if it needs one; return why it failed, or None."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if has_passed(kernel, device, may_try=True):
@@ -181,7 +191,7 @@ def selftest_failure(kernel: Kernel, device: torch.device) -> str | None:
     return str(caught[-1].message) if caught else "its self-test failed"
 
 
-# -- the kernels of the other operators ---------------------------------------------------------
+# -- other operators ----------------------------------------------------------------------------
 
 
 def rows_launch(
@@ -194,13 +204,13 @@ def rows_launch(
     has: Sequence[bool],
     device: torch.device,
 ) -> Launch | None:
-    """Return the launch that quantizes rows, None if no kernel accepts rows of that length.
+    """Return the launch that quantizes rows, or None if no kernel accepts rows of that length.
 
     Args:
-        shape: of the rows.
-        strides: from row to row of the input, and of its gate.
-        norm: as in :func:`.ops.quantize_rows`, like ``activation``, ``eps`` and ``keep``.
-        has: whether there are a gate, a weight, a bias and a factor.
+        shape: number and length of the rows.
+        strides: row strides of the input and of its gate, in elements.
+        norm: as in :func:`.ops.quantize_rows`; so are ``activation``, ``eps`` and ``keep``.
+        has: whether there is a gate, a weight, a bias and a factor, in this order.
         device: where the rows are.
     """
     for kernel in kernels_of("quantize_rows"):
@@ -211,7 +221,10 @@ def rows_launch(
 
 
 def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> Launch:
-    """Return the launch that dequantizes weights of given sizes, as many as one launch takes."""
+    """Return the launch that dequantizes weights of the given sizes (N, K).
+
+    The caller passes no more weights than one launch takes.
+    """
     for kernel in kernels_of("dequantize"):
         if kernel.runs_on(device) and kernel.accepts(sizes):
             return kernel.launch(sizes, kernel.tiles())
@@ -232,14 +245,14 @@ def heads_launch(
         operator: ``quantize_heads`` or ``rotate_heads``.
         heads: the sizes.
         rotation: one of ``schema.ROTATIONS``.
-        terms: positions that an angle is computed from, if it is.
+        terms: number of positions that an angle is computed from, if it is.
         strides: of the tensors.
         device: where the tensors are.
     """
     for kernel in kernels_of(operator):
         if kernel.runs_on(device) and kernel.accepts(heads):
             return kernel.launch(heads, rotation, terms, strides)
-    raise KernelError(f"no kernel takes {heads}")
+    raise KernelError(f"no {operator} kernel accepts {heads}")
 
 
 def attention_launch(
@@ -249,14 +262,14 @@ def attention_launch(
 
     Args:
         heads: the sizes.
-        scale: of the scores, in powers of two.
+        scale: multiplies the scores; includes log2(e), because the kernel uses exp2.
         v: the values.
-        is_aligned: the addresses of keys and values are multiples of ``ALIGNMENT``.
+        is_aligned: whether the addresses of keys and values are multiples of ``ALIGNMENT``.
         device: where the tensors are.
     """
     steps = [stride * v.element_size() for stride in v.stride()[:3]]
     fits = is_aligned and all(step > 0 and step % ALIGNMENT == 0 for step in steps)
-    tma = fits and devices.capability(device) >= (9, 0) and forced_product() != "pointers"
+    tma = fits and devices.capability(device) >= (9, 0) and forced_kernel() != "pointers"
     for kernel in kernels_of("int8_attention"):
         if kernel.runs_on(device) and kernel.accepts(heads):
             return kernel.launch(heads, scale, v.stride()[:3], kernel.tiles(heads, tma), tma)
@@ -270,12 +283,12 @@ def short_launch(
     strides: Sequence[Sequence[int]],
     device: torch.device,
 ) -> Launch:
-    """Return the launch of attention to short sequences.
+    """Return the launch of attention for short sequences.
 
     Args:
         heads: the sizes.
-        scale: of the scores, in powers of two.
-        causal: whether a query sees the keys up to its own number only.
+        scale: multiplies the scores; includes log2(e), because the kernel uses exp2.
+        causal: whether query i attends only to keys 0 to i.
         strides: of queries, keys and values.
         device: where the tensors are.
     """
@@ -285,11 +298,11 @@ def short_launch(
     raise KernelError(f"no kernel computes attention of {heads}")
 
 
-# -- none at all --------------------------------------------------------------------------------
+# -- availability -------------------------------------------------------------------------------
 
 
 def fused_problem(device: torch.device) -> str | None:
-    """Return why no layer can run on the fused kernels here, or None if layers can."""
+    """Return why the fused kernels cannot run on a device, or None if they can."""
     import torch
 
     if device.type != "cuda" or torch.version.hip is not None:
@@ -305,6 +318,8 @@ def fused_problem(device: torch.device) -> str | None:
 
 
 def attention_problem(device: torch.device) -> str | None:
-    """Return why our kernels of attention cannot run here, or None if they can: on a CPU in plain
-    torch."""
+    """Return why our attention operators cannot run on a device, or None if they can.
+
+    On a CPU they always can, in plain torch.
+    """
     return None if device.type == "cpu" else fused_problem(device)

@@ -1,8 +1,8 @@
-"""``nn.TransformerEncoderLayer`` in one call, from linear layers whose weights may be quantized.
+"""Replacement for the fast path of ``nn.TransformerEncoderLayer`` with quantized weights.
 
-In ``eval`` mode torch computes the layer by a function that is given all weights. It leaves that
-way for weights that are tensor subclasses; a compiler that looks at the layer does not notice them
-(torch 2.11 to 2.13: ``has_torch_function`` is False for wrapper subclasses in Dynamo).
+In ``eval`` mode torch computes the layer in one function that takes all weights. Eager torch skips
+this fast path if a weight is a tensor subclass, but Dynamo does not (torch 2.11 to 2.13:
+``has_torch_function`` is False for wrapper subclasses in Dynamo).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-#: What torch calls the function.
+#: Name of the function in torch.
 NAME = "_transformer_encoder_layer_fwd"
-_ATTENTION, _PADDING = 0, 1  # torch's mask types, of (queries, keys) and (batch, keys)
+_ATTENTION, _PADDING = 0, 1  # torch's mask types; shapes (queries, keys) and (batch, keys)
 
 
 def forward(
@@ -39,7 +39,7 @@ def forward(
     mask: torch.Tensor | None = None,
     mask_type: int | None = None,
 ) -> torch.Tensor:
-    """Return the output of a layer; the parameters are those of torch's function."""
+    """Return the output of a layer; takes the same parameters as torch's function."""
 
     def attention(x: torch.Tensor) -> torch.Tensor:
         heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
@@ -66,7 +66,7 @@ def forward(
 
 
 def _allowed(mask: Any, mask_type: int | None) -> torch.Tensor | None:
-    """Return a mask as attention takes it: True, or 0, where a query sees a key."""
+    """Convert a mask for SDPA: True (boolean) or 0 (additive) where a query attends to a key."""
     if mask is None:
         return None
     allowed: torch.Tensor = ~mask if mask.dtype == torch.bool else mask

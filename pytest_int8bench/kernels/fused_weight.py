@@ -1,4 +1,4 @@
-"""The weights of the fused backend's layers, for code that reads them."""
+"""Weights of the fused backend's layers as tensors, for code that accesses ``layer.weight``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pytest_int8bench.kernels.weight import DTYPES, QuantizedWeight
 
 
 class FusedWeight(QuantizedWeight, torch.Tensor):  # type: ignore[misc]
-    """Weight of a layer of the fused backend, which holds its tensors.
+    """Weight (N, K) of a layer of the fused backend.
 
     Args:
         int8: INT8 (N, K).
         scale: FP32 (N,).
         factor: (K,) or None.
-        dtype: of the values.
-        dynamic: quantize the rows of the input (W8A8); otherwise dequantize the weight (W8).
+        dtype: of the dequantized values.
+        dynamic: quantize the rows of the input (W8A8) instead of dequantizing the weight (W8).
     """
 
     @staticmethod
@@ -49,10 +49,10 @@ class FusedWeight(QuantizedWeight, torch.Tensor):  # type: ignore[misc]
                 x, "none", "none", None, None, None, 0.0, self.factor, False
             )
             args = (q, scale, *tensors, None, None, x.dtype)
-            product: torch.Tensor = torch.ops.int8bench.linear.default(*args)
-            return product
-        x = x if self.factor is None else x * self.factor
-        out: torch.Tensor = torch.ops.int8bench.dequantized_linear.default(x, *tensors)
+            out: torch.Tensor = torch.ops.int8bench.linear.default(*args)
+        else:
+            x = x if self.factor is None else x * self.factor
+            out = torch.ops.int8bench.dequantized_linear.default(x, *tensors)
         return out
 
     def scaled(self, dtype: torch.dtype) -> torch.Tensor:

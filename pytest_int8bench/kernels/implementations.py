@@ -1,4 +1,4 @@
-"""Implementations of the operators in :mod:`.ops`: CUDA, plain torch, and fake tensors."""
+"""Implementations of the operators in :mod:`.ops` for CUDA, plain torch and fake tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
     *before, keep = rest
     q, scale, kept = reference.quantize_rows(x, *before)
     kept = kept.to(x.dtype).contiguous() if keep else x.new_empty(0)
-    if kept.data_ptr() == x.data_ptr():  # an operator must not return its input
+    if kept.data_ptr() == x.data_ptr():  # an operator must not return an alias of its input
         kept = kept.clone()
     return q.contiguous(), scale.contiguous(), kept
 
@@ -24,12 +24,12 @@ def quantize_rows(x: torch.Tensor, *rest: Any) -> Three:
 def quantize_rows_on_cuda(x: torch.Tensor, *rest: Any) -> Three:
     from pytest_int8bench.kernels import cuda
 
-    with _current(x.device):
+    with _current_device(x.device):
         out = cuda.quantize_rows(x, *rest)
     return quantize_rows(x, *rest) if out is None else out
 
 
-def quantize_rows_of_fakes(x: torch.Tensor, *rest: Any) -> Three:
+def quantize_rows_fake(x: torch.Tensor, *rest: Any) -> Three:
     *_, keep = rest
     q = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -43,11 +43,11 @@ def linear(q: torch.Tensor, *rest: Any) -> torch.Tensor:
 def linear_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     from pytest_int8bench.kernels import cuda
 
-    with _current(q.device):
-        return cuda.linear(q, *rest, kernel=dispatch.product_kernel(q.device))
+    with _current_device(q.device):
+        return cuda.linear(q, *rest, kernel=dispatch.matmul_kernel(q.device))
 
 
-def linear_of_fakes(
+def linear_fake(
     q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     *_, dtype = rest
@@ -66,11 +66,11 @@ def dequantize_on_cuda(
 ) -> list[torch.Tensor]:
     from pytest_int8bench.kernels import cuda
 
-    with _current(weights[0].device):
+    with _current_device(weights[0].device):
         return cuda.dequantize(weights, weight_scales, dtype)
 
 
-def dequantize_of_fakes(
+def dequantize_fake(
     weights: list[torch.Tensor], weight_scales: list[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
     return [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
@@ -84,11 +84,11 @@ def quantize_heads(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
 def quantize_heads_on_cuda(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
     from pytest_int8bench.kernels import cuda
 
-    with _current(q.device):
+    with _current_device(q.device):
         return cuda.quantize_heads(q, k, *rotation)
 
 
-def quantize_heads_of_fakes(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
+def quantize_heads_fake(q: torch.Tensor, k: torch.Tensor, *rotation: Any) -> Four:
     heads = Heads.of(q, k)
     blocks = heads.k_blocks
     return (
@@ -102,64 +102,64 @@ def quantize_heads_of_fakes(q: torch.Tensor, k: torch.Tensor, *rotation: Any) ->
 def rotate_heads_on_cuda(heads: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
     from pytest_int8bench.kernels import cuda
 
-    with _current(heads[0].device):
+    with _current_device(heads[0].device):
         return cuda.rotate_heads(heads, *rest)
 
 
-def rotate_heads_of_fakes(
+def rotate_heads_fake(
     heads: list[torch.Tensor], rotation: str, turn: list[torch.Tensor], rows_first: bool
 ) -> list[torch.Tensor]:
     return [reference.empty_heads(x, rows_first) for x in heads]
 
 
 def int8_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _heads_beside(reference.int8_attention(q, *rest))
+    return _rows_first(reference.int8_attention(q, *rest))
 
 
-def _heads_beside(out: torch.Tensor) -> torch.Tensor:
+def _rows_first(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def int8_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     from pytest_int8bench.kernels import cuda
 
-    with _current(q.device):
+    with _current_device(q.device):
         return cuda.int8_attention(q, *rest)
 
 
-def int8_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+def int8_attention_fake(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     v: torch.Tensor = rest[-2]
     batch, heads, rows, _ = q.shape
     return v.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
 
 
 def short_attention(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _heads_beside(reference.short_attention(q, *rest))
+    return _rows_first(reference.short_attention(q, *rest))
 
 
 def short_attention_on_cuda(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     from pytest_int8bench.kernels import cuda
 
-    with _current(q.device):
+    with _current_device(q.device):
         return cuda.short_attention(q, *rest)
 
 
-def short_attention_of_fakes(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+def short_attention_fake(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     batch, heads, rows, width = q.shape
     return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def read_weight(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """Return the values of a weight, of which ``factor`` multiplied the input."""
+    """Return ``values * factor``, the weight that applies to an input not scaled by ``factor``."""
     return values.clone() if factor is None else (values * factor).to(values.dtype)
 
 
-def read_weight_of_fakes(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+def read_weight_fake(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     return torch.empty_like(values)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one: Triton launches there, wherever the tensors are."""
+def _current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` current: Triton launches on the current GPU, wherever the tensors are."""
     if device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -1,4 +1,4 @@
-"""The launch of a Triton kernel: all that it is called with but its tensors."""
+"""Launches of Triton kernels: a kernel with all its arguments except the tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pytest_int8bench.kernels import precompile
 from pytest_int8bench.kernels.tile_types import Problem
 
-#: Triton's default for software pipelining, for kernels that have no loop to pipeline.
+#: Triton's default number of pipeline stages, for kernels without a loop to pipeline.
 DEFAULT_STAGES = 3
 
 
 class Launch:
-    """A kernel with all that does not change from one call to the next of the same kind.
+    """A kernel with all arguments except the tensors; calls of the same kind share a launch.
 
     Args:
-        kernel: a Triton or Gluon function of :mod:`.triton`.
-        programs: how many programs to launch.
-        numbers: its arguments after the tensors.
-        constants: its compile-time constants.
-        options: options of the compiler.
-        descriptors: descriptors of the first tensors, which it reads and writes through TMA.
+        kernel: a Triton or Gluon function from :mod:`.triton`.
+        programs: number of programs to launch.
+        numbers: arguments that follow the tensors.
+        constants: compile-time constants, by parameter name.
+        options: compiler options such as ``num_warps``.
+        descriptors: TMA descriptors of the first tensors, which the kernel accesses through TMA.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Launch:
         self._run: Any = None
 
     def __call__(self, *tensors: Any) -> None:
-        """Run it with its tensors, in the order of the kernel's parameters."""
+        """Run the kernel on tensors given in the order of its parameters."""
         if self.descriptors:
             tensors = self._described(tensors)
         if self._run is not None:
@@ -54,15 +54,15 @@ class Launch:
         compiled = self.kernel[(self.programs,)](
             *tensors, *self.numbers, **self.constants, **self.options
         )
-        if compiled is not None:  # Triton's interpreter returns none
+        if compiled is not None:  # Triton's interpreter returns None
             self._run = compiled[(self.programs, 1, 1)]
 
     def compile_ahead(self, dtypes: Sequence[torch.dtype | None], device: torch.device) -> None:
-        """Compile the kernel in a thread, for tensors at aligned addresses.
+        """Compile the kernel in a thread, assuming tensors at aligned addresses.
 
         Args:
-            dtypes: of its tensors, None for those that are not there.
-            device: where it is going to run.
+            dtypes: of its tensors, None for each absent one.
+            device: where the kernel will run.
         """
         values = (*self.constants.values(), *self.options.values())
         key = (self.kernel, self.programs, *self.numbers, *values, *dtypes, device)
@@ -84,34 +84,36 @@ class Launch:
 
 
 class Described(NamedTuple):
-    """All that a TMA descriptor says about a tensor but its address."""
+    """Everything in a TMA descriptor except the address of the tensor."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: list[int]
     layout: Any = None
-    """Shared-memory layout of a block; None for Triton, which chooses its own."""
+    """Shared-memory layout of a block, for Gluon; None for Triton, which chooses it."""
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         if self.layout is None:
             return _Descriptor(tensor, self.shape, self.strides, self.block)
-        return _of_gluon()(tensor, self.shape, self.strides, self.block, self.layout)
+        return _gluon_descriptor()(tensor, self.shape, self.strides, self.block, self.layout)
 
 
 class _Descriptor(TensorDescriptor):  # type: ignore[misc]
-    """A descriptor of a tensor that is known to fit: Triton's checks cost as much as a launch."""
+    """A descriptor without Triton's checks, which take as long as a launch.
+
+    :mod:`.dispatch` has checked the strides and addresses already.
+    """
 
     def __post_init__(self) -> None:
         pass
 
 
 @functools.cache
-def _of_gluon() -> Any:
+def _gluon_descriptor() -> Any:
+    # Gluon is imported only for kernels written in it.
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     class Descriptor(GluonDescriptor):  # type: ignore[misc]
-        """The same in Gluon, whose module loads only for the kernels that are written in it."""
-
         def __post_init__(self) -> None:
             pass
 
@@ -119,7 +121,7 @@ def _of_gluon() -> Any:
 
 
 def ceil(count: int, size: int) -> int:
-    """Return how many times ``size`` fits into ``count``, rounded up."""
+    """Return ``count / size``, rounded up."""
     return -(-count // size)
 
 
@@ -138,7 +140,7 @@ Operands: TypeAlias = tuple[
 def operands_like(
     problem: Problem, has_bias: bool, has_gamma: bool, dtype: torch.dtype, device: torch.device
 ) -> Operands:
-    """Return random operands of a matmul, to time it or to compare kernels."""
+    """Return random operands of a matmul, to time tiles or to compare kernels."""
     m, n, k = problem.m, problem.n, problem.k
 
     def row(there: bool) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Linear layers with INT8 weights in plain tensors, which the operators take."""
+"""Linear layers that hold INT8 weights in plain tensors and call the operators on them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from pytest_int8bench.kernels.weight import autocast_dtype
 
 @dataclass(frozen=True)
 class Quantized:
-    """The plain tensors of a linear layer."""
+    """The plain tensors of a quantized linear layer."""
 
     weight: torch.Tensor
     """INT8 (N, K)."""
     weight_scale: torch.Tensor
-    """FP32 (N,): weight x scale is the layer's weight."""
+    """FP32 (N,): the layer's weight is ``weight * weight_scale[:, None]``."""
     bias: torch.Tensor | None
     """(N,)."""
     factor: torch.Tensor | None
-    """(K,) that the input is multiplied by (SmoothQuant)."""
+    """(K,) that multiplies the input (SmoothQuant)."""
     dtype: torch.dtype = torch.bfloat16
-    """Of the weight that was quantized."""
+    """Dtype of the weight before quantization."""
 
 
 class Block(nn.Module):
-    """Tensors of neighbouring layers, one after another.
+    """The concatenated tensors of neighboring linear layers.
 
-    Buffers: code that asks for the dtype of a model's parameters is not to find INT8. A module, so
-    that the layers go on sharing it where a model is moved.
+    The tensors are buffers, so that code that looks up the dtype of a model's parameters does not
+    find INT8. The block is a module, so that layers still share it after the model is moved.
 
     Args:
-        layers: the layers, with inputs of one width, weights of one dtype, biases of one dtype,
-            or none, and one factor, or none.
+        layers: layers that agree in input width, dtype of the weights, dtype of the biases (or no
+            biases), and factor (or no factor).
     """
 
     weight: torch.Tensor
@@ -47,9 +47,9 @@ class Block(nn.Module):
     bias: torch.Tensor | None
     """(sum of N,)."""
     factor: torch.Tensor | None
-    """(K,) that the input is multiplied by (SmoothQuant)."""
+    """(K,) that multiplies the input (SmoothQuant)."""
     dtype: torch.dtype
-    """Of the weights, before they were quantized or where the model was cast since."""
+    """Dtype of the weights before quantization, or the one that the model was cast to since."""
 
     def __init__(self, layers: list[Quantized]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.register_buffer("factor", layers[0].factor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Block:
-        """Move the tensors; a model that is cast casts biases, and no scales."""
+        """Move or cast the tensors; scales stay FP32 when the model is cast."""
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
@@ -73,15 +73,15 @@ class Block(nn.Module):
 class Int8Linear(nn.Linear):
     """A linear layer with INT8 weights that quantizes each row of its input.
 
-    Its tensors are rows of a block that it may share with layers beside it, so that one matmul can
-    serve all layers of the same input. The whole block is one input of a compiled graph, because
-    inputs of a compiled region must not overlap. The layer runs two operators;
-    ``compile_for_a100`` joins them with the operators before and after the layer.
+    Its tensors are rows of a block that it may share with neighboring layers, so that one matmul
+    can serve all layers with the same input. A compiled graph takes the whole block as one input,
+    because inputs of a compiled region must not overlap. The layer runs two operators;
+    ``compile_for_a100`` fuses them with the operators before and after the layer.
 
     Args:
-        block: the tensors of the layers that share them.
-        start: the first row of this layer.
-        stop: the row after its last one.
+        block: the tensors that this layer shares with others.
+        start: first row of this layer in the block.
+        stop: end of its rows, exclusive.
     """
 
     quantizes_rows = True
@@ -99,13 +99,12 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight_scale(self) -> torch.Tensor:
-        """FP32 (N,): ``int8_weight`` x scale is the layer's weight."""
+        """FP32 (N,): the layer's weight is ``int8_weight * weight_scale[:, None]``."""
         return self._tensors()[1]
 
     @property
     def weight(self) -> FusedWeight:  # type: ignore[override]
-        """The weight (N, K) in the dtype it had, or that the model was cast to, for code that reads
-        it or multiplies by it. Made each time."""
+        """The weight (N, K) as a tensor subclass in the block's ``dtype``, made on each access."""
         block = self.block
         int8, scale, _ = self._tensors()
         return FusedWeight(int8, scale, block.factor, block.dtype, self.quantizes_rows)
@@ -117,11 +116,11 @@ class Int8Linear(nn.Linear):
 
     @property
     def factor(self) -> torch.Tensor | None:
-        """(K,) that the input is multiplied by, or None."""
+        """(K,) that multiplies the input, or None."""
         return self.block.factor
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return weight, scale and bias."""
+        """Return the weight, its scale and the bias."""
         block, rows = self.block, self._rows
         if rows is None:
             return block.weight, block.scale, block.bias
@@ -130,8 +129,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return (..., N) in the dtype of ``input`` (..., K)."""
-        # The operators themselves, not the functions of that name: Dynamo reads every function that
-        # a layer calls, in each layer of a model.
+        # Call the operators directly, not through their wrappers in ops.py: Dynamo traces every
+        # Python function that a layer calls, in each layer of a model.
         q, scale, _ = torch.ops.int8bench.quantize_rows.default(
             input, "none", "none", None, None, None, 0.0, self.block.factor, False
         )
@@ -146,7 +145,7 @@ class Int8Linear(nn.Linear):
 
 
 class WeightOnlyLinear(Int8Linear):
-    """A linear layer with INT8 weights that multiplies in the dtype of its input."""
+    """A linear layer that dequantizes its INT8 weight and multiplies in the dtype of its input."""
 
     quantizes_rows = False
 
@@ -162,15 +161,15 @@ class WeightOnlyLinear(Int8Linear):
 def replace_linears(
     model: nn.Module, layers: Mapping[str, Quantized], kind: type[Int8Linear] = Int8Linear
 ) -> None:
-    """Put a layer with plain tensors in the place of each named layer of ``model``.
+    """Replace each named layer of ``model`` by a layer with plain tensors.
 
-    Layers of one parent that take inputs of one width, and have the same factor (one tensor) or
-    none, share a block, in the order in which the parent holds them.
+    Layers of the same parent share a block, in the parent's order, if they agree in input width,
+    device, dtypes and factor (the same tensor, or none).
 
     Args:
         model: changed in place.
-        layers: tensors by dotted name; one name is enough for a layer that has several.
-        kind: what the layers become.
+        layers: tensors by dotted name; for a layer with several names, one of them is enough.
+        kind: class of the new layers.
     """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -201,8 +200,9 @@ def replace_linears(
             stop = start + len(tensors.weight)
             layer = kind(block, start, stop)
             layer.train(model.training)
-            for attribute, value in vars(model.get_submodule(name)).items():  # of the user's
-                if attribute != "extra_repr":  # torchao's, of the layer that was
+            # Keep attributes that the user set, but not torchao's extra_repr of the old layer.
+            for attribute, value in vars(model.get_submodule(name)).items():
+                if attribute != "extra_repr":
                     vars(layer).setdefault(attribute, value)
             start = stop
             for alias in shared[name]:

@@ -1,7 +1,7 @@
 """Compile kernels in threads while Dynamo and Inductor work on the rest of the model.
 
-Otherwise each kernel compiles at its first launch, for about a second, one after the other. Most
-of that time is spent in the compiler, outside Python's lock, so threads run in parallel.
+Otherwise each kernel compiles at its first launch, for about a second each, one after another.
+The compiler spends most of that time without holding the GIL, so threads run in parallel.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def start(key: Hashable, compile_kernel: Callable[[], Any], device: torch.device
     """Compile a kernel for a GPU in a thread.
 
     Args:
-        key: identifies the kernel; does nothing while one with this key is compiling.
-        compile_kernel: compiles for the current device. Errors are ignored: the launch repeats
-            the compilation and raises them.
-        device: made the current device of the thread.
+        key: identifies the kernel; the call does nothing if a kernel with this key is compiling.
+        compile_kernel: compiles for the current device. Its errors are ignored, because the launch
+            compiles again and raises them.
+        device: becomes the thread's current device.
     """
 
     def compiled() -> None:

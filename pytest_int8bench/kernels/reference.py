@@ -1,6 +1,6 @@
 """The operators of the fused backend in plain torch.
 
-Devices without Triton kernels run it, and tests compare the kernels with it.
+They run on devices without Triton kernels, and tests compare the kernels with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pytest_int8bench.kernels.schema import Four
 from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Heads
 
-#: Half the range of INT8: the largest value of a row becomes this, as in torchao.
+#: Half the range of INT8. The largest magnitude of a row is scaled to it, as in torchao.
 HALF_RANGE = 127.5
 _TINY = 1e-36
 
@@ -28,8 +28,11 @@ def quantize_rows(
     eps: float,
     factor: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return INT8 values and shape (..., K), FP32 scales (...), and the FP32 rows before
-    ``factor``; the arguments are those of :func:`.ops.quantize_rows`."""
+    """Quantize rows; takes the same arguments as :func:`.ops.quantize_rows`, except ``keep``.
+
+    Returns:
+        INT8 values (..., K), FP32 scales (...), and the FP32 rows before ``factor``.
+    """
     rows = activated(x.float(), activation)
     if gate is not None:
         rows = rows * gate.float()
@@ -66,7 +69,7 @@ def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
 def dequantized(
     weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return an INT8 weight (N, K) times its scales (N,), rounded once, to ``dtype``."""
+    """Return an INT8 weight (N, K) times its scales (N,), rounded once to ``dtype``."""
     return (weight.float() * weight_scale.unsqueeze(-1)).to(dtype)
 
 
@@ -80,8 +83,10 @@ def linear(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return the matmul of INT8 rows and INT8 weights; the arguments are those of
-    :func:`.ops.linear`. Sums are exact: INT8 products in FP64."""
+    """Multiply INT8 rows by an INT8 weight; takes the same arguments as :func:`.ops.linear`.
+
+    The matmul runs in FP64, where sums of INT8 products are exact.
+    """
     out = (q.double() @ weight.double().T).float() * scale.unsqueeze(-1) * weight_scale
     if bias is not None:
         out = out + bias.float()
@@ -99,7 +104,7 @@ def quantize_heads(
     q_turn: Sequence[torch.Tensor],
     k_turn: Sequence[torch.Tensor],
 ) -> Four:
-    """Quantize queries and keys; arguments and results are those of :func:`.ops.quantize_heads`."""
+    """Quantize queries and keys; same arguments and results as :func:`.ops.quantize_heads`."""
     heads = Heads.of(q, k)
     queries, keys = _pairs(q, rotation, q_turn), _pairs(k, rotation, k_turn)
     q_levels, q_scale = _levels(queries, queries.abs().amax(-1, keepdim=True))
@@ -121,7 +126,7 @@ def quantize_heads(
 def rotate_heads(
     heads: Sequence[torch.Tensor], rotation: str, turn: Sequence[torch.Tensor], rows_first: bool
 ) -> list[torch.Tensor]:
-    """Rotate heads; arguments and results are those of :func:`.ops.rotate_heads`."""
+    """Rotate heads; same arguments and results as :func:`.ops.rotate_heads`."""
     return [
         empty_heads(x, rows_first).copy_(
             _pairs(x, rotation, turn).unflatten(-1, (2, -1)).mT.flatten(-2)
@@ -131,8 +136,7 @@ def rotate_heads(
 
 
 def empty_heads(x: torch.Tensor, rows_first: bool) -> torch.Tensor:
-    """Return an empty tensor like ``x`` (B, H, N, D); in memory, the heads of a row stand beside
-    each other if ``rows_first``."""
+    """Return an empty tensor like ``x`` (B, H, N, D), stored as (B, N, H, D) if ``rows_first``."""
     batch, heads, rows, width = x.shape
     if not rows_first:
         return x.new_empty((batch, heads, rows, width))
@@ -140,8 +144,7 @@ def empty_heads(x: torch.Tensor, rows_first: bool) -> torch.Tensor:
 
 
 def _pairs(x: torch.Tensor, rotation: str, turn: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return FP32 rows, rotated, with the even columns before the odd ones; for rotations of
-    halves, as they are."""
+    """Return rotated FP32 rows, with the even columns before the odd ones unless halves rotate."""
     if rotation == "halves":
         first, second = x.float().chunk(2, -1)
         cosine, sine = (part.float() for part in turn)
@@ -155,7 +158,10 @@ def _pairs(x: torch.Tensor, rotation: str, turn: Sequence[torch.Tensor]) -> torc
 
 
 def _levels(x: torch.Tensor, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the INT8 values of ``x`` and their scale, NaN where ``peak`` is not finite."""
+    """Return the INT8 values of ``x`` and their scale, which is NaN where ``peak`` is not finite.
+
+    ``peak`` is the largest magnitude of the elements that share a scale.
+    """
     scale = torch.where(peak > _TINY, peak / 127, torch.zeros_like(peak))
     scale = torch.where(peak.isfinite(), scale, torch.full_like(peak, torch.nan))
     inverse = torch.where(peak > _TINY, 127 / peak, torch.zeros_like(peak))
@@ -170,7 +176,7 @@ def int8_attention(
     v: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attend; the arguments are those of :func:`.ops.int8_attention`. Scores are exact."""
+    """Compute attention with exact scores; same arguments as :func:`.ops.int8_attention`."""
     group = q.shape[1] // v.shape[1]
     rows = v.shape[-2]
     k, k_scale, v = (x.repeat_interleave(group, 1) for x in (k[..., :rows, :], k_scale, v))
@@ -184,7 +190,7 @@ def int8_attention(
 def short_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> torch.Tensor:
-    """Attend; the arguments are those of :func:`.ops.short_attention`."""
+    """Compute attention; same arguments as :func:`.ops.short_attention`."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
     scores = q.float() @ k.transpose(-1, -2) * scale

@@ -1,4 +1,4 @@
-"""Schemas of the operators, and the names that they take."""
+"""Schemas of the operators, and the names of norms, activations and rotations they accept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 NORMS = ("none", "layer", "rms")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
-#: How queries and keys are rotated; :func:`.ops.rotate_heads` says by what.
+#: Rotations of queries and keys; :func:`.ops.rotate_heads` describes them.
 ROTATIONS = ("none", "angles", "positions", "halves")
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -37,5 +37,5 @@ SCHEMAS = (
     ("rotate_heads(Tensor[] heads, str rotation, Tensor[] turn, bool rows_first) -> Tensor[]"),
     "short_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor",
 )
-#: Runs where code reads the values of a quantized weight and does not multiply by it in INT8.
+#: Operator that runs if code reads the values of a quantized weight instead of multiplying by it.
 READ_OPERATOR = "int8bench::read_weight"

@@ -1,7 +1,7 @@
-"""Check a kernel against another one, bit for bit, once per process.
+"""Compare the output of a kernel with another kernel's, bit for bit, once per process.
 
-A kernel in an experimental language may compile and compute something else with another version of
-Triton. Importing this module does not load torch (see :mod:`.dispatch`).
+A kernel in an experimental language may compile with another version of Triton, yet compute wrong
+results. Importing this module does not load torch; :mod:`.dispatch` says why.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The test that a kernel must pass before it is used."""
+    """A self-test that a kernel must pass before it is used."""
 
-    what: str
-    """Name of the kernel in the warning if it fails."""
+    kernel: str
+    """Description of the kernel in the warning about a failure."""
     passed_with: tuple[str, ...]
-    """How the versions of Triton begin with which the kernel has passed its tests on a GPU; it
-    needs no self-test with these."""
+    """Prefixes of the Triton versions with which the kernel has passed its tests on a GPU. It needs
+    no self-test with them."""
     problems: Callable[[int], Sequence[Problem]]
-    """Returns matmuls that run each variant of the kernel, for a number of multiprocessors."""
+    """Takes the number of multiprocessors; returns matmuls that run each variant of the kernel."""
 
 
 _passed: dict[tuple[SelfTest, torch.device], bool] = {}
@@ -45,13 +45,13 @@ def has_passed(
     *,
     may_try: bool,
 ) -> bool:
-    """Return whether a kernel is known to give the bits of another one.
+    """Return whether a kernel needs no self-test with this version of Triton or has passed it.
 
     Args:
-        test: the kernel's test.
+        test: the kernel's self-test.
         device: where it runs.
-        launches: returns the launches of a matmul to compare: with a bias, without a factor.
-        may_try: run the test if it has not run yet. False while a CUDA graph is recorded.
+        launches: returns the launches of a matmul to compare, with a bias and without a factor.
+        may_try: run the self-test if it has not run yet; False during CUDA graph capture.
     """
     import triton
 
@@ -61,13 +61,16 @@ def has_passed(
         try:
             problems = test.problems(devices.multiprocessors(device))
             same = have_equal_bits(problems, launches, device)
-            failure = None if same else "they give other bits"
-        except Exception as error:  # whatever another version of the language raises
+            failure = None if same else "its output differs from another kernel's"
+        except Exception as error:  # another version of the language may raise anything
             failure = first_line(error)
-        _passed[test, device] = failure is None  # before the warning, which may be an error
+        # Set this first: a warning filter may turn the warning into an exception.
+        _passed[test, device] = failure is None
         if failure is not None:
             warnings.warn(
-                f"{test.what} are off with triton {triton.__version__}: {failure}", stacklevel=2
+                f"{test.kernel} is not used, because its self-test failed with triton "
+                f"{triton.__version__}: {failure}",
+                stacklevel=2,
             )
     return _passed.get((test, device), False)
 

@@ -1,8 +1,8 @@
-"""The Triton kernels, one row each: what each accepts, where it runs, its tiles and its launch.
+"""Table of the Triton kernels: the calls each accepts, where it runs, its tiles and its launch.
 
-To add a kernel, write it in a file of :mod:`.triton`, with a function that returns its launch, and
-add a row. The choice for a device, ``INT8BENCH_PRODUCT``, tuning, the self-test, the launches of
-compiled graphs and the evidence of a result all follow from the row.
+To add a kernel, write it in a new file in :mod:`.triton`, with a function that returns its launch,
+and add a row here. Selection for a device, ``INT8BENCH_PRODUCT``, tuning, the self-test, launches
+in compiled graphs and the evidence in results all follow from the row.
 
 Importing this module loads neither torch nor Triton.
 """
@@ -29,30 +29,30 @@ FUSED_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, and all that the rest of the package knows about it.
+    """A row of the table: everything that the rest of the package knows about a kernel.
 
-    ``accepts``, ``tiles`` and ``launch`` take what is known of a call of the operator; the
-    functions of :mod:`.dispatch` that call them say what that is.
+    ``accepts``, ``tiles`` and ``launch`` take the parameters of one call of the operator; the
+    functions in :mod:`.dispatch` that call them document these.
     """
 
     operator: str
-    """The operator of ``torch.ops.int8bench`` that it computes."""
+    """The operator in ``torch.ops.int8bench`` that it implements."""
     name: str
     """Its name in ``INT8BENCH_PRODUCT`` and in the file of tuned tiles."""
     function: str
-    """The name of its Triton function: evidence recognizes the kernel by it in a profile."""
+    """The name of its Triton function, by which evidence recognizes it in a profile."""
     launch: Callable[..., Launch]
-    """Returns the launch of a call with given tiles; the first to import Triton."""
+    """Returns the launch for a call and its tiles. Triton is imported here, not earlier."""
     tiles: Callable[..., Any]
-    """Returns the tiles for a call, or None to leave the call to the next row."""
+    """Returns the tiles for a call, or None to pass the call on to the next row."""
     accepts: Callable[..., bool] = lambda *call: True
-    """Whether the kernel can compute a call at all."""
+    """Returns whether the kernel supports a call."""
     capability: tuple[int, int] | None = None
-    """The compute capability that it needs. None: none beyond :data:`FUSED_CAPABILITY`."""
+    """The compute capability that it needs, or None for :data:`FUSED_CAPABILITY`."""
     is_for_later: bool = True
     """Whether it also runs on devices of later compute capabilities."""
     selftest: SelfTest | None = None
-    """The test that it must pass with versions of Triton that it is not known to work with."""
+    """The self-test that it must pass with untested versions of Triton."""
 
     def runs_on(self, device: torch.device) -> bool:
         """Return whether the device has the compute capability that the kernel needs."""
@@ -62,11 +62,9 @@ class Kernel:
         return found >= self.capability if self.is_for_later else found == self.capability
 
     def unmet(self, device: torch.device) -> str:
-        """Return what the kernel needs and the device is not, for one that it does not run on."""
-        needed, later = (
-            self.capability or FUSED_CAPABILITY,
-            " or later" if self.is_for_later else "",
-        )
+        """Return which compute capability the kernel needs and which one the device has."""
+        needed = self.capability or FUSED_CAPABILITY
+        later = " or later" if self.is_for_later else ""
         found = devices.capability(device)
         return f"needs sm{needed[0]}{needed[1]}{later}, this is sm{found[0]}{found[1]}"
 
@@ -78,7 +76,7 @@ def _accepts_tma(
     dtype: torch.dtype,
     is_aligned: bool,
 ) -> bool:
-    # TMA takes no strides but multiples of ALIGNMENT, and none that are zero.
+    # TMA needs strides that are positive multiples of ALIGNMENT bytes.
     return (
         is_aligned
         and problem.k % ALIGNMENT == 0
@@ -94,9 +92,9 @@ def _accepts_specialized(
     dtype: torch.dtype,
     is_aligned: bool,
 ) -> bool:
-    # The kernel loads the residual into the memory that it stores the output from.
-    fits = residual is None or residual.dtype == dtype
-    return fits and _accepts_tma(problem, stride, residual, dtype, is_aligned)
+    # The kernel loads the residual into the same shared memory that it stores the output from.
+    same_dtype = residual is None or residual.dtype == dtype
+    return same_dtype and _accepts_tma(problem, stride, residual, dtype, is_aligned)
 
 
 def _launch_specialized(*call: Any) -> Launch:
@@ -153,8 +151,8 @@ def _launch_short(*call: Any) -> Launch:
     return short_attention.launch(*call)
 
 
-#: Kernels of one operator stand in order of preference: a call takes the first one from the row of
-#: its device on that accepts it, has passed its self-test and has tiles for it.
+#: The kernels of each operator, in order of preference. A call runs on the first kernel that runs
+#: on the device, accepts the call, has passed its self-test and has tiles for the call.
 KERNELS = (
     Kernel(
         operator="linear",
@@ -166,8 +164,8 @@ KERNELS = (
         capability=(9, 0),
         is_for_later=False,
         selftest=SelfTest(
-            what="INT8 products by warps with roles",
-            # The language it is written in is experimental.
+            kernel="the warp-specialized INT8 matmul kernel",
+            # Gluon, in which it is written, is experimental.
             passed_with=("3.6.",),
             problems=tiles.specialized_forms,
         ),

@@ -1,6 +1,6 @@
-"""The sizes of a matmul, and how kernels cut them into tiles; :mod:`.tiles` chooses.
+"""Types for the sizes of a call and for the tiles of its kernel, which :mod:`.tiles` chooses.
 
-Importing this module does not load torch (see :mod:`.dispatch`).
+Importing this module does not load torch; :mod:`.dispatch` says why.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-#: Triton compiles for addresses in multiples of this, and TMA takes no others, nor other strides.
+#: In bytes. Triton specializes kernels for addresses that are multiples of it; TMA requires that of
+#: addresses and strides.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Product:
-    """Tiles of the INT8 matmul, with TMA and with pointers."""
+    """Tiles of the INT8 matmul kernels with TMA and with pointers."""
 
     bm: int
     bn: int
@@ -25,36 +26,35 @@ class Product:
     warps: int
     stages: int
     programs_per_sm: int = 1
-    """TMA only: programs that stay on a multiprocessor."""
+    """TMA only: persistent programs per multiprocessor."""
     parts: int = 1
-    """TMA only: parts in which a tile is stored."""
+    """TMA only: number of parts in which a tile is stored."""
     flatten: bool = True
-    """TMA only: load for the next tile while one is stored."""
+    """TMA only: whether to load inputs of the next tile while storing the current one."""
     early: bool = False
-    """TMA only: load the residual before the matmul, into registers."""
+    """TMA only: whether to load the residual into registers before the matmul."""
     group: int = 8
 
 
 @dataclass(frozen=True)
 class Specialized:
-    """How the warp-specialized kernel (:mod:`.triton.int8_matmul_sm90`) shares out its tiles, and
-    what it keeps in shared memory."""
+    """Tile schedule and shared memory of the kernel in :mod:`.triton.int8_matmul_sm90`."""
 
     slots: int
-    """Columns of tiles of the output that are worked on at once."""
+    """Tile columns of the output that are computed at the same time."""
     groups: int
-    """Rows of tiles of the output that are worked on at once."""
+    """Tile rows of the output that are computed at the same time."""
     passes: int
-    """Columns that a program works on, one after the other."""
+    """Tile columns that each program computes, one after another."""
     stages: int
-    """Steps that are loaded ahead."""
+    """Steps of the inputs that shared memory holds."""
     buffers: int
-    """Halves of a tile that a group of warps stores at once."""
+    """Half tiles of the output that shared memory holds for each consumer warp group."""
     stationary: bool
-    """The rows of the weight for a column of the output stay in shared memory."""
+    """Whether the weights for a tile column of the output stay in shared memory."""
 
 
-#: Tiles of a kernel of the INT8 matmul.
+#: Tiles of an INT8 matmul kernel.
 Tile: TypeAlias = Product | Specialized
 
 
@@ -70,34 +70,37 @@ class Rows:
 
 @dataclass(frozen=True)
 class Problem:
-    """An INT8 matmul: rows, columns, depth, and what its epilogue moves."""
+    """The sizes of an INT8 matmul (M, N, K) and of its epilogue's memory traffic."""
 
     m: int
     n: int
     k: int
     out_bytes: int
-    """Bytes of an element of the output."""
+    """Bytes per element of the output."""
     residual: bool
+    """Whether a residual is added."""
 
     @property
     def key(self) -> str:
-        """The problem as text; near sizes of M are one."""
+        """The problem as text, with M rounded up to a power of two."""
         m = 1 << max(self.m - 1, 0).bit_length()
         return f"{m}x{self.n}x{self.k}:{self.out_bytes}:{'r' if self.residual else '-'}"
 
 
 #: Rows, columns and depth of a tile of the warp-specialized kernel.
 SPECIALIZED_TILE = 128
-#: Tiles for each multiprocessor from which the warp-specialized kernel is faster.
+#: Minimum number of tiles per multiprocessor for the warp-specialized kernel, which is slower with
+#: fewer.
 SPECIALIZED_FROM = 16
 
 #: Rows and columns of the weight that one program dequantizes.
 DEQUANTIZED_TILE = (16, 256)
 
-#: Keys that share a scale, and that INT8 attention takes at once.
+#: Number of keys that share a scale and that INT8 attention processes at once.
 KEY_BLOCK = 64
-#: Keys, evenly spaced, whose mean is taken from all before they are quantized. Softmax does not
-#: change by it, whatever the vector; what all keys have in common goes.
+#: Number of evenly spaced keys whose mean is subtracted from all keys before quantization. This
+#: removes the component that all keys share. Softmax is invariant to subtracting any vector from
+#: all keys.
 KEY_SAMPLE = 64
 
 
@@ -108,7 +111,7 @@ class Heads:
     batch: int
     heads: int
     kv_heads: int
-    """Heads of keys and values, which divide those of queries."""
+    """Number of key and value heads; it divides ``heads``, the number of query heads."""
     q_rows: int
     k_rows: int
     width: int
@@ -116,18 +119,18 @@ class Heads:
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor) -> Heads:
-        """Return the sizes for queries (B, H, N, D) and keys."""
+        """Return the sizes of queries (B, H, N, D) and keys (B, G, M, D)."""
         batch, heads, q_rows, width = q.shape
         return cls(batch, heads, k.shape[1], q_rows, k.shape[2], width)
 
     @property
     def k_blocks(self) -> int:
-        """Blocks of keys, the last of them padded."""
+        """Number of blocks of keys, including a partial last one."""
         return -(-self.k_rows // KEY_BLOCK)
 
     @property
     def padded(self) -> int:
-        """Columns of a head as the kernels see them: a power of two."""
+        """Columns of a head as padded for the kernels: a power of two, at least 32."""
         return max(1 << (self.width - 1).bit_length(), 32)
 
 
@@ -139,16 +142,16 @@ class Attention:
     warps: int
     stages: int
     registers: int | None = None
-    """Of a thread at most, so that more programs fit a multiprocessor; None for what it takes."""
+    """Maximum registers per thread, to fit more programs on a multiprocessor; None for no limit."""
 
 
-#: Queries, and keys, up to which a program of :mod:`.triton.short_attention` holds all of a head.
+#: Maximum number of queries and of keys for :mod:`.triton.short_attention`.
 SHORT_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Short:
-    """Distribution of heads in short attention."""
+    """How short attention distributes heads to programs."""
 
     together: int
     """Heads that one program computes."""

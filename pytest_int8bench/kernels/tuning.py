@@ -1,6 +1,6 @@
-"""Time tiles, and remember the fastest ones on disk.
+"""Time tiles, and save the fastest ones on disk.
 
-Importing this module does not load torch (see :mod:`.dispatch`).
+Importing this module does not load torch; :mod:`.dispatch` says why.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
     from pytest_int8bench.kernels.launch import Launch, Operands
 
-#: Environment variable with the folder where tuning is kept.
+#: Environment variable that names the folder of the tuning file.
 CACHE_VARIABLE = "INT8BENCH_TUNING_DIR"
 _FILE = "int8-products.json"
 
 
 def seconds(operands: Operands, launch: Launch) -> float:
-    """Return the seconds of a matmul with given tiles, infinite if they do not fit."""
+    """Return how long a launch of a matmul takes in seconds, infinite if its tiles do not fit."""
     import torch
     from triton.errors import TritonError
     from triton.testing import do_bench
 
     try:
-        # While a graph is compiled, any device may be the current one.
+        # During compilation of a graph, any device may be current.
         with torch.cuda.device_of(operands[0]):
             milliseconds = do_bench(
                 lambda: launch(*operands), warmup=5, rep=20, return_mode="median"
@@ -45,7 +45,7 @@ def seconds(operands: Operands, launch: Launch) -> float:
 
 
 def tuning_file() -> Path:
-    """Return the file that tuning is kept in."""
+    """Return the path of the file with the tuned tiles of every kernel and device."""
     folder = os.environ.get(CACHE_VARIABLE)
     return (Path(folder) if folder else cache_folder()) / _FILE
 
@@ -59,7 +59,10 @@ def _section(kernel: str, device: torch.device) -> str:
 
 @functools.cache
 def load_tuned(kernel: str, device: torch.device) -> dict[str, Product]:
-    """Return the fastest tiles known for a device by problem; callers add to the dictionary."""
+    """Return the saved tiles of a kernel on a device, by :attr:`.tile_types.Problem.key`.
+
+    The dictionary is cached, and callers add to it.
+    """
     with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         saved = json.loads(tuning_file().read_text())[_section(kernel, device)]
         return {key: Product(**value) for key, value in saved.items()}
@@ -68,16 +71,16 @@ def load_tuned(kernel: str, device: torch.device) -> dict[str, Product]:
 
 def save_tuned(kernel: str, device: torch.device, known: dict[str, Product]) -> None:
     """Write the fastest tiles atomically. If that fails, the next process tunes again."""
-    with suppress(OSError, RuntimeError):  # the latter where there is no home
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
         path = tuning_file()
-        everything: Any = {}
+        contents: Any = {}
         with suppress(OSError, ValueError):
-            everything = json.loads(path.read_text())
-        if not isinstance(everything, dict):
-            everything = {}
+            contents = json.loads(path.read_text())
+        if not isinstance(contents, dict):
+            contents = {}
         section = _section(kernel, device)
-        there = everything.get(section)
-        # Another process may have tuned something else meanwhile.
-        others = there if isinstance(there, dict) else {}
-        everything[section] = others | {key: asdict(tile) for key, tile in known.items()}
-        replace_text(path, json.dumps(everything, indent=1, sort_keys=True))
+        saved = contents.get(section)
+        # Keep tiles that another process has saved in the meantime.
+        others = saved if isinstance(saved, dict) else {}
+        contents[section] = others | {key: asdict(tile) for key, tile in known.items()}
+        replace_text(path, json.dumps(contents, indent=1, sort_keys=True))

@@ -1,14 +1,15 @@
-"""Quantized weights that any code can read.
+"""Quantized weights that work with any code that reads ``layer.weight``.
 
-A linear layer's weight is read in more ways than the layer's own forward: models call ``F.linear``
-with it, multiply by its transpose or by some of its rows, or normalize it. A
-:class:`QuantizedWeight` runs the quantized matmul wherever that is plainly what is called, and
-gives its values everywhere else, by the operator ``int8bench::read_weight``: where that shows in a
-profile, something ran on dequantized values.
+Models do more with a linear layer's weight than call the layer: they pass it to ``F.linear``,
+multiply by its transpose or by some of its rows, or normalize it. A :class:`QuantizedWeight` runs
+the quantized matmul for calls that it recognizes, and dequantizes itself for all others with the
+operator ``int8bench::read_weight``. If that operator shows in a profile, some code ran on
+dequantized values.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,14 +21,14 @@ from pytest_int8bench.errors import QuantizationError
 from pytest_int8bench.kernels import encoder_layer
 from pytest_int8bench.kernels import ops as _ops  # noqa: F401  registers torch.ops.int8bench
 
-#: What quantized matmuls multiply.
+#: Input dtypes that quantized matmuls support.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _W = TypeVar("_W", bound="QuantizedWeight")
 aten = torch.ops.aten
 
 
 class _Readable:
-    """Tensor subclass that computes with the values it stands for."""
+    """Mixin for tensor subclasses that operators can read as plain tensors."""
 
     __slots__ = ()
 
@@ -36,17 +37,18 @@ class _Readable:
         raise NotImplementedError
 
     def _stable_hash_for_caching(self) -> str:
-        """Return what stands for this tensor in the key of AOTAutograd's cache.
+        """Return this tensor's part of the key in AOTAutograd's cache.
 
-        Torch 2.13 to 2.15 calls it, warns where it is missing, and leaves out the class then
-        (``_default_stable_hash_for_caching`` in torch/_functorch/_aot_autograd/autograd_cache.py):
-        two classes that hold the same tensors would run each other's code.
+        Torch 2.13 to 2.15 calls this method. Without it, torch warns and builds a key without the
+        class (``_default_stable_hash_for_caching`` in
+        torch/_functorch/_aot_autograd/autograd_cache.py), so two classes with the same inner
+        tensors would share compiled code.
         """
         this: Any = self
         names, context = this.__tensor_flatten__()
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        held = [_cache_key(getattr(self, name)) for name in names]
-        return repr((kind, _description(this), context, names, held))
+        inner = [_cache_key(getattr(self, name)) for name in names]
+        return repr((kind, _metadata(this), context, names, inner))
 
     @classmethod
     def __torch_function__(
@@ -58,12 +60,11 @@ class _Readable:
         name = getattr(func, "__name__", "")
         if name == encoder_layer.NAME:
             return encoder_layer.forward(*args, **kwargs)
-        if name in _FOR_PYTHON:
+        if name in _EXPORT_METHODS:
             return func(*_plain(args), **_plain(kwargs))
-        # As in "Extending torch" of torch's documentation: the operators come to
-        # __torch_dispatch__.
+        # As in "Extending torch" in torch's documentation: operators reach __torch_dispatch__.
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_inference_mode_enabled() and name not in _OF_THE_OBJECT:
+            if torch.is_inference_mode_enabled() and name not in _OBJECT_METHODS:
                 args, kwargs = _mapped(_for_inference, args), _mapped(_for_inference, kwargs)
             return func(*args, **kwargs)
 
@@ -74,7 +75,8 @@ class _Readable:
             out = _OPERATORS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func.decompose(*args, **kwargs)  # in inference mode, operators come whole
+        # Inference mode does not decompose composite operators before they get here.
+        out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
         _check_only_read(func, args, kwargs)
@@ -82,20 +84,20 @@ class _Readable:
 
 
 class QuantizedWeight(_Readable):
-    """Weight (N, K) of a linear layer. Mixed into a tensor subclass that holds it.
+    """Mixin for tensor subclasses that hold the quantized weight (N, K) of a linear layer.
 
-    The tensor must flatten (``__tensor_flatten__``) to the tensors that hold the weight.
+    ``__tensor_flatten__`` must name the inner tensors that hold the weight.
     """
 
     factor: torch.Tensor | None
-    """(K,) that the input is multiplied by (SmoothQuant)."""
+    """(K,) that multiplies the input (SmoothQuant)."""
 
     def quantized_matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the matmul of ``x`` (..., K) with the quantized weight."""
         raise NotImplementedError
 
     def scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values (N, K) that multiply an input scaled by ``factor``."""
+        """Return the dequantized values (N, K) for an input that ``factor`` has multiplied."""
         raise NotImplementedError
 
     def rows(self: _W, start: int, stop: int) -> _W:
@@ -103,20 +105,19 @@ class QuantizedWeight(_Readable):
         raise NotImplementedError
 
     def cast(self: _W, dtype: torch.dtype) -> _W:
-        """Return the weight with values of another dtype."""
+        """Return the weight with another dtype for its dequantized values."""
         raise NotImplementedError
 
     def mapped(self: _W, change: Callable[[torch.Tensor], torch.Tensor]) -> _W:
-        """Return the weight with each tensor that holds it changed."""
+        """Return the weight with ``change`` applied to each inner tensor."""
         this: Any = self
         names, context = this.__tensor_flatten__()
-        held = {name: change(getattr(self, name)) for name in names}
-        out: _W = type(this).__tensor_unflatten__(held, context, this.shape, this.stride())
+        inner = {name: change(getattr(self, name)) for name in names}
+        out: _W = type(this).__tensor_unflatten__(inner, context, this.shape, this.stride())
         return out
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the values (N, K) that multiply an input as it is, by default in the weight's
-        dtype."""
+        """Return the values (N, K), with ``factor`` folded in, by default in the weight's dtype."""
         this: Any = self
         values = self.scaled(dtype or this.dtype)
         out: torch.Tensor = torch.ops.int8bench.read_weight.default(values, self.factor)
@@ -127,7 +128,7 @@ class QuantizedWeight(_Readable):
 
 
 class _Transposed(_Readable, torch.Tensor):  # type: ignore[misc]
-    """The transpose (K, N) of a weight: ``x @ weight.t()`` is the layer's matmul too."""
+    """The transpose (K, N) of a weight, so that ``x @ weight.t()`` runs the quantized matmul."""
 
     weight: Any
 
@@ -156,7 +157,7 @@ class _Transposed(_Readable, torch.Tensor):  # type: ignore[misc]
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype that ``F.linear`` would compute an input in."""
+    """Return the dtype in which ``F.linear`` would compute for an input."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype in DTYPES:
         return torch.get_autocast_dtype(kind)
@@ -166,18 +167,18 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 def _cache_key(tensor: Any) -> Any:
     if isinstance(tensor, _Readable):
         return tensor._stable_hash_for_caching()
-    return type(tensor).__qualname__, _description(tensor)
+    return type(tensor).__qualname__, _metadata(tensor)
 
 
-def _description(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what compiled code may rely on, and not the values."""
-    place = tensor.device, tensor.layout, tensor.stride()
+def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return the properties, except the values, that compiled code may depend on."""
+    layout = tensor.device, tensor.layout, tensor.stride()
     kind = tensor.dtype, tensor.requires_grad, tensor.is_inference(), tensor.is_conj()
-    return tuple(tensor.shape), place, kind
+    return tuple(tensor.shape), layout, kind
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Return arguments of a function with its weights changed."""
+    """Return arguments of a function with ``change`` applied to each weight among them."""
     if isinstance(value, _Readable):
         return change(value)
     if isinstance(value, list | tuple):
@@ -188,31 +189,33 @@ def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return arguments of a function with plain tensors for weights."""
+    """Return arguments of a function with weights replaced by plain tensors."""
     return _mapped(lambda weight: weight.plain(), value)
 
 
 def _for_inference(weight: Any) -> Any:
-    """Return a weight made in inference mode: one made outside can have no views in it, unless they
-    share its memory."""
+    """Return the weight, or an alias from inference mode if it was created outside.
+
+    Inference mode rejects views of weights from outside that do not share their memory.
+    """
     made_outside = isinstance(weight, QuantizedWeight) and not weight.is_inference()  # type: ignore[attr-defined]
     return _alias(weight) if made_outside else weight
 
 
 def _check_only_read(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise if an operator writes to a weight: the values it would write to are a copy."""
-    for place, argument in enumerate(func._schema.arguments):
-        value = args[place] if place < len(args) else kwargs.get(argument.name)
+    """Raise if an operator writes to a weight: it would only write to a dequantized copy."""
+    for index, argument in enumerate(func._schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and isinstance(value, _Readable):
             raise _unwritable(value, str(func))
 
 
-def _unwritable(weight: Any, how: str) -> QuantizationError:
+def _unwritable(weight: Any, operation: str) -> QuantizationError:
     shape = "x".join(map(str, weight.shape))
     return QuantizationError(
-        f"a quantized weight ({shape}) cannot be written to, and {how} does: leave the layer out "
-        "(filter_fn or --int8-filter)"
+        f"{operation} cannot write to a quantized weight ({shape}); exclude its layer from "
+        "quantization with filter_fn or --int8-filter"
     )
 
 
@@ -221,15 +224,15 @@ def _unwritable(weight: Any, how: str) -> QuantizationError:
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(weight, QuantizedWeight) and not isinstance(input, _Readable):
-        return _product(input, weight, _plain(bias))
+        return _quantized_linear(input, weight, _plain(bias))
     return F.linear(_plain(input), _plain(weight), _plain(bias))
 
 
-def _product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+def _quantized_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
     dtype = autocast_dtype(x)
     x = x.to(dtype)
     if dtype not in DTYPES or x.is_nested or x.shape[-1:] != weight.shape[-1:]:
-        # Another dtype, or an error, as of a plain weight.
+        # Supports other dtypes, and raises the same error as a plain weight.
         return F.linear(x, weight.dequantize(dtype), bias)
     if guard_or_false(x.numel() == 0):
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -238,9 +241,8 @@ def _product(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.T
 
 
 def _set_data(weight: Any, value: Any) -> None:
-    """Set ``weight.data``."""
     if type(value) is not type(weight):
-        raise _unwritable(weight, "setting its data")
+        raise _unwritable(weight, "an assignment to .data")
     with torch._C.DisableTorchFunctionSubclass():
         weight.data = value
     for name in (*vars(value), *vars(weight)):
@@ -248,15 +250,15 @@ def _set_data(weight: Any, value: Any) -> None:
 
 
 def _set_item(weight: Any, *_: Any) -> None:
-    raise _unwritable(weight, "setting a part of it")
+    raise _unwritable(weight, "an indexed assignment")
 
 
-def _held(weight: Any) -> list[torch.Tensor]:
+def _inner_tensors(weight: Any) -> list[torch.Tensor]:
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def _share_memory(weight: Any) -> Any:
-    for tensor in _held(weight):
+    for tensor in _inner_tensors(weight):
         tensor.share_memory_()
     return weight
 
@@ -266,14 +268,14 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     # Code that looks for tied weights compares addresses.
-    torch.Tensor.data_ptr: lambda weight: _held(weight)[0].data_ptr(),
+    torch.Tensor.data_ptr: lambda weight: _inner_tensors(weight)[0].data_ptr(),
     torch.Tensor.share_memory_: _share_memory,
-    torch.Tensor.is_shared: lambda weight: all(tensor.is_shared() for tensor in _held(weight)),
+    torch.Tensor.is_shared: lambda weight: all(t.is_shared() for t in _inner_tensors(weight)),
 }
-# Functions that are about a tensor as an object, not about its values.
-_OF_THE_OBJECT = {"__deepcopy__", "__reduce_ex__", "__get__", "__set__", "requires_grad_"}
-# Methods that take values out of torch.
-_FOR_PYTHON = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__dlpack_device__"}
+# Methods that concern the tensor object, not its values.
+_OBJECT_METHODS = {"__deepcopy__", "__reduce_ex__", "__get__", "__set__", "requires_grad_"}
+# Methods that export values from torch.
+_EXPORT_METHODS = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__dlpack_device__"}
 
 
 # -- operators ----------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ _FOR_PYTHON = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__dlpack_d
 def _transpose(weight: Any, first: int = 0, second: int = 1) -> Any:
     if first % 2 == second % 2:
         return NotImplemented
-    # Not the weight itself: autograd takes a view for another tensor than what it is a view of.
+    # Return an alias, not the weight itself: autograd expects a view to be a different tensor.
     return _alias(weight.weight) if isinstance(weight, _Transposed) else _Transposed(weight)
 
 
@@ -313,7 +315,7 @@ def _split_with_sizes(weight: Any, sizes: Sequence[int], dim: int = 0) -> Any:
     this: Any = weight
     if sum(sizes) != this.shape[0]:
         return NotImplemented
-    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    ends = list(itertools.accumulate(sizes))
     parts = [weight.rows(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return NotImplemented if NotImplemented in parts else parts
 
@@ -321,7 +323,7 @@ def _split_with_sizes(weight: Any, sizes: Sequence[int], dim: int = 0) -> Any:
 def _matmul(x: Any, weight: Any) -> Any:
     if isinstance(x, _Readable) or not isinstance(weight, _Transposed):
         return NotImplemented
-    return _product(x, weight.weight, None)
+    return _quantized_linear(x, weight.weight, None)
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
@@ -329,11 +331,12 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> 
         return NotImplemented
     if isinstance(x, _Readable) or not isinstance(weight, _Transposed):
         return NotImplemented
-    return _product(x, weight.weight, bias if len(bias) > 1 else bias.expand(weight.shape[1]))
+    bias = bias if len(bias) > 1 else bias.expand(weight.shape[1])
+    return _quantized_linear(x, weight.weight, bias)
 
 
 def _each(func: Any) -> Callable[..., Any]:
-    """Return an operator that applies to each tensor that holds a weight."""
+    """Return a function that applies an operator to each inner tensor of a weight."""
 
     def apply(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(weight, _Transposed):
@@ -344,8 +347,8 @@ def _each(func: Any) -> Callable[..., Any]:
 
 
 def _alias(weight: Any, *_: Any) -> Any:
-    """Return another weight of the same tensors, not of views of them: layers that share a factor
-    are known by it."""
+    """Return another weight with the same inner tensors, not views of them: layers that share a
+    factor are recognized by its identity."""
     if isinstance(weight, _Transposed):
         return _Transposed(weight.weight)
     return weight.mapped(lambda tensor: tensor)
@@ -369,7 +372,7 @@ def _copy(weight: Any, source: Any, non_blocking: bool = False) -> Any:
     names, _ = this.__tensor_flatten__()
     theirs, _ = getattr(source, "__tensor_flatten__", lambda: ([], None))()
     if theirs != names or this.shape != source.shape:
-        raise _unwritable(weight, f"a copy of {type(source).__name__}")
+        raise _unwritable(weight, f"copying a {type(source).__name__}")
     for name in names:
         getattr(weight, name).copy_(getattr(source, name), non_blocking)
     return weight
@@ -388,7 +391,7 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
-    aten.is_pinned.default: lambda weight, *_: all(tensor.is_pinned() for tensor in _held(weight)),
+    aten.is_pinned.default: lambda weight, *_: all(t.is_pinned() for t in _inner_tensors(weight)),
     **{
         func: _each(func)
         for func in (aten.clone.default, aten.contiguous.default, aten._pin_memory.default)

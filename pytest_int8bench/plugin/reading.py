@@ -120,10 +120,10 @@ def _make_lean(values: dict[str, Any]) -> None:
 def _check_forced_kernel() -> None:
     if FORCED_KERNEL not in os.environ:
         return
-    from pytest_int8bench.kernels.dispatch import KernelError, forced_product
+    from pytest_int8bench.kernels.dispatch import KernelError, forced_kernel
 
     try:
-        forced_product()
+        forced_kernel()
     except KernelError as error:
         raise pytest.UsageError(str(error)) from None
 

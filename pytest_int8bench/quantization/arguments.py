@@ -109,5 +109,5 @@ class Arguments:
         if self.backend == "fused" and problem:
             raise QuantizationError(f"int8_backend=fused: {problem}")
         if fusing := self.backend != "torchao" and not problem:
-            dispatch.product_kernel(device)  # raises if the environment names an unavailable kernel
+            dispatch.matmul_kernel(device)  # raises if the environment names an unavailable kernel
         return fusing

@@ -61,7 +61,10 @@ def test_a_row_shows_only_what_was_measured() -> None:
 
 @pytest.mark.parametrize("records", [[], [failed("fused")], [record("fused-sm80", 1e-3)]])
 def test_no_row_without_a_figure_of_its_columns(records: list[dict[str, Any]]) -> None:
-    assert markdown(MACHINE, records).splitlines()[0] == "no row: nothing was measured"
+    assert (
+        markdown(MACHINE, records).splitlines()[0]
+        == "no rows: none of the variants in this table was measured"
+    )
 
 
 def test_part_of_a_gpu_is_no_gpu() -> None:

@@ -89,7 +89,7 @@ def operands(k: int = 32) -> tuple[Any, ...]:
 
 
 def test_a_row_is_chosen_run_and_recognized(toy: Toy) -> None:
-    name = dispatch.product_kernel(CPU)
+    name = dispatch.matmul_kernel(CPU)
     assert name == "toy"
     given = operands()
     outs = []
@@ -104,13 +104,13 @@ def test_a_row_is_chosen_run_and_recognized(toy: Toy) -> None:
 
 def test_a_row_can_be_forced(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "toy")
-    assert dispatch.product_kernel(CPU) == "toy"
+    assert dispatch.matmul_kernel(CPU) == "toy"
     monkeypatch.setenv("INT8BENCH_PRODUCT", "pointers")
-    assert dispatch.product_kernel(CPU) == "pointers"
+    assert dispatch.matmul_kernel(CPU) == "pointers"
     monkeypatch.setenv("INT8BENCH_PRODUCT", "cublas")
     message = "must be one of toy, specialized, tma, pointers, got 'cublas'$"
     with pytest.raises(dispatch.KernelError, match=message):
-        dispatch.forced_product()
+        dispatch.forced_kernel()
 
 
 def test_operands_that_a_row_does_not_accept_take_the_next_that_the_device_runs(
@@ -165,8 +165,8 @@ def test_a_name_can_be_checked_without_torch() -> None:
     code = """
 import os, sys
 os.environ["INT8BENCH_PRODUCT"] = "tma"
-from pytest_int8bench.kernels.dispatch import forced_product
-assert forced_product() == "tma"
+from pytest_int8bench.kernels.dispatch import forced_kernel
+assert forced_kernel() == "tma"
 print(sorted({"torch", "triton", "numpy"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

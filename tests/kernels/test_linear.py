@@ -292,7 +292,7 @@ def test_scales_stay_as_they_are_where_a_model_is_cast(attention: Any, dtype: to
 def test_a_backward_pass_is_an_error(attention: Any) -> None:
     x = torch.randn(4, K, requires_grad=True)
     out = attention.q(x)  # a forward pass is none
-    with pytest.raises(RuntimeError, match="for inference: they have no gradient"):
+    with pytest.raises(RuntimeError, match="support inference only and have no gradient"):
         out.sum().backward()
 
 

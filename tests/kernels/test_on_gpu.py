@@ -179,7 +179,7 @@ LARGE = [
 
 @pytest.fixture
 def _roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    if dispatch.product_kernel(CUDA) != "specialized":
+    if dispatch.matmul_kernel(CUDA) != "specialized":
         pytest.skip("needs sm90")
     monkeypatch.setattr(launch, "_kept", {})
 

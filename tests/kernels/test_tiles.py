@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pytest_int8bench.kernels import device as kernels_device
 from pytest_int8bench.kernels import dispatch, table, tuning
-from pytest_int8bench.kernels.dispatch import product_kernel
+from pytest_int8bench.kernels.dispatch import matmul_kernel
 from pytest_int8bench.kernels.tile_types import Problem, Product, Specialized, Tile
 from pytest_int8bench.kernels.tiles import (
     POINTER_CANDIDATES,
@@ -113,26 +113,26 @@ def test_the_kernel_is_that_of_the_device_unless_forced(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: str
 ) -> None:
     pretend(monkeypatch, capability, 132)
-    assert product_kernel(GPU) == kernel
+    assert matmul_kernel(GPU) == kernel
     for forced in {kernel, "pointers"}:
         monkeypatch.setenv("INT8BENCH_PRODUCT", forced)
-        assert product_kernel(GPU) == forced
+        assert matmul_kernel(GPU) == forced
     monkeypatch.setenv("INT8BENCH_PRODUCT", "")
-    assert product_kernel(GPU) == kernel
+    assert matmul_kernel(GPU) == kernel
 
 
 def test_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "cublas")
     message = r"^INT8BENCH_PRODUCT must be one of specialized, tma, pointers, got 'cublas'$"
     with pytest.raises(ValueError, match=message):
-        product_kernel(GPU)
+        matmul_kernel(GPU)
 
 
 def test_a_kernel_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8BENCH_PRODUCT", "tma")
     message = r"^INT8BENCH_PRODUCT=tma needs sm90 or later, this is sm80$"
     with pytest.raises(ValueError, match=message):
-        product_kernel(GPU)
+        matmul_kernel(GPU)
 
 
 def test_roles_are_for_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_roles_are_for_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (10, 0), 148)
     message = r"^INT8BENCH_PRODUCT=specialized needs sm90, this is sm100$"
     with pytest.raises(ValueError, match=message):
-        product_kernel(GPU)
+        matmul_kernel(GPU)
 
 
 # -- problems -----------------------------------------------------------------------------------

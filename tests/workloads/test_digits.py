@@ -318,8 +318,8 @@ def test_a_file_of_the_script_can_be_built(
     assert header["torch"] == torch.__version__
     assert (header["recipe.steps"], header["recipe.seed"]) == ("2", "0")
     assert capsys.readouterr().out == (
-        f"selection: {right['selection']} right\n"
-        f"certification: {right['certification']} right\n"
+        f"selection: {right['selection']} correct\n"
+        f"certification: {right['certification']} correct\n"
         f"wrote {path}\n"
     )
 

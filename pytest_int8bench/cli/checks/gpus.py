@@ -113,7 +113,7 @@ def kernels(machine: Machine) -> Iterator[Line]:
     """Name the kernels that run here, and say why others do not."""
     report = machine.torch
     try:
-        forced = dispatch.forced_product()
+        forced = dispatch.forced_kernel()
     except ClearError as error:
         yield Line(PROBLEM, str(error), f"unset {dispatch.KERNEL_VARIABLE}")
         return

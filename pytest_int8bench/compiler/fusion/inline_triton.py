@@ -120,7 +120,7 @@ def _inline_linear(graph: fx.Graph, node: Node, inline: bool) -> None:
     problem = Problem(m, n, k, dtype.itemsize, residual is not None)
     stride = 0 if residual is None else n
     aligned = all(map(begins_aligned, (weight, residual)))
-    preferred = dispatch.product_kernel(device)
+    preferred = dispatch.matmul_kernel(device)
     kernels = dispatch.accepting(
         preferred, device, problem, stride, value_of(residual), dtype, aligned
     )

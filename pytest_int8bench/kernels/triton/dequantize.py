@@ -10,7 +10,7 @@ import triton.language as tl
 
 from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
 
-#: Weights that one launch dequantizes.
+#: Maximum number of weights that one launch dequantizes.
 AT_ONCE = 4
 
 
@@ -58,9 +58,12 @@ def dequantize(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write up to four weights ``weight[N, K] * scale[N]`` in one launch: each alone takes about as
-    long to start as to run. Programs up to ``end0`` work on the first one, up to ``end1`` on the
-    second one, and so on; K is 0 where there is none."""
+    """Write up to four weights ``weight[N, K] * scale[N]`` in one launch.
+
+    One launch serves several weights because launching takes about as long as dequantizing one.
+    Programs before ``end0`` compute the first weight, those before ``end1`` the second, and so on.
+    K is 0 for absent weights.
+    """
     program = tl.program_id(0)
     if program < end0:
         _dequantized_tile(weight0, scale0, out0, program, N0, K0, ROWS, COLUMNS)
@@ -78,7 +81,7 @@ def launch(sizes: Sequence[tuple[int, ...]], tile: tuple[int, int]) -> Launch:
     """Return the launch of the kernel.
 
     Args:
-        sizes: sizes of the weights, at most ``AT_ONCE``.
+        sizes: (N, K) of each weight, at most ``AT_ONCE`` of them.
         tile: rows and columns of a weight that one program dequantizes.
     """
     rows, columns = tile

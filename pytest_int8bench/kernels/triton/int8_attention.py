@@ -1,9 +1,9 @@
-"""Attention with INT8 queries and keys: one kernel quantizes them, the other attends.
+"""Attention with INT8 queries and keys: one kernel quantizes them, another computes attention.
 
-The scores of a row are bounded by the norm of its query times the largest norm of a key. Where that
-bound is small enough, powers of two of the scores can be added up as they are: no row maximum, no
-rescaling, and each block of keys is independent of the one before. Softmax does not change by what
-is left out. Rows of a tile with a larger bound are computed the usual way, by a running maximum.
+The norm of a query times the largest norm of a key bounds the scores of the query's row. If that
+bound is small enough, exp2 of the scores can be summed without subtracting the row maximum, which
+does not change softmax. Then nothing is rescaled, and no block of keys depends on the one before.
+Tiles with a larger bound use the usual online softmax with a running maximum.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from pytest_int8bench.kernels.schema import ROTATIONS
 from pytest_int8bench.kernels.tile_types import KEY_BLOCK, KEY_SAMPLE, Attention, Heads
 from pytest_int8bench.kernels.triton.rotation import rotated_pairs
 
-#: Rows that one program of ``quantize_heads`` quantizes, in blocks of keys.
+#: Blocks of ``KEY_BLOCK`` rows that one program of ``quantize_heads`` quantizes.
 _BLOCKS = 4
 _SAMPLE = tl.constexpr(KEY_SAMPLE)
-# Adding and taking away 1.5 * 2**23 rounds a float to the nearest integer.
+# Adding and subtracting 1.5 * 2**23 rounds a float to the nearest integer.
 _ROUND = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(1e-36)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-# Scores in powers of two up to which their exponentials, and the sums of these, stay far from the
-# ends of BF16 and FP32, and of FP16.
+# Largest bounds on scores for which exp2 of the scores, and sums of it, stay well within the range
+# of BF16 and FP32 (the first limit), and of FP16 (the second one).
 _LIMIT, _FP16_LIMIT = tl.constexpr(64.0), tl.constexpr(10.0)
 
 
 @triton.jit
 def _magnitudes(even, odd):
-    """Return the larger magnitudes of pairs as integers: the same order, and NaN is the largest."""
+    """Return the larger magnitude of each pair as integer bits, among which NaN is the largest."""
     first = even.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.maximum(first, odd.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _scale_of(largest):
-    """Return the scale of values whose largest magnitude is ``largest``, and its inverse; NaN where
-    that is not finite."""
+    """Return the scale for the largest magnitude (integer bits), and the inverse of the scale.
+
+    The scale is NaN if the magnitude is not finite.
+    """
     peak = largest.to(tl.float32, bitcast=True)
     finite = largest < _INFINITY_BITS
     used = finite & (peak > _TINY)
@@ -50,15 +52,15 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _store_levels(target, at, there, even, odd, inverse, PADDED: tl.constexpr):
-    """Store pairs as INT8, all even columns before the odd ones, and return their squares."""
+def _store_levels(target, at, mask, even, odd, inverse, PADDED: tl.constexpr):
+    """Store pairs as INT8, even columns before odd ones; return the sum of squares of each pair."""
     columns = tl.arange(0, PADDED // 2)
     to = target + at.to(tl.int64)[:, None] * PADDED + columns[None, :]
     squares = tl.zeros(even.shape, tl.float32)
     for half in tl.static_range(2):
         levels = (even if half == 0 else odd) * inverse + _ROUND
         bits = levels.to(tl.int32, bitcast=True)
-        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), there[:, None])
+        tl.store(to + half * (PADDED // 2), bits.to(tl.int8), mask[:, None])
         levels -= _ROUND
         squares += levels * levels
     return squares
@@ -107,29 +109,30 @@ def quantize_heads(
     ROTATION: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Quantize queries ``q[B, H, N, WIDTH]`` with a scale for each row, and keys, less a mean, with
-    a scale for each block of ``BLOCK``; both are rotated before as ``ROTATION`` says.
+    """Rotate as ``ROTATION`` says and quantize queries ``q[B, H, N, WIDTH]`` and keys.
 
-    ``q8`` and ``k8`` have ``PADDED`` columns, and ``k8`` rows to a whole block; what is padded is
-    zero. ``k_scale[B, H, blocks, 2]`` holds the scale of a block and the largest norm of its keys.
-    Programs take turns, so that those of a query and a key find the angles of both in the cache.
+    Each row of queries has a scale; each block of ``BLOCK`` keys has one, after the mean of a
+    sample of the keys is subtracted. ``q8`` and ``k8`` are padded with zeros to ``PADDED`` columns,
+    and ``k8`` to whole blocks of rows. ``k_scale[B, H, blocks, 2]`` holds the scale of each block
+    and the largest norm of its keys. Programs alternate between queries and keys, so that the
+    rotation of both is in the cache.
     """
     program = tl.program_id(0)
     both = tl.minimum(Q_PROGRAMS, K_PROGRAMS)
     paired = program < 2 * both
-    of_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
+    is_keys = tl.where(paired, program % 2 == 1, K_PROGRAMS > Q_PROGRAMS)
     program = tl.where(paired, program // 2, program - both)
     rows = tl.arange(0, BLOCK)
-    if of_keys:
+    if is_keys:
         blocks = tl.cdiv(K_ROWS, BLOCK)
         parts = tl.cdiv(blocks, BLOCKS)
         head = (program // parts).to(tl.int64)
-        batch, head_in = head // KV_HEADS, head % KV_HEADS
-        source = k + batch * k_batch + head_in * k_head
+        batch, head_in_batch = head // KV_HEADS, head % KV_HEADS
+        source = k + batch * k_batch + head_in_batch * k_head
         if k_turn is not None:
-            k_turn += batch * k_turn_batch + head_in * k_turn_head
+            k_turn += batch * k_turn_batch + head_in_batch * k_turn_head
         if k_other is not None:
-            k_other += batch * k_other_batch + head_in * k_other_head
+            k_other += batch * k_other_batch + head_in_batch * k_other_head
         sample = tl.arange(0, _SAMPLE) * K_ROWS // _SAMPLE
         even, odd = rotated_pairs(
             source, k_row, k_turn, k_turn_row, k_other, k_other_row, sample, sample < K_ROWS,
@@ -139,13 +142,13 @@ def quantize_heads(
         for part in range(BLOCKS):
             block = program % parts * BLOCKS + part
             at = block * BLOCK + rows
-            there = at < K_ROWS
+            mask = at < K_ROWS
             x, y = rotated_pairs(
-                source, k_row, k_turn, k_turn_row, k_other, k_other_row, at, there,
+                source, k_row, k_turn, k_turn_row, k_other, k_other_row, at, mask,
                 ROTATION, TERMS, WIDTH, PADDED,
             )  # fmt: skip
-            x = tl.where(there[:, None], x - mean_even[None, :], 0.0)
-            y = tl.where(there[:, None], y - mean_odd[None, :], 0.0)
+            x = tl.where(mask[:, None], x - mean_even[None, :], 0.0)
+            y = tl.where(mask[:, None], y - mean_odd[None, :], 0.0)
             scale, inverse = _scale_of(tl.max(tl.max(_magnitudes(x, y), 1), 0))
             target = k8 + head * blocks * BLOCK * PADDED
             squares = _store_levels(target, at, at < blocks * BLOCK, x, y, inverse, PADDED)
@@ -156,22 +159,22 @@ def quantize_heads(
     else:
         parts = tl.cdiv(Q_ROWS, BLOCK * BLOCKS)
         head = (program // parts).to(tl.int64)
-        batch, head_in = head // HEADS, head % HEADS
-        source = q + batch * q_batch + head_in * q_head
+        batch, head_in_batch = head // HEADS, head % HEADS
+        source = q + batch * q_batch + head_in_batch * q_head
         if q_turn is not None:
-            q_turn += batch * q_turn_batch + head_in * q_turn_head
+            q_turn += batch * q_turn_batch + head_in_batch * q_turn_head
         if q_other is not None:
-            q_other += batch * q_other_batch + head_in * q_other_head
+            q_other += batch * q_other_batch + head_in_batch * q_other_head
         for part in range(BLOCKS):
             at = (program % parts * BLOCKS + part) * BLOCK + rows
-            there = at < Q_ROWS
+            mask = at < Q_ROWS
             x, y = rotated_pairs(
-                source, q_row, q_turn, q_turn_row, q_other, q_other_row, at, there,
+                source, q_row, q_turn, q_turn_row, q_other, q_other_row, at, mask,
                 ROTATION, TERMS, WIDTH, PADDED,
             )  # fmt: skip
             scale, inverse = _scale_of(tl.max(_magnitudes(x, y), 1))
-            _store_levels(q8 + head * Q_ROWS * PADDED, at, there, x, y, inverse[:, None], PADDED)
-            tl.store(q_scale + head * Q_ROWS + at, scale, there)
+            _store_levels(q8 + head * Q_ROWS * PADDED, at, mask, x, y, inverse[:, None], PADDED)
+            tl.store(q_scale + head * Q_ROWS + at, scale, mask)
 
 
 @triton.jit
@@ -190,7 +193,7 @@ def _block(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Attend to one block of keys."""
+    """Add one block of keys and values to the state of attention, and return it."""
     acc, partial, peak = state
     k8, v = tiles
     batch, head, kv_row, v_row, K_ROWS = where
@@ -201,13 +204,13 @@ def _block(
         v_tile = v.load([batch, head, start, 0]).reshape(BLOCK, PADDED)
     else:
         k_tile = tl.load(k8 + (kv_row + rows)[:, None] * PADDED + columns[None, :])
-        there = tl.full((BLOCK, PADDED), True, tl.int1)
+        mask = tl.full((BLOCK, PADDED), True, tl.int1)
         if MASKED:
-            there = there & (rows < K_ROWS)[:, None]
+            mask = mask & (rows < K_ROWS)[:, None]
         if WIDTH < PADDED:
-            there = there & (columns < WIDTH)[None, :]
+            mask = mask & (columns < WIDTH)[None, :]
         at = rows.to(tl.int64)[:, None] * v_row + columns[None, :]
-        v_tile = tl.load(v + at, there, 0.0)
+        v_tile = tl.load(v + at, mask, 0.0)
     scores = tl.dot(q_tile, k_tile.T).to(tl.float32)
     scores *= (factor * tl.load(scales + start // BLOCK * 2))[:, None]
     if ONLINE:
@@ -223,7 +226,7 @@ def _block(
         p = tl.exp2(scores)
         if MASKED:
             p = tl.where((rows < K_ROWS)[None, :], p, 0.0)
-    # Of each row a thread adds up its own columns only: the rest of the sum is left for the end.
+    # Each thread sums only its own columns of a row; the threads' sums are combined at the end.
     partial += tl.sum(tl.reshape(p, (p.shape[0], BLOCK // 8, 8)), 1)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
     return acc, partial, peak
@@ -243,7 +246,7 @@ def _attend(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return the sum of values weighted by powers of two of the scores, and the sum of these."""
+    """Return the sum of the values weighted by exp2 of the scores, and the sum of the weights."""
     ROWS: tl.constexpr = q_tile.shape[0]
     state = (
         tl.zeros((ROWS, PADDED), tl.float32),
@@ -288,19 +291,20 @@ def int8_attention(
     PADDED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Attention of INT8 queries and keys from ``quantize_heads`` and values ``v[B, H, N, WIDTH]``.
+    """Attend with INT8 queries and keys from ``quantize_heads`` and values ``v[B, H, N, WIDTH]``.
 
-    ``out[B, N, H, WIDTH]`` is written as the layer after attention reads it. ``SCALE`` multiplies
-    the scores, in powers of two; ``BLOCKS`` is a power of two no smaller than the blocks of keys.
+    ``out[B, N, H, WIDTH]`` has the memory order that the next linear layer reads. ``SCALE``
+    multiplies the scores and includes log2(e), because softmax uses exp2. ``BLOCKS`` is the number
+    of blocks of keys, rounded up to a power of two.
     """
     parts = tl.cdiv(Q_ROWS, ROWS)
     head = (tl.program_id(0) // parts).to(tl.int64)
     rows = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED)
-    there = rows < Q_ROWS
+    mask = rows < Q_ROWS
     at = (head * Q_ROWS + rows)[:, None] * PADDED + columns[None, :]
-    q_tile = tl.load(q8 + at, there[:, None], 0)
-    factor = tl.load(q_scale + head * Q_ROWS + rows, there, 0.0) * SCALE
+    q_tile = tl.load(q8 + at, mask[:, None], 0)
+    factor = tl.load(q_scale + head * Q_ROWS + rows, mask, 0.0) * SCALE
 
     batch = head // HEADS
     kv = batch * (HEADS // GROUP) + head % HEADS // GROUP
@@ -328,11 +332,11 @@ def int8_attention(
         )
     result = acc / total[:, None]
     to = (batch * Q_ROWS + rows) * HEADS + head % HEADS
-    fits = there[:, None] & (columns < WIDTH)[None, :]
+    fits = mask[:, None] & (columns < WIDTH)[None, :]
     tl.store(out + to[:, None] * WIDTH + columns[None, :], result.to(out.dtype.element_ty), fits)
 
 
-#: From batch to batch, head to head and row to row of a tensor whose columns are adjacent.
+#: Batch, head and row strides of a tensor with adjacent columns, in elements.
 Strides: TypeAlias = Sequence[int]
 
 
@@ -342,8 +346,9 @@ def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[S
     Args:
         heads: the sizes.
         rotation: one of ``schema.ROTATIONS``.
-        terms: positions that an angle is computed from, if it is.
-        strides: of queries and keys, and of both tensors that describe the rotation of each.
+        terms: number of positions that an angle is computed from, if it is.
+        strides: of queries and keys, then of the first tensors that describe their rotations, then
+            of the second ones.
     """
     rows = _BLOCKS * KEY_BLOCK
     queries = heads.batch * heads.heads * ceil(heads.q_rows, rows)
@@ -366,14 +371,14 @@ def launch_quantize(heads: Heads, rotation: str, terms: int, strides: Sequence[S
 
 
 def launch(heads: Heads, scale: float, v: Strides, tile: Attention, tma: bool) -> Launch:
-    """Return the launch that attends.
+    """Return the launch that computes attention.
 
     Args:
         heads: the sizes.
-        scale: of the scores, in powers of two.
+        scale: multiplies the scores; includes log2(e).
         v: strides of the values.
-        tile: how queries are cut.
-        tma: load keys and values through TMA.
+        tile: how programs divide the queries.
+        tma: whether to load keys and values through TMA.
     """
     blocks = heads.k_blocks
     described: tuple[Described, ...] = ()

@@ -1,12 +1,11 @@
-"""The INT8 matmul of large matrices on sm90: a warp-specialized kernel, and its launch.
+"""Warp-specialized INT8 matmul for large matrices on sm90, and its launch.
 
-One group of warps loads, two multiply; while one of these scales and stores, the other multiplies.
-The power limit holds back a GPU that multiplies INT8, so saving memory traffic makes it faster:
-where a tile of weights fits, it stays in shared memory while rows pass by, which halves the traffic
-from the L2 cache.
+One warp group loads the inputs and two multiply: while one of these runs its epilogue, the other
+multiplies. INT8 matmuls run into the GPU's power limit, so less memory traffic makes them faster:
+weights that fit stay in shared memory while rows stream past, which halves the traffic from L2.
 
-Triton's own language cannot give warps different roles, so this kernel is in Gluon, the
-lower-level one. Triton's interpreter does not run Gluon: tests on a GPU do, and CI compiles it.
+Triton cannot express warp specialization by hand, so this kernel is in Gluon, its lower-level
+language. Triton's interpreter does not support Gluon: GPU tests run the kernel, and CI compiles it.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from pytest_int8bench.kernels.launch import Described, Launch, ceil
 from pytest_int8bench.kernels.tile_types import SPECIALIZED_TILE, Problem, Specialized
 
-# Triton 3.9 took the longer names away.
+# Triton 3.9 removed the longer names.
 _copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-#: Rows and columns of a tile of the output, and columns of both inputs that a step takes.
+#: Rows and columns of an output tile, and the depth of one step.
 BM = BN = BK = gl.constexpr(SPECIALIZED_TILE)
-#: Columns of the output that are scaled and stored at once.
+#: Columns of the output that the epilogue scales and stores at once.
 HALF = gl.constexpr(SPECIALIZED_TILE // 2)
-# Registers of a thread of the second group that multiplies, and of the one that loads. The first
-# one has what is left of 504, which is 248.
+# Registers per thread of the second consumer warp group, and of the producer. The first consumer
+# gets the rest of 504, which is 248.
 _MULTIPLYING, _LOADING = gl.constexpr(232), gl.constexpr(24)
 
 
@@ -48,8 +47,10 @@ def _load(
     STAGES: gl.constexpr,
     STATIONARY: gl.constexpr,
 ):
-    """Load what the others multiply: tiles of A in a ring of ``STAGES``; those of B beside them, or
-    all that a column of the output needs at once."""
+    """Load tiles of A into a ring of ``STAGES``, and B with them, or a whole tile column's B first.
+
+    This is the producer: the other warp groups consume these tiles.
+    """
     a_tiles, b_tiles, full, empty, b_full, b_empty, _order, _residual_full = memory
     M, SLOTS, GROUPS, PASSES, k_tiles = sizes
     slot = gl.program_id(0) % SLOTS
@@ -95,8 +96,7 @@ def _multiply(
     HAS_GAMMA: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
 ):
-    """Multiply, scale and store every second tile, from the first one (``WHICH`` 0) or the second
-    one (1) on."""
+    """Compute and store every second tile, starting at the first (``WHICH`` 0) or second (1)."""
     a_tiles, b_tiles, full, empty, b_full, b_empty, order, residual_full = memory
     M, SLOTS, GROUPS, PASSES, k_tiles = sizes
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -120,9 +120,9 @@ def _multiply(
             rows = at_m + gl.arange(0, BM, gl.SliceLayout(1, half))
             scale_m = gl.load(row_scale + rows, mask=rows < M, other=0.0)
 
-            # In turns: one may wait for steps of its tile when the other has waited for all of the
-            # tile before. A wait knows the parity of a phase alone, and would take one that is two
-            # phases old for the one it waits for.
+            # The consumers take turns: one waits for the steps of its tile only after the other has
+            # waited for all steps of the tile before. A wait checks only the parity of a phase, so
+            # it would mistake a phase that is two older for its own.
             mbarrier.wait(order.index(WHICH), ((ordinal + 1) // 2 + 1) & 1)
             step = ordinal * k_tiles
             acc = gl.zeros((BM, BN), gl.int32, whole)
@@ -190,15 +190,15 @@ def int8_product_specialized(
     HAS_GAMMA: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
 ):
-    """The product; N must be a multiple of the tile.
+    """Compute the matmul and its epilogue; N must be a multiple of the tile.
 
-    Program ``slot + SLOTS * group`` works on the columns of tiles ``slot``, ``slot + SLOTS``, …,
-    one after the other in ``PASSES`` passes, and there on the rows of tiles ``group``, ``group +
-    GROUPS``, …; so programs that run at the same time share rows, and find them in the cache.
+    Program ``slot + SLOTS * group`` computes the tile columns ``slot``, ``slot + SLOTS``, …, one
+    after another in ``PASSES`` passes. In each it computes the tile rows ``group``, ``group +
+    GROUPS``, …. Programs that run at the same time thus share rows, which they find in the cache.
 
-    What of B a column needs, ``K_TILES`` tiles, stays for a pass if ``STATIONARY``; otherwise B
-    comes in steps like A, and ``K_TILES`` is not used. Each group of warps that multiplies stores
-    through ``BUFFERS`` halves of a tile, into which the residual comes first.
+    If ``STATIONARY``, the ``K_TILES`` tiles of B for a tile column stay in shared memory for a
+    pass; otherwise B is loaded in steps like A, and ``K_TILES`` is not used. Each consumer warp
+    group stores through ``BUFFERS`` half tiles, into which it first loads the residual.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     a_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], a.layout)
@@ -293,8 +293,8 @@ def launch(
         problem: the sizes.
         has_bias: whether there is a bias.
         has_gamma: whether there is a factor for each column.
-        stride: from row to row of the residual, 0 without one.
-        tile: how the tiles are shared out.
+        stride: row stride of the residual in elements, 0 without a residual.
+        tile: how programs divide the tiles.
         device: where the kernel runs.
     """
     m, n, k = problem.m, problem.n, problem.k
@@ -326,5 +326,5 @@ def launch(
 
 
 def _layout(bits: int) -> gl.NVMMASharedLayout:
-    """Return how tiles lie in shared memory, for elements of ``bits`` bits."""
+    """Return the shared-memory layout of tiles with elements of ``bits`` bits."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)

@@ -1,4 +1,4 @@
-"""Quantize rows to INT8, after the norm or activation before a linear layer."""
+"""Quantize the rows of a linear layer's input to INT8, fused with the norm or activation before."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from pytest_int8bench.kernels.launch import DEFAULT_STAGES, Launch, ceil
 from pytest_int8bench.kernels.schema import ACTIVATIONS, NORMS
 from pytest_int8bench.kernels.tile_types import Rows
 
-# What quantize_rows does to a row before it quantizes it.
-PLAIN, LAYER_NORM, RMS_NORM = 0, 1, 2
-NO_ACTIVATION, GELU, GELU_TANH, SILU, RELU = 0, 1, 2, 3, 4
-
-# A row's largest value becomes 127.5, which rounds to even and would be 128: the factor keeps it
-# under. It is eight parts in ten million, an eighth of what INT8 could tell from 127.5.
+# The largest magnitude of a row is scaled to just below 127.5, which would round to 128 (half to
+# even) and overflow. The difference is eight parts in ten million.
 _TOP = tl.constexpr(127.4999)
-# Adding and taking away 1.5 * 2**23 rounds a float to the nearest integer, half to even, and
-# leaves the integer in the low bits.
+# Adding 1.5 * 2**23 rounds a float to the nearest integer, half to even, and leaves the integer in
+# the low bits.
 _ROUND = tl.constexpr(12582912.0)
-# Rows whose largest value is smaller are zero: its reciprocal would not be finite.
+# Rows whose largest magnitude is smaller count as zero, because its reciprocal may not be finite.
 _TINY = tl.constexpr(1e-36)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
 def _normal_cdf(x):
-    """Return the cumulative normal distribution by Abramowitz and Stegun 7.1.26: at most 1.5e-7
-    off. With libdevice's erf, arithmetic would take longer than memory does."""
+    """Return the normal CDF by Abramowitz and Stegun 7.1.26, with an error of at most 1.5e-7.
+
+    libdevice's erf would make the kernel compute-bound.
+    """
     z = 1.0 + 0.2316418882 * tl.abs(x)  # 0.3275911 / sqrt(2)
     t = tl.rsqrt(z * z)  # 1 / z in one instruction
     tail = t * (
@@ -42,6 +40,7 @@ def _normal_cdf(x):
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
+    """Return ``x`` after the activation with this index in ``schema.ACTIVATIONS``."""
     if ACTIVATION == 1:
         x = x * _normal_cdf(x)
     elif ACTIVATION == 2:
@@ -49,7 +48,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 3:
         x = x * tl.sigmoid(x)
     elif ACTIVATION == 4:
-        x = tl.where(x < 0, 0.0, x)  # keeps NaN, which a maximum would lose
+        x = tl.where(x < 0, 0.0, x)  # tl.maximum would drop NaN
     return x
 
 
@@ -81,9 +80,10 @@ def quantize_rows(
 ):
     """Quantize rows ``x[M, K]`` to ``q[M, K]`` (INT8) and ``scale[M]`` (FP32) in one pass.
 
-    Before that, in FP32: an activation (times ``gate``), or a norm with ``weight`` and ``bias``;
-    then ``factor``, one per column. With ``KEEP`` the row as it was before ``factor`` goes to
-    ``kept`` too. A row stays in registers as ``CHUNKS`` pieces of ``BLOCK`` columns.
+    First apply in FP32 either an activation (times ``gate``) or a norm with ``weight`` and
+    ``bias``, then multiply by ``factor``, one per column. With ``KEEP``, also store the row from
+    before ``factor`` in ``kept``. ``NORM`` and ``ACTIVATION`` are indices in ``schema.NORMS`` and
+    ``schema.ACTIVATIONS``. A row stays in registers as ``CHUNKS`` pieces of ``BLOCK`` columns.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = (rows < M)[:, None]
@@ -101,7 +101,7 @@ def quantize_rows(
         pieces = pieces + (piece,)
 
     if NORM != 0:
-        # Pieces are added up first, so that threads exchange one value a row.
+        # Add up the pieces before reducing, so that threads exchange only one value per row.
         mean = tl.zeros((ROWS,), dtype=tl.float32)
         if NORM == 1:
             total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -128,7 +128,7 @@ def quantize_rows(
             normed = normed + (piece,)
         pieces = normed
 
-    # Magnitudes compared as integers: the same order, and NaN is the largest.
+    # Compare magnitudes by their bits as integers: the order is the same, and NaN is the largest.
     magnitudes = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
     ready = ()
     for chunk in tl.static_range(CHUNKS):
@@ -148,7 +148,7 @@ def quantize_rows(
 
     largest = tl.max(magnitudes, axis=1)
     peak = largest.to(tl.float32, bitcast=True)
-    # An infinite or undefined value makes the whole row undefined, instead of passing for 127.
+    # Infinity or NaN makes the scale of the row NaN, so that it does not pass for an INT8 value.
     finite = largest < _INFINITY_BITS
     used = finite & (peak > _TINY)
     inverse = tl.where(used, _TOP / tl.where(used, peak, 1.0), 0.0)
@@ -174,11 +174,11 @@ def launch(
     """Return the launch of the kernel.
 
     Args:
-        shape: of the rows.
-        strides: from row to row of the input, and of its gate.
-        norm: as in :func:`..ops.quantize_rows`, like ``activation``, ``eps`` and ``keep``.
-        has: whether there are a gate, a weight, a bias and a factor.
-        tile: how the rows are cut.
+        shape: number and length of the rows.
+        strides: row strides of the input and of its gate, in elements.
+        norm: as in :func:`..ops.quantize_rows`; so are ``activation``, ``eps`` and ``keep``.
+        has: whether there is a gate, a weight, a bias and a factor, in this order.
+        tile: how programs divide the rows.
     """
     count, columns = shape
     has_gate, has_weight, has_bias, has_factor = has

@@ -1,4 +1,7 @@
-"""Attention of sequences so short that a program holds one whole: no loop, no running maximum."""
+"""Attention for sequences so short that one program computes whole heads.
+
+The kernel needs neither a loop over keys nor a running maximum.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,18 @@ def _offsets(
     TOGETHER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return where the elements of some heads are, and which of them exist. One head is a matrix,
-    for which GPUs have faster instructions than for a batch of them."""
+    """Return the offsets of the elements of ``TOGETHER`` heads, and the mask of those that exist.
+
+    A single head is a matrix, not a batch of one: GPUs have faster instructions for matrices.
+    """
     at = rows.to(tl.int64)[:, None] * row_step + columns[None, :]
-    there = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
+    mask = (rows < ROWS)[:, None] & (columns < WIDTH)[None, :]
     if TOGETHER == 1:
         at = heads * head_step + at
     else:
         at = (heads * head_step)[:, None, None] + at[None, :, :]
-        there = (heads < HEADS)[:, None, None] & there[None, :, :]
-    return at, there
+        mask = (heads < HEADS)[:, None, None] & mask[None, :, :]
+    return at, mask
 
 
 @triton.jit
@@ -62,11 +67,11 @@ def short_attention(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Attention of queries ``q[B, H, N, WIDTH]``, at most ``ROWS`` of them, to at most ``KEYS``
-    keys; softmax is in FP32. A program computes ``TOGETHER`` heads.
+    """Attend from ``q[B, H, N, WIDTH]`` to keys, N and their number at most ``ROWS`` and ``KEYS``.
 
-    ``out[B, N, H, WIDTH]`` is written as the layer after attention reads it. ``SCALE`` multiplies
-    the scores, in powers of two; ``GROUP`` heads of queries share one of keys.
+    Softmax is in FP32. A program computes ``TOGETHER`` heads. ``out[B, N, H, WIDTH]`` has the
+    memory order that the next linear layer reads. ``SCALE`` multiplies the scores and includes
+    log2(e), because softmax uses exp2. ``GROUP`` query heads share one head of keys and values.
     """
     parts = tl.cdiv(HEADS, TOGETHER)
     batch = (tl.program_id(0) // parts).to(tl.int64)
@@ -74,13 +79,17 @@ def short_attention(
     if TOGETHER > 1:
         heads += tl.arange(0, TOGETHER)
     rows, keys, columns = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
-    at, fits = _offsets(heads, rows, columns, HEADS, Q_ROWS, q_head, q_row, TOGETHER, WIDTH)
-    q_tile = tl.load(q + batch * q_batch + at, fits, 0.0)
-    of = heads // GROUP
-    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, k_head, k_row, TOGETHER, WIDTH)
-    k_tile = tl.load(k + batch * k_batch + at, fits, 0.0)
-    at, fits = _offsets(of, keys, columns, HEADS // GROUP, K_ROWS, v_head, v_row, TOGETHER, WIDTH)
-    v_tile = tl.load(v + batch * v_batch + at, fits, 0.0)
+    at, mask = _offsets(heads, rows, columns, HEADS, Q_ROWS, q_head, q_row, TOGETHER, WIDTH)
+    q_tile = tl.load(q + batch * q_batch + at, mask, 0.0)
+    kv_heads = heads // GROUP
+    at, mask = _offsets(
+        kv_heads, keys, columns, HEADS // GROUP, K_ROWS, k_head, k_row, TOGETHER, WIDTH
+    )
+    k_tile = tl.load(k + batch * k_batch + at, mask, 0.0)
+    at, mask = _offsets(
+        kv_heads, keys, columns, HEADS // GROUP, K_ROWS, v_head, v_row, TOGETHER, WIDTH
+    )
+    v_tile = tl.load(v + batch * v_batch + at, mask, 0.0)
 
     seen = (keys < K_ROWS)[None, :]
     if CAUSAL:
@@ -91,27 +100,27 @@ def short_attention(
     else:
         scores = tl.dot(q_tile, tl.permute(k_tile, (0, 2, 1)))
         scores = tl.where(seen[None, :, :], scores * SCALE, float("-inf"))
-    # NaN is no maximum, but what it is taken from stays NaN.
+    # tl.max ignores NaN, but a NaN score minus the maximum remains NaN.
     p = tl.exp2(scores - tl.max(scores, -1, keep_dims=True))
     result = tl.dot(p.to(v_tile.dtype), v_tile) / tl.sum(p, -1, keep_dims=True)
-    at, fits = _offsets(
+    at, mask = _offsets(
         heads, rows, columns, HEADS, Q_ROWS, WIDTH, HEADS * WIDTH, TOGETHER, WIDTH
     )  # fmt: skip
     to = out + batch * Q_ROWS * HEADS * WIDTH + at
-    tl.store(to, result.to(out.dtype.element_ty), fits)
+    tl.store(to, result.to(out.dtype.element_ty), mask)
 
 
 def launch(
     heads: Heads, scale: float, causal: bool, strides: Sequence[Sequence[int]], tile: Short
 ) -> Launch:
-    """Return the launch that attends.
+    """Return the launch of the kernel.
 
     Args:
         heads: the sizes.
-        scale: of the scores, in powers of two.
-        causal: whether a query sees the keys up to its own number only.
-        strides: of queries, keys and values, from batch to batch, head to head and row to row.
-        tile: how heads are shared out.
+        scale: multiplies the scores; includes log2(e).
+        causal: whether query i attends only to keys 0 to i.
+        strides: batch, head and row strides of queries, keys and values, in elements.
+        tile: how programs divide the heads.
     """
     rows, keys = (max(triton.next_power_of_2(n), 16) for n in (heads.q_rows, heads.k_rows))
     steps = [step for tensor in strides for step in tensor]

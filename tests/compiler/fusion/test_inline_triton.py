@@ -134,7 +134,7 @@ def block(m: Any, x: torch.Tensor) -> torch.Tensor:
 def test_a_graph_runs_kernels_alone(
     kernel: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "product_kernel", lambda device: kernel)
+    monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: kernel)
     run = Run(lowered(Model(block).to(dtype)), torch.randn(*shape, dtype=dtype))
     product = f"int8_product_{kernel}"
     assert run.kernels.count("quantize_rows") == 3
@@ -200,7 +200,7 @@ def test_layers_of_one_input_without_bias(asked: list[tuple[tile_types.Problem, 
 def test_what_tma_cannot_address_takes_pointers(
     dtype: torch.dtype, out: int, ran: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "product_kernel", lambda device: "tma")
+    monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: "tma")
     model = lowered(Model(lambda m, x: m.c(x), out=out).to(dtype))
     run = Run(model, torch.randn(4, DIM, dtype=dtype))
     assert run.kernels == ["quantize_rows", f"int8_product_{ran}"]
@@ -209,7 +209,7 @@ def test_what_tma_cannot_address_takes_pointers(
 def test_a_residual_between_addresses_of_tma_takes_pointers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "product_kernel", lambda device: "tma")
+    monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: "tma")
     model = lowered(Model(lambda m, x, flat: m.a(x) + flat[1:].view(4, DIM)))
     run = Run(model, torch.randn(4, DIM), torch.randn(4 * DIM + 1))
     assert run.launches[-1] == ("int8_product_pointers", True)

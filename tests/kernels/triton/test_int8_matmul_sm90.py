@@ -169,11 +169,14 @@ def test_proves_itself_once_per_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "why"),
-    [(False, "they give other bits"), (ValueError("no such\nlayout"), "no such")],
+    [
+        (False, "its output differs from another kernel's"),
+        (ValueError("no such\nlayout"), "no such"),
+    ],
 )
 def test_failed_proof(monkeypatch: pytest.MonkeyPatch, outcome: bool | Exception, why: str) -> None:
     proof(monkeypatch, outcome)
-    warning = f"^INT8 products by warps with roles are off with triton 3.10.0: .*{why}$"
+    warning = f"^the warp-specialized INT8 matmul kernel is not used.* triton 3.10.0: {why}$"
     with pytest.warns(UserWarning, match=warning):
         assert isinstance(chosen(), Product)
     with warnings.catch_warnings():
@@ -216,7 +219,7 @@ def test_compares_each_form(monkeypatch: pytest.MonkeyPatch, differing: int | No
     )
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    with nullcontext() if differing is None else pytest.warns(UserWarning, match="other bits"):
+    with nullcontext() if differing is None else pytest.warns(UserWarning, match="output differs"):
         assert dispatch.has_passed(rows[0], GPU, may_try=True) is (differing is None)
     every = [(True, 1), (False, 2), (False, 1)]
     assert forms == (every if differing is None else every[: differing + 1])
