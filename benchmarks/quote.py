@@ -1,21 +1,24 @@
-"""The figures that the documentation quotes: BF16, torchao's INT8 written by hand, and ours.
+"""Measure the documentation's figures: BF16, torchao's INT8 written by hand, and ours.
 
     python benchmarks/quote.py [--points NAMES] [--variants NAMES] [--json FILE] [--markdown]
 
-Blocks and whole encoders of OlmoEarth with random weights, compiled, on one CUDA device. Each
-variant runs in a process of its own with an empty compile cache, because torchao's defaults change
-Inductor for the whole process; ``torchao-*`` is what its documentation tells a user to write, for
-the same layers. The time of a batch is the median over rounds; speedups are against the faster of
-``bf16-flash`` and ``bf16-cudnn``, and against ``bf16-best``; dB is the SQNR of the first batch's
-output against the eager BF16 model.
-``bf16-best`` is BF16 with what is not INT8's merit: our pass that rotates queries and keys (RoPE),
-and the attention backend that takes the least time; ``fused-best`` is ``fused`` with that backend.
-``fused-warm`` compiles from the cache that ``fused`` left.
-``fused-int8attn`` is ``fused`` with INT8 attention, ``fused-resize`` resizes images by matmuls.
-``fused-sm80`` runs the kernels of GPUs without TMA and wgmma, whatever the device.
-``sm80-proxy-bf16`` and ``sm80-proxy-int8`` run only such kernels: BF16 by a matmul in Triton, as
-cuBLAS takes wgmma where it can, INT8 by ours, both with FlashAttention-2. Their ratio is an
-estimate of what an A100 shows.
+The points are blocks and whole encoders of OlmoEarth with random weights, compiled, on one CUDA
+device. Each variant runs in its own process with an empty compile cache, because torchao's defaults
+change Inductor for the whole process. The time of a batch is the median over rounds. Speedups are
+against the faster of ``bf16-flash`` and ``bf16-cudnn``, and against ``bf16-best``. dB is the SQNR
+of the first batch's output against the eager BF16 model.
+
+- ``bf16-best`` is BF16 with everything that is not due to INT8: our passes that rotate queries and
+  keys (RoPE) and resize images, and the fastest attention backend. ``fused-best`` is ``fused`` with
+  the fastest backend.
+- ``fused-warm`` compiles from the cache that ``fused`` left.
+- ``fused-int8attn`` is ``fused`` with INT8 attention.
+- ``fused-sm80`` runs the kernels for GPUs without TMA and wgmma on any GPU.
+- ``sm80-proxy-bf16`` and ``sm80-proxy-int8`` run only such kernels: a Triton matmul in BF16,
+  because cuBLAS uses wgmma where it can, and ours in INT8, both with FlashAttention-2. Their ratio
+  is an estimate of the speedup on an A100.
+- ``torchao-*`` is the code that torchao's documentation recommends, for the same layers.
+
 ``--markdown`` prints rows for the table in docs/fused.md instead.
 """
 
@@ -97,10 +100,8 @@ class Variant:
     quantize: Callable[[nn.Module], object] | None = None
     by_hand: bool = False
     int8_attention: bool = False
-    rotate: bool = False
-    """Rotate queries and keys in our pass also without INT8 layers, which always do."""
-    resize: bool = False
-    """Resize images by matmuls."""
+    always_fuse: bool = False
+    """Run the passes that do not need INT8 layers, which those with INT8 layers always do."""
     environment: tuple[tuple[str, str], ...] = ()
     warm: str | None = None
     """The variant whose compile cache this one finds."""
@@ -131,12 +132,11 @@ NEWER = re.compile(r"nvjet|sm(9\d|1\d\d)")
 VARIANTS = (
     Variant("bf16-flash", "flash"),
     Variant("bf16-cudnn", "cudnn"),
-    Variant(BEST, "auto", rotate=True),
+    Variant(BEST, "auto", always_fuse=True),
     Variant("fused", "cudnn", _ours("w8a8", "fused")),
     Variant("fused-best", "auto", _ours("w8a8", "fused")),
     Variant("fused-warm", "cudnn", _ours("w8a8", "fused"), warm="fused", only="encoder-"),
     Variant("fused-int8attn", "cudnn", _ours("w8a8", "fused"), int8_attention=True),
-    Variant("fused-resize", "cudnn", _ours("w8a8", "fused"), resize=True, only="encoder-"),
     Variant("fused-flash", "flash", _ours("w8a8", "fused")),
     Variant(
         "fused-sm80",
@@ -144,7 +144,7 @@ VARIANTS = (
         _ours("w8a8", "fused"),
         environment=SM80,
     ),
-    Variant(f"{PROXY}bf16", "flash", rotate=True, environment=SM80, only=PROXY_POINTS),
+    Variant(f"{PROXY}bf16", "flash", always_fuse=True, environment=SM80, only=PROXY_POINTS),
     Variant(
         f"{PROXY}int8",
         "flash",
@@ -203,7 +203,7 @@ def measure(point: Point, variant: Variant, cache: Path) -> dict[str, Any]:
             cache_dir=cache,
             int8_attention=variant.int8_attention,
         )
-        compiled.rotate, compiled.resize = variant.rotate, variant.resize
+        compiled.always_fuse = variant.always_fuse
         if variant.attention == "auto":
             compiled.choose_attention = lambda calls: fastest_backend(calls) or "auto"
         settings = compiled.entered()

@@ -13,7 +13,6 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from pytest_int8bench.compiler.fusion import passes
 from pytest_int8bench.compiler.fusion.int8_attention import AttentionCoverage, replace_attention
 from pytest_int8bench.compiler.fusion.nodes import begins_aligned, subgraphs, value_of
-from pytest_int8bench.compiler.fusion.resize import resize_by_matmuls
 from pytest_int8bench.compiler.fusion.short_attention import replace_short
 from pytest_int8bench.compiler.graphs import Graph
 from pytest_int8bench.compiler.torch_workarounds.inductor import (
@@ -39,8 +38,7 @@ class FusingInductor(InductorBackend):
         inline: let Inductor launch our kernels where it can
             (:mod:`~pytest_int8bench.compiler.fusion.inline_triton`).
         attention: counts the calls that INT8 attention replaces; None to replace none.
-        rotate: rotate queries and keys in one pass even if no layer is quantized.
-        resize: resize images by matmuls.
+        always: run the passes that do not need INT8 layers in all graphs (:func:`.passes.fuse`).
     """
 
     def __init__(
@@ -49,13 +47,12 @@ class FusingInductor(InductorBackend):
         dynamic: bool | None,
         inline: bool = False,
         attention: AttentionCoverage | None = None,
-        rotate: bool = False,
-        resize: bool = False,
+        always: bool = False,
     ) -> None:
         super().__init__(mode, None, dynamic)
         self._inline = inline
         self._attention = attention
-        self._rotate, self._resize = rotate, resize
+        self._always = always
         self.graphs: list[Graph] = []
         """Graphs compiled so far."""
         self.compiling: Callable[
@@ -83,9 +80,7 @@ class FusingInductor(InductorBackend):
             replace_short(model_, short)
         if self._attention is not None:
             replace_attention(model_, self._attention)
-        if self._resize:
-            resize_by_matmuls(model_)
-        passes.fuse(model_, inline=self._inline, rotate=self._rotate)
+        passes.fuse(model_, inline=self._inline, always=self._always)
         _check_regions(model_)
         _check_alignment(model_)
         with cached_region_schemas():

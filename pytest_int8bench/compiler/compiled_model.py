@@ -70,9 +70,8 @@ class CompiledModel(torch.nn.Module):
         attention: the attention backend allowed on every call.
         choose_attention: returns the attention backend to compile a graph for, given the calls of
             attention in it; None once the backend is fixed (:meth:`fix_attention`).
-        rotate: rotate queries and keys in one pass even in graphs without INT8 layers
-            (:mod:`.fusion.rotation`); set it before the first call.
-        resize: resize images by matmuls (:mod:`.fusion.resize`); set it before the first call.
+        always_fuse: run the passes that do not need INT8 layers in all graphs
+            (:func:`.fusion.passes.fuse`); set it before the first call.
         first_call_s: seconds of the first call, including compilation but not the import of
             Inductor; None before the call, and in mode ``off``.
         cuda_graphs_skipped: whether Inductor skipped CUDA graphs although the mode uses them.
@@ -104,7 +103,7 @@ class CompiledModel(torch.nn.Module):
         self.mode = mode
         self.fullgraph = fullgraph
         self.choose_attention: Callable[[Counter[Call]], str] | None = None
-        self.rotate = self.resize = False
+        self.always_fuse = False
         self._allow_tf32 = allow_tf32
         self._autocast_dtype = autocast_dtype
         self._dynamic = dynamic
@@ -151,7 +150,7 @@ class CompiledModel(torch.nn.Module):
         if self.mode == "off":
             return entry
         backend = FusingInductor(
-            self.mode, self._dynamic, inline, self.int8_attention, self.rotate, self.resize
+            self.mode, self._dynamic, inline, self.int8_attention, self.always_fuse
         )
         # Dynamo keeps backends until the process ends, so they must not keep the model alive.
         compiling: Callable[[], Any] = weakref.WeakMethod(self._compiling)

@@ -60,7 +60,7 @@ def find_ceiling(
     *,
     bound: Bound,
     attention: AttentionPart | None = None,
-    rotates: bool = False,
+    rewrites: bool = False,
     element_bytes: int = 2,
     shortest_s: float = 0.0,
 ) -> Ceiling:
@@ -71,7 +71,8 @@ def find_ceiling(
     by the former, and the share of quantized layers shrinks by the latter. With INT8 matmuls,
     kernels between quantized layers may also shrink to one pass over each input, the least that
     can quantize rows by their own maximum. All kernels may be of that kind with INT8 attention,
-    whose first pass also rotates and lays out queries and keys, and if another pass rotates them.
+    whose first pass also rotates and lays out queries and keys, and if the candidate replaces
+    kernels elsewhere.
     Everything else is unchanged.
 
     Args:
@@ -81,7 +82,8 @@ def find_ceiling(
         rates: the device's rates at the sizes of the quantized layers.
         bound: inputs of the mode's upper bound.
         attention: possible effect of INT8 attention; None if attention is unchanged.
-        rotates: the candidate rotates queries and keys in a pass that the baseline lacks.
+        rewrites: the candidate replaces kernels that are not next to a quantized layer, by a pass
+            that rotates queries and keys or by matmuls that resize images.
         element_bytes: bytes per element of the baseline's weights and activations.
         shortest_s: seconds of the shortest possible kernel.
 
@@ -96,7 +98,7 @@ def find_ceiling(
     share, ratio = _share_and_ratio(quantized, others, rates, bound, element_bytes)
     left_s = baseline.total_s - baseline.products_s * share * (1 - 1 / ratio)
     element_s = None if int8_rates is None else (element_bytes + 1) / rates.bytes_per_s
-    may_shrink = rotates or attention is not None
+    may_shrink = rewrites or attention is not None
     saved_s = _saved_s(baseline.rest, quantized, others, may_shrink, element_s, shortest_s)
     if attention:
         saved_s += baseline.attention * attention.share * (1 - 1 / attention.ratio)

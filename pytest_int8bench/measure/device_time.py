@@ -32,6 +32,8 @@ from pytest_int8bench.quantization.api import coverage
 from pytest_int8bench.results.parts import Kernels, UpperBound
 
 KERNELS_KEPT = 20
+# Torch's kernel for antialiased resizing, upsample_gen2d_aa_out_frame.
+_RESIZE = "upsample_gen2d_aa"
 #: Devices whose profile lists kernels. On a CPU, it lists a graph that Inductor fused as one entry.
 WITH_KERNELS = ("cuda",)
 
@@ -136,8 +138,13 @@ def _find_ceiling(baseline: Model, candidate: Model, timer: Timer) -> CeilingSou
         rates,
         bound=bound,
         attention=attention,
-        rotates=any("rotate_heads" in kernel.name for kernel in candidate.evidence().kernels),
+        rewrites=_has_kernel(candidate, "rotate_heads")
+        or (_has_kernel(baseline, _RESIZE) and not _has_kernel(candidate, _RESIZE)),
         element_bytes=dtype.itemsize,
         shortest_s=shortest_s(evidence),
     )
     return CeilingSources(split, ceiling)
+
+
+def _has_kernel(model: Model, name: str) -> bool:
+    return any(name in kernel.name for kernel in model.evidence().kernels)

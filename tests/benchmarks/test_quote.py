@@ -173,7 +173,7 @@ def test_the_matmul(sm80: Any, rows: int, n: int, k: int, has_bias: bool) -> Non
 
 def test_tiles_hold_as_many_bytes_as_those_of_int8(sm80: Any) -> None:
     assert [(t.bm, t.bn, 2 * t.bk) for t in sm80.CANDIDATES] == [
-        (t.bm, t.bn, t.bk) for t in sm80.POINTER_CANDIDATES
+        (t.bm, t.bn, t.bk) for t in sm80.POINTER_CANDIDATES if t.bm * t.bn >= 128 * 64
     ]
 
 

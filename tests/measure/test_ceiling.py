@@ -46,15 +46,15 @@ def calls_of(*names: str, rows: int = 1000, size: Size = SQUARE) -> list[LinearC
 # -- products -----------------------------------------------------------------------------------
 
 
-def test_a_pass_that_rotates_may_save_all_of_the_rest() -> None:
-    alone, rotating = (
+def test_rewriting_other_kernels_may_save_all_of_the_rest() -> None:
+    alone, rewriting = (
         find_ceiling(
-            SPLIT, calls_of("a", "b", "c"), {"a", "b"}, rates_of(), bound=W8A8, rotates=rotates
+            SPLIT, calls_of("a", "b", "c"), {"a", "b"}, rates_of(), bound=W8A8, rewrites=rewrites
         )
-        for rotates in (False, True)
+        for rewrites in (False, True)
     )
-    assert rotating.speedup > alone.speedup
-    assert rotating.products_speedup == alone.products_speedup
+    assert rewriting.speedup > alone.speedup
+    assert rewriting.products_speedup == alone.products_speedup
 
 
 def test_products_twice_as_fast_halve_their_part() -> None:

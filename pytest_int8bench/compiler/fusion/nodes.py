@@ -214,6 +214,30 @@ def writes(node: Node) -> bool:
     return node.op == "call_function" and bool(given_arguments(node).get("inplace"))
 
 
+def is_call(node: Any, targets: tuple[Any, ...]) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def operands_of_product(node: Node) -> list[tuple[Node, Node]]:
+    """Return the operands of a product of tensors in both orders; empty for other nodes."""
+    if not is_call(node, MULTIPLY) or len(node.args) != 2 or node.kwargs:
+        return []
+    one, other = node.args
+    both = isinstance(value_of(one), torch.Tensor) and isinstance(value_of(other), torch.Tensor)
+    return [(one, other), (other, one)] if both else []
+
+
+def without_cast(node: Node) -> Node:
+    """Return the input of a cast between floating dtypes, and any other node unchanged."""
+    if _is_cast(node) and len(node.args) <= 2:
+        source = node.args[0]
+        before, after = value_of(source), value_of(node)
+        floating = before.is_floating_point() and after.is_floating_point()
+        if floating and before.device == after.device:
+            return source
+    return node
+
+
 def only_user(node: Node) -> Node:
     users = list(node.users)
     return users[0] if len(users) == 1 else None

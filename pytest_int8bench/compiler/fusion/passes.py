@@ -42,6 +42,7 @@ from pytest_int8bench.compiler.fusion.nodes import (
     views_read_by_strides,
     writes,
 )
+from pytest_int8bench.compiler.fusion.resize import resize_by_matmuls
 from pytest_int8bench.compiler.fusion.rotation import fuse_rotations
 
 # Positions in the operators' arguments.
@@ -49,24 +50,26 @@ _X, _FACTOR = 0, 7
 _GAMMA, _RESIDUAL = 5, 6
 
 
-def fuse(module: fx.GraphModule, *, inline: bool = False, rotate: bool = False) -> fx.GraphModule:
+def fuse(module: fx.GraphModule, *, inline: bool = False, always: bool = False) -> fx.GraphModule:
     """Fuse operators in the graph of ``module`` and of the regions that it calls, in place.
 
     Args:
         module: Dynamo's graph.
         inline: replace our operators by their kernels (:mod:`.inline_triton`); otherwise, only
             compile their kernels in threads.
-        rotate: rotate queries and keys in one pass (:mod:`.rotation`) even in graphs without INT8
-            layers.
+        always: resize images by matmuls (:mod:`.resize`) and rotate queries and keys in one pass
+            (:mod:`.rotation`) even in graphs without INT8 layers.
     """
     parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    if always or any(_has_linear(part.graph) for part in parts):
+        resize_by_matmuls(module)
     for part in parts:
         has_linear = _has_linear(part.graph)
-        if rotate or has_linear:
+        if always or has_linear:
             fuse_rotations(part.graph)
         if has_linear:
             _fuse_layers(part.graph, inline)
-        if rotate or has_linear:
+        if always or has_linear:
             part.graph.lint()
             part.recompile()
     return module

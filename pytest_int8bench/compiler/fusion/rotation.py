@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +12,21 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_int8bench.compiler.fusion.nodes import (
     ADD,
-    MULTIPLY,
     ROTATE_HEADS,
     SHORT_ATTENTION,
     Node,
     given_arguments,
+    is_call,
     nothing_written,
+    operands_of_product,
     same_value,
     value_of,
-    with_value,
+    without_cast,
 )
+from pytest_int8bench.compiler.fusion.rotation_tables import concatenated, position_tables
 from pytest_int8bench.kernels import dispatch
 
 _NEGATE = (operator.neg, torch.neg)
-_CASTS = ("to", "float", "half", "bfloat16")
-# How a position for each row (B, N), and a frequency for each pair of columns (H, D / 2), are
-# broadcast to angles (B, H, N, D / 2).
-_OF_ROWS = (slice(None), None, slice(None), None)
-_OF_COLUMNS = (None, slice(None), None, slice(None))
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def rotated(node: Node) -> Rotation | None:
     halves is ``x * cosines + cat((-second half, first half), -1) * sines``, where all heads share a
     row of cosines and sines.
     """
-    inner = _without_cast(node)
+    inner = without_cast(node)
     if (node.op, node.target) == ("call_method", "contiguous"):
         inner = node.args[0]
     if inner is not node:
@@ -139,18 +135,21 @@ def rotated(node: Node) -> Rotation | None:
     rotation = _by_angles(node)
     if rotation is None:
         return _of_halves(node)
-    return _positions(rotation) or rotation
+    tables = position_tables(rotation.turn[0])
+    if tables is None:
+        return rotation
+    return Rotation(rotation.x, "positions", tables[:2], tables[2])
 
 
 def _factors_of_sum(node: Node) -> list[tuple[Node, Node, Node, Node]]:
     """Return the factors of a sum of two products, in every possible order."""
-    if not _is(node, ADD) or len(node.args) != 2 or node.kwargs:
+    if not is_call(node, ADD) or len(node.args) != 2 or node.kwargs:
         return []
     return [
         (*one, *other)
         for straight, crossed in (node.args, node.args[::-1])
-        for one in _products(straight)
-        for other in _products(crossed)
+        for one in operands_of_product(straight)
+        for other in operands_of_product(crossed)
     ]
 
 
@@ -202,7 +201,7 @@ def _joined(node: Node, chunks: list[Node]) -> Rotation | None:
     """Return the rotation of a whole tensor whose columns ``chunks`` rotate part by part, or
     None."""
     found = [one for chunk in chunks if (one := _by_angles(chunk)) is not None]
-    sources = {one.x.args[0] if _is(one.x, (operator.getitem,)) else None for one in found}
+    sources = {one.x.args[0] if is_call(one.x, (operator.getitem,)) else None for one in found}
     source = sources.pop() if len(found) == len(chunks) else None
     if sources or source is None:
         return None
@@ -219,109 +218,13 @@ def _joined(node: Node, chunks: list[Node]) -> Rotation | None:
         start += value_of(one.x).shape[-1]
     if start != value_of(source).shape[-1]:
         return None
-    whole = _side_by_side(node.graph, [one.turn[0] for one in found], -1)
+    whole = concatenated(node.graph, [one.turn[0] for one in found], -1)
     return Rotation(source, "angles", (whole,), min(one.first_reader for one in found))
-
-
-def _side_by_side(graph: fx.Graph, parts: list[Node], dim: int) -> Node:
-    """Insert a concatenation of tensors (B, H, N, D) that broadcasts the other dimensions."""
-    shapes = [list(value_of(part).shape) for part in parts]
-    own = [shape[dim] for shape in shapes]
-    for shape in shapes:
-        shape[dim] = 1
-    common = list(torch.broadcast_shapes(*shapes))
-    wide = []
-    for part, size in zip(parts, own, strict=True):
-        shape = list(common)
-        shape[dim] = size
-        value = value_of(part).expand(shape)
-        wide.append(with_value(graph.call_method("expand", (part, tuple(shape))), value))
-    value = torch.cat([value_of(part) for part in wide], dim)
-    return with_value(graph.call_function(torch.cat, (wide, dim)), value)
-
-
-def _positions(rotation: Rotation) -> Rotation | None:
-    """Return the same rotation with positions and frequencies instead of angles, or None if its
-    angles are not sums of their products. The kernel then computes the angles, because reading an
-    angle takes as much memory traffic as two columns in BF16."""
-    [angles] = rotation.turn
-    terms: list[Node] = []
-    node = angles
-    while _is(node, ADD) and len(node.args) == 2 and not node.kwargs:
-        node, term = node.args
-        terms.insert(0, term)
-    terms.insert(0, node)
-    factors = [_position_and_frequency(term) for term in terms]
-    if not all(factors):
-        return None
-    positions, frequencies = (list(side) for side in zip(*factors, strict=True))
-    graph, first = angles.graph, list(terms)
-    table, selected = _selected_in_order(positions, _OF_ROWS, lambda i: (Ellipsis, i))
-    if table is None:
-        rows = _side_by_side(graph, positions, -1)
-    else:
-        first += selected
-        rows = _view(graph, operator.getitem, table, (slice(None), None))
-    table, selected = _selected_in_order(frequencies, _OF_COLUMNS, lambda i: i)
-    if table is None:
-        columns = _side_by_side(graph, frequencies, -2)
-    else:
-        first += selected
-        swapped = _view(graph, torch.transpose, table, 0, 1)
-        columns = _view(graph, torch.unsqueeze, swapped, 0)
-    return Rotation(rotation.x, "positions", (rows, columns), min(first))
-
-
-def _selected_in_order(
-    parts: list[Node], view: tuple[Any, ...], index: Callable[[int], Any]
-) -> tuple[Node | None, list[Node]]:
-    """Return the tensor of three dimensions that ``parts`` were selected from, in order and all of
-    it, and the operators that selected them; None if they were not. To read it saves copying the
-    parts side by side.
-
-    Args:
-        parts: views of the selected parts, which may have been cast.
-        view: index of each view.
-        index: returns the index that selects the part of a given number.
-    """
-    selected: list[Node] = []
-    for i, part in enumerate(parts):
-        inner = _without_cast(part.args[0]) if _is(part, (operator.getitem,)) else None
-        if not _is(inner, (operator.getitem,)) or (part.args[1], inner.args[1]) != (view, index(i)):
-            return None, []
-        selected.append(inner)
-    table = selected[0].args[0]
-    of = value_of(table)
-    count = of.shape[-1] if isinstance(index(0), tuple) else of.shape[0]
-    is_whole = of.dim() == 3 and count == len(parts) and of.itemsize <= 4
-    if not is_whole or any(one.args[0] is not table for one in selected):
-        return None, []
-    return table, selected
-
-
-def _view(graph: fx.Graph, function: Any, *args: Any) -> Node:
-    """Insert a view of the tensor ``args[0]``."""
-    value = function(value_of(args[0]), *args[1:])
-    return with_value(graph.call_function(function, args), value)
-
-
-def _position_and_frequency(node: Node) -> tuple[Node, Node] | None:
-    """Return the factors of a product of a number per row and a number per pair of columns."""
-    for row, column in _products(node):
-        one, other = value_of(row), value_of(column)
-        if (
-            {one.dtype, other.dtype} == {torch.float32}
-            and one.dim() == other.dim() == 4
-            and one.shape[1] == one.shape[3] == 1
-            and other.shape[0] == other.shape[2] == 1
-        ):
-            return row, column
-    return None
 
 
 def _chunks(node: Node) -> list[Node] | None:
     """Return the tensors that a node concatenates along their columns; None for other nodes."""
-    if not _is(node, (torch.cat,)):
+    if not is_call(node, (torch.cat,)):
         return None
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -329,20 +232,11 @@ def _chunks(node: Node) -> list[Node] | None:
     return list(tensors) if last and isinstance(tensors, list | tuple) else None
 
 
-def _products(node: Node) -> list[tuple[Node, Node]]:
-    """Return the operands of a product of tensors in both orders; empty for other nodes."""
-    if not _is(node, MULTIPLY) or len(node.args) != 2 or node.kwargs:
-        return []
-    one, other = node.args
-    both = isinstance(value_of(one), torch.Tensor) and isinstance(value_of(other), torch.Tensor)
-    return [(one, other), (other, one)] if both else []
-
-
 def _angles(node: Node, function: Any) -> tuple[Node, Node] | None:
     """Return the angles of a node that repeats their sine or cosine for both columns of each pair,
     and the operator that computes the sine or cosine; None for other nodes."""
-    node = _without_cast(node)
-    if not _is(node, (torch.repeat_interleave,)):
+    node = without_cast(node)
+    if not is_call(node, (torch.repeat_interleave,)):
         return None
     given = {"repeats": None, "dim": None} | dict(
         zip(("input", "repeats", "dim"), node.args, strict=False)
@@ -350,24 +244,13 @@ def _angles(node: Node, function: Any) -> tuple[Node, Node] | None:
     given |= node.kwargs
     if given["repeats"] != 2 or given["dim"] not in (-1, value_of(node).dim() - 1):
         return None
-    inner = _without_cast(given["input"])
-    return (given_arguments(inner)["input"], inner) if _is(inner, (function,)) else None
-
-
-def _without_cast(node: Node) -> Node:
-    """Return the input of a cast between floating dtypes, and any other node unchanged."""
-    if node.op == "call_method" and node.target in _CASTS and len(node.args) <= 2:
-        source = node.args[0]
-        before, after = value_of(source), value_of(node)
-        floating = before.is_floating_point() and after.is_floating_point()
-        if floating and before.device == after.device:
-            return source
-    return node
+    inner = without_cast(given["input"])
+    return (given_arguments(inner)["input"], inner) if is_call(inner, (function,)) else None
 
 
 def _source(x: Node) -> Node:
     """Return ``x`` before a cast to FP32, or ``x`` itself."""
-    source = _without_cast(x)
+    source = without_cast(x)
     if source is x or value_of(x).dtype != torch.float32 or value_of(source).itemsize > 4:
         return x
     return source
@@ -379,11 +262,13 @@ def _is_swapped(node: Node, x: Node) -> bool:
     if not (node.op == "call_method" and node.target == "flatten" and node.args[1:] == (-2,)):
         return False
     stacked = node.args[0]
-    if not _is(stacked, (torch.stack,)) or (*stacked.args[1:], *stacked.kwargs.values()) != (-1,):
+    if not is_call(stacked, (torch.stack,)) or (*stacked.args[1:], *stacked.kwargs.values()) != (
+        -1,
+    ):
         return False
     first, second = stacked.args[0]
     return (
-        _is(first, _NEGATE)
+        is_call(first, _NEGATE)
         and _is_columns(first.args[0], x, slice(1, None, 2))
         and _is_columns(second, x, slice(0, None, 2))
     )
@@ -392,7 +277,7 @@ def _is_swapped(node: Node, x: Node) -> bool:
 def _is_half_swapped(node: Node, x: Node) -> bool:
     """Return whether a node is ``x`` with its halves swapped and the first of them negated."""
     chunks = _chunks(node)
-    if chunks is None or len(chunks) != 2 or not _is(chunks[0], _NEGATE):
+    if chunks is None or len(chunks) != 2 or not is_call(chunks[0], _NEGATE):
         return False
     width = value_of(x).shape[-1]
     if not isinstance(width, int) or width % 2:
@@ -407,7 +292,7 @@ def _is_half_swapped(node: Node, x: Node) -> bool:
 
 def _is_columns(node: Node, x: Node, columns: slice) -> bool:
     """Return whether a node is the slice ``columns`` of the columns of ``x``."""
-    if not _is(node, (operator.getitem,)) or _source(node.args[0]) is not x:
+    if not is_call(node, (operator.getitem,)) or _source(node.args[0]) is not x:
         return False
     bounds, width = node.args[1], value_of(x).shape[-1]
     return (
@@ -421,7 +306,7 @@ def _is_columns(node: Node, x: Node, columns: slice) -> bool:
 
 def _is_chunk(node: Node, x: Node, index: int) -> bool:
     """Return whether a node is half ``index`` of ``x``, from a call of ``chunk``."""
-    if not _is(node, (operator.getitem,)) or node.args[1] != index:
+    if not is_call(node, (operator.getitem,)) or node.args[1] != index:
         return False
     whole = node.args[0]
     calls = ("call_method", "chunk"), ("call_function", torch.chunk)
@@ -430,7 +315,3 @@ def _is_chunk(node: Node, x: Node, index: int) -> bool:
     given = dict(zip(("chunks", "dim"), whole.args[1:], strict=False)) | whole.kwargs
     last = given.get("dim", 0) in (-1, value_of(x).dim() - 1)
     return bool(given.get("chunks") == 2 and last)
-
-
-def _is(node: Any, targets: tuple[Any, ...]) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets

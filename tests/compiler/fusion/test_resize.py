@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from pytest_int8bench.compiler.api import compile_for_a100
-from pytest_int8bench.compiler.fusion import resize
+from pytest_int8bench.compiler.fusion import passes, resize
 from pytest_int8bench.kernels import dispatch
 
 SIZES = [((64, 64), (128, 128)), ((9, 7), (24, 24)), ((32, 48), (12, 48)), ((1, 5), (3, 2))]
@@ -139,6 +139,19 @@ def test_patch_embedding_of_olmoearth() -> None:
     assert error_of(out, wanted) < 0.02
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_graphs_without_int8_layers_resize_as_before(always: bool) -> None:
+    nodes: list[Any] = []
+
+    def backend(module: Any, _: Any) -> Callable[..., Any]:
+        nodes.extend(passes.fuse(module, always=always).graph.nodes)
+        return lambda *_: (None,)
+
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    torch.compile(Resize(size=(16, 16)), backend=backend, fullgraph=True, dynamic=False)(x)
+    assert any(node.target is torch.matmul for node in nodes) == always
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,6 +174,6 @@ def test_compiled_by_inductor() -> None:
     x = torch.randn(2, 3, 16, 16).bfloat16()
     for mode in ("bicubic", "bilinear"):
         compiled = compile_for_a100(Resize(size=(32, 32), mode=mode), mode="default")
-        compiled.resize = True
+        compiled.always_fuse = True
         wanted = interpolate(x.double(), (32, 32), mode=mode, antialias=True)
         assert error_of(compiled(x), wanted) < 0.005

@@ -326,7 +326,7 @@ def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_at_once(rotate: Rotate, axes: int, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Compare what attention returns, and return the calls of the operator."""
     out, want, nodes = compiled(
-        Rotated(rotate), *inputs_of(axes, dtype), change=lambda m: passes.fuse(m, rotate=True)
+        Rotated(rotate), *inputs_of(axes, dtype), change=lambda m: passes.fuse(m, always=True)
     )
     assert out.stride() == want.stride()
     assert (out - want).norm() < (1e-5 if dtype == torch.float32 else 0.01) * want.norm()
@@ -363,7 +363,7 @@ def test_queries_and_keys_of_other_angles() -> None:
     out, want, nodes = compiled(
         Crossed(OLMOEARTH["rope_mixed"][0]),
         *inputs_of(2, torch.float32),
-        change=lambda module: passes.fuse(module, rotate=True),
+        change=lambda module: passes.fuse(module, always=True),
     )
     assert torch.allclose(out, want, atol=1e-5)
     assert [len(node.args[0]) for node in nodes if node.target is ROTATE_HEADS] == [1, 1]
