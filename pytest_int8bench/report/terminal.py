@@ -24,8 +24,8 @@ from pytest_int8bench.words import plural
 #: Follows a verdict on a model with random weights.
 _PIPELINE = "*"
 PIPELINE_CHECK = (
-    f"{_PIPELINE} pipeline check: the weights are random, so the verdict says nothing about a "
-    "trained model and fails no test; see --int8-weights"
+    f"{_PIPELINE} pipeline check: the weights are random, so the verdict only shows that scoring "
+    "works and never fails a test; see --int8-weights"
 )
 
 
@@ -57,9 +57,9 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         parts.append(fold(*([title] if title else [])) + table.text(width=width, color=color))
     text = "\n".join(parts)
     verdict_lines = [line for verdict in saved.accuracy for line in verdict_remarks(verdict)]
-    text += fold(*verdict_lines)
     if any(verdict.is_pipeline_check for verdict in saved.accuracy):
         text += fold(PIPELINE_CHECK)
+    text += fold(*verdict_lines)
     lines: dict[str, None] = {}  # several tests of one point may report the same problem
     for result in saved.results:
         if result.reason not in verdict_lines:
@@ -74,12 +74,24 @@ def render(saved: Saved, *, width: int | None, color: bool) -> str:
         text += fold(f"skipped: {count}: {disabled[0].reason}")
     if timer := unsynchronized(saved.benchmarks, saved.environment):
         text += fold(timer)
-    versions = {r.params.get("model_version") for r in measured if r.workload == "olmoearth"}
-    if named := sorted(version for version in versions if version):
-        text += fold(f"OlmoEarth model version: {', '.join(named)}", style="dim")
+    if version := _olmoearth_version(measured):
+        text += fold(version, style="dim")
     if short := short_rounds(saved.results):
         text += fold(short)
     return text + fold(describe(saved.environment), style="dim")
+
+
+def _olmoearth_version(results: Sequence[Result]) -> str | None:
+    """Return a line on what run names of OlmoEarth leave out; None without such results."""
+    ours = [result for result in results if result.workload == "olmoearth"]
+    versions = sorted({str(v) for r in ours if (v := r.params.get("model_version"))})
+    if not versions:
+        return None
+    tokens = {
+        round(r.tokens_per_s / r.samples_per_s) for r in ours if r.tokens_per_s and r.samples_per_s
+    }
+    counts = f", {tokens.pop():,} tokens per sample" if len(tokens) == 1 else ""
+    return f"OlmoEarth model version: {', '.join(versions)}{counts}"
 
 
 def benchmarks_table(benchmarks: Sequence[Benchmark]) -> Grid:

@@ -11,6 +11,8 @@ from pytest_int8bench.report.cells import score_text
 from pytest_int8bench.report.tables import MISSING
 from pytest_int8bench.results.verdicts import NO_LABELS, Accuracy
 
+_CLOSE = "its outputs are close to the baseline's, which does not measure accuracy"
+
 
 def message(verdicts: Sequence[Accuracy], *, remedied: bool) -> str:
     """Return the message of a failing test: each verdict in one line and its figures, worst first.
@@ -36,7 +38,7 @@ def describe(verdict: Accuracy) -> list[str]:
     name = verdict.label
     check = " (pipeline check: random weights)" if verdict.is_pipeline_check else ""
     if verdict.metric == NO_LABELS:
-        why = verdict.reason or "only outputs were compared; accuracy was not measured"
+        why = verdict.reason or _CLOSE
         return [f"{verdict.outcome}: {name}: {why}", f"  {describe_distance(verdict)}"]
     drop, low, high = (
         MISSING if value is None else f"{100 * value:.2f}{verdict.drop_unit}"
@@ -126,7 +128,7 @@ def _cost(row: Mapping[str, Any]) -> str:
 
 
 def describe_distance(verdict: Accuracy) -> str:
-    """Return the figures of an output comparison, each with its noise floor."""
+    """Return the figures of an output comparison, and those of the same comparison without INT8."""
     found, floor = verdict.distance or {}, verdict.floor or {}
     formats: dict[str, tuple[str, Callable[[float], str]]] = {
         "cosine": ("cosine", lambda v: f"{v:.5f}"),
@@ -134,13 +136,14 @@ def describe_distance(verdict: Accuracy) -> str:
         "top1_agreement": ("top-1 agreement", lambda v: f"{v:.1%}"),
         "knn_agreement": ("kNN agreement", lambda v: f"{v:.1%}"),
     }
-    parts = []
+    parts, floors = [], []
     for field, (name, show) in formats.items():
         if found.get(field) is None:
             if field == "sqnr_db":
                 parts.append("SQNR infinite (equal outputs)")
             continue
         against = floor.get(field)
-        shown = "infinite" if against is None else show(against)
-        parts.append(f"{name} {show(found[field])} (floor {shown})")
-    return f"{', '.join(parts)}, {verdict.samples} samples"
+        parts.append(f"{name} {show(found[field])}")
+        floors.append("infinite" if against is None else show(against))
+    floor_text = f" (without INT8: {', '.join(floors)})" if floors else ""
+    return f"{', '.join(parts)}{floor_text}, {verdict.samples} samples"

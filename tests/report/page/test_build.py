@@ -243,8 +243,8 @@ def test_output_comparisons_are_noted() -> None:
     proxy = verdict(W8A8, 0, "proxy-ok", metric="outputs", limit=None)
     proxy = replace(proxy, distance={"cosine": 0.999, "sqnr_db": 40.0}, floor={"cosine": 1.0})
     [note] = section(view_of(Saved(GPU, [], [proxy])), "accuracy").notes
-    assert note.startswith(f"proxy-ok: {W8A8.run_name}: only outputs were compared")
-    assert "cosine 0.99900 (floor 1.00000)" in note
+    assert note.startswith(f"proxy-ok: {W8A8.run_name}: its outputs are close")
+    assert "cosine 0.99900, SQNR 40.0 dB (without INT8: 1.00000, infinite)" in note
 
 
 def test_memory_and_the_first_call() -> None:
