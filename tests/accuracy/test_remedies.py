@@ -151,7 +151,7 @@ def test_a_model_without_outliers_needs_no_remedy() -> None:
     [(OUTLIERS, 0.0, False), ({}, 1e4, True)],
     ids=["layers", "attention"],
 )
-def test_attention_in_bf16_is_the_first_rung(
+def test_tries_attention_in_bf16_first(
     channel: dict[int, float], outlier: float, helps: bool
 ) -> None:
     def build(p: RunParams) -> nn.Module:
@@ -167,7 +167,7 @@ def test_attention_in_bf16_is_the_first_rung(
     assert {row["rung"] for row in rest} == (set() if helps else {"SmoothQuant"})
 
 
-def test_an_outlier_channel_is_remedied_by_smoothquant() -> None:
+def test_smoothquant_remedies_an_outlier_channel() -> None:
     verdict = walk(make_workload(channel=OUTLIERS))
     assert verdict.outcome == "FAIL"  # of the configuration that was asked for
     rows = verdict.remedies
@@ -215,13 +215,13 @@ def test_layers_with_outliers_are_found_and_left_in_bf16(selection: bool) -> Non
     assert again.outcome == "PASS"
 
 
-def test_a_filter_of_the_users_stays_in_force() -> None:
+def test_remedies_keep_the_users_filter() -> None:
     workload = make_workload(spike=SPIKES, filter_fn=lambda module, name: name.startswith("blocks"))
     last = walk(workload).remedies[-1]
     assert "and your_filter(module, name)" in last["configuration"]
 
 
-def test_weights_only_is_the_last_rung() -> None:
+def test_tries_weights_only_last() -> None:
     def both(module: nn.Module, name: str) -> bool:
         return name in ("blocks.1.fc2", "blocks.3.fc2")
 
@@ -234,7 +234,7 @@ def test_weights_only_is_the_last_rung() -> None:
     assert (rows[-1]["outcome"], rows[-1]["configuration"]) == ("PASS", "--int8-mode=w8")
 
 
-def test_a_remedy_that_cannot_be_tried_is_said() -> None:
+def test_reports_remedy_that_cannot_be_tried() -> None:
     def fails(p: RunParams, device: torch.device) -> Any:
         raise WorkloadError("no calibration today")
 
@@ -248,7 +248,7 @@ def test_a_remedy_that_cannot_be_tried_is_said() -> None:
 # -- sensitivity --------------------------------------------------------------------------------
 
 
-def test_layers_are_ranked_by_what_they_lose() -> None:
+def test_layers_are_ranked_by_loss() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     told: list[str] = []
     scan = SensitivityScan(guardrail, make_workload(spike={1: 40.0}), W8A8)
@@ -277,7 +277,7 @@ def test_blocks_are_ranked_by_their_metric() -> None:
     assert (table.metric, table.samples) == ("top1", SAMPLES // 4)
 
 
-def test_blocks_are_what_the_first_number_counts() -> None:
+def test_blocks_are_named_up_to_their_first_number() -> None:
     names = [
         "encoder.blocks.0.attn.q",
         "encoder.blocks.0.fc1",
@@ -294,7 +294,7 @@ def test_blocks_are_what_the_first_number_counts() -> None:
     assert list(grouped(names, "layer")) == names
 
 
-def test_what_cannot_be_scanned_is_said() -> None:
+def test_rejects_scans_that_cannot_run() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     with pytest.raises(ScanError, match=r"^by must be one of layer, block, got 'model'$"):
         SensitivityScan(guardrail, make_workload(), W8A8, by="model")
@@ -307,7 +307,7 @@ def test_what_cannot_be_scanned_is_said() -> None:
         scan.run(nodeid="a", metric=True)
 
 
-def test_groups_are_not_torn_apart() -> None:
+def test_halves_do_not_split_groups() -> None:
     """Or what certifies a remedy would have been seen when it was chosen."""
     groups = np.arange(300) % 30
     evaluation = Evaluation(metric="top1", scores=lambda forward: [], groups=groups)
