@@ -67,7 +67,7 @@ def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.usefixtures("stream")
 @pytest.mark.parametrize(("slower", "code"), [(1.0, 0), (1.2, 1)])
-def test_compare_says_its_verdict_and_writes_its_files(slower: float, code: int) -> None:
+def test_compare_prints_its_verdict_and_writes_its_files(slower: float, code: int) -> None:
     files = ("--json=out.json", "--markdown=out.md", "--junit=out.xml")
     assert main(["compare", save("base.json"), save("new.json", slower), *files]) == code
     assert json.loads(Path("out.json").read_text())["int8bench_compare"]["exit_code"] == code
@@ -76,7 +76,7 @@ def test_compare_says_its_verdict_and_writes_its_files(slower: float, code: int)
 
 
 @pytest.mark.usefixtures("stream")
-def test_show_report_and_help_end_with_0() -> None:
+def test_show_report_and_help_exit_0() -> None:
     path = save("base.json")
     assert main(["show", path]) == 0
     assert main(["report", path, "--output=report.md"]) == 0
@@ -88,7 +88,7 @@ def test_show_report_and_help_end_with_0() -> None:
 
 
 @pytest.mark.usefixtures("stream")
-def test_errors_are_2_where_stderr_takes_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_exit_2_even_if_stderr_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert main(["compare", "nowhere-²", "nothing"]) == 2
     assert main(["show", "nowhere-²"]) == 2
@@ -108,7 +108,7 @@ def test_errors_are_2_where_stderr_takes_nothing_either(monkeypatch: pytest.Monk
         ("{int8bench} --help > /dev/full", 0),
     ],
 )
-def test_the_exit_code_of_a_process(command: str, code: int) -> None:
+def test_exit_code_survives_broken_streams(command: str, code: int) -> None:
     typed = f"{COMMAND} compare {save('base.json')} {save('new.json', 1.2)} --json=out.json"
     line = command.format(compare=typed, int8bench=COMMAND)
     environ = {name: v for name, v in os.environ.items() if not name.startswith("PYTHONIO")}
@@ -133,7 +133,7 @@ def test_the_exit_code_of_a_process(command: str, code: int) -> None:
         (KeyboardInterrupt(), "interrupted\n"),
     ],
 )
-def test_what_nobody_caught_is_one_line_and_2(
+def test_uncaught_error_is_one_line_and_exits_2(
     error: BaseException, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def fail(*args: object) -> None:
@@ -147,13 +147,13 @@ def test_what_nobody_caught_is_one_line_and_2(
     assert err.count("\n") == 1
 
 
-def test_what_cannot_be_imported_is_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_failing_import_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, commands.__name__, None)
     assert main(["show", save("a.json")]) == 2
     assert capsys.readouterr().err.startswith("int8bench show: ModuleNotFoundError: ")
 
 
-def test_a_report_that_fails_takes_no_other_with_it(
+def test_failing_report_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def fail(*args: object) -> str:
@@ -245,7 +245,7 @@ def test_a_report_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\n::error::b.json", "\x1b[2J.json", "\udcff.json"])
-def test_names_and_errors_are_one_harmless_line(name: str, capsys: Capture) -> None:
+def test_prints_names_and_errors_in_one_harmless_line(name: str, capsys: Capture) -> None:
     assert main(["show", name]) == 2
     write(name, Saved(CPU, [timed()]))
     assert main(["compare", name, name]) == 2
@@ -258,14 +258,14 @@ def test_names_and_errors_are_one_harmless_line(name: str, capsys: Capture) -> N
     check_harmless(capsys.readouterr().out)
 
 
-def test_a_long_error_is_cut(capsys: Capture) -> None:
+def test_truncates_a_long_error(capsys: Capture) -> None:
     block = {**Saved(CPU, []).to_dict(), "results": "x" * 100_000}
     Path("a.json").write_text(json.dumps({"benchmarks": [], "int8bench": block}))
     assert main(["show", "a.json"]) == 2
     assert len(capsys.readouterr().err) < 2100
 
 
-def test_a_pointer_of_git_lfs_is_called_one(capsys: Capture) -> None:
+def test_names_a_git_lfs_pointer(capsys: Capture) -> None:
     Path("a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert main(["show", "a.json"]) == 2
     what = "is a pointer of Git LFS, not the file itself: run git lfs pull"
@@ -283,7 +283,7 @@ def many(name: str, count: int, slower: float) -> str:
 
 
 @pytest.mark.parametrize("before", [0, 30_000])
-def test_a_summary_that_is_too_large_keeps_the_worst(
+def test_too_large_summary_keeps_the_worst_rows(
     before: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
@@ -306,7 +306,7 @@ def test_a_summary_that_is_too_large_keeps_the_worst(
     assert len(capsys.readouterr().out.splitlines()) > 60  # the log has all
 
 
-def test_a_summary_that_is_full_is_one_line(
+def test_full_summary_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
@@ -318,7 +318,7 @@ def test_a_summary_that_is_full_is_one_line(
     assert main(["compare", "base.json", save("new.json", 1.2)]) == 1
 
 
-def test_a_summary_that_is_nearly_full_gets_the_headline(
+def test_nearly_full_summary_gets_only_the_headline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
