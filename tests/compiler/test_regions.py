@@ -51,14 +51,14 @@ class Blocks(nn.Module):
 # -- which blocks -------------------------------------------------------------------------------
 
 
-def test_children_of_one_class_and_structure_are_blocks() -> None:
+def test_finds_children_of_one_class_and_structure() -> None:
     a, b, c, alone, wide = Block(), Block(), Block(), Other(), Block(2 * DIM)
     model = Blocks(a, alone, b, wide)
     model.head = nn.Sequential(nn.Linear(4, 4), c)
     assert repeated_blocks(model) == [a, b]  # the same class elsewhere is another list's
 
 
-def test_a_sequential_holds_blocks_too_and_the_outer_ones_count() -> None:
+def test_finds_outermost_blocks_of_a_sequential() -> None:
     def stage() -> nn.Module:
         return nn.Sequential(Block(), Block())
 
@@ -67,21 +67,21 @@ def test_a_sequential_holds_blocks_too_and_the_outer_ones_count() -> None:
     assert repeated_blocks(nn.Sequential(stages[0], nn.Linear(4, 4))) == list(stages[0])
 
 
-def test_parts_that_fuse_with_what_is_around_them_are_no_blocks() -> None:
+def test_excludes_layers_that_fuse_with_their_surroundings() -> None:
     assert repeated_blocks(Block()) == []
     assert repeated_blocks(Blocks(nn.Linear(4, 4), nn.Linear(4, 4))) == []
 
 
-def test_blocks_that_differ_in_dtype_are_not_the_same() -> None:
+def test_blocks_of_different_dtypes_do_not_repeat() -> None:
     assert repeated_blocks(Blocks(Block(), Block().bfloat16())) == []
 
 
-def test_a_block_that_is_used_twice_is_one_block() -> None:
+def test_block_used_twice_does_not_repeat() -> None:
     block = Block()
     assert repeated_blocks(Blocks(block, block)) == []
 
 
-def test_blocks_with_tensor_subclasses_are_left_out() -> None:
+def test_excludes_blocks_with_tensor_subclasses() -> None:
     model = Blocks(Block(), Block(), Block(), Block()).eval()
     first, second, *others = model.blocks
     apply_int8_quant(model, filter_fn=lambda m, name: name.startswith(("blocks.2", "blocks.3")))
@@ -94,7 +94,7 @@ def test_blocks_with_tensor_subclasses_are_left_out() -> None:
     )
 
 
-def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
+def test_excludes_blocks_with_an_instance_forward() -> None:
     blocks = [Block(), Block()]
     for block in blocks:
         block.forward = block.mlp.forward  # type: ignore[method-assign]
@@ -114,7 +114,7 @@ def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
 # -- the context --------------------------------------------------------------------------------
 
 
-def test_blocks_are_regions_inside_and_their_own_outside() -> None:
+def test_blocks_are_regions_only_inside_the_context() -> None:
     model = Blocks(Block(), Block(), Other(), Other())
     state = [dict(vars(block)) for block in model.blocks]
     regions = Regions(repeated_blocks(model))
@@ -128,7 +128,7 @@ def test_blocks_are_regions_inside_and_their_own_outside() -> None:
         assert [dict(vars(block)) for block in model.blocks] == state
 
 
-def test_blocks_come_back_after_an_exception() -> None:
+def test_restores_blocks_after_an_exception() -> None:
     model = Blocks(Block(), Block())
     with pytest.raises(KeyError), Regions(list(model.blocks)):
         raise KeyError
@@ -198,7 +198,7 @@ def test_blocks_are_traced_as_one_region(graphs: list[torch.fx.GraphModule]) -> 
     assert len([name for name, _ in graph.named_children() if "subgraph" in name]) == 1
 
 
-def test_two_models_that_share_their_blocks(graphs: list[torch.fx.GraphModule]) -> None:
+def test_compiles_two_models_that_share_blocks(graphs: list[torch.fx.GraphModule]) -> None:
     blocks = [Block(), Block()]
     one = compiled_and_eager(Blocks(*blocks))
     two = compiled_and_eager(Blocks(*blocks))
@@ -208,7 +208,7 @@ def test_two_models_that_share_their_blocks(graphs: list[torch.fx.GraphModule]) 
     assert len(graphs) == 2
 
 
-def test_hooks_and_weights_of_the_model_count(graphs: list[torch.fx.GraphModule]) -> None:
+def test_hooks_and_weights_of_the_model_take_effect(graphs: list[torch.fx.GraphModule]) -> None:
     model = Blocks(Block(), Block())
     model.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
     compiled = compiled_and_eager(model)
@@ -230,7 +230,7 @@ class Scaled(Block):
 
 
 @pytest.mark.parametrize("count", [3, 12])
-def test_blocks_keep_their_numbers(count: int, graphs: list[torch.fx.GraphModule]) -> None:
+def test_each_block_keeps_its_own_constants(count: int, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(Blocks(*(Scaled(1 + index / 8) for index in range(count))))
     assert (compiled.regions, compiled.regions_refused) == (count, None)
 
@@ -314,14 +314,14 @@ def test_inductor_compiles_regions() -> None:
     assert (compiled.regions, compiled.regions_refused) == (3, None)
 
 
-def test_no_region_without_a_compiler() -> None:
+def test_uses_no_regions_without_a_compiler() -> None:
     assert compiled_and_eager(Blocks(Block(), Block()), fullgraph=True).mode == "default"
     eager = compile_for_a100(Blocks(Block(), Block()), mode="off")
     eager(X)
     assert (eager.regions, eager.regions_refused) == (0, None)
 
 
-def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
+def test_excludes_linear_subclasses_with_children() -> None:
     class Holding(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
@@ -402,7 +402,7 @@ class Strides(nn.Module):
         return name
 
 
-def test_what_is_transposed_enters_a_region_in_order_and_what_is_expanded_as_it_is() -> None:
+def test_copies_transposed_but_not_expanded_inputs() -> None:
     blocks = nn.ModuleList(Strides() for _ in range(2))
     transposed, expanded = torch.zeros(4, 2).t(), torch.zeros(4).expand(2, 4)
     with Regions(list(blocks)):
@@ -445,11 +445,11 @@ def compiled_apart(offsets: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
 @pytest.mark.slow
-def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+def test_keeps_blocks_apart_whose_inputs_differ_in_alignment(offsets: tuple[int, ...]) -> None:
     compiled_apart(offsets)
 
 
-def test_misaligned_memory_is_not_compiled_for_aligned() -> None:
+def test_does_not_run_misaligned_inputs_on_code_for_aligned_ones() -> None:
     compiled_apart((0, 8, 2))
 
 
@@ -530,12 +530,12 @@ def test_blocks_may_share_weights(graphs: list[torch.fx.GraphModule]) -> None:
     compiled_regions(model, X)
 
 
-def test_a_block_may_run_twice(graphs: list[torch.fx.GraphModule]) -> None:
+def test_block_may_run_twice(graphs: list[torch.fx.GraphModule]) -> None:
     block = Block()
     compiled_regions(Blocks(block, Block(), block), X)
 
 
-def test_a_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> None:
+def test_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> None:
     model = Blocks(Block(), Block())
     model.register_buffer("sparse", torch.eye(DIM).to_sparse())
     compiled_regions(model, X)
@@ -553,7 +553,9 @@ class Last(Block):
         return y if self is self.owner[-1] else torch.relu(y)
 
 
-def test_keeps_blocks_apart_that_ask_for_their_place(graphs: list[torch.fx.GraphModule]) -> None:
+def test_keeps_blocks_apart_that_depend_on_their_position(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
     owner: list[nn.Module] = []
     owner += [Last(owner) for _ in range(3)]
     compiled_regions(Blocks(*owner), X)
@@ -580,7 +582,7 @@ class Collecting(Blocks):
         return x, *found
 
 
-def test_keeps_what_hooks_of_blocks_collect(graphs: list[torch.fx.GraphModule]) -> None:
+def test_keeps_values_collected_by_hooks(graphs: list[torch.fx.GraphModule]) -> None:
     model = Collecting(*(Block() for _ in range(3))).eval().requires_grad_(False)
     compiled = compile_for_a100(model, mode="default")
     with torch.inference_mode():
@@ -619,7 +621,7 @@ class Rescaled(Blocks):
         return x
 
 
-def test_the_model_may_write_attributes_between_blocks(
+def test_model_may_write_attributes_between_blocks(
     graphs: list[torch.fx.GraphModule],
 ) -> None:
     model = Rescaled(*(Attributes() for _ in range(3))).eval()

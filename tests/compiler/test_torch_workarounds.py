@@ -261,7 +261,7 @@ def test_refuses_reuse_inside_regions_only() -> None:
 
 
 @pytest.mark.skipif(not reuse_functions(), reason="this torch traces every region call")
-def test_reuse_that_users_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_reuse_requested_by_users(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.variables import invoke_subgraph
 
     asked: list[Any] = []

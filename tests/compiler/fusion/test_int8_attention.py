@@ -68,7 +68,7 @@ class Calls(nn.Module):
         ({"dropout_p": 0.0, "is_causal": False}, [(1, 1, 3, 128)] * 3),
     ],
 )
-def test_calls_that_int8_computes(given: Any, shapes: Any, how: str) -> None:
+def test_replaces_supported_calls(given: Any, shapes: Any, how: str) -> None:
     inputs = [torch.randn(shape) for shape in shapes]
     out, coverage = run(Calls(**given), *inputs, how=how)
     want = F.scaled_dot_product_attention(*inputs, **given)
@@ -90,7 +90,7 @@ def test_calls_that_int8_computes(given: Any, shapes: Any, how: str) -> None:
         ({}, (1, 2, 0, 16), "of broadcast or empty shapes"),
     ],
 )
-def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: str) -> None:
+def test_leaves_unsupported_calls_to_torch(given: Any, shape: Any, reason: str, how: str) -> None:
     inputs = heads(*shape)
     torch.manual_seed(1)
     out, coverage = run(Calls(**given), *inputs, how=how)
@@ -103,20 +103,20 @@ def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: 
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
-def test_attention_of_torch_modules_is_left_to_torch(how: str) -> None:
+def test_leaves_attention_of_torch_modules_to_torch(how: str) -> None:
     layer = nn.MultiheadAttention(16, 2, batch_first=True)  # training: no fast path
     x = torch.randn(1, 5, 16)
     _, coverage = run(layer, x, x, x, how=how)
     assert (coverage.replaced, coverage.left) == (0, {"inside nn.MultiheadAttention": 1})
 
 
-def test_double_precision_is_left_to_torch() -> None:
+def test_leaves_double_precision_to_torch() -> None:
     _, coverage = run(Calls(), *heads(1, 1, 4, 8, dtype=torch.float64), how="eager")
     assert coverage.left == {"in float64": 1}
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
-def test_autocast_reaches_the_values(how: str) -> None:
+def test_autocast_applies_to_the_values(how: str) -> None:
     inputs = heads(1, 2, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, coverage = run(Calls(), *inputs, how=how)
@@ -125,7 +125,7 @@ def test_autocast_reaches_the_values(how: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("default", marks=pytest.mark.slow)])
-def test_a_compiled_model_counts_each_call(mode: str) -> None:
+def test_compiled_model_counts_each_call(mode: str) -> None:
     """Repeated blocks are one region, which is called as often as there are blocks."""
     model = nn.Sequential(*(Attention(32, 2) for _ in range(3))).eval()
     x = torch.randn(2, 9, 32)

@@ -60,7 +60,7 @@ def error_of(out: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("size", "new"), SIZES)
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_weights_are_torchs(size: tuple[int, int], new: tuple[int, int], mode: str) -> None:
+def test_matches_torch(size: tuple[int, int], new: tuple[int, int], mode: str) -> None:
     x = torch.randn(2, 3, *size, dtype=torch.float16)
     out, _ = resized(Resize(size=new, mode=mode), x)
     wanted = interpolate(x.double(), new, mode=mode, antialias=True)
@@ -68,7 +68,7 @@ def test_weights_are_torchs(size: tuple[int, int], new: tuple[int, int], mode: s
     assert error_of(out, wanted) < 1e-3  # FP16 rounds to 5e-4
 
 
-def test_rounds_where_torchs_kernel_does() -> None:
+def test_rounds_like_torchs_kernel() -> None:
     """Weights, the image between the two axes, and the output."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     out, _ = resized(Resize(size=(32, 32)), x)
@@ -89,7 +89,7 @@ def test_rounds_where_torchs_kernel_does() -> None:
     ],
     ids=str,
 )
-def test_what_torch_resizes(options: dict[str, Any]) -> None:
+def test_leaves_unsupported_calls_to_torch(options: dict[str, Any]) -> None:
     dtype, width = options.pop("dtype", torch.float16), options.pop("width", 8)
     memory_format = options.pop("memory_format", torch.contiguous_format)
     x = torch.randn(2, 3, 8, width, dtype=dtype).to(memory_format=memory_format)
@@ -98,7 +98,7 @@ def test_what_torch_resizes(options: dict[str, Any]) -> None:
     assert resized(Resize(**options), x)[0] is None
 
 
-def test_few_elements_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_small_outputs_and_other_devices_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = torch.randn(2, 3, 8, 8).half(), Resize(size=(16, 16))
     monkeypatch.setattr(resize, "_FEWEST_ELEMENTS", 2 * 3 * 16 * 16 + 1)
     assert resized(model, x)[0] is None
@@ -111,7 +111,7 @@ def test_few_elements_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast(inside: bool) -> None:
+def test_supports_autocast(inside: bool) -> None:
     """Matmuls would run in another dtype."""
 
     class Inside(Resize):
@@ -124,7 +124,7 @@ def test_autocast(inside: bool) -> None:
         assert resized((Inside if inside else Resize)(size=(16, 16)), x)[0] is None
 
 
-def test_patch_embedding_of_olmoearth() -> None:
+def test_resizes_patch_embedding_of_olmoearth() -> None:
     embed = FlexiPatchEmbed(Modality.get("sentinel2_l2a"), 8, in_chans=4, embedding_size=16)
     embed.eval().requires_grad_(False)
     x = torch.randn(2, 16, 16, 3, 4)
@@ -143,7 +143,9 @@ def test_patch_embedding_of_olmoearth() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "new"), SIZES)
-def test_torchs_kernel(size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype) -> None:
+def test_matches_torchs_kernel_on_the_gpu(
+    size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Both round at the same places: neither is closer to FP64 by more than weights that are
     rounded twice can explain."""
     x = torch.randn(2, 3, *size, dtype=dtype, device="cuda")
@@ -156,7 +158,7 @@ def test_torchs_kernel(size: tuple[int, int], new: tuple[int, int], dtype: torch
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor() -> None:
+def test_inductor_compiles_the_resize() -> None:
     """Constants of equal shape are not taken for each other in the compile cache."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     for mode in ("bicubic", "bilinear"):

@@ -90,7 +90,7 @@ OLMOEARTH: dict[str, tuple[Rotate, int, str]] = {
 
 
 @pytest.mark.parametrize("name", OLMOEARTH)
-def test_rotations_of_olmoearth(name: str) -> None:
+def test_fuses_rotations_of_olmoearth(name: str) -> None:
     rotate, axes, kind = OLMOEARTH[name]
     error, inside = run(rotate, axes)
     assert inside == kind
@@ -99,7 +99,7 @@ def test_rotations_of_olmoearth(name: str) -> None:
 
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_positions_and_frequencies_are_read_where_they_are(axes: int, dtype: torch.dtype) -> None:
+def test_reads_positions_and_frequencies_without_copying(axes: int, dtype: torch.dtype) -> None:
     apply = getattr(encodings, f"apply_{axes}d_mixed_rope")
     frequencies = torch.randn(axes, HEADS, WIDTH // 2).to(dtype)
     out, want, nodes = compiled(
@@ -114,7 +114,7 @@ def test_positions_and_frequencies_are_read_where_they_are(axes: int, dtype: tor
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 1), (0, 1)], ids=str)
-def test_positions_in_another_order_are_copied(order: tuple[int, ...]) -> None:
+def test_copies_positions_in_another_order(order: tuple[int, ...]) -> None:
     def rotate(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         angles = [
             at[..., i][:, None, :, None] * MIXED_3D[j][None, :, None, :]
@@ -128,7 +128,7 @@ def test_positions_in_another_order_are_copied(order: tuple[int, ...]) -> None:
     assert error < 0.02
 
 
-def test_rotation_in_bf16() -> None:
+def test_fuses_rotation_in_bf16() -> None:
     rotate, axes, kind = OLMOEARTH["rope_3d_mixed"]
     error, inside = run(rotate, axes, torch.bfloat16)
     assert inside == kind
@@ -271,13 +271,13 @@ def chunks_out_of_order(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         chunks_out_of_order,
     ],
 )
-def test_what_is_no_rotation_stays(rotate: Rotate) -> None:
+def test_keeps_expressions_that_are_not_rotations(rotate: Rotate) -> None:
     error, inside = run(rotate, 1)
     assert inside == "none"
     assert 0 < error < 0.02
 
 
-def test_factors_in_any_order() -> None:
+def test_accepts_factors_in_any_order() -> None:
     def swapped(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         a = angles_of(x, at)
         return twice(torch.sin(a)) * crossed(x) + twice(torch.cos(a)) * x
@@ -297,7 +297,7 @@ def test_factors_in_any_order() -> None:
         (rounded_before, torch.float32),
     ],
 )
-def test_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
+def test_fuses_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
     error, inside = run(rotate, 1, dtype)
     assert inside == "halves"
     assert 0 < error < 0.03
@@ -305,7 +305,7 @@ def test_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "modernbert", "qwen3"])
-def test_rotations_of_transformers(name: str) -> None:
+def test_fuses_rotations_of_transformers(name: str) -> None:
     module = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
     error, inside = run(
         lambda x, at: module.apply_rotary_pos_emb(x, x, *tables(x, at))[1], 1, torch.bfloat16
@@ -347,13 +347,13 @@ def test_queries_and_keys_share_angles(name: str) -> None:
 @pytest.mark.parametrize(
     "rotate", [weighted, positions_written_after, sine_of_other_angles, part_of_columns, halves]
 )
-def test_what_is_not_rotated_at_once(rotate: Rotate) -> None:
+def test_does_not_rotate_heads_in_one_kernel_if_unsupported(rotate: Rotate) -> None:
     """Inductor rotates halves as fast as we could."""
     assert run_at_once(rotate, 1) == []
 
 
 @pytest.mark.usefixtures("_on_gpu")
-def test_queries_and_keys_of_other_angles() -> None:
+def test_queries_and_keys_with_different_angles() -> None:
     class Crossed(Rotated):
         def forward(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -378,7 +378,7 @@ def test_nothing_changes_without_kernels_or_int8_layers(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("_on_gpu")
-def test_a_block_of_olmoearth_with_int8_layers() -> None:
+def test_fuses_olmoearth_block_with_int8_layers() -> None:
     """Projections of queries, keys and values are one matmul all the same."""
     block = Block(32, 2, qkv_bias=True, position_encoding="rope_3d_mixed").eval()
     lowered(block)
