@@ -57,18 +57,18 @@ def test_environment_variables_are_listed() -> None:
     assert [name for name in variables if f"| `{name}` |" not in text_of("options.md")] == []
 
 
-def test_every_extra_is_named() -> None:
+def test_documents_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra in extras["optional-dependencies"]:
         assert f"| `{extra}` |" in text_of("index.md")
 
 
-def test_the_extra_of_every_workload_exists() -> None:
+def test_extra_of_every_workload_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {row.extra for row in WORKLOADS} <= set(extras["optional-dependencies"])
 
 
-def test_the_example_of_an_entry_point_names_the_group() -> None:
+def test_entry_point_example_names_the_group() -> None:
     [example] = blocks(DOCS / "workloads.md", "toml")
     assert list(tomllib.loads(example)["project"]["entry-points"]) == [GROUP]
 
@@ -100,7 +100,7 @@ def _fixtures_asked_for(source: str) -> set[str]:
     return asked
 
 
-def test_what_the_example_of_quantizing_makes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantization_example_quantizes_its_model(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     names: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def test_what_the_example_of_quantizing_makes(capsys: pytest.CaptureFixture[str]
     assert names["fast"](x).shape == (32, 10)
 
 
-def test_what_the_example_of_a_sweep_makes() -> None:
+def test_sweep_example_creates_its_points() -> None:
     names: dict[str, Any] = {}
     exec(compile(blocks(DOCS / "api.md", "python")[2], "api.md", "exec"), names)
     points = [(p.int8_mode, p.batch_size) for p in names["runner"].points]
@@ -146,7 +146,7 @@ def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) 
     result.assert_outcomes(passed=4)
 
 
-def test_the_example_of_an_ini_file_is_read(pytester: pytest.Pytester) -> None:
+def test_ini_file_example_is_valid(pytester: pytest.Pytester) -> None:
     [example] = blocks(DOCS / "options.md", "ini")
     pytester.makeini(example)
     settings = read_settings(pytester.parseconfig())
@@ -175,13 +175,13 @@ def commands(page: Path) -> list[str]:
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 
-def test_commands_are_found() -> None:
+def test_finds_commands_on_every_page() -> None:
     by_page = {page.name for page, _ in COMMANDS}
     assert {"README.md", "index.md", "options.md", "gate.md", "accuracy.md", "faq.md"} <= by_page
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in COMMANDS}), ids=lambda p: p.stem)
-def test_commands_are_understood(
+def test_commands_are_valid(
     page: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _, command in [found for found in COMMANDS if found[0] == page]:
@@ -238,7 +238,7 @@ def test_detects_wrong_command(pytester: pytest.Pytester, monkeypatch: pytest.Mo
         check_int8bench(pytester, monkeypatch, ["compare", "--slowdown", "a", "b"])
 
 
-def test_every_option_that_is_named_exists() -> None:
+def test_every_documented_option_exists() -> None:
     known = {option.flag for option in OPTIONS.values()}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--int8-[a-z0-9]+(?:-[a-z0-9]+)*", page.read_text()))
@@ -248,7 +248,7 @@ def test_every_option_that_is_named_exists() -> None:
 # -- set-up -----------------------------------------------------------------------------------
 
 
-def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
+def test_ci_runs_the_two_set_up_commands_of_the_readme() -> None:
     (setup,) = blocks(ROOT / "README.md", "bash")
     first, second = setup.strip().splitlines()
     assert first.endswith("&& pytest benchmarks --int8-mode=w8a8")
@@ -349,7 +349,7 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
         ("schema", ["<code>oom</code>", "boolean", None]),
     ],
 )
-def test_a_row_says_what_the_code_says(site: Path, page: str, cells: list[str | None]) -> None:
+def test_generated_rows_match_the_code(site: Path, page: str, cells: list[str | None]) -> None:
     row = r"\s*".join(f"<td>{'[^|]*?' if c is None else re.escape(c)}</td>" for c in cells)
     assert re.search(rf"<tr>\s*{row}\s*</tr>", (site / f"{page}.html").read_text())
 
@@ -373,7 +373,7 @@ def test_the_site_documents_every_parameter(site: Path, name: str) -> None:
     assert found == list(inspect.signature(getattr(pytest_int8bench, name)).parameters)
 
 
-def test_no_table_is_left_to_be_made(site: Path) -> None:
+def test_every_placeholder_is_replaced(site: Path) -> None:
     for page in site.glob("*.html"):
         assert re.findall(r"<!-- \w+: pytest_int8bench|<p>::: ", page.read_text()) == [], page.name
 
@@ -396,6 +396,6 @@ def test_pictures_load_nothing_from_elsewhere(picture: Path) -> None:
     assert re.findall(r'(?:href|src)="http|url\(["\']?http', text) == []
 
 
-def test_the_readme_links_to_what_is_there() -> None:
+def test_readme_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)", text_of("README.md")):
         assert re.match(r"https?://", target) or (ROOT / target).exists(), target

@@ -71,7 +71,7 @@ def valid(path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_recipe_is_a_workflow(tmp_path: Path) -> None:
+def test_recipe_is_a_valid_workflow(tmp_path: Path) -> None:
     pytest.importorskip("check_jsonschema")
     done = valid(RECIPE)
     assert (done.returncode, done.stdout.strip()) == (0, "ok -- validation done")
@@ -80,14 +80,14 @@ def test_the_recipe_is_a_workflow(tmp_path: Path) -> None:
     assert valid(broken).returncode == 1  # or the check checks nothing
 
 
-def test_the_recipe_sets_up_as_the_readme_does() -> None:
+def test_recipe_has_the_set_up_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for job in ("pull-request", "main"):
         [install] = [line for line in steps(job)["Set up"]["run"].splitlines() if "pip" in line]
         assert f"\n{install.removeprefix('.venv/bin/')} && pytest" in readme
 
 
-def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
+def test_gate_example_is_valid(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "gate.md").read_text()
     assert "(int8-gate.yml)" in text
     assert "docs/gate.md" in (ROOT / "README.md").read_text()
@@ -100,7 +100,7 @@ def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
     assert rules.floors == {"throughput": 0.015}
 
 
-def test_the_table_of_the_gate_has_limits_and_floors() -> None:
+def test_gate_table_has_limits_and_floors() -> None:
     pytest.importorskip("mkdocs", reason="needs the extra docs")
     [holder] = re.findall(
         r"^<!-- metrics: (\S+) -->$", (ROOT / "docs" / "gate.md").read_text(), re.M
@@ -153,7 +153,7 @@ def run(project: Path, job: str, name: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path) -> None:
+def test_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path) -> None:
     [measures] = re.findall(r"pytest .*?(?= --benchmark-json)", steps("main")["Measure"]["run"])
     assert measures in steps("pull-request")["Is it INT8, is it accurate"]["run"]
     summary = tmp_path / "summary.md"
@@ -196,7 +196,7 @@ def slowed(saved: dict[str, Any], factor: float) -> dict[str, Any]:
     return copied
 
 
-def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manual_run_replaces_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, "pytest", 'echo {} > "${3#*=}"')
     kept = tmp_path / "b" / "r" / "main"
     kept.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("job", ["pull-request", "main"])
-def test_a_job_begins_without_files_of_earlier_ones(job: str, tmp_path: Path) -> None:
+def test_job_removes_files_of_earlier_jobs(job: str, tmp_path: Path) -> None:
     written = re.findall(
         r"(?:=|--(?:json|junit|comment) )\"?([\w$-]+\.(?:json|xml|md))", str(steps(job))
     )
@@ -229,7 +229,7 @@ def fake(folder: Path, command: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_comments_are_posted_and_updated(tmp_path: Path) -> None:
+def test_posts_and_updates_comments(tmp_path: Path) -> None:
     # What gh is asked for, and the comments that --jq would find.
     fake(
         tmp_path,
@@ -256,12 +256,12 @@ def test_comments_are_posted_and_updated(tmp_path: Path) -> None:
         assert f'startswith("<!-- int8bench {name} -->")' in call
 
 
-def test_code_of_a_fork_is_refused_aloud(project: Path) -> None:
+def test_fork_fails_with_an_error(project: Path) -> None:
     code, out = run(project, "fork", "Code of forks does not run on our machine")
     assert (code, out.startswith("::error::not measured")) == (1, True)
 
 
-def test_a_pull_request_is_compared_with_its_merge_base(project: Path) -> None:
+def test_pull_request_is_compared_with_its_merge_base(project: Path) -> None:
     (project / "more").touch()
     git(project, "add", "-A")
     git(project, "commit", "-q", "-m", "second")

@@ -228,7 +228,7 @@ def test_verdict_blocks_run_flagged_tests_only(
         ("fastest", {"name": "A100"}, "fastest"),
     ],
 )
-def test_what_stands_for_a_process(
+def test_chooses_statistic_by_device(
     machine: Machine, compare: Compare, statistic: str, gpu: dict[str, str] | None, used: str
 ) -> None:
     # The medians are far slower in every other process, the fastest rounds are not.
@@ -246,7 +246,7 @@ def test_what_stands_for_a_process(
     assert (run.base_s == 0.008) == (used == "fastest")
 
 
-def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Compare) -> None:
+def test_uses_median_without_a_fastest_round(machine: Machine, compare: Compare) -> None:
     # Of a revision with an older plugin.
     machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
     assert compare().statistic == "median"
@@ -257,7 +257,9 @@ def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Co
         compare(statistic="fastest")
 
 
-def test_only_what_is_open_is_measured_on(machine: Machine, compare: Compare, root: Path) -> None:
+def test_measures_only_undecided_runs_further(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     """A clear slowdown is decided at the first look, noise at none."""
     machine.times |= {"slow": (1, 1.1), "noisy": (1, 1)}
     noise = random.Random(0)
@@ -273,7 +275,7 @@ def test_only_what_is_open_is_measured_on(machine: Machine, compare: Compare, ro
     assert blocks == [2, 6]
 
 
-def test_a_clear_pass_ends_after_the_first_look(
+def test_clear_pass_ends_after_the_first_look(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.change = lambda number, key, name: (
@@ -284,7 +286,7 @@ def test_a_clear_pass_ends_after_the_first_look(
     assert (only_run(result).outcome, result.exit_code) == ("PASS", 0)
 
 
-def test_orders_are_drawn_for_each_comparison() -> None:
+def test_draws_orders_for_each_comparison() -> None:
     """Every order is as likely as any other, whatever the block, attempt or seed."""
     drawn = Counter(
         ab_plan.order_of("verdict", block, attempt, str(seed))
@@ -314,7 +316,7 @@ def test_verdict_ignores_screening_blocks(machine: Machine, compare: Compare) ->
     assert run.screened.flagged
 
 
-def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> None:
+def test_unstable_base_is_inconclusive(machine: Machine, compare: Compare) -> None:
     """The base's second process of each block is the control."""
     machine.change = lambda number, key, name: (
         {"batch_time_s": 0.012}
@@ -330,13 +332,13 @@ def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> 
     )
 
 
-def test_a_faster_revision_passes(machine: Machine, compare: Compare, root: Path) -> None:
+def test_faster_revision_passes(machine: Machine, compare: Compare, root: Path) -> None:
     machine.times["x"] = (0.01, 0.005)
     assert compare().exit_code == 0
     assert machine.calls == WARMING + screening(root)
 
 
-def test_each_side_has_its_own_folders(machine: Machine, compare: Compare, root: Path) -> None:
+def test_each_side_has_separate_folders(machine: Machine, compare: Compare, root: Path) -> None:
     (root / "sub").mkdir()
     for key in ("base", "new"):
         (root.parent / "trees" / key / "sub").mkdir(parents=True)
@@ -356,7 +358,7 @@ def test_rejects_revision_without_folder(machine: Machine, compare: Compare, roo
     assert str(caught.value) == "main (aaaaaaaaaa) has no folder sub"
 
 
-def test_packages_are_installed_on_both_sides_first(machine: Machine, compare: Compare) -> None:
+def test_installs_packages_on_both_sides_first(machine: Machine, compare: Compare) -> None:
     def before(number: int) -> None:
         assert machine.installed == [("base", "make it"), ("new", "make it")]
 
@@ -365,12 +367,12 @@ def test_packages_are_installed_on_both_sides_first(machine: Machine, compare: C
     assert machine.said[:2] == ["installing main (aaaaaaaaaa)", "installing HEAD (bbbbbbbbbb)"]
 
 
-def test_nothing_is_installed_unasked(machine: Machine, compare: Compare) -> None:
+def test_installs_nothing_by_default(machine: Machine, compare: Compare) -> None:
     compare()
     assert machine.installed == []
 
 
-def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
+def test_reports_progress(machine: Machine, compare: Compare, root: Path) -> None:
     compare(design=Design(screening_blocks=2))
     names = {"base": "base main (aaaaaaaaaa)", "new": "new HEAD (bbbbbbbbbb)"}
     drawn = [names[side] for side in order(root, "screening", 2)]
@@ -386,20 +388,20 @@ def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
     ]
 
 
-def test_what_is_flagged_is_said(machine: Machine, compare: Compare) -> None:
+def test_reports_flagged_runs(machine: Machine, compare: Compare) -> None:
     machine.times |= {"slow": (1, 2), "slower": (1, 3)}
     compare()
     assert "measuring 2 flagged runs again: slow, slower" in machine.said
 
 
-def test_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
+def test_comparing_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
     result = compare(new=Revision("HEAD", BASE.commit))
     assert result.notes == ("both revisions are the same commit: this only checks the machine",)
     assert result.exit_code == 0
     assert machine.sides["base"].cache != machine.sides["new"].cache
 
 
-def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) -> None:
+def test_notes_submodules(machine: Machine, compare: Compare, root: Path) -> None:
     tree = root.parent / "trees" / "new"
     tree.mkdir(parents=True)
     (tree / ".gitmodules").write_text("")
@@ -410,7 +412,7 @@ def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) ->
     ("seconds", "text"),
     [(0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (5999, "100 min"), (9000, "2.5 h")],
 )
-def test_a_duration(seconds: float, text: str) -> None:
+def test_formats_durations(seconds: float, text: str) -> None:
     assert ab_plan.duration(seconds) == text
 
 
@@ -440,7 +442,7 @@ def test_plain_benchmarks_are_compared_too(machine: Machine, compare: Compare, r
     assert [row[grid.columns.index("ms/batch")] == "-" for row in grid.rows] == [False, True, True]
 
 
-def test_times_of_two_timers_are_not_compared(machine: Machine, compare: Compare) -> None:
+def test_does_not_compare_times_of_different_timers(machine: Machine, compare: Compare) -> None:
     machine.plain = {"x"}
     ours = {"timer": "synchronized_perf_counter"}
     machine.change = lambda number, key, name: ours if key == "new" else {}
@@ -456,9 +458,7 @@ OOM = {"status": "oom", "reason": "2 GiB asked for", "batch_time_s": None}
 FAILED = {"status": "failed", "reason": "broken", "batch_time_s": None}
 
 
-def test_a_point_that_the_new_revision_renames_is_compared(
-    machine: Machine, compare: Compare
-) -> None:
+def test_compares_points_renamed_by_the_new_revision(machine: Machine, compare: Compare) -> None:
     old, new = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4", "cpu_bf16_bs4"
     machine.times = {old: (0.01, 0.01), new: (0.01, 0.013)}
     machine.change = lambda number, side, name: (
@@ -500,7 +500,7 @@ DISABLED = {"status": "skipped", "reason": f"{NOT_MEASURED}: off", "batch_time_s
         (OK, DISABLED, "disabled", 2, "ran once, not measured: off"),
     ],
 )
-def test_a_run_that_both_sides_do_not_have_measured(
+def test_outcomes_of_runs_not_measured_on_both_sides(
     machine: Machine,
     compare: Compare,
     old: dict[str, Any] | None,
@@ -535,7 +535,9 @@ def test_never_allows_failures(machine: Machine, compare: Compare, new: dict[str
 
 
 @pytest.mark.parametrize("change", [SKIPPED, DISABLED, FAILED, OOM])
-def test_nothing_compared_fails(machine: Machine, compare: Compare, change: dict[str, Any]) -> None:
+def test_fails_if_nothing_is_compared(
+    machine: Machine, compare: Compare, change: dict[str, Any]
+) -> None:
     machine.change = lambda *_: change
     result = compare()
     assert result.exit_code == 2
@@ -544,7 +546,7 @@ def test_nothing_compared_fails(machine: Machine, compare: Compare, change: dict
     assert not any("screening" in line for line in machine.said)
 
 
-def test_memory_that_only_compiling_takes_is_no_verdict(
+def test_retries_warm_up_that_ran_out_of_memory(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     # The third process is the new side's second warm-up.
@@ -581,7 +583,7 @@ def test_other_arguments_start_new_journal(root: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("same_orders")  # some orders decide
-def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compare) -> None:
+def test_allows_inconclusive(machine: Machine, compare: Compare) -> None:
     noise = random.Random(2)
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
     assert only_run(compare()).outcome == "INCONCLUSIVE"
@@ -590,7 +592,7 @@ def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compar
     assert (only_run(result).outcome, result.exit_code) == ("INCONCLUSIVE", 0)
 
 
-def test_a_budget_knows_that_few_runs_take_less_time(
+def test_budget_estimate_counts_flagged_runs_only(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.times["slow"] = (0.02, 0.0216)
@@ -602,7 +604,9 @@ def test_a_budget_knows_that_few_runs_take_less_time(
     assert machine.calls == WARMING + screening(root) + verdict(root)
 
 
-def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare: Compare) -> None:
+def test_slower_run_determines_exit_code_before_missing_run(
+    machine: Machine, compare: Compare
+) -> None:
     machine.times |= {"slow": (1, 2), "gone": (1, 1)}
     machine.change = lambda number, key, name: None if (key, name) == ("new", "gone") else {}
     result = compare()
@@ -620,7 +624,7 @@ def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare:
     ],
 )
 @pytest.mark.parametrize(("number", "stage"), [(7, "screening"), (16, "verdict")])
-def test_a_run_that_one_process_has_not_measured(
+def test_run_missing_from_one_process(
     machine: Machine,
     compare: Compare,
     change: dict[str, Any] | None,
@@ -645,7 +649,7 @@ def test_failure_in_screening_fails(machine: Machine, compare: Compare) -> None:
     assert len(machine.calls) == 10
 
 
-def test_two_workloads_of_one_test_are_two_runs(machine: Machine, compare: Compare) -> None:
+def test_workloads_of_one_test_are_separate_runs(machine: Machine, compare: Compare) -> None:
     machine.times = {"x": (0.01, 0.01), "y": (0.01, 0.02)}
     machine.change = lambda number, key, name: {"nodeid": "t.py::test", "workload": name}
     machine.times["y"] = (1, 1)
@@ -661,7 +665,7 @@ def test_two_workloads_of_one_test_are_two_runs(machine: Machine, compare: Compa
 HOT = {"throttled": ["thermal (hardware)"]}
 
 
-def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare, root: Path) -> None:
+def test_measures_hot_blocks_again(machine: Machine, compare: Compare, root: Path) -> None:
     machine.change = lambda number, key, name: {**HOT, "batch_time_s": 9.0} if number == 4 else {}
     result = compare()
     assert machine.calls == WARMING + screening(root)[:4] + screening(root)[2:]
@@ -673,7 +677,7 @@ def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare, root:
     assert machine.said.count(said) == 1
 
 
-def test_blocks_that_stay_hot_are_left_out(machine: Machine, compare: Compare) -> None:
+def test_drops_blocks_that_stay_hot(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if 4 <= number < 12 else {}
     result = compare(retries=2)
     # Block 2 three times, then block 3 once: no retry is left.
@@ -694,7 +698,7 @@ def test_hot_block_is_dropped_without_retries(
     assert (run.outcome, estimate_of(run.screened).blocks) == ("PASS", 3)
 
 
-def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare) -> None:
+def test_retries_are_shared_by_both_stages(machine: Machine, compare: Compare) -> None:
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 12) else {}
     result = compare(retries=1)
@@ -705,7 +709,7 @@ def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare
     assert (run.outcome, estimate_of(run.judged).blocks) == ("FAIL", 3)
 
 
-def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare: Compare) -> None:
+def test_always_hot_machine_is_inconclusive(machine: Machine, compare: Compare) -> None:
     machine.change = lambda *_: HOT
     result = compare()
     run = only_run(result)
@@ -719,7 +723,7 @@ def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare:
     assert len(result.notes) == 10
 
 
-def test_heat_counts_only_where_it_was_measured(
+def test_heat_affects_only_the_runs_measured_hot(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     """Not while warming up, and not in a run that is not compared."""
@@ -738,7 +742,7 @@ def test_heat_counts_only_where_it_was_measured(
 # -- the journal ------------------------------------------------------------------------------
 
 
-def test_journals_each_process_at_once(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journals_each_process_immediately(machine: Machine, compare: Compare, root: Path) -> None:
     def before(number: int) -> None:
         [journal] = journals(root)
         records = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -749,7 +753,9 @@ def test_journals_each_process_at_once(machine: Machine, compare: Compare, root:
     assert len(machine.calls) == 10
 
 
-def test_the_journal_says_what_is_compared(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journal_header_describes_the_comparison(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     compare(pytest_args=("-k", "größer"), install="make")
     header = json.loads(journals(root)[0].read_text().splitlines()[0])["int8bench_ab"]
     assert header == {
@@ -826,7 +832,7 @@ def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path,
 
 
 @pytest.mark.usefixtures("same_orders")
-def test_a_comparison_is_interrupted_more_than_once(machine: Machine, compare: Compare) -> None:
+def test_resumes_after_several_interrupts(machine: Machine, compare: Compare) -> None:
     machine.times = {"same": (1, 1), "slow": (1, 1.03)}
     whole = compare()
     machine.number, machine.now, begun = 0, 5000.0, []
@@ -858,7 +864,7 @@ def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, ro
     assert (resumed.runs, resumed.notes) == (whole.runs, whole.notes)
 
 
-def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
+def test_resume_rejects_hot_block_if_killed_before_the_heat_check(
     machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     """The last process of a hot block is in the journal, and nothing after it."""
@@ -877,7 +883,9 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
 
 
 @pytest.mark.parametrize("end", ['{"stage": "scr', '{"stage": "screening"}', "Grö"])
-def test_half_a_line_is_dropped(machine: Machine, compare: Compare, root: Path, end: str) -> None:
+def test_drops_partial_journal_line(
+    machine: Machine, compare: Compare, root: Path, end: str
+) -> None:
     interrupt(machine, compare, 5)
     [journal] = journals(root)
     whole = journal.read_bytes()
@@ -936,7 +944,7 @@ def test_ignores_journal_of_other_version(machine: Machine, compare: Compare, ro
     )
 
 
-def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, root: Path) -> None:
+def test_finished_comparison_starts_over(machine: Machine, compare: Compare, root: Path) -> None:
     compare()
     [first] = journals(root)
     text = first.read_text()
@@ -948,7 +956,9 @@ def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, r
     assert len(journals(root)) == 2
 
 
-def test_journals_of_one_second_differ(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journals_started_in_one_second_have_different_names(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     for _ in range(2):
         machine.now = 1000.0
         compare()
@@ -972,7 +982,7 @@ def test_journals_of_one_second_differ(machine: Machine, compare: Compare, root:
         {"design": Design(screening_blocks=6)},
     ],
 )
-def test_another_comparison_has_a_journal_of_its_own(
+def test_other_comparison_starts_its_own_journal(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
     interrupt(machine, compare, 5)
@@ -990,7 +1000,7 @@ def test_another_comparison_has_a_journal_of_its_own(
         {"allow_missing": True},
     ],
 )
-def test_the_same_comparison_by_another_name_goes_on(
+def test_resumes_despite_changed_name_retries_budget_or_allowances(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
     interrupt(machine, compare, 5)
@@ -1020,7 +1030,7 @@ class FullDisk:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
+def test_full_disk_is_one_line_and_keeps_earlier_records(
     machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Path.open
@@ -1043,7 +1053,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
 
 
 @pytest.mark.parametrize("room", [0, 1, 200])
-def test_a_disk_that_was_full_for_a_moment_costs_no_process(
+def test_briefly_full_disk_loses_no_process(
     machine: Machine, compare: Compare, root: Path, room: int
 ) -> None:
     """What could not be written is written when the command ends."""
@@ -1072,7 +1082,7 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_process(
     assert machine.calls == screening(root)[4:]
 
 
-def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
+def test_verdict_survives_if_the_journal_cannot_be_finished(
     machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = AbJournal.finish
@@ -1089,7 +1099,7 @@ def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ClearError, RuntimeError])
-def test_after_an_error_it_is_said_where_to_go_on(
+def test_explains_how_to_resume_after_an_error(
     machine: Machine, compare: Compare, root: Path, error: type[BaseException]
 ) -> None:
     interrupt(machine, compare, 3, error)
@@ -1099,7 +1109,9 @@ def test_after_an_error_it_is_said_where_to_go_on(
     ]
 
 
-def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path) -> None:
+def test_rejects_a_second_gate_in_one_folder(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     compare()
     folder = root / ".benchmarks" / "int8bench" / "ab"
     said = len(machine.said)
@@ -1113,7 +1125,7 @@ def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path)
     assert compare().exit_code == 0
 
 
-def test_the_folder_is_out_of_sight_of_git(machine: Machine, compare: Compare, root: Path) -> None:
+def test_git_ignores_the_folder(machine: Machine, compare: Compare, root: Path) -> None:
     compare()
     assert (root / ".benchmarks" / "int8bench" / ".gitignore").read_text() == "*\n"
 
@@ -1121,7 +1133,7 @@ def test_the_folder_is_out_of_sight_of_git(machine: Machine, compare: Compare, r
 # -- the machine ------------------------------------------------------------------------------
 
 
-def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: Compare) -> None:
+def test_rejects_sides_with_different_software(machine: Machine, compare: Compare) -> None:
     machine.environment = lambda number: {**ENVIRONMENT, "packages": {"torch": f"2.{number}"}}
     with pytest.raises(AbError) as caught:
         compare()
@@ -1133,7 +1145,9 @@ def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: 
 
 
 @pytest.mark.parametrize("at", [2, 6])
-def test_machine_changes_midway(machine: Machine, compare: Compare, root: Path, at: int) -> None:
+def test_rejects_machine_that_changes_midway(
+    machine: Machine, compare: Compare, root: Path, at: int
+) -> None:
     machine.environment = lambda number: (
         ENVIRONMENT if number < at else {**ENVIRONMENT, "cpu": "Xeon", "packages": {}}
     )
@@ -1175,7 +1189,7 @@ def test_resume_warms_a_lost_cache(machine: Machine, compare: Compare, root: Pat
     assert machine.calls == ["new", *screening(root)[2:]]
 
 
-def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root: Path) -> None:
+def test_removes_the_oldest_caches(machine: Machine, compare: Compare, root: Path) -> None:
     for index in range(5):
         machine.now += 1
         compare(base=Revision("x", f"{index}" * 40), new=Revision("y", f"{index + 1}" * 40))
@@ -1229,14 +1243,14 @@ def test_rejects_budget_below_screening(machine: Machine, compare: Compare, root
     assert machine.calls == screening(root)
 
 
-def test_compiling_is_not_reckoned_with(machine: Machine, compare: Compare) -> None:
+def test_time_estimate_excludes_compilation(machine: Machine, compare: Compare) -> None:
     """Processes after the first find what it compiled."""
     machine.change = lambda number, key, name: {"compile_s": 6.0} if number < 2 else {}
     compare()
     assert any("about 2 s per process: screening takes about 16 s" in line for line in machine.said)
 
 
-def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, root: Path) -> None:
+def test_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, root: Path) -> None:
     noise = random.Random(0)
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
     result = compare(budget_s=10 * PROCESS_S + 3.9 * 4 * PROCESS_S)
@@ -1245,7 +1259,7 @@ def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, roo
     assert estimate_of(only_run(result).judged).blocks == 3
 
 
-def test_a_budget_without_a_verdict_is_no_success(machine: Machine, compare: Compare) -> None:
+def test_budget_spent_without_a_verdict_fails(machine: Machine, compare: Compare) -> None:
     machine.times["x"] = (1, 2)
     result = compare(budget_s=10 * PROCESS_S)
     run = only_run(result)
@@ -1273,7 +1287,7 @@ OVERRUN = (
 )
 
 
-def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compare) -> None:
+def test_reports_block_that_overruns_the_budget(machine: Machine, compare: Compare) -> None:
     def before(number: int) -> None:
         machine.now += 60 if number == 4 else 0
 
@@ -1283,7 +1297,7 @@ def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compa
     assert result.notes == ("--budget ended screening after 2 of 4 blocks",)
 
 
-def test_tells_that_a_process_overruns_the_budget(
+def test_reports_process_that_overruns_the_budget(
     machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = []
@@ -1307,7 +1321,7 @@ def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
     assert result.notes == ("--budget ended screening after 3 of 4 blocks",)
 
 
-def test_a_budget_is_for_one_command(machine: Machine, compare: Compare, root: Path) -> None:
+def test_budget_applies_to_one_command(machine: Machine, compare: Compare, root: Path) -> None:
     """An interrupted comparison goes on with a budget anew, and uses what there is for free."""
     interrupt(machine, compare, 8)
     result = compare(budget_s=2 * PROCESS_S)
@@ -1338,7 +1352,7 @@ def test_resume_keeps_screening_of_begun_verdicts(
     )
 
 
-def test_more_retries_help_a_screening_that_goes_on(
+def test_resumed_screening_uses_additional_retries(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.change = lambda number, key, name: HOT if number == 2 else {}

@@ -84,7 +84,7 @@ def test_code_slower_by_the_margin_among_slow_runs(slow_too: float) -> None:
 
 @pytest.mark.parametrize("slowdowns", [[0.05] + [0.0] * (RUNS - 1), [0.05] * RUNS])
 @steady
-def test_what_must_be_found_is_found(noise: float, slowdowns: list[float]) -> None:
+def test_detects_the_target_slowdown(noise: float, slowdowns: list[float]) -> None:
     session = simulate_ab(drifting(noise), families=150, slowdowns=slowdowns)
     missed = int((session.outcomes[:, 0] != "FAIL").sum())
     passed = int((session.outcomes[:, 0] == "PASS").sum())
@@ -95,7 +95,7 @@ def test_what_must_be_found_is_found(noise: float, slowdowns: list[float]) -> No
         assert at_most(others, 150, 0.05)
 
 
-def test_what_must_be_found_is_found_among_outliers() -> None:
+def test_detects_the_target_slowdown_among_outliers() -> None:
     """Of t tests, 42 % of families did, where 8 % of times are 20 % too long."""
     slowdowns = [0.05] + [0.0] * (RUNS - 1)
     session = simulate_ab(MACHINES["outliers, normal 0.3 %"], families=60, slowdowns=slowdowns)
@@ -103,7 +103,7 @@ def test_what_must_be_found_is_found_among_outliers() -> None:
 
 
 @pytest.mark.parametrize(("slowdown", "outcome"), [(0.0, "PASS"), (0.12, "FAIL")])
-def test_what_is_clear_ends_at_the_first_look(slowdown: float, outcome: str) -> None:
+def test_clear_differences_end_at_the_first_look(slowdown: float, outcome: str) -> None:
     design = Design(screening_blocks=2)  # which flags unchanged code, too
     session = simulate_ab(normal(0.006), families=300, runs=1, slowdowns=slowdown, design=design)
     assert session.share(outcome) == 1
@@ -172,9 +172,7 @@ def test_bounds_hold_at_their_level(tails: float | None) -> None:
 
 
 @pytest.mark.parametrize(("step", "low", "high"), [(1.01, 0.03, 0.07), (1.0, 0.0, 0.0)])
-def test_a_control_is_called_unsteady_by_chance_at_the_level(
-    step: float, low: float, high: float
-) -> None:
+def test_control_false_alarm_rate_is_the_level(step: float, low: float, high: float) -> None:
     """At half the level if the base differs by the margin in one direction, here in either for
     half of the runs; not at all if it does not differ."""
     rng = np.random.default_rng(RNG_SEED)
@@ -248,7 +246,7 @@ def test_screening_with_too_few_blocks_flags(count: int) -> None:
     assert screen(times, times, DEFAULT) == [Screened(estimate=None, flagged=True)] * 2
 
 
-def test_fail() -> None:
+def test_clear_slowdown_fails() -> None:
     found = verdict(0.05)
     assert (found.outcome, found.reason, found.blocks_needed) == ("FAIL", None, None)
     assert found.p == found.p_holm == pytest.approx(1 / 36)
@@ -260,14 +258,14 @@ def test_fail() -> None:
     assert found.control.slowdown == pytest.approx(0, abs=0.006)
 
 
-def test_a_small_slowdown_that_is_shown_fails() -> None:
+def test_small_but_significant_slowdown_fails() -> None:
     """Over the margin is over the margin, far under ``max_slowdown`` as it may be."""
     assert verdict(0.02, 0.001).outcome == "FAIL"
 
 
 @pytest.mark.parametrize("slowdown", [-0.3, 0.0, 0.008])
 @pytest.mark.parametrize("is_last", [True, False])
-def test_pass(slowdown: float, is_last: bool) -> None:
+def test_unchanged_and_faster_code_passes(slowdown: float, is_last: bool) -> None:
     found = verdict(slowdown, 0.001, is_last=is_last)
     assert (found.outcome, found.reason, found.blocks_needed) == ("PASS", None, None)
     assert found.p >= 0.5
@@ -275,7 +273,7 @@ def test_pass(slowdown: float, is_last: bool) -> None:
     assert found.estimate.high < 0.05
 
 
-def test_only_the_last_look_passes_what_points_over_the_margin() -> None:
+def test_only_the_last_look_passes_estimates_over_the_margin() -> None:
     """More blocks can find a slowdown between the limits."""
     found = {is_last: verdict(0.02, 0.01, is_last=is_last) for is_last in (True, False)}
     assert found[True].estimate is not None
@@ -283,7 +281,7 @@ def test_only_the_last_look_passes_what_points_over_the_margin() -> None:
     assert (found[True].outcome, found[False].outcome) == ("PASS", "INCONCLUSIVE")
 
 
-def test_more_runs_ask_for_more_proof() -> None:
+def test_more_runs_need_stronger_evidence() -> None:
     """What fails alone can pass beside one that looks as slow under another order."""
     is_new = np.tile(ABBA, (2, 1))
     steps = np.array([[[0, 0.02, 0.02, 0], [0, 0.02, 0.02, 0]]])
@@ -295,7 +293,7 @@ def test_more_runs_ask_for_more_proof() -> None:
     assert first.outcome == "PASS"
 
 
-def test_inconclusive() -> None:
+def test_noisy_run_is_inconclusive() -> None:
     found = verdict(0.03, 0.03)
     assert found.outcome == "INCONCLUSIVE"
     assert found.reason is not None
@@ -308,7 +306,7 @@ def test_inconclusive() -> None:
     assert f"{found.blocks_needed} blocks would decide" in found.reason
 
 
-def test_inconclusive_for_ever() -> None:
+def test_inconclusive_run_may_need_over_1000_blocks() -> None:
     found = verdict(0.031, 2.0, 3)
     assert found.outcome == "INCONCLUSIVE"
     assert found.reason is not None
@@ -316,7 +314,7 @@ def test_inconclusive_for_ever() -> None:
         assert found.reason.endswith("over 1000 blocks would decide")
 
 
-def test_no_level_left_decides_nothing() -> None:
+def test_too_small_level_decides_nothing() -> None:
     is_new = np.tile(ABBA, (2, 1))
     times = np.exp(0.1 * is_new)[None]
     [found] = judge(times, is_new, DEFAULT, level=0.02)
@@ -325,7 +323,7 @@ def test_no_level_left_decides_nothing() -> None:
 
 @pytest.mark.parametrize("slowdown", [0.0, 0.03, 0.2])
 @pytest.mark.parametrize("again", [0.03, -0.03])
-def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again: float) -> None:
+def test_unstable_base_decides_nothing(slowdown: float, again: float) -> None:
     found = verdict(slowdown, 0.002, 6, again=again)
     assert found.outcome == "INCONCLUSIVE"
     sign = "-" if again < 0 else ""
@@ -335,7 +333,7 @@ def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again:
     assert found.blocks_needed is None
 
 
-def test_what_is_not_shown_of_the_control_does_not_count() -> None:
+def test_insignificant_control_difference_is_ignored() -> None:
     assert verdict(0.08, 0.0001, again=0.009).outcome == "FAIL"
 
 
@@ -366,7 +364,7 @@ def test_times_without_noise(slowdown: float, outcome: str, count: int, second: 
     assert [run.flagged for run in screened] == [outcome == "FAIL"] * 3
 
 
-def test_noise_comes_from_screening_and_is_no_less_than_the_median() -> None:
+def test_noise_is_at_least_the_median_of_screening() -> None:
     base = np.full((3, 4), 0.02)
     steady, middle, noisy = (blocks(0.0, spread, 4)[0] for spread in (0.001, 0.01, 0.1))
     found = scales(screen(base, np.stack([steady, middle, noisy]), DEFAULT))
@@ -394,7 +392,7 @@ def test_no_runs() -> None:
     assert judge(np.empty((0, 2, 4)), np.tile(ABBA, (2, 1)), DEFAULT) == []
 
 
-def test_two_blocks_that_could_mean_anything() -> None:
+def test_two_contradictory_blocks_give_infinite_bound() -> None:
     """A bound beyond all numbers is infinite, without a warning."""
     times = np.array([[[1.0, 1e-100, 1e-100, 1.0], [1.0, 1e100, 1e100, 1.0]]])
     with warnings.catch_warnings():
@@ -420,7 +418,7 @@ GOOD = [[0.02, 0.03]]
         (GOOD, [[math.inf, 0.03]], "new must be positive and finite seconds, got 1 other value"),
     ],
 )
-def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
+def test_rejects_invalid_times(base: Any, new: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         screen(base, new, DEFAULT)
 
@@ -439,7 +437,7 @@ def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
         ),
     ],
 )
-def test_blocks_that_are_none(times: Any, is_new: Any, message: str) -> None:
+def test_rejects_invalid_blocks(times: Any, is_new: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         judge(times, is_new, DEFAULT)
 
@@ -458,7 +456,7 @@ def draw(seed: int, count: int = 2) -> Array:
 
 
 @given(seeds, st.floats(1e-6, 1e6))
-def test_the_unit_of_time_does_not_matter(seed: int, factor: float) -> None:
+def test_result_does_not_depend_on_the_time_unit(seed: int, factor: float) -> None:
     base, new = draw(seed)
     for one, other in zip(
         screen(base, new, DEFAULT), screen(base * factor, new * factor, DEFAULT), strict=True
@@ -499,7 +497,7 @@ def test_linear_drift_over_even_blocks_leaves_the_screened_mean(seed: int, drift
 
 @settings(max_examples=15)
 @given(seeds, st.floats(-0.1, 0.1))
-def test_what_moves_a_whole_block_does_not_matter(seed: int, step: float) -> None:
+def test_shift_of_a_whole_block_does_not_matter(seed: int, step: float) -> None:
     rng = np.random.default_rng(seed)
     is_new = draw_orders(seed, 2)
     times = np.exp(rng.normal(0, 0.01, (3, 2, 4)) + 0.03 * is_new)
@@ -512,7 +510,7 @@ def test_what_moves_a_whole_block_does_not_matter(seed: int, step: float) -> Non
 
 @settings(max_examples=15)
 @given(seeds)
-def test_outcomes_agree_with_what_is_shown(seed: int) -> None:
+def test_outcomes_agree_with_reported_estimates(seed: int) -> None:
     rng = np.random.default_rng(seed)
     is_new = draw_orders(seed, 2)
     steps = rng.uniform(-0.02, 0.08, (5, 1, 1)) * is_new

@@ -50,7 +50,7 @@ def statistic(logs: Array, is_new: Array, shift: float) -> float:
 
 @settings(max_examples=15)
 @given(seeds, st.floats(-0.02, 0.02))
-def test_p_is_the_share_of_orders_that_look_as_slow(seed: int, shift: float) -> None:
+def test_p_is_the_fraction_of_orders_at_least_as_slow(seed: int, shift: float) -> None:
     logs, is_new = session(seed)
     # Whatever the order had been, the times without the shift would have been these.
     moved = logs - shift * is_new
@@ -69,7 +69,7 @@ def test_p_is_the_share_of_orders_that_look_as_slow(seed: int, shift: float) -> 
 
 @settings(max_examples=15)
 @given(seeds)
-def test_laws(seed: int) -> None:
+def test_p_values_and_bounds_are_consistent(seed: int) -> None:
     logs, is_new = session(seed, runs=5, blocks=3)
     own, adjusted = p_slower_of_family(logs, is_new, 0.0)
     assert (adjusted >= own).all()
@@ -87,7 +87,7 @@ def test_laws(seed: int) -> None:
 
 @settings(max_examples=15)
 @given(seeds)
-def test_bounds_are_where_the_tests_turn(seed: int) -> None:
+def test_bounds_invert_the_tests(seed: int) -> None:
     logs, is_new = session(seed)
     low, high = bounds(logs, is_new, 0.05)
     assert (p_slower(logs, is_new, low - 1e-6) <= 0.05).all()
@@ -96,13 +96,13 @@ def test_bounds_are_where_the_tests_turn(seed: int) -> None:
     assert (p_faster(logs, is_new, high - 1e-6) > 0.05).all()
 
 
-def test_too_few_orders_bound_nothing() -> None:
+def test_too_few_orders_give_infinite_bounds() -> None:
     logs, is_new = session(0)
     assert np.isinf(bounds(logs, is_new, 0.02)).all()
     assert np.isfinite(bounds(logs, is_new, 0.03)).all()
 
 
-def test_a_sample_of_orders_is_close_to_all_of_them() -> None:
+def test_sampled_orders_approximate_all_orders() -> None:
     rng = np.random.default_rng(1)
     logs, is_new = rng.normal(0, 0.01, (40, 5, 4)), drawn(rng, 5)
     signs = np.where(drawn(np.random.default_rng(2), 20_000, 5), 0.5, -0.5)
@@ -139,7 +139,7 @@ HARSH = {
 
 @pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("noise", HARSH.values(), ids=HARSH)
-def test_the_level_is_held_whatever_the_noise(noise: Noise, blocks: int) -> None:
+def test_error_rate_holds_under_any_noise(noise: Noise, blocks: int) -> None:
     """Of families of 6 runs at what is tested, with an order that is drawn for each."""
     families = 1000 if blocks == 2 else 200
     rng = np.random.default_rng(7)
