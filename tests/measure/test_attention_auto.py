@@ -42,7 +42,7 @@ def calls_of(*args: torch.Tensor, **kwargs: object) -> dict[Call, int]:
 # -- recording ----------------------------------------------------------------------------------
 
 
-def test_calls_are_recorded_with_their_number() -> None:
+def test_records_calls_with_their_counts() -> None:
     def run() -> None:
         for _ in range(3):
             scaled_dot_product_attention(X, X, X)
@@ -60,7 +60,7 @@ def test_calls_are_recorded_with_their_number() -> None:
     assert masked.mask == Layout((8, 8), (8, 1), torch.float32, X.device)
 
 
-def test_a_call_is_done_again_with_the_same_layouts() -> None:
+def test_repeats_calls_with_the_same_layouts() -> None:
     query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]  # of one product for q, k and v
     mask = torch.ones(1, 1, 8, dtype=torch.bool).expand(2, 4, 8, 8)
     [call] = calls_of(query, query, query, mask)
@@ -75,12 +75,12 @@ def test_a_call_is_done_again_with_the_same_layouts() -> None:
 
 
 @pytest.mark.parametrize(("flash", "math_", "chosen"), [(1, 2, "flash"), (2, 1, "math")])
-def test_the_backend_of_the_least_time_is_taken(flash: float, math_: float, chosen: str) -> None:
+def test_chooses_the_fastest_backend(flash: float, math_: float, chosen: str) -> None:
     calls = calls_of(X, X, X)
     assert fastest_backend(calls, FakeTimer(flash=flash, math=math_)) == chosen
 
 
-def test_a_backend_that_raises_in_one_call_is_out() -> None:
+def test_excludes_backend_that_fails_on_one_call() -> None:
     calls = calls_of(X, X, X)
     # On the CPU, flash attention takes no dropout.
     calls |= calls_of(X, X, X, dropout_p=0.5)
@@ -88,7 +88,9 @@ def test_a_backend_that_raises_in_one_call_is_out() -> None:
 
 
 @pytest.mark.parametrize(("shorts", "longs", "chosen"), [(3, 1, "flash"), (1, 3, "math")])
-def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_calls_by_their_counts(
+    shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [short], [long] = calls_of(X[:, :, :2], X, X), calls_of(X, X, X)
     seconds = {("flash", 2): 1.0, ("flash", 8): 3.0, ("math", 2): 2.0, ("math", 8): 2.0}
 
@@ -100,7 +102,7 @@ def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.M
     assert fastest_backend({short: shorts, long: longs}) == chosen
 
 
-def test_our_kernel_is_timed_on_the_calls_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_our_kernel_on_the_calls_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def median_s(run: Callable[[], torch.Tensor], timer: object) -> float:
@@ -120,19 +122,19 @@ def test_our_kernel_is_timed_on_the_calls_that_it_takes(monkeypatch: pytest.Monk
     assert fastest_backend({long: 1}) is None  # nothing of it is ours
 
 
-def test_no_call_leaves_nothing_to_choose() -> None:
+def test_no_calls_give_no_backend() -> None:
     assert fastest_backend({}, FakeTimer()) is None
     assert recorded_calls(lambda: nn.Linear(16, 4)(X)) == {}
 
 
-def test_no_backend_that_fits_is_none() -> None:
+def test_returns_none_if_no_backend_runs() -> None:
     key = X[..., :7]  # no backend takes another head size than the query's
     layout = Layout.of(key)
     call = Call(Layout.of(X), layout, layout, None, ())
     assert fastest_backend({call: 1}, FakeTimer(flash=1, math=1)) is None
 
 
-def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tries_backends_in_order_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"flash": 1.0, "cudnn": 4.0, "efficient": 2.0, "math": 3.0}
     monkeypatch.setattr(attention_auto, "backends_of", lambda kind: list(times))
     monkeypatch.setattr(attention_auto, "seconds_of", lambda name, call, timer: times[name])
@@ -156,7 +158,7 @@ def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.Monk
     assert not auto.replace(refused)
 
 
-def test_settings_come_back() -> None:
+def test_restores_settings() -> None:
     before = (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled())
     fastest_backend(calls_of(X, X, X))
     assert (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled()) == before

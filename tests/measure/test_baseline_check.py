@@ -44,7 +44,7 @@ def ready(build: Callable[[], nn.Module], params: RunParams = BF16) -> Model:
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_wrong_code_is_found(wrong: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_wrong_code(wrong: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, wrong)
     with pytest.raises(BaselineError) as raised:
         check(ready(Rotary))
@@ -56,14 +56,16 @@ def test_wrong_code_is_found(wrong: compilers.Compile, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("right", RIGHT.values(), ids=RIGHT)
-def test_rounding_is_not_wrong(right: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepts_rounding_differences(
+    right: compilers.Compile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compilers.use(monkeypatch, right)
     for params in (BF16, BF16.replace(bf16=False)):
         check(model := ready(Rotary, params))
         assert model.unchecked is None
 
 
-def test_wrong_fp32_code_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_wrong_fp32_code(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, WRONG["slice"])
     with pytest.raises(BaselineError):
         check(ready(Rotary, BF16.replace(bf16=False)))
@@ -116,7 +118,7 @@ class Largest(Layers):
         (Casts, RIGHT["same"]),
     ],
 )
-def test_decisions_that_rounding_changes_are_not_wrong(
+def test_accepts_decisions_changed_by_rounding(
     build: Callable[[], nn.Module], right: compilers.Compile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, right)
@@ -156,7 +158,7 @@ class NoNumber(Layers):
         (NoNumber, "its eager outputs contain no finite number"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_checked_is_said(
+def test_reports_what_cannot_be_checked(
     build: Callable[[], nn.Module], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, same)
@@ -165,7 +167,7 @@ def test_what_cannot_be_checked_is_said(
     assert model.unchecked.startswith(UNCHECKED + why)
 
 
-def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, same)
     model = ready(Rotary)
 
@@ -177,7 +179,7 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.unchecked == f"{UNCHECKED}out of memory"
 
 
-def test_uncompiled_models_are_not_checked() -> None:
+def test_does_not_check_uncompiled_models() -> None:
     check(model := ready(Insists, BF16.replace(compile_mode="off")))
     assert model.unchecked is None
 
@@ -203,7 +205,7 @@ class Tables(Layers):
         return self.fc2(self.fc1(x) * self.table) - self.mean
 
 
-def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, WRONG["half"])  # the longest way
     model = ready(Tables)
     before = {name: t.clone() for name, t in model.eager.state_dict().items()}
@@ -223,7 +225,7 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("params", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_no_point_with_a_wrong_baseline_has_figures(
+def test_wrong_baseline_gives_no_figures(
     params: RunParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, WRONG["one row"])
@@ -237,7 +239,7 @@ def test_no_point_with_a_wrong_baseline_has_figures(
 
 
 @pytest.mark.parametrize("params", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_results_say_what_was_not_checked(
+def test_results_report_what_was_not_checked(
     params: RunParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, same)

@@ -171,7 +171,7 @@ def test_every_call_sees_the_same_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["neg", "standardize", "cache", "pop"])
 @pytest.mark.parametrize("feed", ["device", "host"])
-def test_a_point_is_measured_and_says_so(name: str, feed: str) -> None:
+def test_measures_model_that_writes_to_its_inputs(name: str, feed: str) -> None:
     pool = ModelPool()
     result = Throughput(pool).measure(
         workload(name), W8A8.replace(feed=feed), time_rounds, nodeid="t"
@@ -185,7 +185,7 @@ def test_a_point_is_measured_and_says_so(name: str, feed: str) -> None:
     assert verdict.distance["sqnr_db"] > 30
 
 
-def test_compiled_models_write_too() -> None:
+def test_restores_inputs_of_compiled_models() -> None:
     pool = ModelPool()
     written = workload("standardize")
     params = BF16.replace(compile_mode="default")
@@ -198,7 +198,7 @@ def test_compiled_models_write_too() -> None:
             torch.testing.assert_close(output_of(model.run), expected, atol=0.02, rtol=0.02)
 
 
-def test_a_model_that_leaves_its_inputs_alone_gets_the_very_batch() -> None:
+def test_does_not_copy_inputs_of_read_only_models() -> None:
     seen = []
 
     class Looks(nn.Module):
@@ -218,7 +218,7 @@ def test_a_model_that_leaves_its_inputs_alone_gets_the_very_batch() -> None:
     assert set(seen) == {pool.batch(looks, BF16)[0].data_ptr()}
 
 
-def test_calibration_and_the_ranking_of_layers_see_the_same_values() -> None:
+def test_calibration_and_sensitivity_see_the_same_values() -> None:
     smooth = W8A8.replace(int8_smoothquant=True)
 
     def written(times: int) -> Workload:
@@ -235,7 +235,7 @@ def test_calibration_and_the_ranking_of_layers_see_the_same_values() -> None:
     assert all(row["sqnr_db"] > 30 for row in table.layers)
 
 
-def test_writing_later_than_at_first_is_an_error() -> None:
+def test_rejects_model_that_starts_writing_later() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -259,7 +259,7 @@ def test_writing_later_than_at_first_is_an_error() -> None:
         )
 
 
-def test_writing_what_is_there_already_is_no_write() -> None:
+def test_ignores_writes_of_equal_values() -> None:
     pool = ModelPool()
     model = pool.get(workload("neg", build=lambda p: Writes(lambda x: x.clamp_(-99, 99))), BF16)
     assert model.ready().remark is None
@@ -268,7 +268,7 @@ def test_writing_what_is_there_already_is_no_write() -> None:
     batches.check_late_writes("neg", model.batch)
 
 
-def test_copies_of_a_block_are_made_before_it_and_fit_into_memory(
+def test_copies_are_made_before_a_block_and_fit_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = Batch((torch.ones(4, 64),))
@@ -287,7 +287,7 @@ def test_copies_of_a_block_are_made_before_it_and_fit_into_memory(
     assert run() is not run()
 
 
-def test_inference_tensors_are_replaced_before_anything_is_compiled_for_them() -> None:
+def test_replaces_inference_tensors_before_compiling() -> None:
     with torch.inference_mode():
         made = torch.ones(2)
     batch = Batch((made,))
@@ -319,7 +319,7 @@ CHANGING = (
 )
 
 
-def test_buffers_that_each_call_changes_are_put_back() -> None:
+def test_restores_buffers_changed_by_each_call() -> None:
     pool = ModelPool()
     counts = workload("neg", build=lambda p: Counts())
     result = Throughput(pool).measure(counts, W8A8, time_rounds, nodeid="t")
@@ -355,7 +355,7 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("model", [Draws, Remembers])
-def test_outputs_that_do_not_repeat_are_told(model: type[nn.Module]) -> None:
+def test_reports_outputs_that_do_not_repeat(model: type[nn.Module]) -> None:
     ready = ModelPool().get(workload("neg", build=lambda p: model()), BF16).ready()
     assert ready.remark == (
         "two calls with the same inputs gave different outputs: the model draws random numbers or "

@@ -54,7 +54,7 @@ def output(pool: ModelPool, of: Workload, params: RunParams = W8A8) -> torch.Ten
 
 @pytest.mark.parametrize("mode", ["w8a8", "w8"])
 @pytest.mark.parametrize("change", rebound.SAME_NUMBERS, ids=lambda change: change.__name__)
-def test_every_path_is_quantized(change: Any, mode: str) -> None:
+def test_quantizes_layers_reached_in_unusual_ways(change: Any, mode: str) -> None:
     params = W8A8.replace(int8_mode=mode)
     expected = output(ModelPool(), workload(Blocks), params)
     of, pool = workload(changed(change)), ModelPool()
@@ -161,7 +161,7 @@ def scaled_by_chance() -> nn.Module:
         "hidden",
     ],
 )
-def test_weights_are_the_baselines_where_build_does_not_repeat_itself(build: Any) -> None:
+def test_candidate_copies_weights_if_build_is_random(build: Any) -> None:
     of, pool = workload(Unseeded(build)), ModelPool()
     baseline = pool.get(of, BF16)
     baseline.run()
@@ -203,7 +203,7 @@ def test_lazy_layers_are_measured() -> None:
 # -- builds that give one model ------------------------------------------------------------------
 
 
-def test_build_may_return_one_model_where_a_copy_is_right() -> None:
+def test_build_may_return_the_same_model_if_copies_are_correct() -> None:
     kept = Blocks()
     expected = output(ModelPool(), workload(lambda: copy.deepcopy(kept)))
     of, pool = workload(lambda: kept), ModelPool()
@@ -211,7 +211,7 @@ def test_build_may_return_one_model_where_a_copy_is_right() -> None:
     assert coverage(pool.get(of, BF16).eager).converted == ()
 
 
-def test_build_may_wrap_one_model_where_a_copy_is_right() -> None:
+def test_build_may_wrap_the_same_model_if_copies_are_correct() -> None:
     kept = Blocks()
     of, pool = workload(lambda: nn.Sequential(kept, nn.Linear(16, 16))), ModelPool()
     output(pool, of)
@@ -219,7 +219,7 @@ def test_build_may_wrap_one_model_where_a_copy_is_right() -> None:
     assert coverage(pool.get(of, BF16).eager).converted == ()
 
 
-def test_build_may_fail_a_second_time_where_a_copy_is_right() -> None:
+def test_build_may_fail_on_second_call_if_copies_are_correct() -> None:
     models = iter([Blocks()])
     assert output(ModelPool(), workload(lambda: next(models))).isfinite().all()
 
@@ -332,7 +332,9 @@ _RUNS = "it runs 'blocks.1.fc1.weight' of another model"
     ],
     ids=["closure", "hook", "lock", "copies itself", "forgets", "fails", "grows", "other numbers"],
 )
-def test_a_model_that_cannot_be_made_twice_is_one_line(build: Any, again: str, copied: str) -> None:
+def test_rejects_model_that_cannot_be_made_twice_in_one_line(
+    build: Any, again: str, copied: str
+) -> None:
     pool, of = ModelPool(), workload(build)
     baseline = pool.get(of, BF16)
     with pytest.raises(WorkloadError, match=f"^{re.escape(_LINE.format(again, copied))}$"):
@@ -342,7 +344,7 @@ def test_a_model_that_cannot_be_made_twice_is_one_line(build: Any, again: str, c
     assert coverage(baseline.eager).converted == ()
 
 
-def test_a_baseline_that_runs_the_candidate_is_one_line() -> None:
+def test_rejects_baseline_that_runs_the_candidate_in_one_line() -> None:
     def build() -> nn.Module:
         net: Any = Blocks()
         CURRENT["block"] = net.blocks[1]
@@ -359,7 +361,7 @@ def test_a_baseline_that_runs_the_candidate_is_one_line() -> None:
         pool.get(of, W8A8)
 
 
-def test_random_forwards_and_failing_ones_are_left_to_the_measurement() -> None:
+def test_ignores_random_and_failing_forwards() -> None:
     def noisy(net: Any) -> None:
         rebound.lock(net)
         net.register_forward_hook(lambda module, args, out: nn.functional.dropout(out))
@@ -389,7 +391,7 @@ def test_activations_may_be_shared() -> None:
 
 
 @pytest.mark.parametrize("first", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
+def test_rejects_random_weights_if_models_are_built_separately(
     first: RunParams,
 ) -> None:
     second = W8A8 if first is BF16 else BF16
@@ -409,7 +411,7 @@ def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
 @pytest.mark.parametrize(
     "change", [rebound.csr_buffer, rebound.lock, rebound.quantized_buffer, rebound.old_weight_norm]
 )
-def test_weights_that_repeat_may_be_built_apart(change: Any) -> None:
+def test_repeatable_weights_may_be_built_separately(change: Any) -> None:
     pool, of = ModelPool(), workload(changed(change, Buffers))
     for params in (BF16, W8A8, BF16, W8A8.replace(int8_mode="w8")):
         pool.get(of, params)

@@ -81,20 +81,20 @@ class FakeGpu:
 @pytest.mark.parametrize("step_s", [0.01, 0.02, 0.1])
 @pytest.mark.parametrize("steps", [9.3, 10.0, 12.7, 100.0])
 @pytest.mark.parametrize("watts", [150.0, 700.0])
-def test_power_is_known_to_one_percent(step_s: float, steps: float, watts: float) -> None:
+def test_power_is_accurate_to_one_percent(step_s: float, steps: float, watts: float) -> None:
     gpu = FakeGpu(step_s, read_s=step_s / 25)
     gpu_watts = gpu.watts(steps * step_s, watts)
     assert gpu_watts == pytest.approx(watts, rel=0.01)
 
 
-def test_no_reading_is_within_the_work() -> None:
+def test_takes_no_reading_during_the_work() -> None:
     gpu = FakeGpu()
     assert gpu.watts(2.0, 700.0) is not None
     ((_, start_s),) = gpu.batches
     assert [at_s for at_s in gpu.readings if start_s < at_s < start_s + 2.0] == []
 
 
-def test_waiting_takes_three_steps_at_most() -> None:
+def test_waits_at_most_three_steps() -> None:
     gpu = FakeGpu()
     before = gpu.now
     gpu.watts(2.0, 700.0)
@@ -107,7 +107,7 @@ def test_work_too_short_for_the_counter_has_no_power(steps: float) -> None:
     assert gpu.watts(steps * gpu.step_s, 700.0) is None
 
 
-def test_work_too_short_for_any_counter_is_not_waited_for() -> None:
+def test_does_not_wait_for_work_too_short_for_any_counter() -> None:
     gpu = FakeGpu()
     counter = gpu.counter()
     start = counter.next_step()
@@ -117,7 +117,7 @@ def test_work_too_short_for_any_counter_is_not_waited_for() -> None:
     assert len(gpu.readings) == readings
 
 
-def test_a_counter_that_stands_still_is_given_up() -> None:
+def test_gives_up_on_a_frozen_counter() -> None:
     gpu = FakeGpu()
     gpu.answer = lambda joules: 5.0
     assert gpu.counter().next_step() is None
@@ -133,7 +133,7 @@ def test_a_counter_that_stops_answering_has_no_power(answers: int) -> None:
 
 
 @pytest.mark.parametrize("phase", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
-def test_an_old_first_reading_is_no_step(phase: float) -> None:
+def test_ignores_stale_first_reading(phase: float) -> None:
     """NVML may answer the first call after a pause with an old value."""
     gpu = FakeGpu()
     gpu.now = 5 + phase * gpu.step_s
@@ -207,7 +207,7 @@ def test_the_ratio_compares_energy_per_batch(step_s: float) -> None:
     assert ratio == pytest.approx(0.05 * 600 / (0.03 * 500), rel=0.01)
 
 
-def test_both_run_one_block_after_the_other() -> None:
+def test_ratio_runs_one_block_of_each_model() -> None:
     gpu = FakeGpu()
     gpu.ratio((0.05, 600.0), (0.03, 500.0))
     names = "".join(name for name, _ in gpu.batches)
@@ -221,7 +221,7 @@ def test_both_run_one_block_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("interval_s", [0.2, 3.0, 7.0])
-def test_blocks_that_would_take_too_long_do_not_run(interval_s: float) -> None:
+def test_does_not_run_blocks_that_would_take_too_long(interval_s: float) -> None:
     gpu = FakeGpu()
     assert gpu.ratio((0.05, 600.0), (0.03, 500.0), interval_s) is None
     assert gpu.batches == []
@@ -285,7 +285,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu | None], list[str]]:
 
 
 @pytest.mark.parametrize(("device", "uuid"), [("cuda", "uuid-1"), ("cuda:2", "uuid-2")])
-def test_the_counter_is_that_of_the_device(cuda: Any, device: str, uuid: str) -> None:
+def test_uses_the_counter_of_the_device(cuda: Any, device: str, uuid: str) -> None:
     asked = cuda(gpu_of())
     assert counter_of(torch.device(device))._read() == 12.0
     assert asked == [uuid]

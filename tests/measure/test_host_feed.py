@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_come_in_turn_with_their_rows_moved_on(workers: int) -> None:
+def test_batches_rotate_and_shift_their_rows(workers: int) -> None:
     mask = torch.arange(SAMPLES).remainder(2).bool()
     inputs = {"x": pixels(), "rest": [Pair(mask, "text"), None, 3]}
     before = set(multiprocessing.active_children())
@@ -73,7 +73,7 @@ def test_batches_come_in_turn_with_their_rows_moved_on(workers: int) -> None:
     [torch.zeros(3), torch.tensor(1.5), torch.zeros(0)],
     ids=["other rows", "no dimension", "empty"],
 )
-def test_batches_whose_rows_are_not_all_samples_come_as_they_are(other: torch.Tensor) -> None:
+def test_does_not_shift_rows_that_are_not_samples(other: torch.Tensor) -> None:
     feed = feed_of((pixels(), other))
     for x, kept in itertools.islice(feed, 5):
         assert torch.equal(x, pixels())
@@ -120,7 +120,7 @@ def test_dtypes_shapes_strides_and_addresses_repeat(name: str) -> None:
     assert feed.nbytes == 2 * (odd.nbytes + kept.nbytes)
 
 
-def test_a_compiled_model_is_compiled_once() -> None:
+def test_compiles_a_model_once() -> None:
     feed = feed_of((pixels().bfloat16(), torch.ones(SAMPLES)))
     graphs = 0
 
@@ -140,7 +140,7 @@ def test_a_compiled_model_is_compiled_once() -> None:
     assert graphs == 2
 
 
-def test_the_last_batch_stays_until_the_next_is_asked_for() -> None:
+def test_keeps_the_last_batch_until_the_next_request() -> None:
     feed = feed_of((pixels(),))
     for index in range(5):
         batch = next(feed)
@@ -149,13 +149,13 @@ def test_the_last_batch_stays_until_the_next_is_asked_for() -> None:
         assert torch.equal(batch[0], pixels().roll(index % MAX_VARIANTS, 0))
 
 
-def test_the_generator_of_torch_is_left_alone() -> None:
+def test_does_not_change_torchs_generator() -> None:
     before = torch.random.get_rng_state()
     next(feed_of((pixels(),)))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_tensors_that_are_not_dense_are_refused() -> None:
+def test_rejects_non_dense_tensors() -> None:
     sparse = torch.eye(SAMPLES).to_sparse()
     with pytest.raises(
         WorkloadError, match=r"^feed=host needs dense tensors, got layout torch\.sparse_coo$"
@@ -274,7 +274,7 @@ def simulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[HostFeed, Dev
 
 
 @given(st.integers(0, 2**32))
-def test_no_batch_is_overwritten_while_it_is_read(seed: int) -> None:
+def test_does_not_overwrite_a_batch_in_use(seed: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         feed, device = simulated(seed, monkeypatch)
         seen: list[list[torch.Tensor]] = []
@@ -296,7 +296,7 @@ def test_no_batch_is_overwritten_while_it_is_read(seed: int) -> None:
             assert torch.equal(got, wanted)
 
 
-def test_the_next_batch_is_copied_while_this_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_the_next_batch_during_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     feed, device = simulated(0, monkeypatch)
     for _ in range(4):
         next(feed)
@@ -323,7 +323,7 @@ def test_the_host_does_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- waiting for the loader ---------------------------------------------------------------------
 
 
-def test_the_wait_for_the_loader_is_summed_up() -> None:
+def test_sums_the_wait_for_the_loader() -> None:
     clock = iter([0.0, 1.0, 10.0, 10.25, 20.0, 20.5])
     feed = feed_of((pixels(),), clock=lambda: next(clock))
     feed.open()
@@ -351,11 +351,13 @@ def test_the_wait_for_the_loader_is_summed_up() -> None:
         (16, 0, 0, 0),
     ],
 )
-def test_workers(cpus: int, batch_bytes: int, shared_bytes: int | None, expected: int) -> None:
+def test_number_of_workers_fits_cpus_and_shared_memory(
+    cpus: int, batch_bytes: int, shared_bytes: int | None, expected: int
+) -> None:
     assert workers_for(batch_bytes, 4, cpus=cpus, shared_bytes=shared_bytes) == expected
 
 
-def test_the_number_of_workers_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_number_of_workers_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_feed, "_cpus", lambda: 16)
     monkeypatch.setattr(host_feed, "_free_shared_bytes", lambda: 0)
     feed = feed_of((pixels(),), workers=None)
@@ -367,7 +369,7 @@ def test_the_number_of_workers_suits_the_machine(monkeypatch: pytest.MonkeyPatch
 # -- the end ------------------------------------------------------------------------------------
 
 
-def test_a_closed_feed_holds_nothing_and_starts_anew() -> None:
+def test_closed_feed_frees_everything_and_can_restart() -> None:
     feed = feed_of((pixels(),))
     next(feed)
     next(feed)
@@ -377,7 +379,7 @@ def test_a_closed_feed_holds_nothing_and_starts_anew() -> None:
     assert torch.equal(next(feed)[0], pixels())
 
 
-def test_a_worker_that_died_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def die() -> Iterator[torch.Tensor]:
         yield torch.zeros(SAMPLES * 5 * 4, dtype=torch.uint8)
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
@@ -421,7 +423,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_no_process_stays_behind(tmp_path: Path) -> None:
+def test_leaves_no_process_behind(tmp_path: Path) -> None:
     script = tmp_path / "feeding.py"
     script.write_text(FEEDING)
     interrupted, killed = (

@@ -77,12 +77,12 @@ def test_layers_of_plain_tensors_count_too() -> None:
     assert len({runs[name].storage for name in "qkv"}) == 1
 
 
-def test_a_weight_that_is_tied_counts_half_for_each_layer() -> None:
+def test_tied_weight_counts_half_for_each_layer() -> None:
     runs = look(build(toys.SharesWeight))
     assert rows_of(runs) == {"a": (0, 1), "b": (0, 1), "c": (0, 1), "d": (0, 1)}
 
 
-def test_a_weight_that_is_read_is_not_multiplied() -> None:
+def test_reading_a_weight_is_not_a_matmul() -> None:
     model = nn.Sequential(nn.Linear(8, 16, dtype=torch.bfloat16))
     apply_int8_quant(model, mode="w8a8", filter_fn=toys.is_linear)
     ids = torch.tensor([1, 2])
@@ -109,7 +109,7 @@ def test_a_weight_that_is_read_is_not_multiplied() -> None:
     ],
     ids=["linear", "matmul", "einsum", "addmm", "bmm", "chunk", "scaled", "transposed"],
 )
-def test_a_product_counts_however_it_is_written(multiply) -> None:  # type: ignore[no-untyped-def]
+def test_counts_matmuls_in_every_notation(multiply) -> None:  # type: ignore[no-untyped-def]
     model = nn.Sequential(nn.Linear(8, 16))
     x = torch.randn(5, 8)
     for inference in (True, False):

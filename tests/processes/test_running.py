@@ -40,7 +40,7 @@ except KeyboardInterrupt:
         (-99, "signal 99"),
     ],
 )
-def test_how_a_process_ended(code: int, text: str) -> None:
+def test_describes_how_a_process_ended(code: int, text: str) -> None:
     assert ending(code) == text
 
 
@@ -54,7 +54,7 @@ def test_how_a_process_ended(code: int, text: str) -> None:
         ("PYTHONPATH", False),
     ],
 )
-def test_variables_of_the_pytest_around(variable: str, expected: bool) -> None:
+def test_recognizes_variables_of_an_outer_pytest(variable: str, expected: bool) -> None:
     assert is_pytests(variable) is expected
 
 
@@ -75,7 +75,7 @@ def start(code: str, *, group: bool = False) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_may_say_goodbye(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_process_may_finish(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "_INTERRUPT_S", DEADLINE_S)
     with start(POLITE, group=group) as process:
         stop(process, group=group)
@@ -83,14 +83,14 @@ def test_a_process_may_say_goodbye(group: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_that_does_not_listen_is_killed(group: bool) -> None:
+def test_kills_a_process_that_ignores_signals(group: bool) -> None:
     with start(DEAF, group=group) as process:
         stop(process, group=group)
         assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_that_ended_is_left_alone(group: bool) -> None:
+def test_does_not_signal_a_finished_process(group: bool) -> None:
     with start("print('ready')", group=group) as process:
         assert process.wait(DEADLINE_S) == 0
         stop(process, group=group)
@@ -98,7 +98,7 @@ def test_a_process_that_ended_is_left_alone(group: bool) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_group_ends_as_a_whole() -> None:
+def test_ends_the_whole_process_group() -> None:
     """Also where its leader ended before the others."""
     code = f"""
 import subprocess, sys

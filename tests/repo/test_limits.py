@@ -21,7 +21,7 @@ def too_long(name: str, text: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} {node.name}: {lines} lines"
 
 
-def test_what_is_too_long_is_named() -> None:
+def test_too_long_names_files_and_functions() -> None:
     body = "\n".join(["    class B:", "        async def f(self):", *["            pass"] * 60])
     assert list(too_long("a.py", f"def g():\n{body}\n")) == [
         "a.py:1 g: 63 lines",
