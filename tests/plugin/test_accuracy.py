@@ -161,7 +161,9 @@ def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_inconclusive_timings(project: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inconclusive_verdict_does_not_mark_timings(
+    project: pytest.Pytester, capsys: pytest.CaptureFixture[str]
+) -> None:
     project.makepyfile(
         test_few=f"""{FEW}
 
@@ -194,7 +196,9 @@ def test_both(int8_throughput, int8_guardrail):
     assert [row[-4:] for row in rows] == [["top1", "INCONCLUSIVE", "INCONCLUSIVE", "same"]] * 2
 
 
-def test_random_weights_proxy(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_are_marked_and_outputs_compared(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOST", str(LOST))
     # The second one has a channel that takes the whole range of a row, and no part in the output.
     project.makepyfile(
@@ -262,7 +266,7 @@ def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.Monke
     assert [row["outcome"] for row in verdict.remedies] == [None] * 8
 
 
-def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
+def test_any_failed_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
     project.makepyfile(
         toy=TOY.replace("return np.arange(samples), right", "return next(SCORES)(right)").replace(
             "class Toy",
@@ -303,7 +307,7 @@ def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pyteste
     assert not [name for name in names if W8A8 in name]
 
 
-def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
+def test_skips_points_that_cannot_be_judged(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_accuracy="""
         import pytest

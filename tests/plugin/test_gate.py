@@ -99,7 +99,7 @@ def gate_lines(result: pytest.RunResult) -> list[str]:
 SLOW, FAST = 1e6, 1e-6  # a base that was so much slower or faster than this machine ever is
 
 
-def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base) -> None:
+def test_compares_session_with_a_saved_file(project: pytest.Pytester, base: Base) -> None:
     first, second = node("first"), node("second")
     compare = ("--int8-compare=base.json", "-Werror:Benchmark fixture was not used")
 
@@ -201,13 +201,13 @@ def copy(project: pytest.Pytester) -> None:
     (project.path / "base.json").write_text(json.dumps({"benchmarks": [], "int8bench": block}))
 
 
-def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
+def test_collecting_prints_no_comparison(project: pytest.Pytester, copy: None) -> None:
     result = run(project, "--int8-compare=base.json", "--collect-only", "-q")
     assert result.ret == pytest.ExitCode.OK
     result.stdout.no_fnmatch_line("*gate*")
 
 
-def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, copy: None) -> None:
+def test_session_that_compares_nothing_fails(project: pytest.Pytester, copy: None) -> None:
     project.makepyfile(test_plain="def test_plain(): pass")
     result = run(project, "--int8-compare=base.json", "--color=yes", "test_plain.py")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -232,7 +232,7 @@ def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, c
         ),
     ],
 )
-def test_what_cannot_measure_is_refused_at_the_start(
+def test_rejects_options_that_prevent_measuring_at_start(
     project: pytest.Pytester, copy: None, options: tuple[str, ...], using: str | None, why: str
 ) -> None:
     if using is not None:
@@ -243,7 +243,7 @@ def test_what_cannot_measure_is_refused_at_the_start(
     assert not list(project.path.glob(".benchmarks/int8bench/*"))
 
 
-def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> None:
+def test_does_not_overwrite_the_base(project: pytest.Pytester, copy: None) -> None:
     before = (project.path / "base.json").read_text()
     result = run(project, "--int8-compare=base.json", "--benchmark-json=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -26,7 +26,7 @@ DECIDING = {
 
 
 @pytest.mark.parametrize("owner", [hooks, hooks.AtTheEnd, Recorder, Controller, Worker])
-def test_every_hook_is_guarded_that_does_not_decide_what_runs(owner: Any) -> None:
+def test_guards_every_hook_that_does_not_decide_what_runs(owner: Any) -> None:
     for name, hook in inspect.getmembers(owner, inspect.isfunction):
         if name.startswith("pytest_") and name not in DECIDING:
             assert getattr(hook, "is_guarded", False), name
@@ -55,7 +55,7 @@ def drive(steps: Generator[None, Any, Any], answer: Any) -> Any:
     raise AssertionError("a wrapper has one step")
 
 
-def test_an_error_becomes_a_line(config: pytest.Config) -> None:
+def test_error_becomes_one_line(config: pytest.Config) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> None:
         raise KeyError("bug")
@@ -66,7 +66,7 @@ def test_an_error_becomes_a_line(config: pytest.Config) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_error_of_a_wrapper_keeps_what_is_inside(config: pytest.Config, when: str) -> None:
+def test_failing_wrapper_keeps_the_inner_result(config: pytest.Config, when: str) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> Generator[None, Any, Any]:
         if when == "before":
@@ -78,7 +78,7 @@ def test_an_error_of_a_wrapper_keeps_what_is_inside(config: pytest.Config, when:
     assert config.stash[RECORDER].reported == [LINE]
 
 
-def test_an_error_from_inside_passes_a_wrapper(config: pytest.Config) -> None:
+def test_inner_error_passes_through_a_wrapper(config: pytest.Config) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> Generator[None, Any, Any]:
         try:
@@ -94,7 +94,7 @@ def test_an_error_from_inside_passes_a_wrapper(config: pytest.Config) -> None:
 @pytest.mark.parametrize(
     "error", [pytest.UsageError("u"), pytest.exit.Exception("x"), KeyboardInterrupt()], ids=repr
 )
-def test_what_ends_a_session_on_purpose_does(config: pytest.Config, error: BaseException) -> None:
+def test_does_not_catch_deliberate_exits(config: pytest.Config, error: BaseException) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> None:
         raise error
@@ -121,7 +121,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken: str) -> None:
+def test_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken: str) -> None:
     pytester.makeconftest(
         f"""
         import pytest

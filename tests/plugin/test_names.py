@@ -62,7 +62,7 @@ def project(
     return make_project(pytester, monkeypatch, conftest=conftest)
 
 
-def test_only_olmoearth_has_its_fields_in_names(project: pytest.Pytester) -> None:
+def test_only_olmoearth_names_contain_its_fields(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_a=FIXTURE.format("", 'toy.make("bert")') + THROUGHPUT,
         test_b=FIXTURE.format("int8_workload", "int8_workload") + THROUGHPUT,
@@ -94,7 +94,7 @@ def test_only_olmoearth_has_its_fields_in_names(project: pytest.Pytester) -> Non
     result.assert_outcomes(passed=4)
 
 
-def test_tables_tell_models_apart_and_older_files_are_found(project: pytest.Pytester) -> None:
+def test_tables_distinguish_models_and_older_files_match(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_a=FIXTURE.format("", 'toy.make("bert")') + THROUGHPUT,
         test_b=FIXTURE.format("", 'toy.make("vit")') + THROUGHPUT,
@@ -133,7 +133,7 @@ def test_tables_tell_models_apart_and_older_files_are_found(project: pytest.Pyte
         assert lines.count(f"{row} (") == 2  # NOW and 0001
 
 
-def test_a_marker_sets_no_field_that_its_workload_does_not_read(project: pytest.Pytester) -> None:
+def test_rejects_marker_fields_that_the_workload_ignores(project: pytest.Pytester) -> None:
     project.makepyfile(test_a=MARKED.format('digits", model_size="nano'))
     result = project.runpytest_subprocess(*SMOKE, *without())
     result.stdout.fnmatch_lines(

@@ -107,7 +107,7 @@ def test_collecting_builds_and_writes_nothing(project: pytest.Pytester) -> None:
     assert ids(result) == [f"test_two.py::test_model[{int8(4)}]"]
 
 
-def test_points_stay_together_whoever_reorders_tests(project: pytest.Pytester) -> None:
+def test_points_stay_together_if_plugins_reorder_tests(project: pytest.Pytester) -> None:
     project.makeconftest(
         """
         import pytest
@@ -177,7 +177,7 @@ def test_disabled_benchmarks_run_once_unmeasured(project: pytest.Pytester) -> No
 
 
 @pytest.mark.slow
-def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
+def test_supports_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -268,7 +268,7 @@ def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
 
 
 @pytest.mark.slow
-def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -> None:
+def test_supports_stopping_and_rerunning_failures(project: pytest.Pytester) -> None:
     (project.path / "test_two.py").unlink()
     sweep = "--int8-set=batch_size=4,5,3"
     finished, failed = one(bf16(4), int8(4)), one(bf16(5), int8(5))
@@ -305,7 +305,7 @@ def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -
 @pytest.mark.parametrize(
     ("name", "code"), [("SIGINT", pytest.ExitCode.INTERRUPTED), ("SIGKILL", -signal.SIGKILL)]
 )
-def test_what_was_finished_outlives_a_signal(
+def test_finished_results_survive_a_signal(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     (project.path / "test_two.py").unlink()
@@ -330,7 +330,7 @@ def test_what_was_finished_outlives_a_signal(
 
 
 @pytest.mark.slow
-def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> None:
+def test_xdist_workers_on_one_cpu_measure_nothing(project: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     (project.path / "test_two.py").unlink()
     result = run(
@@ -392,7 +392,7 @@ def test_randomly_keeps_points_and_inputs(project: pytest.Pytester) -> None:
     assert first == second
 
 
-def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pytester) -> None:
+def test_codspeed_installed_but_disabled_changes_nothing(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     result = run(project, "--int8-mode=off", using="codspeed")
     assert result.ret == pytest.ExitCode.OK
@@ -405,7 +405,7 @@ def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pyteste
 
 
 @pytest.mark.slow
-def test_codspeed_alone_measures_no_points(project: pytest.Pytester) -> None:
+def test_codspeed_without_pytest_benchmark_measures_no_points(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     project.makepyfile(
         test_three="""

@@ -60,7 +60,7 @@ def statuses(path: Path) -> dict[str, tuple[str, str | None]]:
     return {b.nodeid.removeprefix(FILE): (b.status, b.reason) for b in found}
 
 
-def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
+def test_records_and_compares_plain_benchmarks(project: pytest.Pytester) -> None:
     base, new = project.path / "base.json", project.path / "new.json"
     result = project.runpytest_subprocess(*SMOKE, *without(), OFF, f"--benchmark-json={base}")
     result.assert_outcomes(passed=5, failed=2, skipped=1)
@@ -106,7 +106,9 @@ def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
         ("--int8-lean", ("ok", None)),
     ],
 )
-def test_options(project: pytest.Pytester, option: str, expected: tuple[str, str | None]) -> None:
+def test_options_apply_to_plain_benchmarks(
+    project: pytest.Pytester, option: str, expected: tuple[str, str | None]
+) -> None:
     tests = ("test_one.py", "-k", "sort or without", "--int8-journal=new.jsonl")
     result = project.runpytest_subprocess(*SMOKE, *without(), option, *tests)
     assert result.ret == pytest.ExitCode.OK

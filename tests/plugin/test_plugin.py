@@ -72,7 +72,7 @@ def project(
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
+def test_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         import pytest
@@ -191,7 +191,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
         assert entry["options"]["timer"].endswith("synchronized_perf_counter")
 
 
-def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
+def test_failures_affect_only_their_point(project: pytest.Pytester) -> None:
     folder = project.mkpydir("nowhere")
     unloadable = CONFTEST.replace("return toy.make()", "raise RuntimeError('no weights')")
     (folder / "conftest.py").write_text(unloadable)
@@ -319,7 +319,7 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
 
-def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None:
+def test_rejects_measuring_twice_in_one_test(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="def test(int8_throughput):\n    int8_throughput()\n    int8_throughput()\n"
     )
@@ -335,7 +335,7 @@ def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None
     assert (found.status, found.reason) == ("failed", why)
 
 
-def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -> None:
+def test_saves_session_in_which_every_point_runs_out_of_memory(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(
         *SMOKE,
         "--int8-set=batch_size=6",
@@ -358,7 +358,7 @@ def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Pytester) -> None:
+def test_reports_missing_cuda_at_test_setup(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("--int8-preset=seed")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(errors=2)
@@ -436,7 +436,7 @@ def test_collects_by_model_baselines_first(project: pytest.Pytester) -> None:
     ]
 
 
-def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pytester) -> None:
+def test_invalid_marker_is_a_collection_error(project: pytest.Pytester) -> None:
     body = """
         import pytest
 
@@ -472,7 +472,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
         )
 
 
-def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> None:
+def test_no_baseline_omits_baselines_and_speedups(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(*SMOKE, "--int8-no-baseline", "--int8-mode=w8a8,w8")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2)
@@ -486,7 +486,7 @@ def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> 
 # -- which workload -----------------------------------------------------------------------------
 
 
-def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> None:
+def test_lean_measures_only_throughput(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -522,7 +522,7 @@ def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> 
     assert measured.coverage is not None
 
 
-def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> None:
+def test_rejects_uncallable_filter_each_time(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(
         inipath=None, rootpath=tmp_path, invocation_params=SimpleNamespace(dir=tmp_path)
     )
@@ -532,7 +532,7 @@ def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> 
             session.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
-def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
+def test_loads_workload_and_filter_by_name(project: pytest.Pytester) -> None:
     (project.path / "conftest.py").unlink()
     project.makepyfile(
         filters="""
@@ -659,7 +659,9 @@ MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUG
     [(CONFTEST, THROUGHPUT, "int8_workload in conftest"), ("", MARKED, "@pytest.mark.int8")],
     ids=["fixture", "marker"],
 )
-def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, owner: str) -> None:
+def test_rejects_workload_that_no_test_uses(
+    project: pytest.Pytester, conftest: str, body: str, owner: str
+) -> None:
     project.makeconftest(conftest)
     project.makepyfile(test_one=body)
     result = project.runpytest_subprocess(*SMOKE, "--int8-workload=digits")
@@ -688,7 +690,7 @@ def test_accepts_workload_of_one_test(project: pytest.Pytester, argument: str) -
     result.assert_outcomes(passed=3)
 
 
-def test_a_workload_of_any_scope_is_built_once_for_each_model(project: pytest.Pytester) -> None:
+def test_workload_of_any_scope_is_built_once_per_model(project: pytest.Pytester) -> None:
     (project.path / "test_one.py").unlink()
     for scope in ("function", "module", "session"):
         folder = project.mkpydir(scope)
@@ -736,7 +738,7 @@ def int8_workload():
 # -- turned off ---------------------------------------------------------------------------------
 
 
-def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> None:
+def test_works_without_pytest_benchmark(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         def test_model(int8_model, int8_batch):
@@ -750,7 +752,7 @@ def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> No
     result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
 
 
-def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:
+def test_plugin_can_be_disabled(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         def test_plain(benchmark):
@@ -765,7 +767,7 @@ def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:
     assert not (project.path / ".benchmarks" / "int8bench").exists()
 
 
-def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.Pytester) -> None:
+def test_shows_results_if_the_journal_cannot_be_written(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -796,7 +798,7 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     )
 
 
-def test_all_of_an_error_is_shown_on_request(project: pytest.Pytester) -> None:
+def test_shows_full_traceback_on_request(project: pytest.Pytester) -> None:
     project.makepyfile(bad=BAD_WORKLOADS, conftest="")
     workload = "--int8-workload=bad.py:nothing"
     result = project.runpytest_subprocess(*SMOKE, workload, "--int8-mode=off", "--tb=long")

@@ -81,7 +81,7 @@ def test_sensitivity(int8_sensitivity):
     ],
     ids=["errors", "interrupted"],
 )
-def test_leaves_the_process_as_it_was(
+def test_leaves_process_state_unchanged(
     pytester: pytest.Pytester,
     monkeypatch: pytest.MonkeyPatch,
     forked: None,

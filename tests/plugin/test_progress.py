@@ -134,7 +134,7 @@ def start(
         monkeypatch.undo()
 
 
-def test_a_step_is_shown_with_its_seconds(start: Any) -> None:
+def test_shows_step_with_its_seconds(start: Any) -> None:
     session = start()
     with session.step("compiling", "toy"):
         output = session.output()
@@ -161,7 +161,7 @@ def test_resumes_pytest_line_after_a_step(start: Any, width: int, action: Any) -
     assert after == screen(f"one\r\n{begun}PASSED\r\ntwo", 40)
 
 
-def test_a_long_name_is_cut_and_the_seconds_are_not(start: Any) -> None:
+def test_truncates_long_name_but_not_the_seconds(start: Any) -> None:
     session = start()
     with session.step("compiling", "toy" * 20):
         session.clock.now = 120
@@ -172,7 +172,7 @@ def test_a_long_name_is_cut_and_the_seconds_are_not(start: Any) -> None:
 
 
 @pytest.mark.parametrize("action", ["measuring", "comparing"])
-def test_nothing_else_runs_while_a_clock_runs(start: Any, action: Any) -> None:
+def test_no_thread_runs_during_timing(start: Any, action: Any) -> None:
     session = start()
     before = threading.enumerate()
     with session.step(action, "toy"):
@@ -186,7 +186,7 @@ def test_nothing_else_runs_while_a_clock_runs(start: Any, action: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_step_that_fails_leaves_no_line(start: Any, error: type[BaseException]) -> None:
+def test_failed_step_clears_its_line(start: Any, error: type[BaseException]) -> None:
     session = start()
     session.writer.write("test_one.py ")
     with pytest.raises(error, match="mine"), session.step("compiling", "toy"):
@@ -195,7 +195,7 @@ def test_a_step_that_fails_leaves_no_line(start: Any, error: type[BaseException]
     assert screen(session.output()) == ["test_one.py F"]
 
 
-def test_a_step_leaves_nothing_open(start: Any) -> None:
+def test_step_closes_its_file_descriptors(start: Any) -> None:
     session = start()
     free = os.dup(1)
     os.close(free)
@@ -220,7 +220,7 @@ def test_a_step_leaves_nothing_open(start: Any) -> None:
         ([], {"TERM": "dumb"}),
     ],
 )
-def test_lines_are_plain_where_others_write_on_the_terminal(
+def test_uses_plain_lines_if_others_write_to_the_terminal(
     start: Any, monkeypatch: pytest.MonkeyPatch, args: list[str], changes: dict[str, str]
 ) -> None:
     for name, value in changes.items():
@@ -241,7 +241,7 @@ def test_quiet_shows_nothing(start: Any, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("args", [[], ["-s"]])
-def test_workers_of_xdist_show_nothing(start: Any, args: list[str]) -> None:
+def test_xdist_workers_show_nothing(start: Any, args: list[str]) -> None:
     session = start(*args)
     session.config.workerinput = {}
     step = terminal_steps(session.config)
@@ -251,7 +251,7 @@ def test_workers_of_xdist_show_nothing(start: Any, args: list[str]) -> None:
     assert session.output() == ""
 
 
-def test_no_reporter_is_no_error(start: Any) -> None:
+def test_works_without_a_reporter(start: Any) -> None:
     session = start()
     session.config.pluginmanager.unregister(name="terminalreporter")
     with terminal_steps(session.config)("compiling", "toy"):
@@ -259,7 +259,7 @@ def test_no_reporter_is_no_error(start: Any) -> None:
     assert session.output() == ""
 
 
-def test_without_the_plugin_of_logs_a_terminal_is_a_terminal(start: Any) -> None:
+def test_uses_the_terminal_without_the_logging_plugin(start: Any) -> None:
     session = start("-p", "no:logging")
     with session.step("compiling", "toy"):
         assert screen(session.output()) == ["| compiling toy ... 0 s"]
@@ -268,7 +268,7 @@ def test_without_the_plugin_of_logs_a_terminal_is_a_terminal(start: Any) -> None
 # -- plain lines --------------------------------------------------------------------------------
 
 
-def test_a_plain_line_starts_at_once_and_ends_with_the_seconds(start: Any) -> None:
+def test_plain_line_starts_immediately_and_ends_with_seconds(start: Any) -> None:
     session = start("-s")
     session.writer.write("test_one.py ..")
     with session.step("compiling", "toy"):
@@ -279,7 +279,7 @@ def test_a_plain_line_starts_at_once_and_ends_with_the_seconds(start: Any) -> No
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_plain_line_ends_where_its_step_fails(start: Any, error: type[BaseException]) -> None:
+def test_plain_line_ends_if_its_step_fails(start: Any, error: type[BaseException]) -> None:
     session = start("-s")
     with pytest.raises(error, match="mine"), session.step("compiling", "toy"):
         raise error("mine")
@@ -431,7 +431,7 @@ def report(output: str) -> list[str]:
     ],
     ids=["default", "verbose", "color-no", "NO_COLOR"],
 )
-def test_a_terminal_shows_steps_and_then_what_it_would_without(
+def test_terminal_shows_steps_then_unchanged_output(
     project: pytest.Pytester, args: list[str], changes: dict[str, str], colored: bool
 ) -> None:
     output = run_on_terminal(project, *args, **changes)
@@ -447,13 +447,13 @@ def test_a_terminal_shows_steps_and_then_what_it_would_without(
     assert bool(COLOR.search(output)) is colored
 
 
-def test_quiet_leaves_the_output_alone(project: pytest.Pytester) -> None:
+def test_quiet_does_not_change_the_output(project: pytest.Pytester) -> None:
     output = run_on_terminal(project, "-q")
     assert output == run_on_terminal(project, "-q", NO_STEPS="1")
     assert "5 passed" in output
 
 
-def test_a_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
+def test_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
     output = run(project)
     assert "\x1b" not in output
     assert "\r" not in output

@@ -41,7 +41,7 @@ def fake_fixture() -> Any:
     return SimpleNamespace(pedantic=pedantic, stats=SimpleNamespace(options=options, stats=data))
 
 
-def test_each_round_is_prepared_and_not_traced() -> None:
+def test_prepares_each_round_without_tracing() -> None:
     def trace(frame: Any, event: str, argument: Any) -> None:
         return None
 

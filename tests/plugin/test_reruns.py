@@ -106,7 +106,7 @@ def found_by(saved: Saved) -> dict[str, list[Any]]:
     return found
 
 
-def test_the_last_attempt_counts_in_every_record(
+def test_every_record_has_the_last_attempt(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     conftest = projects.CONFTEST + RERUNS
