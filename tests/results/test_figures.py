@@ -114,7 +114,7 @@ def test_rejects_an_option_without(missing: str) -> None:
     ("what", "taken"),
     [("field", "compile_s"), ("name", "p95"), ("header", "km²/s"), ("option", "max-slowdown")],
 )
-def test_rejects_a_taken(what: str, taken: str) -> None:
+def test_rejects_names_already_taken(what: str, taken: str) -> None:
     row = {"field": "toy_s", "name": "toy", "header": "toy", "option": "max-toy-growth"}
     figure = Figure(**{**row, what: taken}, help="growth of the toy", floor=0.02)  # type: ignore[arg-type]
     before = (dict(FIGURES), dict(METRICS))

@@ -289,7 +289,7 @@ def test_an_interrupt_leaves_no_partial_report(monkeypatch: pytest.MonkeyPatch) 
     assert names() == []
 
 
-def test_a_summary_grows() -> None:
+def test_appends_to_a_summary() -> None:
     for text in ("one ü\n", "two\n"):
         append(Path("summary.md"), text)
     assert Path("summary.md").read_text(encoding="utf-8") == "one ü\ntwo\n"
