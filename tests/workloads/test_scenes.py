@@ -42,7 +42,7 @@ def test_scenes_are_digital_numbers(image_size: int, num_timesteps: int) -> None
     assert 1000 < batch.max() <= scenes.FULL_SCALE
 
 
-def test_bright_scenes_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clamps_bright_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "_ILLUMINATION_SD", 2.0)
     assert scene_batch(range(20), "train", 8, 2).max() == scenes.FULL_SCALE
 
@@ -52,20 +52,20 @@ def test_bright_scenes_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
     indices=st.lists(st.integers(0, 5000), min_size=1, max_size=6),
     split=st.sampled_from(list(scenes.SIZES)),
 )
-def test_a_scene_is_the_same_however_batches_are_cut(indices: list[int], split: str) -> None:
+def test_scenes_do_not_depend_on_batching(indices: list[int], split: str) -> None:
     together = scene_batch(indices, split, 8, 2)
     alone = torch.cat([scene_batch([index], split, 8, 2) for index in indices])
     assert torch.equal(together, alone)
 
 
-def test_no_two_scenes_are_the_same() -> None:
+def test_scenes_are_distinct() -> None:
     # Of one class, so that only what is random tells them apart.
     every = [scene_batch(range(0, 50, 10), split, 8, 1) for split in scenes.SIZES]
     for one, two in itertools.combinations(torch.cat(every), 2):
         assert not torch.equal(one, two)
 
 
-def test_the_first_scene_stays_what_it_is() -> None:
+def test_first_scene_is_unchanged() -> None:
     # Published accuracies are of these scenes: a change of them is to be on purpose.
     pixels = scene_batch([0], "certification", 8, 1)[0, 0, 0, 0]
     assert pixels.round().int().tolist() == [
@@ -91,7 +91,7 @@ def test_scenes_are_the_same_on_a_gpu() -> None:
     assert torch.equal(on_gpu.cpu(), scene_batch(range(20), "train", 16, 3))
 
 
-def test_classes_take_turns() -> None:
+def test_classes_alternate() -> None:
     assert labels(23).tolist() == [*range(10), *range(10), 0, 1, 2]
 
 
@@ -104,7 +104,7 @@ def test_months_are_spread_over_the_year(num_timesteps: int, expected: list[int]
 
 
 @given(num_timesteps=st.integers(1, 40))
-def test_months_rise(num_timesteps: int) -> None:
+def test_months_increase(num_timesteps: int) -> None:
     found = months(num_timesteps)
     assert len(found) == num_timesteps
     assert (np.diff(found) > 0).all()
@@ -167,6 +167,6 @@ def test_scenes_are_neither_easy_nor_too_hard(num_timesteps: int) -> None:
         assert 0.86 < fitted.score(test, labels(1000)) < 0.96
 
 
-def test_about_one_scene_of_twenty_looks_like_another_class() -> None:
+def test_about_one_in_twenty_scenes_resembles_another_class() -> None:
     leaning = [scenes._draw("certification", index, 1)["leaning"] for index in range(3000)]
     assert np.mean(np.array(leaning) > 0.5) == pytest.approx(0.0455, abs=0.012)

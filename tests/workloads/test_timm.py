@@ -38,7 +38,7 @@ def workload(name: str) -> Workload:
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(None, 197), (96, 37)])
-def test_a_vit_is_fed_images_of_its_size(size: int | None, tokens: int) -> None:
+def test_vit_gets_images_of_its_size(size: int | None, tokens: int) -> None:
     loaded = workload(VIT)
     params = POINT.replace(extra={} if size is None else {"image_size": size})
     seen, side = loaded.with_axes(params), size or 224
@@ -48,7 +48,7 @@ def test_a_vit_is_fed_images_of_its_size(size: int | None, tokens: int) -> None:
     assert model.eager.forward_features(*model.inputs).shape == (2, tokens, 192)
 
 
-def test_the_classifier_is_left_out() -> None:
+def test_does_not_quantize_the_classifier() -> None:
     covered = coverage(ModelPool().get(workload(VIT), POINT.replace(int8_enabled=True)).eager)
     assert len(covered.converted) == 48
     assert [layer.name for layer in covered.left_out] == ["head"]
