@@ -154,13 +154,13 @@ def outcome(results: list[Result]) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_expand_to_their_points(name: str) -> None:
+def test_examples_expand_to_their_points(name: str) -> None:
     params, _, changes = EXAMPLES[name]
     default = RunParams(**params)
     assert example(name).build().points == [default.replace(**change) for change in changes]
 
 
-def test_keys_are_swept_one_at_a_time_or_crossed() -> None:
+def test_sweeps_keys_one_at_a_time_or_crossed() -> None:
     def points(cross: bool) -> list[RunParams]:
         config = ThroughputBenchmarkRunnerConfig(
             sweep_keys=["bf16", "patch"], cross_product_sweep=cross
@@ -216,7 +216,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
+def test_reports_bad_configuration_in_one_line(case: str) -> None:
     given, message = BAD[case]
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         ThroughputBenchmarkRunnerConfig(**given).build()
@@ -249,7 +249,7 @@ def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
         ),
     ],
 )
-def test_the_examples_run_at_a_small_size(
+def test_examples_run_at_a_small_size(
     device: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = {"cpu": [1, 2], "cuda": [32, 64]}[device]
@@ -281,7 +281,7 @@ def test_the_examples_run_at_a_small_size(
 
 
 @pytest.mark.slow
-def test_no_point_stops_the_sweep_or_loses_another(
+def test_failing_points_do_not_affect_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[tuple[str, int, Path, str]] = []
@@ -357,12 +357,12 @@ def test_ignores_pytest_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_arguments_can_leave_points_out(tmp_path: Path) -> None:
+def test_pytest_arguments_can_exclude_points(tmp_path: Path) -> None:
     results = toy_runner(tmp_path, [5, 4], pytest_args=["-x"]).run()
     assert outcome(results) == [(5, "failed")]
 
 
-def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None:
+def test_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [2, 4])
     dying = "\nimport atexit\natexit.register(os.kill, os.getpid(), signal.SIGKILL)\n"
     (tmp_path / "toy.py").write_text(TOY + dying)
@@ -370,7 +370,7 @@ def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None:
+def test_missing_workload_fails_every_point(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [2, 4], workload="toy.py:none")
     results = runner.run()
     assert outcome(results) == [(2, "failed"), (4, "failed")]
@@ -379,13 +379,13 @@ def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_points_that_are_left_out_stay_out_after_a_killed_one(tmp_path: Path) -> None:
+def test_excluded_points_stay_excluded_after_a_kill(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 7, 2], pytest_args=["-k", "bs4 or bs7"])
     assert outcome(runner.run()) == [(4, "ok"), (7, "failed")]
 
 
 @pytest.mark.slow
-def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path) -> None:
+def test_writes_pytest_benchmark_file_without_measurements(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [7], save_folder=tmp_path / "saved")
     (result,) = runner.run()
     assert (result.workload, result.status) == ("toy", "failed")
@@ -397,14 +397,14 @@ def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_collected_is_an_error(tmp_path: Path) -> None:
+def test_collection_error_raises(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import no_such_module")
     runner = toy_runner(tmp_path, [2], pytest_args=["test_broken.py"])
     with pytest.raises(RunnerError, match="measured nothing: the tests could not be collected"):
         runner.run()
 
 
-def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
+def test_pytest_usage_error_raises(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match="pytest measured nothing: usage error"):
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
 
@@ -413,7 +413,7 @@ def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "whom", [pytest.param("the point itself", marks=pytest.mark.slow), "the script alone"]
 )
-def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
+def test_ctrl_c_saves_finished_points(tmp_path: Path, whom: str) -> None:
     (tmp_path / "toy.py").write_text(TOY.replace("os.kill(os.getpid(), signal.SIGINT)", "wait()"))
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
     slow = "import pathlib, time; pathlib.Path('waiting').touch(); time.sleep(60)"
@@ -484,7 +484,7 @@ def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> Non
         pytest.param(signal.SIGINT, -2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_runner_that_is_ended_takes_its_process_along(
+def test_ending_the_runner_ends_its_process(
     number: signal.Signals, expected: int, finished: int, tmp_path: Path
 ) -> None:
     hang = "import time; open('waiting', 'w').write(str(os.getpid())); time.sleep(300)"
@@ -521,7 +521,7 @@ def test_a_runner_that_is_ended_takes_its_process_along(
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_point_raises_keyboard_interrupt(tmp_path: Path) -> None:
     script(tmp_path, TOY + "\nos.kill(os.getpid(), signal.SIGINT)\n", [4, 2])
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -535,7 +535,7 @@ def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_that_begin_in_one_second_keep_apart(
+def test_runners_started_in_one_second_use_separate_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_int8bench.runner.timestamp", lambda: "20260131T235959Z")
@@ -571,7 +571,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_no_result(
+def test_full_disk_loses_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "saved"
@@ -588,7 +588,7 @@ def test_a_full_disk_costs_no_result(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
+def test_disk_that_fills_up_during_the_sweep_loses_no_result(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The folder becomes a file while the points are measured."""
@@ -604,7 +604,7 @@ def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
 
 
 @pytest.mark.slow
-def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
+def test_deleted_files_are_written_again(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 2], save_folder=tmp_path / "saved")
     gone = "import shutil; shutil.rmtree('saved', ignore_errors=True)"
     (tmp_path / "toy.py").write_text(projects.toy(bs2=gone))
@@ -615,7 +615,7 @@ def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
     assert read(journal).environment == read(runner.saved).environment != {}
 
 
-def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -> None:
+def test_rejects_unwritable_folder_at_start(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     for name in ("taken", "taken/below", "x" * 300):
         runner = toy_runner(tmp_path, [4], save_folder=tmp_path / name)
@@ -623,13 +623,13 @@ def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -
             runner.run()
 
 
-def test_the_suite_says_who_runs_it() -> None:
+def test_suite_can_only_be_run_by_the_runner() -> None:
     with pytest.raises(RuntimeError, match="can only be run by pytest_int8bench"):
         Handover.from_env_vars({})
 
 
 @pytest.mark.parametrize("is_in_memory", [True, False])
-def test_a_point_is_handed_over_and_back(
+def test_handover_exchanges_state_with_the_process(
     is_in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -656,7 +656,7 @@ def test_a_point_is_handed_over_and_back(
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_failed_handover(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, line: str) -> None:
         raise OSError(errno.EFBIG, "File too large")
 
@@ -671,7 +671,7 @@ def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         given.note_line("{}")  # the runner is gone
 
 
-def test_a_worker_of_xdist_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xdist_worker_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     monkeypatch.setattr(
         "pytest_int8bench.suite.runner_side.end_with",
