@@ -38,7 +38,7 @@ def test_the_fingerprint_names_software_and_machine(tmp_path: Path) -> None:
     assert f"torch {found['packages']['torch']}" in describe(found)
 
 
-def test_the_fingerprint_holds_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_includes_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate(monkeypatch, tmp_path)
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
@@ -49,7 +49,7 @@ def test_the_fingerprint_holds_the_commit(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_fingerprint_holds_the_allocator_setting(
+def test_fingerprint_includes_the_allocator_setting(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):

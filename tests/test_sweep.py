@@ -197,7 +197,7 @@ def test_every_key_has_help() -> None:
 # -- expand -----------------------------------------------------------------------------------
 
 
-def test_no_axis_gives_the_default() -> None:
+def test_without_axes_gives_the_default_point() -> None:
     assert expand(SMOKE, {}) == [SMOKE]
     assert expand(SMOKE, {}, cross_product=True) == [SMOKE]
 

@@ -494,7 +494,7 @@ def test_without_labels_outputs_are_compared_and_nothing_is_passed() -> None:
     assert "drop" not in text
 
 
-def test_evaluation_that_returns_none_compares_outputs() -> None:
+def test_evaluation_of_none_compares_outputs() -> None:
     [found] = check(lambda p: None)
     assert found.outcome == "proxy-ok"
 

@@ -376,7 +376,7 @@ def test_blocks_keep_their_type_inside_regions(
     assert calls(graphs[-1]) == 3
 
 
-def test_says_why_blocks_are_no_regions(graphs: list[torch.fx.GraphModule]) -> None:
+def test_says_why_blocks_are_not_regions(graphs: list[torch.fx.GraphModule]) -> None:
     blocks = [Block(), Block(), Other(), Other()]
     for block in blocks[:2]:
         block.forward = block.mlp.forward  # type: ignore[method-assign]

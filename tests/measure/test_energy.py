@@ -296,7 +296,7 @@ def test_uses_the_counter_of_the_device(cuda: Any, device: str, uuid: str) -> No
     [None, gpu_of(refuses=True), gpu_of(mig=1), gpu_of(is_instance=True)],
     ids=["no NVML", "refused", "MIG", "old driver with MIG"],
 )
-def test_a_gpu_without_a_counter_of_its_own_has_no_energy(cuda: Any, gpu: Gpu | None) -> None:
+def test_gpu_without_its_own_counter_has_no_energy(cuda: Any, gpu: Gpu | None) -> None:
     cuda(gpu)
     assert counter_of(torch.device("cuda")).next_step() is None
 

@@ -182,24 +182,24 @@ KEPT = [
     "name",
     [*OLMOEARTH, *TIMM, *BERT, *HF_VIT, *DISTILBERT, *LLAMA, *T5, *FALCON, *SEGMENT, *OTHERS],
 )
-def test_the_default_filter_takes_projections_and_mlp_layers(name: str) -> None:
+def test_default_filter_selects_projections_and_mlp_layers(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is True
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_the_default_filter_leaves_embeddings_norms_and_heads(name: str) -> None:
+def test_default_filter_excludes_embeddings_norms_and_heads(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is False
 
 
 @pytest.mark.parametrize(
     "name", ["layers.0.multihead_attn.q_proj", "layers.0.multi_head_attention.out_proj"]
 )
-def test_an_attention_of_many_heads_is_no_head(name: str) -> None:
+def test_multihead_attention_is_not_a_head(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is True
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Conv2d(3, 8, 4), nn.Embedding(8, 8)])
-def test_the_default_filter_takes_linear_layers_only(module: nn.Module) -> None:
+def test_default_filter_selects_only_linear_layers(module: nn.Module) -> None:
     assert is_transformer_linear(module, "blocks.0.attn.q") is False
 
 

@@ -387,7 +387,7 @@ def test_too_few_blocks_for_a_verdict(count: int) -> None:
     assert found == [expected] * 2
 
 
-def test_no_runs() -> None:
+def test_judges_an_empty_list_of_runs() -> None:
     assert screen(np.empty((0, 4)), np.empty((0, 4)), DEFAULT) == []
     assert judge(np.empty((0, 2, 4)), np.tile(ABBA, (2, 1)), DEFAULT) == []
 
