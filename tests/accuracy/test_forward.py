@@ -23,7 +23,7 @@ BF16 = RunParams(gpu_type="cpu", compile_mode="off", batch_size=BATCH, model_siz
 
 
 class Toy(nn.Module):
-    """Counts its calls; takes rows, a table that all rows share, and an integer for each row."""
+    """Count calls, which take rows, a table that all rows share, and an integer per row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_outputs_do_not_depend_on_number_of_samples(samples: int) -> None:
     forward, given_rows = Forward(MODEL), rows(samples)
     MODEL.eager.shapes.clear()
     output = forward(*given_rows)
-    assert set(MODEL.eager.shapes) == {(BATCH, 8)}  # never another shape than the compiled one
+    assert set(MODEL.eager.shapes) == {(BATCH, 8)}  # always the compiled shape
     assert output["y"].shape == (samples, 3)
     assert output["y"].dtype == torch.float32
     assert torch.equal(output["index"], given_rows[2])

@@ -1,4 +1,4 @@
-"""Judging candidates against baselines: what is scored, how often, and what cannot be judged."""
+"""Test judging candidates against baselines: what is scored, how often, and what is rejected."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def is_candidate(forward: Forward) -> bool:
 
 
 def flips(lost: int, gained: int = 0, samples: int = SAMPLES) -> Callable[[Forward], Any]:
-    """Scores of which the candidate gets ``lost`` wrong and ``gained`` right that were not; the
-    baseline has 90 % right."""
+    """Return scores of a baseline with 90 % right and a candidate that loses and gains some."""
 
     def scores(forward: Forward) -> np.ndarray[Any, Any]:
-        forward(torch.ones(3, 32))  # the model is there
+        forward(torch.ones(3, 32))  # the model exists
         right = np.ones(samples)
         right[: samples // 10] = 0
         if is_candidate(forward):
@@ -70,7 +69,7 @@ def check(
 
 
 class Breaks(Mlp):
-    """Has NaN in the first output of its last row."""
+    """Return NaN in the first output of the last row."""
 
     def __init__(self) -> None:
         super().__init__(out=8)
@@ -143,7 +142,7 @@ def test_inconclusive_verdict_says_how_many_samples_are_needed() -> None:
     assert found.needed > 40
     undecided = f"40 samples are too few to decide; about {found.needed:,} are needed"
     assert describe(found)[-1] == f"  {undecided}"
-    # A table has the rest, its outcome among it.
+    # The table shows everything else, including the outcome.
     assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
 
 
@@ -190,7 +189,7 @@ def f1(rows: np.ndarray[Any, Any]) -> float:
 
 
 def told(evaluation: Evaluation, limit: str) -> list[str]:
-    """Return what is said of the samples, and that it is said before the candidate is built."""
+    """Return the lines about samples, after checking that they precede building the candidate."""
     guardrail = Guardrail(ModelPool(), Limit.parse(limit))
     workload, said = make_workload(toy, evaluation=evaluation), []
 
@@ -230,7 +229,7 @@ def test_warns_of_too_few_samples_and_groups() -> None:
     assert text.startswith("top1: 2000 samples in 100 groups are too few to pass the limit of 1%")
     assert text.endswith(" groups are needed")
     assert told(Evaluation(metric="top1", scores=flips(0)), "1%") == []
-    # A constant baseline cannot say; its candidate can.
+    # A constant baseline does not tell how many samples are needed, but its candidate does.
     constant = Evaluation(metric="top1", scores=lambda forward: 1.0 - is_candidate(forward) * GOOD)
     assert told(constant, "1%") == []
 
@@ -297,7 +296,7 @@ def test_marks_random_weights_of_a_library() -> None:
     assert judged.random_weights
     assert judged.is_pipeline_check
     assert describe(judged)[0].endswith("limit 1% (pipeline check: random weights)")
-    # What can fail such a model.
+    # Only this can fail a model with random weights.
     assert (compared.metric, compared.outcome) == ("outputs", "proxy-ok")
     assert not compared.is_pipeline_check
 
@@ -322,7 +321,7 @@ def test_next_step_of_prequantized_workload() -> None:
     assert next_step(make_workload(prequantized=True), W8A8) == own
 
 
-# -- what is run --------------------------------------------------------------------------------
+# -- what runs -----------------------------------------------------------------------------------
 
 
 def test_baseline_is_scored_once_for_all_candidates() -> None:
@@ -430,7 +429,9 @@ def test_evaluation_may_reuse_its_score_buffer() -> None:
 
 @pytest.mark.parametrize("compile_mode", ["default", "off"])
 def test_variants_share_the_fit(compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))  # as it is
+    monkeypatch.setattr(
+        Guardrail, "ready", lambda self, w, p: self.pool.get(w, p)
+    )  # do not warm up
     monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
     asked: list[RunParams] = []
 
@@ -503,8 +504,8 @@ def test_outputs_far_from_the_baseline_fail() -> None:
     def outliers(p: RunParams) -> nn.Module:
         model = toy()
         with torch.no_grad():
-            model.fc1.bias[0] = 1e5  # takes the whole range of a row
-            model.fc2.weight[:, 0] = 0  # and no part in the output
+            model.fc1.bias[0] = 1e5  # takes up the whole range of a row
+            model.fc2.weight[:, 0] = 0  # and does not affect the output
             model.fc2.bias.zero_()
         return model
 

@@ -1,4 +1,4 @@
-"""Remedies for models that were made to break."""
+"""Test remedies on models that were built to break."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SPIKES = {1: 60.0, 3: 60.0}
 
 
 class Block(nn.Module):
-    """A residual MLP whose second layer may get outliers that its result does not show."""
+    """A residual MLP whose second layer may get outliers that do not show in its output."""
 
     def __init__(self, channel: float, spike: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.spike = spike
         with torch.no_grad():
             self.fc1.weight *= 2
-            if channel:  # always the same one
+            if channel:  # always the same channel
                 self.fc1.bias[5] = channel
                 self.fc2.weight[:, 5] = 0
         self.register_buffer("columns", self.fc2.weight.detach().clone())
@@ -61,7 +61,7 @@ class Block(nn.Module):
         hidden = nn.functional.gelu(self.fc1(self.norm(x)))
         if not self.spike:
             return x + self.fc2(hidden)
-        # Another channel for each sample.
+        # A different channel for each sample.
         spikes = self.spike * nn.functional.one_hot(hidden.argmax(-1), 2 * WIDTH).to(x.dtype)
         return x + self.fc2(hidden + spikes) - nn.functional.linear(spikes, self.columns)
 
@@ -81,7 +81,7 @@ class Net(nn.Module):
 
 
 class Attending(Net):
-    """A net with attention, in which INT8 may lose all."""
+    """A model whose attention INT8 may ruin."""
 
     def __init__(self, channel: dict[int, float], outlier: float) -> None:
         super().__init__(channel, {})
@@ -169,7 +169,7 @@ def test_tries_attention_in_bf16_first(
 
 def test_smoothquant_remedies_an_outlier_channel() -> None:
     verdict = walk(make_workload(channel=OUTLIERS))
-    assert verdict.outcome == "FAIL"  # of the configuration that was asked for
+    assert verdict.outcome == "FAIL"  # of the requested configuration
     rows = verdict.remedies
     assert [(row["rung"], row["setting"]) for row in rows] == [
         ("SmoothQuant", f"alpha={alpha:g}") for alpha in ALPHAS
@@ -308,7 +308,7 @@ def test_rejects_scans_that_cannot_run() -> None:
 
 
 def test_halves_do_not_split_groups() -> None:
-    """Or what certifies a remedy would have been seen when it was chosen."""
+    """Otherwise the samples that certify a remedy would also have helped to choose it."""
     groups = np.arange(300) % 30
     evaluation = Evaluation(metric="top1", scores=lambda forward: [], groups=groups)
     first, second = (_half(evaluation, 300, half) for half in (0, 1))

@@ -1,4 +1,4 @@
-"""Sensitivity of models that a copy does not repeat."""
+"""Test sensitivity scans of models that a copy does not reproduce."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_rejects_nan_outputs_in_one_line() -> None:
 
 
 class Attends(nn.Module):
-    """Blocks whose attention INT8 loses, keeps, and cannot compute."""
+    """Blocks whose attention INT8 ruins, preserves, and cannot compute."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_attention_has_its_own_rows(by: str) -> None:
     assert list(found) == [f"{name} (attention)" for name in names]
     kept_db, lost_db = (row["sqnr_db"] for row in found.values())
     assert lost_db < 20 < kept_db
-    # The layers are quantized alone, not with all attention.
+    # Layers are quantized alone, not together with all attention.
     assert [row for row in rows if row["layers"]] == plain
 
 

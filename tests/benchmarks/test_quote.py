@@ -1,4 +1,4 @@
-"""What benchmarks/quote.py prints, and the yardstick of its estimate for sm80."""
+"""Test the output of benchmarks/quote.py and the reference for its sm80 estimate."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def sm80() -> Any:
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_sm80_matmul_equals_linear(sm80: Any, rows: int, n: int, k: int, has_bias: bool) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, k), torch.randn(n, k)  # the interpreter multiplies no BF16
+    x, weight = torch.randn(rows, k), torch.randn(n, k)  # the interpreter cannot multiply BF16
     bias = torch.randn(n) if has_bias else None
     for tile in sm80.CANDIDATES[-2:]:
         out = torch.full((rows, n), 77.0)

@@ -1,4 +1,4 @@
-"""Options that pytest and ``int8bench`` share: one meaning, one default, one reader."""
+"""Options that pytest and ``int8bench`` share have one meaning, one default and one reader."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_command_and_plugin_give_the_same_error(
     with pytest.raises(pytest.UsageError) as refused:
         read_settings(pytester.parseconfig(f"--int8-{flag.name}=nothing"))
     assert str(refused.value) == f"--int8-{flag.name}: {reason.value}"
-    if flag is not ALLOW:  # read when all of them are known
+    if flag is not ALLOW:  # read after all names are known
         with pytest.raises(SystemExit):
             command("compare").parse_args([f"--{flag.name}=nothing"])
         assert capsys.readouterr().err.endswith(f"--{flag.name}: {reason.value}\n")

@@ -1,4 +1,4 @@
-"""``int8bench compare`` as typed: options, exit codes, reports, and one line for bad input."""
+"""Test ``int8bench compare``: options, exit codes, reports, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    Path("pyproject.toml").write_text("")  # whatever there is above does not count
+    Path("pyproject.toml").write_text("")  # ignore any pyproject.toml above
 
 
 def save(path: str, *records: Record, **environment: Any) -> str:
@@ -47,7 +47,7 @@ def run(capsys: Capture, *args: str) -> tuple[int, list[str]]:
 
 
 def refused(capsys: Capture, *args: str) -> str:
-    """Run the command, which must say one line and exit with 2; return the line."""
+    """Run the command, which must print one line and exit with 2; return the line."""
     assert main(["compare", *args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -57,7 +57,7 @@ def refused(capsys: Capture, *args: str) -> str:
 
 
 def misused(capsys: Capture, *args: str) -> str:
-    """The same for what argparse refuses."""
+    """Like ``refused``, for errors of argparse."""
     with pytest.raises(SystemExit) as caught:
         main(["compare", *args])
     assert caught.value.code == 2

@@ -418,7 +418,7 @@ def test_marks_folders_by_free_disk_space(
 ) -> None:
     put(monkeypatch, nvml=Nvml())
     with_room(monkeypatch, free)
-    Path(".benchmarks/int8bench").mkdir(parents=True)  # of earlier sessions
+    Path(".benchmarks/int8bench").mkdir(parents=True)  # from earlier sessions
     code, lines = check(capsys, "folders")
     assert code == (mark == PROBLEM)
     assert [line.mark for line in lines] == [mark] * 4
@@ -439,7 +439,7 @@ def test_reports_noexec_folders(
         f"folder of compiled code, {code_folder}: mounted noexec, so code cannot be loaded from it",
         "set TORCHINDUCTOR_CACHE_DIR to another folder",
     )
-    assert [line.mark for line in lines] == [PROBLEM, PROBLEM, OK, OK]  # results are no code
+    assert [line.mark for line in lines] == [PROBLEM, PROBLEM, OK, OK]  # results are not code
 
 
 def test_reports_unwritable_folders(
@@ -531,7 +531,7 @@ def test_warns_of_hidden_gpus(
     assert check(capsys, "gpus")[1][1] == Line(WARNING, text, "unset it")
 
 
-# -- what torch says ----------------------------------------------------------------------------
+# -- torch's report -----------------------------------------------------------------------------
 
 
 def test_probe_reports_torch_version_and_devices(capsys: pytest.CaptureFixture[str]) -> None:

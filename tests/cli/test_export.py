@@ -1,4 +1,4 @@
-"""``int8bench export``: the formats of services that keep a history, and what goes into them."""
+"""Test ``int8bench export``: formats of services that track history, and their content."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METRIC = {
 
 
 def names(length: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object whose names have up to so many characters."""
+    """Return the JSON schema of an object whose names have at most this many characters."""
     pattern = f"^.{{1,{length}}}$"
     return {
         "type": "object",
@@ -49,9 +49,9 @@ def names(length: int, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# As https://bencher.dev/docs/reference/bencher-metric-format describes it.
+# From https://bencher.dev/docs/reference/bencher-metric-format.
 BENCHER = names(BENCHMARK_LENGTH, names(MEASURE_LENGTH, METRIC))
-# As the README of github-action-benchmark describes its custom tools.
+# From the README of github-action-benchmark, on custom tools.
 TEXT = {"type": "string", "minLength": 1}
 GITHUB = {
     "type": "array",
@@ -71,7 +71,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bencher(of: Saved, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
-    """Return the Bencher Metric Format of a file, and what is said on stderr."""
+    """Return the Bencher Metric Format of a file, and the text on stderr."""
     write("run.json", of)
     assert main(["export", "run.json", "--format", "bencher"]) == 0
     out, err = capsys.readouterr()
@@ -81,7 +81,7 @@ def bencher(of: Saved, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, An
 
 
 def github(of: Saved) -> dict[str, list[dict[str, Any]]]:
-    """Return both files of github-action-benchmark, by the end of their names."""
+    """Return both files of github-action-benchmark by their suffixes."""
     write("run.json", of)
     command = ["export", "run.json", "--format", "github-action-benchmark"]
     assert main([*command, "--output", "hist.json"]) == 0

@@ -64,7 +64,7 @@ def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that is said, without the path."""
+    """Return the one-line error, without the path."""
     assert main(["show", str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""

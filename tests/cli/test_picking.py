@@ -1,4 +1,4 @@
-"""``compare -k``: pytest's own language, by pytest's own reading of it."""
+"""Test that ``compare -k`` evaluates expressions exactly like pytest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_evaluates_expressions_like_pytest(text: str) -> None:
         expected = Expression.compile(text).evaluate(
             lambda name, **_: any(name.lower() in of_run.lower() for of_run in RUN)
         )
-    except Exception:  # its own kind of error in older versions
+    except Exception:  # the exception type depends on the version
         with pytest.raises(ValueError, match="must be an expression"):
             parse_expression(text)
     else:

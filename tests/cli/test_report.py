@@ -1,4 +1,4 @@
-"""Reports as users make them: ``int8bench report``, ``--int8-report``, and a browser."""
+"""Test reports as users write them: ``int8bench report``, ``--int8-report``, and a browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Return the one line that is said, without the command's name."""
+    """Return the one-line error, without the command's name."""
     assert main(["report", *args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -71,8 +71,8 @@ def test_writes_page_and_markdown_from_folder_and_journal() -> None:
 
 
 def files_of(*args: str) -> list[list[str]]:
-    """Return label, file, device and points of each file in the history; of a single file, the
-    report has none."""
+    """Return label, file, device and points of each file in the history, which a report on a
+    single file does not have."""
     assert main(["report", *args, "--output", "r.md"]) == 0
     _, found, history = Path("r.md").read_text().partition("## History")
     if not found:
@@ -103,7 +103,7 @@ def test_file_takes_precedence_over_its_journal(args: list[str]) -> None:
 
 
 def test_ignores_all_journals_of_a_saved_file() -> None:
-    # The runner puts what several processes measured into one file. The second one died early.
+    # The runner merges the results of several processes into one file. The second one died early.
     whole = everything()
     write(Path("run.json"), whole)
     write_journal(Path("run.jsonl"), replace(whole, results=whole.results[:2], sensitivity=[]))
@@ -123,7 +123,7 @@ def test_journal_adds_results_missing_from_its_file() -> None:
 
 
 def test_includes_journals_of_other_sessions() -> None:
-    # A point that is skipped is skipped alike in every session.
+    # A skipped point looks the same in every session.
     skipped = [r for r in everything().results if r.status == "skipped"]
     write(Path("a.json"), Saved(GPU, [result(BASE, 100.0), *skipped]))
     write_journal(Path("b.jsonl"), Saved(GPU, [result(BASE, 101.0), *skipped]))
@@ -149,7 +149,7 @@ def test_history_is_ordered_by_session_time() -> None:
     timed("c.json", "2026-01-02T01:00:00", 100.0)  # older versions of pytest-benchmark: UTC
     assert order_of(".") == ["c.json", "b.json", "a.json"]
     page = Path("r.md").read_text()
-    # Of the three, the newest one is shown as the throughput of now.
+    # The newest of the three is shown as the current throughput.
     assert "| BF16 | BF16 | 300 " in page.partition("## History")[0]
     assert "| 100 | 200 | 300 |" in page
 

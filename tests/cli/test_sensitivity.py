@@ -1,5 +1,7 @@
-"""``int8bench sensitivity``: pytest in a child process, its output, exit codes and signals. What it
-finds is tested with the fixture, in tests/plugin/test_accuracy.py."""
+"""Test the child process of ``int8bench sensitivity``: output, exit codes and signals.
+
+tests/plugin/test_accuracy.py tests its results.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int, list[str], Any]:
-    """Return the exit code, the command and the environment of the process that is started."""
+    """Return the exit code, and the command and environment of the child process."""
     calls: list[Any] = []
 
     def run(command: list[str], *, cwd: Path, env: dict[str, str], **files: Any) -> int:
@@ -69,7 +71,7 @@ def test_passes_options_to_pytest_and_the_scan(monkeypatch: pytest.MonkeyPatch) 
 def test_exits_2_if_pytest_fails(
     monkeypatch: pytest.MonkeyPatch, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert started(monkeypatch, code)[0] == (2 if code else 0)  # 1 would say that it got worse
+    assert started(monkeypatch, code)[0] == (2 if code else 0)  # 1 would mean a regression
     assert capsys.readouterr() == ("", "")
 
 
@@ -138,7 +140,7 @@ def is_running(pid: int) -> bool:
 
 
 def hanging() -> subprocess.Popen[str]:
-    """Start the command, and wait until its process hangs."""
+    """Start the command and wait until its child process hangs."""
     Path("hangs.py").write_text(HANGS)
     script = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
@@ -171,7 +173,7 @@ def test_signal_leaves_no_process_behind(
     (os.killpg if whole_group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == code
-    assert "KeyboardInterrupt" in out  # pytest had its say
+    assert "KeyboardInterrupt" in out  # pytest could finish
     assert not is_running(int(Path("pid").read_text()))
 
 
@@ -179,7 +181,7 @@ def test_signal_leaves_no_process_behind(
 def test_killing_the_command_ends_its_process() -> None:
     process = hanging()
     process.kill()
-    process.communicate(timeout=DEADLINE_S)  # the pipe is closed when both are gone
+    process.communicate(timeout=DEADLINE_S)  # the pipe closes when both have ended
     deadline = time.monotonic() + DEADLINE_S
     while is_running(int(Path("pid").read_text())):
         assert time.monotonic() < deadline

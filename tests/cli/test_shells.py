@@ -1,5 +1,7 @@
-"""The command line in real shells: exit codes say the verdict, whatever becomes of the output, and
-what files hold is shown and not obeyed."""
+"""Test the command line in real shells.
+
+Exit codes report the verdict even if output fails, and commands in text from files have no effect.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ STREAMS = {
 
 @pytest.fixture(params=STREAMS)
 def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stdout that does not take what is printed."""
+    """Replace stdout by one that cannot print everything."""
     made = STREAMS[request.param]()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", made)
@@ -121,7 +123,7 @@ def test_exit_code_survives_broken_streams(command: str, code: int) -> None:
     assert Path("out.json").exists() is bool(code)
 
 
-# -- whatever goes wrong --------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ ATTACK = "\n::error::x\x1b[2J\x00\x9b1m\u202e\u2028##[error]|`<b>"
 
 
 def attacked(value: Any) -> Any:
-    """Return saved values with the attack at the end of every text, and in front of some."""
+    """Return saved values with the attack appended to every text, and prepended to some."""
     if isinstance(value, dict):
         return {name: attacked(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -182,7 +184,7 @@ def attacked(value: Any) -> Any:
     return f"{value}{ATTACK}" if isinstance(value, str) else value
 
 
-#: What is one of a few words; a file with another one is refused.
+#: Fields with a fixed set of words; files with any other word are rejected.
 WORDS = ("status", "outcome", "compile_cache", "by", "limit")
 
 
@@ -274,7 +276,7 @@ def test_names_a_git_lfs_pointer(capsys: Capture) -> None:
 
 # -- the summary of a step ----------------------------------------------------------------------
 
-MIB = 1 << 20  # which GitHub takes
+MIB = 1 << 20  # the size that GitHub accepts
 
 
 def many(name: str, count: int, slower: float) -> str:
@@ -291,7 +293,7 @@ def test_too_large_summary_keeps_the_worst_rows(
     limit = 1 << 16
     monkeypatch.setattr(outputs, "MARKDOWN_BYTES", limit)
     base, new = many("base.json", 60, 1), many("new.json", 60, 1.2)
-    given = ["--noise-floor", "throughput=5%"]  # one process a side shows no scatter
+    given = ["--noise-floor", "throughput=5%"]  # one process per side shows no noise
     assert main(["compare", base, new, "--markdown=out.md", *given]) == 1
     for path, first in (("summary.md", before), ("out.md", 0)):
         text = Path(path).read_text()[first:]
@@ -303,7 +305,7 @@ def test_too_large_summary_keeps_the_worst_rows(
         assert f"\n{left_out:,} of 60 rows are left out; the worst are shown first; the" in text
         assert "--max" not in text.splitlines()[0]
         assert "REGRESSED" in text.splitlines()[0]
-    assert len(capsys.readouterr().out.splitlines()) > 60  # the log has all
+    assert len(capsys.readouterr().out.splitlines()) > 60  # the log has everything
 
 
 def test_full_summary_is_reported_in_one_line(

@@ -1,4 +1,4 @@
-"""Calls of attention in a graph, against those of an eager forward."""
+"""Compare the attention calls of a graph with those of an eager forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(2, attending.TOKENS, attending.DIM)
 
 
 def in_graph(model: nn.Module, x: torch.Tensor = X) -> Counter[Call]:
-    """Return the calls in the graph that Dynamo makes of a model, without compiling it."""
+    """Return the calls in Dynamo's graph of a model, without compiling it."""
     found: list[Counter[Call]] = []
 
     def backend(module: torch.fx.GraphModule, inputs: object) -> object:

@@ -1,4 +1,4 @@
-"""The compile cache: a folder for each machine and attention backend, which may be moved."""
+"""Test the compile cache: one movable folder per machine and attention backend."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ print(test_cache.compiled(Path(sys.argv[1])).compile_cache)
 
 @pytest.mark.slow
 def test_moved_folder_stays_warm(tmp_path: Path) -> None:
-    # By names that the C++ compiler's command line cannot hold.
+    # The names contain characters that the C++ compiler's command line does not support.
     first, moved = tmp_path / "my first", tmp_path / 'it\'s "moved"'
-    # The second time in this process nothing is left of the first but the folder.
+    # On the second use in this process, only the folder is left of the first one.
     found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
     assert found == ["cold", "cold", "warm", "warm"]
     first.rename(moved)
@@ -170,7 +170,7 @@ def test_recompiles_damaged_graphs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
-    """What is compiled, in order, in place of what torch makes."""
+    """Return a list of the functions that replace torch's compiled graphs, in order."""
     found: list[Callable[..., Any]] = []
     monkeypatch.setattr(CompiledModel, "_new_entry", lambda self, *_, **__: found.pop(0))
     return found

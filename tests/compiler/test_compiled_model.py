@@ -1,4 +1,4 @@
-"""compile_for_a100: the same settings on every call, none of them left behind."""
+"""Test compile_for_a100: every call runs under the same settings and restores them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settings() -> dict[str, Any]:
 
 
 class Recorder(nn.Module):
-    """Notes the settings it runs under, and may fail."""
+    """Record the settings of each call, which may fail."""
 
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_only_the_first_call_compiles() -> None:
     assert graphs_compiled() == before + 1
     with compiled.no_compilation():
         compiled(X)
-        # Ambient settings differ, those of the call do not.
+        # Ambient settings differ, but the call's settings do not.
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             compiled(X)
         precision = torch.get_float32_matmul_precision()
@@ -176,7 +176,7 @@ def test_rejects_unknown_names(arguments: dict[str, str], message: str) -> None:
         compile_for_a100(nn.Linear(4, 4), **arguments)
 
 
-# -- what must not pass silently ----------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------
 
 
 def test_compiling_during_timing_is_an_error() -> None:
@@ -240,7 +240,7 @@ class Breaks(nn.Module):
 def test_failed_graph_is_an_error_despite_suppress_errors(
     broken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``suppress_errors``, torch runs it eagerly and says so in its log."""
+    """With ``suppress_errors``, torch only logs the error and runs the graph eagerly."""
     calls = itertools.count(1)
 
     def compile_graph(self: FusingInductor, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ def test_reports_graphs_that_ran() -> None:
 
 
 def test_models_of_one_class_have_separate_graphs() -> None:
-    """Dynamo keeps graphs by code, which they share where the graph breaks in their forward."""
+    """Dynamo stores graphs by code object, which models share if their forward breaks the graph."""
     for _ in range(2):
         model = Breaks().eval()
         compiled = compile_for_a100(model, mode="default", fullgraph=False)
@@ -347,7 +347,7 @@ def test_backends_differ_in_a_warm_cache(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert runs_flash("flash") is True
     assert runs_flash("math") is False
-    torch._dynamo.reset()  # nothing in memory, the caches on disk are warm
+    torch._dynamo.reset()  # nothing in memory, but the caches on disk are warm
     assert runs_flash("math") is False
     assert runs_flash("flash") is True
 

@@ -1,4 +1,4 @@
-"""A compiled model leaves torch's settings as the user had them, by whichever API they were set."""
+"""A compiled model keeps torch's settings as the user set them, by any of torch's APIs."""
 
 from __future__ import annotations
 

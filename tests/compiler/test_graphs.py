@@ -1,4 +1,4 @@
-"""Which weights a graph computes with, and how often it runs."""
+"""Test which weights a graph computes with, and how often it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def graph_of(function: Callable[..., object]) -> Graph:
 @pytest.mark.parametrize(
     ("function", "is_used"),
     [
-        (lambda x, kept, spare: F.linear(x, kept), None),  # Dynamo hands over what is traced
+        (lambda x, kept, spare: F.linear(x, kept), None),  # Dynamo passes the traced module
         (lambda x, kept, spare: (F.linear(x, kept), F.linear(x, spare))[0], False),
         (lambda x, kept, spare: F.linear(F.linear(x, kept), spare), True),
         (lambda x, kept, spare: F.linear(x, kept).add_(F.linear(x, spare)), True),

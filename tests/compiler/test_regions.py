@@ -1,4 +1,4 @@
-"""Repeated blocks compile once, and whatever cannot be a region compiles as before."""
+"""Test that repeated blocks compile once, and everything else compiles as before."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_finds_children_of_one_class_and_structure() -> None:
     a, b, c, alone, wide = Block(), Block(), Block(), Other(), Block(2 * DIM)
     model = Blocks(a, alone, b, wide)
     model.head = nn.Sequential(nn.Linear(4, 4), c)
-    assert repeated_blocks(model) == [a, b]  # the same class elsewhere is another list's
+    assert repeated_blocks(model) == [a, b]  # the same class elsewhere belongs to another list
 
 
 def test_finds_outermost_blocks_of_a_sequential() -> None:
@@ -100,7 +100,7 @@ def test_excludes_blocks_with_an_instance_forward() -> None:
         block.forward = block.mlp.forward  # type: ignore[method-assign]
     assert repeated_blocks(Blocks(*blocks)) == []
     assert reason_left_out(Blocks(*blocks)) == "a block has a forward set on the instance"
-    # One alone does not repeat, and a block beside it that could be a region has no other.
+    # A single block does not repeat, and neither does its only eligible neighbour.
     assert reason_left_out(Blocks(blocks[0])) is None
     assert repeated_blocks(Blocks(blocks[0], Block())) == []
 
@@ -140,7 +140,7 @@ def test_restores_blocks_after_an_exception() -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The graphs that Dynamo hands on, to a backend that is quicker than Inductor."""
+    """Collect Dynamo's graphs with a backend that is faster than Inductor."""
     found: list[torch.fx.GraphModule] = []
 
     def quick(self: Any, model_: torch.fx.GraphModule, inputs_: Any, **kwargs: Any) -> Any:
@@ -154,12 +154,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 
 def calls(graph: torch.fx.GraphModule) -> int:
-    """Return how many regions a graph calls."""
+    """Return the number of regions that a graph calls."""
     return sum("invoke_subgraph" in str(node.target) for node in graph.graph.nodes)
 
 
 class Shortened(nn.Module):
-    """Returns a view from the middle of a tensor: without the first token."""
+    """Return a view without the first token, which starts inside the tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def test_each_block_keeps_its_own_constants(count: int, graphs: list[torch.fx.Gr
 
 
 class Returns(Block):
-    """Returns what it was given."""
+    """Return the input itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -248,7 +248,7 @@ class Mutates(Block):
 
 
 class Counts(Block):
-    """Has a side effect that is seen outside."""
+    """Have a side effect that is visible outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Counts(Block):
 
 
 class Keywords(Blocks):
-    """Hands its blocks what is no tensor."""
+    """Pass non-tensors to its blocks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -282,7 +282,7 @@ class Keyed(Block):
 )
 def test_odd_blocks_keep_outputs(model: nn.Module, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(model)
-    # Which of them can be regions differs by version of torch.
+    # Whether they can be regions depends on the version of torch.
     assert (compiled.regions > 0) is (compiled.regions_refused is None)
 
 
@@ -331,7 +331,7 @@ def test_excludes_linear_subclasses_with_children() -> None:
 
 
 class Asking(Block):
-    """Asks for its type in its forward, in a method, and in a decorator of either."""
+    """Query its type in forward, in a method, and in a decorator of each."""
 
     @staticmethod
     def factor(block: nn.Module) -> int:
@@ -364,7 +364,7 @@ class Sealed(type):
 
 
 class Final(Block, metaclass=Sealed):
-    """Allows no subclass."""
+    """Forbid subclasses."""
 
 
 @pytest.mark.parametrize("kind", [Asking, Decorated, Final])
@@ -386,11 +386,11 @@ def test_says_why_blocks_are_not_regions(graphs: list[torch.fx.GraphModule]) -> 
     assert (compiled.regions, compiled.regions_refused) == (2, reason)
 
 
-# -- what enters --------------------------------------------------------------------------------
+# -- inputs -------------------------------------------------------------------------------------
 
 
 class Strides(nn.Module):
-    """A block that notes how what it is given lies in memory."""
+    """A block that records the strides of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,14 +413,14 @@ def test_copies_transposed_but_not_expanded_inputs() -> None:
 
 
 class Added(Block):
-    """A block that is given what it adds."""
+    """A block that adds its second argument."""
 
     def forward(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x) + added
 
 
 class Apart(nn.Module):
-    """Blocks that add parts of one memory."""
+    """Blocks that add views of one storage."""
 
     def __init__(self, *offsets: int) -> None:
         super().__init__()
@@ -453,14 +453,14 @@ def test_does_not_run_misaligned_inputs_on_code_for_aligned_ones() -> None:
     compiled_apart((0, 8, 2))
 
 
-# -- blocks that must not be taken for the same -------------------------------------------------
+# -- blocks that must stay separate -------------------------------------------------------------
 
 
 EVERYWHERE = torch.randn(DIM, generator=torch.Generator().manual_seed(1))
 
 
 class Attributes(Block):
-    """A block with a number, a function and a buffer that a test may change."""
+    """A block with a number, a function and a buffer that tests change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -542,7 +542,7 @@ def test_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> N
 
 
 class Last(Block):
-    """Asks whether it is the last block."""
+    """Check whether it is the last block."""
 
     def __init__(self, owner: list[nn.Module]) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ def test_keeps_blocks_apart_that_depend_on_their_position(
 
 
 class Collecting(Blocks):
-    """Has hooks that append to a list which its forward makes, as transformers does."""
+    """Have hooks that append to a list created in forward, as in transformers."""
 
     found: Any = None
 
@@ -590,7 +590,7 @@ def test_keeps_values_collected_by_hooks(graphs: list[torch.fx.GraphModule]) -> 
 
 
 class Counting(Block):
-    """Has a side effect that the block itself reads."""
+    """Have a side effect that the block itself reads."""
 
     calls = 0
 
@@ -611,7 +611,7 @@ def test_blocks_may_write_attributes(graphs: list[torch.fx.GraphModule]) -> None
 
 
 class Rescaled(Blocks):
-    """Writes to attributes that its blocks read."""
+    """Write to attributes that its blocks read."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -637,7 +637,7 @@ def test_model_may_write_attributes_between_blocks(
 
 
 class Autocast(Blocks):
-    """Turns autocast on for some of its blocks."""
+    """Enable autocast for some of its blocks."""
 
     def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
         super().__init__(*blocks)
@@ -675,7 +675,7 @@ def test_two_kinds_of_blocks_may_run_under_different_settings(
 
 
 class AutocastInside(nn.Module):
-    """Runs its inner region under autocast, or not."""
+    """Run its inner region with or without autocast."""
 
     def __init__(self, inner: nn.Module, on: bool) -> None:
         super().__init__()
@@ -699,7 +699,7 @@ def test_refuses_inner_regions_that_run_partly_under_autocast(
 
 
 class GradBetween(Blocks):
-    """Turns gradients on between its blocks, and restores the mode."""
+    """Enable gradients between its blocks, then restore the mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -714,7 +714,7 @@ def test_settings_may_change_between_blocks(graphs: list[torch.fx.GraphModule]) 
 
 
 class Attention(Blocks):
-    """Allows one SDPA backend for some of its blocks."""
+    """Allow one SDPA backend for some of its blocks."""
 
     def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
         super().__init__(*blocks)
@@ -750,7 +750,7 @@ def test_refuses_blocks_that_run_partly_on_another_sdpa_backend(
 
 
 class Between(nn.Module):
-    """Takes two tensors and an option, and returns two."""
+    """Take two tensors and an option, and return two tensors."""
 
     def __init__(self) -> None:
         super().__init__()

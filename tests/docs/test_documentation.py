@@ -1,5 +1,5 @@
-"""The documentation: its examples run, its commands are understood, and its pages build without
-loading anything, with every option, field and public name."""
+"""Test the documentation: examples run, commands parse, and the pages have every option, field and
+public name, and load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_entry_point_example_names_the_group() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples of a page share their names, as a reader who copies them in order would have it."""
+    """Examples of one page share a namespace, as if a reader copied them in order."""
     from pytest_int8bench.runner import ThroughputBenchmarkRunner
 
-    # What measures for minutes is tested in its own file.
+    # Measuring takes minutes and is tested separately.
     monkeypatch.setattr(ThroughputBenchmarkRunner, "run", lambda self: [])
     names: dict[str, Any] = {"__name__": "example"}
     for number, source in enumerate(blocks(page, "python"), start=1):
@@ -91,7 +91,7 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fixtures_asked_for(source: str) -> set[str]:
-    """Return the arguments of the tests of an example that no ``parametrize`` fills."""
+    """Return the arguments of an example's tests that no ``parametrize`` provides."""
     asked = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -106,7 +106,7 @@ def test_quantization_example_quantizes_its_model(capsys: pytest.CaptureFixture[
     names: dict[str, Any] = {}
     example = blocks(DOCS / "api.md", "python")[0]
     assert 'mode="default"' in example
-    # Compiling has tests of its own.
+    # Compiling is tested separately.
     exec(compile(example.replace('mode="default"', 'mode="off"'), "api.md", "exec"), names)
     assert capsys.readouterr().out.startswith("2 of 3 linear layers in INT8 (w8a8)")
     x = torch.randn(32, 64, dtype=torch.bfloat16)
@@ -128,7 +128,7 @@ def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) 
 
     test, example = blocks(DOCS / "accuracy.md", "python")
     assert "def test_accuracy(int8_guardrail):" in text_of("README.md")
-    # The workload of one page with the evaluation of the other, and as many outputs as classes.
+    # Combine one page's workload with the other's evaluation, and use as many outputs as classes.
     with_evaluation = conftest.replace(
         'name="encoder-layer",', 'name="encoder-layer", evaluation=evaluation,'
     ).replace("torch.nn.Linear(1024, 256)", "torch.nn.Linear(1024, 10)")
@@ -142,7 +142,7 @@ def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) 
         "--int8-set=benchmark_interval_s=0.05",
         "--int8-max-drop=5pp",
     )
-    # Throughput of the BF16 twin and of the candidate, the shapes of the candidate; its accuracy.
+    # Throughput of baseline and candidate, shapes of the candidate, and its accuracy.
     result.assert_outcomes(passed=4)
 
 
@@ -163,7 +163,7 @@ def test_ini_file_example_is_valid(pytester: pytest.Pytester) -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the commands of a page: lines of code that start with one of ours."""
+    """Return the lines of code on a page that start with one of our commands."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
     code = re.findall(r"^ {4,}(.*)$", text, re.MULTILINE)
     code += [line for block in blocks(page, "bash") for line in block.splitlines()]
@@ -185,7 +185,7 @@ def test_commands_are_valid(
     page: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _, command in [found for found in COMMANDS if found[0] == page]:
-        # Brackets are around what may be left out.
+        # Brackets enclose optional parts.
         words = shlex.split(re.sub(r"\[options\]|[][]", "", command), comments=True)
         try:
             if "pytest" in words[:3]:
@@ -199,13 +199,13 @@ def test_commands_are_valid(
 def check_pytest(pytester: pytest.Pytester, words: list[str]) -> None:
     for word in words:
         value = word.rpartition("=")[2]
-        if value.endswith(".json") and "json=" not in word:  # files of the reader's
+        if value.endswith(".json") and "json=" not in word:  # the reader's files
             pytester.path.joinpath(value).touch()
     read_settings(pytester.parseconfig(*words))
 
 
 class Parsed(Exception):
-    """What a command line of ``int8bench`` means, before anything is done."""
+    """Raised instead of running a parsed ``int8bench`` command."""
 
 
 def check_int8bench(
@@ -292,7 +292,7 @@ def fields_of(record: Any) -> list[str]:
     return [spec.name for spec in dataclasses.fields(record)]
 
 
-#: Page of the site -> names, each of which has a row in a table made from the code.
+#: Page of the site -> names that must each have a row in a generated table.
 ROWS: dict[str, list[str]] = {
     "options": [
         *(option.flag for option in OPTIONS.values()),

@@ -1,4 +1,4 @@
-"""The recipe for CI in the documentation: a valid workflow, and commands that run."""
+"""Test the CI recipe in the documentation: the workflow is valid and its commands run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from toys.repositories import git, isolate, isolate_pytest
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "docs" / "int8-gate.yml"
 
-# Where int8bench ab measures, times are made up: ten processes that load torch take minutes.
+# The times that int8bench ab measures are made up: ten processes that load torch take minutes.
 CONFTEST = f"""{projects.CONFTEST}
 
 @pytest.hookimpl(trylast=True)
@@ -61,7 +61,7 @@ def steps(job: str) -> dict[str, dict[str, Any]]:
 
 
 def valid(path: Path) -> subprocess.CompletedProcess[str]:
-    """Hold a file to GitHub's schema of workflows."""
+    """Validate a file against GitHub's workflow schema."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
     return subprocess.run(
         [*command, "vendor.github-workflows", str(path)],
@@ -77,7 +77,7 @@ def test_recipe_is_a_valid_workflow(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "ok -- validation done")
     broken = tmp_path / "broken.yml"
     broken.write_text(RECIPE.read_text().replace("runs-on:", "run-on:"))
-    assert valid(broken).returncode == 1  # or the check checks nothing
+    assert valid(broken).returncode == 1  # otherwise the check is vacuous
 
 
 def test_recipe_has_the_set_up_of_the_readme() -> None:
@@ -117,7 +117,7 @@ def test_gate_table_has_limits_and_floors() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of a repository with benchmarks, one commit ahead of its origin."""
+    """Return a clone of a repository with benchmarks, one commit ahead of its origin."""
     isolate(monkeypatch, tmp_path)
     isolate_pytest(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -170,7 +170,7 @@ def test_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path)
     saved = json.loads(first.read_text())
 
     for factor, expected, outcome in ((10, 0, "improved"), (0.1, 1, "regressed")):
-        for number in range(8):  # of the days before
+        for number in range(8):  # from earlier days
             text = json.dumps(slowed(saved, factor * (1 + number / 1000)))
             (kept / f"20000101T00000{number}Z-1-new-1.json").write_text(text)
         first.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def test_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path)
 
 
 def slowed(saved: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Return a saved file with all times ``factor`` times as long."""
+    """Return a saved file with all times multiplied by ``factor``."""
     copied: dict[str, Any] = json.loads(json.dumps(saved))
     for result in copied["int8bench"]["results"]:
         for field in ("batch_time_s", "batch_time_min_s"):
@@ -230,7 +230,7 @@ def fake(folder: Path, command: str, script: str) -> None:
 
 
 def test_posts_and_updates_comments(tmp_path: Path) -> None:
-    # What gh is asked for, and the comments that --jq would find.
+    # The requests to gh, and the comments that --jq would find.
     fake(
         tmp_path,
         "gh",

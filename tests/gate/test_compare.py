@@ -1,4 +1,4 @@
-"""Saved runs of two commits: what regressed, what could not be compared, and the noise."""
+"""Test comparing saved runs of two commits: regressions, incomparable runs, and noise."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Com
 
 
 def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int, str | None]:
-    """Compare one run beside another one that is the same: outcome, exit code and reason."""
+    """Compare one run, next to an unchanged one; return outcome, exit code and reason."""
     same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [run] = [run for run in found.runs if run.run_name == "x"]
@@ -63,7 +63,7 @@ def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int
 def verdict(
     base: Accuracy | None, new: Accuracy | None, **rules: Any
 ) -> tuple[str, int, str | None]:
-    """The same for one verdict."""
+    """Like ``one``, for one verdict."""
     same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [change] = found.accuracy
@@ -82,9 +82,9 @@ def verdict(
         (0.981, "same", 0),
         (1.0, "same", 0),
         (1.019, "same", 0),
-        (1.021, "same", 0),  # over the noise, within the limit
+        (1.021, "same", 0),  # above the noise, within the limit
         (1.049, "same", 0),
-        (1.051, "suspected", 2),  # over the limit: two processes may differ by that
+        (1.051, "suspected", 2),  # over the limit, but two processes may differ by that much
         (1.12, "suspected", 2),
         (1.15, "regressed", 1),
         (3.0, "regressed", 1),
@@ -389,7 +389,7 @@ def test_learns_noise_floor_from_the_files() -> None:
     change = steady.runs[0].change("throughput")
     assert change.learned
     # 1.645 * 0.0987 % * sqrt(2 / 3), and Student's t with 4 degrees of freedom, 2.132, for a
-    # regression: at 5 %, since memory is the only other test, and is left.
+    # regression: at 5 %, since memory is the only other test and is tested last.
     assert change.floor == pytest.approx(0.00133, rel=0.01)
     assert change.shown_from == pytest.approx(0.00172, rel=0.01)
     assert (change.assumed, change.files_needed) == (None, None)
@@ -631,7 +631,7 @@ def slower(by: float, **values: Any) -> Record:
             1,
             "max-call-time-growth: +30.0%, limit 5.0% (noise floor 2.0%)",
         ),
-        # Rounds that differ, and a single one, do not settle the figure of their process.
+        # Neither rounds that differ nor a single round determine the figure of their process.
         (slower(1.3, call_time_standard_error=0.2), "suspected", 2, "processes differ by 20.4%"),
         (
             slower(1.3, call_time_standard_error=None, rounds=1),

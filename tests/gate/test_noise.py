@@ -1,4 +1,4 @@
-"""What saved files can show: its error rate by simulation, and what is said where they cannot."""
+"""Test what saved files can show: simulated error rates, and the message if they cannot decide."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from toys.gate_noise import PROCESSES, Noise, normal, outliers, simulate_compare
 from toys.results import entry, saved, timed
 
 FAMILIES = 40
-#: At 5 % of families, more would be seen once in a thousand.
+#: If 5 % of families regress, more than this is seen once in a thousand times.
 MOST = int(stats.binom.isf(0.001, FAMILIES, 0.05))
 
 
-# All pairs of machines and files are in benchmarks/gate_error_rates.py.
+# benchmarks/gate_error_rates.py covers all pairs of machines and files.
 @pytest.mark.parametrize(
     ("machine", "files"),
     [
@@ -47,7 +47,7 @@ def test_unchanged_code_rarely_regresses(machine: str, files: tuple[int, int]) -
 
 @pytest.mark.parametrize(("rounds", "files"), [(1, 1), (5, 1)])
 def test_few_rounds_rarely_regress(rounds: int, files: int) -> None:
-    """Plain benchmarks, whose rounds scatter by 30 %, on processes that differ by 2 %."""
+    """Rounds of these plain benchmarks vary by 30 %, and processes differ by 2 %."""
     rng = np.random.default_rng(20)
 
     def process() -> Run:
@@ -88,8 +88,8 @@ def test_outliers_rarely_regress(files: tuple[int, int], runs: int, noise: Noise
 @pytest.mark.parametrize("files", [(1, 1), (2, 2), (8, 1)])
 @pytest.mark.parametrize(("share", "slower"), [(1 / 3, 1.3), (0.5, 1.3), (0.6, 2.0), (0.9, 1.5)])
 def test_other_load_rarely_regresses(files: tuple[int, int], share: float, slower: float) -> None:
-    """Other load slows some rounds of the last new process, and in half of the cases of the first
-    of the base."""
+    """Other load slows some rounds of the last new process, and in half of the cases also of the
+    first base process."""
 
     def process(place: int) -> Run:
         times = np.exp(rng.normal(math.log(1e-3), 0.01, (8, 40)))
@@ -111,7 +111,7 @@ def test_other_load_rarely_regresses(files: tuple[int, int], share: float, slowe
 
 
 def test_disturbed_base_does_not_hide_slowdown() -> None:
-    """Files of the base disagree, or its median is of slow rounds and its fastest is not."""
+    """Base files disagree, or the base has a slow median but a normal fastest round."""
     assert outcome([1.0, 1.3], [1.15])[:2] == ("suspected", 2)
     assert outcome([1.0, 1.3], [1.15, 1.15]) == (
         "suspected",
@@ -176,7 +176,7 @@ def test_slower_code_is_found(
     assert (outcomes[:, 0] == outcome).mean() >= 0.9
 
 
-# -- what is said ---------------------------------------------------------------------------------
+# -- messages -------------------------------------------------------------------------------------
 
 
 def compared(base: list[float], new: list[float], rules: Rules | None = None) -> Comparison:
@@ -224,7 +224,7 @@ def test_a_history_gives_a_prediction_interval_for_one_process() -> None:
     logs = [math.log(factor) for factor in history]
     spread = math.sqrt(sum((log - sum(logs) / 7) ** 2 for log in logs) / 6)
     reach = stats.t.isf(0.025, 6) * spread * math.sqrt(1 + 1 / 7)
-    # The unchanged memory is one of two tests, and this one is rejected first.
+    # Unchanged memory is the second of two tests, and this one is rejected first.
     assert change.shown_from == pytest.approx(
         math.expm1(reach * stats.t.isf(0.05, 6) / stats.t.isf(0.025, 6))
     )

@@ -1,4 +1,4 @@
-"""Points of older files, whose names had OlmoEarth's form whatever the workload."""
+"""Test points of older files, whose names had OlmoEarth's form for every workload."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def outcomes(found: Comparison) -> dict[str, str]:
     [
         (OLD, NEW),
         (SEED.run_name, "cuda_bf16_int8_w8a8_max-autotune_bs128"),
-        # The user set one of the fields that the preset set, which is another value's name.
+        # The user also set one of the preset's fields, so the short name contains it.
         (OLD, NEW.replace("_bs4", "_is16_bs4")),
         (OLD.replace("_bs4", "_bs4_attention-auto"), NEW + "_attention-auto"),
     ],
@@ -70,7 +70,7 @@ def test_matches_renamed_verdicts_and_marker_labels() -> None:
     found = compared([*old], [*new])
     assert outcomes(found) == {NEW: "same"}
     assert [change.outcome for change in found.accuracy] == ["same"]
-    # A test of OlmoEarth's whose session has another workload.
+    # A test of OlmoEarth in a session with another workload.
     name = SEED.run_name
     same = dataclasses.replace(digits(name), workload="olmoearth")
     labelled = dataclasses.replace(same, nodeid=f"test_a.py::test[olmoearth-{name}]")
@@ -98,7 +98,7 @@ def test_does_not_match_ambiguous_points() -> None:
     sizes = [SMOKE.replace(model_size=size).run_name for size in ("nano", "tiny")]
     found = compared([digits(name) for name in sizes], [digits(NEW)])
     assert set(outcomes(found).values()) == {"missing", "new"}
-    # One that has the same fields is it, and the others are gone.
+    # The point with the same fields matches, and the others are missing.
     default = SMOKE.replace(**{n: getattr(RunParams(), n) for n in OLMOEARTH_FIELDS}).run_name
     found = compared([digits(name) for name in (*sizes, default)], [digits(NEW)])
     assert outcomes(found) == {sizes[0]: "missing", sizes[1]: "missing", NEW: "same"}
@@ -140,7 +140,7 @@ def test_requires_the_same_model_if_it_may_read_the_fields(
         f"toy: {OLD} is not compared with {NEW}, which does not set model_size=nano, "
         f"image_size=16, num_timesteps=3: {why}"
     )
-    # With the same fields in both names there is nothing to ask.
+    # If both names have the same fields, nothing needs to be proven.
     kept = SMOKE.with_short_name().run_name
     assert outcomes(compared([base], [timed(kept, **new)])) == {kept: "same"}
 

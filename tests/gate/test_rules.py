@@ -1,4 +1,4 @@
-"""Limits, noise floors, what may differ, and the table in ``pyproject.toml``."""
+"""Test limits, noise floors, allowed differences, and the table in ``pyproject.toml``."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_rejects_other_names(name: str, why: str) -> None:
         check_allow(["driver", name])
 
 
-# -- which limit counts -------------------------------------------------------------------------
+# -- precedence of limits ------------------------------------------------------------------------
 
 
 def test_per_run_limit_overrides_general_limit_which_overrides_default() -> None:
@@ -167,7 +167,7 @@ def test_the_last_pattern_that_matches_wins() -> None:
 
 
 def test_node_id_matches_literally() -> None:
-    # As a pattern, its brackets would be a set of characters.
+    # In a pattern, its brackets would match a set of characters.
     rules = Rules(runs=(("test_a.py::test[nano_bs1]", {"throughput": 0.5}),))
     assert rules.limit("throughput", "nano_bs1", "test_a.py::test[nano_bs1]") == 0.5
     assert rules.limit("throughput", "n", "test_a.py::testn") == 0.5

@@ -1,4 +1,4 @@
-"""The gate inside a session: each point at once, and what must not pass silently at the end."""
+"""Test the gate in a session: each point is judged immediately, and problems fail at the end."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_reports_missing_and_unmeasured_points() -> None:
     idle = f"not measured, so not compared: {node('idle')}"
     missing = f"missing: {node('gone')} is in base.json and not in this session"
     assert problems(gate, found) == [missing, idle]
-    # A test named by its node id is to be measured; the others were not asked for.
+    # A test selected by node id must be measured; the others were not requested.
     assert problems(gate, found, by_node=True) == [idle]
     assert problems(gate, found, frozenset({node("idle"), node("gone")})) == []
 
@@ -174,7 +174,7 @@ def test_tests_outside_the_selected_files_are_not_missing() -> None:
     gate = gate_of(timed(), elsewhere)
     gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
-    # But for those that were deleted from a folder that was.
+    # Files deleted from a selected folder are missing, however.
     assert problems(gate, {node("x")}, gone=("test_b.py",)) == [
         "missing: test_b.py::test[x] is in base.json and not in this session"
     ]

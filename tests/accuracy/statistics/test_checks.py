@@ -1,4 +1,4 @@
-"""Scores and options that no statistic can be computed from: each is refused in one line."""
+"""Reject scores and options that no statistic can be computed from, each in one line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_rejects_relative_limit_of_tiny_metric(scale: float) -> None:
 def test_rejects_huge_aggregates() -> None:
     expected = "iou: values of aggregate must be at most 1e+100 in magnitude, got "
     assert refused(SCORES, LOWER, aggregate=lambda r: r.mean() * 1e154).startswith(expected)
-    # What each image adds is larger than the metric.
+    # Each image contributes more than the whole metric.
     assert refused(SCORES, LOWER, aggregate=lambda r: r[0] * 1e100).startswith(expected)
 
 
@@ -174,7 +174,7 @@ def test_a_verdict_is_finite_or_refused(
     else:
         options["worst"] = worst
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # in the aggregate, which is not ours
+        with np.errstate(over="ignore", invalid="ignore"):  # raised in the user's aggregate
             found = judge(reference, candidate, limit, **options)
     except ScoreError:
         return

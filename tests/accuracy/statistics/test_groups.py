@@ -27,7 +27,7 @@ RNG_SEED = 20
 
 @pytest.fixture(scope="module")
 def simulated() -> Iterator[Any]:
-    """The script that simulates the rates of docs/accuracy.md."""
+    """Return the script that simulates the error rates in docs/accuracy.md."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
         yield importlib.import_module("simulate_groups")
@@ -36,7 +36,7 @@ def simulated() -> Iterator[Any]:
 @pytest.mark.parametrize("size", ["equal", "uneven", "heavy"])
 @pytest.mark.parametrize("change", ["whole", "half", "large", "flips", "shifts"])
 def test_error_rates_with_groups(simulated: Any, change: str, size: str) -> None:
-    """At a true drop of the limit, whatever happens to groups."""
+    """The true drop equals the limit, for every kind of change within groups."""
     allowed = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / FAMILIES)
     size_of, change_of = getattr(simulated, size), getattr(simulated, change)
     passed, failed = simulated.rates(size_of, change_of, 300, 0.05, FAMILIES)
@@ -100,7 +100,7 @@ def test_copies_in_a_group_add_no_evidence(limit: Limit, aggregate: Any) -> None
 
 
 def test_copies_of_0_1_scores_add_no_evidence() -> None:
-    """400 groups without a change pass 1 pp; 40 of ten samples each have the same samples."""
+    """400 unchanged groups pass 1 pp; 40 groups of ten samples have as many samples."""
     right = np.repeat([1.0, 1.0, 1.0, 0.0], 100)
     assert judge(right, right, ONE_POINT).outcome == "PASS"
     grouped = judge(right, right, ONE_POINT, groups=np.arange(400) // 10)

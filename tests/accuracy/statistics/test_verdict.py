@@ -1,7 +1,7 @@
-"""Verdicts: their error rates, their power, and what they refuse to judge.
+"""Test error rates and power of verdicts, and the inputs that they reject.
 
-Levels of the exact test are computed by enumeration, all others by simulation with the random
-seeds below, with three standard errors of the simulation allowed.
+Error rates of the exact test are enumerated; all others are simulated with the seeds below, and
+may exceed the level by three standard errors of the simulation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_POINT = Limit.parse("1pp")
 RNG_SEED = 20
 
 Array = np.ndarray[Any, Any]
-#: Draws scores of reference and candidate.
+#: Draw scores of reference and candidate.
 Draw = Callable[[np.random.Generator], tuple[Array, Array]]
 
 
@@ -50,7 +50,7 @@ def flips(samples: int, lost: int, gained: int, **changes: Any) -> paired_exact.
 
 @pytest.fixture
 def no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes longest."""
+    """Skip the computation of needed samples, which takes longest."""
     monkeypatch.setattr(paired_exact.PairedExactTest, "needed", lambda self, limit, drop: 0)
 
 
@@ -73,7 +73,7 @@ def fewest_lost_that_fail(samples: int, count: int, limit: float, guess: int) ->
 @pytest.mark.parametrize("limit", [0.005, 0.01, 0.02])
 @pytest.mark.parametrize(("samples", "most"), [(40, 0.3), (150, 0.2), (270, 0.2), (600, 0.06)])
 def test_error_rates_with_an_absolute_limit(samples: int, most: float, limit: float) -> None:
-    """At a true drop of the limit no share of flips passes or fails more often than 5 %."""
+    """If the true drop equals the limit, at most 5 % pass or fail, for any rate of flips."""
     counts = np.arange(int(stats.binom.isf(1e-7, samples, most)) + 1)
     empty = flips(samples, 0, 0)
     passing = np.array([empty.most_lost(int(count), limit) for count in counts])
@@ -82,7 +82,7 @@ def test_error_rates_with_an_absolute_limit(samples: int, most: float, limit: fl
         guess = failing[-1] if failing else 0
         failing.append(fewest_lost_that_fail(samples, int(count), limit, guess))
 
-    # 400 shares, none of them one of those that the test tries.
+    # 400 rates, none of which is on the grid that the test searches.
     q = limit + np.geomspace(1e-6, most - limit, 400)
     weights = stats.binom.pmf(counts, samples, q[:, None])
     lost_share = ((q + limit) / (2 * q))[:, None]
@@ -91,8 +91,8 @@ def test_error_rates_with_an_absolute_limit(samples: int, most: float, limit: fl
 
     assert passes.max() + 1e-7 <= ALPHA
     assert fails.max() + 1e-7 <= ALPHA
-    assert max(passes.max(), fails.max()) > 0.04  # not by never deciding
-    # More gained samples, with as many lost ones, never spoil a pass.
+    assert max(passes.max(), fails.max()) > 0.04  # the test does decide sometimes
+    # With the same number of lost samples, more gained ones never undo a pass.
     assert (np.diff(passing) >= 0).all()
 
 
@@ -128,7 +128,7 @@ def test_error_rate_with_a_relative_limit(samples: int, limit: float, right: flo
 
 
 def _thresholds(samples: int, rights: Array, limit: float, count: int) -> Array:
-    """Most lost samples that pass, for each number of right ones; it grows with them."""
+    """Return how many lost samples still pass for each number of correct ones; it increases."""
 
     @functools.cache
     def most(right: int) -> int:
@@ -174,7 +174,7 @@ def test_finer_grid_of_flip_rates_does_not_raise_p_value(
 @pytest.mark.parametrize("drop", [0.0, 1e-4, 0.01, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("samples", [5, 40, 300, 5000])
 def test_score_increases_with_lost_samples(samples: int, drop: float) -> None:
-    """The thresholds that the p-values are computed from rest on it."""
+    """The thresholds behind the p-values rely on this."""
     for count in range(0, samples + 1, max(1, samples // 25)):
         lost = np.arange(count + 1)
         scores = paired_exact._score(lost, count - lost, samples, drop)
@@ -182,7 +182,7 @@ def test_score_increases_with_lost_samples(samples: int, drop: float) -> None:
 
 
 def test_score_matches_tango() -> None:
-    """Against the likelihood's maximum, found numerically."""
+    """Compare with the likelihood maximized numerically."""
     lost, gained, samples, drop = 7, 3, 100, 0.02
     x = np.linspace(1e-7, 0.48, 400_001)
     likelihood = (
@@ -207,7 +207,7 @@ def test_one_point_limit_needs_300_samples_without_flips() -> None:
     assert judge(*zero_one(400, 0, 0, 390), ONE_PERCENT).outcome == "PASS"
 
 
-# --- Levels of the others, simulated ---
+# --- Levels of the other tests, simulated ---
 
 
 def rate(draw: Draw, decide: Callable[[Array, Array], bool], repeats: int) -> float:
@@ -236,13 +236,13 @@ def fails(limit: Limit) -> Callable[[Array, Array], bool]:
 
 
 def lowered(reference: Array, limit: Limit, share: float) -> Array:
-    """Every score lower by a share of the limit."""
+    """Lower every score by a fraction of the limit."""
     by = limit.value * share
     return reference * (1 - by) if limit.relative else reference - by
 
 
 def noise(samples: int, limit: Limit, noise_std: float = 0.03) -> Draw:
-    """A true drop of the limit, the same everywhere, under normal noise."""
+    """Drop all scores by the limit, with normal noise."""
 
     def draw(rng: np.random.Generator) -> tuple[Array, Array]:
         reference = rng.uniform(0.5, 0.9, samples)
@@ -252,13 +252,13 @@ def noise(samples: int, limit: Limit, noise_std: float = 0.03) -> Draw:
 
 
 def collapses(samples: int, limit: Limit, size: float, share: float = 1.0) -> Draw:
-    """A share of a true drop of the limit by rare samples that lose ``size`` of their score."""
+    """Cause a share of the limit's drop by rare samples that lose ``size`` of their score."""
 
     def draw(rng: np.random.Generator) -> tuple[Array, Array]:
         reference = rng.uniform(0.79, 0.81, samples)
         mean = 1.0 if limit.relative else 0.8
         candidate = lowered(reference, limit, 1 - share)
-        # What is left to lose of a collapsing sample is what was not lost already.
+        # A collapsing sample can only lose what it has not lost already.
         left = 1 - limit.value * (1 - share) / mean
         chance = limit.value * share / (mean * size * left)
         candidate = np.where(rng.random(samples) < chance, candidate * (1 - size), candidate)
@@ -346,14 +346,14 @@ def mean_iou(rows: Array) -> float:
 
 
 def images(rng: np.random.Generator, samples: int, classes: int) -> Array:
-    """Counts of true positives, false positives, false negatives, per image and class."""
+    """Return true positives, false positives and false negatives per image and class."""
     positives = 1 + rng.poisson(rng.gamma(1.0, 20.0, (samples, classes)))
     right = rng.binomial(positives, 0.85)
     return np.stack([right, rng.poisson(0.1 * positives), positives - right], axis=-1)
 
 
 def missed(rng: np.random.Generator, rows: Array, chance: float) -> Array:
-    """Every true positive is missed with a chance."""
+    """Miss every true positive with a probability."""
     out = rows.copy()
     lost = rng.binomial(rows[..., 0], chance)
     out[..., 0] -= lost
@@ -362,7 +362,7 @@ def missed(rng: np.random.Generator, rows: Array, chance: float) -> Array:
 
 
 def blind(rng: np.random.Generator, rows: Array, chance: float) -> Array:
-    """A whole image loses all, and gets as many false positives as it has positives."""
+    """Let a whole image miss every positive and get as many false positives."""
     out = rows.copy()
     hit = rng.random(len(rows)) < chance
     positives = rows[hit][..., 0] + rows[hit][..., 2]
@@ -377,10 +377,10 @@ Change = Callable[[np.random.Generator, Array, float], Array]
 def chance_of(
     metric: Callable[[Array], float], classes: int, change: Change, limit: Limit
 ) -> float:
-    """The chance that makes the true drop the limit, from what is expected of 100,000 images."""
+    """Return the probability at which the expected drop over 100,000 images is the limit."""
     rng = np.random.default_rng(1)
     rows = images(rng, 100_000, classes)
-    # Either change alters its part of the counts: a chance gives that share of what 1 gives.
+    # Each change is linear in its probability: p alters p times as many counts as 1 does.
     before, after = (counts.sum(axis=0)[None] for counts in (rows, change(rng, rows, 1.0)))
     low, high = 0.0, 0.3
     for _ in range(20):
@@ -408,7 +408,7 @@ def test_error_rates_with_an_aggregate(
     limit: Limit,
     change: Change,
 ) -> None:
-    """A wide limit, so that the samples can pass at all."""
+    """The limit is wide, so that so few samples can pass at all."""
     # Counts lost and gained images, at the cost of one more metric for each.
     monkeypatch.setattr(module, "swap_effects", lambda pairs, total, value: np.zeros(len(pairs[0])))
     chance = chance_of(metric, classes, change, limit)
@@ -429,7 +429,7 @@ def test_error_rates_with_an_aggregate(
 
 
 def test_pseudo_values_of_a_mean_equal_the_scores() -> None:
-    """So the jackknife gives what the plain scores give."""
+    """The jackknife therefore agrees with the plain scores."""
     rng = np.random.default_rng(RNG_SEED)
     scores = rng.uniform(0.2, 1, 50)
     found = mean_tests.pseudo_values(scores, scores.mean(), lambda rows: float(rows.mean()))
@@ -465,10 +465,10 @@ def test_verdict_of_an_aggregate() -> None:
 def lossless_power(
     samples: int, right: float, q: float, limit: Limit, points: int | None = None
 ) -> float:
-    """How often a lossless model passes at least.
+    """Return a lower bound of the probability that a lossless model passes.
 
-    Without ``points`` from every number of flips; else from the thresholds of so many, on straight
-    lines between them.
+    Without ``points`` use every number of flips, otherwise the thresholds at that many numbers with
+    linear interpolation between them.
     """
     first, last = stats.binom.ppf([5e-4, 1 - 5e-4], samples, q).astype(int)
     counts = np.arange(first, last + 1)
@@ -519,7 +519,7 @@ def test_lossless_continuous_scores_pass_as_planned(limit: Limit, noise_std: flo
 def test_a_lossless_aggregate_passes_as_planned(
     metric: Callable[[Array], float], classes: int, seen: int
 ) -> None:
-    """The more images there are, the larger the largest share, which a collapse may cost."""
+    """With more images the largest one, which a collapse may cost, has a larger share."""
     limit = Limit.parse("2%")
     rng = np.random.default_rng(RNG_SEED)
     passed = 0
@@ -548,7 +548,7 @@ def test_large_needed_sample_size_reaches_power(
 
 
 def test_two_point_drop_fails_more_often_with_more_samples() -> None:
-    """Over a limit of one point, with 4 % flips: three lost for one gained."""
+    """The limit is one point and 4 % of samples flip: three are lost for each one gained."""
     rng = np.random.default_rng(RNG_SEED)
     failed, passed = [], []
     for samples in (300, 1000, 3000, 8000):

@@ -1,4 +1,4 @@
-"""Kernels in the place of operators, in graphs that run as they are, under Triton's interpreter."""
+"""Test replacing operators by kernels, in uncompiled graphs under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str]]:
-    """Let the CPU pass for a GPU, and note for which products tiles were chosen."""
+    """Let the CPU pass for a GPU, and record the matmuls that tiles were chosen for."""
     problems: list[tuple[tile_types.Problem, str]] = []
 
     def kernel_and_tile(
@@ -61,7 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str
 
 
 class Model(nn.Module):
-    """Layers and a norm, and a forward that is given."""
+    """Layers and a norm with the given forward."""
 
     def __init__(self, forward: Callable[..., Any], bias: bool = True, out: int = DIM) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Model(nn.Module):
 
 
 class Run:
-    """A model compiled with its graphs run as they are, and compared with running it eagerly."""
+    """A model whose graphs run without Inductor, compared with running it eagerly."""
 
     def __init__(
         self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False, inline: bool = True
@@ -103,8 +103,8 @@ class Run:
                 other.dtype,
                 other.stride(),
             )
-            # Values half-way between two levels may go to either, and the interpreter rounds to a
-            # shorter dtype towards zero.
+            # Values halfway between two levels may round to either, and the interpreter rounds to
+            # shorter dtypes towards zero.
             off = 0.01 + 2 * torch.finfo(one.dtype).eps
             assert (one.double() - other.double()).norm() <= off * other.double().norm()
 
@@ -156,7 +156,7 @@ def test_compiles_kernels_of_remaining_operators_ahead_of_time(
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), inline=False)
     assert (run.launches, run.operators) == ([], 6)
     real, byte = torch.float32, torch.int8
-    # As the kernels take them: x, gate, q, scale, weight, bias, factor, kept.
+    # In the order of the kernel's arguments: x, gate, q, scale, weight, bias, factor, kept.
     rows = [dtypes for name, dtypes in found if name == "quantize_rows"]
     assert sorted(map(str, rows)) == sorted(
         map(
@@ -238,16 +238,16 @@ def test_keeps_operators_for_non_dense_or_empty_tensors(
 @pytest.mark.parametrize(
     ("forward", "operators"),
     [
-        # Inductor may write what is made here into the larger tensor.
+        # Inductor may write the result of x * 2 into the larger tensor.
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.stack([y, x]), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y[:, :8], x], -1), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y.view(2, 2, DIM))))(x * 2), 1),
         (lambda m, x: (lambda y: (y.roll(1), m.a(y)))(x * 2), 1),
-        # Or pad it.
+        # Or pad that result.
         (lambda m, x: (lambda y: (y @ y.t(), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(x) + y))(x * 2), 1),
-        # Not an input, what a kernel has written, or what nothing else reads.
+        # But it leaves inputs, kernel outputs, and tensors without other readers alone.
         (lambda m, x: (torch.cat([x, x * 2], -1), m.a(x)), 0),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.b(y)))(m.a(x)), 0),
         (lambda m, x: (lambda y: (y + x, m.a(y), y))(x * 2), 0),
@@ -286,7 +286,7 @@ def test_copies_non_dense_rows(given: Callable[..., Any]) -> None:
 def test_reads_columns_of_a_joined_matmul_without_copying() -> None:
     model = lowered(Model(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     run = Run(model, torch.randn(4, DIM))
-    # The pass over the gate and what it gates reads rows with gaps, and copies nothing.
+    # The pass over gate and gated values reads rows with gaps and copies nothing.
     assert run.kernels == ["quantize_rows", "int8_product_pointers", "int8_product_pointers"]
     assert run.operators == 1
 
@@ -372,7 +372,7 @@ SOURCES = {
 
 
 def number_of_kernel(folder: Path, changed: dict[str, tuple[str, str]]) -> int:
-    """Return the number of a kernel whose sources are in a new folder, some of them changed."""
+    """Return the number of a kernel whose sources are copied to a new folder, some changed."""
     folder.mkdir()
     for name, source in SOURCES.items():
         text = textwrap.dedent(source).replace(*changed.get(name, ("", "")))

@@ -1,4 +1,4 @@
-"""Which calls of attention INT8 takes, in a graph and in an eager forward."""
+"""Test which attention calls run in INT8, in graphs and in eager forwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def heads(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 
 
 class Calls(nn.Module):
-    """Calls attention as it is told to."""
+    """Call attention in the given way."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_replaces_supported_calls(given: Any, shapes: Any, how: str) -> None:
     out, coverage = run(Calls(**given), *inputs, how=how)
     want = F.scaled_dot_product_attention(*inputs, **given)
     assert (coverage.replaced, coverage.left) == (1, {})
-    assert 0 < (out - want).norm() < 0.02 * want.norm()  # not exact: INT8 did run
+    assert 0 < (out - want).norm() < 0.02 * want.norm()  # not exact, so INT8 did run
     assert (out.dtype, out.shape) == (want.dtype, want.shape)
     assert out.transpose(1, 2).is_contiguous()
 
@@ -126,7 +126,7 @@ def test_autocast_applies_to_the_values(how: str) -> None:
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_model_counts_each_call(mode: str) -> None:
-    """Repeated blocks are one region, which is called as often as there are blocks."""
+    """Repeated blocks share one region, which is called once per block."""
     model = nn.Sequential(*(Attention(32, 2) for _ in range(3))).eval()
     x = torch.randn(2, 9, 32)
     compiled = compile_for_a100(model, mode=mode, attention="auto", int8_attention=True)

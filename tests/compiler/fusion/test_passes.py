@@ -1,4 +1,4 @@
-"""Joining operators in graphs of Dynamo: what is joined, what is not, and the numbers."""
+"""Test joining operators in Dynamo's graphs: what is joined, what is not, and the values."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    # A value that lies half-way between two levels would go to one or the other.
+    # Fixed values, because one halfway between two levels could round to either.
     torch.manual_seed(0)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is in one of the graphs after joining."""
+    """The contents of one graph after joining."""
 
     quantize: tuple[str, ...]
-    """Of each pass: norm or activation, ``+gate``, ``+kept``."""
+    """For each quantization pass: norm or activation, ``+gate``, ``+kept``."""
     linear: tuple[str, ...]
-    """Of each product: how many layers, ``+gamma``, ``+residual``."""
+    """For each matmul: number of layers, ``+gamma``, ``+residual``."""
     others: Counter[str]
     """The other calls by name."""
 
@@ -62,8 +62,8 @@ def described(part: fx.GraphModule) -> Part:
 
 
 class Compiled:
-    """A model compiled as ``compile_for_a100`` does it, without Inductor: the graphs are run as
-    they are, so that what is tested is the joining."""
+    """A model compiled like ``compile_for_a100`` does, but its graphs run without Inductor, so that
+    only the joining is tested."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Compiled:
 
     @property
     def part(self) -> Part:
-        """The one graph. Inductor may ask for it again, with numbers in the place of symbols."""
+        """The only graph. Inductor may request it again with numbers in place of symbols."""
         assert len({(part.quantize, part.linear) for part in self.parts}) == 1
         return self.parts[-1]
 
@@ -116,7 +116,7 @@ Joined = Callable[..., Part]
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
-    """Compiles a model, compares with running it eagerly, and returns what its graph became."""
+    """Compile a model, compare with running it eagerly, and describe its graph after joining."""
 
     def joined(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> Part:
         inputs = inputs or (X,)
@@ -130,7 +130,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
 
 
 class Written(nn.Module):
-    """A norm, a few layers, and a forward that is given."""
+    """A norm and a few layers with the given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: nn.Module | torch.Tensor) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def written(forward: Callable[..., Any], **parts: Any) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A block of a transformer with the norms in front, and layer scale."""
+    """A pre-norm transformer block with layer scale."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class PostNorm(Block):
-    """The norms behind, as in BERT: what they return is also the residual."""
+    """A post-norm block as in BERT: the norms' outputs are also the residuals."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(self.attention(x) + x)
@@ -195,7 +195,7 @@ def test_fuses_pre_norm_block(joined: Joined) -> None:
     torch.manual_seed(0)
     part = joined(lowered(Block()))
     assert (part.quantize, part.linear) == PRE
-    # Nothing is left but attention and views.
+    # Only attention and views are left.
     assert not {"layer_norm", "gelu", "dropout", "add", "mul"} & set(part.others)
     assert part.others["scaled_dot_product_attention"] == 1
 
@@ -337,7 +337,7 @@ def test_joins_layers_called_in_another_order_than_registered(joined: Joined) ->
 
 
 def test_only_layers_of_adjacent_rows_are_joined(joined: Joined) -> None:
-    # The rows of m.b are between.
+    # The rows of m.b are in between.
     apart = written(lambda m, x: torch.cat([m.c(x), m.b(2 * x), m.a(x)], -1))
     assert joined(apart).linear == ("1", "1", "1")
     some = written(lambda m, x: torch.cat([m.c(x), m.a(2 * x), m.b(x)], -1))
@@ -389,7 +389,7 @@ def test_rms_norm_eps_in_16_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         x = (X * 1e-3).to(dtype)
         out, expected = compiled.run(x).float(), model(x).float()
     assert compiled.part.quantize == ("rms",)
-    # Of torch's own norm the result is rounded to 16 bits, and then to INT8.
+    # The result of torch's norm is rounded to 16 bits before it is rounded to INT8.
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
@@ -541,11 +541,11 @@ def test_removes_dropout_without_effect(joined: Joined, call: Any, left: dict[st
     assert part.others == left
 
 
-# -- what writes to tensors ---------------------------------------------------------------------
+# -- writes to tensors --------------------------------------------------------------------------
 
 
 def _between(write: Callable[[torch.Tensor], Any]) -> Callable[..., torch.Tensor]:
-    """A norm of x, then something that writes to x, then the layer."""
+    """Compute a norm of x, then write to x, then call the layer."""
 
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
@@ -816,7 +816,7 @@ def test_region_after_norm_blocks_fusion(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
-        return region(region(x)) + m.a(y)  # a region that is called once is no region
+        return region(region(x)) + m.a(y)  # a region called only once does not count
 
     compiled = Compiled(written(forward), monkeypatch)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Antialiased resizing as two matmuls, against torch's own in FP64."""
+"""Compare antialiased resizing as two matmuls with torch's own in FP64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = [((64, 64), (128, 128)), ((9, 7), (24, 24)), ((32, 48), (12, 48)), ((1, 
 
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that there are kernels, and that small images are worth it."""
+    """Pretend that kernels exist and that small images are worth resizing."""
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     monkeypatch.setattr(resize, "_FEWEST_ELEMENTS", 1)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ class Resize(nn.Module):
 
 
 def resized(model: nn.Module, x: torch.Tensor) -> tuple[Any, list[Any]]:
-    """Return what the changed graph returns, None if it resizes as before, and its nodes."""
+    """Return the output of the changed graph (None if it is unchanged) and its nodes."""
     nodes: list[Any] = []
 
     def backend(module: Any, _: Any) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def resized(model: nn.Module, x: torch.Tensor) -> tuple[Any, list[Any]]:
         module.graph.lint()
         nodes.extend(module.graph.nodes)
         if not any(node.target is torch.matmul for node in nodes):
-            return lambda *_: (None,)  # on a CPU, torch resizes no 16-bit images
+            return lambda *_: (None,)  # on a CPU, torch cannot resize 16-bit images
         assert not any(node.target is interpolate for node in nodes)
         return module.forward  # type: ignore[no-any-return]
 
@@ -69,7 +69,7 @@ def test_matches_torch(size: tuple[int, int], new: tuple[int, int], mode: str) -
 
 
 def test_rounds_like_torchs_kernel() -> None:
-    """Weights, the image between the two axes, and the output."""
+    """Round the weights, the image between the two axes, and the output."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     out, _ = resized(Resize(size=(32, 32)), x)
     across = interpolate(torch.eye(16)[None, None], (32, 16), mode="bicubic", antialias=True)
@@ -112,7 +112,7 @@ def test_leaves_small_outputs_and_other_devices_to_torch(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_supports_autocast(inside: bool) -> None:
-    """Matmuls would run in another dtype."""
+    """Without care, matmuls would run in another dtype."""
 
     class Inside(Resize):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,8 +146,8 @@ def test_resizes_patch_embedding_of_olmoearth() -> None:
 def test_matches_torchs_kernel_on_the_gpu(
     size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Both round at the same places: neither is closer to FP64 by more than weights that are
-    rounded twice can explain."""
+    """Both round at the same places: errors against FP64 differ by no more than rounding weights
+    twice explains."""
     x = torch.randn(2, 3, *size, dtype=dtype, device="cuda")
     model = Resize(size=new)
     out, _ = resized(model, x)
@@ -159,7 +159,7 @@ def test_matches_torchs_kernel_on_the_gpu(
 
 @pytest.mark.slow
 def test_inductor_compiles_the_resize() -> None:
-    """Constants of equal shape are not taken for each other in the compile cache."""
+    """The compile cache distinguishes constants of equal shape."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     for mode in ("bicubic", "bilinear"):
         compiled = compile_for_a100(Resize(size=(32, 32), mode=mode), mode="default")

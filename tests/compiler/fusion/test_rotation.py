@@ -1,4 +1,4 @@
-"""Rotary position embedding in front of attention: found by what it computes."""
+"""Test finding rotary position embeddings before attention by what they compute."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rotated(nn.Module):
 
 
 def compiled(model: nn.Module, *inputs: torch.Tensor, change: Callable[[Any], Any]) -> Any:
-    """Return the output of a model whose graph was changed, what it was before, and the nodes."""
+    """Return outputs of a model with and without changing its graph, and the changed nodes."""
     nodes: list[Any] = []
 
     def backend(module: Any, _: Any) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def inputs_of(axes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
 
 
 def run(rotate: Rotate, axes: int, dtype: torch.dtype = torch.float32) -> tuple[float, str]:
-    """Return how far INT8 attention is off, and which rotation it does itself."""
+    """Return the error of INT8 attention, and the rotation that it computes itself."""
     out, want, nodes = compiled(
         Rotated(rotate),
         *inputs_of(axes, dtype),
@@ -159,7 +159,7 @@ def other_way_round(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 def tables(x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines as models of transformers do: without heads."""
+    """Return cosines and sines as transformers models compute them: without heads."""
     a = torch.cat([angles_of(x, at)] * 2, -1)[:, 0]
     return a.cos().to(x.dtype), a.sin().to(x.dtype)
 
@@ -319,12 +319,12 @@ def test_fuses_rotations_of_transformers(name: str) -> None:
 
 @pytest.fixture
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that there are kernels; the operators run in plain torch."""
+    """Pretend that kernels exist; the operators run in plain torch."""
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
 
 
 def run_at_once(rotate: Rotate, axes: int, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Compare what attention returns, and return the calls of the operator."""
+    """Compare attention outputs, and return the calls of the operator."""
     out, want, nodes = compiled(
         Rotated(rotate), *inputs_of(axes, dtype), change=lambda m: passes.fuse(m, rotate=True)
     )
@@ -348,7 +348,7 @@ def test_queries_and_keys_share_angles(name: str) -> None:
     "rotate", [weighted, positions_written_after, sine_of_other_angles, part_of_columns, halves]
 )
 def test_does_not_rotate_heads_in_one_kernel_if_unsupported(rotate: Rotate) -> None:
-    """Inductor rotates halves as fast as we could."""
+    """We leave halves alone, which Inductor rotates as fast as we could."""
     assert run_at_once(rotate, 1) == []
 
 
@@ -379,7 +379,7 @@ def test_nothing_changes_without_kernels_or_int8_layers(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("_on_gpu")
 def test_fuses_olmoearth_block_with_int8_layers() -> None:
-    """Projections of queries, keys and values are one matmul all the same."""
+    """Projections of queries, keys and values are still joined into one matmul."""
     block = Block(32, 2, qkv_bias=True, position_encoding="rope_3d_mixed").eval()
     lowered(block)
     positions = torch.randint(0, 50, (2, ROWS, 3)).float()

@@ -1,4 +1,4 @@
-"""Which calls of attention our kernel for short sequences takes, in a graph and eagerly."""
+"""Test which attention calls use our kernel for short sequences, in graphs and eagerly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _seeded() -> None:
 def run(
     model: Callable[..., Any], *inputs: torch.Tensor, how: str
 ) -> tuple[Any, AttentionCoverage, AttentionCoverage]:
-    """Run a model, what is short on our kernel and the rest in INT8, eagerly or as Dynamo's graph;
-    return what became of its calls too."""
+    """Run a model eagerly or as Dynamo's graph, with short attention in our kernel and the rest in
+    INT8; also return how its calls were handled."""
     short, int8 = AttentionCoverage(), AttentionCoverage()
     with torch.inference_mode():
         if how == "eager":
@@ -110,7 +110,7 @@ def test_autocast_applies_to_the_operands(how: str) -> None:
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_model_counts_each_call(mode: str) -> None:
-    """Repeated blocks are one region, which is called as often as there are blocks."""
+    """Repeated blocks share one region, which is called once per block."""
     model = nn.Sequential(*(Attention(32, 2) for _ in range(3))).eval().bfloat16()
     x = torch.randn(2, 9, 32).bfloat16()
     compiled = compile_for_a100(model, mode=mode, attention="short", int8_attention=True)

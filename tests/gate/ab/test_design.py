@@ -1,4 +1,4 @@
-"""Planning an A/B: designs that are refused, and the power of the others."""
+"""Test planning an A/B: rejected designs, and the power of the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT = Design()
 
 @pytest.mark.parametrize(("noise", "blocks"), [(0.02, 4), (0.03, 4), (0.01, 2)])
 def test_power_is_close_to_simulation(noise: float, blocks: int) -> None:
-    """Of one run. The formula counts the best look only, so that looks together have more."""
+    """Power for one run. The formula counts only the best look, so all looks together have more."""
     design = Design(noise=noise, verdict_blocks=blocks)
     found = simulate_ab(normal(noise), families=400, runs=1, slowdowns=0.05, design=design)
     share = float((found.outcomes[found.flagged] == "FAIL").mean())
@@ -43,14 +43,14 @@ def test_looks_are_spread_over_the_blocks(blocks: int, expected: tuple[int, ...]
 
 
 def test_levels_of_the_default_looks() -> None:
-    """1 of 36 orders, 16 of 1,296, and what is left."""
+    """1 of 36 orders, 16 of 1,296 orders, and the rest of the level."""
     levels = spend(0.05, 6, (2, 4, 6))
     assert levels == pytest.approx([1 / 36, 16 / 1296, 0.05 - 1 / 36 - 16 / 1296])
 
 
 @given(st.floats(0.001, 0.4), st.integers(2, 40), st.data())
 def test_looks_do_not_exceed_the_level(level: float, blocks: int, data: Any) -> None:
-    """However many blocks there were at each look."""
+    """The sum holds for any number of blocks at each look."""
     seen = [data.draw(st.integers(0, planned)) for planned in looks(blocks)]
     levels = spend(level, blocks, seen)
     assert all(0 <= one <= level for one in levels)
@@ -82,7 +82,7 @@ def test_blocks_needed_is_minimal(
 @given(st.integers(1, 100), st.integers(2, 30), st.floats(1e-15, 10))
 def test_power_decreases_with_runs_and_noise(runs: int, blocks: int, noise: float) -> None:
     power = Design(verdict_blocks=blocks, noise=noise).power(runs)
-    more = 1e-9  # SciPy's rounding
+    more = 1e-9  # rounding in SciPy
     assert 0 < power <= 1
     assert Design(verdict_blocks=blocks, noise=noise).power(runs + 1) <= power + more
     assert Design(verdict_blocks=blocks, noise=noise * 1.1).power(runs) <= power + more

@@ -1,4 +1,4 @@
-"""The A/B of two revisions, by a fake machine: what is measured when, and what comes of it."""
+"""Test the A/B of two revisions on a fake machine: what is measured when, and the outcomes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WARMING = ["base", "new"]
 
 
 def order(root: Path, stage: str, blocks: int, start: int = 0) -> list[str]:
-    """Sides in the order that was drawn for the last journal, at the first attempt."""
+    """Return the sides in the order drawn for the last journal, at the first attempt."""
     seed = journals(root)[-1].stem
     numbers = range(start, blocks)
     return [side for block in numbers for side in ab_plan.order_of(stage, block, 0, seed)]
@@ -59,7 +59,7 @@ def screening(root: Path) -> list[str]:
 
 
 def verdict(root: Path, blocks: int = 2) -> list[str]:
-    """Of what is clear at the first look, by default."""
+    """Return the order of the verdict stage, by default up to the first look."""
     return order(root, "verdict", blocks)
 
 
@@ -68,7 +68,7 @@ def nodeid(name: str) -> str:
 
 
 class Machine:
-    """Measures runs that take a known time, with 0.2 % of noise between processes."""
+    """Measure runs of known times, with 0.2 % noise between processes."""
 
     def __init__(self, **times: tuple[float, float]) -> None:
         self.times = times
@@ -80,7 +80,7 @@ class Machine:
         self.onlys: list[Sequence[str] | None] = []
         self.args: set[tuple[str, ...]] = set()
         self.number = 0
-        """Of the next process; decides its noise."""
+        """Number of the next process, which determines its noise."""
         self.change: Callable[[int, str, str], dict[str, Any] | None] = lambda *_: {}
         """Number, side and name -> fields of the result that differ; None for no result."""
         self.before: Callable[[int], object] = lambda number: None
@@ -122,7 +122,7 @@ Compare = Callable[..., AbResult]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
-    """A machine on which x is as fast as it was."""
+    """Return a machine on which x is as fast in both revisions."""
     machine = Machine(x=(0.01, 0.01))
     trees = tmp_path / "trees"
 
@@ -159,7 +159,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compare(machine: Machine, root: Path) -> Compare:
-    """Runs a comparison."""
+    """Run a comparison."""
 
     def compare(**changes: Any) -> AbResult:
         values = {"root": root, "folder": root, "base": BASE, "new": NEW, **changes}
@@ -231,7 +231,7 @@ def test_verdict_blocks_run_flagged_tests_only(
 def test_chooses_statistic_by_device(
     machine: Machine, compare: Compare, statistic: str, gpu: dict[str, str] | None, used: str
 ) -> None:
-    # The medians are far slower in every other process, the fastest rounds are not.
+    # Every other process has a far slower median but the same fastest round.
     machine.environment = lambda number: {**ENVIRONMENT, "gpu": gpu}
     machine.change = lambda number, key, name: {
         "batch_time_s": 0.01 * (1 + number % 2),
@@ -247,7 +247,7 @@ def test_chooses_statistic_by_device(
 
 
 def test_uses_median_without_a_fastest_round(machine: Machine, compare: Compare) -> None:
-    # Of a revision with an older plugin.
+    # As from a revision with an older plugin.
     machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
     assert compare().statistic == "median"
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_uses_median_without_a_fastest_round(machine: Machine, compare: Compare)
 def test_measures_only_undecided_runs_further(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
-    """A clear slowdown is decided at the first look, noise at none."""
+    """A clear slowdown is decided at the first look, a noisy run at none."""
     machine.times |= {"slow": (1, 1.1), "noisy": (1, 1)}
     noise = random.Random(0)
     machine.change = lambda number, key, name: (
@@ -287,7 +287,7 @@ def test_clear_pass_ends_after_the_first_look(
 
 
 def test_draws_orders_for_each_comparison() -> None:
-    """Every order is as likely as any other, whatever the block, attempt or seed."""
+    """All orders are equally likely for every block, attempt and seed."""
     drawn = Counter(
         ab_plan.order_of("verdict", block, attempt, str(seed))
         for block in range(6)
@@ -317,7 +317,7 @@ def test_verdict_ignores_screening_blocks(machine: Machine, compare: Compare) ->
 
 
 def test_unstable_base_is_inconclusive(machine: Machine, compare: Compare) -> None:
-    """The base's second process of each block is the control."""
+    """The second base process of each block is the control."""
     machine.change = lambda number, key, name: (
         {"batch_time_s": 0.012}
         if key == "new" or (number >= 10 and machine.calls[10:].count("base") % 2 == 0)
@@ -428,7 +428,7 @@ def test_plain_benchmarks_are_compared_too(machine: Machine, compare: Compare, r
     with pytest.raises(KeyboardInterrupt):
         compare()
     machine.before = lambda number: None
-    result = compare()  # goes on with the journal, in which they are
+    result = compare()  # resumes from the journal, which contains them
     assert len(machine.calls) == len(WARMING + screening(root) + verdict(root))
     runs = {(run.run_name, run.workload): run.outcome for run in result.runs}
     assert runs == {
@@ -469,7 +469,7 @@ def test_compares_points_renamed_by_the_new_revision(machine: Machine, compare: 
     assert (run.run_name, run.nodeid, run.outcome) == (new, nodeid(new), "FAIL")
     assert run.new_s == pytest.approx(1.3 * run.base_s, rel=0.01)
     assert found.notes == (f"1 record has a new name: {old} is {new} now",)
-    # Each side is asked for both names, and has one of them.
+    # Each side is asked for both names and has one of them.
     both = tuple(sorted(map(nodeid, (old, new))))
     assert {tuple(only) for only in machine.onlys if only} == {both}
 
@@ -516,7 +516,7 @@ def test_outcomes_of_runs_not_measured_on_both_sides(
     assert (run.outcome, run.exit_code, run.reason) == (outcome, exit_code, reason)
     assert (run.nodeid, run.workload) == (nodeid("y"), "toy")
     assert result.exit_code == exit_code
-    # Where one side alone ran out of memory, it is measured again.
+    # If only one side ran out of memory, it is measured again.
     assert len(machine.calls) == (11 if OOM in (old, new) and OK in (old, new) else 10)
 
 
@@ -558,7 +558,7 @@ def test_retries_warm_up_that_ran_out_of_memory(
 
 
 def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) -> None:
-    """Or autotuning would choose other kernels for the same code."""
+    """Otherwise autotuning could choose different kernels for the same code."""
 
     def environment(number: int) -> dict[str, Any]:
         if number == 0:
@@ -570,7 +570,7 @@ def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) 
     machine.environment = environment
     compare()
     (machine.sides["base"].cache / "chosen").write_text("y")
-    compare()  # both are warm now, and stay as they are
+    compare()  # both are warm now and stay unchanged
     assert (machine.sides["new"].cache / "chosen").read_text() == "x"
 
 
@@ -582,7 +582,7 @@ def test_other_arguments_start_new_journal(root: Path, monkeypatch: pytest.Monke
     assert len(keys) == 3
 
 
-@pytest.mark.usefixtures("same_orders")  # some orders decide
+@pytest.mark.usefixtures("same_orders")  # some orders would reach a decision
 def test_allows_inconclusive(machine: Machine, compare: Compare) -> None:
     noise = random.Random(2)
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
@@ -596,11 +596,11 @@ def test_budget_estimate_counts_flagged_runs_only(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.times["slow"] = (0.02, 0.0216)
-    # All but a second of a process is the run that screening clears.
+    # The run that screening clears takes all but one second of each process.
     machine.change = lambda number, key, name: {"compile_s": 7.0} if name == "x" else {}
     result = compare(budget_s=10 * PROCESS_S + 4.5)
     assert result.notes == ("--budget ended verdict after 1 of 6 blocks",)
-    assert compare(budget_s=1e6).notes == ()  # and the same command goes on
+    assert compare(budget_s=1e6).notes == ()  # the same command resumes
     assert machine.calls == WARMING + screening(root) + verdict(root)
 
 
@@ -680,7 +680,7 @@ def test_measures_hot_blocks_again(machine: Machine, compare: Compare, root: Pat
 def test_drops_blocks_that_stay_hot(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if 4 <= number < 12 else {}
     result = compare(retries=2)
-    # Block 2 three times, then block 3 once: no retry is left.
+    # Block 2 is measured three times, then block 3 once, because no retry is left.
     assert len(machine.calls) == 2 + 2 + 3 * 2 + 2 + 2
     assert result.notes == tuple(
         f"dropped screening block {block}: the GPU was throttled (thermal (hardware))"
@@ -726,7 +726,7 @@ def test_always_hot_machine_is_inconclusive(machine: Machine, compare: Compare) 
 def test_heat_affects_only_the_runs_measured_hot(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
-    """Not while warming up, and not in a run that is not compared."""
+    """Heat during warm-up, or in a run that is not compared, does not count."""
     machine.times["gone"] = (1, 1)
 
     def change(number: int, key: str, name: str) -> dict[str, Any] | None:
@@ -775,7 +775,7 @@ def interrupt(
     error: type[BaseException] = KeyboardInterrupt,
     **changes: Any,
 ) -> list[str]:
-    """End a comparison where a process would start; take the calls until then out of the list."""
+    """End a comparison when a process would start; return the calls until then and clear them."""
 
     def before(number: int) -> None:
         if number == at:
@@ -790,7 +790,7 @@ def interrupt(
 
 
 def start_of_block(number: int) -> int:
-    """The first process of the block that a process is in."""
+    """Return the first process of the block of a process."""
     if number < 2:
         return number
     return number - number % 2 if number < 10 else number - (number - 10) % 4
@@ -798,7 +798,7 @@ def start_of_block(number: int) -> int:
 
 @pytest.fixture
 def same_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every comparison draws the same orders, also when a block is measured again."""
+    """Make every comparison draw the same orders, even for retried blocks."""
 
     def order_of(stage: str, block: int, attempt: int, seed: str) -> tuple[str, ...]:
         return ab_plan.order_of(stage, block, 0, "x")
@@ -806,7 +806,7 @@ def same_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "order_of", order_of)
 
 
-# The first and last processes of each stage and those around them, in and between blocks.
+# First and last processes of each stage and their neighbours, within and between blocks.
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 9, 10, 11, 13, 14, 17])
 @pytest.mark.usefixtures("same_orders")
 def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path, at: int) -> None:
@@ -846,7 +846,7 @@ def test_resumes_after_several_interrupts(machine: Machine, compare: Compare) ->
 
 @pytest.mark.usefixtures("same_orders")
 def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, root: Path) -> None:
-    """A retry that was used stays used, and what was left out stays so."""
+    """Used retries stay used, and dropped blocks stay dropped."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 4, 8, 17) else {}
     whole = compare(retries=1)
@@ -867,7 +867,7 @@ def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, ro
 def test_resume_rejects_hot_block_if_killed_before_the_heat_check(
     machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """The last process of a hot block is in the journal, and nothing after it."""
+    """The journal ends with the last process of a hot block."""
     machine.change = lambda number, key, name: HOT if number == 2 else {}
     with monkeypatch.context() as patch:
 
@@ -1010,7 +1010,7 @@ def test_resumes_despite_changed_name_retries_budget_or_allowances(
 
 
 class FullDisk:
-    """Takes what fits."""
+    """A file that accepts only what fits on the disk."""
 
     def __init__(self, file: BinaryIO, room: int) -> None:
         self._file, self._room = file, room
@@ -1056,7 +1056,7 @@ def test_full_disk_is_one_line_and_keeps_earlier_records(
 def test_briefly_full_disk_loses_no_process(
     machine: Machine, compare: Compare, root: Path, room: int
 ) -> None:
-    """What could not be written is written when the command ends."""
+    """Records that could not be written are written when the command ends."""
 
     def full(number: int, key: str, name: str) -> dict[str, Any]:
         if number == 5:
@@ -1160,7 +1160,7 @@ def test_rejects_machine_that_changes_midway(
     )
     assert len(machine.calls) == at + 1
     machine.environment, machine.calls = lambda number: ENVIRONMENT, []
-    compare()  # what was measured on the other machine is not in the journal
+    compare()  # the journal has no results from the other machine
     assert len(machine.calls) == 10 - start_of_block(at)
 
 
@@ -1244,7 +1244,7 @@ def test_rejects_budget_below_screening(machine: Machine, compare: Compare, root
 
 
 def test_time_estimate_excludes_compilation(machine: Machine, compare: Compare) -> None:
-    """Processes after the first find what it compiled."""
+    """Processes after the first use its compiled code."""
     machine.change = lambda number, key, name: {"compile_s": 6.0} if number < 2 else {}
     compare()
     assert any("about 2 s per process: screening takes about 16 s" in line for line in machine.said)
@@ -1322,7 +1322,7 @@ def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
 
 
 def test_budget_applies_to_one_command(machine: Machine, compare: Compare, root: Path) -> None:
-    """An interrupted comparison goes on with a budget anew, and uses what there is for free."""
+    """A resumed comparison has a full budget, and saved results cost nothing."""
     interrupt(machine, compare, 8)
     result = compare(budget_s=2 * PROCESS_S)
     assert machine.calls == screening(root)[6:]
@@ -1339,12 +1339,12 @@ def test_resumes_within_small_budget(machine: Machine, compare: Compare) -> None
 def test_resume_keeps_screening_of_begun_verdicts(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
-    """With more retries, too: other runs could be flagged, which no verdict was begun on."""
+    """This holds with more retries, too, which might flag runs without verdict blocks."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number == 2 else {}
     interrupt(machine, compare, 12, retries=0)
     result = compare(retries=3)
-    # Half a block is measured again, in an order of its own.
+    # The half-finished block is measured again, in a new order.
     again = [*ab_plan.order_of("verdict", 0, 1, journals(root)[-1].stem)]
     assert machine.calls == again + verdict(root)[4:]
     assert result.notes == (

@@ -1,4 +1,4 @@
-"""The test by the order of processes: against all orders, and its error rate by simulation."""
+"""Test the randomization test against all orders, and its error rate by simulation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ seeds = st.integers(0, 10_000)
 
 
 def drawn(rng: np.random.Generator, *shape: int) -> Array:
-    """Orders of blocks, of shape (..., blocks, 4)."""
+    """Draw orders of blocks, of shape (..., blocks, 4)."""
     places = np.array([[place in chosen for place in range(4)] for chosen in PLACES])
     found: Array = places[rng.integers(len(PLACES), size=shape)]
     return found
@@ -40,7 +40,7 @@ def session(seed: int, runs: int = 3, blocks: int = 2) -> tuple[Array, Array]:
 
 
 def statistic(logs: Array, is_new: Array, shift: float) -> float:
-    """Of one run, written out."""
+    """Compute the statistic of one run, written out."""
     moved = logs - shift * is_new
     residuals = moved - np.median(moved, axis=1, keepdims=True)
     cut = 1.4826 * np.median(np.abs(residuals))
@@ -52,7 +52,7 @@ def statistic(logs: Array, is_new: Array, shift: float) -> float:
 @given(seeds, st.floats(-0.02, 0.02))
 def test_p_is_the_fraction_of_orders_at_least_as_slow(seed: int, shift: float) -> None:
     logs, is_new = session(seed)
-    # Whatever the order had been, the times without the shift would have been these.
+    # Under the null hypothesis, times without the shift do not depend on the order.
     moved = logs - shift * is_new
     every = [
         np.array([[place in chosen for place in range(4)] for chosen in choice])
@@ -140,7 +140,7 @@ HARSH = {
 @pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("noise", HARSH.values(), ids=HARSH)
 def test_error_rate_holds_under_any_noise(noise: Noise, blocks: int) -> None:
-    """Of families of 6 runs at what is tested, with an order that is drawn for each."""
+    """Simulate families of 6 runs at the tested shift, each with its own random order."""
     families = 1000 if blocks == 2 else 200
     rng = np.random.default_rng(7)
     is_new = drawn(rng, families, blocks)

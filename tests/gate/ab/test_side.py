@@ -1,5 +1,5 @@
-"""One side of an A/B: the process that is started, the code that it may import, and what is said
-where it measures nothing."""
+"""Test one side of an A/B: its process, the code that it may import, and errors if it measures
+nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESULT = result_of(nodeid="test_a.py::test[Größe]")
 
 
 class Process:
-    """Plays the process of pytest."""
+    """Simulate the pytest process."""
 
     def __init__(self) -> None:
         self.command: list[str] = []
@@ -66,7 +66,7 @@ class Process:
 
 @pytest.fixture
 def side(tmp_path: Path) -> Side:
-    """A side in ``worktrees/base`` of a repository, each of which has its own files."""
+    """Return a side in ``worktrees/base``, whose files differ from the repository's."""
     root, tree = tmp_path / "repository", tmp_path / "worktrees" / "base"
     for folder in (root, tree):
         (folder / "sub" / "tests").mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_runs_lean_pytest_in_the_worktree(side: Side, process: Process) -> None:
     assert lean == "--int8-lean"
     assert Path(journal.removeprefix("--int8-journal=")).name == "journal.jsonl"
     assert process.cwd == side.folder
-    # Its files go with the worktrees, should this process be killed.
+    # Its files are removed with the worktrees if this process is killed.
     assert Path(process.env["INT8BENCH_SIDE"]).is_relative_to(side.tree.parent)
     assert sorted(path.name for path in side.tree.parent.iterdir()) == ["base"]
 
@@ -191,7 +191,7 @@ def test_compile_cache_has_a_plain_path(side: Side, process: Process, tmp_path: 
         ("not=an=option", "not=an=option"),
         ("{root}-other/tests", "{root}-other/tests"),
         ("--set={root}/new.json", "--set={tree}/new.json"),
-        # Not committed: data stays where it is, code does not.
+        # Not committed: paths of data stay, paths of code are moved.
         ("--int8-weights={root}/weights.pt", "--int8-weights={root}/weights.pt"),
         ("{root}/untracked.py", "{tree}/untracked.py"),
         ("{root}/.venv/lib/site-packages", "{root}/.venv/lib/site-packages"),
@@ -213,7 +213,7 @@ def test_moves_working_tree_paths_to_the_worktree(
 
 
 def add_project(side: Side) -> None:
-    """A package at the top, one in src, a module, and a folder of no package."""
+    """Add a top-level package, one in src, a module, and a folder that is not a package."""
     for name in ("flat", "src/inner"):
         (side.tree / name).mkdir(parents=True)
         (side.tree / name / "__init__.py").touch()
@@ -292,7 +292,7 @@ def test_ignores_tree_python(side: Side, process: Process, monkeypatch: pytest.M
 def test_recognizes_installed_project_in_any_layout(
     side: Side, process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Code that is neither at the top nor in src is not on the path."""
+    """Code that is neither at the top level nor in src is not on the path."""
     (side.tree / where).mkdir(parents=True, exist_ok=True)
     (side.tree / where / "pyproject.toml").write_text('[project]\nname = "My.Toy"\n')
     packages = tmp_path / "lib" / "site-packages"
@@ -415,14 +415,14 @@ def test_journal_without_header_measured_nothing(
 
 
 def test_rejects_results_of_a_crashed_process(side: Side, process: Process) -> None:
-    """It cannot say whose code it ran."""
+    """A crashed process cannot report which code it ran."""
     process.modules, process.code = None, -11
     assert refusal(side) == (
         f"main (aaaaaaaaaa): pytest did not finish: SIGSEGV (its output is in {side.log})"
     )
 
 
-# -- modules that only the working tree has -----------------------------------------------------
+# -- modules missing from the worktree ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_reports_failed_install(side: Side, command: str, how: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_interrupted_install_leaves_no_process(side: Side, tmp_path: Path) -> None:
-    """What a shell puts in the background ignores SIGINT."""
+    """Background jobs of a shell ignore SIGINT."""
     pid = tmp_path / "pid"
     waits = f"until grep -q 'State:.S' /proc/{os.getpid()}/status; do :; done"
     shell = f"sleep 600 & echo $! > {shlex.quote(str(pid))}; {waits}; kill -INT {os.getpid()}; wait"
@@ -513,7 +513,7 @@ def test_interrupted_install_leaves_no_process(side: Side, tmp_path: Path) -> No
     finally:
         signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + DEADLINE_S
-    while runs(int(pid.read_text())):  # a killed process takes a moment to go
+    while runs(int(pid.read_text())):  # a killed process takes a moment to end
         assert time.monotonic() < deadline
 
 
@@ -570,7 +570,7 @@ Pytest = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pytest:
-    """Runs pytest with the plugin in a folder with two tests."""
+    """Run pytest with the plugin in a folder with two tests."""
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")

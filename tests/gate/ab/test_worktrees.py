@@ -1,4 +1,4 @@
-"""Revisions checked out side by side: what is found, what stays as it was, and what is removed."""
+"""Test worktrees of two revisions: what is found, what stays unchanged, and what is removed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, folder)
         git(folder, "init", "-q", "-b", "main")
-        # Of the user; newer git would write an extension into the configuration because of it.
+        # A user's setting, which makes newer git write an extension into the configuration.
         git(folder, "config", "worktree.useRelativePaths", "true")
         commit(folder, "first: a model", text="1", staged="1", unstaged="1")
         git(folder, "tag", "-a", "-m", "note", "v1")
@@ -80,7 +80,7 @@ def both(root: Path) -> dict[str, Revision]:
 
 
 def state(root: Path) -> dict[str, Any]:
-    """All that must not change; nothing here writes."""
+    """Return everything that must not change, without writing anything."""
     common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
     own = Path(git(root, "rev-parse", "--absolute-git-dir"))
     index = own / "index"
@@ -102,7 +102,7 @@ def listed(root: Path) -> list[Path]:
 
 
 def is_clean(root: Path, temporary: Path) -> bool:
-    """Say whether nothing of ours is left, in git's folder or for temporary files."""
+    """Return whether nothing of ours is left in git's folder or among temporary files."""
     return not (root / ".git" / "worktrees").exists() and not list(temporary.iterdir())
 
 
@@ -143,7 +143,9 @@ def test_rejects_bare_repository_and_git_folder(part: str, root: Path, tmp_path:
 
 
 def test_reports_repository_that_git_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own, for its tests
+    monkeypatch.setenv(
+        "GIT_TEST_ASSUME_DIFFERENT_OWNER", "1"
+    )  # a variable that git uses in its own tests
     with pytest.raises(GitError) as caught:
         find_repository(root)
     assert str(caught.value) == (
@@ -180,12 +182,12 @@ def test_hash_is_labelled_once(root: Path) -> None:
     for name in (full, full[:4], full[:12].upper()):
         revision = resolve(root, name)
         assert (revision.commit, revision.label) == (full, full[:10])
-    # Too short for a hash: a branch that happens to be the start of one.
+    # Too short for a hash: a branch whose name happens to be a prefix of one.
     assert Revision(full[:3], full).label == f"{full[:3]} ({full[:10]})"
 
 
 def test_revision_is_not_parsed_as_an_option(root: Path) -> None:
-    git(root, "update-ref", "refs/tags/-n", "main")  # `git tag` would refuse the name
+    git(root, "update-ref", "refs/tags/-n", "main")  # `git tag` would reject the name
     assert resolve(root, "-n").commit == git(root, "rev-parse", "main")
 
 
@@ -229,7 +231,7 @@ def test_lists_changed_files(root: Path) -> None:
     assert changed_files(root) == ["staged", "unstaged"]
     (root / "a").mkdir()
     git(root, "mv", "text", "a/täxt \n")
-    (root / "staged").write_text("1")  # staged, and taken back in the working tree only
+    (root / "staged").write_text("1")  # staged, then reverted in the working tree only
     before = state(root)
     assert sorted(changed_files(root)) == ["a/täxt \n", "staged", "text", "unstaged"]
     assert state(root) == before
@@ -280,7 +282,7 @@ def test_checks_out_two_revisions(root: Path, temporary: Path) -> None:
 
 
 def test_checks_out_one_commit_twice(root: Path, temporary: Path) -> None:
-    main = resolve(root, "main")  # which is checked out a third time, by the user
+    main = resolve(root, "main")  # the user has it checked out as well
     with worktrees(root, {"base": main, "new": resolve(root, "HEAD")}) as folders:
         assert folders["base"] != folders["new"]
         assert [(folders[key] / "text").read_text() for key in folders] == ["2", "2"]
@@ -360,7 +362,7 @@ def test_ignores_variables_that_git_sets_for_hooks(
 def test_respects_git_settings_in_the_environment(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as safe.directory, in containers."""
+    """Containers set safe.directory this way, for example."""
     commit(root, "third", **{".gitattributes": "text filter=mine\n"})
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "filter.mine.smudge")
@@ -552,7 +554,9 @@ def test_keeps_worktrees_of_the_user(root: Path, temporary: Path, tmp_path: Path
         temporary / "scratch" / "base",
         tmp_path / f"int8bench-ab-abcdefgh-{host}" / "base",  # not among temporary files
         temporary / f"int8bench-ab-abcdefgh-{host}" / "a" / "deeper",
-        temporary / "int8bench-ab-abcdefgh-another" / "base",  # a living one of another machine
+        temporary
+        / "int8bench-ab-abcdefgh-another"
+        / "base",  # a running process on another machine
     ]
     for folder in mine:
         git(root, "worktree", "add", "-q", "--detach", str(folder))
@@ -639,7 +643,7 @@ with worktrees(root, {"base": resolve(root, "v1"), "new": resolve(root, "main")}
         signal.pause()
 """
 
-# Stops at the call with this word until the file `go` is there.
+# Block at the call with this word until the file `go` exists.
 SLOW_GIT = """#!/bin/sh
 for word; do
     if [ "$word" = {word} ]; then
@@ -663,7 +667,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def start(root: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a process that holds worktrees, in a group of its own, as a terminal does."""
+    """Start a process that holds worktrees, in its own process group like in a terminal."""
 
     def end(group: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -690,7 +694,7 @@ def start(root: Path, tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def slow_git(tmp_path: Path) -> Callable[[str], str]:
     def slow_git(word: str) -> str:
-        """Return a PATH with a git that stops at ``word``."""
+        """Return a PATH with a git that blocks at ``word``."""
         folder = tmp_path / "bin"
         folder.mkdir()
         real = shutil.which("git")
@@ -727,7 +731,7 @@ def test_next_use_removes_worktrees_of_a_killed_process(
     wait_for(tmp_path / "ready", process)
     left = listed(root)[1:]
     process.kill()
-    # Ended, but not asked for its exit code: its number is still taken.
+    # The process has ended but was not reaped, so its pid is still in use.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert len(left) == 2
     assert all((folder / "text").exists() for folder in left)
@@ -781,7 +785,7 @@ def test_signal_during_checkout(
 def test_removes_read_only_files(root: Path, temporary: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "outside").mkdir(mode=0o555)
     without: tuple[str, ...] = ()
-    if os.geteuid() == 0:  # root may write anywhere, unless that is taken from it
+    if os.geteuid() == 0:  # root may write anywhere unless it drops that capability
         if shutil.which("setpriv") is None:
             pytest.skip("root without setpriv can write to read-only folders")
         rights = "-dac_override,-dac_read_search"
