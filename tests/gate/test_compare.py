@@ -389,7 +389,7 @@ def test_learns_noise_floor_from_the_files() -> None:
     change = steady.runs[0].change("throughput")
     assert change.learned
     # 1.645 * 0.0987 % * sqrt(2 / 3), and Student's t with 4 degrees of freedom, 2.132, for a
-    # regression: at 5 %, since memory is the only other test and is tested last.
+    # regression: at 5 %, since memory is the only other test, and is left.
     assert change.floor == pytest.approx(0.00133, rel=0.01)
     assert change.shown_from == pytest.approx(0.00172, rel=0.01)
     assert (change.assumed, change.files_needed) == (None, None)

@@ -224,7 +224,7 @@ def test_a_history_gives_a_prediction_interval_for_one_process() -> None:
     logs = [math.log(factor) for factor in history]
     spread = math.sqrt(sum((log - sum(logs) / 7) ** 2 for log in logs) / 6)
     reach = stats.t.isf(0.025, 6) * spread * math.sqrt(1 + 1 / 7)
-    # Unchanged memory is the second of two tests, and this one is rejected first.
+    # The only other test, of unchanged memory, is not rejected; this one is rejected first.
     assert change.shown_from == pytest.approx(
         math.expm1(reach * stats.t.isf(0.05, 6) / stats.t.isf(0.025, 6))
     )

@@ -1,4 +1,4 @@
-"""attention=auto: the calls of attention are recorded, and the backends timed on them."""
+"""Test attention=auto, which records attention calls and times the backends on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.randn(2, 4, 8, 16)
 
 
 class FakeTimer:
-    """Advances by what the backend that is allowed costs, in seconds a reading."""
+    """Advance at each reading by the cost of the allowed backend, in seconds."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
@@ -61,7 +61,9 @@ def test_records_calls_with_their_counts() -> None:
 
 
 def test_repeats_calls_with_the_same_layouts() -> None:
-    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]  # of one product for q, k and v
+    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[
+        0
+    ]  # views of one matmul for q, k and v
     mask = torch.ones(1, 1, 8, dtype=torch.bool).expand(2, 4, 8, 8)
     [call] = calls_of(query, query, query, mask)
     run = call.runner()
@@ -82,7 +84,7 @@ def test_chooses_the_fastest_backend(flash: float, math_: float, chosen: str) ->
 
 def test_excludes_backend_that_fails_on_one_call() -> None:
     calls = calls_of(X, X, X)
-    # On the CPU, flash attention takes no dropout.
+    # On the CPU, flash attention does not support dropout.
     calls |= calls_of(X, X, X, dropout_p=0.5)
     assert fastest_backend(calls, FakeTimer(flash=1, math=1000)) == "math"
 
@@ -119,7 +121,7 @@ def test_times_our_kernel_on_the_calls_it_supports(monkeypatch: pytest.MonkeyPat
     [fits] = calls_of(x, x, x)
     assert fastest_backend({long: 1, fits: 1}) == "short"
     assert ran == ["torch", "short"]
-    assert fastest_backend({long: 1}) is None  # nothing of it is ours
+    assert fastest_backend({long: 1}) is None  # our kernel replaces none of it
 
 
 def test_no_calls_give_no_backend() -> None:
@@ -128,7 +130,7 @@ def test_no_calls_give_no_backend() -> None:
 
 
 def test_returns_none_if_no_backend_runs() -> None:
-    key = X[..., :7]  # no backend takes another head size than the query's
+    key = X[..., :7]  # no backend supports a head size other than the query's
     layout = Layout.of(key)
     call = Call(Layout.of(X), layout, layout, None, ())
     assert fastest_backend({call: 1}, FakeTimer(flash=1, math=1)) is None
@@ -142,7 +144,7 @@ def test_tries_backends_in_order_of_time(monkeypatch: pytest.MonkeyPatch) -> Non
     auto = AutoAttention()
     assert auto.choose({Call(layout, layout, layout, None, ()): 12}) == "flash"
     refused = RuntimeError("No available kernel. Aborting execution.")
-    for name in ("efficient", "math"):  # that each says the same does not mean that all will
+    for name in ("efficient", "math"):  # equal errors of some backends do not mean that all fail
         assert auto.replace(refused)
         assert auto.chosen == name
     assert not auto.replace(torch.OutOfMemoryError("out of memory"))

@@ -1,4 +1,4 @@
-"""What INT8 attention could bring at most, on hand-made calls."""
+"""Test the upper bound of INT8 attention on hand-made calls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_calls_left_to_torch_save_no_time() -> None:
 
 
 def test_memory_bounds_short_sequences() -> None:
-    # Grouped: 8 heads of queries, 2 of keys and values, which are read as INT8, INT8 and BF16.
+    # Grouped: 8 query heads, and 2 heads of keys and values, read as INT8, INT8 and BF16.
     call = call_of(16, 8, 48, 64, groups=2, keys=24)
     q, k = 16 * 8 * 48 * 64, 16 * 2 * 24 * 64
     moved = q + k + 2 * k + 2 * q

@@ -1,4 +1,4 @@
-"""The attention backend that attention=auto takes, by the calls of what runs."""
+"""Test which backend attention=auto chooses, based on the calls that run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ NO_KERNEL = "No available kernel. Aborting execution."
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace Inductor and the clock: a graph runs as it was traced, flash is the fastest backend
-    and takes no mask, as on CUDA. Return the backends that graphs were compiled for."""
+    """Replace Inductor and the clock: graphs run as traced, and flash is the fastest backend but
+    supports no mask, as on CUDA. Return the backends that graphs were compiled for."""
     backends: list[str] = []
 
     def compile_graph(self: FusingInductor, module: Any, inputs: Any) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def allowed() -> str:
 
 
 class Failing:
-    """Makes graphs fail that were compiled for a backend, at a call."""
+    """Make graphs compiled for a backend fail at a given call."""
 
     def __init__(self) -> None:
         self.errors: dict[tuple[str, int], Exception] = {}
@@ -92,7 +92,7 @@ FAILS = Failing()
 
 @pytest.fixture
 def errors(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Exception]:
-    """Return the errors to raise by backend, while a graph compiles (0) or at one of its calls."""
+    """Return the errors to raise, by backend and call; call 0 is compilation."""
     monkeypatch.setattr(FAILS, "errors", {})
     return FAILS.errors
 
@@ -155,7 +155,7 @@ def test_caches_compiled_code_for_the_chosen_backend(tmp_path: Path, compiled: l
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offer our kernel on the CPU too, where it is the fastest."""
+    """Offer our kernel on the CPU too, as the fastest one."""
     monkeypatch.setattr(attention_auto, "backends_of", lambda kind: ["flash", "math", "short"])
     monkeypatch.setitem(COSTS, "short", 0.5)
 
@@ -166,9 +166,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (attending.Causal, AUTO, "short"),
         (attending.Grouped, OFF, "short"),
-        (attending.Twice, AUTO, "short"),  # the call with a mask is torch's
+        (attending.Twice, AUTO, "short"),  # torch runs the call with a mask
         (attending.Masked, AUTO, "math"),
-        (attending.Plain, AUTO, "flash"),  # no pass sees the call
+        (attending.Plain, AUTO, "flash"),  # no compiler pass sees the call
         (attending.ChoosesMath, AUTO, "auto"),
         (attending.Attends, AUTO.replace(bf16=False), "flash"),
     ],
@@ -256,7 +256,7 @@ def test_baseline_and_candidate_change_together(
     baseline = pool.get(workload, AUTO)
     baseline.ready()
     assert baseline.compiled.attention == "flash"
-    errors["flash", 0] = RuntimeError(NO_KERNEL)  # with the weights of the candidate alone
+    errors["flash", 0] = RuntimeError(NO_KERNEL)  # only with the candidate's weights
     throughput = Throughput(pool, with_evidence=False)
     result = throughput.measure(workload, params, time_rounds, nodeid="test_it")
     assert (result.status, result.attention_backend) == ("ok", "math")
@@ -268,7 +268,7 @@ def test_baseline_and_candidate_change_together(
 @pytest.mark.parametrize(
     ("flash", "math_", "raised", "compilations"),
     [
-        # Under all backends alike: not of attention.
+        # The same under all backends, so attention is not the cause.
         (RuntimeError("no compiler"), RuntimeError("no compiler"), "no compiler", 2),
         (RuntimeError(NO_KERNEL), RuntimeError(NO_KERNEL), "use attention=efficient or math", 2),
         (torch.OutOfMemoryError("out of memory"), None, "out of memory", 1),

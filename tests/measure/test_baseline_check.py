@@ -1,4 +1,4 @@
-"""Whether a compiled baseline is right: wrong compilers are found, and rounding is none."""
+"""Test the check of compiled baselines: it detects wrong compilers and accepts rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def same(module: Any) -> Any:
 
 
 def ready(build: Callable[[], nn.Module], params: RunParams = BF16) -> Model:
-    """Return a baseline, warm."""
+    """Return a warm baseline."""
     model = ModelPool().get(make_workload(build, inputs=normal(*SHAPE)), params)
     model.ready()
     return model
@@ -85,14 +85,14 @@ class Casts(Layers):
 
 
 class Signs(Layers):
-    """Rounding changes some of what it decides, by far more than rounding itself."""
+    """Rounding changes some of its decisions, which changes outputs far more than rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(torch.where(self.fc1(x) > 0, 1.0, -1.0).to(x.dtype))
 
 
 class Cancels(Layers):
-    """The difference of two equal numbers, which eager forwards compute without any error."""
+    """Subtract two equal numbers, which eager forwards do without any error."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
@@ -100,7 +100,7 @@ class Cancels(Layers):
 
 
 class Largest(Layers):
-    """Logits so large that softmax picks one of them; rows that are masked throughout are NaN."""
+    """Logits so large that softmax selects one of them; fully masked rows are NaN."""
 
     def forward(self, x: torch.Tensor) -> Any:
         logits = 300 * self.fc1(x) @ x.mT
@@ -130,7 +130,7 @@ def test_accepts_decisions_changed_by_rounding(
 
 
 class Insists(Layers):
-    """Runs in no other dtype than that of the point."""
+    """Run only in the dtype of the point."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
@@ -139,7 +139,7 @@ class Insists(Layers):
 
 
 class Reseeds(Layers):
-    """Draws the same numbers at each call, which compiled code does not have to draw."""
+    """Draw the same numbers at each call, which compiled code need not reproduce."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x)) + torch.rand(x.shape, dtype=x.dtype)
@@ -184,11 +184,11 @@ def test_does_not_check_uncompiled_models() -> None:
     assert model.unchecked is None
 
 
-# -- what it leaves behind ----------------------------------------------------------------------
+# -- side effects -------------------------------------------------------------------------------
 
 
 class Tables(Layers):
-    """Keeps a table in the dtype that it last ran in, a running mean, and the number of calls."""
+    """Keep a table in the dtype of the last call, a running mean, and the number of calls."""
 
     mean: torch.Tensor
     table: torch.Tensor | None = None
@@ -206,7 +206,7 @@ class Tables(Layers):
 
 
 def test_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    compilers.use(monkeypatch, WRONG["half"])  # the longest way
+    compilers.use(monkeypatch, WRONG["half"])  # the longest path through the check
     model = ready(Tables)
     before = {name: t.clone() for name, t in model.eager.state_dict().items()}
     memory = [t.data_ptr() for t in model.eager.state_dict().values()]
@@ -232,7 +232,7 @@ def test_wrong_baseline_gives_no_figures(
     throughput = Throughput(ModelPool())
     workload = make_workload(Rotary, inputs=normal(*SHAPE))
     for again in (False, True):
-        if again:  # it is not run once more
+        if again:  # it does not run again
             monkeypatch.setattr(baseline_check, "_Check", None)
         with pytest.raises(BaselineError, match="'toy' at "):
             throughput.measure(workload, params, time_rounds, nodeid="test_it.py::test_it")

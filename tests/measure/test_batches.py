@@ -1,4 +1,4 @@
-"""Every call of baseline and candidate sees the same values, whatever a model does to them."""
+"""Every call of baseline and candidate sees the same values, even if models modify them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Pair:
 
 
 class Cache:
-    """Grows at each call, as a decoder's cache does."""
+    """Grow at each call, like a decoder's cache."""
 
     def __init__(self) -> None:
         self.keys = torch.zeros(4, 0)
@@ -59,7 +59,7 @@ class Cache:
 
 
 class Writes(nn.Module):
-    """Changes what it is given before it computes."""
+    """Modify its inputs before it computes."""
 
     def __init__(self, change: Callable[..., Any]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _queue(x: torch.Tensor, queue: deque[float]) -> torch.Tensor:
     return x + queue[-1]
 
 
-# name -> what the model does, and what it gets beside x
+# name -> what the model does to its inputs, and its inputs besides x
 CHANGES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
     "neg": (lambda x: x.neg_(), tuple),
     "mul": (lambda x: x.mul_(0.9), tuple),
@@ -164,7 +164,7 @@ def test_every_call_sees_the_same_values(name: str) -> None:
     for _ in range(3):
         assert torch.equal(output_of(model.run), expected)
     model.run.prepare(2)
-    for _ in range(3):  # one more than was prepared
+    for _ in range(3):  # one call more than was prepared
         assert torch.equal(output_of(model.run), expected)
         assert torch.equal(output_of(model.run_again), expected)
 
@@ -299,7 +299,7 @@ def test_replaces_inference_tensors_before_compiling() -> None:
 
 
 class Counts(nn.Module):
-    """Has a buffer that each call changes, and a table that the first call fills."""
+    """Have a buffer that each call changes and a table that the first call fills."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ def test_restores_buffers_changed_by_each_call() -> None:
     assert result.reason == CHANGING
     [verdict] = Guardrail(pool, Limit.parse("1%")).check(counts, W8A8, nodeid="t")
     assert verdict.distance["sqnr_db"] > 30
-    assert verdict.floor["sqnr_db"] is None  # eager against eager: equal
+    assert verdict.floor["sqnr_db"] is None  # both eager, so equal
     baseline = pool.get(counts, BF16)
     baseline.restore()
     assert (baseline.eager.calls.item(), baseline.eager.table[0].item()) == (0, 0.5)
@@ -342,7 +342,7 @@ class Draws(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Keeps a state that is no buffer."""
+    """Keep state outside of buffers."""
 
     def __init__(self) -> None:
         super().__init__()

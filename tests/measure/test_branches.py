@@ -1,4 +1,4 @@
-"""What is said of models that do something else where they are compiled: only what was compiled."""
+"""Test models that behave differently when compiled: only the compiled code counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_C_D = "the forward does not use 2 of 4 quantized layers: c, d"
 
 @pytest.fixture(autouse=True)
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as they were traced."""
+    """Run graphs as traced, without Inductor."""
     monkeypatch.setattr(InductorBackend, "__call__", lambda self, module, inputs: module.forward)
 
 
@@ -87,7 +87,7 @@ def test_counts_layers_inside_regions() -> None:
 
 
 def test_traces_are_freed_with_their_model() -> None:
-    """Dynamo keeps backends, and with them what they hold, for as long as the process lives."""
+    """Dynamo keeps backends, and everything they refer to, for the life of the process."""
     pool = ModelPool()
     model = pool.get(make_workload(layers.OnlyCompiled), BASELINE)
     model.ready()

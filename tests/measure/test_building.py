@@ -1,4 +1,4 @@
-"""Models as build returns them: compiled, exported, scripted, with methods of their own."""
+"""Test models as build may return them: compiled, exported, scripted, with their own methods."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_measures_traced_graph_of_layers() -> None:
 
 
 class Silent(Blocks):
-    """Whose methods return nothing, of the model and of its blocks."""
+    """A model that returns None from nn.Module methods, like its blocks."""
 
     def eval(self) -> Any:
         super().eval()
@@ -345,7 +345,7 @@ def test_rejects_sparse_calibration_in_one_line() -> None:
 
 
 class Tied(nn.Module):
-    """Layers of which two have one weight, and a buffer."""
+    """Layers, two of which share a weight, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A candidate has the baseline's weights in layers of its own."""
+"""A candidate has the baseline's weights, in separate layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def workload(build: Callable[[], nn.Module], **changes: Any) -> Workload:
 
 
 def changed(change: Callable[[nn.Module], object], model: Callable[[], nn.Module] = Blocks) -> Any:
-    """Return a build of a model that is changed."""
+    """Return a build function whose model is modified by ``change``."""
 
     def build() -> nn.Module:
         net = model()
@@ -46,7 +46,7 @@ def changed(change: Callable[[nn.Module], object], model: Callable[[], nn.Module
 
 
 def output(pool: ModelPool, of: Workload, params: RunParams = W8A8) -> torch.Tensor:
-    """Return the candidate's output, made from a baseline that ran."""
+    """Return the output of a candidate made from a baseline that ran."""
     pool.get(of, params.baseline()).run()
     out: torch.Tensor = pool.get(of, params).run()
     return out
@@ -63,11 +63,11 @@ def test_quantizes_layers_reached_in_unusual_ways(change: Any, mode: str) -> Non
     assert len(coverage(pool.get(of, params).eager).converted) == 4
 
 
-# -- weights that build does not give again -----------------------------------------------------
+# -- weights that build does not reproduce ------------------------------------------------------
 
 
 class Buffers(Blocks):
-    """With state of every kind, all of it random."""
+    """Have state of every kind, all of it random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Buffers(Blocks):
 
 
 class Unseeded:
-    """Builds another model each time, whatever the seed."""
+    """Build a different model each time, regardless of the seed."""
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
         self.build = build
@@ -96,7 +96,7 @@ class Unseeded:
 
 
 def in_bf16(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a model as the pool builds it, uncached and unquantized."""
+    """Return a model as the pool builds it, neither cached nor quantized."""
     return ModelPool().get(workload(build), BF16).eager
 
 
@@ -106,7 +106,7 @@ def closure_and_lock(net: Any) -> None:
 
 
 class Later(Blocks):
-    """Makes its last layer, and its table, in its first forward."""
+    """Create its last layer and its table in the first forward."""
 
     table: Any = None
 
@@ -119,7 +119,7 @@ class Later(Blocks):
 
 
 def later_and_closure() -> nn.Module:
-    """Return a model that cannot be copied right, and whose second forward needs the first."""
+    """Return a model that cannot be copied correctly and whose second forward needs the first."""
 
     class LaterBuffer(Blocks):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_lazy_layers_are_measured() -> None:
     assert torch.equal(again.eager[0].bias, baseline.eager[0].bias)
 
 
-# -- builds that give one model ------------------------------------------------------------------
+# -- builds that reuse one model -----------------------------------------------------------------
 
 
 def test_build_may_return_the_same_model_if_copies_are_correct() -> None:
@@ -241,7 +241,7 @@ def test_constants_may_be_shared() -> None:
     assert candidate.table is not table
 
 
-# -- models that cannot be kept apart -----------------------------------------------------------
+# -- models that cannot be separated ------------------------------------------------------------
 
 _LINE = (
     "workload 'toy': build must return a new model each time, with the same layers but sharing "
@@ -252,7 +252,7 @@ CURRENT: dict[str, Any] = {}
 
 
 class KeptClosure:
-    """Builds one model over and over, which cannot be copied."""
+    """Return the same model each time, which cannot be copied."""
 
     def __init__(self, change: Any) -> None:
         self.kept = changed(change)()
@@ -262,7 +262,7 @@ class KeptClosure:
 
 
 def numbered() -> Callable[[], nn.Module]:
-    """Return a build that adds a layer each time, to a model that holds a lock."""
+    """Return a build function that adds a layer each time to a model that holds a lock."""
     count = iter(range(1, 9))
 
     def build() -> nn.Module:
@@ -274,7 +274,7 @@ def numbered() -> Callable[[], nn.Module]:
 
 
 def forgets(net: Any) -> None:
-    """Lose a table when copied, and never build it again."""
+    """Lose a table when copied and never rebuild it."""
     net.table = torch.randn(16)
 
     class Forgetful(Blocks):
@@ -387,7 +387,7 @@ def test_activations_may_be_shared() -> None:
     output(ModelPool(), workload(build))
 
 
-# -- baselines and candidates that are built apart ----------------------------------------------
+# -- baselines and candidates built separately --------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [BF16, W8A8], ids=["baseline", "candidate"])

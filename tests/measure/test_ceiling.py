@@ -1,4 +1,4 @@
-"""What INT8 could bring at most, on hand-made breakdowns and rates."""
+"""Test the upper bound of INT8 on hand-made breakdowns and rates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pytest_int8bench.quantization.modes import Bound
 
 W8A8, W8 = bound_of("w8a8"), bound_of("w8")
 SQUARE = Size(1000, 1000)
-#: 6 s of products, 3 s of attention, 1 s of the rest.
+#: 6 s of matmuls, 3 s of attention, 1 s of everything else.
 SPLIT = Breakdown(0.0, 6.0, 3.0, 1.0)
-#: So much memory traffic a second that products are bound by their operations.
+#: Memory bandwidth so high that matmuls are compute-bound.
 FAST = 1e30
 
 
@@ -43,7 +43,7 @@ def calls_of(*names: str, rows: int = 1000, size: Size = SQUARE) -> list[LinearC
     return [LinearCall(name, rows, size) for name in names]
 
 
-# -- products -----------------------------------------------------------------------------------
+# -- matmuls ------------------------------------------------------------------------------------
 
 
 def test_rotation_may_save_all_remaining_time() -> None:
@@ -62,7 +62,7 @@ def test_matmuls_twice_as_fast_halve_their_time() -> None:
     assert found.product_ratio == 2.0
     assert found.quantized_share == 1.0
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
-    # The rest could pass at memory speed, which here takes no time.
+    # The rest could run at memory speed, which takes no time here.
     assert found.speedup == pytest.approx(10 / (3 + 3))
     assert found.float_ops_per_s == pytest.approx(1e12)
     assert found.int8_ops_per_s == pytest.approx(2e12)
@@ -122,10 +122,10 @@ def test_w8_halves_the_weights_that_are_read() -> None:
 
 
 def test_remaining_time_includes_one_pass_over_each_input() -> None:
-    # Each pass reads 2 bytes an element and writes 1: 3 MB, 0.1 s. Products: 6 MB in BF16.
+    # Each pass reads 2 bytes an element and writes 1: 3 MB, 0.1 s. Matmuls: 6 MB in BF16.
     rates = rates_of(1e9, 2e9, 30e6)
     calls = calls_of("q", "k", "fc")
-    calls[1] = replace(calls[1], first=False)  # the input of q
+    calls[1] = replace(calls[1], first=False)  # shares the input of q
     found = find_ceiling(SPLIT, calls, {"q", "k", "fc"}, rates, bound=W8A8)
     assert found.speedup == pytest.approx(10 / (3 + 3 + 0.2))
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
@@ -231,7 +231,7 @@ def test_no_gain_gives_no_reached_share(speedup: float | None, ceiling: float) -
     assert reached(speedup, ceiling) is None
 
 
-# -- the calls of linear layers -----------------------------------------------------------------
+# -- calls of linear layers ---------------------------------------------------------------------
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Energy by a counter that moves in steps, on a simulated GPU."""
+"""Test measuring energy by a counter that moves in steps, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class FakeGpu:
         self.readings: list[float] = []
         self.batches: list[tuple[str, float]] = []
         self.answer: Callable[[float], float | None] = lambda joules: joules
-        self._used: list[tuple[float, float]] = [(0.0, IDLE_W)]  # from when on, which power
+        self._used: list[tuple[float, float]] = [
+            (0.0, IDLE_W)
+        ]  # start time and power of each period
 
     def clock(self) -> float:
         return self.now
@@ -214,7 +216,7 @@ def test_ratio_runs_one_block_of_each_model() -> None:
     assert names == names.count("A") * "A" + names.count("B") * "B"
     assert names.count("A") == pytest.approx(20, abs=2)  # a second, of steps of 0.1 s
     assert names.count("B") == pytest.approx(33, abs=3)
-    # No reading is within a block.
+    # No reading takes place during a block.
     for name in "AB":
         block = [at_s for which, at_s in gpu.batches if which == name]
         assert [at_s for at_s in gpu.readings if block[0] < at_s <= block[-1]] == []
@@ -245,7 +247,7 @@ def test_a_counter_that_stops_answering_has_no_ratio(answers: int) -> None:
 
 
 class FakeNvml(SimpleNamespace):
-    """NVML of one GPU that has used 12 J, or refuses."""
+    """NVML of one GPU that has used 12 J or raises errors."""
 
     class NVMLError(Exception):
         pass
@@ -266,7 +268,7 @@ def gpu_of(refuses: bool = False, mig: int = 0, is_instance: bool = False) -> Gp
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu | None], list[str]]:
-    """Puts a GPU in place; the list gets the UUIDs that are looked for."""
+    """Simulate a GPU; the returned list collects the requested UUIDs."""
 
     def put(gpu: Gpu | None) -> list[str]:
         asked: list[str] = []

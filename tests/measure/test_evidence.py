@@ -1,4 +1,4 @@
-"""Kernel names and what they prove about a label."""
+"""Test what kernel names prove about a label."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 1
 
 W8A8 = RunParams(int8_enabled=True)
 W8 = RunParams(int8_enabled=True, int8_mode="w8")
-# What the error adds on CUDA.
+# The hint that errors add on CUDA.
 ROWS = " (on CUDA, matmuls of 16 rows or fewer run in floating point)"
 BF16 = RunParams()
 SHORT, SHORT_INT8 = (
@@ -42,7 +42,7 @@ def ran(*names: str) -> Evidence:
     return Evidence(tuple(Kernel(name, 1e-3, 1) for name in names))
 
 
-# -- INT8 products ------------------------------------------------------------------------------
+# -- INT8 matmuls -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_recognizes_int8_matmuls(name: str) -> None:
         "aten::minimum",
         FLASH,
         "triton_poi_fused_gelu_view_9",
-        # Fused around a product: quantizing before it, scaling after it.
+        # Fused around a matmul: quantizing before it, scaling after it.
         "triton_red_fused__int_mm__to_copy_amax_clamp_div_round_4",
         "triton_per_fused__int_mm__to_copy_abs_amax_1",
         "triton_poi_fused__int_mm_mul_add_7",
@@ -159,7 +159,7 @@ def test_recognizes_int8_matmuls_of_the_fused_backend(kernel: str) -> None:
     evidence = ran(GEMM_BF16, kernel, "quantize_rows", FLASH)
     assert [found.name for found in evidence.int8_products] == [kernel]
     check_labels(evidence, W8A8, (24, 24), fused=True)
-    # Layers where it did not fit ran torchao's kernels.
+    # Unsupported layers ran torchao's kernels.
     check_labels(ran(kernel, GEMM_INT8), W8A8, (24, 24), fused=True)
 
 
@@ -292,7 +292,9 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         ),
         (
             SHORT,
-            ran("triton_poi_fused_short_attention_0"),  # named after what it was fused with
+            ran(
+                "triton_poi_fused_short_attention_0"
+            ),  # named after the operators it was fused with
             (0, 0),
             (
                 f"{SHORT.run_name} asked for short attention, but no known backend ran; "
@@ -384,7 +386,7 @@ def test_profile_of_bf16_layer_shows_no_int8_matmul() -> None:
 
 
 def test_copies_between_host_and_device_are_not_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated profile of a device."""
+    """Check a simulated device profile."""
     names = {
         "Memcpy HtoD (Pinned -> Device)": 500.0,
         "Memcpy DtoH (Device -> Pageable)": 50.0,
@@ -407,7 +409,7 @@ def test_copies_between_host_and_device_are_not_kernels(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     evidence = profile_forward(lambda: None, torch.device("cuda"))
-    # A copy within the device is work of the model.
+    # Copies within the device belong to the model.
     assert [kernel.name for kernel in evidence.kernels] == [
         GEMM_INT8,
         "Memcpy DtoD (Device -> Device)",

@@ -1,4 +1,4 @@
-"""Batches from the host: that they arrive whole, in turn and in place, and that all ends."""
+"""Test batches from the host: they arrive intact, in order and in place, and all processes end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
     right: Any
 
 
-# -- what arrives -------------------------------------------------------------------------------
+# -- batches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -61,7 +61,7 @@ def test_batches_rotate_and_shift_their_rows(workers: int) -> None:
         assert torch.equal(pair.left, mask.roll(index % MAX_VARIANTS, 0))
     assert (feed.workers, feed.variants) == (workers, MAX_VARIANTS)
     assert len(set(multiprocessing.active_children()) - before) == workers
-    iterator = feed._loader  # as a traceback may hold it
+    iterator = feed._loader  # as a traceback may keep it alive
     del feed
     gc.collect()
     assert set(multiprocessing.active_children()) <= before
@@ -107,9 +107,9 @@ TENSORS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_dtypes_shapes_strides_and_addresses_repeat(name: str) -> None:
-    odd = torch.zeros(SAMPLES, dtype=torch.bool)  # what follows it must still be aligned
+    odd = torch.zeros(SAMPLES, dtype=torch.bool)  # the tensor after it must still be aligned
     feed = feed_of([odd, TENSORS[name]()])
-    kept = TENSORS[name]().clone()  # dense, the layout kept where there is one
+    kept = TENSORS[name]().clone()  # dense, with the same layout if there is one
     seen = []
     for index, (_, batch) in enumerate(itertools.islice(feed, 8)):
         assert (batch.dtype, batch.shape, batch.stride()) == (kept.dtype, kept.shape, kept.stride())
@@ -130,13 +130,13 @@ def test_compiles_a_model_once() -> None:
         return graph
 
     model = torch.compile(lambda x, y: x.sum(1) + y, backend=count, dynamic=False, fullgraph=True)
-    with torch.inference_mode():  # as in a measurement; the first batch may come outside of it
+    with torch.inference_mode():  # as in a measurement, though the first batch may arrive before it
         outputs = [model(*next(feed)).clone() for _ in range(6)]
     first, second = (model(*next(feed)) for _ in range(2))
     assert torch.equal(outputs[1], outputs[5])
     assert (first.shape, second.shape) == ((SAMPLES,), (SAMPLES,))
     assert not any(tensor.is_inference() for tensor in next(feed))
-    # One for inference mode and one for outside, as with any inputs.
+    # One graph in inference mode and one outside, as with any inputs.
     assert graphs == 2
 
 
@@ -167,7 +167,7 @@ def test_rejects_non_dense_tensors() -> None:
 
 
 class Device:
-    """Streams whose work is done in any order that waiting allows, and never at once."""
+    """Streams that run work later, in any order that their waits allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -204,7 +204,7 @@ class Stream:
         self._queue.popleft()
 
     def submit(self, work: Callable[[], object]) -> None:
-        # What is done when the entry comes to the front: it is asked only once it is.
+        # The work runs when the entry reaches the front, because only then is it polled.
         self._queue.append(once(work))
 
     def wait_event(self, event: Event) -> None:
@@ -251,7 +251,7 @@ def once(work: Callable[[], object]) -> Callable[[], bool]:
 
 
 def simulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[HostFeed, Device]:
-    """Return a feed to a simulated CUDA device, whose tensors are on the CPU."""
+    """Return a feed to a simulated CUDA device with tensors on the CPU."""
     device = Device(seed)
     empty_strided, loader = torch.empty_strided, host_feed._loader
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(device))
@@ -300,12 +300,12 @@ def test_copies_the_next_batch_during_computation(monkeypatch: pytest.MonkeyPatc
     feed, device = simulated(0, monkeypatch)
     for _ in range(4):
         next(feed)
-        device.compute.submit(lambda: None)  # what reads it
+        device.compute.submit(lambda: None)  # the computation that reads it
         while len(device.compute._queue) > 1 or device.side._queue:
             ready = [s for s in (device.side, device.compute) if s.is_ready]
             assert ready[0] is device.side or len(device.compute._queue) > 1
             ready[0].work()
-        # The next batch is here, and this one still to be read.
+        # The next batch has arrived, and this one is still unread.
         assert len(device.compute._queue) == 1
 
 
@@ -315,7 +315,7 @@ def test_the_host_does_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(20):
         next(feed)
         device.compute.submit(lambda index=index: read.append(index))
-        # Memory is pinned for as many batches as are on their way.
+        # Pinned memory holds every batch in flight.
         assert index - len(read) < 4
     assert len(read) > 10
 
@@ -440,10 +440,10 @@ def test_leaves_no_process_behind(tmp_path: Path) -> None:
         for process in (interrupted, killed):
             assert process.stdout is not None
             assert process.stdout.readline() == "fed\n"
-        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal
         killed.kill()
-        # The pipes close when the last process that holds them is gone.
+        # The pipes close when the last process that holds them ends.
         errors = [process.communicate(timeout=DEADLINE_S)[1] for process in (interrupted, killed)]
     assert interrupted.returncode == -signal.SIGINT
-    # Only the main process tells of Ctrl-C.
+    # Only the main process reports Ctrl-C.
     assert [error.count("KeyboardInterrupt") for error in errors] == [1, 0]

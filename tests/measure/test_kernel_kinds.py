@@ -1,4 +1,4 @@
-"""What kernels do, by their names."""
+"""Test classifying kernels by their names."""
 
 from __future__ import annotations
 

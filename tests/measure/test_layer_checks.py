@@ -1,4 +1,4 @@
-"""Proof that each quantized layer ran as the label says."""
+"""Test the proof that each quantized layer ran as labelled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layer(
     quantized: bool = True,
     hidden: bool = False,
 ) -> LayerRun:
-    """Return a layer that multiplied so many rows in INT8, and so many in another matmul."""
+    """Return a layer that multiplied the given numbers of rows in INT8 and in other matmuls."""
     each = size.inputs * size.outputs
     return LayerRun(size, storage, quantized, int8 * each, other * each, set(readers), hidden)
 
@@ -61,7 +61,7 @@ def test_accepts_layers_that_ran_in_int8() -> None:
     ("run", "by"),
     [
         (layer(0, 4), ""),
-        (layer(4, 4), ""),  # called twice, once for its values
+        (layer(4, 4), ""),  # called twice, once to read its values
         (layer(0, 4, "aten.mul.Tensor"), " (their weights are read by aten.mul.Tensor)"),
         (layer(0, 0, "mine.matmul"), " (their weights are read by mine.matmul)"),
     ],
@@ -116,9 +116,9 @@ def test_candidate_must_run_the_layers_of_the_baseline() -> None:
     assert runs_less(baseline, {"a": layer(4), "b": layer(4), "c": layer()}) == "c"
     assert runs_less(baseline, {"a": layer(4), "b": layer(2), "c": layer()}) == "b, c"
     assert runs_less(baseline, {"a": layer(4), "b": layer(4)}) == "c"
-    # Padding is more work.
+    # Padding adds work.
     assert runs_less(baseline, {name: layer(32) for name in "abc"}) is None
-    # Layers that are not quantized are the baseline's too.
+    # Unquantized layers must match the baseline, too.
     assert runs_less(baseline, {**baseline, "a": layer(0, 3)}) == "a"
     assert runs_less(baseline, {**baseline, "a": layer(hidden=True)}) is None
 
@@ -170,8 +170,8 @@ def test_some_layers_need_no_separate_kernel() -> None:
     count({**joined, "proj": layer(4, storage=2)}, {FUSED: 2})
     count({"a": layer(4, storage=1), "unused": layer(storage=2)}, {FUSED: 1})
     count({"a": layer(4, storage=1), "dead": layer(4, storage=2)}, {FUSED: 1}, "dead")
-    # Called twice with one input: compilers may do it once.
+    # If called twice with one input, compilers may run it once.
     count({"a": layer(8, storage=1)}, {FUSED: 1})
-    # An expert of few rows.
+    # An expert with few rows.
     count({"0": layer(30, storage=1), "1": layer(1, storage=2)}, {FUSED: 1})
     check_kernel_count(Evidence((Kernel("nvjet", 1e-3, 1),)), SIX, W8, ())

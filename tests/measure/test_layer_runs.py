@@ -1,4 +1,4 @@
-"""What an eager forward did with each linear layer's weight."""
+"""Test recording what an eager forward does with each linear layer's weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 20
 ONE = float(ROWS)
 Rows = dict[str, tuple[float, float]]
 
-# Rows in INT8, and rows in other matmuls.
+# Rows in INT8 and rows in other matmuls.
 USES: list[tuple[type[nn.Module], Rows]] = [
     (toys.FourLayers, {"a": (1, 0), "b": (1, 0), "c": (1, 0), "d": (1, 0)}),
     (toys.InClosure, {"a": (1, 0), "b": (1, 0), "c": (1, 0), "d": (1, 0)}),
@@ -70,7 +70,7 @@ def test_every_matmul_counts_once(toy: type[nn.Module], expected: Rows, inferenc
 def test_layers_of_plain_tensors_count_too() -> None:
     runs = look(lowered(build(toys.FourLayers)))
     assert rows_of(runs) == dict.fromkeys("abcd", (1, 0))
-    # q, k and v lie in one block, and each is told from the others.
+    # q, k and v share one storage but are distinguished.
     model = lowered(Attention(32).to(torch.bfloat16))
     runs = layer_runs(model, lambda: model.k(torch.randn(4, 32, dtype=torch.bfloat16)))
     assert [name for name, run in runs.items() if run.was_used] == ["k"]
@@ -89,7 +89,7 @@ def test_reading_a_weight_is_not_a_matmul() -> None:
     runs = layer_runs(model, lambda: F.embedding(ids, model[0].weight.dequantize()))
     assert (runs["0"].work, runs["0"].was_used) == (0, True)
     assert "aten.embedding.default" in runs["0"].readers
-    # Views and questions about shape and dtype read nothing.
+    # Views and queries of shape and dtype read no values.
     plain = nn.Sequential(nn.Linear(8, 16))
     runs = layer_runs(plain, lambda: (plain[0].weight.t().shape, plain[0].weight[2:].dtype))
     assert not runs["0"].was_used

@@ -1,4 +1,4 @@
-"""Measuring points: what a result holds, and what running out of memory does to it."""
+"""Test measuring points: the fields of a result, and running out of memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fed from the host is loaded by this process, whatever the machine."""
+    """Load host-fed batches in this process on every machine."""
     monkeypatch.setattr("pytest_int8bench.measure.host_feed._cpus", lambda: 1)
 
 
@@ -64,7 +64,7 @@ def measure(throughput: Throughput, workload: Workload, params: RunParams) -> Re
     return throughput.measure(workload, params, time_rounds, nodeid="test_it.py::test_it")
 
 
-# -- what a result holds ------------------------------------------------------------------------
+# -- fields of a result -------------------------------------------------------------------------
 
 
 def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> None:
@@ -132,8 +132,8 @@ def test_resident_inputs_have_no_feed_figures(throughput: Throughput) -> None:
 
 
 def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated feed: from the host a batch takes 3 s and every fifth one 5 s, on the device 2 s,
-    and a copy 0.5 s."""
+    """In this simulated feed, a batch takes 3 s from the host (every fifth one 5 s), 2 s on the
+    device, and a copy takes 0.5 s."""
     now = 0.0
 
     class Feed:
@@ -158,7 +158,7 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
         return torch.zeros(1)
 
     def rounds(run: Run, plan: Plan) -> list[float]:
-        feed.wait_s += 10  # in the rounds alone
+        feed.wait_s += 10  # only in the rounds
         for _ in range(5):
             run()
         return [3.0]
@@ -177,7 +177,7 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
     assert result.feed_exposed_s == pytest.approx(1.0)
     assert result.feed_exposed_low_s == pytest.approx(1.0)
     assert result.feed_exposed_high_s == pytest.approx(3.0)
-    # Without a look at the kernels, nothing is run but the rounds.
+    # Without evidence, only the rounds run.
     lean = Throughput(throughput._pool, with_evidence=False, timer=lambda: now)
     result = lean.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
@@ -225,7 +225,7 @@ def test_without_baselines_there_is_no_speedup() -> None:
 
 
 class Counter(EnergyCounter):
-    """Says 200 W for any work, and a ratio of 1.5; remembers what it was asked."""
+    """Report 200 W for any work and a ratio of 1.5, and record the requests."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -322,7 +322,7 @@ class BaselineRunsOut(Mlp):
 
 
 def two_do_not_fit() -> type[Mlp]:
-    """Return a model that runs out of memory where two that ran are alive."""
+    """Return a model class that runs out of memory if two models that ran are alive."""
     alive: weakref.WeakSet[Mlp] = weakref.WeakSet()
 
     class OneFits(Mlp):
@@ -383,7 +383,7 @@ def test_next_candidate_is_measured_separately(throughput: Throughput) -> None:
     measure(throughput, workload, W8A8)
     result = measure(throughput, workload, W8)
     assert result.status == "ok"
-    # The baseline fits; it is the candidate from before that it does not fit beside.
+    # The baseline fits, but not together with the previous candidate.
     assert result.reason == "baseline and candidate do not fit in memory together"
     assert result.speedup_method == "separate"
 
@@ -443,7 +443,7 @@ def test_rejects_non_finite_candidate(throughput: Throughput) -> None:
 
 
 class Divides(Mlp):
-    """Has NaN in its last row, whatever its weights."""
+    """Return NaN in the last row, with any weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -451,7 +451,7 @@ class Divides(Mlp):
 
 
 class Masks(Mlp):
-    """Has minus infinity in its output, as masked classes do, and NaN with INT8 weights."""
+    """Return minus infinity, as for masked classes, and NaN with INT8 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -468,7 +468,7 @@ def test_reports_nan_in_the_baseline(throughput: Throughput) -> None:
 
 
 class LosesNan(Mlp):
-    """Has NaN in its output, and none with INT8 weights."""
+    """Return NaN, except with INT8 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -487,14 +487,14 @@ def test_rejects_nan_where_the_baseline_has_infinity(throughput: Throughput) -> 
 
 
 class CountsOperators(TorchDispatchMode):
-    """Sees each operator."""
+    """Intercept every operator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class Watcher(TorchFunctionMode):
-    """Sees each function."""
+    """Intercept every function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -536,15 +536,15 @@ def test_disables_tracers_during_timing(throughput: Throughput) -> None:
     finally:
         sys.settrace(before)
     assert (result.status, result.reason) == ("ok", None)
-    # Few calls are not timed: the proof of the candidate, the first of each model, a look whether
-    # it is still compiled, evidence, and a look at the outputs.
+    # Only a few calls are not timed: the proof of the candidate, each model's first call, the check
+    # that it is still compiled, evidence, and the check of the outputs.
     assert tracers.count(trace) <= 16
     assert tracers.count(None) > 50
 
 
 def test_rejects_label_that_the_kernels_contradict(throughput: Throughput) -> None:
     class Skips(Mlp):
-        """Has INT8 weights and computes without them."""
+        """Have INT8 weights but compute without them."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
@@ -705,7 +705,7 @@ def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
 
 
 def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
-    """The baseline's labels are checked also where it has no test of its own."""
+    """The baseline's labels are checked even if no test measures it."""
 
     def build(p: RunParams) -> nn.Module:
         return Mlp() if p.int8_enabled else apply_int8_quant(Mlp().eval(), mode="w8")
@@ -758,14 +758,14 @@ def test_reports_machine_drift_between_tests(
 # -- the ceiling --------------------------------------------------------------------------------
 
 PRODUCT, INT8, ATTENTION = "nvjet_tst_TNN", "triton_tem_fused__int_mm_1", "flash_fwd_kernel"
-PROFILES = {  # 6 s of products, 3 s of attention and 1 s of the rest
+PROFILES = {  # 6 s of matmuls, 3 s of attention and 1 s of everything else
     False: Evidence((Kernel(PRODUCT, 6.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 1.0, 10))),
     True: Evidence((Kernel(INT8, 3.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 2.0, 20))),
 }
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have kernels of a GPU seen, products twice as fast in INT8, and a speedup of 1.25."""
+    """Simulate GPU kernels, INT8 matmuls twice as fast, and a speedup of 1.25."""
 
     def measure_rates(
         sizes: set[Size],
@@ -800,7 +800,7 @@ def test_a_candidate_has_a_ceiling(throughput: Throughput, monkeypatch: pytest.M
         "attention": 3.0,
         "rest": 2.0,
     }
-    # Two passes of 0.1 s, the shortest kernel, are left of the rest.
+    # Of the rest, two passes of 0.1 s, the shortest kernel, remain.
     assert result.ceiling_speedup == pytest.approx(10 / (3 + 3 + 0.2))
     assert result.ceiling_reached == pytest.approx(0.25 / (10 / 6.2 - 1))
     assert result.ceiling == {
@@ -839,8 +839,8 @@ def test_the_ceiling_knows_int8_attention(
         "ratio": pytest.approx(3 * share / least_s),
         "ops_per_s": pytest.approx(1e6),
     }
-    # Of 6 s of products half is left, and of 1 s of the rest two passes of 0.1 s; W8 keeps all
-    # products, and quantizes queries and keys alone.
+    # Half of 6 s of matmuls remains, and two passes of 0.1 s of the 1 s of everything else; W8
+    # keeps all matmuls and quantizes only queries and keys.
     other_s = 3 + 0.2 if mode == "w8a8" else 6
     assert result.ceiling_speedup == pytest.approx(10 / (other_s + 3 * (1 - share) + least_s))
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
@@ -919,7 +919,7 @@ def test_ceiling_needs_baseline_and_evidence(
 
 
 class Steps:
-    """Remembers the steps that were entered and left."""
+    """Record the steps that are entered and left."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
@@ -1018,7 +1018,7 @@ def test_failed_step_is_exited() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     check_oom(measure(throughput, make_workload(CandidateRunsOut), W8A8), W8A8)
-    # Once beside the baseline, and once more alone.
+    # Once together with the baseline, and once alone.
     assert steps.take()[2:] == 2 * [
         ("building", f"toy: {W8A8.run_name}"),
         ("warming up", f"toy: {W8A8.run_name}"),

@@ -1,4 +1,4 @@
-"""Building models, their inputs, and which of them the pool holds."""
+"""Test building models and inputs, and which of them the pool holds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_workload(**changes: Any) -> Workload:
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fed from the host is loaded by this process, whatever the machine."""
+    """Load host-fed batches in this process on every machine."""
     monkeypatch.setattr("pytest_int8bench.measure.host_feed._cpus", lambda: 1)
 
 
@@ -258,7 +258,7 @@ def test_baseline_and_candidate_share_one_feed() -> None:
     assert feed is not None
     assert candidate.feed is feed
     assert pool.variant(workload, candidate.params).feed is feed
-    assert feed.nbytes == 0  # nothing starts before it is needed
+    assert feed.nbytes == 0  # starts lazily
     baseline.run()
     candidate.run()
     batch_bytes = sum(t.nbytes for t in baseline.inputs)
@@ -419,7 +419,7 @@ def test_builds_a_point_once() -> None:
     pool = ModelPool()
     baseline = pool.get(counting.workload, BF16)
     assert pool.get(counting.workload, BF16) is baseline
-    # How long to measure is no part of a model.
+    # Measuring fields do not affect the model.
     assert pool.get(counting.workload, BF16.replace(benchmark_interval_s=3.0)) is baseline
     candidate = pool.get(counting.workload, W8A8)
     assert pool.get(counting.workload, W8A8) is candidate
@@ -438,7 +438,7 @@ def test_a_candidate_has_the_exact_weights_of_its_baseline() -> None:
         return Toy()
 
     class Holder:
-        """Keeps the counter out of the closure that identifies the workload."""
+        """Keep the counter out of the closure that identifies the workload."""
 
         def __call__(self, p: RunParams) -> nn.Module:
             return build(p)
@@ -510,7 +510,7 @@ def test_evicting_frees_one_model() -> None:
     pool.evict("candidate")
     assert candidate() is None
     assert baseline() is not None
-    pool.evict("candidate")  # again does nothing
+    pool.evict("candidate")  # has no effect
 
 
 def test_baseline_does_not_depend_on_the_filter() -> None:
@@ -570,11 +570,11 @@ def test_calibration_batches_do_not_count_as_weights(monkeypatch: pytest.MonkeyP
     assert (len(batches), held[-1]) == (1, 0)
 
 
-# -- which workloads are one --------------------------------------------------------------------
+# -- equality of workloads ----------------------------------------------------------------------
 
 
 def remake(**changes: Any) -> Workload:
-    """As a function-scoped fixture does: everything new, nothing different."""
+    """Return a workload of new but equal objects, like a function-scoped fixture."""
     return Workload(
         name="toy",
         build=lambda p: Toy(),
@@ -595,7 +595,7 @@ def test_a_workload_with_axes_made_again_is_the_same() -> None:
     assert pool.get(remake(axes={"width": 3}), BF16) is pool.get(remake(axes={"width": 3}), BF16)
 
 
-# What the workloads below share, so that they differ in one thing only.
+# Shared by the workloads below, so that they differ in one thing only.
 AXES: dict[str, Any] = {}
 
 
@@ -623,7 +623,7 @@ def test_different_defaults_make_different_workloads() -> None:
 
 
 def test_the_same_text_in_two_files_makes_two_workloads() -> None:
-    """Two conftests that differ in a constant of the module only."""
+    """The two conftests differ only in a module constant."""
 
     def load(width: int) -> Workload:
         namespace: dict[str, Any] = {"Toy": Toy, "WIDTH": width}
@@ -687,7 +687,7 @@ def test_compile_time_is_the_first_call_whoever_makes_it() -> None:
 
 
 def test_peak_memory_excludes_other_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated device: 1000 bytes of others, the inputs, then the weights, then a peak."""
+    """A simulated device holds 1000 other bytes, the inputs, then the weights, then a peak."""
     weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
     allocated = iter([1000 + inputs, 1000 + inputs + weights, 1000 + inputs + weights])
     for module in ("pool", "model"):
@@ -737,7 +737,7 @@ def test_seeds_numpy_and_python_generators() -> None:
     assert (random.random(), np.random.rand()) == expected
 
 
-# -- models that are quantized already --------------------------------------------------------
+# -- models that come quantized ---------------------------------------------------------------
 
 
 def test_a_model_that_is_quantized_already_is_measured_as_it_is() -> None:
@@ -764,11 +764,11 @@ def test_a_prequantized_workload_must_quantize() -> None:
     )
 
 
-# -- workloads that do not give what they must ------------------------------------------------
+# -- invalid workloads ------------------------------------------------------------------------
 
 
 class Shrinks(Toy):
-    """Gives one row less after its third call."""
+    """Return one row fewer after the third call."""
 
     calls = 0
 
@@ -835,7 +835,7 @@ def test_channels_last_applies_to_4d_weights_and_inputs(wanted: bool) -> None:
 
 
 class Attends(Toy):
-    """Attention after the layers, of which flash takes no dropout on the CPU."""
+    """Attention after the layers; on the CPU, flash does not support its dropout."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

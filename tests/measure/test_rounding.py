@@ -1,4 +1,4 @@
-"""What rounding explains: error rates of the comparison, and the noise that stands for rounding."""
+"""Test which differences rounding explains, and the noise that simulates rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPE = (4, 16, 32)
 
 
 def draw(generator: torch.Generator, flips: float = 0.0) -> torch.Tensor:
-    """Return the output of one way to compute zeros, with elements that come out as 1 at times."""
+    """Return zeros as one implementation computes them, with occasional ones."""
     noise = torch.randn(SHAPE, generator=generator, dtype=torch.double) / 256
     return noise + (torch.rand(SHAPE, generator=generator) < flips / noise.numel())
 
@@ -28,7 +28,7 @@ def test_rounding_rarely_counts_as_an_error(flips: float) -> None:
         > LIMIT
         for _ in range(families)
     )
-    # At worst the one flip of all is in the code that is judged: it has to be so 1 + AGAIN times.
+    # In the worst case the only flip is in the judged code; that must happen 1 + AGAIN times.
     assert found / families <= 0.12
     assert 0.12 ** (1 + AGAIN) < 0.002
     assert found == 0 or flips
@@ -40,7 +40,7 @@ def test_rounding_rarely_counts_as_an_error(flips: float) -> None:
 def test_detects_error_in_part_of_an_output(part: tuple[object, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(SHAPE, generator=generator, dtype=torch.double)
-    exact[..., 7] *= 1000  # whose rounding is larger than all else
+    exact[..., 7] *= 1000  # whose rounding exceeds everything else
     exact[3, 15, 31] = 3.0
     rounded = [[exact * (1 + draw(generator))] for _ in range(NOISY)]
     wrong = exact * (1 + draw(generator))

@@ -1,4 +1,4 @@
-"""Warm-up, plan, timing, speedup and out of memory, on a simulated clock."""
+"""Test warm-up, plan, timing, speedup and out of memory on a simulated clock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pytest_int8bench.measure.timing import (
 
 
 class FakeClock:
-    """A clock that only runs where a batch or a synchronization takes time."""
+    """A clock that only batches and synchronizations advance."""
 
     def __init__(self, sync_s: float = 0.0) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class FakeClock:
     def run(
         self, times: float | Iterable[float], log: list[str] | None = None, name: str = ""
     ) -> Run:
-        """Return a batch that takes ``times`` seconds, one value a call."""
+        """Return a batch that takes ``times`` seconds, one value per call."""
         values: Iterator[float] = (
             itertools.repeat(times) if isinstance(times, float) else iter(times)
         )
@@ -141,7 +141,7 @@ def test_synchronization_cost(batch_s: float) -> None:
 
 
 def test_stalls_do_not_make_rounds_too_long() -> None:
-    """Two stalls of 30 ms, then batches of 0.5 ms: rounds must stay within the interval."""
+    """After two stalls of 30 ms and batches of 0.5 ms, rounds must stay within the interval."""
     clock = FakeClock()
     run = clock.run(itertools.chain([0.03, 0.03], itertools.repeat(5e-4)))
     batch_s, sync_s = cost_of(run, clock.timer)
@@ -161,7 +161,7 @@ def test_stalls_do_not_make_rounds_too_long() -> None:
 def test_two_synchronizations_cost_at_most_a_thousandth(batch_s: float, sync_s: float) -> None:
     iterations = iterations_for(batch_s, sync_s)
     assert 2 * sync_s <= MAX_SYNC_SHARE * batch_s * iterations * (1 + 1e-9)
-    # One batch less would not do.
+    # One batch less would not suffice.
     assert iterations == 1 or 2 * sync_s > MAX_SYNC_SHARE * batch_s * (iterations - 1) * (1 - 1e-9)
     assert MAX_SYNC_SHARE == 0.001
 
@@ -204,7 +204,7 @@ def test_a_plan_runs_enough_batches(
     assert planned.rounds >= MIN_ROUNDS
     round_s = planned.iterations * statistics.median(times)
     assert planned.synchronization_share == pytest.approx(2 * sync_s / round_s)
-    # A thousandth, unless so long a round would be more than a tenth of the interval.
+    # A thousandth, unless such a round would exceed a tenth of the interval.
     longer_s = round_s + statistics.median(times)
     assert planned.synchronization_share <= MAX_SYNC_SHARE * (1 + 1e-9) or longer_s > (
         interval_s / 10 * (1 - 1e-9)
@@ -229,7 +229,7 @@ def test_longer_interval_never_gives_fewer_rounds(
         plan(times, sync_s=sync_s, interval_s=seconds, min_batches=min_batches)
         for seconds in (interval_s, interval_s * factor)
     )
-    # Longer rounds run the batches that are needed in fewer of them.
+    # Fewer but longer rounds run the batches needed.
     assert less.rounds <= more.rounds or less.iterations < more.iterations
 
 
@@ -265,8 +265,8 @@ def test_runs_slow_batch_at_least_ten_times() -> None:
 
 
 def test_planning_a_slow_batch_takes_few_runs() -> None:
-    """Batches timed one by one are rounds of the pilot; where blocks can only be of one batch,
-    what a synchronization costs does not matter."""
+    """The pilot reuses batches timed one by one as rounds; if blocks have only one batch, the cost
+    of a synchronization does not matter."""
     log: list[str] = []
     clock = FakeClock(sync_s=1e-3)
     run = clock.run(0.9, log)
@@ -298,8 +298,8 @@ def test_median_reaches_the_planned_precision(sigma: float) -> None:
         errors.append(timing.median_s / 0.01 - 1)
         claimed.append(timing.standard_error)
     real = math.sqrt(statistics.fmean(e * e for e in errors))
-    # The pilot sees a sample of the noise, so that the target is met to 20 %; 400 runs tell the
-    # spread to 3.5 %.
+    # The pilot sees only a sample of the noise, so the target is met within 20 %; 400 runs estimate
+    # the spread within 3.5 %.
     assert real <= 1.2 * TARGET_STANDARD_ERROR
     assert statistics.median(claimed) == pytest.approx(real, rel=0.2)
     assert abs(statistics.fmean(errors)) <= 4 * real / math.sqrt(len(errors))
@@ -367,7 +367,7 @@ def test_blocks_alternate_and_so_does_their_order() -> None:
     speedup = measure_speedup(
         clock.run(0.25, log, "A"), clock.run(0.125, log, "B"), clock.timer, interval_s=1.0
     )
-    # Before the pairs, each alone; then each pair in the other order, the baseline first.
+    # First each alone, then pairs in alternating order, starting with the baseline.
     before = log[: len(log) - 2 * speedup.pairs]
     assert before.count("A") == before.count("B") >= 1
     assert "".join(log[len(before) :]) == "ABBA" * (speedup.pairs // 2)
@@ -409,7 +409,7 @@ def test_synchronizations_do_not_bias_the_speedup(batch_s: float) -> None:
 def test_pairs_fit_the_interval(interval_s: float, pairs: int) -> None:
     clock = FakeClock()
     speedup = measure_speedup(clock.run(0.75), clock.run(0.25), clock.timer, interval_s=interval_s)
-    # An even number, so that both orders count the same.
+    # An even number, so that both orders have equal weight.
     assert speedup.pairs == pairs
 
 
@@ -425,7 +425,7 @@ def test_drift_cancels(per_call: float) -> None:
         return run_one
 
     speedup = measure_speedup(run(0.02), run(0.01), clock.timer, interval_s=1.0)
-    # In a fixed order each ratio would be off by the drift of one call.
+    # In a fixed order, each ratio would be biased by the drift of one call.
     assert abs(speedup.ratio / 2 - 1) < 0.02 * per_call
     assert speedup.low <= 2 <= speedup.high
 
@@ -444,7 +444,7 @@ def test_speedup_interval_covers_the_true_value(interval_s: float, skewed: bool)
 
     def times(mean_s: float) -> Iterator[float]:
         while True:
-            # A long tail, as of a machine that is disturbed now and then, or normal noise.
+            # Normal noise, or a long tail as on a machine with occasional disturbances.
             noise = rng.exponential(size=1000) if skewed else rng.standard_normal(1000)
             yield from mean_s * np.exp(0.03 * noise)
 
@@ -539,7 +539,7 @@ def test_finds_out_of_memory_in_causes() -> None:
 
 
 class CompilerError(RuntimeError):
-    """As torch.compile wraps what a backend raised."""
+    """Wrap an error like torch.compile wraps those of a backend."""
 
     def __init__(self, inner_exception: Exception) -> None:
         super().__init__("backend failed")
@@ -595,11 +595,11 @@ def test_requested_bytes(text: str, size: int | None) -> None:
     assert requested_bytes(RuntimeError(text)) == size
 
 
-# -- runs that are prepared -----------------------------------------------------------------------
+# -- prepared runs -------------------------------------------------------------------------------
 
 
 class Prepared:
-    """Uses up something at each call, of which three can be made at once."""
+    """Consume one prepared item at each call; at most three can be prepared at once."""
 
     most_calls = 3
 

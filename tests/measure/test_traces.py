@@ -1,4 +1,4 @@
-"""Traces and tables of kernels: what is in them, and what their files are called."""
+"""Test traces and tables of kernels: their content and their file names."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_profiles_requested_points_or_all(tmp_path: Path) -> None:
 
     assert wanted(False) == [False, True]
     assert wanted(True) == [True, True]
-    assert list(tmp_path.iterdir()) == []  # nothing before there is something to write
+    assert list(tmp_path.iterdir()) == []  # nothing is created before there is something to write
 
 
 def test_default_folder_is_next_to_the_journals(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_profiles_a_model_once(profiles: Profiles, monkeypatch: pytest.MonkeyPat
     assert calls == [keep, None, keep]
 
 
-# -- names of files ---------------------------------------------------------------------------
+# -- file names -------------------------------------------------------------------------------
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300)
