@@ -429,9 +429,8 @@ def test_evaluation_may_reuse_its_score_buffer() -> None:
 
 @pytest.mark.parametrize("compile_mode", ["default", "off"])
 def test_variants_share_the_fit(compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Guardrail, "ready", lambda self, w, p: self.pool.get(w, p)
-    )  # do not warm up
+    # Skip the warm-up.
+    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))
     monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
     asked: list[RunParams] = []
 

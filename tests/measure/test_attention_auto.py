@@ -61,9 +61,8 @@ def test_records_calls_with_their_counts() -> None:
 
 
 def test_repeats_calls_with_the_same_layouts() -> None:
-    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[
-        0
-    ]  # views of one matmul for q, k and v
+    # The layout of queries from one matmul for q, k and v.
+    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]
     mask = torch.ones(1, 1, 8, dtype=torch.bool).expand(2, 4, 8, 8)
     [call] = calls_of(query, query, query, mask)
     run = call.runner()

@@ -27,9 +27,8 @@ class FakeGpu:
         self.readings: list[float] = []
         self.batches: list[tuple[str, float]] = []
         self.answer: Callable[[float], float | None] = lambda joules: joules
-        self._used: list[tuple[float, float]] = [
-            (0.0, IDLE_W)
-        ]  # start time and power of each period
+        # Start and power of each period.
+        self._used: list[tuple[float, float]] = [(0.0, IDLE_W)]
 
     def clock(self) -> float:
         return self.now

@@ -292,9 +292,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         ),
         (
             SHORT,
-            ran(
-                "triton_poi_fused_short_attention_0"
-            ),  # named after the operators it was fused with
+            ran("triton_poi_fused_short_attention_0"),  # named after the fused operators
             (0, 0),
             (
                 f"{SHORT.run_name} asked for short attention, but no known backend ran; "

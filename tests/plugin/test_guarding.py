@@ -1,4 +1,4 @@
-"""What reports, records or looks at the machine never ends a session."""
+"""Errors while reporting, recording or inspecting the machine never end a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.plugin.xdist.controller import Controller
 from pytest_int8bench.plugin.xdist.worker import Worker
 
-#: Hooks that decide what runs: an error there must be seen before anything does.
+#: Hooks that decide what runs; their errors must appear before anything runs.
 DECIDING = {
     "pytest_addoption",
     "pytest_load_initial_conftests",
@@ -43,7 +43,7 @@ LINE = "int8bench: trying failed: KeyError: 'bug'"
 
 
 def drive(steps: Generator[None, Any, Any], answer: Any) -> Any:
-    """Run a wrapper as pluggy does around hooks that return or raise ``answer``."""
+    """Run a wrapper like pluggy does around hooks that return or raise ``answer``."""
     next(steps)
     try:
         if isinstance(answer, BaseException):
@@ -84,7 +84,7 @@ def test_inner_error_passes_through_a_wrapper(config: pytest.Config) -> None:
         try:
             return (yield)
         finally:
-            raise KeyError("bug")  # must not take its place
+            raise KeyError("bug")  # must not replace it
 
     with pytest.raises(OSError, match="inside"):
         drive(hook(config), OSError("inside"))
@@ -103,7 +103,7 @@ def test_does_not_catch_deliberate_exits(config: pytest.Config, error: BaseExcep
         hook(config)
 
 
-#: Functions that hooks call, each broken in a session of its own.
+#: Functions that hooks call; each is broken in a separate session.
 BROKEN = {
     "plugin.points.params_of": "",
     "plugin.collection.sort_by_model": "ordering tests",

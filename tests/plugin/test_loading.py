@@ -1,4 +1,4 @@
-"""Libraries are loaded before the first test starts, and only for tests that use them."""
+"""Libraries are loaded before the first test, and only for tests that use them."""
 
 from __future__ import annotations
 

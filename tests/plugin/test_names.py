@@ -1,4 +1,4 @@
-"""Names of points in a suite of several workloads."""
+"""Test run names in a suite with several workloads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_marked(int8_throughput):
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project whose session has OlmoEarth, and some tests another workload."""
+    """Return a project whose session uses OlmoEarth while some tests use another workload."""
     conftest = "import pytest\n\n\n" + "".join(HOOK[1:])
     return make_project(pytester, monkeypatch, conftest=conftest)
 
@@ -80,7 +80,7 @@ def test_only_olmoearth_names_contain_its_fields(project: pytest.Pytester) -> No
         [
             *(f"test_a.py::test_throughput[{name.format(size)}]" for size in sizes),
             *(f"test_b.py::test_throughput[{seed.format(size)}]" for size in (32, 64)),
-            f"test_c.py::test_marked[digits-{name.format('')}]",  # which does not read it
+            f"test_c.py::test_marked[digits-{name.format('')}]",  # which ignores it
             *(f"test_d.py::test_marked[toy.py:make-{name.format(size)}]" for size in sizes),
             *(f"test_e.py::test_throughput[{seed.format(size)}]" for size in (32, 64)),
             *(f"test_f.py::test_point[{name.format(size)}]" for size in sizes),

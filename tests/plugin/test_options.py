@@ -1,4 +1,4 @@
-"""Command line and ini options, and what the plugin costs a suite that does not use it."""
+"""Test command-line and ini options, and what the plugin costs suites that do not use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or path.
 REFERENCE = "must be module:callable or path.py:callable, got "
 
 PERCENTAGE = "must be a percentage such as 1% (relative) or 1pp (absolute)"
-# Option -> bad value -> what is said about it.
+# Option -> bad value -> error.
 BAD_VALUES: dict[str, dict[str, str]] = {
     "mode": {
         "w4": "must be a comma-separated list of w8a8, w8, fp8, off, got 'w4'",
@@ -112,7 +112,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     },
     "journal": {"/": "must be a writable file that does not exist yet, got '/'"},
 }
-# Flags take a value in the ini file only.
+# Flags have a value only in the ini file.
 BAD_FLAGS = {
     name: {"maybe": "must be true or false, got 'maybe'"}
     for name in (
@@ -128,7 +128,7 @@ BAD_FLAGS = {
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
 FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
-# Each costs a process: one that holds a value, one that looks at files, and a flag stand for all.
+# Each costs a process, so test one option with a value, one that checks files, and one flag.
 FEW = [(name, *next(iter(BAD_VALUES[name].items()))) for name in ("mode", "compare")]
 
 
@@ -138,7 +138,7 @@ def settings_of(pytester: pytest.Pytester, *args: str, ini: str = "") -> Setting
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
-    """Run pytest without other plugins, which load what this one must not."""
+    """Run pytest without other plugins, which load modules that this one must not."""
     others = ("hypothesispytest", "randomly", "codspeed")
     without = [option for name in others for option in ("-p", f"no:{name}")]
     return pytester.runpytest_subprocess(*without, *args)
@@ -230,7 +230,8 @@ def test_cross_product_needs_a_sweep(pytester: pytest.Pytester) -> None:
     assert str(caught.value) == f"{flag}: needs --int8-sweep, or --int8-set with several values"
     for sweep in ("--int8-sweep=batch", "--int8-set=batch_size=4,8"):
         assert settings_of(pytester, flag, sweep).cross_product
-    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product  # it waits for one
+    # In an ini file it only applies if there is a sweep.
+    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product
 
 
 EVERYTHING = Settings(
@@ -458,7 +459,7 @@ def base(pytester: pytest.Pytester) -> Path:
 
 
 def test_gate_is_off_by_default(pytester: pytest.Pytester) -> None:
-    pytester.makepyprojecttoml(TABLE.replace("15%", "bad"))  # not even read
+    pytester.makepyprojecttoml(TABLE.replace("15%", "bad"))  # not even opened
     settings = settings_of(pytester)
     assert (settings.compare, settings.rules, settings.lean) == ((), Rules(), False)
 
@@ -522,7 +523,7 @@ def test_limits_need_a_file_to_compare_with(pytester: pytest.Pytester, option: s
     name, _, value = option.partition("=")
     with pytest.raises(pytest.UsageError, match=rf"^--int8-{name}: needs --int8-compare$"):
         settings_of(pytester, f"--int8-{option}")
-    # In an ini file it waits for the option.
+    # In an ini file it only applies with that option.
     ini = f"int8_{name.replace('-', '_')} = {value or 'yes'}"
     assert settings_of(pytester, ini=ini).rules == Rules()
 
@@ -697,7 +698,7 @@ DEFAULTS = {
 
 @pytest.fixture
 def help_text(pytester: pytest.Pytester, forked: None) -> str:
-    """The help with its line breaks taken out."""
+    """Return the help without its line breaks."""
     result = run(pytester, "--help")
     assert result.ret == pytest.ExitCode.OK
     return " ".join(" ".join(result.outlines).split())
@@ -761,7 +762,7 @@ def test_unrelated(x, tmp_path, benchmark):
 
 
 def loaded(pytester: pytest.Pytester, *args: str) -> list[str]:
-    """Return the heavy modules, and our own, that a run had loaded at its end."""
+    """Return the heavy modules and our own modules that are loaded at the end of a run."""
     pytester.makeconftest(CONFTEST)
     result = run(pytester, *args)
     assert result.ret == pytest.ExitCode.OK
@@ -778,7 +779,7 @@ def test_unrelated_suite_loads_no_heavy_libraries(
     assert set(loaded(pytester, *args)) - set(theirs) == {"pytest_int8bench.plugin.hooks"}
 
 
-#: Modules of ours that a session without our fixtures may load: each one costs every suite time.
+#: Our modules that a session without our fixtures may load; each costs every suite time.
 IDLE = (
     "pytest_int8bench",
     "pytest_int8bench.choices",

@@ -1,5 +1,5 @@
-"""Plain benchmarks in a session: recorded beside the points, held to a file, run again, left out of
-nothing that ``int8bench ab`` measures."""
+"""Test plain benchmarks in a session: recorded with the points, compared with a file, rerun, and
+measured by ``int8bench ab``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_records_and_compares_plain_benchmarks(project: pytest.Pytester) -> None
     at = next(i for i, line in enumerate(result.outlines) if line.startswith("benchmark  "))
     assert {line.split()[0] for line in result.outlines[at + 1 : at + 5]} >= {f"{FILE}sort[10]"}
 
-    # Without tests of ours too, and against a file that pytest-benchmark saved alone.
+    # This also works without int8bench tests, and with a file saved by pytest-benchmark alone.
     saved = load(base)
     del saved["int8bench"]
     for entry in saved["benchmarks"]:

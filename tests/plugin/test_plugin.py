@@ -1,4 +1,4 @@
-"""The plugin as a user sees it: one pytest run in a subprocess, several looks at it."""
+"""Test the plugin as users see it, with several checks of each pytest subprocess."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ CLEAR = "WorkloadError: workload 'nothing': build must return a torch.nn.Module,
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project with a workload and one test of its throughput."""
-    # The first two have their own tests in test_manners, and loading Hypothesis takes a second.
+    """Return a project with a workload and one throughput test."""
+    # test_other_plugins.py tests the first two, and loading Hypothesis takes a second.
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     ini = f"addopts = --strict-markers {without}\n"
     return make_project(pytester, monkeypatch, ini=ini, toy=TOY, test_one=THROUGHPUT)
@@ -161,7 +161,7 @@ def test_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     saved = load(project.path / "out.json")
     block = saved["int8bench"]
     assert block["schema"] == 1
-    # Wheels of PyPI say "2.14.1", where torch itself says "2.14.1+cu130".
+    # Wheels on PyPI have version "2.14.1", while torch itself reports "2.14.1+cu130".
     assert torch.__version__.startswith(block["environment"]["packages"]["torch"])
     assert block["accuracy"] == []
     measured = [
@@ -275,14 +275,14 @@ def test_failures_affect_only_their_point(project: pytest.Pytester) -> None:
             f"skipped: toy: {impossible}: {reason}",
             "E * ValueError: five is too many",
             axis,
-            # Errors of the user's code have their traceback ...
+            # Errors in the user's code have a traceback ...
             "E*KeyError: *weights*",
             f"E*raised by build of workload 'fails' at {BF16}",
             f"failed: nothing: {BF16}: {CLEAR}",
             f"failed: fails: {BF16}: KeyError: 'weights'",
         ]
     )
-    # ... and what the user can mend is one line, without one of the package.
+    # ... and errors that users can fix are one line, without a traceback of the package.
     text = result.stdout.str()
     clear = text[text.index("_ test_clear[") : text.index("_ test_theirs[")]
     assert CLEAR in clear.splitlines()
@@ -314,7 +314,7 @@ def test_failures_affect_only_their_point(project: pytest.Pytester) -> None:
     assert found[node.format("sizes", name.format(6))].requested_bytes == 2 * 2**30
     assert found[node.format("impossible", impossible)].reason == reason
     assert read(project.path / "out.json").results == list(found.values())
-    # A failed test's timing would pass for a baseline in pytest-benchmark's own comparison.
+    # Otherwise pytest-benchmark's comparison would use a failed test's timing as a baseline.
     timed = {entry["fullname"] for entry in load(project.path / "out.json")["benchmarks"]}
     assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
@@ -330,7 +330,7 @@ def test_rejects_measuring_twice_in_one_test(project: pytest.Pytester) -> None:
         "another point, use another test or parametrize int8_params"
     )
     at = result.outlines.index(why)
-    assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
+    assert result.outlines[at - 1].startswith("_")  # nothing precedes it, not even a traceback
     [found] = journaled(project).values()
     assert (found.status, found.reason) == ("failed", why)
 
@@ -372,7 +372,7 @@ def test_reports_missing_cuda_at_test_setup(project: pytest.Pytester) -> None:
             ),
         ]
     )
-    # Nothing around that line.
+    # Nothing surrounds that line.
     result.stdout.no_fnmatch_line("*During handling of the above exception*")
     result.stdout.no_fnmatch_line("*Traceback*")
 
@@ -518,7 +518,7 @@ def test_lean_measures_only_throughput(project: pytest.Pytester) -> None:
     assert nodeid == f"test_one.py::test_throughput[{W8A8}]"
     assert measured.samples_per_s is not None
     assert (measured.speedup, measured.int8_time_share, measured.kernels) == (None, None, [])
-    # What was quantized is still said: that costs nothing.
+    # The quantized layers are still reported, as that costs nothing.
     assert measured.coverage is not None
 
 
@@ -561,7 +561,7 @@ def test_loads_workload_and_filter_by_name(project: pytest.Pytester) -> None:
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, errors=4)
-    # A hub that does not answer takes its time: it is asked once, for the two points together.
+    # An unreachable hub is slow, so it is queried once for both points.
     result.stdout.fnmatch_lines(2 * ["hub.py:make raised OSError: no route"])
     assert (project.path / "asked").read_text() == "x"
     result.stdout.fnmatch_lines_random(
@@ -574,7 +574,7 @@ def test_loads_workload_and_filter_by_name(project: pytest.Pytester) -> None:
     found = journaled(project).values()
     baseline, candidate, missing, other = (r for r in found if r.workload != "hub.py:make")
     assert (baseline.workload, candidate.workload) == ("toy", "toy")
-    # Points whose workload cannot be had are results too.
+    # Points whose workload cannot be loaded are results, too.
     assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
     assert {missing.status, other.status} == {"failed"}
     assert (missing.reason or "").startswith("there is no file ")
@@ -616,7 +616,7 @@ def test_rejects_bad_options_once(project: pytest.Pytester, args: list[str], why
     result.assert_outcomes()
     result.stderr.fnmatch_lines([f"ERROR: {why.format(project.path)}"])
     assert "said while it is loaded" not in result.stdout.str() + result.stderr.str()
-    # Nothing is loaded where nothing is run.
+    # Nothing is loaded if nothing runs.
     assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
 
 
@@ -643,7 +643,7 @@ def test_leaves_other_errors_to_the_tests(project: pytest.Pytester) -> None:
     axis = ("--int8-workload=toy:make", "--int8-set=extra.depth=2", "--int8-mode=off")
     result = project.runpytest_subprocess(*SMOKE, *axis)
     result.assert_outcomes(passed=1, errors=1)
-    # Errors of the user's code have their traceback.
+    # Errors in the user's code have a traceback.
     result = project.runpytest_subprocess(*SMOKE, "--int8-filter=broken.py:f", "test_two.py")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
@@ -671,7 +671,7 @@ def test_rejects_workload_that_no_test_uses(
         "ERROR: --int8-workload: no collected test uses 'digits': each brings its own workload "
         f"({owner})"
     )
-    # An ini value waits for tests that take it.
+    # An ini value applies only to tests that use it.
     result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
     result.assert_outcomes(passed=2)
 
@@ -729,8 +729,8 @@ def int8_workload():
         for name in (BF16, BF16, W8A8, W8A8)
     ]
     assert all(entry.workload == nodeid.split("/")[0] for nodeid, entry in found.items())
-    # Once for the baseline and once for the candidate. A module-scoped workload of two modules does
-    # the same in both, and so is one.
+    # Once for the baseline and once for the candidate. A module-scoped workload is equal in both
+    # modules, so it counts as one.
     built = {path.stem: path.read_text().split() for path in project.path.glob("*.built")}
     assert built == {scope: ["built"] * 2 for scope in ("function", "module", "session")}
 

@@ -1,4 +1,4 @@
-"""A session leaves the settings of torch, numpy, Python and the process as it found them."""
+"""A session restores the settings of torch, numpy, Python and the process."""
 
 from __future__ import annotations
 

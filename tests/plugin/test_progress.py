@@ -1,4 +1,4 @@
-"""Long steps on the terminal: seen while they run, and nothing of pytest's output lost to them."""
+"""Test that the terminal shows long steps while they run, without losing pytest's output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 def screen(output: str, columns: int = COLUMNS) -> list[str]:
-    """Return the lines that a terminal shows after ``output``, up to the last that is not empty."""
+    """Return the lines that a terminal shows after ``output``, up to the last non-empty one."""
     rows: list[list[str]] = [[]]
     row = column = 0
     position = 0
@@ -71,7 +71,7 @@ def screen(output: str, columns: int = COLUMNS) -> list[str]:
 
 
 def drain(descriptor: int) -> str:
-    """Return what was written to the other end of a pseudo-terminal."""
+    """Return the text written to the other end of a pseudo-terminal."""
     os.set_blocking(descriptor, False)
     found = b""
     while True:
@@ -98,13 +98,13 @@ class Session:
         self._descriptor = descriptor
 
     def output(self) -> str:
-        """Return what was written since the last call."""
+        """Return the text written since the last call."""
         return drain(self._descriptor)
 
 
 @pytest.fixture
 def descriptors() -> Iterator[tuple[int, int]]:
-    """The two ends of a pseudo-terminal that is 40 columns wide."""
+    """Return the two ends of a pseudo-terminal 40 columns wide."""
     ends = pty.openpty()
     termios.tcsetwinsize(ends[1], (24, 40))
     yield ends
@@ -116,7 +116,7 @@ def descriptors() -> Iterator[tuple[int, int]]:
 def start(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, descriptors: tuple[int, int]
 ) -> Iterator[Any]:
-    """Starts a session with the arguments given on a terminal."""
+    """Start a session with the given arguments on a terminal."""
     master, slave = descriptors
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
@@ -125,7 +125,7 @@ def start(
 
     def make(*args: str) -> Session:
         monkeypatch.setattr("sys.stdout", stream)
-        # That plugin collects garbage several times when its session ends.
+        # That plugin collects garbage several times at the end of its session.
         config = pytester.parseconfigure("-p", "no:unraisableexception", *args)
         return Session(config, master)
 
@@ -139,9 +139,10 @@ def test_shows_step_with_its_seconds(start: Any) -> None:
     with session.step("compiling", "toy"):
         output = session.output()
         assert screen(output) == ["| compiling toy ... 0 s"]
-        assert output.startswith("\x1b[?25l\x1b[?25h")  # the cursor stays, should the run be killed
+        # The cursor stays visible in case the run is killed.
+        assert output.startswith("\x1b[?25l\x1b[?25h")
         session.clock.now = 43.3
-    # Drawn once more at its end, the spinner a quarter further.
+    # Drawn once more at its end, with the spinner a quarter turn further.
     assert "\r\x1b[2K/ compiling toy ... 43 s" in session.output()
 
 
@@ -360,7 +361,7 @@ def test_captures_python(step, capsys):
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A project whose tests go through steps without measuring anything."""
+    """Return a project whose tests run steps without measuring anything."""
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_one=TESTS, test_two="def test_plain(): pass")
     return pytester
@@ -373,7 +374,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(pytester: pytest.Pytester, *args: str, **changes: str) -> str:
-    """Return the output of a session, errors included, through a pipe."""
+    """Return the output of a session, including errors, through a pipe."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *ALONE, *args],
         cwd=pytester.path,
@@ -403,7 +404,7 @@ def run_on_terminal(pytester: pytest.Pytester, *args: str, **changes: str) -> st
     try:
         while part := os.read(master, 4096):
             found += part
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux reports that the other end is closed
         pass
     finally:
         os.close(master)
@@ -417,7 +418,7 @@ def without_times(output: str) -> str:
 
 
 def report(output: str) -> list[str]:
-    """Return what a terminal shows, the length of the last line apart: it holds the seconds."""
+    """Return the lines that a terminal shows, ignoring the length of the last: it has seconds."""
     return [re.sub("={4,}", "====", line) for line in screen(output)]
 
 
@@ -473,7 +474,7 @@ def test_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
         f"{'test_one.py ..F..':<{COLUMNS - 8}} [ 83%]",
         f"{'test_two.py .':<{COLUMNS - 8}} [100%]",
     ]
-    # From there on, captured sections included, as without steps.
+    # From there on, the output is as without steps, including captured sections.
     plain = run(project, NO_STEPS="1")
     assert report(output.partition("[100%]")[2]) == report(plain.partition("[100%]")[2])
     assert "Captured stdout call" in output

@@ -1,4 +1,4 @@
-"""Where records go, and that one failing step takes down no other."""
+"""Test where records go, and that one failing step does not stop the others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fail(*_: object, **__: object) -> None:
     raise KeyError("bug")
 
 
-#: What a session does at its end, in order.
+#: The steps at the end of a session, in order.
 STEPS = {
     "the gate": (Session, "gate_problems"),
     "saving": (pytest_benchmark, "save_without_timings"),
@@ -79,7 +79,7 @@ def test_session_passes_if_final_steps_succeed(
 
 
 class Terminal:
-    """Keeps the lines that are written."""
+    """Keep the lines that are written."""
 
     isatty = hasmarkup = False
     _tw: Any = None
@@ -142,7 +142,7 @@ def test_warns_if_every_point_is_skipped(
 
 
 class Broken(Terminal):
-    """Writes to a pipe whose reader is gone."""
+    """Write to a pipe whose reader has ended."""
 
     def write_line(self, line: str, **_: object) -> None:
         super().write_line(line)
@@ -267,7 +267,7 @@ def test_point_is_ok_if_accuracy_finally_passes(recorder: Recorder) -> None:
     fail_accuracy(recorder)
     assert statuses(recorder) == ["accuracy-failed"]
     recorder.begin_attempt(JUDGED)
-    assert statuses(recorder) == ["accuracy-failed"]  # as long as the attempt is not over
+    assert statuses(recorder) == ["accuracy-failed"]  # until the attempt ends
     recorder.end_attempt(JUDGED)
     assert recorder.journal is not None
     assert recorder.journal.results == [result()]

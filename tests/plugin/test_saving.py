@@ -1,4 +1,4 @@
-"""Where a session is saved, and that what cannot be written takes down nothing else."""
+"""Test where a session is saved, and that a failed write affects nothing else."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_unwritable_journal_is_not_fatal_with_warnings_as_errors(
     assert not journals(project)
 
 
-#: What breaks writing in a session after its first test, in a conftest.py: a disk that is full.
+#: conftest.py that simulates a full disk after the first test.
 FULL = """
 import errno, os, pathlib
 
@@ -116,7 +116,7 @@ def pytest_runtest_logfinish(nodeid):
 
 
 def test_briefly_full_disk_loses_nothing(project: pytest.Pytester) -> None:
-    """The second of three results meets a full disk."""
+    """The disk is full when the second of three results is written."""
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(FULL.replace("{room}", "40"))
     found = project.runpytest_subprocess(
@@ -143,7 +143,7 @@ def test_deleted_journal_is_written_again(project: pytest.Pytester, loss: str) -
 
 
 def test_reports_points_missing_from_the_journal(project: pytest.Pytester) -> None:
-    """Its folder became a file, and one was asked for."""
+    """A journal was requested, but its folder became a file."""
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(
             "\nimport shutil, pathlib\n\ndef pytest_runtest_logfinish():\n"
@@ -258,7 +258,7 @@ def test_rejects_existing_journal_at_start(project: pytest.Pytester, there: str)
 
 @pytest.mark.slow
 def test_only_one_of_two_sessions_gets_the_journal(project: pytest.Pytester) -> None:
-    """Both find that it is not there, and both would measure."""
+    """Both sessions find that it does not exist, and both would measure."""
     inner = (
         "\nimport pathlib, subprocess, sys\n\ndef pytest_configure(config):\n"
         "    if pathlib.Path('once').exists():\n        return\n    pathlib.Path('once').touch()\n"

@@ -143,9 +143,7 @@ def test_rejects_bare_repository_and_git_folder(part: str, root: Path, tmp_path:
 
 
 def test_reports_repository_that_git_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "GIT_TEST_ASSUME_DIFFERENT_OWNER", "1"
-    )  # a variable that git uses in its own tests
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # for git's own tests
     with pytest.raises(GitError) as caught:
         find_repository(root)
     assert str(caught.value) == (

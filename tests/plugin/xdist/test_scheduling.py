@@ -1,4 +1,4 @@
-"""Which worker runs which tests, on workers that are simulated."""
+"""Test which simulated worker runs which tests."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_repeated_points_start_another_family(ids: list[str], expected: list[lis
     assert grouped(*ids) == expected
 
 
-# -- handing out --------------------------------------------------------------------------------
+# -- scheduling ---------------------------------------------------------------------------------
 
 
 class Node:
-    """A worker as pytest-xdist's: it runs a test when it knows the next one, or that there is
-    none."""
+    """A worker like pytest-xdist's: it runs a test when it knows the next one or that none
+    follows."""
 
     def __init__(self, name: str) -> None:
         self.gateway = SimpleNamespace(id=name)
@@ -99,7 +99,7 @@ class Node:
 
 
 def run(scheduler: Any, *nodes: Node) -> None:
-    """Let workers of the same speed run all that they get."""
+    """Let equally fast workers run everything they get."""
     while True in {node.step(scheduler) for node in nodes}:
         pass
 
@@ -108,7 +108,7 @@ IDS = [node_id(batch, mode) for batch in (1, 2, 3, 4) for mode in (None, "w8", "
 
 
 class Config:
-    """The parts of a pytest config that schedulers read."""
+    """The parts of a pytest configuration that schedulers read."""
 
     def __init__(self, workers: int) -> None:
         self.option = SimpleNamespace(loadscopereorder=True)
@@ -157,7 +157,7 @@ def test_families_stay_together_in_the_order_of_the_tests() -> None:
 def test_idle_worker_gets_the_next_family() -> None:
     fast, slow = Node("gw0"), Node("gw1")
     scheduler = start(fast, slow)
-    run(scheduler, fast)  # the other one is still at its first test
+    run(scheduler, fast)  # the other worker is still running its first test
     run(scheduler, slow)
     assert fast.ran == [0, 1, 2, 6, 7, 8, 9, 10, 11]
     assert slow.ran == [3, 4, 5]
@@ -192,7 +192,7 @@ def test_crash_loses_only_the_running_test() -> None:
     assert scheduler.remove_node(nodes[0]) == IDS[1]
     new = Node("gw2")
     scheduler.add_node(new)
-    run(scheduler, nodes[1])  # goes on meanwhile
+    run(scheduler, nodes[1])  # continues in the meantime
     scheduler.add_node_collection(new, IDS)
     scheduler.schedule()
     run(scheduler, nodes[1], new)
@@ -245,11 +245,11 @@ def test_new_worker_that_collects_other_tests_gets_no_work() -> None:
     assert scheduler.nodes == [node]
 
 
-# -- who schedules ------------------------------------------------------------------------------
+# -- which scheduler -----------------------------------------------------------------------------
 
 
 class Usual:
-    """Stands for the scheduler of pytest-xdist."""
+    """Replace the scheduler of pytest-xdist."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -305,7 +305,7 @@ def test_ignores_worker_that_crashes_before_the_others_are_ready() -> None:
     gone, node, new = Node("gw0"), Node("gw1"), Node("gw2")
     add(scheduler, gone)
     usual.nodes.remove(gone)
-    scheduler.add_node(new)  # which is not ready either
+    scheduler.add_node(new)  # which has not collected either
     add(scheduler, node)
     scheduler.schedule()
     run(scheduler, node)

@@ -1,5 +1,5 @@
-"""Sessions of several workers: what the process that starts them and the workers tell each other,
-and that the outcome is that of a serial run."""
+"""Test sessions with several workers: the messages between controller and workers, and that the
+outcome equals a serial run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_accuracy(int8_guardrail):
 def test_plain():
     pass
 """
-# Nothing is built, so that it takes no time.
+# Builds nothing, to be fast.
 POINTS = """
 import os
 
@@ -130,7 +130,7 @@ def test_two_workers_give_the_results_of_one_process(project: pytest.Pytester) -
         result.assert_outcomes(passed=6, failed=1)
         assert "disabled" not in result.stdout.str() + result.stderr.str()
 
-    # Every model was built as often in both sessions, and each family in one worker.
+    # Both sessions built every model equally often, and each family in one worker.
     built = (project.path / "built").read_text().split()
     assert sorted(built[: len(built) // 2]) == sorted(built[len(built) // 2 :])
     a, b = (
@@ -138,7 +138,7 @@ def test_two_workers_give_the_results_of_one_process(project: pytest.Pytester) -
     )
     ids = [entry["fullname"] for entry in a["benchmarks"]]
     assert ids == [entry["fullname"] for entry in b["benchmarks"]]
-    assert len(ids) == 3  # the test of a candidate of 3 fails by its own assertion
+    assert len(ids) == 3  # the test of the candidate with 3 samples fails by its own assertion
     assert a.keys() == b.keys()
     for before, after in zip(a["benchmarks"], b["benchmarks"], strict=True):
         assert before.keys() == after.keys()
@@ -152,7 +152,7 @@ def test_two_workers_give_the_results_of_one_process(project: pytest.Pytester) -
         assert after["stats"]["median"] == pytest.approx(batch_s)
 
     before, after = (read(project.path / f"{name}.json") for name in ("serial", "spread"))
-    assert {**after.environment, "gpu_count": 0} == before.environment  # torch sees none here
+    assert {**after.environment, "gpu_count": 0} == before.environment  # torch sees no GPU here
     assert after.environment["gpu_count"] == 2
     for kind in ("results", "accuracy"):
         pairs = [*zip(getattr(before, kind), getattr(after, kind), strict=True)]
@@ -169,7 +169,7 @@ def test_two_workers_give_the_results_of_one_process(project: pytest.Pytester) -
     assert all(r.worker is None for r in before.results)
 
     # One journal, one table.
-    [journal] = (project.path / ".benchmarks").glob("**/*.jsonl")  # of the serial run
+    [journal] = (project.path / ".benchmarks").glob("**/*.jsonl")  # from the serial run
     assert read(journal).results == before.results
     written = {(r.nodeid, r.status) for r in read(project.path / "it.jsonl").results}
     assert written == {(r.nodeid, r.status) for r in after.results}
@@ -213,11 +213,11 @@ def test_rejects_more_workers_than_gpus(project: pytest.Pytester) -> None:
     assert not (project.path / "gpus").exists()
 
 
-# -- the process that starts workers ------------------------------------------------------------
+# -- the controller -----------------------------------------------------------------------------
 
 
 class Spec(SimpleNamespace):
-    """How pytest-xdist was told to start a worker."""
+    """How pytest-xdist starts a worker."""
 
     def __init__(self, **given: str) -> None:
         super().__init__(**{"via": None, "ssh": None, "socket": None, **given})
@@ -238,7 +238,7 @@ class Node:
 
 
 class Workers:
-    """Starts workers that do nothing."""
+    """Start workers that do nothing."""
 
     def __init__(self, controller: Controller, *specs: Spec, proxies: Any = ()) -> None:
         self.controller = controller
@@ -316,7 +316,7 @@ def test_workers_for_other_tests_need_no_gpus(controller: Controller) -> None:
         (["--int8-mode=w8"], [], 1),
         (["--int8-mode=w8"], None, 16),
         ([], ["0", "1"], 16),
-        (["-o", "int8_mode=w8"], ["0", "1"], 16),  # for every session, also those of other tests
+        (["-o", "int8_mode=w8"], ["0", "1"], 16),  # for every session, even of other tests
     ],
 )
 def test_auto_starts_one_worker_per_gpu(
@@ -330,7 +330,7 @@ def test_auto_starts_one_worker_per_gpu(
     assert limit_workers(pytester.parseconfig(*options), 16) == workers
 
 
-# -- what workers find --------------------------------------------------------------------------
+# -- results of workers -------------------------------------------------------------------------
 
 MACHINE = {"gpu": {"name": "A100"}, "commit": "abc", "packages": {"torch": "2.13.0"}}
 
@@ -341,7 +341,7 @@ def result_of(batch: int, **changes: Any) -> Result:
 
 
 def send(controller: Controller, worker: str, *results: Result, **changes: Any) -> None:
-    """Let a report come that brings ``results``."""
+    """Deliver a report with ``results``."""
     message = Message(
         **{
             "worker": worker,
@@ -543,7 +543,7 @@ def worker_of(
     pytester: pytest.Pytester, number: int, count: int, *options: str, has_slot: bool = True
 ) -> Worker:
     if has_slot:
-        os.environ[SLOT] = f"{number}/{count}"  # which parsing takes out again
+        os.environ[SLOT] = f"{number}/{count}"  # which parsing removes again
     config: Any = pytester.parseconfig(*options)
     assert SLOT not in os.environ
     config.workerinput = {"workerid": f"gw{number}"}
@@ -565,7 +565,7 @@ def test_int8_option_pins_workers_to_their_gpu_immediately(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
 ) -> None:
     worker = worker_of(pytester, 1, 3)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # it may run other tests
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # the worker may run other tests
     worker.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     worker.pin()
@@ -623,7 +623,7 @@ def test_worker_enables_pytest_benchmark_for_points_it_can_time(
     pytester: pytest.Pytester, three_gpus: None
 ) -> None:
     worker = worker_of(pytester, 0, 2)
-    fixture = SimpleNamespace(disabled=True)  # pytest-benchmark does so in every worker
+    fixture = SimpleNamespace(disabled=True)  # pytest-benchmark sets this in every worker
     assert worker.why_not_benchmarked(Benchmark(fixture), CUDA) is None
     assert not fixture.disabled
     assert worker.why_not_benchmarked(Benchmark(fixture), CPU) == worker.why_not_timed(CPU)
