@@ -1,4 +1,4 @@
-"""The table of attention backends: one is allowed at a time, and the one that ran is recognized."""
+"""Test the table of attention backends: allow one at a time, and recognize the one that ran."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def enabled() -> set[str]:
         ("cudnn", {"cudnn"}),
         ("efficient", {"efficient"}),
         ("math", {"math"}),
-        ("short", ALL),  # calls that our kernel does not take
+        ("short", ALL),  # calls that our kernel does not support
         ("auto", ALL),
     ],
 )
@@ -98,7 +98,7 @@ def test_context_is_reusable_and_reentrant() -> None:
 
 def test_raises_if_the_backend_does_not_support_the_inputs() -> None:
     query = torch.randn(1, 2, 8, 16)
-    # On the CPU, flash attention does not take a mask that needs a gradient.
+    # On the CPU, flash attention does not support masks that require gradients.
     mask = torch.zeros(8, 8, requires_grad=True)
     assert scaled_dot_product_attention(query, query, query, mask).shape == query.shape
     with (
@@ -157,14 +157,14 @@ def test_kernel_names_identify_backends(backend: str, kernel: str) -> None:
 @pytest.mark.parametrize(
     "kernel",
     [
-        "aten::scaled_dot_product_attention",  # the front of every backend
+        "aten::scaled_dot_product_attention",  # the entry point of every backend
         "aten::mm",
         "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN",
         "triton_red_fused_native_layer_norm_2",
-        # A head or a router has a softmax as well.
+        # Heads and routers also use softmax.
         "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, c10::BFloat16, float, 6>",
         "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>",
-        # Named after the operators they were fused around.
+        # Fused kernels are named after the surrounding operators.
         "triton_poi_fused__scaled_dot_product_flash_attention__to_copy_add_clone",
         "triton_poi_fused__scaled_dot_product_cudnn_attention_transpose_1",
         "triton_poi_fused__scaled_dot_product_efficient_attention_view_3",
@@ -239,7 +239,7 @@ def test_new_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch
         ValueError, match="must be one of toy, flash, cudnn, efficient, math, short, auto"
     ):
         FlashSDPA("xformers")
-    # A timer that stands still: of equals, the first row is taken.
+    # With a timer that does not advance, the first row is chosen.
     query = torch.randn(1, 2, 8, 16)
     calls = recorded_calls(lambda: scaled_dot_product_attention(query, query, query))
     assert fastest_backend(calls, lambda: 0.0) == "toy"

@@ -1,4 +1,4 @@
-"""The clock of a measurement."""
+"""Test the clock of measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_int8bench import clock
 
 
 def fake_torch(monkeypatch: pytest.MonkeyPatch, *, initialized: bool) -> list[str]:
-    """Put a torch in place that notes when it is waited for."""
+    """Install a fake torch that records synchronization."""
     events: list[str] = []
     cuda = SimpleNamespace(
         is_initialized=lambda: initialized, synchronize=lambda: events.append("synchronize")
@@ -80,7 +80,7 @@ def under_the_clock() -> None:
 
 @pytest.fixture
 def seen() -> Iterator[list[str]]:
-    """Functions that a tracer was called for; tracers are as they were afterwards."""
+    """Return the functions that a tracer was called for, and check that tracers are restored."""
     before = sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile()
     found: list[str] = []
     yield found

@@ -1,4 +1,4 @@
-"""The fingerprint of machine and software, and the state of the GPU."""
+"""Test the fingerprint of machine and software, and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_fingerprint_includes_the_allocator_setting(
     assert fingerprint(tmp_path)["allocator"] == "expandable_segments:True"
 
 
-# -- what differs -----------------------------------------------------------------------------
+# -- differences ------------------------------------------------------------------------------
 
 GPU = {"compute_capability": "8.0", "sm_count": 108, "memory_bytes": 80 << 30}
 MACHINE: dict[str, Any] = {
@@ -152,7 +152,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml(types.ModuleType):
-    """NVML that answers, but for what is in ``refuses``."""
+    """NVML that answers, except for the functions in ``refuses``."""
 
     NVMLError = NVMLError
     NVML_CLOCK_SM = 1
@@ -205,7 +205,7 @@ class FakeNvml(types.ModuleType):
         return int(self.answer("reasons", self.reasons))
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
-        assert handle == "handle"  # the whole GPU's: an instance has none
+        assert handle == "handle"  # the whole GPU's limit; an instance has none
         return int(self.answer("limit", 700_000))
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
@@ -281,7 +281,7 @@ def test_the_profile_of_a_mig_instance_is_part_of_the_fingerprint(
     use(gpu, nvml)
     found = fingerprint(tmp_path)["gpu"]
     assert (found["mig"], found["driver"], found["power_limit_w"]) == (mig, "580.1", 700.0)
-    # torch leaves out which of the two a UUID is of.
+    # torch omits the prefix that tells GPUs from MIG instances.
     assert nvml.asked == ["GPU-1-2-3", "MIG-1-2-3"][: 1 if nvml.instance is None else 2]
 
 
@@ -337,7 +337,7 @@ def test_describes_the_machine_in_one_line(gpu: pytest.MonkeyPatch, tmp_path: Pa
     assert describe(fingerprint(tmp_path)) == "Fake A100, CUDA 13.0, torch 2.13.0, torchao 0.18.0"
 
 
-# -- what cannot be read -----------------------------------------------------------------------
+# -- unreadable values -------------------------------------------------------------------------
 
 
 def test_file_name_that_is_not_utf8_counts_as_a_change(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their names, and the folder for cached ones."""
+"""Test atomic writes of files, their names, and the cache folder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_full_disk_leaves_no_partial_text(room: int, number: int) -> None:
 
 
 def test_handles_short_writes() -> None:
-    """As a real disk does that is nearly full: the rest is written, or nothing stays."""
+    """A nearly full disk accepts part of the data: write the rest, or leave nothing behind."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
@@ -206,7 +206,7 @@ def test_cache_folder_is_below_home_otherwise(
     assert cache_folder() == tmp_path / ".cache" / "pytest-int8bench"
 
 
-# -- paths that command lines can hold -----------------------------------------------------------
+# -- paths for command lines ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "a-b_c.d+e@f=g,h:i"])
@@ -230,7 +230,7 @@ def test_other_paths_get_a_link(name: str, tmp_path: Path, monkeypatch: pytest.M
     (folder / "file").touch()
     assert (link / "file").exists()
     link.unlink()
-    link.symlink_to(tmp_path)  # another's
+    link.symlink_to(tmp_path)  # another user's
     assert plain_path(folder).resolve() == folder
 
 

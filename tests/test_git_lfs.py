@@ -1,4 +1,4 @@
-"""Pointers of Git LFS."""
+"""Test recognizing Git LFS pointers."""
 
 from __future__ import annotations
 

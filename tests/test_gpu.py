@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Marked ``gpu``; skipped with a reason without one."""
+"""Tests that need a CUDA device. Marked ``gpu``; skipped with a reason without one."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_counts_kernels_that_ran(backend: str) -> None:
     model.ready()
     evidence, runs = model.evidence(), dict(model.layers.runs)
     check_kernel_count(evidence, runs, params, ())
-    for number in range(16):  # autotuning may have run some of one's own
+    for number in range(16):  # autotuning may have run additional kernels
         runs[f"more.{number}"] = dataclasses.replace(runs["a"], storage=-1 - number)
     with pytest.raises(EvidenceError, match="INT8 matmuls are needed for one forward, but "):
         check_kernel_count(evidence, runs, params, ())
@@ -202,13 +202,13 @@ def test_point_has_breakdown_and_ceiling(mode: str) -> None:
     assert basis is not None
     assert "problem" not in basis, basis
     assert basis["quantized_share"] == 1.0  # the toy has no other linear layer
-    # An INT8 product that is slower than BF16's is a ceiling below 1, and not a wrong one.
+    # An INT8 matmul slower than BF16 gives a ceiling below 1, which is correct.
     assert 0.5 < basis["products_speedup"] <= result.ceiling_speedup < 4
     assert 0.25 < basis["product_ratio"] < 4
     if mode == "w8":
         assert 1 <= result.ceiling_speedup < 2
     assert (result.ceiling_reached is None) is (result.ceiling_speedup <= 1)
-    # No GPU does less than 1 TFLOP/s or 50 GB/s, or more than 10,000 and 50,000.
+    # No GPU is below 1 TFLOP/s or 50 GB/s, or above 10,000 TFLOP/s or 50,000 GB/s.
     assert 1e12 < basis["float_ops_per_s"] < 1e16
     assert 5e10 < basis["bytes_per_s"] < 5e13
     print(result.ceiling_speedup, result.ceiling_reached, basis)
@@ -231,7 +231,7 @@ def test_auto_attention_is_the_same_for_baseline_and_candidate() -> None:
     assert chosen in ("flash", "cudnn", "efficient", "math")
     assert result.attention_backend == chosen
     for measured in (baseline, result):
-        # On CUDA, kernels of math attention are those of other layers.
+        # On CUDA, math attention uses the same kernels as other layers.
         assert measured.attention_kernel == (None if chosen == "math" else chosen)
 
 
@@ -279,7 +279,7 @@ def test_host_batches_arrive_intact_during_computation() -> None:
     whole = torch.ones((), dtype=torch.bool, device="cuda")
     for index in range(200):
         batch = next(feed)
-        for _ in range(2):  # read twice, with time for a copy that comes too early
+        for _ in range(2):  # read twice, leaving time for a copy that arrives too early
             torch.cuda._sleep(1_000_000)
             for got, wanted in zip(batch, expected[index % feed.variants], strict=True):
                 whole &= (got == wanted).all()
@@ -302,7 +302,7 @@ def test_host_batches_give_the_outputs_of_resident_batches(compile_mode: str) ->
     with model.compiled.entered(), model.compiled.no_compilation():
         equal = torch.ones((), dtype=torch.bool, device="cuda")
         for _ in range(100):
-            index = feed.batches - 1  # one is always ahead
+            index = feed.batches - 1  # one batch is always ahead
             fed, again = model.run().clone(), model.run_again().clone()
             expected = model.compiled(*resident[index % feed.variants])
             equal &= (fed == expected).all() & (again == expected).all()
@@ -340,7 +340,7 @@ def test_out_of_memory_does_not_stop_later_points() -> None:
 
 
 class Greedy(nn.Module):
-    """Holds 4 GiB and then asks for more than any device has, at large batches."""
+    """At large batches, hold 4 GiB and then request more than any device has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +428,7 @@ def test_compiled_digits_pass_accuracy(compile_mode: str) -> None:
 
 
 def test_rounding_noise_is_reproducible_on_device_and_host() -> None:
-    """Models on a GPU compute tables and scalars on the host."""
+    """Models on a GPU also compute tables and scalars on the host."""
     outputs = []
     for _ in range(2):
         with RoundingNoise(0):

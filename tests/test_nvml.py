@@ -1,4 +1,4 @@
-"""GPUs through NVML: which ones a process may use, MIG, ``CUDA_VISIBLE_DEVICES``, energy."""
+"""Test GPUs through NVML: which ones a process may use, MIG, ``CUDA_VISIBLE_DEVICES``, energy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a machine in place of this one: UUIDs, and lists of those of MIG instances."""
+    """Simulate a machine, given UUIDs of GPUs and lists of UUIDs of MIG instances."""
 
     def put(*devices: Any) -> None:
         def mig_mode(handle: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def test_describes_the_source_of_the_gpu_count() -> None:
 
 
 class OneGpu:
-    """NVML of one GPU, whole or with MIG; what is in ``missing`` it does not know."""
+    """NVML of one GPU, whole or with MIG, without the functions in ``missing``."""
 
     NVMLError = NVMLError
 
@@ -180,7 +180,7 @@ class OneGpu:
 
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts NVML of one GPU in place."""
+    """Simulate NVML with one GPU."""
 
     def put(**kwargs: Any) -> OneGpu:
         nvml = OneGpu(**kwargs)

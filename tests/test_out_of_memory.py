@@ -1,4 +1,4 @@
-"""Out of memory is recognized by any name, and nothing else is taken for it."""
+"""Test that out of memory is recognized under every name and nothing else is mistaken for it."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_rejects_other_messages(text: str) -> None:
 
 
 class OutOfMemory(Exception):
-    """As a library may call it."""
+    """A library's own out-of-memory error."""
 
 
 class OutOfResources(Exception):
-    """As Triton calls a kernel that is too large."""
+    """Triton's error for a kernel that is too large."""
 
 
 class Ours(ClearError, RuntimeError):

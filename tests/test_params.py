@@ -1,4 +1,4 @@
-"""RunParams: values, names and environment variables."""
+"""Test RunParams: values, names and environment variables."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ PLAIN = "base_cuda_bf16_s2_is64_ps4_ts12_bs128"
             {"image_size": 16, "patch_size": 2, "num_timesteps": 3, "batch_size": 4},
             "base_cuda_bf16_s2_is16_ps2_ts3_bs4",
         ),
-        # Without INT8, its settings are no part of the fixed format.
+        # Without INT8, its settings are not in the fixed format.
         ({"compile_mode": "default"}, f"{PLAIN}_compile_mode-default"),
         ({"int8_mode": "w8"}, f"{PLAIN}_int8_mode-w8"),
         (
@@ -259,7 +259,7 @@ def test_short_run_names(changes: dict[str, Any], name: str) -> None:
     params = RunParams(**changes)
     assert params.with_short_name().run_name == name
     assert RunParams.from_run_name(name) == params
-    # Whatever is made from it has such a name too.
+    # Points derived from it have short names, too.
     made = RunParams.from_run_name(name).baseline().identity().replace(batch_size=1)
     assert made.has_short_name
     assert not made.with_short_name(False).has_short_name
@@ -283,7 +283,7 @@ def test_short_run_names(changes: dict[str, Any], name: str) -> None:
         W8A8.replace("_max-autotune", ""),
         W8A8.replace("w8a8_max", "w8a8_smoothq_smoothq_max"),
         PLAIN.replace("bf16", "bf16_smoothq"),
-        # Each form has its own items.
+        # Each form of name has its own items.
         PLAIN + "_model_size-nano",
         PLAIN + "_use_s2-false",
         PLAIN.replace("_is64", ""),
@@ -308,7 +308,7 @@ def test_names_the_bad_value_in_a_run_name() -> None:
         RunParams.from_run_name(PLAIN.replace("bs128", "bs0"))
 
 
-# -- defaults and twins -----------------------------------------------------------------------
+# -- defaults and baselines --------------------------------------------------------------------
 
 
 def test_defaults() -> None:

@@ -1,4 +1,4 @@
-"""Text that is made harmless, and printing that cannot fail."""
+"""Test making text harmless, and printing that cannot fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "base_cuda_bf16_int8_w8a8_s2_is64 (größer, 模型, km²)"
         ("\ufeffa\u200bb", r"\ufeffa\u200bb"),
         ("\udcff.json", r"\udcff.json"),
         ("\U000e0041", r"\U000e0041"),
-        ("👩\u200d🔬", "👩\u200d🔬"),  # one picture, which a joiner makes of two
+        ("👩\u200d🔬", "👩\u200d🔬"),  # one emoji, composed of two by a joiner
     ],
 )
 def test_escapes_invisible_characters(text: str, shown: str) -> None:
@@ -97,7 +97,7 @@ def test_a_broken_pipe_is_silent(
     show("one")
     show("two")
     assert capsys.readouterr().err == ""
-    stream.close()  # with what was not written
+    stream.close()  # with the unwritten rest
 
 
 def test_reports_a_full_disk_once(

@@ -1,4 +1,4 @@
-"""The public names, and the one home of each library."""
+"""Test the public names, and that each library is imported in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pytest_int8bench"
 #: Only these import pytest.
 EDGE = ("plugin/", "suite/")
-#: Library -> the one module, or folder, that knows it.
+#: Library -> the only module or folder that imports it.
 HOMES = {
     "jinja2": "report/page/html",
     "matplotlib": "report/page/svg",

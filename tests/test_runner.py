@@ -1,4 +1,4 @@
-"""The Python front: what it expands to, and what it does with points that go wrong."""
+"""Test the Python API: how it expands configurations, and how it handles failing points."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from toys.processes import runs
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
-# The configurations of the document that the product was asked for in: fields of
-# default_run_params, the rest of the configuration, and what the points are to be.
+# The configurations from the original requirements: fields of default_run_params, the rest of
+# the configuration, and the expected points.
 EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
     "int8_baseline": (
         {
@@ -121,7 +121,7 @@ SMALL = RunParams(
     model_version="v1.2",
     benchmark_interval_s=0.02,
 )
-#: For what is about processes: a quantized model would only make each of them slower.
+#: For tests of processes, which a quantized model would only slow down.
 PLAIN = SMALL.replace(int8_enabled=False)
 
 
@@ -150,7 +150,7 @@ def outcome(results: list[Result]) -> list[tuple[int, str]]:
     return [(result.params["batch_size"], result.status) for result in results]
 
 
-# -- what a configuration expands to ----------------------------------------------------------
+# -- expanding configurations -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -264,9 +264,10 @@ def test_examples_run_at_a_small_size(
     if config.sweep_dict is not None:
         config.sweep_dict = {"int8_enabled": [True, False], "batch_size": batches}
     config.work_dir = tmp_path
-    if name != "int8_vs_fp16":  # one of them on a real encoder, the others on what starts fast
+    # One of them runs a real encoder, the others run models that start fast.
+    if name != "int8_vs_fp16":
         whole, one_layer = "self.fc2(nn.functional.gelu(self.fc1(x)))", "self.fc1(x)"
-        is_compiled = name == "compile_mode_sweep"  # six times: less of it does
+        is_compiled = name == "compile_mode_sweep"  # would run six times; fewer points suffice
         (tmp_path / "toy.py").write_text(TOY.replace(whole, one_layer) if is_compiled else TOY)
         config.workload = "toy.py:make"
     runner = config.build()
@@ -316,7 +317,7 @@ def test_failing_points_do_not_affect_the_others(
         assert result.nodeid == f"test_throughput.py::test_throughput[{result.run_name}]"
     printed = capfd.readouterr().out
     assert "int8bench: results of all 3 processes:" in printed
-    # Logged once, by this process and for all three.
+    # Logged once, by this process, for all three.
     oom = [(r.run_name, int(r.status == "oom"), tmp_path, "toy") for r in results]
     assert logged == (oom if params.wandb_enabled else [])
     assert printed.count("wandb: ") == int(params.wandb_enabled)
@@ -324,7 +325,7 @@ def test_failing_points_do_not_affect_the_others(
     traces = [f"{folder.relative_to(tmp_path)}/toy_{r.run_name}.trace.json.gz" for r in results]
     measured_traces = [(r.trace, t) for r, t in zip(results, traces, strict=True) if r.trace]
     assert measured_traces == [(trace, trace) for trace in (traces[0], *traces[-2:])]
-    # Everything is on disk too: in the journals of the three processes, and in one JSON.
+    # Everything is also on disk: in the journals of the three processes and in one JSON file.
     journaled = [result for path in runner.journals for result in read(path).results]
     assert sorted(outcome(journaled)) == sorted(expected)
     assert len(runner.journals) == 3
@@ -335,7 +336,7 @@ def test_failing_points_do_not_affect_the_others(
     assert read(runner.saved).results == results
     benchmarks = json.loads(runner.saved.read_text())["benchmarks"]
     measured = {benchmark["extra_info"]["run_name"] for benchmark in benchmarks}
-    # The process that was killed took the file of its first point along; its journal has it.
+    # The killed process lost the file of its first point, but its journal has it.
     assert measured == {r.run_name for r in results if r.params["batch_size"] in (4, 2)}
     assert {benchmark["group"] for benchmark in benchmarks} == {"toy"}
 
@@ -423,7 +424,7 @@ def test_ctrl_c_saves_finished_points(tmp_path: Path, whom: str) -> None:
     (tmp_path / "script.py").write_text(
         "import signal\n"
         "from pytest_int8bench import RunParams, ThroughputBenchmarkRunnerConfig\n"
-        # A shell has its background processes ignore it, and they hand that on.
+        # Background processes of a shell ignore SIGINT, and child processes inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"small = RunParams.from_dict({PLAIN.to_dict()!r})\n"
         "runner = ThroughputBenchmarkRunnerConfig(\n"
@@ -435,7 +436,7 @@ def test_ctrl_c_saves_finished_points(tmp_path: Path, whom: str) -> None:
         "except KeyboardInterrupt:\n"
         "    print('interrupted', runner.saved)\n"
     )
-    # A session of its own, so that a signal to one process does not reach the other.
+    # A separate session, so that a signal to one process does not reach the other.
     process = subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path,
@@ -455,7 +456,7 @@ def test_ctrl_c_saves_finished_points(tmp_path: Path, whom: str) -> None:
 
 
 def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> None:
-    """Write toy.py, and script.py, which runs a sweep of it."""
+    """Write toy.py and script.py, which runs a sweep of it."""
     (folder / "toy.py").write_text(toy)
     (folder / "script.py").write_text(
         "import signal\n"
@@ -507,7 +508,7 @@ def test_ending_the_runner_ends_its_process(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == expected
     end = time.monotonic() + 60
-    while runs(child):  # a process that ends takes a moment
+    while runs(child):  # a process takes a moment to end
         assert time.monotonic() < end
         time.sleep(0.05)
     assert not [*(tmp_path / "temporary").glob("int8bench*")]
@@ -553,7 +554,7 @@ def test_runners_started_in_one_second_use_separate_files(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let no file in ``folder`` be made by this process."""
+    """Prevent this process from creating files in ``folder``."""
     opened, made = Path.open, tempfile.mkstemp
 
     def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
@@ -652,7 +653,7 @@ def test_handover_exchanges_state_with_the_process(
         assert given.json() == {"benchmarks": []}
         assert given.lines() == [{"int8bench": {}}]
         assert given.is_interrupted()
-    taken.note_running("b")  # the runner is gone: nothing to be done about it
+    taken.note_running("b")  # the runner has ended, which is not an error here
     assert not [*tmp_path.iterdir()]
 
 
@@ -668,7 +669,7 @@ def test_reports_failed_handover(monkeypatch: pytest.MonkeyPatch) -> None:
             given.note_line("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given.note_line("{}")  # the runner is gone
+        given.note_line("{}")  # the runner has ended
 
 
 def test_xdist_worker_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Sweep keys and the points they expand to."""
+"""Test sweep keys and the points they expand to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pytest_int8bench.sweep import (
 
 SMOKE = RunParams(gpu_type="cpu", model_size="nano", image_size=16, num_timesteps=3, batch_size=4)
 
-# Values of each field that a sweep may name, some of them impossible together.
+# Values of each field that a sweep may name; some combinations are impossible.
 AXES: dict[str, list[Any]] = {
     "batch_size": [1, 2, 4, 128],
     "image_size": [1, 16, 64],
@@ -231,13 +231,13 @@ def test_cross_product_of_the_documented_example() -> None:
 def test_default_point_of_several_axes_comes_once() -> None:
     axes = axes_of(["batch", "image", "time"])
     points = expand(RunParams(), axes)
-    # 14 + 8 + 6 values, and the default is among those of each axis.
+    # 14 + 8 + 6 values, and each axis includes the default.
     assert len(points) == 14 + 8 + 6 - 2
     assert points.index(RunParams()) == 7
 
 
 def test_number_of_points_of_all() -> None:
-    # 64 values; 16 axes hold the default (int8_backend does not), which comes once.
+    # 64 values; 16 axes include the default (int8_backend does not), which comes once.
     assert sum(map(len, SWEEPS["all"].values())) == 64
     assert len(expand(RunParams(), SWEEPS["all"])) == 64 - 15
 

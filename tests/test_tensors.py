@@ -1,4 +1,4 @@
-"""Copies and comparisons of what models take, and casts."""
+"""Test copying, comparing and casting the inputs of models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Box:
-    """Holds anything."""
+    """Hold any value."""
 
     value: Any
 

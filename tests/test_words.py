@@ -1,4 +1,4 @@
-"""Counts in words."""
+"""Test counts and lists in messages."""
 
 from __future__ import annotations
 

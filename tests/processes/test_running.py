@@ -1,4 +1,4 @@
-"""Processes of pytest: how they are stopped, and how they ended."""
+"""Test stopping pytest processes and describing how they ended."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_recognizes_variables_of_an_outer_pytest(variable: str, expected: bool) 
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ignores SIGINT is not waited for."""
+    """Do not wait for a process that ignores SIGINT."""
     monkeypatch.setattr(running, "_INTERRUPT_S", 0.01)
 
 
 def start(code: str, *, group: bool = False) -> subprocess.Popen[bytes]:
-    """Start a process, and wait until it is ready for signals."""
+    """Start a process and wait until it is ready for signals."""
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=group
     )
@@ -99,7 +99,7 @@ def test_does_not_signal_a_finished_process(group: bool) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_ends_the_whole_process_group() -> None:
-    """Also where its leader ended before the others."""
+    """This holds even if the group's leader ended before the others."""
     code = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {DEAF!r}], stdout=subprocess.PIPE)
@@ -114,5 +114,5 @@ print(child.pid, flush=True)
         assert runs(child)
         stop(process, group=True)
         end = time.monotonic() + DEADLINE_S
-        while runs(child):  # a killed process takes a moment to go
+        while runs(child):  # a killed process takes a moment to end
             assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""apply_int8_quant: which layers, how exact, what is reported, and what is refused."""
+"""Test apply_int8_quant: which layers it selects, its accuracy, reports and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DIM = 64
 
 
 class Transformer(nn.Module):
-    """Embedding, one block, head: of 8 linear layers the default filter takes 6."""
+    """Embedding, one block and head; the default filter selects 6 of 8 linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def test_coverage_reads_a_model_that_torchao_quantized(model: Transformer) -> No
 
 def test_coverage_of_a_model_with_an_attribute_named_model(model: Transformer) -> None:
     class CausalLM(nn.Module):
-        """As Hugging Face's: the body is ``model``, the head beside it."""
+        """Like Hugging Face's: the body is ``model``, next to the head."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -379,7 +379,7 @@ def test_w8_on_cuda_dequantizes(model: Transformer, batch: torch.Tensor) -> None
     assert weight_storage(model) == (6, 6)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 def test_rejects_filter_that_selects_no_layer(model: Transformer) -> None:
@@ -504,7 +504,7 @@ class Outliers(nn.Module):
 
 
 class Transposed(Outliers):
-    """The same, with a non-contiguous input of the layer."""
+    """The same, with a non-contiguous layer input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         turned = (x * self.gain).transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -513,7 +513,7 @@ class Transposed(Outliers):
 
 
 class Normed(nn.Module):
-    """The same from a norm, into three layers of different weights."""
+    """The same after a norm, into three layers with different weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -643,13 +643,13 @@ def test_applies_custom_configuration_to_selected_layers(model: Transformer) -> 
     covered = coverage(apply_int8_quant(model, mode="w8", quant_config=config))
     assert covered.mode == "custom"
     assert [layer.name for layer in covered.converted] == CONVERTED
-    # The configuration counts, not the mode.
+    # The configuration takes precedence over the mode.
     assert model.mlp.fc1.weight.act_quant_kwargs is not None
 
 
 @dataclass
 class Partly(AOBaseConfig):
-    """Quantizes square weights only, to a tensor with or without a place for the scale."""
+    """Quantize only square weights, to a tensor that may or may not store the scale."""
 
     scales: bool = True
 
@@ -732,7 +732,7 @@ def test_rejects_fqn_to_config_that_names_no_layer(model: Transformer) -> None:
     assert str(caught.value).endswith("left out because: not named by FqnToConfig")
 
 
-# -- weight-only products -----------------------------------------------------------------------
+# -- weight-only matmuls ------------------------------------------------------------------------
 
 
 def dequantized(weight: Int8Tensor) -> DequantizedInt8Weight:
@@ -787,7 +787,7 @@ def test_dequantized_matmul_compiles_to_a_library_matmul() -> None:
 
 
 def lowered(model: nn.Module, layers: tuple[Layer, ...] | None = None) -> list[Layer]:
-    """Lower a quantized model, which on the CPU nothing does by itself."""
+    """Lower a quantized model, which does not happen automatically on the CPU."""
     return lower(model, coverage(model).layers if layers is None else layers)
 
 
@@ -799,7 +799,7 @@ def test_lowers_with_torchao_values(model: Transformer, batch: torch.Tensor) -> 
         expected = model(batch)
         told = lowered(model)
         assert [layer.name for layer in told if layer.fused] == CONVERTED
-        # Values at half between two levels may go to the other one.
+        # Values halfway between two levels may round to the other one.
         assert sqnr_db(expected, model(batch)) > 40
     for name in CONVERTED:
         layer = model.get_submodule(name)
@@ -819,7 +819,7 @@ def test_a_lowered_model_is_quantized_and_covered(model: Transformer) -> None:
     lowered(model)
     with pytest.raises(QuantizationError, match=r"^the model is already quantized \(attn\.q is\)$"):
         apply_int8_quant(model)
-    found = coverage(copy.deepcopy(model))  # as of a model that came from elsewhere
+    found = coverage(copy.deepcopy(model))  # as in a model quantized elsewhere
     assert [layer.name for layer in found.fused] == CONVERTED
     assert found.backend == "fused"
 
@@ -958,7 +958,7 @@ def test_unsupported_layer_says_why(change: Callable[[Any], None], reason: str) 
 
 
 def test_does_not_lower_layers_of_torchs_encoder_layer() -> None:
-    # It reads their weights itself.
+    # The encoder layer reads their weights itself.
     model: Any = nn.TransformerEncoderLayer(DIM, 4, batch_first=True).eval().requires_grad_(False)
     apply_int8_quant(model)
     told = {layer.name: layer for layer in lowered(model)}
@@ -1046,7 +1046,7 @@ def test_fused_backend_needs_a_supported_layer(
 
 
 def joined_products(model: nn.Module, inputs: Any) -> list[int]:
-    """Return how many layers each product of the compiled model is, and check its outputs."""
+    """Return the number of layers in each matmul of the compiled model, and check its outputs."""
     found: list[int] = []
 
     def backend(module: Any, example: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Layers whose weights cannot be quantized, and errors, which leave the model as it was."""
+"""Test layers whose weights cannot be quantized, and errors, which leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_model_with_only_computed_weights_is_explained() -> None:
 
 
 class Failing(AOBaseConfig):
-    """Quantizes one layer and fails at the next."""
+    """Quantize one layer and fail at the next."""
 
 
 _failing: list[nn.Module] = []
@@ -167,7 +167,7 @@ ERRORS: dict[str, dict[str, Any]] = {
 
 
 def state(model: nn.Module) -> list[Any]:
-    """Return what a model is made of, by identity."""
+    """Return the parts of a model by identity."""
     return [
         (name, type(module), sorted(vars(module)), [id(part) for part in held])
         for name, module in model.named_modules()
@@ -199,4 +199,4 @@ def test_errors_leave_the_model_unchanged(kind: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(model(x), output)
     assert repr(model) == repr(made()) or kind == "fuse"
     assert not coverage(model).converted
-    apply_int8_quant(model, filter_fn=any_layer)  # nothing stands in its way
+    apply_int8_quant(model, filter_fn=any_layer)  # nothing prevents it now

@@ -1,4 +1,4 @@
-"""The default filter on models as other people build them, and what it leaves out."""
+"""Test which layers the default filter excludes from real-world models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from toys.survey import Surveyed, hf_model, numbers_as_n, survey
 
 
 def left_out(model: nn.Module) -> set[str]:
-    """Return the linear layers that the default filter leaves out, with numbers as N."""
+    """Return the linear layers that the default filter excludes, with numbers as N."""
     found = survey(model)
     return {numbers_as_n(name) for name in found.linears - found.taken}
 

@@ -1,4 +1,4 @@
-"""What quantization left out of repeated blocks, and weights that are not in nn.Linear."""
+"""Test reports of unquantized layers in repeated blocks, and of weights outside nn.Linear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization modes: those of the package, FP8, and one that a project brings."""
+"""Test quantization modes: built-in ones, FP8, and one registered by a project."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_target_must_be_the_mode_of_that_name() -> None:
 
 
 def _constants(path: Path) -> Iterator[str]:
-    """Yield the strings of a file that name a mode, docstrings aside."""
+    """Yield the strings of a file that name a mode, except docstrings."""
     tree = ast.parse(path.read_text())
     docstrings = {
         id(node.value)
@@ -262,7 +262,7 @@ def test_rejects_fp8_on_unsupported_devices() -> None:
 
 @pytest.fixture
 def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU can store and multiply FP8, slowly."""
+    """Allow FP8 on the CPU, which can store and multiply it slowly."""
     monkeypatch.setattr(
         "torchao.quantization.quant_api._check_hardware_support", lambda granularity: None
     )
@@ -411,7 +411,7 @@ TOY = "cpu_bf16_int8_toy_off_bs4"
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A project that registers a mode in its conftest."""
+    """Return a project that registers a mode in its conftest."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
@@ -441,7 +441,7 @@ def test_registered_mode_is_measured_and_judged(
     assert [(v.run_name, v.outcome) for v in saved.accuracy] == [(TOY, "PASS")]
     assert TOY in json.dumps(json.loads(path.read_text())["benchmarks"])
 
-    # Here the mode is not registered: reading does not need it.
+    # The mode is not registered here, because reading does not need it.
     again = path.with_name("again.json")
     again.write_text(path.read_text())
     assert main(["compare", str(path), str(again)]) == 0

@@ -1,4 +1,4 @@
-"""plan_smoothing: what it measures, which layers share a scale, and that nothing else changes."""
+"""Test plan_smoothing: what it observes, which layers share a scale, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIM, LENGTH = 32, 6
 
 
 class Block(nn.Module):
-    """A transformer block; ``pre`` says whether norms come before or after the residual sum."""
+    """A transformer block with norms before (``pre``) or after the residual sum."""
 
     def __init__(self, *, pre: bool = True, fused: bool = False) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """Return ``model`` with weights, biases and norms that are all different, and outliers."""
+    """Return ``model`` with distinct weights, biases and norms, and with outliers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,7 +192,7 @@ def test_layers_of_one_input_share_a_scale_from_their_largest_weights(pre: bool)
 
 
 class Reads(nn.Module):
-    """Two layers, and what they read."""
+    """Two layers whose inputs ``use`` determines."""
 
     def __init__(self, use: Callable[..., Any]) -> None:
         super().__init__()
@@ -246,21 +246,21 @@ def test_other_layers_have_separate_scales(use: Callable[..., Any], other: str) 
 
 
 def test_distinguishes_tensors_at_reused_addresses() -> None:
-    """CPython gives a later tensor the memory, and with it the id, of one that was freed."""
+    """CPython may reuse the memory, and so the id, of a freed tensor."""
     ids: list[int] = []
 
     def use(model: Any, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         for layer in (model.fc, model.other):
             fresh, others = h + 1, []
             while ids and id(fresh) != ids[0] and len(others) < 10_000:
-                others.append(fresh)  # kept, so that the next one takes other memory
+                others.append(fresh)  # kept, so that the next one uses other memory
                 fresh = h + 1
             ids.append(id(fresh))
             layer(fresh)
             del fresh, others
         return h
 
-    for _ in range(20):  # something else may have taken the memory
+    for _ in range(20):  # something else may have reused the memory
         ids.clear()
         smoothing = plan(prepared(Reads(use)), ["fc", "other"], batches()[:1])
         if len(set(ids)) == 1:
@@ -298,7 +298,7 @@ def test_olmoearth_encoder_shares_scales_of_q_k_and_v() -> None:
     assert torch.equal(after, before)
 
 
-# -- what is measured ---------------------------------------------------------------------------
+# -- observation --------------------------------------------------------------------------------
 
 
 def layer(features: int = DIM, weight: float = 1.0) -> nn.Module:
@@ -395,7 +395,7 @@ def test_scales_are_kept_within_bounds() -> None:
     assert scale.tolist() == [2**MAX_EXPONENT, 2**-MAX_EXPONENT, 1]
 
 
-# -- what is refused, and what is left behind ---------------------------------------------------
+# -- errors and side effects --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""W8 layers in plain tensors: their numbers, what joins them in a graph, and what becomes one."""
+"""Test W8 layers in plain tensors: their values, and how graphs join them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _seeded() -> None:
 
 
 def weight_only(model: nn.Module) -> Any:
-    """Quantize a model to W8, and have it dequantize whole weights, as on CUDA."""
+    """Quantize a model to W8 and make it dequantize whole weights, as on CUDA."""
     apply_int8_quant(model.eval().requires_grad_(False), mode="w8")
     if next(model.parameters()).device.type == "cpu":
         dequantize(model, coverage(model).layers)
@@ -138,7 +138,7 @@ def test_one_launch_dequantizes_several_weights(
         exact = weight.double() * scale.double()[:, None]
         assert (out.dtype, out.shape) == (dtype, weight.shape)
         assert out.is_contiguous()
-        # The interpreter rounds to a shorter dtype towards zero.
+        # The interpreter rounds to shorter dtypes towards zero.
         assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
 
 
@@ -228,8 +228,8 @@ def test_does_not_replace_unquantized_layers() -> None:
 
 
 def calls(part: fx.GraphModule) -> Counter[str]:
-    """Count products by the layers they stand for and by what dequantizes their weights, and passes
-    by the weights they dequantize."""
+    """Count matmuls by number of layers and by what dequantizes their weights, and dequantization
+    passes by number of weights."""
     assert not part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZED)
     found: Counter[str] = Counter()
     for node in part.graph.find_nodes(op="call_function", target=F.linear):
@@ -243,7 +243,7 @@ def calls(part: fx.GraphModule) -> Counter[str]:
 
 
 def joined(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
-    """Return what is in the graph of a model, and compare its numbers with eager ones."""
+    """Return the content of a model's graph, and compare its values with eager ones."""
     parts: list[fx.GraphModule] = []
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -386,7 +386,7 @@ def test_repeated_blocks_compile_once_to_library_matmuls() -> None:
 
 
 class Pair(nn.Module):
-    """Returns columns of a joined product."""
+    """Return columns of a joined matmul."""
 
     def __init__(self) -> None:
         super().__init__()

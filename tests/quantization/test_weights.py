@@ -1,4 +1,4 @@
-"""Every reader of a quantized weight gets the right values, on every backend."""
+"""Every reader of a quantized weight gets the correct values on every backend."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_may_quantize_parts_of_torchs_attention(
 
 
 class Attention(nn.Module):
-    """Reads one weight itself, as timm's Eva and SwinV2 do."""
+    """Read one weight directly, like timm's Eva and SwinV2."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Limits that keep the package readable: the lines of a file, and those of a function."""
+"""Limit the lines of files and functions, to keep the package readable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_too_long_names_files_and_functions() -> None:
 
 
 def test_no_file_and_no_function_is_too_long() -> None:
-    """Triton kernels aside, which cannot be split at will."""
+    """Triton kernels are exempt, because they cannot be split freely."""
     paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     found = [
         line

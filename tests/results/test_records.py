@@ -166,7 +166,7 @@ def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
     why = re.escape(f"{name} must be a batch's count divided by batch_time_s (0.01), got {rate}")
     with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
         Result.from_dict({**MEASURED.to_dict(), name: rate, "batch_time_s": 0.01})
-    assert getattr(result_of(**{name: rate}), name) == rate  # without a time, who knows
+    assert getattr(result_of(**{name: rate}), name) == rate  # unknown without a time
 
 
 @pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
@@ -264,7 +264,7 @@ def journal_path(tmp_path: Path) -> Path:
 
 
 def refused(path: Path) -> str:
-    """Return what is said about ``path``, without its name."""
+    """Return the error about ``path`` without its name."""
     with pytest.raises(SchemaError) as info:
         read(path)
     message = str(info.value)
