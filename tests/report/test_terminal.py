@@ -52,7 +52,7 @@ def lines_of(
     color: bool = False,
     environment: dict[str, Any] = CPU,
 ) -> list[str]:
-    """Return the lines with each run of spaces made one."""
+    """Return the lines with each run of spaces collapsed."""
     text = render(Saved(environment, list(results), []), width=width, color=color)
     assert text.endswith("\n")
     return [" ".join(line.split()) for line in text.splitlines()]
@@ -368,7 +368,7 @@ ADDED = "feeding adds {} ms to each batch"
                 "the loader (the main process)"
             ),
         ),
-        # Loading without workers, beside what the device has to do.
+        # Loading runs without workers, in addition to the device's work.
         (
             0.0015,
             0.03,

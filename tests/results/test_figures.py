@@ -31,7 +31,7 @@ from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result, Saved
 from toys.results import BASE, environment, result
 
-#: The slowest rounds over the median one, of fields that results have had for long.
+#: The slowest rounds relative to the median one, from long-standing fields of results.
 TOY = """
 Figure(
     field="tail_ratio",

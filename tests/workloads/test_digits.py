@@ -1,4 +1,4 @@
-"""The workload of handwritten digits, and the script that trains its weights."""
+"""Test the handwritten-digits workload, and the script that trains its weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKLOAD = digits.digits()
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Products this small gain nothing from more, and lose much on a busy machine."""
+    """Use one thread: small matmuls gain nothing from more and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    """The module that trains the weights."""
+    """Return the module that trains the weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         yield importlib.import_module("train_digits")
@@ -56,7 +56,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def right_of(count: str) -> int:
-    """Return the number of images that a header's count, such as 793/797, says are right."""
+    """Return the number of correct images in a header's count such as 793/797."""
     return int(count.partition("/")[0])
 
 
@@ -144,7 +144,7 @@ def test_scores_mark_correct_images() -> None:
     def forward(images: torch.Tensor) -> torch.Tensor:
         logits = nn.functional.one_hot(labels, 10).float()
         logits[0] = logits[0].roll(1)
-        logits[torch.nonzero(labels == 0)[0]] = torch.nan  # argmax would say 0
+        logits[torch.nonzero(labels == 0)[0]] = torch.nan  # argmax would give 0
         return logits
 
     _, scores = WORKLOAD.evaluation.scores(forward)
@@ -157,7 +157,7 @@ def test_default_filter_selects_attention_and_mlp() -> None:
     chosen = {name for name, part in model.named_modules() if is_transformer_linear(part, name)}
     leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert chosen == {f"blocks.{n}.{leaf}" for n in range(4) for leaf in leaves}
-    for name in chosen:  # what CUDA's INT8 product takes
+    for name in chosen:  # supported by CUDA's INT8 matmul
         linear: Any = model.get_submodule(name)
         assert linear.in_features % 8 == linear.out_features % 8 == 0
 
@@ -239,7 +239,7 @@ def test_shipped_weights_have_the_accuracy_in_their_header(script: Any) -> None:
     for split in ("selection", "certification"):
         recorded = header[f"right.{split}"]
         assert found[split].partition("/")[2] == recorded.partition("/")[2]
-        # On another CPU an image on the border may fall to the other side.
+        # On another CPU, a borderline image may be classified differently.
         assert right_of(found[split]) >= right_of(recorded) - 1
 
 
@@ -251,7 +251,7 @@ def test_shipped_weights_come_from_the_training_script(script: Any) -> None:
 
 
 def spoil(kind: str, path: Path) -> str:
-    """Write a file that is no file of trained weights; return what must be said of it."""
+    """Write a file that is not a valid weights file; return the expected error."""
     whole, header = digits.WEIGHTS.read_bytes(), header_of(digits.WEIGHTS)
     weights = shipped()
     damaged = "must be a file of torch.save or safetensors: it is damaged, or something else"

@@ -1,4 +1,4 @@
-"""A workload of another distribution, from its entry point to all that people read."""
+"""Test a workload of another distribution, from its entry point to all outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMOKE = (
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with a test and an installed distribution; nothing else mentions the workload."""
+    """Return a project with a test and an installed distribution that offers the workload."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = installed\naddopts = {without}\n")

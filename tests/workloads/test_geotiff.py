@@ -1,4 +1,4 @@
-"""Folders of labelled GeoTIFFs."""
+"""Test folders of labelled GeoTIFFs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTS = {"Forest": 20, "River": 40}
 
 
 def write(path: Path, *, height: int = 6, width: int = 6, bands: int = 13, value: int = 0) -> None:
-    """An image whose pixels say band, row and column: 1000 x band + 10 x row + column + value."""
+    """Write an image with pixels 1000 x band + 10 x row + column + value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     band, row, column = np.indices((bands, height, width))
     pixels = (1000 * band + 10 * row + column + value).astype(np.uint16)
@@ -45,7 +45,7 @@ def fill(folder: Path, counts: dict[str, int]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = fill(tmp_path_factory.mktemp("images"), COUNTS)
-    # What is no image, and no class.
+    # Neither an image nor a class.
     (folder / "README.txt").write_text("about")
     (folder / "River" / "notes.txt").write_text("about")
     (folder / "empty").mkdir()
@@ -74,7 +74,7 @@ def test_crops_images_around_the_centre(folder: Path, size: int) -> None:
     assert pixels.shape == (2, size, size, 12)
     start = (6 - size) // 2
     rows, columns = np.indices((size, size)) + start
-    band = pixels[..., BANDS.index("B01")]  # the first of the file
+    band = pixels[..., BANDS.index("B01")]  # the first one in the file
     assert band[0].tolist() == (10 * rows + columns).tolist()
     assert band[1].tolist() == (10 * rows + columns + 2).tolist()
 
@@ -87,7 +87,7 @@ def test_splits_are_disjoint_stratified_and_reproducible(folder: Path) -> None:
     assert per_class == {"train": [6, 12], "selection": [3, 6], "certification": [11, 22]}
     for name, positions in splits.items():
         assert find_images(folder).split(name).tolist() == positions.tolist()
-        # Calibration takes the first few: they must not be all of one class.
+        # Calibration uses the first few images, which must not all belong to one class.
         assert sorted(positions) != positions.tolist()
 
 
@@ -201,7 +201,7 @@ VRT_BAND = """<VRTRasterBand dataType="UInt16" band="{band}"><SimpleSource>
 
 
 def refused(folder: Path, replaced: Path) -> str:
-    """Return the error of reading all images after one was replaced."""
+    """Return the error of reading all images after replacing one."""
     with pytest.raises(WorkloadError) as caught:
         find_images(folder).read(range(2 * LEAST_IMAGES), 6)
     message = str(caught.value)
@@ -220,20 +220,20 @@ def test_vrt_named_tif_reads_no_other_file(
     path = small / "Forest" / f"Forest_{index:02}.tif"
     bands = "".join(VRT_BAND.format(band=band + 1, source=other) for band in range(13))
     path.write_text(VRT.format(bands=bands))
-    with rasterio.open(path) as file:  # GDAL alone would take it
+    with rasterio.open(path) as file:  # GDAL alone would accept it
         assert file.driver == "VRT"
     assert "cannot be read: " in refused(small, path)
 
 
 def test_ignores_sidecar_files(small: Path) -> None:
     image = small / "Forest" / "Forest_00.tif"
-    Path(f"{image}.aux.xml").write_text("<PAMDataset><Metadata>")  # GDAL warns of what it reads
+    Path(f"{image}.aux.xml").write_text("<PAMDataset><Metadata>")  # GDAL warns about files it reads
     Path(f"{image}.ovr").write_text(VRT.format(bands=""))
     assert find_images(small).read([0], 6).shape == (1, 6, 6, 12)
 
 
 def sparse(path: Path, side: int, **options: object) -> None:
-    """A file of a few kilobytes that claims side x side pixels."""
+    """Write a file of a few kilobytes that claims side x side pixels."""
     with (
         warnings.catch_warnings(action="ignore"),
         rasterio.open(

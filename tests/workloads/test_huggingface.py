@@ -1,4 +1,4 @@
-"""Encoders of transformers by name."""
+"""Test encoders of transformers by name."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_are_one_region(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the installed transformers, as Dynamo traces them: no code is compiled."""
+    """Check the layers of the installed transformers as traced by Dynamo, without compiling."""
     graphs: list[torch.fx.GraphModule] = []
 
     def trace(self: Any, graph: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def test_layers_are_one_region(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     compiled = compile_for_a100(loaded.build(seen).eval(), mode="default", attention="math")
     compiled(**loaded.inputs(seen, CPU))
     regions = [child for child, _ in graphs[-1].named_children() if "subgraph" in child]
-    if name == "t5":  # a layer returns the bias that it was given
+    if name == "t5":  # a layer returns the bias that it received
         assert (compiled.regions, len(regions)) == (0, 0)
         assert "alias" in str(compiled.regions_refused)
     else:
@@ -208,7 +208,7 @@ def test_random_weights_repeat_and_int8_covers_them() -> None:
 
 @pytest.mark.parametrize("weights", ["hub", "folder", "file"])
 def test_weights_come_from_a_folder_or_a_file(bert_folder: Path, weights: str) -> None:
-    # A local folder stands in for a repository of the hub: transformers reads both alike.
+    # A local folder replaces a hub repository, because transformers reads both the same way.
     loaded = workload("bert", bert_folder.parent)
     assert loaded.axes["max_position_embeddings"] == loaded.axes["sequence_length"] == 48
     source = {"hub": "hub", "folder": bert_folder, "file": bert_folder / "model.safetensors"}
@@ -286,7 +286,7 @@ def test_reports_damaged_folder_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_compiled_attention_drops_full_mask(name: str, extra: dict[str, Any], masked: bool) -> None:
-    """Flash attention on CUDA takes none."""
+    """Flash attention on CUDA does not support masks."""
     loaded = workload(name)
     fields = {key: value for key, value in SMALL.items() if key != "vocab_size"}
     seen = loaded.with_axes(
@@ -410,7 +410,7 @@ def test_supports_transformers_models_in_user_workloads(dtype: torch.dtype) -> N
     assert {t.dtype for t in tensors_in(whole.eager).values()} == {torch.float32}
 
 
-# -- models that bring code --------------------------------------------------------------------
+# -- models with custom code -------------------------------------------------------------------
 
 OWN_CODE = """
 from pathlib import Path
@@ -427,7 +427,7 @@ class OwnModel(BertModel):
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
-    """A model whose classes are in a file of its folder, which leaves a mark when it runs."""
+    """Return a model folder with a Python file that leaves a mark when it runs."""
     folder = tmp_path / "own"
     folder.mkdir()
     classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
@@ -446,7 +446,7 @@ def test_does_not_run_code_of_a_model(
     own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     monkeypatch.setattr("builtins.input", no_questions)
-    if known:  # transformers knows the configuration, but no model for it
+    if known:  # transformers has the configuration but no model for it
         path = own_folder / "config.json"
         values = json.loads(path.read_text())
         del values["auto_map"]["AutoConfig"]

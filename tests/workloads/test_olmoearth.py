@@ -1,4 +1,4 @@
-"""The workload of OlmoEarth encoders."""
+"""Test the workload of OlmoEarth encoders."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_bf16_is_close_to_fp32(workload: Workload) -> None:
     half = ModelPool().get(workload, SMALL)
     full = ModelPool().get(workload, SMALL.replace(bf16=False))
     assert half.eager.encoder.blocks[0].attn.q.weight.dtype == torch.bfloat16
-    # The inputs themselves depend on the dtype that they are drawn in (torch 2.11).
+    # The inputs depend on the dtype that they are drawn in (torch 2.11).
     inputs = (x.float() if x.is_floating_point() else x for x in half.fresh_inputs())
     reference = full.compiled(*inputs)["sentinel2_l2a"]
     assert reference.dtype == torch.float32
@@ -223,7 +223,7 @@ V12 = SMALL.replace(model_version="v1.2")
 
 @pytest.fixture
 def pretrained(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """A whole model as the package builds it, its weights other than the seeded ones, and its
+    """Return a model as the package builds it, with weights unlike the seeded ones, and its
     configuration."""
     configs = []
     original = LatentMIMConfig.build
@@ -424,7 +424,7 @@ def test_scenes_have_the_layout_of_measured_inputs(workload: Workload) -> None:
     ):
         assert mine.shape == measured.shape
         assert mine.is_contiguous()
-        # Only floating inputs are cast.
+        # Only floating-point inputs are cast.
         assert mine.dtype == measured.dtype or mine.is_floating_point()
 
 
@@ -454,7 +454,7 @@ def test_workloads_of_the_same_images_are_equal() -> None:
     pool, params = ModelPool(), SMALL.replace(int8_enabled=True)
 
     def keys(path: Path | None) -> Any:
-        # Calibration is part of the candidate's.
+        # Calibration identifies the candidate's workload.
         workload = olmoearth(path)
         return pool.key(workload, params), part_key(workload.evaluation)
 

@@ -1,4 +1,4 @@
-"""Frozen embeddings judged by a kNN and a linear probe."""
+"""Test judging frozen embeddings by kNN and a linear probe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {"train": 45, "selection": 18, "certification": 30}
 
 
 def samples(name: str, spread: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and embeddings around one corner for each class."""
+    """Return labels, and embeddings around one corner per class."""
     rng = np.random.default_rng(list(SIZES).index(name))
     labels = np.arange(SIZES[name]) % CLASSES
     return labels, np.eye(DIMENSIONS)[labels] + rng.normal(0, spread, (len(labels), DIMENSIONS))
@@ -36,7 +36,7 @@ def split(name: str, spread: float = 0.1) -> Split:
 
 
 class Encoder:
-    """A forward that embeds a sample as what ``change`` makes of it."""
+    """A forward that embeds samples by applying ``change``."""
 
     def __init__(self, change: Callable[[Any], Any] = lambda points: points) -> None:
         self.change = change
@@ -80,7 +80,7 @@ def test_separable_classes_score_well(index: int) -> None:
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
 def test_candidate_uses_the_probe_of_the_baseline(index: int) -> None:
-    # A candidate that swaps classes tells them apart just as well: only fitted anew, it passes.
+    # A candidate that swaps classes separates them equally well, so it passes only if refitted.
     swapped = Encoder(lambda points: points[:, [1, 2, 0, 3, 4, 5]])
     assert accuracy(evaluations()[index], Encoder(), swapped) == 0.0
     assert accuracy(evaluations()[index], swapped, swapped) == 1.0
@@ -101,7 +101,7 @@ def test_result_does_not_depend_on_scale_of_a_dimension(exponents: list[int], sh
     scaled = Encoder(lambda points: points * 2.0 ** np.array(exponents) + shift)
     plain = Encoder()
     for index in (0, 1):
-        # With a spread at which some are wrong.
+        # The spread is large enough for some errors.
         expected = accuracy(evaluations(0.4)[index], plain, plain)
         assert 0.5 < expected < 1.0
         assert accuracy(evaluations(0.4)[index], scaled, scaled) == pytest.approx(
@@ -194,7 +194,7 @@ def test_needs_one_embedding_per_label(kept: int) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_embeddings_must_be_finite(value: float) -> None:
     def broken(points: np.ndarray) -> np.ndarray:
-        # All numbers of one sample of each batch: counted are samples.
+        # All values of one sample in each batch are bad: samples are counted, not values.
         return np.concatenate([np.full((1, DIMENSIONS), value), points[1:]])
 
     evaluation = evaluations()[1]

@@ -1,4 +1,4 @@
-"""Workloads and callables by name."""
+"""Test loading workloads and callables by name."""
 
 from __future__ import annotations
 
@@ -149,11 +149,11 @@ def test_rejects_fields_that_a_library_ignores() -> None:
     ("workload", "name"),
     [
         ("olmoearth", "nano_cpu_bf16_s2_is16_ps4_ts12_bs4"),
-        # These certainly do not read OlmoEarth's fields ...
+        # These are known to ignore OlmoEarth's fields ...
         ("digits", "cpu_bf16_bs4"),
         ("timm:vit_base", "cpu_bf16_bs4"),
         ("hf:bert", "cpu_bf16_bs4"),
-        # ... and of these nobody knows.
+        # ... and these may read them.
         ("a.b:c", "cpu_bf16_is16_bs4_model_size-nano"),
         ("toy.py:make", "cpu_bf16_is16_bs4_model_size-nano"),
         (None, "cpu_bf16_is16_bs4_model_size-nano"),
@@ -199,7 +199,7 @@ FORMS = "module:callable or path.py:callable"
 
 
 def install(folder: Path, distribution: str, **points: str) -> None:
-    """Make a distribution that offers workloads, as pip leaves it behind."""
+    """Create a distribution that offers workloads, as pip installs it."""
     info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -272,7 +272,8 @@ for name in {names!r}:
     check_workload_name(name)
 print([name for name in {heavy!r} if name in sys.modules])
 """
-    command = [sys.executable, "-S", "-c", code]  # site-packages hold .pth files, which import too
+    # Without -S, .pth files in site-packages could import modules.
+    command = [sys.executable, "-S", "-c", code]
     root = str(PACKAGE.parents[1])
     done = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": root}, check=False
@@ -280,7 +281,7 @@ print([name for name in {heavy!r} if name in sys.modules])
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-# -- files outside the path of imports ----------------------------------------------------------
+# -- files outside the import path --------------------------------------------------------------
 
 OWN_FILE = """
 import torch
@@ -301,13 +302,13 @@ def make():
 
 @pytest.mark.parametrize("file", ["queue.py", "my-model.v2.py"])
 def test_model_from_a_file_compiles(tmp_path: Path, file: str) -> None:
-    (tmp_path / file).write_text(OWN_FILE)  # no other module may be taken for it
+    (tmp_path / file).write_text(OWN_FILE)  # no other module may be mistaken for it
     model = load_object(f"{file}:make", tmp_path)()
     x = torch.randn(3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
     assert importlib.import_module("queue").__file__ != str(tmp_path / file)
-    module = importlib.import_module(type(model).__module__)  # as Dynamo does
+    module = importlib.import_module(type(model).__module__)  # like Dynamo
     assert module.__file__ == str(tmp_path / file)
 
 

@@ -1,4 +1,4 @@
-"""Generated scenes."""
+"""Test generated scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIATION = (
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scenes of which nothing but the parcels is random."""
+    """Make only the parcels of scenes random."""
     for name in VARIATION:
         monkeypatch.setattr(scenes, name, 0.0)
     monkeypatch.setattr(
@@ -59,14 +59,14 @@ def test_scenes_do_not_depend_on_batching(indices: list[int], split: str) -> Non
 
 
 def test_scenes_are_distinct() -> None:
-    # Of one class, so that only what is random tells them apart.
+    # All of one class, so that only randomness distinguishes them.
     every = [scene_batch(range(0, 50, 10), split, 8, 1) for split in scenes.SIZES]
     for one, two in itertools.combinations(torch.cat(every), 2):
         assert not torch.equal(one, two)
 
 
 def test_first_scene_is_unchanged() -> None:
-    # Published accuracies are of these scenes: a change of them is to be on purpose.
+    # Published accuracies use these scenes, so they must not change by accident.
     pixels = scene_batch([0], "certification", 8, 1)[0, 0, 0, 0]
     assert pixels.round().int().tolist() == [
         603,
@@ -116,7 +116,7 @@ def test_months_increase(num_timesteps: int) -> None:
 @pytest.mark.parametrize("image_size", [4, 5, 6, 8, 16, 30])
 def test_the_class_covers_most_of_its_scene(image_size: int) -> None:
     batch = scene_batch(range(200), "train", image_size, 1)
-    # Without variation, all that is of a class looks the same.
+    # Without variation, all areas of a class look the same.
     own = torch.stack([spectrum(name, 1) for name in CLASSES])[torch.from_numpy(labels(200))]
     share = (batch == own[:, None, None]).all(-1).all(-1).float().mean((1, 2))
     assert share.min() > 0.5
@@ -136,7 +136,7 @@ def test_crops_have_seasons() -> None:
 
 
 def spectrum(name: str, num_timesteps: int) -> torch.Tensor:
-    """(timesteps, bands) of a scene that is all of one class, without variation."""
+    """Return (timesteps, bands) of a scene that is entirely of one class, without variation."""
     for index in range(CLASSES.index(name), 1000, len(CLASSES)):
         pixels = scene_batch([index], "train", 4, num_timesteps)[0].flatten(0, 1)
         if bool((pixels == pixels[0]).all()):
@@ -151,8 +151,8 @@ def ndvi(pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_timesteps", [1, 3, 6])
 def test_scenes_are_neither_easy_nor_too_hard(num_timesteps: int) -> None:
-    # The means of whole scenes, without pixel noise and parcels smaller than a patch: nothing
-    # that an encoder sees says more about the class.
+    # Means of whole scenes, without pixel noise and parcels smaller than a patch, are the best
+    # information about the class that an encoder can see.
     def means(split: str, count: int) -> np.ndarray:
         starts = range(0, count, 100)
         parts = [scene_batch(range(s, s + 100), split, 8, num_timesteps) for s in starts]

@@ -1,4 +1,4 @@
-"""Models of timm by name. Skipped where timm, or the torchvision it needs, cannot be imported."""
+"""Test timm models by name. Skipped if timm or its torchvision cannot be imported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pytest_int8bench.workloads.registry import load_workload
 
 @pytest.fixture(scope="module", autouse=True)
 def _timm() -> None:
-    """Skip without timm. It is not imported when tests are collected, which takes five seconds."""
+    """Skip without timm, which takes five seconds to import, so collecting does not import it."""
     try:
         importlib.import_module("timm")
     except (
         ImportError,
         RuntimeError,
-    ) as error:  # torchvision for another torch raises RuntimeError
+    ) as error:  # torchvision built for another torch raises RuntimeError
         pytest.skip(f"timm cannot be imported: {error}")
 
 

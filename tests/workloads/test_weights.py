@@ -1,4 +1,4 @@
-"""Weights from files and hubs, and what does not fit."""
+"""Test weights from files and hubs, and mismatched weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a workload may be called."""
+"""Test which names a workload may have."""
 
 from __future__ import annotations
 

@@ -555,7 +555,7 @@ def test_user_texts_are_escaped_in_html() -> None:
     assert "<script>alert" not in text
     assert one_line(HOSTILE) in found.texts
     assert json.loads(found.data)["charts"]
-    text.encode()  # half a character of a file name is none
+    text.encode()  # half a character in a file name is invalid
 
 
 def test_user_texts_are_escaped_in_markdown() -> None:
