@@ -1,4 +1,4 @@
-"""What every test needs."""
+"""Set up the interpreter, signals and fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: more threads of torch would wait for each other.
+    # Workers share the cores, so more torch threads would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What is started in the background, or by nohup, ignores these, and so would the processes that
-# tests start and interrupt.
+# Background jobs and nohup ignore these signals, and the processes that tests start and
+# interrupt would inherit that.
 for _number, _handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -33,26 +33,26 @@ for _number, _handler in (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before the tests' modules, which pytest's importlib mode leaves in sys.modules where it began
-    # to import them: pickle names torch's constants after the first module that has ``torch``, and
-    # the key of a compile cache holds that name. The controller of pytest-xdist runs no test.
+    # Import torch before the test modules, because sys.modules keeps the order in which imports
+    # start: pickle names torch's constants after the first module that has a ``torch``
+    # attribute, and compile cache keys contain that name. The xdist controller runs no tests.
     if getattr(config.option, "dist", "no") == "no":
         importlib.import_module("torch")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _frozen() -> Iterator[None]:
-    """The collector, which models that are dropped call each time, leaves torch and the tests out:
-    half a million objects that stay."""
+    """Keep torch and the tests, half a million permanent objects, out of garbage collection, which
+    runs each time a model is dropped."""
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()  # what stays at the end would be reported as leaked
+    gc.unfreeze()  # frozen objects would be reported as leaks at exit
 
 
 @pytest.fixture(autouse=True)
 def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions that a test starts are not workers of pytest-xdist, whoever runs the test."""
+    """Hide pytest-xdist's variables, so that sessions started by tests are not workers."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)
 
@@ -68,7 +68,7 @@ def _template() -> Iterator[Template]:
 def forked(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Sessions that ``pytester`` starts have torch loaded already, where no GPU forbids to fork."""
+    """Fork ``pytester`` sessions from a process with torch loaded, unless there is a GPU."""
     if not Path("/dev/nvidiactl").exists() and hasattr(os, "fork"):
         template = request.getfixturevalue("_template")
         monkeypatch.setattr(pytester, "popen", popen_for(template, pytester.popen))

@@ -1,8 +1,8 @@
-"""Sessions of pytest as forks of a process that has torch loaded.
+"""Run pytest sessions as forks of a process that has already loaded torch.
 
 Loading torch, torchao and SciPy takes four seconds of CPU time, pytest and this package another
 half, as long as the rest of a short session. A fork has its own process id, environment, folder,
-outputs and exit status. What a session loads when is tested in processes of their own.
+outputs and exit status. Tests of what a session loads, and when, use separate processes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import IO, Any
 
 import pytest
 
-#: What takes long to load, and this package's modules that import the rest of it.
+#: Modules that are slow to load, and the modules of this package that import the others.
 LOADED = (
     *("torch", "torch._dynamo", "torchao.quantization", "scipy.stats"),
     *("pytest_int8bench.accuracy.guardrail", "pytest_int8bench.gate.session"),
     *("pytest_int8bench.measure.point", "pytest_int8bench.plugin.calls"),
     "pytest_int8bench.report.terminal",
 )
-#: What a session that is told one of these does has no use for torch, and may show that.
+#: Sessions with one of these options do not need torch, and tests may check that.
 WITHOUT_TORCH = frozenset({"--collect-only", "--benchmark-skip"})
 
 
 class Template:
-    """The process that forks. It ends with its standard input, that is, with this process."""
+    """The process that forks. It ends when its standard input closes, so it ends with this one."""
 
     def __init__(self) -> None:
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -80,7 +80,7 @@ class Template:
 
 
 class Finished:
-    """What pytester asks of a process."""
+    """A finished process, with the methods that pytester calls."""
 
     stdin = None
 
@@ -92,7 +92,7 @@ class Finished:
 
 
 def popen_for(template: Template, popen: Any) -> Any:
-    """Return what starts sessions of pytest as forks, and all else through ``popen``."""
+    """Return a popen that runs pytest sessions as forks and everything else through ``popen``."""
     pytest_command = [sys.executable, "-mpytest"]
 
     def start(cmdargs: tuple[str, ...], *, stdout: IO[str], stderr: IO[str], **more: Any) -> Any:
@@ -107,7 +107,7 @@ def popen_for(template: Template, popen: Any) -> Any:
 
 
 class _Loading:
-    """Loads modules as a session does, which rewrites the assertions of plugins."""
+    """Load modules like a session does, with assertions of plugins rewritten."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self) -> int:
@@ -123,7 +123,7 @@ def _serve() -> None:
     pytest.main(["--noconftest", f"-c{os.devnull}", *others], plugins=[_Loading()])
     sys.path[:] = path
     gc.collect()
-    gc.freeze()  # or each fork would copy what its collector looks at
+    gc.freeze()  # otherwise garbage collection in each fork would copy pages
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -155,7 +155,7 @@ def _session(
     except BaseException:
         traceback.print_exc()
     finally:
-        # Not by leaving the interpreter, which would take torch apart object by object.
+        # Skip interpreter shutdown, which would destroy torch object by object.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()

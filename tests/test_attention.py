@@ -1,4 +1,4 @@
-"""The table of attention backends: one is allowed at a time, and the one that ran is recognized."""
+"""Test the table of attention backends: allow one at a time, and recognize the one that ran."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def enabled() -> set[str]:
         ("cudnn", {"cudnn"}),
         ("efficient", {"efficient"}),
         ("math", {"math"}),
-        ("short", ALL),  # calls that our kernel does not take
+        ("short", ALL),  # calls that our kernel does not support
         ("auto", ALL),
     ],
 )
@@ -64,28 +64,28 @@ def test_flash_is_the_default() -> None:
     assert context.attention == "flash"
 
 
-def test_settings_from_outside_come_back() -> None:
+def test_restores_outer_settings() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlashSDPA("flash"):
             assert enabled() == {"flash"}
         assert enabled() == {"math"}
 
 
-def test_state_comes_back_after_an_exception() -> None:
+def test_restores_state_after_an_exception() -> None:
     before = enabled()
     with pytest.raises(KeyError), FlashSDPA("math"):
         raise KeyError
     assert enabled() == before
 
 
-def test_different_ones_nest() -> None:
+def test_contexts_nest() -> None:
     with FlashSDPA("flash"):
         with FlashSDPA("math"):
             assert enabled() == {"math"}
         assert enabled() == {"flash"}
 
 
-def test_one_object_may_be_entered_again_and_nested_in_itself() -> None:
+def test_context_is_reusable_and_reentrant() -> None:
     before = enabled()
     flash, math = FlashSDPA("flash"), FlashSDPA("math")
     for _ in range(2):
@@ -96,9 +96,9 @@ def test_one_object_may_be_entered_again_and_nested_in_itself() -> None:
         assert enabled() == before
 
 
-def test_a_backend_that_cannot_take_the_inputs_raises() -> None:
+def test_raises_if_the_backend_does_not_support_the_inputs() -> None:
     query = torch.randn(1, 2, 8, 16)
-    # On the CPU, flash attention does not take a mask that needs a gradient.
+    # On the CPU, flash attention does not support masks that require gradients.
     mask = torch.zeros(8, 8, requires_grad=True)
     assert scaled_dot_product_attention(query, query, query, mask).shape == query.shape
     with (
@@ -109,12 +109,12 @@ def test_a_backend_that_cannot_take_the_inputs_raises() -> None:
         scaled_dot_product_attention(query, query, query, mask)
 
 
-def test_every_name_that_parameters_take_has_backends() -> None:
+def test_every_attention_name_has_backends() -> None:
     assert all(sdpa_backends(name) for name in ATTENTION_BACKENDS)
 
 
 @pytest.mark.parametrize("make", [FlashSDPA, sdpa_backends])
-def test_an_unknown_backend_is_refused(make: type[FlashSDPA]) -> None:
+def test_rejects_unknown_backend(make: type[FlashSDPA]) -> None:
     message = "attention must be one of flash, cudnn, efficient, math, short, auto, got 'xformers'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make("xformers")
@@ -149,7 +149,7 @@ def test_an_unknown_backend_is_refused(make: type[FlashSDPA]) -> None:
         ("short", "int8bench::short_attention"),
     ],
 )
-def test_a_kernel_tells_its_backend(backend: str, kernel: str) -> None:
+def test_kernel_names_identify_backends(backend: str, kernel: str) -> None:
     others = ["nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "aten::addmm", "triton_poi_fused_gelu_0"]
     assert attention_kernel([*others, kernel]) == backend
 
@@ -157,38 +157,38 @@ def test_a_kernel_tells_its_backend(backend: str, kernel: str) -> None:
 @pytest.mark.parametrize(
     "kernel",
     [
-        "aten::scaled_dot_product_attention",  # the front of every backend
+        "aten::scaled_dot_product_attention",  # the entry point of every backend
         "aten::mm",
         "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN",
         "triton_red_fused_native_layer_norm_2",
-        # A head or a router has a softmax as well.
+        # Heads and routers also use softmax.
         "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, c10::BFloat16, float, 6>",
         "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>",
-        # Named after the operators they were fused around.
+        # Fused kernels are named after the surrounding operators.
         "triton_poi_fused__scaled_dot_product_flash_attention__to_copy_add_clone",
         "triton_poi_fused__scaled_dot_product_cudnn_attention_transpose_1",
         "triton_poi_fused__scaled_dot_product_efficient_attention_view_3",
         "triton_poi_fused_short_attention_view_3",
     ],
 )
-def test_a_kernel_that_is_no_attention_tells_nothing(kernel: str) -> None:
+def test_other_kernels_identify_no_backend(kernel: str) -> None:
     assert attention_kernel([kernel]) is None
 
 
-def test_our_kernels_are_told_before_those_of_calls_that_they_do_not_take() -> None:
+def test_our_kernels_take_precedence_over_other_attention_kernels() -> None:
     flash = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>"
     assert attention_kernel([flash, "short_attention"]) == "short"
     assert attention_kernel([flash, "short_attention", "int8_attention"]) == "int8"
 
 
-def test_no_kernels_tell_nothing() -> None:
+def test_no_kernels_identify_no_backend() -> None:
     assert attention_kernel([]) is None
 
 
 # -- the table ----------------------------------------------------------------------------------
 
 
-def test_the_table_and_the_names_that_parameters_take_agree() -> None:
+def test_table_matches_the_names_in_choices() -> None:
     assert (*BACKENDS, "auto") == ATTENTION_BACKENDS
     assert {device for backend in BACKENDS.values() for device in backend.dtypes} == set(DEVICES)
 
@@ -216,7 +216,7 @@ def test_says_why_a_backend_cannot_run(
     assert impossible_reason(name, device, bf16=bf16) == reason
 
 
-def test_a_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Backend(
         sdpa=("MATH",),
         dtypes={"cpu": ("bfloat16",)},
@@ -239,13 +239,13 @@ def test_a_row_is_allowed_timed_and_recognized(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match="must be one of toy, flash, cudnn, efficient, math, short, auto"
     ):
         FlashSDPA("xformers")
-    # A timer that stands still: of equals, the first row is taken.
+    # With a timer that does not advance, the first row is chosen.
     query = torch.randn(1, 2, 8, 16)
     calls = recorded_calls(lambda: scaled_dot_product_attention(query, query, query))
     assert fastest_backend(calls, lambda: 0.0) == "toy"
 
 
-def test_the_table_does_not_load_torch() -> None:
+def test_table_does_not_load_torch() -> None:
     code = "import sys, pytest_int8bench.attention; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""The clock of a measurement."""
+"""Test the clock of measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytest_int8bench import clock
 
 
 def fake_torch(monkeypatch: pytest.MonkeyPatch, *, initialized: bool) -> list[str]:
-    """Put a torch in place that notes when it is waited for."""
+    """Install a fake torch that records synchronization."""
     events: list[str] = []
     cuda = SimpleNamespace(
         is_initialized=lambda: initialized, synchronize=lambda: events.append("synchronize")
@@ -27,7 +27,7 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch, *, initialized: bool) -> list[st
     return events
 
 
-def test_readings_do_not_go_back() -> None:
+def test_clock_is_monotonic() -> None:
     readings = [clock.synchronized_perf_counter() for _ in range(1000)]
     assert all(later >= earlier for earlier, later in itertools.pairwise(readings))
     assert readings[-1] > readings[0]
@@ -45,19 +45,19 @@ def test_synchronizes_before_reading_the_clock(monkeypatch: pytest.MonkeyPatch) 
     assert events == ["synchronize", "read"]
 
 
-def test_cuda_is_not_initialized_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_does_not_initialize_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     events = fake_torch(monkeypatch, initialized=False)
     clock.synchronized_perf_counter()
     assert events == []
 
 
-def test_nothing_to_wait_for_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_synchronize_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     clock.synchronized_perf_counter()
     assert "torch" not in sys.modules
 
 
-def test_the_clock_loads_nothing_heavy() -> None:
+def test_clock_loads_no_heavy_libraries() -> None:
     code = (
         "import sys; from pytest_int8bench.clock import synchronized_perf_counter as read; read();"
         "print([m for m in ('torch', 'numpy', 'pytest') if m in sys.modules])"
@@ -80,7 +80,7 @@ def under_the_clock() -> None:
 
 @pytest.fixture
 def seen() -> Iterator[list[str]]:
-    """Functions that a tracer was called for; tracers are as they were afterwards."""
+    """Return the functions that a tracer was called for, and check that tracers are restored."""
     before = sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile()
     found: list[str] = []
     yield found
@@ -92,9 +92,7 @@ def seen() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("install", ["settrace", "setprofile"])
 @pytest.mark.parametrize("module", [sys, threading])
-def test_python_tracers_are_away_under_the_clock(
-    seen: list[str], module: Any, install: str
-) -> None:
+def test_removes_python_tracers_during_timing(seen: list[str], module: Any, install: str) -> None:
     def trace(frame: Any, event: str, argument: Any) -> Any:
         seen.append(frame.f_code.co_name)
         return trace
@@ -117,7 +115,7 @@ def test_python_tracers_are_away_under_the_clock(
     assert getattr(module, install.replace("set", "get"))() is trace
 
 
-def test_tracers_are_back_after_an_error(seen: list[str]) -> None:
+def test_restores_tracers_after_an_error(seen: list[str]) -> None:
     def trace(frame: Any, event: str, argument: Any) -> None:
         seen.append(event)
 
@@ -127,7 +125,7 @@ def test_tracers_are_back_after_an_error(seen: list[str]) -> None:
     assert sys.gettrace() is trace
 
 
-def test_cprofile_is_away_under_the_clock() -> None:
+def test_removes_cprofile_during_timing() -> None:
     profiler = cProfile.Profile()
     profiler.enable()
     under_the_clock()
@@ -141,7 +139,7 @@ def test_cprofile_is_away_under_the_clock() -> None:
 
 @pytest.mark.skipif(not hasattr(sys, "monitoring"), reason="since Python 3.12")
 @pytest.mark.parametrize("local", [False, True])
-def test_monitoring_is_away_under_the_clock(local: bool) -> None:
+def test_removes_monitoring_during_timing(local: bool) -> None:
     monitoring: Any = sys.monitoring  # type: ignore[attr-defined]
     events = monitoring.events
     found: list[str] = []
@@ -191,7 +189,7 @@ class FakeMonitoring:
         return before
 
 
-def test_events_and_callbacks_of_monitoring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restores_monitoring_events_and_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMonitoring()
     monkeypatch.setattr(sys, "monitoring", fake, raising=False)
     with clock.untraced():
@@ -206,14 +204,14 @@ class OfC:
     """A profiler that only C code can start."""
 
 
-def test_a_profiler_that_does_not_come_back_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_profiler_that_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getprofile", OfC)
     monkeypatch.setattr(sys, "setprofile", lambda profiler: pytest.fail("taken away"))
     with clock.untraced():
         pass
 
 
-def test_what_cannot_be_taken_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_tracers_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_INJECTION64_PATH", raising=False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
     before = clock.lasting_tracers()

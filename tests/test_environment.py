@@ -1,4 +1,4 @@
-"""The fingerprint of machine and software, and the state of the GPU."""
+"""Test the fingerprint of machine and software, and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_fingerprint_names_software_and_machine(tmp_path: Path) -> None:
     assert f"torch {found['packages']['torch']}" in describe(found)
 
 
-def test_the_fingerprint_holds_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_includes_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate(monkeypatch, tmp_path)
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
@@ -49,7 +49,9 @@ def test_the_fingerprint_holds_the_commit(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_allocator_setting(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_includes_the_allocator_setting(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     assert fingerprint(tmp_path)["allocator"] is None
@@ -57,7 +59,7 @@ def test_allocator_setting(variable: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert fingerprint(tmp_path)["allocator"] == "expandable_segments:True"
 
 
-# -- what differs -----------------------------------------------------------------------------
+# -- differences ------------------------------------------------------------------------------
 
 GPU = {"compute_capability": "8.0", "sm_count": 108, "memory_bytes": 80 << 30}
 MACHINE: dict[str, Any] = {
@@ -89,7 +91,7 @@ MACHINE: dict[str, Any] = {
 }
 
 
-def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
+def test_every_fingerprint_value_has_a_name(tmp_path: Path) -> None:
     found = fingerprint(tmp_path)
     assert set(found) == set(MACHINE)
     assert set(found["packages"]) == set(MACHINE["packages"])
@@ -100,14 +102,14 @@ def test_every_value_of_a_fingerprint_has_a_name(tmp_path: Path) -> None:
     assert MAY_DIFFER == ("commit", "dirty")
 
 
-def test_tracers_beside_the_clock_make_runs_differ(tmp_path: Path) -> None:
+def test_active_tracers_make_runs_differ(tmp_path: Path) -> None:
     plain, traced = fingerprint(tmp_path), fingerprint(tmp_path, ["tracemalloc", "torch.profiler"])
     assert plain["tracers"] is None
     assert differences(plain, traced) == {"tracers": (None, "tracemalloc, torch.profiler")}
     assert "tracers" not in compiled_for()
 
 
-def test_triton_counts_only_where_there_is_a_gpu() -> None:
+def test_triton_matters_only_with_a_gpu() -> None:
     other = {**MACHINE, "packages": {**MACHINE["packages"], "triton": None}}
     assert differences(MACHINE, other) == {"triton": ("3.6.0", None)}
     cpu, other_cpu = ({**machine, "gpu": None} for machine in (MACHINE, other))
@@ -116,7 +118,7 @@ def test_triton_counts_only_where_there_is_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", FINGERPRINT_NAMES)
-def test_each_difference_is_found_by_its_name(name: str) -> None:
+def test_differences_are_named(name: str) -> None:
     changed = copy.deepcopy(MACHINE)
     part = next((p for p in (changed["gpu"], changed["packages"]) if name in p), changed)
     if name == "gpu":
@@ -129,7 +131,7 @@ def test_each_difference_is_found_by_its_name(name: str) -> None:
     assert differences(changed, MACHINE) == {n: (b, a) for n, (a, b) in expected.items()}
 
 
-def test_what_a_fingerprint_does_not_hold_differs_from_what_it_holds() -> None:
+def test_missing_values_differ_from_present_ones() -> None:
     assert differences(MACHINE, copy.deepcopy(MACHINE)) == differences({}, {"gpu": None}) == {}
     without = {**MACHINE, "gpu": None}
     assert differences(MACHINE, without) == {
@@ -150,7 +152,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml(types.ModuleType):
-    """NVML that answers, but for what is in ``refuses``."""
+    """NVML that answers, except for the functions in ``refuses``."""
 
     NVMLError = NVMLError
     NVML_CLOCK_SM = 1
@@ -203,7 +205,7 @@ class FakeNvml(types.ModuleType):
         return int(self.answer("reasons", self.reasons))
 
     def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
-        assert handle == "handle"  # the whole GPU's: an instance has none
+        assert handle == "handle"  # the whole GPU's limit; an instance has none
         return int(self.answer("limit", 700_000))
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
@@ -238,7 +240,7 @@ def use(gpu: pytest.MonkeyPatch, nvml: FakeNvml) -> FakeNvml:
     return nvml
 
 
-def test_the_state_of_the_gpu_has_units(gpu: pytest.MonkeyPatch) -> None:
+def test_gpu_state_has_units(gpu: pytest.MonkeyPatch) -> None:
     nvml = use(gpu, FakeNvml())
     assert gpu_state() == {
         "sm_clock_mhz": 1980,
@@ -279,11 +281,11 @@ def test_the_profile_of_a_mig_instance_is_part_of_the_fingerprint(
     use(gpu, nvml)
     found = fingerprint(tmp_path)["gpu"]
     assert (found["mig"], found["driver"], found["power_limit_w"]) == (mig, "580.1", 700.0)
-    # torch leaves out which of the two a UUID is of.
+    # torch omits the prefix that tells GPUs from MIG instances.
     assert nvml.asked == ["GPU-1-2-3", "MIG-1-2-3"][: 1 if nvml.instance is None else 2]
 
 
-def test_prefixed_uuid_is_asked_for_as_is(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_passes_prefixed_uuid_unchanged(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     properties = torch.cuda.get_device_properties(0)
     gpu.setattr(properties, "uuid", "MIG-7-8-9")
     nvml = use(gpu, FakeNvml(mig=1, instance="NVIDIA A100 MIG 2g.20gb"))
@@ -312,7 +314,7 @@ def test_throttle_reasons_counted(gpu: pytest.MonkeyPatch, reasons: int, named: 
     assert throttled(gpu_state()) == named
 
 
-def test_what_nvml_does_not_say_is_none(gpu: pytest.MonkeyPatch) -> None:
+def test_values_missing_from_nvml_are_none(gpu: pytest.MonkeyPatch) -> None:
     use(gpu, FakeNvml(refuses=("reasons", "usage", "clock", "temperature", "limit", "mig")))
     assert gpu_state() == {
         "sm_clock_mhz": None,
@@ -322,23 +324,23 @@ def test_what_nvml_does_not_say_is_none(gpu: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_without_nvml_there_is_no_state(gpu: pytest.MonkeyPatch) -> None:
+def test_no_gpu_state_without_nvml(gpu: pytest.MonkeyPatch) -> None:
     use(gpu, FakeNvml(refuses=("init",)))
     assert gpu_state() is None
     assert throttled(None) == []
 
 
-def test_the_machine_is_one_line(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_describes_the_machine_in_one_line(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(gpu, FakeNvml())
     gpu.setattr(environment, "package_version", {"torch": "2.13.0", "torchao": "0.18.0"}.get)
     gpu.setattr(torch.version, "cuda", "13.0")
     assert describe(fingerprint(tmp_path)) == "Fake A100, CUDA 13.0, torch 2.13.0, torchao 0.18.0"
 
 
-# -- what cannot be read -----------------------------------------------------------------------
+# -- unreadable values -------------------------------------------------------------------------
 
 
-def test_a_file_name_that_is_no_utf8_counts_as_a_change(
+def test_file_name_that_is_not_utf8_counts_as_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isolate(monkeypatch, tmp_path)
@@ -368,7 +370,7 @@ def test_a_file_name_that_is_no_utf8_counts_as_a_change(
     ],
 )
 @pytest.mark.parametrize("error", [KeyError("bug"), UnicodeDecodeError("utf-8", b"", 0, 1, "bad")])
-def test_what_cannot_be_read_is_none(
+def test_fingerprint_survives_values_that_cannot_be_read(
     name: str, error: Exception, gpu: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their names, and the folder for cached ones."""
+"""Test atomic writes of files, their names, and the cache folder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_full_disk_leaves_file_as_it_was(write: Any, expected: str) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 4])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fills_up_leaves_no_half_text(room: int, number: int) -> None:
+def test_full_disk_leaves_no_partial_text(room: int, number: int) -> None:
     path = Path("file")
     path.write_text("old")
     with failing(room, number), pytest.raises(OSError, match=re.escape(os.strerror(number))):
@@ -91,8 +91,8 @@ def test_a_disk_that_fills_up_leaves_no_half_text(room: int, number: int) -> Non
     assert os.listdir() == ["file"]
 
 
-def test_a_file_takes_less_at_a_time() -> None:
-    """As a real disk does that is nearly full: the rest is written, or nothing stays."""
+def test_handles_short_writes() -> None:
+    """A nearly full disk accepts part of the data: write the rest, or leave nothing behind."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
@@ -109,7 +109,7 @@ def test_a_file_takes_less_at_a_time() -> None:
     assert os.listdir() == ["file"]
 
 
-def test_one_of_those_that_make_a_file_succeeds() -> None:
+def test_create_fails_if_the_file_exists() -> None:
     create(Path("file"), "mine")
     Path("link").symlink_to("nowhere")
     for taken in ("file", "link"):
@@ -120,7 +120,7 @@ def test_one_of_those_that_make_a_file_succeeds() -> None:
 
 
 @pytest.mark.parametrize("there", ["missing", "file", "link", "link to nowhere"])
-def test_a_file_that_can_be_written_is_not_changed(there: str) -> None:
+def test_probe_does_not_change_a_writable_file(there: str) -> None:
     path = Path("file")
     if there == "file":
         path.write_text("kept")
@@ -135,7 +135,7 @@ def test_a_file_that_can_be_written_is_not_changed(there: str) -> None:
     assert not path.is_file() or path.read_text() == "kept"
 
 
-def test_a_pipe_of_the_shell_and_devices_can_be_written() -> None:
+def test_probe_accepts_shell_pipes_and_devices() -> None:
     read_end, write_end = os.pipe()
     probe(Path(f"/dev/fd/{write_end}"))
     probe(Path(os.devnull))
@@ -143,7 +143,7 @@ def test_a_pipe_of_the_shell_and_devices_can_be_written() -> None:
     os.close(read_end)
 
 
-def test_what_cannot_be_written_is_found_out() -> None:
+def test_probe_rejects_unwritable_paths() -> None:
     Path("folder").mkdir()
     os.mkfifo("pipe")
     Path("plain").touch()
@@ -174,7 +174,7 @@ def test_interrupt_leaves_no_temporary_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.listdir() == []
 
 
-def test_appends_to_disk_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appends_to_disk_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(files.os, "fsync", synced.append)
     for line in ("one ü\n", "two\n"):
@@ -206,20 +206,18 @@ def test_cache_folder_is_below_home_otherwise(
     assert cache_folder() == tmp_path / ".cache" / "pytest-int8bench"
 
 
-# -- paths that command lines can hold -----------------------------------------------------------
+# -- paths for command lines ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "a-b_c.d+e@f=g,h:i"])
-def test_a_plain_path_is_its_own(name: str, tmp_path: Path) -> None:
+def test_plain_path_is_unchanged(name: str, tmp_path: Path) -> None:
     assert plain_path(tmp_path / name) == tmp_path / name
 
 
 @pytest.mark.parametrize(
     "name", ["my cache", "it's", 'a"b', "a\\b", "$(x)", "a;b", "caf\xe9", "(1)"]
 )
-def test_another_path_gets_a_link(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_paths_get_a_link(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / name
     folder.mkdir()
@@ -232,11 +230,11 @@ def test_another_path_gets_a_link(
     (folder / "file").touch()
     assert (link / "file").exists()
     link.unlink()
-    link.symlink_to(tmp_path)  # another's
+    link.symlink_to(tmp_path)  # another user's
     assert plain_path(folder).resolve() == folder
 
 
-def test_links_are_where_temporary_paths_are_plain(
+def test_links_go_to_a_folder_with_a_plain_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
@@ -260,7 +258,7 @@ def test_refuses_links_in_the_folder_of_another_user(
 
 
 @pytest.mark.parametrize(("flag", "expected"), [(0, False), (os.ST_NOEXEC, True)])
-def test_noexec_is_found_above_a_folder(
+def test_detects_noexec_mount_above_a_folder(
     flag: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []

@@ -1,4 +1,4 @@
-"""Pointers of Git LFS."""
+"""Test recognizing Git LFS pointers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ POINTER = (
 
 
 @pytest.mark.parametrize("text", [POINTER, POINTER.encode(), POINTER.replace("\n", "\r\n")])
-def test_a_pointer_is_known(text: str | bytes) -> None:
+def test_recognizes_a_pointer(text: str | bytes) -> None:
     assert is_pointer(text)
 
 
 @pytest.mark.parametrize("text", ["", "version 2", b"PK\x03\x04\xff", '{"version": "5.1.0"}'])
-def test_other_files_are_no_pointers(text: str | bytes) -> None:
+def test_other_files_are_not_pointers(text: str | bytes) -> None:
     assert not is_pointer(text)

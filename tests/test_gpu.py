@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Marked ``gpu``; skipped with a reason without one."""
+"""Tests that need a CUDA device. Marked ``gpu``; skipped with a reason without one."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_every_quantized_layer_runs_in_int8(
 
 
 @pytest.mark.parametrize("mode", ["w8", "fp8"])
-def test_other_modes_have_no_remark_about_layers(mode: str) -> None:
+def test_modes_without_layer_checks_have_no_remark(mode: str) -> None:
     if mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs FP8")
     [result] = measure(with_layers(layers.FourLayers), LAYERS.replace(int8_mode=mode))
@@ -125,7 +125,7 @@ def test_other_modes_have_no_remark_about_layers(mode: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fused", "torchao"])
-def test_a_layer_that_runs_another_matmul_contradicts_the_label(backend: str) -> None:
+def test_layer_that_runs_another_matmul_contradicts_the_label(backend: str) -> None:
     params = LAYERS.replace(int8_backend=backend, compile_mode="off")
     problem = "1 of 4 quantized layers ran matmuls that are not INT8"
     with pytest.raises(EvidenceError, match=problem) as caught:
@@ -133,7 +133,7 @@ def test_a_layer_that_runs_another_matmul_contradicts_the_label(backend: str) ->
     assert ": c " in str(caught.value)
 
 
-def test_a_layer_of_few_rows_contradicts_the_label_on_torchaos_kernels() -> None:
+def test_layer_with_few_rows_contradicts_the_label_on_torchao_kernels() -> None:
     class Pools(layers.FourLayers):
         def second(self, x: torch.Tensor) -> torch.Tensor:
             return super().second(x[:8])
@@ -147,13 +147,13 @@ def test_a_layer_of_few_rows_contradicts_the_label_on_torchaos_kernels() -> None
 
 
 @pytest.mark.parametrize("backend", ["fused", "torchao"])
-def test_kernels_that_ran_are_counted(backend: str) -> None:
+def test_counts_kernels_that_ran(backend: str) -> None:
     params = LAYERS.replace(int8_backend=backend)
     model = ModelPool().get(with_layers(layers.FourLayers), params)
     model.ready()
     evidence, runs = model.evidence(), dict(model.layers.runs)
     check_kernel_count(evidence, runs, params, ())
-    for number in range(16):  # autotuning may have run some of one's own
+    for number in range(16):  # autotuning may have run additional kernels
         runs[f"more.{number}"] = dataclasses.replace(runs["a"], storage=-1 - number)
     with pytest.raises(EvidenceError, match="INT8 matmuls are needed for one forward, but "):
         check_kernel_count(evidence, runs, params, ())
@@ -168,7 +168,7 @@ def test_dynamo_may_be_reset_between_tests() -> None:
         assert result.status == "ok"
 
 
-def test_the_attention_backend_asked_for_runs_also_with_warm_caches() -> None:
+def test_requested_attention_backend_runs_with_warm_caches() -> None:
     model = Block().to("cuda", torch.bfloat16).eval()
     x = torch.randn(8, 128, DIM, device="cuda", dtype=torch.bfloat16)
     for _ in range(2):  # the second time, every compiler cache on disk is warm
@@ -181,7 +181,7 @@ def test_the_attention_backend_asked_for_runs_also_with_warm_caches() -> None:
 
 
 @pytest.mark.parametrize("mode", ["w8a8", "w8"])
-def test_a_point_has_its_breakdown_and_its_ceiling(mode: str) -> None:
+def test_point_has_breakdown_and_ceiling(mode: str) -> None:
     candidate = POINT.replace(int8_enabled=True, int8_mode=mode)
     baseline, result = measure(toy(), candidate.baseline(), candidate)
     for measured in (baseline, result):
@@ -202,19 +202,19 @@ def test_a_point_has_its_breakdown_and_its_ceiling(mode: str) -> None:
     assert basis is not None
     assert "problem" not in basis, basis
     assert basis["quantized_share"] == 1.0  # the toy has no other linear layer
-    # An INT8 product that is slower than BF16's is a ceiling below 1, and not a wrong one.
+    # An INT8 matmul slower than BF16 gives a ceiling below 1, which is correct.
     assert 0.5 < basis["products_speedup"] <= result.ceiling_speedup < 4
     assert 0.25 < basis["product_ratio"] < 4
     if mode == "w8":
         assert 1 <= result.ceiling_speedup < 2
     assert (result.ceiling_reached is None) is (result.ceiling_speedup <= 1)
-    # No GPU does less than 1 TFLOP/s or 50 GB/s, or more than 10,000 and 50,000.
+    # No GPU is below 1 TFLOP/s or 50 GB/s, or above 10,000 TFLOP/s or 50,000 GB/s.
     assert 1e12 < basis["float_ops_per_s"] < 1e16
     assert 5e10 < basis["bytes_per_s"] < 5e13
     print(result.ceiling_speedup, result.ceiling_reached, basis)
 
 
-def test_the_ceiling_of_int8_attention_is_not_exceeded() -> None:
+def test_int8_attention_does_not_exceed_its_ceiling() -> None:
     candidate = POINT.replace(int8_enabled=True, int8_attention=True)
     _, result = measure(toy(), candidate.baseline(), candidate)
     assert "problem" not in result.ceiling, result.ceiling
@@ -224,18 +224,18 @@ def test_the_ceiling_of_int8_attention_is_not_exceeded() -> None:
     assert result.speedup <= result.ceiling_speedup
 
 
-def test_auto_attention_is_one_backend_for_baseline_and_candidate() -> None:
+def test_auto_attention_is_the_same_for_baseline_and_candidate() -> None:
     candidate = POINT.replace(int8_enabled=True, attention="auto")
     baseline, result = measure(toy(), candidate.baseline(), candidate)
     chosen = baseline.attention_backend
     assert chosen in ("flash", "cudnn", "efficient", "math")
     assert result.attention_backend == chosen
     for measured in (baseline, result):
-        # On CUDA, kernels of math attention are those of other layers.
+        # On CUDA, math attention uses the same kernels as other layers.
         assert measured.attention_kernel == (None if chosen == "math" else chosen)
 
 
-def test_a_compile_cache_filled_under_one_backend_is_not_used_under_another(tmp_path: Path) -> None:
+def test_compile_cache_is_separate_for_each_backend(tmp_path: Path) -> None:
     model = nn.Sequential(Block(), Block()).to("cuda", torch.bfloat16).eval()
     x = torch.randn(8, 128, DIM, device="cuda", dtype=torch.bfloat16)
     found = []
@@ -271,7 +271,7 @@ def test_cuda_graphs_and_host_feed_measure() -> None:
         assert (result.speedup_low or 0) <= (result.speedup or 0) <= (result.speedup_high or 0)
 
 
-def test_batches_from_the_host_arrive_whole_while_the_device_computes() -> None:
+def test_host_batches_arrive_intact_during_computation() -> None:
     samples = 64
     inputs = (torch.randint(0, 1000, (samples, 1 << 16)), torch.arange(samples))
     feed = HostFeed(inputs, torch.device("cuda"), samples=samples)
@@ -279,7 +279,7 @@ def test_batches_from_the_host_arrive_whole_while_the_device_computes() -> None:
     whole = torch.ones((), dtype=torch.bool, device="cuda")
     for index in range(200):
         batch = next(feed)
-        for _ in range(2):  # read twice, with time for a copy that comes too early
+        for _ in range(2):  # read twice, leaving time for a copy that arrives too early
             torch.cuda._sleep(1_000_000)
             for got, wanted in zip(batch, expected[index % feed.variants], strict=True):
                 whole &= (got == wanted).all()
@@ -291,7 +291,7 @@ def test_batches_from_the_host_arrive_whole_while_the_device_computes() -> None:
 
 
 @pytest.mark.parametrize("compile_mode", ["off", "default", "reduce-overhead"])
-def test_batches_from_the_host_give_the_outputs_of_resident_ones(compile_mode: str) -> None:
+def test_host_batches_give_the_outputs_of_resident_batches(compile_mode: str) -> None:
     pool = ModelPool()
     point = POINT.replace(int8_enabled=True, feed="host", compile_mode=compile_mode)
     model = pool.get(toy(), point)
@@ -302,7 +302,7 @@ def test_batches_from_the_host_give_the_outputs_of_resident_ones(compile_mode: s
     with model.compiled.entered(), model.compiled.no_compilation():
         equal = torch.ones((), dtype=torch.bool, device="cuda")
         for _ in range(100):
-            index = feed.batches - 1  # one is always ahead
+            index = feed.batches - 1  # one batch is always ahead
             fed, again = model.run().clone(), model.run_again().clone()
             expected = model.compiled(*resident[index % feed.variants])
             equal &= (fed == expected).all() & (again == expected).all()
@@ -329,7 +329,7 @@ def test_feeding_from_the_host_is_measured() -> None:
     assert resident.feed_copy_s is resident.feed_exposed_s is resident.feed_wait_s is None
 
 
-def test_out_of_memory_is_a_result_and_later_points_go_on() -> None:
+def test_out_of_memory_does_not_stop_later_points() -> None:
     small = POINT.replace(int8_enabled=True, batch_size=16)
     huge = small.replace(batch_size=1 << 23)
     before, oom, after = measure(toy(), small, huge, small)
@@ -340,7 +340,7 @@ def test_out_of_memory_is_a_result_and_later_points_go_on() -> None:
 
 
 class Greedy(nn.Module):
-    """Holds 4 GiB and then asks for more than any device has, at large batches."""
+    """At large batches, hold 4 GiB and then request more than any device has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ class Greedy(nn.Module):
         return self.fc1(x)
 
 
-def test_out_of_memory_in_a_forward_leaves_clean_memory() -> None:
+def test_out_of_memory_in_a_forward_frees_memory() -> None:
     workload = Workload(name="greedy", build=lambda p: Greedy(), inputs=normal(64))
     before = allocated_bytes(torch.device("cuda"))
     small = POINT.replace(compile_mode="off", batch_size=32)
@@ -365,7 +365,7 @@ def test_out_of_memory_in_a_forward_leaves_clean_memory() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torchao", "fused"])
-def test_max_autotune_is_labelled_int8_by_its_kernels(backend: str) -> None:
+def test_recognizes_int8_kernels_of_max_autotune(backend: str) -> None:
     candidate = POINT.replace(
         int8_enabled=True, int8_backend=backend, compile_mode="max-autotune-no-cudagraphs"
     )
@@ -376,7 +376,7 @@ def test_max_autotune_is_labelled_int8_by_its_kernels(backend: str) -> None:
     print(*(k["name"] for k in result.kernels), sep="\n")
 
 
-def test_peak_memory_is_of_this_model_alone() -> None:
+def test_peak_memory_excludes_other_models() -> None:
     ballast = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     workload = Workload(
         name="linear",
@@ -391,7 +391,7 @@ def test_peak_memory_is_of_this_model_alone() -> None:
 
 
 @pytest.mark.parametrize("compile_mode", ["off", "default"])
-def test_too_few_rows_for_the_int8_product_are_said(compile_mode: str) -> None:
+def test_reports_too_few_rows_for_the_int8_matmul(compile_mode: str) -> None:
     few = POINT.replace(
         int8_enabled=True, int8_backend="torchao", batch_size=1, compile_mode=compile_mode
     )
@@ -399,7 +399,7 @@ def test_too_few_rows_for_the_int8_product_are_said(compile_mode: str) -> None:
         measure(toy(tokens=8), few)
 
 
-def test_tf32_and_settings_are_restored() -> None:
+def test_restores_tf32_and_other_settings() -> None:
     before = torch.get_float32_matmul_precision()
     model: Any = compile_for_a100(nn.Linear(64, 64).cuda().eval(), mode="off", attention="auto")
     model(torch.randn(32, 64, device="cuda"))
@@ -414,7 +414,7 @@ def test_smoothquant_measures() -> None:
 
 
 @pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
-def test_trained_digits_pass_compiled(compile_mode: str) -> None:
+def test_compiled_digits_pass_accuracy(compile_mode: str) -> None:
     point = RunParams(
         model_size="nano", batch_size=128, compile_mode=compile_mode, int8_enabled=True
     )
@@ -427,8 +427,8 @@ def test_trained_digits_pass_compiled(compile_mode: str) -> None:
         assert verdict.baseline > 0.97
 
 
-def test_rounding_noise_on_the_device_and_on_the_host() -> None:
-    """Models on a GPU compute tables and scalars on the host."""
+def test_rounding_noise_is_reproducible_on_device_and_host() -> None:
+    """Models on a GPU also compute tables and scalars on the host."""
     outputs = []
     for _ in range(2):
         with RoundingNoise(0):
@@ -439,7 +439,7 @@ def test_rounding_noise_on_the_device_and_on_the_host() -> None:
     assert not torch.equal(outputs[0][0], torch.linspace(0, 1, 7).cos())
 
 
-def test_scenes_of_olmoearth_are_judged_and_marked_as_a_pipeline_check() -> None:
+def test_olmoearth_scenes_are_judged_as_a_pipeline_check() -> None:
     params = POINT.replace(model_version="v1.2", num_timesteps=3, int8_enabled=True)
     guardrail = Guardrail(ModelPool(), Limit.parse("1%"))
     verdicts = guardrail.check(load_workload("olmoearth", Path()), params, nodeid="a")
@@ -451,7 +451,7 @@ def test_scenes_of_olmoearth_are_judged_and_marked_as_a_pipeline_check() -> None
         assert 0.8 <= verdict.baseline <= 0.98
 
 
-def test_layers_are_ranked_on_the_device() -> None:
+def test_ranks_layers_on_the_device() -> None:
     workload = load_workload("digits", Path())
     point = RunParams(model_size="nano", batch_size=128, compile_mode="off", int8_enabled=True)
     scan = SensitivityScan(Guardrail(ModelPool(), Limit.parse("1%")), workload, point)
@@ -462,7 +462,7 @@ def test_layers_are_ranked_on_the_device() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("visible", [None, "1,0"])
-def test_each_worker_of_xdist_has_a_gpu_of_its_own(
+def test_each_xdist_worker_has_its_own_gpu(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, visible: str | None
 ) -> None:
     pytest.importorskip("xdist")

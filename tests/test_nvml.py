@@ -1,4 +1,4 @@
-"""GPUs through NVML: which ones a process may use, MIG, ``CUDA_VISIBLE_DEVICES``, energy."""
+"""Test GPUs through NVML: which ones a process may use, MIG, ``CUDA_VISIBLE_DEVICES``, energy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a machine in place of this one: UUIDs, and lists of those of MIG instances."""
+    """Simulate a machine, given UUIDs of GPUs and lists of UUIDs of MIG instances."""
 
     def put(*devices: Any) -> None:
         def mig_mode(handle: int) -> tuple[int, int]:
@@ -60,12 +60,12 @@ def asked(value: str) -> list[str] | None:
     return visible({"CUDA_VISIBLE_DEVICES": value})
 
 
-def test_all_gpus_by_uuid(machine: Any) -> None:
+def test_lists_all_gpus_by_uuid(machine: Any) -> None:
     machine(A, B, C)
     assert visible({}) == [A, B, C]
 
 
-def test_instances_of_a_gpu_with_mig_in_its_place(machine: Any) -> None:
+def test_lists_mig_instances_in_place_of_their_gpu(machine: Any) -> None:
     machine([M1, None, M2], C)
     assert visible({}) == [M1, M2, C]
 
@@ -87,24 +87,24 @@ def test_instances_of_a_gpu_with_mig_in_its_place(machine: Any) -> None:
         ("NoDevFiles", []),
     ],
 )
-def test_variable_is_read_as_cuda_does(machine: Any, value: str, names: list[str]) -> None:
+def test_reads_cuda_visible_devices_like_cuda(machine: Any, value: str, names: list[str]) -> None:
     machine(A, B, C)
     assert asked(value) == names
 
 
-def test_instances_that_the_variable_names(machine: Any) -> None:
+def test_lists_mig_instances_named_by_the_variable(machine: Any) -> None:
     machine([M1, M2])
     assert asked(f"{M2},{M1}") == [M2, M1]
     assert asked(f"MIG-9999,{M1}") == []
 
 
-def test_without_nvml_only_the_variable_is_known(no_nvml: None) -> None:
+def test_uses_only_the_variable_without_nvml(no_nvml: None) -> None:
     assert visible({}) is None
     assert asked("3,5") == ["3", "5"]
     assert asked(f"{M1},MIG-3333") == [M1, "MIG-3333"]
 
 
-def test_each_process_gets_one_of_what_there_is(machine: Any) -> None:
+def test_each_process_is_pinned_to_one_device(machine: Any) -> None:
     machine(A, B, C)
     for given, names in (({}, [A, B, C]), ({"CUDA_VISIBLE_DEVICES": "2,0"}, ["2", "0"])):
         for number, name in enumerate(names):
@@ -122,7 +122,7 @@ def test_without_nvml_gpus_go_by_number(no_nvml: None) -> None:
     assert environ == {"CUDA_VISIBLE_DEVICES": "3"}
 
 
-def test_where_the_number_comes_from_is_said() -> None:
+def test_describes_the_source_of_the_gpu_count() -> None:
     assert described([A], {}) == "this machine has 1 GPU"
     environ = {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert described(["2", "3"], environ) == "CUDA_VISIBLE_DEVICES names 2 GPUs"
@@ -132,7 +132,7 @@ def test_where_the_number_comes_from_is_said() -> None:
 
 
 class OneGpu:
-    """NVML of one GPU, whole or with MIG; what is in ``missing`` it does not know."""
+    """NVML of one GPU, whole or with MIG, without the functions in ``missing``."""
 
     NVMLError = NVMLError
 
@@ -180,7 +180,7 @@ class OneGpu:
 
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts NVML of one GPU in place."""
+    """Simulate NVML with one GPU."""
 
     def put(**kwargs: Any) -> OneGpu:
         nvml = OneGpu(**kwargs)
@@ -205,7 +205,7 @@ def test_energy_is_in_joules(one_gpu: Any) -> None:
     assert (gpu.energy_j(), gpu.counts_own_energy()) == (1.5, True)
 
 
-def test_a_gpu_that_does_not_count_energy_has_none(one_gpu: Any) -> None:
+def test_gpu_without_energy_counter_has_no_energy(one_gpu: Any) -> None:
     one_gpu(missing=("nvmlDeviceGetTotalEnergyConsumption",))
     gpu = find_gpu("1")
     assert gpu is not None
@@ -215,21 +215,21 @@ def test_a_gpu_that_does_not_count_energy_has_none(one_gpu: Any) -> None:
 @pytest.mark.parametrize(
     "missing", [(), ("nvmlDeviceIsMigDeviceHandle", "nvmlDeviceGetMigMode")], ids=["new", "old"]
 )
-def test_a_mig_instance_has_no_energy_of_its_own(one_gpu: Any, missing: tuple[str, ...]) -> None:
+def test_mig_instance_has_no_energy(one_gpu: Any, missing: tuple[str, ...]) -> None:
     one_gpu(mig=True, missing=missing)
     gpu = find_gpu("1")
     assert gpu is not None
     assert not gpu.counts_own_energy()
 
 
-def test_a_gpu_that_cannot_be_split_counts_its_own_energy(one_gpu: Any) -> None:
+def test_gpu_without_mig_support_has_energy(one_gpu: Any) -> None:
     one_gpu(missing=("nvmlDeviceGetMigMode",))
     gpu = find_gpu("1")
     assert gpu is not None
     assert gpu.counts_own_energy()
 
 
-def test_no_gpu_of_that_uuid(one_gpu: Any, no_nvml: None) -> None:
+def test_unknown_uuid_finds_no_gpu(one_gpu: Any, no_nvml: None) -> None:
     assert find_gpu("1") is None
     one_gpu()
     assert find_gpu("2") is None
@@ -277,7 +277,9 @@ def everything() -> list[Any]:
 
 @pytest.mark.parametrize("how", ["missing", "raises"])
 @pytest.mark.parametrize("name", [*FUNCTIONS, *CONSTANTS])
-def test_what_pynvml_lacks_is_none(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_missing_from_pynvml_are_none(
+    name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError("the library of another version")
 
@@ -290,7 +292,7 @@ def test_what_pynvml_lacks_is_none(name: str, how: str, monkeypatch: pytest.Monk
     everything()
 
 
-def test_older_name_of_the_throttle_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_throttle_reasons_by_their_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
     members: dict[str, Any] = {**FUNCTIONS, **CONSTANTS}
     del members["nvmlDeviceGetCurrentClocksEventReasons"]
     members["nvmlDeviceGetCurrentClocksThrottleReasons"] = lambda handle: 0x8

@@ -1,4 +1,4 @@
-"""Out of memory is recognized by any name, and nothing else is taken for it."""
+"""Test that out of memory is recognized under every name and nothing else is mistaken for it."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ SOMETHING_ELSE = [
 
 
 @pytest.mark.parametrize("text", RAN_OUT, ids=range(len(RAN_OUT)))
-def test_recognizes(text: str) -> None:
+def test_recognizes_by_message(text: str) -> None:
     error = RuntimeError(text)
     assert oom_of(error) is error
 
 
 @pytest.mark.parametrize("text", SOMETHING_ELSE, ids=range(len(SOMETHING_ELSE)))
-def test_does_not_mistake(text: str) -> None:
+def test_rejects_other_messages(text: str) -> None:
     assert oom_of(RuntimeError(text)) is None
 
 
 class OutOfMemory(Exception):
-    """As a library may call it."""
+    """A library's own out-of-memory error."""
 
 
 class OutOfResources(Exception):
-    """As Triton calls a kernel that is too large."""
+    """Triton's error for a kernel that is too large."""
 
 
 class Ours(ClearError, RuntimeError):
@@ -104,11 +104,11 @@ def test_recognizes_by_type(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_does_not_mistake_by_type(error: BaseException) -> None:
+def test_rejects_other_types(error: BaseException) -> None:
     assert oom_of(error) is None
 
 
-def test_looks_at_what_an_error_was_raised_from() -> None:
+def test_finds_out_of_memory_in_causes() -> None:
     cause = RuntimeError("Triton Error [CUDA]: out of memory")
     error = ValueError("the kernel could not be launched")
     error.__cause__ = cause
@@ -127,5 +127,5 @@ def test_looks_at_what_an_error_was_raised_from() -> None:
         ("Triton Error [CUDA]: out of memory", None),
     ],
 )
-def test_says_how_much_was_asked_for(text: str, count: int | None) -> None:
+def test_reports_requested_bytes(text: str, count: int | None) -> None:
     assert requested_bytes(RuntimeError(text)) == count

@@ -1,4 +1,4 @@
-"""RunParams: values, names and environment variables."""
+"""Test RunParams: values, names and environment variables."""
 
 from __future__ import annotations
 
@@ -136,20 +136,20 @@ def test_a_short_name_begins_with_the_device(params: RunParams) -> None:
 
 
 @given(run_params, scalars, scalars)
-def test_extra_types_change_the_name(params: RunParams, one: Any, other: Any) -> None:
+def test_types_of_extra_values_change_the_name(params: RunParams, one: Any, other: Any) -> None:
     names = {params.replace(extra={"axis": value}).run_name for value in (one, other)}
     assert len(names) == (1 if FrozenDict({"axis": one}) == {"axis": other} else 2)
 
 
 @given(run_params)
-def test_names_hold_no_separator(params: RunParams) -> None:
+def test_names_contain_no_separator(params: RunParams) -> None:
     assert not re.search(r"[/:\[\]\s]", params.run_name)
     assert params.run_name.isascii()
     assert params.run_name.isprintable()
 
 
 @given(run_params)
-def test_measuring_fields_do_not_enter_names(params: RunParams) -> None:
+def test_names_omit_measuring_fields(params: RunParams) -> None:
     assert params.identity().run_name == params.run_name
     assert {getattr(params.identity(), n) == getattr(RunParams(), n) for n in MEASURING_FIELDS} == {
         True
@@ -175,7 +175,7 @@ def test_equal_points_have_equal_hashes(params: RunParams) -> None:
 
 
 @given(scalars)
-def test_parse_extra_reads_what_a_name_says(value: Any) -> None:
+def test_extra_values_round_trip_through_names(value: Any) -> None:
     params = RunParams(extra={"x": value})
     assert dict(RunParams.from_run_name(params.run_name).extra) == {"x": value}
     assert type(RunParams.from_run_name(params.run_name).extra["x"]) is type(value)
@@ -205,7 +205,7 @@ PLAIN = "base_cuda_bf16_s2_is64_ps4_ts12_bs128"
             {"image_size": 16, "patch_size": 2, "num_timesteps": 3, "batch_size": 4},
             "base_cuda_bf16_s2_is16_ps2_ts3_bs4",
         ),
-        # Without INT8, its settings are no part of the fixed format.
+        # Without INT8, its settings are not in the fixed format.
         ({"compile_mode": "default"}, f"{PLAIN}_compile_mode-default"),
         ({"int8_mode": "w8"}, f"{PLAIN}_int8_mode-w8"),
         (
@@ -259,7 +259,7 @@ def test_short_run_names(changes: dict[str, Any], name: str) -> None:
     params = RunParams(**changes)
     assert params.with_short_name().run_name == name
     assert RunParams.from_run_name(name) == params
-    # Whatever is made from it has such a name too.
+    # Points derived from it have short names, too.
     made = RunParams.from_run_name(name).baseline().identity().replace(batch_size=1)
     assert made.has_short_name
     assert not made.with_short_name(False).has_short_name
@@ -283,7 +283,7 @@ def test_short_run_names(changes: dict[str, Any], name: str) -> None:
         W8A8.replace("_max-autotune", ""),
         W8A8.replace("w8a8_max", "w8a8_smoothq_smoothq_max"),
         PLAIN.replace("bf16", "bf16_smoothq"),
-        # Each form has its own items.
+        # Each form of name has its own items.
         PLAIN + "_model_size-nano",
         PLAIN + "_use_s2-false",
         PLAIN.replace("_is64", ""),
@@ -296,19 +296,19 @@ def test_short_run_names(changes: dict[str, Any], name: str) -> None:
         "cuda_bf16_ps2_is16_bs128",
     ],
 )
-def test_not_a_run_name(name: str) -> None:
+def test_rejects_invalid_run_names(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^not a run name: {re.escape(repr(name))}$"):
         RunParams.from_run_name(name)
 
 
-def test_run_name_with_a_bad_value_says_which() -> None:
+def test_names_the_bad_value_in_a_run_name() -> None:
     with pytest.raises(ValueError, match=r"^feed must be one of device, host, got 'disk'$"):
         RunParams.from_run_name(PLAIN + "_feed-disk")
     with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
         RunParams.from_run_name(PLAIN.replace("bs128", "bs0"))
 
 
-# -- defaults and twins -----------------------------------------------------------------------
+# -- defaults and baselines --------------------------------------------------------------------
 
 
 def test_defaults() -> None:
@@ -405,7 +405,7 @@ REJECTED: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "rule"), REJECTED)
-def test_rejected_values(name: str, value: Any, rule: str) -> None:
+def test_rejects_invalid_values(name: str, value: Any, rule: str) -> None:
     message = rf"^{re.escape(f'{name} {rule}')}$"
     with pytest.raises(ValueError, match=message):
         RunParams(**{name: value})
@@ -413,7 +413,7 @@ def test_rejected_values(name: str, value: Any, rule: str) -> None:
         RunParams().replace(**{name: value})
 
 
-def test_a_whole_number_is_a_number() -> None:
+def test_accepts_integers_as_floats() -> None:
     interval = RunParams(benchmark_interval_s=3).benchmark_interval_s
     assert (interval, type(interval)) == (3.0, float)
 
@@ -442,7 +442,7 @@ def test_a_number_too_large_for_a_float_is_rejected() -> None:
         ({"x": -math.inf}, "extra.x must be finite, got -inf"),
     ],
 )
-def test_rejected_extra(extra: Any, message: str) -> None:
+def test_rejects_invalid_extra(extra: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
         RunParams(extra=extra)
 
@@ -520,7 +520,7 @@ def test_impossible_reason(changes: dict[str, Any], reason: str | None) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"image_size": 30}, {"image_size": 2}, {"use_s2": False}])
-def test_images_of_other_workloads_are_not_olmoearths(changes: dict[str, Any]) -> None:
+def test_images_of_other_workloads_ignore_olmoearth_limits(changes: dict[str, Any]) -> None:
     assert RunParams(**changes).impossible_reason() is not None
     assert RunParams(**changes).with_short_name().impossible_reason() is None
 
@@ -556,7 +556,7 @@ def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         ("INT8BENCH_EXTRA", "{", "INT8BENCH_EXTRA: must be a JSON object, got '{'"),
     ],
 )
-def test_rejected_variables(name: str, text: str, message: str) -> None:
+def test_rejects_invalid_variables(name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"{re.escape(message)}$"):
         RunParams.from_env_vars({name: text})
 
@@ -571,7 +571,7 @@ def test_rejected_variables(name: str, text: str, message: str) -> None:
         ("INT8BENCH_EXTRA", '{"x": null}'),
     ],
 )
-def test_rejected_variables_are_named(name: str, text: str) -> None:
+def test_error_names_the_invalid_variable(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=name):
         RunParams.from_env_vars({name: text})
 
@@ -651,7 +651,7 @@ def test_frozen_dict_equality_compares_types() -> None:
     assert FrozenDict() != 0
 
 
-def test_frozen_dict_has_no_order() -> None:
+def test_frozen_dict_ignores_order() -> None:
     one, other = FrozenDict({"b": 1, "a": 2}), FrozenDict({"a": 2, "b": 1})
     assert one == other
     assert hash(one) == hash(other)
@@ -668,7 +668,7 @@ def test_frozen_dict_does_not_change_with_its_source() -> None:
         params.extra["x"] = 3  # type: ignore[index]
 
 
-def test_points_that_differ_in_type_only_are_two() -> None:
+def test_points_that_differ_only_in_type_are_distinct() -> None:
     points = {RunParams(extra={"x": value}) for value in (1, 1.0, True, "1")}
     assert len(points) == 4
     assert len({point.run_name for point in points}) == 4

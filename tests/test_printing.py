@@ -1,4 +1,4 @@
-"""Text that is made harmless, and printing that cannot fail."""
+"""Test making text harmless, and printing that cannot fail."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ NAME = "base_cuda_bf16_int8_w8a8_s2_is64 (größer, 模型, km²)"
         ("\ufeffa\u200bb", r"\ufeffa\u200bb"),
         ("\udcff.json", r"\udcff.json"),
         ("\U000e0041", r"\U000e0041"),
-        ("👩\u200d🔬", "👩\u200d🔬"),  # one picture, which a joiner makes of two
+        ("👩\u200d🔬", "👩\u200d🔬"),  # one emoji, composed of two by a joiner
     ],
 )
-def test_unseen_characters_are_written_out(text: str, shown: str) -> None:
+def test_escapes_invisible_characters(text: str, shown: str) -> None:
     assert one_line(text) == shown
 
 
 @given(st.text())
-def test_one_line_is_one_line_and_stays_as_it_is(text: str) -> None:
+def test_one_line_is_idempotent(text: str) -> None:
     line = one_line(text)
     assert len(line.splitlines()) <= 1
     assert one_line(line) == line
     line.encode()
 
 
-def test_all_texts_of_a_file_are_cleaned() -> None:
+def test_cleans_all_texts_of_a_file() -> None:
     data = {"a\nb": ["\x1b", {"c": "d\n", "n": 1, "t": True, "x": None, "f": 0.5}]}
     clean = {"a b": ["\\x1b", {"c": "d ", "n": 1, "t": True, "x": None, "f": 0.5}]}
     assert cleaned(data) == clean
@@ -62,12 +62,12 @@ def test_all_texts_of_a_file_are_cleaned() -> None:
         ("tab\tand\nline", "tab\tand\nline"),
     ],
 )
-def test_commands_of_terminals_and_servers_are_broken(text: str, shown: str) -> None:
+def test_escapes_terminal_and_ci_commands(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
-def test_every_encoding_takes_every_text(encoding: str) -> None:
+def test_every_encoding_accepts_every_text(encoding: str) -> None:
     text = printable("km² … → 模型 \udcff\n", encoding)
     text.encode(encoding)
     assert text.endswith("\n")
@@ -97,10 +97,10 @@ def test_a_broken_pipe_is_silent(
     show("one")
     show("two")
     assert capsys.readouterr().err == ""
-    stream.close()  # with what was not written
+    stream.close()  # with the unwritten rest
 
 
-def test_a_full_disk_is_said_once(
+def test_reports_a_full_disk_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Path("/dev/full").open("w") as stream:
@@ -121,7 +121,7 @@ def test_a_closed_stream_swallows_text(
     show("two", error=True)
 
 
-def test_a_stream_gets_what_its_encoding_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_escapes_characters_the_encoding_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     show("km²")

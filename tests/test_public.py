@@ -1,4 +1,4 @@
-"""The public names, and the one home of each library."""
+"""Test the public names, and that each library is imported in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pytest_int8bench"
 #: Only these import pytest.
 EDGE = ("plugin/", "suite/")
-#: Library -> the one module, or folder, that knows it.
+#: Library -> the only module or folder that imports it.
 HOMES = {
     "jinja2": "report/page/html",
     "matplotlib": "report/page/svg",
@@ -29,7 +29,7 @@ HOMES = {
 }
 
 
-def test_public_names_are_these_and_resolve() -> None:
+def test_lists_the_public_names_and_they_resolve() -> None:
     assert sorted(pytest_int8bench.__all__) == [
         "Evaluation",
         "FlashSDPA",
@@ -49,12 +49,12 @@ def test_public_names_are_these_and_resolve() -> None:
         assert name in dir(pytest_int8bench)
 
 
-def test_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'pytest_int8bench' has no attribute 'nope'"):
         importlib.import_module("pytest_int8bench").nope  # noqa: B018
 
 
-def test_the_package_itself_loads_no_torch() -> None:
+def test_importing_the_package_does_not_load_torch() -> None:
     code = "import sys, pytest_int8bench, pytest_int8bench.plugin; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -72,7 +72,7 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_libraries_and_pytest_have_one_home(path: Path) -> None:
+def test_each_library_is_imported_in_one_place(path: Path) -> None:
     module = path.relative_to(PACKAGE).with_suffix("").as_posix()
     top = {name.split(".")[0] for name in imports_of(path)}
     if not module.startswith(EDGE):

@@ -1,4 +1,4 @@
-"""The Python front: what it expands to, and what it does with points that go wrong."""
+"""Test the Python API: how it expands configurations, and how it handles failing points."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from toys.processes import runs
 
 INT8_BASE = {"model_size": "base", "batch_size": 128, "int8_enabled": True}
 
-# The configurations of the document that the product was asked for in: fields of
-# default_run_params, the rest of the configuration, and what the points are to be.
+# The configurations from the original requirements: fields of default_run_params, the rest of
+# the configuration, and the expected points.
 EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
     "int8_baseline": (
         {
@@ -121,7 +121,7 @@ SMALL = RunParams(
     model_version="v1.2",
     benchmark_interval_s=0.02,
 )
-#: For what is about processes: a quantized model would only make each of them slower.
+#: For tests of processes, which a quantized model would only slow down.
 PLAIN = SMALL.replace(int8_enabled=False)
 
 
@@ -150,17 +150,17 @@ def outcome(results: list[Result]) -> list[tuple[int, str]]:
     return [(result.params["batch_size"], result.status) for result in results]
 
 
-# -- what a configuration expands to ----------------------------------------------------------
+# -- expanding configurations -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_expand_to_their_points(name: str) -> None:
+def test_examples_expand_to_their_points(name: str) -> None:
     params, _, changes = EXAMPLES[name]
     default = RunParams(**params)
     assert example(name).build().points == [default.replace(**change) for change in changes]
 
 
-def test_keys_are_swept_one_at_a_time_or_crossed() -> None:
+def test_sweeps_keys_one_at_a_time_or_crossed() -> None:
     def points(cross: bool) -> list[RunParams]:
         config = ThroughputBenchmarkRunnerConfig(
             sweep_keys=["bf16", "patch"], cross_product_sweep=cross
@@ -216,7 +216,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
+def test_reports_bad_configuration_in_one_line(case: str) -> None:
     given, message = BAD[case]
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         ThroughputBenchmarkRunnerConfig(**given).build()
@@ -249,7 +249,7 @@ def test_a_bad_configuration_is_one_clear_line(case: str) -> None:
         ),
     ],
 )
-def test_the_examples_run_at_a_small_size(
+def test_examples_run_at_a_small_size(
     device: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = {"cpu": [1, 2], "cuda": [32, 64]}[device]
@@ -264,9 +264,10 @@ def test_the_examples_run_at_a_small_size(
     if config.sweep_dict is not None:
         config.sweep_dict = {"int8_enabled": [True, False], "batch_size": batches}
     config.work_dir = tmp_path
-    if name != "int8_vs_fp16":  # one of them on a real encoder, the others on what starts fast
+    # One of them runs a real encoder, the others run models that start fast.
+    if name != "int8_vs_fp16":
         whole, one_layer = "self.fc2(nn.functional.gelu(self.fc1(x)))", "self.fc1(x)"
-        is_compiled = name == "compile_mode_sweep"  # six times: less of it does
+        is_compiled = name == "compile_mode_sweep"  # would run six times; fewer points suffice
         (tmp_path / "toy.py").write_text(TOY.replace(whole, one_layer) if is_compiled else TOY)
         config.workload = "toy.py:make"
     runner = config.build()
@@ -281,7 +282,7 @@ def test_the_examples_run_at_a_small_size(
 
 
 @pytest.mark.slow
-def test_no_point_stops_the_sweep_or_loses_another(
+def test_failing_points_do_not_affect_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[tuple[str, int, Path, str]] = []
@@ -316,7 +317,7 @@ def test_no_point_stops_the_sweep_or_loses_another(
         assert result.nodeid == f"test_throughput.py::test_throughput[{result.run_name}]"
     printed = capfd.readouterr().out
     assert "int8bench: results of all 3 processes:" in printed
-    # Logged once, by this process and for all three.
+    # Logged once, by this process, for all three.
     oom = [(r.run_name, int(r.status == "oom"), tmp_path, "toy") for r in results]
     assert logged == (oom if params.wandb_enabled else [])
     assert printed.count("wandb: ") == int(params.wandb_enabled)
@@ -324,7 +325,7 @@ def test_no_point_stops_the_sweep_or_loses_another(
     traces = [f"{folder.relative_to(tmp_path)}/toy_{r.run_name}.trace.json.gz" for r in results]
     measured_traces = [(r.trace, t) for r, t in zip(results, traces, strict=True) if r.trace]
     assert measured_traces == [(trace, trace) for trace in (traces[0], *traces[-2:])]
-    # Everything is on disk too: in the journals of the three processes, and in one JSON.
+    # Everything is also on disk: in the journals of the three processes and in one JSON file.
     journaled = [result for path in runner.journals for result in read(path).results]
     assert sorted(outcome(journaled)) == sorted(expected)
     assert len(runner.journals) == 3
@@ -335,7 +336,7 @@ def test_no_point_stops_the_sweep_or_loses_another(
     assert read(runner.saved).results == results
     benchmarks = json.loads(runner.saved.read_text())["benchmarks"]
     measured = {benchmark["extra_info"]["run_name"] for benchmark in benchmarks}
-    # The process that was killed took the file of its first point along; its journal has it.
+    # The killed process lost the file of its first point, but its journal has it.
     assert measured == {r.run_name for r in results if r.params["batch_size"] in (4, 2)}
     assert {benchmark["group"] for benchmark in benchmarks} == {"toy"}
 
@@ -357,12 +358,12 @@ def test_ignores_pytest_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_arguments_can_leave_points_out(tmp_path: Path) -> None:
+def test_pytest_arguments_can_exclude_points(tmp_path: Path) -> None:
     results = toy_runner(tmp_path, [5, 4], pytest_args=["-x"]).run()
     assert outcome(results) == [(5, "failed")]
 
 
-def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None:
+def test_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [2, 4])
     dying = "\nimport atexit\natexit.register(os.kill, os.getpid(), signal.SIGKILL)\n"
     (tmp_path / "toy.py").write_text(TOY + dying)
@@ -370,7 +371,7 @@ def test_a_process_that_dies_after_its_points_loses_none(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None:
+def test_missing_workload_fails_every_point(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [2, 4], workload="toy.py:none")
     results = runner.run()
     assert outcome(results) == [(2, "failed"), (4, "failed")]
@@ -379,13 +380,13 @@ def test_a_workload_that_cannot_be_had_fails_every_point(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_points_that_are_left_out_stay_out_after_a_killed_one(tmp_path: Path) -> None:
+def test_excluded_points_stay_excluded_after_a_kill(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 7, 2], pytest_args=["-k", "bs4 or bs7"])
     assert outcome(runner.run()) == [(4, "ok"), (7, "failed")]
 
 
 @pytest.mark.slow
-def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path) -> None:
+def test_writes_pytest_benchmark_file_without_measurements(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [7], save_folder=tmp_path / "saved")
     (result,) = runner.run()
     assert (result.workload, result.status) == ("toy", "failed")
@@ -397,14 +398,14 @@ def test_a_file_without_a_measurement_is_one_of_pytest_benchmark(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_collected_is_an_error(tmp_path: Path) -> None:
+def test_collection_error_raises(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import no_such_module")
     runner = toy_runner(tmp_path, [2], pytest_args=["test_broken.py"])
     with pytest.raises(RunnerError, match="measured nothing: the tests could not be collected"):
         runner.run()
 
 
-def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
+def test_pytest_usage_error_raises(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match="pytest measured nothing: usage error"):
         toy_runner(tmp_path, [2], pytest_args=["--no-such-option"]).run()
 
@@ -413,7 +414,7 @@ def test_what_keeps_pytest_from_running_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "whom", [pytest.param("the point itself", marks=pytest.mark.slow), "the script alone"]
 )
-def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
+def test_ctrl_c_saves_finished_points(tmp_path: Path, whom: str) -> None:
     (tmp_path / "toy.py").write_text(TOY.replace("os.kill(os.getpid(), signal.SIGINT)", "wait()"))
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
     slow = "import pathlib, time; pathlib.Path('waiting').touch(); time.sleep(60)"
@@ -423,7 +424,7 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
     (tmp_path / "script.py").write_text(
         "import signal\n"
         "from pytest_int8bench import RunParams, ThroughputBenchmarkRunnerConfig\n"
-        # A shell has its background processes ignore it, and they hand that on.
+        # Background processes of a shell ignore SIGINT, and child processes inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"small = RunParams.from_dict({PLAIN.to_dict()!r})\n"
         "runner = ThroughputBenchmarkRunnerConfig(\n"
@@ -435,7 +436,7 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
         "except KeyboardInterrupt:\n"
         "    print('interrupted', runner.saved)\n"
     )
-    # A session of its own, so that a signal to one process does not reach the other.
+    # A separate session, so that a signal to one process does not reach the other.
     process = subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path,
@@ -455,7 +456,7 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path, whom: str) -> None:
 
 
 def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> None:
-    """Write toy.py, and script.py, which runs a sweep of it."""
+    """Write toy.py and script.py, which runs a sweep of it."""
     (folder / "toy.py").write_text(toy)
     (folder / "script.py").write_text(
         "import signal\n"
@@ -484,7 +485,7 @@ def script(folder: Path, toy: str, batches: list[int], *, then: str = "") -> Non
         pytest.param(signal.SIGINT, -2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_runner_that_is_ended_takes_its_process_along(
+def test_ending_the_runner_ends_its_process(
     number: signal.Signals, expected: int, finished: int, tmp_path: Path
 ) -> None:
     hang = "import time; open('waiting', 'w').write(str(os.getpid())); time.sleep(300)"
@@ -507,7 +508,7 @@ def test_a_runner_that_is_ended_takes_its_process_along(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == expected
     end = time.monotonic() + 60
-    while runs(child):  # a process that ends takes a moment
+    while runs(child):  # a process takes a moment to end
         assert time.monotonic() < end
         time.sleep(0.05)
     assert not [*(tmp_path / "temporary").glob("int8bench*")]
@@ -521,7 +522,7 @@ def test_a_runner_that_is_ended_takes_its_process_along(
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_point_raises_keyboard_interrupt(tmp_path: Path) -> None:
     script(tmp_path, TOY + "\nos.kill(os.getpid(), signal.SIGINT)\n", [4, 2])
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -535,7 +536,7 @@ def test_ctrl_c_before_the_first_point_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_that_begin_in_one_second_keep_apart(
+def test_runners_started_in_one_second_use_separate_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_int8bench.runner.timestamp", lambda: "20260131T235959Z")
@@ -553,7 +554,7 @@ def test_two_that_begin_in_one_second_keep_apart(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let no file in ``folder`` be made by this process."""
+    """Prevent this process from creating files in ``folder``."""
     opened, made = Path.open, tempfile.mkstemp
 
     def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
@@ -571,7 +572,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_no_result(
+def test_full_disk_loses_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "saved"
@@ -588,7 +589,7 @@ def test_a_full_disk_costs_no_result(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
+def test_disk_that_fills_up_during_the_sweep_loses_no_result(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The folder becomes a file while the points are measured."""
@@ -604,7 +605,7 @@ def test_a_disk_that_fills_up_in_the_sweep_costs_no_result(
 
 
 @pytest.mark.slow
-def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
+def test_deleted_files_are_written_again(tmp_path: Path) -> None:
     runner = toy_runner(tmp_path, [4, 2], save_folder=tmp_path / "saved")
     gone = "import shutil; shutil.rmtree('saved', ignore_errors=True)"
     (tmp_path / "toy.py").write_text(projects.toy(bs2=gone))
@@ -615,7 +616,7 @@ def test_what_others_removed_is_written_anew(tmp_path: Path) -> None:
     assert read(journal).environment == read(runner.saved).environment != {}
 
 
-def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -> None:
+def test_rejects_unwritable_folder_at_start(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     for name in ("taken", "taken/below", "x" * 300):
         runner = toy_runner(tmp_path, [4], save_folder=tmp_path / name)
@@ -623,13 +624,13 @@ def test_a_folder_that_can_never_be_written_is_refused_at_once(tmp_path: Path) -
             runner.run()
 
 
-def test_the_suite_says_who_runs_it() -> None:
+def test_suite_can_only_be_run_by_the_runner() -> None:
     with pytest.raises(RuntimeError, match="can only be run by pytest_int8bench"):
         Handover.from_env_vars({})
 
 
 @pytest.mark.parametrize("is_in_memory", [True, False])
-def test_a_point_is_handed_over_and_back(
+def test_handover_exchanges_state_with_the_process(
     is_in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -652,11 +653,11 @@ def test_a_point_is_handed_over_and_back(
         assert given.json() == {"benchmarks": []}
         assert given.lines() == [{"int8bench": {}}]
         assert given.is_interrupted()
-    taken.note_running("b")  # the runner is gone: nothing to be done about it
+    taken.note_running("b")  # the runner has ended, which is not an error here
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_failed_handover(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, line: str) -> None:
         raise OSError(errno.EFBIG, "File too large")
 
@@ -668,10 +669,10 @@ def test_what_cannot_be_handed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> 
             given.note_line("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given.note_line("{}")  # the runner is gone
+        given.note_line("{}")  # the runner has ended
 
 
-def test_a_worker_of_xdist_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xdist_worker_ends_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     monkeypatch.setattr(
         "pytest_int8bench.suite.runner_side.end_with",

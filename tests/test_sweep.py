@@ -1,4 +1,4 @@
-"""Sweep keys and the points they expand to."""
+"""Test sweep keys and the points they expand to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pytest_int8bench.sweep import (
 
 SMOKE = RunParams(gpu_type="cpu", model_size="nano", image_size=16, num_timesteps=3, batch_size=4)
 
-# Values of each field that a sweep may name, some of them impossible together.
+# Values of each field that a sweep may name; some combinations are impossible.
 AXES: dict[str, list[Any]] = {
     "batch_size": [1, 2, 4, 128],
     "image_size": [1, 16, 64],
@@ -121,7 +121,7 @@ def test_axes_of_keeps_the_order_of_the_keys() -> None:
     assert axes_of([]) == {}
 
 
-def test_unknown_key() -> None:
+def test_rejects_unknown_key() -> None:
     with pytest.raises(ValueError, match=r"^unknown sweep key 'batch_size'; keys are ") as info:
         axes_of(["batch", "batch_size"])
     assert str(info.value) == (
@@ -141,7 +141,7 @@ def with_depth() -> Iterator[None]:
     del SWEEPS["depth"]
 
 
-def test_a_row_makes_a_key(with_depth: None) -> None:
+def test_a_row_adds_a_key(with_depth: None) -> None:
     assert list(SWEEPS)[-2:] == ["depth", "all"]
     assert SWEEPS["depth"] == {"extra.depth": [1, 2]}
     assert SWEEPS["all"]["extra.depth"] == [1, 2]
@@ -166,20 +166,20 @@ def test_a_row_is_in_help_and_documentation(with_depth: None) -> None:
 
 
 @pytest.mark.parametrize("key", ["batch", "all"])
-def test_a_key_is_taken_once(key: str) -> None:
+def test_rejects_duplicate_key(key: str) -> None:
     before = dict(SWEEPS)
     with pytest.raises(ValueError, match=f"^sweep key '{key}' is taken$"):
         SWEEPS.add(Sweep(key, "patch_size", (1,), "another"))
     assert before == SWEEPS
 
 
-def test_the_mapping_is_an_ordinary_dict_to_its_readers() -> None:
+def test_mapping_reads_like_a_dict() -> None:
     assert repr(Sweeps([DEPTH])) == repr(
         {"depth": {"extra.depth": [1, 2]}, "all": {"extra.depth": [1, 2]}}
     )
 
 
-def test_a_key_that_is_assigned_or_deleted_changes_all() -> None:
+def test_assigning_or_deleting_a_key_updates_all() -> None:
     sweeps = Sweeps([DEPTH])
     sweeps["width"] = {"extra.width": [8]}
     assert sweeps["all"] == {"extra.depth": [1, 2], "extra.width": [8]}
@@ -190,14 +190,14 @@ def test_a_key_that_is_assigned_or_deleted_changes_all() -> None:
     ]
 
 
-def test_every_key_says_what_is_varied() -> None:
+def test_every_key_has_help() -> None:
     assert [key for key in SWEEPS if not SWEEPS.help.get(key)] == ["all"]
 
 
 # -- expand -----------------------------------------------------------------------------------
 
 
-def test_no_axis_gives_the_default() -> None:
+def test_without_axes_gives_the_default_point() -> None:
     assert expand(SMOKE, {}) == [SMOKE]
     assert expand(SMOKE, {}, cross_product=True) == [SMOKE]
 
@@ -228,21 +228,21 @@ def test_cross_product_of_the_documented_example() -> None:
     ]
 
 
-def test_the_default_point_of_several_axes_folds() -> None:
+def test_default_point_of_several_axes_comes_once() -> None:
     axes = axes_of(["batch", "image", "time"])
     points = expand(RunParams(), axes)
-    # 14 + 8 + 6 values, and the default is among those of each axis.
+    # 14 + 8 + 6 values, and each axis includes the default.
     assert len(points) == 14 + 8 + 6 - 2
     assert points.index(RunParams()) == 7
 
 
-def test_all_counts() -> None:
-    # 64 values; 16 axes hold the default (int8_backend does not), which comes once.
+def test_number_of_points_of_all() -> None:
+    # 64 values; 16 axes include the default (int8_backend does not), which comes once.
     assert sum(map(len, SWEEPS["all"].values())) == 64
     assert len(expand(RunParams(), SWEEPS["all"])) == 64 - 15
 
 
-def test_an_axis_of_a_workload_keeps_the_other_axes() -> None:
+def test_extra_axis_keeps_other_extra_values() -> None:
     default = RunParams(extra={"width": 1, "depth": 2})
     assert expand(default, {"extra.width": [1, 8], "extra.act": ["relu"]}) == [
         default,
@@ -279,7 +279,7 @@ def test_unique_points(default: RunParams, axes: dict[str, list[Any]], cross_pro
 
 
 @given(defaults, axes_strategy)
-def test_points_come_from_the_axes(default: RunParams, axes: dict[str, list[Any]]) -> None:
+def test_every_point_has_values_of_the_axes(default: RunParams, axes: dict[str, list[Any]]) -> None:
     for point in expand(default, axes):
         differs = [name for name in axes if field_of(point, name) != field_of(default, name)]
         assert len(differs) <= 1
@@ -302,7 +302,7 @@ def test_points_come_from_the_axes(default: RunParams, axes: dict[str, list[Any]
         ({"extra.x": [None]}, r"^extra\.x must be str, int, float or bool, got None$"),
     ],
 )
-def test_bad_axes(axes: dict[str, Any], message: str, cross_product: bool) -> None:
+def test_rejects_bad_axes(axes: dict[str, Any], message: str, cross_product: bool) -> None:
     with pytest.raises(ValueError, match=message):
         expand(RunParams(), axes, cross_product=cross_product)
 
@@ -310,12 +310,12 @@ def test_bad_axes(axes: dict[str, Any], message: str, cross_product: bool) -> No
 # -- modes ------------------------------------------------------------------------------------
 
 
-def test_a_mode_turns_int8_on() -> None:
+def test_mode_enables_int8() -> None:
     assert expand_modes(SMOKE, ["w8a8"], {}) == [SMOKE.replace(int8_enabled=True)]
     assert expand_modes(SMOKE, ["w8"], {}) == [SMOKE.replace(int8_enabled=True, int8_mode="w8")]
 
 
-def test_off_is_the_baseline() -> None:
+def test_mode_off_is_the_baseline() -> None:
     default = SMOKE.replace(int8_enabled=True, int8_mode="w8", int8_smoothquant=True)
     assert expand_modes(default, ["off"], {}) == [SMOKE]
 
@@ -340,12 +340,12 @@ def test_a_mode_given_twice_counts_once() -> None:
     assert [point.int8_mode for point in points] == ["w8", "w8a8"]
 
 
-def test_a_swept_mode_folds_with_the_modes() -> None:
+def test_swept_mode_is_merged_with_the_modes() -> None:
     points = expand_modes(SMOKE, ["w8a8", "w8"], axes_of(["int8_mode"]))
     assert [point.int8_mode for point in points] == ["w8a8", "w8"]
 
 
-def test_int8_settings_fold_where_int8_is_off() -> None:
+def test_int8_settings_are_merged_if_int8_is_off() -> None:
     axes = axes_of(["int8_mode", "int8_smoothquant", "int8_backend"])
     assert expand_modes(SMOKE, ["off"], axes) == [SMOKE]
     assert expand_modes(SMOKE, ["off"], axes, cross_product=True) == [SMOKE]
@@ -360,7 +360,7 @@ def test_int8_swept_off_is_one_baseline_for_all_modes() -> None:
     ]
 
 
-def test_a_bad_mode() -> None:
+def test_rejects_bad_mode() -> None:
     with pytest.raises(ValueError, match=r"^int8_mode must be one of w8a8, w8, fp8, got 'w4'$"):
         expand_modes(SMOKE, ["w4"], {})
 
@@ -375,7 +375,7 @@ def test_points_without_int8_are_plain_baselines(
 
 
 @given(defaults, modes_strategy, axes_strategy, st.booleans())
-def test_modes_multiply(
+def test_modes_multiply_points(
     default: RunParams, modes: list[str], axes: dict[str, list[Any]], cross_product: bool
 ) -> None:
     others = {name: axis for name, axis in axes.items() if not name.startswith("int8_")}
@@ -404,7 +404,7 @@ def test_each_baseline_comes_once_and_before_its_points() -> None:
 
 
 @given(defaults, modes_strategy, axes_strategy, st.booleans())
-def test_baselines_are_added_and_nothing_is_lost(
+def test_adding_baselines_keeps_all_points(
     default: RunParams, modes: list[str], axes: dict[str, list[Any]], cross_product: bool
 ) -> None:
     points = expand_modes(default, modes, axes, cross_product=cross_product)
@@ -423,7 +423,7 @@ def test_unique_keeps_the_first_of_each(points: list[RunParams]) -> None:
     assert kept == sorted(kept, key=points.index)
 
 
-def test_more_points_than_the_limit_are_counted_and_refused() -> None:
+def test_rejects_more_points_than_the_limit_with_their_number() -> None:
     message = "a sweep must have at most 100,000 points, got 165,150,720: "
     with pytest.raises(ValueError, match=message):
         expand(RunParams(), axes_of(["all"]), cross_product=True)

@@ -1,4 +1,4 @@
-"""Copies and comparisons of what models take, and casts."""
+"""Test copying, comparing and casting the inputs of models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Box:
-    """Holds anything."""
+    """Hold any value."""
 
     value: Any
 
@@ -50,7 +50,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_of_any_layout(layout: str) -> None:
+def test_copies_tensors_of_any_layout(layout: str) -> None:
     x = LAYOUTS[layout](torch.arange(1.0, 33.0).reshape(4, 8))
     copied = deep_copy({"x": x})["x"]
     assert same_values(x, copied)
@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_the_copy_is_seen_and_leaves_the_original(name: str) -> None:
+def test_changing_the_copy_is_detected_and_keeps_the_original(name: str) -> None:
     value, change = CHANGES[name]
     copied, kept = deep_copy(value), deep_copy(value)
     assert same_values(value, copied)
@@ -96,13 +96,13 @@ def test_a_change_of_the_copy_is_seen_and_leaves_the_original(name: str) -> None
     assert same_values(value, kept)
 
 
-def test_one_tensor_stays_one() -> None:
+def test_copy_preserves_shared_tensors() -> None:
     x = torch.ones(2)
     first, second = deep_copy([x, {"x": x}])
     assert first is second["x"]
 
 
-def test_what_cannot_be_copied_is_shared_and_the_rest_is_not() -> None:
+def test_shares_only_what_cannot_be_copied() -> None:
     lock, x = threading.Lock(), torch.ones(2)
     value = (Box({"lock": lock, "x": x}), [x, lock])
     copied = deep_copy(value)
@@ -118,13 +118,13 @@ def test_a_view_is_copied_without_its_storage() -> None:
     assert deep_copy(large[4:8]).untyped_storage().nbytes() == 16
 
 
-def test_values_that_contain_themselves() -> None:
+def test_copies_values_that_contain_themselves() -> None:
     loop: list[Any] = [torch.ones(1)]
     loop.append(loop)
     assert same_values(loop, deep_copy(loop))
 
 
-def test_bits_count() -> None:
+def test_same_values_compares_bits() -> None:
     nan = torch.tensor([torch.nan, 0.0])
     assert same_values(nan, nan.clone())
     assert same_values(float("nan"), float("nan"))
@@ -135,7 +135,7 @@ def test_bits_count() -> None:
 
 
 @given(st.floats(width=32), st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
-def test_casts_keep_what_is_finite(number: float, dtype: torch.dtype) -> None:
+def test_cast_keeps_finite_values_finite(number: float, dtype: torch.dtype) -> None:
     x = torch.tensor([number], dtype=torch.float32)
     made = cast(x, dtype)
     assert made.dtype == dtype

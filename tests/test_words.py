@@ -1,4 +1,4 @@
-"""Counts in words."""
+"""Test counts and lists in messages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pytest_int8bench.words import plural, some
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 runs"), (1, "1 run"), (24, "24 runs")])
-def test_only_one_is_singular(count: int, text: str) -> None:
+def test_plural_is_singular_only_for_one(count: int, text: str) -> None:
     assert plural(count, "run") == text
 
 
-def test_of_many_names_some_are_said() -> None:
+def test_long_lists_of_names_are_shortened() -> None:
     names = [f"n{place}" for place in range(2000)]
     assert some(names[:3], 3) == "n0, n1, n2"
     assert some(names, 2) == "n0, n1 and 1,998 more"

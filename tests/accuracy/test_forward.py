@@ -23,7 +23,7 @@ BF16 = RunParams(gpu_type="cpu", compile_mode="off", batch_size=BATCH, model_siz
 
 
 class Toy(nn.Module):
-    """Counts its calls; takes rows, a table that all rows share, and an integer for each row."""
+    """Count calls, which take rows, a table that all rows share, and an integer per row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,11 +53,11 @@ def rows(samples: int) -> tuple[torch.Tensor, ...]:
 
 @settings(max_examples=20)
 @given(st.integers(1, 3 * BATCH + 1))
-def test_any_number_of_samples_gives_what_each_gives_alone(samples: int) -> None:
+def test_outputs_do_not_depend_on_number_of_samples(samples: int) -> None:
     forward, given_rows = Forward(MODEL), rows(samples)
     MODEL.eager.shapes.clear()
     output = forward(*given_rows)
-    assert set(MODEL.eager.shapes) == {(BATCH, 8)}  # never another shape than the compiled one
+    assert set(MODEL.eager.shapes) == {(BATCH, 8)}  # always the compiled shape
     assert output["y"].shape == (samples, 3)
     assert output["y"].dtype == torch.float32
     assert torch.equal(output["index"], given_rows[2])
@@ -85,7 +85,7 @@ def test_outputs_are_copies() -> None:
     assert forward(torch.ones(2, 8)).shape == (2, 8)
 
 
-def test_keywords_are_taken_in_any_order() -> None:
+def test_accepts_keywords_in_any_order() -> None:
     def mapping(p: RunParams, device: torch.device) -> dict[str, torch.Tensor]:
         return dict(zip(("x", "table", "index"), inputs(p, device), strict=True))
 
@@ -96,7 +96,7 @@ def test_keywords_are_taken_in_any_order() -> None:
     assert torch.equal(output["index"], index)
 
 
-def test_inputs_may_be_of_another_dtype_and_layout() -> None:
+def test_accepts_inputs_of_another_dtype_and_layout() -> None:
     x, table, index = rows(BATCH)
     straight = Forward(MODEL)(x, table, index)
     turned = Forward(MODEL)(x.double().T.contiguous().T, table, index.int())
@@ -124,13 +124,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_other_inputs_than_the_workloads_are_refused(name: str) -> None:
+def test_rejects_inputs_unlike_the_workloads(name: str) -> None:
     given_rows, message = BAD[name]
     with pytest.raises(WorkloadError, match=f"^workload 'toy': {message}"):
         Forward(MODEL)(*given_rows)
 
 
-def test_outputs_without_samples_take_whole_batches_only() -> None:
+def test_outputs_without_sample_axis_need_whole_batches() -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,7 +145,7 @@ def test_outputs_without_samples_take_whole_batches_only() -> None:
         Forward(model)(torch.ones(3, 8))
 
 
-def test_a_forward_does_not_keep_its_model() -> None:
+def test_forward_does_not_keep_its_model_alive() -> None:
     model = make()
     forward = Forward(model)
     del model

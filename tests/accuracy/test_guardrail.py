@@ -1,4 +1,4 @@
-"""Judging candidates against baselines: what is scored, how often, and what cannot be judged."""
+"""Test judging candidates against baselines: what is scored, how often, and what is rejected."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def is_candidate(forward: Forward) -> bool:
 
 
 def flips(lost: int, gained: int = 0, samples: int = SAMPLES) -> Callable[[Forward], Any]:
-    """Scores of which the candidate gets ``lost`` wrong and ``gained`` right that were not; the
-    baseline has 90 % right."""
+    """Return scores of a baseline with 90 % right and a candidate that loses and gains some."""
 
     def scores(forward: Forward) -> np.ndarray[Any, Any]:
-        forward(torch.ones(3, 32))  # the model is there
+        forward(torch.ones(3, 32))  # the model exists
         right = np.ones(samples)
         right[: samples // 10] = 0
         if is_candidate(forward):
@@ -70,7 +69,7 @@ def check(
 
 
 class Breaks(Mlp):
-    """Has NaN in the first output of its last row."""
+    """Return NaN in the first output of the last row."""
 
     def __init__(self) -> None:
         super().__init__(out=8)
@@ -81,7 +80,7 @@ class Breaks(Mlp):
         return y
 
 
-def test_nan_in_both_is_told_with_the_verdict() -> None:
+def test_verdict_reports_nan_in_both_models() -> None:
     evaluation = Evaluation(metric="top1", scores=flips(lost=4))
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
 
@@ -97,7 +96,7 @@ def test_nan_in_both_is_told_with_the_verdict() -> None:
     assert check(evaluation)[0].reason is None
 
 
-def test_nan_in_outputs_without_labels_is_told() -> None:
+def test_reports_nan_in_outputs_without_labels() -> None:
     [found] = Guardrail(ModelPool(), ONE_PERCENT).check(make_workload(Breaks), W8A8, nodeid="t")
     assert (found.outcome, found.reason) == (
         "proxy-ok",
@@ -108,7 +107,7 @@ def test_nan_in_outputs_without_labels_is_told() -> None:
 # -- verdicts -----------------------------------------------------------------------------------
 
 
-def test_a_verdict_has_every_figure() -> None:
+def test_verdict_has_every_figure() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=4, gained=2)))
     assert (found.nodeid, found.workload, found.run_name) == ("test.py::test", "toy", W8A8.run_name)
     assert (found.metric, found.outcome, found.method) == ("top1", "PASS", "exact")
@@ -121,7 +120,7 @@ def test_a_verdict_has_every_figure() -> None:
     assert Accuracy.from_dict(found.to_dict()) == found
 
 
-def test_a_drop_of_two_percent_fails_and_says_what_to_do() -> None:
+def test_two_percent_drop_fails_with_next_step() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=54, gained=18)))
     assert found.outcome == "FAIL"
     first, figures, step = describe(found)
@@ -137,17 +136,17 @@ def test_a_drop_of_two_percent_fails_and_says_what_to_do() -> None:
     assert "--int8-remedy" not in message([found], remedied=True)
 
 
-def test_forty_samples_are_inconclusive_and_say_how_many_are_needed() -> None:
+def test_inconclusive_verdict_says_how_many_samples_are_needed() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=0, samples=40)))
     assert found.outcome == "INCONCLUSIVE"
     assert found.needed > 40
     undecided = f"40 samples are too few to decide; about {found.needed:,} are needed"
     assert describe(found)[-1] == f"  {undecided}"
-    # A table has the rest, its outcome among it.
+    # The table shows everything else, including the outcome.
     assert beside_row(found) == [f"undecided: toy: {W8A8.run_name}: top1: {undecided}"]
 
 
-def test_groups_are_what_was_sampled() -> None:
+def test_verdict_counts_groups() -> None:
     videos = [f"video {index // 20}" for index in range(SAMPLES)]
     for groups in (videos, lambda: videos):
         [found] = check(Evaluation(metric="top1", scores=flips(4, 2), groups=groups))
@@ -164,7 +163,7 @@ def test_groups_are_what_was_sampled() -> None:
     assert Accuracy.from_dict(found.to_dict()) == found
 
 
-def test_evaluations_with_other_groups_are_judged_apart() -> None:
+def test_evaluations_with_different_groups_are_judged_separately() -> None:
     guardrail = Guardrail(ModelPool(), ONE_PERCENT)
     scores = flips(4, 2)
 
@@ -190,7 +189,7 @@ def f1(rows: np.ndarray[Any, Any]) -> float:
 
 
 def told(evaluation: Evaluation, limit: str) -> list[str]:
-    """Return what is said of the samples, and that it is said before the candidate is built."""
+    """Return the lines about samples, after checking that they precede building the candidate."""
     guardrail = Guardrail(ModelPool(), Limit.parse(limit))
     workload, said = make_workload(toy, evaluation=evaluation), []
 
@@ -203,7 +202,7 @@ def told(evaluation: Evaluation, limit: str) -> list[str]:
     return said
 
 
-def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
+def test_warns_of_too_few_images_before_building_candidate() -> None:
     rng = np.random.default_rng(0)
     rows = np.stack([rng.poisson(30, 300) + 1, rng.poisson(3, 300)], axis=1)
     found = Evaluation(metric="F1", scores=lambda forward: rows, aggregate=f1)
@@ -222,7 +221,7 @@ def test_too_few_images_are_said_before_the_candidate_is_built() -> None:
     assert told(more, "1%") == []
 
 
-def test_too_few_samples_and_groups_are_said() -> None:
+def test_warns_of_too_few_samples_and_groups() -> None:
     [text] = told(Evaluation(metric="top1", scores=flips(0, samples=40)), "1%")
     assert text.startswith("top1: 40 samples are too few to pass the limit of 1%, even for an ")
     groups = np.arange(SAMPLES) // 20
@@ -230,12 +229,12 @@ def test_too_few_samples_and_groups_are_said() -> None:
     assert text.startswith("top1: 2000 samples in 100 groups are too few to pass the limit of 1%")
     assert text.endswith(" groups are needed")
     assert told(Evaluation(metric="top1", scores=flips(0)), "1%") == []
-    # A constant baseline cannot say; its candidate can.
+    # A constant baseline does not tell how many samples are needed, but its candidate does.
     constant = Evaluation(metric="top1", scores=lambda forward: 1.0 - is_candidate(forward) * GOOD)
     assert told(constant, "1%") == []
 
 
-def test_a_metric_that_rose_did_not_drop() -> None:
+def test_improved_metric_has_negative_drop() -> None:
     [found] = check(Evaluation(metric="top1", scores=flips(lost=0, gained=9)))
     assert (found.outcome, found.drop) == ("PASS", pytest.approx(-0.005))
     assert f"{W8A8.run_name}: top1 rose by 0.50% (drop [-" in describe(found)[0]
@@ -272,7 +271,7 @@ def test_scores_may_be_continuous_or_aggregated() -> None:
     assert (found.method, found.outcome, found.samples) == ("jackknife", "PASS", 400)
 
 
-def test_several_evaluations_are_judged_each() -> None:
+def test_each_of_several_evaluations_is_judged() -> None:
     pair = [
         Evaluation(metric="good", scores=flips(lost=0)),
         Evaluation(metric="bad", scores=flips(lost=200)),
@@ -291,13 +290,13 @@ def test_several_evaluations_are_judged_each() -> None:
     assert asked == [BF16.replace(extra={"depth": 3})]  # once for all modes
 
 
-def test_random_weights_of_a_library_are_marked() -> None:
+def test_marks_random_weights_of_a_library() -> None:
     evaluation = Evaluation(metric="top1", scores=flips(lost=0))
     judged, compared = check(evaluation, load=lambda p, weights: toy())
     assert judged.random_weights
     assert judged.is_pipeline_check
     assert describe(judged)[0].endswith("limit 1% (pipeline check: random weights)")
-    # What can fail such a model.
+    # Only this can fail a model with random weights.
     assert (compared.metric, compared.outcome) == ("outputs", "proxy-ok")
     assert not compared.is_pipeline_check
 
@@ -312,20 +311,20 @@ def test_random_weights_of_a_library_are_marked() -> None:
     ],
     ids=["w8a8", "smoothquant", "w8", "attention"],
 )
-def test_the_next_step_follows_the_ladder(params: RunParams, step: str) -> None:
+def test_next_step_follows_the_order_of_remedies(params: RunParams, step: str) -> None:
     assert next_step(make_workload(), params).startswith(f"next step: {step}")
 
 
-def test_the_next_step_of_a_workload_that_quantizes_itself_is_its_own() -> None:
+def test_next_step_of_prequantized_workload() -> None:
     # Its layers cannot be ranked one at a time.
     own = "next step: leave more layers in BF16 in the workload's own quantization"
     assert next_step(make_workload(prequantized=True), W8A8) == own
 
 
-# -- what is run --------------------------------------------------------------------------------
+# -- what runs -----------------------------------------------------------------------------------
 
 
-def test_the_baseline_is_scored_once_for_all_candidates() -> None:
+def test_baseline_is_scored_once_for_all_candidates() -> None:
     scored: list[str] = []
 
     def scores(forward: Forward) -> Any:
@@ -339,7 +338,7 @@ def test_the_baseline_is_scored_once_for_all_candidates() -> None:
     assert scored == ["baseline", "candidate", "candidate", "candidate"]
 
 
-def test_what_is_fitted_on_the_baseline_judges_the_candidate() -> None:
+def test_candidate_is_scored_with_the_fit_of_the_baseline() -> None:
     fitted: list[bool] = []
 
     def fit(forward: Forward) -> str:
@@ -354,7 +353,7 @@ def test_what_is_fitted_on_the_baseline_judges_the_candidate() -> None:
     assert fitted == [False]
 
 
-def test_evaluations_share_the_forward_of_a_model() -> None:
+def test_evaluations_share_one_forward_per_model() -> None:
     seen: list[Forward] = []
 
     def scores(forward: Forward) -> Any:
@@ -365,7 +364,9 @@ def test_evaluations_share_the_forward_of_a_model() -> None:
     assert [seen.index(forward) for forward in seen] == [0, 0, 2, 2]
 
 
-def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_do_not_fit_together_are_scored_separately(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = ModelPool()
     build, refused = pool._build, []
 
@@ -381,7 +382,7 @@ def test_what_does_not_fit_together_is_scored_apart(monkeypatch: pytest.MonkeyPa
     assert (found.outcome, len(refused)) == ("PASS", 1)
 
 
-def test_several_evaluations_are_scored_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_evaluations_are_scored_separately_on_oom(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = ModelPool()
     build = pool._build
 
@@ -398,7 +399,7 @@ def test_several_evaluations_are_scored_apart_too(monkeypatch: pytest.MonkeyPatc
     assert [verdict.outcome for verdict in found] == ["PASS", "PASS"]
 
 
-def test_verdicts_are_recorded_as_they_come() -> None:
+def test_each_verdict_is_recorded_immediately() -> None:
     def fails(forward: Forward) -> Any:
         if is_candidate(forward):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -415,7 +416,7 @@ def test_verdicts_are_recorded_as_they_come() -> None:
     assert [(verdict.metric, verdict.outcome) for verdict in kept] == [("first", "FAIL")]
 
 
-def test_scores_may_be_written_to_again() -> None:
+def test_evaluation_may_reuse_its_score_buffer() -> None:
     buffer = np.zeros(SAMPLES)
 
     def scores(forward: Forward) -> Any:
@@ -428,7 +429,8 @@ def test_scores_may_be_written_to_again() -> None:
 
 @pytest.mark.parametrize("compile_mode", ["default", "off"])
 def test_variants_share_the_fit(compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))  # as it is
+    # Skip the warm-up.
+    monkeypatch.setattr(Guardrail, "ready", lambda self, w, p: self.pool.get(w, p))
     monkeypatch.setattr(Forward, "__call__", lambda self, x: self._model.eager(x.bfloat16()))
     asked: list[RunParams] = []
 
@@ -450,7 +452,7 @@ def test_variants_share_the_fit(compile_mode: str, monkeypatch: pytest.MonkeyPat
     assert len(asked) == 1
 
 
-def test_long_steps_are_said() -> None:
+def test_reports_long_steps() -> None:
     steps: list[tuple[str, str]] = []
 
     @contextmanager
@@ -493,17 +495,17 @@ def test_without_labels_outputs_are_compared_and_nothing_is_passed() -> None:
     assert "drop" not in text
 
 
-def test_a_point_without_labels_is_one_for_which_the_evaluation_is_none() -> None:
+def test_evaluation_of_none_compares_outputs() -> None:
     [found] = check(lambda p: None)
     assert found.outcome == "proxy-ok"
 
 
-def test_outputs_that_are_too_far_fail() -> None:
+def test_outputs_far_from_the_baseline_fail() -> None:
     def outliers(p: RunParams) -> nn.Module:
         model = toy()
         with torch.no_grad():
-            model.fc1.bias[0] = 1e5  # takes the whole range of a row
-            model.fc2.weight[:, 0] = 0  # and no part in the output
+            model.fc1.bias[0] = 1e5  # takes up the whole range of a row
+            model.fc2.weight[:, 0] = 0  # and does not affect the output
             model.fc2.bias.zero_()
         return model
 
@@ -587,14 +589,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_scores_that_cannot_be_judged_are_refused_in_one_line(name: str) -> None:
+def test_rejects_unusable_scores_in_one_line(name: str) -> None:
     evaluation, expected = BAD[name]
     with pytest.raises(ScoreError, match=f"^{expected}") as caught:
         check(evaluation)
     assert "\n" not in str(caught.value)
 
 
-def test_an_evaluation_must_be_one() -> None:
+def test_rejects_what_is_not_an_evaluation() -> None:
     with pytest.raises(
         WorkloadError,
         match=r"^workload 'toy': evaluation must be an Evaluation, a sequence of them, or None, "
@@ -603,7 +605,7 @@ def test_an_evaluation_must_be_one() -> None:
         check("top1")
 
 
-def test_an_evaluation_that_raises_is_named() -> None:
+def test_names_the_evaluation_that_raises() -> None:
     def scores(forward: Forward) -> Any:
         raise KeyError("labels")
 

@@ -15,7 +15,7 @@ LOGITS = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(SAMPLES, 10, generator=torch.Generator().manual_seed(1))
 
 
-def test_equal_outputs_are_at_no_distance() -> None:
+def test_equal_outputs_have_zero_distance() -> None:
     found = distance({"a": LOGITS}, {"a": LOGITS.clone()})
     assert found == Distance(SAMPLES, True, pytest.approx(1), math.inf, 1.0, 1.0)
     assert found.to_dict()["sqnr_db"] is None
@@ -23,7 +23,7 @@ def test_equal_outputs_are_at_no_distance() -> None:
 
 
 @pytest.mark.parametrize("part", [0.01, 0.1, 0.3])
-def test_sqnr_is_power_over_power_of_the_difference(part: float) -> None:
+def test_sqnr_is_signal_power_over_error_power(part: float) -> None:
     found = distance(LOGITS, LOGITS + part * NOISE)
     power = LOGITS.square().sum() / (part * NOISE).square().sum()
     assert found.sqnr_db == pytest.approx(10 * math.log10(power), abs=1e-3)
@@ -40,13 +40,13 @@ def test_agreement_counts_samples() -> None:
     assert 0 < found.knn_agreement < 1
 
 
-def test_what_cannot_be_said_is_none() -> None:
+def test_agreement_is_none_for_sequence_outputs() -> None:
     tokens = torch.randn(4, 7, 3)
     found = distance(tokens, tokens + 0.01)
     assert (found.top1_agreement, found.knn_agreement) == (None, None)
 
 
-def test_nothing_to_compare_is_an_error() -> None:
+def test_rejects_outputs_without_anything_to_compare() -> None:
     classes = LOGITS.argmax(1)
     with pytest.raises(OutputsError, match=r"^cannot compare outputs: the model returns no"):
         distance(classes, classes)
@@ -61,7 +61,7 @@ def far(**changes: object) -> Distance:
 NEAR = far()
 
 
-def test_failures_say_figure_and_rule() -> None:
+def test_problems_name_figure_and_limit() -> None:
     assert problem(NEAR, NEAR) is None
     assert problem(far(sqnr_db=9.94), NEAR) == "SQNR must be at least 10 dB, got 9.9 dB"
     assert problem(far(top1_agreement=0.75), NEAR) == (
@@ -73,12 +73,12 @@ def test_failures_say_figure_and_rule() -> None:
     )
 
 
-def test_a_figure_that_the_baseline_itself_does_not_reach_fails_nothing() -> None:
+def test_limits_the_baseline_itself_misses_do_not_apply() -> None:
     floor = far(sqnr_db=5.0, top1_agreement=0.5)
     assert problem(far(sqnr_db=4.0, top1_agreement=0.4), floor) is None
 
 
-def test_few_samples_are_no_evidence_of_disagreement() -> None:
+def test_few_samples_do_not_prove_disagreement() -> None:
     assert problem(far(samples=4, top1_agreement=0.75), NEAR) is None
     assert problem(far(samples=400, top1_agreement=0.88), NEAR) is None
     assert problem(far(samples=400, top1_agreement=0.86), NEAR) is not None

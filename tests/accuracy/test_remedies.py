@@ -1,4 +1,4 @@
-"""Remedies for models that were made to break."""
+"""Test remedies on models that were built to break."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SPIKES = {1: 60.0, 3: 60.0}
 
 
 class Block(nn.Module):
-    """A residual MLP whose second layer may get outliers that its result does not show."""
+    """A residual MLP whose second layer may get outliers that do not show in its output."""
 
     def __init__(self, channel: float, spike: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.spike = spike
         with torch.no_grad():
             self.fc1.weight *= 2
-            if channel:  # always the same one
+            if channel:  # always the same channel
                 self.fc1.bias[5] = channel
                 self.fc2.weight[:, 5] = 0
         self.register_buffer("columns", self.fc2.weight.detach().clone())
@@ -61,7 +61,7 @@ class Block(nn.Module):
         hidden = nn.functional.gelu(self.fc1(self.norm(x)))
         if not self.spike:
             return x + self.fc2(hidden)
-        # Another channel for each sample.
+        # A different channel for each sample.
         spikes = self.spike * nn.functional.one_hot(hidden.argmax(-1), 2 * WIDTH).to(x.dtype)
         return x + self.fc2(hidden + spikes) - nn.functional.linear(spikes, self.columns)
 
@@ -81,7 +81,7 @@ class Net(nn.Module):
 
 
 class Attending(Net):
-    """A net with attention, in which INT8 may lose all."""
+    """A model whose attention INT8 may ruin."""
 
     def __init__(self, channel: dict[int, float], outlier: float) -> None:
         super().__init__(channel, {})
@@ -151,7 +151,7 @@ def test_a_model_without_outliers_needs_no_remedy() -> None:
     [(OUTLIERS, 0.0, False), ({}, 1e4, True)],
     ids=["layers", "attention"],
 )
-def test_attention_in_bf16_is_the_first_rung(
+def test_tries_attention_in_bf16_first(
     channel: dict[int, float], outlier: float, helps: bool
 ) -> None:
     def build(p: RunParams) -> nn.Module:
@@ -167,9 +167,9 @@ def test_attention_in_bf16_is_the_first_rung(
     assert {row["rung"] for row in rest} == (set() if helps else {"SmoothQuant"})
 
 
-def test_an_outlier_channel_is_remedied_by_smoothquant() -> None:
+def test_smoothquant_remedies_an_outlier_channel() -> None:
     verdict = walk(make_workload(channel=OUTLIERS))
-    assert verdict.outcome == "FAIL"  # of the configuration that was asked for
+    assert verdict.outcome == "FAIL"  # of the requested configuration
     rows = verdict.remedies
     assert [(row["rung"], row["setting"]) for row in rows] == [
         ("SmoothQuant", f"alpha={alpha:g}") for alpha in ALPHAS
@@ -215,13 +215,13 @@ def test_layers_with_outliers_are_found_and_left_in_bf16(selection: bool) -> Non
     assert again.outcome == "PASS"
 
 
-def test_a_filter_of_the_users_stays_in_force() -> None:
+def test_remedies_keep_the_users_filter() -> None:
     workload = make_workload(spike=SPIKES, filter_fn=lambda module, name: name.startswith("blocks"))
     last = walk(workload).remedies[-1]
     assert "and your_filter(module, name)" in last["configuration"]
 
 
-def test_weights_only_is_the_last_rung() -> None:
+def test_tries_weights_only_last() -> None:
     def both(module: nn.Module, name: str) -> bool:
         return name in ("blocks.1.fc2", "blocks.3.fc2")
 
@@ -234,7 +234,7 @@ def test_weights_only_is_the_last_rung() -> None:
     assert (rows[-1]["outcome"], rows[-1]["configuration"]) == ("PASS", "--int8-mode=w8")
 
 
-def test_a_remedy_that_cannot_be_tried_is_said() -> None:
+def test_reports_remedy_that_cannot_be_tried() -> None:
     def fails(p: RunParams, device: torch.device) -> Any:
         raise WorkloadError("no calibration today")
 
@@ -248,7 +248,7 @@ def test_a_remedy_that_cannot_be_tried_is_said() -> None:
 # -- sensitivity --------------------------------------------------------------------------------
 
 
-def test_layers_are_ranked_by_what_they_lose() -> None:
+def test_layers_are_ranked_by_loss() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     told: list[str] = []
     scan = SensitivityScan(guardrail, make_workload(spike={1: 40.0}), W8A8)
@@ -277,7 +277,7 @@ def test_blocks_are_ranked_by_their_metric() -> None:
     assert (table.metric, table.samples) == ("top1", SAMPLES // 4)
 
 
-def test_blocks_are_what_the_first_number_counts() -> None:
+def test_blocks_are_named_up_to_their_first_number() -> None:
     names = [
         "encoder.blocks.0.attn.q",
         "encoder.blocks.0.fc1",
@@ -294,7 +294,7 @@ def test_blocks_are_what_the_first_number_counts() -> None:
     assert list(grouped(names, "layer")) == names
 
 
-def test_what_cannot_be_scanned_is_said() -> None:
+def test_rejects_scans_that_cannot_run() -> None:
     guardrail = Guardrail(ModelPool(), LIMIT)
     with pytest.raises(ScanError, match=r"^by must be one of layer, block, got 'model'$"):
         SensitivityScan(guardrail, make_workload(), W8A8, by="model")
@@ -307,8 +307,8 @@ def test_what_cannot_be_scanned_is_said() -> None:
         scan.run(nodeid="a", metric=True)
 
 
-def test_groups_are_not_torn_apart() -> None:
-    """Or what certifies a remedy would have been seen when it was chosen."""
+def test_halves_do_not_split_groups() -> None:
+    """Otherwise the samples that certify a remedy would also have helped to choose it."""
     groups = np.arange(300) % 30
     evaluation = Evaluation(metric="top1", scores=lambda forward: [], groups=groups)
     first, second = (_half(evaluation, 300, half) for half in (0, 1))

@@ -1,4 +1,4 @@
-"""Sensitivity of models that a copy does not repeat."""
+"""Test sensitivity scans of models that a copy does not reproduce."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def scan(of: Workload, by: str = "block", params: RunParams = W8A8) -> list[dict
     [rebound.closure, rebound.hook, rebound.lock, rebound.compiled_in_place],
     ids=lambda change: change.__name__,
 )
-def test_every_block_is_quantized(change: Any) -> None:
+def test_scan_quantizes_every_block(change: Any) -> None:
     rows = scan(blocks(change))
     assert rows == scan(blocks(lambda net: None))
     assert [row["name"] for row in rows] == ["blocks.0", "blocks.1"]
     assert all(row["sqnr_db"] is not None for row in rows)
 
 
-def test_a_model_that_cannot_be_made_twice_is_an_error() -> None:
+def test_rejects_model_that_cannot_be_made_twice() -> None:
     net: Any = Blocks()
     rebound.closure(net)
     of = make_workload(lambda: net, inputs=normal(16), filter_fn=lambda module, name: True)
@@ -64,7 +64,7 @@ def test_a_model_that_cannot_be_made_twice_is_an_error() -> None:
         scan(of)
 
 
-def test_sparse_outputs_are_one_line() -> None:
+def test_rejects_sparse_outputs_in_one_line() -> None:
     def sparse(net: Any) -> None:
         net.register_forward_hook(lambda module, args, out: out.to_sparse())
 
@@ -80,14 +80,14 @@ def test_sparse_outputs_are_one_line() -> None:
 @pytest.mark.parametrize(
     "kind", [*stateful.IN_BUFFERS, stateful.Draws], ids=lambda kind: kind.__name__
 )
-def test_a_state_in_buffers_and_random_draws_are_not_a_loss(kind: Any) -> None:
+def test_buffers_and_random_draws_do_not_count_as_loss(kind: Any) -> None:
     of = make_workload(kind, inputs=normal(16), filter_fn=lambda module, name: "fc" in name)
     rows = scan(of, "layer")
     assert [row["name"] for row in rows] == ["fc1", "fc2"]
     assert all(row["sqnr_db"] > 35 for row in rows)
 
 
-def test_a_state_in_python_is_one_line() -> None:
+def test_rejects_python_state_in_one_line() -> None:
     of = make_workload(
         stateful.InPython, inputs=normal(16), filter_fn=lambda module, name: "fc" in name
     )
@@ -108,11 +108,11 @@ def masked_logits(fill: float) -> Workload:
     )
 
 
-def test_masked_logits_do_not_count() -> None:
+def test_ignores_masked_logits() -> None:
     assert scan(masked_logits(-torch.inf), "layer") == scan(masked_logits(0.0), "layer")
 
 
-def test_nan_in_the_outputs_is_one_line() -> None:
+def test_rejects_nan_outputs_in_one_line() -> None:
     with pytest.raises(OutputsError, match=r"^the outputs hold NaN or infinity: layers cannot be"):
         scan(masked_logits(torch.nan))
 
@@ -121,7 +121,7 @@ def test_nan_in_the_outputs_is_one_line() -> None:
 
 
 class Attends(nn.Module):
-    """Blocks whose attention INT8 loses, keeps, and cannot compute."""
+    """Blocks whose attention INT8 ruins, preserves, and cannot compute."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def attending(*parts: nn.Module) -> Workload:
 
 
 @pytest.mark.parametrize("by", ["layer", "block"])
-def test_attention_has_rows_of_its_own(by: str) -> None:
+def test_attention_has_its_own_rows(by: str) -> None:
     of = attending(Outlier(0.0), Masking(), Outlier(1e4))
     [*plain] = scan(of, by)
     rows = scan(of, by, W8A8.replace(int8_attention=True))
@@ -157,11 +157,11 @@ def test_attention_has_rows_of_its_own(by: str) -> None:
     assert list(found) == [f"{name} (attention)" for name in names]
     kept_db, lost_db = (row["sqnr_db"] for row in found.values())
     assert lost_db < 20 < kept_db
-    # The layers are quantized alone, not with all attention.
+    # Layers are quantized alone, not together with all attention.
     assert [row for row in rows if row["layers"]] == plain
 
 
-def test_a_module_that_is_called_twice_is_one_row() -> None:
+def test_module_called_twice_has_one_row() -> None:
     shared = Outlier(0.0)
     of = make_workload(lambda: Attends([shared, shared]), inputs=normal(16))
     of = dataclasses.replace(of, filter_fn=lambda module, name: isinstance(module, nn.Linear))
@@ -169,13 +169,13 @@ def test_a_module_that_is_called_twice_is_one_row() -> None:
     assert names == ["blocks.0.0", "blocks.0.1 (attention)", "blocks.1.0"]
 
 
-def test_attention_that_int8_cannot_compute_is_one_line() -> None:
+def test_reports_attention_unsupported_in_int8_in_one_line() -> None:
     message = "^int8_attention=True: 0 of 1 attention calls on .*; left out: 1 with a mask$"
     with pytest.raises(ScanError, match=message):
         scan(attending(Masking()), "block", W8A8.replace(int8_attention=True))
 
 
-def test_hooks_do_not_outlive_a_forward_that_fails() -> None:
+def test_removes_hooks_after_a_failed_forward() -> None:
     class Fails(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise ValueError("mine")

@@ -1,4 +1,4 @@
-"""What benchmarks/quote.py prints, and the yardstick of its estimate for sm80."""
+"""Test the output of benchmarks/quote.py and the reference for its sm80 estimate."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def test_a_row_shows_only_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("records", [[], [failed("fused")], [record("fused-sm80", 1e-3)]])
-def test_no_row_without_a_figure_of_its_columns(records: list[dict[str, Any]]) -> None:
+def test_writes_no_row_if_nothing_was_measured(records: list[dict[str, Any]]) -> None:
     assert (
         markdown(MACHINE, records).splitlines()[0]
         == "no rows: none of the variants in this table was measured"
     )
 
 
-def test_part_of_a_gpu_is_no_gpu() -> None:
+def test_row_names_the_mig_instance() -> None:
     machine = MACHINE | {"gpu": {"name": "Toy GPU", "mig": "1g.10gb"}}
     row = markdown(machine, [record("fused", 5e-3)]).splitlines()[2]
     assert row.startswith("| Toy GPU, MIG 1g.10gb | ")
 
 
-def test_the_estimate_is_against_bf16_of_the_same_instructions() -> None:
+def test_estimate_compares_with_bf16_on_the_same_instructions() -> None:
     records = [record("bf16-flash", 10e-3), record("bf16-best", 8e-3)]
     records += [record("sm80-proxy-bf16", 24e-3), record("sm80-proxy-int8", 16e-3)]
     lines = table(records, [variant.name for variant in quote.VARIANTS]).splitlines()
@@ -85,7 +85,7 @@ def test_the_estimate_is_against_bf16_of_the_same_instructions() -> None:
 
 
 @pytest.mark.parametrize("name", ["INT8BENCH_PRODUCT", "DISABLE_MMA_V3"])
-def test_no_row_of_forced_kernels(
+def test_refuses_rows_with_forced_kernels(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -94,7 +94,7 @@ def test_no_row_of_forced_kernels(
     assert f"--markdown must run the GPU's own kernels: unset {name}" in capsys.readouterr().err
 
 
-def test_rows_are_of_known_variants_and_points(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_use_known_variants_and_points(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(ROW) <= {v.name for v in quote.VARIANTS if not v.environment}
     assert set(quote.ROW_POINTS) <= {point.name for point in quote.POINTS}
     with pytest.raises(SystemExit):
@@ -138,7 +138,7 @@ FLASH = "void pytorch_flash::flash_fwd_kernel"
         ({"matmul": 1.0}, "attention must be flash, got None"),
     ],
 )
-def test_the_estimate_runs_no_newer_kernels(names: dict[str, float], message: str | None) -> None:
+def test_estimate_rejects_newer_kernels(names: dict[str, float], message: str | None) -> None:
     kernels = [SimpleNamespace(name=name, seconds=seconds) for name, seconds in names.items()]
     attention = "flash" if FLASH in names else None
     evidence: Any = SimpleNamespace(
@@ -161,9 +161,9 @@ def sm80() -> Any:
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(70, 96, 128), (33, 40, 72), (1, 1, 1)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_the_matmul(sm80: Any, rows: int, n: int, k: int, has_bias: bool) -> None:
+def test_sm80_matmul_equals_linear(sm80: Any, rows: int, n: int, k: int, has_bias: bool) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, k), torch.randn(n, k)  # the interpreter multiplies no BF16
+    x, weight = torch.randn(rows, k), torch.randn(n, k)  # the interpreter cannot multiply BF16
     bias = torch.randn(n) if has_bias else None
     for tile in sm80.CANDIDATES[-2:]:
         out = torch.full((rows, n), 77.0)
@@ -171,13 +171,13 @@ def test_the_matmul(sm80: Any, rows: int, n: int, k: int, has_bias: bool) -> Non
         assert torch.allclose(out, F.linear(x, weight, bias), atol=1e-4)
 
 
-def test_tiles_hold_as_many_bytes_as_those_of_int8(sm80: Any) -> None:
+def test_tiles_hold_as_many_bytes_as_int8_tiles(sm80: Any) -> None:
     assert [(t.bm, t.bn, 2 * t.bk) for t in sm80.CANDIDATES] == [
         (t.bm, t.bn, t.bk) for t in sm80.POINTER_CANDIDATES if t.bm * t.bn >= 128 * 64
     ]
 
 
-def test_linear_layers_that_are_not_quantized(sm80: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaces_unquantized_linear_layers(sm80: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Quantized(nn.Linear):
         pass
 

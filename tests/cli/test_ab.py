@@ -29,8 +29,8 @@ DEADLINE_S = 60
 MAIN = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
 FAST = ("--screening-blocks=2", "--verdict-blocks=4")
 
-# Seconds come from a file of the revision and from noise that depends on how many processes there
-# were before: no clock, and no torch.
+# Times come from a file in the revision, plus noise that depends on the number of earlier
+# processes, so that neither a clock nor torch is needed.
 CONFTEST = """
 import os
 import random
@@ -99,7 +99,7 @@ def toy(steady: float = 0.01, other: float = 0.02) -> str:
 
 
 def commit(root: Path, **files: str) -> str:
-    """Commit files, in which ``__`` stands for a folder, and return the short hash."""
+    """Commit files, with ``__`` for a slash in their paths, and return the short hash."""
     for name, text in files.items():
         path = root / name.replace("__", "/")
         path = path.with_name(path.name.replace("_py", ".py").replace("_ini", ".ini"))
@@ -112,7 +112,7 @@ def commit(root: Path, **files: str) -> str:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the tags ``v1``, ``same`` and ``slow``, at which HEAD is."""
+    """Return a repository with tags ``v1``, ``same`` and ``slow``; HEAD is at ``slow``."""
     root = tmp_path_factory.mktemp("template")
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, root)
@@ -144,12 +144,12 @@ def root(template: Path, tmp_path: Path) -> Path:
 
 
 def count(root: Path) -> int:
-    """How many processes there were."""
+    """Return the number of processes that ran."""
     return len((root.parent / "count").read_text())
 
 
 def state(root: Path) -> dict[str, Any]:
-    """All that must not change."""
+    """Return everything that must not change."""
     return {
         "status": git(root, "--no-optional-locks", "status", "--porcelain"),
         "files": {p.name: p.read_bytes() for p in root.iterdir() if p.is_file()},
@@ -176,7 +176,7 @@ def start(folder: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def ab(temporary: Path) -> Ab:
-    """Runs the command, and looks that nothing of it is left."""
+    """Run the command and check that it leaves nothing behind."""
 
     def ab(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         process = start(folder, *args, env={**os.environ, **env})
@@ -191,7 +191,7 @@ def ab(temporary: Path) -> Ab:
 def ab_here(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Ab:
-    """Does what ``ab`` does in this process, which saves a start; for what ends in an error."""
+    """Like ``ab``, but in this process, which is faster; for commands that end in an error."""
 
     def ab(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def ab_here(
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line of an error, without what was said before."""
+    """Return the one-line error, without earlier output."""
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1].removeprefix("int8bench ab: ")
@@ -216,7 +216,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 # -- verdicts ---------------------------------------------------------------------------------
 
 
-def test_a_slower_revision_fails_in_all_reports(ab: Ab, root: Path, tmp_path: Path) -> None:
+def test_slower_revision_fails_in_all_reports(ab: Ab, root: Path, tmp_path: Path) -> None:
     (root / "untracked").touch()
     (root / "toy.py").write_text("work in progress")
     git(root, "add", "toy.py")
@@ -266,7 +266,7 @@ def test_worktree_shadows_editable_install(ab: Ab, root: Path, tmp_path: Path) -
     assert done.stdout.endswith("\nint8bench ab: PASS (2 PASS)\n")
 
 
-def test_a_sub_folder_and_a_git_hook(ab: Ab, root: Path) -> None:
+def test_runs_from_subfolder_and_git_hook(ab: Ab, root: Path) -> None:
     """Paths that point into the user's working tree are moved to the worktree."""
     (root / "bench" / "test_a.py").write_text("work in progress")
     before = state(root)
@@ -278,8 +278,8 @@ def test_a_sub_folder_and_a_git_hook(ab: Ab, root: Path) -> None:
     assert state(root) == before
 
 
-def test_code_of_the_main_checkout_is_refused(ab: Ab, root: Path, tmp_path: Path) -> None:
-    """The entry goes before all others, as that of a conftest.py with a path of its own."""
+def test_rejects_code_of_the_main_checkout(ab: Ab, root: Path, tmp_path: Path) -> None:
+    """The entry precedes all others, like one that a conftest.py inserts."""
     first = append_path(tmp_path / "customize", root, "insert(0, ")
     text = f"import sys\nsys.path.insert(0, {str(root)!r})\n{CONFTEST}"
     commit(root, conftest_py=text)
@@ -289,7 +289,7 @@ def test_code_of_the_main_checkout_is_refused(ab: Ab, root: Path, tmp_path: Path
     )
 
 
-def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -> None:
+def test_rejects_installed_copy(ab_here: Ab, root: Path, tmp_path: Path) -> None:
     packages = tmp_path / "lib" / "site-packages"
     packages.mkdir(parents=True)
     (packages / "toy.py").write_text(toy())
@@ -302,7 +302,7 @@ def test_an_installed_copy_is_refused(ab_here: Ab, root: Path, tmp_path: Path) -
 
 
 def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None:
-    """A virtual environment in the repository is no code of the project."""
+    """A virtual environment inside the repository does not count as project code."""
     packages = root / ".venv" / "lib" / "site-packages"
     packages.mkdir(parents=True)
     (packages / "extra.py").touch()
@@ -343,7 +343,9 @@ def test_revision_passes_against_itself_with_install(ab: Ab, root: Path) -> None
         (["v1", "--install", "echo why >&2; false"], None),
     ],
 )
-def test_rejected_at_start(ab_here: Ab, root: Path, args: list[str], message: str | None) -> None:
+def test_rejects_bad_arguments_at_start(
+    ab_here: Ab, root: Path, args: list[str], message: str | None
+) -> None:
     [log] = [root / ".benchmarks" / "int8bench" / "ab"]
     done = ab_here(root, *args, "--", "bench")
     text = refusal(done)
@@ -367,7 +369,7 @@ def test_uncommitted_changes_are_refused_without_new_rev(ab_here: Ab, root: Path
     )
 
 
-def test_reports_that_must_not_be_written(ab_here: Ab, root: Path, tmp_path: Path) -> None:
+def test_rejects_unwritable_reports(ab_here: Ab, root: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     saved.write_text('{"benchmarks": []}')
     done = ab_here(root, "v1", f"--json={saved}")
@@ -382,11 +384,11 @@ def test_reports_that_must_not_be_written(ab_here: Ab, root: Path, tmp_path: Pat
     assert count(root) == 0
 
 
-def test_no_repository(ab_here: Ab, tmp_path: Path) -> None:
+def test_fails_outside_a_repository(ab_here: Ab, tmp_path: Path) -> None:
     assert refusal(ab_here(tmp_path, "v1")) == f"{tmp_path} is not in a git repository"
 
 
-def test_no_git(ab_here: Ab, root: Path) -> None:
+def test_fails_without_git(ab_here: Ab, root: Path) -> None:
     assert refusal(ab_here(root, "v1", PATH="")) == "git is not installed"
 
 
@@ -420,14 +422,14 @@ def test_rejects_unmeasurable_args(ab_here: Ab, root: Path, args: list[str], mes
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_revision_with_an_older_plugin(ab_here: Ab, root: Path) -> None:
+def test_rejects_revision_with_older_plugin(ab_here: Ab, root: Path) -> None:
     (root / "pytest_int8bench").mkdir()
     (root / "pytest_int8bench" / "__init__.py").touch()
     old = commit(root)
     assert refusal(ab_here(root, old, "v1", "--", "bench")) == f"{old[:10]}: {TOO_OLD}"
 
 
-def test_a_test_that_cannot_be_imported(ab_here: Ab, root: Path) -> None:
+def test_reports_test_that_cannot_be_imported(ab_here: Ab, root: Path) -> None:
     commit(root, bench__test_a_py="import größe\n")
     text = refusal(ab_here(root, "HEAD", "HEAD", "--", "bench", FORCE_COLOR="1"))
     assert (
@@ -436,7 +438,7 @@ def test_a_test_that_cannot_be_imported(ab_here: Ab, root: Path) -> None:
     ) in text
 
 
-def test_a_budget_that_is_too_small(ab_here: Ab, root: Path) -> None:
+def test_rejects_too_small_budget(ab_here: Ab, root: Path) -> None:
     done = ab_here(root, "v1", "--budget=2s", "--", "bench")
     assert refusal(done).startswith("--budget 2 s is too short: screening alone needs about ")
     assert "2 processes are saved in " in done.stderr
@@ -467,7 +469,9 @@ def test_rejects_bad_option(option: str, message: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5 h", 5400), (" 2h ", 7200)]
 )
-def test_a_budget(root: Path, monkeypatch: pytest.MonkeyPatch, text: str, seconds: float) -> None:
+def test_parses_budget(
+    root: Path, monkeypatch: pytest.MonkeyPatch, text: str, seconds: float
+) -> None:
     plans = []
 
     def run(plan: ab_plan.Plan, tell: object) -> NoReturn:
@@ -486,7 +490,7 @@ def test_a_budget(root: Path, monkeypatch: pytest.MonkeyPatch, text: str, second
     assert plan.design == Design()
 
 
-def test_two_gates_at_once(ab_here: Ab, root: Path) -> None:
+def test_rejects_a_second_gate_in_the_same_folder(ab_here: Ab, root: Path) -> None:
     folder = root / ".benchmarks" / "int8bench" / "ab"
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
@@ -502,8 +506,7 @@ def test_two_gates_at_once(ab_here: Ab, root: Path) -> None:
 
 @contextlib.contextmanager
 def hanging(root: Path, *args: str, at: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Start the command and wait until its process number ``at`` hangs, which is the second
-    value."""
+    """Start the command, wait until its process number ``at`` hangs, and yield both."""
     env = {**os.environ, "TOY_HANGS_AT": str(at)}
     process = start(root, *args, env=env, start_new_session=True)
     try:
@@ -524,7 +527,7 @@ def hanging(root: Path, *args: str, at: int) -> Iterator[tuple[subprocess.Popen[
     ("number", "is_group", "code"),
     [(signal.SIGINT, True, 2), (signal.SIGINT, False, 2), (signal.SIGTERM, False, 143)],
 )
-def test_an_interrupt_leaves_nothing_behind(
+def test_interrupt_leaves_nothing_behind(
     root: Path, temporary: Path, number: signal.Signals, is_group: bool, code: int
 ) -> None:
     before = state(root)
@@ -545,7 +548,7 @@ def test_an_interrupt_leaves_nothing_behind(
 def test_resumes_after_kill(ab: Ab, root: Path, temporary: Path, tmp_path: Path) -> None:
     before = state(root)
     args = ("v1", "same", "--", "bench")
-    with hanging(root, *args, at=3) as (process, child):  # the second one of a block
+    with hanging(root, *args, at=3) as (process, child):  # the second process of a block
         process.kill()
         process.wait()
         end = time.monotonic() + DEADLINE_S
@@ -562,5 +565,5 @@ def test_resumes_after_kill(ab: Ab, root: Path, temporary: Path, tmp_path: Path)
     assert count(root) == 6
     assert state(root) == before
     values = json.loads((tmp_path / "ab.json").read_text())["int8bench_ab"]
-    assert values["processes"] == 7  # with half a block, which does not count
+    assert values["processes"] == 7  # and half a block, which does not count
     assert [run["screened"]["estimate"]["blocks"] for run in values["runs"]] == [2, 2]

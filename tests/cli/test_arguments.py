@@ -1,4 +1,4 @@
-"""Options that pytest and ``int8bench`` share: one meaning, one default, one reader."""
+"""Options that pytest and ``int8bench`` share have one meaning, one default and one reader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def help_of(parser: argparse.ArgumentParser) -> str:
 @pytest.mark.parametrize(
     ("name", "flag"), [*(("compare", flag) for flag in GATE_FLAGS), ("ab", ALLOW_MISSING)]
 )
-def test_both_edges_show_one_meaning_and_default(name: str, flag: Flag) -> None:
+def test_command_and_plugin_show_the_same_help_and_default(name: str, flag: Flag) -> None:
     shown = flag.name if flag.metavar is None else f"{flag.name} {flag.metavar}"
     assert f"--{shown} {flag.help} (default: {flag.default})" in help_of(command(name))
     option = OPTIONS[flag.name]
@@ -41,7 +41,7 @@ def test_both_edges_show_one_meaning_and_default(name: str, flag: Flag) -> None:
 
 
 @pytest.mark.parametrize("flag", [flag for flag in GATE_FLAGS if flag.read is not None])
-def test_both_edges_refuse_with_one_reason(
+def test_command_and_plugin_give_the_same_error(
     flag: Flag, pytester: pytest.Pytester, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert flag.read is not None
@@ -50,7 +50,7 @@ def test_both_edges_refuse_with_one_reason(
     with pytest.raises(pytest.UsageError) as refused:
         read_settings(pytester.parseconfig(f"--int8-{flag.name}=nothing"))
     assert str(refused.value) == f"--int8-{flag.name}: {reason.value}"
-    if flag is not ALLOW:  # read when all of them are known
+    if flag is not ALLOW:  # read after all names are known
         with pytest.raises(SystemExit):
             command("compare").parse_args([f"--{flag.name}=nothing"])
         assert capsys.readouterr().err.endswith(f"--{flag.name}: {reason.value}\n")
@@ -73,7 +73,7 @@ def test_a_flag_becomes_an_argument(flag: Flag, words: list[str], value: Any) ->
     assert vars(parser.parse_args(words)) == {flag.dest: value}
 
 
-def test_argparse_shows_what_a_reader_says() -> None:
+def test_argparse_shows_the_error_of_a_reader() -> None:
     def read(text: str) -> None:
         raise ValueError(f"must be less, got {text!r}")
 
@@ -81,7 +81,7 @@ def test_argparse_shows_what_a_reader_says() -> None:
         as_argument_type(read)("5%")
 
 
-def test_the_help_of_ab_has_the_defaults_of_the_design() -> None:
+def test_ab_help_shows_the_defaults_of_the_design() -> None:
     text = help_of(command("ab"))
     assert "--margin MARGIN largest slowdown that is never a FAIL (default: 1%)" in text
     assert "--verdict-blocks N maximum number of blocks of four processes" in text

@@ -1,4 +1,4 @@
-"""``int8bench compare`` as typed: options, exit codes, reports, and one line for bad input."""
+"""Test ``int8bench compare``: options, exit codes, reports, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT: dict[str, Any] = {"cpu": "EPYC", "packages": {"torch": "2.11.0"}, "
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    Path("pyproject.toml").write_text("")  # whatever there is above does not count
+    Path("pyproject.toml").write_text("")  # ignore any pyproject.toml above
 
 
 def save(path: str, *records: Record, **environment: Any) -> str:
@@ -47,7 +47,7 @@ def run(capsys: Capture, *args: str) -> tuple[int, list[str]]:
 
 
 def refused(capsys: Capture, *args: str) -> str:
-    """Run the command, which must say one line and exit with 2; return the line."""
+    """Run the command, which must print one line and exit with 2; return the line."""
     assert main(["compare", *args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -57,7 +57,7 @@ def refused(capsys: Capture, *args: str) -> str:
 
 
 def misused(capsys: Capture, *args: str) -> str:
-    """The same for what argparse refuses."""
+    """Like ``refused``, for errors of argparse."""
     with pytest.raises(SystemExit) as caught:
         main(["compare", *args])
     assert caught.value.code == 2
@@ -76,7 +76,7 @@ def test_equal_files_pass(base: str, capsys: Capture) -> None:
     assert lines[-1] == "int8bench compare: nothing regressed (1 run: 1 same)"
 
 
-def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) -> None:
+def test_regression_exits_1_even_if_another_run_is_missing(capsys: Capture) -> None:
     base = save("base.json", timed("x"), timed("y"))
     code, lines = run(capsys, base, save("new.json", timed("x", slower=1.2)))
     assert code == 1
@@ -86,7 +86,7 @@ def test_a_regression_is_1_also_where_another_run_is_missing(capsys: Capture) ->
     assert run(capsys, base, "new.json", "--max-slowdown=20%", "--allow-missing")[0] == 0
 
 
-def test_another_machine_is_2_until_it_is_allowed(base: str, capsys: Capture) -> None:
+def test_another_machine_exits_2_unless_allowed(base: str, capsys: Capture) -> None:
     new = save("new.json", timed(), cpu="Xeon")
     code, lines = run(capsys, base, new)
     assert code == 2
@@ -96,14 +96,14 @@ def test_another_machine_is_2_until_it_is_allowed(base: str, capsys: Capture) ->
     assert "differs, as allowed: cpu: EPYC -> Xeon" in lines
 
 
-def test_another_commit_is_always_allowed(base: str, capsys: Capture) -> None:
+def test_accepts_another_commit(base: str, capsys: Capture) -> None:
     new = save("new.json", timed(), commit="b" * 40, dirty=True)
     code, lines = run(capsys, base, new)
     assert code == 0
     assert "new: new.json (bbbbbbbbbb, uncommitted changes)" in lines
 
 
-def test_every_metric_can_be_judged(capsys: Capture) -> None:
+def test_every_metric_has_a_limit_option(capsys: Capture) -> None:
     fields = {"batch_time_p95_s": 1.0, "compile_s": 1.0, "peak_memory_bytes": 1000}
     base = save("base.json", timed(**fields))
     worse = {name: value * 2 for name, value in fields.items()}
@@ -116,13 +116,13 @@ def test_every_metric_can_be_judged(capsys: Capture) -> None:
         assert run(capsys, base, new, off, f"--max-{option}=100%")[0] == 0
 
 
-def test_a_floor_can_be_given(base: str, capsys: Capture) -> None:
+def test_accepts_a_noise_floor(base: str, capsys: Capture) -> None:
     new = save("new.json", timed(slower=1.1))
     assert run(capsys, base, new, "--noise-floor", "throughput=15%")[0] == 0
     assert run(capsys, base, new, "--noise-floor", "memory=15%")[0] == 1
 
 
-def test_an_undecided_verdict_counts_on_request(capsys: Capture) -> None:
+def test_inconclusive_verdict_fails_on_request(capsys: Capture) -> None:
     base = save("base.json", verdict_of("PASS"))
     new = save("new.json", verdict_of("INCONCLUSIVE"))
     assert run(capsys, base, new)[0] == 0
@@ -132,7 +132,7 @@ def test_an_undecided_verdict_counts_on_request(capsys: Capture) -> None:
 # -- which files --------------------------------------------------------------------------------
 
 
-def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> None:
+def test_compares_the_latest_two_saved_files_by_default(capsys: Capture) -> None:
     for number, slower in ((1, 5.0), (2, 1.0), (3, 1.2)):
         save(f".benchmarks/Linux/000{number}_run.json", timed(slower=slower))
     code, lines = run(capsys)
@@ -145,7 +145,7 @@ def test_the_latest_two_of_pytest_benchmark_are_the_default(capsys: Capture) -> 
     assert refused(capsys).startswith(".benchmarks contains 0 numbered files to compare")
 
 
-def test_several_files_of_a_side_show_the_noise(capsys: Capture) -> None:
+def test_several_files_per_side_determine_the_noise(capsys: Capture) -> None:
     for index, slower in enumerate((1.0, 1.3, 0.8)):
         save(f"runs/{index}.json", timed(slower=slower))
     new = save("new.json", timed(slower=1.2))
@@ -209,12 +209,12 @@ def test_journals_are_compared(base: str, capsys: Capture) -> None:
         (["base.json", "new.json", "--allow=commit"], "--allow: commit may always differ"),
     ],
 )
-def test_bad_use_is_one_line(base: str, args: list[str], why: str, capsys: Capture) -> None:
+def test_reports_misuse_in_one_line(base: str, args: list[str], why: str, capsys: Capture) -> None:
     save("new.json", timed())
     assert refused(capsys, *args) == why
 
 
-def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
+def test_rejects_comparing_a_file_with_itself(base: str, capsys: Capture) -> None:
     Path("link.json").symlink_to(base)
     assert refused(capsys, base, "link.json") == (
         f"{Path(base).resolve()} would be compared with itself"
@@ -222,7 +222,9 @@ def test_a_file_is_not_compared_with_itself(base: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("option", ["json", "markdown", "junit", "comment"])
-def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture) -> None:
+def test_rejects_report_path_that_is_a_symlink_loop(
+    base: str, option: str, capsys: Capture
+) -> None:
     Path("loop").symlink_to("loop")
     why = refused(capsys, base, save("new.json", timed()), f"--{option}=loop")
     assert why == "refusing to overwrite loop: not a regular file"
@@ -242,7 +244,7 @@ def test_a_circle_of_links_is_no_report(base: str, option: str, capsys: Capture)
         ),
     ],
 )
-def test_bad_options_are_refused(base: str, args: list[str], why: str, capsys: Capture) -> None:
+def test_rejects_bad_options(base: str, args: list[str], why: str, capsys: Capture) -> None:
     assert misused(capsys, base, base, *args) == why
 
 
@@ -294,7 +296,9 @@ def with_result(**values: Any) -> str:
         ),
     ],
 )
-def test_damaged_files_are_one_line(base: str, content: str, why: str, capsys: Capture) -> None:
+def test_reports_damaged_files_in_one_line(
+    base: str, content: str, why: str, capsys: Capture
+) -> None:
     Path("new.json").write_text(content)
     assert refused(capsys, base, "new.json", "--json=out.json") == why
     assert not Path("out.json").exists()
@@ -303,7 +307,9 @@ def test_damaged_files_are_one_line(base: str, content: str, why: str, capsys: C
 # -- the table of pyproject.toml ----------------------------------------------------------------
 
 
-def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Capture) -> None:
+def test_per_run_limits_override_the_command_line_which_overrides_the_table(
+    capsys: Capture,
+) -> None:
     base = save("base.json", timed("x"), timed("y"))
     new = save("new.json", timed("x", slower=1.2), timed("y"))
     Path("deep").mkdir()
@@ -320,7 +326,7 @@ def test_the_command_line_goes_before_the_table_and_a_run_before_both(capsys: Ca
     assert run(capsys, base, new, "--config=mine.toml")[0] == 1
 
 
-def test_flags_and_names_of_the_table_and_the_command_line_add_up(capsys: Capture) -> None:
+def test_merges_flags_and_names_of_table_and_command_line(capsys: Capture) -> None:
     base = save("base.json", timed("x"), timed("y"))
     new = save("new.json", timed("x"), cpu="Xeon", packages={"torch": "2.12.0"})
     Path("pyproject.toml").write_text(
@@ -330,7 +336,7 @@ def test_flags_and_names_of_the_table_and_the_command_line_add_up(capsys: Captur
     assert run(capsys, base, new, "--allow=torch")[0] == 0
 
 
-def test_a_bad_table_is_one_line(base: str, capsys: Capture) -> None:
+def test_reports_a_bad_table_in_one_line(base: str, capsys: Capture) -> None:
     Path("pyproject.toml").write_text('[tool.int8bench.gate]\nallow-missing = "yes"\n')
     assert refused(capsys, base, save("new.json", timed())) == (
         f"{Path('pyproject.toml').resolve()}: tool.int8bench.gate: allow-missing must be true or "
@@ -362,7 +368,7 @@ def test_writes_reports(base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert sorted(os.listdir("out")) == ["a.json", "a.md", "a.xml"]
 
 
-def test_a_comment_is_marked_and_fits(base: str, capsys: Capture) -> None:
+def test_comment_has_marker_and_respects_size_limit(base: str, capsys: Capture) -> None:
     new = save("new.json", timed(slower=1.2))
     assert run(capsys, base, new, "--comment=a.md", "--markdown=b.md")[0] == 1
     comment = Path("a.md").read_text()
@@ -375,7 +381,7 @@ def test_a_comment_is_marked_and_fits(base: str, capsys: Capture) -> None:
     assert "rows are left out" in comment
 
 
-def test_a_comment_is_a_file_of_its_own(base: str, capsys: Capture) -> None:
+def test_comment_needs_its_own_file(base: str, capsys: Capture) -> None:
     new = save("new.json", timed())
     assert refused(capsys, base, new, "--comment=a.md", "--markdown=a.md") == (
         "two reports would be written to a.md; name different files"
@@ -385,7 +391,7 @@ def test_a_comment_is_a_file_of_its_own(base: str, capsys: Capture) -> None:
     )
 
 
-def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> None:
+def test_does_not_overwrite_saved_benchmarks(base: str, capsys: Capture) -> None:
     new, other = save("new.json", timed()), save("other.json", timed("y"))
     before = Path(other).read_text()
     assert main(["compare", base, new, f"--json={other}"]) == 2
@@ -396,7 +402,7 @@ def test_saved_benchmarks_are_not_overwritten(base: str, capsys: Capture) -> Non
     assert Path(other).read_text() == before
 
 
-def test_saved_benchmarks_are_no_summary(
+def test_does_not_append_summary_to_saved_benchmarks(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     new = save("new.json", timed())
@@ -409,7 +415,7 @@ def test_saved_benchmarks_are_no_summary(
         assert Path(name).read_text() == before
 
 
-def test_a_summary_that_shows_json_is_added_to(
+def test_appends_to_summary_that_contains_json(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
@@ -418,7 +424,7 @@ def test_a_summary_that_shows_json_is_added_to(
     assert "## int8bench compare" in Path("summary.md").read_text()
 
 
-def test_a_summary_that_is_a_report_too_gets_it_once(
+def test_report_path_equal_to_summary_is_written_once(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     new = save("new.json", timed())
@@ -439,7 +445,7 @@ def test_a_summary_that_is_a_report_too_gets_it_once(
 
 
 @pytest.mark.parametrize(("slower", "code"), [(1.0, 2), (2.0, 1)])
-def test_a_summary_that_nobody_reads_is_not_waited_for(
+def test_does_not_block_on_summary_pipe_without_reader(
     base: str, slower: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     os.mkfifo("pipe")
@@ -453,7 +459,7 @@ def test_a_summary_that_nobody_reads_is_not_waited_for(
         assert "int8bench compare: " in out
 
 
-def test_a_summary_that_is_read_gets_the_report(
+def test_writes_summary_to_pipe_with_reader(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     os.mkfifo("pipe")
@@ -464,7 +470,7 @@ def test_a_summary_that_is_read_gets_the_report(
 
 
 @pytest.mark.parametrize(("slower", "code"), [(1.0, 2), (2.0, 1)])
-def test_a_full_disk_is_said_and_does_not_pass(
+def test_reports_full_disk_and_does_not_pass(
     base: str, slower: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def full(descriptor: int) -> None:

@@ -342,7 +342,7 @@ def test_each_check_is_documented() -> None:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_what_is_found_and_what_to_do(
+def test_reports_findings_and_remedies(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, of, lines = MACHINES[name]
@@ -352,7 +352,7 @@ def test_what_is_found_and_what_to_do(
     assert code == 1 or PROBLEM not in {line.mark for line in lines}
 
 
-def test_the_exit_code_says_whether_anything_must_be_mended(
+def test_exits_1_if_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registry, "CHECKS", {"one": lambda machine: [Line(WARNING, "?")]})
@@ -362,7 +362,7 @@ def test_the_exit_code_says_whether_anything_must_be_mended(
     assert capsys.readouterr() == ("! ?\n✗ ? -> do\n", "")
 
 
-def test_a_check_that_fails_leaves_the_others(
+def test_failing_check_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(machine: Any) -> Any:
@@ -376,7 +376,7 @@ def test_a_check_that_fails_leaves_the_others(
     assert capsys.readouterr() == (said, "")
 
 
-def test_a_terminal_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prints_ascii_on_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Line(OK, "größe"), Line(WARNING, "b"), Line(PROBLEM, "c")]
     monkeypatch.setattr(registry, "CHECKS", {"all": lambda machine: found})
     with Path("out").open("w", encoding="ascii") as out:
@@ -385,7 +385,7 @@ def test_a_terminal_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("out").read_text() == "+ gr\\xf6\\xdfe\n! b\nx c\n"
 
 
-def test_json_in_a_file(
+def test_writes_json_to_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registry, "CHECKS", {"one": lambda machine: [Line(OK, "a")]})
@@ -409,7 +409,7 @@ def test_json_in_a_file(
     [(9 << 20, PROBLEM, "9 MiB"), (GIB, WARNING, "1.0 GiB"), (3 * GIB, OK, "3.0 GiB")],
     ids=["full", "nearly full", "room"],
 )
-def test_space_on_disk(
+def test_marks_folders_by_free_disk_space(
     free: int,
     mark: str,
     text: str,
@@ -418,7 +418,7 @@ def test_space_on_disk(
 ) -> None:
     put(monkeypatch, nvml=Nvml())
     with_room(monkeypatch, free)
-    Path(".benchmarks/int8bench").mkdir(parents=True)  # of earlier sessions
+    Path(".benchmarks/int8bench").mkdir(parents=True)  # from earlier sessions
     code, lines = check(capsys, "folders")
     assert code == (mark == PROBLEM)
     assert [line.mark for line in lines] == [mark] * 4
@@ -426,7 +426,7 @@ def test_space_on_disk(
     assert lines[-1].text == f"folder of results, {results}: {text} free"
 
 
-def test_folders_that_code_cannot_be_loaded_from(
+def test_reports_noexec_folders(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(monkeypatch, nvml=Nvml())
@@ -439,10 +439,10 @@ def test_folders_that_code_cannot_be_loaded_from(
         f"folder of compiled code, {code_folder}: mounted noexec, so code cannot be loaded from it",
         "set TORCHINDUCTOR_CACHE_DIR to another folder",
     )
-    assert [line.mark for line in lines] == [PROBLEM, PROBLEM, OK, OK]  # results are no code
+    assert [line.mark for line in lines] == [PROBLEM, PROBLEM, OK, OK]  # results are not code
 
 
-def test_folders_that_cannot_be_written(
+def test_reports_unwritable_folders(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
@@ -457,7 +457,7 @@ def test_folders_that_cannot_be_written(
     assert found[2] == Line(PROBLEM, "set TMPDIR to another")
 
 
-def test_a_current_folder_that_is_gone(
+def test_reports_a_deleted_current_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(monkeypatch, nvml=Nvml())
@@ -468,7 +468,7 @@ def test_a_current_folder_that_is_gone(
     assert (code, lines[-1].remedy) == (1, "cd to another one")
 
 
-def test_a_compiler_that_compiles_nothing(
+def test_reports_broken_compiler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("cxx").write_text('#!/bin/sh\necho "$1:1: fatal error: Python.h: none" >&2\nexit 1\n')
@@ -497,7 +497,7 @@ def test_a_compiler_that_compiles_nothing(
         ("TORCHDYNAMO_DISABLE", "0", "nothing in this environment adds overhead to each call"),
     ],
 )
-def test_variables_that_change_what_is_measured(
+def test_reports_variables_that_slow_down_calls(
     name: str,
     value: str,
     text: str,
@@ -512,7 +512,7 @@ def test_variables_that_change_what_is_measured(
 
 
 @pytest.mark.parametrize(("forced", "code"), [("tma", 0), ("cublas", 1), ("tma", 1)])
-def test_a_kernel_that_is_forced(
+def test_warns_of_forced_kernel(
     forced: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = A100 if (forced, code) == ("tma", 1) else H200
@@ -522,7 +522,7 @@ def test_a_kernel_that_is_forced(
     assert (found, line.remedy) == (code, "unset INT8BENCH_PRODUCT")
 
 
-def test_gpus_that_are_hidden(
+def test_warns_of_hidden_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(monkeypatch, nvml=Nvml(), torch=torch_says(devices=(Device("cpu"),)))
@@ -531,10 +531,10 @@ def test_gpus_that_are_hidden(
     assert check(capsys, "gpus")[1][1] == Line(WARNING, text, "unset it")
 
 
-# -- what torch says ----------------------------------------------------------------------------
+# -- torch's report -----------------------------------------------------------------------------
 
 
-def test_torch_says_what_it_sees(capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_reports_torch_version_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     torch_probe.main()
     report = torch_probe.read(capsys.readouterr().out.encode(), "")
     assert report.problems == {}
@@ -545,7 +545,7 @@ def test_torch_says_what_it_sees(capsys: pytest.CaptureFixture[str]) -> None:
     assert device.name == "cpu" or device.kernels
 
 
-def test_a_process_that_dies_says_where() -> None:
+def test_crashed_probe_names_the_failing_step() -> None:
     said = b'lib\nint8bench-doctor {"values": {"version": "2.11.0"}}\nint8bench-doctor {"begins": '
     begun = said + b'"devices"}\nint8bench-doctor {"val'
     assert torch_probe.read(begun, "SIGSEGV").problems == {"devices": "SIGSEGV"}
@@ -561,7 +561,7 @@ def test_a_process_that_dies_says_where() -> None:
     ],
     ids=["raises", "crashes", "exits"],
 )
-def test_a_torch_that_is_broken(
+def test_reports_broken_torch(
     source: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text(source)
@@ -571,7 +571,7 @@ def test_a_torch_that_is_broken(
     assert (report.version, report.devices) == (None, ())
 
 
-def test_a_kernel_says_why_its_selftest_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_reports_why_its_selftest_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     kernel = table.KERNELS[0]
@@ -590,7 +590,7 @@ def test_a_kernel_says_why_its_selftest_failed(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_the_command_itself_loads_no_torch() -> None:
+def test_command_does_not_load_torch() -> None:
     code = (
         "import sys; from pytest_int8bench.cli.main import main; code = main(['doctor']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"

@@ -1,4 +1,4 @@
-"""``int8bench export``: the formats of services that keep a history, and what goes into them."""
+"""Test ``int8bench export``: formats of services that track history, and their content."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METRIC = {
 
 
 def names(length: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object whose names have up to so many characters."""
+    """Return the JSON schema of an object whose names have at most this many characters."""
     pattern = f"^.{{1,{length}}}$"
     return {
         "type": "object",
@@ -49,9 +49,9 @@ def names(length: int, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# As https://bencher.dev/docs/reference/bencher-metric-format describes it.
+# From https://bencher.dev/docs/reference/bencher-metric-format.
 BENCHER = names(BENCHMARK_LENGTH, names(MEASURE_LENGTH, METRIC))
-# As the README of github-action-benchmark describes its custom tools.
+# From the README of github-action-benchmark, on custom tools.
 TEXT = {"type": "string", "minLength": 1}
 GITHUB = {
     "type": "array",
@@ -71,7 +71,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bencher(of: Saved, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
-    """Return the Bencher Metric Format of a file, and what is said on stderr."""
+    """Return the Bencher Metric Format of a file, and the text on stderr."""
     write("run.json", of)
     assert main(["export", "run.json", "--format", "bencher"]) == 0
     out, err = capsys.readouterr()
@@ -81,7 +81,7 @@ def bencher(of: Saved, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, An
 
 
 def github(of: Saved) -> dict[str, list[dict[str, Any]]]:
-    """Return both files of github-action-benchmark, by the end of their names."""
+    """Return both files of github-action-benchmark by their suffixes."""
     write("run.json", of)
     command = ["export", "run.json", "--format", "github-action-benchmark"]
     assert main([*command, "--output", "hist.json"]) == 0
@@ -92,7 +92,7 @@ def github(of: Saved) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_all_figures_of_a_session(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_all_figures_of_a_session(capsys: pytest.CaptureFixture[str]) -> None:
     values, err = bencher(everything(), capsys)
     measures = {name for entry in values.values() for name in entry}
     fields = {"samples_per_s", "batch_time_s", "peak_memory_bytes", "compile_s", "speedup"}
@@ -103,7 +103,7 @@ def test_all_figures_of_a_session(capsys: pytest.CaptureFixture[str]) -> None:
     assert {" (failed)", " (skipped)"} <= set(re.findall(r" \([a-z]+\)", err))
 
 
-def test_values_and_their_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_values_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     errors = {"batch_time_standard_error": 0.01, "joules_per_sample": 0.5}
     speedup = {"speedup": 1.2, "speedup_low": 1.1, "speedup_high": 1.3}
     of = saved(timed("x", **errors, **speedup), verdict_of(candidate=0.9, drop=0.01), **CPU)
@@ -134,7 +134,7 @@ def test_values_and_their_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_each_direction_has_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_one_file_per_direction(capsys: pytest.CaptureFixture[str]) -> None:
     error = {"batch_time_standard_error": 0.01, "speedup": 1.2}
     found = github(saved(timed("x", **error), verdict_of(candidate=0.9, drop=0.01), **CPU))
     bigger = {entry["name"].rpartition(" ")[2]: entry for entry in found["hist-bigger"]}
@@ -158,13 +158,13 @@ def test_each_direction_has_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_direction_without_figures_has_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_no_file_for_a_direction_without_figures(capsys: pytest.CaptureFixture[str]) -> None:
     Path("hist-bigger.json").write_text("[] of an earlier run")
     assert list(github(saved(result_of("x", compile_s=1.0)))) == ["hist-smaller"]
     assert capsys.readouterr().out.startswith("no file: tool customBiggerIsBetter, 0 figures\n")
 
 
-def test_what_says_nothing_of_the_code_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_omits_results_that_do_not_reflect_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     of = saved(
         timed("fine"),
         timed("hot", throttled=["thermal (hardware)"]),
@@ -205,14 +205,14 @@ def test_plain_benchmarks_are_exported(capsys: pytest.CaptureFixture[str]) -> No
     }
 
 
-def test_many_points_that_are_left_out_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_omitted_points_are_summarized_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     failed = [timed(str(number), status="failed") for number in range(1000)]
     _, err = bencher(saved(timed("fine"), *failed), capsys)
     assert err.count("(failed)") == 10
     assert err.endswith("; and 990 more\n")
 
 
-def test_names_that_are_too_long_stay_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shortened_names_stay_distinct(capsys: pytest.CaptureFixture[str]) -> None:
     tests = [timed("x" * 1020 + end) for end in "ab"]
     verdicts = [verdict_of(metric="m" * 70 + end, candidate=0.5, samples=9) for end in "ab"]
     values, _ = bencher(saved(*tests, *verdicts), capsys)
@@ -220,12 +220,12 @@ def test_names_that_are_too_long_stay_apart(capsys: pytest.CaptureFixture[str]) 
     assert len(list(values.values())[2]) == 2
 
 
-def test_json_holds_what_a_ci_server_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_keeps_ci_commands_in_names(capsys: pytest.CaptureFixture[str]) -> None:
     values, _ = bencher(saved(timed("##[error]x")), capsys)
     assert list(values) == ["toy: test_a.py::test[##[error]x]"]
 
 
-def test_a_registered_figure_is_exported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_a_registered_figure(capsys: pytest.CaptureFixture[str]) -> None:
     def batches(result: Result) -> float | None:
         return result.batch_time_s and (1 / result.batch_time_s if result.iterations else math.nan)
 
@@ -240,9 +240,7 @@ def test_a_registered_figure_is_exported(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(("output", "got"), [("/", "/"), ("", ".")])
-def test_pairs_of_files_need_a_name(
-    output: str, got: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_must_name_a_file(output: str, got: str, capsys: pytest.CaptureFixture[str]) -> None:
     write("fine.json", saved(timed("x")))
     command = ["export", "fine.json", "--format", "github-action-benchmark", "--output", output]
     assert main(command) == 2
@@ -259,7 +257,7 @@ def test_pairs_of_files_need_a_name(
         (["fine.json", "--output", "no/such/\0"], "ValueError"),
     ],
 )
-def test_what_cannot_be_exported(
+def test_rejects_files_that_cannot_be_exported(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write("failed.json", saved(timed("x", status="failed")))

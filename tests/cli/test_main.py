@@ -25,7 +25,7 @@ def journal(tmp_path: Path) -> Path:
     return write_journal(tmp_path / "run.jsonl", SAVED)
 
 
-def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(journal)]) == 0
     out, err = capsys.readouterr()
     assert out == render(SAVED, width=None, color=False)
@@ -33,7 +33,7 @@ def test_show_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert err == ""
 
 
-def test_broken_lines_are_told(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_reports_broken_lines(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header, record = journal.read_text().splitlines()
     for between, told in (("{half", "line 2"), ("{half\n\0\0", "lines 2, 3")):
         journal.write_text(f"{header}\n{between}\n{record}\n")
@@ -43,7 +43,7 @@ def test_broken_lines_are_told(journal: Path, capsys: pytest.CaptureFixture[str]
         assert err == f"int8bench: {journal}: skipped broken {told}\n"
 
 
-def test_report_and_compare_tell_broken_lines(
+def test_report_and_compare_report_broken_lines(
     journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = tmp_path / "new.jsonl"
@@ -64,7 +64,7 @@ def test_show_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that is said, without the path."""
+    """Return the one-line error, without the path."""
     assert main(["show", str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -73,7 +73,9 @@ def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return err.rstrip("\n").replace(str(path), "FILE")
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_missing_file_and_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     message = refusal(tmp_path / "nothing.json", capsys)
     must_be = "int8bench: FILE must be a saved JSON file or a journal: "
     assert message == must_be + "No such file or directory"
@@ -104,7 +106,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         ),
     ],
 )
-def test_a_file_that_cannot_be_read(
+def test_rejects_unreadable_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ) -> None:
     path = tmp_path / "other.json"
@@ -112,13 +114,15 @@ def test_a_file_that_cannot_be_read(
     assert refusal(path, capsys) == message
 
 
-def test_a_file_that_is_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_binary_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(b"\x80\x81")
     assert "FILE" in refusal(path, capsys)
 
 
-def test_an_environment_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_environment_that_is_not_an_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "other.json"
     block = {**SAVED.to_dict(), "environment": None}
     path.write_text(json.dumps({"benchmarks": [], "int8bench": block}))
@@ -126,7 +130,7 @@ def test_an_environment_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("environment", [{}, {"gpu": None}, {"gpu": {}}, {"packages": None}])
-def test_an_environment_with_gaps_is_shown(
+def test_shows_incomplete_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], environment: dict[str, Any]
 ) -> None:
     path = tmp_path / "other.json"
@@ -143,14 +147,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == pytest_int8bench.__version__ + "\n"
 
 
-def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requires_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as info:
         main([])
     assert info.value.code == 2
     assert "the following arguments are required: command" in capsys.readouterr().err
 
 
-def test_the_installed_command(journal: Path) -> None:
+def test_installed_command_runs(journal: Path) -> None:
     command = Path(sys.executable).with_name("int8bench")
     done = subprocess.run(
         [command, "show", journal], capture_output=True, text=True, encoding="utf-8", check=False
@@ -159,7 +163,7 @@ def test_the_installed_command(journal: Path) -> None:
     assert done.stdout == render(SAVED, width=None, color=False)
 
 
-def test_the_module_is_the_command(journal: Path) -> None:
+def test_command_runs_as_a_module(journal: Path) -> None:
     command = [sys.executable, "-m", "pytest_int8bench.cli.main", "show"]
     done = subprocess.run([*command, str(journal)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""``compare -k``: pytest's own language, by pytest's own reading of it."""
+"""Test that ``compare -k`` evaluates expressions exactly like pytest."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ words = st.sampled_from([*"()", "and", "or", "not", "bert", "W8", "BS128]", "a-b
 
 @settings(max_examples=60)
 @given(st.lists(words, min_size=1, max_size=7).map(" ".join))
-def test_reads_as_pytest_does(text: str) -> None:
+def test_evaluates_expressions_like_pytest(text: str) -> None:
     try:
         expected = Expression.compile(text).evaluate(
             lambda name, **_: any(name.lower() in of_run.lower() for of_run in RUN)
         )
-    except Exception:  # its own kind of error in older versions
+    except Exception:  # the exception type depends on the version
         with pytest.raises(ValueError, match="must be an expression"):
             parse_expression(text)
     else:
@@ -30,6 +30,6 @@ def test_reads_as_pytest_does(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "bert and", "a(b)", "()", "a, b", "__import__('os')", "(" * 400]
 )
-def test_refuses_what_is_none(text: str) -> None:
+def test_rejects_invalid_expressions(text: str) -> None:
     with pytest.raises(ValueError, match="must be an expression such as 'bert and not"):
         parse_expression(text)

@@ -1,4 +1,4 @@
-"""Reports as users make them: ``int8bench report``, ``--int8-report``, and a browser."""
+"""Test reports as users write them: ``int8bench report``, ``--int8-report``, and a browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Return the one line that is said, without the command's name."""
+    """Return the one-line error, without the command's name."""
     assert main(["report", *args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -51,14 +51,14 @@ def data_of(page: Path) -> dict[str, object]:
 # -- the command ------------------------------------------------------------------------------
 
 
-def test_a_file_makes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_a_page_from_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("one.json"), everything())
     assert main(["report", "one.json"]) == 0
     assert capsys.readouterr() == ("report.html\n", "")
     assert data_of(Path("report.html"))["schema"] == 1
 
 
-def test_a_folder_and_a_journal_make_a_page_and_markdown() -> None:
+def test_writes_page_and_markdown_from_folder_and_journal() -> None:
     Path("runs").mkdir()
     for name, saved in commits():
         write(Path(name), saved)
@@ -71,8 +71,8 @@ def test_a_folder_and_a_journal_make_a_page_and_markdown() -> None:
 
 
 def files_of(*args: str) -> list[list[str]]:
-    """Return label, file, device and points of each file in the history; of a single file, the
-    report has none."""
+    """Return label, file, device and points of each file in the history, which a report on a
+    single file does not have."""
     assert main(["report", *args, "--output", "r.md"]) == 0
     _, found, history = Path("r.md").read_text().partition("## History")
     if not found:
@@ -81,7 +81,7 @@ def files_of(*args: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")][:4] for row in rows]
 
 
-def test_a_folder_of_journals_makes_a_report() -> None:
+def test_writes_a_report_from_a_folder_of_journals() -> None:
     Path("runs").mkdir()
     for name, saved in commits():
         write_journal(Path(name).with_suffix(".jsonl"), saved)
@@ -91,7 +91,7 @@ def test_a_folder_of_journals_makes_a_report() -> None:
 
 
 @pytest.mark.parametrize("args", [["runs"], ["runs/a.jsonl", "runs/z.json"], ["runs", "."]])
-def test_of_a_file_and_its_journal_the_file_counts(args: list[str]) -> None:
+def test_file_takes_precedence_over_its_journal(args: list[str]) -> None:
     Path("runs").mkdir()
     write(Path("runs/z.json"), everything())
     write_journal(Path("runs/a.jsonl"), everything())
@@ -102,8 +102,8 @@ def test_of_a_file_and_its_journal_the_file_counts(args: list[str]) -> None:
     assert Path("r.md").read_text() == text
 
 
-def test_several_journals_of_one_file_do_not_count() -> None:
-    # The runner puts what several processes measured into one file. The second one died early.
+def test_ignores_all_journals_of_a_saved_file() -> None:
+    # The runner merges the results of several processes into one file. The second one died early.
     whole = everything()
     write(Path("run.json"), whole)
     write_journal(Path("run.jsonl"), replace(whole, results=whole.results[:2], sensitivity=[]))
@@ -112,7 +112,7 @@ def test_several_journals_of_one_file_do_not_count() -> None:
     assert files_of(".") == []
 
 
-def test_a_journal_keeps_what_its_file_lacks() -> None:
+def test_journal_adds_results_missing_from_its_file() -> None:
     first, *others = everything().results
     write(Path("part.json"), Saved(GPU, [first]))
     write_journal(Path("part.jsonl"), Saved(GPU, [first, *others[:2]]))
@@ -122,8 +122,8 @@ def test_a_journal_keeps_what_its_file_lacks() -> None:
     ]
 
 
-def test_journals_of_other_sessions_count() -> None:
-    # A point that is skipped is skipped alike in every session.
+def test_includes_journals_of_other_sessions() -> None:
+    # A skipped point looks the same in every session.
     skipped = [r for r in everything().results if r.status == "skipped"]
     write(Path("a.json"), Saved(GPU, [result(BASE, 100.0), *skipped]))
     write_journal(Path("b.jsonl"), Saved(GPU, [result(BASE, 101.0), *skipped]))
@@ -143,18 +143,18 @@ def order_of(*args: str) -> list[str]:
     return [row[1] for row in files_of(*args)]
 
 
-def test_the_history_follows_the_time_of_the_sessions() -> None:
+def test_history_is_ordered_by_session_time() -> None:
     timed("a.json", "2026-01-03T00:00:00+00:00", 300.0)
     timed("b.json", "2026-01-01T23:30:00-02:00", 200.0)  # 01:30 of the next day in UTC
     timed("c.json", "2026-01-02T01:00:00", 100.0)  # older versions of pytest-benchmark: UTC
     assert order_of(".") == ["c.json", "b.json", "a.json"]
     page = Path("r.md").read_text()
-    # Of the three, the newest one is shown as the throughput of now.
+    # The newest of the three is shown as the current throughput.
     assert "| BF16 | BF16 | 300 " in page.partition("## History")[0]
     assert "| 100 | 200 | 300 |" in page
 
 
-def test_files_of_the_same_time_stay_in_their_order() -> None:
+def test_files_of_the_same_time_keep_their_order() -> None:
     for name in ("b.json", "c.json", "a.json"):
         timed(name, "2026-01-02T00:00:00Z")
     timed("first.json", "2026-01-01T00:00:00Z")
@@ -164,7 +164,7 @@ def test_files_of_the_same_time_stay_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("time", [None, "yesterday", 5, "0001-01-01T00:00:00+05:00"])
-def test_a_file_without_a_time_stays_behind_the_one_before_it(time: object) -> None:
+def test_file_without_time_stays_after_its_predecessor(time: object) -> None:
     timed("new.json", "2026-01-02T00:00:00Z")
     timed("none.json", time)
     timed("old.json", "2026-01-01T00:00:00Z")
@@ -172,7 +172,7 @@ def test_a_file_without_a_time_stays_behind_the_one_before_it(time: object) -> N
     assert order_of("none.json", "new.json", "old.json") == ["none.json", "old.json", "new.json"]
 
 
-def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
+def test_journals_are_ordered_by_start_time() -> None:
     timed("before.json", "2001-01-01T00:00:00Z")
     write_journal(Path("now.jsonl"), Saved(GPU, [result(BASE, 3.0)]))
     timed("later.json", "2999-01-01T00:00:00Z")
@@ -181,30 +181,30 @@ def test_a_journal_has_its_place_by_the_time_when_it_was_begun() -> None:
     ]
 
 
-def test_a_folder_without_either_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_folder_without_files_or_journals(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     assert refusal(capsys, "empty") == "empty contains no JSON files or journals"
 
 
-def test_a_number_of_pytest_benchmark_is_found() -> None:
+def test_finds_a_file_by_pytest_benchmark_number() -> None:
     folder = Path("saved/Linux-CPython")
     folder.mkdir(parents=True)
     write(folder / "0003_run.json", everything())
     assert main(["report", "0003", "--storage", "saved", "--output", "r.md"]) == 0
 
 
-def test_a_file_that_is_given_twice_counts_once() -> None:
+def test_counts_a_repeated_file_once() -> None:
     write(Path("one.json"), everything())
     assert main(["report", "one.json", "./one.json", "--output", "r.md"]) == 0
     assert "## History" not in Path("r.md").read_text()
 
 
-def test_another_kind_of_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_other_file_types(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "one.json", "--output", "report.pdf")
     assert message == "--output: must be a file that ends in .html or .md, got 'report.pdf'"
 
 
-def test_foreign_and_missing_files_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_foreign_and_missing_files(capsys: pytest.CaptureFixture[str]) -> None:
     Path("other.json").write_text('{"benchmarks": []}')
     assert refusal(capsys, "other.json") == (
         "other.json has no int8bench block: it was not saved by pytest-int8bench"
@@ -213,7 +213,7 @@ def test_foreign_and_missing_files_are_refused(capsys: pytest.CaptureFixture[str
     assert not Path("report.html").exists()
 
 
-def test_saved_benchmarks_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+def test_does_not_overwrite_saved_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     before = write(Path("one.md"), everything()).read_text()
     assert refusal(capsys, "one.md", "--output", "one.md") == (
         "--output: refusing to overwrite one.md: it contains saved benchmarks"
@@ -221,7 +221,7 @@ def test_saved_benchmarks_are_not_overwritten(capsys: pytest.CaptureFixture[str]
     assert Path("one.md").read_text() == before
 
 
-def test_a_report_is_replaced() -> None:
+def test_replaces_an_existing_report() -> None:
     write(Path("one.json"), everything())
     Path("r.md").write_text("before")
     assert main(["report", "one.json", "--output", "r.md"]) == 0
@@ -229,7 +229,9 @@ def test_a_report_is_replaced() -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["one.json", "r.md"]
 
 
-def test_needs_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_html_needs_the_report_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(Path("one.json"), everything())
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -241,14 +243,14 @@ def test_needs_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 # -- the option -------------------------------------------------------------------------------
 
 
-def test_reports_are_known_by_their_place_at_the_start(pytester: pytest.Pytester) -> None:
+def test_report_paths_are_absolute_and_unique(pytester: pytest.Pytester) -> None:
     config = pytester.parseconfig(
         "--int8-report=r.html", "--int8-report=r.md", "--int8-report=r.md"
     )
     assert read_settings(config).reports == (pytester.path / "r.html", pytester.path / "r.md")
 
 
-def test_a_missing_folder_is_said_before_anything_is_measured(pytester: pytest.Pytester) -> None:
+def test_rejects_missing_folder_before_measuring(pytester: pytest.Pytester) -> None:
     config = pytester.parseconfig("--int8-report=none/r.html")
     with pytest.raises(pytest.UsageError) as caught:
         read_settings(config)
@@ -257,14 +259,16 @@ def test_a_missing_folder_is_said_before_anything_is_measured(pytester: pytest.P
     )
 
 
-def test_missing_extra_at_start(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_missing_extra_at_start(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(pytest.UsageError) as caught:
         read_settings(pytester.parseconfig("--int8-report=r.html"))
     assert str(caught.value) == f"--int8-report: r.html needs jinja2: {INSTALL}"
 
 
-def test_the_sides_of_an_a_b_write_no_report(pytester: pytest.Pytester) -> None:
+def test_ab_processes_write_no_report(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nint8_report = r.md")
     assert read_settings(pytester.parseconfig("--int8-lean")).reports == ()
 
@@ -276,7 +280,7 @@ def test_the_sides_of_an_a_b_write_no_report(pytester: pytest.Pytester) -> None:
         (KeyError("bug"), "cannot write {folder}/r.md: KeyError: 'bug'"),
     ],
 )
-def test_a_report_that_cannot_be_made_is_said_and_stops_nothing(
+def test_failing_report_is_reported_and_stops_nothing(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -306,7 +310,7 @@ TOY = toy(
 
 
 @pytest.mark.slow
-def test_an_interrupted_session_reports_what_it_has(
+def test_interrupted_session_still_writes_a_report(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     make_project(pytester, monkeypatch, toy=TOY, test_one=THROUGHPUT)
@@ -333,7 +337,7 @@ def test_an_interrupted_session_reports_what_it_has(
     assert "| failed | ValueError: seven \\<is\\> too many |" in text
 
 
-def test_nothing_measured_is_said(pytester: pytest.Pytester) -> None:
+def test_says_that_nothing_was_measured(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_one(): pass")
     result = pytester.runpytest_inprocess("--int8-report=r.md", "-pno:randomly")
     assert result.ret == pytest.ExitCode.OK
@@ -349,7 +353,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_browser_shows_the_page_without_complaint(tmp_path: Path) -> None:
+def test_browser_shows_the_page_without_errors(tmp_path: Path) -> None:
     write(Path("one.json"), everything())
     assert main(["report", "one.json", "--output", "r.html"]) == 0
     options = (

@@ -1,5 +1,7 @@
-"""``int8bench sensitivity``: pytest in a child process, its output, exit codes and signals. What it
-finds is tested with the fixture, in tests/plugin/test_accuracy.py."""
+"""Test the child process of ``int8bench sensitivity``: output, exit codes and signals.
+
+tests/plugin/test_accuracy.py tests its results.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int, list[str], Any]:
-    """Return the exit code, the command and the environment of the process that is started."""
+    """Return the exit code, and the command and environment of the child process."""
     calls: list[Any] = []
 
     def run(command: list[str], *, cwd: Path, env: dict[str, str], **files: Any) -> int:
@@ -50,7 +52,7 @@ def started(monkeypatch: pytest.MonkeyPatch, code: int, *args: str) -> tuple[int
     return returned, command, environ
 
 
-def test_options_of_the_command_and_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_options_to_pytest_and_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--by=block", "--json=a.json", "--int8-mode=w8", "--metric", "--", "-k", "nano")
     _, command, environ = started(monkeypatch, 0, *args)
     assert command[:2] == [sys.executable, "-P"]
@@ -66,14 +68,14 @@ def test_options_of_the_command_and_of_the_plugin(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5])
-def test_the_exit_code_says_whether_there_is_a_table(
+def test_exits_2_if_pytest_fails(
     monkeypatch: pytest.MonkeyPatch, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert started(monkeypatch, code)[0] == (2 if code else 0)  # 1 would say that it got worse
+    assert started(monkeypatch, code)[0] == (2 if code else 0)  # 1 would mean a regression
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_process_that_was_killed_is_named(
+def test_reports_a_killed_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert started(monkeypatch, -signal.SIGKILL)[0] == 128 + signal.SIGKILL
@@ -81,7 +83,7 @@ def test_a_process_that_was_killed_is_named(
 
 
 @pytest.mark.parametrize("path", [".", "nowhere/a.json"])
-def test_rejects_json_that_cannot_be_written(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_unwritable_json(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "--json", path]) == 2
     assert capsys.readouterr() == (
         "",
@@ -89,14 +91,14 @@ def test_rejects_json_that_cannot_be_written(path: str, capsys: pytest.CaptureFi
     )
 
 
-def test_the_test_is_run_by_the_command_only() -> None:
+def test_test_can_only_be_run_by_the_command() -> None:
     with pytest.raises(
         RuntimeError, match=r"^this test can only be run by int8bench sensitivity, which "
     ):
         ScanRequest.from_env_vars({})
 
 
-def test_a_bad_option_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_option_is_one_line_and_exits_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "--int8-mode=w4"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -106,12 +108,12 @@ def test_a_bad_option_is_one_line_and_exit_2(capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_a_workload_that_is_missing_is_exit_2(capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_workload_exits_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "--int8-workload=missing.py:make"]) == 2
     assert "missing.py" in "".join(capfd.readouterr())
 
 
-def test_output_is_shown_where_it_goes_and_costs_nothing_where_it_cannot(
+def test_forwards_output_and_tolerates_a_full_disk(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     says = "import sys; print('größe ' * 99999 + 'end'); print('²', file=sys.stderr)"
@@ -138,7 +140,7 @@ def is_running(pid: int) -> bool:
 
 
 def hanging() -> subprocess.Popen[str]:
-    """Start the command, and wait until its process hangs."""
+    """Start the command and wait until its child process hangs."""
     Path("hangs.py").write_text(HANGS)
     script = "import sys; from pytest_int8bench.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
@@ -164,29 +166,29 @@ def hanging() -> subprocess.Popen[str]:
     ],
     ids=["ctrl-c", "interrupt", "terminate"],
 )
-def test_a_signal_leaves_no_process_behind(
+def test_signal_leaves_no_process_behind(
     number: signal.Signals, whole_group: bool, code: int
 ) -> None:
     process = hanging()
     (os.killpg if whole_group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == code
-    assert "KeyboardInterrupt" in out  # pytest had its say
+    assert "KeyboardInterrupt" in out  # pytest could finish
     assert not is_running(int(Path("pid").read_text()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_a_command_that_is_killed_takes_its_process_along() -> None:
+def test_killing_the_command_ends_its_process() -> None:
     process = hanging()
     process.kill()
-    process.communicate(timeout=DEADLINE_S)  # the pipe is closed when both are gone
+    process.communicate(timeout=DEADLINE_S)  # the pipe closes when both have ended
     deadline = time.monotonic() + DEADLINE_S
     while is_running(int(Path("pid").read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_process_whose_command_is_gone_does_not_begin() -> None:
+def test_process_refuses_to_start_without_its_command() -> None:
     gone = ScanRequest(by="layer", metric=False, parent=1 << 22)
     command = [sys.executable, "-m", "pytest", "-p", "pytest_int8bench.suite.sensitivity_side"]
     environ = {**os.environ, **gone.to_env_vars(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

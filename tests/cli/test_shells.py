@@ -1,5 +1,7 @@
-"""The command line in real shells: exit codes say the verdict, whatever becomes of the output, and
-what files hold is shown and not obeyed."""
+"""Test the command line in real shells.
+
+Exit codes report the verdict even if output fails, and commands in text from files have no effect.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ STREAMS = {
 
 @pytest.fixture(params=STREAMS)
 def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stdout that does not take what is printed."""
+    """Replace stdout by one that cannot print everything."""
     made = STREAMS[request.param]()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", made)
@@ -67,7 +69,7 @@ def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.usefixtures("stream")
 @pytest.mark.parametrize(("slower", "code"), [(1.0, 0), (1.2, 1)])
-def test_compare_says_its_verdict_and_writes_its_files(slower: float, code: int) -> None:
+def test_compare_prints_its_verdict_and_writes_its_files(slower: float, code: int) -> None:
     files = ("--json=out.json", "--markdown=out.md", "--junit=out.xml")
     assert main(["compare", save("base.json"), save("new.json", slower), *files]) == code
     assert json.loads(Path("out.json").read_text())["int8bench_compare"]["exit_code"] == code
@@ -76,7 +78,7 @@ def test_compare_says_its_verdict_and_writes_its_files(slower: float, code: int)
 
 
 @pytest.mark.usefixtures("stream")
-def test_show_report_and_help_end_with_0() -> None:
+def test_show_report_and_help_exit_0() -> None:
     path = save("base.json")
     assert main(["show", path]) == 0
     assert main(["report", path, "--output=report.md"]) == 0
@@ -88,7 +90,7 @@ def test_show_report_and_help_end_with_0() -> None:
 
 
 @pytest.mark.usefixtures("stream")
-def test_errors_are_2_where_stderr_takes_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_exit_2_even_if_stderr_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert main(["compare", "nowhere-²", "nothing"]) == 2
     assert main(["show", "nowhere-²"]) == 2
@@ -108,7 +110,7 @@ def test_errors_are_2_where_stderr_takes_nothing_either(monkeypatch: pytest.Monk
         ("{int8bench} --help > /dev/full", 0),
     ],
 )
-def test_the_exit_code_of_a_process(command: str, code: int) -> None:
+def test_exit_code_survives_broken_streams(command: str, code: int) -> None:
     typed = f"{COMMAND} compare {save('base.json')} {save('new.json', 1.2)} --json=out.json"
     line = command.format(compare=typed, int8bench=COMMAND)
     environ = {name: v for name, v in os.environ.items() if not name.startswith("PYTHONIO")}
@@ -121,7 +123,7 @@ def test_the_exit_code_of_a_process(command: str, code: int) -> None:
     assert Path("out.json").exists() is bool(code)
 
 
-# -- whatever goes wrong --------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_the_exit_code_of_a_process(command: str, code: int) -> None:
         (KeyboardInterrupt(), "interrupted\n"),
     ],
 )
-def test_what_nobody_caught_is_one_line_and_2(
+def test_uncaught_error_is_one_line_and_exits_2(
     error: BaseException, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def fail(*args: object) -> None:
@@ -147,13 +149,13 @@ def test_what_nobody_caught_is_one_line_and_2(
     assert err.count("\n") == 1
 
 
-def test_what_cannot_be_imported_is_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_failing_import_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, commands.__name__, None)
     assert main(["show", save("a.json")]) == 2
     assert capsys.readouterr().err.startswith("int8bench show: ModuleNotFoundError: ")
 
 
-def test_a_report_that_fails_takes_no_other_with_it(
+def test_failing_report_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def fail(*args: object) -> str:
@@ -174,7 +176,7 @@ ATTACK = "\n::error::x\x1b[2J\x00\x9b1m\u202e\u2028##[error]|`<b>"
 
 
 def attacked(value: Any) -> Any:
-    """Return saved values with the attack at the end of every text, and in front of some."""
+    """Return saved values with the attack appended to every text, and prepended to some."""
     if isinstance(value, dict):
         return {name: attacked(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -182,7 +184,7 @@ def attacked(value: Any) -> Any:
     return f"{value}{ATTACK}" if isinstance(value, str) else value
 
 
-#: What is one of a few words; a file with another one is refused.
+#: Fields with a fixed set of words; files with any other word are rejected.
 WORDS = ("status", "outcome", "compile_cache", "by", "limit")
 
 
@@ -245,7 +247,7 @@ def test_a_report_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\n::error::b.json", "\x1b[2J.json", "\udcff.json"])
-def test_names_and_errors_are_one_harmless_line(name: str, capsys: Capture) -> None:
+def test_prints_names_and_errors_in_one_harmless_line(name: str, capsys: Capture) -> None:
     assert main(["show", name]) == 2
     write(name, Saved(CPU, [timed()]))
     assert main(["compare", name, name]) == 2
@@ -258,14 +260,14 @@ def test_names_and_errors_are_one_harmless_line(name: str, capsys: Capture) -> N
     check_harmless(capsys.readouterr().out)
 
 
-def test_a_long_error_is_cut(capsys: Capture) -> None:
+def test_truncates_a_long_error(capsys: Capture) -> None:
     block = {**Saved(CPU, []).to_dict(), "results": "x" * 100_000}
     Path("a.json").write_text(json.dumps({"benchmarks": [], "int8bench": block}))
     assert main(["show", "a.json"]) == 2
     assert len(capsys.readouterr().err) < 2100
 
 
-def test_a_pointer_of_git_lfs_is_called_one(capsys: Capture) -> None:
+def test_names_a_git_lfs_pointer(capsys: Capture) -> None:
     Path("a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert main(["show", "a.json"]) == 2
     what = "is a pointer of Git LFS, not the file itself: run git lfs pull"
@@ -274,7 +276,7 @@ def test_a_pointer_of_git_lfs_is_called_one(capsys: Capture) -> None:
 
 # -- the summary of a step ----------------------------------------------------------------------
 
-MIB = 1 << 20  # which GitHub takes
+MIB = 1 << 20  # the size that GitHub accepts
 
 
 def many(name: str, count: int, slower: float) -> str:
@@ -283,7 +285,7 @@ def many(name: str, count: int, slower: float) -> str:
 
 
 @pytest.mark.parametrize("before", [0, 30_000])
-def test_a_summary_that_is_too_large_keeps_the_worst(
+def test_too_large_summary_keeps_the_worst_rows(
     before: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
@@ -291,7 +293,7 @@ def test_a_summary_that_is_too_large_keeps_the_worst(
     limit = 1 << 16
     monkeypatch.setattr(outputs, "MARKDOWN_BYTES", limit)
     base, new = many("base.json", 60, 1), many("new.json", 60, 1.2)
-    given = ["--noise-floor", "throughput=5%"]  # one process a side shows no scatter
+    given = ["--noise-floor", "throughput=5%"]  # one process per side shows no noise
     assert main(["compare", base, new, "--markdown=out.md", *given]) == 1
     for path, first in (("summary.md", before), ("out.md", 0)):
         text = Path(path).read_text()[first:]
@@ -303,10 +305,10 @@ def test_a_summary_that_is_too_large_keeps_the_worst(
         assert f"\n{left_out:,} of 60 rows are left out; the worst are shown first; the" in text
         assert "--max" not in text.splitlines()[0]
         assert "REGRESSED" in text.splitlines()[0]
-    assert len(capsys.readouterr().out.splitlines()) > 60  # the log has all
+    assert len(capsys.readouterr().out.splitlines()) > 60  # the log has everything
 
 
-def test_a_summary_that_is_full_is_one_line(
+def test_full_summary_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
@@ -318,7 +320,7 @@ def test_a_summary_that_is_full_is_one_line(
     assert main(["compare", "base.json", save("new.json", 1.2)]) == 1
 
 
-def test_a_summary_that_is_nearly_full_gets_the_headline(
+def test_nearly_full_summary_gets_only_the_headline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")

@@ -1,4 +1,4 @@
-"""Calls of attention in a graph, against those of an eager forward."""
+"""Compare the attention calls of a graph with those of an eager forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(2, attending.TOKENS, attending.DIM)
 
 
 def in_graph(model: nn.Module, x: torch.Tensor = X) -> Counter[Call]:
-    """Return the calls in the graph that Dynamo makes of a model, without compiling it."""
+    """Return the calls in Dynamo's graph of a model, without compiling it."""
     found: list[Counter[Call]] = []
 
     def backend(module: torch.fx.GraphModule, inputs: object) -> object:
@@ -45,7 +45,7 @@ def in_graph(model: nn.Module, x: torch.Tensor = X) -> Counter[Call]:
         (attending.Blocks, 3),
     ],
 )
-def test_a_graph_calls_what_an_eager_forward_calls(kind: type[nn.Module], count: int) -> None:
+def test_graph_makes_the_same_calls_as_eager_forward(kind: type[nn.Module], count: int) -> None:
     model = kind().eval().requires_grad_(False)
     with FlashSDPA("auto"):
         calls = in_graph(model)
@@ -53,12 +53,12 @@ def test_a_graph_calls_what_an_eager_forward_calls(kind: type[nn.Module], count:
     assert calls.total() == count
 
 
-def test_branches_of_a_graph_are_those_that_were_traced() -> None:
+def test_records_the_traced_branches() -> None:
     calls = [in_graph(kind()) for kind in (attending.MaskedIfCompiled, attending.MaskedIfEager)]
     assert [[call.mask is not None for call in found] for found in calls] == [[True], [False]]
 
 
-def test_a_size_that_a_graph_leaves_open_is_that_of_the_trace() -> None:
+def test_dynamic_sizes_have_their_traced_values() -> None:
     x = torch.randn(5, attending.TOKENS, attending.DIM)
     torch._dynamo.mark_dynamic(x, 0)
     [call] = in_graph(attending.Attends(), x)

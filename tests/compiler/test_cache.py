@@ -1,4 +1,4 @@
-"""The compile cache: a folder for each machine and attention backend, which may be moved."""
+"""Test the compile cache: one movable folder per machine and attention backend."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_restores_folder_only_after_error(tmp_path: Path, machine: dict[str, Any
     assert len([*tmp_path.iterdir()]) == 2
 
 
-def test_what_the_folder_is_for_leaves_out_the_commit_and_the_host() -> None:
+def test_cache_key_omits_commit_and_host() -> None:
     found = compile_cache._compiled_for()
     assert {"attention", "commit", "dirty", "power_limit_w"}.isdisjoint(found)
     names = {"gpu", "driver", "cuda", "cudnn", "python", "torch", "triton", "torchao", "cpu"}
@@ -101,7 +101,9 @@ def test_what_the_folder_is_for_leaves_out_the_commit_and_the_host() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "/somewhere"])
-def test_folder_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_entering_sets_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -119,7 +121,7 @@ def test_folder_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: s
     assert [os.environ.get(name) for name in VARIABLES] == [value, value]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_reports_folder_that_cannot_be_created_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
     cache = CompileCache(path, "flash")
@@ -140,10 +142,10 @@ print(test_cache.compiled(Path(sys.argv[1])).compile_cache)
 
 
 @pytest.mark.slow
-def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
-    # By names that the C++ compiler's command line cannot hold.
+def test_moved_folder_stays_warm(tmp_path: Path) -> None:
+    # The names contain characters that the C++ compiler's command line does not support.
     first, moved = tmp_path / "my first", tmp_path / 'it\'s "moved"'
-    # The second time in this process nothing is left of the first but the folder.
+    # On the second use in this process, only the folder is left of the first one.
     found = [compiled(first, a).compile_cache for a in ("flash", "math", "math", "flash")]
     assert found == ["cold", "cold", "warm", "warm"]
     first.rename(moved)
@@ -155,7 +157,7 @@ def test_moved_folder_serves_its_own_backend(tmp_path: Path) -> None:
     assert not first.exists()
 
 
-def test_damaged_graphs_are_compiled_again(tmp_path: Path) -> None:
+def test_recompiles_damaged_graphs(tmp_path: Path) -> None:
     compiled(tmp_path)
     [folder] = (path for path in tmp_path.iterdir() if path.is_dir())
     for kind in ("aotautograd", "fxgraph"):
@@ -168,7 +170,7 @@ def test_damaged_graphs_are_compiled_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
-    """What is compiled, in order, in place of what torch makes."""
+    """Return a list of the functions that replace torch's compiled graphs, in order."""
     found: list[Callable[..., Any]] = []
     monkeypatch.setattr(CompiledModel, "_new_entry", lambda self, *_, **__: found.pop(0))
     return found
@@ -186,7 +188,7 @@ def counts(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_what_does_not_load_is_dropped_and_compiled_again(
+def test_drops_and_recompiles_code_that_does_not_load(
     tmp_path: Path, entries: list[Callable[..., Any]], machine: dict[str, Any]
 ) -> None:
     cache = CompileCache(tmp_path, "flash")
@@ -200,7 +202,7 @@ def test_what_does_not_load_is_dropped_and_compiled_again(
     assert cache.is_empty()
 
 
-def test_an_error_that_an_empty_cache_does_not_mend_costs_no_compiled_code(
+def test_keeps_code_if_an_empty_cache_does_not_help(
     tmp_path: Path, entries: list[Callable[..., Any]], machine: dict[str, Any]
 ) -> None:
     cache = CompileCache(tmp_path, "flash")
@@ -222,7 +224,7 @@ def test_an_error_that_an_empty_cache_does_not_mend_costs_no_compiled_code(
     ],
     ids=["empty", "out of memory", "graph break"],
 )
-def test_an_error_that_is_not_of_the_cache_is_told_at_once(
+def test_raises_errors_unrelated_to_the_cache_immediately(
     tmp_path: Path,
     entries: list[Callable[..., Any]],
     machine: dict[str, Any],
@@ -241,7 +243,7 @@ def test_an_error_that_is_not_of_the_cache_is_told_at_once(
     assert cache.is_empty() is not filled
 
 
-def test_without_a_folder_graphs_are_not_kept_and_eager_models_keep_nothing(tmp_path: Path) -> None:
+def test_caches_nothing_without_a_folder_or_for_eager_models(tmp_path: Path) -> None:
     eager = compile_for_a100(nn.Linear(4, 4), mode="off", cache_dir=tmp_path)
     eager(torch.ones(2, 4))
     assert eager.compile_cache is None
@@ -281,7 +283,7 @@ def test_refuses_a_noexec_folder_of_torch(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("given", [None, "my code", "it's", "plain"])
-def test_the_folder_of_torch_is_reached_by_a_plain_path(
+def test_reaches_torchs_folder_by_a_plain_path(
     given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / (given or "own folder")
@@ -299,7 +301,7 @@ def test_the_folder_of_torch_is_reached_by_a_plain_path(
 
 
 @pytest.mark.parametrize(("device", "refused"), [("cpu", True), ("cuda", False)])
-def test_temporary_files_must_have_a_plain_path(
+def test_rejects_temporary_folder_without_a_plain_path(
     device: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/my tmp")

@@ -1,4 +1,4 @@
-"""compile_for_a100: the same settings on every call, none of them left behind."""
+"""Test compile_for_a100: every call runs under the same settings and restores them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def settings() -> dict[str, Any]:
 
 
 class Recorder(nn.Module):
-    """Notes the settings it runs under, and may fail."""
+    """Record the settings of each call, which may fail."""
 
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Recorder(nn.Module):
 # -- settings -----------------------------------------------------------------------------------
 
 
-def test_every_call_runs_under_the_settings_and_leaves_none() -> None:
+def test_settings_apply_only_during_each_call() -> None:
     model = Recorder()
     compiled = compile_for_a100(model, mode="off", attention="math")
     before = settings()
@@ -83,7 +83,7 @@ def test_settings_are_restored_after_an_exception() -> None:
     assert settings() == before
 
 
-def test_settings_of_the_process_come_back_as_they_were() -> None:
+def test_restores_settings_of_the_process() -> None:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -95,13 +95,13 @@ def test_settings_of_the_process_come_back_as_they_were() -> None:
         torch.set_float32_matmul_precision(precision)
 
 
-def test_tf32_may_be_forbidden() -> None:
+def test_can_disable_tf32() -> None:
     model = Recorder()
     compile_for_a100(model, mode="off", allow_tf32=False)(X)
     assert model.seen["tf32"] == "highest"
 
 
-def test_autocast_around_the_call_does_not_reach_the_model() -> None:
+def test_ignores_autocast_around_the_call() -> None:
     model = Recorder()
     compiled = compile_for_a100(model, mode="off")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -110,13 +110,13 @@ def test_autocast_around_the_call_does_not_reach_the_model() -> None:
     assert model.seen["autocast"] is False
 
 
-def test_autocast_can_be_asked_for() -> None:
+def test_can_enable_autocast() -> None:
     compiled = compile_for_a100(Recorder(), mode="off", autocast_dtype=torch.bfloat16)
     assert compiled(X).dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_outputs_need_no_gradient() -> None:
+def test_outputs_do_not_require_grad() -> None:
     assert not compile_for_a100(nn.Linear(4, 4), mode="off")(X).requires_grad
 
 
@@ -136,7 +136,7 @@ def test_max_autotune_is_the_default() -> None:
     assert compile_for_a100(nn.Linear(4, 4)).mode == "max-autotune"
 
 
-def test_the_first_call_compiles_and_the_next_do_not() -> None:
+def test_only_the_first_call_compiles() -> None:
     model = nn.Linear(4, 4).eval()
     compiled = compile_for_a100(model, mode="default")
     before = graphs_compiled()
@@ -144,7 +144,7 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
     assert graphs_compiled() == before + 1
     with compiled.no_compilation():
         compiled(X)
-        # Ambient settings differ, those of the call do not.
+        # Ambient settings differ, but the call's settings do not.
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             compiled(X)
         precision = torch.get_float32_matmul_precision()
@@ -171,12 +171,12 @@ def test_the_first_call_compiles_and_the_next_do_not() -> None:
     ],
     ids=["mode", "attention"],
 )
-def test_unknown_names_are_refused(arguments: dict[str, str], message: str) -> None:
+def test_rejects_unknown_names(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         compile_for_a100(nn.Linear(4, 4), **arguments)
 
 
-# -- what must not pass silently ----------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------
 
 
 def test_compiling_during_timing_is_an_error() -> None:
@@ -190,13 +190,13 @@ def test_compiling_during_timing_is_an_error() -> None:
         compiled(torch.ones(3, 4))
 
 
-def test_an_error_while_the_clock_runs_stays_itself() -> None:
+def test_does_not_wrap_errors_during_timing() -> None:
     compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="off")
     with pytest.raises(KeyError, match="mine"), compiled.no_compilation():
         raise KeyError("mine")
 
 
-def test_a_model_that_runs_eagerly_is_an_error() -> None:
+def test_rejects_model_that_runs_eagerly() -> None:
     class Disabled(nn.Module):
         @torch.compiler.disable
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def test_a_model_that_runs_eagerly_is_an_error() -> None:
             compiled(X)
 
 
-def test_a_graph_break_is_an_error_with_fullgraph_and_not_without() -> None:
+def test_graph_break_is_an_error_only_with_fullgraph() -> None:
     class Breaks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = x + 1
@@ -237,10 +237,10 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize("broken", [1, 2], ids=["first-graph", "second-graph"])
-def test_a_graph_that_does_not_compile_is_an_error_however_torch_is_set(
+def test_failed_graph_is_an_error_despite_suppress_errors(
     broken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``suppress_errors``, torch runs it eagerly and says so in its log."""
+    """With ``suppress_errors``, torch only logs the error and runs the graph eagerly."""
     calls = itertools.count(1)
 
     def compile_graph(self: FusingInductor, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
@@ -257,7 +257,7 @@ def test_a_graph_that_does_not_compile_is_an_error_however_torch_is_set(
         compiled(X)
 
 
-def test_graphs_that_ran_are_told() -> None:
+def test_reports_graphs_that_ran() -> None:
     model = Breaks().eval()
     compiled = compile_for_a100(model, mode="default", fullgraph=False)
     assert compiled.graphs == []
@@ -281,8 +281,8 @@ def test_graphs_that_ran_are_told() -> None:
         compiled.compiles_again(lambda: compiled(X))
 
 
-def test_models_of_one_class_have_graphs_of_their_own() -> None:
-    """Dynamo keeps graphs by code, which they share where the graph breaks in their forward."""
+def test_models_of_one_class_have_separate_graphs() -> None:
+    """Dynamo stores graphs by code object, which models share if their forward breaks the graph."""
     for _ in range(2):
         model = Breaks().eval()
         compiled = compile_for_a100(model, mode="default", fullgraph=False)
@@ -296,7 +296,7 @@ def test_eager_models_have_no_graphs() -> None:
     assert not compiled.compiles_again(lambda: compiled(X))
 
 
-def test_a_model_that_logs_is_one_graph() -> None:
+def test_model_that_logs_compiles_to_one_graph() -> None:
     logger = logging.getLogger("model")
 
     class Logs(nn.Module):
@@ -313,7 +313,7 @@ def test_a_model_that_logs_is_one_graph() -> None:
     assert graphs_compiled() == before + 1
 
 
-def test_a_sweep_does_not_run_into_the_recompile_limit() -> None:
+def test_sweep_does_not_hit_the_recompile_limit() -> None:
     before = graphs_compiled()
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
         for size in range(1, 11):
@@ -322,7 +322,7 @@ def test_a_sweep_does_not_run_into_the_recompile_limit() -> None:
     assert graphs_compiled() == before + 10
 
 
-def test_one_model_takes_many_shapes_without_running_into_the_limit() -> None:
+def test_many_shapes_do_not_hit_the_recompile_limit() -> None:
     compiled = compile_for_a100(nn.Linear(4, 4).eval(), mode="default")
     before = graphs_compiled()
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -347,7 +347,7 @@ def test_backends_differ_in_a_warm_cache(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert runs_flash("flash") is True
     assert runs_flash("math") is False
-    torch._dynamo.reset()  # nothing in memory, the caches on disk are warm
+    torch._dynamo.reset()  # nothing in memory, but the caches on disk are warm
     assert runs_flash("math") is False
     assert runs_flash("flash") is True
 
@@ -364,7 +364,7 @@ def test_first_call_reports_cache_state(tmp_path: Path, monkeypatch: pytest.Monk
     assert found == ["cold", "warm"]
 
 
-def test_outputs_of_cuda_graph_modes_are_the_callers_own() -> None:
+def test_outputs_of_cuda_graph_modes_are_copies() -> None:
     model = nn.Linear(4, 4).eval()
     x = torch.randn(2, 4)
     outputs = compile_for_a100(model, mode="reduce-overhead")(x)

@@ -1,4 +1,4 @@
-"""A compiled model leaves torch's settings as the user had them, by whichever API they were set."""
+"""A compiled model keeps torch's settings as the user set them, by any of torch's APIs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ SET: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("error", [None, KeyError("bug"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("name", SET)
-def test_leaves_what_the_user_set(name: str, error: BaseException | None) -> None:
+def test_keeps_settings_of_the_user(name: str, error: BaseException | None) -> None:
     model = Raising(error)
     SET[name]()
     before = process_state()
@@ -111,7 +111,7 @@ def test_leaves_what_the_user_set(name: str, error: BaseException | None) -> Non
     assert process_state() == before
 
 
-def test_a_precision_of_the_newer_api_compiles() -> None:
+def test_compiles_with_precision_set_by_the_newer_api() -> None:
     model = nn.Linear(4, 4).eval()
     MATMUL.fp32_precision = "tf32"
     before = process_state()

@@ -1,4 +1,4 @@
-"""Which weights a graph computes with, and how often it runs."""
+"""Test which weights a graph computes with, and how often it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def graph_of(function: Callable[..., object]) -> Graph:
 @pytest.mark.parametrize(
     ("function", "is_used"),
     [
-        (lambda x, kept, spare: F.linear(x, kept), None),  # Dynamo hands over what is traced
+        (lambda x, kept, spare: F.linear(x, kept), None),  # Dynamo passes the traced module
         (lambda x, kept, spare: (F.linear(x, kept), F.linear(x, spare))[0], False),
         (lambda x, kept, spare: F.linear(F.linear(x, kept), spare), True),
         (lambda x, kept, spare: F.linear(x, kept).add_(F.linear(x, spare)), True),
@@ -34,7 +34,7 @@ def graph_of(function: Callable[..., object]) -> Graph:
     ],
     ids=["unread", "dropped", "chained", "in-place-result", "in-place", "out", "setitem"],
 )
-def test_weights_that_outputs_depend_on(
+def test_finds_weights_that_outputs_depend_on(
     function: Callable[..., object], is_used: bool | None
 ) -> None:
     graph = graph_of(function)
@@ -66,7 +66,7 @@ def test_layers_may_share_a_block(function: Callable[..., object], is_used: bool
     assert graph.drops(block[4:]) is (not is_used)
 
 
-def test_regions_compute_with_what_they_use() -> None:
+def test_finds_weights_that_regions_use() -> None:
     region = fx.symbolic_trace(
         lambda x, kept, spare: (F.linear(x, kept), F.linear(x, spare))[0],
     )
@@ -81,7 +81,7 @@ def test_regions_compute_with_what_they_use() -> None:
     assert graph.drops(SPARE)
 
 
-def test_weights_inside_tensor_subclasses_are_known() -> None:
+def test_finds_weights_inside_tensor_subclasses() -> None:
     model = nn.Sequential(nn.Linear(4, 8, dtype=torch.bfloat16))
     apply_int8_quant(model, filter_fn=is_linear)
     weight = model[0].weight
@@ -90,7 +90,7 @@ def test_weights_inside_tensor_subclasses_are_known() -> None:
     assert graph.computes_with(weight.scale)
 
 
-def test_calls_are_counted() -> None:
+def test_counts_calls() -> None:
     graph = graph_of(lambda x, kept, spare: x)
     run = graph.counted(lambda x, y: x + y)
     assert graph.calls == 0

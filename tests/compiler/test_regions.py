@@ -1,4 +1,4 @@
-"""Repeated blocks compile once, and whatever cannot be a region compiles as before."""
+"""Test that repeated blocks compile once, and everything else compiles as before."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Blocks(nn.Module):
 # -- which blocks -------------------------------------------------------------------------------
 
 
-def test_children_of_one_class_and_structure_are_blocks() -> None:
+def test_finds_children_of_one_class_and_structure() -> None:
     a, b, c, alone, wide = Block(), Block(), Block(), Other(), Block(2 * DIM)
     model = Blocks(a, alone, b, wide)
     model.head = nn.Sequential(nn.Linear(4, 4), c)
-    assert repeated_blocks(model) == [a, b]  # the same class elsewhere is another list's
+    assert repeated_blocks(model) == [a, b]  # the same class elsewhere belongs to another list
 
 
-def test_a_sequential_holds_blocks_too_and_the_outer_ones_count() -> None:
+def test_finds_outermost_blocks_of_a_sequential() -> None:
     def stage() -> nn.Module:
         return nn.Sequential(Block(), Block())
 
@@ -67,21 +67,21 @@ def test_a_sequential_holds_blocks_too_and_the_outer_ones_count() -> None:
     assert repeated_blocks(nn.Sequential(stages[0], nn.Linear(4, 4))) == list(stages[0])
 
 
-def test_parts_that_fuse_with_what_is_around_them_are_no_blocks() -> None:
+def test_excludes_layers_that_fuse_with_their_surroundings() -> None:
     assert repeated_blocks(Block()) == []
     assert repeated_blocks(Blocks(nn.Linear(4, 4), nn.Linear(4, 4))) == []
 
 
-def test_blocks_that_differ_in_dtype_are_not_the_same() -> None:
+def test_blocks_of_different_dtypes_do_not_repeat() -> None:
     assert repeated_blocks(Blocks(Block(), Block().bfloat16())) == []
 
 
-def test_a_block_that_is_used_twice_is_one_block() -> None:
+def test_block_used_twice_does_not_repeat() -> None:
     block = Block()
     assert repeated_blocks(Blocks(block, block)) == []
 
 
-def test_blocks_with_tensor_subclasses_are_left_out() -> None:
+def test_excludes_blocks_with_tensor_subclasses() -> None:
     model = Blocks(Block(), Block(), Block(), Block()).eval()
     first, second, *others = model.blocks
     apply_int8_quant(model, filter_fn=lambda m, name: name.startswith(("blocks.2", "blocks.3")))
@@ -94,13 +94,13 @@ def test_blocks_with_tensor_subclasses_are_left_out() -> None:
     )
 
 
-def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
+def test_excludes_blocks_with_an_instance_forward() -> None:
     blocks = [Block(), Block()]
     for block in blocks:
         block.forward = block.mlp.forward  # type: ignore[method-assign]
     assert repeated_blocks(Blocks(*blocks)) == []
     assert reason_left_out(Blocks(*blocks)) == "a block has a forward set on the instance"
-    # One alone does not repeat, and a block beside it that could be a region has no other.
+    # A single block does not repeat, and neither does its only eligible neighbour.
     assert reason_left_out(Blocks(blocks[0])) is None
     assert repeated_blocks(Blocks(blocks[0], Block())) == []
 
@@ -114,7 +114,7 @@ def test_blocks_with_a_forward_of_their_own_are_left_out() -> None:
 # -- the context --------------------------------------------------------------------------------
 
 
-def test_blocks_are_regions_inside_and_their_own_outside() -> None:
+def test_blocks_are_regions_only_inside_the_context() -> None:
     model = Blocks(Block(), Block(), Other(), Other())
     state = [dict(vars(block)) for block in model.blocks]
     regions = Regions(repeated_blocks(model))
@@ -128,7 +128,7 @@ def test_blocks_are_regions_inside_and_their_own_outside() -> None:
         assert [dict(vars(block)) for block in model.blocks] == state
 
 
-def test_blocks_come_back_after_an_exception() -> None:
+def test_restores_blocks_after_an_exception() -> None:
     model = Blocks(Block(), Block())
     with pytest.raises(KeyError), Regions(list(model.blocks)):
         raise KeyError
@@ -140,7 +140,7 @@ def test_blocks_come_back_after_an_exception() -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The graphs that Dynamo hands on, to a backend that is quicker than Inductor."""
+    """Collect Dynamo's graphs with a backend that is faster than Inductor."""
     found: list[torch.fx.GraphModule] = []
 
     def quick(self: Any, model_: torch.fx.GraphModule, inputs_: Any, **kwargs: Any) -> Any:
@@ -154,12 +154,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 
 def calls(graph: torch.fx.GraphModule) -> int:
-    """Return how many regions a graph calls."""
+    """Return the number of regions that a graph calls."""
     return sum("invoke_subgraph" in str(node.target) for node in graph.graph.nodes)
 
 
 class Shortened(nn.Module):
-    """Returns a view from the middle of a tensor: without the first token."""
+    """Return a view without the first token, which starts inside the tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_blocks_are_traced_as_one_region(graphs: list[torch.fx.GraphModule]) -> 
     assert len([name for name, _ in graph.named_children() if "subgraph" in name]) == 1
 
 
-def test_two_models_that_share_their_blocks(graphs: list[torch.fx.GraphModule]) -> None:
+def test_compiles_two_models_that_share_blocks(graphs: list[torch.fx.GraphModule]) -> None:
     blocks = [Block(), Block()]
     one = compiled_and_eager(Blocks(*blocks))
     two = compiled_and_eager(Blocks(*blocks))
@@ -208,7 +208,7 @@ def test_two_models_that_share_their_blocks(graphs: list[torch.fx.GraphModule]) 
     assert len(graphs) == 2
 
 
-def test_hooks_and_weights_of_the_model_count(graphs: list[torch.fx.GraphModule]) -> None:
+def test_hooks_and_weights_of_the_model_take_effect(graphs: list[torch.fx.GraphModule]) -> None:
     model = Blocks(Block(), Block())
     model.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
     compiled = compiled_and_eager(model)
@@ -230,13 +230,13 @@ class Scaled(Block):
 
 
 @pytest.mark.parametrize("count", [3, 12])
-def test_blocks_keep_their_numbers(count: int, graphs: list[torch.fx.GraphModule]) -> None:
+def test_each_block_keeps_its_own_constants(count: int, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(Blocks(*(Scaled(1 + index / 8) for index in range(count))))
     assert (compiled.regions, compiled.regions_refused) == (count, None)
 
 
 class Returns(Block):
-    """Returns what it was given."""
+    """Return the input itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -248,7 +248,7 @@ class Mutates(Block):
 
 
 class Counts(Block):
-    """Has a side effect that is seen outside."""
+    """Have a side effect that is visible outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Counts(Block):
 
 
 class Keywords(Blocks):
-    """Hands its blocks what is no tensor."""
+    """Pass non-tensors to its blocks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -282,7 +282,7 @@ class Keyed(Block):
 )
 def test_odd_blocks_keep_outputs(model: nn.Module, graphs: list[torch.fx.GraphModule]) -> None:
     compiled = compiled_and_eager(model)
-    # Which of them can be regions differs by version of torch.
+    # Whether they can be regions depends on the version of torch.
     assert (compiled.regions > 0) is (compiled.regions_refused is None)
 
 
@@ -314,14 +314,14 @@ def test_inductor_compiles_regions() -> None:
     assert (compiled.regions, compiled.regions_refused) == (3, None)
 
 
-def test_no_region_without_a_compiler() -> None:
+def test_uses_no_regions_without_a_compiler() -> None:
     assert compiled_and_eager(Blocks(Block(), Block()), fullgraph=True).mode == "default"
     eager = compile_for_a100(Blocks(Block(), Block()), mode="off")
     eager(X)
     assert (eager.regions, eager.regions_refused) == (0, None)
 
 
-def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
+def test_excludes_linear_subclasses_with_children() -> None:
     class Holding(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
@@ -331,7 +331,7 @@ def test_linear_layers_are_no_blocks_whatever_they_hold() -> None:
 
 
 class Asking(Block):
-    """Asks for its type in its forward, in a method, and in a decorator of either."""
+    """Query its type in forward, in a method, and in a decorator of each."""
 
     @staticmethod
     def factor(block: nn.Module) -> int:
@@ -364,7 +364,7 @@ class Sealed(type):
 
 
 class Final(Block, metaclass=Sealed):
-    """Allows no subclass."""
+    """Forbid subclasses."""
 
 
 @pytest.mark.parametrize("kind", [Asking, Decorated, Final])
@@ -376,7 +376,7 @@ def test_blocks_keep_their_type_inside_regions(
     assert calls(graphs[-1]) == 3
 
 
-def test_says_why_blocks_are_no_regions(graphs: list[torch.fx.GraphModule]) -> None:
+def test_says_why_blocks_are_not_regions(graphs: list[torch.fx.GraphModule]) -> None:
     blocks = [Block(), Block(), Other(), Other()]
     for block in blocks[:2]:
         block.forward = block.mlp.forward  # type: ignore[method-assign]
@@ -386,11 +386,11 @@ def test_says_why_blocks_are_no_regions(graphs: list[torch.fx.GraphModule]) -> N
     assert (compiled.regions, compiled.regions_refused) == (2, reason)
 
 
-# -- what enters --------------------------------------------------------------------------------
+# -- inputs -------------------------------------------------------------------------------------
 
 
 class Strides(nn.Module):
-    """A block that notes how what it is given lies in memory."""
+    """A block that records the strides of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ class Strides(nn.Module):
         return name
 
 
-def test_what_is_transposed_enters_a_region_in_order_and_what_is_expanded_as_it_is() -> None:
+def test_copies_transposed_but_not_expanded_inputs() -> None:
     blocks = nn.ModuleList(Strides() for _ in range(2))
     transposed, expanded = torch.zeros(4, 2).t(), torch.zeros(4).expand(2, 4)
     with Regions(list(blocks)):
@@ -413,14 +413,14 @@ def test_what_is_transposed_enters_a_region_in_order_and_what_is_expanded_as_it_
 
 
 class Added(Block):
-    """A block that is given what it adds."""
+    """A block that adds its second argument."""
 
     def forward(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x) + added
 
 
 class Apart(nn.Module):
-    """Blocks that add parts of one memory."""
+    """Blocks that add views of one storage."""
 
     def __init__(self, *offsets: int) -> None:
         super().__init__()
@@ -445,22 +445,22 @@ def compiled_apart(offsets: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("offsets", [(0, 8), (1, 0), (0, 1), (0, 8, 2)])
 @pytest.mark.slow
-def test_blocks_that_get_memory_at_other_alignments_are_not_one(offsets: tuple[int, ...]) -> None:
+def test_keeps_blocks_apart_whose_inputs_differ_in_alignment(offsets: tuple[int, ...]) -> None:
     compiled_apart(offsets)
 
 
-def test_misaligned_memory_is_not_compiled_for_aligned() -> None:
+def test_does_not_run_misaligned_inputs_on_code_for_aligned_ones() -> None:
     compiled_apart((0, 8, 2))
 
 
-# -- blocks that must not be taken for the same -------------------------------------------------
+# -- blocks that must stay separate -------------------------------------------------------------
 
 
 EVERYWHERE = torch.randn(DIM, generator=torch.Generator().manual_seed(1))
 
 
 class Attributes(Block):
-    """A block with a number, a function and a buffer that a test may change."""
+    """A block with a number, a function and a buffer that tests change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -530,19 +530,19 @@ def test_blocks_may_share_weights(graphs: list[torch.fx.GraphModule]) -> None:
     compiled_regions(model, X)
 
 
-def test_a_block_may_run_twice(graphs: list[torch.fx.GraphModule]) -> None:
+def test_block_may_run_twice(graphs: list[torch.fx.GraphModule]) -> None:
     block = Block()
     compiled_regions(Blocks(block, Block(), block), X)
 
 
-def test_a_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> None:
+def test_model_may_hold_a_sparse_tensor(graphs: list[torch.fx.GraphModule]) -> None:
     model = Blocks(Block(), Block())
     model.register_buffer("sparse", torch.eye(DIM).to_sparse())
     compiled_regions(model, X)
 
 
 class Last(Block):
-    """Asks whether it is the last block."""
+    """Check whether it is the last block."""
 
     def __init__(self, owner: list[nn.Module]) -> None:
         super().__init__()
@@ -553,14 +553,16 @@ class Last(Block):
         return y if self is self.owner[-1] else torch.relu(y)
 
 
-def test_keeps_blocks_apart_that_ask_for_their_place(graphs: list[torch.fx.GraphModule]) -> None:
+def test_keeps_blocks_apart_that_depend_on_their_position(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
     owner: list[nn.Module] = []
     owner += [Last(owner) for _ in range(3)]
     compiled_regions(Blocks(*owner), X)
 
 
 class Collecting(Blocks):
-    """Has hooks that append to a list which its forward makes, as transformers does."""
+    """Have hooks that append to a list created in forward, as in transformers."""
 
     found: Any = None
 
@@ -580,7 +582,7 @@ class Collecting(Blocks):
         return x, *found
 
 
-def test_keeps_what_hooks_of_blocks_collect(graphs: list[torch.fx.GraphModule]) -> None:
+def test_keeps_values_collected_by_hooks(graphs: list[torch.fx.GraphModule]) -> None:
     model = Collecting(*(Block() for _ in range(3))).eval().requires_grad_(False)
     compiled = compile_for_a100(model, mode="default")
     with torch.inference_mode():
@@ -588,7 +590,7 @@ def test_keeps_what_hooks_of_blocks_collect(graphs: list[torch.fx.GraphModule]) 
 
 
 class Counting(Block):
-    """Has a side effect that the block itself reads."""
+    """Have a side effect that the block itself reads."""
 
     calls = 0
 
@@ -609,7 +611,7 @@ def test_blocks_may_write_attributes(graphs: list[torch.fx.GraphModule]) -> None
 
 
 class Rescaled(Blocks):
-    """Writes to attributes that its blocks read."""
+    """Write to attributes that its blocks read."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -619,7 +621,7 @@ class Rescaled(Blocks):
         return x
 
 
-def test_the_model_may_write_attributes_between_blocks(
+def test_model_may_write_attributes_between_blocks(
     graphs: list[torch.fx.GraphModule],
 ) -> None:
     model = Rescaled(*(Attributes() for _ in range(3))).eval()
@@ -635,7 +637,7 @@ def test_the_model_may_write_attributes_between_blocks(
 
 
 class Autocast(Blocks):
-    """Turns autocast on for some of its blocks."""
+    """Enable autocast for some of its blocks."""
 
     def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
         super().__init__(*blocks)
@@ -673,7 +675,7 @@ def test_two_kinds_of_blocks_may_run_under_different_settings(
 
 
 class AutocastInside(nn.Module):
-    """Runs its inner region under autocast, or not."""
+    """Run its inner region with or without autocast."""
 
     def __init__(self, inner: nn.Module, on: bool) -> None:
         super().__init__()
@@ -697,7 +699,7 @@ def test_refuses_inner_regions_that_run_partly_under_autocast(
 
 
 class GradBetween(Blocks):
-    """Turns gradients on between its blocks, and restores the mode."""
+    """Enable gradients between its blocks, then restore the mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -712,7 +714,7 @@ def test_settings_may_change_between_blocks(graphs: list[torch.fx.GraphModule]) 
 
 
 class Attention(Blocks):
-    """Allows one SDPA backend for some of its blocks."""
+    """Allow one SDPA backend for some of its blocks."""
 
     def __init__(self, *blocks: nn.Module, on: tuple[bool, ...]) -> None:
         super().__init__(*blocks)
@@ -748,7 +750,7 @@ def test_refuses_blocks_that_run_partly_on_another_sdpa_backend(
 
 
 class Between(nn.Module):
-    """Takes two tensors and an option, and returns two."""
+    """Take two tensors and an option, and return two tensors."""
 
     def __init__(self) -> None:
         super().__init__()

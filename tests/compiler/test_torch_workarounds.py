@@ -1,4 +1,4 @@
-"""Workarounds for torch: each one does what it says, and leaves torch as it was."""
+"""Test that each workaround for torch works, and that torch is restored afterwards."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_hides_the_trace_from_pytest_alone(
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", backend)
     monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
     trace, kept = logging.getLogger("torch.__trace"), Kept()
-    # As pytest 9.1 does where torch is imported before the test starts.
+    # Like pytest 9.1 if torch is imported before the test starts.
     handlers = [caplog.handler, kept]
     for handler in handlers:
         trace.addHandler(handler)
@@ -126,7 +126,7 @@ def test_hides_the_trace_from_pytest_alone(
     try:
         compiled(X)
         compiled(torch.cat([X, X]))  # compiles again
-        # Torch's own goes at its first record, unless a user asks for the trace.
+        # Torch's own handler removes itself at the first record, unless a user requests the trace.
         assert {type(handler).__name__ for handler in before - set(trace.handlers)} <= {
             "LazyTraceHandler"
         }
@@ -139,7 +139,7 @@ def test_hides_the_trace_from_pytest_alone(
 
 
 class Held(torch.Tensor):
-    """A tensor subclass of another library."""
+    """A tensor subclass from another library."""
 
 
 def test_hides_warnings_that_are_not_about_the_model(
@@ -172,7 +172,7 @@ def test_hides_warnings_that_are_not_about_the_model(
 
 
 class Rearranged(nn.Module):
-    """Calls einops on a tensor and on a parameter."""
+    """Call einops on a tensor and on a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def test_refuses_reuse_inside_regions_only() -> None:
 
 
 @pytest.mark.skipif(not reuse_functions(), reason="this torch traces every region call")
-def test_reuse_that_users_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_reuse_requested_by_users(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.variables import invoke_subgraph
 
     asked: list[Any] = []

@@ -1,5 +1,5 @@
-"""The documentation: its examples run, its commands are understood, and its pages build without
-loading anything, with every option, field and public name."""
+"""Test the documentation: examples run, commands parse, and the pages have every option, field and
+public name, and load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def test_environment_variables_are_listed() -> None:
     assert [name for name in variables if f"| `{name}` |" not in text_of("options.md")] == []
 
 
-def test_every_extra_is_named() -> None:
+def test_documents_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra in extras["optional-dependencies"]:
         assert f"| `{extra}` |" in text_of("index.md")
 
 
-def test_the_extra_of_every_workload_exists() -> None:
+def test_extra_of_every_workload_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {row.extra for row in WORKLOADS} <= set(extras["optional-dependencies"])
 
 
-def test_the_example_of_an_entry_point_names_the_group() -> None:
+def test_entry_point_example_names_the_group() -> None:
     [example] = blocks(DOCS / "workloads.md", "toml")
     assert list(tomllib.loads(example)["project"]["entry-points"]) == [GROUP]
 
@@ -78,10 +78,10 @@ def test_the_example_of_an_entry_point_names_the_group() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples of a page share their names, as a reader who copies them in order would have it."""
+    """Examples of one page share a namespace, as if a reader copied them in order."""
     from pytest_int8bench.runner import ThroughputBenchmarkRunner
 
-    # What measures for minutes is tested in its own file.
+    # Measuring takes minutes and is tested separately.
     monkeypatch.setattr(ThroughputBenchmarkRunner, "run", lambda self: [])
     names: dict[str, Any] = {"__name__": "example"}
     for number, source in enumerate(blocks(page, "python"), start=1):
@@ -91,7 +91,7 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fixtures_asked_for(source: str) -> set[str]:
-    """Return the arguments of the tests of an example that no ``parametrize`` fills."""
+    """Return the arguments of an example's tests that no ``parametrize`` provides."""
     asked = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -100,20 +100,20 @@ def _fixtures_asked_for(source: str) -> set[str]:
     return asked
 
 
-def test_what_the_example_of_quantizing_makes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantization_example_quantizes_its_model(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     names: dict[str, Any] = {}
     example = blocks(DOCS / "api.md", "python")[0]
     assert 'mode="default"' in example
-    # Compiling has tests of its own.
+    # Compiling is tested separately.
     exec(compile(example.replace('mode="default"', 'mode="off"'), "api.md", "exec"), names)
     assert capsys.readouterr().out.startswith("2 of 3 linear layers in INT8 (w8a8)")
     x = torch.randn(32, 64, dtype=torch.bfloat16)
     assert names["fast"](x).shape == (32, 10)
 
 
-def test_what_the_example_of_a_sweep_makes() -> None:
+def test_sweep_example_creates_its_points() -> None:
     names: dict[str, Any] = {}
     exec(compile(blocks(DOCS / "api.md", "python")[2], "api.md", "exec"), names)
     points = [(p.int8_mode, p.batch_size) for p in names["runner"].points]
@@ -128,7 +128,7 @@ def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) 
 
     test, example = blocks(DOCS / "accuracy.md", "python")
     assert "def test_accuracy(int8_guardrail):" in text_of("README.md")
-    # The workload of one page with the evaluation of the other, and as many outputs as classes.
+    # Combine one page's workload with the other's evaluation, and use as many outputs as classes.
     with_evaluation = conftest.replace(
         'name="encoder-layer",', 'name="encoder-layer", evaluation=evaluation,'
     ).replace("torch.nn.Linear(1024, 256)", "torch.nn.Linear(1024, 10)")
@@ -142,11 +142,11 @@ def test_examples_of_a_model_and_of_its_accuracy_run(pytester: pytest.Pytester) 
         "--int8-set=benchmark_interval_s=0.05",
         "--int8-max-drop=5pp",
     )
-    # Throughput of the BF16 twin and of the candidate, the shapes of the candidate; its accuracy.
+    # Throughput of baseline and candidate, shapes of the candidate, and its accuracy.
     result.assert_outcomes(passed=4)
 
 
-def test_the_example_of_an_ini_file_is_read(pytester: pytest.Pytester) -> None:
+def test_ini_file_example_is_valid(pytester: pytest.Pytester) -> None:
     [example] = blocks(DOCS / "options.md", "ini")
     pytester.makeini(example)
     settings = read_settings(pytester.parseconfig())
@@ -163,7 +163,7 @@ def test_the_example_of_an_ini_file_is_read(pytester: pytest.Pytester) -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the commands of a page: lines of code that start with one of ours."""
+    """Return the lines of code on a page that start with one of our commands."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
     code = re.findall(r"^ {4,}(.*)$", text, re.MULTILINE)
     code += [line for block in blocks(page, "bash") for line in block.splitlines()]
@@ -175,17 +175,17 @@ def commands(page: Path) -> list[str]:
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 
-def test_commands_are_found() -> None:
+def test_finds_commands_on_every_page() -> None:
     by_page = {page.name for page, _ in COMMANDS}
     assert {"README.md", "index.md", "options.md", "gate.md", "accuracy.md", "faq.md"} <= by_page
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in COMMANDS}), ids=lambda p: p.stem)
-def test_commands_are_understood(
+def test_commands_are_valid(
     page: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _, command in [found for found in COMMANDS if found[0] == page]:
-        # Brackets are around what may be left out.
+        # Brackets enclose optional parts.
         words = shlex.split(re.sub(r"\[options\]|[][]", "", command), comments=True)
         try:
             if "pytest" in words[:3]:
@@ -199,13 +199,13 @@ def test_commands_are_understood(
 def check_pytest(pytester: pytest.Pytester, words: list[str]) -> None:
     for word in words:
         value = word.rpartition("=")[2]
-        if value.endswith(".json") and "json=" not in word:  # files of the reader's
+        if value.endswith(".json") and "json=" not in word:  # the reader's files
             pytester.path.joinpath(value).touch()
     read_settings(pytester.parseconfig(*words))
 
 
 class Parsed(Exception):
-    """What a command line of ``int8bench`` means, before anything is done."""
+    """Raised instead of running a parsed ``int8bench`` command."""
 
 
 def check_int8bench(
@@ -238,7 +238,7 @@ def test_detects_wrong_command(pytester: pytest.Pytester, monkeypatch: pytest.Mo
         check_int8bench(pytester, monkeypatch, ["compare", "--slowdown", "a", "b"])
 
 
-def test_every_option_that_is_named_exists() -> None:
+def test_every_documented_option_exists() -> None:
     known = {option.flag for option in OPTIONS.values()}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--int8-[a-z0-9]+(?:-[a-z0-9]+)*", page.read_text()))
@@ -248,7 +248,7 @@ def test_every_option_that_is_named_exists() -> None:
 # -- set-up -----------------------------------------------------------------------------------
 
 
-def test_readme_holds_two_set_up_commands_and_ci_runs_them() -> None:
+def test_ci_runs_the_two_set_up_commands_of_the_readme() -> None:
     (setup,) = blocks(ROOT / "README.md", "bash")
     first, second = setup.strip().splitlines()
     assert first.endswith("&& pytest benchmarks --int8-mode=w8a8")
@@ -292,7 +292,7 @@ def fields_of(record: Any) -> list[str]:
     return [spec.name for spec in dataclasses.fields(record)]
 
 
-#: Page of the site -> names, each of which has a row in a table made from the code.
+#: Page of the site -> names that must each have a row in a generated table.
 ROWS: dict[str, list[str]] = {
     "options": [
         *(option.flag for option in OPTIONS.values()),
@@ -349,7 +349,7 @@ def test_the_site_has_a_row_for_every_name(site: Path, page: str) -> None:
         ("schema", ["<code>oom</code>", "boolean", None]),
     ],
 )
-def test_a_row_says_what_the_code_says(site: Path, page: str, cells: list[str | None]) -> None:
+def test_generated_rows_match_the_code(site: Path, page: str, cells: list[str | None]) -> None:
     row = r"\s*".join(f"<td>{'[^|]*?' if c is None else re.escape(c)}</td>" for c in cells)
     assert re.search(rf"<tr>\s*{row}\s*</tr>", (site / f"{page}.html").read_text())
 
@@ -373,7 +373,7 @@ def test_the_site_documents_every_parameter(site: Path, name: str) -> None:
     assert found == list(inspect.signature(getattr(pytest_int8bench, name)).parameters)
 
 
-def test_no_table_is_left_to_be_made(site: Path) -> None:
+def test_every_placeholder_is_replaced(site: Path) -> None:
     for page in site.glob("*.html"):
         assert re.findall(r"<!-- \w+: pytest_int8bench|<p>::: ", page.read_text()) == [], page.name
 
@@ -396,6 +396,6 @@ def test_pictures_load_nothing_from_elsewhere(picture: Path) -> None:
     assert re.findall(r'(?:href|src)="http|url\(["\']?http', text) == []
 
 
-def test_the_readme_links_to_what_is_there() -> None:
+def test_readme_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)", text_of("README.md")):
         assert re.match(r"https?://", target) or (ROOT / target).exists(), target

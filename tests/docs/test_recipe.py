@@ -1,4 +1,4 @@
-"""The recipe for CI in the documentation: a valid workflow, and commands that run."""
+"""Test the CI recipe in the documentation: the workflow is valid and its commands run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from toys.repositories import git, isolate, isolate_pytest
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "docs" / "int8-gate.yml"
 
-# Where int8bench ab measures, times are made up: ten processes that load torch take minutes.
+# The times that int8bench ab measures are made up: ten processes that load torch take minutes.
 CONFTEST = f"""{projects.CONFTEST}
 
 @pytest.hookimpl(trylast=True)
@@ -61,7 +61,7 @@ def steps(job: str) -> dict[str, dict[str, Any]]:
 
 
 def valid(path: Path) -> subprocess.CompletedProcess[str]:
-    """Hold a file to GitHub's schema of workflows."""
+    """Validate a file against GitHub's workflow schema."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
     return subprocess.run(
         [*command, "vendor.github-workflows", str(path)],
@@ -71,23 +71,23 @@ def valid(path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_recipe_is_a_workflow(tmp_path: Path) -> None:
+def test_recipe_is_a_valid_workflow(tmp_path: Path) -> None:
     pytest.importorskip("check_jsonschema")
     done = valid(RECIPE)
     assert (done.returncode, done.stdout.strip()) == (0, "ok -- validation done")
     broken = tmp_path / "broken.yml"
     broken.write_text(RECIPE.read_text().replace("runs-on:", "run-on:"))
-    assert valid(broken).returncode == 1  # or the check checks nothing
+    assert valid(broken).returncode == 1  # otherwise the check is vacuous
 
 
-def test_the_recipe_sets_up_as_the_readme_does() -> None:
+def test_recipe_has_the_set_up_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for job in ("pull-request", "main"):
         [install] = [line for line in steps(job)["Set up"]["run"].splitlines() if "pip" in line]
         assert f"\n{install.removeprefix('.venv/bin/')} && pytest" in readme
 
 
-def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
+def test_gate_example_is_valid(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "gate.md").read_text()
     assert "(int8-gate.yml)" in text
     assert "docs/gate.md" in (ROOT / "README.md").read_text()
@@ -100,7 +100,7 @@ def test_the_documentation_of_the_gate(tmp_path: Path) -> None:
     assert rules.floors == {"throughput": 0.015}
 
 
-def test_the_table_of_the_gate_has_limits_and_floors() -> None:
+def test_gate_table_has_limits_and_floors() -> None:
     pytest.importorskip("mkdocs", reason="needs the extra docs")
     [holder] = re.findall(
         r"^<!-- metrics: (\S+) -->$", (ROOT / "docs" / "gate.md").read_text(), re.M
@@ -117,7 +117,7 @@ def test_the_table_of_the_gate_has_limits_and_floors() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of a repository with benchmarks, one commit ahead of its origin."""
+    """Return a clone of a repository with benchmarks, one commit ahead of its origin."""
     isolate(monkeypatch, tmp_path)
     isolate_pytest(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -153,7 +153,7 @@ def run(project: Path, job: str, name: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path) -> None:
+def test_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Path) -> None:
     [measures] = re.findall(r"pytest .*?(?= --benchmark-json)", steps("main")["Measure"]["run"])
     assert measures in steps("pull-request")["Is it INT8, is it accurate"]["run"]
     summary = tmp_path / "summary.md"
@@ -170,7 +170,7 @@ def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Pat
     saved = json.loads(first.read_text())
 
     for factor, expected, outcome in ((10, 0, "improved"), (0.1, 1, "regressed")):
-        for number in range(8):  # of the days before
+        for number in range(8):  # from earlier days
             text = json.dumps(slowed(saved, factor * (1 + number / 1000)))
             (kept / f"20000101T00000{number}Z-1-new-1.json").write_text(text)
         first.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def test_a_push_is_compared_with_the_last_good_runs(project: Path, tmp_path: Pat
 
 
 def slowed(saved: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Return a saved file with all times ``factor`` times as long."""
+    """Return a saved file with all times multiplied by ``factor``."""
     copied: dict[str, Any] = json.loads(json.dumps(saved))
     for result in copied["int8bench"]["results"]:
         for field in ("batch_time_s", "batch_time_min_s"):
@@ -196,7 +196,7 @@ def slowed(saved: dict[str, Any], factor: float) -> dict[str, Any]:
     return copied
 
 
-def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manual_run_replaces_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, "pytest", 'echo {} > "${3#*=}"')
     kept = tmp_path / "b" / "r" / "main"
     kept.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_by_hand_the_baseline_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("job", ["pull-request", "main"])
-def test_a_job_begins_without_files_of_earlier_ones(job: str, tmp_path: Path) -> None:
+def test_job_removes_files_of_earlier_jobs(job: str, tmp_path: Path) -> None:
     written = re.findall(
         r"(?:=|--(?:json|junit|comment) )\"?([\w$-]+\.(?:json|xml|md))", str(steps(job))
     )
@@ -229,8 +229,8 @@ def fake(folder: Path, command: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_comments_are_posted_and_updated(tmp_path: Path) -> None:
-    # What gh is asked for, and the comments that --jq would find.
+def test_posts_and_updates_comments(tmp_path: Path) -> None:
+    # The requests to gh, and the comments that --jq would find.
     fake(
         tmp_path,
         "gh",
@@ -256,12 +256,12 @@ def test_comments_are_posted_and_updated(tmp_path: Path) -> None:
         assert f'startswith("<!-- int8bench {name} -->")' in call
 
 
-def test_code_of_a_fork_is_refused_aloud(project: Path) -> None:
+def test_fork_fails_with_an_error(project: Path) -> None:
     code, out = run(project, "fork", "Code of forks does not run on our machine")
     assert (code, out.startswith("::error::not measured")) == (1, True)
 
 
-def test_a_pull_request_is_compared_with_its_merge_base(project: Path) -> None:
+def test_pull_request_is_compared_with_its_merge_base(project: Path) -> None:
     (project / "more").touch()
     git(project, "add", "-A")
     git(project, "commit", "-q", "-m", "second")

@@ -1,4 +1,4 @@
-"""Saved runs of two commits: what regressed, what could not be compared, and the noise."""
+"""Test comparing saved runs of two commits: regressions, incomparable runs, and noise."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compared(base: Sequence[Record], new: Sequence[Record], **rules: Any) -> Com
 
 
 def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int, str | None]:
-    """Compare one run beside another one that is the same: outcome, exit code and reason."""
+    """Compare one run, next to an unchanged one; return outcome, exit code and reason."""
     same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [run] = [run for run in found.runs if run.run_name == "x"]
@@ -63,7 +63,7 @@ def one(base: Result | None, new: Result | None, **rules: Any) -> tuple[str, int
 def verdict(
     base: Accuracy | None, new: Accuracy | None, **rules: Any
 ) -> tuple[str, int, str | None]:
-    """The same for one verdict."""
+    """Like ``one``, for one verdict."""
     same = timed("same")
     found = compared([r for r in (base, same) if r], [r for r in (new, same) if r], **rules)
     [change] = found.accuracy
@@ -82,9 +82,9 @@ def verdict(
         (0.981, "same", 0),
         (1.0, "same", 0),
         (1.019, "same", 0),
-        (1.021, "same", 0),  # over the noise, within the limit
+        (1.021, "same", 0),  # above the noise, within the limit
         (1.049, "same", 0),
-        (1.051, "suspected", 2),  # over the limit: two processes may differ by that
+        (1.051, "suspected", 2),  # over the limit, but two processes may differ by that much
         (1.12, "suspected", 2),
         (1.15, "regressed", 1),
         (3.0, "regressed", 1),
@@ -103,7 +103,7 @@ def test_the_reason_names_option_growth_limit_and_noise() -> None:
 
 
 @pytest.mark.parametrize("metric", ["batch-time", "p95", "compile"])
-def test_metrics_without_a_limit_are_shown_and_judged_on_request(metric: str) -> None:
+def test_metrics_without_a_limit_are_judged_on_request(metric: str) -> None:
     spec = METRICS[metric]
     worse = dataclasses.replace(timed(), **{spec.field: getattr(timed(), spec.field) * 2})
     [change] = [
@@ -119,7 +119,7 @@ def test_metrics_without_a_limit_are_shown_and_judged_on_request(metric: str) ->
     assert one(timed(), worse, limits={metric: 1.1})[:2] == ("same", 0)
 
 
-def test_more_memory_is_a_regression_however_fast() -> None:
+def test_more_memory_is_a_regression_even_if_faster() -> None:
     faster = timed(slower=0.5, peak_memory_bytes=round(1.1 * (1 << 30)))
     assert one(timed(), faster) == (
         "regressed",
@@ -135,7 +135,7 @@ def test_more_memory_is_a_regression_however_fast() -> None:
         ("samples_per_s", "max-slowdown", "samples/s"),
     ],
 )
-def test_a_judged_metric_of_one_side_only_is_incomparable(
+def test_judged_metric_missing_on_one_side_is_incomparable(
     field: str, option: str, header: str
 ) -> None:
     lacking = timed(slower=1.2, **{field: None})
@@ -145,24 +145,24 @@ def test_a_judged_metric_of_one_side_only_is_incomparable(
         assert run.reason == f"{option}: the {side} has no {header}"
 
 
-def test_a_regression_goes_before_a_metric_that_is_lacking() -> None:
+def test_regression_takes_precedence_over_missing_metric() -> None:
     [run] = compared([timed()], [timed(slower=1.2, peak_memory_bytes=None)]).runs
     assert (run.outcome, run.exit_code) == ("regressed", 1)
 
 
-def test_a_metric_of_one_side_only_may_be_left_out() -> None:
+def test_unjudged_metric_may_be_missing_on_one_side() -> None:
     [run] = compared([timed()], [timed(peak_memory_bytes=None)], limits={"memory": None}).runs
     assert (run.outcome, run.exit_code) == ("same", 0)
     [run] = compared([timed()], [timed(compile_s=None)]).runs  # has no limit
     assert (run.outcome, run.exit_code) == ("same", 0)
 
 
-def test_a_metric_of_some_files_of_a_side_is_compared() -> None:
+def test_compares_metric_that_only_some_files_have() -> None:
     some = compare([side(timed()), side(timed(peak_memory_bytes=None))], [side(timed())], RULES)
     assert [(run.outcome, run.exit_code) for run in some.runs] == [("same", 0)]
 
 
-def test_a_run_can_have_limits_of_its_own() -> None:
+def test_run_can_have_its_own_limits() -> None:
     runs = (("x", {"throughput": 0.5}),)
     slow = [timed("x", slower=1.25), timed("y", slower=1.25)]
     found = compared([timed("x"), timed("y")], slow, runs=runs)
@@ -171,14 +171,14 @@ def test_a_run_can_have_limits_of_its_own() -> None:
     assert one(timed(), timed(slower=2), runs=named)[:2] == ("same", 0)
 
 
-def test_a_given_floor_goes_before_the_default() -> None:
+def test_given_floor_overrides_the_default() -> None:
     slower = timed(slower=1.25)
     assert one(timed(), slower, floors={"throughput": 0.3})[:2] == ("same", 0)
     quiet = {"limits": {"throughput": 0.0}, "floors": {"throughput": 0.001}}
     assert one(timed(), timed(slower=1.01), **quiet)[:2] == ("regressed", 1)
 
 
-def test_a_limit_under_the_noise_is_noted() -> None:
+def test_notes_limit_below_the_noise() -> None:
     found = compared([timed()], [timed()], limits={"throughput": 0.01})
     assert found.notes == (
         (
@@ -188,7 +188,7 @@ def test_a_limit_under_the_noise_is_noted() -> None:
     )
 
 
-def test_a_pattern_that_matches_no_run_is_noted() -> None:
+def test_notes_pattern_that_matches_no_run() -> None:
     found = compared([timed()], [timed()], runs=(("y*", {}), ("x", {})))
     assert found.notes == ("no run matches 'y*' in pyproject.toml",)
 
@@ -199,7 +199,7 @@ def test_notes_that_the_speed_of_the_machine_changed() -> None:
     assert found.notes == (f"{SPEED_CHANGED} of a point and its baseline in the new run: x",)
 
 
-def test_uncommitted_changes_are_noted_and_never_in_the_way() -> None:
+def test_uncommitted_changes_are_only_noted() -> None:
     new = side(timed(), dirty=True, commit="b" * 40)
     found = compare([side(timed())], [new], RULES)
     assert found.exit_code == 0
@@ -244,18 +244,18 @@ OOM, WRONG = timed(status="oom"), timed(status="accuracy-failed")
         (DISABLED, DISABLED, ("disabled", 0, DISABLED.reason), 0),
     ],
 )
-def test_what_was_not_measured_on_both_sides(
+def test_outcomes_of_runs_not_measured_on_both_sides(
     base: Result | None, new: Result | None, expected: Any, with_missing: int
 ) -> None:
     assert one(base, new) == expected
     assert one(base, new, allow_missing=True) == (expected[0], with_missing, expected[2])
 
 
-def test_a_missing_reason_is_said() -> None:
+def test_reports_missing_reason() -> None:
     assert one(OK, timed(status="failed", reason=None))[2] == "no reason given"
 
 
-def test_wrong_timings_are_no_baseline() -> None:
+def test_inaccurate_timings_are_not_a_baseline() -> None:
     wrong = dataclasses.replace(OK, status="accuracy-failed", reason="top1 dropped")
     [run] = compared([wrong], [timed(slower=5)]).runs
     assert (run.outcome, run.reason, run.changes) == (
@@ -266,14 +266,14 @@ def test_wrong_timings_are_no_baseline() -> None:
     assert run.base == {}
 
 
-def test_another_point_under_the_same_name_is_not_compared() -> None:
+def test_does_not_compare_different_points_of_one_name() -> None:
     other = dataclasses.replace(OK, run_name="y")
     found = compared([other, timed("same")], [OK, timed("same")])
     assert (found.runs[0].outcome, found.runs[0].reason) == ("incomparable", "another point: y")
     assert found.exit_code == 2
 
 
-def test_a_point_without_a_batch_time_is_not_compared() -> None:
+def test_does_not_compare_point_without_batch_time() -> None:
     bare = timed(batch_time_s=None)
     assert one(OK, bare) == ("incomparable", 2, "has no time")
 
@@ -281,12 +281,12 @@ def test_a_point_without_a_batch_time_is_not_compared() -> None:
 @pytest.mark.parametrize(
     "results", [([], []), ([OK], []), ([], [OK]), ([OOM], [OOM]), ([SKIPPED], [SKIPPED])]
 )
-def test_nothing_compared_does_not_pass(results: tuple[list[Result], list[Result]]) -> None:
+def test_fails_if_nothing_is_compared(results: tuple[list[Result], list[Result]]) -> None:
     found = compared(*results, allow_missing=True)
     assert (found.compared, found.exit_code) == (0, 2)
 
 
-def test_a_regression_goes_before_what_could_not_be_compared() -> None:
+def test_regression_takes_precedence_over_incomparable_runs() -> None:
     base = [timed(name) for name in "abc"]
     assert compared(base, [timed("a"), timed("b", slower=2)]).exit_code == 1
     assert compared(base, [timed("a"), timed("b")]).exit_code == 2
@@ -296,7 +296,7 @@ def test_a_regression_goes_before_what_could_not_be_compared() -> None:
 # -- another machine ----------------------------------------------------------------------------
 
 
-def test_another_machine_is_not_compared() -> None:
+def test_does_not_compare_different_machines() -> None:
     gpu = {"name": "H200", "driver": "590.2"}
     base, new = side(OK, verdict_of()), side(timed(slower=9), verdict_of(), gpu=gpu)
     found = compare([base], [new], RULES)
@@ -313,20 +313,20 @@ def test_another_machine_is_not_compared() -> None:
     assert half.exit_code == 2
 
 
-def test_a_difference_counts_also_where_nothing_else_does() -> None:
+def test_machine_difference_fails_even_without_compared_runs() -> None:
     found = compare([side(SKIPPED)], [side(SKIPPED, cuda="12.8")], RULES)
     assert found.differences == {"cuda": ("13.0", "12.8")}
     assert found.exit_code == 2
 
 
-def test_files_of_a_side_must_agree_as_well() -> None:
+def test_files_of_one_side_must_agree() -> None:
     for files in ([side(OK), side(OK, cpu="Xeon")], [side(OK, cpu="Xeon"), side(OK)]):
         found = compare(files, [side(OK)], RULES)
         assert set(found.differences) == {"cpu"}
         assert found.exit_code == 2
 
 
-def test_out_of_memory_on_another_gpu_is_no_regression() -> None:
+def test_out_of_memory_on_another_gpu_is_not_a_regression() -> None:
     found = compare([side(OK)], [side(OOM, gpu={"name": "L4", "driver": "580.1"})], RULES)
     [run] = found.runs
     assert (run.outcome, run.exit_code) == ("oom", 2)
@@ -341,7 +341,7 @@ def hot(slower: float = 1.0, **values: Any) -> Result:
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 2.0])
-def test_a_throttled_run_is_not_compared(slower: float) -> None:
+def test_does_not_compare_throttled_run(slower: float) -> None:
     why = "measured while the GPU was slowed down: power brake"
     assert one(OK, hot(slower)) == ("incomparable", 2, why)
     assert one(hot(slower), OK) == ("incomparable", 2, why)
@@ -349,7 +349,7 @@ def test_a_throttled_run_is_not_compared(slower: float) -> None:
     assert one(OK, hot(slower), allow=frozenset({"throttled"}))[:2] == expected
 
 
-def test_heat_does_not_excuse_memory() -> None:
+def test_throttling_does_not_excuse_memory_growth() -> None:
     assert one(OK, hot(2, peak_memory_bytes=1 << 31)) == (
         "regressed",
         1,
@@ -357,7 +357,7 @@ def test_heat_does_not_excuse_memory() -> None:
     )
 
 
-def test_of_several_files_the_cool_ones_are_used() -> None:
+def test_uses_only_files_without_throttling() -> None:
     new = [side(hot(3)), side(timed()), side(timed(slower=1.001))]
     [run] = compare([side(OK)], new, RULES).runs
     assert (run.outcome, run.new["batch-time"]) == ("same", pytest.approx(0.128, rel=1e-3))
@@ -370,21 +370,21 @@ def files_of(*slower: float, name: str = "x") -> list[Run]:
     return [side(timed(name, slower=factor)) for factor in slower]
 
 
-def test_several_files_are_taken_at_the_mean_of_their_logs() -> None:
+def test_averages_logs_of_several_files() -> None:
     [run] = compare(files_of(1, 1.21, 1.331), files_of(1.1), RULES).runs
     middle = (1 * 1.21 * 1.331) ** (1 / 3)
     assert run.base["batch-time"] == pytest.approx(0.128 * middle)
     assert run.change("throughput").growth == pytest.approx(1.1 / middle - 1)
 
 
-def test_the_worst_status_of_the_new_files_counts_and_the_best_of_the_base() -> None:
+def test_uses_worst_new_and_best_base_status() -> None:
     [run] = compare([side(OK)], [side(OK), side(OOM)], RULES).runs
     assert (run.outcome, run.exit_code) == ("oom", 1)
     [run] = compare([side(FAILED), side(OK)], [side(OK)], RULES).runs
     assert (run.outcome, run.exit_code) == ("same", 0)
 
 
-def test_the_floor_is_learned_from_the_files() -> None:
+def test_learns_noise_floor_from_the_files() -> None:
     steady = compare(files_of(1, 1.001, 0.999), files_of(1.03, 1.031, 1.029), RULES)
     change = steady.runs[0].change("throughput")
     assert change.learned
@@ -399,7 +399,7 @@ def test_the_floor_is_learned_from_the_files() -> None:
     assert noisy.runs[0].outcome == "same"
 
 
-def test_a_noisy_run_does_not_hide_behind_steady_ones() -> None:
+def test_noise_floor_is_learned_per_run() -> None:
     def both(factors: Sequence[float]) -> list[Run]:
         steady = [timed(f"steady{number}") for number in range(20)]
         return [side(*steady, timed("x", slower=factor)) for factor in factors]
@@ -410,14 +410,14 @@ def test_a_noisy_run_does_not_hide_behind_steady_ones() -> None:
     assert found.runs[-1].outcome == "same"
 
 
-def test_equal_files_have_a_floor_all_the_same() -> None:
+def test_equal_files_still_have_a_noise_floor() -> None:
     rules = Rules(limits={"throughput": 0.0})
     found = compare(files_of(1, 1, 1), files_of(*[1.0005] * 3), rules)
     change = found.runs[0].change("throughput")
     assert (change.floor, change.learned, change.outcome) == (0.001, True, "same")
 
 
-def test_absurd_files_are_compared() -> None:
+def test_extreme_values_do_not_overflow() -> None:
     found = compare(files_of(1e-200, 1e200), files_of(1e-200, 1e200), RULES)
     assert found.exit_code == 0
 
@@ -445,18 +445,18 @@ RANDOM = {"random_weights": True}
         (None, "PASS", ("new", 0, "not in the base")),
     ],
 )
-def test_verdicts(base: str | None, new: str | None, expected: Any) -> None:
+def test_outcomes_of_verdict_changes(base: str | None, new: str | None, expected: Any) -> None:
     reason = "worse" if new == "FAIL" else None
     assert expected == verdict(base and verdict_of(base), new and verdict_of(new, reason=reason))
 
 
-def test_verdicts_on_request() -> None:
+def test_options_change_outcomes_of_verdicts() -> None:
     undecided = (verdict_of("PASS"), verdict_of("INCONCLUSIVE"))
     assert verdict(*undecided, fail_on_inconclusive=True)[:2] == ("regressed", 1)
     assert verdict(verdict_of(), None, allow_missing=True)[:2] == ("missing", 0)
 
 
-def test_another_limit_is_said() -> None:
+def test_reports_changed_accuracy_limit() -> None:
     assert verdict(verdict_of(limit="1%"), verdict_of(limit="5%")) == (
         "same",
         0,
@@ -467,14 +467,14 @@ def test_another_limit_is_said() -> None:
     assert (change.outcome, change.reason) == ("new", "not in the base")
 
 
-def test_a_failing_verdict_is_no_matter_of_the_machine() -> None:
+def test_failing_verdict_counts_on_another_machine() -> None:
     found = compare([side(verdict_of())], [side(verdict_of("FAIL"), cpu="Xeon")], RULES)
     assert (found.accuracy[0].outcome, found.exit_code) == ("regressed", 1)
 
 
 @pytest.mark.parametrize("base", ["PASS", "FAIL", None])
 @pytest.mark.parametrize("new", ["PASS", "FAIL", "INCONCLUSIVE"])
-def test_random_weights_are_never_judged(base: str | None, new: str) -> None:
+def test_does_not_judge_random_weights(base: str | None, new: str) -> None:
     before = base and verdict_of(base, **RANDOM)
     assert verdict(before, verdict_of(new, **RANDOM), fail_on_inconclusive=True) == (
         "not judged",
@@ -483,7 +483,7 @@ def test_random_weights_are_never_judged(base: str | None, new: str) -> None:
     )
 
 
-def test_random_weights_are_no_baseline_and_no_replacement() -> None:
+def test_random_weights_cannot_replace_a_verdict() -> None:
     why = "its weights are random now: it is a pipeline check"
     assert verdict(verdict_of(), verdict_of(**RANDOM)) == ("missing", 2, why)
     assert verdict(verdict_of(), verdict_of(**RANDOM), allow_missing=True)[1] == 0
@@ -492,7 +492,7 @@ def test_random_weights_are_no_baseline_and_no_replacement() -> None:
     assert verdict(verdict_of(**RANDOM), None)[:2] == ("not judged", 0)
 
 
-def test_pipeline_checks_alone_are_nothing_compared() -> None:
+def test_pipeline_checks_alone_do_not_count_as_compared() -> None:
     checks = [verdict_of(**RANDOM)]
     assert compared(checks, checks).exit_code == 2
     assert compared([verdict_of()], [verdict_of()]).exit_code == 0
@@ -531,7 +531,7 @@ def outcomes(comparison: Comparison) -> dict[Any, Any]:
 
 
 @given(st.lists(points, max_size=5), st.integers(1, 3))
-def test_a_copy_never_regresses(states: list[tuple[str, float]], copies: int) -> None:
+def test_identical_files_never_regress(states: list[tuple[str, float]], copies: int) -> None:
     base = [side(*named(states), name=f"base{index}") for index in range(copies)]
     new = [side(*named(states), name=f"new{index}") for index in range(copies)]
     rules = Rules(limits=dict.fromkeys(METRICS, 0.0))
@@ -585,7 +585,9 @@ def test_slower_files_never_look_better(base: list[float], new: list[float], fac
 
 
 @given(st.lists(st.lists(points, max_size=4), min_size=2, max_size=5), st.randoms())
-def test_order_cancels(states: list[list[tuple[str, float]]], random_state: random.Random) -> None:
+def test_result_does_not_depend_on_order(
+    states: list[list[tuple[str, float]]], random_state: random.Random
+) -> None:
     sides = [[side(*named(file)) for file in part] for part in (states[:1], states[1:])]
     found = compare(sides[0], sides[1], RULES)
     shuffled = []
@@ -629,7 +631,7 @@ def slower(by: float, **values: Any) -> Record:
             1,
             "max-call-time-growth: +30.0%, limit 5.0% (noise floor 2.0%)",
         ),
-        # Rounds that differ, and a single one, do not settle the figure of their process.
+        # Neither rounds that differ nor a single round determine the figure of their process.
         (slower(1.3, call_time_standard_error=0.2), "suspected", 2, "processes differ by 20.4%"),
         (
             slower(1.3, call_time_standard_error=None, rounds=1),
@@ -650,7 +652,7 @@ def slower(by: float, **values: Any) -> Record:
         (plain("moved"), "missing", 2, "not in the new run"),
     ],
 )
-def test_plain_benchmarks_have_the_outcomes_of_points(
+def test_plain_benchmarks_have_the_same_outcomes_as_points(
     new: Record, outcome: str, code: int, reason: str | None
 ) -> None:
     found = compared([slower(1), timed()], [new, timed()])
@@ -660,25 +662,25 @@ def test_plain_benchmarks_have_the_outcomes_of_points(
     assert bool(run.reason) == bool(reason)
 
 
-def test_a_single_round_is_noted_whatever_comes_of_it() -> None:
+def test_always_notes_a_single_round() -> None:
     found = compared([slower(1)], [slower(0.8, call_time_standard_error=None)])
     assert found.runs[0].outcome == "improved"
     assert any("test_a.py::x: a single round says nothing" in note for note in found.notes)
 
 
-def test_enough_files_show_the_noise_of_single_rounds() -> None:
+def test_enough_files_determine_the_noise_of_single_rounds() -> None:
     files = [side(slower(by, call_time_standard_error=None)) for by in (1, 1.01, 0.99, 1, 1, 1, 1)]
     new = side(slower(1.3, call_time_standard_error=None))
     assert compare(files, [new], RULES).runs[0].outcome == "regressed"
 
 
-def test_one_name_in_two_files_is_two_benchmarks() -> None:
+def test_benchmarks_of_one_name_in_two_files_are_separate() -> None:
     here, there = slower(1), plain("x", 1e-3, nodeid="test_b.py::x", run_name="test_b.py::x")
     found = compared([here, there], [slower(2), there])
     assert [run.outcome for run in found.runs] == ["regressed", "same"]
 
 
-def test_any_two_files_must_be_of_one_machine() -> None:
+def test_all_files_must_be_of_one_machine() -> None:
     little = side(timed(), only=["cpu"])
     other = {"gpu": {"name": "H100", "driver": "580.1"}}
     found = compare([little], [side(timed()), side(timed(), **other)], RULES)
@@ -686,7 +688,7 @@ def test_any_two_files_must_be_of_one_machine() -> None:
     assert any("only machine_info (cpu) could be" in note for note in found.notes)
 
 
-def test_all_files_are_told_apart_in_one_look_at_each() -> None:
+def test_finds_all_differences_among_files() -> None:
     kinds: list[dict[str, Any]] = [
         {},
         {"cpu": "Xeon"},
@@ -702,7 +704,7 @@ def test_all_files_are_told_apart_in_one_look_at_each() -> None:
 
 
 @pytest.mark.parametrize("differing", [False, True])
-def test_many_files_are_not_compared_two_by_two(
+def test_does_not_compare_many_files_pairwise(
     differing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -714,7 +716,7 @@ def test_many_files_are_not_compared_two_by_two(
     assert len(calls) == 99
 
 
-def test_picked_are_runs_that_a_name_on_either_side_picks() -> None:
+def test_selects_runs_by_name_on_either_side() -> None:
     sides = [side(slower(1), timed(), verdict_of())], [side(slower(2), timed(slower=2))]
     assert [r.run_name for r in compare(*sides, RULES, lambda n: "x" in n).runs] == ["x"]
     found = compare(*sides, RULES, lambda names: "pytest-benchmark" in names)

@@ -1,4 +1,4 @@
-"""What saved files can show: its error rate by simulation, and what is said where they cannot."""
+"""Test what saved files can show: simulated error rates, and the message if they cannot decide."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from toys.gate_noise import PROCESSES, Noise, normal, outliers, simulate_compare
 from toys.results import entry, saved, timed
 
 FAMILIES = 40
-#: At 5 % of families, more would be seen once in a thousand.
+#: If 5 % of families regress, more than this is seen once in a thousand times.
 MOST = int(stats.binom.isf(0.001, FAMILIES, 0.05))
 
 
-# All pairs of machines and files are in benchmarks/gate_error_rates.py.
+# benchmarks/gate_error_rates.py covers all pairs of machines and files.
 @pytest.mark.parametrize(
     ("machine", "files"),
     [
@@ -47,7 +47,7 @@ def test_unchanged_code_rarely_regresses(machine: str, files: tuple[int, int]) -
 
 @pytest.mark.parametrize(("rounds", "files"), [(1, 1), (5, 1)])
 def test_few_rounds_rarely_regress(rounds: int, files: int) -> None:
-    """Plain benchmarks, whose rounds scatter by 30 %, on processes that differ by 2 %."""
+    """Rounds of these plain benchmarks vary by 30 %, and processes differ by 2 %."""
     rng = np.random.default_rng(20)
 
     def process() -> Run:
@@ -87,9 +87,9 @@ def test_outliers_rarely_regress(files: tuple[int, int], runs: int, noise: Noise
 
 @pytest.mark.parametrize("files", [(1, 1), (2, 2), (8, 1)])
 @pytest.mark.parametrize(("share", "slower"), [(1 / 3, 1.3), (0.5, 1.3), (0.6, 2.0), (0.9, 1.5)])
-def test_other_load_is_no_regression(files: tuple[int, int], share: float, slower: float) -> None:
-    """Other load slows some rounds of the last new process, and in half of the cases of the first
-    of the base."""
+def test_other_load_rarely_regresses(files: tuple[int, int], share: float, slower: float) -> None:
+    """Other load slows some rounds of the last new process, and in half of the cases also of the
+    first base process."""
 
     def process(place: int) -> Run:
         times = np.exp(rng.normal(math.log(1e-3), 0.01, (8, 40)))
@@ -110,8 +110,8 @@ def test_other_load_is_no_regression(files: tuple[int, int], share: float, slowe
         assert comparison.exit_code != 1
 
 
-def test_a_disturbed_base_hides_no_slowdown() -> None:
-    """Files of the base disagree, or its median is of slow rounds and its fastest is not."""
+def test_disturbed_base_does_not_hide_slowdown() -> None:
+    """Base files disagree, or the base has a slow median but a normal fastest round."""
     assert outcome([1.0, 1.3], [1.15])[:2] == ("suspected", 2)
     assert outcome([1.0, 1.3], [1.15, 1.15]) == (
         "suspected",
@@ -146,12 +146,12 @@ def test_a_disturbed_base_hides_no_slowdown() -> None:
     assert run.outcome == "regressed"
 
 
-def test_copies_of_a_file_show_no_noise() -> None:
+def test_copies_of_a_file_do_not_determine_the_noise() -> None:
     assert outcome([1.0] * 8, [1.06])[:2] == ("suspected", 2)
     assert outcome([1.0] * 8, [1.2])[:2] == ("regressed", 1)
 
 
-def test_rounds_that_do_not_settle_a_point_add_to_what_is_assumed() -> None:
+def test_uncertain_rounds_add_to_the_assumed_noise() -> None:
     base, new = (timed(slower=by, batch_time_standard_error=0.1) for by in (1.0, 1.2))
     sides = ([Run(Path("x.json"), saved(record))] for record in (base, new))
     assert compare(*sides, Rules()).runs[0].outcome == "suspected"
@@ -176,7 +176,7 @@ def test_slower_code_is_found(
     assert (outcomes[:, 0] == outcome).mean() >= 0.9
 
 
-# -- what is said ---------------------------------------------------------------------------------
+# -- messages -------------------------------------------------------------------------------------
 
 
 def compared(base: list[float], new: list[float], rules: Rules | None = None) -> Comparison:
@@ -192,7 +192,7 @@ def outcome(*sides: list[float], rules: Rules | None = None) -> tuple[str, int, 
     return run.outcome, run.exit_code, run.reason
 
 
-def test_a_suspicion_says_what_was_assumed_and_what_decides() -> None:
+def test_suspected_slowdown_reports_assumption_and_remedy() -> None:
     assert outcome([1.0], [1.1]) == (
         "suspected",
         2,
@@ -204,7 +204,7 @@ def test_a_suspicion_says_what_was_assumed_and_what_decides() -> None:
     assert outcome([1.0], [1.12])[:2] == ("regressed", 1)
 
 
-def test_what_ab_does_not_measure_is_decided_by_files() -> None:
+def test_suspected_p95_growth_suggests_more_files() -> None:
     rules = Rules(limits={"p95": 0.05, "throughput": None, "memory": None})
     assert outcome([1.0], [1.2], rules=rules) == (
         "suspected",
@@ -224,7 +224,7 @@ def test_a_history_gives_a_prediction_interval_for_one_process() -> None:
     logs = [math.log(factor) for factor in history]
     spread = math.sqrt(sum((log - sum(logs) / 7) ** 2 for log in logs) / 6)
     reach = stats.t.isf(0.025, 6) * spread * math.sqrt(1 + 1 / 7)
-    # The unchanged memory is one of two tests, and this one is rejected first.
+    # The only other test, of unchanged memory, is not rejected; this one is rejected first.
     assert change.shown_from == pytest.approx(
         math.expm1(reach * stats.t.isf(0.05, 6) / stats.t.isf(0.025, 6))
     )
@@ -232,19 +232,19 @@ def test_a_history_gives_a_prediction_interval_for_one_process() -> None:
     assert outcome(history, [1.02])[0] == "same"
 
 
-def test_a_noisy_history_widens_what_is_assumed() -> None:
+def test_noisy_history_widens_the_assumed_noise() -> None:
     assert outcome([1.0, 1.3, 0.9], [1.2])[:2] == ("suspected", 2)
     assert outcome([1.0, 1.3], [1.4])[:2] == ("suspected", 2)
     assert outcome([1.0, 1.2, 0.9, 1.0, 1.1, 1.0, 0.9], [1.2])[:2] == ("same", 0)
 
 
-def test_a_floor_that_is_given_decides_alone() -> None:
+def test_given_floor_replaces_the_assumed_noise() -> None:
     rules = Rules(floors={"throughput": 0.02})
     assert outcome([1.0], [1.06], rules=rules)[:2] == ("regressed", 1)
     assert compared([1.0], [1.06], rules).runs[0].changes[0].shown_from is None
 
 
-def test_more_runs_ask_for_more_proof() -> None:
+def test_more_runs_need_stronger_evidence() -> None:
     def shown_from(runs: int) -> float:
         sides = [Run(Path("x.json"), saved(*(timed(str(run)) for run in range(runs))))] * 2
         change = compare(sides[:1], sides[1:], Rules()).runs[0].change("throughput")
@@ -274,12 +274,12 @@ def test_more_runs_ask_for_more_proof() -> None:
         (1, 7, True),
     ],
 )
-def test_how_many_files_show_the_noise(base: int, new: int, known: bool) -> None:
+def test_number_of_files_that_determine_the_noise(base: int, new: int, known: bool) -> None:
     assert shows_noise(base, new) is known
 
 
 @given(st.integers(1, 30))
-def test_the_files_needed_are_the_fewest(new: int) -> None:
+def test_files_needed_is_minimal(new: int) -> None:
     needed = files_needed(new)
     assert shows_noise(needed, new)
     assert needed == 1 or not shows_noise(needed - 1, new)

@@ -1,4 +1,4 @@
-"""Points of older files, whose names had OlmoEarth's form whatever the workload."""
+"""Test points of older files, whose names had OlmoEarth's form for every workload."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def outcomes(found: Comparison) -> dict[str, str]:
     [
         (OLD, NEW),
         (SEED.run_name, "cuda_bf16_int8_w8a8_max-autotune_bs128"),
-        # The user set one of the fields that the preset set, which is another value's name.
+        # The user also set one of the preset's fields, so the short name contains it.
         (OLD, NEW.replace("_bs4", "_is16_bs4")),
         (OLD.replace("_bs4", "_bs4_attention-auto"), NEW + "_attention-auto"),
     ],
 )
-def test_a_renamed_point_is_compared(old: str, new: str) -> None:
+def test_compares_renamed_point(old: str, new: str) -> None:
     for base, later in ((old, new), (new, old)):
         found = compared([digits(base)], [digits(later, 1.3)])
         assert outcomes(found) == {new: "regressed"}
         assert found.notes == (f"1 record has a new name: {old} is {new} now",)
 
 
-def test_verdicts_and_labels_of_markers_are_matched_too() -> None:
+def test_matches_renamed_verdicts_and_marker_labels() -> None:
     old = [digits(OLD, nodeid=f"t.py::test[a-{OLD}]"), verdict_of(point=OLD, workload="digits")]
     new = [
         digits(NEW, nodeid=f"t.py::test[a-digits-{NEW}]"),
@@ -70,7 +70,7 @@ def test_verdicts_and_labels_of_markers_are_matched_too() -> None:
     found = compared([*old], [*new])
     assert outcomes(found) == {NEW: "same"}
     assert [change.outcome for change in found.accuracy] == ["same"]
-    # A test of OlmoEarth's whose session has another workload.
+    # A test of OlmoEarth in a session with another workload.
     name = SEED.run_name
     same = dataclasses.replace(digits(name), workload="olmoearth")
     labelled = dataclasses.replace(same, nodeid=f"test_a.py::test[olmoearth-{name}]")
@@ -88,23 +88,23 @@ def test_verdicts_and_labels_of_markers_are_matched_too() -> None:
         (OLD.replace("w8a8", "gone"), NEW),
     ],
 )
-def test_another_point_is_not_a_renamed_one(base: str, new: str) -> None:
+def test_does_not_match_a_different_point(base: str, new: str) -> None:
     found = compared([digits(base)], [digits(new)])
     assert outcomes(found) == {base: "missing", new: "new"}
     assert found.notes == ()
 
 
-def test_what_two_points_could_be_is_neither() -> None:
+def test_does_not_match_ambiguous_points() -> None:
     sizes = [SMOKE.replace(model_size=size).run_name for size in ("nano", "tiny")]
     found = compared([digits(name) for name in sizes], [digits(NEW)])
     assert set(outcomes(found).values()) == {"missing", "new"}
-    # One that has the same fields is it, and the others are gone.
+    # The point with the same fields matches, and the others are missing.
     default = SMOKE.replace(**{n: getattr(RunParams(), n) for n in OLMOEARTH_FIELDS}).run_name
     found = compared([digits(name) for name in (*sizes, default)], [digits(NEW)])
     assert outcomes(found) == {sizes[0]: "missing", sizes[1]: "missing", NEW: "same"}
 
 
-def test_another_test_or_workload_is_not_a_renamed_one() -> None:
+def test_does_not_match_another_test_or_workload() -> None:
     for values in ({"nodeid": f"test_b.py::test[{NEW}]"}, {"workload": "timm:vit"}):
         assert outcomes(compared([digits(OLD)], [digits(NEW, **values)])) == {
             OLD: "missing",
@@ -126,7 +126,7 @@ def test_another_test_or_workload_is_not_a_renamed_one() -> None:
         ({}, {"tokens_per_s": 8000.0}, "nothing shows that it ignored them"),
     ],
 )
-def test_a_model_that_may_read_the_fields_must_be_the_same(
+def test_requires_the_same_model_if_it_may_read_the_fields(
     old: dict[str, Any], new: dict[str, Any], why: str | None
 ) -> None:
     base, later = timed(OLD, **old), timed(NEW, **new)
@@ -140,17 +140,17 @@ def test_a_model_that_may_read_the_fields_must_be_the_same(
         f"toy: {OLD} is not compared with {NEW}, which does not set model_size=nano, "
         f"image_size=16, num_timesteps=3: {why}"
     )
-    # With the same fields in both names there is nothing to ask.
+    # If both names have the same fields, nothing needs to be proven.
     kept = SMOKE.with_short_name().run_name
     assert outcomes(compared([base], [timed(kept, **new)])) == {kept: "same"}
 
 
-def test_records_without_a_name_are_compared() -> None:
+def test_compares_records_without_a_name() -> None:
     found = compared([digits("", nodeid="")], [digits("", 1.3, nodeid="")])
     assert outcomes(found) == {"": "regressed"}
 
 
-def test_long_ids_are_not_searched_for_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_search_long_ids_for_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[str] = []
     monkeypatch.setattr(renames, "is_reference", looked_at.append)
     results = [digits(OLD, nodeid=f"t.py::t[{'-x' * n}-{OLD}]") for n in (1, 5000)]
@@ -158,13 +158,13 @@ def test_long_ids_are_not_searched_for_workloads(monkeypatch: pytest.MonkeyPatch
     assert len(looked_at) < 50
 
 
-def test_ids_of_the_users_own_stay() -> None:
+def test_keeps_ids_chosen_by_users() -> None:
     old, new = (digits(name, nodeid="t.py::test[small]") for name in (OLD, NEW))
     assert outcomes(compared([old], [new])) == {NEW: "same"}
 
 
 @given(st.sampled_from(["nano", "base"]), st.sampled_from([16, 64]), st.booleans(), st.booleans())
-def test_each_point_finds_itself(size: str, image: int, s1: bool, int8: bool) -> None:
+def test_each_point_matches_itself(size: str, image: int, s1: bool, int8: bool) -> None:
     point = SEED.replace(model_size=size, image_size=image, use_s1=s1, int8_enabled=int8)
     others = [SEED.replace(batch_size=n) for n in (1, 2)]
     old = [timed(p.run_name) for p in (point, *others)]
@@ -177,7 +177,7 @@ def test_each_point_finds_itself(size: str, image: int, s1: bool, int8: bool) ->
 # -- sessions -----------------------------------------------------------------------------------
 
 
-def test_a_session_is_held_to_the_older_name() -> None:
+def test_session_gate_finds_points_by_their_old_name() -> None:
     base = [digits(OLD), digits(SEED.run_name)]
     gate = SessionGate([Run(Path("base.json"), Saved({}, base))], Rules())
     with pytest.raises(RegressionError, match=f"^regressed: digits: {NEW}: "):
@@ -196,7 +196,7 @@ def test_a_session_is_held_to_the_older_name() -> None:
     ]
 
 
-def test_a_session_misses_a_point_that_is_another_models() -> None:
+def test_session_gate_reports_point_of_another_model_as_missing() -> None:
     gate = SessionGate([Run(Path("base.json"), Saved({}, [timed(OLD)]))], Rules())
     gate.judge(timed(NEW), {})
     assert gate.problems({timed(NEW).nodeid}, (), by_node=False, is_gone=lambda file: False) == [
@@ -208,7 +208,7 @@ def test_a_session_misses_a_point_that_is_another_models() -> None:
 # -- reports ------------------------------------------------------------------------------------
 
 
-def test_a_report_has_one_history_of_a_renamed_point() -> None:
+def test_report_joins_history_of_a_renamed_point() -> None:
     files = [("1.json", saved(digits(OLD))), ("2.json", saved(digits(NEW, 1.1)))]
     view = build(sources(files))
     [history] = [section for section in view.sections if section.id == "history"]
@@ -218,7 +218,7 @@ def test_a_report_has_one_history_of_a_renamed_point() -> None:
     assert OLD not in str([s.tables for s in view.sections])
 
 
-def test_a_history_names_the_axes_of_each_workload_only() -> None:
+def test_history_titles_name_only_axes_of_their_workload() -> None:
     ours = [timed("a", params=p.to_dict(), workload="olmoearth") for p in (SMOKE,)]
     other = [
         timed("b", params=SEED.to_dict()),

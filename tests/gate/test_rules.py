@@ -1,4 +1,4 @@
-"""Limits, noise floors, what may differ, and the table in ``pyproject.toml``."""
+"""Test limits, noise floors, allowed differences, and the table in ``pyproject.toml``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = ", ".join(ALLOWABLE)
 # -- metrics ------------------------------------------------------------------------------------
 
 
-def test_metrics_are_numbers_of_a_result_with_stated_defaults() -> None:
+def test_metrics_are_numeric_fields_with_documented_defaults() -> None:
     limits = {name: (metric.limit, metric.floor) for name, metric in METRICS.items()}
     assert limits == {
         "throughput": (0.05, 0.02),
@@ -63,12 +63,12 @@ def test_metrics_are_numbers_of_a_result_with_stated_defaults() -> None:
         ("memory", 1000, 800, -0.2),
     ],
 )
-def test_growth_is_that_of_the_cost(metric: str, base: float, new: float, growth: float) -> None:
+def test_growth_measures_cost(metric: str, base: float, new: float, growth: float) -> None:
     assert METRICS[metric].growth(base, new) == pytest.approx(growth)
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
-def test_a_rate_and_the_time_it_takes_grow_alike(base: float, new: float) -> None:
+def test_rate_and_its_time_have_equal_growth(base: float, new: float) -> None:
     rate = METRICS["throughput"].growth(1 / base, 1 / new)
     assert rate == pytest.approx(METRICS["batch-time"].growth(base, new))
 
@@ -79,7 +79,7 @@ def test_a_rate_and_the_time_it_takes_grow_alike(base: float, new: float) -> Non
 @pytest.mark.parametrize(
     ("text", "share"), [("5%", 0.05), (" 0.5 % ", 0.005), ("0%", 0.0), ("150%", 1.5)]
 )
-def test_shares_are_percentages(text: str, share: float) -> None:
+def test_parses_percentages(text: str, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
     assert parse_limit(text) == parse_share(text)
 
@@ -89,7 +89,7 @@ def test_a_limit_can_be_off() -> None:
 
 
 @pytest.mark.parametrize("text", ["5", "", "%", "-1%", "+5%", "5 percent", "1e1%", "nan%", "off"])
-def test_other_shares_are_refused(text: str) -> None:
+def test_rejects_invalid_percentages(text: str) -> None:
     with pytest.raises(ValueError, match="must be a percentage") as caught:
         parse_share(text)
     assert str(caught.value) == f"must be a percentage such as 5%, got {text!r}"
@@ -99,7 +99,7 @@ def test_other_shares_are_refused(text: str) -> None:
         assert str(caught.value) == f"must be a percentage such as 5%, or off, got {text!r}"
 
 
-def test_shares_are_finite() -> None:
+def test_percentages_must_be_finite() -> None:
     for read in (parse_share, parse_limit):
         with pytest.raises(
             ValueError, match=r"^must be a percentage such as 5%.*9\.\.\.9"
@@ -113,7 +113,7 @@ def test_a_floor_names_its_metric() -> None:
 
 
 @pytest.mark.parametrize("text", ["3%", "speed=3%", "=3%", "max-slowdown=3%", ""])
-def test_floors_of_other_metrics_are_refused(text: str) -> None:
+def test_rejects_floor_of_unknown_metric(text: str) -> None:
     with pytest.raises(ValueError, match="METRIC") as caught:
         parse_floor(text)
     assert str(caught.value) == (
@@ -122,12 +122,12 @@ def test_floors_of_other_metrics_are_refused(text: str) -> None:
     )
 
 
-def test_a_floor_is_not_off() -> None:
+def test_floor_cannot_be_off() -> None:
     with pytest.raises(ValueError, match=r"^must be a percentage such as 5%, got 'off'$"):
         parse_floor("memory=off")
 
 
-def test_all_of_the_fingerprint_but_the_commit_can_be_allowed() -> None:
+def test_every_difference_but_the_commit_can_be_allowed() -> None:
     assert set(ALLOWABLE) == {*FINGERPRINT_NAMES, "throttled"} - {"commit", "dirty"}
     assert check_allow(ALLOWABLE) == frozenset(ALLOWABLE)
     assert check_allow([]) == frozenset()
@@ -142,15 +142,15 @@ def test_all_of_the_fingerprint_but_the_commit_can_be_allowed() -> None:
         ("", f"must be one of {NAMES}, got ''"),
     ],
 )
-def test_other_names_are_refused(name: str, why: str) -> None:
+def test_rejects_other_names(name: str, why: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(why)}$"):
         check_allow(["driver", name])
 
 
-# -- which limit counts -------------------------------------------------------------------------
+# -- precedence of limits ------------------------------------------------------------------------
 
 
-def test_a_runs_own_limit_goes_before_the_general_one_and_that_before_the_default() -> None:
+def test_per_run_limit_overrides_general_limit_which_overrides_default() -> None:
     runs = (("*_bs1", {"throughput": 0.15}), ("test_a.py::*", {"memory": None}))
     rules = Rules(limits={"throughput": 0.1}, runs=runs)
     assert rules.limit("throughput", "nano_bs1", "test_a.py::test[nano_bs1]") == 0.15
@@ -166,15 +166,15 @@ def test_the_last_pattern_that_matches_wins() -> None:
     assert Rules(runs=runs[::-1]).limit("p95", "nano_bs1") == 0.1
 
 
-def test_a_node_id_matches_as_it_is_written() -> None:
-    # As a pattern, its brackets would be a set of characters.
+def test_node_id_matches_literally() -> None:
+    # In a pattern, its brackets would match a set of characters.
     rules = Rules(runs=(("test_a.py::test[nano_bs1]", {"throughput": 0.5}),))
     assert rules.limit("throughput", "nano_bs1", "test_a.py::test[nano_bs1]") == 0.5
     assert rules.limit("throughput", "n", "test_a.py::testn") == 0.5
     assert rules.limit("throughput", "nano_bs2", "test_a.py::test[nano_bs2]") == 0.05
 
 
-def test_patterns_without_a_run_are_found() -> None:
+def test_finds_patterns_that_match_no_run() -> None:
     rules = Rules(runs=(("*_bs1", {}), ("*_bs2", {}), ("test_a.py::*", {})))
     assert rules.unmatched([("nano_bs1", "test_a.py::test[nano_bs1]")]) == ["*_bs2"]
     assert rules.unmatched([]) == ["*_bs1", "*_bs2", "test_a.py::*"]
@@ -208,7 +208,7 @@ def pyproject(tmp_path: Path) -> Path:
     return tmp_path / "pyproject.toml"
 
 
-def test_every_key_of_the_table_is_read(pyproject: Path) -> None:
+def test_reads_every_key_of_the_table(pyproject: Path) -> None:
     pyproject.write_text(TABLE)
     assert read_rules(pyproject) == Rules(
         limits={"throughput": 0.04, "compile": 0.5, "memory": None},
@@ -223,7 +223,7 @@ def test_every_key_of_the_table_is_read(pyproject: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[tool.other]\na = 1\n", "tool = 5\n", "[tool.int8bench.gate]\n"]
 )
-def test_without_a_table_the_defaults_count(pyproject: Path, content: str) -> None:
+def test_uses_defaults_without_a_table(pyproject: Path, content: str) -> None:
     pyproject.write_text(content)
     assert read_rules(pyproject) == read_rules(None) == Rules()
 
@@ -264,27 +264,27 @@ def test_without_a_table_the_defaults_count(pyproject: Path, content: str) -> No
         ),
     ],
 )
-def test_bad_tables_are_refused_in_one_line(pyproject: Path, line: str, why: str) -> None:
+def test_rejects_bad_tables_in_one_line(pyproject: Path, line: str, why: str) -> None:
     pyproject.write_text(f"[tool.int8bench.gate]\n{line}\n")
     with pytest.raises(ValueError, match="gate") as caught:
         read_rules(pyproject)
     assert str(caught.value) == f"{pyproject}: tool.int8bench.gate: {why}"
 
 
-def test_a_gate_that_is_no_table_is_refused(pyproject: Path) -> None:
+def test_rejects_gate_that_is_not_a_table(pyproject: Path) -> None:
     pyproject.write_text("[tool.int8bench]\ngate = 5\n")
     with pytest.raises(ValueError, match=r": tool\.int8bench\.gate: must be a table, got 5$"):
         read_rules(pyproject)
 
 
 @pytest.mark.parametrize("content", [b"[tool", b"\xff\xfe"])
-def test_a_file_that_is_not_toml_is_refused(pyproject: Path, content: bytes) -> None:
+def test_rejects_file_that_is_not_toml(pyproject: Path, content: bytes) -> None:
     pyproject.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(pyproject))} is not TOML: [^\n]+$"):
         read_rules(pyproject)
 
 
-def test_the_closest_pyproject_counts(tmp_path: Path) -> None:
+def test_uses_the_closest_pyproject(tmp_path: Path) -> None:
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     (tmp_path / "pyproject.toml").touch()

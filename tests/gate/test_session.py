@@ -1,4 +1,4 @@
-"""The gate inside a session: each point at once, and what must not pass silently at the end."""
+"""Test the gate in a session: each point is judged immediately, and problems fail at the end."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def problems(
 # -- one point ----------------------------------------------------------------------------------
 
 
-def test_a_point_that_did_not_change_passes() -> None:
+def test_unchanged_point_passes() -> None:
     gate = gate_of(timed(), timed("other"))
     gate.judge(timed(slower=1.01), HERE)
     assert gate.summary() == ["compared with base.json: 1 same"]
 
 
-def test_a_regression_names_the_point_the_limit_and_the_base() -> None:
+def test_regression_names_point_limit_and_base() -> None:
     gate = gate_of(timed())
     assert said(lambda: gate.judge(timed(slower=1.25), HERE), RegressionError) == (
         "regressed: toy: x: max-slowdown: +25.0%, limit 5.0% (noise floor 2.0%); compared with "
@@ -77,20 +77,20 @@ def test_the_last_attempt_of_a_test_counts() -> None:
     assert problems(gate, {timed().nodeid}) == []
 
 
-def test_limits_are_those_of_the_rules() -> None:
+def test_uses_limits_of_the_rules() -> None:
     gate = gate_of(timed(), rules=Rules(limits={"throughput": 0.3}))
     gate.judge(timed(slower=1.25), HERE)
     with pytest.raises(RegressionError):
         gate.judge(timed(slower=1.35), HERE)
 
 
-def test_a_new_point_passes_and_is_listed() -> None:
+def test_new_point_passes_and_is_listed() -> None:
     gate = gate_of(timed("other"))
     gate.judge(timed(), HERE)
     assert gate.summary() == ["compared with base.json: 1 new", "new: toy: x: not in the base"]
 
 
-def test_out_of_memory_regresses_where_it_is_new() -> None:
+def test_out_of_memory_regresses_only_if_new() -> None:
     oom = timed(status="oom")
     assert said(lambda: gate_of(timed()).judge(oom, HERE), RegressionError) == (
         "oom: toy: x: why; compared with base.json"
@@ -98,7 +98,7 @@ def test_out_of_memory_regresses_where_it_is_new() -> None:
     gate_of(oom).judge(oom, HERE)
 
 
-def test_a_throttled_point_cannot_be_compared() -> None:
+def test_throttled_point_cannot_be_compared() -> None:
     hot = timed(throttled=["power brake"])
     assert said(lambda: gate_of(timed()).judge(hot, HERE), IncomparableError) == (
         "incomparable: toy: x: measured while the GPU was slowed down: power brake; compared with "
@@ -106,7 +106,7 @@ def test_a_throttled_point_cannot_be_compared() -> None:
     )
 
 
-def test_points_are_those_of_their_own_test_and_workload() -> None:
+def test_compares_points_of_the_same_test_and_workload() -> None:
     other = timed(slower=0.1, workload="vit")
     gate = gate_of(other, timed())
     gate.judge(timed(), HERE)
@@ -114,7 +114,7 @@ def test_points_are_those_of_their_own_test_and_workload() -> None:
         gate.judge(timed(workload="vit"), HERE)
 
 
-def test_several_files_of_the_base_show_the_noise() -> None:
+def test_several_base_files_determine_the_noise() -> None:
     runs = [
         Run(Path(f"{slower}.json"), Saved(HERE, [timed(slower=slower)])) for slower in (1.0, 1.3)
     ]
@@ -129,7 +129,7 @@ def test_several_files_of_the_base_show_the_noise() -> None:
 # -- the machine --------------------------------------------------------------------------------
 
 
-def test_another_machine_is_refused_before_anything_is_measured() -> None:
+def test_rejects_another_machine_before_measuring() -> None:
     there = {**HERE, "cpu": "Xeon", "packages": {"torch": "2.12.0"}, "commit": "def"}
     assert said(lambda: gate_of().check_machine(there), IncomparableError) == (
         "base.json was measured on another machine or software: cpu EPYC -> Xeon, torch 2.11.0 -> "
@@ -142,7 +142,7 @@ def test_another_machine_is_refused_before_anything_is_measured() -> None:
 # -- the end of a session -----------------------------------------------------------------------
 
 
-def test_all_measured_is_no_problem() -> None:
+def test_no_problem_if_all_points_were_measured() -> None:
     gate = gate_of(timed(), timed("skipped", status="skipped"))
     gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
@@ -157,24 +157,24 @@ def test_nothing_compared_is_a_problem() -> None:
     assert problems(gate_of(rules=rules), set()) == ["nothing was compared with base.json"]
 
 
-def test_points_that_are_gone_or_were_not_measured_are_problems() -> None:
+def test_reports_missing_and_unmeasured_points() -> None:
     gate = gate_of(timed("x"), timed("gone"), timed("idle", status="oom"))
     gate.judge(timed("x"), HERE)
     found = {node("x"), node("idle")}
     idle = f"not measured, so not compared: {node('idle')}"
     missing = f"missing: {node('gone')} is in base.json and not in this session"
     assert problems(gate, found) == [missing, idle]
-    # A test named by its node id is to be measured; the others were not asked for.
+    # A test selected by node id must be measured; the others were not requested.
     assert problems(gate, found, by_node=True) == [idle]
     assert problems(gate, found, frozenset({node("idle"), node("gone")})) == []
 
 
-def test_files_that_were_not_asked_for_are_not_missing() -> None:
+def test_tests_outside_the_selected_files_are_not_missing() -> None:
     elsewhere = timed(nodeid="test_b.py::test[x]")
     gate = gate_of(timed(), elsewhere)
     gate.judge(timed(), HERE)
     assert problems(gate, {node("x")}) == []
-    # But for those that were deleted from a folder that was.
+    # Files deleted from a selected folder are missing, however.
     assert problems(gate, {node("x")}, gone=("test_b.py",)) == [
         "missing: test_b.py::test[x] is in base.json and not in this session"
     ]
@@ -186,11 +186,11 @@ def test_missing_points_can_be_allowed() -> None:
     assert problems(gate, {node("x")}) == []
 
 
-def test_a_session_without_points_says_so() -> None:
+def test_reports_session_without_points() -> None:
     assert gate_of(timed()).summary() == ["compared with base.json: nothing"]
 
 
-def test_what_one_process_cannot_show_is_listed_and_fails_nothing() -> None:
+def test_suspected_regression_is_listed_and_does_not_fail() -> None:
     gate = gate_of(timed(), timed("other"))
     gate.judge(timed(slower=1.08), HERE)
     first, suspected = gate.summary()
@@ -198,7 +198,7 @@ def test_what_one_process_cannot_show_is_listed_and_fails_nothing() -> None:
     assert suspected.startswith("suspected: toy: x: max-slowdown: +8.0%, limit 5.0%, shown from ")
 
 
-def test_plain_benchmarks_are_held_to_the_file() -> None:
+def test_compares_plain_benchmarks_with_the_file() -> None:
     run = Run(Path("base.json"), Saved({**HERE, "only": ["cpu"]}, [], benchmarks=[plain("x")]))
     gate = SessionGate([run], Rules())
     gate.check_machine({**HERE, "cuda": "13.0"})

@@ -1,4 +1,4 @@
-"""attention=auto: the calls of attention are recorded, and the backends timed on them."""
+"""Test attention=auto, which records attention calls and times the backends on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.randn(2, 4, 8, 16)
 
 
 class FakeTimer:
-    """Advances by what the backend that is allowed costs, in seconds a reading."""
+    """Advance at each reading by the cost of the allowed backend, in seconds."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
@@ -42,7 +42,7 @@ def calls_of(*args: torch.Tensor, **kwargs: object) -> dict[Call, int]:
 # -- recording ----------------------------------------------------------------------------------
 
 
-def test_calls_are_recorded_with_their_number() -> None:
+def test_records_calls_with_their_counts() -> None:
     def run() -> None:
         for _ in range(3):
             scaled_dot_product_attention(X, X, X)
@@ -60,8 +60,9 @@ def test_calls_are_recorded_with_their_number() -> None:
     assert masked.mask == Layout((8, 8), (8, 1), torch.float32, X.device)
 
 
-def test_a_call_is_done_again_with_the_same_layouts() -> None:
-    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]  # of one product for q, k and v
+def test_repeats_calls_with_the_same_layouts() -> None:
+    # The layout of queries from one matmul for q, k and v.
+    query = torch.randn(2, 8, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]
     mask = torch.ones(1, 1, 8, dtype=torch.bool).expand(2, 4, 8, 8)
     [call] = calls_of(query, query, query, mask)
     run = call.runner()
@@ -75,20 +76,22 @@ def test_a_call_is_done_again_with_the_same_layouts() -> None:
 
 
 @pytest.mark.parametrize(("flash", "math_", "chosen"), [(1, 2, "flash"), (2, 1, "math")])
-def test_the_backend_of_the_least_time_is_taken(flash: float, math_: float, chosen: str) -> None:
+def test_chooses_the_fastest_backend(flash: float, math_: float, chosen: str) -> None:
     calls = calls_of(X, X, X)
     assert fastest_backend(calls, FakeTimer(flash=flash, math=math_)) == chosen
 
 
-def test_a_backend_that_raises_in_one_call_is_out() -> None:
+def test_excludes_backend_that_fails_on_one_call() -> None:
     calls = calls_of(X, X, X)
-    # On the CPU, flash attention takes no dropout.
+    # On the CPU, flash attention does not support dropout.
     calls |= calls_of(X, X, X, dropout_p=0.5)
     assert fastest_backend(calls, FakeTimer(flash=1, math=1000)) == "math"
 
 
 @pytest.mark.parametrize(("shorts", "longs", "chosen"), [(3, 1, "flash"), (1, 3, "math")])
-def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_calls_by_their_counts(
+    shorts: int, longs: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [short], [long] = calls_of(X[:, :, :2], X, X), calls_of(X, X, X)
     seconds = {("flash", 2): 1.0, ("flash", 8): 3.0, ("math", 2): 2.0, ("math", 8): 2.0}
 
@@ -100,7 +103,7 @@ def test_call_counts(shorts: int, longs: int, chosen: str, monkeypatch: pytest.M
     assert fastest_backend({short: shorts, long: longs}) == chosen
 
 
-def test_our_kernel_is_timed_on_the_calls_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_our_kernel_on_the_calls_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def median_s(run: Callable[[], torch.Tensor], timer: object) -> float:
@@ -117,22 +120,22 @@ def test_our_kernel_is_timed_on_the_calls_that_it_takes(monkeypatch: pytest.Monk
     [fits] = calls_of(x, x, x)
     assert fastest_backend({long: 1, fits: 1}) == "short"
     assert ran == ["torch", "short"]
-    assert fastest_backend({long: 1}) is None  # nothing of it is ours
+    assert fastest_backend({long: 1}) is None  # our kernel replaces none of it
 
 
-def test_no_call_leaves_nothing_to_choose() -> None:
+def test_no_calls_give_no_backend() -> None:
     assert fastest_backend({}, FakeTimer()) is None
     assert recorded_calls(lambda: nn.Linear(16, 4)(X)) == {}
 
 
-def test_no_backend_that_fits_is_none() -> None:
-    key = X[..., :7]  # no backend takes another head size than the query's
+def test_returns_none_if_no_backend_runs() -> None:
+    key = X[..., :7]  # no backend supports a head size other than the query's
     layout = Layout.of(key)
     call = Call(Layout.of(X), layout, layout, None, ())
     assert fastest_backend({call: 1}, FakeTimer(flash=1, math=1)) is None
 
 
-def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tries_backends_in_order_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"flash": 1.0, "cudnn": 4.0, "efficient": 2.0, "math": 3.0}
     monkeypatch.setattr(attention_auto, "backends_of", lambda kind: list(times))
     monkeypatch.setattr(attention_auto, "seconds_of", lambda name, call, timer: times[name])
@@ -140,7 +143,7 @@ def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.Monk
     auto = AutoAttention()
     assert auto.choose({Call(layout, layout, layout, None, ()): 12}) == "flash"
     refused = RuntimeError("No available kernel. Aborting execution.")
-    for name in ("efficient", "math"):  # that each says the same does not mean that all will
+    for name in ("efficient", "math"):  # equal errors of some backends do not mean that all fail
         assert auto.replace(refused)
         assert auto.chosen == name
     assert not auto.replace(torch.OutOfMemoryError("out of memory"))
@@ -156,7 +159,7 @@ def test_backends_are_tried_in_the_order_of_their_times(monkeypatch: pytest.Monk
     assert not auto.replace(refused)
 
 
-def test_settings_come_back() -> None:
+def test_restores_settings() -> None:
     before = (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled())
     fastest_backend(calls_of(X, X, X))
     assert (torch.backends.cuda.flash_sdp_enabled(), torch.is_inference_mode_enabled()) == before

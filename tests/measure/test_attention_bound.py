@@ -1,4 +1,4 @@
-"""What INT8 attention could bring at most, on hand-made calls."""
+"""Test the upper bound of INT8 attention on hand-made calls."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_all_calls_at_the_measured_rate() -> None:
     assert found == AttentionPart(1.0, pytest.approx(6.0 / (ops / 1e12)), pytest.approx(1e12))
 
 
-def test_calls_left_to_torch_keep_their_time() -> None:
+def test_calls_left_to_torch_save_no_time() -> None:
     found = part_of({LONG: 2, SHORT: 2}, [SHORT])
     assert found.share == pytest.approx(2000 / (2000 + 8000))
     assert found.ratio == pytest.approx(6.0 * 0.2 / (2 * 4 * 2 * 3 * 64 * 1000**2 / 1e12))
 
 
 def test_memory_bounds_short_sequences() -> None:
-    # Grouped: 8 heads of queries, 2 of keys and values, which are read as INT8, INT8 and BF16.
+    # Grouped: 8 query heads, and 2 heads of keys and values, read as INT8, INT8 and BF16.
     call = call_of(16, 8, 48, 64, groups=2, keys=24)
     q, k = 16 * 8 * 48 * 64, 16 * 2 * 24 * 64
     moved = q + k + 2 * k + 2 * q
@@ -65,7 +65,7 @@ def test_memory_bounds_short_sequences() -> None:
     assert found.ratio == pytest.approx(6.0 / (3 * moved / 1e6))
 
 
-def test_no_time_without_its_kernels() -> None:
+def test_no_bound_without_attention_kernels() -> None:
     rates = Rates({}, {}, 1.0, {head_of(LONG): 1e12})
     message = r"^no kernel of the baseline was recognized as attention$"
     with pytest.raises(CeilingError, match=message):
@@ -76,7 +76,7 @@ def test_no_time_without_its_kernels() -> None:
         attention_part(1.0, {LONG: 1, SHORT: 1}, [LONG], rates, lambda call: math.inf)
 
 
-def test_heads_by_width_and_dtype_of_the_values() -> None:
+def test_head_has_width_and_dtype_of_the_call() -> None:
     assert head_of(LONG) == Head(64, torch.bfloat16)
 
 
@@ -98,7 +98,7 @@ def test_heads_by_width_and_dtype_of_the_values() -> None:
     ],
     ids=["none-known", "causal", "wide", "multihead"],
 )
-def test_what_cannot_be_told_is_said(calls: list[Call], left: dict[str, int], problem: str) -> None:
+def test_reports_unknown_bound(calls: list[Call], left: dict[str, int], problem: str) -> None:
     with pytest.raises(CeilingError, match=f"^{re.escape(problem)}"):
         replaced_calls(Counter(calls), AttentionCoverage(left=Counter(left)))
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_told_is_said(calls: list[Call], left: dict[str, int], pr
     ids=lambda kind: kind.__name__,
 )
 @torch.inference_mode()
-def test_calls_of_the_baseline_are_those_that_the_candidate_replaces(kind: type[nn.Module]) -> None:
+def test_counts_baseline_calls_that_the_candidate_replaces(kind: type[nn.Module]) -> None:
     model, x = kind(), torch.randn(3, attending.TOKENS, attending.DIM)
     calls, coverage = recorded_calls(lambda: model(x)), AttentionCoverage()
     with EagerInt8Attention(coverage):

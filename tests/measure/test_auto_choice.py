@@ -1,4 +1,4 @@
-"""The attention backend that attention=auto takes, by the calls of what runs."""
+"""Test which backend attention=auto chooses, based on the calls that run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ NO_KERNEL = "No available kernel. Aborting execution."
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace Inductor and the clock: a graph runs as it was traced, flash is the fastest backend
-    and takes no mask, as on CUDA. Return the backends that graphs were compiled for."""
+    """Replace Inductor and the clock: graphs run as traced, and flash is the fastest backend but
+    supports no mask, as on CUDA. Return the backends that graphs were compiled for."""
     backends: list[str] = []
 
     def compile_graph(self: FusingInductor, module: Any, inputs: Any) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def allowed() -> str:
 
 
 class Failing:
-    """Makes graphs fail that were compiled for a backend, at a call."""
+    """Make graphs compiled for a backend fail at a given call."""
 
     def __init__(self) -> None:
         self.errors: dict[tuple[str, int], Exception] = {}
@@ -92,7 +92,7 @@ FAILS = Failing()
 
 @pytest.fixture
 def errors(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Exception]:
-    """Return the errors to raise by backend, while a graph compiles (0) or at one of its calls."""
+    """Return the errors to raise, by backend and call; call 0 is compilation."""
     monkeypatch.setattr(FAILS, "errors", {})
     return FAILS.errors
 
@@ -121,7 +121,7 @@ def ready(kind: type[nn.Module], params: RunParams = AUTO) -> Model:
         (attending.Outside, BREAKS, "math"),
     ],
 )
-def test_the_calls_that_run_decide(
+def test_chooses_backend_by_the_calls_that_run(
     kind: type[nn.Module], params: RunParams, chosen: str, compiled: list[str]
 ) -> None:
     model = ready(kind, params)
@@ -134,16 +134,14 @@ def test_the_calls_that_run_decide(
         assert allowed() == chosen
 
 
-def test_a_graph_is_compiled_once(compiled: list[str]) -> None:
+def test_compiles_each_graph_once(compiled: list[str]) -> None:
     pool = ModelPool()
     for point in (AUTO, AUTO.replace(int8_enabled=True), AUTO):
         pool.get(workload_of(attending.Masked), point).ready()
     assert compiled == ["math"] * 2
 
 
-def test_compiled_code_is_kept_for_the_backend_that_was_chosen(
-    tmp_path: Path, compiled: list[str]
-) -> None:
+def test_caches_compiled_code_for_the_chosen_backend(tmp_path: Path, compiled: list[str]) -> None:
     model = ModelPool(cache_dir=tmp_path).get(workload_of(attending.Masked), AUTO)
     assert model.ready().remark is None
     kept = CompileCache(tmp_path, "math").folder
@@ -157,7 +155,7 @@ def test_compiled_code_is_kept_for_the_backend_that_was_chosen(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offer our kernel on the CPU too, where it is the fastest."""
+    """Offer our kernel on the CPU too, as the fastest one."""
     monkeypatch.setattr(attention_auto, "backends_of", lambda kind: ["flash", "math", "short"])
     monkeypatch.setitem(COSTS, "short", 0.5)
 
@@ -168,14 +166,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (attending.Causal, AUTO, "short"),
         (attending.Grouped, OFF, "short"),
-        (attending.Twice, AUTO, "short"),  # the call with a mask is torch's
+        (attending.Twice, AUTO, "short"),  # torch runs the call with a mask
         (attending.Masked, AUTO, "math"),
-        (attending.Plain, AUTO, "flash"),  # no pass sees the call
+        (attending.Plain, AUTO, "flash"),  # no compiler pass sees the call
         (attending.ChoosesMath, AUTO, "auto"),
         (attending.Attends, AUTO.replace(bf16=False), "flash"),
     ],
 )
-def test_short_sequences_take_our_kernel(
+def test_uses_our_kernel_for_short_sequences(
     kind: type[nn.Module], params: RunParams, chosen: str
 ) -> None:
     model = ready(kind, params)
@@ -184,7 +182,7 @@ def test_short_sequences_take_our_kernel(
 
 
 @pytest.mark.usefixtures("short")
-def test_another_backend_is_taken_where_our_kernel_replaces_no_call() -> None:
+def test_uses_another_backend_if_our_kernel_replaces_no_call() -> None:
     class CallsOperator(attending.Attends):
         def attention(self, x: torch.Tensor) -> torch.Tensor:
             return torch.ops.aten.scaled_dot_product_attention(x, x, x)
@@ -205,7 +203,7 @@ def test_another_backend_is_taken_where_our_kernel_replaces_no_call() -> None:
         (attending.NoAttention, AUTO, "it never calls scaled_dot_product_attention"),
     ],
 )
-def test_our_kernel_that_replaces_no_call_is_an_error(
+def test_rejects_short_attention_that_replaces_no_call(
     kind: type[nn.Module], params: RunParams, left: str
 ) -> None:
     with pytest.raises(AttentionError) as caught:
@@ -216,7 +214,7 @@ def test_our_kernel_that_replaces_no_call_is_an_error(
     )
 
 
-def test_a_gpu_without_our_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_short_attention_on_unsupported_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = "the fused kernels need sm80 or later, this is sm75"
     monkeypatch.setattr(pool, "attention_problem", lambda device: problem)
     with pytest.raises(AttentionError, match=f"^attention=short: {problem}$"):
@@ -229,7 +227,7 @@ TOLD = "attention=auto chose math because flash failed (RuntimeError: {})"
 
 
 @pytest.mark.parametrize("call", [0, 3], ids=["compiling", "later-call"])
-def test_the_next_backend_is_taken_and_said(
+def test_falls_back_to_the_next_backend_with_a_remark(
     call: int, errors: dict[tuple[str, int], Exception]
 ) -> None:
     errors["flash", call] = RuntimeError("cuDNN error: NOT_SUPPORTED\nand more")
@@ -238,7 +236,7 @@ def test_the_next_backend_is_taken_and_said(
     assert model.ready().remark == TOLD.format("cuDNN error: NOT_SUPPORTED")
 
 
-def test_an_eager_model_takes_the_next_backend_too() -> None:
+def test_eager_model_falls_back_to_the_next_backend() -> None:
     class Refuses(attending.Attends):
         def attention(self, x: torch.Tensor) -> torch.Tensor:
             if allowed() == "flash":
@@ -258,7 +256,7 @@ def test_baseline_and_candidate_change_together(
     baseline = pool.get(workload, AUTO)
     baseline.ready()
     assert baseline.compiled.attention == "flash"
-    errors["flash", 0] = RuntimeError(NO_KERNEL)  # with the weights of the candidate alone
+    errors["flash", 0] = RuntimeError(NO_KERNEL)  # only with the candidate's weights
     throughput = Throughput(pool, with_evidence=False)
     result = throughput.measure(workload, params, time_rounds, nodeid="test_it")
     assert (result.status, result.attention_backend) == ("ok", "math")
@@ -270,14 +268,14 @@ def test_baseline_and_candidate_change_together(
 @pytest.mark.parametrize(
     ("flash", "math_", "raised", "compilations"),
     [
-        # Under all backends alike: not of attention.
+        # The same under all backends, so attention is not the cause.
         (RuntimeError("no compiler"), RuntimeError("no compiler"), "no compiler", 2),
         (RuntimeError(NO_KERNEL), RuntimeError(NO_KERNEL), "use attention=efficient or math", 2),
         (torch.OutOfMemoryError("out of memory"), None, "out of memory", 1),
     ],
     ids=["compiler", "attention", "memory"],
 )
-def test_what_no_backend_mends_is_raised(
+def test_raises_errors_common_to_all_backends(
     flash: Exception,
     math_: Exception | None,
     raised: str,
@@ -293,7 +291,7 @@ def test_what_no_backend_mends_is_raised(
     assert len(compiled) == compilations
 
 
-def test_a_backend_that_was_asked_for_is_not_replaced(
+def test_does_not_replace_a_requested_backend(
     errors: dict[tuple[str, int], Exception],
 ) -> None:
     errors["flash", 0] = RuntimeError(NO_KERNEL)

@@ -1,4 +1,4 @@
-"""Whether a compiled baseline is right: wrong compilers are found, and rounding is none."""
+"""Test the check of compiled baselines: it detects wrong compilers and accepts rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def same(module: Any) -> Any:
 
 
 def ready(build: Callable[[], nn.Module], params: RunParams = BF16) -> Model:
-    """Return a baseline, warm."""
+    """Return a warm baseline."""
     model = ModelPool().get(make_workload(build, inputs=normal(*SHAPE)), params)
     model.ready()
     return model
@@ -44,7 +44,7 @@ def ready(build: Callable[[], nn.Module], params: RunParams = BF16) -> Model:
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_wrong_code_is_found(wrong: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_wrong_code(wrong: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, wrong)
     with pytest.raises(BaselineError) as raised:
         check(ready(Rotary))
@@ -56,14 +56,16 @@ def test_wrong_code_is_found(wrong: compilers.Compile, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("right", RIGHT.values(), ids=RIGHT)
-def test_rounding_is_not_wrong(right: compilers.Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepts_rounding_differences(
+    right: compilers.Compile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compilers.use(monkeypatch, right)
     for params in (BF16, BF16.replace(bf16=False)):
         check(model := ready(Rotary, params))
         assert model.unchecked is None
 
 
-def test_wrong_fp32_code_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_wrong_fp32_code(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, WRONG["slice"])
     with pytest.raises(BaselineError):
         check(ready(Rotary, BF16.replace(bf16=False)))
@@ -83,14 +85,14 @@ class Casts(Layers):
 
 
 class Signs(Layers):
-    """Rounding changes some of what it decides, by far more than rounding itself."""
+    """Rounding changes some of its decisions, which changes outputs far more than rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(torch.where(self.fc1(x) > 0, 1.0, -1.0).to(x.dtype))
 
 
 class Cancels(Layers):
-    """The difference of two equal numbers, which eager forwards compute without any error."""
+    """Subtract two equal numbers, which eager forwards do without any error."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
@@ -98,7 +100,7 @@ class Cancels(Layers):
 
 
 class Largest(Layers):
-    """Logits so large that softmax picks one of them; rows that are masked throughout are NaN."""
+    """Logits so large that softmax selects one of them; fully masked rows are NaN."""
 
     def forward(self, x: torch.Tensor) -> Any:
         logits = 300 * self.fc1(x) @ x.mT
@@ -116,7 +118,7 @@ class Largest(Layers):
         (Casts, RIGHT["same"]),
     ],
 )
-def test_decisions_that_rounding_changes_are_not_wrong(
+def test_accepts_decisions_changed_by_rounding(
     build: Callable[[], nn.Module], right: compilers.Compile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, right)
@@ -128,7 +130,7 @@ def test_decisions_that_rounding_changes_are_not_wrong(
 
 
 class Insists(Layers):
-    """Runs in no other dtype than that of the point."""
+    """Run only in the dtype of the point."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
@@ -137,7 +139,7 @@ class Insists(Layers):
 
 
 class Reseeds(Layers):
-    """Draws the same numbers at each call, which compiled code does not have to draw."""
+    """Draw the same numbers at each call, which compiled code need not reproduce."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x)) + torch.rand(x.shape, dtype=x.dtype)
@@ -156,7 +158,7 @@ class NoNumber(Layers):
         (NoNumber, "its eager outputs contain no finite number"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_checked_is_said(
+def test_reports_what_cannot_be_checked(
     build: Callable[[], nn.Module], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, same)
@@ -165,7 +167,7 @@ def test_what_cannot_be_checked_is_said(
     assert model.unchecked.startswith(UNCHECKED + why)
 
 
-def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     compilers.use(monkeypatch, same)
     model = ready(Rotary)
 
@@ -177,16 +179,16 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.unchecked == f"{UNCHECKED}out of memory"
 
 
-def test_uncompiled_models_are_not_checked() -> None:
+def test_does_not_check_uncompiled_models() -> None:
     check(model := ready(Insists, BF16.replace(compile_mode="off")))
     assert model.unchecked is None
 
 
-# -- what it leaves behind ----------------------------------------------------------------------
+# -- side effects -------------------------------------------------------------------------------
 
 
 class Tables(Layers):
-    """Keeps a table in the dtype that it last ran in, a running mean, and the number of calls."""
+    """Keep a table in the dtype of the last call, a running mean, and the number of calls."""
 
     mean: torch.Tensor
     table: torch.Tensor | None = None
@@ -203,8 +205,8 @@ class Tables(Layers):
         return self.fc2(self.fc1(x) * self.table) - self.mean
 
 
-def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    compilers.use(monkeypatch, WRONG["half"])  # the longest way
+def test_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilers.use(monkeypatch, WRONG["half"])  # the longest path through the check
     model = ready(Tables)
     before = {name: t.clone() for name, t in model.eager.state_dict().items()}
     memory = [t.data_ptr() for t in model.eager.state_dict().values()]
@@ -223,21 +225,21 @@ def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("params", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_no_point_with_a_wrong_baseline_has_figures(
+def test_wrong_baseline_gives_no_figures(
     params: RunParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, WRONG["one row"])
     throughput = Throughput(ModelPool())
     workload = make_workload(Rotary, inputs=normal(*SHAPE))
     for again in (False, True):
-        if again:  # it is not run once more
+        if again:  # it does not run again
             monkeypatch.setattr(baseline_check, "_Check", None)
         with pytest.raises(BaselineError, match="'toy' at "):
             throughput.measure(workload, params, time_rounds, nodeid="test_it.py::test_it")
 
 
 @pytest.mark.parametrize("params", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_results_say_what_was_not_checked(
+def test_results_report_what_was_not_checked(
     params: RunParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilers.use(monkeypatch, same)

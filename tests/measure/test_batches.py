@@ -1,4 +1,4 @@
-"""Every call of baseline and candidate sees the same values, whatever a model does to them."""
+"""Every call of baseline and candidate sees the same values, even if models modify them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Pair:
 
 
 class Cache:
-    """Grows at each call, as a decoder's cache does."""
+    """Grow at each call, like a decoder's cache."""
 
     def __init__(self) -> None:
         self.keys = torch.zeros(4, 0)
@@ -59,7 +59,7 @@ class Cache:
 
 
 class Writes(nn.Module):
-    """Changes what it is given before it computes."""
+    """Modify its inputs before it computes."""
 
     def __init__(self, change: Callable[..., Any]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _queue(x: torch.Tensor, queue: deque[float]) -> torch.Tensor:
     return x + queue[-1]
 
 
-# name -> what the model does, and what it gets beside x
+# name -> what the model does to its inputs, and its inputs besides x
 CHANGES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
     "neg": (lambda x: x.neg_(), tuple),
     "mul": (lambda x: x.mul_(0.9), tuple),
@@ -164,14 +164,14 @@ def test_every_call_sees_the_same_values(name: str) -> None:
     for _ in range(3):
         assert torch.equal(output_of(model.run), expected)
     model.run.prepare(2)
-    for _ in range(3):  # one more than was prepared
+    for _ in range(3):  # one call more than was prepared
         assert torch.equal(output_of(model.run), expected)
         assert torch.equal(output_of(model.run_again), expected)
 
 
 @pytest.mark.parametrize("name", ["neg", "standardize", "cache", "pop"])
 @pytest.mark.parametrize("feed", ["device", "host"])
-def test_a_point_is_measured_and_says_so(name: str, feed: str) -> None:
+def test_measures_model_that_writes_to_its_inputs(name: str, feed: str) -> None:
     pool = ModelPool()
     result = Throughput(pool).measure(
         workload(name), W8A8.replace(feed=feed), time_rounds, nodeid="t"
@@ -185,7 +185,7 @@ def test_a_point_is_measured_and_says_so(name: str, feed: str) -> None:
     assert verdict.distance["sqnr_db"] > 30
 
 
-def test_compiled_models_write_too() -> None:
+def test_restores_inputs_of_compiled_models() -> None:
     pool = ModelPool()
     written = workload("standardize")
     params = BF16.replace(compile_mode="default")
@@ -198,7 +198,7 @@ def test_compiled_models_write_too() -> None:
             torch.testing.assert_close(output_of(model.run), expected, atol=0.02, rtol=0.02)
 
 
-def test_a_model_that_leaves_its_inputs_alone_gets_the_very_batch() -> None:
+def test_does_not_copy_inputs_of_read_only_models() -> None:
     seen = []
 
     class Looks(nn.Module):
@@ -218,7 +218,7 @@ def test_a_model_that_leaves_its_inputs_alone_gets_the_very_batch() -> None:
     assert set(seen) == {pool.batch(looks, BF16)[0].data_ptr()}
 
 
-def test_calibration_and_the_ranking_of_layers_see_the_same_values() -> None:
+def test_calibration_and_sensitivity_see_the_same_values() -> None:
     smooth = W8A8.replace(int8_smoothquant=True)
 
     def written(times: int) -> Workload:
@@ -235,7 +235,7 @@ def test_calibration_and_the_ranking_of_layers_see_the_same_values() -> None:
     assert all(row["sqnr_db"] > 30 for row in table.layers)
 
 
-def test_writing_later_than_at_first_is_an_error() -> None:
+def test_rejects_model_that_starts_writing_later() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -259,7 +259,7 @@ def test_writing_later_than_at_first_is_an_error() -> None:
         )
 
 
-def test_writing_what_is_there_already_is_no_write() -> None:
+def test_ignores_writes_of_equal_values() -> None:
     pool = ModelPool()
     model = pool.get(workload("neg", build=lambda p: Writes(lambda x: x.clamp_(-99, 99))), BF16)
     assert model.ready().remark is None
@@ -268,7 +268,7 @@ def test_writing_what_is_there_already_is_no_write() -> None:
     batches.check_late_writes("neg", model.batch)
 
 
-def test_copies_of_a_block_are_made_before_it_and_fit_into_memory(
+def test_copies_are_made_before_a_block_and_fit_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = Batch((torch.ones(4, 64),))
@@ -287,7 +287,7 @@ def test_copies_of_a_block_are_made_before_it_and_fit_into_memory(
     assert run() is not run()
 
 
-def test_inference_tensors_are_replaced_before_anything_is_compiled_for_them() -> None:
+def test_replaces_inference_tensors_before_compiling() -> None:
     with torch.inference_mode():
         made = torch.ones(2)
     batch = Batch((made,))
@@ -299,7 +299,7 @@ def test_inference_tensors_are_replaced_before_anything_is_compiled_for_them() -
 
 
 class Counts(nn.Module):
-    """Has a buffer that each call changes, and a table that the first call fills."""
+    """Have a buffer that each call changes and a table that the first call fills."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,14 +319,14 @@ CHANGING = (
 )
 
 
-def test_buffers_that_each_call_changes_are_put_back() -> None:
+def test_restores_buffers_changed_by_each_call() -> None:
     pool = ModelPool()
     counts = workload("neg", build=lambda p: Counts())
     result = Throughput(pool).measure(counts, W8A8, time_rounds, nodeid="t")
     assert result.reason == CHANGING
     [verdict] = Guardrail(pool, Limit.parse("1%")).check(counts, W8A8, nodeid="t")
     assert verdict.distance["sqnr_db"] > 30
-    assert verdict.floor["sqnr_db"] is None  # eager against eager: equal
+    assert verdict.floor["sqnr_db"] is None  # both eager, so equal
     baseline = pool.get(counts, BF16)
     baseline.restore()
     assert (baseline.eager.calls.item(), baseline.eager.table[0].item()) == (0, 0.5)
@@ -342,7 +342,7 @@ class Draws(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Keeps a state that is no buffer."""
+    """Keep state outside of buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("model", [Draws, Remembers])
-def test_outputs_that_do_not_repeat_are_told(model: type[nn.Module]) -> None:
+def test_reports_outputs_that_do_not_repeat(model: type[nn.Module]) -> None:
     ready = ModelPool().get(workload("neg", build=lambda p: model()), BF16).ready()
     assert ready.remark == (
         "two calls with the same inputs gave different outputs: the model draws random numbers or "

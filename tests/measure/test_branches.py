@@ -1,4 +1,4 @@
-"""What is said of models that do something else where they are compiled: only what was compiled."""
+"""Test models that behave differently when compiled: only the compiled code counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_C_D = "the forward does not use 2 of 4 quantized layers: c, d"
 
 @pytest.fixture(autouse=True)
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as they were traced."""
+    """Run graphs as traced, without Inductor."""
     monkeypatch.setattr(InductorBackend, "__call__", lambda self, module, inputs: module.forward)
 
 
@@ -48,9 +48,7 @@ def ready(kind: type[nn.Module], params: RunParams) -> Model:
         (layers.DequantizesIfEager, "default", []),
     ],
 )
-def test_layers_that_ran_are_those_of_the_graphs(
-    kind: type[nn.Module], mode: str, remarks: list[str]
-) -> None:
+def test_layer_runs_follow_the_graphs(kind: type[nn.Module], mode: str, remarks: list[str]) -> None:
     model = ready(kind, W8A8.replace(compile_mode=mode))
     model.evidence()
     assert model.layers.remarks("INT8") == remarks
@@ -61,12 +59,12 @@ def test_layers_that_ran_are_those_of_the_graphs(
     ("kind", "mode"),
     [(layers.DequantizesIfCompiled, "default"), (layers.DequantizesIfEager, "off")],
 )
-def test_a_layer_that_is_dequantized_where_it_runs_fails(kind: type[nn.Module], mode: str) -> None:
+def test_fails_if_the_executed_branch_dequantizes(kind: type[nn.Module], mode: str) -> None:
     with pytest.raises(EvidenceError, match="ran matmuls that are not INT8: c"):
         ready(kind, W8A8.replace(compile_mode=mode)).evidence()
 
 
-def test_calls_of_linear_layers_are_those_of_the_graphs() -> None:
+def test_linear_calls_follow_the_graphs() -> None:
     def called(kind: type[nn.Module], params: RunParams = BASELINE) -> list[str]:
         return [call.name for call in ready(kind, params).linear_calls()]
 
@@ -80,7 +78,7 @@ def test_calls_of_linear_layers_are_those_of_the_graphs() -> None:
     assert called(layers.PairOfCompiled) == blocks
 
 
-def test_blocks_are_looked_into() -> None:
+def test_counts_layers_inside_regions() -> None:
     model = ready(layers.PairOfCompiled, BASELINE)
     assert model.ready().regions == 2
     runs = model.forward().runs
@@ -88,8 +86,8 @@ def test_blocks_are_looked_into() -> None:
     assert {name: run.rows for name, run in runs.items()} == dict.fromkeys(runs, 32)
 
 
-def test_what_was_traced_goes_with_its_model() -> None:
-    """Dynamo keeps backends, and with them what they hold, for as long as the process lives."""
+def test_traces_are_freed_with_their_model() -> None:
+    """Dynamo keeps backends, and everything they refer to, for the life of the process."""
     pool = ModelPool()
     model = pool.get(make_workload(layers.OnlyCompiled), BASELINE)
     model.ready()

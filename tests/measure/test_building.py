@@ -1,4 +1,4 @@
-"""Models as build returns them: compiled, exported, scripted, with methods of their own."""
+"""Test models as build may return them: compiled, exported, scripted, with their own methods."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_other_modes_still_compile_what_compiles_itself() -> None:
     assert graphs_compiled() == before + 1
 
 
-def test_weights_fit_a_compiled_model(tmp_path: Path) -> None:
+def test_loads_weights_into_a_compiled_model(tmp_path: Path) -> None:
     saved = Blocks()
     torch.save(saved.state_dict(), tmp_path / "weights.pt")
     params = BF16.replace(bf16=False)
@@ -148,7 +148,7 @@ def test_weights_fit_a_compiled_model(tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter("blocks.0.fc1.weight"), saved.blocks[0].fc1.weight)
 
 
-def test_a_kept_module_that_is_compiled_anew_is_the_same() -> None:
+def test_rejects_recompiled_module_returned_before() -> None:
     kept, pool = Blocks(), ModelPool()
     of = workload(lambda: torch.compile(kept, backend="eager"))
     pool.get(of, BF16)
@@ -159,7 +159,7 @@ def test_a_kept_module_that_is_compiled_anew_is_the_same() -> None:
         pool.get(of, BF16.replace(batch_size=2))
 
 
-def test_hooks_of_a_compiled_module_are_not_dropped() -> None:
+def test_rejects_compiled_module_with_hooks() -> None:
     def build() -> Any:
         net = block()
         net.blocks[1].register_forward_hook(lambda module, args, out: out * 2)
@@ -173,7 +173,7 @@ def test_hooks_of_a_compiled_module_are_not_dropped() -> None:
 
 
 @pytest.mark.parametrize("what", ["module", "method"])
-def test_what_is_kept_from_the_compiler_stays_so(what: str) -> None:
+def test_keeps_torch_compiler_disable(what: str) -> None:
     compiling: list[bool] = []
 
     class Asks(rebound.Block):
@@ -227,7 +227,7 @@ def with_part(make: Callable[[nn.Module], Any]) -> Any:
     ids=["scripted", "traced", "scripted part", "exported", "unflattened", "exported part"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_models_without_layers_in_python_are_one_line(build: Any, got: str) -> None:
+def test_rejects_models_without_python_layers_in_one_line(build: Any, got: str) -> None:
     why = "it has no layers to quantize" if "exported" in got else "its layers cannot be quantized"
     with refused(
         f"build must return a torch.nn.Module in Python, got {got}: {why}; return the module that "
@@ -236,7 +236,7 @@ def test_models_without_layers_in_python_are_one_line(build: Any, got: str) -> N
         build_eager(workload(build), BF16, CPU)
 
 
-def test_an_exported_program_is_one_line() -> None:
+def test_rejects_exported_program_in_one_line() -> None:
     with pytest.raises(WorkloadError) as caught:
         build_eager(workload(exported), BF16, CPU)
     assert str(caught.value).startswith(
@@ -245,12 +245,12 @@ def test_an_exported_program_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_module_is_told_on_one_line() -> None:
+def test_rejects_non_module_in_one_line() -> None:
     with refused("build must return a torch.nn.Module, got an object of <class 'list'>"):
         build_eager(workload(lambda: [Blocks()]), BF16, CPU)
 
 
-def test_a_traced_graph_of_layers_is_measured() -> None:
+def test_measures_traced_graph_of_layers() -> None:
     of, pool = workload(lambda: torch.fx.symbolic_trace(nn.Sequential(Blocks()))), ModelPool()
     assert pool.get(of, BF16).run().shape == (4, 16)
     assert len(coverage(pool.get(of, W8A8).eager).converted) == 4
@@ -260,7 +260,7 @@ def test_a_traced_graph_of_layers_is_measured() -> None:
 
 
 class Silent(Blocks):
-    """Whose methods return nothing, of the model and of its blocks."""
+    """A model that returns None from nn.Module methods, like its blocks."""
 
     def eval(self) -> Any:
         super().eval()
@@ -276,7 +276,7 @@ class Silent(Blocks):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_methods_of_a_model_may_return_nothing(channels_last: bool) -> None:
+def test_model_methods_may_return_none(channels_last: bool) -> None:
     def build() -> nn.Module:
         net: Any = Silent()
         net.blocks[1].train = lambda mode=True: None
@@ -306,7 +306,7 @@ KINDS: dict[str, Callable[[], torch.Tensor]] = {
 @pytest.mark.filterwarnings(SPARSE_WARNING, NESTED_WARNING)
 @pytest.mark.parametrize("feed", ["device", "host"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sparse_and_nested_inputs_are_one_line(kind: str, feed: str) -> None:
+def test_rejects_sparse_and_nested_inputs_in_one_line(kind: str, feed: str) -> None:
     of = workload(Blocks, inputs=lambda p, device: {"x": torch.ones(4, 16), "m": [KINDS[kind]()]})
     with refused(
         f"inputs must be dense tensors, got a {kind.split()[0]} one; convert it inside the model"
@@ -316,7 +316,7 @@ def test_sparse_and_nested_inputs_are_one_line(kind: str, feed: str) -> None:
 
 @pytest.mark.filterwarnings(SPARSE_WARNING, NESTED_WARNING)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sparse_and_nested_outputs_are_one_line(kind: str) -> None:
+def test_rejects_sparse_and_nested_outputs_in_one_line(kind: str) -> None:
     def build() -> nn.Module:
         net: Any = Blocks()
         net.register_forward_hook(lambda module, args, out: {"out": out, "m": KINDS[kind]()})
@@ -333,7 +333,7 @@ def test_sparse_and_nested_outputs_are_one_line(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings(SPARSE_WARNING)
-def test_sparse_calibration_is_one_line() -> None:
+def test_rejects_sparse_calibration_in_one_line() -> None:
     of = workload(Blocks, calibration=lambda p, device: iter([(KINDS["sparse_csr"](),)]))
     with refused(
         "calibration must be dense tensors, got a sparse_csr one; convert it inside the model"
@@ -345,7 +345,7 @@ def test_sparse_calibration_is_one_line() -> None:
 
 
 class Tied(nn.Module):
-    """Layers of which two have one weight, and a buffer."""
+    """Layers, two of which share a weight, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ def one_tensor() -> nn.Module:
     "build", [torch.inference_mode()(Tied), cast_outside, one_tensor], ids=["all", "cast", "buffer"]
 )
 @pytest.mark.parametrize("point", [BF16, W8A8, BF16.replace(bf16=False)], ids=lambda p: p.run_name)
-def test_models_made_in_inference_mode_are_measured(build: Any, point: RunParams) -> None:
+def test_measures_models_built_in_inference_mode(build: Any, point: RunParams) -> None:
     wl = workload(build)
     model = build_eager(wl, point, CPU)
     assert model.again.weight is model.fc1.weight

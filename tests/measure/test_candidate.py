@@ -1,4 +1,4 @@
-"""A candidate has the baseline's weights in layers of its own."""
+"""A candidate has the baseline's weights, in separate layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def workload(build: Callable[[], nn.Module], **changes: Any) -> Workload:
 
 
 def changed(change: Callable[[nn.Module], object], model: Callable[[], nn.Module] = Blocks) -> Any:
-    """Return a build of a model that is changed."""
+    """Return a build function whose model is modified by ``change``."""
 
     def build() -> nn.Module:
         net = model()
@@ -46,7 +46,7 @@ def changed(change: Callable[[nn.Module], object], model: Callable[[], nn.Module
 
 
 def output(pool: ModelPool, of: Workload, params: RunParams = W8A8) -> torch.Tensor:
-    """Return the candidate's output, made from a baseline that ran."""
+    """Return the output of a candidate made from a baseline that ran."""
     pool.get(of, params.baseline()).run()
     out: torch.Tensor = pool.get(of, params).run()
     return out
@@ -54,7 +54,7 @@ def output(pool: ModelPool, of: Workload, params: RunParams = W8A8) -> torch.Ten
 
 @pytest.mark.parametrize("mode", ["w8a8", "w8"])
 @pytest.mark.parametrize("change", rebound.SAME_NUMBERS, ids=lambda change: change.__name__)
-def test_every_path_is_quantized(change: Any, mode: str) -> None:
+def test_quantizes_layers_reached_in_unusual_ways(change: Any, mode: str) -> None:
     params = W8A8.replace(int8_mode=mode)
     expected = output(ModelPool(), workload(Blocks), params)
     of, pool = workload(changed(change)), ModelPool()
@@ -63,11 +63,11 @@ def test_every_path_is_quantized(change: Any, mode: str) -> None:
     assert len(coverage(pool.get(of, params).eager).converted) == 4
 
 
-# -- weights that build does not give again -----------------------------------------------------
+# -- weights that build does not reproduce ------------------------------------------------------
 
 
 class Buffers(Blocks):
-    """With state of every kind, all of it random."""
+    """Have state of every kind, all of it random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Buffers(Blocks):
 
 
 class Unseeded:
-    """Builds another model each time, whatever the seed."""
+    """Build a different model each time, regardless of the seed."""
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
         self.build = build
@@ -96,7 +96,7 @@ class Unseeded:
 
 
 def in_bf16(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a model as the pool builds it, uncached and unquantized."""
+    """Return a model as the pool builds it, neither cached nor quantized."""
     return ModelPool().get(workload(build), BF16).eager
 
 
@@ -106,7 +106,7 @@ def closure_and_lock(net: Any) -> None:
 
 
 class Later(Blocks):
-    """Makes its last layer, and its table, in its first forward."""
+    """Create its last layer and its table in the first forward."""
 
     table: Any = None
 
@@ -119,7 +119,7 @@ class Later(Blocks):
 
 
 def later_and_closure() -> nn.Module:
-    """Return a model that cannot be copied right, and whose second forward needs the first."""
+    """Return a model that cannot be copied correctly and whose second forward needs the first."""
 
     class LaterBuffer(Blocks):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def scaled_by_chance() -> nn.Module:
         "hidden",
     ],
 )
-def test_weights_are_the_baselines_where_build_does_not_repeat_itself(build: Any) -> None:
+def test_candidate_copies_weights_if_build_is_random(build: Any) -> None:
     of, pool = workload(Unseeded(build)), ModelPool()
     baseline = pool.get(of, BF16)
     baseline.run()
@@ -200,10 +200,10 @@ def test_lazy_layers_are_measured() -> None:
     assert torch.equal(again.eager[0].bias, baseline.eager[0].bias)
 
 
-# -- builds that give one model ------------------------------------------------------------------
+# -- builds that reuse one model -----------------------------------------------------------------
 
 
-def test_build_may_return_one_model_where_a_copy_is_right() -> None:
+def test_build_may_return_the_same_model_if_copies_are_correct() -> None:
     kept = Blocks()
     expected = output(ModelPool(), workload(lambda: copy.deepcopy(kept)))
     of, pool = workload(lambda: kept), ModelPool()
@@ -211,7 +211,7 @@ def test_build_may_return_one_model_where_a_copy_is_right() -> None:
     assert coverage(pool.get(of, BF16).eager).converted == ()
 
 
-def test_build_may_wrap_one_model_where_a_copy_is_right() -> None:
+def test_build_may_wrap_the_same_model_if_copies_are_correct() -> None:
     kept = Blocks()
     of, pool = workload(lambda: nn.Sequential(kept, nn.Linear(16, 16))), ModelPool()
     output(pool, of)
@@ -219,7 +219,7 @@ def test_build_may_wrap_one_model_where_a_copy_is_right() -> None:
     assert coverage(pool.get(of, BF16).eager).converted == ()
 
 
-def test_build_may_fail_a_second_time_where_a_copy_is_right() -> None:
+def test_build_may_fail_on_second_call_if_copies_are_correct() -> None:
     models = iter([Blocks()])
     assert output(ModelPool(), workload(lambda: next(models))).isfinite().all()
 
@@ -241,7 +241,7 @@ def test_constants_may_be_shared() -> None:
     assert candidate.table is not table
 
 
-# -- models that cannot be kept apart -----------------------------------------------------------
+# -- models that cannot be separated ------------------------------------------------------------
 
 _LINE = (
     "workload 'toy': build must return a new model each time, with the same layers but sharing "
@@ -252,7 +252,7 @@ CURRENT: dict[str, Any] = {}
 
 
 class KeptClosure:
-    """Builds one model over and over, which cannot be copied."""
+    """Return the same model each time, which cannot be copied."""
 
     def __init__(self, change: Any) -> None:
         self.kept = changed(change)()
@@ -262,7 +262,7 @@ class KeptClosure:
 
 
 def numbered() -> Callable[[], nn.Module]:
-    """Return a build that adds a layer each time, to a model that holds a lock."""
+    """Return a build function that adds a layer each time to a model that holds a lock."""
     count = iter(range(1, 9))
 
     def build() -> nn.Module:
@@ -274,7 +274,7 @@ def numbered() -> Callable[[], nn.Module]:
 
 
 def forgets(net: Any) -> None:
-    """Lose a table when copied, and never build it again."""
+    """Lose a table when copied and never rebuild it."""
     net.table = torch.randn(16)
 
     class Forgetful(Blocks):
@@ -332,7 +332,9 @@ _RUNS = "it runs 'blocks.1.fc1.weight' of another model"
     ],
     ids=["closure", "hook", "lock", "copies itself", "forgets", "fails", "grows", "other numbers"],
 )
-def test_a_model_that_cannot_be_made_twice_is_one_line(build: Any, again: str, copied: str) -> None:
+def test_rejects_model_that_cannot_be_made_twice_in_one_line(
+    build: Any, again: str, copied: str
+) -> None:
     pool, of = ModelPool(), workload(build)
     baseline = pool.get(of, BF16)
     with pytest.raises(WorkloadError, match=f"^{re.escape(_LINE.format(again, copied))}$"):
@@ -342,7 +344,7 @@ def test_a_model_that_cannot_be_made_twice_is_one_line(build: Any, again: str, c
     assert coverage(baseline.eager).converted == ()
 
 
-def test_a_baseline_that_runs_the_candidate_is_one_line() -> None:
+def test_rejects_baseline_that_runs_the_candidate_in_one_line() -> None:
     def build() -> nn.Module:
         net: Any = Blocks()
         CURRENT["block"] = net.blocks[1]
@@ -359,7 +361,7 @@ def test_a_baseline_that_runs_the_candidate_is_one_line() -> None:
         pool.get(of, W8A8)
 
 
-def test_random_forwards_and_failing_ones_are_left_to_the_measurement() -> None:
+def test_ignores_random_and_failing_forwards() -> None:
     def noisy(net: Any) -> None:
         rebound.lock(net)
         net.register_forward_hook(lambda module, args, out: nn.functional.dropout(out))
@@ -385,11 +387,11 @@ def test_activations_may_be_shared() -> None:
     output(ModelPool(), workload(build))
 
 
-# -- baselines and candidates that are built apart ----------------------------------------------
+# -- baselines and candidates built separately --------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [BF16, W8A8], ids=["baseline", "candidate"])
-def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
+def test_rejects_random_weights_if_models_are_built_separately(
     first: RunParams,
 ) -> None:
     second = W8A8 if first is BF16 else BF16
@@ -409,7 +411,7 @@ def test_weights_that_do_not_repeat_are_one_line_where_models_are_built_apart(
 @pytest.mark.parametrize(
     "change", [rebound.csr_buffer, rebound.lock, rebound.quantized_buffer, rebound.old_weight_norm]
 )
-def test_weights_that_repeat_may_be_built_apart(change: Any) -> None:
+def test_repeatable_weights_may_be_built_separately(change: Any) -> None:
     pool, of = ModelPool(), workload(changed(change, Buffers))
     for params in (BF16, W8A8, BF16, W8A8.replace(int8_mode="w8")):
         pool.get(of, params)

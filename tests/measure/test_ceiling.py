@@ -1,4 +1,4 @@
-"""What INT8 could bring at most, on hand-made breakdowns and rates."""
+"""Test the upper bound of INT8 on hand-made breakdowns and rates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pytest_int8bench.quantization.modes import Bound
 
 W8A8, W8 = bound_of("w8a8"), bound_of("w8")
 SQUARE = Size(1000, 1000)
-#: 6 s of products, 3 s of attention, 1 s of the rest.
+#: 6 s of matmuls, 3 s of attention, 1 s of everything else.
 SPLIT = Breakdown(0.0, 6.0, 3.0, 1.0)
-#: So much memory traffic a second that products are bound by their operations.
+#: Memory bandwidth so high that matmuls are compute-bound.
 FAST = 1e30
 
 
@@ -43,7 +43,7 @@ def calls_of(*names: str, rows: int = 1000, size: Size = SQUARE) -> list[LinearC
     return [LinearCall(name, rows, size) for name in names]
 
 
-# -- products -----------------------------------------------------------------------------------
+# -- matmuls ------------------------------------------------------------------------------------
 
 
 def test_rewriting_other_kernels_may_save_all_of_the_rest() -> None:
@@ -57,12 +57,12 @@ def test_rewriting_other_kernels_may_save_all_of_the_rest() -> None:
     assert rewriting.products_speedup == alone.products_speedup
 
 
-def test_products_twice_as_fast_halve_their_part() -> None:
+def test_matmuls_twice_as_fast_halve_their_time() -> None:
     found = find_ceiling(SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), bound=W8A8)
     assert found.product_ratio == 2.0
     assert found.quantized_share == 1.0
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
-    # The rest could pass at memory speed, which here takes no time.
+    # The rest could run at memory speed, which takes no time here.
     assert found.speedup == pytest.approx(10 / (3 + 3))
     assert found.float_ops_per_s == pytest.approx(1e12)
     assert found.int8_ops_per_s == pytest.approx(2e12)
@@ -75,7 +75,7 @@ def test_layers_left_in_bf16_gain_nothing() -> None:
     assert found.products_speedup == pytest.approx(10 / (2 + 2 + 3 + 1))
 
 
-def test_a_layer_weighs_by_its_operations() -> None:
+def test_layers_are_weighted_by_their_operations() -> None:
     wide = Size(1000, 3000)
     rates = Rates({SQUARE: 1e12, wide: 1e12}, {SQUARE: 2e12, wide: 1e12}, FAST)
     calls = [LinearCall("a", 1000, SQUARE), LinearCall("b", 1000, wide)]
@@ -88,14 +88,14 @@ def test_a_layer_weighs_by_its_operations() -> None:
     assert found.products_speedup == pytest.approx(10 / (10 - 6 / 4 / 2))
 
 
-def test_int8_that_is_slower_is_a_ceiling_below_one() -> None:
+def test_slower_int8_gives_bound_below_one() -> None:
     rates = rates_of(int8_rate=0.5e12)
     found = find_ceiling(replace(SPLIT, rest=0.0), calls_of("a"), {"a"}, rates, bound=W8A8)
     assert found.speedup == pytest.approx(9 / (12 + 3))
     assert reached(0.9, found.speedup) is None
 
 
-def test_memory_bounds_small_products() -> None:
+def test_memory_bounds_small_matmuls() -> None:
     # 1 row: 2e6 operations against 2,004,000 bytes in BF16 and 1,003,000 in INT8.
     rates = rates_of(1e15, 2e15, 1e9)
     found = find_ceiling(SPLIT, calls_of("a", rows=1), {"a"}, rates, bound=W8A8)
@@ -105,7 +105,7 @@ def test_memory_bounds_small_products() -> None:
 # -- weights only -------------------------------------------------------------------------------
 
 
-def test_w8_gains_nothing_where_operations_bound() -> None:
+def test_w8_gains_nothing_if_compute_bound() -> None:
     found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), bound=W8)
     assert (found.speedup, found.products_speedup, found.product_ratio) == (1.0, 1.0, 1.0)
     assert found.int8_ops_per_s is None
@@ -121,29 +121,29 @@ def test_w8_halves_the_weights_that_are_read() -> None:
 # -- the rest -----------------------------------------------------------------------------------
 
 
-def test_the_rest_keeps_one_pass_over_each_input() -> None:
-    # Each pass reads 2 bytes an element and writes 1: 3 MB, 0.1 s. Products: 6 MB in BF16.
+def test_remaining_time_includes_one_pass_over_each_input() -> None:
+    # Each pass reads 2 bytes an element and writes 1: 3 MB, 0.1 s. Matmuls: 6 MB in BF16.
     rates = rates_of(1e9, 2e9, 30e6)
     calls = calls_of("q", "k", "fc")
-    calls[1] = replace(calls[1], first=False)  # the input of q
+    calls[1] = replace(calls[1], first=False)  # shares the input of q
     found = find_ceiling(SPLIT, calls, {"q", "k", "fc"}, rates, bound=W8A8)
     assert found.speedup == pytest.approx(10 / (3 + 3 + 0.2))
     assert found.products_speedup == pytest.approx(10 / (3 + 3 + 1))
 
 
-def test_no_pass_is_shorter_than_the_shortest_kernel() -> None:
+def test_pass_takes_at_least_the_shortest_kernel() -> None:
     found = find_ceiling(
         SPLIT, calls_of("a", "b"), {"a", "b"}, rates_of(), bound=W8A8, shortest_s=0.25
     )
     assert found.speedup == pytest.approx(10 / (3 + 3 + 0.5))
 
 
-def test_a_rest_shorter_than_the_passes_stays() -> None:
+def test_remaining_time_shorter_than_the_passes_is_kept() -> None:
     found = find_ceiling(SPLIT, calls_of("a"), {"a"}, rates_of(), bound=W8A8, shortest_s=5.0)
     assert found.speedup == found.products_speedup
 
 
-def test_the_rest_around_other_layers_stays() -> None:
+def test_keeps_remaining_time_of_unquantized_layers() -> None:
     found = find_ceiling(SPLIT, calls_of("a", "b"), {"a"}, rates_of(), bound=W8A8)
     assert found.speedup == pytest.approx(10 / (1.5 + 3 + 3 + 0.5))
 
@@ -162,7 +162,7 @@ some_calls = st.lists(
     splits, some_calls, sizes, st.floats(1e9, 1e15), st.floats(1.0, 8.0), st.floats(1.0, 8.0),
     st.floats(1e6, 1e13), st.sampled_from([W8A8, W8]),
 )  # fmt: skip
-def test_the_ceiling_is_one_or_more_and_grows_with_the_int8_rate(
+def test_bound_is_at_least_one_and_grows_with_the_int8_rate(
     split: Breakdown,
     rows: list[tuple[int, bool, bool]],
     size: Size,
@@ -191,7 +191,7 @@ def test_the_ceiling_is_one_or_more_and_grows_with_the_int8_rate(
 
 
 @given(splits, some_calls, sizes)
-def test_as_fewer_layers_are_converted_the_ceiling_comes_down_to_one(
+def test_bound_falls_to_one_as_fewer_layers_are_converted(
     split: Breakdown, rows: list[tuple[int, bool, bool]], size: Size
 ) -> None:
     small = LinearCall("small", 1, size)
@@ -200,7 +200,7 @@ def test_as_fewer_layers_are_converted_the_ceiling_comes_down_to_one(
     assert found.speedup == pytest.approx(1.0, abs=1e-4)
 
 
-def test_no_quantized_layer_is_said() -> None:
+def test_reports_no_quantized_layer() -> None:
     message = r"^no quantized layer was called in a forward of the baseline$"
     for converted in (set(), {"other"}):
         with pytest.raises(CeilingError, match=message):
@@ -209,7 +209,7 @@ def test_no_quantized_layer_is_said() -> None:
         quantized_calls(calls_of("a", rows=0), {"a"})
 
 
-def test_no_known_product_is_said() -> None:
+def test_reports_no_known_matmul() -> None:
     with pytest.raises(
         CeilingError, match=r"^no kernel of the baseline was recognized as a matmul$"
     ):
@@ -227,11 +227,11 @@ def test_reached_share_of_gain(speedup: float, ceiling: float, part: float) -> N
 
 
 @pytest.mark.parametrize(("speedup", "ceiling"), [(1.2, 1.0), (1.2, 0.9), (None, 1.5)])
-def test_nothing_is_reached_where_there_is_no_gain(speedup: float | None, ceiling: float) -> None:
+def test_no_gain_gives_no_reached_share(speedup: float | None, ceiling: float) -> None:
     assert reached(speedup, ceiling) is None
 
 
-# -- the calls of linear layers -----------------------------------------------------------------
+# -- calls of linear layers ---------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -249,7 +249,7 @@ class Block(nn.Module):
         return self.mlp(mixed) @ torch.eye(8)
 
 
-def test_the_calls_of_a_forward_are_seen() -> None:
+def test_records_linear_calls_of_a_forward() -> None:
     model = Block()
     with torch.inference_mode():
         calls = linear_calls(model, lambda: model(torch.randn(2, 3, 8)))
@@ -263,7 +263,7 @@ def test_the_calls_of_a_forward_are_seen() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_compiled_graph_is_not_compiled_again_for_the_look() -> None:
+def test_recording_calls_does_not_recompile() -> None:
     import torch._dynamo
 
     model, x = Block().eval(), torch.randn(2, 8)

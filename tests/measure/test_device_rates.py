@@ -1,4 +1,4 @@
-"""How fast a device is, by fake clocks and on the CPU."""
+"""Test measuring the rates of a device, with fake clocks and on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL, WIDE = Size(16, 32), Size(32, 16)
 
 
 class Clock:
-    """A clock that only matmuls and copies advance, by seconds for each call."""
+    """A clock that only matmuls and copies advance, by their seconds per call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Nothing is measured yet, matmuls of the baseline take 2 ms, and copies 1 ms."""
+    """Clear measured rates; baseline matmuls take 2 ms and copies take 1 ms."""
     clock = Clock()
     monkeypatch.setattr(device_rates, "_measured", {})
     monkeypatch.setattr(device_rates, "ROWS", 512)
@@ -68,7 +68,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *products: Callable[..., Run]) -> None:
     monkeypatch.setattr(device_rates, "int8_matmuls", lambda device: products)
 
 
-def test_rates_are_operations_over_seconds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_operations_per_second(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, clock.taking("ours", 0.5e-3))
     found = measure_rates([SMALL, WIDE, SMALL], CPU, torch.bfloat16, clock)
     ops = 2 * 512 * 16 * 32
@@ -94,7 +94,7 @@ def test_uses_fastest_int8_matmul(clock: Clock, monkeypatch: pytest.MonkeyPatch)
     assert found.int8_ops_per_s[SMALL] == pytest.approx(2 * 512 * 16 * 32 / 1e-3)
 
 
-def test_the_fastest_block_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_fastest_block(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([90e-3, 60e-3, 30e-3, 20e-3, 10e-3, 40e-3, 50e-3])
 
     def product(x: torch.Tensor, weight: torch.Tensor) -> Run:
@@ -109,7 +109,7 @@ def test_the_fastest_block_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch)
     assert next(seconds, None) is None
 
 
-def test_each_is_measured_once_a_process(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_each_rate_once_per_process(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, clock.taking("ours", 1e-3))
     first = measure_rates([SMALL], CPU, torch.bfloat16, clock)
     clock.calls.clear()
@@ -174,7 +174,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_cpu_is_measured_and_the_generator_left_alone() -> None:
+def test_measures_cpu_without_changing_the_generator() -> None:
     from pytest_int8bench.clock import synchronized_perf_counter
 
     torch.manual_seed(3)
@@ -187,7 +187,7 @@ def test_a_cpu_is_measured_and_the_generator_left_alone() -> None:
     assert found.bytes_per_s > 0
 
 
-def test_int8_attention_is_measured_with_its_quantizing(
+def test_int8_attention_rate_includes_quantization(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_rates, "TOKENS", 8)
@@ -213,7 +213,7 @@ def test_int8_attention_is_measured_with_its_quantizing(
     assert len(clock.calls) == measured
 
 
-def test_attention_that_does_not_run_is_said(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_attention_that_does_not_run(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise KernelError("no kernel computes attention of it\nmore")
 

@@ -1,4 +1,4 @@
-"""Energy by a counter that moves in steps, on a simulated GPU."""
+"""Test measuring energy by a counter that moves in steps, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class FakeGpu:
         self.readings: list[float] = []
         self.batches: list[tuple[str, float]] = []
         self.answer: Callable[[float], float | None] = lambda joules: joules
-        self._used: list[tuple[float, float]] = [(0.0, IDLE_W)]  # from when on, which power
+        # Start and power of each period.
+        self._used: list[tuple[float, float]] = [(0.0, IDLE_W)]
 
     def clock(self) -> float:
         return self.now
@@ -81,20 +82,20 @@ class FakeGpu:
 @pytest.mark.parametrize("step_s", [0.01, 0.02, 0.1])
 @pytest.mark.parametrize("steps", [9.3, 10.0, 12.7, 100.0])
 @pytest.mark.parametrize("watts", [150.0, 700.0])
-def test_power_is_known_to_one_percent(step_s: float, steps: float, watts: float) -> None:
+def test_power_is_accurate_to_one_percent(step_s: float, steps: float, watts: float) -> None:
     gpu = FakeGpu(step_s, read_s=step_s / 25)
     gpu_watts = gpu.watts(steps * step_s, watts)
     assert gpu_watts == pytest.approx(watts, rel=0.01)
 
 
-def test_no_reading_is_within_the_work() -> None:
+def test_takes_no_reading_during_the_work() -> None:
     gpu = FakeGpu()
     assert gpu.watts(2.0, 700.0) is not None
     ((_, start_s),) = gpu.batches
     assert [at_s for at_s in gpu.readings if start_s < at_s < start_s + 2.0] == []
 
 
-def test_waiting_takes_three_steps_at_most() -> None:
+def test_waits_at_most_three_steps() -> None:
     gpu = FakeGpu()
     before = gpu.now
     gpu.watts(2.0, 700.0)
@@ -107,7 +108,7 @@ def test_work_too_short_for_the_counter_has_no_power(steps: float) -> None:
     assert gpu.watts(steps * gpu.step_s, 700.0) is None
 
 
-def test_work_too_short_for_any_counter_is_not_waited_for() -> None:
+def test_does_not_wait_for_work_too_short_for_any_counter() -> None:
     gpu = FakeGpu()
     counter = gpu.counter()
     start = counter.next_step()
@@ -117,7 +118,7 @@ def test_work_too_short_for_any_counter_is_not_waited_for() -> None:
     assert len(gpu.readings) == readings
 
 
-def test_a_counter_that_stands_still_is_given_up() -> None:
+def test_gives_up_on_a_frozen_counter() -> None:
     gpu = FakeGpu()
     gpu.answer = lambda joules: 5.0
     assert gpu.counter().next_step() is None
@@ -133,7 +134,7 @@ def test_a_counter_that_stops_answering_has_no_power(answers: int) -> None:
 
 
 @pytest.mark.parametrize("phase", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
-def test_an_old_first_reading_is_no_step(phase: float) -> None:
+def test_ignores_stale_first_reading(phase: float) -> None:
     """NVML may answer the first call after a pause with an old value."""
     gpu = FakeGpu()
     gpu.now = 5 + phase * gpu.step_s
@@ -207,21 +208,21 @@ def test_the_ratio_compares_energy_per_batch(step_s: float) -> None:
     assert ratio == pytest.approx(0.05 * 600 / (0.03 * 500), rel=0.01)
 
 
-def test_both_run_one_block_after_the_other() -> None:
+def test_ratio_runs_one_block_of_each_model() -> None:
     gpu = FakeGpu()
     gpu.ratio((0.05, 600.0), (0.03, 500.0))
     names = "".join(name for name, _ in gpu.batches)
     assert names == names.count("A") * "A" + names.count("B") * "B"
     assert names.count("A") == pytest.approx(20, abs=2)  # a second, of steps of 0.1 s
     assert names.count("B") == pytest.approx(33, abs=3)
-    # No reading is within a block.
+    # No reading takes place during a block.
     for name in "AB":
         block = [at_s for which, at_s in gpu.batches if which == name]
         assert [at_s for at_s in gpu.readings if block[0] < at_s <= block[-1]] == []
 
 
 @pytest.mark.parametrize("interval_s", [0.2, 3.0, 7.0])
-def test_blocks_that_would_take_too_long_do_not_run(interval_s: float) -> None:
+def test_does_not_run_blocks_that_would_take_too_long(interval_s: float) -> None:
     gpu = FakeGpu()
     assert gpu.ratio((0.05, 600.0), (0.03, 500.0), interval_s) is None
     assert gpu.batches == []
@@ -245,7 +246,7 @@ def test_a_counter_that_stops_answering_has_no_ratio(answers: int) -> None:
 
 
 class FakeNvml(SimpleNamespace):
-    """NVML of one GPU that has used 12 J, or refuses."""
+    """NVML of one GPU that has used 12 J or raises errors."""
 
     class NVMLError(Exception):
         pass
@@ -266,7 +267,7 @@ def gpu_of(refuses: bool = False, mig: int = 0, is_instance: bool = False) -> Gp
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu | None], list[str]]:
-    """Puts a GPU in place; the list gets the UUIDs that are looked for."""
+    """Simulate a GPU; the returned list collects the requested UUIDs."""
 
     def put(gpu: Gpu | None) -> list[str]:
         asked: list[str] = []
@@ -285,7 +286,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu | None], list[str]]:
 
 
 @pytest.mark.parametrize(("device", "uuid"), [("cuda", "uuid-1"), ("cuda:2", "uuid-2")])
-def test_the_counter_is_that_of_the_device(cuda: Any, device: str, uuid: str) -> None:
+def test_uses_the_counter_of_the_device(cuda: Any, device: str, uuid: str) -> None:
     asked = cuda(gpu_of())
     assert counter_of(torch.device(device))._read() == 12.0
     assert asked == [uuid]
@@ -296,7 +297,7 @@ def test_the_counter_is_that_of_the_device(cuda: Any, device: str, uuid: str) ->
     [None, gpu_of(refuses=True), gpu_of(mig=1), gpu_of(is_instance=True)],
     ids=["no NVML", "refused", "MIG", "old driver with MIG"],
 )
-def test_a_gpu_without_a_counter_of_its_own_has_no_energy(cuda: Any, gpu: Gpu | None) -> None:
+def test_gpu_without_its_own_counter_has_no_energy(cuda: Any, gpu: Gpu | None) -> None:
     cuda(gpu)
     assert counter_of(torch.device("cuda")).next_step() is None
 

@@ -1,4 +1,4 @@
-"""Kernel names and what they prove about a label."""
+"""Test what kernel names prove about a label."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 1
 
 W8A8 = RunParams(int8_enabled=True)
 W8 = RunParams(int8_enabled=True, int8_mode="w8")
-# What the error adds on CUDA.
+# The hint that errors add on CUDA.
 ROWS = " (on CUDA, matmuls of 16 rows or fewer run in floating point)"
 BF16 = RunParams()
 SHORT, SHORT_INT8 = (
@@ -42,7 +42,7 @@ def ran(*names: str) -> Evidence:
     return Evidence(tuple(Kernel(name, 1e-3, 1) for name in names))
 
 
-# -- INT8 products ------------------------------------------------------------------------------
+# -- INT8 matmuls -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def ran(*names: str) -> Evidence:
         "onednn::qlinear_pointwise",
     ],
 )
-def test_a_product_of_int8_operands_is_known(name: str) -> None:
+def test_recognizes_int8_matmuls(name: str) -> None:
     evidence = ran(GEMM_BF16, name)
     assert [kernel.name for kernel in evidence.int8_products] == [name]
     assert evidence.int8_time_share == 0.5
@@ -77,21 +77,21 @@ def test_a_product_of_int8_operands_is_known(name: str) -> None:
         "aten::minimum",
         FLASH,
         "triton_poi_fused_gelu_view_9",
-        # Fused around a product: quantizing before it, scaling after it.
+        # Fused around a matmul: quantizing before it, scaling after it.
         "triton_red_fused__int_mm__to_copy_amax_clamp_div_round_4",
         "triton_per_fused__int_mm__to_copy_abs_amax_1",
         "triton_poi_fused__int_mm_mul_add_7",
         "triton_for_fused__int_mm_mul_2",
     ],
 )
-def test_other_kernels_are_no_int8_product(name: str) -> None:
+def test_other_kernels_are_not_int8_matmuls(name: str) -> None:
     evidence = ran(name)
     assert evidence.int8_products == ()
     assert evidence.int8_time_share == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(1e-9, 1.0)), min_size=1, max_size=20))
-def test_the_share_is_the_part_of_all_time(rows: list[tuple[bool, float]]) -> None:
+def test_int8_share_is_relative_to_total_time(rows: list[tuple[bool, float]]) -> None:
     kernels = tuple(
         Kernel("aten::_int_mm" if int8 else "aten::mm", seconds, 1) for int8, seconds in rows
     )
@@ -103,12 +103,12 @@ def test_the_share_is_the_part_of_all_time(rows: list[tuple[bool, float]]) -> No
     assert 0 <= evidence.int8_time_share <= 1
 
 
-def test_the_longest_kernels_are_one_line() -> None:
+def test_longest_kernels_are_summarized_in_one_line() -> None:
     evidence = Evidence((Kernel("a" * 100, 2e-3, 1), Kernel("b", 1e-6, 1), Kernel("c", 1e-7, 1)))
     assert evidence.top(2) == "a" * 80 + " 2000 us, b 1 us"
 
 
-def test_fused_kernels_tell_no_attention_backend() -> None:
+def test_fused_kernels_do_not_identify_attention_backend() -> None:
     around = "triton_poi_fused__scaled_dot_product_flash_attention__to_copy_add_clone"
     assert ran(around).attention_kernel is None
     assert ran(around, "aten::_scaled_dot_product_attention_math").attention_kernel == "math"
@@ -145,7 +145,9 @@ def test_fused_kernels_tell_no_attention_backend() -> None:
         *("cudnn", "short", "int8-and-short"),
     ],
 )
-def test_matching_labels(params: RunParams, evidence: Evidence, stored: tuple[int, int]) -> None:
+def test_accepts_matching_labels(
+    params: RunParams, evidence: Evidence, stored: tuple[int, int]
+) -> None:
     check_labels(evidence, params, stored)
 
 
@@ -153,11 +155,11 @@ FUSED = "int8_product_tma"
 
 
 @pytest.mark.parametrize("kernel", [row.function for row in table.kernels_of("linear")])
-def test_kernels_of_the_fused_backend_are_int8_products(kernel: str) -> None:
+def test_recognizes_int8_matmuls_of_the_fused_backend(kernel: str) -> None:
     evidence = ran(GEMM_BF16, kernel, "quantize_rows", FLASH)
     assert [found.name for found in evidence.int8_products] == [kernel]
     check_labels(evidence, W8A8, (24, 24), fused=True)
-    # Layers where it did not fit ran torchao's kernels.
+    # Unsupported layers ran torchao's kernels.
     check_labels(ran(kernel, GEMM_INT8), W8A8, (24, 24), fused=True)
 
 
@@ -290,7 +292,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         ),
         (
             SHORT,
-            ran("triton_poi_fused_short_attention_0"),  # named after what it was fused with
+            ran("triton_poi_fused_short_attention_0"),  # named after the fused operators
             (0, 0),
             (
                 f"{SHORT.run_name} asked for short attention, but no known backend ran; "
@@ -335,7 +337,7 @@ def test_rejects_wrong_backend(names: tuple[str, ...], fused: bool, message: str
         "int8-left-to-short",
     ],
 )
-def test_labels_that_contradict_the_kernels_are_errors(
+def test_rejects_labels_that_contradict_the_kernels(
     params: RunParams, evidence: Evidence, stored: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(EvidenceError, match=f"^{re.escape(message)}$"):
@@ -345,7 +347,7 @@ def test_labels_that_contradict_the_kernels_are_errors(
 # -- profiling ----------------------------------------------------------------------------------
 
 
-def test_a_profile_of_an_int8_layer_shows_its_product() -> None:
+def test_profile_of_int8_layer_shows_int8_matmul() -> None:
     layer = nn.ModuleDict({"fc1": nn.Linear(64, 64, dtype=torch.bfloat16)})
     apply_int8_quant(layer.requires_grad_(False), mode="w8a8")
     x = torch.randn(32, 64, dtype=torch.bfloat16)
@@ -363,7 +365,7 @@ def test_a_profile_of_an_int8_layer_shows_its_product() -> None:
     check_labels(evidence, W8A8, (1, 1))
 
 
-def test_the_backend_that_auto_chose_is_held_to_its_kernel() -> None:
+def test_checks_the_backend_chosen_by_auto() -> None:
     evidence = ran(FLASH)
     auto = BF16.replace(attention="auto")
     for attention in (None, "auto", "flash"):
@@ -372,7 +374,7 @@ def test_the_backend_that_auto_chose_is_held_to_its_kernel() -> None:
         check_labels(evidence, auto, (0, 0), "cudnn")
 
 
-def test_a_profile_of_a_bf16_layer_shows_none() -> None:
+def test_profile_of_bf16_layer_shows_no_int8_matmul() -> None:
     layer = nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(32, 64, dtype=torch.bfloat16)
     evidence = profile_forward(lambda: layer(x), torch.device("cpu"))
@@ -381,8 +383,8 @@ def test_a_profile_of_a_bf16_layer_shows_none() -> None:
     check_labels(evidence, BF16, (0, 0))
 
 
-def test_copies_from_and_to_the_host_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated profile of a device."""
+def test_copies_between_host_and_device_are_not_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a simulated device profile."""
     names = {
         "Memcpy HtoD (Pinned -> Device)": 500.0,
         "Memcpy DtoH (Device -> Pageable)": 50.0,
@@ -405,7 +407,7 @@ def test_copies_from_and_to_the_host_are_no_kernels(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     evidence = profile_forward(lambda: None, torch.device("cuda"))
-    # A copy within the device is work of the model.
+    # Copies within the device belong to the model.
     assert [kernel.name for kernel in evidence.kernels] == [
         GEMM_INT8,
         "Memcpy DtoD (Device -> Device)",
@@ -427,7 +429,7 @@ def test_a_profile_shows_the_attention_backend(backend: str) -> None:
     assert profile_forward(run, torch.device("cpu")).attention_kernel == backend
 
 
-def test_no_kernel_is_no_evidence() -> None:
+def test_rejects_profile_without_kernels() -> None:
     with pytest.raises(
         EvidenceError, match=r"^the profiler saw no kernel on cpu, so the label is unproven$"
     ):

@@ -1,4 +1,4 @@
-"""Batches from the host: that they arrive whole, in turn and in place, and that all ends."""
+"""Test batches from the host: they arrive intact, in order and in place, and all processes end."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Pair(NamedTuple):
     right: Any
 
 
-# -- what arrives -------------------------------------------------------------------------------
+# -- batches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_come_in_turn_with_their_rows_moved_on(workers: int) -> None:
+def test_batches_rotate_and_shift_their_rows(workers: int) -> None:
     mask = torch.arange(SAMPLES).remainder(2).bool()
     inputs = {"x": pixels(), "rest": [Pair(mask, "text"), None, 3]}
     before = set(multiprocessing.active_children())
@@ -61,7 +61,7 @@ def test_batches_come_in_turn_with_their_rows_moved_on(workers: int) -> None:
         assert torch.equal(pair.left, mask.roll(index % MAX_VARIANTS, 0))
     assert (feed.workers, feed.variants) == (workers, MAX_VARIANTS)
     assert len(set(multiprocessing.active_children()) - before) == workers
-    iterator = feed._loader  # as a traceback may hold it
+    iterator = feed._loader  # as a traceback may keep it alive
     del feed
     gc.collect()
     assert set(multiprocessing.active_children()) <= before
@@ -73,7 +73,7 @@ def test_batches_come_in_turn_with_their_rows_moved_on(workers: int) -> None:
     [torch.zeros(3), torch.tensor(1.5), torch.zeros(0)],
     ids=["other rows", "no dimension", "empty"],
 )
-def test_batches_whose_rows_are_not_all_samples_come_as_they_are(other: torch.Tensor) -> None:
+def test_does_not_shift_rows_that_are_not_samples(other: torch.Tensor) -> None:
     feed = feed_of((pixels(), other))
     for x, kept in itertools.islice(feed, 5):
         assert torch.equal(x, pixels())
@@ -107,9 +107,9 @@ TENSORS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_dtypes_shapes_strides_and_addresses_repeat(name: str) -> None:
-    odd = torch.zeros(SAMPLES, dtype=torch.bool)  # what follows it must still be aligned
+    odd = torch.zeros(SAMPLES, dtype=torch.bool)  # the tensor after it must still be aligned
     feed = feed_of([odd, TENSORS[name]()])
-    kept = TENSORS[name]().clone()  # dense, the layout kept where there is one
+    kept = TENSORS[name]().clone()  # dense, with the same layout if there is one
     seen = []
     for index, (_, batch) in enumerate(itertools.islice(feed, 8)):
         assert (batch.dtype, batch.shape, batch.stride()) == (kept.dtype, kept.shape, kept.stride())
@@ -120,7 +120,7 @@ def test_dtypes_shapes_strides_and_addresses_repeat(name: str) -> None:
     assert feed.nbytes == 2 * (odd.nbytes + kept.nbytes)
 
 
-def test_a_compiled_model_is_compiled_once() -> None:
+def test_compiles_a_model_once() -> None:
     feed = feed_of((pixels().bfloat16(), torch.ones(SAMPLES)))
     graphs = 0
 
@@ -130,17 +130,17 @@ def test_a_compiled_model_is_compiled_once() -> None:
         return graph
 
     model = torch.compile(lambda x, y: x.sum(1) + y, backend=count, dynamic=False, fullgraph=True)
-    with torch.inference_mode():  # as in a measurement; the first batch may come outside of it
+    with torch.inference_mode():  # as in a measurement, though the first batch may arrive before it
         outputs = [model(*next(feed)).clone() for _ in range(6)]
     first, second = (model(*next(feed)) for _ in range(2))
     assert torch.equal(outputs[1], outputs[5])
     assert (first.shape, second.shape) == ((SAMPLES,), (SAMPLES,))
     assert not any(tensor.is_inference() for tensor in next(feed))
-    # One for inference mode and one for outside, as with any inputs.
+    # One graph in inference mode and one outside, as with any inputs.
     assert graphs == 2
 
 
-def test_the_last_batch_stays_until_the_next_is_asked_for() -> None:
+def test_keeps_the_last_batch_until_the_next_request() -> None:
     feed = feed_of((pixels(),))
     for index in range(5):
         batch = next(feed)
@@ -149,13 +149,13 @@ def test_the_last_batch_stays_until_the_next_is_asked_for() -> None:
         assert torch.equal(batch[0], pixels().roll(index % MAX_VARIANTS, 0))
 
 
-def test_the_generator_of_torch_is_left_alone() -> None:
+def test_does_not_change_torchs_generator() -> None:
     before = torch.random.get_rng_state()
     next(feed_of((pixels(),)))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_tensors_that_are_not_dense_are_refused() -> None:
+def test_rejects_non_dense_tensors() -> None:
     sparse = torch.eye(SAMPLES).to_sparse()
     with pytest.raises(
         WorkloadError, match=r"^feed=host needs dense tensors, got layout torch\.sparse_coo$"
@@ -167,7 +167,7 @@ def test_tensors_that_are_not_dense_are_refused() -> None:
 
 
 class Device:
-    """Streams whose work is done in any order that waiting allows, and never at once."""
+    """Streams that run work later, in any order that their waits allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -204,7 +204,7 @@ class Stream:
         self._queue.popleft()
 
     def submit(self, work: Callable[[], object]) -> None:
-        # What is done when the entry comes to the front: it is asked only once it is.
+        # The work runs when the entry reaches the front, because only then is it polled.
         self._queue.append(once(work))
 
     def wait_event(self, event: Event) -> None:
@@ -251,7 +251,7 @@ def once(work: Callable[[], object]) -> Callable[[], bool]:
 
 
 def simulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[HostFeed, Device]:
-    """Return a feed to a simulated CUDA device, whose tensors are on the CPU."""
+    """Return a feed to a simulated CUDA device with tensors on the CPU."""
     device = Device(seed)
     empty_strided, loader = torch.empty_strided, host_feed._loader
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(device))
@@ -274,7 +274,7 @@ def simulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[HostFeed, Dev
 
 
 @given(st.integers(0, 2**32))
-def test_no_batch_is_overwritten_while_it_is_read(seed: int) -> None:
+def test_does_not_overwrite_a_batch_in_use(seed: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         feed, device = simulated(seed, monkeypatch)
         seen: list[list[torch.Tensor]] = []
@@ -296,16 +296,16 @@ def test_no_batch_is_overwritten_while_it_is_read(seed: int) -> None:
             assert torch.equal(got, wanted)
 
 
-def test_the_next_batch_is_copied_while_this_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_the_next_batch_during_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     feed, device = simulated(0, monkeypatch)
     for _ in range(4):
         next(feed)
-        device.compute.submit(lambda: None)  # what reads it
+        device.compute.submit(lambda: None)  # the computation that reads it
         while len(device.compute._queue) > 1 or device.side._queue:
             ready = [s for s in (device.side, device.compute) if s.is_ready]
             assert ready[0] is device.side or len(device.compute._queue) > 1
             ready[0].work()
-        # The next batch is here, and this one still to be read.
+        # The next batch has arrived, and this one is still unread.
         assert len(device.compute._queue) == 1
 
 
@@ -315,7 +315,7 @@ def test_the_host_does_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(20):
         next(feed)
         device.compute.submit(lambda index=index: read.append(index))
-        # Memory is pinned for as many batches as are on their way.
+        # Pinned memory holds every batch in flight.
         assert index - len(read) < 4
     assert len(read) > 10
 
@@ -323,7 +323,7 @@ def test_the_host_does_not_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- waiting for the loader ---------------------------------------------------------------------
 
 
-def test_the_wait_for_the_loader_is_summed_up() -> None:
+def test_sums_the_wait_for_the_loader() -> None:
     clock = iter([0.0, 1.0, 10.0, 10.25, 20.0, 20.5])
     feed = feed_of((pixels(),), clock=lambda: next(clock))
     feed.open()
@@ -351,11 +351,13 @@ def test_the_wait_for_the_loader_is_summed_up() -> None:
         (16, 0, 0, 0),
     ],
 )
-def test_workers(cpus: int, batch_bytes: int, shared_bytes: int | None, expected: int) -> None:
+def test_number_of_workers_fits_cpus_and_shared_memory(
+    cpus: int, batch_bytes: int, shared_bytes: int | None, expected: int
+) -> None:
     assert workers_for(batch_bytes, 4, cpus=cpus, shared_bytes=shared_bytes) == expected
 
 
-def test_the_number_of_workers_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_number_of_workers_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_feed, "_cpus", lambda: 16)
     monkeypatch.setattr(host_feed, "_free_shared_bytes", lambda: 0)
     feed = feed_of((pixels(),), workers=None)
@@ -367,7 +369,7 @@ def test_the_number_of_workers_suits_the_machine(monkeypatch: pytest.MonkeyPatch
 # -- the end ------------------------------------------------------------------------------------
 
 
-def test_a_closed_feed_holds_nothing_and_starts_anew() -> None:
+def test_closed_feed_frees_everything_and_can_restart() -> None:
     feed = feed_of((pixels(),))
     next(feed)
     next(feed)
@@ -377,7 +379,7 @@ def test_a_closed_feed_holds_nothing_and_starts_anew() -> None:
     assert torch.equal(next(feed)[0], pixels())
 
 
-def test_a_worker_that_died_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def die() -> Iterator[torch.Tensor]:
         yield torch.zeros(SAMPLES * 5 * 4, dtype=torch.uint8)
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
@@ -421,7 +423,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_no_process_stays_behind(tmp_path: Path) -> None:
+def test_leaves_no_process_behind(tmp_path: Path) -> None:
     script = tmp_path / "feeding.py"
     script.write_text(FEEDING)
     interrupted, killed = (
@@ -438,10 +440,10 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
         for process in (interrupted, killed):
             assert process.stdout is not None
             assert process.stdout.readline() == "fed\n"
-        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal
         killed.kill()
-        # The pipes close when the last process that holds them is gone.
+        # The pipes close when the last process that holds them ends.
         errors = [process.communicate(timeout=DEADLINE_S)[1] for process in (interrupted, killed)]
     assert interrupted.returncode == -signal.SIGINT
-    # Only the main process tells of Ctrl-C.
+    # Only the main process reports Ctrl-C.
     assert [error.count("KeyboardInterrupt") for error in errors] == [1, 0]

@@ -1,4 +1,4 @@
-"""What kernels do, by their names."""
+"""Test classifying kernels by their names."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ KINDS = {"int8_products": INT8, "other_products": PRODUCTS, "attention": ATTENTI
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for kind, names in KINDS.items() for name in names]
 )
-def test_a_kernel_counts_for_what_it_does(name: str, kind: str) -> None:
+def test_classifies_kernels(name: str, kind: str) -> None:
     split = break_down(Evidence((Kernel(name, 0.25, 1),)))
     assert split.to_dict() == {
         "int8_products": 0.0,
@@ -86,7 +86,7 @@ def test_a_kernel_counts_for_what_it_does(name: str, kind: str) -> None:
         unique_by=lambda row: row[0],
     )
 )
-def test_the_parts_add_up_to_all_time(rows: list[tuple[str, float]]) -> None:
+def test_parts_add_up_to_total_time(rows: list[tuple[str, float]]) -> None:
     evidence = Evidence(tuple(Kernel(name, seconds, 2) for name, seconds in rows))
     split = break_down(evidence)
     assert split.total_s == pytest.approx(evidence.total_s)
@@ -94,5 +94,5 @@ def test_the_parts_add_up_to_all_time(rows: list[tuple[str, float]]) -> None:
     assert shortest_s(evidence) == min(seconds for _, seconds in rows) / 2
 
 
-def test_products_are_those_of_both_kinds() -> None:
+def test_matmul_time_includes_int8_and_other_matmuls() -> None:
     assert Breakdown(1.0, 2.0, 4.0, 8.0).products_s == 3.0

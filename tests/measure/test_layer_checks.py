@@ -1,4 +1,4 @@
-"""Proof that each quantized layer ran as the label says."""
+"""Test the proof that each quantized layer ran as labelled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layer(
     quantized: bool = True,
     hidden: bool = False,
 ) -> LayerRun:
-    """Return a layer that multiplied so many rows in INT8, and so many in another matmul."""
+    """Return a layer that multiplied the given numbers of rows in INT8 and in other matmuls."""
     each = size.inputs * size.outputs
     return LayerRun(size, storage, quantized, int8 * each, other * each, set(readers), hidden)
 
@@ -50,7 +50,7 @@ def check(runs: LayerRuns, params: RunParams = W8A8, **changes: bool) -> str:
 # -- the label ----------------------------------------------------------------------------------
 
 
-def test_layers_that_ran_in_int8_hold_the_label() -> None:
+def test_accepts_layers_that_ran_in_int8() -> None:
     runs = {"a": layer(4), "b": layer(4, 0, "aten.sum"), "head": layer(0, 4, quantized=False)}
     check_layers(runs, W8A8)
     check_layers({**runs, "unused": layer()}, W8A8)
@@ -61,13 +61,13 @@ def test_layers_that_ran_in_int8_hold_the_label() -> None:
     ("run", "by"),
     [
         (layer(0, 4), ""),
-        (layer(4, 4), ""),  # called twice, once for its values
+        (layer(4, 4), ""),  # called twice, once to read its values
         (layer(0, 4, "aten.mul.Tensor"), " (their weights are read by aten.mul.Tensor)"),
         (layer(0, 0, "mine.matmul"), " (their weights are read by mine.matmul)"),
     ],
     ids=["other", "once", "dequantized", "unknown-operator"],
 )
-def test_a_layer_that_ran_another_matmul_is_an_error(run: LayerRun, by: str) -> None:
+def test_rejects_layer_that_ran_another_matmul(run: LayerRun, by: str) -> None:
     runs = {"a": layer(4), "qkv": run}
     problem = "1 of 2 quantized layers ran matmuls that are not INT8"
     end = "leave them out with filter_fn or --int8-filter"
@@ -79,7 +79,7 @@ def test_a_layer_that_ran_another_matmul_is_an_error(run: LayerRun, by: str) -> 
 
 
 @pytest.mark.parametrize("params", [W8A8, W8])
-def test_a_forward_that_uses_no_quantized_layer_is_an_error(params: RunParams) -> None:
+def test_rejects_forward_without_quantized_layers(params: RunParams) -> None:
     runs = {"a": layer(), "b": layer(), "head": layer(0, 4, quantized=False)}
     assert check(runs, params) == (
         f"{params.run_name} is labelled {params.int8_mode.upper()}, but the forward uses none of "
@@ -87,7 +87,7 @@ def test_a_forward_that_uses_no_quantized_layer_is_an_error(params: RunParams) -
     )
 
 
-def test_many_names_are_cut() -> None:
+def test_truncates_long_lists_of_names() -> None:
     assert listed(map(str, range(8))) == "0, 1, 2, 3, 4, 5, 6, 7"
     assert listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
 
@@ -110,20 +110,20 @@ def runs_less(baseline: LayerRuns, candidate: LayerRuns) -> str | None:
     return None
 
 
-def test_the_candidate_must_run_what_the_baseline_runs() -> None:
+def test_candidate_must_run_the_layers_of_the_baseline() -> None:
     baseline = {name: layer(0, 4, quantized=False) for name in "abc"}
     assert runs_less(baseline, {name: layer(4) for name in "abc"}) is None
     assert runs_less(baseline, {"a": layer(4), "b": layer(4), "c": layer()}) == "c"
     assert runs_less(baseline, {"a": layer(4), "b": layer(2), "c": layer()}) == "b, c"
     assert runs_less(baseline, {"a": layer(4), "b": layer(4)}) == "c"
-    # Padding is more work.
+    # Padding adds work.
     assert runs_less(baseline, {name: layer(32) for name in "abc"}) is None
-    # Layers that are not quantized are the baseline's too.
+    # Unquantized layers must match the baseline, too.
     assert runs_less(baseline, {**baseline, "a": layer(0, 3)}) == "a"
     assert runs_less(baseline, {**baseline, "a": layer(hidden=True)}) is None
 
 
-def test_rows_may_go_to_another_expert() -> None:
+def test_rows_may_move_to_another_expert() -> None:
     baseline = {"0": layer(0, 5), "1": layer(0, 1), "proj": layer(0, 6, size=Size(8, 4))}
     candidate = {"0": layer(6), "1": layer(), "proj": layer(6, size=Size(8, 4))}
     assert runs_less(baseline, candidate) is None
@@ -151,12 +151,12 @@ SIX = {str(i): layer(4, storage=i) for i in range(6)}
         {FUSED: 6, "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN": 3},
     ],
 )
-def test_a_kernel_for_each_layer(kernels: dict[str, int]) -> None:
+def test_accepts_one_kernel_per_layer(kernels: dict[str, int]) -> None:
     count(SIX, kernels)
 
 
 @pytest.mark.parametrize("kernels", [{FUSED: 5}, {FUSED: 3, CUTLASS: 2, "nvjet_sm90_tst": 9}])
-def test_fewer_kernels_than_layers_is_an_error(kernels: dict[str, int]) -> None:
+def test_rejects_fewer_kernels_than_layers(kernels: dict[str, int]) -> None:
     with pytest.raises(EvidenceError) as caught:
         count(SIX, kernels)
     assert str(caught.value).startswith(
@@ -165,13 +165,13 @@ def test_fewer_kernels_than_layers_is_an_error(kernels: dict[str, int]) -> None:
     )
 
 
-def test_layers_that_need_no_kernel_of_their_own() -> None:
+def test_some_layers_need_no_separate_kernel() -> None:
     joined = {name: layer(4, storage=1) for name in "qkv"}
     count({**joined, "proj": layer(4, storage=2)}, {FUSED: 2})
     count({"a": layer(4, storage=1), "unused": layer(storage=2)}, {FUSED: 1})
     count({"a": layer(4, storage=1), "dead": layer(4, storage=2)}, {FUSED: 1}, "dead")
-    # Called twice with one input: compilers may do it once.
+    # If called twice with one input, compilers may run it once.
     count({"a": layer(8, storage=1)}, {FUSED: 1})
-    # An expert of few rows.
+    # An expert with few rows.
     count({"0": layer(30, storage=1), "1": layer(1, storage=2)}, {FUSED: 1})
     check_kernel_count(Evidence((Kernel("nvjet", 1e-3, 1),)), SIX, W8, ())

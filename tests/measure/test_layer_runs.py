@@ -1,4 +1,4 @@
-"""What an eager forward did with each linear layer's weight."""
+"""Test recording what an eager forward does with each linear layer's weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 20
 ONE = float(ROWS)
 Rows = dict[str, tuple[float, float]]
 
-# Rows in INT8, and rows in other matmuls.
+# Rows in INT8 and rows in other matmuls.
 USES: list[tuple[type[nn.Module], Rows]] = [
     (toys.FourLayers, {"a": (1, 0), "b": (1, 0), "c": (1, 0), "d": (1, 0)}),
     (toys.InClosure, {"a": (1, 0), "b": (1, 0), "c": (1, 0), "d": (1, 0)}),
@@ -70,26 +70,26 @@ def test_every_matmul_counts_once(toy: type[nn.Module], expected: Rows, inferenc
 def test_layers_of_plain_tensors_count_too() -> None:
     runs = look(lowered(build(toys.FourLayers)))
     assert rows_of(runs) == dict.fromkeys("abcd", (1, 0))
-    # q, k and v lie in one block, and each is told from the others.
+    # q, k and v share one storage but are distinguished.
     model = lowered(Attention(32).to(torch.bfloat16))
     runs = layer_runs(model, lambda: model.k(torch.randn(4, 32, dtype=torch.bfloat16)))
     assert [name for name, run in runs.items() if run.was_used] == ["k"]
     assert len({runs[name].storage for name in "qkv"}) == 1
 
 
-def test_a_weight_that_is_tied_counts_half_for_each_layer() -> None:
+def test_tied_weight_counts_half_for_each_layer() -> None:
     runs = look(build(toys.SharesWeight))
     assert rows_of(runs) == {"a": (0, 1), "b": (0, 1), "c": (0, 1), "d": (0, 1)}
 
 
-def test_a_weight_that_is_read_is_not_multiplied() -> None:
+def test_reading_a_weight_is_not_a_matmul() -> None:
     model = nn.Sequential(nn.Linear(8, 16, dtype=torch.bfloat16))
     apply_int8_quant(model, mode="w8a8", filter_fn=toys.is_linear)
     ids = torch.tensor([1, 2])
     runs = layer_runs(model, lambda: F.embedding(ids, model[0].weight.dequantize()))
     assert (runs["0"].work, runs["0"].was_used) == (0, True)
     assert "aten.embedding.default" in runs["0"].readers
-    # Views and questions about shape and dtype read nothing.
+    # Views and queries of shape and dtype read no values.
     plain = nn.Sequential(nn.Linear(8, 16))
     runs = layer_runs(plain, lambda: (plain[0].weight.t().shape, plain[0].weight[2:].dtype))
     assert not runs["0"].was_used
@@ -109,7 +109,7 @@ def test_a_weight_that_is_read_is_not_multiplied() -> None:
     ],
     ids=["linear", "matmul", "einsum", "addmm", "bmm", "chunk", "scaled", "transposed"],
 )
-def test_a_product_counts_however_it_is_written(multiply) -> None:  # type: ignore[no-untyped-def]
+def test_counts_matmuls_in_every_notation(multiply) -> None:  # type: ignore[no-untyped-def]
     model = nn.Sequential(nn.Linear(8, 16))
     x = torch.randn(5, 8)
     for inference in (True, False):

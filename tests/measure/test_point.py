@@ -1,4 +1,4 @@
-"""Measuring points: what a result holds, and what running out of memory does to it."""
+"""Test measuring points: the fields of a result, and running out of memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fed from the host is loaded by this process, whatever the machine."""
+    """Load host-fed batches in this process on every machine."""
     monkeypatch.setattr("pytest_int8bench.measure.host_feed._cpus", lambda: 1)
 
 
@@ -64,7 +64,7 @@ def measure(throughput: Throughput, workload: Workload, params: RunParams) -> Re
     return throughput.measure(workload, params, time_rounds, nodeid="test_it.py::test_it")
 
 
-# -- what a result holds ------------------------------------------------------------------------
+# -- fields of a result -------------------------------------------------------------------------
 
 
 def test_a_baseline_has_every_figure_but_a_speedup(throughput: Throughput) -> None:
@@ -125,15 +125,15 @@ def test_feeding_from_the_host_is_measured(throughput: Throughput, params: RunPa
     assert Result.from_dict(result.to_dict()) == result
 
 
-def test_inputs_on_the_device_have_no_feed(throughput: Throughput) -> None:
+def test_resident_inputs_have_no_feed_figures(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(), BF16)
     assert result.feed_workers is result.feed_copy_s is result.feed_wait_s is None
     assert result.feed_exposed_s is result.feed_exposed_low_s is result.feed_exposed_high_s is None
 
 
 def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated feed: from the host a batch takes 3 s and every fifth one 5 s, on the device 2 s,
-    and a copy 0.5 s."""
+    """In this simulated feed, a batch takes 3 s from the host (every fifth one 5 s), 2 s on the
+    device, and a copy takes 0.5 s."""
     now = 0.0
 
     class Feed:
@@ -158,7 +158,7 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
         return torch.zeros(1)
 
     def rounds(run: Run, plan: Plan) -> list[float]:
-        feed.wait_s += 10  # in the rounds alone
+        feed.wait_s += 10  # only in the rounds
         for _ in range(5):
             run()
         return [3.0]
@@ -177,14 +177,14 @@ def test_loader_wait_of_rounds(throughput: Throughput, monkeypatch: pytest.Monke
     assert result.feed_exposed_s == pytest.approx(1.0)
     assert result.feed_exposed_low_s == pytest.approx(1.0)
     assert result.feed_exposed_high_s == pytest.approx(3.0)
-    # Without a look at the kernels, nothing is run but the rounds.
+    # Without evidence, only the rounds run.
     lean = Throughput(throughput._pool, with_evidence=False, timer=lambda: now)
     result = lean.measure(make_workload(), BF16, rounds, nodeid="a")
     assert result.feed_wait_s == pytest.approx((10 + 5 * 0.25) / 5)
     assert (result.feed_copy_s, result.feed_exposed_s) == (None, None)
 
 
-def test_the_median_of_the_rounds_counts(throughput: Throughput) -> None:
+def test_batch_time_is_the_median_of_the_rounds(throughput: Throughput) -> None:
     planned: list[Plan] = []
 
     def told(run: Run, plan: Plan) -> list[float]:
@@ -225,7 +225,7 @@ def test_without_baselines_there_is_no_speedup() -> None:
 
 
 class Counter(EnergyCounter):
-    """Says 200 W for any work, and a ratio of 1.5; remembers what it was asked."""
+    """Report 200 W for any work and a ratio of 1.5, and record the requests."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -255,7 +255,7 @@ class Counter(EnergyCounter):
 
 
 @pytest.mark.parametrize("feed", ["device", "host"])
-def test_energy_of_a_sample_is_that_of_the_rounds(feed: str) -> None:
+def test_energy_per_sample_covers_the_timed_rounds(feed: str) -> None:
     counter = Counter()
     throughput = Throughput(ModelPool(), energy_counter=lambda device: counter)
     told: list[Any] = []
@@ -322,7 +322,7 @@ class BaselineRunsOut(Mlp):
 
 
 def two_do_not_fit() -> type[Mlp]:
-    """Return a model that runs out of memory where two that ran are alive."""
+    """Return a model class that runs out of memory if two models that ran are alive."""
     alive: weakref.WeakSet[Mlp] = weakref.WeakSet()
 
     class OneFits(Mlp):
@@ -366,7 +366,7 @@ def test_untested_baseline_runs_out_of_memory(throughput: Throughput) -> None:
     assert result.speedup is None
 
 
-def test_two_that_do_not_fit_together_are_measured_apart(throughput: Throughput) -> None:
+def test_measures_separately_if_both_do_not_fit(throughput: Throughput) -> None:
     workload = make_workload(two_do_not_fit())
     baseline = measure(throughput, workload, BF16)
     result = measure(throughput, workload, W8A8)
@@ -377,18 +377,18 @@ def test_two_that_do_not_fit_together_are_measured_apart(throughput: Throughput)
     assert (result.speedup_low, result.speedup_high) == (None, None)
 
 
-def test_next_candidate_is_measured_apart_too(throughput: Throughput) -> None:
+def test_next_candidate_is_measured_separately(throughput: Throughput) -> None:
     workload = make_workload(two_do_not_fit())
     measure(throughput, workload, BF16)
     measure(throughput, workload, W8A8)
     result = measure(throughput, workload, W8)
     assert result.status == "ok"
-    # The baseline fits; it is the candidate from before that it does not fit beside.
+    # The baseline fits, but not together with the previous candidate.
     assert result.reason == "baseline and candidate do not fit in memory together"
     assert result.speedup_method == "separate"
 
 
-def test_no_speedup_apart_without_baseline_time(throughput: Throughput) -> None:
+def test_separate_speedup_needs_baseline_time(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(two_do_not_fit()), W8A8)
     assert result.reason == "baseline and candidate do not fit in memory together"
     assert (result.status, result.speedup) == ("ok", None)
@@ -418,7 +418,7 @@ def test_other_errors_are_raised_and_the_next_point_works(throughput: Throughput
     assert measure(throughput, workload, BF16).status == "ok"
 
 
-def test_outputs_of_another_dtype_are_an_error(throughput: Throughput) -> None:
+def test_rejects_outputs_of_another_dtype(throughput: Throughput) -> None:
     class Widens(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             output = super().forward(x)
@@ -432,7 +432,7 @@ def test_outputs_of_another_dtype_are_an_error(throughput: Throughput) -> None:
         measure(throughput, make_workload(Widens), W8A8)
 
 
-def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> None:
+def test_rejects_non_finite_candidate(throughput: Throughput) -> None:
     class Overflows(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * (float("nan") if self.quantized else 1)
@@ -443,7 +443,7 @@ def test_a_candidate_that_is_not_finite_is_an_error(throughput: Throughput) -> N
 
 
 class Divides(Mlp):
-    """Has NaN in its last row, whatever its weights."""
+    """Return NaN in the last row, with any weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -451,7 +451,7 @@ class Divides(Mlp):
 
 
 class Masks(Mlp):
-    """Has minus infinity in its output, as masked classes do, and NaN with INT8 weights."""
+    """Return minus infinity, as for masked classes, and NaN with INT8 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -459,7 +459,7 @@ class Masks(Mlp):
         return y
 
 
-def test_nan_in_the_baseline_is_told(throughput: Throughput) -> None:
+def test_reports_nan_in_the_baseline(throughput: Throughput) -> None:
     workload = make_workload(Divides)
     assert measure(throughput, workload, BF16).reason == "the model's output holds NaN"
     candidate = measure(Throughput(ModelPool()), workload, W8A8)
@@ -468,33 +468,33 @@ def test_nan_in_the_baseline_is_told(throughput: Throughput) -> None:
 
 
 class LosesNan(Mlp):
-    """Has NaN in its output, and none with INT8 weights."""
+    """Return NaN, except with INT8 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return y if self.quantized else y * float("nan")
 
 
-def test_nan_that_quantizing_loses_is_told(throughput: Throughput) -> None:
+def test_reports_nan_lost_by_quantization(throughput: Throughput) -> None:
     result = measure(throughput, make_workload(LosesNan), W8A8)
     assert result.reason == "the baseline's output holds NaN, and the candidate's does not"
 
 
-def test_nan_where_the_baseline_has_infinity_is_an_error(throughput: Throughput) -> None:
+def test_rejects_nan_where_the_baseline_has_infinity(throughput: Throughput) -> None:
     assert measure(throughput, make_workload(Masks), BF16).reason is None
     with pytest.raises(OutputError, match=r"the candidate's output holds NaN or infinity$"):
         measure(throughput, make_workload(Masks), W8A8)
 
 
 class CountsOperators(TorchDispatchMode):
-    """Sees each operator."""
+    """Intercept every operator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class Watcher(TorchFunctionMode):
-    """Sees each function."""
+    """Intercept every function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -508,7 +508,9 @@ class Watcher(TorchFunctionMode):
         (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU]), "torch.profiler"),
     ],
 )
-def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, name: str) -> None:
+def test_reports_profilers_active_during_timing(
+    throughput: Throughput, watching: Any, name: str
+) -> None:
     with watching():
         result = measure(throughput, make_workload(), BF16)
     assert result.reason == f"timed with {name} active; times include the overhead"
@@ -516,7 +518,7 @@ def test_what_watches_the_clock_is_told(throughput: Throughput, watching: Any, n
         assert measure(throughput, make_workload(), BF16).reason is None
 
 
-def test_no_clock_runs_under_a_tracer(throughput: Throughput) -> None:
+def test_disables_tracers_during_timing(throughput: Throughput) -> None:
     class Looks(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             tracers.append(sys.gettrace())
@@ -534,15 +536,15 @@ def test_no_clock_runs_under_a_tracer(throughput: Throughput) -> None:
     finally:
         sys.settrace(before)
     assert (result.status, result.reason) == ("ok", None)
-    # Few calls are not timed: the proof of the candidate, the first of each model, a look whether
-    # it is still compiled, evidence, and a look at the outputs.
+    # Only a few calls are not timed: the proof of the candidate, each model's first call, the check
+    # that it is still compiled, evidence, and the check of the outputs.
     assert tracers.count(trace) <= 16
     assert tracers.count(None) > 50
 
 
-def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput) -> None:
+def test_rejects_label_that_the_kernels_contradict(throughput: Throughput) -> None:
     class Skips(Mlp):
-        """Has INT8 weights and computes without them."""
+        """Have INT8 weights but compute without them."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
@@ -552,7 +554,7 @@ def test_a_label_that_the_kernels_contradict_is_an_error(throughput: Throughput)
 
 
 @pytest.mark.parametrize("params", [W8A8, W8], ids=["w8a8", "w8"])
-def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: RunParams) -> None:
+def test_names_unused_layers(throughput: Throughput, params: RunParams) -> None:
     workload = make_workload(layers.Uncalled, filter_fn=layers.is_linear)
     result = measure(throughput, workload, params)
     told = "the forward does not use 2 of 4 quantized layers: c, d"
@@ -573,7 +575,7 @@ def test_layers_that_no_forward_uses_are_named(throughput: Throughput, params: R
         layers.ChangesGradMode,
     ],
 )
-def test_layers_that_are_called_in_other_ways_hold_the_label(
+def test_accepts_layers_called_in_unusual_ways(
     throughput: Throughput, toy: type[nn.Module]
 ) -> None:
     result = measure(throughput, make_workload(toy, filter_fn=layers.is_linear), W8A8)
@@ -610,7 +612,7 @@ def test_a_candidate_that_calls_another_models_layers_is_an_error(
         measure(throughput, workload, params)
 
 
-def test_layers_of_a_configuration_of_the_users_may_differ(throughput: Throughput) -> None:
+def test_layers_of_a_user_configuration_may_differ(throughput: Throughput) -> None:
     own = FqnToConfig(
         {"fc1": Int8DynamicActivationInt8WeightConfig(), "fc2": Int8WeightOnlyConfig()}
     )
@@ -619,7 +621,7 @@ def test_layers_of_a_configuration_of_the_users_may_differ(throughput: Throughpu
     assert (result.status, result.reason) == ("ok", told)
 
 
-def test_an_eager_forward_that_fails_is_told(
+def test_reports_a_failed_eager_forward(
     throughput: Throughput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(model: nn.Module, run: Run, graphs: object) -> None:
@@ -631,14 +633,14 @@ def test_an_eager_forward_that_fails_is_told(
     assert (result.status, result.reason) == ("ok", told)
 
 
-def test_layers_outside_the_graphs_are_named(throughput: Throughput) -> None:
+def test_names_layers_outside_the_graphs(throughput: Throughput) -> None:
     workload = make_workload(layers.NotCompiled, filter_fn=layers.is_linear)
     params = BF16.replace(compile_mode="default", compile_fullgraph=False)
     told = "2 of 4 linear layers ran eagerly, outside the compiled graphs: c, d"
     assert measure(throughput, workload, params).reason == told
 
 
-def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Throughput) -> None:
+def test_reports_time_outside_the_graphs_without_layers(throughput: Throughput) -> None:
     params = BF16.replace(compile_mode="default", compile_fullgraph=False)
     workload = make_workload(layers.ConvolvesEagerly, filter_fn=layers.is_linear)
     told = r"\d+% of the kernels' time is spent outside the compiled graphs"
@@ -646,21 +648,21 @@ def test_time_outside_the_graphs_is_told_where_no_layer_shows_it(throughput: Thr
     assert measure(throughput, workload, BF16).reason is None
 
 
-def test_layers_that_compilers_drop_are_named(throughput: Throughput) -> None:
+def test_names_layers_dropped_by_the_compiler(throughput: Throughput) -> None:
     workload = make_workload(layers.Discarded, filter_fn=layers.is_linear)
     result = measure(throughput, workload, W8A8.replace(compile_mode="default"))
     assert result.coverage.get("unused", []) == ["c", "d"]
     assert "the forward does not use 2 of 4 quantized layers: c, d" in result.reason
 
 
-def test_what_was_compiled_may_be_gone_before_each_clock(throughput: Throughput) -> None:
+def test_survives_dynamo_reset_before_each_measurement(throughput: Throughput) -> None:
     params = BF16.replace(compile_mode="default")
     for point in (params, params, params.replace(int8_enabled=True)):
         torch._dynamo.reset()
         assert measure(throughput, make_workload(), point).status == "ok"
 
 
-def test_without_evidence_nobody_looks_at_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_profile_without_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(model: Model, keep: object = None) -> None:
         raise AssertionError("the kernels were looked at")
 
@@ -703,7 +705,7 @@ def test_units_must_be_above_zero(throughput: Throughput, count: float) -> None:
 
 
 def test_a_quantized_baseline_gives_no_speedup(throughput: Throughput) -> None:
-    """The baseline's labels are checked also where it has no test of its own."""
+    """The baseline's labels are checked even if no test measures it."""
 
     def build(p: RunParams) -> nn.Module:
         return Mlp() if p.int8_enabled else apply_int8_quant(Mlp().eval(), mode="w8")
@@ -732,7 +734,7 @@ def test_out_of_memory_in_speedup(throughput: Throughput, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("factor", "told"), [(1.0, False), (1.04, False), (1.2, True)])
-def test_a_machine_that_drifts_between_two_tests_is_said(
+def test_reports_machine_drift_between_tests(
     throughput: Throughput, monkeypatch: pytest.MonkeyPatch, factor: float, told: bool
 ) -> None:
     workload = make_workload()
@@ -756,14 +758,14 @@ def test_a_machine_that_drifts_between_two_tests_is_said(
 # -- the ceiling --------------------------------------------------------------------------------
 
 PRODUCT, INT8, ATTENTION = "nvjet_tst_TNN", "triton_tem_fused__int_mm_1", "flash_fwd_kernel"
-PROFILES = {  # 6 s of products, 3 s of attention and 1 s of the rest
+PROFILES = {  # 6 s of matmuls, 3 s of attention and 1 s of everything else
     False: Evidence((Kernel(PRODUCT, 6.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 1.0, 10))),
     True: Evidence((Kernel(INT8, 3.0, 2), Kernel(ATTENTION, 3.0, 1), Kernel("add", 2.0, 20))),
 }
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have kernels of a GPU seen, products twice as fast in INT8, and a speedup of 1.25."""
+    """Simulate GPU kernels, INT8 matmuls twice as fast, and a speedup of 1.25."""
 
     def measure_rates(
         sizes: set[Size],
@@ -798,7 +800,7 @@ def test_a_candidate_has_a_ceiling(throughput: Throughput, monkeypatch: pytest.M
         "attention": 3.0,
         "rest": 2.0,
     }
-    # Two passes of 0.1 s, the shortest kernel, are left of the rest.
+    # Of the rest, two passes of 0.1 s, the shortest kernel, remain.
     assert result.ceiling_speedup == pytest.approx(10 / (3 + 3 + 0.2))
     assert result.ceiling_reached == pytest.approx(0.25 / (10 / 6.2 - 1))
     assert result.ceiling == {
@@ -837,8 +839,8 @@ def test_the_ceiling_knows_int8_attention(
         "ratio": pytest.approx(3 * share / least_s),
         "ops_per_s": pytest.approx(1e6),
     }
-    # Of 6 s of products half is left, and of 1 s of the rest two passes of 0.1 s; W8 keeps all
-    # products, and quantizes queries and keys alone.
+    # Half of 6 s of matmuls remains, and two passes of 0.1 s of the 1 s of everything else; W8
+    # keeps all matmuls and quantizes only queries and keys.
     other_s = 3 + 0.2 if mode == "w8a8" else 6
     assert result.ceiling_speedup == pytest.approx(10 / (other_s + 3 * (1 - share) + least_s))
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
@@ -882,7 +884,7 @@ def test_baseline_breakdown_only(throughput: Throughput, monkeypatch: pytest.Mon
     ],
     ids=["rate", "oom", "other"],
 )
-def test_a_ceiling_that_is_not_known_loses_no_measurement(
+def test_unknown_ceiling_does_not_lose_the_measurement(
     throughput: Throughput, monkeypatch: pytest.MonkeyPatch, error: Exception, problem: str
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
@@ -905,7 +907,9 @@ def test_a_cpu_has_neither_breakdown_nor_ceiling(throughput: Throughput) -> None
 @pytest.mark.parametrize(
     "changes", [{"with_baseline": False}, {"with_evidence": False}], ids=["alone", "lean"]
 )
-def test_ceiling_needs_both(monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]) -> None:
+def test_ceiling_needs_baseline_and_evidence(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]
+) -> None:
     on_a_gpu(monkeypatch)
     result = measure(Throughput(ModelPool(), **changes), make_workload(), W8A8)
     assert (result.status, result.ceiling, result.ceiling_speedup) == ("ok", None, None)
@@ -915,7 +919,7 @@ def test_ceiling_needs_both(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 
 
 class Steps:
-    """Remembers the steps that were entered and left."""
+    """Record the steps that are entered and left."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
@@ -936,7 +940,7 @@ class Steps:
         return taken
 
 
-def test_only_steps_that_run_are_told() -> None:
+def test_reports_only_steps_that_run() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     workload = make_workload()
@@ -984,7 +988,7 @@ def test_a_model_that_was_called_is_not_compiled_again(called: bool, action: str
     assert steps.take() == [(action, name), ("measuring", name)]
 
 
-def test_each_step_is_around_what_it_tells() -> None:
+def test_steps_are_active_during_their_action() -> None:
     steps = Steps()
     during: dict[str, list[tuple[str, str]]] = {}
 
@@ -1010,11 +1014,11 @@ def test_each_step_is_around_what_it_tells() -> None:
     }
 
 
-def test_a_step_that_fails_is_left() -> None:
+def test_failed_step_is_exited() -> None:
     steps = Steps()
     throughput = Throughput(ModelPool(), step=steps)
     check_oom(measure(throughput, make_workload(CandidateRunsOut), W8A8), W8A8)
-    # Once beside the baseline, and once more alone.
+    # Once together with the baseline, and once alone.
     assert steps.take()[2:] == 2 * [
         ("building", f"toy: {W8A8.run_name}"),
         ("warming up", f"toy: {W8A8.run_name}"),

@@ -1,4 +1,4 @@
-"""Building models, their inputs, and which of them the pool holds."""
+"""Test building models and inputs, and which of them the pool holds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_workload(**changes: Any) -> Workload:
 
 @pytest.fixture(autouse=True)
 def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fed from the host is loaded by this process, whatever the machine."""
+    """Load host-fed batches in this process on every machine."""
     monkeypatch.setattr("pytest_int8bench.measure.host_feed._cpus", lambda: 1)
 
 
@@ -80,7 +80,7 @@ class Counting:
 # -- building -----------------------------------------------------------------------------------
 
 
-def test_weights_repeat_and_the_generator_of_the_process_is_left_alone() -> None:
+def test_weights_repeat_without_changing_the_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -120,7 +120,7 @@ def test_modules_kept_in_fp32_are_not_rounded() -> None:
     assert model.shift.dtype == torch.bfloat16
 
 
-def test_the_parts_of_a_kept_module_are_kept_too() -> None:
+def test_keeps_children_of_fp32_modules_in_fp32() -> None:
     workload = make_workload(
         build=lambda p: nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16)),
         keep_fp32=lambda module, name: name == "0",
@@ -153,7 +153,7 @@ def test_callables_see_the_axes_of_the_workload() -> None:
     assert seen == [{"width": 8, "depth": 2}] * 2
 
 
-def test_the_device_must_be_there() -> None:
+def test_rejects_missing_device() -> None:
     assert find_device(BF16) == CPU
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -175,7 +175,7 @@ def test_the_device_must_be_there() -> None:
 @pytest.mark.parametrize(
     ("params", "dtype"), [(BF16, torch.bfloat16), (FP32, torch.float32)], ids=["bf16", "fp32"]
 )
-def test_floating_inputs_are_cast_and_others_are_not(params: RunParams, dtype: torch.dtype) -> None:
+def test_casts_only_floating_point_inputs(params: RunParams, dtype: torch.dtype) -> None:
     def inputs(p: RunParams, device: torch.device) -> dict[str, Any]:
         return {
             "x": torch.randn(p.batch_size, 16, dtype=torch.float64),
@@ -250,7 +250,7 @@ def test_inputs_fed_from_the_host_give_the_same_output() -> None:
     assert not torch.equal(fed.run_again(), expected)
 
 
-def test_one_feed_serves_baseline_and_candidate_until_both_are_dropped() -> None:
+def test_baseline_and_candidate_share_one_feed() -> None:
     workload = make_workload()
     pool = ModelPool()
     baseline, candidate = (pool.get(workload, p.replace(feed="host")) for p in (BF16, W8A8))
@@ -258,7 +258,7 @@ def test_one_feed_serves_baseline_and_candidate_until_both_are_dropped() -> None
     assert feed is not None
     assert candidate.feed is feed
     assert pool.variant(workload, candidate.params).feed is feed
-    assert feed.nbytes == 0  # nothing starts before it is needed
+    assert feed.nbytes == 0  # starts lazily
     baseline.run()
     candidate.run()
     batch_bytes = sum(t.nbytes for t in baseline.inputs)
@@ -269,7 +269,7 @@ def test_one_feed_serves_baseline_and_candidate_until_both_are_dropped() -> None
     assert feed.nbytes == 0
 
 
-def test_inputs_on_the_host_have_the_strides_of_what_arrives() -> None:
+def test_host_inputs_have_the_strides_of_device_inputs() -> None:
     workload = make_workload(
         inputs=lambda p, device: (torch.randn(p.batch_size, 32)[:, :16], torch.zeros(1).expand(4))
     )
@@ -279,7 +279,7 @@ def test_inputs_on_the_host_have_the_strides_of_what_arrives() -> None:
     assert [t.stride() for t in arrived] == [t.stride() for t in model.inputs] == [(16, 1), (1,)]
 
 
-def test_other_inputs_have_another_feed() -> None:
+def test_different_inputs_have_separate_feeds() -> None:
     workload = make_workload()
     pool = ModelPool()
     host = BF16.replace(feed="host")
@@ -319,7 +319,7 @@ CONTAINERS: list[Any] = [
 
 
 @pytest.mark.parametrize("wrap", CONTAINERS)
-def test_tensors_are_found_in_order(wrap: Callable[[Any, Any], Any]) -> None:
+def test_finds_tensors_in_order(wrap: Callable[[Any, Any], Any]) -> None:
     found = list(tensors_of(wrap(A, B)))
     assert len(found) == 2
     assert found[0] is A
@@ -327,7 +327,7 @@ def test_tensors_are_found_in_order(wrap: Callable[[Any, Any], Any]) -> None:
 
 
 @pytest.mark.parametrize("wrap", CONTAINERS)
-def test_tensors_are_changed_where_they_are(wrap: Callable[[Any, Any], Any]) -> None:
+def test_maps_tensors_inside_containers(wrap: Callable[[Any, Any], Any]) -> None:
     names = {id(A): "a", id(B): "b"}
     assert map_tensors(lambda tensor: names[id(tensor)], wrap(A, B)) == wrap("a", "b")
 
@@ -338,7 +338,7 @@ def test_a_tensor_is_its_own_container() -> None:
     assert list(tensors_of("text")) == []
 
 
-def test_a_type_is_no_container() -> None:
+def test_types_are_not_containers() -> None:
     assert list(tensors_of(Record)) == []
     assert map_tensors(lambda tensor: tensor, Record) is Record
 
@@ -379,7 +379,7 @@ def test_ready_counts_tokens_from_the_output() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_ready_sees_values_that_are_not_finite(bad: float) -> None:
+def test_ready_detects_non_finite_values(bad: float) -> None:
     class Broken(Toy):
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x), x * bad
@@ -387,7 +387,7 @@ def test_ready_sees_values_that_are_not_finite(bad: float) -> None:
     assert ModelPool().get(make_workload(build=lambda p: Broken()), BF16).ready().finite is False
 
 
-def test_a_model_that_returns_no_tensor_is_an_error() -> None:
+def test_rejects_model_that_returns_no_tensor() -> None:
     class Nothing(Toy):
         def forward(self, x: torch.Tensor) -> Any:
             return {"count": 3}
@@ -397,7 +397,7 @@ def test_a_model_that_returns_no_tensor_is_an_error() -> None:
         model.ready()
 
 
-def test_too_few_rows_for_the_cuda_matmul_say_what_to_do() -> None:
+def test_too_few_rows_for_the_cuda_matmul_suggest_a_remedy() -> None:
     class Few(Toy):
         def forward(self, x: torch.Tensor) -> Any:
             raise RuntimeError("self.size(0) needs to be greater than 16, but got 4")
@@ -414,12 +414,12 @@ def test_too_few_rows_for_the_cuda_matmul_say_what_to_do() -> None:
 # -- the pool -----------------------------------------------------------------------------------
 
 
-def test_a_point_is_built_once() -> None:
+def test_builds_a_point_once() -> None:
     counting = Counting()
     pool = ModelPool()
     baseline = pool.get(counting.workload, BF16)
     assert pool.get(counting.workload, BF16) is baseline
-    # How long to measure is no part of a model.
+    # Measuring fields do not affect the model.
     assert pool.get(counting.workload, BF16.replace(benchmark_interval_s=3.0)) is baseline
     candidate = pool.get(counting.workload, W8A8)
     assert pool.get(counting.workload, W8A8) is candidate
@@ -438,7 +438,7 @@ def test_a_candidate_has_the_exact_weights_of_its_baseline() -> None:
         return Toy()
 
     class Holder:
-        """Keeps the counter out of the closure that identifies the workload."""
+        """Keep the counter out of the closure that identifies the workload."""
 
         def __call__(self, p: RunParams) -> nn.Module:
             return build(p)
@@ -458,7 +458,7 @@ def test_a_candidate_has_the_exact_weights_of_its_baseline() -> None:
         assert torch.equal(tensor, weights[name])
 
 
-def test_at_most_one_baseline_and_one_candidate_are_held() -> None:
+def test_holds_at_most_one_baseline_and_one_candidate() -> None:
     workload = make_workload()
     pool = ModelPool()
     alive: weakref.WeakSet[Model] = weakref.WeakSet()
@@ -494,7 +494,7 @@ def test_a_baseline_after_its_candidate_keeps_the_candidate() -> None:
     assert torch.equal(candidate.eager.norm.weight, baseline.eager.norm.weight)
 
 
-def test_a_candidate_of_another_baseline_drops_both() -> None:
+def test_candidate_of_another_baseline_drops_both_models() -> None:
     workload = make_workload()
     pool = ModelPool()
     old = [weakref.ref(pool.get(workload, point)) for point in (BF16, W8A8)]
@@ -510,10 +510,10 @@ def test_evicting_frees_one_model() -> None:
     pool.evict("candidate")
     assert candidate() is None
     assert baseline() is not None
-    pool.evict("candidate")  # again does nothing
+    pool.evict("candidate")  # has no effect
 
 
-def test_a_baseline_has_nothing_to_do_with_how_candidates_are_quantized() -> None:
+def test_baseline_does_not_depend_on_the_filter() -> None:
     pool = ModelPool()
     one, other = (
         make_workload(filter_fn=lambda module, name, kept=kept: name == kept)
@@ -526,7 +526,7 @@ def test_a_baseline_has_nothing_to_do_with_how_candidates_are_quantized() -> Non
     assert pool.get(other, W8A8.baseline()) is baseline
 
 
-def test_a_variant_has_the_baselines_weights_and_is_not_kept() -> None:
+def test_variant_has_the_baselines_weights_and_is_not_cached() -> None:
     pool, workload = ModelPool(), make_workload()
     kept = pool.get(workload, W8A8)
     variant = pool.variant(workload, W8A8.replace(int8_mode="w8"))
@@ -570,11 +570,11 @@ def test_calibration_batches_do_not_count_as_weights(monkeypatch: pytest.MonkeyP
     assert (len(batches), held[-1]) == (1, 0)
 
 
-# -- which workloads are one --------------------------------------------------------------------
+# -- equality of workloads ----------------------------------------------------------------------
 
 
 def remake(**changes: Any) -> Workload:
-    """As a function-scoped fixture does: everything new, nothing different."""
+    """Return a workload of new but equal objects, like a function-scoped fixture."""
     return Workload(
         name="toy",
         build=lambda p: Toy(),
@@ -595,11 +595,11 @@ def test_a_workload_with_axes_made_again_is_the_same() -> None:
     assert pool.get(remake(axes={"width": 3}), BF16) is pool.get(remake(axes={"width": 3}), BF16)
 
 
-# What the workloads below share, so that they differ in one thing only.
+# Shared by the workloads below, so that they differ in one thing only.
 AXES: dict[str, Any] = {}
 
 
-def test_other_closures_make_another_workload() -> None:
+def test_different_closures_make_different_workloads() -> None:
     def wide(width: int) -> Workload:
         return make_workload(build=lambda p: Toy(width), axes=AXES)
 
@@ -609,7 +609,7 @@ def test_other_closures_make_another_workload() -> None:
     assert pool.get(wide(32), BF16).eager.fc1.out_features == 32
 
 
-def test_other_defaults_make_another_workload() -> None:
+def test_different_defaults_make_different_workloads() -> None:
     def positional(width: int) -> Workload:
         return make_workload(build=lambda p, width=width: Toy(width), axes=AXES)
 
@@ -623,7 +623,7 @@ def test_other_defaults_make_another_workload() -> None:
 
 
 def test_the_same_text_in_two_files_makes_two_workloads() -> None:
-    """Two conftests that differ in a constant of the module only."""
+    """The two conftests differ only in a module constant."""
 
     def load(width: int) -> Workload:
         namespace: dict[str, Any] = {"Toy": Toy, "WIDTH": width}
@@ -635,7 +635,7 @@ def test_the_same_text_in_two_files_makes_two_workloads() -> None:
     assert pool.get(load(32), BF16).eager.fc1.out_features == 32
 
 
-def test_another_name_makes_another_workload() -> None:
+def test_different_names_make_different_workloads() -> None:
     counting = Counting()
     other = dataclasses.replace(counting.workload, name="other")
     pool = ModelPool()
@@ -656,7 +656,7 @@ def test_build_must_return_a_new_module_each_time() -> None:
         pool.get(workload, BF16.replace(batch_size=BF16.batch_size + 1))
 
 
-def test_without_bf16_every_model_is_fp32() -> None:
+def test_without_bf16_models_are_fp32() -> None:
     workload = make_workload(build=lambda p: Toy().half())
     model = build_eager(workload, BF16.replace(bf16=False), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -677,7 +677,7 @@ def test_calibration_is_cast_and_seeded() -> None:
     assert seen[0] == seen[1]
 
 
-def test_the_compile_time_is_that_of_the_first_call_whoever_makes_it() -> None:
+def test_compile_time_is_the_first_call_whoever_makes_it() -> None:
     pool = ModelPool()
     model = pool.get(make_workload(), BF16.replace(compile_mode="default"))
     model.run()
@@ -686,8 +686,8 @@ def test_the_compile_time_is_that_of_the_first_call_whoever_makes_it() -> None:
     assert model.ready().compile_s == first
 
 
-def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated device: 1000 bytes of others, the inputs, then the weights, then a peak."""
+def test_peak_memory_excludes_other_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated device holds 1000 other bytes, the inputs, then the weights, then a peak."""
     weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
     allocated = iter([1000 + inputs, 1000 + inputs + weights, 1000 + inputs + weights])
     for module in ("pool", "model"):
@@ -704,7 +704,7 @@ def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch
     assert ready.peak_memory_bytes == weights + inputs + activations
 
 
-def test_peak_memory_holds_both_batches_of_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_includes_both_batches_of_a_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs, activations = 500, sum(t.nbytes for t in toy_inputs(BF16, CPU)) // 2, 77
     held = 1000 + weights
     allocated = iter([1000, held, held + 2 * inputs])
@@ -722,7 +722,7 @@ def test_peak_memory_holds_both_batches_of_a_feed(monkeypatch: pytest.MonkeyPatc
     assert ready.peak_memory_bytes == weights + 2 * inputs + activations
 
 
-def test_generators_of_numpy_and_python_are_seeded_too() -> None:
+def test_seeds_numpy_and_python_generators() -> None:
     def inputs(p: RunParams, device: torch.device) -> tuple[torch.Tensor]:
         drawn = [random.random(), float(np.random.rand())]
         return (torch.tensor(drawn).repeat(p.batch_size, 8),)
@@ -737,7 +737,7 @@ def test_generators_of_numpy_and_python_are_seeded_too() -> None:
     assert (random.random(), np.random.rand()) == expected
 
 
-# -- models that are quantized already --------------------------------------------------------
+# -- models that come quantized ---------------------------------------------------------------
 
 
 def test_a_model_that_is_quantized_already_is_measured_as_it_is() -> None:
@@ -764,11 +764,11 @@ def test_a_prequantized_workload_must_quantize() -> None:
     )
 
 
-# -- workloads that do not give what they must ------------------------------------------------
+# -- invalid workloads ------------------------------------------------------------------------
 
 
 class Shrinks(Toy):
-    """Gives one row less after its third call."""
+    """Return one row fewer after the third call."""
 
     calls = 0
 
@@ -777,7 +777,7 @@ class Shrinks(Toy):
         return super().forward(x)[: len(x) - (self.calls > 3)]
 
 
-def test_an_output_that_changes_its_shape_is_an_error() -> None:
+def test_rejects_output_whose_shape_changes() -> None:
     workload = make_workload(build=lambda p: Shrinks())
     with pytest.raises(WorkloadError) as caught:
         ModelPool().get(workload, BF16).ready()
@@ -787,7 +787,7 @@ def test_an_output_that_changes_its_shape_is_an_error() -> None:
     )
 
 
-def test_inputs_without_data_are_an_error() -> None:
+def test_rejects_inputs_without_data() -> None:
     workload = make_workload(inputs=lambda p, device: (torch.ones(2, 4, device="meta"),))
     with pytest.raises(WorkloadError) as caught:
         ModelPool().get(workload, BF16)
@@ -797,7 +797,7 @@ def test_inputs_without_data_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("part", ["build", "inputs", "calibration"])
-def test_an_error_of_a_workload_says_where_it_came_from(part: str) -> None:
+def test_workload_errors_name_their_origin(part: str) -> None:
     def fails(*args: Any) -> Any:
         raise KeyError("no such thing")
 
@@ -808,7 +808,7 @@ def test_an_error_of_a_workload_says_where_it_came_from(part: str) -> None:
     assert caught.value.__notes__ == [f"raised by {part} of workload 'toy' at {params.run_name}"]
 
 
-def test_a_pool_says_what_it_holds() -> None:
+def test_holds_tells_which_models_are_cached() -> None:
     pool, workload = ModelPool(), make_workload()
     assert not pool.holds(workload, BF16)
     model = pool.get(workload, BF16)
@@ -820,7 +820,7 @@ def test_a_pool_says_what_it_holds() -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_channels_last_is_for_weights_and_inputs_of_four_dimensions(wanted: bool) -> None:
+def test_channels_last_applies_to_4d_weights_and_inputs(wanted: bool) -> None:
     workload = Workload(
         name="convolution",
         build=lambda p: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 8)),
@@ -835,7 +835,7 @@ def test_channels_last_is_for_weights_and_inputs_of_four_dimensions(wanted: bool
 
 
 class Attends(Toy):
-    """Attention after the layers, of which flash takes no dropout on the CPU."""
+    """Attention after the layers; on the CPU, flash does not support its dropout."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -879,12 +879,12 @@ def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "build", [lambda p: Toy(), lambda p: Attends(dropout=2.0)], ids=["no attention", "an error"]
 )
-def test_auto_stays_auto_where_there_is_nothing_to_choose_by(build: Any) -> None:
+def test_auto_stays_auto_without_attention_calls(build: Any) -> None:
     model = ModelPool().get(make_workload(build=build), BF16.replace(attention="auto"))
     assert model.compiled.attention == "auto"
 
 
-def test_a_pool_keeps_compiled_code_where_it_is_told_to(tmp_path: Path) -> None:
+def test_uses_the_given_compile_cache(tmp_path: Path) -> None:
     point = FP32.replace(compile_mode="default")
     found = []
     for _ in range(2):
@@ -892,7 +892,7 @@ def test_a_pool_keeps_compiled_code_where_it_is_told_to(tmp_path: Path) -> None:
     assert [ready.compile_cache for ready in found] == ["cold", "warm"]
 
 
-def test_an_attention_backend_that_cannot_is_one_line() -> None:
+def test_reports_unsupported_attention_backend_in_one_line() -> None:
     class Refuses(Toy):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("No available kernel. Aborting execution.")
@@ -908,9 +908,7 @@ def test_an_attention_backend_that_cannot_is_one_line() -> None:
 @pytest.mark.parametrize("attention", ["math", "auto"])
 @pytest.mark.parametrize("apart", [False, True], ids=["from baseline", "apart"])
 @pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
-def test_calibration_leaves_the_state_of_a_model_alone(
-    kind: Any, apart: bool, attention: str
-) -> None:
+def test_calibration_does_not_change_model_state(kind: Any, apart: bool, attention: str) -> None:
     pool, bf16 = ModelPool(), BF16.replace(attention=attention)
     wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
     if not apart:
@@ -922,7 +920,7 @@ def test_calibration_leaves_the_state_of_a_model_alone(
     assert coverage(candidate.eager).smoothed_runtime == ("fc1", "fc2")
 
 
-def test_tables_that_a_first_call_fills_stay_filled_after_calibration() -> None:
+def test_keeps_lazily_filled_tables_after_calibration() -> None:
     class Table(stateful.Counter):
         filled = False
 
@@ -943,7 +941,7 @@ def test_tables_that_a_first_call_fills_stay_filled_after_calibration() -> None:
 
 
 @pytest.mark.parametrize("kind", stateful.IN_BUFFERS, ids=lambda kind: kind.__name__)
-def test_warming_up_leaves_the_state_of_a_model_alone(kind: Any) -> None:
+def test_warm_up_does_not_change_model_state(kind: Any) -> None:
     wl = make_workload(build=lambda p: kind(), filter_fn=lambda module, name: "fc" in name)
     model = ModelPool().get(wl, BF16)
     assert model.ready().remark is not None

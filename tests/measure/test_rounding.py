@@ -1,4 +1,4 @@
-"""What rounding explains: error rates of the comparison, and the noise that stands for rounding."""
+"""Test which differences rounding explains, and the noise that simulates rounding."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SHAPE = (4, 16, 32)
 
 
 def draw(generator: torch.Generator, flips: float = 0.0) -> torch.Tensor:
-    """Return the output of one way to compute zeros, with elements that come out as 1 at times."""
+    """Return zeros as one implementation computes them, with occasional ones."""
     noise = torch.randn(SHAPE, generator=generator, dtype=torch.double) / 256
     return noise + (torch.rand(SHAPE, generator=generator) < flips / noise.numel())
 
 
 @pytest.mark.parametrize("flips", [0.0, 0.02, 0.1, 1.0, 30.0])
-def test_rounding_is_seldom_taken_for_an_error(flips: float) -> None:
+def test_rounding_rarely_counts_as_an_error(flips: float) -> None:
     generator = torch.Generator().manual_seed(0)
     zeros, families = [torch.zeros(SHAPE, dtype=torch.double)], 100
     found = sum(
@@ -28,7 +28,7 @@ def test_rounding_is_seldom_taken_for_an_error(flips: float) -> None:
         > LIMIT
         for _ in range(families)
     )
-    # At worst the one flip of all is in the code that is judged: it has to be so 1 + AGAIN times.
+    # In the worst case the only flip is in the judged code; that must happen 1 + AGAIN times.
     assert found / families <= 0.12
     assert 0.12 ** (1 + AGAIN) < 0.002
     assert found == 0 or flips
@@ -37,10 +37,10 @@ def test_rounding_is_seldom_taken_for_an_error(flips: float) -> None:
 @pytest.mark.parametrize(
     "part", [(1,), (..., 5), (slice(None), 3), (3, 15, 31)], ids=["row", "channel", "token", "one"]
 )
-def test_an_error_in_a_part_is_found(part: tuple[object, ...]) -> None:
+def test_detects_error_in_part_of_an_output(part: tuple[object, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(SHAPE, generator=generator, dtype=torch.double)
-    exact[..., 7] *= 1000  # whose rounding is larger than all else
+    exact[..., 7] *= 1000  # whose rounding exceeds everything else
     exact[3, 15, 31] = 3.0
     rounded = [[exact * (1 + draw(generator))] for _ in range(NOISY)]
     wrong = exact * (1 + draw(generator))
@@ -48,7 +48,7 @@ def test_an_error_in_a_part_is_found(part: tuple[object, ...]) -> None:
     assert excess([exact], rounded, [wrong]) > LIMIT
 
 
-def test_numbers_that_are_not_finite() -> None:
+def test_compares_non_finite_values() -> None:
     exact = torch.tensor([[1.0, math.inf], [math.nan, 2.0]], dtype=torch.double)
     [masked] = where_finite([exact], [torch.tensor([[math.nan, 0.0], [0.0, 2.0]])])
     assert masked.isnan().tolist() == [[True, False], [True, False]]
@@ -56,18 +56,18 @@ def test_numbers_that_are_not_finite() -> None:
     assert excess([exact], [[exact]], [exact.masked_fill(exact == 2, math.nan)]) > LIMIT
 
 
-def test_whole_numbers_are_compared_as_they_are() -> None:
+def test_compares_integers_exactly() -> None:
     classes = [torch.tensor([3, 4])]
     assert excess(classes, [classes], classes) == 0
     assert excess(classes, [classes], [torch.tensor([3, 5])]) == math.inf
 
 
-def test_complex_outputs_are_compared() -> None:
+def test_compares_complex_outputs() -> None:
     [parts] = outputs_of(torch.tensor([1 + 2j]))
     assert parts.tolist() == [[1.0, 2.0]]
 
 
-def test_noise_is_as_rounding_is() -> None:
+def test_noise_has_the_size_of_rounding() -> None:
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with RoundingNoise(0):
         moved, whole, view = x * 1.0, x.round(), x[:3]
@@ -79,7 +79,7 @@ def test_noise_is_as_rounding_is() -> None:
     assert torch.equal(view, x[:3])
 
 
-def test_noise_moves_sums_that_cancel() -> None:
+def test_noise_changes_sums_that_cancel() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (64, 16))
     plain = torch.nn.functional.linear(x, weight).double()

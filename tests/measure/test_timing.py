@@ -1,4 +1,4 @@
-"""Warm-up, plan, timing, speedup and out of memory, on a simulated clock."""
+"""Test warm-up, plan, timing, speedup and out of memory on a simulated clock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pytest_int8bench.measure.timing import (
 
 
 class FakeClock:
-    """A clock that only runs where a batch or a synchronization takes time."""
+    """A clock that only batches and synchronizations advance."""
 
     def __init__(self, sync_s: float = 0.0) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class FakeClock:
     def run(
         self, times: float | Iterable[float], log: list[str] | None = None, name: str = ""
     ) -> Run:
-        """Return a batch that takes ``times`` seconds, one value a call."""
+        """Return a batch that takes ``times`` seconds, one value per call."""
         values: Iterator[float] = (
             itertools.repeat(times) if isinstance(times, float) else iter(times)
         )
@@ -76,7 +76,7 @@ def cost_of(run: Run, timer: Callable[[], float]) -> tuple[float, float]:
 # -- warm-up ----------------------------------------------------------------------------------
 
 
-def test_time_of_a_batch() -> None:
+def test_times_batches() -> None:
     clock = FakeClock()
     assert time_once(clock.run(0.25), clock.timer) == 0.25
     assert time_block(clock.run([0.25, 0.5, 0.75, 0.5]), clock.timer, 4) == 0.5
@@ -89,13 +89,13 @@ def test_steady_times_end_the_warm_up_after_two_windows() -> None:
     assert (done.calls, done.seconds, done.steady) == (6, 3.0, True)
 
 
-def test_two_windows_are_run_however_long_they_take() -> None:
+def test_always_runs_two_windows() -> None:
     clock = FakeClock()
     done = warm_up(clock.run(100.0), clock.timer, max_s=1)
     assert (done.calls, done.seconds, done.steady) == (6, 600.0, True)
 
 
-def test_a_slow_start_is_waited_for() -> None:
+def test_waits_for_a_slow_start() -> None:
     clock = FakeClock()
     start = [0.75**n for n in range(20)]
     done = warm_up(clock.run([*start, *itertools.repeat(0.001, 50)]), clock.timer, max_s=60)
@@ -122,7 +122,7 @@ def test_times_that_never_settle_are_unsteady(factor: float) -> None:
 
 
 @pytest.mark.parametrize(("change", "steady"), [(0.9, True), (1.1, False)])
-def test_steady_is_a_small_change_of_the_medians(change: float, steady: bool) -> None:
+def test_times_are_steady_if_medians_change_little(change: float, steady: bool) -> None:
     for sign in (1, -1):
         clock = FakeClock()
         after = 1 + sign * change * STEADY_CHANGE
@@ -140,8 +140,8 @@ def test_synchronization_cost(batch_s: float) -> None:
     assert found == pytest.approx((batch_s, 2e-5), rel=1e-3)
 
 
-def test_stalls_do_not_make_endless_rounds() -> None:
-    """Two stalls of 30 ms, then batches of 0.5 ms: rounds must stay within the interval."""
+def test_stalls_do_not_make_rounds_too_long() -> None:
+    """After two stalls of 30 ms and batches of 0.5 ms, rounds must stay within the interval."""
     clock = FakeClock()
     run = clock.run(itertools.chain([0.03, 0.03], itertools.repeat(5e-4)))
     batch_s, sync_s = cost_of(run, clock.timer)
@@ -158,16 +158,16 @@ def test_stalls_do_not_make_endless_rounds() -> None:
 
 
 @given(st.floats(1e-7, 100), st.floats(0, 1e-2))
-def test_two_synchronizations_cost_a_thousandth(batch_s: float, sync_s: float) -> None:
+def test_two_synchronizations_cost_at_most_a_thousandth(batch_s: float, sync_s: float) -> None:
     iterations = iterations_for(batch_s, sync_s)
     assert 2 * sync_s <= MAX_SYNC_SHARE * batch_s * iterations * (1 + 1e-9)
-    # One batch less would not do.
+    # One batch less would not suffice.
     assert iterations == 1 or 2 * sync_s > MAX_SYNC_SHARE * batch_s * (iterations - 1) * (1 - 1e-9)
     assert MAX_SYNC_SHARE == 0.001
 
 
 @given(st.floats(1e-7, 100), st.floats(0, 1e-2), st.floats(1e-3, 100))
-def test_a_round_has_a_longest_time(batch_s: float, sync_s: float, max_round_s: float) -> None:
+def test_round_time_is_limited(batch_s: float, sync_s: float, max_round_s: float) -> None:
     iterations = iterations_for(batch_s, sync_s, max_round_s=max_round_s)
     assert iterations == 1 or iterations * batch_s <= max_round_s * (1 + 1e-9)
     if iterations < iterations_for(batch_s, sync_s):
@@ -178,11 +178,11 @@ def test_a_round_has_a_longest_time(batch_s: float, sync_s: float, max_round_s: 
     ("batch_s", "sync_s", "iterations"),
     [(0.1, 1e-5, 1), (0.02, 1e-5, 1), (0.01, 1e-5, 2), (1e-4, 1e-5, 200), (0.1, 0.0, 1)],
 )
-def test_iterations(batch_s: float, sync_s: float, iterations: int) -> None:
+def test_iterations_per_round(batch_s: float, sync_s: float, iterations: int) -> None:
     assert iterations_for(batch_s, sync_s) == iterations
 
 
-def test_a_batch_that_takes_no_time_is_planned() -> None:
+def test_plans_batch_that_takes_no_time() -> None:
     assert iterations_for(0.0, 0.0) == 1
     assert plan([0.0] * 5, sync_s=0.0, interval_s=1.0, min_batches=10).iterations == 1
 
@@ -204,7 +204,7 @@ def test_a_plan_runs_enough_batches(
     assert planned.rounds >= MIN_ROUNDS
     round_s = planned.iterations * statistics.median(times)
     assert planned.synchronization_share == pytest.approx(2 * sync_s / round_s)
-    # A thousandth, unless so long a round would be more than a tenth of the interval.
+    # A thousandth, unless such a round would exceed a tenth of the interval.
     longer_s = round_s + statistics.median(times)
     assert planned.synchronization_share <= MAX_SYNC_SHARE * (1 + 1e-9) or longer_s > (
         interval_s / 10 * (1 - 1e-9)
@@ -222,18 +222,18 @@ def test_a_plan_keeps_to_the_interval(
 
 
 @given(pilot_times, syncs, st.floats(1e-3, 10), st.floats(1, 10), batches)
-def test_more_time_is_never_fewer_rounds_of_the_same_length(
+def test_longer_interval_never_gives_fewer_rounds(
     times: list[float], sync_s: float, interval_s: float, factor: float, min_batches: int
 ) -> None:
     less, more = (
         plan(times, sync_s=sync_s, interval_s=seconds, min_batches=min_batches)
         for seconds in (interval_s, interval_s * factor)
     )
-    # Longer rounds run the batches that are needed in fewer of them.
+    # Fewer but longer rounds run the batches needed.
     assert less.rounds <= more.rounds or less.iterations < more.iterations
 
 
-def test_noisier_times_are_more_rounds() -> None:
+def test_noisier_times_need_more_rounds() -> None:
     def rounds(sigma: float) -> int:
         times = [0.1 * (1 + sigma * z) for z in (-2, -1, 0, 1, 2)]
         return plan(times, sync_s=0.0, interval_s=1e9, min_batches=1).rounds
@@ -244,7 +244,7 @@ def test_noisier_times_are_more_rounds() -> None:
     assert rounds(0.1) == math.ceil(math.pi / 2 * (sigma / 0.005) ** 2)
 
 
-def test_a_round_of_the_pilot_is_as_long_as_its_plan_needs() -> None:
+def test_pilot_round_is_as_long_as_the_plan_needs() -> None:
     clock = FakeClock(sync_s=1e-5)
     batch_s = 1e-6
     planned = pilot(clock.run(batch_s), clock.timer, interval_s=10.0, min_batches=10)
@@ -252,21 +252,21 @@ def test_a_round_of_the_pilot_is_as_long_as_its_plan_needs() -> None:
     assert 2 * clock.sync_s <= 1.02 * MAX_SYNC_SHARE * batch_s * planned.iterations
 
 
-def test_a_pilot_stays_short_against_the_interval() -> None:
+def test_pilot_is_short_relative_to_the_interval() -> None:
     clock = FakeClock()
     pilot(clock.run(0.001), clock.timer, interval_s=10.0, min_batches=10)
     assert clock.now < 0.25 * 10.0
 
 
-def test_a_slow_batch_is_run_ten_times_all_the_same() -> None:
+def test_runs_slow_batch_at_least_ten_times() -> None:
     clock = FakeClock()
     planned = pilot(clock.run(20.0), clock.timer, interval_s=10.0, min_batches=10)
     assert (planned.rounds, planned.iterations) == (10, 1)
 
 
-def test_what_planning_a_slow_batch_takes() -> None:
-    """Batches timed one by one are rounds of the pilot; where blocks can only be of one batch,
-    what a synchronization costs does not matter."""
+def test_planning_a_slow_batch_takes_few_runs() -> None:
+    """The pilot reuses batches timed one by one as rounds; if blocks have only one batch, the cost
+    of a synchronization does not matter."""
     log: list[str] = []
     clock = FakeClock(sync_s=1e-3)
     run = clock.run(0.9, log)
@@ -277,7 +277,7 @@ def test_what_planning_a_slow_batch_takes() -> None:
     assert len(log) == 5 + 4 + 2 * MIN_PAIRS
 
 
-def test_where_a_pilot_could_change_nothing_it_ends_early() -> None:
+def test_pilot_ends_early_if_it_cannot_change_the_plan() -> None:
     log: list[str] = []
     clock = FakeClock(sync_s=1e-3)
     planned = pilot(clock.run(1.5, log), clock.timer, interval_s=10.0, min_batches=10)
@@ -286,7 +286,7 @@ def test_where_a_pilot_could_change_nothing_it_ends_early() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.02, 0.05, 0.1])
-def test_the_median_comes_as_close_as_planned(sigma: float) -> None:
+def test_median_reaches_the_planned_precision(sigma: float) -> None:
     rng = np.random.default_rng(1)
     errors, claimed = [], []
     for _ in range(400):
@@ -298,14 +298,14 @@ def test_the_median_comes_as_close_as_planned(sigma: float) -> None:
         errors.append(timing.median_s / 0.01 - 1)
         claimed.append(timing.standard_error)
     real = math.sqrt(statistics.fmean(e * e for e in errors))
-    # The pilot sees a sample of the noise, so that the target is met to 20 %; 400 runs tell the
-    # spread to 3.5 %.
+    # The pilot sees only a sample of the noise, so the target is met within 20 %; 400 runs estimate
+    # the spread within 3.5 %.
     assert real <= 1.2 * TARGET_STANDARD_ERROR
     assert statistics.median(claimed) == pytest.approx(real, rel=0.2)
     assert abs(statistics.fmean(errors)) <= 4 * real / math.sqrt(len(errors))
 
 
-def test_a_noise_that_cannot_be_afforded_takes_the_whole_interval() -> None:
+def test_too_noisy_times_use_the_whole_interval() -> None:
     times = [0.1 * (1 + 0.5 * z) for z in (-1, -0.5, 0, 0.5, 1)]
     planned = plan(times, sync_s=0.0, interval_s=10.0, min_batches=10)
     assert (planned.rounds, planned.iterations) == (100, 1)
@@ -347,7 +347,7 @@ def test_spread_is_the_standard_deviation_of_normal_times() -> None:
     assert spread(5 + 0.5 * rng.standard_normal(20_000)) == pytest.approx(0.1, rel=0.03)
 
 
-def test_one_disturbed_round_does_not_count() -> None:
+def test_ignores_one_disturbed_round() -> None:
     assert spread([1.0, 1.0, 1.0, 1.0, 50.0]) == 0.0
 
 
@@ -367,13 +367,13 @@ def test_blocks_alternate_and_so_does_their_order() -> None:
     speedup = measure_speedup(
         clock.run(0.25, log, "A"), clock.run(0.125, log, "B"), clock.timer, interval_s=1.0
     )
-    # Before the pairs, each alone; then each pair in the other order, the baseline first.
+    # First each alone, then pairs in alternating order, starting with the baseline.
     before = log[: len(log) - 2 * speedup.pairs]
     assert before.count("A") == before.count("B") >= 1
     assert "".join(log[len(before) :]) == "ABBA" * (speedup.pairs // 2)
 
 
-def test_the_times_of_alternating_blocks_come_in_pairs() -> None:
+def test_alternating_blocks_give_paired_times() -> None:
     clock = FakeClock()
     pairs = alternate(clock.run(0.25), clock.run(0.125), clock.timer, interval_s=1.0)
     assert pairs == [(0.25, 0.125)] * MIN_PAIRS
@@ -409,7 +409,7 @@ def test_synchronizations_do_not_bias_the_speedup(batch_s: float) -> None:
 def test_pairs_fit_the_interval(interval_s: float, pairs: int) -> None:
     clock = FakeClock()
     speedup = measure_speedup(clock.run(0.75), clock.run(0.25), clock.timer, interval_s=interval_s)
-    # An even number, so that both orders count the same.
+    # An even number, so that both orders have equal weight.
     assert speedup.pairs == pairs
 
 
@@ -425,12 +425,12 @@ def test_drift_cancels(per_call: float) -> None:
         return run_one
 
     speedup = measure_speedup(run(0.02), run(0.01), clock.timer, interval_s=1.0)
-    # In a fixed order each ratio would be off by the drift of one call.
+    # In a fixed order, each ratio would be biased by the drift of one call.
     assert abs(speedup.ratio / 2 - 1) < 0.02 * per_call
     assert speedup.low <= 2 <= speedup.high
 
 
-def test_a_run_against_itself_shows_its_noise() -> None:
+def test_comparing_a_run_with_itself_shows_its_noise() -> None:
     clock = FakeClock()
     run = clock.run(noisy(np.random.default_rng(3), 0.01, 0.05))
     speedup = measure_speedup(run, run, clock.timer, interval_s=1.0)
@@ -439,12 +439,12 @@ def test_a_run_against_itself_shows_its_noise() -> None:
 
 @pytest.mark.parametrize("interval_s", [0.01, 0.5, 100.0])
 @pytest.mark.parametrize("skewed", [False, True])
-def test_the_interval_of_the_speedup_holds_the_truth(interval_s: float, skewed: bool) -> None:
+def test_speedup_interval_covers_the_true_value(interval_s: float, skewed: bool) -> None:
     rng = np.random.default_rng(4)
 
     def times(mean_s: float) -> Iterator[float]:
         while True:
-            # A long tail, as of a machine that is disturbed now and then, or normal noise.
+            # Normal noise, or a long tail as on a machine with occasional disturbances.
             noise = rng.exponential(size=1000) if skewed else rng.standard_normal(1000)
             yield from mean_s * np.exp(0.03 * noise)
 
@@ -462,7 +462,7 @@ def test_the_interval_of_the_speedup_holds_the_truth(interval_s: float, skewed: 
 # -- memory -----------------------------------------------------------------------------------
 
 
-def test_memory_of_a_cpu_is_not_measured() -> None:
+def test_does_not_measure_cpu_memory() -> None:
     device = torch.device("cpu")
     with peak_memory(device) as peak:
         torch.zeros(1000)
@@ -510,7 +510,7 @@ def test_out_of_memory(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_other_errors(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert oom_of(error) is None
 
 
@@ -520,7 +520,7 @@ def raised_by(function: Callable[[], None]) -> Exception:
     return info.value
 
 
-def test_the_cause_of_an_error_is_found() -> None:
+def test_finds_out_of_memory_in_causes() -> None:
     oom = torch.OutOfMemoryError(CUDA_OOM)
 
     def middle() -> None:
@@ -539,34 +539,34 @@ def test_the_cause_of_an_error_is_found() -> None:
 
 
 class CompilerError(RuntimeError):
-    """As torch.compile wraps what a backend raised."""
+    """Wrap an error like torch.compile wraps those of a backend."""
 
     def __init__(self, inner_exception: Exception) -> None:
         super().__init__("backend failed")
         self.inner_exception = inner_exception
 
 
-def test_the_inner_exception_of_a_compiler_is_found() -> None:
+def test_finds_out_of_memory_in_compiler_errors() -> None:
     oom = RuntimeError(CUBLAS)
     assert oom_of(CompilerError(oom)) is oom
     assert oom_of(CompilerError(CompilerError(oom))) is oom
     assert oom_of(CompilerError(ValueError("no"))) is None
 
 
-def test_a_chain_that_comes_back_ends() -> None:
+def test_cyclic_exception_chain_terminates() -> None:
     one, other = ValueError("one"), KeyError("other")
     one.__cause__, other.__cause__ = other, one
     assert oom_of(one) is None
 
 
-def test_the_oom_behind_an_unrelated_inner_exception_is_found() -> None:
+def test_finds_out_of_memory_behind_unrelated_inner_exception() -> None:
     oom = torch.OutOfMemoryError(CUDA_OOM)
     error = CompilerError(ValueError("unrelated"))
     error.__cause__ = oom
     assert oom_of(error) is oom
 
 
-def test_an_error_that_hides_its_context_is_no_oom() -> None:
+def test_suppressed_context_is_not_out_of_memory() -> None:
     def outer() -> None:
         try:
             raise torch.OutOfMemoryError(CUDA_OOM)
@@ -595,11 +595,11 @@ def test_requested_bytes(text: str, size: int | None) -> None:
     assert requested_bytes(RuntimeError(text)) == size
 
 
-# -- runs that are prepared -----------------------------------------------------------------------
+# -- prepared runs -------------------------------------------------------------------------------
 
 
 class Prepared:
-    """Uses up something at each call, of which three can be made at once."""
+    """Consume one prepared item at each call; at most three can be prepared at once."""
 
     most_calls = 3
 
@@ -616,9 +616,7 @@ class Prepared:
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_no_more_calls_follow_each_other_than_were_prepared(
-    monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
+def test_calls_between_preparations_are_limited(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(Prepared, "most_calls", most)
     first, second, ticks = Prepared(), Prepared(), itertools.count()
 

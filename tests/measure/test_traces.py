@@ -1,4 +1,4 @@
-"""Traces and tables of kernels: what is in them, and what their files are called."""
+"""Test traces and tables of kernels: their content and their file names."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_writes_trace_and_kernel_table(profiles: Profiles, tmp_path: Path) -> No
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-4)
 
 
-def test_kernel_table_holds_no_formulas(profiles: Profiles, tmp_path: Path) -> None:
+def test_kernel_table_contains_no_formulas(profiles: Profiles, tmp_path: Path) -> None:
     names = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "a\r=1", "gemm-1", "'=1"]
     kernels = [Kernel(name=name, calls=1, seconds=0.0) for name in names]
     kernels.append(Kernel(name="mm", calls=2, seconds=-1e-6))
@@ -85,7 +85,7 @@ def test_kernel_table_holds_no_formulas(profiles: Profiles, tmp_path: Path) -> N
     assert rows[-1]["total_us"] == "-1.000"  # numbers stay numbers
 
 
-def test_no_profile_takes_the_place_of_another(profiles: Profiles, tmp_path: Path) -> None:
+def test_profiles_do_not_overwrite_each_other(profiles: Profiles, tmp_path: Path) -> None:
     points = [("olmoearth", NAME)] * 3 + [("toy", NAME)]
     traces = [profiled(profiles.writer(*point, CPU)).trace for point in points]
     assert [Path(trace or "").name.removesuffix(".trace.json.gz") for trace in traces] == [
@@ -97,17 +97,17 @@ def test_no_profile_takes_the_place_of_another(profiles: Profiles, tmp_path: Pat
     assert len([*(tmp_path / "out" / "profiles").iterdir()]) == 2 * len(points)
 
 
-def test_points_that_ask_for_it_and_all_points(tmp_path: Path) -> None:
+def test_profiles_requested_points_or_all(tmp_path: Path) -> None:
     def wanted(every: bool) -> list[bool]:
         profiles = Profiles(None, every=every, root=tmp_path, start=tmp_path)
         return [profiles.wants(p) for p in (POINT, POINT.replace(profiler_enabled=True))]
 
     assert wanted(False) == [False, True]
     assert wanted(True) == [True, True]
-    assert list(tmp_path.iterdir()) == []  # nothing before there is something to write
+    assert list(tmp_path.iterdir()) == []  # nothing is created before there is something to write
 
 
-def test_without_a_folder_they_are_beside_the_journals(tmp_path: Path) -> None:
+def test_default_folder_is_next_to_the_journals(tmp_path: Path) -> None:
     start = tmp_path / "below"
     profiles = Profiles(None, every=False, root=tmp_path, start=start)
     trace = profiled(profiles.writer("olmoearth", NAME, CPU)).trace
@@ -115,7 +115,7 @@ def test_without_a_folder_they_are_beside_the_journals(tmp_path: Path) -> None:
     assert (tmp_path / ".benchmarks" / "int8bench" / ".gitignore").read_text() == "*\n"
 
 
-def test_what_cannot_be_written_is_told_and_costs_no_evidence(tmp_path: Path) -> None:
+def test_failed_write_is_reported_and_keeps_evidence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     profiles = Profiles(tmp_path / "file" / "in", every=False, root=tmp_path, start=tmp_path)
     evidence = profiled(profiles.writer("olmoearth", NAME, CPU))
@@ -124,7 +124,9 @@ def test_what_cannot_be_written_is_told_and_costs_no_evidence(tmp_path: Path) ->
     assert problem.startswith(f"{NAME}: NotADirectoryError: ")
 
 
-def test_no_half_stays(profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removes_incomplete_profile(
+    profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
@@ -164,20 +166,20 @@ def test_profiles_a_model_once(profiles: Profiles, monkeypatch: pytest.MonkeyPat
     assert calls == [keep, None, keep]
 
 
-# -- names of files ---------------------------------------------------------------------------
+# -- file names -------------------------------------------------------------------------------
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300)
 
 
 @given(names, names)
-def test_every_file_system_takes_the_names_and_keeps_them_apart(one: str, other: str) -> None:
+def test_file_names_are_portable_and_unique(one: str, other: str) -> None:
     stems = [file_stem(name, NAME) for name in (one, other)]
     assert all(re.fullmatch(r"[A-Za-z0-9+=,_][A-Za-z0-9.,+=_-]{0,219}", stem) for stem in stems)
     assert (stems[0] == stems[1]) is (one == other)
 
 
-def test_a_name_that_is_safe_stays_as_it_is() -> None:
+def test_keeps_safe_names() -> None:
     assert file_stem("olmoearth", NAME) == NAME
     assert file_stem("digits", NAME) == f"digits_{NAME}"
     encoded = POINT.replace(extra={"path": "a/b c"}).run_name

@@ -1,4 +1,4 @@
-"""Accuracy tests as a user sees them: ``int8_guardrail`` and ``int8_sensitivity`` under pytest."""
+"""Test accuracy tests as users write them: ``int8_guardrail`` and ``int8_sensitivity``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toys.projects import SMOKE, THROUGHPUT, load, make_project
 
 BF16, W8A8 = projects.bf16(4), projects.int8(4)
 
-# A model whose scores are made up: the candidate gets LOST samples of SAMPLES wrong that the
+# A model with made-up scores: the candidate gets LOST of SAMPLES samples wrong that the
 # baseline gets right.
 TOY = f"""{projects.TOY}
 
@@ -73,8 +73,8 @@ LOST = 18  # of 900 right ones: 2 %
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project with a workload, a test of its throughput and one of its accuracy."""
-    # The last one takes a second to load.
+    """Return a project with a workload, a throughput test and an accuracy test."""
+    # The last plugin takes a second to load.
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     files = {"toy": TOY, "test_accuracy": ACCURACY, "test_throughput": THROUGHPUT}
     ini = f"addopts = --strict-markers {without}\n"
@@ -89,7 +89,7 @@ def run(project: pytest.Pytester, *args: str) -> tuple[pytest.RunResult, Saved |
 
 
 def timed(path: Path) -> list[str]:
-    """The tests in pytest-benchmark's own part of the file."""
+    """Return the tests in pytest-benchmark's part of the file."""
     return [entry["fullname"].partition("::")[2] for entry in load(path)["benchmarks"]]
 
 
@@ -144,9 +144,9 @@ def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.Mon
     for marked in saved.results[2:]:
         assert marked.reason.startswith(f"FAIL: toy: {W8A8}: top1 dropped by 2.00%")
         assert marked.samples_per_s > 0  # measured, and kept
-    # What failed is no baseline for others.
+    # A failed timing is not a baseline for comparisons.
     assert timed(project.path / "out.json") == [f"test_throughput[{BF16}]"] * 2
-    # The verdict says it once.
+    # The verdict reports it once.
     assert sum(line.startswith(f"FAIL: toy: {W8A8}: ") for line in result.outlines) == 1
     result.stdout.no_fnmatch_line("accuracy-failed: *")
     # Too few samples fail too.
@@ -161,7 +161,9 @@ def test_failing_marks_timings(project: pytest.Pytester, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_inconclusive_timings(project: pytest.Pytester, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inconclusive_verdict_does_not_mark_timings(
+    project: pytest.Pytester, capsys: pytest.CaptureFixture[str]
+) -> None:
     project.makepyfile(
         test_few=f"""{FEW}
 
@@ -194,9 +196,11 @@ def test_both(int8_throughput, int8_guardrail):
     assert [row[-4:] for row in rows] == [["top1", "INCONCLUSIVE", "INCONCLUSIVE", "same"]] * 2
 
 
-def test_random_weights_proxy(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_are_marked_and_outputs_compared(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOST", str(LOST))
-    # The second one has a channel that takes the whole range of a row, and no part in the output.
+    # In the second one, a channel takes up the whole range of a row but does not affect the output.
     project.makepyfile(
         test_random="""
         import pytest
@@ -246,7 +250,7 @@ def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.Monke
     files = ("test_accuracy.py", "test_own.py")
     result, saved = run(project, *files, "--int8-remedy", "--int8-max-drop=1pp")
     result.assert_outcomes(failed=1, passed=1)
-    # Of this workload every INT8 model loses 2 %.
+    # Every INT8 model of this workload loses 2 %.
     result.stdout.fnmatch_lines(
         [
             f"int8bench: remedies for {W8A8}: trying SmoothQuant (alpha=0.3)",
@@ -262,7 +266,7 @@ def test_remedies_and_limits(project: pytest.Pytester, monkeypatch: pytest.Monke
     assert [row["outcome"] for row in verdict.remedies] == [None] * 8
 
 
-def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
+def test_any_failed_accuracy_test_marks_the_timing(project: pytest.Pytester) -> None:
     project.makepyfile(
         toy=TOY.replace("return np.arange(samples), right", "return next(SCORES)(right)").replace(
             "class Toy",
@@ -295,7 +299,7 @@ def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pyteste
     )
     statuses = {r.nodeid.partition("::")[2]: r.status for r in saved.results}
     assert statuses[f"test_throughput[{W8A8}]"] == "accuracy-failed"
-    # A baseline that was measured stays so, though it has nothing to be compared with.
+    # A measured baseline stays ok, though it has nothing to be compared with.
     assert statuses[f"test_both[{BF16}]"] == "ok"
     assert statuses[f"test_throughput[{BF16}]"] == "ok"
     names = timed(project.path / "out.json")
@@ -303,7 +307,7 @@ def test_whatever_ends_an_accuracy_test_marks_the_timing(project: pytest.Pyteste
     assert not [name for name in names if W8A8 in name]
 
 
-def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
+def test_skips_points_that_cannot_be_judged(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_accuracy="""
         import pytest
@@ -329,7 +333,7 @@ def test_what_is_not_judged_is_skipped(project: pytest.Pytester) -> None:
             "*not judged: out of memory: CUDA out of memory. Tried to *",
         ]
     )
-    # Where samples cannot decide, that is saved.
+    # Inconclusive verdicts are saved, too.
     result.stdout.fnmatch_lines(["SKIPPED*INCONCLUSIVE: few: *"])
     assert [(v.workload, v.outcome) for v in saved.accuracy] == [("few", "INCONCLUSIVE")]
 

@@ -1,5 +1,5 @@
-"""``--int8-compare`` and ``--benchmark-compare`` in a session: each regression is a failure of its
-own test, and nothing passes silently."""
+"""Test ``--int8-compare`` and ``--benchmark-compare`` in a session: each regression fails its own
+test, and nothing passes silently."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_second(int8_throughput):
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project with two tests of one point."""
+    """Return a project with two tests of one point."""
     return make_project(pytester, monkeypatch, test_one=TESTS)
 
 
 def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
-    """Run pytest with none of the optional plugins but the one that is named."""
+    """Run pytest without optional plugins except ``using``."""
     return project.runpytest_subprocess(*SMOKE, *without(using), *options)
 
 
@@ -50,15 +50,15 @@ def node(name: str, file: str = "test_one.py") -> str:
 
 
 class Base:
-    """A saved file, to be changed as if it had been measured elsewhere."""
+    """A saved file that tests change as if it had been measured elsewhere."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.saved = load(path)
 
     def write(self, times: dict[str, float], **environment: Any) -> None:
-        """Save results whose times are those measured, times a factor; a name that was not
-        measured is a copy of the first one."""
+        """Save results with the measured times multiplied by a factor; a name that was not
+        measured gets a copy of the first result."""
         saved = json.loads(json.dumps(self.saved))
         block = saved["int8bench"]
         block["environment"] |= environment
@@ -78,7 +78,7 @@ MEASURED: list[str] = []
 
 @pytest.fixture
 def base(project: pytest.Pytester) -> Base:
-    """What the project measures, saved; the first test that asks for it measures."""
+    """Save what the project measures; the first test that requests this fixture measures."""
     path = project.path / "base.json"
     if not MEASURED:
         result = run(project, "--benchmark-json=base.json")
@@ -90,20 +90,20 @@ def base(project: pytest.Pytester) -> Base:
 
 
 def gate_lines(result: pytest.RunResult) -> list[str]:
-    """What stands below the heading of the gate."""
+    """Return the lines below the gate's heading."""
     at = next(i for i, line in enumerate(result.outlines) if " int8bench gate " in line)
     lines = result.outlines[at + 1 :]
     return lines[: next(i for i, line in enumerate(lines) if line[:1] in ("=", "!"))]
 
 
-SLOW, FAST = 1e6, 1e-6  # a base that was so much slower or faster than this machine ever is
+SLOW, FAST = 1e6, 1e-6  # a base far slower or faster than this machine can be
 
 
-def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base) -> None:
+def test_compares_session_with_a_saved_file(project: pytest.Pytester, base: Base) -> None:
     first, second = node("first"), node("second")
     compare = ("--int8-compare=base.json", "-Werror:Benchmark fixture was not used")
 
-    # A regression fails its own test, is no baseline, and is in the reports.
+    # A regression fails its own test, is not a baseline, and appears in the reports.
     base.write({first: SLOW, second: FAST})
     result = run(project, *compare, "--benchmark-json=out.json", "--junit-xml=out.xml")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -124,8 +124,8 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
     assert [b["fullname"] for b in load(project.path / "out.json")["benchmarks"]] == [first]
     assert "<failure message=" in (project.path / "out.xml").read_text()
 
-    # Points without a baseline pass. Those that are gone do not, alone or with their file, nor
-    # those that are skipped.
+    # Points without a baseline pass. Missing points fail, alone or with their file, and so do
+    # skipped ones.
     skipped = "\n\n@pytest.mark.skip\ndef test_skipped(int8_throughput):\n    pass\n"
     (project.path / "test_one.py").write_text(TESTS + skipped)
     base.write(
@@ -142,7 +142,7 @@ def test_a_session_is_held_to_a_saved_file(project: pytest.Pytester, base: Base)
         f"not measured, so not compared: {node('skipped')}",
     ]
 
-    # Tests that were not asked for, by node id or by -k, are not missing.
+    # Tests that were not selected, by node id or by -k, are not missing.
     base.write({first: SLOW, second: SLOW, node("gone"): 1.0})
     result = run(
         project, *compare, "test_one.py::test_first", "test_one.py::test_second", "-kfirst"
@@ -196,18 +196,18 @@ def test_benchmark_compare_checks_the_machine(project: pytest.Pytester, base: Ba
 
 @pytest.fixture
 def copy(project: pytest.Pytester) -> None:
-    """A base that nobody measured."""
+    """Save a base that was not measured."""
     block = {"schema": 1, "environment": {}, "results": [], "accuracy": []}
     (project.path / "base.json").write_text(json.dumps({"benchmarks": [], "int8bench": block}))
 
 
-def test_collecting_is_quiet(project: pytest.Pytester, copy: None) -> None:
+def test_collecting_prints_no_comparison(project: pytest.Pytester, copy: None) -> None:
     result = run(project, "--int8-compare=base.json", "--collect-only", "-q")
     assert result.ret == pytest.ExitCode.OK
     result.stdout.no_fnmatch_line("*gate*")
 
 
-def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, copy: None) -> None:
+def test_session_that_compares_nothing_fails(project: pytest.Pytester, copy: None) -> None:
     project.makepyfile(test_plain="def test_plain(): pass")
     result = run(project, "--int8-compare=base.json", "--color=yes", "test_plain.py")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -232,7 +232,7 @@ def test_a_session_that_compares_nothing_ends_in_red(project: pytest.Pytester, c
         ),
     ],
 )
-def test_what_cannot_measure_is_refused_at_the_start(
+def test_rejects_options_that_prevent_measuring_at_start(
     project: pytest.Pytester, copy: None, options: tuple[str, ...], using: str | None, why: str
 ) -> None:
     if using is not None:
@@ -243,7 +243,7 @@ def test_what_cannot_measure_is_refused_at_the_start(
     assert not list(project.path.glob(".benchmarks/int8bench/*"))
 
 
-def test_the_base_is_not_overwritten(project: pytest.Pytester, copy: None) -> None:
+def test_does_not_overwrite_the_base(project: pytest.Pytester, copy: None) -> None:
     before = (project.path / "base.json").read_text()
     result = run(project, "--int8-compare=base.json", "--benchmark-json=base.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -1,4 +1,4 @@
-"""What reports, records or looks at the machine never ends a session."""
+"""Errors while reporting, recording or inspecting the machine never end a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.plugin.xdist.controller import Controller
 from pytest_int8bench.plugin.xdist.worker import Worker
 
-#: Hooks that decide what runs: an error there must be seen before anything does.
+#: Hooks that decide what runs; their errors must appear before anything runs.
 DECIDING = {
     "pytest_addoption",
     "pytest_load_initial_conftests",
@@ -26,7 +26,7 @@ DECIDING = {
 
 
 @pytest.mark.parametrize("owner", [hooks, hooks.AtTheEnd, Recorder, Controller, Worker])
-def test_every_hook_is_guarded_that_does_not_decide_what_runs(owner: Any) -> None:
+def test_guards_every_hook_that_does_not_decide_what_runs(owner: Any) -> None:
     for name, hook in inspect.getmembers(owner, inspect.isfunction):
         if name.startswith("pytest_") and name not in DECIDING:
             assert getattr(hook, "is_guarded", False), name
@@ -43,7 +43,7 @@ LINE = "int8bench: trying failed: KeyError: 'bug'"
 
 
 def drive(steps: Generator[None, Any, Any], answer: Any) -> Any:
-    """Run a wrapper as pluggy does around hooks that return or raise ``answer``."""
+    """Run a wrapper like pluggy does around hooks that return or raise ``answer``."""
     next(steps)
     try:
         if isinstance(answer, BaseException):
@@ -55,7 +55,7 @@ def drive(steps: Generator[None, Any, Any], answer: Any) -> Any:
     raise AssertionError("a wrapper has one step")
 
 
-def test_an_error_becomes_a_line(config: pytest.Config) -> None:
+def test_error_becomes_one_line(config: pytest.Config) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> None:
         raise KeyError("bug")
@@ -66,7 +66,7 @@ def test_an_error_becomes_a_line(config: pytest.Config) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_error_of_a_wrapper_keeps_what_is_inside(config: pytest.Config, when: str) -> None:
+def test_failing_wrapper_keeps_the_inner_result(config: pytest.Config, when: str) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> Generator[None, Any, Any]:
         if when == "before":
@@ -78,13 +78,13 @@ def test_an_error_of_a_wrapper_keeps_what_is_inside(config: pytest.Config, when:
     assert config.stash[RECORDER].reported == [LINE]
 
 
-def test_an_error_from_inside_passes_a_wrapper(config: pytest.Config) -> None:
+def test_inner_error_passes_through_a_wrapper(config: pytest.Config) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> Generator[None, Any, Any]:
         try:
             return (yield)
         finally:
-            raise KeyError("bug")  # must not take its place
+            raise KeyError("bug")  # must not replace it
 
     with pytest.raises(OSError, match="inside"):
         drive(hook(config), OSError("inside"))
@@ -94,7 +94,7 @@ def test_an_error_from_inside_passes_a_wrapper(config: pytest.Config) -> None:
 @pytest.mark.parametrize(
     "error", [pytest.UsageError("u"), pytest.exit.Exception("x"), KeyboardInterrupt()], ids=repr
 )
-def test_what_ends_a_session_on_purpose_does(config: pytest.Config, error: BaseException) -> None:
+def test_does_not_catch_deliberate_exits(config: pytest.Config, error: BaseException) -> None:
     @guarded("trying")
     def hook(config: pytest.Config) -> None:
         raise error
@@ -103,7 +103,7 @@ def test_what_ends_a_session_on_purpose_does(config: pytest.Config, error: BaseE
         hook(config)
 
 
-#: Functions that hooks call, each broken in a session of its own.
+#: Functions that hooks call; each is broken in a separate session.
 BROKEN = {
     "plugin.points.params_of": "",
     "plugin.collection.sort_by_model": "ordering tests",
@@ -121,7 +121,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken: str) -> None:
+def test_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken: str) -> None:
     pytester.makeconftest(
         f"""
         import pytest

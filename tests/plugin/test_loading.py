@@ -1,4 +1,4 @@
-"""Libraries are loaded before the first test starts, and only for tests that use them."""
+"""Libraries are loaded before the first test, and only for tests that use them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     ],
     ids=["off", "compiled", "others"],
 )
-def test_nothing_is_left_for_the_first_test_to_load(
+def test_loads_libraries_before_the_first_test(
     project: pytest.Pytester, options: list[str], found: str
 ) -> None:
     arguments = ["--int8-preset=smoke", "--int8-workload=mine.py:make", "-pno:randomly"]
@@ -81,7 +81,7 @@ def test_nothing_is_left_for_the_first_test_to_load(
 
 
 @pytest.mark.slow
-def test_a_library_that_cannot_be_loaded_is_for_the_tests_to_show(
+def test_broken_library_fails_in_its_test(
     project: pytest.Pytester,
 ) -> None:
     project.makepyfile(toy_library="raise KeyError('damaged')")

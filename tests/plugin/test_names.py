@@ -1,4 +1,4 @@
-"""Names of points in a suite of several workloads."""
+"""Test run names in a suite with several workloads."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_marked(int8_throughput):
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project whose session has OlmoEarth, and some tests another workload."""
+    """Return a project whose session uses OlmoEarth while some tests use another workload."""
     conftest = "import pytest\n\n\n" + "".join(HOOK[1:])
     return make_project(pytester, monkeypatch, conftest=conftest)
 
 
-def test_only_olmoearth_has_its_fields_in_names(project: pytest.Pytester) -> None:
+def test_only_olmoearth_names_contain_its_fields(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_a=FIXTURE.format("", 'toy.make("bert")') + THROUGHPUT,
         test_b=FIXTURE.format("int8_workload", "int8_workload") + THROUGHPUT,
@@ -80,7 +80,7 @@ def test_only_olmoearth_has_its_fields_in_names(project: pytest.Pytester) -> Non
         [
             *(f"test_a.py::test_throughput[{name.format(size)}]" for size in sizes),
             *(f"test_b.py::test_throughput[{seed.format(size)}]" for size in (32, 64)),
-            f"test_c.py::test_marked[digits-{name.format('')}]",  # which does not read it
+            f"test_c.py::test_marked[digits-{name.format('')}]",  # which ignores it
             *(f"test_d.py::test_marked[toy.py:make-{name.format(size)}]" for size in sizes),
             *(f"test_e.py::test_throughput[{seed.format(size)}]" for size in (32, 64)),
             *(f"test_f.py::test_point[{name.format(size)}]" for size in sizes),
@@ -94,7 +94,7 @@ def test_only_olmoearth_has_its_fields_in_names(project: pytest.Pytester) -> Non
     result.assert_outcomes(passed=4)
 
 
-def test_tables_tell_models_apart_and_older_files_are_found(project: pytest.Pytester) -> None:
+def test_tables_distinguish_models_and_older_files_match(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_a=FIXTURE.format("", 'toy.make("bert")') + THROUGHPUT,
         test_b=FIXTURE.format("", 'toy.make("vit")') + THROUGHPUT,
@@ -133,7 +133,7 @@ def test_tables_tell_models_apart_and_older_files_are_found(project: pytest.Pyte
         assert lines.count(f"{row} (") == 2  # NOW and 0001
 
 
-def test_a_marker_sets_no_field_that_its_workload_does_not_read(project: pytest.Pytester) -> None:
+def test_rejects_marker_fields_that_the_workload_ignores(project: pytest.Pytester) -> None:
     project.makepyfile(test_a=MARKED.format('digits", model_size="nano'))
     result = project.runpytest_subprocess(*SMOKE, *without())
     result.stdout.fnmatch_lines(

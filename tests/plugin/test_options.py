@@ -1,4 +1,4 @@
-"""Command line and ini options, and what the plugin costs a suite that does not use it."""
+"""Test command-line and ini options, and what the plugin costs suites that do not use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = "must be olmoearth, digits, timm:NAME, hf:NAME, module:callable or path.
 REFERENCE = "must be module:callable or path.py:callable, got "
 
 PERCENTAGE = "must be a percentage such as 1% (relative) or 1pp (absolute)"
-# Option -> bad value -> what is said about it.
+# Option -> bad value -> error.
 BAD_VALUES: dict[str, dict[str, str]] = {
     "mode": {
         "w4": "must be a comma-separated list of w8a8, w8, fp8, off, got 'w4'",
@@ -112,7 +112,7 @@ BAD_VALUES: dict[str, dict[str, str]] = {
     },
     "journal": {"/": "must be a writable file that does not exist yet, got '/'"},
 }
-# Flags take a value in the ini file only.
+# Flags have a value only in the ini file.
 BAD_FLAGS = {
     name: {"maybe": "must be true or false, got 'maybe'"}
     for name in (
@@ -128,7 +128,7 @@ BAD_FLAGS = {
 }
 CASES = [(name, text, why) for name, bad in BAD_VALUES.items() for text, why in bad.items()]
 FLAG_CASES = [(name, text, why) for name, bad in BAD_FLAGS.items() for text, why in bad.items()]
-# Each costs a process: one that holds a value, one that looks at files, and a flag stand for all.
+# Each costs a process, so test one option with a value, one that checks files, and one flag.
 FEW = [(name, *next(iter(BAD_VALUES[name].items()))) for name in ("mode", "compare")]
 
 
@@ -138,13 +138,13 @@ def settings_of(pytester: pytest.Pytester, *args: str, ini: str = "") -> Setting
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
-    """Run pytest without other plugins, which load what this one must not."""
+    """Run pytest without other plugins, which load modules that this one must not."""
     others = ("hypothesispytest", "randomly", "codspeed")
     without = [option for name in others for option in ("-p", f"no:{name}")]
     return pytester.runpytest_subprocess(*without, *args)
 
 
-def test_all_options_have_bad_values() -> None:
+def test_every_option_has_a_bad_value() -> None:
     assert {*BAD_VALUES, *BAD_FLAGS} == set(OPTIONS)
 
 
@@ -206,7 +206,7 @@ def test_unknown_kernel_exits_4(pytester: pytest.Pytester, monkeypatch: pytest.M
         assert settings_of(pytester) == Settings()
 
 
-def test_defaults(pytester: pytest.Pytester) -> None:
+def test_default_settings(pytester: pytest.Pytester) -> None:
     settings = settings_of(pytester)
     assert settings == Settings(
         preset="auto",
@@ -223,14 +223,15 @@ def test_defaults(pytester: pytest.Pytester) -> None:
     assert settings.points("seed") == [W8A8]
 
 
-def test_a_cross_product_needs_a_sweep(pytester: pytest.Pytester) -> None:
+def test_cross_product_needs_a_sweep(pytester: pytest.Pytester) -> None:
     flag = "--int8-cross-product"
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, flag, "--int8-set=batch_size=4")
     assert str(caught.value) == f"{flag}: needs --int8-sweep, or --int8-set with several values"
     for sweep in ("--int8-sweep=batch", "--int8-set=batch_size=4,8"):
         assert settings_of(pytester, flag, sweep).cross_product
-    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product  # it waits for one
+    # In an ini file it only applies if there is a sweep.
+    assert settings_of(pytester, ini="int8_cross_product = yes").cross_product
 
 
 EVERYTHING = Settings(
@@ -255,7 +256,7 @@ EVERYTHING = Settings(
 )
 
 
-def test_every_option_on_the_command_line(pytester: pytest.Pytester) -> None:
+def test_reads_every_option_from_the_command_line(pytester: pytest.Pytester) -> None:
     settings = settings_of(
         pytester,
         "--int8-mode=w8, off,w8",
@@ -305,11 +306,11 @@ INI = """
 """
 
 
-def test_every_option_in_the_ini_file(pytester: pytest.Pytester) -> None:
+def test_reads_every_option_from_the_ini_file(pytester: pytest.Pytester) -> None:
     assert settings_of(pytester, ini=INI.replace("\n    ", "\n")) == EVERYTHING
 
 
-def test_the_command_line_wins(pytester: pytest.Pytester) -> None:
+def test_command_line_overrides_ini_file(pytester: pytest.Pytester) -> None:
     settings = settings_of(
         pytester,
         "--int8-mode=w8a8",
@@ -351,7 +352,7 @@ def test_rejects_fields_a_library_ignores(pytester: pytest.Pytester, option: str
     )
 
 
-def test_the_sweep_of_all_keys_is_for_every_library(pytester: pytest.Pytester) -> None:
+def test_every_library_accepts_the_sweep_of_all_keys(pytester: pytest.Pytester) -> None:
     settings_of(pytester, "--int8-sweep=all", "--int8-workload=hf:bert")
     with pytest.raises(pytest.UsageError, match="patch_size is OlmoEarth's"):
         settings_of(
@@ -362,9 +363,7 @@ def test_the_sweep_of_all_keys_is_for_every_library(pytester: pytest.Pytester) -
 @pytest.mark.parametrize(
     ("workload", "count"), [("olmoearth", 8), ("digits", 1), ("toy.py:make", 8), (None, 8)]
 )
-def test_points_of_a_sweep_that_a_workload_does_not_read_fold(
-    workload: str | None, count: int
-) -> None:
+def test_points_that_differ_in_unread_fields_are_merged(workload: str | None, count: int) -> None:
     settings = Settings(preset="smoke", axes={"image_size": SWEEPS["image"]["image_size"]})
     place = SimpleNamespace(dir=Path())
     config: Any = SimpleNamespace(invocation_params=place, inipath=None, rootpath=Path())
@@ -373,7 +372,7 @@ def test_points_of_a_sweep_that_a_workload_does_not_read_fold(
     assert {point.model_size for point in points} == {"nano" if workload == "olmoearth" else "base"}
 
 
-def test_weights_are_found_from_where_pytest_starts(pytester: pytest.Pytester) -> None:
+def test_weights_are_relative_to_the_starting_folder(pytester: pytest.Pytester) -> None:
     path = pytester.path / "weights.pth"
     path.touch()
     assert settings_of(pytester, "--int8-weights=weights.pth").weights == str(path)
@@ -395,7 +394,7 @@ def test_set_turns_off_what_an_ini_file_turns_on(pytester: pytest.Pytester) -> N
     assert changes == {"profiler_enabled": False, "wandb_enabled": False}
 
 
-def test_a_lean_session_reports_nowhere(pytester: pytest.Pytester) -> None:
+def test_lean_session_writes_no_reports(pytester: pytest.Pytester) -> None:
     ini = "int8_profile = profiles\nint8_wandb = true"
     settings = settings_of(pytester, "--int8-lean", ini=ini)
     assert (settings.changes, settings.profile) == ({}, None)
@@ -405,7 +404,7 @@ def test_a_lean_session_reports_nowhere(pytester: pytest.Pytester) -> None:
     ("option", "said"),
     [("--int8-wandb", "--int8-wandb"), ("--int8-set=wandb_enabled=true", "--int8-set")],
 )
-def test_wandb_has_to_be_installed(
+def test_wandb_must_be_installed(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str, said: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -414,7 +413,7 @@ def test_wandb_has_to_be_installed(
     assert str(caught.value) == f"{said}: needs wandb: pip install 'pytest-int8bench[wandb]'"
 
 
-def test_the_last_set_wins(pytester: pytest.Pytester) -> None:
+def test_last_set_option_wins(pytester: pytest.Pytester) -> None:
     one, several = "--int8-set=batch_size=4", "--int8-set=batch_size=4,8"
     assert settings_of(pytester, several, one).changes == {"batch_size": 4}
     assert settings_of(pytester, several, one).axes == {}
@@ -428,7 +427,7 @@ def test_set_replaces_the_values_of_a_sweep_key(pytester: pytest.Pytester) -> No
     assert settings.axes["batch_size"] == [3, 5]
 
 
-def test_a_set_smoothquant_wins_over_the_flag(pytester: pytest.Pytester) -> None:
+def test_set_smoothquant_overrides_the_flag(pytester: pytest.Pytester) -> None:
     settings = settings_of(pytester, "--int8-smoothquant", "--int8-set=int8_smoothquant=false")
     assert settings.changes == {"int8_smoothquant": False}
 
@@ -459,13 +458,13 @@ def base(pytester: pytest.Pytester) -> Path:
     return path
 
 
-def test_the_gate_is_off_by_default(pytester: pytest.Pytester) -> None:
-    pytester.makepyprojecttoml(TABLE.replace("15%", "bad"))  # not even read
+def test_gate_is_off_by_default(pytester: pytest.Pytester) -> None:
+    pytester.makepyprojecttoml(TABLE.replace("15%", "bad"))  # not even opened
     settings = settings_of(pytester)
     assert (settings.compare, settings.rules, settings.lean) == ((), Rules(), False)
 
 
-def test_command_line_limits_win(pytester: pytest.Pytester, base: Path) -> None:
+def test_command_line_limits_override_ini_limits(pytester: pytest.Pytester, base: Path) -> None:
     runs = (("*_bs1", {"throughput": 0.3}),)
     pytester.makepyprojecttoml(TABLE)
     settings = settings_of(pytester, "--int8-compare=base.json")
@@ -491,7 +490,7 @@ def test_command_line_limits_win(pytester: pytest.Pytester, base: Path) -> None:
     )
 
 
-def test_a_bad_table_is_refused(pytester: pytest.Pytester, base: Path) -> None:
+def test_rejects_bad_table(pytester: pytest.Pytester, base: Path) -> None:
     path = pytester.makepyprojecttoml(TABLE.replace("15%", "15"))
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, "--int8-compare=base.json")
@@ -501,7 +500,7 @@ def test_a_bad_table_is_refused(pytester: pytest.Pytester, base: Path) -> None:
     )
 
 
-def test_files_to_compare_with_are_found(pytester: pytest.Pytester, base: Path) -> None:
+def test_finds_files_to_compare_with(pytester: pytest.Pytester, base: Path) -> None:
     stored = pytester.path / ".benchmarks" / "Linux" / "0003_run.json"
     stored.parent.mkdir(parents=True)
     base.rename(stored)
@@ -520,11 +519,11 @@ def test_files_to_compare_with_are_found(pytester: pytest.Pytester, base: Path) 
 @pytest.mark.parametrize(
     "option", [*(f"max-{name}=5%" for name in ("slowdown", "memory-growth")), "allow-missing"]
 )
-def test_limits_need_something_to_compare_with(pytester: pytest.Pytester, option: str) -> None:
+def test_limits_need_a_file_to_compare_with(pytester: pytest.Pytester, option: str) -> None:
     name, _, value = option.partition("=")
     with pytest.raises(pytest.UsageError, match=rf"^--int8-{name}: needs --int8-compare$"):
         settings_of(pytester, f"--int8-{option}")
-    # In an ini file it waits for the option.
+    # In an ini file it only applies with that option.
     ini = f"int8_{name.replace('-', '_')} = {value or 'yes'}"
     assert settings_of(pytester, ini=ini).rules == Rules()
 
@@ -533,7 +532,7 @@ def test_allowed_names_in_benchmark_compare(pytester: pytest.Pytester) -> None:
     assert settings_of(pytester, "--int8-allow=driver").rules == Rules(allow=frozenset({"driver"}))
 
 
-def test_a_sweep_of_too_many_points_is_refused_at_the_start(pytester: pytest.Pytester) -> None:
+def test_rejects_sweep_with_too_many_points_at_start(pytester: pytest.Pytester) -> None:
     with pytest.raises(pytest.UsageError) as caught:
         settings_of(pytester, "--int8-sweep=all", "--int8-cross-product", "--int8-mode=w8,w8a8")
     assert str(caught.value) == (
@@ -551,7 +550,7 @@ def test_a_sweep_of_too_many_points_is_refused_at_the_start(pytester: pytest.Pyt
         ("--benchmark-skip", "--benchmark-skip"),
     ],
 )
-def test_options_under_which_nothing_is_measured_are_refused(
+def test_rejects_options_that_measure_nothing(
     pytester: pytest.Pytester, base: Path, option: str, obstacle: str, name: str
 ) -> None:
     with pytest.raises(pytest.UsageError) as caught:
@@ -575,7 +574,7 @@ def test_rejects_plugins_that_prevent_timing(pytester: pytest.Pytester, base: Pa
         )
 
 
-def test_lean_compares_with_no_file(pytester: pytest.Pytester) -> None:
+def test_lean_disables_comparison(pytester: pytest.Pytester) -> None:
     (pytester.path / "base.json").touch()
     ini = "int8_compare = base.json\nint8_max_slowdown = 3%"
     assert settings_of(pytester, ini=ini).rules.limits == {"throughput": 0.03}
@@ -583,12 +582,12 @@ def test_lean_compares_with_no_file(pytester: pytest.Pytester) -> None:
     assert (settings.compare, settings.rules) == ((), Rules())
 
 
-def test_benchmark_enable_goes_before_benchmark_disable(pytester: pytest.Pytester) -> None:
+def test_benchmark_enable_overrides_benchmark_disable(pytester: pytest.Pytester) -> None:
     options = ("--benchmark-disable", "--benchmark-enable")
     assert settings_of(pytester, "--int8-lean", *options).lean
 
 
-def test_the_sides_of_an_a_b_share_no_compiled_code(pytester: pytest.Pytester) -> None:
+def test_lean_ignores_the_compile_cache(pytester: pytest.Pytester) -> None:
     options = ["--int8-compile-cache=cache"]
     assert settings_of(pytester, *options).compile_cache == pytester.path / "cache"
     assert settings_of(pytester, "--int8-lean", *options).compile_cache is None
@@ -620,20 +619,20 @@ def test_presets() -> None:
     assert set(PRESETS) == {"seed", "smoke"}
 
 
-def test_auto_preset_looks_at_the_device() -> None:
+def test_auto_preset_depends_on_the_device() -> None:
     assert Settings().resolved_preset(lambda: True) == "seed"
     assert Settings().resolved_preset(lambda: False) == "smoke"
 
 
 @pytest.mark.parametrize("preset", ["seed", "smoke"])
-def test_a_named_preset_does_not(preset: str) -> None:
+def test_named_preset_does_not_query_the_device(preset: str) -> None:
     def never() -> bool:
         raise AssertionError("the device was looked at")
 
     assert Settings(preset=preset).resolved_preset(never) == preset
 
 
-def test_changes_win_over_the_preset() -> None:
+def test_changes_override_the_preset() -> None:
     changes = {"batch_size": 2, "gpu_type": "cuda", "extra.width": 8}
     params = Settings(changes=changes).default_params("smoke")
     assert (params.batch_size, params.gpu_type, params.model_size) == (2, "cuda", "nano")
@@ -699,7 +698,7 @@ DEFAULTS = {
 
 @pytest.fixture
 def help_text(pytester: pytest.Pytester, forked: None) -> str:
-    """The help with its line breaks taken out."""
+    """Return the help without its line breaks."""
     result = run(pytester, "--help")
     assert result.ret == pytest.ExitCode.OK
     return " ".join(" ".join(result.outlines).split())
@@ -763,7 +762,7 @@ def test_unrelated(x, tmp_path, benchmark):
 
 
 def loaded(pytester: pytest.Pytester, *args: str) -> list[str]:
-    """Return the heavy modules, and our own, that a run had loaded at its end."""
+    """Return the heavy modules and our own modules that are loaded at the end of a run."""
     pytester.makeconftest(CONFTEST)
     result = run(pytester, *args)
     assert result.ret == pytest.ExitCode.OK
@@ -771,14 +770,16 @@ def loaded(pytester: pytest.Pytester, *args: str) -> list[str]:
 
 
 @pytest.mark.parametrize("args", [(), ("--help",), ("--markers",), ("--collect-only",)])
-def test_an_unrelated_suite_loads_nothing(pytester: pytest.Pytester, args: tuple[str, ...]) -> None:
+def test_unrelated_suite_loads_no_heavy_libraries(
+    pytester: pytest.Pytester, args: tuple[str, ...]
+) -> None:
     pytester.makepyfile(UNRELATED)
     theirs = loaded(pytester, *args, "-p", "no:int8bench")
     assert "pytest_int8bench.plugin.hooks" not in theirs
     assert set(loaded(pytester, *args)) - set(theirs) == {"pytest_int8bench.plugin.hooks"}
 
 
-#: Modules of ours that a session without our fixtures may load: each one costs every suite time.
+#: Our modules that a session without our fixtures may load; each costs every suite time.
 IDLE = (
     "pytest_int8bench",
     "pytest_int8bench.choices",
@@ -814,33 +815,33 @@ def pytest_unconfigure(config):
 """
 
 
-def test_an_unrelated_suite_loads_few_modules_of_ours(pytester: pytest.Pytester) -> None:
+def test_unrelated_suite_loads_few_of_our_modules(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(UNRELATED + "\ndef test_fails():\n    assert False\n")
     pytester.makeconftest(LISTING)
     assert run(pytester).ret == pytest.ExitCode.TESTS_FAILED
     assert tuple(Path("loaded.txt").read_text().split()) == IDLE
 
 
-def test_options_load_nothing(pytester: pytest.Pytester) -> None:
+def test_options_load_no_heavy_libraries(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_unrelated(): pass")
     args = ["--int8-mode=w8", "--int8-sweep=all", "--int8-workload=olmoearth", "--int8-filter=a:b"]
     args += ["--int8-report=r.html"]
     assert loaded(pytester, *args) == ["pytest_int8bench.plugin.hooks"]
 
 
-def test_collecting_points_of_a_named_preset_loads_nothing(pytester: pytest.Pytester) -> None:
+def test_collecting_with_named_preset_loads_no_heavy_libraries(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_throughput(int8_throughput): pass")
     assert loaded(pytester, "--collect-only", "--int8-preset=seed", "--int8-sweep=all") == [
         "pytest_int8bench.plugin.hooks"
     ]
 
 
-def test_the_check_of_loaded_modules_can_fail(pytester: pytest.Pytester) -> None:
+def test_loaded_modules_helper_detects_torch(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import torch\ndef test_torch(): pass")
     assert {"pytest_int8bench.plugin.hooks", "torch"} <= set(loaded(pytester))
 
 
-def test_a_compile_cache_must_not_be_mounted_noexec(
+def test_rejects_compile_cache_mounted_noexec(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_int8bench.files.is_noexec", lambda folder: True)

@@ -1,4 +1,4 @@
-"""Good manners: what pytest, pytest-benchmark and other plugins offer goes on working."""
+"""Features of pytest, pytest-benchmark and other plugins keep working."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from toys.projects import (
     without,
 )
 
-# In batches of 7 a signal comes when the baseline runs again after the candidate: while the speedup
-# is measured, with the rounds of the candidate's test already over.
+# In batches of 7 a signal arrives when the baseline runs again after the candidate, that is, while
+# the speedup is measured and the rounds of the candidate's test are over.
 TOY = f"""{toy(bs5=FAILS, bs7="interrupt(self)")}
 
 ran = []
@@ -72,19 +72,19 @@ def test_model(int8_model, int8_batch):
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project with a workload, a test of its throughput and one of its model."""
+    """Return a project with a workload, a throughput test and a test of its model."""
     files = {"toy": TOY, "conftest": CONFTEST, "test_one": THROUGHPUT, "test_two": MODEL}
     ini = "addopts = --strict-markers\nmarkers =\n    slow\n"
     return make_project(pytester, monkeypatch, ini=ini, **files)
 
 
 def run(project: pytest.Pytester, *options: str, using: str | None = None) -> pytest.RunResult:
-    """Run pytest with none of the optional plugins but the one that is named."""
+    """Run pytest without optional plugins except ``using``."""
     return project.runpytest_subprocess(*SMOKE, *without(using), *options)
 
 
 def one(*names: str) -> list[str]:
-    """Node ids of the test of throughput."""
+    """Return node ids of the throughput test."""
     return [f"test_one.py::test_throughput[{name}]" for name in names]
 
 
@@ -102,12 +102,12 @@ def test_collecting_builds_and_writes_nothing(project: pytest.Pytester) -> None:
     assert (project.path / "torch.loaded").read_text() == "False"
     assert nothing_saved(project)
 
-    # Tests of throughput are benchmarks to -m as well.
+    # -m selects throughput tests as benchmarks, too.
     result = run(project, "--collect-only", "-q", "-m", "not benchmark")
     assert ids(result) == [f"test_two.py::test_model[{int8(4)}]"]
 
 
-def test_points_stay_together_whoever_reorders_tests(project: pytest.Pytester) -> None:
+def test_points_stay_together_if_plugins_reorder_tests(project: pytest.Pytester) -> None:
     project.makeconftest(
         """
         import pytest
@@ -167,7 +167,7 @@ def test_disabled_benchmarks_run_once_unmeasured(project: pytest.Pytester) -> No
     reason = "ran once, not measured: pytest-benchmark is disabled"
     result.stdout.fnmatch_lines(["not saved as JSON: pytest-benchmark is disabled"])
     result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
-    # What would follow is a file without timings where others are compared with.
+    # Otherwise comparisons would later find a file without timings.
     assert (project.path / "out.json").read_text() == "an earlier measurement"
     assert not list(project.path.glob(".benchmarks/**/*.json"))
     [path] = journals(project)
@@ -177,7 +177,7 @@ def test_disabled_benchmarks_run_once_unmeasured(project: pytest.Pytester) -> No
 
 
 @pytest.mark.slow
-def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
+def test_supports_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -230,8 +230,8 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     [journal] = journals(project)
     assert read(path).results == read(journal).results
 
-    # A candidate without the test of its baseline, against a run of another commit that was far
-    # slower ...
+    # A candidate without its baseline's test, compared with a far slower run of another
+    # commit ...
     saved["int8bench"]["environment"] |= {"commit": "def", "dirty": True}
     scale_times(path, saved, 1e6)
     compare = ("-k", "grouped and w8a8", "--benchmark-compare", "--benchmark-compare-fail")
@@ -247,7 +247,7 @@ def test_groups_markers_saving_and_comparing(project: pytest.Pytester) -> None:
     assert (measured.nodeid, measured.speedup_method) == (grouped[1], "interleaved")
     assert measured.speedup > 0
 
-    # ... and against one that was far faster: the table is shown all the same.
+    # ... and with a far faster one: the table is shown in both cases.
     scale_times(path, saved, 1e-6)
     result = run(project, *compare, "median:5%")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -268,7 +268,7 @@ def scale_times(path: Path, saved: dict[str, Any], factor: float) -> None:
 
 
 @pytest.mark.slow
-def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -> None:
+def test_supports_stopping_and_rerunning_failures(project: pytest.Pytester) -> None:
     (project.path / "test_two.py").unlink()
     sweep = "--int8-set=batch_size=4,5,3"
     finished, failed = one(bf16(4), int8(4)), one(bf16(5), int8(5))
@@ -281,7 +281,7 @@ def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -
     [first] = journals(project)
     assert statuses(read(first).results) == {**dict.fromkeys(finished, "ok"), failed[0]: "failed"}
 
-    # The failed one first, then model by model up to the second failure.
+    # The failed point first, then model by model up to the second failure.
     result = run(project, sweep, "--ff", "--maxfail=2")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, failed=2)
@@ -305,7 +305,7 @@ def test_stopping_at_failures_and_running_them_again(project: pytest.Pytester) -
 @pytest.mark.parametrize(
     ("name", "code"), [("SIGINT", pytest.ExitCode.INTERRUPTED), ("SIGKILL", -signal.SIGKILL)]
 )
-def test_what_was_finished_outlives_a_signal(
+def test_finished_results_survive_a_signal(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     (project.path / "test_two.py").unlink()
@@ -321,7 +321,7 @@ def test_what_was_finished_outlives_a_signal(
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*- int8bench -*", f"toy *{bf16(7)} *", "saved: out.json"])
     assert statuses(read(project.path / "out.json").results) == dict.fromkeys(finished, "ok")
-    # The rounds of the point that was interrupted were over, its measurement was not.
+    # The interrupted point's rounds were over, but its measurement was not.
     timed = [entry["fullname"] for entry in load(project.path / "out.json")["benchmarks"]]
     assert timed == finished
 
@@ -330,7 +330,7 @@ def test_what_was_finished_outlives_a_signal(
 
 
 @pytest.mark.slow
-def test_under_xdist_nothing_passes_for_measured(project: pytest.Pytester) -> None:
+def test_xdist_workers_on_one_cpu_measure_nothing(project: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     (project.path / "test_two.py").unlink()
     result = run(
@@ -376,11 +376,11 @@ def test_randomly_keeps_points_and_inputs(project: pytest.Pytester) -> None:
         batches = list(dict.fromkeys(int(point.split("_bs")[1][0]) for point in points))
         assert sorted(batches) == [2, 3, 4]
         assert points == [name(batch) for batch in batches for name in (bf16, int8)]
-        # Once a point is left, it does not come again.
+        # A point never comes back after another one.
         assert [node.partition("[")[2][:-1] for node in order] == [
             point for point in points for _ in range(2 if "int8" not in point else 3)
         ]
-    assert len(orders) > 1  # or nothing was shuffled
+    assert len(orders) > 1  # otherwise nothing was shuffled
 
     for seed in (1, 2):
         result = run(
@@ -392,20 +392,20 @@ def test_randomly_keeps_points_and_inputs(project: pytest.Pytester) -> None:
     assert first == second
 
 
-def test_codspeed_that_is_only_installed_changes_nothing(project: pytest.Pytester) -> None:
+def test_codspeed_installed_but_disabled_changes_nothing(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     result = run(project, "--int8-mode=off", using="codspeed")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["codspeed: *disabled*"])
-    # With mode off baselines alone are measured, and int8_model is one.
+    # With mode off, only baselines are measured, and int8_model is one.
     [path] = journals(project)
     [entry] = read(path).results
     assert (entry.nodeid, entry.status, entry.speedup) == (*one(bf16(4)), "ok", None)
 
 
 @pytest.mark.slow
-def test_codspeed_alone_measures_no_points(project: pytest.Pytester) -> None:
+def test_codspeed_without_pytest_benchmark_measures_no_points(project: pytest.Pytester) -> None:
     pytest.importorskip("pytest_codspeed")
     project.makepyfile(
         test_three="""

@@ -1,5 +1,5 @@
-"""Plain benchmarks in a session: recorded beside the points, held to a file, run again, left out of
-nothing that ``int8bench ab`` measures."""
+"""Test plain benchmarks in a session: recorded with the points, compared with a file, rerun, and
+measured by ``int8bench ab``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def statuses(path: Path) -> dict[str, tuple[str, str | None]]:
     return {b.nodeid.removeprefix(FILE): (b.status, b.reason) for b in found}
 
 
-def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
+def test_records_and_compares_plain_benchmarks(project: pytest.Pytester) -> None:
     base, new = project.path / "base.json", project.path / "new.json"
     result = project.runpytest_subprocess(*SMOKE, *without(), OFF, f"--benchmark-json={base}")
     result.assert_outcomes(passed=5, failed=2, skipped=1)
@@ -77,7 +77,7 @@ def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
     at = next(i for i, line in enumerate(result.outlines) if line.startswith("benchmark  "))
     assert {line.split()[0] for line in result.outlines[at + 1 : at + 5]} >= {f"{FILE}sort[10]"}
 
-    # Without tests of ours too, and against a file that pytest-benchmark saved alone.
+    # This also works without int8bench tests, and with a file saved by pytest-benchmark alone.
     saved = load(base)
     del saved["int8bench"]
     for entry in saved["benchmarks"]:
@@ -106,7 +106,9 @@ def test_they_are_recorded_and_held_to_a_file(project: pytest.Pytester) -> None:
         ("--int8-lean", ("ok", None)),
     ],
 )
-def test_options(project: pytest.Pytester, option: str, expected: tuple[str, str | None]) -> None:
+def test_options_apply_to_plain_benchmarks(
+    project: pytest.Pytester, option: str, expected: tuple[str, str | None]
+) -> None:
     tests = ("test_one.py", "-k", "sort or without", "--int8-journal=new.jsonl")
     result = project.runpytest_subprocess(*SMOKE, *without(), option, *tests)
     assert result.ret == pytest.ExitCode.OK

@@ -1,4 +1,4 @@
-"""The plugin as a user sees it: one pytest run in a subprocess, several looks at it."""
+"""Test the plugin as users see it, with several checks of each pytest subprocess."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ CLEAR = "WorkloadError: workload 'nothing': build must return a torch.nn.Module,
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> pytest.Pytester:
-    """A project with a workload and one test of its throughput."""
-    # The first two have their own tests in test_manners, and loading Hypothesis takes a second.
+    """Return a project with a workload and one throughput test."""
+    # test_other_plugins.py tests the first two, and loading Hypothesis takes a second.
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     ini = f"addopts = --strict-markers {without}\n"
     return make_project(pytester, monkeypatch, ini=ini, toy=TOY, test_one=THROUGHPUT)
@@ -72,7 +72,7 @@ def project(
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
+def test_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         import pytest
@@ -161,7 +161,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
     saved = load(project.path / "out.json")
     block = saved["int8bench"]
     assert block["schema"] == 1
-    # Wheels of PyPI say "2.14.1", where torch itself says "2.14.1+cu130".
+    # Wheels on PyPI have version "2.14.1", while torch itself reports "2.14.1+cu130".
     assert torch.__version__.startswith(block["environment"]["packages"]["torch"])
     assert block["accuracy"] == []
     measured = [
@@ -191,7 +191,7 @@ def test_a_session_measures_shows_and_saves(project: pytest.Pytester) -> None:
         assert entry["options"]["timer"].endswith("synchronized_perf_counter")
 
 
-def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
+def test_failures_affect_only_their_point(project: pytest.Pytester) -> None:
     folder = project.mkpydir("nowhere")
     unloadable = CONFTEST.replace("return toy.make()", "raise RuntimeError('no weights')")
     (folder / "conftest.py").write_text(unloadable)
@@ -275,14 +275,14 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
             f"skipped: toy: {impossible}: {reason}",
             "E * ValueError: five is too many",
             axis,
-            # Errors of the user's code have their traceback ...
+            # Errors in the user's code have a traceback ...
             "E*KeyError: *weights*",
             f"E*raised by build of workload 'fails' at {BF16}",
             f"failed: nothing: {BF16}: {CLEAR}",
             f"failed: fails: {BF16}: KeyError: 'weights'",
         ]
     )
-    # ... and what the user can mend is one line, without one of the package.
+    # ... and errors that users can fix are one line, without a traceback of the package.
     text = result.stdout.str()
     clear = text[text.index("_ test_clear[") : text.index("_ test_theirs[")]
     assert CLEAR in clear.splitlines()
@@ -314,12 +314,12 @@ def test_what_goes_wrong_stays_with_its_point(project: pytest.Pytester) -> None:
     assert found[node.format("sizes", name.format(6))].requested_bytes == 2 * 2**30
     assert found[node.format("impossible", impossible)].reason == reason
     assert read(project.path / "out.json").results == list(found.values())
-    # A failed test's timing would pass for a baseline in pytest-benchmark's own comparison.
+    # Otherwise pytest-benchmark's comparison would use a failed test's timing as a baseline.
     timed = {entry["fullname"] for entry in load(project.path / "out.json")["benchmarks"]}
     assert timed == {nodeid for nodeid, entry in found.items() if entry.status == "ok"}
 
 
-def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None:
+def test_rejects_measuring_twice_in_one_test(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="def test(int8_throughput):\n    int8_throughput()\n    int8_throughput()\n"
     )
@@ -330,12 +330,12 @@ def test_measuring_twice_in_a_test_is_one_line(project: pytest.Pytester) -> None
         "another point, use another test or parametrize int8_params"
     )
     at = result.outlines.index(why)
-    assert result.outlines[at - 1].startswith("_")  # nothing comes before it, no traceback
+    assert result.outlines[at - 1].startswith("_")  # nothing precedes it, not even a traceback
     [found] = journaled(project).values()
     assert (found.status, found.reason) == ("failed", why)
 
 
-def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -> None:
+def test_saves_session_in_which_every_point_runs_out_of_memory(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(
         *SMOKE,
         "--int8-set=batch_size=6",
@@ -358,7 +358,7 @@ def test_points_that_all_run_out_of_memory_are_saved(project: pytest.Pytester) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Pytester) -> None:
+def test_reports_missing_cuda_at_test_setup(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("--int8-preset=seed")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(errors=2)
@@ -372,7 +372,7 @@ def test_cuda_that_is_not_there_is_said_when_a_test_is_set_up(project: pytest.Py
             ),
         ]
     )
-    # Nothing around that line.
+    # Nothing surrounds that line.
     result.stdout.no_fnmatch_line("*During handling of the above exception*")
     result.stdout.no_fnmatch_line("*Traceback*")
 
@@ -436,7 +436,7 @@ def test_collects_by_model_baselines_first(project: pytest.Pytester) -> None:
     ]
 
 
-def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pytester) -> None:
+def test_invalid_marker_is_a_collection_error(project: pytest.Pytester) -> None:
     body = """
         import pytest
 
@@ -472,7 +472,7 @@ def test_a_marker_that_cannot_be_is_an_error_of_its_file(project: pytest.Pyteste
         )
 
 
-def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> None:
+def test_no_baseline_omits_baselines_and_speedups(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess(*SMOKE, "--int8-no-baseline", "--int8-mode=w8a8,w8")
     assert result.ret == pytest.ExitCode.OK
     result.assert_outcomes(passed=2)
@@ -486,7 +486,7 @@ def test_no_baseline_leaves_out_twins_and_speedups(project: pytest.Pytester) -> 
 # -- which workload -----------------------------------------------------------------------------
 
 
-def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> None:
+def test_lean_measures_only_throughput(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -518,11 +518,11 @@ def test_lean_measures_throughput_and_nothing_else(project: pytest.Pytester) -> 
     assert nodeid == f"test_one.py::test_throughput[{W8A8}]"
     assert measured.samples_per_s is not None
     assert (measured.speedup, measured.int8_time_share, measured.kernels) == (None, None, [])
-    # What was quantized is still said: that costs nothing.
+    # The quantized layers are still reported, as that costs nothing.
     assert measured.coverage is not None
 
 
-def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> None:
+def test_rejects_uncallable_filter_each_time(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(
         inipath=None, rootpath=tmp_path, invocation_params=SimpleNamespace(dir=tmp_path)
     )
@@ -532,7 +532,7 @@ def test_a_filter_that_cannot_be_called_is_refused_each_time(tmp_path: Path) -> 
             session.filtered(Workload(name="toy", build=lambda p: None, inputs=lambda p, d: ()))
 
 
-def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
+def test_loads_workload_and_filter_by_name(project: pytest.Pytester) -> None:
     (project.path / "conftest.py").unlink()
     project.makepyfile(
         filters="""
@@ -561,7 +561,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=2, errors=4)
-    # A hub that does not answer takes its time: it is asked once, for the two points together.
+    # An unreachable hub is slow, so it is queried once for both points.
     result.stdout.fnmatch_lines(2 * ["hub.py:make raised OSError: no route"])
     assert (project.path / "asked").read_text() == "x"
     result.stdout.fnmatch_lines_random(
@@ -574,7 +574,7 @@ def test_a_workload_and_a_filter_by_name(project: pytest.Pytester) -> None:
     found = journaled(project).values()
     baseline, candidate, missing, other = (r for r in found if r.workload != "hub.py:make")
     assert (baseline.workload, candidate.workload) == ("toy", "toy")
-    # Points whose workload cannot be had are results too.
+    # Points whose workload cannot be loaded are results, too.
     assert (missing.workload, other.workload) == ("nowhere.py:make", "toy:Toy")
     assert {missing.status, other.status} == {"failed"}
     assert (missing.reason or "").startswith("there is no file ")
@@ -616,7 +616,7 @@ def test_rejects_bad_options_once(project: pytest.Pytester, args: list[str], why
     result.assert_outcomes()
     result.stderr.fnmatch_lines([f"ERROR: {why.format(project.path)}"])
     assert "said while it is loaded" not in result.stdout.str() + result.stderr.str()
-    # Nothing is loaded where nothing is run.
+    # Nothing is loaded if nothing runs.
     assert project.runpytest_subprocess(*SMOKE, *args, "--co").ret == pytest.ExitCode.OK
 
 
@@ -643,7 +643,7 @@ def test_leaves_other_errors_to_the_tests(project: pytest.Pytester) -> None:
     axis = ("--int8-workload=toy:make", "--int8-set=extra.depth=2", "--int8-mode=off")
     result = project.runpytest_subprocess(*SMOKE, *axis)
     result.assert_outcomes(passed=1, errors=1)
-    # Errors of the user's code have their traceback.
+    # Errors in the user's code have a traceback.
     result = project.runpytest_subprocess(*SMOKE, "--int8-filter=broken.py:f", "test_two.py")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
@@ -659,7 +659,9 @@ MARKED = "import pytest\n\n\n@pytest.mark.int8(workload='toy.py:make')" + THROUG
     [(CONFTEST, THROUGHPUT, "int8_workload in conftest"), ("", MARKED, "@pytest.mark.int8")],
     ids=["fixture", "marker"],
 )
-def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, owner: str) -> None:
+def test_rejects_workload_that_no_test_uses(
+    project: pytest.Pytester, conftest: str, body: str, owner: str
+) -> None:
     project.makeconftest(conftest)
     project.makepyfile(test_one=body)
     result = project.runpytest_subprocess(*SMOKE, "--int8-workload=digits")
@@ -669,7 +671,7 @@ def test_unused_workload(project: pytest.Pytester, conftest: str, body: str, own
         "ERROR: --int8-workload: no collected test uses 'digits': each brings its own workload "
         f"({owner})"
     )
-    # An ini value waits for tests that take it.
+    # An ini value applies only to tests that use it.
     result = project.runpytest_subprocess(*SMOKE, "-o", "int8_workload=digits")
     result.assert_outcomes(passed=2)
 
@@ -688,7 +690,7 @@ def test_accepts_workload_of_one_test(project: pytest.Pytester, argument: str) -
     result.assert_outcomes(passed=3)
 
 
-def test_a_workload_of_any_scope_is_built_once_for_each_model(project: pytest.Pytester) -> None:
+def test_workload_of_any_scope_is_built_once_per_model(project: pytest.Pytester) -> None:
     (project.path / "test_one.py").unlink()
     for scope in ("function", "module", "session"):
         folder = project.mkpydir(scope)
@@ -727,8 +729,8 @@ def int8_workload():
         for name in (BF16, BF16, W8A8, W8A8)
     ]
     assert all(entry.workload == nodeid.split("/")[0] for nodeid, entry in found.items())
-    # Once for the baseline and once for the candidate. A module-scoped workload of two modules does
-    # the same in both, and so is one.
+    # Once for the baseline and once for the candidate. A module-scoped workload is equal in both
+    # modules, so it counts as one.
     built = {path.stem: path.read_text().split() for path in project.path.glob("*.built")}
     assert built == {scope: ["built"] * 2 for scope in ("function", "module", "session")}
 
@@ -736,7 +738,7 @@ def int8_workload():
 # -- turned off ---------------------------------------------------------------------------------
 
 
-def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> None:
+def test_works_without_pytest_benchmark(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         def test_model(int8_model, int8_batch):
@@ -750,7 +752,7 @@ def test_without_pytest_benchmark_the_rest_works(project: pytest.Pytester) -> No
     result.stdout.fnmatch_lines([f"SKIPPED [[]2]*: {reason}"])
 
 
-def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:
+def test_plugin_can_be_disabled(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_two="""
         def test_plain(benchmark):
@@ -765,7 +767,7 @@ def test_the_plugin_can_be_turned_off(project: pytest.Pytester) -> None:
     assert not (project.path / ".benchmarks" / "int8bench").exists()
 
 
-def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.Pytester) -> None:
+def test_shows_results_if_the_journal_cannot_be_written(project: pytest.Pytester) -> None:
     project.makepyfile(
         test_one="""
         import pytest
@@ -796,7 +798,7 @@ def test_without_a_place_for_the_journal_the_results_are_shown(project: pytest.P
     )
 
 
-def test_all_of_an_error_is_shown_on_request(project: pytest.Pytester) -> None:
+def test_shows_full_traceback_on_request(project: pytest.Pytester) -> None:
     project.makepyfile(bad=BAD_WORKLOADS, conftest="")
     workload = "--int8-workload=bad.py:nothing"
     result = project.runpytest_subprocess(*SMOKE, workload, "--int8-mode=off", "--tb=long")

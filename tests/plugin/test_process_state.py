@@ -1,4 +1,4 @@
-"""A session leaves the settings of torch, numpy, Python and the process as it found them."""
+"""A session restores the settings of torch, numpy, Python and the process."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_sensitivity(int8_sensitivity):
     ],
     ids=["errors", "interrupted"],
 )
-def test_leaves_the_process_as_it_was(
+def test_leaves_process_state_unchanged(
     pytester: pytest.Pytester,
     monkeypatch: pytest.MonkeyPatch,
     forked: None,

@@ -1,4 +1,4 @@
-"""Long steps on the terminal: seen while they run, and nothing of pytest's output lost to them."""
+"""Test that the terminal shows long steps while they run, without losing pytest's output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 def screen(output: str, columns: int = COLUMNS) -> list[str]:
-    """Return the lines that a terminal shows after ``output``, up to the last that is not empty."""
+    """Return the lines that a terminal shows after ``output``, up to the last non-empty one."""
     rows: list[list[str]] = [[]]
     row = column = 0
     position = 0
@@ -71,7 +71,7 @@ def screen(output: str, columns: int = COLUMNS) -> list[str]:
 
 
 def drain(descriptor: int) -> str:
-    """Return what was written to the other end of a pseudo-terminal."""
+    """Return the text written to the other end of a pseudo-terminal."""
     os.set_blocking(descriptor, False)
     found = b""
     while True:
@@ -98,13 +98,13 @@ class Session:
         self._descriptor = descriptor
 
     def output(self) -> str:
-        """Return what was written since the last call."""
+        """Return the text written since the last call."""
         return drain(self._descriptor)
 
 
 @pytest.fixture
 def descriptors() -> Iterator[tuple[int, int]]:
-    """The two ends of a pseudo-terminal that is 40 columns wide."""
+    """Return the two ends of a pseudo-terminal 40 columns wide."""
     ends = pty.openpty()
     termios.tcsetwinsize(ends[1], (24, 40))
     yield ends
@@ -116,7 +116,7 @@ def descriptors() -> Iterator[tuple[int, int]]:
 def start(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, descriptors: tuple[int, int]
 ) -> Iterator[Any]:
-    """Starts a session with the arguments given on a terminal."""
+    """Start a session with the given arguments on a terminal."""
     master, slave = descriptors
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
@@ -125,7 +125,7 @@ def start(
 
     def make(*args: str) -> Session:
         monkeypatch.setattr("sys.stdout", stream)
-        # That plugin collects garbage several times when its session ends.
+        # That plugin collects garbage several times at the end of its session.
         config = pytester.parseconfigure("-p", "no:unraisableexception", *args)
         return Session(config, master)
 
@@ -134,14 +134,15 @@ def start(
         monkeypatch.undo()
 
 
-def test_a_step_is_shown_with_its_seconds(start: Any) -> None:
+def test_shows_step_with_its_seconds(start: Any) -> None:
     session = start()
     with session.step("compiling", "toy"):
         output = session.output()
         assert screen(output) == ["| compiling toy ... 0 s"]
-        assert output.startswith("\x1b[?25l\x1b[?25h")  # the cursor stays, should the run be killed
+        # The cursor stays visible in case the run is killed.
+        assert output.startswith("\x1b[?25l\x1b[?25h")
         session.clock.now = 43.3
-    # Drawn once more at its end, the spinner a quarter further.
+    # Drawn once more at its end, with the spinner a quarter turn further.
     assert "\r\x1b[2K/ compiling toy ... 43 s" in session.output()
 
 
@@ -161,7 +162,7 @@ def test_resumes_pytest_line_after_a_step(start: Any, width: int, action: Any) -
     assert after == screen(f"one\r\n{begun}PASSED\r\ntwo", 40)
 
 
-def test_a_long_name_is_cut_and_the_seconds_are_not(start: Any) -> None:
+def test_truncates_long_name_but_not_the_seconds(start: Any) -> None:
     session = start()
     with session.step("compiling", "toy" * 20):
         session.clock.now = 120
@@ -172,7 +173,7 @@ def test_a_long_name_is_cut_and_the_seconds_are_not(start: Any) -> None:
 
 
 @pytest.mark.parametrize("action", ["measuring", "comparing"])
-def test_nothing_else_runs_while_a_clock_runs(start: Any, action: Any) -> None:
+def test_no_thread_runs_during_timing(start: Any, action: Any) -> None:
     session = start()
     before = threading.enumerate()
     with session.step(action, "toy"):
@@ -186,7 +187,7 @@ def test_nothing_else_runs_while_a_clock_runs(start: Any, action: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_step_that_fails_leaves_no_line(start: Any, error: type[BaseException]) -> None:
+def test_failed_step_clears_its_line(start: Any, error: type[BaseException]) -> None:
     session = start()
     session.writer.write("test_one.py ")
     with pytest.raises(error, match="mine"), session.step("compiling", "toy"):
@@ -195,7 +196,7 @@ def test_a_step_that_fails_leaves_no_line(start: Any, error: type[BaseException]
     assert screen(session.output()) == ["test_one.py F"]
 
 
-def test_a_step_leaves_nothing_open(start: Any) -> None:
+def test_step_closes_its_file_descriptors(start: Any) -> None:
     session = start()
     free = os.dup(1)
     os.close(free)
@@ -220,7 +221,7 @@ def test_a_step_leaves_nothing_open(start: Any) -> None:
         ([], {"TERM": "dumb"}),
     ],
 )
-def test_lines_are_plain_where_others_write_on_the_terminal(
+def test_uses_plain_lines_if_others_write_to_the_terminal(
     start: Any, monkeypatch: pytest.MonkeyPatch, args: list[str], changes: dict[str, str]
 ) -> None:
     for name, value in changes.items():
@@ -241,7 +242,7 @@ def test_quiet_shows_nothing(start: Any, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("args", [[], ["-s"]])
-def test_workers_of_xdist_show_nothing(start: Any, args: list[str]) -> None:
+def test_xdist_workers_show_nothing(start: Any, args: list[str]) -> None:
     session = start(*args)
     session.config.workerinput = {}
     step = terminal_steps(session.config)
@@ -251,7 +252,7 @@ def test_workers_of_xdist_show_nothing(start: Any, args: list[str]) -> None:
     assert session.output() == ""
 
 
-def test_no_reporter_is_no_error(start: Any) -> None:
+def test_works_without_a_reporter(start: Any) -> None:
     session = start()
     session.config.pluginmanager.unregister(name="terminalreporter")
     with terminal_steps(session.config)("compiling", "toy"):
@@ -259,7 +260,7 @@ def test_no_reporter_is_no_error(start: Any) -> None:
     assert session.output() == ""
 
 
-def test_without_the_plugin_of_logs_a_terminal_is_a_terminal(start: Any) -> None:
+def test_uses_the_terminal_without_the_logging_plugin(start: Any) -> None:
     session = start("-p", "no:logging")
     with session.step("compiling", "toy"):
         assert screen(session.output()) == ["| compiling toy ... 0 s"]
@@ -268,7 +269,7 @@ def test_without_the_plugin_of_logs_a_terminal_is_a_terminal(start: Any) -> None
 # -- plain lines --------------------------------------------------------------------------------
 
 
-def test_a_plain_line_starts_at_once_and_ends_with_the_seconds(start: Any) -> None:
+def test_plain_line_starts_immediately_and_ends_with_seconds(start: Any) -> None:
     session = start("-s")
     session.writer.write("test_one.py ..")
     with session.step("compiling", "toy"):
@@ -279,7 +280,7 @@ def test_a_plain_line_starts_at_once_and_ends_with_the_seconds(start: Any) -> No
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_plain_line_ends_where_its_step_fails(start: Any, error: type[BaseException]) -> None:
+def test_plain_line_ends_if_its_step_fails(start: Any, error: type[BaseException]) -> None:
     session = start("-s")
     with pytest.raises(error, match="mine"), session.step("compiling", "toy"):
         raise error("mine")
@@ -360,7 +361,7 @@ def test_captures_python(step, capsys):
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A project whose tests go through steps without measuring anything."""
+    """Return a project whose tests run steps without measuring anything."""
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_one=TESTS, test_two="def test_plain(): pass")
     return pytester
@@ -373,7 +374,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(pytester: pytest.Pytester, *args: str, **changes: str) -> str:
-    """Return the output of a session, errors included, through a pipe."""
+    """Return the output of a session, including errors, through a pipe."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *ALONE, *args],
         cwd=pytester.path,
@@ -403,7 +404,7 @@ def run_on_terminal(pytester: pytest.Pytester, *args: str, **changes: str) -> st
     try:
         while part := os.read(master, 4096):
             found += part
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux reports that the other end is closed
         pass
     finally:
         os.close(master)
@@ -417,7 +418,7 @@ def without_times(output: str) -> str:
 
 
 def report(output: str) -> list[str]:
-    """Return what a terminal shows, the length of the last line apart: it holds the seconds."""
+    """Return the lines that a terminal shows, ignoring the length of the last: it has seconds."""
     return [re.sub("={4,}", "====", line) for line in screen(output)]
 
 
@@ -431,7 +432,7 @@ def report(output: str) -> list[str]:
     ],
     ids=["default", "verbose", "color-no", "NO_COLOR"],
 )
-def test_a_terminal_shows_steps_and_then_what_it_would_without(
+def test_terminal_shows_steps_then_unchanged_output(
     project: pytest.Pytester, args: list[str], changes: dict[str, str], colored: bool
 ) -> None:
     output = run_on_terminal(project, *args, **changes)
@@ -447,13 +448,13 @@ def test_a_terminal_shows_steps_and_then_what_it_would_without(
     assert bool(COLOR.search(output)) is colored
 
 
-def test_quiet_leaves_the_output_alone(project: pytest.Pytester) -> None:
+def test_quiet_does_not_change_the_output(project: pytest.Pytester) -> None:
     output = run_on_terminal(project, "-q")
     assert output == run_on_terminal(project, "-q", NO_STEPS="1")
     assert "5 passed" in output
 
 
-def test_a_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
+def test_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
     output = run(project)
     assert "\x1b" not in output
     assert "\r" not in output
@@ -473,7 +474,7 @@ def test_a_pipe_gets_plain_lines(project: pytest.Pytester) -> None:
         f"{'test_one.py ..F..':<{COLUMNS - 8}} [ 83%]",
         f"{'test_two.py .':<{COLUMNS - 8}} [100%]",
     ]
-    # From there on, captured sections included, as without steps.
+    # From there on, the output is as without steps, including captured sections.
     plain = run(project, NO_STEPS="1")
     assert report(output.partition("[100%]")[2]) == report(plain.partition("[100%]")[2])
     assert "Captured stdout call" in output

@@ -1,4 +1,4 @@
-"""The rounds that pytest-benchmark times."""
+"""Test the rounds that pytest-benchmark times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_int8bench.plugin.pytest_benchmark import Benchmark
 
 
 class Prepared:
-    """A run that says when it is prepared and called, and whether it is traced."""
+    """A run that records when it is prepared, called and traced."""
 
     most_calls = 3
 
@@ -41,7 +41,7 @@ def fake_fixture() -> Any:
     return SimpleNamespace(pedantic=pedantic, stats=SimpleNamespace(options=options, stats=data))
 
 
-def test_each_round_is_prepared_and_not_traced() -> None:
+def test_prepares_each_round_without_tracing() -> None:
     def trace(frame: Any, event: str, argument: Any) -> None:
         return None
 

@@ -1,4 +1,4 @@
-"""Where records go, and that one failing step takes down no other."""
+"""Test where records go, and that one failing step does not stop the others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fail(*_: object, **__: object) -> None:
     raise KeyError("bug")
 
 
-#: What a session does at its end, in order.
+#: The steps at the end of a session, in order.
 STEPS = {
     "the gate": (Session, "gate_problems"),
     "saving": (pytest_benchmark, "save_without_timings"),
@@ -55,7 +55,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("failing", STEPS)
-def test_a_step_that_fails_at_the_end_is_said_and_stops_no_other(
+def test_failing_final_step_is_reported_and_stops_no_other(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     done = []
@@ -70,7 +70,7 @@ def test_a_step_that_fails_at_the_end_is_said_and_stops_no_other(
     assert recorder.reported == [f"int8bench: {failing} failed: KeyError: 'bug'"]
 
 
-def test_a_session_whose_steps_succeed_passes(
+def test_session_passes_if_final_steps_succeed(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pytest_benchmark, "save_without_timings", lambda config: None)
@@ -79,7 +79,7 @@ def test_a_session_whose_steps_succeed_passes(
 
 
 class Terminal:
-    """Keeps the lines that are written."""
+    """Keep the lines that are written."""
 
     isatty = hasmarkup = False
     _tw: Any = None
@@ -106,7 +106,7 @@ class Terminal:
         (summary, "_where_profiles", "the profiles"),
     ],
 )
-def test_a_part_that_cannot_be_shown_hides_no_other(
+def test_broken_summary_part_hides_no_other(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, what: str
 ) -> None:
     recorder.record(result())
@@ -142,14 +142,14 @@ def test_warns_if_every_point_is_skipped(
 
 
 class Broken(Terminal):
-    """Writes to a pipe whose reader is gone."""
+    """Write to a pipe whose reader has ended."""
 
     def write_line(self, line: str, **_: object) -> None:
         super().write_line(line)
         raise BrokenPipeError
 
 
-def test_a_terminal_that_is_gone_ends_no_session(recorder: Recorder) -> None:
+def test_closed_terminal_does_not_end_the_session(recorder: Recorder) -> None:
     recorder.record(result())
     recorder.reported.append("report: r.md")
     shown: Any = Broken()
@@ -157,7 +157,7 @@ def test_a_terminal_that_is_gone_ends_no_session(recorder: Recorder) -> None:
     assert shown.lines[-1] == "report: r.md"
 
 
-def test_lines_suit_the_encoding_and_hold_no_commands(recorder: Recorder) -> None:
+def test_lines_fit_the_encoding_and_contain_no_commands(recorder: Recorder) -> None:
     recorder.record(result(workload="größe\n::error::x\x1b[2J\udcff"))
     shown: Any = Terminal()
     shown._tw = SimpleNamespace(_file=SimpleNamespace(encoding="ascii"))
@@ -168,7 +168,7 @@ def test_lines_suit_the_encoding_and_hold_no_commands(recorder: Recorder) -> Non
     assert not any(line.startswith("::") for line in shown.lines)
 
 
-def test_a_result_that_cannot_be_recorded_ends_no_session(pytester: pytest.Pytester) -> None:
+def test_unrecordable_result_does_not_end_the_session(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         """
         from pytest_int8bench.params import RunParams
@@ -202,7 +202,7 @@ def test_a_result_that_cannot_be_recorded_ends_no_session(pytester: pytest.Pytes
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
 
 
-def test_the_journal_keeps_what_cannot_be_written(
+def test_journal_keeps_records_until_they_can_be_written(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -261,20 +261,20 @@ def statuses(recorder: Recorder) -> list[str]:
     return kept
 
 
-def test_a_point_whose_accuracy_passes_at_last_is_ok(recorder: Recorder) -> None:
+def test_point_is_ok_if_accuracy_finally_passes(recorder: Recorder) -> None:
     recorder.record(result())
     recorder.begin_attempt(JUDGED)
     fail_accuracy(recorder)
     assert statuses(recorder) == ["accuracy-failed"]
     recorder.begin_attempt(JUDGED)
-    assert statuses(recorder) == ["accuracy-failed"]  # as long as the attempt is not over
+    assert statuses(recorder) == ["accuracy-failed"]  # until the attempt ends
     recorder.end_attempt(JUDGED)
     assert recorder.journal is not None
     assert recorder.journal.results == [result()]
     assert recorder.marked(result()) == result()
 
 
-def test_a_point_whose_accuracy_fails_again_stays_marked(recorder: Recorder) -> None:
+def test_point_stays_marked_if_accuracy_fails_again(recorder: Recorder) -> None:
     recorder.record(result())
     for _ in range(2):
         recorder.begin_attempt(JUDGED)
@@ -283,7 +283,7 @@ def test_a_point_whose_accuracy_fails_again_stays_marked(recorder: Recorder) -> 
     assert statuses(recorder) == ["accuracy-failed"]
 
 
-def test_a_point_that_fails_another_accuracy_test_stays_marked(recorder: Recorder) -> None:
+def test_point_stays_marked_if_another_accuracy_test_fails(recorder: Recorder) -> None:
     recorder.record(result())
     fail_accuracy(recorder)
     fail_accuracy(recorder, "a.py::another")
@@ -292,7 +292,7 @@ def test_a_point_that_fails_another_accuracy_test_stays_marked(recorder: Recorde
     assert statuses(recorder) == ["accuracy-failed"]
 
 
-def test_a_point_whose_own_test_failed_stays_marked(recorder: Recorder) -> None:
+def test_point_stays_marked_if_its_own_test_failed(recorder: Recorder) -> None:
     fail_accuracy(recorder)
     marked = recorder.marked(result())
     recorder.record(marked)
@@ -302,14 +302,14 @@ def test_a_point_whose_own_test_failed_stays_marked(recorder: Recorder) -> None:
     assert statuses(recorder) == ["accuracy-failed"]
 
 
-def test_an_attempt_that_is_interrupted_leaves_the_one_before(recorder: Recorder) -> None:
+def test_interrupted_attempt_keeps_the_previous_one(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
     recorder.begin_attempt(TIMED)
     assert recorder.results_of(TIMED) == []
     assert statuses(recorder) == ["failed"]
 
 
-def test_an_attempt_that_finds_nothing_counts(recorder: Recorder) -> None:
+def test_attempt_without_results_replaces_the_previous_one(recorder: Recorder) -> None:
     recorder.record(result(status="failed"))
     recorder.record(result(nodeid="a.py::other"))
     recorder.begin_attempt(TIMED)
@@ -317,7 +317,7 @@ def test_an_attempt_that_finds_nothing_counts(recorder: Recorder) -> None:
     assert statuses(recorder) == ["ok"]
 
 
-def test_the_comparison_of_an_attempt_is_forgotten(recorder: Recorder) -> None:
+def test_new_attempt_discards_the_previous_comparison(recorder: Recorder) -> None:
     forgotten: list[str] = []
     recorder.session.gate = SimpleNamespace(forget=forgotten.append)  # type: ignore[assignment]
     recorder.begin_attempt(TIMED)
@@ -327,7 +327,7 @@ def test_the_comparison_of_an_attempt_is_forgotten(recorder: Recorder) -> None:
     assert forgotten == [TIMED]
 
 
-def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
+def test_warns_if_the_journal_cannot_be_updated(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -341,7 +341,7 @@ def test_a_journal_that_cannot_be_withdrawn_from_is_a_warning(
     assert recorder.results_of(TIMED) == []
 
 
-def test_a_warning_that_is_an_error_is_a_line(
+def test_warning_turned_into_an_error_is_one_line(
     recorder: Recorder, recwarn: pytest.WarningsRecorder
 ) -> None:
     warnings.simplefilter("error")

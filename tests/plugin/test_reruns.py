@@ -1,4 +1,4 @@
-"""Tests that are run again: the last attempt counts, whatever kinds of records there are."""
+"""If a test is rerun, the last attempt counts for every kind of record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_int8bench.results.records import Saved
 from toys import projects
 from toys.projects import SMOKE, bf16, int8, journals, load, make_project, without
 
-#: Runs each test that fails once more, as pytest-rerunfailures does with --reruns=1.
+#: Reruns each failed test once, like pytest-rerunfailures with --reruns=1.
 RERUNS = """
 from _pytest.runner import runtestprotocol
 
@@ -94,7 +94,7 @@ def test_skips(int8_throughput, request):
 
 
 def found_by(saved: Saved) -> dict[str, list[Any]]:
-    """Return what each kind of record says, by the name of the test."""
+    """Return the content of each kind of record by test name."""
     found: dict[str, list[Any]] = {}
     for result in saved.results:
         name = result.nodeid.partition("::")[2]
@@ -106,7 +106,7 @@ def found_by(saved: Saved) -> dict[str, list[Any]]:
     return found
 
 
-def test_the_last_attempt_counts_in_every_record(
+def test_every_record_has_the_last_attempt(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     conftest = projects.CONFTEST + RERUNS

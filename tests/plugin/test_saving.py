@@ -1,4 +1,4 @@
-"""Where a session is saved, and that what cannot be written takes down nothing else."""
+"""Test where a session is saved, and that a failed write affects nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def project(
 
 
 @pytest.mark.parametrize("folder", ["../my results", "kept here"])
-def test_storage_may_be_anywhere(project: pytest.Pytester, folder: str) -> None:
+def test_supports_storage_anywhere(project: pytest.Pytester, folder: str) -> None:
     storage = (project.path / folder).resolve()
     found = project.runpytest_subprocess(
         *SMOKE,
@@ -40,7 +40,7 @@ def test_storage_may_be_anywhere(project: pytest.Pytester, folder: str) -> None:
     assert list(storage.rglob("*.json"))
 
 
-def test_a_storage_that_cannot_be_written_loses_nothing_else(project: pytest.Pytester) -> None:
+def test_unwritable_storage_loses_nothing_else(project: pytest.Pytester) -> None:
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(
             "\nimport shutil, pathlib\n\ndef pytest_runtest_logfinish():\n"
@@ -67,7 +67,7 @@ def test_a_storage_that_cannot_be_written_loses_nothing_else(project: pytest.Pyt
     assert (project.path / "new.json").exists()
 
 
-def test_a_journal_that_cannot_be_written_is_no_error_with_warnings_as_errors(
+def test_unwritable_journal_is_not_fatal_with_warnings_as_errors(
     project: pytest.Pytester,
 ) -> None:
     (project.path / ".benchmarks").touch()
@@ -83,7 +83,7 @@ def test_a_journal_that_cannot_be_written_is_no_error_with_warnings_as_errors(
     assert not journals(project)
 
 
-#: What breaks writing in a session after its first test, in a conftest.py: a disk that is full.
+#: conftest.py that simulates a full disk after the first test.
 FULL = """
 import errno, os, pathlib
 
@@ -115,8 +115,8 @@ def pytest_runtest_logfinish(nodeid):
 """
 
 
-def test_a_disk_that_is_full_for_a_moment_loses_nothing(project: pytest.Pytester) -> None:
-    """The second of three results meets a full disk."""
+def test_briefly_full_disk_loses_nothing(project: pytest.Pytester) -> None:
+    """The disk is full when the second of three results is written."""
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(FULL.replace("{room}", "40"))
     found = project.runpytest_subprocess(
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_for_a_moment_loses_nothing(project: pytest.Pytester
 
 
 @pytest.mark.parametrize("loss", ["os.remove(path)", "os.truncate(path, 10)"])
-def test_a_journal_that_goes_missing_is_written_anew(project: pytest.Pytester, loss: str) -> None:
+def test_deleted_journal_is_written_again(project: pytest.Pytester, loss: str) -> None:
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(
             "\nimport os\n\ndef pytest_runtest_logfinish():\n    path = 'mine.jsonl'\n    " + loss
@@ -142,8 +142,8 @@ def test_a_journal_that_goes_missing_is_written_anew(project: pytest.Pytester, l
     assert len(read(project.path / "mine.jsonl").results) == 2
 
 
-def test_a_journal_that_lacks_points_says_so(project: pytest.Pytester) -> None:
-    """Its folder became a file, and one was asked for."""
+def test_reports_points_missing_from_the_journal(project: pytest.Pytester) -> None:
+    """A journal was requested, but its folder became a file."""
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(
             "\nimport shutil, pathlib\n\ndef pytest_runtest_logfinish():\n"
@@ -167,9 +167,7 @@ def test_a_journal_that_lacks_points_says_so(project: pytest.Pytester) -> None:
         ("/proc/new.json", "No such file or directory"),
     ],
 )
-def test_a_json_that_cannot_be_written_is_refused_at_once(
-    project: pytest.Pytester, path: str, why: str
-) -> None:
+def test_rejects_unwritable_json_at_start(project: pytest.Pytester, path: str, why: str) -> None:
     (project.path / "folder").mkdir()
     (project.path / "taken").touch()
     os.mkfifo(project.path / "pipe")
@@ -186,7 +184,7 @@ def test_a_json_that_cannot_be_written_is_refused_at_once(
     ("folder", "why"),
     [("taken", "Not a directory"), ("/proc/here", "No such file or directory")],
 )
-def test_a_storage_that_cannot_be_written_is_refused_at_once(
+def test_rejects_unwritable_storage_at_start(
     project: pytest.Pytester, folder: str, why: str
 ) -> None:
     (project.path / "taken").touch()
@@ -198,14 +196,14 @@ def test_a_storage_that_cannot_be_written_is_refused_at_once(
     assert not journals(project)
 
 
-def test_an_unrelated_session_may_write_where_it_likes(pytester: pytest.Pytester) -> None:
+def test_does_not_restrict_unrelated_sessions(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_one(benchmark):\n    benchmark(lambda: None)\n")
     found = pytester.runpytest_subprocess("--benchmark-json=/dev/stdout", *without())
     assert found.ret == pytest.ExitCode.OK
 
 
 @pytest.mark.parametrize("change", ["shutil.rmtree('out')", "os.mkdir('out/new.json')"])
-def test_a_json_that_cannot_be_written_any_more_loses_nothing_else(
+def test_json_that_becomes_unwritable_loses_nothing_else(
     project: pytest.Pytester, change: str
 ) -> None:
     with (project.path / "conftest.py").open("a") as conftest:
@@ -233,7 +231,7 @@ def test_a_json_that_cannot_be_written_any_more_loses_nothing_else(
     assert [*(project.path / ".benchmarks").rglob("0001*.json")]
 
 
-def test_a_json_is_replaced_whole_or_not_at_all(project: pytest.Pytester) -> None:
+def test_json_is_replaced_atomically(project: pytest.Pytester) -> None:
     with (project.path / "conftest.py").open("a") as conftest:
         conftest.write(
             "\nimport os\n\ndef pytest_runtest_teardown():\n"
@@ -248,7 +246,7 @@ def test_a_json_is_replaced_whole_or_not_at_all(project: pytest.Pytester) -> Non
 
 
 @pytest.mark.parametrize("there", ["file", "folder", "link"])
-def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, there: str) -> None:
+def test_rejects_existing_journal_at_start(project: pytest.Pytester, there: str) -> None:
     path = project.path / "mine.jsonl"
     {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[there]()
     found = project.runpytest_subprocess(*SMOKE, "--int8-journal=mine.jsonl", *without())
@@ -259,8 +257,8 @@ def test_a_journal_that_is_there_is_refused_at_once(project: pytest.Pytester, th
 
 
 @pytest.mark.slow
-def test_one_of_two_sessions_gets_a_journal(project: pytest.Pytester) -> None:
-    """Both find that it is not there, and both would measure."""
+def test_only_one_of_two_sessions_gets_the_journal(project: pytest.Pytester) -> None:
+    """Both sessions find that it does not exist, and both would measure."""
     inner = (
         "\nimport pathlib, subprocess, sys\n\ndef pytest_configure(config):\n"
         "    if pathlib.Path('once').exists():\n        return\n    pathlib.Path('once').touch()\n"
@@ -275,7 +273,7 @@ def test_one_of_two_sessions_gets_a_journal(project: pytest.Pytester) -> None:
     assert len(read(project.path / "mine.jsonl").results) == 1
 
 
-def test_a_journal_that_cannot_be_made_is_refused_at_once(project: pytest.Pytester) -> None:
+def test_rejects_journal_that_cannot_be_created_at_start(project: pytest.Pytester) -> None:
     (project.path / "taken").touch()
     found = project.runpytest_subprocess(*SMOKE, "--int8-journal=taken/mine.jsonl", *without())
     assert found.ret == pytest.ExitCode.USAGE_ERROR
@@ -284,14 +282,14 @@ def test_a_journal_that_cannot_be_made_is_refused_at_once(project: pytest.Pytest
     )
 
 
-def test_a_session_that_records_nothing_leaves_no_journal(pytester: pytest.Pytester) -> None:
+def test_session_without_results_leaves_no_journal(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_one():\n    pass\n")
     for option in ("-q", "--help", "--collect-only"):
         pytester.runpytest_subprocess("--int8-journal=mine.jsonl", option, *without())
         assert not (pytester.path / "mine.jsonl").exists()
 
 
-def test_paths_are_relative_to_the_folder_where_there_is_one(
+def test_shows_paths_relative_to_an_existing_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "here"

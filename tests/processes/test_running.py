@@ -1,4 +1,4 @@
-"""Processes of pytest: how they are stopped, and how they ended."""
+"""Test stopping pytest processes and describing how they ended."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ except KeyboardInterrupt:
         (-99, "signal 99"),
     ],
 )
-def test_how_a_process_ended(code: int, text: str) -> None:
+def test_describes_how_a_process_ended(code: int, text: str) -> None:
     assert ending(code) == text
 
 
@@ -54,18 +54,18 @@ def test_how_a_process_ended(code: int, text: str) -> None:
         ("PYTHONPATH", False),
     ],
 )
-def test_variables_of_the_pytest_around(variable: str, expected: bool) -> None:
+def test_recognizes_variables_of_an_outer_pytest(variable: str, expected: bool) -> None:
     assert is_pytests(variable) is expected
 
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ignores SIGINT is not waited for."""
+    """Do not wait for a process that ignores SIGINT."""
     monkeypatch.setattr(running, "_INTERRUPT_S", 0.01)
 
 
 def start(code: str, *, group: bool = False) -> subprocess.Popen[bytes]:
-    """Start a process, and wait until it is ready for signals."""
+    """Start a process and wait until it is ready for signals."""
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=group
     )
@@ -75,7 +75,7 @@ def start(code: str, *, group: bool = False) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_may_say_goodbye(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_process_may_finish(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "_INTERRUPT_S", DEADLINE_S)
     with start(POLITE, group=group) as process:
         stop(process, group=group)
@@ -83,14 +83,14 @@ def test_a_process_may_say_goodbye(group: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_that_does_not_listen_is_killed(group: bool) -> None:
+def test_kills_a_process_that_ignores_signals(group: bool) -> None:
     with start(DEAF, group=group) as process:
         stop(process, group=group)
         assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_process_that_ended_is_left_alone(group: bool) -> None:
+def test_does_not_signal_a_finished_process(group: bool) -> None:
     with start("print('ready')", group=group) as process:
         assert process.wait(DEADLINE_S) == 0
         stop(process, group=group)
@@ -98,8 +98,8 @@ def test_a_process_that_ended_is_left_alone(group: bool) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_group_ends_as_a_whole() -> None:
-    """Also where its leader ended before the others."""
+def test_ends_the_whole_process_group() -> None:
+    """This holds even if the group's leader ended before the others."""
     code = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {DEAF!r}], stdout=subprocess.PIPE)
@@ -114,5 +114,5 @@ print(child.pid, flush=True)
         assert runs(child)
         stop(process, group=True)
         end = time.monotonic() + DEADLINE_S
-        while runs(child):  # a killed process takes a moment to go
+        while runs(child):  # a killed process takes a moment to end
             assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""apply_int8_quant: which layers, how exact, what is reported, and what is refused."""
+"""Test apply_int8_quant: which layers it selects, its accuracy, reports and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DIM = 64
 
 
 class Transformer(nn.Module):
-    """Embedding, one block, head: of 8 linear layers the default filter takes 6."""
+    """Embedding, one block and head; the default filter selects 6 of 8 linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,24 +182,24 @@ KEPT = [
     "name",
     [*OLMOEARTH, *TIMM, *BERT, *HF_VIT, *DISTILBERT, *LLAMA, *T5, *FALCON, *SEGMENT, *OTHERS],
 )
-def test_the_default_filter_takes_projections_and_mlp_layers(name: str) -> None:
+def test_default_filter_selects_projections_and_mlp_layers(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is True
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_the_default_filter_leaves_embeddings_norms_and_heads(name: str) -> None:
+def test_default_filter_excludes_embeddings_norms_and_heads(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is False
 
 
 @pytest.mark.parametrize(
     "name", ["layers.0.multihead_attn.q_proj", "layers.0.multi_head_attention.out_proj"]
 )
-def test_an_attention_of_many_heads_is_no_head(name: str) -> None:
+def test_multihead_attention_is_not_a_head(name: str) -> None:
     assert is_transformer_linear(nn.Linear(8, 8), name) is True
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.Conv2d(3, 8, 4), nn.Embedding(8, 8)])
-def test_the_default_filter_takes_linear_layers_only(module: nn.Module) -> None:
+def test_default_filter_selects_only_linear_layers(module: nn.Module) -> None:
     assert is_transformer_linear(module, "blocks.0.attn.q") is False
 
 
@@ -207,7 +207,9 @@ def test_the_default_filter_takes_linear_layers_only(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("mode", "least_db"), [("w8a8", 25), ("w8", 35)])
-def test_in_place(model: Transformer, batch: torch.Tensor, mode: str, least_db: float) -> None:
+def test_quantizes_in_place(
+    model: Transformer, batch: torch.Tensor, mode: str, least_db: float
+) -> None:
     with torch.no_grad():
         before = model(batch)
         returned = apply_int8_quant(model, mode=mode)
@@ -268,7 +270,7 @@ def test_coverage_counts_layers_and_parameters(model: Transformer) -> None:
     )
 
 
-def test_coverage_says_what_multihead_attention_keeps() -> None:
+def test_coverage_lists_layers_kept_by_multihead_attention() -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "fc1": nn.Linear(16, 16)})
     covered = coverage(apply_int8_quant(model.eval()))
     inside = "type: inside nn.MultiheadAttention"
@@ -298,7 +300,7 @@ def test_coverage_reads_a_model_that_torchao_quantized(model: Transformer) -> No
 
 def test_coverage_of_a_model_with_an_attribute_named_model(model: Transformer) -> None:
     class CausalLM(nn.Module):
-        """As Hugging Face's: the body is ``model``, the head beside it."""
+        """Like Hugging Face's: the body is ``model``, next to the head."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -331,13 +333,13 @@ def test_a_custom_filter_composes_with_the_default_one(model: Transformer) -> No
     assert [layer.name for layer in coverage(model).converted] == CONVERTED[:-1]
 
 
-def test_a_custom_filter_may_take_what_the_default_one_leaves(model: Transformer) -> None:
+def test_custom_filter_may_select_layers_the_default_skips(model: Transformer) -> None:
     apply_int8_quant(model, mode="w8", filter_fn=lambda module, name: name == "head")
     assert [layer.name for layer in coverage(model).converted] == ["head"]
 
 
 @pytest.mark.parametrize("mode", ["w8a8", "w8"])
-def test_settings_of_inductor_and_torch_are_left_alone(model: Transformer, mode: str) -> None:
+def test_does_not_change_settings_of_inductor_and_torch(model: Transformer, mode: str) -> None:
     import torch._inductor.config as inductor
 
     def settings() -> tuple[Any, ...]:
@@ -355,7 +357,7 @@ def test_settings_of_inductor_and_torch_are_left_alone(model: Transformer, mode:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_layers_that_the_cuda_product_cannot_take_are_left_out_with_their_shape() -> None:
+def test_excludes_layers_of_shapes_the_cuda_matmul_does_not_support() -> None:
     model = nn.ModuleDict({"fc1": nn.Linear(64, 64), "fc2": nn.Linear(64, 20)})
     model.to("cuda", torch.bfloat16)
     covered = coverage(apply_int8_quant(model, backend="torchao"))
@@ -377,10 +379,10 @@ def test_w8_on_cuda_dequantizes(model: Transformer, batch: torch.Tensor) -> None
     assert weight_storage(model) == (6, 6)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
-def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
+def test_rejects_filter_that_selects_no_layer(model: Transformer) -> None:
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, filter_fn=lambda module, name: False)
     assert str(caught.value) == (
@@ -391,7 +393,7 @@ def test_no_layer_chosen_is_an_error(model: Transformer) -> None:
     assert weight_storage(model) == (0, 0)
 
 
-def test_a_model_without_linear_layers_is_an_error() -> None:
+def test_rejects_model_without_linear_layers() -> None:
     with pytest.raises(
         QuantizationError, match=r"^no layer was converted to INT8: the model has no linear layers$"
     ):
@@ -451,13 +453,13 @@ def test_rejects_bad_argument(model: Transformer, arguments: dict[str, Any], mes
     assert weight_storage(model) == (0, 0)
 
 
-def test_a_model_is_not_quantized_twice(model: Transformer) -> None:
+def test_rejects_quantized_model(model: Transformer) -> None:
     apply_int8_quant(model)
     with pytest.raises(QuantizationError, match=r"^the model is already quantized \(attn\.q is\)$"):
         apply_int8_quant(model, mode="w8")
 
 
-def test_calibration_without_a_batch_is_an_error(model: Transformer) -> None:
+def test_rejects_calibration_without_batches(model: Transformer) -> None:
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, smoothquant=True, calibration=[])
     assert str(caught.value) == (
@@ -466,7 +468,7 @@ def test_calibration_without_a_batch_is_an_error(model: Transformer) -> None:
     )
 
 
-def test_calibration_that_misses_a_layer_names_it(batch: torch.Tensor) -> None:
+def test_names_layer_missed_by_calibration(batch: torch.Tensor) -> None:
     class Skips(Transformer):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.attn(self.patch_embed(x))
@@ -502,7 +504,7 @@ class Outliers(nn.Module):
 
 
 class Transposed(Outliers):
-    """The same, with a non-contiguous input of the layer."""
+    """The same, with a non-contiguous layer input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         turned = (x * self.gain).transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -511,7 +513,7 @@ class Transposed(Outliers):
 
 
 class Normed(nn.Module):
-    """The same from a norm, into three layers of different weights."""
+    """The same after a norm, into three layers with different weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -551,7 +553,7 @@ def test_smoothquant_helps(kind: type[nn.Module], wrap: Callable[[torch.Tensor],
     assert not any(module._forward_pre_hooks for module in smooth.modules())
 
 
-def test_outlier_channels_are_scaled_down_before_the_product() -> None:
+def test_outlier_channels_are_scaled_down_before_the_matmul() -> None:
     x = torch.randn(256, DIM).to(torch.bfloat16)
     model = apply_int8_quant(made(Outliers), smoothquant=True, calibration=[x])
     assert type(model.fc1) is nn.Linear
@@ -566,7 +568,7 @@ def test_outlier_channels_are_scaled_down_before_the_product() -> None:
 
 
 @pytest.mark.parametrize("kind", [Outliers, Normed])
-def test_smoothing_does_not_harm_where_only_weights_are_quantized(kind: type[nn.Module]) -> None:
+def test_smoothing_does_not_harm_weight_only_quantization(kind: type[nn.Module]) -> None:
     model = made(kind)
     x = torch.randn(256, DIM).to(torch.bfloat16)
     with torch.no_grad():
@@ -575,7 +577,7 @@ def test_smoothing_does_not_harm_where_only_weights_are_quantized(kind: type[nn.
         assert sqnr_db(reference, smooth(x)) > 40
 
 
-def test_coverage_says_what_smoothquant_did(batch: torch.Tensor) -> None:
+def test_coverage_reports_smoothed_layers(batch: torch.Tensor) -> None:
     model = made(Transformer)
     covered = coverage(apply_int8_quant(model, smoothquant=True, calibration=[batch]))
     assert covered.smoothed_runtime == tuple(CONVERTED)
@@ -584,7 +586,7 @@ def test_coverage_says_what_smoothquant_did(batch: torch.Tensor) -> None:
     assert str(covered).endswith("left out: 2 filtered; SmoothQuant: 6 layers scaled at run time")
 
 
-def test_the_scale_goes_where_the_weight_goes(batch: torch.Tensor) -> None:
+def test_scale_follows_the_weight(batch: torch.Tensor) -> None:
     model = made(Transformer)
     apply_int8_quant(model, smoothquant=True, calibration=[batch])
     with torch.no_grad():
@@ -610,7 +612,7 @@ def test_a_smoothed_model_compiles_to_one_graph(mode: str) -> None:
         assert sqnr_db(model(x), compiled) > 40
 
 
-def test_a_calibration_that_raises_leaves_the_model_as_it_was(batch: torch.Tensor) -> None:
+def test_failed_calibration_leaves_the_model_unchanged(batch: torch.Tensor) -> None:
     model = made(Transformer)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError):
@@ -619,7 +621,7 @@ def test_a_calibration_that_raises_leaves_the_model_as_it_was(batch: torch.Tenso
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_alpha_says_how_much_moves_into_the_weights() -> None:
+def test_alpha_controls_how_much_moves_into_the_weights() -> None:
     torch.manual_seed(0)
     model = Outliers().eval().requires_grad_(False).to(torch.bfloat16)
     x = torch.randn(256, DIM).to(torch.bfloat16)
@@ -636,18 +638,18 @@ def test_alpha_says_how_much_moves_into_the_weights() -> None:
 # -- configurations of torchao ------------------------------------------------------------------
 
 
-def test_another_configuration_is_applied_to_the_filtered_layers(model: Transformer) -> None:
+def test_applies_custom_configuration_to_selected_layers(model: Transformer) -> None:
     config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     covered = coverage(apply_int8_quant(model, mode="w8", quant_config=config))
     assert covered.mode == "custom"
     assert [layer.name for layer in covered.converted] == CONVERTED
-    # The configuration counts, not the mode.
+    # The configuration takes precedence over the mode.
     assert model.mlp.fc1.weight.act_quant_kwargs is not None
 
 
 @dataclass
 class Partly(AOBaseConfig):
-    """Quantizes square weights only, to a tensor with or without a place for the scale."""
+    """Quantize only square weights, to a tensor that may or may not store the scale."""
 
     scales: bool = True
 
@@ -675,7 +677,7 @@ def _quantize_partly(module: nn.Module, config: Partly) -> nn.Module:
     return module
 
 
-def test_smoothquant_takes_another_configuration(batch: torch.Tensor) -> None:
+def test_smoothquant_supports_custom_configuration(batch: torch.Tensor) -> None:
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     model = made(Transformer)
     with torch.no_grad():
@@ -685,7 +687,7 @@ def test_smoothquant_takes_another_configuration(batch: torch.Tensor) -> None:
     assert coverage(model).smoothed_runtime == tuple(CONVERTED)
 
 
-def test_a_layer_that_the_configuration_leaves_is_not_scaled(batch: torch.Tensor) -> None:
+def test_does_not_scale_layers_skipped_by_the_configuration(batch: torch.Tensor) -> None:
     model = made(Transformer)
     with torch.no_grad():
         reference = model(batch)
@@ -698,7 +700,7 @@ def test_a_layer_that_the_configuration_leaves_is_not_scaled(batch: torch.Tensor
     assert coverage(model).smoothed_runtime == tuple(CONVERTED[:4])
 
 
-def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.Tensor) -> None:
+def test_rejects_configuration_that_cannot_store_the_scale(batch: torch.Tensor) -> None:
     model = made(Transformer)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(QuantizationError) as caught:
@@ -712,7 +714,7 @@ def test_a_configuration_without_a_place_for_the_scale_is_refused(batch: torch.T
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_fqn_to_config_says_itself_which_layers(model: Transformer) -> None:
+def test_fqn_to_config_selects_its_own_layers(model: Transformer) -> None:
     weight_only = Int8WeightOnlyConfig(set_inductor_config=False)
     dynamic = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     config = FqnToConfig({"mlp.fc1": weight_only, "head": dynamic})
@@ -723,14 +725,14 @@ def test_fqn_to_config_says_itself_which_layers(model: Transformer) -> None:
     assert model.head.weight.act_quant_kwargs is not None
 
 
-def test_fqn_to_config_that_names_no_layer_is_an_error(model: Transformer) -> None:
+def test_rejects_fqn_to_config_that_names_no_layer(model: Transformer) -> None:
     config = FqnToConfig({"nothing": Int8WeightOnlyConfig(set_inductor_config=False)})
     with pytest.raises(QuantizationError) as caught:
         apply_int8_quant(model, quant_config=config)
     assert str(caught.value).endswith("left out because: not named by FqnToConfig")
 
 
-# -- weight-only products -----------------------------------------------------------------------
+# -- weight-only matmuls ------------------------------------------------------------------------
 
 
 def dequantized(weight: Int8Tensor) -> DequantizedInt8Weight:
@@ -740,7 +742,7 @@ def dequantized(weight: Int8Tensor) -> DequantizedInt8Weight:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_a_dequantized_product_is_dequantize_then_linear(bias: bool) -> None:
+def test_dequantized_matmul_equals_dequantize_then_linear(bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.ModuleDict({"fc1": nn.Linear(DIM, 32, bias=bias, dtype=torch.bfloat16)})
     apply_int8_quant(layer.requires_grad_(False), mode="w8")
@@ -754,7 +756,7 @@ def test_a_dequantized_product_is_dequantize_then_linear(bias: bool) -> None:
     assert linear(x, weight).dtype == torch.bfloat16
 
 
-def test_a_dequantized_product_after_smoothquant_scales_its_input() -> None:
+def test_dequantized_matmul_after_smoothquant_scales_its_input() -> None:
     torch.manual_seed(0)
     model = Outliers().eval().requires_grad_(False).to(torch.bfloat16)
     x = torch.randn(64, DIM).to(torch.bfloat16)
@@ -765,7 +767,7 @@ def test_a_dequantized_product_after_smoothquant_scales_its_input() -> None:
     assert torch.equal(linear(x, dequantized(weight), bias), expected)
 
 
-def test_a_dequantized_product_compiles_to_a_product_of_the_library() -> None:
+def test_dequantized_matmul_compiles_to_a_library_matmul() -> None:
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
@@ -785,7 +787,7 @@ def test_a_dequantized_product_compiles_to_a_product_of_the_library() -> None:
 
 
 def lowered(model: nn.Module, layers: tuple[Layer, ...] | None = None) -> list[Layer]:
-    """Lower a quantized model, which on the CPU nothing does by itself."""
+    """Lower a quantized model, which does not happen automatically on the CPU."""
     return lower(model, coverage(model).layers if layers is None else layers)
 
 
@@ -797,7 +799,7 @@ def test_lowers_with_torchao_values(model: Transformer, batch: torch.Tensor) -> 
         expected = model(batch)
         told = lowered(model)
         assert [layer.name for layer in told if layer.fused] == CONVERTED
-        # Values at half between two levels may go to the other one.
+        # Values halfway between two levels may round to the other one.
         assert sqnr_db(expected, model(batch)) > 40
     for name in CONVERTED:
         layer = model.get_submodule(name)
@@ -817,7 +819,7 @@ def test_a_lowered_model_is_quantized_and_covered(model: Transformer) -> None:
     lowered(model)
     with pytest.raises(QuantizationError, match=r"^the model is already quantized \(attn\.q is\)$"):
         apply_int8_quant(model)
-    found = coverage(copy.deepcopy(model))  # as of a model that came from elsewhere
+    found = coverage(copy.deepcopy(model))  # as in a model quantized elsewhere
     assert [layer.name for layer in found.fused] == CONVERTED
     assert found.backend == "fused"
 
@@ -831,7 +833,7 @@ def test_a_lowered_model_compiles_to_one_graph(model: Transformer, batch: torch.
     assert compiled.first_call_s is not None
 
 
-def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:
+def test_lowers_smoothquant_factors(batch: torch.Tensor) -> None:
     model = made(Transformer)
     apply_int8_quant(model, smoothquant=True, calibration=[batch])
     factors = {name: model.get_submodule(name).weight.act_pre_scale for name in CONVERTED}
@@ -846,7 +848,7 @@ def test_the_factors_of_smoothquant_are_lowered(batch: torch.Tensor) -> None:
     assert attention.proj.block is not attention.q.block
 
 
-def test_smoothed_layers_of_one_input_become_one_product(batch: torch.Tensor) -> None:
+def test_smoothed_layers_of_one_input_become_one_matmul(batch: torch.Tensor) -> None:
     widths: list[int] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -955,8 +957,8 @@ def test_unsupported_layer_says_why(change: Callable[[Any], None], reason: str) 
     assert str(found).endswith(f"; 1 on fused kernels; on torchao kernels: 1 {reason}")
 
 
-def test_layers_of_an_encoder_layer_of_torch_stay() -> None:
-    # It reads their weights itself.
+def test_does_not_lower_layers_of_torchs_encoder_layer() -> None:
+    # The encoder layer reads their weights itself.
     model: Any = nn.TransformerEncoderLayer(DIM, 4, batch_first=True).eval().requires_grad_(False)
     apply_int8_quant(model)
     told = {layer.name: layer for layer in lowered(model)}
@@ -966,7 +968,7 @@ def test_layers_of_an_encoder_layer_of_torch_stay() -> None:
     model(torch.randn(2, 3, DIM))
 
 
-def test_a_model_that_is_one_layer_stays() -> None:
+def test_does_not_lower_model_that_is_a_single_layer() -> None:
     model = nn.Linear(DIM, DIM).requires_grad_(False)
     apply_int8_quant(model, filter_fn=lambda module, name: True)
     (layer,) = lowered(model)
@@ -974,7 +976,7 @@ def test_a_model_that_is_one_layer_stays() -> None:
     assert type(model.weight) is Int8Weight
 
 
-def test_a_layer_of_two_names_is_lowered_under_both() -> None:
+def test_lowers_layer_with_two_names_under_both() -> None:
     shared = nn.Linear(DIM, DIM)
     model: Any = nn.ModuleDict({"fc1": shared, "fc2": shared}).requires_grad_(False)
     apply_int8_quant(model)
@@ -983,7 +985,7 @@ def test_a_layer_of_two_names_is_lowered_under_both() -> None:
     assert model["fc2"] is model["fc1"]
 
 
-def test_layers_that_were_left_out_are_not_lowered(model: Transformer) -> None:
+def test_does_not_lower_unquantized_layers(model: Transformer) -> None:
     apply_int8_quant(model)
     told = {layer.name: layer for layer in lowered(model)}
     assert (told["head"].fused, told["head"].fallback) == (False, None)
@@ -1001,7 +1003,7 @@ def test_layers_that_were_left_out_are_not_lowered(model: Transformer) -> None:
         ("w8a8", "cuda", (10, 0), True, None),
     ],
 )
-def test_where_the_fused_kernels_run(
+def test_reports_why_fused_kernels_cannot_run(
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
     device: str,
@@ -1017,7 +1019,7 @@ def test_where_the_fused_kernels_run(
 @pytest.mark.parametrize(
     ("backend", "used"), [("auto", "fused"), ("fused", "fused"), ("torchao", "torchao")]
 )
-def test_the_backend_that_is_asked_for_is_used(
+def test_uses_the_requested_backend(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, backend: str, used: str
 ) -> None:
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
@@ -1027,13 +1029,15 @@ def test_the_backend_that_is_asked_for_is_used(
     assert ("6 on fused kernels" in str(covered)) == (used == "fused")
 
 
-def test_auto_takes_torchao_where_the_kernels_do_not_run(model: Transformer) -> None:
+def test_auto_uses_torchao_if_the_kernels_cannot_run(model: Transformer) -> None:
     covered = coverage(apply_int8_quant(model, backend="auto"))
     assert (covered.backend, covered.fused) == ("torchao", ())
     assert not any(layer.fallback for layer in covered.layers)
 
 
-def test_fused_needs_one_layer(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_backend_needs_a_supported_layer(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     with pytest.raises(QuantizationError) as caught:
@@ -1042,7 +1046,7 @@ def test_fused_needs_one_layer(model: Transformer, monkeypatch: pytest.MonkeyPat
 
 
 def joined_products(model: nn.Module, inputs: Any) -> list[int]:
-    """Return how many layers each product of the compiled model is, and check its outputs."""
+    """Return the number of layers in each matmul of the compiled model, and check its outputs."""
     found: list[int] = []
 
     def backend(module: Any, example: Any) -> Any:
@@ -1081,7 +1085,7 @@ def joined_products(model: nn.Module, inputs: Any) -> list[int]:
         ),
     ],
 )
-def test_encoders_are_lowered(
+def test_lowers_encoders(
     name: str, extra: dict[str, Any], layers: int, products: list[int]
 ) -> None:
     pytest.importorskip("transformers" if name.startswith("hf:") else "olmoearth_pretrain_minimal")
@@ -1121,5 +1125,5 @@ def test_encoders_are_lowered(
     ("inputs", "expected"),
     [((1, 2), (1, 2)), ([1, 2], (1, 2)), ({"b": 1, "a": 2}, (2, 1)), (1, (1, 0))],
 )
-def test_inputs_are_passed_as_they_are_given(inputs: Any, expected: tuple[int, int]) -> None:
+def test_passes_inputs_by_position_or_name(inputs: Any, expected: tuple[int, int]) -> None:
     assert call(lambda a, b=0: (a, b), inputs) == expected

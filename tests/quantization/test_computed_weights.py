@@ -1,4 +1,4 @@
-"""Layers whose weights cannot be quantized, and errors, which leave the model as it was."""
+"""Test layers whose weights cannot be quantized, and errors, which leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
 @pytest.mark.parametrize("mode", ["w8a8", "w8"])
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_a_computed_weight_is_left_out_and_the_others_are_converted(
+def test_excludes_only_computed_weights(
     kind: str, mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, parameters = COMPUTED[kind]
@@ -98,13 +98,13 @@ def test_a_computed_weight_is_left_out_and_the_others_are_converted(
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_other_weights_that_cannot_be_quantized(layer: Any, reason: str) -> None:
+def test_excludes_unsupported_dtypes_and_shapes(layer: Any, reason: str) -> None:
     model = nn.Sequential(layer(), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
     told = coverage(apply_int8_quant(model, filter_fn=any_layer)).layers
     assert [layer.reason for layer in told] == [reason, None]
 
 
-def test_a_computed_bias_is_computed_by_the_quantized_layer(
+def test_quantized_layer_computes_its_computed_bias(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
@@ -120,7 +120,7 @@ def test_a_computed_bias_is_computed_by_the_quantized_layer(
     assert torch.allclose(model[0](x), 3 * before)
 
 
-def test_a_model_of_computed_weights_says_so() -> None:
+def test_model_with_only_computed_weights_is_explained() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     prune.identity(model[0], "weight")
     with pytest.raises(QuantizationError) as caught:
@@ -134,7 +134,7 @@ def test_a_model_of_computed_weights_says_so() -> None:
 
 
 class Failing(AOBaseConfig):
-    """Quantizes one layer and fails at the next."""
+    """Quantize one layer and fail at the next."""
 
 
 _failing: list[nn.Module] = []
@@ -167,7 +167,7 @@ ERRORS: dict[str, dict[str, Any]] = {
 
 
 def state(model: nn.Module) -> list[Any]:
-    """Return what a model is made of, by identity."""
+    """Return the parts of a model by identity."""
     return [
         (name, type(module), sorted(vars(module)), [id(part) for part in held])
         for name, module in model.named_modules()
@@ -182,7 +182,7 @@ def state(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_errors_leave_the_model_as_it_was(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_leave_the_model_unchanged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _failing[:] = [nn.Identity()] if kind == "named" else []
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     model, x = made(), torch.randn(4, WIDTH)
@@ -199,4 +199,4 @@ def test_errors_leave_the_model_as_it_was(kind: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(model(x), output)
     assert repr(model) == repr(made()) or kind == "fuse"
     assert not coverage(model).converted
-    apply_int8_quant(model, filter_fn=any_layer)  # nothing stands in its way
+    apply_int8_quant(model, filter_fn=any_layer)  # nothing prevents it now

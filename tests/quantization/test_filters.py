@@ -1,4 +1,4 @@
-"""The default filter on models as other people build them, and what it leaves out."""
+"""Test which layers the default filter excludes from real-world models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from toys.survey import Surveyed, hf_model, numbers_as_n, survey
 
 
 def left_out(model: nn.Module) -> set[str]:
-    """Return the linear layers that the default filter leaves out, with numbers as N."""
+    """Return the linear layers that the default filter excludes, with numbers as N."""
     found = survey(model)
     return {numbers_as_n(name) for name in found.linears - found.taken}
 
@@ -74,21 +74,21 @@ LEFT_OUT_OF = {
 
 
 @pytest.mark.parametrize("kind", LEFT_OUT_OF)
-def test_attention_and_mlp_of_a_model_type_are_taken(kind: str) -> None:
+def test_selects_attention_and_mlp_of_each_model_type(kind: str) -> None:
     pytest.importorskip("transformers")
     model = hf_model(kind)
     assert left_out(model) == LEFT_OUT_OF[kind]
     assert survey(model).unexplained == []
 
 
-def test_a_network_is_not_lost_below_a_part_called_embed() -> None:
+def test_selects_blocks_inside_modules_named_embed() -> None:
     pytest.importorskip("transformers")
     left = left_out(hf_model("phi4_multimodal"))
     assert not any("layers.N." in name or "encoders.N." in name for name in left)
     assert any("embed" in name for name in left)
 
 
-def test_the_survey_names_unexplained_layers_of_blocks() -> None:
+def test_survey_names_unexplained_layers_of_blocks() -> None:
     linears = frozenset(
         {"layers.0.attn.qkv", "layers.1.attn.qkv", "layers.0.mlp.gate", "head", "classifier.0"}
     )
@@ -98,7 +98,7 @@ def test_the_survey_names_unexplained_layers_of_blocks() -> None:
 # -- structure -------------------------------------------------------------------------------------
 
 
-def test_layers_of_blocks_are_taken_under_any_name() -> None:
+def test_selects_layers_of_blocks_under_any_name() -> None:
     def block() -> nn.Module:
         return Block(Attention("alpha", "beta", "gamma", "delta"), Mlp("spread", "squash"))
 
@@ -108,7 +108,7 @@ def test_layers_of_blocks_are_taken_under_any_name() -> None:
     assert left_out(named) == {"out.fit"}
 
 
-def test_a_block_may_be_a_sequence_of_layers() -> None:
+def test_block_may_be_a_sequence_of_layers() -> None:
     def block() -> nn.Module:
         return nn.Sequential(nn.LayerNorm(DIM), linear(DIM, 256), nn.GELU(), linear(256, DIM))
 
@@ -118,19 +118,19 @@ def test_a_block_may_be_a_sequence_of_layers() -> None:
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["modules", "3-D"])
 @pytest.mark.parametrize("router", ["gate", "router", "wg", "switch", "dispatch", "proj", "fc1"])
-def test_routers_are_left_out_under_any_name(router: str, stacked: bool) -> None:
+def test_excludes_routers_under_any_name(router: str, stacked: bool) -> None:
     model = repeated(lambda: Block(mlp=Experts(router, stacked=stacked)))
     assert left_out(model) == {f"layers.N.mlp.{router}"}
 
 
 @pytest.mark.parametrize("holder", ["router", "selector"])
-def test_a_router_may_be_held_by_a_module(holder: str) -> None:
+def test_excludes_router_inside_a_module(holder: str) -> None:
     router = Holder(layer=linear(DIM, EXPERTS))
     model = repeated(lambda: Block(mlp=Holder(**{holder: router}, experts=Stacked())))
     assert left_out(model) == {f"layers.N.mlp.{holder}.layer"}
 
 
-def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
+def test_shared_expert_as_wide_as_the_expert_count_is_not_a_router() -> None:
     model = repeated(
         lambda: Block(
             mlp=Holder(
@@ -145,7 +145,7 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
 
 
 @pytest.mark.parametrize("inner", [4 * DIM, DIM // 2])
-def test_the_gate_of_a_gated_mlp_is_taken(inner: int) -> None:
+def test_selects_gate_of_a_gated_mlp(inner: int) -> None:
     assert left_out(repeated(lambda: Block(mlp=Gated(inner)))) == set()
     wrapped = {name: Holder(linear=part) for name, part in Gated(inner).named_children()}
     assert left_out(repeated(lambda: Block(mlp=Holder(**wrapped)))) == set()
@@ -155,7 +155,7 @@ def test_the_gate_of_a_gated_mlp_is_taken(inner: int) -> None:
     "names",
     [("base_layer", "lora_A", "lora_B"), ("linear", "A", "B"), ("orig", "down", "up")],
 )
-def test_an_adapted_layer_is_taken_without_its_adapters(names: tuple[str, str, str]) -> None:
+def test_selects_adapted_layer_without_its_adapters(names: tuple[str, str, str]) -> None:
     base, down, up = names
     left = left_out(repeated(projections(lambda: Adapted(base, down, up))))
     assert left == {
@@ -171,7 +171,9 @@ LOW_RANK = {
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("sizes", LOW_RANK.values(), ids=LOW_RANK)
-def test_low_rank_attention_is_no_adapter(sizes: dict[str, tuple[int, int]], wrapped: bool) -> None:
+def test_low_rank_attention_is_not_an_adapter(
+    sizes: dict[str, tuple[int, int]], wrapped: bool
+) -> None:
     def attention() -> nn.Module:
         layers = {name: linear(*size) for name, size in {**sizes, "o": (DIM, DIM)}.items()}
         return Holder(**{n: Holder(linear=m) if wrapped else m for n, m in layers.items()})
@@ -179,7 +181,7 @@ def test_low_rank_attention_is_no_adapter(sizes: dict[str, tuple[int, int]], wra
     assert left_out(repeated(lambda: Block(attention()))) == set()
 
 
-def test_a_layer_may_have_adapters_of_its_own_class() -> None:
+def test_adapters_may_have_the_class_of_their_layer() -> None:
     model = repeated(
         projections(lambda: Holder(frozen=linear(), down=linear(DIM, 4), up=linear(4, DIM)))
     )
@@ -187,7 +189,7 @@ def test_a_layer_may_have_adapters_of_its_own_class() -> None:
 
 
 @pytest.mark.parametrize("outputs", [EXPERTS, DIM])
-def test_projections_with_as_many_outputs_as_experts_are_no_routers(outputs: int) -> None:
+def test_projections_as_wide_as_the_expert_count_are_not_routers(outputs: int) -> None:
     experts = nn.ModuleList([Mlp() for _ in range(outputs)])
     model = repeated(
         lambda: Block(
@@ -200,26 +202,26 @@ def test_projections_with_as_many_outputs_as_experts_are_no_routers(outputs: int
 
 
 @pytest.mark.parametrize("inner", ["linear", "base_layer", "module", "impl"])
-def test_wrapped_layers_are_taken(inner: str) -> None:
+def test_selects_wrapped_layers(inner: str) -> None:
     assert left_out(repeated(projections(lambda: Holder(**{inner: linear()})))) == set()
 
 
 @pytest.mark.parametrize(
     "above", ["audio_embed", "vision_embedder", "speech_tokenizer", "stem", "normalizer"]
 )
-def test_a_name_above_blocks_does_not_decide(above: str) -> None:
+def test_ignores_names_above_blocks(above: str) -> None:
     model = Holder(**{above: repeated(Block, proj=linear())}, layers=nn.ModuleList([Block()]))
     assert left_out(model) == {f"{above}.proj"}
     assert left_out(Holder(**{above: nn.ModuleList([Block(), Block()])})) == set()
     assert left_out(Holder(**{above: Block()})) == set()
 
 
-def test_an_action_head_of_blocks_is_a_network() -> None:
+def test_selects_blocks_inside_an_action_head() -> None:
     model = Holder(action_head=repeated(Block, proj=linear()), lm_head=linear())
     assert left_out(model) == {"action_head.proj", "lm_head"}
 
 
-def test_heads_of_one_kind_are_heads() -> None:
+def test_excludes_heads_of_one_kind() -> None:
     model = Holder(
         heads=nn.ModuleList([Mlp("a", "b"), Mlp("a", "b")]),
         box_head=Mlp(),
@@ -230,7 +232,7 @@ def test_heads_of_one_kind_are_heads() -> None:
     assert survey(model).taken == set()
 
 
-def test_conditions_and_bias_tables_in_blocks_are_left_out() -> None:
+def test_excludes_conditioning_and_bias_tables_in_blocks() -> None:
     model = repeated(
         lambda: Holder(
             attn=Attention("qkv", "proj"),
@@ -246,7 +248,7 @@ def test_conditions_and_bias_tables_in_blocks_are_left_out() -> None:
     }
 
 
-def test_the_structure_is_known_inside_a_filter_of_ones_own_and_no_longer() -> None:
+def test_structure_is_available_only_inside_a_filter() -> None:
     model = repeated(lambda: Block(mlp=Experts("dispatch")))
     name = "layers.0.mlp.dispatch"
     apply_int8_quant(
@@ -272,6 +274,6 @@ def test_the_structure_is_known_inside_a_filter_of_ones_own_and_no_longer() -> N
         (repeated(lambda: Block(mlp=Experts())), set()),
     ],
 )
-def test_names_alone_decide_alike(model: nn.Module, missing: set[str]) -> None:
+def test_filter_by_name_selects_the_same_layers(model: nn.Module, missing: set[str]) -> None:
     assert survey(model).taken - taken_by_name(model) == missing
     assert taken_by_name(model) <= survey(model).taken

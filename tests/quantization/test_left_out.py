@@ -1,4 +1,4 @@
-"""What quantization left out of repeated blocks, and weights that are not in nn.Linear."""
+"""Test reports of unquantized layers in repeated blocks, and of weights outside nn.Linear."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_int8bench.quantization.api import apply_int8_quant, coverage
 from toys.structures import DIM, EXPERTS, Attention, Block, Experts, Holder, linear, repeated
 
 
-def test_missed_layers_are_those_of_blocks_that_the_filter_left_out() -> None:
+def test_missed_layers_are_block_layers_the_filter_excluded() -> None:
     model = repeated(lambda: Block(mlp=Experts()), head=linear(), count=2)
     apply_int8_quant(model, mode="w8", filter_fn=lambda part, name: "mlp" in name)
     covered = coverage(model)
@@ -41,7 +41,7 @@ def test_projections_inside_multihead_attention_are_missed() -> None:
     assert all(name.split(".")[2] == "self_attn" for name in left)
 
 
-def test_nothing_is_missed_where_the_filter_takes_all() -> None:
+def test_nothing_is_missed_if_the_filter_selects_all() -> None:
     model = repeated(Block, head=linear(), embed=linear())
     apply_int8_quant(model, mode="w8")
     covered = coverage(model)
@@ -49,7 +49,7 @@ def test_nothing_is_missed_where_the_filter_takes_all() -> None:
     assert not {"missed", "elsewhere"} & set(covered.to_dict())
 
 
-def test_experts_in_3d_parameters_are_named() -> None:
+def test_names_experts_in_3d_parameters() -> None:
     model = repeated(lambda: Block(mlp=Experts(stacked=True)), embed=nn.Embedding(9999, DIM))
     apply_int8_quant(model, mode="w8")
     attention, router = 4 * DIM * DIM, DIM * EXPERTS
@@ -65,7 +65,7 @@ def test_experts_in_3d_parameters_are_named() -> None:
     }
 
 
-def test_pointwise_convolutions_are_named() -> None:
+def test_names_pointwise_convolutions() -> None:
     convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(256, 256, 1))
     model = repeated(Block, count=1, convolutions=convolutions)
     apply_int8_quant(model, mode="w8")
@@ -75,7 +75,7 @@ def test_pointwise_convolutions_are_named() -> None:
     }
 
 
-def test_a_model_of_conv1d_says_so() -> None:
+def test_error_names_conv1d_weights() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = repeated(
         lambda: Block(Holder(c_attn=conv1d(3 * DIM, DIM)), Holder(c_fc=conv1d(DIM, DIM)))
@@ -93,7 +93,7 @@ def test_a_model_of_conv1d_says_so() -> None:
         apply_int8_quant(model, mode="w8")
 
 
-def test_tables_and_norms_are_no_weights() -> None:
+def test_ignores_embedding_tables_and_norms() -> None:
     model = repeated(Block)
     model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 9999, DIM)))
     model.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, DIM)))

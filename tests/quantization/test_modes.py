@@ -1,4 +1,4 @@
-"""Quantization modes: those of the package, FP8, and one that a project brings."""
+"""Test quantization modes: built-in ones, FP8, and one registered by a project."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", INT8_MODES)
-def test_every_name_has_its_mode(name: str) -> None:
+def test_every_name_has_a_mode(name: str) -> None:
     mode = MODES[name]
     assert (mode.name, mode.label) == (name, name.upper())
     assert mode.choice is mode_choices()[name]
     assert mode.next_mode in (None, *INT8_MODES)
 
 
-def test_unknown_modes_are_key_errors() -> None:
+def test_unknown_mode_raises_key_error() -> None:
     with pytest.raises(KeyError):
         MODES["w4"]
     assert "w4" not in MODES
@@ -93,14 +93,14 @@ def test_rejects_names_that_cannot_be_in_a_run_name(name: str) -> None:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_a_target_must_be_the_mode_of_that_name() -> None:
+def test_target_must_be_the_mode_of_that_name() -> None:
     register_mode("toy", ModeChoice(summary="a toy", target=f"{w8.__name__}:MODE"))
     with pytest.raises(TypeError, match=r"w8:MODE must be a Mode named 'toy', got Mode\(name='w8'"):
         MODES["toy"]
 
 
 def _constants(path: Path) -> Iterator[str]:
-    """Yield the strings of a file that name a mode, docstrings aside."""
+    """Yield the strings of a file that name a mode, except docstrings."""
     tree = ast.parse(path.read_text())
     docstrings = {
         id(node.value)
@@ -162,7 +162,7 @@ def test_fp8_matmuls_prove_fp8(kernel: str) -> None:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_a_registered_mode_that_does_not_load_stops_no_baseline() -> None:
+def test_broken_registered_mode_does_not_stop_baselines() -> None:
     register_mode("broken", ModeChoice(summary="a toy", target="nowhere:MODE"))
     message = "int8_mode=broken: cannot load nowhere:MODE: ModuleNotFoundError: No module named"
     with pytest.raises(QuantizationError, match=f"^{message} 'nowhere'$"):
@@ -211,7 +211,7 @@ def test_fp8_has_no_upper_bound() -> None:
         ({"int8_enabled": False, "gpu_type": "cpu", "attention": "math"}, None),
     ],
 )
-def test_where_fp8_is_impossible(changes: dict[str, object], reason: str | None) -> None:
+def test_fp8_impossible_reasons(changes: dict[str, object], reason: str | None) -> None:
     assert FP8.replace(**changes).impossible_reason() == reason
 
 
@@ -251,7 +251,7 @@ def layers() -> nn.ModuleDict:
     return model
 
 
-def test_fp8_is_refused_where_it_does_not_run() -> None:
+def test_rejects_fp8_on_unsupported_devices() -> None:
     model = layers()
     with pytest.raises(QuantizationError, match=r"^int8_mode=fp8: FP8 requires CUDA, got c"):
         apply_int8_quant(model, mode="fp8")
@@ -262,7 +262,7 @@ def test_fp8_is_refused_where_it_does_not_run() -> None:
 
 @pytest.fixture
 def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU can store and multiply FP8, slowly."""
+    """Allow FP8 on the CPU, which can store and multiply it slowly."""
     monkeypatch.setattr(
         "torchao.quantization.quant_api._check_hardware_support", lambda granularity: None
     )
@@ -289,12 +289,12 @@ def test_fp8_stores_fp8_weights() -> None:
 
 
 @pytest.mark.usefixtures("on_any_device")
-def test_nothing_converted_to_fp8_is_said() -> None:
+def test_reports_that_nothing_was_converted_to_fp8() -> None:
     with pytest.raises(QuantizationError, match=r"^no layer was converted to FP8: 4 linear"):
         apply_int8_quant(layers(), mode="fp8", filter_fn=lambda module, name: False)
 
 
-def test_what_to_try_after_fp8() -> None:
+def test_suggests_what_to_try_after_fp8() -> None:
     workload = Workload(name="toy", build=nn.Identity, inputs=lambda p, device: ())
     assert next_step(workload, FP8) == "next step: weights only (--int8-mode=w8, int8_mode='w8')"
     assert not MODES["fp8"].smoothquant_helps
@@ -333,7 +333,7 @@ def test_tables_and_messages_do_not_call_fp8_int8() -> None:
     assert "tries SmoothQuant, BF16 for" in message([int8], remedied=False)
 
 
-def test_fp8_is_swept_only_where_it_is_asked_for() -> None:
+def test_sweeps_include_fp8_only_on_request() -> None:
     assert SWEEPS["int8_mode"] == {"int8_mode": ["w8a8", "w8"]}
     points = expand_modes(RunParams(), ["w8a8", "fp8"], {})
     assert [point.int8_mode for point in points] == ["w8a8", "fp8"]
@@ -411,7 +411,7 @@ TOY = "cpu_bf16_int8_toy_off_bs4"
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A project that registers a mode in its conftest."""
+    """Return a project that registers a mode in its conftest."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = .\naddopts = --strict-markers {without}\n")
@@ -421,7 +421,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_registered_mode_is_measured_and_judged(
+def test_registered_mode_is_measured_and_judged(
     project: pytest.Pytester, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = (*SMOKE, "--int8-mode=toy", "--benchmark-json=out.json")
@@ -441,7 +441,7 @@ def test_a_registered_mode_is_measured_and_judged(
     assert [(v.run_name, v.outcome) for v in saved.accuracy] == [(TOY, "PASS")]
     assert TOY in json.dumps(json.loads(path.read_text())["benchmarks"])
 
-    # Here the mode is not registered: reading does not need it.
+    # The mode is not registered here, because reading does not need it.
     again = path.with_name("again.json")
     again.write_text(path.read_text())
     assert main(["compare", str(path), str(again)]) == 0
@@ -451,7 +451,7 @@ def test_a_registered_mode_is_measured_and_judged(
 
 
 @pytest.mark.usefixtures("forked")
-def test_modes_multiply_and_those_that_cannot_run_are_skipped(project: pytest.Pytester) -> None:
+def test_modes_multiply_points_and_unsupported_modes_are_skipped(project: pytest.Pytester) -> None:
     args = (*SMOKE, "--int8-mode=w8a8,toy,fp8", "--int8-no-baseline", "-rs", "-k", "throughput")
     result = project.runpytest_subprocess(*args)
     result.assert_outcomes(passed=2, skipped=1, deselected=3)
@@ -494,7 +494,7 @@ def test_registered_modes_are_in_run_names() -> None:
     assert [p.int8_mode for p in expand_modes(params, ["toy", "off"], {})] == ["toy", "w8a8"]
 
 
-def test_a_mode_is_made_by_name_and_configuration() -> None:
+def test_mode_needs_only_name_and_configuration() -> None:
     mode = Mode(name="w8", configure=lambda model: None)
     assert (mode.bound, mode.next_mode, mode.proof.storage) == (None, None, torch.int8)
     assert mode.layer_problem(nn.Linear(1, 1)) is mode.device_problem(torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""plan_smoothing: what it measures, which layers share a scale, and that nothing else changes."""
+"""Test plan_smoothing: what it observes, which layers share a scale, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIM, LENGTH = 32, 6
 
 
 class Block(nn.Module):
-    """A transformer block; ``pre`` says whether norms come before or after the residual sum."""
+    """A transformer block with norms before (``pre``) or after the residual sum."""
 
     def __init__(self, *, pre: bool = True, fused: bool = False) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 def prepared(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """Return ``model`` with weights, biases and norms that are all different, and outliers."""
+    """Return ``model`` with distinct weights, biases and norms, and with outliers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,7 +121,7 @@ def hooks_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pre", [True, False], ids=["pre-norm", "post-norm"])
 @torch.no_grad()
-def test_a_smoothed_model_computes_the_same_bits(dtype: torch.dtype, pre: bool) -> None:
+def test_smoothed_model_is_bitwise_equal(dtype: torch.dtype, pre: bool) -> None:
     model = prepared(nn.Sequential(Block(pre=pre), Block(pre=pre)), dtype)
     smoothing = plan(model, calibration=batches(dtype=dtype))
     other = smoothed(model, smoothing)
@@ -134,7 +134,7 @@ def test_a_smoothed_model_computes_the_same_bits(dtype: torch.dtype, pre: bool) 
 
 
 @torch.no_grad()
-def test_smoothing_evens_out_what_a_layer_gets() -> None:
+def test_smoothing_evens_out_the_inputs_of_a_layer() -> None:
     model = prepared(Block())
     peak = model.norm1(torch.cat(batches())).abs().amax((0, 1))
     peaks = (peak, peak * plan(model).factors["q"])
@@ -143,7 +143,7 @@ def test_smoothing_evens_out_what_a_layer_gets() -> None:
     assert spans[1] < spans[0] / 3
 
 
-def test_parameters_are_replaced_so_that_who_shares_them_keeps_its_values() -> None:
+def test_replaces_parameters_without_changing_shared_ones() -> None:
     model = prepared(Block())
     before = {name: (p, p.clone()) for name, p in model.named_parameters()}
     smoothing = plan(model)
@@ -155,7 +155,7 @@ def test_parameters_are_replaced_so_that_who_shares_them_keeps_its_values() -> N
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_a_multiplied_weight_stays_a_parameter(requires_grad: bool) -> None:
+def test_scaled_weight_stays_a_parameter(requires_grad: bool) -> None:
     layer = nn.Linear(3, 2, bias=False, dtype=torch.bfloat16).requires_grad_(requires_grad)
     before = layer.weight.detach().clone()
     multiply_weight(layer, torch.tensor([1.0, 2.0, 4.0]))
@@ -177,7 +177,7 @@ def joint(smoothing: Smoothing) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("pre", [True, False], ids=["pre-norm", "post-norm"])
-def test_layers_of_one_input_have_one_scale_by_the_largest_of_their_weights(pre: bool) -> None:
+def test_layers_of_one_input_share_a_scale_from_their_largest_weights(pre: bool) -> None:
     model = prepared(Block(pre=pre))
     smoothing = plan(model)
     assert list(smoothing.scales) == list(smoothing.factors) == linears(model)
@@ -192,7 +192,7 @@ def test_layers_of_one_input_have_one_scale_by_the_largest_of_their_weights(pre:
 
 
 class Reads(nn.Module):
-    """Two layers, and what they read."""
+    """Two layers whose inputs ``use`` determines."""
 
     def __init__(self, use: Callable[..., Any]) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Reads(nn.Module):
     ids=["same", "residual", "twice", "same-dtype", "nothing"],
 )
 @torch.no_grad()
-def test_layers_that_read_the_same_tensors_have_a_joint_scale(use: Callable[..., Any]) -> None:
+def test_layers_that_read_the_same_tensors_share_a_scale(use: Callable[..., Any]) -> None:
     model = prepared(Reads(use))
     smoothing = plan(model, chosen=["fc", "other"])
     assert joint(smoothing) == [("fc", "other")]
@@ -237,7 +237,7 @@ def test_layers_that_read_the_same_tensors_have_a_joint_scale(use: Callable[...,
     ids=["input", "clone", "more", "one-batch", "other-parent"],
 )
 @torch.no_grad()
-def test_other_layers_have_scales_of_their_own(use: Callable[..., Any], other: str) -> None:
+def test_other_layers_have_separate_scales(use: Callable[..., Any], other: str) -> None:
     model = prepared(Reads(use))
     smoothing = plan(model, ["fc", other], [*batches(), batches()[0][:, :2]])
     assert joint(smoothing) == []
@@ -245,22 +245,22 @@ def test_other_layers_have_scales_of_their_own(use: Callable[..., Any], other: s
     assert torch.equal(smoothed(model, smoothing)(x), model(x))
 
 
-def test_tensors_are_told_apart_after_they_are_freed() -> None:
-    """CPython gives a later tensor the memory, and with it the id, of one that was freed."""
+def test_distinguishes_tensors_at_reused_addresses() -> None:
+    """CPython may reuse the memory, and so the id, of a freed tensor."""
     ids: list[int] = []
 
     def use(model: Any, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         for layer in (model.fc, model.other):
             fresh, others = h + 1, []
             while ids and id(fresh) != ids[0] and len(others) < 10_000:
-                others.append(fresh)  # kept, so that the next one takes other memory
+                others.append(fresh)  # kept, so that the next one uses other memory
                 fresh = h + 1
             ids.append(id(fresh))
             layer(fresh)
             del fresh, others
         return h
 
-    for _ in range(20):  # something else may have taken the memory
+    for _ in range(20):  # something else may have reused the memory
         ids.clear()
         smoothing = plan(prepared(Reads(use)), ["fc", "other"], batches()[:1])
         if len(set(ids)) == 1:
@@ -269,7 +269,7 @@ def test_tensors_are_told_apart_after_they_are_freed() -> None:
     assert joint(smoothing) == []
 
 
-def test_an_olmoearth_encoder_has_joint_scales_for_q_k_and_v() -> None:
+def test_olmoearth_encoder_shares_scales_of_q_k_and_v() -> None:
     pytest.importorskip("olmoearth_pretrain_minimal")
     from pytest_int8bench.params import RunParams
     from pytest_int8bench.quantization.filters import is_transformer_linear
@@ -298,7 +298,7 @@ def test_an_olmoearth_encoder_has_joint_scales_for_q_k_and_v() -> None:
     assert torch.equal(after, before)
 
 
-# -- what is measured ---------------------------------------------------------------------------
+# -- observation --------------------------------------------------------------------------------
 
 
 def layer(features: int = DIM, weight: float = 1.0) -> nn.Module:
@@ -307,7 +307,7 @@ def layer(features: int = DIM, weight: float = 1.0) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def test_inputs_of_any_length_rank_and_layout_count() -> None:
+def test_uses_inputs_of_any_length_rank_and_layout() -> None:
     rows = torch.randn(40, DIM)
     rows[0, 3], rows[11, 4], rows[30, 5], rows[39, 6] = 200, -300, 400, -500
     calibration = [
@@ -346,7 +346,7 @@ def test_inputs_in_bf16_are_measured_in_fp32() -> None:
     assert smoothing.scales["0"].dtype == torch.float32
 
 
-def test_alpha_0_evens_out_the_weights_and_alpha_1_the_inputs() -> None:
+def test_alpha_0_smooths_weights_and_alpha_1_smooths_inputs() -> None:
     model = layer(2)
     model[0].weight.copy_(torch.tensor([[0.25, -2.0]]).expand(4, 2))
     x = torch.tensor([[3.9, -20.0]])
@@ -379,7 +379,7 @@ def test_dead_features_are_left_alone() -> None:
         assert scale[3] == 4 ** -(1 - alpha)
 
 
-def test_an_outlier_that_no_weight_reads_is_scaled_away() -> None:
+def test_outlier_that_no_weight_reads_is_scaled_away() -> None:
     model = layer(4, weight=4.0)
     model[0].weight[:, 1] = 0
     x = torch.tensor([[1.0, 1000.0, 4.0, 1.0]])
@@ -395,11 +395,11 @@ def test_scales_are_kept_within_bounds() -> None:
     assert scale.tolist() == [2**MAX_EXPONENT, 2**-MAX_EXPONENT, 1]
 
 
-# -- what is refused, and what is left behind ---------------------------------------------------
+# -- errors and side effects --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_names_the_layer(value: float) -> None:
+def test_non_finite_input_names_the_layer(value: float) -> None:
     model = prepared(Block())
     [first, second] = batches()
     model.fc2.register_forward_pre_hook(
@@ -411,7 +411,7 @@ def test_a_value_that_is_no_number_names_the_layer(value: float) -> None:
 
 
 @pytest.mark.parametrize("calibration", [[], [torch.empty(0, LENGTH, DIM)]], ids=["none", "empty"])
-def test_calibration_without_data_is_an_error(calibration: list[Any]) -> None:
+def test_rejects_calibration_without_data(calibration: list[Any]) -> None:
     with pytest.raises(QuantizationError) as caught:
         plan(prepared(Block()), calibration=calibration)
     assert str(caught.value) == (
@@ -420,7 +420,7 @@ def test_calibration_without_data_is_an_error(calibration: list[Any]) -> None:
     )
 
 
-def test_a_layer_that_never_ran_is_named() -> None:
+def test_names_layer_that_never_ran() -> None:
     model = prepared(Reads(lambda m, x, h: m.fc(h)))
     with pytest.raises(
         QuantizationError, match=r"^calibration did not run 1 of 2 layers \(first: other"
@@ -429,7 +429,7 @@ def test_a_layer_that_never_ran_is_named() -> None:
 
 
 @pytest.mark.parametrize("where", ["calibration", "model", "nothing"])
-def test_neither_hooks_nor_changes_stay_also_after_an_error(where: str) -> None:
+def test_removes_hooks_and_changes_after_an_error(where: str) -> None:
     model = prepared(Block())
     model.fc1.register_forward_hook(lambda *_: None)
     before = {name: (p, p.clone()) for name, p in model.named_parameters()}
@@ -453,7 +453,7 @@ def test_neither_hooks_nor_changes_stay_also_after_an_error(where: str) -> None:
         assert torch.equal(parameter, before[name][1])
 
 
-def test_layers_inside_what_a_model_compiles_itself_are_measured() -> None:
+def test_observes_layers_inside_compiled_submodules() -> None:
     compiled = torch.compile(lambda layer, x: layer(x), backend="eager", fullgraph=True)
     model = prepared(Reads(lambda m, x, h: compiled(m.fc, h) + m.other(h)))
     assert joint(plan(model, ["fc", "other"])) == [("fc", "other")]
@@ -469,7 +469,7 @@ def test_layers_inside_what_a_model_compiles_itself_are_measured() -> None:
     ids=["positional", "weight=", "bias="],
 )
 @torch.no_grad()
-def test_a_weight_that_other_code_multiplies_by_is_measured(use: Callable[..., Any]) -> None:
+def test_observes_weight_used_in_other_matmuls(use: Callable[..., Any]) -> None:
     assert joint(plan(prepared(Reads(use)), ["fc", "other"])) == [("fc", "other")]
 
 
@@ -487,7 +487,7 @@ def test_a_weight_that_other_code_multiplies_by_is_measured(use: Callable[..., A
     ids=["@", "matmul", "addmm", "float", "chunk", "rows", "to"],
 )
 @torch.no_grad()
-def test_calibration_observes_the_matmuls_that_run_quantized(use: Callable[..., Any]) -> None:
+def test_calibration_observes_quantized_matmuls(use: Callable[..., Any]) -> None:
     def forward(m: Any, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         used = use(m.other.weight, m.other.bias, h)
         parts = used if isinstance(used, list) else [used]
@@ -510,7 +510,7 @@ def test_calibration_observes_the_matmuls_that_run_quantized(use: Callable[..., 
 
 
 @torch.no_grad()
-def test_what_a_layer_multiplies_counts_and_not_what_it_is_called_with() -> None:
+def test_observes_matmul_operands_rather_than_layer_inputs() -> None:
     class Halved(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input / 1024)
@@ -527,13 +527,13 @@ def test_what_a_layer_multiplies_counts_and_not_what_it_is_called_with() -> None
 
 
 @torch.no_grad()
-def test_layers_that_share_a_weight_are_measured_by_their_calls() -> None:
+def test_observes_layers_that_share_a_weight_separately() -> None:
     model = prepared(Reads(lambda m, x, h: m.fc(h) + m.other(x)))
     model.other.weight = model.fc.weight
     assert joint(plan(model, ["fc", "other"])) == []
 
 
-def test_torchao_is_not_needed() -> None:
+def test_does_not_need_torchao() -> None:
     code = (
         "import sys; import pytest_int8bench.quantization.smoothquant; "
         "print([name for name in sys.modules if name.startswith('torchao')])"

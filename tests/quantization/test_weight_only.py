@@ -1,4 +1,4 @@
-"""W8 layers in plain tensors: their numbers, what joins them in a graph, and what becomes one."""
+"""Test W8 layers in plain tensors: their values, and how graphs join them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _seeded() -> None:
 
 
 def weight_only(model: nn.Module) -> Any:
-    """Quantize a model to W8, and have it dequantize whole weights, as on CUDA."""
+    """Quantize a model to W8 and make it dequantize whole weights, as on CUDA."""
     apply_int8_quant(model.eval().requires_grad_(False), mode="w8")
     if next(model.parameters()).device.type == "cpu":
         dequantize(model, coverage(model).layers)
@@ -89,7 +89,7 @@ def test_multiplies_with_torchao_weight(dtype: torch.dtype, bias: bool) -> None:
         assert torch.equal(out, F.linear(x, weight, vector))
 
 
-def test_a_factor_multiplies_the_input() -> None:
+def test_factor_multiplies_the_input() -> None:
     model: Any = nn.ModuleDict({"a": nn.Linear(DIM, 8)}).requires_grad_(False)
     factor = torch.exp2(torch.randint(-3, 4, (DIM,)).float())
     plain = F.linear(torch.eye(DIM), quantized(model["a"]).weight.float())
@@ -98,7 +98,7 @@ def test_a_factor_multiplies_the_input() -> None:
     assert same(out, plain * factor[:, None] * model["a"].weight_scale)
 
 
-def test_weights_of_a_model_that_is_cast_are_rounded_once() -> None:
+def test_casting_a_model_rounds_weights_once() -> None:
     model = weight_only(nn.ModuleDict({"fc1": nn.Linear(DIM, 8)}))
     layer = model["fc1"]
     exact = layer.int8_weight.double() * layer.weight_scale.double()[:, None]
@@ -108,7 +108,7 @@ def test_weights_of_a_model_that_is_cast_are_rounded_once() -> None:
     assert torch.equal(layer(x), exact.T.to(torch.bfloat16))
 
 
-def test_the_operators_keep_the_rules_of_operators() -> None:
+def test_operators_pass_opcheck() -> None:
     x, weight = torch.randn(3, DIM), torch.randint(-128, 128, (8, DIM)).to(torch.int8)
     scale, bias = torch.rand(8), torch.randn(8)
     torch.library.opcheck(nodes.DEQUANTIZED, (x, weight, scale, bias))
@@ -124,7 +124,9 @@ SIZES = st.tuples(st.integers(0, 70), st.integers(0, 300))
 @example([(16, 256)], DTYPES[1], False)  # whole tiles
 @example([(2, 2**9), (70, 3), (0, 5), (3, 0), (1, 1), (17, 257), (4, 8)], DTYPES[0], True)
 @settings(deadline=None, max_examples=30)
-def test_one_launch(sizes: list[tuple[int, int]], dtype: torch.dtype, transposed: bool) -> None:
+def test_one_launch_dequantizes_several_weights(
+    sizes: list[tuple[int, int]], dtype: torch.dtype, transposed: bool
+) -> None:
     weights, scales = [], []
     for n, k in sizes:
         weight = torch.randint(-128, 128, (n, k)).to(torch.int8)
@@ -136,12 +138,12 @@ def test_one_launch(sizes: list[tuple[int, int]], dtype: torch.dtype, transposed
         exact = weight.double() * scale.double()[:, None]
         assert (out.dtype, out.shape) == (dtype, weight.shape)
         assert out.is_contiguous()
-        # The interpreter rounds to a shorter dtype towards zero.
+        # The interpreter rounds to shorter dtypes towards zero.
         assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
 
 
 @interpreted
-def test_launches_of_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepares_launches_of_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     make = dispatch.weights_launch
     monkeypatch.setattr(launch, "_kept", {})
@@ -160,7 +162,7 @@ def test_launches_of_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) 
 # -- which layers -------------------------------------------------------------------------------
 
 
-def test_layers_are_replaced_and_say_that_torchao_quantized_them() -> None:
+def test_replaced_layers_report_torchao_quantization() -> None:
     model = weight_only(Block())
     assert {type(model.get_submodule(name)) for name in LAYERS} == {WeightOnlyLinear}
     assert model.attn.q.block is model.attn.proj.block
@@ -169,7 +171,7 @@ def test_layers_are_replaced_and_say_that_torchao_quantized_them() -> None:
     assert (len(covered.converted), covered.backend, covered.fused) == (6, "torchao", ())
 
 
-def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
+def test_layer_that_cannot_be_replaced_still_dequantizes() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "fc2": nn.Linear(DIM, 8)})
     model["fc1"].register_forward_hook(lambda module, inputs, output: None)
     weight_only(model)
@@ -178,14 +180,14 @@ def test_a_layer_that_cannot_be_replaced_dequantizes_all_the_same() -> None:
     assert weight_storage(model) == (2, 2)
 
 
-def test_parts_of_the_attention_of_torch_are_left_alone() -> None:
+def test_does_not_replace_parts_of_torchs_attention() -> None:
     model: Any = nn.ModuleDict({"attn": nn.MultiheadAttention(DIM, 4), "fc1": nn.Linear(DIM, DIM)})
     weight_only(model)
     assert type(model["fc1"]) is WeightOnlyLinear
     assert [layer.name for layer in coverage(model).left_out] == ["attn.in_proj", "attn.out_proj"]
 
 
-def test_a_layer_keeps_what_it_was_given() -> None:
+def test_replaced_layer_keeps_its_attributes() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8)})
     model["fc1"].gain = 3.0
     weight_only(model)
@@ -202,7 +204,7 @@ def test_the_weight_follows_a_cast() -> None:
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-def test_a_model_that_comes_quantized_keeps_its_scales() -> None:
+def test_prequantized_model_keeps_fp32_scales() -> None:
     workload = Workload(
         name="toy",
         build=lambda p: weight_only(
@@ -216,7 +218,7 @@ def test_a_model_that_comes_quantized_keeps_its_scales() -> None:
     assert model["attn"].q.weight_scale.dtype == torch.float32
 
 
-def test_layers_that_were_left_out_are_left_alone() -> None:
+def test_does_not_replace_unquantized_layers() -> None:
     model: Any = nn.ModuleDict({"fc1": nn.Linear(DIM, 8), "head": nn.Linear(DIM, 8)})
     weight_only(model)
     assert type(model["head"]) is nn.Linear
@@ -226,8 +228,8 @@ def test_layers_that_were_left_out_are_left_alone() -> None:
 
 
 def calls(part: fx.GraphModule) -> Counter[str]:
-    """Count products by the layers they stand for and by what dequantizes their weights, and passes
-    by the weights they dequantize."""
+    """Count matmuls by number of layers and by what dequantizes their weights, and dequantization
+    passes by number of weights."""
     assert not part.graph.find_nodes(op="call_function", target=nodes.DEQUANTIZED)
     found: Counter[str] = Counter()
     for node in part.graph.find_nodes(op="call_function", target=F.linear):
@@ -241,7 +243,7 @@ def calls(part: fx.GraphModule) -> Counter[str]:
 
 
 def joined(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
-    """Return what is in the graph of a model, and compare its numbers with eager ones."""
+    """Return the content of a model's graph, and compare its values with eager ones."""
     parts: list[fx.GraphModule] = []
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -254,7 +256,7 @@ def joined(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
     return calls(parts[0])
 
 
-def test_layers_of_one_input_are_one_product_and_weights_are_dequantized_at_once() -> None:
+def test_joins_layers_of_one_input_and_dequantizes_together() -> None:
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
         "pass over 3": 1,  # of q, k, v and proj, of fc1, and of fc2
@@ -263,7 +265,7 @@ def test_layers_of_one_input_are_one_product_and_weights_are_dequantized_at_once
     }
 
 
-def test_smoothed_layers_of_one_input_are_one_product() -> None:
+def test_joins_smoothed_layers_of_one_input() -> None:
     x = torch.randn(2, 5, DIM)
     model: Any = Block().eval().requires_grad_(False)
     apply_int8_quant(model, mode="w8", smoothquant=True, calibration=[x])
@@ -277,7 +279,7 @@ def test_smoothed_layers_of_one_input_are_one_product() -> None:
     }
 
 
-def test_smoothed_inputs_that_others_read_are_left() -> None:
+def test_keeps_smoothed_inputs_with_other_readers() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.fc1(x) + m.fc2(x) + m.kept(x * m.fc1.factor)
 
@@ -290,7 +292,7 @@ def test_smoothed_inputs_that_others_read_are_left() -> None:
     assert found == {"product of 2, dequantized alone": 1}
 
 
-def test_large_weights_are_dequantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantizes_large_weights_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes.weight_only, "_MAX_ELEMENTS", 4 * DIM * DIM)
     found = joined(weight_only(Block()), torch.randn(2, 5, DIM))
     assert found == {
@@ -317,12 +319,12 @@ class Two(nn.Module):
         return self.written(self, x)
 
 
-def test_a_block_of_which_not_all_is_used_is_dequantized_by_layer() -> None:
+def test_partly_used_block_dequantizes_by_layer() -> None:
     found = joined(weight_only(Two(lambda m, x: m.fc3(m.fc1(x)))), torch.randn(3, DIM))
     assert found == {"product of 1, dequantized alone": 2}
 
 
-def test_a_layer_that_is_used_twice_is_dequantized_once() -> None:
+def test_dequantizes_reused_layer_once() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.fc3(m.fc2(m.fc1(m.fc1(x))))
 
@@ -330,7 +332,7 @@ def test_a_layer_that_is_used_twice_is_dequantized_once() -> None:
     assert found == {"pass over 1": 1, "product of 1, dequantized before": 4}
 
 
-def test_a_single_product_is_left_to_the_compiler() -> None:
+def test_leaves_a_single_matmul_to_the_compiler() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.fc1(x) * m.fc3(x) + m.fc2(x)
 
@@ -338,7 +340,7 @@ def test_a_single_product_is_left_to_the_compiler() -> None:
     assert found == {"product of 3, dequantized alone": 1}
 
 
-def test_a_block_that_is_written_to_in_between_is_dequantized_by_layer() -> None:
+def test_block_written_to_in_between_dequantizes_by_layer() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.fc2(m.fc1(x))
         m.fc3.block.scale.mul_(2.0)
@@ -351,7 +353,7 @@ def test_a_block_that_is_written_to_in_between_is_dequantized_by_layer() -> None
     assert joined(model, torch.randn(3, DIM)) == {"product of 1, dequantized alone": 3}
 
 
-def test_layers_of_two_dtypes_are_dequantized_apart() -> None:
+def test_dequantizes_layers_of_different_dtypes_separately() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -369,7 +371,7 @@ def test_layers_of_two_dtypes_are_dequantized_apart() -> None:
 
 
 @pytest.mark.slow
-def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
+def test_repeated_blocks_compile_once_to_library_matmuls() -> None:
     from torch._inductor.utils import run_and_get_code
 
     model = weight_only(nn.Sequential(Block(), Block()).bfloat16())
@@ -384,7 +386,7 @@ def test_repeated_blocks_compile_once_to_products_of_the_library() -> None:
 
 
 class Pair(nn.Module):
-    """Returns columns of a joined product."""
+    """Return columns of a joined matmul."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,7 +409,7 @@ class Pairs(nn.Module):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_columns_that_leave_a_region_are_tensors_of_their_own(rows: int) -> None:
+def test_columns_that_leave_a_region_are_separate_tensors(rows: int) -> None:
     model = weight_only(Pairs())
     x = torch.randn(rows, DIM)
     compiled = compile_for_a100(model, mode="default")
@@ -419,7 +421,7 @@ def test_columns_that_leave_a_region_are_tensors_of_their_own(rows: int) -> None
 
 @pytest.mark.parametrize("layers", [LAYERS, ["fc2"]], ids=["all", "one"])
 @pytest.mark.slow
-def test_autocast_reaches_the_products_of_regions(layers: list[str]) -> None:
+def test_autocast_applies_to_matmuls_of_regions(layers: list[str]) -> None:
     model = nn.Sequential(Block(), Block()).eval().requires_grad_(False)
     apply_int8_quant(
         model, mode="w8", filter_fn=lambda module, name: name.partition(".")[2] in layers
@@ -447,7 +449,7 @@ def test_autocast_reaches_the_products_of_regions(layers: list[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_repeated_blocks_run_on_products_of_the_library(mode: str) -> None:
+def test_repeated_blocks_run_library_matmuls(mode: str) -> None:
     model = weight_only(nn.Sequential(Block(), Block()).to("cuda", torch.bfloat16))
     assert {type(model[0].get_submodule(name)) for name in LAYERS} == {WeightOnlyLinear}
     x = torch.randn(64, 40, DIM, device="cuda", dtype=torch.bfloat16)
@@ -468,7 +470,7 @@ def test_repeated_blocks_run_on_products_of_the_library(mode: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernel_dequantizes_as_the_reference(dtype: torch.dtype) -> None:
+def test_kernel_matches_the_reference(dtype: torch.dtype) -> None:
     sizes = [(768, 768), (3072, 768), (17, 257), (1, 1), (768, 3072), (0, 4)]
     weights = [torch.randint(-128, 128, s, dtype=torch.int8, device="cuda") for s in sizes]
     scales = [torch.rand(n, device="cuda") for n, _ in sizes]

@@ -1,4 +1,4 @@
-"""Every reader of a quantized weight gets the right values, on every backend."""
+"""Every reader of a quantized weight gets the correct values on every backend."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_matmuls_of_the_layer_run_quantized(
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
-def test_other_readers_get_the_values(
+def test_other_operators_read_dequantized_values(
     quantize: Any, context: Callable[[], AbstractContextManager[None]]
 ) -> None:
     baseline, x = made(), batch()
@@ -138,7 +138,7 @@ def test_readers_compile_to_one_graph(quantize: Any, backend: str, names: tuple[
         assert sqnr_db(before, out) > 28, name
 
 
-def test_a_smoothed_weight_that_two_layers_read_is_right_for_both(quantize: Any) -> None:
+def test_smoothed_weight_shared_by_two_layers_is_correct_for_both(quantize: Any) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,7 +154,7 @@ def test_a_smoothed_weight_that_two_layers_read_is_right_for_both(quantize: Any)
 
 
 @pytest.mark.parametrize("shape", [(0, WIDTH), (2, 0, WIDTH), (WIDTH,), (2, 1, 3, WIDTH)])
-def test_any_number_of_rows(quantize: Any, shape: tuple[int, ...]) -> None:
+def test_supports_any_number_of_rows(quantize: Any, shape: tuple[int, ...]) -> None:
     baseline, layer = made()[0], quantize(made())[0]
     x = torch.ones(shape)
     for reader in (MATMULS["layer"], MATMULS["bias="]):
@@ -164,14 +164,14 @@ def test_any_number_of_rows(quantize: Any, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("width", [WIDTH - 1, 0])
-def test_inputs_of_another_width_are_an_error_of_torch(quantize: Any, width: int) -> None:
+def test_wrong_input_width_raises_torchs_error(quantize: Any, width: int) -> None:
     layer = quantize(made())[0]
     for x in (torch.ones(2, width), torch.ones(0, width)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             linear(x, layer.weight)
 
 
-def test_autocast_reaches_quantized_layers(quantize: Any) -> None:
+def test_autocast_applies_to_quantized_layers(quantize: Any) -> None:
     baseline, model, x = made(), quantize(made()), batch()
     with torch.autocast("cpu", torch.bfloat16):
         assert sqnr_db(baseline(x), model(x)) > 28
@@ -182,7 +182,7 @@ def test_autocast_reaches_quantized_layers(quantize: Any) -> None:
 # -- the tensor ---------------------------------------------------------------------------------
 
 
-def test_a_weight_tells_what_it_was(quantize: Any) -> None:
+def test_weight_keeps_the_attributes_of_the_original(quantize: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = quantize(made(dtype))[0].weight
         before = made(dtype)[0].weight
@@ -192,7 +192,7 @@ def test_a_weight_tells_what_it_was(quantize: Any) -> None:
             assert getattr(weight, name)() == getattr(before, name)(), name
 
 
-def test_a_key_of_caches_tells_weights_apart_by_all_but_values(quantize: Any) -> None:
+def test_cache_key_depends_on_everything_but_values(quantize: Any) -> None:
     weight, other = (quantize(made())[at].weight for at in (0, 2))
     key = weight._stable_hash_for_caching()
     assert key == other._stable_hash_for_caching()
@@ -210,13 +210,13 @@ def test_a_key_of_caches_tells_weights_apart_by_all_but_values(quantize: Any) ->
     assert len(keys) == len(others) + 1
 
 
-def test_weights_of_two_layers_have_two_addresses(quantize: Any) -> None:
+def test_weights_have_distinct_addresses(quantize: Any) -> None:
     model = quantize(made())
     assert len({0, *(model[i].weight.data_ptr() for i in (0, 2))}) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_that_is_cast_has_weights_of_that_dtype(quantize: Any, dtype: torch.dtype) -> None:
+def test_casting_a_model_casts_its_weights(quantize: Any, dtype: torch.dtype) -> None:
     x = batch()
     model = quantize(made(), smoothed=True).to(dtype)
     assert model[0].weight.dtype == dtype
@@ -251,7 +251,7 @@ def loaded(model: Any, quantize: Any) -> Any:
     ],
     ids=["deepcopy", "pickle", "save", "share_memory", "state_dict"],
 )
-def test_a_copy_computes_the_same(quantize: Any, again: Callable[[Any, Any], Any]) -> None:
+def test_copy_computes_the_same(quantize: Any, again: Callable[[Any, Any], Any]) -> None:
     model, x = quantize(made(), smoothed=True), batch()
     other = again(model, quantize)
     assert type(other[0].weight) is type(model[0].weight)
@@ -273,7 +273,7 @@ def test_a_copy_computes_the_same(quantize: Any, again: Callable[[Any, Any], Any
     ],
     ids=["mul_", "zero_", "setitem", "copy_", "transposed", "out=", "data", "init"],
 )
-def test_writing_to_a_weight_is_an_error(quantize: Any, write: Callable[[Any], Any]) -> None:
+def test_rejects_writing_to_a_weight(quantize: Any, write: Callable[[Any], Any]) -> None:
     model, x = quantize(made()), batch()
     before = model(x)
     with pytest.raises(QuantizationError, match=r"cannot write to a quantized weight \(64x64\)"):
@@ -312,7 +312,7 @@ CAUSAL = {"mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "is_causal": True}
 )
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype", "ignore:enable_nested")
 @pytest.mark.filterwarnings("ignore:Converting mask without torch.bool")
-def test_an_encoder_of_torch_is_quantized(given: Any, masks: Any) -> None:
+def test_quantizes_torchs_encoder(given: Any, masks: Any) -> None:
     baseline = Encoder(**given).eval().requires_grad_(False)
     model = apply_int8_quant(copy.deepcopy(baseline), filter_fn=any_layer)
     assert len(coverage(model).converted) == 4
@@ -329,7 +329,7 @@ def test_an_encoder_of_torch_is_quantized(given: Any, masks: Any) -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_parts_of_an_attention_of_torch_may_be_quantized(
+def test_may_quantize_parts_of_torchs_attention(
     context: Callable[[], AbstractContextManager[None]],
 ) -> None:
     torch.manual_seed(0)
@@ -347,7 +347,7 @@ def test_parts_of_an_attention_of_torch_may_be_quantized(
 
 
 class Attention(nn.Module):
-    """Reads one weight itself, as timm's Eva and SwinV2 do."""
+    """Read one weight directly, like timm's Eva and SwinV2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,7 +361,7 @@ class Attention(nn.Module):
         return out
 
 
-def test_a_fused_weight_that_the_model_multiplies_by_stays_int8(
+def test_fused_weight_in_explicit_matmul_stays_int8(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
@@ -398,7 +398,7 @@ def graph(layer: nn.Module) -> str:
     ],
     ids=["w8a8", "w8"],
 )
-def test_a_call_of_the_layer_is_the_graph_of_torchao(config: Any) -> None:
+def test_layer_call_traces_to_the_graph_of_torchao(config: Any) -> None:
     theirs, ours = made(), made()
     quantize_(theirs, config)
     quantize_(ours, config)
@@ -407,7 +407,7 @@ def test_a_call_of_the_layer_is_the_graph_of_torchao(config: Any) -> None:
     assert graph(ours[0]) == graph(theirs[0])
 
 
-def test_an_fp8_weight_can_be_read() -> None:
+def test_fp8_weight_can_be_read() -> None:
     model, x = made(torch.bfloat16), batch().to(torch.bfloat16)
     fp8 = Float8Tensor.from_hp(model[0].weight, granularity=PerRow())
     model[0].weight = nn.Parameter(fp8, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Limits that keep the package readable: the lines of a file, and those of a function."""
+"""Limit the lines of files and functions, to keep the package readable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def too_long(name: str, text: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} {node.name}: {lines} lines"
 
 
-def test_what_is_too_long_is_named() -> None:
+def test_too_long_names_files_and_functions() -> None:
     body = "\n".join(["    class B:", "        async def f(self):", *["            pass"] * 60])
     assert list(too_long("a.py", f"def g():\n{body}\n")) == [
         "a.py:1 g: 63 lines",
@@ -32,7 +32,7 @@ def test_what_is_too_long_is_named() -> None:
 
 
 def test_no_file_and_no_function_is_too_long() -> None:
-    """Triton kernels aside, which cannot be split at will."""
+    """Triton kernels are exempt, because they cannot be split freely."""
     paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     found = [
         line

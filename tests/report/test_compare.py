@@ -128,7 +128,7 @@ def test_reports_nothing_compared() -> None:
     ]
 
 
-def test_the_footer_names_files_commits_and_where_the_noise_comes_from() -> None:
+def test_footer_names_files_commits_and_source_of_the_noise() -> None:
     base = [side(name, [timed(slower=f)]) for name, f in (("one", 1.0), ("two", 1.01))]
     new = side("new", [timed()], dirty=True, commit=None)
     limits = {"batch-time": 0.1, "memory": None}

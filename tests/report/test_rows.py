@@ -49,7 +49,7 @@ SAVED = everything()
     ],
     ids=["results", "accuracy", "layers", "empty"],
 )
-def test_tables_of_a_session(grid: Grid) -> None:
+def test_session_tables_match_rich(grid: Grid) -> None:
     same(grid, [None, *range(8, 60, 7), 80, 100, 120, 121, 160, 200])
 
 
@@ -57,7 +57,7 @@ cells = st.text(alphabet="ab 1-_[]é中́🙂", max_size=30).map(one_line)
 
 
 @given(st.data(), st.integers(1, 4), st.integers(0, 5))
-def test_any_cells(data: st.DataObject, columns: int, count: int) -> None:
+def test_rows_match_rich_for_any_cells(data: st.DataObject, columns: int, count: int) -> None:
     names = [f"c{number}" * data.draw(st.integers(1, 4)) for number in range(columns)]
     some = st.lists(st.sampled_from(names), max_size=2)
     grid = Grid(
@@ -71,7 +71,7 @@ def test_any_cells(data: st.DataObject, columns: int, count: int) -> None:
     same(grid, [None, data.draw(st.integers(5, 120))])
 
 
-def test_rich_prints_no_more_rows_than_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rich_prints_only_rows_that_affect_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     added = []
     add_row = Table.add_row
     monkeypatch.setattr(

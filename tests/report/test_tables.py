@@ -59,7 +59,7 @@ def test_a_log_shows_long_names_and_figures_in_full() -> None:
     assert (text.count("r") - 3, text.count("w") - 1) == (3000, 9000)  # those of headers aside
 
 
-def test_a_table_that_is_cut_keeps_its_worst_rows() -> None:
+def test_shortened_table_keeps_its_worst_rows() -> None:
     assert names(GRID.markdown()) == ["good", "worst", "doubtful", "better"]
     assert names(GRID.markdown(2)) == ["worst", "doubtful"]
     assert "\n2 of 4 rows are left out; the worst are shown first; the log" in GRID.markdown(2)

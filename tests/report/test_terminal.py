@@ -52,7 +52,7 @@ def lines_of(
     color: bool = False,
     environment: dict[str, Any] = CPU,
 ) -> list[str]:
-    """Return the lines with each run of spaces made one."""
+    """Return the lines with each run of spaces collapsed."""
     text = render(Saved(environment, list(results), []), width=width, color=color)
     assert text.endswith("\n")
     return [" ".join(line.split()) for line in text.splitlines()]
@@ -370,7 +370,7 @@ ADDED = "feeding adds {} ms to each batch"
                 "the loader (the main process)"
             ),
         ),
-        # Loading without workers, beside what the device has to do.
+        # Loading runs without workers, in addition to the device's work.
         (
             0.0015,
             0.03,
@@ -475,7 +475,7 @@ def test_no_color_has_no_escapes() -> None:
         assert "\x1b" not in render(saved, width=width, color=False)
 
 
-def test_color_changes_nothing_but_color() -> None:
+def test_color_does_not_change_the_text() -> None:
     saved = Saved(CPU, [result_of(status="oom"), result_of(**MEASURED)], [])
     colored = render(saved, width=120, color=True)
     assert "\x1b[31m" in colored
@@ -558,7 +558,7 @@ def test_every_part_of_a_split_table_repeats_the_keys() -> None:
         assert [row[2] for row in rows] == ["top1", "miou"]
 
 
-def test_a_long_workload_is_folded_too() -> None:
+def test_folds_a_long_workload_name() -> None:
     long = "timm:vit_large_patch14_reg4_dinov2"
     saved = Saved(CPU, [result_of(workload=long, **MEASURED)], [])
     for header, *rows in tables_of(render(saved, width=80, color=False)):
@@ -567,7 +567,7 @@ def test_a_long_workload_is_folded_too() -> None:
         assert "".join(found).startswith(long)
 
 
-def test_a_folded_run_name_is_complete() -> None:
+def test_folded_run_name_is_complete() -> None:
     text = render(Saved(CPU, [result_of(**MEASURED)], []), width=150, color=False)
     lines = text.splitlines()
     assert all(len(line) <= 150 for line in lines)
@@ -604,7 +604,7 @@ def test_reports_layers_not_fused_with_reasons() -> None:
     assert said not in lines_of(result_of(**torchao))
 
 
-def test_plain_benchmarks_have_a_table_of_their_own() -> None:
+def test_plain_benchmarks_have_a_separate_table() -> None:
     off = [plain(name, status="skipped", reason="ran once, not measured: off") for name in "ab"]
     off = [replace(benchmark, call_time_s=None) for benchmark in off]
     slow = plain("slow", 1.5, rounds=1, iterations=None)

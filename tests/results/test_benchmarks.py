@@ -18,7 +18,7 @@ from toys.results import CPU, GPU, entry, plain, timed, write, write_journal, wr
 NODE = "test_a.py::test_sort[10]"
 
 
-def test_a_file_of_pytest_benchmark_alone(tmp_path: Path) -> None:
+def test_reads_a_plain_pytest_benchmark_file(tmp_path: Path) -> None:
     data = [0.002, 0.003]  # with --benchmark-save-data
     stats = {"iterations": 30, "rounds": 16, "stddev": 4e-3, "iqr": 2.698e-4, "data": data}
     path = write_plain(tmp_path / "0001_x.json", entry(NODE, 2e-3, **stats))
@@ -40,7 +40,7 @@ def test_a_file_of_pytest_benchmark_alone(tmp_path: Path) -> None:
         ({"rounds": 100, "stddev": None, "iqr": None}, None),
     ],
 )
-def test_the_error_of_a_median(stats: dict[str, Any], error: float | None) -> None:
+def test_standard_error_of_a_median(stats: dict[str, Any], error: float | None) -> None:
     found = Benchmark.from_timing(entry(NODE, **stats)).call_time_standard_error
     assert found == (None if error is None else pytest.approx(error, rel=1e-3))
 

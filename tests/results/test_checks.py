@@ -73,7 +73,7 @@ ROW = {"name": "a", "sqnr_db": 1.0}
         ("worker", ["gw0"], "worker must be an object, got ['gw0']"),
     ],
 )
-def test_values_of_results(name: str, value: Any, why: str) -> None:
+def test_checks_values_of_results(name: str, value: Any, why: str) -> None:
     with pytest.raises(SchemaError) as info:
         Result.from_dict({**result_of().to_dict(), name: value})
     assert str(info.value).startswith(f"not a result: {why}")
@@ -95,13 +95,13 @@ def test_values_of_results(name: str, value: Any, why: str) -> None:
         ("remedies", [{}], "remedies[0].rung must be a string, got None"),
     ],
 )
-def test_values_of_verdicts(name: str, value: Any, why: str) -> None:
+def test_checks_values_of_verdicts(name: str, value: Any, why: str) -> None:
     with pytest.raises(SchemaError) as info:
         Accuracy.from_dict({**verdict_of().to_dict(), name: value})
     assert str(info.value) == f"not a verdict: {why}"
 
 
-def test_remedies_that_were_judged_have_figures() -> None:
+def test_judged_remedies_have_figures() -> None:
     row = dict.fromkeys(("setting", "selection_drop", "problem", "outcome"))
     tried = {**row, "rung": "W8"}
     assert verdict_of(remedies=[tried]).remedies == [tried]
@@ -137,7 +137,7 @@ def test_bounds_may_be_infinite() -> None:
         ),
     ],
 )
-def test_values_of_tables_of_layers(changes: dict[str, Any], why: str) -> None:
+def test_checks_values_of_layer_tables(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(SchemaError) as info:
         Sensitivity.from_dict({**TABLE.to_dict(), **changes})
     assert str(info.value) == f"not a table of layers: {why}"

@@ -31,7 +31,7 @@ from pytest_int8bench.results.reading import read
 from pytest_int8bench.results.records import Result, Saved
 from toys.results import BASE, environment, result
 
-#: The slowest rounds over the median one, of fields that results have had for long.
+#: The slowest rounds relative to the median one, from long-standing fields of results.
 TOY = """
 Figure(
     field="tail_ratio",
@@ -114,7 +114,7 @@ def test_rejects_an_option_without(missing: str) -> None:
     ("what", "taken"),
     [("field", "compile_s"), ("name", "p95"), ("header", "km²/s"), ("option", "max-slowdown")],
 )
-def test_rejects_a_taken(what: str, taken: str) -> None:
+def test_rejects_names_already_taken(what: str, taken: str) -> None:
     row = {"field": "toy_s", "name": "toy", "header": "toy", "option": "max-toy-growth"}
     figure = Figure(**{**row, what: taken}, help="growth of the toy", floor=0.02)  # type: ignore[arg-type]
     before = (dict(FIGURES), dict(METRICS))
@@ -145,7 +145,7 @@ def test_a_result_rejects(field: str, value: Any, rule: str) -> None:
 # -- a figure from outside ----------------------------------------------------------------------
 
 
-def test_the_table_shows_a_new_figure_where_it_was_measured(toy: Figure) -> None:
+def test_table_shows_a_new_figure_if_measured(toy: Figure) -> None:
     assert "p95/median" not in render(saved_of(measured()), width=None, color=False)
     assert column("p95/median", measured(1.5), measured()) == ["1.50x", "-"]
 
@@ -291,7 +291,7 @@ def test_a_figure_may_read_a_field_of_a_subclass() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
-def test_the_gate_leaves_out_values_that_have_no_growth(value: float) -> None:
+def test_gate_skips_values_without_growth(value: float) -> None:
     figure = dataclasses.replace(eval(TOY), compute=lambda r: value)
     register(figure)
     try:
@@ -309,7 +309,7 @@ def powered(joules: float, **values: Any) -> Result:
     return measured(joules_per_sample=joules, samples_per_joule=1 / joules, **values)
 
 
-def test_the_table_shows_energy_where_it_was_measured() -> None:
+def test_table_shows_energy_if_measured() -> None:
     assert "J/sample" not in render(saved_of(measured()), width=None, color=False)
     assert column("J/sample", powered(0.25), measured()) == ["0.25", "-"]
 

@@ -160,7 +160,7 @@ def test_a_journal_without_records_can_be_discarded(path: Path) -> None:
 @pytest.mark.parametrize("another", ["new", "longer", "gone"])
 def test_a_file_that_became_another_journal_is_not_discarded(path: Path, another: str) -> None:
     journal = Journal(path, {})
-    if another == "longer":  # this one's, with a record of a process that goes on with it
+    if another == "longer":  # the same journal, with a record of another process that continues it
         Journal.reopen(path).append(point(1))
     else:
         path.unlink()

@@ -68,7 +68,7 @@ def test_finds_a_file_by_number() -> None:
     save(".benchmarks/Linux/0001_one.json")
     second = save(".benchmarks/Linux/0002_two.json")
     assert find("0002", STORAGE) == [second]
-    named = save("0002")  # a file goes first
+    named = save("0002")  # a file takes precedence
     assert find("0002", STORAGE) == [named]
 
 
@@ -121,7 +121,7 @@ def test_the_latest_two_files_are_of_the_machine_that_saved_last() -> None:
 
 
 def save_at(name: str, day: int) -> Path:
-    """Save a file that says on which day of January it was made."""
+    """Save a file dated to a day of January."""
     path = STORAGE / "Here" / name
     results.write(path, results.saved(cpu="EPYC"), datetime=f"2026-01-{day:02}T12:00:00")
     return path
@@ -289,7 +289,7 @@ def test_an_interrupt_leaves_no_partial_report(monkeypatch: pytest.MonkeyPatch) 
     assert names() == []
 
 
-def test_a_summary_grows() -> None:
+def test_appends_to_a_summary() -> None:
     for text in ("one ü\n", "two\n"):
         append(Path("summary.md"), text)
     assert Path("summary.md").read_text(encoding="utf-8") == "one ü\ntwo\n"

@@ -1,4 +1,4 @@
-"""Whatever one value of a saved file is changed to, readers show it or reject it in one line."""
+"""If one value of a saved file changes, readers show it or reject the file in one line."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ values = st.one_of(
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Return the paths to whatever is in a value."""
+    """Return the paths to all items in a value."""
     if place:
         yield place
     entries = value.items() if isinstance(value, dict) else enumerate(value)

@@ -45,20 +45,20 @@ def refused(path: Path) -> str:
     ],
     ids=["bom", "utf-16", "utf-16-be", "utf-32", "utf-16-no-mark", "utf-32-no-mark", "zeros"],
 )
-def test_other_encodings(tmp_path: Path, content: bytes, message: str) -> None:
+def test_rejects_other_encodings(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "saved.json"
     path.write_bytes(content)
     assert refused(path) == message
 
 
-def test_a_pipe(tmp_path: Path) -> None:
+def test_rejects_a_pipe(tmp_path: Path) -> None:
     path = tmp_path / "saved.json"
     os.mkfifo(path)
     assert refused(path) == "must be a regular file, got a pipe"
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/urandom"])
-def test_a_link_to_a_device(tmp_path: Path, device: str) -> None:
+def test_rejects_a_link_to_a_device(tmp_path: Path, device: str) -> None:
     path = tmp_path / "saved.json"
     path.symlink_to(device)
     assert refused(path) == "must be a regular file, got a device"
@@ -107,7 +107,7 @@ TOO_DEEP = "is nested too deeply; at most 32 levels are allowed"
 
 @pytest.mark.parametrize("levels", [40, 300, 900, 5_000, 200_000])
 @pytest.mark.parametrize("place", ["params", "coverage", "later", "environment"])
-def test_deep_nesting(tmp_path: Path, levels: int, place: str) -> None:
+def test_rejects_deep_nesting(tmp_path: Path, levels: int, place: str) -> None:
     record = timed().to_dict()
     record["coverage"] = {}
     mark = '"DEEP"'

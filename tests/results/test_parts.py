@@ -18,7 +18,7 @@ PARAMS = RunParams(int8_enabled=True)
 
 @dataclass(frozen=True)
 class Given:
-    """Anything that can be saved as a dictionary."""
+    """An object that can be saved as a dictionary."""
 
     values: dict[str, Any]
     backend: str = "fused"

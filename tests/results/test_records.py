@@ -153,7 +153,7 @@ def test_oom_is_a_status(status: str) -> None:
 BAD_STATUS = "status must be one of ok, oom, skipped, failed, accuracy-failed, got 'fine'"
 
 
-def test_bad_status() -> None:
+def test_rejects_bad_status() -> None:
     with pytest.raises(ValueError, match=rf"^{BAD_STATUS}$"):
         result_of(status="fine")
     with pytest.raises(SchemaError, match=rf"^not a result: {BAD_STATUS}$"):
@@ -166,7 +166,7 @@ def test_rates_fit_the_batch_time(name: str, rate: float) -> None:
     why = re.escape(f"{name} must be a batch's count divided by batch_time_s (0.01), got {rate}")
     with pytest.raises(SchemaError, match=rf"^not a result: {why}$"):
         Result.from_dict({**MEASURED.to_dict(), name: rate, "batch_time_s": 0.01})
-    assert getattr(result_of(**{name: rate}), name) == rate  # without a time, who knows
+    assert getattr(result_of(**{name: rate}), name) == rate  # unknown without a time
 
 
 @pytest.mark.parametrize("name", [*TIMES_AND_RATES, *ENERGIES, "peak_memory_bytes"])
@@ -228,7 +228,7 @@ def test_a_result_needs_its_identity() -> None:
 # -- later results ----------------------------------------------------------------------------
 
 
-def test_the_later_result_of_an_identity_wins() -> None:
+def test_later_result_of_an_identity_wins() -> None:
     first, other, again = result_of("a"), result_of("b"), result_of("a", status="failed")
     elsewhere = result_of("a", workload="vit")
     assert latest([first, other, elsewhere, again]) == [other, elsewhere, again]
@@ -264,7 +264,7 @@ def journal_path(tmp_path: Path) -> Path:
 
 
 def refused(path: Path) -> str:
-    """Return what is said about ``path``, without its name."""
+    """Return the error about ``path`` without its name."""
     with pytest.raises(SchemaError) as info:
         read(path)
     message = str(info.value)
@@ -296,7 +296,7 @@ def test_a_broken_line_is_skipped_and_reported(journal_path: Path, broken: str) 
         assert found.skipped == (at + 1,)
 
 
-def test_a_torn_header_is_refused(journal_path: Path) -> None:
+def test_rejects_a_torn_header(journal_path: Path) -> None:
     journal_path.write_text(journal_path.read_text()[:20])
     assert refused(journal_path) == "FILE is not JSON: it is cut off (line 1, column 16)"
 
@@ -355,7 +355,7 @@ NEWER = "FILE has schema 2, but this version reads only up to 1; update pytest-i
         ),
     ],
 )
-def test_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_rejects_invalid_files(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
     assert refused(path) == message
@@ -375,7 +375,7 @@ def test_rejects_a_truncated_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("environment", "an object"), ("results", "a list"), ("accuracy", "a list")]
 )
-def test_an_incomplete_block_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_rejects_an_incomplete_block(tmp_path: Path, name: str, kind: str) -> None:
     block = Saved(ENVIRONMENT, [MEASURED], []).to_dict()
     del block[name]
     path = tmp_path / "run.json"
@@ -383,7 +383,7 @@ def test_an_incomplete_block_is_refused(tmp_path: Path, name: str, kind: str) ->
     assert refused(path) == f"FILE: {name} must be {kind}, got None"
 
 
-def test_a_header_without_environment_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_header_without_environment(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps({"int8bench": {"schema": SCHEMA}}) + "\n")
     assert refused(path) == "FILE: environment must be an object, got None"
@@ -449,7 +449,7 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
         read(tmp_path / "nothing.json")
 
 
-def test_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
+def test_reads_the_block_of_a_benchmark_file(tmp_path: Path) -> None:
     failed = result_of("b", status="failed", reason="boom")
     block = Saved(ENVIRONMENT, [MEASURED, failed], [verdict_of(outcome="FAIL")]).to_dict()
     assert set(block) == {"schema", "environment", "results", "accuracy", "sensitivity"}

@@ -53,7 +53,7 @@ class Masked(Attends):
 
 
 class MaskedIfCompiled(Attends):
-    """As encoders of transformers: a mask of ones is dropped, but not where it is traced."""
+    """Like encoders of transformers: drop a mask of ones, except when traced."""
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         return masked(x) if torch.compiler.is_compiling() else attend(x)
@@ -65,7 +65,7 @@ class MaskedIfEager(Attends):
 
 
 class Twice(Attends):
-    """Two calls, of which flash on CUDA takes the first."""
+    """Two calls, only the first of which flash supports on CUDA."""
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         return masked(attend(x))
@@ -84,7 +84,7 @@ class Grouped(Attends):
 
 
 class MultiHead(Attends):
-    """Dynamo leaves the attention of torch's own module whole."""
+    """Dynamo does not trace into the attention of torch's own module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Plain(MultiHead):
 
 
 class ChoosesMath(Attends):
-    """Chooses a backend for itself."""
+    """Choose its own backend."""
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -128,7 +128,7 @@ class Broken(Attends):
 
 
 class Outside(Attends):
-    """One call in a graph, and one in none."""
+    """One call inside a graph and one outside."""
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         return masked_outside(attend(x))
@@ -157,8 +157,8 @@ class Blocks(nn.Module):
 
 
 class Outlier(nn.Module):
-    """Attention of each token to itself. A column of a key is so large, where queries have none,
-    that INT8 keys have no other column."""
+    """Attention of each token to itself. Where queries are zero, one column of each key is so large
+    that INT8 keys lose all other columns."""
 
     def __init__(self, outlier: float) -> None:
         super().__init__()

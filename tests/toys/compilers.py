@@ -1,5 +1,4 @@
-"""Backends of torch.compile that stand in for Inductor: wrong ones, and ones that round
-differently."""
+"""torch.compile backends that replace Inductor: wrong ones, and ones that round differently."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ Compile = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 def use(monkeypatch: pytest.MonkeyPatch, compile_graph: Compile) -> None:
-    """Have models compiled by ``compile_graph`` instead of Inductor."""
+    """Compile models by ``compile_graph`` instead of Inductor."""
 
     class Backend:
         def __init__(self, *options: Any) -> None:
@@ -34,8 +33,8 @@ def use(monkeypatch: pytest.MonkeyPatch, compile_graph: Compile) -> None:
 
 
 class Rotary(nn.Module):
-    """Rotates what it is given by position, in two slice assignments; returns two outputs, of
-    which the second one is small."""
+    """Rotate inputs by position, in two slice assignments; return two outputs, the second of which
+    is small."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ WRONG: dict[str, Compile] = {
 
 
 class _Linear(TorchFunctionMode):
-    """Computes linear layers in another way."""
+    """Compute linear layers in another way."""
 
     def __init__(self, linear: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ def _linear_as(linear: Callable[..., torch.Tensor]) -> Compile:
 
 
 def _split(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Add up parts that are rounded, as a kernel with split K may."""
+    """Add rounded partial sums, like kernels with split K."""
     parts = zip(x.chunk(4, -1), weight.chunk(4, -1), strict=True)
     return sum((F.linear(a, b) for a, b in parts), bias)
 
@@ -148,7 +147,7 @@ def unrounded(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def unsteady(module: fx.GraphModule) -> Callable[..., Any]:
-    """Round differently at each call, as kernels with atomic additions do."""
+    """Round differently at each call, like kernels with atomic additions."""
 
     def run(*inputs: Any) -> list[Any]:
         outputs = module.forward(*inputs)

@@ -1,4 +1,4 @@
-"""A disk that is full, or broken, for a while."""
+"""Simulate a disk that is full or broken for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 class _File:
-    """A file that takes some bytes, and fails from then on."""
+    """A file that accepts some bytes and then fails."""
 
     def __init__(self, file: Any, room: int, number: int, *, keeps_half: bool) -> None:
         self._file, self._room, self._number = file, room, number
@@ -42,13 +42,14 @@ class _File:
 
 @contextmanager
 def failing(room: int, number: int, *, keeps_half: bool = False) -> Iterator[None]:
-    """For a while, let each file that is added to or made take ``room`` bytes, then fail with this
-    error. Files that are replaced fail at once.
+    """For a while, let each new or appended file accept ``room`` bytes and then fail with an error.
+
+    Replacing a file fails immediately.
 
     Args:
-        room: bytes that a file still takes.
+        room: bytes that a file still accepts.
         number: the error.
-        keeps_half: half a line cannot be taken back either.
+        keeps_half: whether truncating a partial line fails, too.
     """
     opened = Path.open
 

@@ -1,4 +1,4 @@
-"""Simulated processes: noise of several kinds, and what the gate makes of it."""
+"""Simulate processes with several kinds of noise, and the outcomes of the gate."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from toys.results import saved, timed
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
-#: Draws log times of shape (families, processes, runs), of code that never changes.
+#: Draws log times of unchanged code, of shape (families, processes, runs).
 Noise = Callable[[Rng, int, int, int], Array]
 
-#: Slowdown of the slower state of bimodal clocks and of what comes in a period, as log ratio.
+#: Slowdown of the slower bimodal state and of the slow periodic processes, as log ratio.
 STEP = 0.04
 
 
 def normal(deviation: float, *, shared: float = 0.0, tails: float | None = None) -> Noise:
-    """Noise between processes, with a share of its variance common to all runs of a process."""
+    """Draw noise between processes; runs of a process share some of its variance."""
 
     def draw(rng: Rng, families: int, processes: int, runs: int) -> Array:
         def one(count: int) -> Array:
@@ -45,7 +45,7 @@ def normal(deviation: float, *, shared: float = 0.0, tails: float | None = None)
 
 
 def drifting(deviation: float, *, shared: float = 0.5) -> Noise:
-    """The same, with a drift of 2 % over the session and a random walk of 0.1 % a process."""
+    """Add a drift of 2 % over the session and a random walk of 0.1 % per process."""
     noise = normal(deviation, shared=shared)
 
     def draw(rng: Rng, families: int, processes: int, runs: int) -> Array:
@@ -59,7 +59,7 @@ def drifting(deviation: float, *, shared: float = 0.5) -> Noise:
 def bimodal(
     *, shared: bool, share: float = 0.5, step: float = STEP, deviation: float = 0.003
 ) -> Noise:
-    """Processes, or runs, whose clocks are in a slower state by chance."""
+    """Put the clocks of random processes or runs in a slower state."""
 
     def draw(rng: Rng, families: int, processes: int, runs: int) -> Array:
         is_slow = rng.random((families, processes, 1 if shared else runs)) < share
@@ -69,7 +69,7 @@ def bimodal(
 
 
 def periodic(period: int, *, step: float = STEP, deviation: float = 0.003) -> Noise:
-    """Every process of that number is slower."""
+    """Slow down one of every ``period`` processes."""
 
     def draw(rng: Rng, families: int, processes: int, runs: int) -> Array:
         phase = rng.integers(period, size=(families, 1, 1))
@@ -80,7 +80,7 @@ def periodic(period: int, *, step: float = STEP, deviation: float = 0.003) -> No
 
 
 def outliers(deviation: float, *, share: float = 0.08, slower: float = 0.2) -> Noise:
-    """Some times are far too long."""
+    """Make some times far too long."""
 
     def draw(rng: Rng, families: int, processes: int, runs: int) -> Array:
         shape = (families, processes, runs)
@@ -122,7 +122,7 @@ PROCESSES: dict[str, Noise] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What became of the runs of many families; arrays of shape (families, runs)."""
+    """Outcomes of the runs of many families, as arrays of shape (families, runs)."""
 
     flagged: Array
     outcomes: Array
@@ -147,7 +147,7 @@ def simulate_ab(
     design: Design | None = None,
     seed: int = 20,
 ) -> Session:
-    """Screening, and the verdict stage look by look, in the order in which processes run."""
+    """Simulate screening and the looks of the verdict stage, in the order of the processes."""
     design = design or Design()
     rng = np.random.default_rng(seed)
     shifts = np.log1p(np.broadcast_to(slowdowns, runs))
@@ -168,7 +168,7 @@ def simulate_ab(
         for part in np.array_split(np.flatnonzero(is_open.any(axis=1)), 1 + families // 50):
             if not part.size:
                 continue
-            # What failed takes no part: without a residual it is never the largest.
+            # Failed runs are excluded: without a residual they are never the largest.
             here = labels[part][:, :count]
             nothing = math.log1p(design.margin) * here[:, None]
             taken = np.where(in_family[part][..., None, None], rest[part][:, :, :count], nothing)
@@ -180,7 +180,7 @@ def simulate_ab(
 
 
 def _orders(rng: Rng, families: int, design: Design) -> Array:
-    """Draw which processes are the new revision's, of shape (families, processes)."""
+    """Draw which processes run the new revision, of shape (families, processes)."""
     swapped = rng.random((families, (design.screening_blocks + 1) // 2, 1)) < 0.5
     pairs = np.array([False, True, True, False]) ^ swapped
     screening = pairs.reshape(families, -1)[:, : 2 * design.screening_blocks]

@@ -1,4 +1,4 @@
-"""Models that call their linear layers in other ways than each once, as a module."""
+"""Models that do not simply call each linear layer once, as a module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def is_linear(module: nn.Module, name: str) -> bool:
-    """Filter that takes every linear layer."""
+    """Select every linear layer."""
     return isinstance(module, nn.Linear)
 
 
 class FourLayers(nn.Module):
-    """Two pairs of layers; what becomes of the second pair differs."""
+    """Two pairs of layers; subclasses use the second pair differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FourLayers(nn.Module):
 
 
 class InClosure(FourLayers):
-    """A function holds the second pair: a copy of the model goes on calling the original's."""
+    """Keep the second pair in a closure, so that a copy of the model calls the original's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Uncalled(FourLayers):
 
 
 class Discarded(FourLayers):
-    """Computes with the second pair, and drops the result."""
+    """Compute with the second pair and discard the result."""
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         super().second(x)
@@ -57,14 +57,14 @@ class Discarded(FourLayers):
 
 
 class Multiplies(FourLayers):
-    """Multiplies by the values of one weight."""
+    """Multiply by the values of one weight."""
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         return self.d(F.gelu(x @ values(self.c).T))
 
 
 class MultipliesOnce(FourLayers):
-    """Calls a layer, and multiplies by its values a second time."""
+    """Call a layer, then multiply by its values a second time."""
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         return super().second(x) + self.d(F.gelu(x @ values(self.c).T))
@@ -121,7 +121,7 @@ class ConvolvesEagerly(nn.Module):
 
 
 class Experts(nn.Module):
-    """A router and experts, the last of which it never chooses."""
+    """A router with experts, the last of which it never selects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,13 +138,13 @@ class Experts(nn.Module):
 
 
 def values(layer: nn.Linear) -> torch.Tensor:
-    """Return the weight as a plain tensor, whatever it is stored as."""
+    """Return the weight as a plain tensor, however it is stored."""
     weight = layer.weight
     return weight.dequantize() if hasattr(weight, "qdata") else weight * 1
 
 
 class OnlyCompiled(FourLayers):
-    """Runs the second pair where Dynamo traces it."""
+    """Run the second pair only when Dynamo traces it."""
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         return super().second(x) if torch.compiler.is_compiling() else x
@@ -156,7 +156,7 @@ class OnlyEager(FourLayers):
 
 
 class DequantizesIfEager(FourLayers):
-    """Multiplies by the values of a weight where nothing is compiled."""
+    """Multiply by the values of a weight only in eager mode."""
 
     def second(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():

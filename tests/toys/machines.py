@@ -1,4 +1,4 @@
-"""Machines that are not there: NVML, metadata of packages, and what torch says of its devices."""
+"""Simulated machines: NVML, package metadata, and torch's report on its devices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKAGES: dict[str, str | None] = {"triton": "3.6.0", "torchao": "0.18.0"}
 
 
 class Nvml:
-    """NVML of one GPU; what is not given is that of a healthy H200."""
+    """NVML of one GPU; defaults are those of a healthy H200."""
 
     NVML_CLOCK_SM = NVML_TEMPERATURE_GPU = 1
 
@@ -80,14 +80,14 @@ def put(
     asks: str = "triton==3.6.0",
     **packages: str | None,
 ) -> None:
-    """Put a machine in place of this one; without ``nvml`` NVML does not answer.
+    """Replace this machine by a simulated one; without ``nvml``, NVML does not answer.
 
     Args:
-        monkeypatch: what undoes it.
+        monkeypatch: undoes the changes.
         nvml: the GPU.
-        torch: what torch says.
+        torch: the report of torch.
         plugins: distributions with plugins for pytest, besides those that are needed.
-        torch_version: that of the installed torch.
+        torch_version: version of the installed torch.
         asks: what it asks for.
         **packages: versions that differ from :data:`PACKAGES`; None for what is not installed.
     """

@@ -1,4 +1,4 @@
-"""Everything global that a session may find changed when it ends."""
+"""Global state that a session might change."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def process_state() -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs: name -> both values."""
+    """Return the differences: name -> both values."""
     names = {*before, *after}
     return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}

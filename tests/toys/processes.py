@@ -1,4 +1,4 @@
-"""Processes that tests start and look at."""
+"""Inspect processes that tests start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def runs(pid: int) -> bool:
-    """Say whether a process runs; one that ended may be waiting for somebody to ask how."""
+    """Return whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A small project whose tests measure a toy, and what sessions of pytest in it leave."""
+"""A small project whose tests measure a toy, and readers of what its sessions save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMOKE = (
     *("--int8-preset=smoke", "--int8-set=compile_mode=off"),
     "--int8-set=benchmark_interval_s=0.02",
 )
-#: Plugins that may be installed: each is off but in the tests about it.
+#: Plugins that may be installed; each is disabled except in its own tests.
 OTHERS = ("randomly", "codspeed", "xdist", "hypothesispytest", "anyio")
 
 FAILS = 'raise ValueError("five is too many")'
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allo
 
 
 def toy(**at: str) -> str:
-    """Return toy.py: two layers, which run a statement at batches of a size, such as ``bs5``."""
+    """Return toy.py: two layers that run a statement at a batch size, such as ``bs5``."""
     lines = "".join(
         f"        if x.shape[0] == {name.removeprefix('bs')}:\n            {statement}\n"
         for name, statement in at.items()
@@ -84,15 +84,15 @@ def test_throughput(int8_throughput):
 
 
 def without(*using: str | None) -> list[str]:
-    """Return options for none of the optional plugins but those named."""
+    """Return options that disable all optional plugins except those named."""
     return [option for name in OTHERS if name not in using for option in ("-p", f"no:{name}")]
 
 
 def make_project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, *, ini: str = "", **files: str
 ) -> pytest.Pytester:
-    """Write toy.py, conftest.py and ``files``, which may replace them."""
-    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # of a plugin around these tests
+    """Write toy.py, conftest.py and ``files``, which may override them."""
+    monkeypatch.delenv("CODSPEED_ENV", raising=False)  # set by a plugin of the outer session
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for other tests' processes
     pytester.makeini(f"[pytest]\npythonpath = .\n{ini}")
     pytester.makepyfile(**{"toy": TOY, "conftest": CONFTEST, **files})
@@ -100,17 +100,17 @@ def make_project(
 
 
 def bf16(batch: int) -> str:
-    """Return the run name of a baseline of the preset smoke."""
+    """Return the run name of a baseline with the preset smoke."""
     return f"cpu_bf16_bs{batch}_compile_mode-off"
 
 
 def int8(batch: int, mode: str = "w8a8") -> str:
-    """Return the run name of a candidate of the preset smoke."""
+    """Return the run name of a candidate with the preset smoke."""
     return f"cpu_bf16_int8_{mode}_off_bs{batch}"
 
 
 def ids(result: pytest.RunResult) -> list[str]:
-    """Return what ``--collect-only -q`` lists."""
+    """Return the node ids that ``--collect-only -q`` lists."""
     return [line for line in result.outlines if "::" in line]
 
 

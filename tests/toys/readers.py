@@ -1,4 +1,4 @@
-"""Ways in which models read the weight of a linear layer, other than calling the layer."""
+"""Ways in which models read a linear layer's weight without calling the layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 Reader = Callable[[Any, torch.Tensor], torch.Tensor]
 
-#: Each is the layer's matmul, of inputs (M, K).
+#: Each computes the layer's matmul for inputs (M, K).
 MATMULS: dict[str, Reader] = {
     "layer": lambda layer, x: layer(x),
     "dtype": lambda layer, x: layer(x.to(layer.weight.dtype)),
@@ -70,7 +70,7 @@ READS: dict[str, Reader] = {
     ),
 }
 
-#: Reads that leave torch, which no compiler follows.
+#: Reads outside of torch, which compilers cannot trace.
 PYTHON_READS: dict[str, Reader] = {
     "numpy": lambda layer, x: torch.from_numpy(layer.weight.numpy()),
     "tolist": lambda layer, x: torch.tensor(layer.weight.tolist()),

@@ -1,4 +1,4 @@
-"""A small model of blocks, and ways in which a build changes what it runs or holds."""
+"""A small model of blocks, and ways in which a build changes its functions or attributes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(block: Any, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# -- the same numbers by another path -----------------------------------------------------------
+# -- the same values by another path ------------------------------------------------------------
 
 
 def closure(net: Any) -> None:
@@ -72,7 +72,7 @@ def hook(net: Any) -> None:
 
 def registered_object(net: Any) -> None:
     class Runner:
-        """Holds a module where modules do not look."""
+        """Hold a module where nn.Module does not find it."""
 
         def __init__(self, block: nn.Module) -> None:
             self.block = block
@@ -107,7 +107,7 @@ def quantized_buffer(net: Any) -> None:
 
 
 def old_weight_norm(net: Any) -> None:
-    """A weight that a hook computes, and that is no leaf."""
+    """Add a weight that a hook computes and that is not a leaf."""
     net.norm = nn.utils.spectral_norm(nn.Linear(4, 4))
 
 

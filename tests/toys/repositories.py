@@ -1,4 +1,4 @@
-"""Repositories of git that nothing outside a test touches."""
+"""Git repositories isolated from everything outside a test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def git(folder: Path, *args: str) -> str:
 
 
 def isolate(patch: pytest.MonkeyPatch, ceiling: Path) -> None:
-    """Let git read no configuration of this machine, and find no repository above."""
+    """Keep git from reading this machine's configuration and from finding a repository above."""
     for name in [name for name in os.environ if name.startswith(("GIT_", "GITHUB_"))]:
         patch.delenv(name)
     patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
@@ -29,14 +29,14 @@ def isolate(patch: pytest.MonkeyPatch, ceiling: Path) -> None:
 
 
 def isolate_pytest(patch: pytest.MonkeyPatch) -> None:
-    """Let sessions of pytest load no plugins but those they name."""
+    """Let pytest sessions load only the plugins they name."""
     patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH"):
         patch.delenv(name, raising=False)
 
 
 def make_temporary_folder(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
-    """Isolate git, and return a new folder for temporary files."""
+    """Isolate git and return a new folder for temporary files."""
     isolate(patch, tmp_path)
     folder = tmp_path / "temp"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Records of results and verdicts, and saved files as a session leaves them."""
+"""Records of results and verdicts, and saved files as sessions write them."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ CEILING: dict[str, Any] = {
 
 
 def everything() -> Saved:
-    """Return what a session on a GPU leaves that had all there is: a sweep of batches with an OOM,
-    verdicts, a failed and a skipped point, and a scan of layers."""
+    """Return the results of a GPU session with every kind of record: a batch sweep with an OOM,
+    verdicts, a failed and a skipped point, and a sensitivity scan."""
     results = []
     for batch, rate in ((1, 40.0), (8, 190.0), (64, 360.0)):
         at = {"batch_size": batch}
@@ -210,7 +210,7 @@ def plain(name: str = "plain", seconds: float = 1e-3, **values: Any) -> Benchmar
 
 
 def entry(fullname: str, seconds: float = 1e-3, **stats: Any) -> dict[str, Any]:
-    """Return what pytest-benchmark saves of a test."""
+    """Return what pytest-benchmark saves for a test."""
     times = dict.fromkeys(("min", "max", "mean", "median"), seconds)
     spread = {"stddev": 0.0, "iqr": 0.0, "rounds": 20, "iterations": 1}
     options = {"timer": "perf_counter", "min_rounds": 5}
@@ -218,7 +218,7 @@ def entry(fullname: str, seconds: float = 1e-3, **stats: Any) -> dict[str, Any]:
     return {"fullname": fullname, "name": "x", "options": options, "stats": stats}
 
 
-#: What pytest-benchmark says of the machine that :data:`CPU` is of.
+#: pytest-benchmark's description of the machine of :data:`CPU`.
 MACHINE_INFO = {
     "node": "host",
     "python_version": "3.11.7",
@@ -229,14 +229,14 @@ MACHINE_INFO = {
 
 
 def write_plain(path: str | Path, *entries: Any, **head: Any) -> Path:
-    """Save as pytest-benchmark does without this plugin."""
+    """Save a file like pytest-benchmark without this plugin."""
     head = {"machine_info": MACHINE_INFO, "commit_info": {"id": "abc", "dirty": False}, **head}
     Path(path).write_text(json.dumps({**head, "benchmarks": [*entries], "version": "5.1.0"}))
     return Path(path)
 
 
 def write(path: str | Path, saved: Saved, **head: Any) -> Path:
-    """Save as pytest-benchmark does; ``head`` is what it writes besides."""
+    """Save a file like pytest-benchmark; ``head`` has its other keys."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmarks": [], **head, "int8bench": saved.to_dict()}))

@@ -12,7 +12,7 @@ WIDTH, SLOTS = 16, 6
 
 
 class Layers(nn.Module):
-    """Two linear layers, without a state yet."""
+    """Two linear layers without state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Layers(nn.Module):
 
 
 class Cache(Layers):
-    """Writes each call's keys to the next places of a ring, as a decoder's cache."""
+    """Write each call's keys to the next slots of a ring, like a decoder's cache."""
 
     position: torch.Tensor
     keys: torch.Tensor
@@ -38,7 +38,7 @@ class Cache(Layers):
 
 
 class Counter(Layers):
-    """Scales its output by the number of calls."""
+    """Scale its output by the number of calls."""
 
     calls: torch.Tensor
 
@@ -52,7 +52,7 @@ class Counter(Layers):
 
 
 class RunningMean(Layers):
-    """Subtracts a mean that each call moves."""
+    """Subtract a running mean that each call updates."""
 
     mean: torch.Tensor
 
@@ -70,14 +70,14 @@ IN_BUFFERS = (Cache, Counter, RunningMean)
 
 
 class Draws(Layers):
-    """Drops some of its activations in inference too."""
+    """Apply dropout in inference, too."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.fc2(F.dropout(self.fc1(x), 0.3, training=True))
 
 
 class InPython(Layers):
-    """Counts its calls in an attribute."""
+    """Count its calls in an attribute."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""Toys of the ways in which real models name and nest their linear layers. None has a forward."""
+"""Toys that name and nest linear layers like real models do. None has a forward."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def repeated(block: type[nn.Module] | object, count: int = 2, **around: nn.Modul
 
 
 class Attention(Holder):
-    """An attention by the names of its projections."""
+    """An attention with the given names of projections."""
 
     def __init__(self, *names: str) -> None:
         super().__init__(**{name: linear() for name in names or ("q", "k", "v", "proj")})
 
 
 class Mlp(Holder):
-    """Two layers, there and back."""
+    """Two layers, up and down."""
 
     def __init__(self, up: str = "fc1", down: str = "fc2", inner: int = 4 * DIM) -> None:
         super().__init__(**{up: linear(DIM, inner), down: linear(inner, DIM)})
 
 
 class Gated(Holder):
-    """A gated MLP whose layers are called by the words of their roles."""
+    """A gated MLP with layers named after their roles."""
 
     def __init__(self, inner: int = 2 * DIM) -> None:
         super().__init__(gate=linear(DIM, inner), up=linear(DIM, inner), down=linear(inner, DIM))
 
 
 class Stacked(nn.Module):
-    """Experts in 3-D parameters, as Mixtral's and Llama 4's."""
+    """Experts in 3-D parameters, as in Mixtral and Llama 4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Stacked(nn.Module):
 
 
 class Experts(Holder):
-    """A mixture of experts whose router has any name."""
+    """A mixture of experts with any name for its router."""
 
     def __init__(self, router: str = "gate", *, stacked: bool = False) -> None:
         experts = Stacked() if stacked else nn.ModuleList([Mlp() for _ in range(EXPERTS)])
@@ -66,7 +66,7 @@ class Experts(Holder):
 
 
 class Adapted(Holder):
-    """A linear layer with a low-rank pair beside it."""
+    """A linear layer with a low-rank adapter."""
 
     def __init__(
         self, base: str = "base_layer", down: str = "lora_A", up: str = "lora_B", rank: int = 4

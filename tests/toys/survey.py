@@ -1,11 +1,11 @@
-"""Which linear layers of other people's models the default filter takes, by model type.
+"""Survey which linear layers of real-world models the default filter selects, by model type.
 
     python tests/toys/survey.py [transformers | timm | TYPE ...]
 
-builds every model type of the installed transformers, or timm, from its default configuration with
-two layers on the meta device, without a download; prints the share of the weights of linear layers
-that the filter takes; and exits 1 with the names of layers of repeated blocks that it leaves out
-for no reason of ``REVIEWED``.
+builds every model type of the installed transformers or timm on the meta device, with two layers of
+its default configuration and without a download. It prints the share of linear weights that the
+filter selects, and exits with 1 if the filter excludes layers of repeated blocks for a reason that
+is not in ``REVIEWED``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_int8bench.errors import first_line
 from pytest_int8bench.quantization.filters import is_transformer_linear
 from pytest_int8bench.quantization.structure import within
 
-#: What the filter may leave out of repeated blocks, as reviewed by hand: names, and why.
+#: Layers of repeated blocks that the filter may exclude, as reviewed by hand: names and reasons.
 REVIEWED = {
     r"rout(er|ing)|(^|[._])gat(e|eway|ing_block)(\.|$)": "chooses experts, or scales by a gate",
     r"(in_proj_(a|b|ba)|self_attn\.[abg]_proj|linear_attn\.[ab]_proj|g_[ab]_proj|sink_proj"
@@ -44,7 +44,7 @@ _DEPTH = re.compile(r"(.*_)?(num_)?(hidden_|encoder_|decoder_)?layers|n_layers?|
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What the filter does with a model."""
+    """The result of the filter on a model."""
 
     taken: frozenset[str]
     linears: frozenset[str]
@@ -53,7 +53,7 @@ class Surveyed:
 
     @property
     def unexplained(self) -> list[str]:
-        """Layers of repeated blocks that it leaves out, and no one has said why."""
+        """Layers of repeated blocks that the filter excludes for no reviewed reason."""
         return sorted(
             {
                 pattern
@@ -78,8 +78,8 @@ def survey(model: nn.Module) -> Surveyed:
 
 
 def hf_model(kind: str) -> nn.Module:
-    """Return a model type of transformers by its default configuration, with two layers where it
-    can be told, on the meta device."""
+    """Build a transformers model type from its default configuration on the meta device, with two
+    layers if it is configurable."""
     from transformers import CONFIG_MAPPING, AutoModel
 
     for config in (_shrunk(CONFIG_MAPPING[kind]()), CONFIG_MAPPING[kind]()):
@@ -110,7 +110,7 @@ def _shrunk(config: Any, depth: int = 2) -> Any:
 
 
 def _every(kinds: list[str]) -> Iterator[tuple[str, nn.Module | str]]:
-    """Yield each model, or why it cannot be built."""
+    """Yield each model, or the reason why it cannot be built."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     build = hf_model
@@ -123,7 +123,7 @@ def _every(kinds: list[str]) -> Iterator[tuple[str, nn.Module | str]]:
     for kind in kinds:
         try:
             yield kind, build(kind)
-        except Exception as error:  # whatever a default configuration lacks
+        except Exception as error:  # some default configurations are incomplete
             yield kind, first_line(error)
 
 

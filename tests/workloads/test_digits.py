@@ -1,4 +1,4 @@
-"""The workload of handwritten digits, and the script that trains its weights."""
+"""Test the handwritten-digits workload, and the script that trains its weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKLOAD = digits.digits()
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Products this small gain nothing from more, and lose much on a busy machine."""
+    """Use one thread: small matmuls gain nothing from more and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    """The module that trains the weights."""
+    """Return the module that trains the weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         yield importlib.import_module("train_digits")
@@ -56,7 +56,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def right_of(count: str) -> int:
-    """Return the number of images that a header's count, such as 793/797, says are right."""
+    """Return the number of correct images in a header's count such as 793/797."""
     return int(count.partition("/")[0])
 
 
@@ -91,7 +91,7 @@ def test_splits_are_stratified() -> None:
         assert (counts - whole * len(split.ids)).abs().max() <= 1.5
 
 
-def test_images_are_those_of_the_data() -> None:
+def test_images_match_the_data() -> None:
     data = digits.load_digits()
     for split in digits.splits().values():
         assert split.images.shape == (len(split.ids), 1, 8, 8)
@@ -100,7 +100,7 @@ def test_images_are_those_of_the_data() -> None:
         assert torch.equal(split.images.bfloat16().float(), split.images)
 
 
-def test_bf16_is_right_for_97_percent_of_the_certification_split() -> None:
+def test_bf16_reaches_97_percent_on_the_certification_split() -> None:
     ids, scores = WORKLOAD.evaluation.scores(forward_of(WORKLOAD.build(POINT).bfloat16()))
     assert list(ids) == list(digits.splits()["certification"].ids)
     assert scores.shape == (797,)
@@ -109,7 +109,7 @@ def test_bf16_is_right_for_97_percent_of_the_certification_split() -> None:
 
 
 @pytest.mark.parametrize("smoothquant", [False, True])
-def test_w8a8_loses_a_point_at_most(smoothquant: bool) -> None:
+def test_w8a8_loses_at_most_1_5_points(smoothquant: bool) -> None:
     baseline = WORKLOAD.build(POINT).bfloat16()
     batches = [(images.bfloat16(),) for (images,) in WORKLOAD.calibration(POINT, CPU)]
     candidate = apply_int8_quant(
@@ -123,7 +123,7 @@ def test_w8a8_loses_a_point_at_most(smoothquant: bool) -> None:
         assert abs(after.mean() - before.mean()) <= 0.015
 
 
-def test_selection_and_calibration_see_no_certification_image() -> None:
+def test_selection_and_calibration_exclude_certification_images() -> None:
     seen = []
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -138,13 +138,13 @@ def test_selection_and_calibration_see_no_certification_image() -> None:
     assert torch.equal(calibration, splits["train"].images[:256])
 
 
-def test_scores_say_which_images_are_right() -> None:
+def test_scores_mark_correct_images() -> None:
     labels = digits.splits()["certification"].labels
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         logits = nn.functional.one_hot(labels, 10).float()
         logits[0] = logits[0].roll(1)
-        logits[torch.nonzero(labels == 0)[0]] = torch.nan  # argmax would say 0
+        logits[torch.nonzero(labels == 0)[0]] = torch.nan  # argmax would give 0
         return logits
 
     _, scores = WORKLOAD.evaluation.scores(forward)
@@ -152,17 +152,17 @@ def test_scores_say_which_images_are_right() -> None:
     assert set(np.flatnonzero(scores == 0)) == wrong
 
 
-def test_the_default_filter_takes_attention_and_mlp() -> None:
+def test_default_filter_selects_attention_and_mlp() -> None:
     model = digits.VisionTransformer()
     chosen = {name for name, part in model.named_modules() if is_transformer_linear(part, name)}
     leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert chosen == {f"blocks.{n}.{leaf}" for n in range(4) for leaf in leaves}
-    for name in chosen:  # what CUDA's INT8 product takes
+    for name in chosen:  # supported by CUDA's INT8 matmul
         linear: Any = model.get_submodule(name)
         assert linear.in_features % 8 == linear.out_features % 8 == 0
 
 
-def test_the_model_is_one_graph() -> None:
+def test_model_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     model = digits.VisionTransformer().eval()
     images = digits.splits()["train"].images[:2]
@@ -172,7 +172,7 @@ def test_the_model_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 2000])
-def test_inputs_repeat_the_training_images(batch_size: int) -> None:
+def test_inputs_are_repeated_training_images(batch_size: int) -> None:
     params = POINT.replace(batch_size=batch_size)
     (images,) = WORKLOAD.inputs(params, CPU)
     assert images.shape == (batch_size, 1, 8, 8)
@@ -193,12 +193,12 @@ def test_build_returns_new_modules_with_the_same_weights() -> None:
     assert not same(first.state_dict(), second.state_dict())
 
 
-def test_two_workloads_share_their_models() -> None:
+def test_workloads_share_their_models() -> None:
     pool = ModelPool()
     assert pool.key(digits.digits(), POINT) == pool.key(digits.digits(), POINT)
 
 
-def test_build_gives_the_shipped_weights_in_any_mode_of_the_caller() -> None:
+def test_build_loads_the_shipped_weights_in_any_grad_mode() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode(), torch.device("meta"):
@@ -215,7 +215,7 @@ def test_build_gives_the_shipped_weights_in_any_mode_of_the_caller() -> None:
     assert not model.training
 
 
-def test_building_leaves_global_state_alone() -> None:
+def test_building_does_not_change_global_state() -> None:
     def state() -> tuple[Any, ...]:
         numpy = np.random.get_state()[1]
         return (torch.get_rng_state().tolist(), list(numpy), random.getstate())
@@ -229,21 +229,21 @@ def test_building_leaves_global_state_alone() -> None:
 # -- the shipped file -----------------------------------------------------------------------------
 
 
-def test_the_shipped_file_is_under_1_mb() -> None:
+def test_shipped_file_is_under_1_mb() -> None:
     assert digits.WEIGHTS.stat().st_size < 1e6
 
 
-def test_the_shipped_weights_are_as_accurate_as_their_header_says(script: Any) -> None:
+def test_shipped_weights_have_the_accuracy_in_their_header(script: Any) -> None:
     header = header_of(digits.WEIGHTS)
     found = script.right_images(WORKLOAD.build(POINT))
     for split in ("selection", "certification"):
         recorded = header[f"right.{split}"]
         assert found[split].partition("/")[2] == recorded.partition("/")[2]
-        # On another CPU an image on the border may fall to the other side.
+        # On another CPU, a borderline image may be classified differently.
         assert right_of(found[split]) >= right_of(recorded) - 1
 
 
-def test_the_shipped_weights_come_from_the_recipe_of_the_script(script: Any) -> None:
+def test_shipped_weights_come_from_the_training_script(script: Any) -> None:
     recipe = {k: v for k, v in header_of(digits.WEIGHTS).items() if k.startswith("recipe.")}
     assert recipe == {
         k: v for k, v in script.header(script.Recipe(), {}).items() if k.startswith("recipe.")
@@ -251,7 +251,7 @@ def test_the_shipped_weights_come_from_the_recipe_of_the_script(script: Any) -> 
 
 
 def spoil(kind: str, path: Path) -> str:
-    """Write a file that is no file of trained weights; return what must be said of it."""
+    """Write a file that is not a valid weights file; return the expected error."""
     whole, header = digits.WEIGHTS.read_bytes(), header_of(digits.WEIGHTS)
     weights = shipped()
     damaged = "must be a file of torch.save or safetensors: it is damaged, or something else"
@@ -289,7 +289,7 @@ def spoil(kind: str, path: Path) -> str:
     "kind",
     ["half", "text", "empty", "missing", "no header", "other splits", "other names", "other shape"],
 )
-def test_a_damaged_or_foreign_file_is_refused_in_one_line(
+def test_rejects_damaged_or_foreign_file_in_one_line(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "digits.safetensors"
@@ -303,7 +303,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(
 # -- the script that trains -----------------------------------------------------------------------
 
 
-def test_a_file_of_the_script_can_be_built(
+def test_builds_from_a_file_of_the_script(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new.safetensors"
@@ -324,7 +324,7 @@ def test_a_file_of_the_script_can_be_built(
     )
 
 
-def test_one_seed_gives_one_model(script: Any) -> None:
+def test_training_is_deterministic(script: Any) -> None:
     def state(**recipe: int) -> dict[str, torch.Tensor]:
         return dict(script.train(script.Recipe(**recipe)).state_dict())
 

@@ -1,4 +1,4 @@
-"""A workload of another distribution, from its entry point to all that people read."""
+"""Test a workload of another distribution, from its entry point to all outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMOKE = (
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with a test and an installed distribution; nothing else mentions the workload."""
+    """Return a project with a test and an installed distribution that offers the workload."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     without = " ".join(f"-p no:{name}" for name in ("randomly", "codspeed", "hypothesispytest"))
     pytester.makeini(f"[pytest]\npythonpath = installed\naddopts = {without}\n")
@@ -51,7 +51,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     return pytester
 
 
-def test_it_appears_in_run_table_page_comparison_and_json(
+def test_entry_point_workload_appears_in_all_outputs(
     project: pytest.Pytester, forked: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = project.runpytest_subprocess(
@@ -71,7 +71,7 @@ def test_it_appears_in_run_table_page_comparison_and_json(
     assert all(f"toy: {found.run_name}" in shown for found in saved.results)
 
 
-def test_it_is_listed_where_a_name_is_wrong(
+def test_error_for_unknown_name_lists_the_entry_point(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(project.path / "installed")

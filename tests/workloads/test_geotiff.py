@@ -1,4 +1,4 @@
-"""Folders of labelled GeoTIFFs."""
+"""Test folders of labelled GeoTIFFs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTS = {"Forest": 20, "River": 40}
 
 
 def write(path: Path, *, height: int = 6, width: int = 6, bands: int = 13, value: int = 0) -> None:
-    """An image whose pixels say band, row and column: 1000 x band + 10 x row + column + value."""
+    """Write an image with pixels 1000 x band + 10 x row + column + value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     band, row, column = np.indices((bands, height, width))
     pixels = (1000 * band + 10 * row + column + value).astype(np.uint16)
@@ -45,7 +45,7 @@ def fill(folder: Path, counts: dict[str, int]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = fill(tmp_path_factory.mktemp("images"), COUNTS)
-    # What is no image, and no class.
+    # Neither an image nor a class.
     (folder / "README.txt").write_text("about")
     (folder / "River" / "notes.txt").write_text("about")
     (folder / "empty").mkdir()
@@ -60,7 +60,7 @@ def test_folders_are_classes(folder: Path) -> None:
     assert images.ids([0, 59]) == ["Forest/Forest_00.tif", "River/River_39.tif"]
 
 
-def test_bands_are_put_in_the_order_of_olmoearth(folder: Path) -> None:
+def test_reorders_bands_for_olmoearth(folder: Path) -> None:
     pixels = find_images(folder).read([3], 6)
     assert (pixels.shape, pixels.dtype) == ((1, 6, 6, 12), np.float32)
     bands = [FILE_BANDS[int(value) // 1000] for value in pixels[0, 0, 0]]
@@ -69,17 +69,17 @@ def test_bands_are_put_in_the_order_of_olmoearth(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 6])
-def test_images_are_cropped_around_the_centre(folder: Path, size: int) -> None:
+def test_crops_images_around_the_centre(folder: Path, size: int) -> None:
     pixels = find_images(folder).read([0, 2], size)
     assert pixels.shape == (2, size, size, 12)
     start = (6 - size) // 2
     rows, columns = np.indices((size, size)) + start
-    band = pixels[..., BANDS.index("B01")]  # the first of the file
+    band = pixels[..., BANDS.index("B01")]  # the first one in the file
     assert band[0].tolist() == (10 * rows + columns).tolist()
     assert band[1].tolist() == (10 * rows + columns + 2).tolist()
 
 
-def test_splits_are_disjoint_stratified_and_repeat(folder: Path) -> None:
+def test_splits_are_disjoint_stratified_and_reproducible(folder: Path) -> None:
     images = find_images(folder)
     splits = {name: images.split(name) for name in SHARES}
     assert sorted(np.concatenate(list(splits.values()))) == list(range(60))
@@ -87,7 +87,7 @@ def test_splits_are_disjoint_stratified_and_repeat(folder: Path) -> None:
     assert per_class == {"train": [6, 12], "selection": [3, 6], "certification": [11, 22]}
     for name, positions in splits.items():
         assert find_images(folder).split(name).tolist() == positions.tolist()
-        # Calibration takes the first few: they must not be all of one class.
+        # Calibration uses the first few images, which must not all belong to one class.
         assert sorted(positions) != positions.tolist()
 
 
@@ -96,13 +96,13 @@ def test_every_split_has_images_of_the_smallest_class(tmp_path: Path) -> None:
     assert [len(images.split(name)) for name in SHARES] == [6, 2, 12]
 
 
-def test_images_without_a_place_warn_of_nothing(folder: Path) -> None:
+def test_images_without_georeference_do_not_warn(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_images(folder).read([0], 6)
 
 
-def test_a_folder_must_be_there(tmp_path: Path) -> None:
+def test_rejects_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError) as caught:
         find_images(tmp_path / "nowhere")
     assert (
@@ -110,14 +110,14 @@ def test_a_folder_must_be_there(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_must_hold_images(tmp_path: Path) -> None:
+def test_rejects_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "Forest").mkdir()
     with pytest.raises(WorkloadError) as caught:
         find_images(tmp_path)
     assert str(caught.value) == f"{tmp_path} must hold images as CLASS/*.tif, got none"
 
 
-def test_one_class_is_too_few(tmp_path: Path) -> None:
+def test_rejects_a_single_class(tmp_path: Path) -> None:
     write(tmp_path / "Forest" / "1.tif")
     with pytest.raises(WorkloadError) as caught:
         find_images(tmp_path)
@@ -126,7 +126,7 @@ def test_one_class_is_too_few(tmp_path: Path) -> None:
     )
 
 
-def test_a_class_of_few_images_is_refused(tmp_path: Path) -> None:
+def test_rejects_class_with_few_images(tmp_path: Path) -> None:
     fill(tmp_path, {"Forest": LEAST_IMAGES, "River": LEAST_IMAGES - 1})
     with pytest.raises(WorkloadError) as caught:
         find_images(tmp_path)
@@ -151,7 +151,7 @@ def test_images_must_be_large_enough(small: Path) -> None:
     assert str(caught.value) == message
 
 
-def test_images_must_be_of_one_size(small: Path) -> None:
+def test_images_must_have_one_size(small: Path) -> None:
     odd = small / "River" / "River_05.tif"
     write(odd, height=6, width=8)
     with pytest.raises(WorkloadError) as caught:
@@ -174,7 +174,7 @@ def test_images_must_have_13_bands(small: Path, bands: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
-def test_an_image_that_cannot_be_read_is_named(small: Path, content: bytes | str) -> None:
+def test_names_unreadable_image(small: Path, content: bytes | str) -> None:
     odd = small / "River" / "River_05.tif"
     odd.write_bytes(content if isinstance(content, bytes) else odd.read_bytes()[:600])
     with pytest.raises(WorkloadError) as caught:
@@ -183,7 +183,7 @@ def test_an_image_that_cannot_be_read_is_named(small: Path, content: bytes | str
     assert "\n" not in str(caught.value)
 
 
-def test_missing_rasterio_is_one_line(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_missing_rasterio_in_one_line(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(WorkloadError) as caught:
         find_images(small)
@@ -201,7 +201,7 @@ VRT_BAND = """<VRTRasterBand dataType="UInt16" band="{band}"><SimpleSource>
 
 
 def refused(folder: Path, replaced: Path) -> str:
-    """Return the error of reading all images after one was replaced."""
+    """Return the error of reading all images after replacing one."""
     with pytest.raises(WorkloadError) as caught:
         find_images(folder).read(range(2 * LEAST_IMAGES), 6)
     message = str(caught.value)
@@ -212,7 +212,7 @@ def refused(folder: Path, replaced: Path) -> str:
 
 @pytest.mark.parametrize("index", [0, 3])
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-def test_a_vrt_named_tif_reads_no_other_file(
+def test_vrt_named_tif_reads_no_other_file(
     small: Path, tmp_path_factory: pytest.TempPathFactory, index: int
 ) -> None:
     other = tmp_path_factory.mktemp("private") / "other.tif"
@@ -220,20 +220,20 @@ def test_a_vrt_named_tif_reads_no_other_file(
     path = small / "Forest" / f"Forest_{index:02}.tif"
     bands = "".join(VRT_BAND.format(band=band + 1, source=other) for band in range(13))
     path.write_text(VRT.format(bands=bands))
-    with rasterio.open(path) as file:  # GDAL alone would take it
+    with rasterio.open(path) as file:  # GDAL alone would accept it
         assert file.driver == "VRT"
     assert "cannot be read: " in refused(small, path)
 
 
-def test_files_beside_an_image_are_not_read(small: Path) -> None:
+def test_ignores_sidecar_files(small: Path) -> None:
     image = small / "Forest" / "Forest_00.tif"
-    Path(f"{image}.aux.xml").write_text("<PAMDataset><Metadata>")  # GDAL warns of what it reads
+    Path(f"{image}.aux.xml").write_text("<PAMDataset><Metadata>")  # GDAL warns about files it reads
     Path(f"{image}.ovr").write_text(VRT.format(bands=""))
     assert find_images(small).read([0], 6).shape == (1, 6, 6, 12)
 
 
 def sparse(path: Path, side: int, **options: object) -> None:
-    """A file of a few kilobytes that claims side x side pixels."""
+    """Write a file of a few kilobytes that claims side x side pixels."""
     with (
         warnings.catch_warnings(action="ignore"),
         rasterio.open(
@@ -251,7 +251,7 @@ def sparse(path: Path, side: int, **options: object) -> None:
         pass
 
 
-def test_an_image_of_too_many_pixels_is_refused_unread(small: Path) -> None:
+def test_rejects_image_with_too_many_pixels_before_reading(small: Path) -> None:
     path = small / "Forest" / "Forest_00.tif"
     sparse(path, 20_000, tiled=True, blockxsize=4096, blockysize=4096, interleave="band")
     assert path.stat().st_size < 2**20
@@ -260,13 +260,13 @@ def test_an_image_of_too_many_pixels_is_refused_unread(small: Path) -> None:
     )
 
 
-def test_a_small_image_in_too_large_blocks_is_refused(small: Path) -> None:
+def test_rejects_small_image_with_too_large_blocks(small: Path) -> None:
     path = small / "Forest" / "Forest_00.tif"
     sparse(path, 6, tiled=True, blockxsize=16384, blockysize=16384)
     assert "must have at most 1 GiB of pixels, got 6.5 GiB (16384x16384" in refused(small, path)
 
 
-def test_what_is_no_file_is_not_opened(small: Path) -> None:
+def test_does_not_open_special_files(small: Path) -> None:
     path = small / "Forest" / "Forest_00.tif"
     path.unlink()
     os.mkfifo(path)  # opening it would wait for a writer

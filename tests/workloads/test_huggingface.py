@@ -1,4 +1,4 @@
-"""Encoders of transformers by name."""
+"""Test encoders of transformers by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bert_folder(tmp_path: Path) -> Path:
         ("t5", 36, set()),
     ],
 )
-def test_the_default_filter_knows_the_layers(name: str, converted: int, left_out: set[str]) -> None:
+def test_default_filter_selects_the_layers(name: str, converted: int, left_out: set[str]) -> None:
     loaded = workload(name)
     with torch.device("meta"):
         model = loaded.build(loaded.with_axes(POINT))
@@ -81,11 +81,11 @@ def test_the_default_filter_knows_the_layers(name: str, converted: int, left_out
     ("name", "length"),
     [("bert", 512), ("roberta", 510), ("ibert", 510), ("luke", 510), ("t5", 512)],
 )
-def test_the_sequence_is_as_long_as_positions_allow(name: str, length: int) -> None:
+def test_sequence_length_is_the_number_of_positions(name: str, length: int) -> None:
     assert workload(name).axes["sequence_length"] == length
 
 
-def test_text_comes_from_the_configuration() -> None:
+def test_text_inputs_follow_the_configuration() -> None:
     loaded = workload("bert")
     seen = loaded.with_axes(point(sequence_length=16))
     inputs = loaded.inputs(seen, CPU)
@@ -113,7 +113,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_are_one_region(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the installed transformers, as Dynamo traces them: no code is compiled."""
+    """Check the layers of the installed transformers as traced by Dynamo, without compiling."""
     graphs: list[torch.fx.GraphModule] = []
 
     def trace(self: Any, graph: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def test_layers_are_one_region(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     compiled = compile_for_a100(loaded.build(seen).eval(), mode="default", attention="math")
     compiled(**loaded.inputs(seen, CPU))
     regions = [child for child, _ in graphs[-1].named_children() if "subgraph" in child]
-    if name == "t5":  # a layer returns the bias that it was given
+    if name == "t5":  # a layer returns the bias that it received
         assert (compiled.regions, len(regions)) == (0, 0)
         assert "alias" in str(compiled.regions_refused)
     else:
@@ -148,7 +148,7 @@ def test_layers_compile_once(mask: bool) -> None:
     assert torch.allclose(output, expected, atol=1e-4)
 
 
-def test_a_mask_has_samples_of_different_lengths() -> None:
+def test_mask_has_samples_of_different_lengths() -> None:
     loaded = workload("bert")
     asked = point(sequence_length=16, attention_mask=True)
     inputs: Any = loaded.inputs(loaded.with_axes(asked), CPU)
@@ -162,7 +162,7 @@ def test_a_mask_has_samples_of_different_lengths() -> None:
     assert loaded.impossible_reason(asked) is None
 
 
-def test_images_come_from_the_configuration() -> None:
+def test_image_inputs_follow_the_configuration() -> None:
     loaded = workload("vit")
     seen = loaded.with_axes(
         POINT.replace(
@@ -176,7 +176,7 @@ def test_images_come_from_the_configuration() -> None:
     assert loaded.tokens(loaded.build(seen).eval()(**inputs)) == 3 * (2 * 2 + 1)
 
 
-def test_a_decoder_keeps_no_cache() -> None:
+def test_decoder_uses_no_cache() -> None:
     loaded = workload("qwen2")
     seen = loaded.with_axes(point(sequence_length=8, num_key_value_heads=2))
     output = loaded.build(seen).eval()(**loaded.inputs(seen, CPU))
@@ -184,7 +184,7 @@ def test_a_decoder_keeps_no_cache() -> None:
     assert output.past_key_values is None
 
 
-def test_fields_that_do_not_go_together_are_one_line() -> None:
+def test_rejects_incompatible_fields_in_one_line() -> None:
     loaded = workload("bert")
     seen = loaded.with_axes(point(hidden_size="big"))
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_random_weights_repeat_and_int8_covers_them() -> None:
 
 @pytest.mark.parametrize("weights", ["hub", "folder", "file"])
 def test_weights_come_from_a_folder_or_a_file(bert_folder: Path, weights: str) -> None:
-    # A local folder stands in for a repository of the hub: transformers reads both alike.
+    # A local folder replaces a hub repository, because transformers reads both the same way.
     loaded = workload("bert", bert_folder.parent)
     assert loaded.axes["max_position_embeddings"] == loaded.axes["sequence_length"] == 48
     source = {"hub": "hub", "folder": bert_folder, "file": bert_folder / "model.safetensors"}
@@ -218,7 +218,7 @@ def test_weights_come_from_a_folder_or_a_file(bert_folder: Path, weights: str) -
         assert torch.equal(value, saved[name]), name
 
 
-def test_weights_that_do_not_fit_are_one_line(bert_folder: Path) -> None:
+def test_rejects_mismatched_weights_in_one_line(bert_folder: Path) -> None:
     other = POINT.replace(extra={"num_hidden_layers": 2})
     loaded = workload("bert", bert_folder.parent)
     with pytest.raises(WeightsError, match="16 missing") as caught:
@@ -226,14 +226,14 @@ def test_weights_that_do_not_fit_are_one_line(bert_folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_must_have_every_layer(bert_folder: Path) -> None:
+def test_checkpoint_must_have_every_layer(bert_folder: Path) -> None:
     loaded, deeper = workload("bert", bert_folder.parent), {"num_hidden_layers": 2}
     with pytest.raises(WeightsError, match=r"do not fit the model: 16 keys are missing") as caught:
         ModelPool(weights="hub").get(loaded, POINT.replace(extra=deeper))
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_checkpoint_is_one_line(bert_folder: Path) -> None:
+def test_reports_damaged_checkpoint_in_one_line(bert_folder: Path) -> None:
     (bert_folder / "model.safetensors").write_text("damaged")
     with pytest.raises(WeightsError, match="cannot be loaded: ") as caught:
         ModelPool(weights="hub").get(workload("bert", bert_folder.parent), POINT)
@@ -248,7 +248,7 @@ def test_more_tokens_than_positions_are_impossible() -> None:
     assert loaded.impossible_reason(POINT.replace(extra={"sequence_length": 510})) is None
 
 
-def test_a_model_type_has_no_weights_on_the_hub() -> None:
+def test_model_type_has_no_weights_on_the_hub() -> None:
     with pytest.raises(WeightsError, match="hf:bert is a model type without weights of its own"):
         ModelPool(weights="hub").get(workload("bert"), point())
 
@@ -261,13 +261,13 @@ def test_a_model_type_has_no_weights_on_the_hub() -> None:
         ("clip", "hf:clip takes input_ids, but its configuration has no whole number vocab_size"),
     ],
 )
-def test_names_that_cannot_be_had_are_one_line(name: str, message: str) -> None:
+def test_reports_unavailable_names_in_one_line(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         workload(name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+def test_reports_damaged_folder_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "none-such"}))
     with pytest.raises(ValueError, match="hf:model: ") as caught:
@@ -286,7 +286,7 @@ def test_a_folder_that_is_damaged_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_compiled_attention_drops_full_mask(name: str, extra: dict[str, Any], masked: bool) -> None:
-    """Flash attention on CUDA takes none."""
+    """Flash attention on CUDA does not support masks."""
     loaded = workload(name)
     fields = {key: value for key, value in SMALL.items() if key != "vocab_size"}
     seen = loaded.with_axes(
@@ -313,7 +313,7 @@ def test_compiled_attention_drops_full_mask(name: str, extra: dict[str, Any], ma
 @pytest.mark.parametrize(
     "name", ["bert", "roberta", "distilbert", "electra", "llama", "olmo2", "qwen2", "qwen3", "doge"]
 )
-def test_leaving_the_mask_out_changes_nothing(name: str) -> None:
+def test_omitting_the_mask_does_not_change_the_output(name: str) -> None:
     loaded = workload(name)
     small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sequence_length": 16}
@@ -363,7 +363,7 @@ def tensors_in(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_bf16_is_what_transformers_loads(name: str, tmp_path: Path) -> None:
+def test_bf16_matches_transformers(name: str, tmp_path: Path) -> None:
     tiny(name).save_pretrained(tmp_path / name)
     expected = tensors_in(
         transformers.AutoModel.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
@@ -394,7 +394,7 @@ class Wrapped(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_of_transformers_in_workloads_of_users(dtype: torch.dtype) -> None:
+def test_supports_transformers_models_in_user_workloads(dtype: torch.dtype) -> None:
     def build(p: RunParams) -> torch.nn.Module:
         config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, use_cache=False)
         return Wrapped(transformers.AutoModel.from_config(config, dtype=dtype))
@@ -410,7 +410,7 @@ def test_models_of_transformers_in_workloads_of_users(dtype: torch.dtype) -> Non
     assert {t.dtype for t in tensors_in(whole.eager).values()} == {torch.float32}
 
 
-# -- models that bring code --------------------------------------------------------------------
+# -- models with custom code -------------------------------------------------------------------
 
 OWN_CODE = """
 from pathlib import Path
@@ -427,7 +427,7 @@ class OwnModel(BertModel):
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
-    """A model whose classes are in a file of its folder, which leaves a mark when it runs."""
+    """Return a model folder with a Python file that leaves a mark when it runs."""
     folder = tmp_path / "own"
     folder.mkdir()
     classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
@@ -442,11 +442,11 @@ def no_questions(prompt: str = "") -> str:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["config-too", "model-only"])
-def test_code_of_a_model_is_not_run(
+def test_does_not_run_code_of_a_model(
     own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     monkeypatch.setattr("builtins.input", no_questions)
-    if known:  # transformers knows the configuration, but no model for it
+    if known:  # transformers has the configuration but no model for it
         path = own_folder / "config.json"
         values = json.loads(path.read_text())
         del values["auto_map"]["AutoConfig"]
@@ -460,7 +460,7 @@ def test_code_of_a_model_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_trusted_code_of_a_model_is_run(
+def test_runs_trusted_code_of_a_model(
     own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", no_questions)
@@ -471,7 +471,7 @@ def test_trusted_code_of_a_model_is_run(
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 7
 
 
-def test_a_known_model_does_not_need_its_code(bert_folder: Path, tmp_path: Path) -> None:
+def test_known_model_does_not_need_its_code(bert_folder: Path, tmp_path: Path) -> None:
     path = bert_folder / "config.json"
     values = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "missing.Model"}}
     path.write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""The workload of OlmoEarth encoders."""
+"""Test the workload of OlmoEarth encoders."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def workload() -> Workload:
     return load_workload("olmoearth", Path())
 
 
-def test_versions_and_sizes_are_those_of_the_package() -> None:
+def test_versions_and_sizes_match_the_package() -> None:
     supported = {
         "v1": package.V1_SUPPORTED_SIZES,
         "v1.1": package.V1_1_SUPPORTED_SIZES,
@@ -94,7 +94,7 @@ def test_every_version_runs(workload: Workload, version: str, size: str) -> None
 
 @pytest.mark.parametrize("version", list(GROUPS))
 @pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
-def test_modality_mixes(
+def test_supports_modality_mixes(
     workload: Workload, version: str, s2: bool, s1: bool, landsat: bool
 ) -> None:
     params = SMALL.replace(model_version=version, use_s2=s2, use_s1=s1, use_landsat=landsat)
@@ -112,7 +112,7 @@ def test_modality_mixes(
     assert ready.tokens == 2 * 2 * 2 * 2 * sum(used.values())
 
 
-def test_v1_makes_three_tokens_where_later_versions_make_one(workload: Workload) -> None:
+def test_v1_has_three_tokens_for_each_later_one(workload: Workload) -> None:
     tokens = {
         version: ModelPool().get(workload, SMALL.replace(model_version=version)).ready().tokens
         for version in ("v1", "v1.1", "v1.2")
@@ -124,7 +124,7 @@ def test_bf16_is_close_to_fp32(workload: Workload) -> None:
     half = ModelPool().get(workload, SMALL)
     full = ModelPool().get(workload, SMALL.replace(bf16=False))
     assert half.eager.encoder.blocks[0].attn.q.weight.dtype == torch.bfloat16
-    # The inputs themselves depend on the dtype that they are drawn in (torch 2.11).
+    # The inputs depend on the dtype that they are drawn in (torch 2.11).
     inputs = (x.float() if x.is_floating_point() else x for x in half.fresh_inputs())
     reference = full.compiled(*inputs)["sentinel2_l2a"]
     assert reference.dtype == torch.float32
@@ -150,14 +150,14 @@ def test_units_count_a_location_once(workload: Workload) -> None:
     )
 
 
-def test_inputs_repeat(workload: Workload) -> None:
+def test_inputs_are_reproducible(workload: Workload) -> None:
     first, second = (workload.inputs(SMALL, CPU) for _ in range(2))
     assert len(first) == len(second) == 3
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
 
 
-def test_inputs_have_a_year_of_months_and_no_masked_token(workload: Workload) -> None:
+def test_inputs_have_consecutive_months_and_no_masked_token(workload: Workload) -> None:
     params = SMALL.replace(num_timesteps=13, use_s1=True)
     timestamps, s2, s2_mask, s1, s1_mask = workload.inputs(params, CPU)
     assert timestamps.shape == (2, 13, 3)
@@ -199,12 +199,14 @@ def test_weights_repeat_between_builds(workload: Workload) -> None:
         ({"model_version": "v9"}, "OlmoEarth has no version v9; it has v1, v1.1, v1.2, v1.3"),
     ],
 )
-def test_missing_has_a_reason(workload: Workload, changes: dict[str, str], reason: str) -> None:
+def test_missing_models_have_an_impossible_reason(
+    workload: Workload, changes: dict[str, str], reason: str
+) -> None:
     assert workload.impossible_reason(SMALL.replace(**changes)) == reason
 
 
 @pytest.mark.slow
-def test_a_whole_encoder_compiles_as_one_graph(workload: Workload) -> None:
+def test_encoder_compiles_to_one_graph(workload: Workload) -> None:
     model = ModelPool().get(workload, SMALL)
     compiled = compile_for_a100(model.eager, mode="default", fullgraph=True)
     reference = model.run()["sentinel2_l2a"].float()
@@ -221,7 +223,7 @@ V12 = SMALL.replace(model_version="v1.2")
 
 @pytest.fixture
 def pretrained(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """A whole model as the package builds it, its weights other than the seeded ones, and its
+    """Return a model as the package builds it, with weights unlike the seeded ones, and its
     configuration."""
     configs = []
     original = LatentMIMConfig.build
@@ -288,7 +290,7 @@ def test_weights_come_from_the_hub(
     "name", ["evil.Config", "olmoearth_pretrain_evil.Config", "os.path.X", ".evil.X", 3, ["evil.X"]]
 )
 @pytest.mark.parametrize("place", ["model", "encoder_config", "list"])
-def test_a_config_imports_no_other_package(
+def test_config_imports_no_other_package(
     tmp_path: Path,
     pretrained: tuple[Any, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -317,7 +319,7 @@ def test_a_config_imports_no_other_package(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model": ' + "[" * 100_000])
-def test_a_damaged_config_is_one_line(
+def test_reports_damaged_config_in_one_line(
     tmp_path: Path, pretrained: tuple[Any, Any], text: str
 ) -> None:
     folder = save_as_on_the_hub(tmp_path, *pretrained)
@@ -328,7 +330,9 @@ def test_a_damaged_config_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_size(workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]) -> None:
+def test_rejects_weights_of_another_size(
+    workload: Workload, tmp_path: Path, pretrained: tuple[Any, Any]
+) -> None:
     folder = save_as_on_the_hub(tmp_path, *pretrained)
     tiny = V12.replace(model_size="tiny")
     for weights, message in {
@@ -340,7 +344,9 @@ def test_wrong_size(workload: Workload, tmp_path: Path, pretrained: tuple[Any, A
         assert "\n" not in str(caught.value)
 
 
-def test_silent_hub_is_one_line(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_unreachable_hub_in_one_line(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(repo_id: str, filename: str) -> str:
         raise OSError("no route to host\nand much advice")
 
@@ -358,7 +364,7 @@ METRICS = ["knn20 top1", "linear probe top1"]
 
 
 @pytest.mark.parametrize("version", list(VERSION_SIZES))
-def test_normalization_is_that_of_the_package(version: str) -> None:
+def test_normalization_matches_the_package(version: str) -> None:
     name = {"v1": "NormalizerV1"}.get(version, f"NormalizerV1_{version[-1]}")
     pixels = np.random.default_rng(0).uniform(0, 10_000, (2, 3, 3, 2, 12)).astype(np.float32)
     expected = getattr(normalize, name)().normalize(Modality.SENTINEL2_L2A, pixels)
@@ -367,12 +373,12 @@ def test_normalization_is_that_of_the_package(version: str) -> None:
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bands_of_scenes_are_in_the_order_of_the_package() -> None:
+def test_scenes_have_the_band_order_of_the_package() -> None:
     assert list(scenes.BANDS) == Modality.SENTINEL2_L2A.band_order
     assert Modality.SENTINEL2_L2A.name == module._SENTINEL2
 
 
-def test_embeddings_are_means_of_tokens_then_of_modalities() -> None:
+def test_embeddings_average_tokens_then_modalities() -> None:
     one, two = torch.zeros(2, 1, 1, 2, 3, 4), torch.ones(2, 5, 5, 2, 1, 4)
     one[1, 0, 0, 1, 2] = 6.0  # one token of six
     embeddings = module.mean_tokens({"one": one, "two": two})
@@ -380,7 +386,9 @@ def test_embeddings_are_means_of_tokens_then_of_modalities() -> None:
 
 
 @pytest.mark.parametrize(("s2", "s1", "landsat"), MIXES)
-def test_labels_of_sentinel2_only(workload: Workload, s2: bool, s1: bool, landsat: bool) -> None:
+def test_evaluates_only_points_with_sentinel2_alone(
+    workload: Workload, s2: bool, s1: bool, landsat: bool
+) -> None:
     params = SMALL.replace(use_s2=s2, use_s1=s1, use_landsat=landsat)
     found = workload.evaluation(params)
     batches = workload.calibration(params, CPU)
@@ -395,7 +403,7 @@ def test_labels_of_sentinel2_only(workload: Workload, s2: bool, s1: bool, landsa
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(2, 2), (128, 32)])
-def test_calibration_is_on_train_scenes(workload: Workload, batch_size: int, expected: int) -> None:
+def test_calibrates_on_train_scenes(workload: Workload, batch_size: int, expected: int) -> None:
     params = SMALL.replace(batch_size=batch_size, num_timesteps=3)
     batches = workload.calibration(params, CPU)
     assert len(batches) == 4
@@ -410,13 +418,13 @@ def test_calibration_is_on_train_scenes(workload: Workload, batch_size: int, exp
         assert not mask.any()
 
 
-def test_scenes_are_given_as_the_measured_inputs_are(workload: Workload) -> None:
+def test_scenes_have_the_layout_of_measured_inputs(workload: Workload) -> None:
     for mine, measured in zip(
         workload.calibration(SMALL, CPU)[0], workload.inputs(SMALL, CPU), strict=True
     ):
         assert mine.shape == measured.shape
         assert mine.is_contiguous()
-        # Only floating inputs are cast.
+        # Only floating-point inputs are cast.
         assert mine.dtype == measured.dtype or mine.is_floating_point()
 
 
@@ -427,7 +435,7 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_scenes")
-def test_a_random_encoder_tells_scenes_apart(workload: Workload) -> None:
+def test_random_encoder_separates_scenes(workload: Workload) -> None:
     params = SMALL.replace(bf16=False, batch_size=25, num_timesteps=1)
     model = build_eager(workload, params, CPU)
 
@@ -442,11 +450,11 @@ def test_a_random_encoder_tells_scenes_apart(workload: Workload) -> None:
         assert 0.6 < scores.mean() <= 1  # 0.1 by chance
 
 
-def test_workloads_of_the_same_images_are_the_same() -> None:
+def test_workloads_of_the_same_images_are_equal() -> None:
     pool, params = ModelPool(), SMALL.replace(int8_enabled=True)
 
     def keys(path: Path | None) -> Any:
-        # Calibration is part of the candidate's.
+        # Calibration identifies the candidate's workload.
         workload = olmoearth(path)
         return pool.key(workload, params), part_key(workload.evaluation)
 
@@ -482,7 +490,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_images_takes_the_place_of_scenes(images: Path) -> None:
+def test_folder_of_images_replaces_scenes(images: Path) -> None:
     workload = load_workload("olmoearth", Path(), eval_data=images)
     found = workload.evaluation(SMALL)
     assert [evaluation.metric for evaluation in found] == METRICS
@@ -502,7 +510,7 @@ def test_a_folder_of_images_takes_the_place_of_scenes(images: Path) -> None:
         assert scores.tolist() == [1.0] * 44
 
 
-def test_calibration_is_on_train_images_of_the_folder(images: Path) -> None:
+def test_calibrates_on_train_images_of_the_folder(images: Path) -> None:
     batches = olmoearth(images).calibration(SMALL, CPU)
     assert [len(data) for _, data, _ in batches] == [2] * 4
     raw = torch.full((1, 12), 4321.0)
@@ -512,7 +520,7 @@ def test_calibration_is_on_train_images_of_the_folder(images: Path) -> None:
         assert (data[..., b8a] == expected).all()
 
 
-def test_images_smaller_than_the_point_are_one_line(images: Path) -> None:
+def test_rejects_images_smaller_than_the_point_in_one_line(images: Path) -> None:
     with pytest.raises(WorkloadError) as caught:
         olmoearth(images).evaluation(SMALL.replace(image_size=16))
     assert str(caught.value) == (

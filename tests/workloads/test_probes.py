@@ -1,4 +1,4 @@
-"""Frozen embeddings judged by a kNN and a linear probe."""
+"""Test judging frozen embeddings by kNN and a linear probe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {"train": 45, "selection": 18, "certification": 30}
 
 
 def samples(name: str, spread: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and embeddings around one corner for each class."""
+    """Return labels, and embeddings around one corner per class."""
     rng = np.random.default_rng(list(SIZES).index(name))
     labels = np.arange(SIZES[name]) % CLASSES
     return labels, np.eye(DIMENSIONS)[labels] + rng.normal(0, spread, (len(labels), DIMENSIONS))
@@ -36,7 +36,7 @@ def split(name: str, spread: float = 0.1) -> Split:
 
 
 class Encoder:
-    """A forward that embeds a sample as what ``change`` makes of it."""
+    """A forward that embeds samples by applying ``change``."""
 
     def __init__(self, change: Callable[[Any], Any] = lambda points: points) -> None:
         self.change = change
@@ -59,14 +59,14 @@ def accuracy(evaluation: Evaluation, baseline: Encoder, candidate: Encoder) -> f
     return float(scores.mean())
 
 
-def test_there_is_a_knn_of_20_and_a_probe() -> None:
+def test_evaluates_20_nearest_neighbours_and_a_linear_probe() -> None:
     found = embedding_evaluations(*(split(name) for name in SIZES), lambda output: output)
     assert [evaluation.metric for evaluation in found] == ["knn20 top1", "linear probe top1"]
     assert [evaluation.metric for evaluation in evaluations()] == ["knn5 top1", "linear probe top1"]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
-def test_classes_that_lie_apart_are_told_apart(index: int) -> None:
+def test_separable_classes_score_well(index: int) -> None:
     evaluation = evaluations()[index]
     assert evaluation.fit is not None
     assert evaluation.selection is not None
@@ -79,15 +79,15 @@ def test_classes_that_lie_apart_are_told_apart(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
-def test_the_candidate_is_judged_by_what_the_baseline_learned(index: int) -> None:
-    # A candidate that swaps classes tells them apart just as well: only fitted anew, it passes.
+def test_candidate_uses_the_probe_of_the_baseline(index: int) -> None:
+    # A candidate that swaps classes separates them equally well, so it passes only if refitted.
     swapped = Encoder(lambda points: points[:, [1, 2, 0, 3, 4, 5]])
     assert accuracy(evaluations()[index], Encoder(), swapped) == 0.0
     assert accuracy(evaluations()[index], swapped, swapped) == 1.0
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
-def test_embeddings_are_centred_as_the_baselines_are(index: int) -> None:
+def test_centres_candidate_embeddings_by_the_baseline_mean(index: int) -> None:
     moved = Encoder(lambda points: points + 10 * np.eye(DIMENSIONS)[0])
     assert accuracy(evaluations()[index], Encoder(), moved) == pytest.approx(1 / CLASSES)
 
@@ -97,11 +97,11 @@ def test_embeddings_are_centred_as_the_baselines_are(index: int) -> None:
     exponents=st.lists(st.integers(-3, 3), min_size=DIMENSIONS, max_size=DIMENSIONS),
     shift=st.integers(-2, 2),
 )
-def test_the_unit_of_a_dimension_does_not_matter(exponents: list[int], shift: int) -> None:
+def test_result_does_not_depend_on_scale_of_a_dimension(exponents: list[int], shift: int) -> None:
     scaled = Encoder(lambda points: points * 2.0 ** np.array(exponents) + shift)
     plain = Encoder()
     for index in (0, 1):
-        # With a spread at which some are wrong.
+        # The spread is large enough for some errors.
         expected = accuracy(evaluations(0.4)[index], plain, plain)
         assert 0.5 < expected < 1.0
         assert accuracy(evaluations(0.4)[index], scaled, scaled) == pytest.approx(
@@ -109,7 +109,7 @@ def test_the_unit_of_a_dimension_does_not_matter(exponents: list[int], shift: in
         )
 
 
-def test_tensors_are_embeddings_too() -> None:
+def test_accepts_tensors_as_embeddings() -> None:
     forward = Encoder(lambda points: torch.from_numpy(points).requires_grad_())
     assert accuracy(evaluations()[0], forward, forward) == 1.0
 
@@ -128,7 +128,7 @@ def test_both_metrics_share_one_pass_of_each_split() -> None:
     assert candidate.calls == batches["selection"] + batches["certification"]
 
 
-def test_embeddings_are_forgotten_with_their_forward() -> None:
+def test_embeddings_are_freed_with_their_forward() -> None:
     evaluation = evaluations()[0]
     forward = Encoder()
     accuracy(evaluation, forward, forward)
@@ -139,12 +139,12 @@ def test_embeddings_are_forgotten_with_their_forward() -> None:
 
 
 @pytest.mark.parametrize("members", [{"__slots__": ()}, {"__hash__": None}])
-def test_a_forward_that_cannot_be_a_weak_key_works(members: dict[str, Any]) -> None:
+def test_supports_forward_that_cannot_be_weakly_referenced(members: dict[str, Any]) -> None:
     forward = type("Odd", (), {**members, "__call__": lambda self, points: points})()
     assert accuracy(evaluations()[0], forward, forward) == 1.0
 
 
-def test_ids_are_those_of_the_split() -> None:
+def test_returns_ids_of_the_split() -> None:
     plain = split("certification")
     names = [f"scene {i}" for i in range(SIZES["certification"])]
     knn, _ = evaluations(certification=Split(plain.labels, plain.batches, names))
@@ -154,14 +154,14 @@ def test_ids_are_those_of_the_split() -> None:
 
 
 @pytest.mark.parametrize("name", list(SIZES))
-def test_an_empty_split_is_refused(name: str) -> None:
+def test_rejects_empty_split(name: str) -> None:
     empty = Split(np.zeros(0, dtype=np.int64), list)
     with pytest.raises(WorkloadError) as caught:
         evaluations(**{name: empty})
     assert str(caught.value) == f"the {name} split must have at least 1 sample, got 0"
 
 
-def test_fewer_train_samples_than_neighbours_are_refused() -> None:
+def test_rejects_fewer_train_samples_than_neighbours() -> None:
     with pytest.raises(WorkloadError) as caught:
         evaluations(train=Split(np.array([0, 1, 0, 1]), list))
     assert str(caught.value) == (
@@ -169,14 +169,14 @@ def test_fewer_train_samples_than_neighbours_are_refused() -> None:
     )
 
 
-def test_one_class_only_is_refused() -> None:
+def test_rejects_a_single_class() -> None:
     with pytest.raises(WorkloadError) as caught:
         evaluations(train=Split(np.full(9, 4), list))
     assert str(caught.value) == "the train split must have at least 2 classes, got only class 4"
 
 
 @pytest.mark.parametrize("kept", [0, 9])
-def test_embeddings_must_be_as_many_as_labels(kept: int) -> None:
+def test_needs_one_embedding_per_label(kept: int) -> None:
     labels, points = samples("selection")
     batches = [(points[:kept],)] if kept else []
     evaluation = evaluations(selection=Split(labels, lambda: batches))[0]
@@ -194,7 +194,7 @@ def test_embeddings_must_be_as_many_as_labels(kept: int) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_embeddings_must_be_finite(value: float) -> None:
     def broken(points: np.ndarray) -> np.ndarray:
-        # All numbers of one sample of each batch: counted are samples.
+        # All values of one sample in each batch are bad: samples are counted, not values.
         return np.concatenate([np.full((1, DIMENSIONS), value), points[1:]])
 
     evaluation = evaluations()[1]
@@ -209,7 +209,9 @@ def test_embeddings_must_be_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["knn", "probe"])
-def test_missing_scikit_learn_is_one_line(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_missing_scikit_learn_in_one_line(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     evaluation = evaluations()[index]
     assert evaluation.fit is not None

@@ -1,4 +1,4 @@
-"""Workloads and callables by name."""
+"""Test loading workloads and callables by name."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "../file.py:make",
     ],
 )
-def test_good_names(name: str) -> None:
+def test_accepts_valid_names(name: str) -> None:
     assert check_workload_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["timm:", "hf:", "hf:two words", "olmo", "file.py", ":make"])
-def test_bad_names(name: str) -> None:
+def test_rejects_invalid_names(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^must .*, got '{re.escape(name)}'$"):
         check_workload_name(name)
 
@@ -83,14 +83,14 @@ def test_bad_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "example"), [("timm:", "timm:vit_base_patch16_224"), ("hf:", "hf:bert")]
 )
-def test_a_prefix_alone_names_no_model(name: str, example: str) -> None:
+def test_rejects_prefix_without_model(name: str, example: str) -> None:
     with pytest.raises(ValueError, match=f"^must name a model, such as {example}, got '{name}'$"):
         check_workload_name(name)
     assert check_workload_name(example) == example
 
 
 @pytest.mark.parametrize("row", WORKLOADS, ids=lambda row: row.name)
-def test_every_row_has_a_loader_and_says_what_it_is(row: WorkloadRow) -> None:
+def test_every_row_has_a_loader_and_a_summary(row: WorkloadRow) -> None:
     module, _, function = row.loader.partition(":")
     tree = ast.parse((PACKAGE / f"{module.rpartition('.')[2]}.py").read_text())
     [found] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
@@ -98,7 +98,7 @@ def test_every_row_has_a_loader_and_says_what_it_is(row: WorkloadRow) -> None:
     assert row.help
 
 
-def test_a_library_is_no_reference() -> None:
+def test_rejects_library_name_as_reference() -> None:
     with pytest.raises(ValueError, match=r"must be module:callable or path\.py:callable"):
         check_reference("hf:org/name")
 
@@ -112,7 +112,7 @@ def test_a_library_is_no_reference() -> None:
         "named_by_test.py:make",
     ],
 )
-def test_a_workload_is_loaded(folder: Path, reference: str) -> None:
+def test_loads_a_workload(folder: Path, reference: str) -> None:
     workload = load_workload(reference, folder)
     assert isinstance(workload, Workload)
     assert workload.name == "mine"
@@ -130,13 +130,13 @@ def test_a_workload_is_loaded(folder: Path, reference: str) -> None:
         ("named_by_test:fails", "named_by_test:fails raised KeyError: 'weights.pth'"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(folder: Path, reference: str, message: str) -> None:
+def test_reports_failed_load_in_one_line(folder: Path, reference: str, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
         load_workload(reference, folder)
     assert "\n" not in str(caught.value)
 
 
-def test_fields_that_a_library_does_not_read_are_refused() -> None:
+def test_rejects_fields_that_a_library_ignores() -> None:
     message = "^patch_size is OlmoEarth's and does nothing for timm:vit_base; its own axes are "
     with pytest.raises(ValueError, match=message):
         check_fields("timm:vit_base", ["batch_size", "patch_size"])
@@ -149,24 +149,24 @@ def test_fields_that_a_library_does_not_read_are_refused() -> None:
     ("workload", "name"),
     [
         ("olmoearth", "nano_cpu_bf16_s2_is16_ps4_ts12_bs4"),
-        # These certainly do not read OlmoEarth's fields ...
+        # These are known to ignore OlmoEarth's fields ...
         ("digits", "cpu_bf16_bs4"),
         ("timm:vit_base", "cpu_bf16_bs4"),
         ("hf:bert", "cpu_bf16_bs4"),
-        # ... and of these nobody knows.
+        # ... and these may read them.
         ("a.b:c", "cpu_bf16_is16_bs4_model_size-nano"),
         ("toy.py:make", "cpu_bf16_is16_bs4_model_size-nano"),
         (None, "cpu_bf16_is16_bs4_model_size-nano"),
     ],
 )
-def test_points_are_named_for_their_workload(workload: str | None, name: str) -> None:
+def test_run_names_depend_on_the_workload(workload: str | None, name: str) -> None:
     params = RunParams(model_size="nano", image_size=16, gpu_type="cpu", batch_size=4)
     for point in (params, params.with_short_name()):
         assert point_for(point, workload).run_name == name
         assert point_for(point_for(point, workload), workload).run_name == name
 
 
-def test_any_object_can_be_loaded(folder: Path) -> None:
+def test_loads_any_object(folder: Path) -> None:
     assert load_object("named_by_test.py:text", folder) == "text"
 
 
@@ -180,7 +180,9 @@ def test_any_object_can_be_loaded(folder: Path) -> None:
         ("digits", "safetensors", "eval"),
     ],
 )
-def test_missing_lib(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_names_the_extra(
+    name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for loaded in list(sys.modules):
         if loaded.partition(".")[0] == module or loaded.startswith("pytest_int8bench.workloads."):
             monkeypatch.delitem(sys.modules, loaded)
@@ -197,7 +199,7 @@ FORMS = "module:callable or path.py:callable"
 
 
 def install(folder: Path, distribution: str, **points: str) -> None:
-    """Make a distribution that offers workloads, as pip leaves it behind."""
+    """Create a distribution that offers workloads, as pip installs it."""
     info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -206,14 +208,14 @@ def install(folder: Path, distribution: str, **points: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["make", "made", "holder.make"])
-def test_an_entry_point_names_a_workload(folder: Path, target: str) -> None:
+def test_entry_point_provides_a_workload(folder: Path, target: str) -> None:
     install(folder, "int8-toy", toy=f"named_by_test:{target}")
     assert check_workload_name("toy") == "toy"
     check_fields("toy", ["patch_size"])
     assert load_workload("toy", Path()).name == "mine"
 
 
-def test_entry_points_are_listed_once_behind_the_own_names(folder: Path) -> None:
+def test_lists_entry_points_once_after_built_in_names(folder: Path) -> None:
     install(folder, "int8-toy", toy="named_by_test:make", other="named_by_test:make")
     install(folder, "another-toy", toy="named_by_test:make")
     with pytest.raises(ValueError, match=r"^must be ") as caught:
@@ -221,7 +223,7 @@ def test_entry_points_are_listed_once_behind_the_own_names(folder: Path) -> None
     assert str(caught.value) == f"{NAMES}, other, toy, {FORMS}, got 'to'"
 
 
-def test_a_name_that_two_distributions_offer_is_refused(folder: Path) -> None:
+def test_rejects_name_offered_by_two_distributions(folder: Path) -> None:
     install(folder, "int8-toy", toy="named_by_test:make")
     install(folder, "another-toy", toy="named_by_test:make")
     owners = "another-toy and int8-toy"
@@ -231,7 +233,7 @@ def test_a_name_that_two_distributions_offer_is_refused(folder: Path) -> None:
         check_workload_name("toy")
 
 
-def test_own_names_go_before_entry_points(folder: Path) -> None:
+def test_built_in_names_override_entry_points(folder: Path) -> None:
     install(folder, "int8-toy", digits="named_by_test:make")
     pytest.importorskip("sklearn")
     assert load_workload("digits", Path()).name == "digits"
@@ -246,7 +248,7 @@ def test_own_names_go_before_entry_points(folder: Path) -> None:
         ("named_by_test:nothing", "must give a pytest_int8bench.Workload, got None"),
     ],
 )
-def test_a_broken_entry_point_is_one_line(folder: Path, target: str, message: str) -> None:
+def test_reports_broken_entry_point_in_one_line(folder: Path, target: str, message: str) -> None:
     install(folder, "int8-toy", toy=target)
     where = f"toy ({target} of the distribution int8-toy) "
     with pytest.raises(ValueError, match="^" + re.escape(where + message)) as caught:
@@ -254,12 +256,12 @@ def test_a_broken_entry_point_is_one_line(folder: Path, target: str, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_distribution_that_was_removed_is_one_line(folder: Path) -> None:
+def test_reports_removed_distribution_in_one_line(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^no installed distribution offers the workload 'toy'"):
         load_workload("toy", folder)
 
 
-def test_the_registry_loads_little() -> None:
+def test_registry_loads_few_modules() -> None:
     heavy = ("torch", "numpy", "importlib.metadata", "pytest_int8bench.params")
     names = "olmoearth", "timm:vit", "a.b:c"
     code = f"""
@@ -270,7 +272,8 @@ for name in {names!r}:
     check_workload_name(name)
 print([name for name in {heavy!r} if name in sys.modules])
 """
-    command = [sys.executable, "-S", "-c", code]  # site-packages hold .pth files, which import too
+    # Without -S, .pth files in site-packages could import modules.
+    command = [sys.executable, "-S", "-c", code]
     root = str(PACKAGE.parents[1])
     done = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": root}, check=False
@@ -278,7 +281,7 @@ print([name for name in {heavy!r} if name in sys.modules])
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-# -- files outside the path of imports ----------------------------------------------------------
+# -- files outside the import path --------------------------------------------------------------
 
 OWN_FILE = """
 import torch
@@ -298,18 +301,18 @@ def make():
 
 
 @pytest.mark.parametrize("file", ["queue.py", "my-model.v2.py"])
-def test_a_model_of_a_file_compiles(tmp_path: Path, file: str) -> None:
-    (tmp_path / file).write_text(OWN_FILE)  # no other module may be taken for it
+def test_model_from_a_file_compiles(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(OWN_FILE)  # no other module may be mistaken for it
     model = load_object(f"{file}:make", tmp_path)()
     x = torch.randn(3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
     assert importlib.import_module("queue").__file__ != str(tmp_path / file)
-    module = importlib.import_module(type(model).__module__)  # as Dynamo does
+    module = importlib.import_module(type(model).__module__)  # like Dynamo
     assert module.__file__ == str(tmp_path / file)
 
 
-def test_a_file_is_imported_once(tmp_path: Path) -> None:
+def test_imports_a_file_once(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(OWN_FILE)
     load_object("one.py:make", tmp_path)()
     load_object("one.py:make", tmp_path)()
@@ -320,7 +323,7 @@ def test_a_file_is_imported_once(tmp_path: Path) -> None:
     assert load_object("one.py:count", other) == 0
 
 
-def test_a_file_that_fails_is_imported_again(tmp_path: Path) -> None:
+def test_imports_a_failed_file_again(tmp_path: Path) -> None:
     path = tmp_path / "fails.py"
     path.write_text("raise KeyError('bug')")
     with pytest.raises(KeyError):

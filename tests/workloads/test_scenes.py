@@ -1,4 +1,4 @@
-"""Generated scenes."""
+"""Test generated scenes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIATION = (
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scenes of which nothing but the parcels is random."""
+    """Make only the parcels of scenes random."""
     for name in VARIATION:
         monkeypatch.setattr(scenes, name, 0.0)
     monkeypatch.setattr(
@@ -42,7 +42,7 @@ def test_scenes_are_digital_numbers(image_size: int, num_timesteps: int) -> None
     assert 1000 < batch.max() <= scenes.FULL_SCALE
 
 
-def test_bright_scenes_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clamps_bright_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "_ILLUMINATION_SD", 2.0)
     assert scene_batch(range(20), "train", 8, 2).max() == scenes.FULL_SCALE
 
@@ -52,21 +52,21 @@ def test_bright_scenes_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
     indices=st.lists(st.integers(0, 5000), min_size=1, max_size=6),
     split=st.sampled_from(list(scenes.SIZES)),
 )
-def test_a_scene_is_the_same_however_batches_are_cut(indices: list[int], split: str) -> None:
+def test_scenes_do_not_depend_on_batching(indices: list[int], split: str) -> None:
     together = scene_batch(indices, split, 8, 2)
     alone = torch.cat([scene_batch([index], split, 8, 2) for index in indices])
     assert torch.equal(together, alone)
 
 
-def test_no_two_scenes_are_the_same() -> None:
-    # Of one class, so that only what is random tells them apart.
+def test_scenes_are_distinct() -> None:
+    # All of one class, so that only randomness distinguishes them.
     every = [scene_batch(range(0, 50, 10), split, 8, 1) for split in scenes.SIZES]
     for one, two in itertools.combinations(torch.cat(every), 2):
         assert not torch.equal(one, two)
 
 
-def test_the_first_scene_stays_what_it_is() -> None:
-    # Published accuracies are of these scenes: a change of them is to be on purpose.
+def test_first_scene_is_unchanged() -> None:
+    # Published accuracies use these scenes, so they must not change by accident.
     pixels = scene_batch([0], "certification", 8, 1)[0, 0, 0, 0]
     assert pixels.round().int().tolist() == [
         603,
@@ -91,7 +91,7 @@ def test_scenes_are_the_same_on_a_gpu() -> None:
     assert torch.equal(on_gpu.cpu(), scene_batch(range(20), "train", 16, 3))
 
 
-def test_classes_take_turns() -> None:
+def test_classes_alternate() -> None:
     assert labels(23).tolist() == [*range(10), *range(10), 0, 1, 2]
 
 
@@ -104,7 +104,7 @@ def test_months_are_spread_over_the_year(num_timesteps: int, expected: list[int]
 
 
 @given(num_timesteps=st.integers(1, 40))
-def test_months_rise(num_timesteps: int) -> None:
+def test_months_increase(num_timesteps: int) -> None:
     found = months(num_timesteps)
     assert len(found) == num_timesteps
     assert (np.diff(found) > 0).all()
@@ -116,7 +116,7 @@ def test_months_rise(num_timesteps: int) -> None:
 @pytest.mark.parametrize("image_size", [4, 5, 6, 8, 16, 30])
 def test_the_class_covers_most_of_its_scene(image_size: int) -> None:
     batch = scene_batch(range(200), "train", image_size, 1)
-    # Without variation, all that is of a class looks the same.
+    # Without variation, all areas of a class look the same.
     own = torch.stack([spectrum(name, 1) for name in CLASSES])[torch.from_numpy(labels(200))]
     share = (batch == own[:, None, None]).all(-1).all(-1).float().mean((1, 2))
     assert share.min() > 0.5
@@ -136,7 +136,7 @@ def test_crops_have_seasons() -> None:
 
 
 def spectrum(name: str, num_timesteps: int) -> torch.Tensor:
-    """(timesteps, bands) of a scene that is all of one class, without variation."""
+    """Return (timesteps, bands) of a scene that is entirely of one class, without variation."""
     for index in range(CLASSES.index(name), 1000, len(CLASSES)):
         pixels = scene_batch([index], "train", 4, num_timesteps)[0].flatten(0, 1)
         if bool((pixels == pixels[0]).all()):
@@ -151,8 +151,8 @@ def ndvi(pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_timesteps", [1, 3, 6])
 def test_scenes_are_neither_easy_nor_too_hard(num_timesteps: int) -> None:
-    # The means of whole scenes, without pixel noise and parcels smaller than a patch: nothing
-    # that an encoder sees says more about the class.
+    # Means of whole scenes, without pixel noise and parcels smaller than a patch, are the best
+    # information about the class that an encoder can see.
     def means(split: str, count: int) -> np.ndarray:
         starts = range(0, count, 100)
         parts = [scene_batch(range(s, s + 100), split, 8, num_timesteps) for s in starts]
@@ -167,6 +167,6 @@ def test_scenes_are_neither_easy_nor_too_hard(num_timesteps: int) -> None:
         assert 0.86 < fitted.score(test, labels(1000)) < 0.96
 
 
-def test_about_one_scene_of_twenty_looks_like_another_class() -> None:
+def test_about_one_in_twenty_scenes_resembles_another_class() -> None:
     leaning = [scenes._draw("certification", index, 1)["leaning"] for index in range(3000)]
     assert np.mean(np.array(leaning) > 0.5) == pytest.approx(0.0455, abs=0.012)

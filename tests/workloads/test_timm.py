@@ -1,4 +1,4 @@
-"""Models of timm by name. Skipped where timm, or the torchvision it needs, cannot be imported."""
+"""Test timm models by name. Skipped if timm or its torchvision cannot be imported."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pytest_int8bench.workloads.registry import load_workload
 
 @pytest.fixture(scope="module", autouse=True)
 def _timm() -> None:
-    """Skip without timm. It is not imported when tests are collected, which takes five seconds."""
+    """Skip without timm, which takes five seconds to import, so collecting does not import it."""
     try:
         importlib.import_module("timm")
     except (
         ImportError,
         RuntimeError,
-    ) as error:  # torchvision for another torch raises RuntimeError
+    ) as error:  # torchvision built for another torch raises RuntimeError
         pytest.skip(f"timm cannot be imported: {error}")
 
 
@@ -38,7 +38,7 @@ def workload(name: str) -> Workload:
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(None, 197), (96, 37)])
-def test_a_vit_is_fed_images_of_its_size(size: int | None, tokens: int) -> None:
+def test_vit_gets_images_of_its_size(size: int | None, tokens: int) -> None:
     loaded = workload(VIT)
     params = POINT.replace(extra={} if size is None else {"image_size": size})
     seen, side = loaded.with_axes(params), size or 224
@@ -48,7 +48,7 @@ def test_a_vit_is_fed_images_of_its_size(size: int | None, tokens: int) -> None:
     assert model.eager.forward_features(*model.inputs).shape == (2, tokens, 192)
 
 
-def test_the_classifier_is_left_out() -> None:
+def test_does_not_quantize_the_classifier() -> None:
     covered = coverage(ModelPool().get(workload(VIT), POINT.replace(int8_enabled=True)).eager)
     assert len(covered.converted) == 48
     assert [layer.name for layer in covered.left_out] == ["head"]

@@ -1,4 +1,4 @@
-"""Weights from files and hubs, and what does not fit."""
+"""Test weights from files and hubs, and mismatched weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ones() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_a_file_of_torch_is_loaded(tmp_path: Path, wrapper: str | None) -> None:
+def test_loads_a_torch_file(tmp_path: Path, wrapper: str | None) -> None:
     path = saved(tmp_path, ones() if wrapper is None else {wrapper: ones(), "epoch": 3})
     pool = ModelPool(weights=str(path))
     for params in (POINT, POINT.replace(int8_enabled=True)):
@@ -49,7 +49,7 @@ def test_a_file_of_torch_is_loaded(tmp_path: Path, wrapper: str | None) -> None:
     assert torch.allclose(output, torch.full_like(output, 41), rtol=0.02)
 
 
-def test_a_file_of_safetensors_is_loaded(tmp_path: Path) -> None:
+def test_loads_a_safetensors_file(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(ones(), tmp_path / "weights.safetensors")
     read = read_state_dict(tmp_path / "weights.safetensors")
@@ -62,7 +62,7 @@ IS_POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull"
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "model.safetensors", "weights"])
-def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, name: str) -> None:
+def test_names_a_git_lfs_pointer(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(LFS)
     with pytest.raises(WeightsError) as error:
@@ -70,7 +70,7 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, name: str) -> None:
     assert str(error.value) == f"weights {path} {IS_POINTER}"
 
 
-def test_a_folder_with_a_pointer_in_it_names_it(tmp_path: Path) -> None:
+def test_names_a_git_lfs_pointer_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "deeper").mkdir()
     check_not_pointer(tmp_path)
@@ -81,7 +81,7 @@ def test_a_folder_with_a_pointer_in_it_names_it(tmp_path: Path) -> None:
     assert str(error.value) == f"weights {tmp_path / 'model.safetensors'} {IS_POINTER}"
 
 
-def test_the_workload_loads_its_own_weights() -> None:
+def test_workload_loads_its_own_weights() -> None:
     asked = []
 
     def load(params: RunParams, weights: str) -> nn.Module:
@@ -93,7 +93,7 @@ def test_the_workload_loads_its_own_weights() -> None:
     assert asked == [(2, "hub")]
 
 
-def test_a_workload_without_hub_says_so() -> None:
+def test_reports_workload_without_hub_weights() -> None:
     with pytest.raises(WeightsError) as caught:
         ModelPool(weights="hub").get(WORKLOAD, POINT)
     assert str(caught.value) == (
@@ -120,7 +120,9 @@ def test_a_workload_without_hub_says_so() -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit(changes: dict[str, torch.Tensor | None], problem: str) -> None:
+def test_rejects_weights_that_do_not_fit(
+    changes: dict[str, torch.Tensor | None], problem: str
+) -> None:
     state = {name: value for name, value in {**ones(), **changes}.items() if value is not None}
     model = WORKLOAD.build(POINT)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -130,7 +132,7 @@ def test_weights_that_do_not_fit(changes: dict[str, torch.Tensor | None], proble
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_file_that_is_no_state_dict(tmp_path: Path) -> None:
+def test_rejects_file_without_a_state_dict(tmp_path: Path) -> None:
     path = saved(tmp_path, [torch.ones(1)])
     with pytest.raises(WeightsError) as caught:
         read_state_dict(path)
@@ -140,7 +142,7 @@ def test_a_file_that_is_no_state_dict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "got"), [({0: torch.ones(1)}, "Tensor under 0"), ({"step": 3}, "int under 'step'")]
 )
-def test_a_state_dict_has_tensors_by_name(tmp_path: Path, values: object, got: str) -> None:
+def test_rejects_state_dict_without_named_tensors(tmp_path: Path, values: object, got: str) -> None:
     path = saved(tmp_path, values)
     with pytest.raises(WeightsError) as caught:
         read_state_dict(path)
@@ -154,7 +156,7 @@ class Code:
         return (exec, ("raise SystemExit('code from a file ran')",))
 
 
-def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
+def test_does_not_run_code_in_a_file(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": Code()})
     with pytest.raises(WeightsError) as caught:
         read_state_dict(path)
@@ -166,7 +168,7 @@ def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize("content", [b"not weights", b"", b"PK\x03\x04", b"\x80\x02}", bytes(99)])
-def test_a_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_reports_damaged_file_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     if name.endswith("safetensors"):
         pytest.importorskip("safetensors")
     path = tmp_path / name
@@ -179,6 +181,6 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes) -
     )
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_reports_unreadable_file_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"pth cannot be read: No such file or directory$"):
         read_state_dict(tmp_path / "weights.pth")

@@ -1,4 +1,4 @@
-"""What a workload may be called."""
+"""Test which names a workload may have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_names_that_no_file_can_hold_are_refused(name: Any) -> None:
+def test_rejects_names_that_cannot_be_saved(name: Any) -> None:
     with pytest.raises(WorkloadError) as info:
         Workload(name=name, build=lambda p: p, inputs=lambda p, device: ())
     problem = f"must be one line of printable text, got {name!r}"
@@ -37,7 +37,7 @@ def test_names_that_no_file_can_hold_are_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["toy", "hf:my model", "größe_模型", "a|b`<script>", "mIoU [%]"])
-def test_names_come_back_from_files_as_they_are(name: str) -> None:
+def test_names_round_trip_through_files(name: str) -> None:
     Workload(name=name, build=lambda p: p, inputs=lambda p, device: ())
     Evaluation(metric=name, scores=lambda forward: [])
     assert cleaned(name) == name

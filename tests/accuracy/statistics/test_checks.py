@@ -1,4 +1,4 @@
-"""Scores and options that no statistic can be computed from: each is refused in one line."""
+"""Reject scores and options that no statistic can be computed from, each in one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_worst_must_be_a_finite_number(worst: Any, limit: Limit) -> None:
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 @pytest.mark.parametrize("scale", [1e101, 1e154, 1e155, 1e300, 1.7e308])
-def test_huge_scores(scale: float, limit: Limit) -> None:
+def test_rejects_huge_scores(scale: float, limit: Limit) -> None:
     expected = "iou: scores and worst must be at most 1e+100 in magnitude, got "
     assert refused(SCORES * scale, LOWER * scale, limit=limit).startswith(expected)
     assert refused(SCORES, LOWER, limit=limit, worst=-scale).startswith(expected)
@@ -54,21 +54,21 @@ def test_huge_scores(scale: float, limit: Limit) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-101, 1e-160, 1e-310, 5e-324])
-def test_no_share_of_a_vanishing_metric(scale: float) -> None:
+def test_rejects_relative_limit_of_tiny_metric(scale: float) -> None:
     expected = "iou: a relative limit (1%) needs a baseline metric of at least 1e-100, got "
     assert refused(SCORES * scale, LOWER * scale).startswith(expected)
     assert refused(SCORES, LOWER, aggregate=lambda r: r.mean() * scale).startswith(expected)
 
 
-def test_huge_aggregates() -> None:
+def test_rejects_huge_aggregates() -> None:
     expected = "iou: values of aggregate must be at most 1e+100 in magnitude, got "
     assert refused(SCORES, LOWER, aggregate=lambda r: r.mean() * 1e154).startswith(expected)
-    # What each image adds is larger than the metric.
+    # Each image contributes more than the whole metric.
     assert refused(SCORES, LOWER, aggregate=lambda r: r[0] * 1e100).startswith(expected)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), OverflowError("big")])
-def test_aggregates_that_cannot_be_computed(error: Exception) -> None:
+def test_rejects_failing_aggregate(error: Exception) -> None:
     def aggregate(rows: Any) -> float:
         if len(rows) < 50:
             raise error
@@ -79,20 +79,20 @@ def test_aggregates_that_cannot_be_computed(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0, -1, 1e-320, 1e-6, 0.5, 1, math.inf, math.nan])
-def test_levels_that_decide_nothing(alpha: float) -> None:
+def test_rejects_useless_alpha(alpha: float) -> None:
     message = f"alpha must be at least 1e-05 and under 0.5, got {alpha}"
     assert refused(SCORES, LOWER, alpha=alpha) == message
     assert refused(SCORES > 0.5, LOWER > 0.5, alpha=alpha) == message
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, math.nan, math.inf, 1e-300, 5e-324, "1%", None])
-def test_limits_must_be_shares(value: Any) -> None:
+def test_limits_must_be_fractions(value: Any) -> None:
     message = f"a limit must be at least 1e-09 and at most 1, got {value}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Limit(value, relative=True)
 
 
-def test_a_limit_that_vanishes() -> None:
+def test_rejects_limit_that_underflows() -> None:
     text = f"0.{'0' * 310}1%"
     with pytest.raises(ValueError, match=r"^must be at least 1e-07, got '0\.000"):
         Limit.parse(text)
@@ -124,7 +124,7 @@ def test_a_limit_that_vanishes() -> None:
         ),
     ],
 )
-def test_what_is_no_array_of_real_numbers(given: Any, message: str) -> None:
+def test_rejects_scores_that_are_not_real_numbers(given: Any, message: str) -> None:
     with pytest.raises(ScoreError) as caught:
         numbers(given, "iou", "baseline")
     assert str(caught.value).startswith(f"iou: {message}")
@@ -140,7 +140,7 @@ def test_what_is_no_array_of_real_numbers(given: Any, message: str) -> None:
         np.ma.masked_array([0.5, 0.75, 1, 1, 0]),
     ],
 )
-def test_any_real_numbers_are_scores(given: Any) -> None:
+def test_accepts_scores_of_any_real_type(given: Any) -> None:
     found = numbers(given, "iou", "baseline")
     assert type(found) is np.ndarray
     assert found.tolist() == [0.5, 0.75, 1, 1, 0]
@@ -174,7 +174,7 @@ def test_a_verdict_is_finite_or_refused(
     else:
         options["worst"] = worst
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # in the aggregate, which is not ours
+        with np.errstate(over="ignore", invalid="ignore"):  # raised in the user's aggregate
             found = judge(reference, candidate, limit, **options)
     except ScoreError:
         return
@@ -184,6 +184,6 @@ def test_a_verdict_is_finite_or_refused(
 
 @pytest.mark.parametrize("step", [0.0, 5e-324, 1e-9, 1.0, 1e300, math.inf, math.nan])
 @pytest.mark.parametrize("at", [0.0, 1.7, 1e5, math.inf, math.nan])
-def test_the_search_for_a_bound_ends(step: float, at: float) -> None:
+def test_bound_search_terminates(step: float, at: float) -> None:
     """For any step, and a test that rejects late or never."""
     assert not _rejection_distance(lambda by: by >= at, step) < 0

@@ -27,7 +27,7 @@ RNG_SEED = 20
 
 @pytest.fixture(scope="module")
 def simulated() -> Iterator[Any]:
-    """The script that simulates the rates of docs/accuracy.md."""
+    """Return the script that simulates the error rates in docs/accuracy.md."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
         yield importlib.import_module("simulate_groups")
@@ -35,8 +35,8 @@ def simulated() -> Iterator[Any]:
 
 @pytest.mark.parametrize("size", ["equal", "uneven", "heavy"])
 @pytest.mark.parametrize("change", ["whole", "half", "large", "flips", "shifts"])
-def test_levels(simulated: Any, change: str, size: str) -> None:
-    """At a true drop of the limit, whatever happens to groups."""
+def test_error_rates_with_groups(simulated: Any, change: str, size: str) -> None:
+    """The true drop equals the limit, for every kind of change within groups."""
     allowed = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / FAMILIES)
     size_of, change_of = getattr(simulated, size), getattr(simulated, change)
     passed, failed = simulated.rates(size_of, change_of, 300, 0.05, FAMILIES)
@@ -44,13 +44,13 @@ def test_levels(simulated: Any, change: str, size: str) -> None:
     assert failed <= allowed
 
 
-def test_without_groups_far_too_many_pass(simulated: Any) -> None:
+def test_ignoring_groups_inflates_passes(simulated: Any) -> None:
     found = simulated.as_if_independent(simulated.equal, simulated.whole, 100, 0.01, 60)
     assert found > 0.2
 
 
 @pytest.mark.parametrize("size", ["equal", "uneven"])
-def test_a_lossless_model_passes_with_the_samples_asked_for(simulated: Any, size: str) -> None:
+def test_lossless_model_passes_with_needed_samples(simulated: Any, size: str) -> None:
     rng = np.random.default_rng(RNG_SEED)
     size_of = getattr(simulated, size)
 
@@ -84,7 +84,7 @@ def close(a: Verdict, b: Verdict) -> bool:
 
 @pytest.mark.parametrize("limit", [ONE_PERCENT, ONE_POINT], ids=str)
 @pytest.mark.parametrize("aggregate", [None, lambda rows: float(np.mean(rows) ** 2)])
-def test_copies_in_a_group_add_nothing(limit: Limit, aggregate: Any) -> None:
+def test_copies_in_a_group_add_no_evidence(limit: Limit, aggregate: Any) -> None:
     reference, candidate = scores(200)
     plain = judge(reference, candidate, limit, aggregate=aggregate)
     copied = judge(
@@ -99,8 +99,8 @@ def test_copies_in_a_group_add_nothing(limit: Limit, aggregate: Any) -> None:
     assert copied.method == plain.method
 
 
-def test_copies_of_right_and_wrong_answers_add_nothing() -> None:
-    """400 groups without a change pass 1 pp; 40 of ten samples each have the same samples."""
+def test_copies_of_0_1_scores_add_no_evidence() -> None:
+    """400 unchanged groups pass 1 pp; 40 groups of ten samples have as many samples."""
     right = np.repeat([1.0, 1.0, 1.0, 0.0], 100)
     assert judge(right, right, ONE_POINT).outcome == "PASS"
     grouped = judge(right, right, ONE_POINT, groups=np.arange(400) // 10)
@@ -109,7 +109,7 @@ def test_copies_of_right_and_wrong_answers_add_nothing() -> None:
     assert grouped.needed > 3000
 
 
-def test_groups_of_one_sample_each_are_no_groups() -> None:
+def test_groups_of_one_sample_equal_no_groups() -> None:
     right = np.repeat([1.0, 1.0, 0.0], 150)
     candidate = right.copy()
     candidate[0] = 0
@@ -166,10 +166,10 @@ def test_bounds_are_finite_with_few_groups(limit: Limit, sizes: tuple[int, ...])
         ),
     ],
 )
-def test_errors(given: Any, message: str) -> None:
+def test_rejects_bad_groups(given: Any, message: str) -> None:
     with pytest.raises(ScoreError, match=f"^{re.escape(message)}"):
         judge([0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.7], ONE_PERCENT, metric="iou", groups=given)
 
 
-def test_codes_count_in_order_of_appearance() -> None:
+def test_codes_follow_order_of_appearance() -> None:
     assert group_codes(["b", "a", "b", "c"], 4, "iou").tolist() == [0, 1, 0, 2]

@@ -1,7 +1,7 @@
-"""Verdicts: their error rates, their power, and what they refuse to judge.
+"""Test error rates and power of verdicts, and the inputs that they reject.
 
-Levels of the exact test are computed by enumeration, all others by simulation with the random
-seeds below, with three standard errors of the simulation allowed.
+Error rates of the exact test are enumerated; all others are simulated with the seeds below, and
+may exceed the level by three standard errors of the simulation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_POINT = Limit.parse("1pp")
 RNG_SEED = 20
 
 Array = np.ndarray[Any, Any]
-#: Draws scores of reference and candidate.
+#: Draw scores of reference and candidate.
 Draw = Callable[[np.random.Generator], tuple[Array, Array]]
 
 
@@ -50,7 +50,7 @@ def flips(samples: int, lost: int, gained: int, **changes: Any) -> paired_exact.
 
 @pytest.fixture
 def no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes longest."""
+    """Skip the computation of needed samples, which takes longest."""
     monkeypatch.setattr(paired_exact.PairedExactTest, "needed", lambda self, limit, drop: 0)
 
 
@@ -72,8 +72,8 @@ def fewest_lost_that_fail(samples: int, count: int, limit: float, guess: int) ->
 
 @pytest.mark.parametrize("limit", [0.005, 0.01, 0.02])
 @pytest.mark.parametrize(("samples", "most"), [(40, 0.3), (150, 0.2), (270, 0.2), (600, 0.06)])
-def test_levels_with_an_absolute_limit(samples: int, most: float, limit: float) -> None:
-    """At a true drop of the limit no share of flips passes or fails more often than 5 %."""
+def test_error_rates_with_an_absolute_limit(samples: int, most: float, limit: float) -> None:
+    """If the true drop equals the limit, at most 5 % pass or fail, for any rate of flips."""
     counts = np.arange(int(stats.binom.isf(1e-7, samples, most)) + 1)
     empty = flips(samples, 0, 0)
     passing = np.array([empty.most_lost(int(count), limit) for count in counts])
@@ -82,7 +82,7 @@ def test_levels_with_an_absolute_limit(samples: int, most: float, limit: float) 
         guess = failing[-1] if failing else 0
         failing.append(fewest_lost_that_fail(samples, int(count), limit, guess))
 
-    # 400 shares, none of them one of those that the test tries.
+    # 400 rates, none of which is on the grid that the test searches.
     q = limit + np.geomspace(1e-6, most - limit, 400)
     weights = stats.binom.pmf(counts, samples, q[:, None])
     lost_share = ((q + limit) / (2 * q))[:, None]
@@ -91,8 +91,8 @@ def test_levels_with_an_absolute_limit(samples: int, most: float, limit: float) 
 
     assert passes.max() + 1e-7 <= ALPHA
     assert fails.max() + 1e-7 <= ALPHA
-    assert max(passes.max(), fails.max()) > 0.04  # not by never deciding
-    # More gained samples, with as many lost ones, never spoil a pass.
+    assert max(passes.max(), fails.max()) > 0.04  # the test does decide sometimes
+    # With the same number of lost samples, more gained ones never undo a pass.
     assert (np.diff(passing) >= 0).all()
 
 
@@ -100,7 +100,7 @@ def test_levels_with_an_absolute_limit(samples: int, most: float, limit: float) 
     ("samples", "limit", "right"),
     [(150, 0.02, 0.5), (300, 0.01, 0.5), (300, 0.01, 0.8), (300, 0.01, 0.95)],
 )
-def test_level_with_a_relative_limit(samples: int, limit: float, right: float) -> None:
+def test_error_rate_with_a_relative_limit(samples: int, limit: float, right: float) -> None:
     """Enumerated over flips, lost samples, and samples that the reference has right."""
     top = int(stats.binom.isf(1e-7, samples, 0.05))
     first = int(stats.binom.isf(1 - 1e-7, samples, right))
@@ -128,7 +128,7 @@ def test_level_with_a_relative_limit(samples: int, limit: float, right: float) -
 
 
 def _thresholds(samples: int, rights: Array, limit: float, count: int) -> Array:
-    """Most lost samples that pass, for each number of right ones; it grows with them."""
+    """Return how many lost samples still pass for each number of correct ones; it increases."""
 
     @functools.cache
     def most(right: int) -> int:
@@ -159,7 +159,7 @@ def _thresholds(samples: int, rights: Array, limit: float, count: int) -> Array:
         (20_000, 400, 260, 0.01, True),
     ],
 )
-def test_no_share_of_flips_between_those_tried_is_worse(
+def test_finer_grid_of_flip_rates_does_not_raise_p_value(
     monkeypatch: pytest.MonkeyPatch, samples: int, lost: int, gained: int, drop: float, less: bool
 ) -> None:
     def p_value() -> float:
@@ -173,16 +173,16 @@ def test_no_share_of_flips_between_those_tried_is_worse(
 
 @pytest.mark.parametrize("drop", [0.0, 1e-4, 0.01, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("samples", [5, 40, 300, 5000])
-def test_the_score_grows_with_the_lost_samples_among_the_flips(samples: int, drop: float) -> None:
-    """The thresholds that the p-values are computed from rest on it."""
+def test_score_increases_with_lost_samples(samples: int, drop: float) -> None:
+    """The thresholds behind the p-values rely on this."""
     for count in range(0, samples + 1, max(1, samples // 25)):
         lost = np.arange(count + 1)
         scores = paired_exact._score(lost, count - lost, samples, drop)
         assert (np.diff(scores) > 0).all()
 
 
-def test_the_score_is_tangos() -> None:
-    """Against the likelihood's maximum, found numerically."""
+def test_score_matches_tango() -> None:
+    """Compare with the likelihood maximized numerically."""
     lost, gained, samples, drop = 7, 3, 100, 0.02
     x = np.linspace(1e-7, 0.48, 400_001)
     likelihood = (
@@ -197,7 +197,7 @@ def test_the_score_is_tangos() -> None:
 
 
 @pytest.mark.usefixtures("no_advice")
-def test_without_disagreement_one_point_needs_300_samples() -> None:
+def test_one_point_limit_needs_300_samples_without_flips() -> None:
     """0.99^n is the chance to see no flip; a hundredth of the level is spent on the interval."""
     spent = ALPHA * paired_exact.NUISANCE_SHARE + paired_exact.TRUNCATED
     assert 0.99**299 > ALPHA - spent > 0.99**300
@@ -207,7 +207,7 @@ def test_without_disagreement_one_point_needs_300_samples() -> None:
     assert judge(*zero_one(400, 0, 0, 390), ONE_PERCENT).outcome == "PASS"
 
 
-# --- Levels of the others, simulated ---
+# --- Levels of the other tests, simulated ---
 
 
 def rate(draw: Draw, decide: Callable[[Array, Array], bool], repeats: int) -> float:
@@ -236,13 +236,13 @@ def fails(limit: Limit) -> Callable[[Array, Array], bool]:
 
 
 def lowered(reference: Array, limit: Limit, share: float) -> Array:
-    """Every score lower by a share of the limit."""
+    """Lower every score by a fraction of the limit."""
     by = limit.value * share
     return reference * (1 - by) if limit.relative else reference - by
 
 
 def noise(samples: int, limit: Limit, noise_std: float = 0.03) -> Draw:
-    """A true drop of the limit, the same everywhere, under normal noise."""
+    """Drop all scores by the limit, with normal noise."""
 
     def draw(rng: np.random.Generator) -> tuple[Array, Array]:
         reference = rng.uniform(0.5, 0.9, samples)
@@ -252,13 +252,13 @@ def noise(samples: int, limit: Limit, noise_std: float = 0.03) -> Draw:
 
 
 def collapses(samples: int, limit: Limit, size: float, share: float = 1.0) -> Draw:
-    """A share of a true drop of the limit by rare samples that lose ``size`` of their score."""
+    """Cause a share of the limit's drop by rare samples that lose ``size`` of their score."""
 
     def draw(rng: np.random.Generator) -> tuple[Array, Array]:
         reference = rng.uniform(0.79, 0.81, samples)
         mean = 1.0 if limit.relative else 0.8
         candidate = lowered(reference, limit, 1 - share)
-        # What is left to lose of a collapsing sample is what was not lost already.
+        # A collapsing sample can only lose what it has not lost already.
         left = 1 - limit.value * (1 - share) / mean
         chance = limit.value * share / (mean * size * left)
         candidate = np.where(rng.random(samples) < chance, candidate * (1 - size), candidate)
@@ -282,7 +282,7 @@ def jumps(samples: int) -> Draw:
 
 @pytest.mark.parametrize("limit", [ONE_PERCENT, ONE_POINT], ids=str)
 @pytest.mark.parametrize("samples", [100, 300, 1000, 3000])
-def test_level_of_pass_with_rare_collapses(samples: int, limit: Limit) -> None:
+def test_pass_error_rate_with_rare_collapses(samples: int, limit: Limit) -> None:
     """The plain t test passes such models in up to 60 % of the runs (100 samples, none seen), and
     in 8 % still with 3000."""
     repeats = 300 if samples <= 300 else 700
@@ -293,7 +293,7 @@ def test_level_of_pass_with_rare_collapses(samples: int, limit: Limit) -> None:
 
 @pytest.mark.parametrize("limit", [ONE_PERCENT, ONE_POINT], ids=str)
 @pytest.mark.parametrize("samples", [100, 2000])
-def test_levels_under_normal_noise(samples: int, limit: Limit) -> None:
+def test_error_rates_under_normal_noise(samples: int, limit: Limit) -> None:
     repeats = 800
     draw = noise(samples, limit)
     rng = np.random.default_rng(RNG_SEED)
@@ -309,13 +309,13 @@ def test_levels_under_normal_noise(samples: int, limit: Limit) -> None:
 
 
 @pytest.mark.parametrize("samples", [300, 1000, 3000])
-def test_level_of_fail_with_rare_jumps(samples: int) -> None:
+def test_fail_error_rate_with_rare_jumps(samples: int) -> None:
     """The plain t test fails such models in 16 to 40 % of the runs."""
     repeats = 500
     assert rate(jumps(samples), fails(ONE_PERCENT), repeats) <= allowed(repeats)
 
 
-def test_level_of_pass_with_a_divided_alpha() -> None:
+def test_pass_error_rate_with_a_divided_alpha() -> None:
     repeats = 1500
     alpha = ALPHA / 3
     most = alpha + 3 * math.sqrt(alpha * (1 - alpha) / repeats)
@@ -324,7 +324,7 @@ def test_level_of_pass_with_a_divided_alpha() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.1, ALPHA, ALPHA / 3, 0.001])
-def test_the_virtual_samples_cover_the_exact_limit_of_a_rate(alpha: float) -> None:
+def test_virtual_samples_cover_exact_poisson_limit(alpha: float) -> None:
     """Upper limit of a Poisson mean (Garwood 1936), for every count up to 10,000."""
     z = mean_tests.z(alpha)
     seen = np.arange(10_001)
@@ -346,14 +346,14 @@ def mean_iou(rows: Array) -> float:
 
 
 def images(rng: np.random.Generator, samples: int, classes: int) -> Array:
-    """Counts of true positives, false positives, false negatives, per image and class."""
+    """Return true positives, false positives and false negatives per image and class."""
     positives = 1 + rng.poisson(rng.gamma(1.0, 20.0, (samples, classes)))
     right = rng.binomial(positives, 0.85)
     return np.stack([right, rng.poisson(0.1 * positives), positives - right], axis=-1)
 
 
 def missed(rng: np.random.Generator, rows: Array, chance: float) -> Array:
-    """Every true positive is missed with a chance."""
+    """Miss every true positive with a probability."""
     out = rows.copy()
     lost = rng.binomial(rows[..., 0], chance)
     out[..., 0] -= lost
@@ -362,7 +362,7 @@ def missed(rng: np.random.Generator, rows: Array, chance: float) -> Array:
 
 
 def blind(rng: np.random.Generator, rows: Array, chance: float) -> Array:
-    """A whole image loses all, and gets as many false positives as it has positives."""
+    """Let a whole image miss every positive and get as many false positives."""
     out = rows.copy()
     hit = rng.random(len(rows)) < chance
     positives = rows[hit][..., 0] + rows[hit][..., 2]
@@ -377,10 +377,10 @@ Change = Callable[[np.random.Generator, Array, float], Array]
 def chance_of(
     metric: Callable[[Array], float], classes: int, change: Change, limit: Limit
 ) -> float:
-    """The chance that makes the true drop the limit, from what is expected of 100,000 images."""
+    """Return the probability at which the expected drop over 100,000 images is the limit."""
     rng = np.random.default_rng(1)
     rows = images(rng, 100_000, classes)
-    # Either change alters its part of the counts: a chance gives that share of what 1 gives.
+    # Each change is linear in its probability: p alters p times as many counts as 1 does.
     before, after = (counts.sum(axis=0)[None] for counts in (rows, change(rng, rows, 1.0)))
     low, high = 0.0, 0.3
     for _ in range(20):
@@ -400,7 +400,7 @@ def chance_of(
         (mean_iou, 3, 150, Limit.parse("10%")),
     ],
 )
-def test_levels_with_an_aggregate(
+def test_error_rates_with_an_aggregate(
     monkeypatch: pytest.MonkeyPatch,
     metric: Callable[[Array], float],
     classes: int,
@@ -408,7 +408,7 @@ def test_levels_with_an_aggregate(
     limit: Limit,
     change: Change,
 ) -> None:
-    """A wide limit, so that the samples can pass at all."""
+    """The limit is wide, so that so few samples can pass at all."""
     # Counts lost and gained images, at the cost of one more metric for each.
     monkeypatch.setattr(module, "swap_effects", lambda pairs, total, value: np.zeros(len(pairs[0])))
     chance = chance_of(metric, classes, change, limit)
@@ -428,15 +428,15 @@ def test_levels_with_an_aggregate(
     assert decided["FAIL"] / repeats <= allowed(repeats)
 
 
-def test_pseudo_values_of_a_mean_are_the_scores() -> None:
-    """So the jackknife gives what the plain scores give."""
+def test_pseudo_values_of_a_mean_equal_the_scores() -> None:
+    """The jackknife therefore agrees with the plain scores."""
     rng = np.random.default_rng(RNG_SEED)
     scores = rng.uniform(0.2, 1, 50)
     found = mean_tests.pseudo_values(scores, scores.mean(), lambda rows: float(rows.mean()))
     assert found == pytest.approx(scores)
 
 
-def test_an_aggregated_verdict() -> None:
+def test_verdict_of_an_aggregate() -> None:
     rng = np.random.default_rng(RNG_SEED)
     reference = images(rng, 1500, 1)[:, 0]
     candidate = reference.copy()
@@ -465,10 +465,10 @@ def test_an_aggregated_verdict() -> None:
 def lossless_power(
     samples: int, right: float, q: float, limit: Limit, points: int | None = None
 ) -> float:
-    """How often a lossless model passes at least.
+    """Return a lower bound of the probability that a lossless model passes.
 
-    Without ``points`` from every number of flips; else from the thresholds of so many, on straight
-    lines between them.
+    Without ``points`` use every number of flips, otherwise the thresholds at that many numbers with
+    linear interpolation between them.
     """
     first, last = stats.binom.ppf([5e-4, 1 - 5e-4], samples, q).astype(int)
     counts = np.arange(first, last + 1)
@@ -519,7 +519,7 @@ def test_lossless_continuous_scores_pass_as_planned(limit: Limit, noise_std: flo
 def test_a_lossless_aggregate_passes_as_planned(
     metric: Callable[[Array], float], classes: int, seen: int
 ) -> None:
-    """The more images there are, the larger the largest share, which a collapse may cost."""
+    """With more images the largest one, which a collapse may cost, has a larger share."""
     limit = Limit.parse("2%")
     rng = np.random.default_rng(RNG_SEED)
     passed = 0
@@ -536,7 +536,9 @@ def test_a_lossless_aggregate_passes_as_planned(
     ("samples", "lost", "gained", "right", "limit"),
     [(500, 50, 50, 400, ONE_POINT), (200, 60, 60, 100, Limit.parse("6%"))],
 )
-def test_large_ask_holds(samples: int, lost: int, gained: int, right: int, limit: Limit) -> None:
+def test_large_needed_sample_size_reaches_power(
+    samples: int, lost: int, gained: int, right: int, limit: Limit
+) -> None:
     """Beyond ``MANY_DISCORDANT`` the normal approximation computes the power."""
     verdict = judge(*zero_one(samples, lost, gained, right), limit)
     needed, q = verdict.needed, (lost + gained) / samples
@@ -545,8 +547,8 @@ def test_large_ask_holds(samples: int, lost: int, gained: int, right: int, limit
     assert lossless_power(needed, right / samples, q, limit, points=9) >= mean_tests.POWER
 
 
-def test_a_drop_of_two_points_fails_ever_more_often() -> None:
-    """Over a limit of one point, with 4 % flips: three lost for one gained."""
+def test_two_point_drop_fails_more_often_with_more_samples() -> None:
+    """The limit is one point and 4 % of samples flip: three are lost for each one gained."""
     rng = np.random.default_rng(RNG_SEED)
     failed, passed = [], []
     for samples in (300, 1000, 3000, 8000):
@@ -571,7 +573,7 @@ def test_forty_samples_are_too_few() -> None:
     assert (verdict.samples, verdict.lost, verdict.gained) == (40, 1, 1)
 
 
-def test_a_drop_near_the_limit_asks_for_more_samples_than_a_lossless_model() -> None:
+def test_drop_near_the_limit_needs_more_samples() -> None:
     lossless = judge(*zero_one(1000, 20, 20, 800), ONE_POINT).needed
     near = judge(*zero_one(1000, 24, 16, 800), ONE_POINT).needed
     over = judge(*zero_one(1000, 26, 14, 800), ONE_POINT).needed
@@ -588,7 +590,7 @@ def test_a_drop_near_the_limit_asks_for_more_samples_than_a_lossless_model() -> 
     ("number", "rounded"),
     [(2, 2), (99, 99), (100, 100), (101, 110), (1234.5, 1300), (9_999_999, 10_000_000)],
 )
-def test_asks_have_two_digits(number: float, rounded: int) -> None:
+def test_needed_samples_round_up_to_two_digits(number: float, rounded: int) -> None:
     assert mean_tests.round_up(number) == rounded
 
 
@@ -621,7 +623,9 @@ def consistent(verdict: Verdict) -> bool:
 @pytest.mark.usefixtures("no_advice")
 @settings(max_examples=10)
 @given(counts_of_flips(), LIMITS, st.randoms(use_true_random=False))
-def test_laws_of_bounds(counts: tuple[int, int, int, int], limit: Limit, random: Any) -> None:
+def test_flip_verdicts_are_consistent_and_order_invariant(
+    counts: tuple[int, int, int, int], limit: Limit, random: Any
+) -> None:
     reference, candidate = zero_one(*counts)
     verdict = judge(reference, candidate, limit)
     assert consistent(verdict)
@@ -632,7 +636,7 @@ def test_laws_of_bounds(counts: tuple[int, int, int, int], limit: Limit, random:
 @pytest.mark.usefixtures("no_advice")
 @settings(max_examples=60)
 @given(counts_of_flips(), LIMITS)
-def test_gains_never_spoil_a_pass(counts: tuple[int, int, int, int], limit: Limit) -> None:
+def test_gained_samples_never_undo_a_pass(counts: tuple[int, int, int, int], limit: Limit) -> None:
     samples, lost, gained, right = counts
     assume(right + gained < samples)
     relative = {"right": right, "relative": limit.relative}
@@ -647,7 +651,9 @@ def test_gains_never_spoil_a_pass(counts: tuple[int, int, int, int], limit: Limi
     LIMITS,
     st.integers(0, 1000),
 )
-def test_laws_of_score_means(scores: list[tuple[float, float]], limit: Limit, seed: int) -> None:
+def test_mean_verdicts_are_consistent_and_order_invariant(
+    scores: list[tuple[float, float]], limit: Limit, seed: int
+) -> None:
     reference, candidate = (np.array(values) for values in zip(*scores, strict=True))
     assume(np.ptp(np.concatenate([reference, candidate])) > 1e-3)
     assume(not set(np.concatenate([reference, candidate])) <= {0.0, 1.0})
@@ -661,7 +667,7 @@ def test_laws_of_score_means(scores: list[tuple[float, float]], limit: Limit, se
 
 
 @given(st.integers(1, 10_000), st.booleans())
-def test_limits_survive_their_text(hundredths: int, relative: bool) -> None:
+def test_limits_round_trip_through_text(hundredths: int, relative: bool) -> None:
     limit = Limit.parse(f"{hundredths / 100:g} {'%' if relative else 'pp'}")
     assert limit.relative == relative
     assert limit.value == pytest.approx(hundredths / 10_000)
@@ -677,7 +683,7 @@ def test_a_million_samples() -> None:
     assert verdict.drop_low == pytest.approx(0.0025 - wide, abs=0.05 * wide)
 
 
-def test_a_candidate_that_collapsed_altogether() -> None:
+def test_collapsed_candidate_fails() -> None:
     scores = np.linspace(0.5, 0.9, 50)
     verdict = judge(scores, np.zeros(50), ONE_PERCENT)
     assert (verdict.outcome, verdict.drop, verdict.lost) == ("FAIL", 1.0, 50)
@@ -775,7 +781,9 @@ GOOD = [0.5, 0.6, 0.7]
         ),
     ],
 )
-def test_errors(reference: Any, candidate: Any, options: dict[str, Any], message: str) -> None:
+def test_rejects_bad_scores(
+    reference: Any, candidate: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ScoreError, match=f"^{re.escape(message)}") as caught:
         judge(reference, candidate, ONE_PERCENT, metric="iou", **options)
     assert isinstance(caught.value, ClearError)
@@ -783,14 +791,14 @@ def test_errors(reference: Any, candidate: Any, options: dict[str, Any], message
 
 
 @pytest.mark.parametrize("text", ["1", "", "pp", "1 percent", "-1%", "1e-2%", "nan%"])
-def test_limits_that_are_none(text: str) -> None:
+def test_rejects_malformed_limits(text: str) -> None:
     message = f"must be a percentage such as 1% (relative) or 1pp (absolute), got {text!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Limit.parse(text)
 
 
 @pytest.mark.parametrize("text", ["0%", "0.0pp", "101%", "100.5pp"])
-def test_limits_out_of_range(text: str) -> None:
+def test_rejects_limits_out_of_range(text: str) -> None:
     message = f"must be over 0 and at most 100, got {text!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Limit.parse(text)

@@ -1,4 +1,4 @@
-"""Kernels in the place of operators, in graphs that run as they are, under Triton's interpreter."""
+"""Test replacing operators by kernels, in uncompiled graphs under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str]]:
-    """Let the CPU pass for a GPU, and note for which products tiles were chosen."""
+    """Let the CPU pass for a GPU, and record the matmuls that tiles were chosen for."""
     problems: list[tuple[tile_types.Problem, str]] = []
 
     def kernel_and_tile(
@@ -61,7 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tile_types.Problem, str
 
 
 class Model(nn.Module):
-    """Layers and a norm, and a forward that is given."""
+    """Layers and a norm with the given forward."""
 
     def __init__(self, forward: Callable[..., Any], bias: bool = True, out: int = DIM) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Model(nn.Module):
 
 
 class Run:
-    """A model compiled with its graphs run as they are, and compared with running it eagerly."""
+    """A model whose graphs run without Inductor, compared with running it eagerly."""
 
     def __init__(
         self, model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False, inline: bool = True
@@ -103,8 +103,8 @@ class Run:
                 other.dtype,
                 other.stride(),
             )
-            # Values half-way between two levels may go to either, and the interpreter rounds to a
-            # shorter dtype towards zero.
+            # Values halfway between two levels may round to either, and the interpreter rounds to
+            # shorter dtypes towards zero.
             off = 0.01 + 2 * torch.finfo(one.dtype).eps
             assert (one.double() - other.double()).norm() <= off * other.double().norm()
 
@@ -131,7 +131,7 @@ def block(m: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kernel", ["tma", "pointers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, DIM), (DIM,), (1, 1, DIM)])
-def test_a_graph_runs_kernels_alone(
+def test_graph_runs_only_kernels(
     kernel: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: kernel)
@@ -142,7 +142,9 @@ def test_a_graph_runs_kernels_alone(
     assert (run.operators, len(run.launches)) == (0, 6)
 
 
-def test_kernels_of_operators_that_stay_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_kernels_of_remaining_operators_ahead_of_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from pytest_int8bench.kernels import launch as launches  # which needs Triton
 
     found: list[tuple[str, list[torch.dtype | None]]] = []
@@ -154,7 +156,7 @@ def test_kernels_of_operators_that_stay_are_compiled_ahead(monkeypatch: pytest.M
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), inline=False)
     assert (run.launches, run.operators) == ([], 6)
     real, byte = torch.float32, torch.int8
-    # As the kernels take them: x, gate, q, scale, weight, bias, factor, kept.
+    # In the order of the kernel's arguments: x, gate, q, scale, weight, bias, factor, kept.
     rows = [dtypes for name, dtypes in found if name == "quantize_rows"]
     assert sorted(map(str, rows)) == sorted(
         map(
@@ -174,7 +176,7 @@ def test_kernels_of_operators_that_stay_are_compiled_ahead(monkeypatch: pytest.M
     ]
 
 
-def test_a_row_that_something_else_reads_and_a_factor() -> None:
+def test_inlines_quantization_of_a_shared_input_with_a_factor() -> None:
     model = lowered(
         Model(lambda m, x: (m.norm(x), m.a(m.norm(x)))), factors={"a": torch.rand(DIM) + 0.5}
     )
@@ -182,12 +184,14 @@ def test_a_row_that_something_else_reads_and_a_factor() -> None:
     assert (run.kernels, run.operators) == (["quantize_rows", "int8_product_pointers"], 0)
 
 
-def test_a_row_that_was_not_kept_is_empty() -> None:
+def test_inlines_kernels_if_the_discarded_row_is_read() -> None:
     model = lowered(Model(lambda m, x: (ops.quantize_rows(x)[2].sum(), m.a(x))))
     assert Run(model, torch.randn(4, DIM)).operators == 0
 
 
-def test_layers_of_one_input_without_bias(asked: list[tuple[tile_types.Problem, str]]) -> None:
+def test_joins_layers_of_one_input_without_bias(
+    asked: list[tuple[tile_types.Problem, str]],
+) -> None:
     model = lowered(Model(lambda m, x: (m.a(x).view(4, 2, -1), m.b(x)), bias=False))
     Run(model, torch.randn(4, DIM))
     assert asked == [(tile_types.Problem(4, 2 * DIM, DIM, 4, residual=False), "pointers")]
@@ -197,7 +201,7 @@ def test_layers_of_one_input_without_bias(asked: list[tuple[tile_types.Problem, 
     ("dtype", "out", "ran"),
     [(torch.float32, 20, "tma"), (torch.bfloat16, 20, "pointers"), (torch.bfloat16, 24, "tma")],
 )
-def test_what_tma_cannot_address_takes_pointers(
+def test_uses_pointers_if_tma_cannot_address_the_output(
     dtype: torch.dtype, out: int, ran: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: "tma")
@@ -206,7 +210,7 @@ def test_what_tma_cannot_address_takes_pointers(
     assert run.kernels == ["quantize_rows", f"int8_product_{ran}"]
 
 
-def test_a_residual_between_addresses_of_tma_takes_pointers(
+def test_uses_pointers_for_a_misaligned_residual(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "matmul_kernel", lambda device: "tma")
@@ -225,7 +229,7 @@ def test_a_residual_between_addresses_of_tma_takes_pointers(
         (lambda m, x: m.a(x[:0]), 2),
     ],
 )
-def test_memory_that_is_not_dense_or_empty_stays_with_operators(
+def test_keeps_operators_for_non_dense_or_empty_tensors(
     forward: Callable[..., Any], operators: int
 ) -> None:
     assert Run(lowered(Model(forward)), torch.randn(DIM, DIM)).operators == operators
@@ -234,23 +238,23 @@ def test_memory_that_is_not_dense_or_empty_stays_with_operators(
 @pytest.mark.parametrize(
     ("forward", "operators"),
     [
-        # Inductor may write what is made here into the larger tensor.
+        # Inductor may write the result of x * 2 into the larger tensor.
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.stack([y, x]), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y[:, :8], x], -1), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(y.view(2, 2, DIM))))(x * 2), 1),
         (lambda m, x: (lambda y: (y.roll(1), m.a(y)))(x * 2), 1),
-        # Or pad it.
+        # Or pad that result.
         (lambda m, x: (lambda y: (y @ y.t(), m.a(y)))(x * 2), 1),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.a(x) + y))(x * 2), 1),
-        # Not an input, what a kernel has written, or what nothing else reads.
+        # But it leaves inputs, kernel outputs, and tensors without other readers alone.
         (lambda m, x: (torch.cat([x, x * 2], -1), m.a(x)), 0),
         (lambda m, x: (lambda y: (torch.cat([y, x], -1), m.b(y)))(m.a(x)), 0),
         (lambda m, x: (lambda y: (y + x, m.a(y), y))(x * 2), 0),
         (lambda m, x: m.a(torch.reshape(input=x, shape=(2, 2, DIM))), 0),
     ],
 )
-def test_memory_that_may_become_part_of_a_larger_one_stays_with_operators(
+def test_keeps_operators_if_inductor_may_change_the_layout(
     forward: Callable[..., Any], operators: int
 ) -> None:
     assert Run(lowered(Model(forward)), torch.randn(4, DIM)).operators == operators
@@ -270,7 +274,7 @@ def _product(m: Any, q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor)
         lambda q, scale: (q[:DIM, :DIM].contiguous(), scale[:1].expand(DIM)),
     ],
 )
-def test_rows_that_are_not_dense_are_made_so(given: Callable[..., Any]) -> None:
+def test_copies_non_dense_rows(given: Callable[..., Any]) -> None:
     run = Run(
         lowered(Model(lambda m, q, scale: _product(m, *given(q, scale), m.a.int8_weight))),
         torch.randint(-127, 128, (2 * DIM, 2 * DIM), dtype=torch.int8),
@@ -279,32 +283,32 @@ def test_rows_that_are_not_dense_are_made_so(given: Callable[..., Any]) -> None:
     assert (run.kernels, run.operators) == (["int8_product_pointers"], 0)
 
 
-def test_columns_of_a_joined_product_are_read_where_they_are() -> None:
+def test_reads_columns_of_a_joined_matmul_without_copying() -> None:
     model = lowered(Model(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x))))
     run = Run(model, torch.randn(4, DIM))
-    # The pass over the gate and what it gates reads rows with gaps, and copies nothing.
+    # The pass over gate and gated values reads rows with gaps and copies nothing.
     assert run.kernels == ["quantize_rows", "int8_product_pointers", "int8_product_pointers"]
     assert run.operators == 1
 
 
-def test_sizes_that_are_not_known_stay_with_operators() -> None:
+def test_keeps_operators_for_dynamic_sizes() -> None:
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM), dynamic=True)
     assert (run.launches, run.operators) == ([], 6)
 
 
-def test_rows_that_fit_no_registers_stay_with_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_operators_for_rows_too_wide_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "MAX_COLUMNS", DIM - 1)
     run = Run(lowered(Model(lambda m, x: m.a(x))), torch.randn(3, DIM))
     assert (run.kernels, run.operators) == (["int8_product_pointers"], 1)
 
 
-def test_devices_without_kernels_keep_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_operators_on_devices_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     run = Run(lowered(Model(block)), torch.randn(3, 5, DIM))
     assert (run.launches, run.operators) == ([], 6)
 
 
-def test_a_kernel_is_one_for_each_choice_of_options() -> None:
+def test_creates_one_kernel_per_set_of_options() -> None:
     from pytest_int8bench.kernels.triton import quantize_rows
 
     one = inline_triton._with_options(quantize_rows.quantize_rows, num_warps=2, num_stages=3)
@@ -318,7 +322,7 @@ def test_a_kernel_is_one_for_each_choice_of_options() -> None:
     assert (config.num_warps, config.num_stages, config.kwargs) == (2, 3, {})
 
 
-def test_a_kernel_has_the_same_number_whatever_was_compiled_before() -> None:
+def test_kernel_number_does_not_depend_on_earlier_compilations() -> None:
     def numbers() -> list[int]:
         run = Run(lowered(Model(lambda m, x: m.c(m.norm(x)))), torch.randn(4, DIM))
         assert run.kernels == ["quantize_rows", "int8_product_pointers"]
@@ -368,7 +372,7 @@ SOURCES = {
 
 
 def number_of_kernel(folder: Path, changed: dict[str, tuple[str, str]]) -> int:
-    """Return the number of a kernel whose sources are in a new folder, some of them changed."""
+    """Return the number of a kernel whose sources are copied to a new folder, some changed."""
     folder.mkdir()
     for name, source in SOURCES.items():
         text = textwrap.dedent(source).replace(*changed.get(name, ("", "")))
@@ -412,7 +416,7 @@ def test_kernel_number_depends_on_every_file_it_calls_into(
         ("default", 1, False),
     ],
 )
-def test_kernels_are_inlined_in_repeated_blocks_that_no_cuda_graph_launches(
+def test_inlines_kernels_in_repeated_blocks_without_cuda_graphs(
     mode: str, blocks: int, inlined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
@@ -433,7 +437,7 @@ def test_kernels_are_inlined_in_repeated_blocks_that_no_cuda_graph_launches(
     assert asked == [inlined]
 
 
-def test_a_layer_that_is_not_compiled_runs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncompiled_layer_runs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("quantize_rows", "linear"):
         run = getattr(reference, name)

@@ -1,4 +1,4 @@
-"""Which calls of attention INT8 takes, in a graph and in an eager forward."""
+"""Test which attention calls run in INT8, in graphs and in eager forwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def heads(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 
 
 class Calls(nn.Module):
-    """Calls attention as it is told to."""
+    """Call attention in the given way."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class Calls(nn.Module):
         ({"dropout_p": 0.0, "is_causal": False}, [(1, 1, 3, 128)] * 3),
     ],
 )
-def test_calls_that_int8_computes(given: Any, shapes: Any, how: str) -> None:
+def test_replaces_supported_calls(given: Any, shapes: Any, how: str) -> None:
     inputs = [torch.randn(shape) for shape in shapes]
     out, coverage = run(Calls(**given), *inputs, how=how)
     want = F.scaled_dot_product_attention(*inputs, **given)
     assert (coverage.replaced, coverage.left) == (1, {})
-    assert 0 < (out - want).norm() < 0.02 * want.norm()  # not exact: INT8 did run
+    assert 0 < (out - want).norm() < 0.02 * want.norm()  # not exact, so INT8 did run
     assert (out.dtype, out.shape) == (want.dtype, want.shape)
     assert out.transpose(1, 2).is_contiguous()
 
@@ -90,7 +90,7 @@ def test_calls_that_int8_computes(given: Any, shapes: Any, how: str) -> None:
         ({}, (1, 2, 0, 16), "of broadcast or empty shapes"),
     ],
 )
-def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: str) -> None:
+def test_leaves_unsupported_calls_to_torch(given: Any, shape: Any, reason: str, how: str) -> None:
     inputs = heads(*shape)
     torch.manual_seed(1)
     out, coverage = run(Calls(**given), *inputs, how=how)
@@ -103,20 +103,20 @@ def test_calls_that_are_left_to_torch(given: Any, shape: Any, reason: str, how: 
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
-def test_attention_of_torch_modules_is_left_to_torch(how: str) -> None:
+def test_leaves_attention_of_torch_modules_to_torch(how: str) -> None:
     layer = nn.MultiheadAttention(16, 2, batch_first=True)  # training: no fast path
     x = torch.randn(1, 5, 16)
     _, coverage = run(layer, x, x, x, how=how)
     assert (coverage.replaced, coverage.left) == (0, {"inside nn.MultiheadAttention": 1})
 
 
-def test_double_precision_is_left_to_torch() -> None:
+def test_leaves_double_precision_to_torch() -> None:
     _, coverage = run(Calls(), *heads(1, 1, 4, 8, dtype=torch.float64), how="eager")
     assert coverage.left == {"in float64": 1}
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
-def test_autocast_reaches_the_values(how: str) -> None:
+def test_autocast_applies_to_the_values(how: str) -> None:
     inputs = heads(1, 2, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, coverage = run(Calls(), *inputs, how=how)
@@ -125,8 +125,8 @@ def test_autocast_reaches_the_values(how: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("default", marks=pytest.mark.slow)])
-def test_a_compiled_model_counts_each_call(mode: str) -> None:
-    """Repeated blocks are one region, which is called as often as there are blocks."""
+def test_compiled_model_counts_each_call(mode: str) -> None:
+    """Repeated blocks share one region, which is called once per block."""
     model = nn.Sequential(*(Attention(32, 2) for _ in range(3))).eval()
     x = torch.randn(2, 9, 32)
     compiled = compile_for_a100(model, mode=mode, attention="auto", int8_attention=True)

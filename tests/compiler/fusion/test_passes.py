@@ -1,4 +1,4 @@
-"""Joining operators in graphs of Dynamo: what is joined, what is not, and the numbers."""
+"""Test joining operators in Dynamo's graphs: what is joined, what is not, and the values."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    # A value that lies half-way between two levels would go to one or the other.
+    # Fixed values, because one halfway between two levels could round to either.
     torch.manual_seed(0)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is in one of the graphs after joining."""
+    """The contents of one graph after joining."""
 
     quantize: tuple[str, ...]
-    """Of each pass: norm or activation, ``+gate``, ``+kept``."""
+    """For each quantization pass: norm or activation, ``+gate``, ``+kept``."""
     linear: tuple[str, ...]
-    """Of each product: how many layers, ``+gamma``, ``+residual``."""
+    """For each matmul: number of layers, ``+gamma``, ``+residual``."""
     others: Counter[str]
     """The other calls by name."""
 
@@ -62,8 +62,8 @@ def described(part: fx.GraphModule) -> Part:
 
 
 class Compiled:
-    """A model compiled as ``compile_for_a100`` does it, without Inductor: the graphs are run as
-    they are, so that what is tested is the joining."""
+    """A model compiled like ``compile_for_a100`` does, but its graphs run without Inductor, so that
+    only the joining is tested."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Compiled:
 
     @property
     def part(self) -> Part:
-        """The one graph. Inductor may ask for it again, with numbers in the place of symbols."""
+        """The only graph. Inductor may request it again with numbers in place of symbols."""
         assert len({(part.quantize, part.linear) for part in self.parts}) == 1
         return self.parts[-1]
 
@@ -116,7 +116,7 @@ Joined = Callable[..., Part]
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
-    """Compiles a model, compares with running it eagerly, and returns what its graph became."""
+    """Compile a model, compare with running it eagerly, and describe its graph after joining."""
 
     def joined(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> Part:
         inputs = inputs or (X,)
@@ -130,7 +130,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
 
 
 class Written(nn.Module):
-    """A norm, a few layers, and a forward that is given."""
+    """A norm and a few layers with the given forward."""
 
     def __init__(self, forward: Callable[..., Any], **parts: nn.Module | torch.Tensor) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def written(forward: Callable[..., Any], **parts: Any) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A block of a transformer with the norms in front, and layer scale."""
+    """A pre-norm transformer block with layer scale."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class PostNorm(Block):
-    """The norms behind, as in BERT: what they return is also the residual."""
+    """A post-norm block as in BERT: the norms' outputs are also the residuals."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(self.attention(x) + x)
@@ -191,16 +191,16 @@ class PostNorm(Block):
 PRE = (("layer", "none", "layer", "gelu"), ("3", "1+gamma+residual", "1", "1+residual"))
 
 
-def test_a_block_with_norms_in_front(joined: Joined) -> None:
+def test_fuses_pre_norm_block(joined: Joined) -> None:
     torch.manual_seed(0)
     part = joined(lowered(Block()))
     assert (part.quantize, part.linear) == PRE
-    # Nothing is left but attention and views.
+    # Only attention and views are left.
     assert not {"layer_norm", "gelu", "dropout", "add", "mul"} & set(part.others)
     assert part.others["scaled_dot_product_attention"] == 1
 
 
-def test_blocks_with_norms_behind_keep_what_these_return(joined: Joined) -> None:
+def test_fuses_post_norm_blocks_and_keeps_norm_outputs(joined: Joined) -> None:
     torch.manual_seed(0)
     part = joined(lowered(nn.Sequential(PostNorm(), PostNorm())))
     assert part.quantize == (
@@ -212,13 +212,13 @@ def test_blocks_with_norms_behind_keep_what_these_return(joined: Joined) -> None
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_block_through_inductor(joined: Joined, dynamic: bool) -> None:
+def test_inductor_compiles_a_fused_block(joined: Joined, dynamic: bool) -> None:
     torch.manual_seed(0)
     part = joined(lowered(Block()), inductor=True, dynamic=dynamic)
     assert (part.quantize, part.linear) == PRE
 
 
-def test_one_graph_for_several_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_serves_several_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = lowered(nn.Sequential(Block(), PostNorm()))
     compiled = Compiled(model, monkeypatch, dynamic=True)
@@ -231,7 +231,7 @@ def test_one_graph_for_several_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("inductor", [False, True])
-def test_joins_in_reused_regions(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
+def test_joins_layers_in_reused_regions(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
     class Regions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -256,7 +256,7 @@ def test_joins_in_reused_regions(monkeypatch: pytest.MonkeyPatch, inductor: bool
 
 
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_outputs_of_regions_are_dense(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
+def test_region_outputs_are_dense(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
     @torch.compiler.nested_compile_region
     def region(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return m.a(x), m.b(x).unflatten(-1, (4, 4)).transpose(-1, -2)
@@ -298,7 +298,9 @@ def _overloaded_view(m: Any, x: torch.Tensor) -> torch.Tensor:
     "forward",
     [_as_strided, _mutated_view, _sliced_view, _overloaded_view, lambda m, x: (m.a(x), m.b(x))],
 )
-def test_joined_as_each_gave(forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joined_layers_return_the_same_values_and_strides(
+    forward: Any, inductor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = written(forward)
     compiled = Compiled(model, monkeypatch, inductor=inductor)
     with torch.inference_mode():
@@ -321,7 +323,7 @@ def test_scale_written_before_residual_is_kept(joined: Joined) -> None:
     joined(written(forward))
 
 
-def test_a_product_with_itself_is_no_layer_scale(joined: Joined) -> None:
+def test_square_of_an_output_is_not_a_layer_scale(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.a(x)
         return y * y
@@ -329,13 +331,13 @@ def test_a_product_with_itself_is_no_layer_scale(joined: Joined) -> None:
     joined(written(forward), X[0, 0])
 
 
-def test_weights_called_in_another_order_than_registered(joined: Joined) -> None:
+def test_joins_layers_called_in_another_order_than_registered(joined: Joined) -> None:
     model = written(lambda m, x: torch.cat([m.c(x), 2 * m.a(x), m.b(x)], -1))
     assert joined(model).linear == ("3",)
 
 
 def test_only_layers_of_adjacent_rows_are_joined(joined: Joined) -> None:
-    # The rows of m.b are between.
+    # The rows of m.b are in between.
     apart = written(lambda m, x: torch.cat([m.c(x), m.b(2 * x), m.a(x)], -1))
     assert joined(apart).linear == ("1", "1", "1")
     some = written(lambda m, x: torch.cat([m.c(x), m.a(2 * x), m.b(x)], -1))
@@ -347,7 +349,7 @@ def test_layer_called_twice_is_not_joined(joined: Joined) -> None:
     assert sorted(joined(model).linear) == ["1", "2"]
 
 
-def test_rearranged_columns_are_read_by_strides() -> None:
+def test_reads_rearranged_columns_by_strides() -> None:
     passes = fx.Graph()
     column = passes.placeholder("column")
     heads = passes.call_function(einops.rearrange, (column, "b n (h d) -> b h n d"), {"h": 2})
@@ -373,7 +375,7 @@ def test_rearranged_columns_are_read_by_strides() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_norms(joined: Joined, norm: nn.Module, scale: float) -> None:
+def test_fuses_norms(joined: Joined, norm: nn.Module, scale: float) -> None:
     part = joined(written(lambda m, x: m.a(m.other(x * scale)), other=norm))
     assert part.quantize == ("rms" if isinstance(norm, nn.RMSNorm) else "layer",)
     assert part.others == {"mul": 1}
@@ -387,7 +389,7 @@ def test_rms_norm_eps_in_16_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         x = (X * 1e-3).to(dtype)
         out, expected = compiled.run(x).float(), model(x).float()
     assert compiled.part.quantize == ("rms",)
-    # Of torch's own norm the result is rounded to 16 bits, and then to INT8.
+    # The result of torch's norm is rounded to 16 bits before it is rounded to INT8.
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
@@ -404,16 +406,16 @@ def test_rms_norm_eps_in_16_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         lambda m, x: torch.layer_norm(x, (DIM,)),
     ],
 )
-def test_norms_called_by_name(joined: Joined, call: Any) -> None:
+def test_fuses_norms_called_with_keywords(joined: Joined, call: Any) -> None:
     joined(written(lambda m, x: m.a(call(m, x))))
 
 
-def test_a_norm_over_two_dimensions_is_left(joined: Joined) -> None:
+def test_keeps_norm_over_two_dimensions(joined: Joined) -> None:
     part = joined(written(lambda m, x: m.a(F.layer_norm(x, (5, DIM)))))
     assert (part.quantize, part.others) == (("none",), {"layer_norm": 1})
 
 
-def test_a_norm_that_a_layer_in_floating_point_reads_too(joined: Joined) -> None:
+def test_keeps_norm_output_that_a_floating_point_layer_reads(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         return m.a(y) + m.b(y)
@@ -423,7 +425,7 @@ def test_a_norm_that_a_layer_in_floating_point_reads_too(joined: Joined) -> None
     assert part.others == {"linear": 1}
 
 
-def test_a_norm_that_is_read_before_the_layer_is_left(joined: Joined) -> None:
+def test_keeps_norm_that_is_read_before_the_layer(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         z = y.exp()
@@ -434,7 +436,7 @@ def test_a_norm_that_is_read_before_the_layer_is_left(joined: Joined) -> None:
     assert part.others == {"layer_norm": 1, "exp": 1}
 
 
-def test_layers_of_one_norm_with_factors_of_their_own(joined: Joined) -> None:
+def test_layers_of_one_norm_with_different_factors(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         return torch.cat([m.a(y), m.b(y), m.c(y)], -1)
@@ -477,13 +479,13 @@ def test_layers_of_one_norm_with_one_factor(joined: Joined) -> None:
         (lambda x: F.relu(x) * F.relu(-x + 1), "relu+gate"),
     ],
 )
-def test_activations(joined: Joined, call: Any, name: str) -> None:
+def test_fuses_activations(joined: Joined, call: Any, name: str) -> None:
     part = joined(written(lambda m, x: m.b(call(m.a(x)))))
     assert part.quantize == ("none", name)
     assert not {"gelu", "silu"} & set(part.others)
 
 
-def test_a_gated_mlp(joined: Joined) -> None:
+def test_fuses_gated_mlp(joined: Joined) -> None:
     part = joined(written(lambda m, x: m.c(F.silu(m.a(m.norm(x))) * m.b(m.norm(x)))))
     assert "silu+gate" in part.quantize
     model = written(lambda m, x: (lambda y: m.c(F.silu(m.a(y)) * m.b(y)))(m.norm(x)))
@@ -504,18 +506,18 @@ def test_a_gated_mlp(joined: Joined) -> None:
         torch.sigmoid,
     ],
 )
-def test_other_activations_stay(joined: Joined, call: Any) -> None:
+def test_keeps_other_activations(joined: Joined, call: Any) -> None:
     part = joined(written(lambda m, x: m.b(call(m.a(x)))))
     assert part.quantize == ("none", "none")
 
 
-def test_an_activation_that_is_read_twice_stays(joined: Joined) -> None:
+def test_keeps_activation_that_is_read_twice(joined: Joined) -> None:
     part = joined(written(lambda m, x: (lambda y: m.b(y) + y)(F.gelu(m.a(x)))))
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1+residual"))
     assert part.others == {"gelu": 1}
 
 
-def test_layers_that_share_an_activation_read_it_once(joined: Joined) -> None:
+def test_joins_layers_that_share_an_activation(joined: Joined) -> None:
     model = written(lambda m, x: (lambda y: m.b(y) - m.c(y))(F.gelu(m.a(x))))
     part = joined(model)
     assert (part.quantize, part.linear) == (("none", "gelu"), ("1", "2"))
@@ -539,11 +541,11 @@ def test_removes_dropout_without_effect(joined: Joined, call: Any, left: dict[st
     assert part.others == left
 
 
-# -- what writes to tensors ---------------------------------------------------------------------
+# -- writes to tensors --------------------------------------------------------------------------
 
 
 def _between(write: Callable[[torch.Tensor], Any]) -> Callable[..., torch.Tensor]:
-    """A norm of x, then something that writes to x, then the layer."""
+    """Compute a norm of x, then write to x, then call the layer."""
 
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
@@ -612,7 +614,7 @@ def test_write_before_gate_blocks_fusion(joined: Joined) -> None:
     assert part.others["silu"] == 1
 
 
-def test_a_write_between_two_layers_that_read_the_same(joined: Joined) -> None:
+def test_write_between_layers_of_one_input_blocks_join(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x * 1
         one = m.a(x)
@@ -623,14 +625,14 @@ def test_a_write_between_two_layers_that_read_the_same(joined: Joined) -> None:
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
 
 
-def test_an_activation_in_place_is_no_part_of_a_layer(joined: Joined) -> None:
+def test_keeps_in_place_activation(joined: Joined) -> None:
     model = written(lambda m, x: (lambda y: m.b(nn.ReLU(inplace=True)(y)) + y)(m.a(x)))
     part = joined(model)
     assert part.quantize == ("none", "none")
     assert part.others == {"relu": 1}
 
 
-def test_the_parts_of_a_joined_product_may_be_written_to(joined: Joined) -> None:
+def test_parts_of_a_joined_matmul_may_be_written_to(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, k, v = m.a(x), m.b(x), m.c(x)
         q *= 2
@@ -641,7 +643,7 @@ def test_the_parts_of_a_joined_product_may_be_written_to(joined: Joined) -> None
         assert joined(written(forward), inductor=inductor).linear == ("3",)
 
 
-def test_the_parts_of_a_joined_product_may_be_viewed(joined: Joined) -> None:
+def test_parts_of_a_joined_matmul_may_be_viewed(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, k = m.a(x), m.b(x)
         return q.view(-1) + k.view(x.shape[0] * 5, DIM).reshape(-1) + m.c(x).view(3, -1).flatten()
@@ -678,13 +680,13 @@ def test_the_parts_of_a_joined_product_may_be_viewed(joined: Joined) -> None:
         (lambda m, x: m.a(x) + x.half(), "1"),
     ],
 )
-def test_layer_scale_and_residual(joined: Joined, call: Any, linear: str) -> None:
+def test_fuses_layer_scale_and_residual(joined: Joined, call: Any, linear: str) -> None:
     part = joined(written(call))
     assert part.linear == (linear,)
     assert (sum(part.others.values()) == 0) == (linear != "1")
 
 
-def test_one_layer_is_the_residual_of_another(joined: Joined) -> None:
+def test_fuses_output_of_one_layer_as_residual_of_another(joined: Joined) -> None:
     part = joined(written(lambda m, x: m.a(x) + m.b(x.exp())))
     assert sorted(part.linear) == ["1", "1+residual"]
     assert part.others == {"exp": 1}
@@ -704,7 +706,7 @@ def test_residual_written_later_blocks_fusion(joined: Joined) -> None:
 @pytest.mark.parametrize(
     "use", [lambda m, x, y: y * m.gamma, lambda m, x, y: y + x], ids=["scale", "residual"]
 )
-def test_a_layer_whose_own_tensors_are_written_to_after_it(
+def test_later_write_to_parameters_does_not_change_the_output(
     name: str, use: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -737,7 +739,7 @@ def test_scale_written_between_layers_blocks_join(joined: Joined) -> None:
     assert joined(written(forward)).linear == ("1", "1")
 
 
-def test_tensors_of_different_rows_are_not_joined(joined: Joined) -> None:
+def test_does_not_join_layers_of_different_rows(joined: Joined) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         q, scale, _ = ops.quantize_rows(x)
 
@@ -759,7 +761,7 @@ def test_tensors_of_different_rows_are_not_joined(joined: Joined) -> None:
         lambda y: y.type_as(y),
     ],
 )
-def test_a_cast_that_changes_nothing_is_the_tensor_itself(
+def test_ignores_casts_to_the_same_dtype(
     cast: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -777,17 +779,17 @@ def test_a_cast_that_changes_nothing_is_the_tensor_itself(
 # -- inputs -------------------------------------------------------------------------------------
 
 
-def test_two_inputs_are_not_one(joined: Joined) -> None:
+def test_does_not_join_layers_of_different_inputs(joined: Joined) -> None:
     part = joined(written(lambda m, x, y: m.a(x) - m.b(y)), X, X + 1)
     assert (part.quantize, part.linear) == (("none", "none"), ("1", "1"))
 
 
-def test_layers_of_two_dtypes_are_not_one(joined: Joined) -> None:
+def test_does_not_join_layers_of_different_dtypes(joined: Joined) -> None:
     part = joined(written(lambda m, x: m.a(x) - m.b(x.double())))
     assert part.linear == ("1", "1")
 
 
-def test_one_layer_called_twice_on_one_input(joined: Joined) -> None:
+def test_layer_called_twice_on_one_input(joined: Joined) -> None:
     part = joined(written(lambda m, x: m.a(x).exp() - m.a(x)))
     assert part.quantize == ("none",)
 
@@ -814,7 +816,7 @@ def test_region_after_norm_blocks_fusion(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
-        return region(region(x)) + m.a(y)  # a region that is called once is no region
+        return region(region(x)) + m.a(y)  # a region called only once does not count
 
     compiled = Compiled(written(forward), monkeypatch)
     with torch.inference_mode():
@@ -822,19 +824,19 @@ def test_region_after_norm_blocks_fusion(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ("none",) in [part.quantize for part in compiled.parts]
 
 
-def test_an_input_in_one_dimension(joined: Joined) -> None:
+def test_fuses_one_dimensional_input(joined: Joined) -> None:
     part = joined(written(lambda m, x: x + m.a(m.norm(x)) * m.gamma), X[0, 0])
     assert (part.quantize, part.linear) == (("layer",), ("1+gamma+residual",))
 
 
-def test_a_graph_without_such_layers_is_left_alone() -> None:
+def test_leaves_graph_without_int8_layers_alone() -> None:
     module = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)).eval())
     code = module.code
     assert passes.fuse(module) is module
     assert module.code == code
 
 
-def test_layers_are_still_right_on_their_own() -> None:
+def test_lowered_layer_is_correct_without_compiling() -> None:
     model = written(lambda m, x: m.a(x))
     assert isinstance(model.a, Int8Linear)
     q, scale, _ = ops.quantize_rows(X)

@@ -1,4 +1,4 @@
-"""Antialiased resizing as two matmuls, against torch's own in FP64."""
+"""Compare antialiased resizing as two matmuls with torch's own in FP64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = [((64, 64), (128, 128)), ((9, 7), (24, 24)), ((32, 48), (12, 48)), ((1, 
 
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that there are kernels, and that small images are worth it."""
+    """Pretend that kernels exist and that small images are worth resizing."""
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
     monkeypatch.setattr(resize, "_FEWEST_ELEMENTS", 1)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ class Resize(nn.Module):
 
 
 def resized(model: nn.Module, x: torch.Tensor) -> tuple[Any, list[Any]]:
-    """Return what the changed graph returns, None if it resizes as before, and its nodes."""
+    """Return the output of the changed graph (None if it is unchanged) and its nodes."""
     nodes: list[Any] = []
 
     def backend(module: Any, _: Any) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def resized(model: nn.Module, x: torch.Tensor) -> tuple[Any, list[Any]]:
         module.graph.lint()
         nodes.extend(module.graph.nodes)
         if not any(node.target is torch.matmul for node in nodes):
-            return lambda *_: (None,)  # on a CPU, torch resizes no 16-bit images
+            return lambda *_: (None,)  # on a CPU, torch cannot resize 16-bit images
         assert not any(node.target is interpolate for node in nodes)
         return module.forward  # type: ignore[no-any-return]
 
@@ -60,7 +60,7 @@ def error_of(out: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("size", "new"), SIZES)
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_weights_are_torchs(size: tuple[int, int], new: tuple[int, int], mode: str) -> None:
+def test_matches_torch(size: tuple[int, int], new: tuple[int, int], mode: str) -> None:
     x = torch.randn(2, 3, *size, dtype=torch.float16)
     out, _ = resized(Resize(size=new, mode=mode), x)
     wanted = interpolate(x.double(), new, mode=mode, antialias=True)
@@ -68,8 +68,8 @@ def test_weights_are_torchs(size: tuple[int, int], new: tuple[int, int], mode: s
     assert error_of(out, wanted) < 1e-3  # FP16 rounds to 5e-4
 
 
-def test_rounds_where_torchs_kernel_does() -> None:
-    """Weights, the image between the two axes, and the output."""
+def test_rounds_like_torchs_kernel() -> None:
+    """Round the weights, the image between the two axes, and the output."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     out, _ = resized(Resize(size=(32, 32)), x)
     across = interpolate(torch.eye(16)[None, None], (32, 16), mode="bicubic", antialias=True)
@@ -89,7 +89,7 @@ def test_rounds_where_torchs_kernel_does() -> None:
     ],
     ids=str,
 )
-def test_what_torch_resizes(options: dict[str, Any]) -> None:
+def test_leaves_unsupported_calls_to_torch(options: dict[str, Any]) -> None:
     dtype, width = options.pop("dtype", torch.float16), options.pop("width", 8)
     memory_format = options.pop("memory_format", torch.contiguous_format)
     x = torch.randn(2, 3, 8, width, dtype=dtype).to(memory_format=memory_format)
@@ -98,7 +98,7 @@ def test_what_torch_resizes(options: dict[str, Any]) -> None:
     assert resized(Resize(**options), x)[0] is None
 
 
-def test_few_elements_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_small_outputs_and_other_devices_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = torch.randn(2, 3, 8, 8).half(), Resize(size=(16, 16))
     monkeypatch.setattr(resize, "_FEWEST_ELEMENTS", 2 * 3 * 16 * 16 + 1)
     assert resized(model, x)[0] is None
@@ -111,8 +111,8 @@ def test_few_elements_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast(inside: bool) -> None:
-    """Matmuls would run in another dtype."""
+def test_supports_autocast(inside: bool) -> None:
+    """Without care, matmuls would run in another dtype."""
 
     class Inside(Resize):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_autocast(inside: bool) -> None:
         assert resized((Inside if inside else Resize)(size=(16, 16)), x)[0] is None
 
 
-def test_patch_embedding_of_olmoearth() -> None:
+def test_resizes_patch_embedding_of_olmoearth() -> None:
     embed = FlexiPatchEmbed(Modality.get("sentinel2_l2a"), 8, in_chans=4, embedding_size=16)
     embed.eval().requires_grad_(False)
     x = torch.randn(2, 16, 16, 3, 4)
@@ -156,9 +156,11 @@ def test_graphs_without_int8_layers_resize_as_before(always: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "new"), SIZES)
-def test_torchs_kernel(size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype) -> None:
-    """Both round at the same places: neither is closer to FP64 by more than weights that are
-    rounded twice can explain."""
+def test_matches_torchs_kernel_on_the_gpu(
+    size: tuple[int, int], new: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Both round at the same places: errors against FP64 differ by no more than rounding weights
+    twice explains."""
     x = torch.randn(2, 3, *size, dtype=dtype, device="cuda")
     model = Resize(size=new)
     out, _ = resized(model, x)
@@ -169,8 +171,8 @@ def test_torchs_kernel(size: tuple[int, int], new: tuple[int, int], dtype: torch
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor() -> None:
-    """Constants of equal shape are not taken for each other in the compile cache."""
+def test_inductor_compiles_the_resize() -> None:
+    """The compile cache distinguishes constants of equal shape."""
     x = torch.randn(2, 3, 16, 16).bfloat16()
     for mode in ("bicubic", "bilinear"):
         compiled = compile_for_a100(Resize(size=(32, 32), mode=mode), mode="default")

@@ -1,4 +1,4 @@
-"""Rotary position embedding in front of attention: found by what it computes."""
+"""Test finding rotary position embeddings before attention by what they compute."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rotated(nn.Module):
 
 
 def compiled(model: nn.Module, *inputs: torch.Tensor, change: Callable[[Any], Any]) -> Any:
-    """Return the output of a model whose graph was changed, what it was before, and the nodes."""
+    """Return outputs of a model with and without changing its graph, and the changed nodes."""
     nodes: list[Any] = []
 
     def backend(module: Any, _: Any) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def inputs_of(axes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
 
 
 def run(rotate: Rotate, axes: int, dtype: torch.dtype = torch.float32) -> tuple[float, str]:
-    """Return how far INT8 attention is off, and which rotation it does itself."""
+    """Return the error of INT8 attention, and the rotation that it computes itself."""
     out, want, nodes = compiled(
         Rotated(rotate),
         *inputs_of(axes, dtype),
@@ -90,7 +90,7 @@ OLMOEARTH: dict[str, tuple[Rotate, int, str]] = {
 
 
 @pytest.mark.parametrize("name", OLMOEARTH)
-def test_rotations_of_olmoearth(name: str) -> None:
+def test_fuses_rotations_of_olmoearth(name: str) -> None:
     rotate, axes, kind = OLMOEARTH[name]
     error, inside = run(rotate, axes)
     assert inside == kind
@@ -99,7 +99,7 @@ def test_rotations_of_olmoearth(name: str) -> None:
 
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_positions_and_frequencies_are_read_where_they_are(axes: int, dtype: torch.dtype) -> None:
+def test_reads_positions_and_frequencies_without_copying(axes: int, dtype: torch.dtype) -> None:
     apply = getattr(encodings, f"apply_{axes}d_mixed_rope")
     frequencies = torch.randn(axes, HEADS, WIDTH // 2).to(dtype)
     out, want, nodes = compiled(
@@ -114,7 +114,7 @@ def test_positions_and_frequencies_are_read_where_they_are(axes: int, dtype: tor
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 1), (0, 1)], ids=str)
-def test_positions_in_another_order_are_copied(order: tuple[int, ...]) -> None:
+def test_copies_positions_in_another_order(order: tuple[int, ...]) -> None:
     def rotate(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         angles = [
             at[..., i][:, None, :, None] * MIXED_3D[j][None, :, None, :]
@@ -128,7 +128,7 @@ def test_positions_in_another_order_are_copied(order: tuple[int, ...]) -> None:
     assert error < 0.02
 
 
-def test_rotation_in_bf16() -> None:
+def test_fuses_rotation_in_bf16() -> None:
     rotate, axes, kind = OLMOEARTH["rope_3d_mixed"]
     error, inside = run(rotate, axes, torch.bfloat16)
     assert inside == kind
@@ -159,7 +159,7 @@ def other_way_round(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 def tables(x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines as models of transformers do: without heads."""
+    """Return cosines and sines as transformers models compute them: without heads."""
     a = torch.cat([angles_of(x, at)] * 2, -1)[:, 0]
     return a.cos().to(x.dtype), a.sin().to(x.dtype)
 
@@ -271,13 +271,13 @@ def chunks_out_of_order(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         chunks_out_of_order,
     ],
 )
-def test_what_is_no_rotation_stays(rotate: Rotate) -> None:
+def test_keeps_expressions_that_are_not_rotations(rotate: Rotate) -> None:
     error, inside = run(rotate, 1)
     assert inside == "none"
     assert 0 < error < 0.02
 
 
-def test_factors_in_any_order() -> None:
+def test_accepts_factors_in_any_order() -> None:
     def swapped(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         a = angles_of(x, at)
         return twice(torch.sin(a)) * crossed(x) + twice(torch.cos(a)) * x
@@ -297,7 +297,7 @@ def test_factors_in_any_order() -> None:
         (rounded_before, torch.float32),
     ],
 )
-def test_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
+def test_fuses_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
     error, inside = run(rotate, 1, dtype)
     assert inside == "halves"
     assert 0 < error < 0.03
@@ -305,7 +305,7 @@ def test_rotations_of_halves(rotate: Rotate, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "modernbert", "qwen3"])
-def test_rotations_of_transformers(name: str) -> None:
+def test_fuses_rotations_of_transformers(name: str) -> None:
     module = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
     error, inside = run(
         lambda x, at: module.apply_rotary_pos_emb(x, x, *tables(x, at))[1], 1, torch.bfloat16
@@ -319,12 +319,12 @@ def test_rotations_of_transformers(name: str) -> None:
 
 @pytest.fixture
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that there are kernels; the operators run in plain torch."""
+    """Pretend that kernels exist; the operators run in plain torch."""
     monkeypatch.setattr(dispatch, "fused_problem", lambda device: None)
 
 
 def run_at_once(rotate: Rotate, axes: int, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Compare what attention returns, and return the calls of the operator."""
+    """Compare attention outputs, and return the calls of the operator."""
     out, want, nodes = compiled(
         Rotated(rotate), *inputs_of(axes, dtype), change=lambda m: passes.fuse(m, always=True)
     )
@@ -347,13 +347,13 @@ def test_queries_and_keys_share_angles(name: str) -> None:
 @pytest.mark.parametrize(
     "rotate", [weighted, positions_written_after, sine_of_other_angles, part_of_columns, halves]
 )
-def test_what_is_not_rotated_at_once(rotate: Rotate) -> None:
-    """Inductor rotates halves as fast as we could."""
+def test_does_not_rotate_heads_in_one_kernel_if_unsupported(rotate: Rotate) -> None:
+    """We leave halves alone, which Inductor rotates as fast as we could."""
     assert run_at_once(rotate, 1) == []
 
 
 @pytest.mark.usefixtures("_on_gpu")
-def test_queries_and_keys_of_other_angles() -> None:
+def test_queries_and_keys_with_different_angles() -> None:
     class Crossed(Rotated):
         def forward(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -378,8 +378,8 @@ def test_nothing_changes_without_kernels_or_int8_layers(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("_on_gpu")
-def test_a_block_of_olmoearth_with_int8_layers() -> None:
-    """Projections of queries, keys and values are one matmul all the same."""
+def test_fuses_olmoearth_block_with_int8_layers() -> None:
+    """Projections of queries, keys and values are still joined into one matmul."""
     block = Block(32, 2, qkv_bias=True, position_encoding="rope_3d_mixed").eval()
     lowered(block)
     positions = torch.randint(0, 50, (2, ROWS, 3)).float()

@@ -1,4 +1,4 @@
-"""Which calls of attention our kernel for short sequences takes, in a graph and eagerly."""
+"""Test which attention calls use our kernel for short sequences, in graphs and eagerly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _seeded() -> None:
 def run(
     model: Callable[..., Any], *inputs: torch.Tensor, how: str
 ) -> tuple[Any, AttentionCoverage, AttentionCoverage]:
-    """Run a model, what is short on our kernel and the rest in INT8, eagerly or as Dynamo's graph;
-    return what became of its calls too."""
+    """Run a model eagerly or as Dynamo's graph, with short attention in our kernel and the rest in
+    INT8; also return how its calls were handled."""
     short, int8 = AttentionCoverage(), AttentionCoverage()
     with torch.inference_mode():
         if how == "eager":
@@ -58,9 +58,7 @@ def run(
         ({"dropout_p": 0.0, "is_causal": True}, [(1, 1, 1, 128)] * 3),
     ],
 )
-def test_calls_that_our_kernel_computes(
-    given: Any, shapes: Any, dtype: torch.dtype, how: str
-) -> None:
+def test_replaces_supported_calls(given: Any, shapes: Any, dtype: torch.dtype, how: str) -> None:
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
     attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **given)  # noqa: E731
     out, short, int8 = run(attend, *inputs, how=how)
@@ -92,7 +90,7 @@ def test_calls_that_our_kernel_computes(
         ),
     ],
 )
-def test_other_calls_are_left_to_int8_or_torch(
+def test_leaves_other_calls_to_int8_or_torch(
     given: Any, shape: Any, dtype: torch.dtype, reason: str, taken: int, how: str
 ) -> None:
     attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **given)  # noqa: E731
@@ -103,7 +101,7 @@ def test_other_calls_are_left_to_int8_or_torch(
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
-def test_autocast_reaches_the_operands(how: str) -> None:
+def test_autocast_applies_to_the_operands(how: str) -> None:
     inputs = [torch.randn(1, 2, 9, 16) for _ in range(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, short, _ = run(F.scaled_dot_product_attention, *inputs, how=how)
@@ -111,8 +109,8 @@ def test_autocast_reaches_the_operands(how: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("default", marks=pytest.mark.slow)])
-def test_a_compiled_model_counts_each_call(mode: str) -> None:
-    """Repeated blocks are one region, which is called as often as there are blocks."""
+def test_compiled_model_counts_each_call(mode: str) -> None:
+    """Repeated blocks share one region, which is called once per block."""
     model = nn.Sequential(*(Attention(32, 2) for _ in range(3))).eval().bfloat16()
     x = torch.randn(2, 9, 32).bfloat16()
     compiled = compile_for_a100(model, mode=mode, attention="short", int8_attention=True)

@@ -1,4 +1,4 @@
-"""Planning an A/B: designs that are refused, and the power of the others."""
+"""Test planning an A/B: rejected designs, and the power of the others."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DEFAULT = Design()
 
 
 @pytest.mark.parametrize(("noise", "blocks"), [(0.02, 4), (0.03, 4), (0.01, 2)])
-def test_power_is_close_to_what_is_simulated(noise: float, blocks: int) -> None:
-    """Of one run. The formula counts the best look only, so that looks together have more."""
+def test_power_is_close_to_simulation(noise: float, blocks: int) -> None:
+    """Power for one run. The formula counts only the best look, so all looks together have more."""
     design = Design(noise=noise, verdict_blocks=blocks)
     found = simulate_ab(normal(noise), families=400, runs=1, slowdowns=0.05, design=design)
     share = float((found.outcomes[found.flagged] == "FAIL").mean())
     assert share - 0.15 <= design.power(1) <= share + 0.06
 
 
-def test_the_default_design_is_enough_for_24_runs() -> None:
+def test_default_design_has_power_for_24_runs() -> None:
     DEFAULT.check(RUNS)
     assert DEFAULT.power(RUNS) > 0.9999
     assert DEFAULT.blocks_needed(RUNS) == 3
@@ -37,20 +37,20 @@ def test_the_default_design_is_enough_for_24_runs() -> None:
     ("blocks", "expected"),
     [(2, (2,)), (3, (2, 3)), (4, (2, 3, 4)), (5, (2, 4, 5)), (6, (2, 4, 6)), (12, (4, 8, 12))],
 )
-def test_looks(blocks: int, expected: tuple[int, ...]) -> None:
+def test_looks_are_spread_over_the_blocks(blocks: int, expected: tuple[int, ...]) -> None:
     assert looks(blocks) == expected
     assert Design(verdict_blocks=blocks).looks == expected
 
 
-def test_the_level_of_the_looks_of_the_default_design() -> None:
-    """1 of 36 orders, 16 of 1,296, and what is left."""
+def test_levels_of_the_default_looks() -> None:
+    """1 of 36 orders, 16 of 1,296 orders, and the rest of the level."""
     levels = spend(0.05, 6, (2, 4, 6))
     assert levels == pytest.approx([1 / 36, 16 / 1296, 0.05 - 1 / 36 - 16 / 1296])
 
 
 @given(st.floats(0.001, 0.4), st.integers(2, 40), st.data())
-def test_looks_spend_no_more_than_the_level(level: float, blocks: int, data: Any) -> None:
-    """However many blocks there were at each look."""
+def test_looks_do_not_exceed_the_level(level: float, blocks: int, data: Any) -> None:
+    """The sum holds for any number of blocks at each look."""
     seen = [data.draw(st.integers(0, planned)) for planned in looks(blocks)]
     levels = spend(level, blocks, seen)
     assert all(0 <= one <= level for one in levels)
@@ -65,7 +65,7 @@ def test_looks_spend_no_more_than_the_level(level: float, blocks: int, data: Any
     st.floats(0.035, 0.2),
     st.floats(0.5, 0.99),
 )
-def test_the_blocks_needed_are_the_fewest(
+def test_blocks_needed_is_minimal(
     runs: int, noise: float, margin: float, max_slowdown: float, power: float
 ) -> None:
     def design(blocks: int) -> Design:
@@ -80,9 +80,9 @@ def test_the_blocks_needed_are_the_fewest(
 
 
 @given(st.integers(1, 100), st.integers(2, 30), st.floats(1e-15, 10))
-def test_power_falls_with_runs_and_noise(runs: int, blocks: int, noise: float) -> None:
+def test_power_decreases_with_runs_and_noise(runs: int, blocks: int, noise: float) -> None:
     power = Design(verdict_blocks=blocks, noise=noise).power(runs)
-    more = 1e-9  # SciPy's rounding
+    more = 1e-9  # rounding in SciPy
     assert 0 < power <= 1
     assert Design(verdict_blocks=blocks, noise=noise).power(runs + 1) <= power + more
     assert Design(verdict_blocks=blocks, noise=noise * 1.1).power(runs) <= power + more
@@ -96,7 +96,7 @@ def test_power_falls_with_runs_and_noise(runs: int, blocks: int, noise: float) -
         ({"noise": 0.5, "max_slowdown": 0.025}, 24, "2.5%", "24 runs, noise 50%"),
     ],
 )
-def test_a_design_that_would_not_find_it_is_refused(
+def test_rejects_design_without_power(
     changes: dict[str, Any], runs: int, slowdown: str, conditions: str
 ) -> None:
     design = Design(**changes)
@@ -112,7 +112,7 @@ def test_a_design_that_would_not_find_it_is_refused(
     assert isinstance(caught.value, ClearError)
 
 
-def test_over_a_thousand_blocks_are_not_asked_for() -> None:
+def test_blocks_needed_is_none_over_a_thousand() -> None:
     assert Design(noise=0.4).blocks_needed(24, power=0.8) is None
 
 
@@ -120,7 +120,7 @@ def test_over_a_thousand_blocks_are_not_asked_for() -> None:
     ("margin", "max_slowdown"),
     [(-0.01, 0.05), (0.05, 0.05), (math.nan, 0.05), (0.01, math.nan), (0.01, math.inf)],
 )
-def test_margins_that_are_none(margin: float, max_slowdown: float) -> None:
+def test_rejects_invalid_margins(margin: float, max_slowdown: float) -> None:
     message = (
         "margin must be at least 0 and less than max_slowdown, "
         f"got {margin:g} with a max_slowdown of {max_slowdown:g}"
@@ -141,12 +141,12 @@ def test_margins_that_are_none(margin: float, max_slowdown: float) -> None:
         ({"noise": math.inf}, "noise must be over 0 and finite, got inf"),
     ],
 )
-def test_designs_that_are_none(changes: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_designs(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Design(**changes)
 
 
 @pytest.mark.parametrize("method", [Design.power, Design.blocks_needed, Design.check])
-def test_a_design_needs_a_run(method: Any) -> None:
+def test_design_needs_at_least_one_run(method: Any) -> None:
     with pytest.raises(ValueError, match=r"^runs must be at least 1, got 0$"):
         method(DEFAULT, 0)

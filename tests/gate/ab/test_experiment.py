@@ -1,4 +1,4 @@
-"""The A/B of two revisions, by a fake machine: what is measured when, and what comes of it."""
+"""Test the A/B of two revisions on a fake machine: what is measured when, and the outcomes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WARMING = ["base", "new"]
 
 
 def order(root: Path, stage: str, blocks: int, start: int = 0) -> list[str]:
-    """Sides in the order that was drawn for the last journal, at the first attempt."""
+    """Return the sides in the order drawn for the last journal, at the first attempt."""
     seed = journals(root)[-1].stem
     numbers = range(start, blocks)
     return [side for block in numbers for side in ab_plan.order_of(stage, block, 0, seed)]
@@ -59,7 +59,7 @@ def screening(root: Path) -> list[str]:
 
 
 def verdict(root: Path, blocks: int = 2) -> list[str]:
-    """Of what is clear at the first look, by default."""
+    """Return the order of the verdict stage, by default up to the first look."""
     return order(root, "verdict", blocks)
 
 
@@ -68,7 +68,7 @@ def nodeid(name: str) -> str:
 
 
 class Machine:
-    """Measures runs that take a known time, with 0.2 % of noise between processes."""
+    """Measure runs of known times, with 0.2 % noise between processes."""
 
     def __init__(self, **times: tuple[float, float]) -> None:
         self.times = times
@@ -80,7 +80,7 @@ class Machine:
         self.onlys: list[Sequence[str] | None] = []
         self.args: set[tuple[str, ...]] = set()
         self.number = 0
-        """Of the next process; decides its noise."""
+        """Number of the next process, which determines its noise."""
         self.change: Callable[[int, str, str], dict[str, Any] | None] = lambda *_: {}
         """Number, side and name -> fields of the result that differ; None for no result."""
         self.before: Callable[[int], object] = lambda number: None
@@ -122,7 +122,7 @@ Compare = Callable[..., AbResult]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
-    """A machine on which x is as fast as it was."""
+    """Return a machine on which x is as fast in both revisions."""
     machine = Machine(x=(0.01, 0.01))
     trees = tmp_path / "trees"
 
@@ -159,7 +159,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compare(machine: Machine, root: Path) -> Compare:
-    """Runs a comparison."""
+    """Run a comparison."""
 
     def compare(**changes: Any) -> AbResult:
         values = {"root": root, "folder": root, "base": BASE, "new": NEW, **changes}
@@ -228,10 +228,10 @@ def test_verdict_blocks_run_flagged_tests_only(
         ("fastest", {"name": "A100"}, "fastest"),
     ],
 )
-def test_what_stands_for_a_process(
+def test_chooses_statistic_by_device(
     machine: Machine, compare: Compare, statistic: str, gpu: dict[str, str] | None, used: str
 ) -> None:
-    # The medians are far slower in every other process, the fastest rounds are not.
+    # Every other process has a far slower median but the same fastest round.
     machine.environment = lambda number: {**ENVIRONMENT, "gpu": gpu}
     machine.change = lambda number, key, name: {
         "batch_time_s": 0.01 * (1 + number % 2),
@@ -246,8 +246,8 @@ def test_what_stands_for_a_process(
     assert (run.base_s == 0.008) == (used == "fastest")
 
 
-def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Compare) -> None:
-    # Of a revision with an older plugin.
+def test_uses_median_without_a_fastest_round(machine: Machine, compare: Compare) -> None:
+    # As from a revision with an older plugin.
     machine.change = lambda number, key, name: {"batch_time_min_s": 0.1} if key == "new" else {}
     assert compare().statistic == "median"
     with pytest.raises(
@@ -257,8 +257,10 @@ def test_without_a_fastest_round_the_median_stands(machine: Machine, compare: Co
         compare(statistic="fastest")
 
 
-def test_only_what_is_open_is_measured_on(machine: Machine, compare: Compare, root: Path) -> None:
-    """A clear slowdown is decided at the first look, noise at none."""
+def test_measures_only_undecided_runs_further(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
+    """A clear slowdown is decided at the first look, a noisy run at none."""
     machine.times |= {"slow": (1, 1.1), "noisy": (1, 1)}
     noise = random.Random(0)
     machine.change = lambda number, key, name: (
@@ -273,7 +275,7 @@ def test_only_what_is_open_is_measured_on(machine: Machine, compare: Compare, ro
     assert blocks == [2, 6]
 
 
-def test_a_clear_pass_ends_after_the_first_look(
+def test_clear_pass_ends_after_the_first_look(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.change = lambda number, key, name: (
@@ -284,8 +286,8 @@ def test_a_clear_pass_ends_after_the_first_look(
     assert (only_run(result).outcome, result.exit_code) == ("PASS", 0)
 
 
-def test_orders_are_drawn_for_each_comparison() -> None:
-    """Every order is as likely as any other, whatever the block, attempt or seed."""
+def test_draws_orders_for_each_comparison() -> None:
+    """All orders are equally likely for every block, attempt and seed."""
     drawn = Counter(
         ab_plan.order_of("verdict", block, attempt, str(seed))
         for block in range(6)
@@ -314,8 +316,8 @@ def test_verdict_ignores_screening_blocks(machine: Machine, compare: Compare) ->
     assert run.screened.flagged
 
 
-def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> None:
-    """The base's second process of each block is the control."""
+def test_unstable_base_is_inconclusive(machine: Machine, compare: Compare) -> None:
+    """The second base process of each block is the control."""
     machine.change = lambda number, key, name: (
         {"batch_time_s": 0.012}
         if key == "new" or (number >= 10 and machine.calls[10:].count("base") % 2 == 0)
@@ -330,13 +332,13 @@ def test_a_base_that_moves_is_no_verdict(machine: Machine, compare: Compare) -> 
     )
 
 
-def test_a_faster_revision_passes(machine: Machine, compare: Compare, root: Path) -> None:
+def test_faster_revision_passes(machine: Machine, compare: Compare, root: Path) -> None:
     machine.times["x"] = (0.01, 0.005)
     assert compare().exit_code == 0
     assert machine.calls == WARMING + screening(root)
 
 
-def test_each_side_has_its_own_folders(machine: Machine, compare: Compare, root: Path) -> None:
+def test_each_side_has_separate_folders(machine: Machine, compare: Compare, root: Path) -> None:
     (root / "sub").mkdir()
     for key in ("base", "new"):
         (root.parent / "trees" / key / "sub").mkdir(parents=True)
@@ -356,7 +358,7 @@ def test_rejects_revision_without_folder(machine: Machine, compare: Compare, roo
     assert str(caught.value) == "main (aaaaaaaaaa) has no folder sub"
 
 
-def test_packages_are_installed_on_both_sides_first(machine: Machine, compare: Compare) -> None:
+def test_installs_packages_on_both_sides_first(machine: Machine, compare: Compare) -> None:
     def before(number: int) -> None:
         assert machine.installed == [("base", "make it"), ("new", "make it")]
 
@@ -365,12 +367,12 @@ def test_packages_are_installed_on_both_sides_first(machine: Machine, compare: C
     assert machine.said[:2] == ["installing main (aaaaaaaaaa)", "installing HEAD (bbbbbbbbbb)"]
 
 
-def test_nothing_is_installed_unasked(machine: Machine, compare: Compare) -> None:
+def test_installs_nothing_by_default(machine: Machine, compare: Compare) -> None:
     compare()
     assert machine.installed == []
 
 
-def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
+def test_reports_progress(machine: Machine, compare: Compare, root: Path) -> None:
     compare(design=Design(screening_blocks=2))
     names = {"base": "base main (aaaaaaaaaa)", "new": "new HEAD (bbbbbbbbbb)"}
     drawn = [names[side] for side in order(root, "screening", 2)]
@@ -386,20 +388,20 @@ def test_what_is_said(machine: Machine, compare: Compare, root: Path) -> None:
     ]
 
 
-def test_what_is_flagged_is_said(machine: Machine, compare: Compare) -> None:
+def test_reports_flagged_runs(machine: Machine, compare: Compare) -> None:
     machine.times |= {"slow": (1, 2), "slower": (1, 3)}
     compare()
     assert "measuring 2 flagged runs again: slow, slower" in machine.said
 
 
-def test_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
+def test_comparing_one_commit_checks_the_machine(machine: Machine, compare: Compare) -> None:
     result = compare(new=Revision("HEAD", BASE.commit))
     assert result.notes == ("both revisions are the same commit: this only checks the machine",)
     assert result.exit_code == 0
     assert machine.sides["base"].cache != machine.sides["new"].cache
 
 
-def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) -> None:
+def test_notes_submodules(machine: Machine, compare: Compare, root: Path) -> None:
     tree = root.parent / "trees" / "new"
     tree.mkdir(parents=True)
     (tree / ".gitmodules").write_text("")
@@ -410,7 +412,7 @@ def test_submodules_are_noted(machine: Machine, compare: Compare, root: Path) ->
     ("seconds", "text"),
     [(0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (5999, "100 min"), (9000, "2.5 h")],
 )
-def test_a_duration(seconds: float, text: str) -> None:
+def test_formats_durations(seconds: float, text: str) -> None:
     assert ab_plan.duration(seconds) == text
 
 
@@ -426,7 +428,7 @@ def test_plain_benchmarks_are_compared_too(machine: Machine, compare: Compare, r
     with pytest.raises(KeyboardInterrupt):
         compare()
     machine.before = lambda number: None
-    result = compare()  # goes on with the journal, in which they are
+    result = compare()  # resumes from the journal, which contains them
     assert len(machine.calls) == len(WARMING + screening(root) + verdict(root))
     runs = {(run.run_name, run.workload): run.outcome for run in result.runs}
     assert runs == {
@@ -440,7 +442,7 @@ def test_plain_benchmarks_are_compared_too(machine: Machine, compare: Compare, r
     assert [row[grid.columns.index("ms/batch")] == "-" for row in grid.rows] == [False, True, True]
 
 
-def test_times_of_two_timers_are_not_compared(machine: Machine, compare: Compare) -> None:
+def test_does_not_compare_times_of_different_timers(machine: Machine, compare: Compare) -> None:
     machine.plain = {"x"}
     ours = {"timer": "synchronized_perf_counter"}
     machine.change = lambda number, key, name: ours if key == "new" else {}
@@ -456,9 +458,7 @@ OOM = {"status": "oom", "reason": "2 GiB asked for", "batch_time_s": None}
 FAILED = {"status": "failed", "reason": "broken", "batch_time_s": None}
 
 
-def test_a_point_that_the_new_revision_renames_is_compared(
-    machine: Machine, compare: Compare
-) -> None:
+def test_compares_points_renamed_by_the_new_revision(machine: Machine, compare: Compare) -> None:
     old, new = "nano_cpu_bf16_s2_is16_ps4_ts3_bs4", "cpu_bf16_bs4"
     machine.times = {old: (0.01, 0.01), new: (0.01, 0.013)}
     machine.change = lambda number, side, name: (
@@ -469,7 +469,7 @@ def test_a_point_that_the_new_revision_renames_is_compared(
     assert (run.run_name, run.nodeid, run.outcome) == (new, nodeid(new), "FAIL")
     assert run.new_s == pytest.approx(1.3 * run.base_s, rel=0.01)
     assert found.notes == (f"1 record has a new name: {old} is {new} now",)
-    # Each side is asked for both names, and has one of them.
+    # Each side is asked for both names and has one of them.
     both = tuple(sorted(map(nodeid, (old, new))))
     assert {tuple(only) for only in machine.onlys if only} == {both}
 
@@ -500,7 +500,7 @@ DISABLED = {"status": "skipped", "reason": f"{NOT_MEASURED}: off", "batch_time_s
         (OK, DISABLED, "disabled", 2, "ran once, not measured: off"),
     ],
 )
-def test_a_run_that_both_sides_do_not_have_measured(
+def test_outcomes_of_runs_not_measured_on_both_sides(
     machine: Machine,
     compare: Compare,
     old: dict[str, Any] | None,
@@ -516,7 +516,7 @@ def test_a_run_that_both_sides_do_not_have_measured(
     assert (run.outcome, run.exit_code, run.reason) == (outcome, exit_code, reason)
     assert (run.nodeid, run.workload) == (nodeid("y"), "toy")
     assert result.exit_code == exit_code
-    # Where one side alone ran out of memory, it is measured again.
+    # If only one side ran out of memory, it is measured again.
     assert len(machine.calls) == (11 if OOM in (old, new) and OK in (old, new) else 10)
 
 
@@ -535,7 +535,9 @@ def test_never_allows_failures(machine: Machine, compare: Compare, new: dict[str
 
 
 @pytest.mark.parametrize("change", [SKIPPED, DISABLED, FAILED, OOM])
-def test_nothing_compared_fails(machine: Machine, compare: Compare, change: dict[str, Any]) -> None:
+def test_fails_if_nothing_is_compared(
+    machine: Machine, compare: Compare, change: dict[str, Any]
+) -> None:
     machine.change = lambda *_: change
     result = compare()
     assert result.exit_code == 2
@@ -544,7 +546,7 @@ def test_nothing_compared_fails(machine: Machine, compare: Compare, change: dict
     assert not any("screening" in line for line in machine.said)
 
 
-def test_memory_that_only_compiling_takes_is_no_verdict(
+def test_retries_warm_up_that_ran_out_of_memory(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     # The third process is the new side's second warm-up.
@@ -556,7 +558,7 @@ def test_memory_that_only_compiling_takes_is_no_verdict(
 
 
 def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) -> None:
-    """Or autotuning would choose other kernels for the same code."""
+    """Otherwise autotuning could choose different kernels for the same code."""
 
     def environment(number: int) -> dict[str, Any]:
         if number == 0:
@@ -568,7 +570,7 @@ def test_new_side_copies_base_compile_cache(machine: Machine, compare: Compare) 
     machine.environment = environment
     compare()
     (machine.sides["base"].cache / "chosen").write_text("y")
-    compare()  # both are warm now, and stay as they are
+    compare()  # both are warm now and stay unchanged
     assert (machine.sides["new"].cache / "chosen").read_text() == "x"
 
 
@@ -580,8 +582,8 @@ def test_other_arguments_start_new_journal(root: Path, monkeypatch: pytest.Monke
     assert len(keys) == 3
 
 
-@pytest.mark.usefixtures("same_orders")  # some orders decide
-def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compare) -> None:
+@pytest.mark.usefixtures("same_orders")  # some orders would reach a decision
+def test_allows_inconclusive(machine: Machine, compare: Compare) -> None:
     noise = random.Random(2)
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
     assert only_run(compare()).outcome == "INCONCLUSIVE"
@@ -590,19 +592,21 @@ def test_what_cannot_be_decided_may_be_allowed(machine: Machine, compare: Compar
     assert (only_run(result).outcome, result.exit_code) == ("INCONCLUSIVE", 0)
 
 
-def test_a_budget_knows_that_few_runs_take_less_time(
+def test_budget_estimate_counts_flagged_runs_only(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.times["slow"] = (0.02, 0.0216)
-    # All but a second of a process is the run that screening clears.
+    # The run that screening clears takes all but one second of each process.
     machine.change = lambda number, key, name: {"compile_s": 7.0} if name == "x" else {}
     result = compare(budget_s=10 * PROCESS_S + 4.5)
     assert result.notes == ("--budget ended verdict after 1 of 6 blocks",)
-    assert compare(budget_s=1e6).notes == ()  # and the same command goes on
+    assert compare(budget_s=1e6).notes == ()  # the same command resumes
     assert machine.calls == WARMING + screening(root) + verdict(root)
 
 
-def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare: Compare) -> None:
+def test_slower_run_determines_exit_code_before_missing_run(
+    machine: Machine, compare: Compare
+) -> None:
     machine.times |= {"slow": (1, 2), "gone": (1, 1)}
     machine.change = lambda number, key, name: None if (key, name) == ("new", "gone") else {}
     result = compare()
@@ -620,7 +624,7 @@ def test_a_slower_run_goes_before_one_that_is_missing(machine: Machine, compare:
     ],
 )
 @pytest.mark.parametrize(("number", "stage"), [(7, "screening"), (16, "verdict")])
-def test_a_run_that_one_process_has_not_measured(
+def test_run_missing_from_one_process(
     machine: Machine,
     compare: Compare,
     change: dict[str, Any] | None,
@@ -645,7 +649,7 @@ def test_failure_in_screening_fails(machine: Machine, compare: Compare) -> None:
     assert len(machine.calls) == 10
 
 
-def test_two_workloads_of_one_test_are_two_runs(machine: Machine, compare: Compare) -> None:
+def test_workloads_of_one_test_are_separate_runs(machine: Machine, compare: Compare) -> None:
     machine.times = {"x": (0.01, 0.01), "y": (0.01, 0.02)}
     machine.change = lambda number, key, name: {"nodeid": "t.py::test", "workload": name}
     machine.times["y"] = (1, 1)
@@ -661,7 +665,7 @@ def test_two_workloads_of_one_test_are_two_runs(machine: Machine, compare: Compa
 HOT = {"throttled": ["thermal (hardware)"]}
 
 
-def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare, root: Path) -> None:
+def test_measures_hot_blocks_again(machine: Machine, compare: Compare, root: Path) -> None:
     machine.change = lambda number, key, name: {**HOT, "batch_time_s": 9.0} if number == 4 else {}
     result = compare()
     assert machine.calls == WARMING + screening(root)[:4] + screening(root)[2:]
@@ -673,10 +677,10 @@ def test_a_hot_block_is_measured_again(machine: Machine, compare: Compare, root:
     assert machine.said.count(said) == 1
 
 
-def test_blocks_that_stay_hot_are_left_out(machine: Machine, compare: Compare) -> None:
+def test_drops_blocks_that_stay_hot(machine: Machine, compare: Compare) -> None:
     machine.change = lambda number, key, name: HOT if 4 <= number < 12 else {}
     result = compare(retries=2)
-    # Block 2 three times, then block 3 once: no retry is left.
+    # Block 2 is measured three times, then block 3 once, because no retry is left.
     assert len(machine.calls) == 2 + 2 + 3 * 2 + 2 + 2
     assert result.notes == tuple(
         f"dropped screening block {block}: the GPU was throttled (thermal (hardware))"
@@ -694,7 +698,7 @@ def test_hot_block_is_dropped_without_retries(
     assert (run.outcome, estimate_of(run.screened).blocks) == ("PASS", 3)
 
 
-def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare) -> None:
+def test_retries_are_shared_by_both_stages(machine: Machine, compare: Compare) -> None:
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 12) else {}
     result = compare(retries=1)
@@ -705,7 +709,7 @@ def test_retries_are_for_both_stages_together(machine: Machine, compare: Compare
     assert (run.outcome, estimate_of(run.judged).blocks) == ("FAIL", 3)
 
 
-def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare: Compare) -> None:
+def test_always_hot_machine_is_inconclusive(machine: Machine, compare: Compare) -> None:
     machine.change = lambda *_: HOT
     result = compare()
     run = only_run(result)
@@ -719,10 +723,10 @@ def test_a_machine_that_is_always_hot_decides_nothing(machine: Machine, compare:
     assert len(result.notes) == 10
 
 
-def test_heat_counts_only_where_it_was_measured(
+def test_heat_affects_only_the_runs_measured_hot(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
-    """Not while warming up, and not in a run that is not compared."""
+    """Heat during warm-up, or in a run that is not compared, does not count."""
     machine.times["gone"] = (1, 1)
 
     def change(number: int, key: str, name: str) -> dict[str, Any] | None:
@@ -738,7 +742,7 @@ def test_heat_counts_only_where_it_was_measured(
 # -- the journal ------------------------------------------------------------------------------
 
 
-def test_journals_each_process_at_once(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journals_each_process_immediately(machine: Machine, compare: Compare, root: Path) -> None:
     def before(number: int) -> None:
         [journal] = journals(root)
         records = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -749,7 +753,9 @@ def test_journals_each_process_at_once(machine: Machine, compare: Compare, root:
     assert len(machine.calls) == 10
 
 
-def test_the_journal_says_what_is_compared(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journal_header_describes_the_comparison(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     compare(pytest_args=("-k", "größer"), install="make")
     header = json.loads(journals(root)[0].read_text().splitlines()[0])["int8bench_ab"]
     assert header == {
@@ -769,7 +775,7 @@ def interrupt(
     error: type[BaseException] = KeyboardInterrupt,
     **changes: Any,
 ) -> list[str]:
-    """End a comparison where a process would start; take the calls until then out of the list."""
+    """End a comparison when a process would start; return the calls until then and clear them."""
 
     def before(number: int) -> None:
         if number == at:
@@ -784,7 +790,7 @@ def interrupt(
 
 
 def start_of_block(number: int) -> int:
-    """The first process of the block that a process is in."""
+    """Return the first process of the block of a process."""
     if number < 2:
         return number
     return number - number % 2 if number < 10 else number - (number - 10) % 4
@@ -792,7 +798,7 @@ def start_of_block(number: int) -> int:
 
 @pytest.fixture
 def same_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every comparison draws the same orders, also when a block is measured again."""
+    """Make every comparison draw the same orders, even for retried blocks."""
 
     def order_of(stage: str, block: int, attempt: int, seed: str) -> tuple[str, ...]:
         return ab_plan.order_of(stage, block, 0, "x")
@@ -800,7 +806,7 @@ def same_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "order_of", order_of)
 
 
-# The first and last processes of each stage and those around them, in and between blocks.
+# First and last processes of each stage and their neighbours, within and between blocks.
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 9, 10, 11, 13, 14, 17])
 @pytest.mark.usefixtures("same_orders")
 def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path, at: int) -> None:
@@ -826,7 +832,7 @@ def test_resumes_after_interrupt(machine: Machine, compare: Compare, root: Path,
 
 
 @pytest.mark.usefixtures("same_orders")
-def test_a_comparison_is_interrupted_more_than_once(machine: Machine, compare: Compare) -> None:
+def test_resumes_after_several_interrupts(machine: Machine, compare: Compare) -> None:
     machine.times = {"same": (1, 1), "slow": (1, 1.03)}
     whole = compare()
     machine.number, machine.now, begun = 0, 5000.0, []
@@ -840,7 +846,7 @@ def test_a_comparison_is_interrupted_more_than_once(machine: Machine, compare: C
 
 @pytest.mark.usefixtures("same_orders")
 def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, root: Path) -> None:
-    """A retry that was used stays used, and what was left out stays so."""
+    """Used retries stay used, and dropped blocks stay dropped."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number in (2, 4, 8, 17) else {}
     whole = compare(retries=1)
@@ -858,10 +864,10 @@ def test_same_blocks_are_hot_after_resume(machine: Machine, compare: Compare, ro
     assert (resumed.runs, resumed.notes) == (whole.runs, whole.notes)
 
 
-def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
+def test_resume_rejects_hot_block_if_killed_before_the_heat_check(
     machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """The last process of a hot block is in the journal, and nothing after it."""
+    """The journal ends with the last process of a hot block."""
     machine.change = lambda number, key, name: HOT if number == 2 else {}
     with monkeypatch.context() as patch:
 
@@ -877,7 +883,9 @@ def test_a_kill_before_heat_was_noticed_does_not_let_it_in(
 
 
 @pytest.mark.parametrize("end", ['{"stage": "scr', '{"stage": "screening"}', "Grö"])
-def test_half_a_line_is_dropped(machine: Machine, compare: Compare, root: Path, end: str) -> None:
+def test_drops_partial_journal_line(
+    machine: Machine, compare: Compare, root: Path, end: str
+) -> None:
     interrupt(machine, compare, 5)
     [journal] = journals(root)
     whole = journal.read_bytes()
@@ -936,7 +944,7 @@ def test_ignores_journal_of_other_version(machine: Machine, compare: Compare, ro
     )
 
 
-def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, root: Path) -> None:
+def test_finished_comparison_starts_over(machine: Machine, compare: Compare, root: Path) -> None:
     compare()
     [first] = journals(root)
     text = first.read_text()
@@ -948,7 +956,9 @@ def test_a_finished_comparison_starts_anew(machine: Machine, compare: Compare, r
     assert len(journals(root)) == 2
 
 
-def test_journals_of_one_second_differ(machine: Machine, compare: Compare, root: Path) -> None:
+def test_journals_started_in_one_second_have_different_names(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     for _ in range(2):
         machine.now = 1000.0
         compare()
@@ -972,7 +982,7 @@ def test_journals_of_one_second_differ(machine: Machine, compare: Compare, root:
         {"design": Design(screening_blocks=6)},
     ],
 )
-def test_another_comparison_has_a_journal_of_its_own(
+def test_other_comparison_starts_its_own_journal(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
     interrupt(machine, compare, 5)
@@ -990,7 +1000,7 @@ def test_another_comparison_has_a_journal_of_its_own(
         {"allow_missing": True},
     ],
 )
-def test_the_same_comparison_by_another_name_goes_on(
+def test_resumes_despite_changed_name_retries_budget_or_allowances(
     machine: Machine, compare: Compare, root: Path, change: dict[str, Any]
 ) -> None:
     interrupt(machine, compare, 5)
@@ -1000,7 +1010,7 @@ def test_the_same_comparison_by_another_name_goes_on(
 
 
 class FullDisk:
-    """Takes what fits."""
+    """A file that accepts only what fits on the disk."""
 
     def __init__(self, file: BinaryIO, room: int) -> None:
         self._file, self._room = file, room
@@ -1020,7 +1030,7 @@ class FullDisk:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
+def test_full_disk_is_one_line_and_keeps_earlier_records(
     machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Path.open
@@ -1043,10 +1053,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing_before_it(
 
 
 @pytest.mark.parametrize("room", [0, 1, 200])
-def test_a_disk_that_was_full_for_a_moment_costs_no_process(
+def test_briefly_full_disk_loses_no_process(
     machine: Machine, compare: Compare, root: Path, room: int
 ) -> None:
-    """What could not be written is written when the command ends."""
+    """Records that could not be written are written when the command ends."""
 
     def full(number: int, key: str, name: str) -> dict[str, Any]:
         if number == 5:
@@ -1072,7 +1082,7 @@ def test_a_disk_that_was_full_for_a_moment_costs_no_process(
     assert machine.calls == screening(root)[4:]
 
 
-def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
+def test_verdict_survives_if_the_journal_cannot_be_finished(
     machine: Machine, compare: Compare, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = AbJournal.finish
@@ -1089,7 +1099,7 @@ def test_a_verdict_is_not_lost_where_its_end_cannot_be_written(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ClearError, RuntimeError])
-def test_after_an_error_it_is_said_where_to_go_on(
+def test_explains_how_to_resume_after_an_error(
     machine: Machine, compare: Compare, root: Path, error: type[BaseException]
 ) -> None:
     interrupt(machine, compare, 3, error)
@@ -1099,7 +1109,9 @@ def test_after_an_error_it_is_said_where_to_go_on(
     ]
 
 
-def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path) -> None:
+def test_rejects_a_second_gate_in_one_folder(
+    machine: Machine, compare: Compare, root: Path
+) -> None:
     compare()
     folder = root / ".benchmarks" / "int8bench" / "ab"
     said = len(machine.said)
@@ -1113,7 +1125,7 @@ def test_two_gates_in_one_folder(machine: Machine, compare: Compare, root: Path)
     assert compare().exit_code == 0
 
 
-def test_the_folder_is_out_of_sight_of_git(machine: Machine, compare: Compare, root: Path) -> None:
+def test_git_ignores_the_folder(machine: Machine, compare: Compare, root: Path) -> None:
     compare()
     assert (root / ".benchmarks" / "int8bench" / ".gitignore").read_text() == "*\n"
 
@@ -1121,7 +1133,7 @@ def test_the_folder_is_out_of_sight_of_git(machine: Machine, compare: Compare, r
 # -- the machine ------------------------------------------------------------------------------
 
 
-def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: Compare) -> None:
+def test_rejects_sides_with_different_software(machine: Machine, compare: Compare) -> None:
     machine.environment = lambda number: {**ENVIRONMENT, "packages": {"torch": f"2.{number}"}}
     with pytest.raises(AbError) as caught:
         compare()
@@ -1133,7 +1145,9 @@ def test_sides_that_bring_other_software_are_refused(machine: Machine, compare: 
 
 
 @pytest.mark.parametrize("at", [2, 6])
-def test_machine_changes_midway(machine: Machine, compare: Compare, root: Path, at: int) -> None:
+def test_rejects_machine_that_changes_midway(
+    machine: Machine, compare: Compare, root: Path, at: int
+) -> None:
     machine.environment = lambda number: (
         ENVIRONMENT if number < at else {**ENVIRONMENT, "cpu": "Xeon", "packages": {}}
     )
@@ -1146,7 +1160,7 @@ def test_machine_changes_midway(machine: Machine, compare: Compare, root: Path, 
     )
     assert len(machine.calls) == at + 1
     machine.environment, machine.calls = lambda number: ENVIRONMENT, []
-    compare()  # what was measured on the other machine is not in the journal
+    compare()  # the journal has no results from the other machine
     assert len(machine.calls) == 10 - start_of_block(at)
 
 
@@ -1175,7 +1189,7 @@ def test_resume_warms_a_lost_cache(machine: Machine, compare: Compare, root: Pat
     assert machine.calls == ["new", *screening(root)[2:]]
 
 
-def test_the_oldest_caches_are_removed(machine: Machine, compare: Compare, root: Path) -> None:
+def test_removes_the_oldest_caches(machine: Machine, compare: Compare, root: Path) -> None:
     for index in range(5):
         machine.now += 1
         compare(base=Revision("x", f"{index}" * 40), new=Revision("y", f"{index + 1}" * 40))
@@ -1229,14 +1243,14 @@ def test_rejects_budget_below_screening(machine: Machine, compare: Compare, root
     assert machine.calls == screening(root)
 
 
-def test_compiling_is_not_reckoned_with(machine: Machine, compare: Compare) -> None:
-    """Processes after the first find what it compiled."""
+def test_time_estimate_excludes_compilation(machine: Machine, compare: Compare) -> None:
+    """Processes after the first use its compiled code."""
     machine.change = lambda number, key, name: {"compile_s": 6.0} if number < 2 else {}
     compare()
     assert any("about 2 s per process: screening takes about 16 s" in line for line in machine.said)
 
 
-def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, root: Path) -> None:
+def test_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, root: Path) -> None:
     noise = random.Random(0)
     machine.change = lambda number, key, name: {"batch_time_s": noise.uniform(0.01, 0.03)}
     result = compare(budget_s=10 * PROCESS_S + 3.9 * 4 * PROCESS_S)
@@ -1245,7 +1259,7 @@ def test_a_budget_ends_the_verdict_stage(machine: Machine, compare: Compare, roo
     assert estimate_of(only_run(result).judged).blocks == 3
 
 
-def test_a_budget_without_a_verdict_is_no_success(machine: Machine, compare: Compare) -> None:
+def test_budget_spent_without_a_verdict_fails(machine: Machine, compare: Compare) -> None:
     machine.times["x"] = (1, 2)
     result = compare(budget_s=10 * PROCESS_S)
     run = only_run(result)
@@ -1273,7 +1287,7 @@ OVERRUN = (
 )
 
 
-def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compare) -> None:
+def test_reports_block_that_overruns_the_budget(machine: Machine, compare: Compare) -> None:
     def before(number: int) -> None:
         machine.now += 60 if number == 4 else 0
 
@@ -1283,7 +1297,7 @@ def test_tells_that_a_block_overruns_the_budget(machine: Machine, compare: Compa
     assert result.notes == ("--budget ended screening after 2 of 4 blocks",)
 
 
-def test_tells_that_a_process_overruns_the_budget(
+def test_reports_process_that_overruns_the_budget(
     machine: Machine, compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = []
@@ -1307,8 +1321,8 @@ def test_no_hot_retry_over_budget(machine: Machine, compare: Compare) -> None:
     assert result.notes == ("--budget ended screening after 3 of 4 blocks",)
 
 
-def test_a_budget_is_for_one_command(machine: Machine, compare: Compare, root: Path) -> None:
-    """An interrupted comparison goes on with a budget anew, and uses what there is for free."""
+def test_budget_applies_to_one_command(machine: Machine, compare: Compare, root: Path) -> None:
+    """A resumed comparison has a full budget, and saved results cost nothing."""
     interrupt(machine, compare, 8)
     result = compare(budget_s=2 * PROCESS_S)
     assert machine.calls == screening(root)[6:]
@@ -1325,12 +1339,12 @@ def test_resumes_within_small_budget(machine: Machine, compare: Compare) -> None
 def test_resume_keeps_screening_of_begun_verdicts(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
-    """With more retries, too: other runs could be flagged, which no verdict was begun on."""
+    """This holds with more retries, too, which might flag runs without verdict blocks."""
     machine.times["x"] = (1, 2)
     machine.change = lambda number, key, name: HOT if number == 2 else {}
     interrupt(machine, compare, 12, retries=0)
     result = compare(retries=3)
-    # Half a block is measured again, in an order of its own.
+    # The half-finished block is measured again, in a new order.
     again = [*ab_plan.order_of("verdict", 0, 1, journals(root)[-1].stem)]
     assert machine.calls == again + verdict(root)[4:]
     assert result.notes == (
@@ -1338,7 +1352,7 @@ def test_resume_keeps_screening_of_begun_verdicts(
     )
 
 
-def test_more_retries_help_a_screening_that_goes_on(
+def test_resumed_screening_uses_additional_retries(
     machine: Machine, compare: Compare, root: Path
 ) -> None:
     machine.change = lambda number, key, name: HOT if number == 2 else {}

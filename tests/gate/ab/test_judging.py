@@ -1,8 +1,7 @@
-"""Deciding between two revisions: rules, laws, and simulated error rates of the whole procedure.
+"""Test decisions between two revisions: rules, laws, and error rates of the whole procedure.
 
-Simulated are families of 24 runs, each measured by processes in the order in which they would
-run. Rates are held by binomial bounds of one in a thousand; ``benchmarks/gate_error_rates.py`` has
-the full tables.
+The simulations have families of 24 runs, measured by processes in their real order. Rates are
+checked by binomial bounds at 0.001; ``benchmarks/gate_error_rates.py`` prints the full tables.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ Array = np.ndarray[Any, Any]
 
 
 def at_most(hits: int, trials: int, rate: float) -> bool:
-    """Whether the true rate is shown to be under ``rate`` (Clopper and Pearson 1934)."""
+    """Return whether the true rate is shown to be under ``rate`` (Clopper and Pearson 1934)."""
     return bool(hits < trials and stats.beta.isf(0.001, hits + 1, trials - hits) < rate)
 
 
 def not_over(hits: int, trials: int, rate: float) -> bool:
-    """Whether the hits are no evidence of more than ``rate``."""
+    """Return whether the hits are consistent with ``rate`` or less."""
     return bool(stats.binom.sf(hits - 1, trials, rate) > 0.001)
 
 
@@ -54,7 +53,7 @@ steady = pytest.mark.parametrize("noise", [0.003, 0.01])
 
 # --- Error rates ---
 
-FEW = Design(verdict_blocks=4)  # all orders of which are looked at
+FEW = Design(verdict_blocks=4)  # few enough to enumerate all orders
 
 
 @every_machine
@@ -74,17 +73,17 @@ def test_code_slower_by_the_margin_fails_in_at_most_five_percent_of_families(
 
 @pytest.mark.parametrize("slow_too", [0.0, 0.05])
 def test_code_slower_by_the_margin_among_slow_runs(slow_too: float) -> None:
-    """That runs beside them fail rightly costs the level nothing, however few are left."""
+    """True failures of other runs do not raise the error rate, however few runs are left."""
     slowdowns = [DEFAULT.margin] * 6 + [slow_too] * (RUNS - 6)
     session = simulate_ab(drifting(0.003), families=150, slowdowns=slowdowns, design=FEW)
     wrong = int((session.outcomes[:, :6] == "FAIL").any(axis=1).sum())
     assert not_over(wrong, 150, 0.05)
-    assert wrong > 0  # not by never failing
+    assert wrong > 0  # the procedure does fail some runs
 
 
 @pytest.mark.parametrize("slowdowns", [[0.05] + [0.0] * (RUNS - 1), [0.05] * RUNS])
 @steady
-def test_what_must_be_found_is_found(noise: float, slowdowns: list[float]) -> None:
+def test_detects_the_target_slowdown(noise: float, slowdowns: list[float]) -> None:
     session = simulate_ab(drifting(noise), families=150, slowdowns=slowdowns)
     missed = int((session.outcomes[:, 0] != "FAIL").sum())
     passed = int((session.outcomes[:, 0] == "PASS").sum())
@@ -95,16 +94,16 @@ def test_what_must_be_found_is_found(noise: float, slowdowns: list[float]) -> No
         assert at_most(others, 150, 0.05)
 
 
-def test_what_must_be_found_is_found_among_outliers() -> None:
-    """Of t tests, 42 % of families did, where 8 % of times are 20 % too long."""
+def test_detects_the_target_slowdown_among_outliers() -> None:
+    """With t tests, 42 % of families did if 8 % of times are 20 % too long."""
     slowdowns = [0.05] + [0.0] * (RUNS - 1)
     session = simulate_ab(MACHINES["outliers, normal 0.3 %"], families=60, slowdowns=slowdowns)
     assert (session.outcomes[:, 0] == "FAIL").mean() > 0.75
 
 
 @pytest.mark.parametrize(("slowdown", "outcome"), [(0.0, "PASS"), (0.12, "FAIL")])
-def test_what_is_clear_ends_at_the_first_look(slowdown: float, outcome: str) -> None:
-    design = Design(screening_blocks=2)  # which flags unchanged code, too
+def test_clear_differences_end_at_the_first_look(slowdown: float, outcome: str) -> None:
+    design = Design(screening_blocks=2)  # which also flags unchanged code
     session = simulate_ab(normal(0.006), families=300, runs=1, slowdowns=slowdown, design=design)
     assert session.share(outcome) == 1
     assert (session.blocks[session.flagged] == 2).mean() > 0.97
@@ -124,7 +123,7 @@ def test_what_is_clear_ends_at_the_first_look(slowdown: float, outcome: str) -> 
 def test_few_screening_blocks_flag_more_but_miss_little(
     blocks: int, noise: float, unchanged: float
 ) -> None:
-    """As the docstring of ``screening_blocks`` says."""
+    """The docstring of ``screening_blocks`` says so."""
     design = Design(screening_blocks=blocks)
     rng = np.random.default_rng(RNG_SEED)
     base, new = np.exp(rng.normal(0, noise, (2, 20_000, blocks)))
@@ -146,7 +145,7 @@ def test_screening_clears_slow_runs_at_its_level_at_most_however_noisy() -> None
 
 
 def draw_orders(seed: int, blocks: int) -> Array:
-    """Which processes are the new revision's, of shape (blocks, 4)."""
+    """Draw which processes run the new revision, of shape (blocks, 4)."""
     places = np.array([[place in chosen for place in range(4)] for chosen in PLACES])
     found: Array = places[np.random.default_rng(seed).integers(len(PLACES), size=blocks)]
     return found
@@ -154,7 +153,7 @@ def draw_orders(seed: int, blocks: int) -> Array:
 
 @pytest.mark.parametrize("tails", [None, 4.0])
 def test_bounds_hold_at_their_level(tails: float | None) -> None:
-    """Of all runs of many families, each of its own."""
+    """Check the bounds of each run, over all runs of many families."""
     rng = np.random.default_rng(RNG_SEED)
     bounds = []
     for seed in range(30):
@@ -172,9 +171,7 @@ def test_bounds_hold_at_their_level(tails: float | None) -> None:
 
 
 @pytest.mark.parametrize(("step", "low", "high"), [(1.01, 0.03, 0.07), (1.0, 0.0, 0.0)])
-def test_a_control_is_called_unsteady_by_chance_at_the_level(
-    step: float, low: float, high: float
-) -> None:
+def test_control_false_alarm_rate_is_the_level(step: float, low: float, high: float) -> None:
     """At half the level if the base differs by the margin in one direction, here in either for
     half of the runs; not at all if it does not differ."""
     rng = np.random.default_rng(RNG_SEED)
@@ -191,7 +188,7 @@ def test_a_control_is_called_unsteady_by_chance_at_the_level(
 
 
 def blocks(mean: float, spread: float, count: int) -> Array:
-    """Times of one run, in seconds, with that slowdown and that standard deviation of the logs."""
+    """Return times of one run in seconds, given its slowdown and the standard deviation of logs."""
     steps = np.resize([1.0, -1.0], count)
     steps -= steps.mean()
     steps /= steps.std(ddof=1)
@@ -211,7 +208,7 @@ def verdict(
     seed: int = 1,
     is_last: bool = True,
 ) -> Judged:
-    """Of one run; in blocks with the new revision in the middle."""
+    """Judge one run, in blocks with the new revision in the middle."""
     rng = np.random.default_rng(seed)
     is_new = np.tile(ABBA, (count, 1))
     logs = rng.normal(0, noise, (1, count, 4)) + math.log1p(slowdown) * is_new
@@ -248,7 +245,7 @@ def test_screening_with_too_few_blocks_flags(count: int) -> None:
     assert screen(times, times, DEFAULT) == [Screened(estimate=None, flagged=True)] * 2
 
 
-def test_fail() -> None:
+def test_clear_slowdown_fails() -> None:
     found = verdict(0.05)
     assert (found.outcome, found.reason, found.blocks_needed) == ("FAIL", None, None)
     assert found.p == found.p_holm == pytest.approx(1 / 36)
@@ -260,14 +257,14 @@ def test_fail() -> None:
     assert found.control.slowdown == pytest.approx(0, abs=0.006)
 
 
-def test_a_small_slowdown_that_is_shown_fails() -> None:
-    """Over the margin is over the margin, far under ``max_slowdown`` as it may be."""
+def test_small_but_significant_slowdown_fails() -> None:
+    """A slowdown over the margin fails even if it is far below ``max_slowdown``."""
     assert verdict(0.02, 0.001).outcome == "FAIL"
 
 
 @pytest.mark.parametrize("slowdown", [-0.3, 0.0, 0.008])
 @pytest.mark.parametrize("is_last", [True, False])
-def test_pass(slowdown: float, is_last: bool) -> None:
+def test_unchanged_and_faster_code_passes(slowdown: float, is_last: bool) -> None:
     found = verdict(slowdown, 0.001, is_last=is_last)
     assert (found.outcome, found.reason, found.blocks_needed) == ("PASS", None, None)
     assert found.p >= 0.5
@@ -275,7 +272,7 @@ def test_pass(slowdown: float, is_last: bool) -> None:
     assert found.estimate.high < 0.05
 
 
-def test_only_the_last_look_passes_what_points_over_the_margin() -> None:
+def test_only_the_last_look_passes_estimates_over_the_margin() -> None:
     """More blocks can find a slowdown between the limits."""
     found = {is_last: verdict(0.02, 0.01, is_last=is_last) for is_last in (True, False)}
     assert found[True].estimate is not None
@@ -283,8 +280,8 @@ def test_only_the_last_look_passes_what_points_over_the_margin() -> None:
     assert (found[True].outcome, found[False].outcome) == ("PASS", "INCONCLUSIVE")
 
 
-def test_more_runs_ask_for_more_proof() -> None:
-    """What fails alone can pass beside one that looks as slow under another order."""
+def test_more_runs_need_stronger_evidence() -> None:
+    """A run that fails alone can pass next to one that looks as slow under another order."""
     is_new = np.tile(ABBA, (2, 1))
     steps = np.array([[[0, 0.02, 0.02, 0], [0, 0.02, 0.02, 0]]])
     times = np.exp(np.concatenate([steps, steps[..., [1, 0, 2, 3]]]))
@@ -295,7 +292,7 @@ def test_more_runs_ask_for_more_proof() -> None:
     assert first.outcome == "PASS"
 
 
-def test_inconclusive() -> None:
+def test_noisy_run_is_inconclusive() -> None:
     found = verdict(0.03, 0.03)
     assert found.outcome == "INCONCLUSIVE"
     assert found.reason is not None
@@ -308,7 +305,7 @@ def test_inconclusive() -> None:
     assert f"{found.blocks_needed} blocks would decide" in found.reason
 
 
-def test_inconclusive_for_ever() -> None:
+def test_inconclusive_run_may_need_over_1000_blocks() -> None:
     found = verdict(0.031, 2.0, 3)
     assert found.outcome == "INCONCLUSIVE"
     assert found.reason is not None
@@ -316,7 +313,7 @@ def test_inconclusive_for_ever() -> None:
         assert found.reason.endswith("over 1000 blocks would decide")
 
 
-def test_no_level_left_decides_nothing() -> None:
+def test_too_small_level_decides_nothing() -> None:
     is_new = np.tile(ABBA, (2, 1))
     times = np.exp(0.1 * is_new)[None]
     [found] = judge(times, is_new, DEFAULT, level=0.02)
@@ -325,7 +322,7 @@ def test_no_level_left_decides_nothing() -> None:
 
 @pytest.mark.parametrize("slowdown", [0.0, 0.03, 0.2])
 @pytest.mark.parametrize("again", [0.03, -0.03])
-def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again: float) -> None:
+def test_unstable_base_decides_nothing(slowdown: float, again: float) -> None:
     found = verdict(slowdown, 0.002, 6, again=again)
     assert found.outcome == "INCONCLUSIVE"
     sign = "-" if again < 0 else ""
@@ -335,7 +332,7 @@ def test_a_base_that_differs_from_itself_decides_nothing(slowdown: float, again:
     assert found.blocks_needed is None
 
 
-def test_what_is_not_shown_of_the_control_does_not_count() -> None:
+def test_insignificant_control_difference_is_ignored() -> None:
     assert verdict(0.08, 0.0001, again=0.009).outcome == "FAIL"
 
 
@@ -345,7 +342,7 @@ def test_what_is_not_shown_of_the_control_does_not_count() -> None:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("second", [0.1, 1.0, 1 / 3])
 def test_times_without_noise(slowdown: float, outcome: str, count: int, second: float) -> None:
-    """Those of a fake clock: nothing is divided by zero, and rounding proves nothing."""
+    """With the times of a fake clock, nothing is divided by zero and rounding proves nothing."""
     base = np.full((3, count), second) * np.array([[1.0], [3.0], [7.0]])
     is_new = draw_orders(1, count)
     times = np.where(is_new, 1 + slowdown, 1.0) * base[..., None]
@@ -366,7 +363,7 @@ def test_times_without_noise(slowdown: float, outcome: str, count: int, second: 
     assert [run.flagged for run in screened] == [outcome == "FAIL"] * 3
 
 
-def test_noise_comes_from_screening_and_is_no_less_than_the_median() -> None:
+def test_noise_is_at_least_the_median_of_screening() -> None:
     base = np.full((3, 4), 0.02)
     steady, middle, noisy = (blocks(0.0, spread, 4)[0] for spread in (0.001, 0.01, 0.1))
     found = scales(screen(base, np.stack([steady, middle, noisy]), DEFAULT))
@@ -389,13 +386,13 @@ def test_too_few_blocks_for_a_verdict(count: int) -> None:
     assert found == [expected] * 2
 
 
-def test_no_runs() -> None:
+def test_judges_an_empty_list_of_runs() -> None:
     assert screen(np.empty((0, 4)), np.empty((0, 4)), DEFAULT) == []
     assert judge(np.empty((0, 2, 4)), np.tile(ABBA, (2, 1)), DEFAULT) == []
 
 
-def test_two_blocks_that_could_mean_anything() -> None:
-    """A bound beyond all numbers is infinite, without a warning."""
+def test_two_contradictory_blocks_give_infinite_bound() -> None:
+    """A bound that overflows is infinite, without a warning."""
     times = np.array([[[1.0, 1e-100, 1e-100, 1.0], [1.0, 1e100, 1e100, 1.0]]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -420,7 +417,7 @@ GOOD = [[0.02, 0.03]]
         (GOOD, [[math.inf, 0.03]], "new must be positive and finite seconds, got 1 other value"),
     ],
 )
-def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
+def test_rejects_invalid_times(base: Any, new: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         screen(base, new, DEFAULT)
 
@@ -439,7 +436,7 @@ def test_times_that_are_none(base: Any, new: Any, message: str) -> None:
         ),
     ],
 )
-def test_blocks_that_are_none(times: Any, is_new: Any, message: str) -> None:
+def test_rejects_invalid_blocks(times: Any, is_new: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         judge(times, is_new, DEFAULT)
 
@@ -450,7 +447,7 @@ seeds = st.integers(0, 10_000)
 
 
 def draw(seed: int, count: int = 2) -> Array:
-    """Times of a few runs, most of them slower."""
+    """Draw times of a few runs, most of them slower."""
     rng = np.random.default_rng(seed)
     times = 0.02 * np.exp(rng.normal(0, rng.choice([0.003, 0.02]), (count, 5, 4)))
     times[1] *= 1 + rng.uniform(-0.02, 0.08, (5, 1))
@@ -458,7 +455,7 @@ def draw(seed: int, count: int = 2) -> Array:
 
 
 @given(seeds, st.floats(1e-6, 1e6))
-def test_the_unit_of_time_does_not_matter(seed: int, factor: float) -> None:
+def test_result_does_not_depend_on_the_time_unit(seed: int, factor: float) -> None:
     base, new = draw(seed)
     for one, other in zip(
         screen(base, new, DEFAULT), screen(base * factor, new * factor, DEFAULT), strict=True
@@ -483,7 +480,7 @@ def test_swapping_the_revisions_mirrors_the_estimate(seed: int) -> None:
 
 @given(seeds, st.floats(-0.1, 0.1))
 def test_linear_drift_over_even_blocks_leaves_the_screened_mean(seed: int, drift: float) -> None:
-    """AB BA AB BA: what the order gives to one revision it takes back in the next block."""
+    """In AB BA AB BA, the effect of drift on one block cancels in the next one."""
     base, new = draw(seed)
     places = np.array([[0, 3, 4, 7], [1, 2, 5, 6]])
     drifting = np.exp(drift * places)
@@ -499,7 +496,7 @@ def test_linear_drift_over_even_blocks_leaves_the_screened_mean(seed: int, drift
 
 @settings(max_examples=15)
 @given(seeds, st.floats(-0.1, 0.1))
-def test_what_moves_a_whole_block_does_not_matter(seed: int, step: float) -> None:
+def test_shift_of_a_whole_block_does_not_matter(seed: int, step: float) -> None:
     rng = np.random.default_rng(seed)
     is_new = draw_orders(seed, 2)
     times = np.exp(rng.normal(0, 0.01, (3, 2, 4)) + 0.03 * is_new)
@@ -512,7 +509,7 @@ def test_what_moves_a_whole_block_does_not_matter(seed: int, step: float) -> Non
 
 @settings(max_examples=15)
 @given(seeds)
-def test_outcomes_agree_with_what_is_shown(seed: int) -> None:
+def test_outcomes_agree_with_reported_estimates(seed: int) -> None:
     rng = np.random.default_rng(seed)
     is_new = draw_orders(seed, 2)
     steps = rng.uniform(-0.02, 0.08, (5, 1, 1)) * is_new

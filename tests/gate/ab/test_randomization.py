@@ -1,4 +1,4 @@
-"""The test by the order of processes: against all orders, and its error rate by simulation."""
+"""Test the randomization test against all orders, and its error rate by simulation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ seeds = st.integers(0, 10_000)
 
 
 def drawn(rng: np.random.Generator, *shape: int) -> Array:
-    """Orders of blocks, of shape (..., blocks, 4)."""
+    """Draw orders of blocks, of shape (..., blocks, 4)."""
     places = np.array([[place in chosen for place in range(4)] for chosen in PLACES])
     found: Array = places[rng.integers(len(PLACES), size=shape)]
     return found
@@ -40,7 +40,7 @@ def session(seed: int, runs: int = 3, blocks: int = 2) -> tuple[Array, Array]:
 
 
 def statistic(logs: Array, is_new: Array, shift: float) -> float:
-    """Of one run, written out."""
+    """Compute the statistic of one run, written out."""
     moved = logs - shift * is_new
     residuals = moved - np.median(moved, axis=1, keepdims=True)
     cut = 1.4826 * np.median(np.abs(residuals))
@@ -50,9 +50,9 @@ def statistic(logs: Array, is_new: Array, shift: float) -> float:
 
 @settings(max_examples=15)
 @given(seeds, st.floats(-0.02, 0.02))
-def test_p_is_the_share_of_orders_that_look_as_slow(seed: int, shift: float) -> None:
+def test_p_is_the_fraction_of_orders_at_least_as_slow(seed: int, shift: float) -> None:
     logs, is_new = session(seed)
-    # Whatever the order had been, the times without the shift would have been these.
+    # Under the null hypothesis, times without the shift do not depend on the order.
     moved = logs - shift * is_new
     every = [
         np.array([[place in chosen for place in range(4)] for chosen in choice])
@@ -69,7 +69,7 @@ def test_p_is_the_share_of_orders_that_look_as_slow(seed: int, shift: float) -> 
 
 @settings(max_examples=15)
 @given(seeds)
-def test_laws(seed: int) -> None:
+def test_p_values_and_bounds_are_consistent(seed: int) -> None:
     logs, is_new = session(seed, runs=5, blocks=3)
     own, adjusted = p_slower_of_family(logs, is_new, 0.0)
     assert (adjusted >= own).all()
@@ -87,7 +87,7 @@ def test_laws(seed: int) -> None:
 
 @settings(max_examples=15)
 @given(seeds)
-def test_bounds_are_where_the_tests_turn(seed: int) -> None:
+def test_bounds_invert_the_tests(seed: int) -> None:
     logs, is_new = session(seed)
     low, high = bounds(logs, is_new, 0.05)
     assert (p_slower(logs, is_new, low - 1e-6) <= 0.05).all()
@@ -96,13 +96,13 @@ def test_bounds_are_where_the_tests_turn(seed: int) -> None:
     assert (p_faster(logs, is_new, high - 1e-6) > 0.05).all()
 
 
-def test_too_few_orders_bound_nothing() -> None:
+def test_too_few_orders_give_infinite_bounds() -> None:
     logs, is_new = session(0)
     assert np.isinf(bounds(logs, is_new, 0.02)).all()
     assert np.isfinite(bounds(logs, is_new, 0.03)).all()
 
 
-def test_a_sample_of_orders_is_close_to_all_of_them() -> None:
+def test_sampled_orders_approximate_all_orders() -> None:
     rng = np.random.default_rng(1)
     logs, is_new = rng.normal(0, 0.01, (40, 5, 4)), drawn(rng, 5)
     signs = np.where(drawn(np.random.default_rng(2), 20_000, 5), 0.5, -0.5)
@@ -139,8 +139,8 @@ HARSH = {
 
 @pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("noise", HARSH.values(), ids=HARSH)
-def test_the_level_is_held_whatever_the_noise(noise: Noise, blocks: int) -> None:
-    """Of families of 6 runs at what is tested, with an order that is drawn for each."""
+def test_error_rate_holds_under_any_noise(noise: Noise, blocks: int) -> None:
+    """Simulate families of 6 runs at the tested shift, each with its own random order."""
     families = 1000 if blocks == 2 else 200
     rng = np.random.default_rng(7)
     is_new = drawn(rng, families, blocks)

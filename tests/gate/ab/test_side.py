@@ -1,5 +1,5 @@
-"""One side of an A/B: the process that is started, the code that it may import, and what is said
-where it measures nothing."""
+"""Test one side of an A/B: its process, the code that it may import, and errors if it measures
+nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESULT = result_of(nodeid="test_a.py::test[Größe]")
 
 
 class Process:
-    """Plays the process of pytest."""
+    """Simulate the pytest process."""
 
     def __init__(self) -> None:
         self.command: list[str] = []
@@ -66,7 +66,7 @@ class Process:
 
 @pytest.fixture
 def side(tmp_path: Path) -> Side:
-    """A side in ``worktrees/base`` of a repository, each of which has its own files."""
+    """Return a side in ``worktrees/base``, whose files differ from the repository's."""
     root, tree = tmp_path / "repository", tmp_path / "worktrees" / "base"
     for folder in (root, tree):
         (folder / "sub" / "tests").mkdir(parents=True)
@@ -99,14 +99,14 @@ def refusal(side: Side) -> str:
 # -- the process ------------------------------------------------------------------------------
 
 
-def test_what_a_process_measured(side: Side, process: Process) -> None:
+def test_returns_results_of_a_process(side: Side, process: Process) -> None:
     measured = side.measure([], None)
     assert measured.results == [RESULT]
     assert measured.environment == {"commit": COMMIT}
     assert measured.seconds >= 0
 
 
-def test_the_command(side: Side, process: Process) -> None:
+def test_runs_lean_pytest_in_the_worktree(side: Side, process: Process) -> None:
     side.measure(["tests", "-k", "a or b"], None)
     *command, lean, journal = process.command
     assert command == [
@@ -116,12 +116,12 @@ def test_the_command(side: Side, process: Process) -> None:
     assert lean == "--int8-lean"
     assert Path(journal.removeprefix("--int8-journal=")).name == "journal.jsonl"
     assert process.cwd == side.folder
-    # Its files go with the worktrees, should this process be killed.
+    # Its files are removed with the worktrees if this process is killed.
     assert Path(process.env["INT8BENCH_SIDE"]).is_relative_to(side.tree.parent)
     assert sorted(path.name for path in side.tree.parent.iterdir()) == ["base"]
 
 
-def test_what_is_run_and_printed_is_in_the_log(side: Side, process: Process) -> None:
+def test_logs_command_and_output(side: Side, process: Process) -> None:
     process.output = "1 größer\n"
     side.measure(["tests"], None)
     side.measure(["others"], None)
@@ -154,7 +154,9 @@ def test_its_own_code_is_first_on_the_path(
     ]
 
 
-def test_process_environment(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_process_environment(
+    side: Side, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GIT_DIR", "elsewhere")
     monkeypatch.setenv("GIT_INDEX_FILE", "elsewhere")
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
@@ -167,9 +169,7 @@ def test_process_environment(side: Side, process: Process, monkeypatch: pytest.M
     assert process.env["TRITON_CACHE_DIR"] == str(side.cache / "triton")
 
 
-def test_compiled_code_is_kept_by_a_plain_path(
-    side: Side, process: Process, tmp_path: Path
-) -> None:
+def test_compile_cache_has_a_plain_path(side: Side, process: Process, tmp_path: Path) -> None:
     cache = tmp_path / "my repo" / "it's cache"
     cache.mkdir(parents=True)
     replace(side, cache=cache).measure([], None)
@@ -191,13 +191,13 @@ def test_compiled_code_is_kept_by_a_plain_path(
         ("not=an=option", "not=an=option"),
         ("{root}-other/tests", "{root}-other/tests"),
         ("--set={root}/new.json", "--set={tree}/new.json"),
-        # Not committed: data stays where it is, code does not.
+        # Not committed: paths of data stay, paths of code are moved.
         ("--int8-weights={root}/weights.pt", "--int8-weights={root}/weights.pt"),
         ("{root}/untracked.py", "{tree}/untracked.py"),
         ("{root}/.venv/lib/site-packages", "{root}/.venv/lib/site-packages"),
     ],
 )
-def test_paths_of_the_working_tree_become_the_worktrees(
+def test_moves_working_tree_paths_to_the_worktree(
     side: Side, process: Process, tmp_path: Path, argument: str, moved: str
 ) -> None:
     link = tmp_path / "link"
@@ -213,7 +213,7 @@ def test_paths_of_the_working_tree_become_the_worktrees(
 
 
 def add_project(side: Side) -> None:
-    """A package at the top, one in src, a module, and a folder of no package."""
+    """Add a top-level package, one in src, a module, and a folder that is not a package."""
     for name in ("flat", "src/inner"):
         (side.tree / name).mkdir(parents=True)
         (side.tree / name / "__init__.py").touch()
@@ -257,7 +257,7 @@ INSTALLED = (
         ("conftest", "{root}/conftest.py", FOREIGN),
     ],
 )
-def test_where_code_may_come_from(
+def test_rejects_code_from_outside_the_worktree(
     side: Side, process: Process, tmp_path: Path, name: str, path: str, message: str | None
 ) -> None:
     add_project(side)
@@ -289,10 +289,10 @@ def test_ignores_tree_python(side: Side, process: Process, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("where", [".", "python", "packages/toy"])
-def test_an_installed_project_is_known_wherever_its_code_is_kept(
+def test_recognizes_installed_project_in_any_layout(
     side: Side, process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Code that is neither at the top nor in src is not on the path."""
+    """Code that is neither at the top level nor in src is not on the path."""
     (side.tree / where).mkdir(parents=True, exist_ok=True)
     (side.tree / where / "pyproject.toml").write_text('[project]\nname = "My.Toy"\n')
     packages = tmp_path / "lib" / "site-packages"
@@ -315,7 +315,7 @@ def test_an_installed_project_is_known_wherever_its_code_is_kept(
 @pytest.mark.parametrize(
     "text", ["no = toml = file", "[project]\n", "project = 1", "[project]\nname = ''", "\udcff"]
 )
-def test_a_project_file_that_is_none_is_left_alone(side: Side, process: Process, text: str) -> None:
+def test_ignores_invalid_pyproject(side: Side, process: Process, text: str) -> None:
     (side.tree / "pyproject.toml").write_bytes(os.fsencode(text))
     process.modules = {"pytest": pytest.__file__}
     assert side.measure([], None).results == [RESULT]
@@ -370,7 +370,9 @@ TOO_OLD = (
         (-11, "Fatal Python error\n", "SIGSEGV"),
     ],
 )
-def test_measured_nothing(side: Side, process: Process, code: int, output: str, why: str) -> None:
+def test_explains_why_nothing_was_measured(
+    side: Side, process: Process, code: int, output: str, why: str
+) -> None:
     side.log.write_text("ERROR: of another process\nE   AssertionError\n")
     process.has_journal, process.code, process.output = False, code, output
     assert refusal(side) == (
@@ -387,18 +389,20 @@ def test_measured_nothing(side: Side, process: Process, code: int, output: str, 
         "__main__.py: error: unrecognized arguments: --int8-lean --int8-journal=x\n",
     ],
 )
-def test_a_revision_without_the_plugin(side: Side, process: Process, output: str) -> None:
+def test_rejects_revision_without_the_plugin(side: Side, process: Process, output: str) -> None:
     process.has_journal, process.modules = False, None
     process.code, process.output = 4, output
     assert refusal(side) == TOO_OLD
 
 
-def test_a_process_without_a_result_measured_nothing(side: Side, process: Process) -> None:
+def test_process_without_results_measured_nothing(side: Side, process: Process) -> None:
     process.results, process.code = [], 1
     assert "pytest measured nothing: every test failed before" in refusal(side)
 
 
-def test_headerless_journal(side: Side, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_without_header_measured_nothing(
+    side: Side, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = process.run
 
     def truncated(*args: Any, env: dict[str, str], **options: Any) -> int:
@@ -410,15 +414,15 @@ def test_headerless_journal(side: Side, process: Process, monkeypatch: pytest.Mo
     assert "pytest measured nothing: no test ran" in refusal(side)
 
 
-def test_a_process_that_did_not_end_well_is_not_believed(side: Side, process: Process) -> None:
-    """It cannot say whose code it ran."""
+def test_rejects_results_of_a_crashed_process(side: Side, process: Process) -> None:
+    """A crashed process cannot report which code it ran."""
     process.modules, process.code = None, -11
     assert refusal(side) == (
         f"main (aaaaaaaaaa): pytest did not finish: SIGSEGV (its output is in {side.log})"
     )
 
 
-# -- modules that only the working tree has -----------------------------------------------------
+# -- modules missing from the worktree ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -439,7 +443,7 @@ def test_a_process_that_did_not_end_well_is_not_believed(side: Side, process: Pr
         ("made_pb2.py", "ModuleNotFoundError: No module named 'made_pb2'", "made_pb2"),
     ],
 )
-def test_a_module_that_git_ignores_is_named(
+def test_names_missing_module_that_git_ignores(
     side: Side, process: Process, file: str, error: str, name: str
 ) -> None:
     (side.root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -452,9 +456,7 @@ def test_a_module_that_git_ignores_is_named(
     )
 
 
-def test_a_module_that_both_have_or_none_has_is_no_matter_of_git(
-    side: Side, process: Process
-) -> None:
+def test_does_not_blame_git_for_modules_that_do_not_differ(side: Side, process: Process) -> None:
     for folder in (side.root, side.tree):
         (folder / "a.py").touch()
     for name in ("a", "b.c", "."):
@@ -489,7 +491,7 @@ def test_runs_install_in_tree(side: Side, monkeypatch: pytest.MonkeyPatch, tmp_p
         ("kill -TERM $$", "SIGTERM"),
     ],
 )
-def test_install_fails(side: Side, command: str, how: str) -> None:
+def test_reports_failed_install(side: Side, command: str, how: str) -> None:
     side.log.write_text("of another process\n")
     with pytest.raises(SideError) as caught:
         side.install(command)
@@ -499,8 +501,8 @@ def test_install_fails(side: Side, command: str, how: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_an_interrupted_install_leaves_no_process(side: Side, tmp_path: Path) -> None:
-    """What a shell puts in the background ignores SIGINT."""
+def test_interrupted_install_leaves_no_process(side: Side, tmp_path: Path) -> None:
+    """Background jobs of a shell ignore SIGINT."""
     pid = tmp_path / "pid"
     waits = f"until grep -q 'State:.S' /proc/{os.getpid()}/status; do :; done"
     shell = f"sleep 600 & echo $! > {shlex.quote(str(pid))}; {waits}; kill -INT {os.getpid()}; wait"
@@ -511,14 +513,16 @@ def test_an_interrupted_install_leaves_no_process(side: Side, tmp_path: Path) ->
     finally:
         signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + DEADLINE_S
-    while runs(int(pid.read_text())):  # a killed process takes a moment to go
+    while runs(int(pid.read_text())):  # a killed process takes a moment to end
         assert time.monotonic() < deadline
 
 
 # -- files of a process -----------------------------------------------------------------------
 
 
-def test_a_process_finds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_round_trip_through_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = SideFiles.start(tmp_path / "a", ["b", "a::ü"])
     for name, value in files.to_env_vars().items():
         monkeypatch.setenv(name, value)
@@ -547,12 +551,12 @@ def test_skips_modules_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not {"relative", "none", "number", "gone"} & set(modules)
 
 
-def test_nothing_is_left_out_unasked(tmp_path: Path) -> None:
+def test_runs_all_tests_by_default(tmp_path: Path) -> None:
     assert SideFiles.start(tmp_path / "a", None).only() is None
     assert SideFiles.start(tmp_path / "b", []).only() == []
 
 
-def test_the_process_that_started_another_is_known(tmp_path: Path) -> None:
+def test_process_knows_its_parent(tmp_path: Path) -> None:
     files = SideFiles.start(tmp_path / "a", None)
     assert files.is_started_by(os.getpid())
     assert not files.is_started_by(os.getppid())
@@ -566,7 +570,7 @@ Pytest = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pytest:
-    """Runs pytest with the plugin in a folder with two tests."""
+    """Run pytest with the plugin in a folder with two tests."""
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -589,7 +593,7 @@ def run_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pytest:
     return run_pytest
 
 
-def test_a_process_runs_what_it_is_told(run_pytest: Pytest, tmp_path: Path) -> None:
+def test_process_runs_only_the_selected_tests(run_pytest: Pytest, tmp_path: Path) -> None:
     files = SideFiles.start(tmp_path / "a", ["test_a.py::test[b b]", "test_a.py::gone"])
     done = run_pytest(files)
     assert done.returncode == 0, done.stdout
@@ -601,7 +605,7 @@ def test_a_process_runs_what_it_is_told(run_pytest: Pytest, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose child a process is")
-def test_orphaned_process_does_not_begin(run_pytest: Pytest, tmp_path: Path) -> None:
+def test_orphaned_process_does_not_start(run_pytest: Pytest, tmp_path: Path) -> None:
     files = SideFiles.start(tmp_path / "a", None)
     (files.folder / "parent").write_text("1")
     done = run_pytest(files)

@@ -1,4 +1,4 @@
-"""Revisions checked out side by side: what is found, what stays as it was, and what is removed."""
+"""Test worktrees of two revisions: what is found, what stays unchanged, and what is removed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, folder)
         git(folder, "init", "-q", "-b", "main")
-        # Of the user; newer git would write an extension into the configuration because of it.
+        # A user's setting, which makes newer git write an extension into the configuration.
         git(folder, "config", "worktree.useRelativePaths", "true")
         commit(folder, "first: a model", text="1", staged="1", unstaged="1")
         git(folder, "tag", "-a", "-m", "note", "v1")
@@ -80,7 +80,7 @@ def both(root: Path) -> dict[str, Revision]:
 
 
 def state(root: Path) -> dict[str, Any]:
-    """All that must not change; nothing here writes."""
+    """Return everything that must not change, without writing anything."""
     common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
     own = Path(git(root, "rev-parse", "--absolute-git-dir"))
     index = own / "index"
@@ -102,27 +102,27 @@ def listed(root: Path) -> list[Path]:
 
 
 def is_clean(root: Path, temporary: Path) -> bool:
-    """Say whether nothing of ours is left, in git's folder or for temporary files."""
+    """Return whether nothing of ours is left in git's folder or among temporary files."""
     return not (root / ".git" / "worktrees").exists() and not list(temporary.iterdir())
 
 
 # -- finding ----------------------------------------------------------------------------------
 
 
-def test_the_repository_is_found_from_a_folder_in_it(root: Path) -> None:
+def test_finds_repository_from_a_subfolder(root: Path) -> None:
     (root / "a" / "b").mkdir(parents=True)
     assert find_repository(root / "a" / "b") == root
     assert find_repository(root) == root
 
 
-def test_no_repository(tmp_path: Path) -> None:
+def test_rejects_folder_outside_a_repository(tmp_path: Path) -> None:
     with pytest.raises(GitError) as caught:
         find_repository(tmp_path)
     assert str(caught.value) == f"{tmp_path} is not in a git repository"
     assert isinstance(caught.value, ClearError)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_rejects_missing_folder(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     with pytest.raises(GitError) as caught:
         find_repository(folder)
@@ -132,7 +132,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["bare", "Größe und Maß/.git"])
-def test_no_working_tree(part: str, root: Path, tmp_path: Path) -> None:
+def test_rejects_bare_repository_and_git_folder(part: str, root: Path, tmp_path: Path) -> None:
     git(tmp_path, "init", "-q", "--bare", "bare")
     folder = tmp_path / part
     with pytest.raises(GitError) as caught:
@@ -142,8 +142,8 @@ def test_no_working_tree(part: str, root: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_repository_that_git_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own, for its tests
+def test_reports_repository_that_git_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # for git's own tests
     with pytest.raises(GitError) as caught:
         find_repository(root)
     assert str(caught.value) == (
@@ -151,7 +151,7 @@ def test_a_repository_that_git_refuses(root: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_no_git(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fails_without_git(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(root))
     with pytest.raises(GitError, match=r"^git is not installed$"):
         find_repository(root)
@@ -168,24 +168,24 @@ def test_no_git(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("stash", "refs/stash"),
     ],
 )
-def test_a_revision_is_a_commit(name: str, meant: str, root: Path) -> None:
+def test_resolves_revisions_to_commits(name: str, meant: str, root: Path) -> None:
     full = git(root, "rev-parse", meant)
     revision = resolve(root, name)
     assert revision == Revision(name, full)
     assert revision.label == f"{name} ({full[:10]})"
 
 
-def test_a_hash_is_its_own_label(root: Path) -> None:
+def test_hash_is_labelled_once(root: Path) -> None:
     full = git(root, "rev-parse", "main")
     for name in (full, full[:4], full[:12].upper()):
         revision = resolve(root, name)
         assert (revision.commit, revision.label) == (full, full[:10])
-    # Too short for a hash: a branch that happens to be the start of one.
+    # Too short for a hash: a branch whose name happens to be a prefix of one.
     assert Revision(full[:3], full).label == f"{full[:3]} ({full[:10]})"
 
 
-def test_a_name_is_not_taken_for_an_option(root: Path) -> None:
-    git(root, "update-ref", "refs/tags/-n", "main")  # `git tag` would refuse the name
+def test_revision_is_not_parsed_as_an_option(root: Path) -> None:
+    git(root, "update-ref", "refs/tags/-n", "main")  # `git tag` would reject the name
     assert resolve(root, "-n").commit == git(root, "rev-parse", "main")
 
 
@@ -205,13 +205,13 @@ def test_a_name_is_not_taken_for_an_option(root: Path) -> None:
         "0" * 40,
     ],
 )
-def test_what_is_no_revision(name: str, root: Path) -> None:
+def test_rejects_unknown_revisions(name: str, root: Path) -> None:
     with pytest.raises(GitError) as caught:
         resolve(root, name)
     assert str(caught.value) == f"'{name}' is not a revision of {root}"
 
 
-def test_a_shallow_clone_is_named(root: Path, tmp_path: Path) -> None:
+def test_error_mentions_shallow_clone(root: Path, tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", "--depth=1", root.as_uri(), str(clone))
     old = git(root, "rev-parse", "v1^{commit}")
@@ -225,11 +225,11 @@ def test_a_shallow_clone_is_named(root: Path, tmp_path: Path) -> None:
         )
 
 
-def test_changed_files(root: Path) -> None:
+def test_lists_changed_files(root: Path) -> None:
     assert changed_files(root) == ["staged", "unstaged"]
     (root / "a").mkdir()
     git(root, "mv", "text", "a/täxt \n")
-    (root / "staged").write_text("1")  # staged, and taken back in the working tree only
+    (root / "staged").write_text("1")  # staged, then reverted in the working tree only
     before = state(root)
     assert sorted(changed_files(root)) == ["a/täxt \n", "staged", "text", "unstaged"]
     assert state(root) == before
@@ -237,7 +237,9 @@ def test_changed_files(root: Path) -> None:
     assert changed_files(root) == []
 
 
-def test_git_speaks_english(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_output_is_in_english(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "git").write_text('#!/bin/sh\necho "fatal: in $LC_ALL" >&2\nexit 1\n')
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -246,14 +248,14 @@ def test_git_speaks_english(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         changed_files(root)
 
 
-def test_a_question_does_not_refresh_the_index(root: Path) -> None:
+def test_listing_changes_does_not_refresh_the_index(root: Path) -> None:
     os.utime(root / "text", (1, 1))  # git would note that the content is the same
     before = state(root)
     assert changed_files(root) == ["staged", "unstaged"]
     assert state(root) == before
 
 
-def test_changed_files_of_no_repository(tmp_path: Path) -> None:
+def test_changed_files_outside_a_repository(tmp_path: Path) -> None:
     with pytest.raises(GitError, match=r"^fatal: not a git repository"):
         changed_files(tmp_path)
 
@@ -261,7 +263,7 @@ def test_changed_files_of_no_repository(tmp_path: Path) -> None:
 # -- checking out -----------------------------------------------------------------------------
 
 
-def test_two_revisions_side_by_side(root: Path, temporary: Path) -> None:
+def test_checks_out_two_revisions(root: Path, temporary: Path) -> None:
     before = state(root)
     with worktrees(root, both(root)) as folders:
         assert list(folders) == ["base", "new"]
@@ -277,8 +279,8 @@ def test_two_revisions_side_by_side(root: Path, temporary: Path) -> None:
     assert is_clean(root, temporary)
 
 
-def test_one_commit_twice(root: Path, temporary: Path) -> None:
-    main = resolve(root, "main")  # which is checked out a third time, by the user
+def test_checks_out_one_commit_twice(root: Path, temporary: Path) -> None:
+    main = resolve(root, "main")  # the user has it checked out as well
     with worktrees(root, {"base": main, "new": resolve(root, "HEAD")}) as folders:
         assert folders["base"] != folders["new"]
         assert [(folders[key] / "text").read_text() for key in folders] == ["2", "2"]
@@ -286,7 +288,9 @@ def test_one_commit_twice(root: Path, temporary: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linked", "beside a bare repository", "submodule"])
-def test_other_working_trees(kind: str, root: Path, tmp_path: Path, temporary: Path) -> None:
+def test_supports_linked_worktrees_and_submodules(
+    kind: str, root: Path, tmp_path: Path, temporary: Path
+) -> None:
     tree = tmp_path / "tree"
     if kind == "linked":
         git(root, "worktree", "add", "-q", "-b", "work", str(tree))
@@ -309,14 +313,14 @@ def test_other_working_trees(kind: str, root: Path, tmp_path: Path, temporary: P
     assert not list(temporary.iterdir())
 
 
-def test_submodules_are_told(root: Path) -> None:
+def test_detects_submodules(root: Path) -> None:
     without = resolve(root, "main")
     commit(root, "third", **{".gitmodules": '[submodule "a"]\npath = a\nurl = nowhere\n'})
     with worktrees(root, {"base": without, "new": resolve(root, "main")}) as folders:
         assert [has_submodules(folders[key]) for key in folders] == [False, True]
 
 
-def test_no_hook_runs(root: Path, tmp_path: Path, temporary: Path) -> None:
+def test_runs_no_hooks(root: Path, tmp_path: Path, temporary: Path) -> None:
     ran = tmp_path / "ran"
     hooks = tmp_path / "hooks"
     hooks.mkdir()
@@ -331,7 +335,7 @@ def test_no_hook_runs(root: Path, tmp_path: Path, temporary: Path) -> None:
     assert "post-checkout" in ran.read_text()
 
 
-def test_what_git_sets_for_hooks_does_not_lead_astray(
+def test_ignores_variables_that_git_sets_for_hooks(
     root: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
@@ -353,8 +357,10 @@ def test_what_git_sets_for_hooks_does_not_lead_astray(
     assert is_clean(root, temporary)
 
 
-def test_settings_in_the_environment_hold(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as safe.directory, in containers."""
+def test_respects_git_settings_in_the_environment(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers set safe.directory this way, for example."""
     commit(root, "third", **{".gitattributes": "text filter=mine\n"})
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "filter.mine.smudge")
@@ -363,7 +369,9 @@ def test_settings_in_the_environment_hold(root: Path, monkeypatch: pytest.Monkey
         assert (folders["new"] / "text").read_text() == "two"
 
 
-def test_a_temporary_folder_in_the_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supports_temporary_folder_in_the_repository(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside = root / "temp"
     inside.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(inside))
@@ -388,7 +396,7 @@ def test_removed_on_exception(error: type[BaseException], root: Path, temporary:
     assert is_clean(root, temporary)
 
 
-def test_a_second_worktree_that_fails_takes_the_first_along(root: Path, temporary: Path) -> None:
+def test_removes_first_worktree_if_the_second_fails(root: Path, temporary: Path) -> None:
     first = both(root)
     commit(root, "third", **{".gitattributes": "text filter=lfs\n"})
     git(root, "config", "filter.lfs.smudge", "false")
@@ -449,7 +457,7 @@ fatal: Could not reset index file
         ("", "git failed without a message", ""),
     ],
 )
-def test_the_first_line_of_git_is_kept(
+def test_error_has_the_first_line_of_git(
     printed: str, first: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "bin" / "git"
@@ -463,7 +471,7 @@ def test_the_first_line_of_git_is_kept(
     assert str(caught.value) == first + last
 
 
-def test_a_missing_object_is_named(root: Path, temporary: Path) -> None:
+def test_error_names_missing_object(root: Path, temporary: Path) -> None:
     first = both(root)
     blob = git(root, "rev-parse", "main:text")
     (root / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
@@ -476,7 +484,7 @@ def test_a_missing_object_is_named(root: Path, temporary: Path) -> None:
     assert is_clean(root, temporary)
 
 
-def test_worktrees_that_a_build_changed_are_removed(root: Path, temporary: Path) -> None:
+def test_removes_worktrees_changed_by_a_build(root: Path, temporary: Path) -> None:
     with worktrees(root, both(root)) as folders:
         git(root, "worktree", "lock", "--reason", "mine", str(folders["base"]))
         (folders["base"] / "text").write_text("changed")
@@ -485,7 +493,7 @@ def test_worktrees_that_a_build_changed_are_removed(root: Path, temporary: Path)
     assert is_clean(root, temporary)
 
 
-def test_worktrees_that_are_gone_already(root: Path, temporary: Path) -> None:
+def test_tolerates_deleted_worktrees(root: Path, temporary: Path) -> None:
     with worktrees(root, both(root)) as folders:
         shutil.rmtree(folders["base"].parent)
     assert is_clean(root, temporary)
@@ -513,7 +521,7 @@ def test_finds_leftovers(root: Path, temporary: Path, monkeypatch: pytest.Monkey
     assert is_clean(root, temporary)
 
 
-def test_warnings_that_are_errors_do_not_cost_what_was_measured(
+def test_warnings_as_errors_do_not_lose_results(
     root: Path,
     temporary: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -534,7 +542,7 @@ def test_warnings_that_are_errors_do_not_cost_what_was_measured(
     )
 
 
-def test_worktrees_of_the_user_stay(root: Path, temporary: Path, tmp_path: Path) -> None:
+def test_keeps_worktrees_of_the_user(root: Path, temporary: Path, tmp_path: Path) -> None:
     host = os.uname().nodename
     mine = [
         tmp_path / "missing",  # as on a disk that is not mounted
@@ -544,7 +552,9 @@ def test_worktrees_of_the_user_stay(root: Path, temporary: Path, tmp_path: Path)
         temporary / "scratch" / "base",
         tmp_path / f"int8bench-ab-abcdefgh-{host}" / "base",  # not among temporary files
         temporary / f"int8bench-ab-abcdefgh-{host}" / "a" / "deeper",
-        temporary / "int8bench-ab-abcdefgh-another" / "base",  # a living one of another machine
+        temporary
+        / "int8bench-ab-abcdefgh-another"
+        / "base",  # a running process on another machine
     ]
     for folder in mine:
         git(root, "worktree", "add", "-q", "--detach", str(folder))
@@ -561,7 +571,7 @@ def test_worktrees_of_the_user_stay(root: Path, temporary: Path, tmp_path: Path)
     assert not ours.parent.exists()
 
 
-def test_worktrees_of_a_living_process_stay(root: Path, temporary: Path) -> None:
+def test_keeps_worktrees_of_a_running_process(root: Path, temporary: Path) -> None:
     with worktrees(root, both(root)) as first:
         with worktrees(root, both(root)) as second:
             assert not set(first.values()) & set(second.values())
@@ -572,7 +582,7 @@ def test_worktrees_of_a_living_process_stay(root: Path, temporary: Path) -> None
 
 
 @pytest.mark.parametrize("owner", ["", "1", "x y", "{pid} 1", "{pid} {pid}", f"{2**70} 1"])
-def test_reused_pid_does_not_count(owner: str, root: Path, temporary: Path) -> None:
+def test_reused_pid_does_not_protect_worktrees(owner: str, root: Path, temporary: Path) -> None:
     folder = temporary / f"int8bench-ab-abcdefgh-{os.uname().nodename}"
     git(root, "worktree", "add", "-q", "--detach", str(folder / "base"))
     (folder / "owner").write_text(owner.format(pid=os.getpid()))
@@ -581,7 +591,9 @@ def test_reused_pid_does_not_count(owner: str, root: Path, temporary: Path) -> N
     assert is_clean(root, temporary)
 
 
-def test_pid_counts_alone(root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_only_the_pid_without_proc(
+    root: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_PROC", temporary / "none")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -629,7 +641,7 @@ with worktrees(root, {"base": resolve(root, "v1"), "new": resolve(root, "main")}
         signal.pause()
 """
 
-# Stops at the call with this word until the file `go` is there.
+# Block at the call with this word until the file `go` exists.
 SLOW_GIT = """#!/bin/sh
 for word; do
     if [ "$word" = {word} ]; then
@@ -653,7 +665,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def start(root: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a process that holds worktrees, in a group of its own, as a terminal does."""
+    """Start a process that holds worktrees, in its own process group like in a terminal."""
 
     def end(group: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -680,7 +692,7 @@ def start(root: Path, tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def slow_git(tmp_path: Path) -> Callable[[str], str]:
     def slow_git(word: str) -> str:
-        """Return a PATH with a git that stops at ``word``."""
+        """Return a PATH with a git that blocks at ``word``."""
         folder = tmp_path / "bin"
         folder.mkdir()
         real = shutil.which("git")
@@ -695,7 +707,7 @@ def slow_git(tmp_path: Path) -> Callable[[str], str]:
     ("number", "code"),
     [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
-def test_a_signal_removes_the_worktrees(
+def test_signal_removes_the_worktrees(
     number: signal.Signals, code: int, root: Path, temporary: Path, tmp_path: Path, start: Start
 ) -> None:
     before = state(root)
@@ -709,7 +721,7 @@ def test_a_signal_removes_the_worktrees(
 
 
 @pytest.mark.parametrize("folder_is_gone", [False, True])
-def test_a_killed_process_leaves_nothing_for_long(
+def test_next_use_removes_worktrees_of_a_killed_process(
     folder_is_gone: bool, root: Path, temporary: Path, tmp_path: Path, start: Start
 ) -> None:
     before = state(root)
@@ -717,7 +729,7 @@ def test_a_killed_process_leaves_nothing_for_long(
     wait_for(tmp_path / "ready", process)
     left = listed(root)[1:]
     process.kill()
-    # Ended, but not asked for its exit code: its number is still taken.
+    # The process has ended but was not reaped, so its pid is still in use.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert len(left) == 2
     assert all((folder / "text").exists() for folder in left)
@@ -746,7 +758,7 @@ def test_signals_during_the_removal_do_not_stop_it(
 
 @pytest.mark.parametrize("word", ["add", "reset"])
 @pytest.mark.parametrize("from_terminal", [False, True])
-def test_a_signal_while_git_checks_out(
+def test_signal_during_checkout(
     word: str,
     from_terminal: bool,
     root: Path,
@@ -768,10 +780,10 @@ def test_a_signal_while_git_checks_out(
     assert is_clean(root, temporary)
 
 
-def test_removes_read_only(root: Path, temporary: Path, tmp_path: Path, start: Start) -> None:
+def test_removes_read_only_files(root: Path, temporary: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "outside").mkdir(mode=0o555)
     without: tuple[str, ...] = ()
-    if os.geteuid() == 0:  # root may write anywhere, unless that is taken from it
+    if os.geteuid() == 0:  # root may write anywhere unless it drops that capability
         if shutil.which("setpriv") is None:
             pytest.skip("root without setpriv can write to read-only folders")
         rights = "-dac_override,-dac_read_search"
@@ -783,7 +795,7 @@ def test_removes_read_only(root: Path, temporary: Path, tmp_path: Path, start: S
     assert (tmp_path / "outside").stat().st_mode & 0o777 == 0o555
 
 
-def test_handlers_are_put_back(root: Path) -> None:
+def test_restores_signal_handlers(root: Path) -> None:
     def mine(number: int, frame: object) -> None:
         pass
 
@@ -810,7 +822,7 @@ def test_handlers_are_put_back(root: Path) -> None:
             signal.signal(number, handler)
 
 
-def test_another_thread_leaves_signals_alone(root: Path, temporary: Path) -> None:
+def test_other_threads_leave_signals_alone(root: Path, temporary: Path) -> None:
     texts: list[str] = []
     handlers = [signal.getsignal(signal.SIGTERM)]
 
@@ -827,7 +839,7 @@ def test_another_thread_leaves_signals_alone(root: Path, temporary: Path) -> Non
     assert is_clean(root, temporary)
 
 
-def test_neither_pytest_nor_torch_is_loaded() -> None:
+def test_loads_neither_pytest_nor_torch() -> None:
     code = "import sys, pytest_int8bench.gate.ab.worktrees as w; print(w.__name__, *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()

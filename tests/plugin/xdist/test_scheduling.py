@@ -1,4 +1,4 @@
-"""Which worker runs which tests, on workers that are simulated."""
+"""Test which simulated worker runs which tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def grouped(*ids: str) -> list[list[int]]:
 # -- families -----------------------------------------------------------------------------------
 
 
-def test_a_baseline_and_its_candidates_are_a_family_and_other_tests_are_alone() -> None:
+def test_groups_baseline_with_its_candidates() -> None:
     ids = [
         node_id(1),
         "test_b.py::test_plain",
@@ -46,7 +46,7 @@ def test_a_baseline_and_its_candidates_are_a_family_and_other_tests_are_alone() 
     assert grouped(*ids) == [[0, 2, 3, 4], [1], [5, 7], [6]]
 
 
-def test_other_parameters_do_not_hide_a_point() -> None:
+def test_finds_points_among_other_parameters() -> None:
     name, other = point(1), point(1, "w8")
     assert grouped(f"a.py::t[x-{name}-1]", f"a.py::t[x-y-{other}]", f"a.py::t[{other}-z]") == [
         [0, 1, 2]
@@ -62,18 +62,16 @@ def test_other_parameters_do_not_hide_a_point() -> None:
         ([node_id(1), node_id(1, test="b.py::t"), node_id(1, "w8")], [[0, 1, 2]]),
     ],
 )
-def test_where_points_start_again_another_workload_begins(
-    ids: list[str], expected: list[list[int]]
-) -> None:
+def test_repeated_points_start_another_family(ids: list[str], expected: list[list[int]]) -> None:
     assert grouped(*ids) == expected
 
 
-# -- handing out --------------------------------------------------------------------------------
+# -- scheduling ---------------------------------------------------------------------------------
 
 
 class Node:
-    """A worker as pytest-xdist's: it runs a test when it knows the next one, or that there is
-    none."""
+    """A worker like pytest-xdist's: it runs a test when it knows the next one or that none
+    follows."""
 
     def __init__(self, name: str) -> None:
         self.gateway = SimpleNamespace(id=name)
@@ -101,7 +99,7 @@ class Node:
 
 
 def run(scheduler: Any, *nodes: Node) -> None:
-    """Let workers of the same speed run all that they get."""
+    """Let equally fast workers run everything they get."""
     while True in {node.step(scheduler) for node in nodes}:
         pass
 
@@ -110,7 +108,7 @@ IDS = [node_id(batch, mode) for batch in (1, 2, 3, 4) for mode in (None, "w8", "
 
 
 class Config:
-    """The parts of a pytest config that schedulers read."""
+    """The parts of a pytest configuration that schedulers read."""
 
     def __init__(self, workers: int) -> None:
         self.option = SimpleNamespace(loadscopereorder=True)
@@ -156,10 +154,10 @@ def test_families_stay_together_in_the_order_of_the_tests() -> None:
     assert all(node.shutting_down for node in nodes)
 
 
-def test_who_is_free_first_gets_the_next_family() -> None:
+def test_idle_worker_gets_the_next_family() -> None:
     fast, slow = Node("gw0"), Node("gw1")
     scheduler = start(fast, slow)
-    run(scheduler, fast)  # the other one is still at its first test
+    run(scheduler, fast)  # the other worker is still running its first test
     run(scheduler, slow)
     assert fast.ran == [0, 1, 2, 6, 7, 8, 9, 10, 11]
     assert slow.ran == [3, 4, 5]
@@ -187,14 +185,14 @@ def test_larger_families_do_not_overtake_smaller_ones() -> None:
     assert node.ran == [*range(7)]
 
 
-def test_a_crash_costs_the_test_that_ran_and_a_new_worker_goes_on() -> None:
+def test_crash_loses_only_the_running_test() -> None:
     nodes = Node("gw0"), Node("gw1")
     scheduler = start(*nodes)
     nodes[0].step(scheduler)
     assert scheduler.remove_node(nodes[0]) == IDS[1]
     new = Node("gw2")
     scheduler.add_node(new)
-    run(scheduler, nodes[1])  # goes on meanwhile
+    run(scheduler, nodes[1])  # continues in the meantime
     scheduler.add_node_collection(new, IDS)
     scheduler.schedule()
     run(scheduler, nodes[1], new)
@@ -202,7 +200,7 @@ def test_a_crash_costs_the_test_that_ran_and_a_new_worker_goes_on() -> None:
     assert sorted(nodes[0].ran + nodes[1].ran + new.ran) == [0, *range(2, 12)]
 
 
-def test_what_a_crash_left_is_run_first() -> None:
+def test_runs_tests_left_by_a_crash_first() -> None:
     nodes = Node("gw0"), Node("gw1")
     scheduler = start(*nodes)
     nodes[0].step(scheduler)
@@ -211,7 +209,7 @@ def test_what_a_crash_left_is_run_first() -> None:
     assert nodes[1].ran == [3, 4, 5, 2, *range(6, 12)]
 
 
-def test_a_crash_while_a_new_worker_collects() -> None:
+def test_crash_while_a_new_worker_collects() -> None:
     nodes = Node("gw0"), Node("gw1")
     scheduler = start(*nodes)
     scheduler.remove_node(nodes[0])
@@ -225,7 +223,7 @@ def test_a_crash_while_a_new_worker_collects() -> None:
     assert sorted(new.ran) == [1, 2, *range(4, 12)]
 
 
-def test_a_test_is_run_again_if_its_worker_had_lost_its_device() -> None:
+def test_reruns_test_whose_worker_lost_its_device() -> None:
     node = Node("gw0")
     scheduler = start(node, ids=IDS[:2], lost={"gw0"})
     node.step(scheduler)
@@ -238,7 +236,7 @@ def test_a_test_is_run_again_if_its_worker_had_lost_its_device() -> None:
     assert (node.ran, new.ran) == ([0], [1])
 
 
-def test_a_new_worker_that_collects_other_tests_gets_none() -> None:
+def test_new_worker_that_collects_other_tests_gets_no_work() -> None:
     node, new = Node("gw0"), Node("gw1")
     scheduler = start(node)
     scheduler.add_node(new)
@@ -247,11 +245,11 @@ def test_a_new_worker_that_collects_other_tests_gets_none() -> None:
     assert scheduler.nodes == [node]
 
 
-# -- who schedules ------------------------------------------------------------------------------
+# -- which scheduler -----------------------------------------------------------------------------
 
 
 class Usual:
-    """Stands for the scheduler of pytest-xdist."""
+    """Replace the scheduler of pytest-xdist."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -277,7 +275,9 @@ class Usual:
         ([], False),
     ],
 )
-def test_tests_without_points_are_scheduled_as_ever(ids: list[str], is_ours: bool) -> None:
+def test_leaves_tests_without_points_to_the_default_scheduler(
+    ids: list[str], is_ours: bool
+) -> None:
     usual = Usual()
     scheduler = Scheduling(usual, scheduler_for(2))
     for name in ("gw0", "gw1"):
@@ -287,7 +287,7 @@ def test_tests_without_points_are_scheduled_as_ever(ids: list[str], is_ours: boo
     assert scheduler.has_pending == (is_ours or "its own")
 
 
-def test_workers_that_collect_different_tests_are_reported() -> None:
+def test_reports_workers_that_collect_different_tests() -> None:
     families = scheduler_for(2)
     scheduler = Scheduling(Usual(), families)
     nodes = Node("gw0"), Node("gw1")
@@ -299,13 +299,13 @@ def test_workers_that_collect_different_tests_are_reported() -> None:
     assert not any(node.queue for node in nodes)
 
 
-def test_a_worker_that_crashes_before_the_others_are_ready_is_left_out() -> None:
+def test_ignores_worker_that_crashes_before_the_others_are_ready() -> None:
     usual = Usual()
     scheduler = Scheduling(usual, scheduler_for(2))
     gone, node, new = Node("gw0"), Node("gw1"), Node("gw2")
     add(scheduler, gone)
     usual.nodes.remove(gone)
-    scheduler.add_node(new)  # which is not ready either
+    scheduler.add_node(new)  # which has not collected either
     add(scheduler, node)
     scheduler.schedule()
     run(scheduler, node)

@@ -1,5 +1,5 @@
-"""Sessions of several workers: what the process that starts them and the workers tell each other,
-and that the outcome is that of a serial run."""
+"""Test sessions with several workers: the messages between controller and workers, and that the
+outcome equals a serial run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_accuracy(int8_guardrail):
 def test_plain():
     pass
 """
-# Nothing is built, so that it takes no time.
+# Builds nothing, to be fast.
 POINTS = """
 import os
 
@@ -121,7 +121,7 @@ def name_of(batch: int, *, int8: bool = True) -> str:
 
 
 @pytest.mark.slow
-def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> None:
+def test_two_workers_give_the_results_of_one_process(project: pytest.Pytester) -> None:
     project.makepyfile(test_one=MEASURING)
     sweep = "--int8-set=batch_size=2,3"
     serial = run(project, sweep, "--benchmark-json=serial.json")
@@ -130,7 +130,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
         result.assert_outcomes(passed=6, failed=1)
         assert "disabled" not in result.stdout.str() + result.stderr.str()
 
-    # Every model was built as often in both sessions, and each family in one worker.
+    # Both sessions built every model equally often, and each family in one worker.
     built = (project.path / "built").read_text().split()
     assert sorted(built[: len(built) // 2]) == sorted(built[len(built) // 2 :])
     a, b = (
@@ -138,7 +138,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
     )
     ids = [entry["fullname"] for entry in a["benchmarks"]]
     assert ids == [entry["fullname"] for entry in b["benchmarks"]]
-    assert len(ids) == 3  # the test of a candidate of 3 fails by its own assertion
+    assert len(ids) == 3  # the test of the candidate with 3 samples fails by its own assertion
     assert a.keys() == b.keys()
     for before, after in zip(a["benchmarks"], b["benchmarks"], strict=True):
         assert before.keys() == after.keys()
@@ -152,7 +152,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
         assert after["stats"]["median"] == pytest.approx(batch_s)
 
     before, after = (read(project.path / f"{name}.json") for name in ("serial", "spread"))
-    assert {**after.environment, "gpu_count": 0} == before.environment  # torch sees none here
+    assert {**after.environment, "gpu_count": 0} == before.environment  # torch sees no GPU here
     assert after.environment["gpu_count"] == 2
     for kind in ("results", "accuracy"):
         pairs = [*zip(getattr(before, kind), getattr(after, kind), strict=True)]
@@ -169,7 +169,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
     assert all(r.worker is None for r in before.results)
 
     # One journal, one table.
-    [journal] = (project.path / ".benchmarks").glob("**/*.jsonl")  # of the serial run
+    [journal] = (project.path / ".benchmarks").glob("**/*.jsonl")  # from the serial run
     assert read(journal).results == before.results
     written = {(r.nodeid, r.status) for r in read(project.path / "it.jsonl").results}
     assert written == {(r.nodeid, r.status) for r in after.results}
@@ -183,7 +183,7 @@ def test_two_workers_give_what_one_process_gives(project: pytest.Pytester) -> No
     spread.stdout.fnmatch_lines(["saved: spread.json", "journal: it.jsonl"])
 
 
-def test_a_worker_that_crashes_loses_one_point(project: pytest.Pytester) -> None:
+def test_crashed_worker_loses_one_point(project: pytest.Pytester) -> None:
     project.makepyfile(test_one=POINTS)
     project.makeconftest(
         "import os\nos.environ['AT_FIRST'] = os.environ.get('CUDA_VISIBLE_DEVICES', '')\n"
@@ -202,7 +202,7 @@ def test_a_worker_that_crashes_loses_one_point(project: pytest.Pytester) -> None
     assert {tuple(line.split()[1:]) for line in ran} == {("GPU-0", "GPU-0"), ("GPU-1", "GPU-1")}
 
 
-def test_more_workers_than_gpus(project: pytest.Pytester) -> None:
+def test_rejects_more_workers_than_gpus(project: pytest.Pytester) -> None:
     project.makepyfile(test_one=POINTS)
     result = run(project, "--int8-set=batch_size=2,4,5", "-n3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -213,11 +213,11 @@ def test_more_workers_than_gpus(project: pytest.Pytester) -> None:
     assert not (project.path / "gpus").exists()
 
 
-# -- the process that starts workers ------------------------------------------------------------
+# -- the controller -----------------------------------------------------------------------------
 
 
 class Spec(SimpleNamespace):
-    """How pytest-xdist was told to start a worker."""
+    """How pytest-xdist starts a worker."""
 
     def __init__(self, **given: str) -> None:
         super().__init__(**{"via": None, "ssh": None, "socket": None, **given})
@@ -238,7 +238,7 @@ class Node:
 
 
 class Workers:
-    """Starts workers that do nothing."""
+    """Start workers that do nothing."""
 
     def __init__(self, controller: Controller, *specs: Spec, proxies: Any = ()) -> None:
         self.controller = controller
@@ -278,19 +278,19 @@ def test_workers_behind_a_proxy_run_on_its_host(controller: Controller) -> None:
     assert workers.slots() == [(0, 2), (1, 2), (0, 1)]
 
 
-def test_this_host_by_another_name_is_this_host(controller: Controller) -> None:
+def test_recognizes_this_host_by_other_names(controller: Controller) -> None:
     local = Spec(socket="127.0.0.1:8888"), Spec(ssh="localhost"), Spec()
     assert Workers(controller, *local).slots() == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_a_new_worker_takes_the_place_of_one_that_crashed(controller: Controller) -> None:
+def test_new_worker_takes_the_slot_of_a_crashed_one(controller: Controller) -> None:
     workers = Workers(controller, Spec(), Spec(), Spec())
     nodes = [workers.start(spec) for spec in workers.specs]
     controller.pytest_testnodedown(nodes[1])
     assert workers.start(Spec()).workerinput[KEY] == {"number": 1, "count": 3}
 
 
-def test_the_same_points_in_every_worker_are_refused(controller: Controller) -> None:
+def test_rejects_running_the_same_points_in_every_worker(controller: Controller) -> None:
     workers = Workers(controller, Spec())
     controller.config.option.dist = "each"
     with pytest.raises(pytest.UsageError) as caught:
@@ -316,7 +316,7 @@ def test_workers_for_other_tests_need_no_gpus(controller: Controller) -> None:
         (["--int8-mode=w8"], [], 1),
         (["--int8-mode=w8"], None, 16),
         ([], ["0", "1"], 16),
-        (["-o", "int8_mode=w8"], ["0", "1"], 16),  # for every session, also those of other tests
+        (["-o", "int8_mode=w8"], ["0", "1"], 16),  # for every session, even of other tests
     ],
 )
 def test_auto_starts_one_worker_per_gpu(
@@ -330,7 +330,7 @@ def test_auto_starts_one_worker_per_gpu(
     assert limit_workers(pytester.parseconfig(*options), 16) == workers
 
 
-# -- what workers find --------------------------------------------------------------------------
+# -- results of workers -------------------------------------------------------------------------
 
 MACHINE = {"gpu": {"name": "A100"}, "commit": "abc", "packages": {"torch": "2.13.0"}}
 
@@ -341,7 +341,7 @@ def result_of(batch: int, **changes: Any) -> Result:
 
 
 def send(controller: Controller, worker: str, *results: Result, **changes: Any) -> None:
-    """Let a report come that brings ``results``."""
+    """Deliver a report with ``results``."""
     message = Message(
         **{
             "worker": worker,
@@ -364,13 +364,13 @@ def crash(controller: Controller, nodeid: str) -> None:
     controller.pytest_runtest_logreport(report)  # type: ignore[arg-type]
 
 
-def test_what_fails_in_a_worker_fails_the_session(controller: Controller) -> None:
+def test_failure_in_a_worker_fails_the_session(controller: Controller) -> None:
     send(controller, "gw1", result_of(1), problems=["int8bench: recording failed: bug"])
     assert controller.reported == ["gw1: int8bench: recording failed: bug"]
     assert not controller.finish()
 
 
-def test_a_message_that_cannot_be_taken_ends_no_session(controller: Controller) -> None:
+def test_invalid_message_does_not_end_the_session(controller: Controller) -> None:
     one, two = result_of(1), result_of(2)
     send(controller, "gw0", one, records=[("Unknown", {})])
     send(controller, "gw0", two)
@@ -378,7 +378,7 @@ def test_a_message_that_cannot_be_taken_ends_no_session(controller: Controller) 
     assert controller.results_of(two.nodeid) == [two]
 
 
-def test_a_record_that_cannot_be_taken_loses_no_other(controller: Controller) -> None:
+def test_invalid_record_loses_no_other(controller: Controller) -> None:
     one, two = result_of(1), result_of(2)
     records = [("Unknown", {}), ("Result", two.to_dict())]
     send(controller, "gw0", one, records=records)
@@ -386,7 +386,7 @@ def test_a_record_that_cannot_be_taken_loses_no_other(controller: Controller) ->
     assert controller.results_of(two.nodeid) == [two]
 
 
-def test_what_failed_after_the_last_report_fails_the_session(
+def test_failure_after_the_last_report_fails_the_session(
     controller: Controller, pytester: pytest.Pytester
 ) -> None:
     worker = worker_of(pytester, 0, 1)
@@ -414,7 +414,7 @@ def test_the_last_attempt_of_a_test_counts(controller: Controller, again: dict[s
     assert read(controller.journal.path).results == []  # type: ignore[arg-type]
 
 
-def test_an_attempt_after_a_crash_counts(controller: Controller) -> None:
+def test_attempt_after_a_crash_replaces_the_failure(controller: Controller) -> None:
     first, second = result_of(1), result_of(2)
     send(controller, "gw0", second)
     crash(controller, first.nodeid)
@@ -425,13 +425,15 @@ def test_an_attempt_after_a_crash_counts(controller: Controller) -> None:
     assert controller.journal.results == [first, second]  # type: ignore[union-attr]
 
 
-def test_an_attempt_after_a_crash_of_the_first_test_counts(controller: Controller) -> None:
+def test_attempt_after_a_crash_of_the_first_test_replaces_the_failure(
+    controller: Controller,
+) -> None:
     crash(controller, result_of(1).nodeid)
     send(controller, "gw1", result_of(1))
     assert controller.journal.results == [result_of(1)]  # type: ignore[union-attr]
 
 
-def test_a_worker_counts_its_attempts(pytester: pytest.Pytester) -> None:
+def test_worker_counts_its_attempts(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1)
     for attempt, is_said in ((1, False), (2, True)):
         worker.begin_attempt("a.py::t")
@@ -486,7 +488,7 @@ def test_reports_other_machine(controller: Controller, change: dict[str, Any], w
     )
 
 
-def test_differences_that_are_allowed_are_no_reason(pytester: pytest.Pytester) -> None:
+def test_accepts_allowed_machine_differences(pytester: pytest.Pytester) -> None:
     controller = controller_of(pytester, "--int8-allow=gpu")
     send(controller, "gw0", result_of(1))
     send(controller, "gw1", result_of(2), environment={**MACHINE, "gpu": {"name": "H100"}})
@@ -503,7 +505,7 @@ def test_crash_fails_measured_point(controller: Controller) -> None:
     assert (result.status, result.reason, result.samples_per_s) == ("failed", "gw0 crashed", 10.0)
 
 
-def test_a_crash_before_the_first_result_waits_for_the_machine(controller: Controller) -> None:
+def test_crash_before_the_first_result_is_recorded_later(controller: Controller) -> None:
     crash(controller, result_of(1).nodeid)
     crash(controller, "a.py::test_plain")
     assert controller.journal is None
@@ -541,7 +543,7 @@ def worker_of(
     pytester: pytest.Pytester, number: int, count: int, *options: str, has_slot: bool = True
 ) -> Worker:
     if has_slot:
-        os.environ[SLOT] = f"{number}/{count}"  # which parsing takes out again
+        os.environ[SLOT] = f"{number}/{count}"  # which parsing removes again
     config: Any = pytester.parseconfig(*options)
     assert SLOT not in os.environ
     config.workerinput = {"workerid": f"gw{number}"}
@@ -559,11 +561,11 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_int8bench.nvml._uuids", lambda: None)
 
 
-def test_an_option_makes_workers_take_their_gpu_at_once(
+def test_int8_option_pins_workers_to_their_gpu_immediately(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
 ) -> None:
     worker = worker_of(pytester, 1, 3)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # it may run other tests
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6"  # the worker may run other tests
     worker.pin()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     worker.pin()
@@ -584,7 +586,7 @@ def test_single_worker_keeps_all_gpus(
     assert worker.why_no_gpu(CUDA) is None
 
 
-def test_a_worker_without_a_gpu_says_so(pytester: pytest.Pytester, three_gpus: None) -> None:
+def test_reports_worker_without_a_gpu(pytester: pytest.Pytester, three_gpus: None) -> None:
     worker = worker_of(pytester, 3, 4, "--int8-mode=w8")
     assert worker.why_no_gpu(CPU) is None
     assert worker.why_no_gpu(CUDA) == (
@@ -592,7 +594,7 @@ def test_a_worker_without_a_gpu_says_so(pytester: pytest.Pytester, three_gpus: N
     )
 
 
-def test_a_worker_that_took_its_gpu_too_late_says_so(
+def test_reports_worker_pinned_too_late(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, three_gpus: None
 ) -> None:
     worker = worker_of(pytester, 1, 2, "--int8-mode=w8")
@@ -606,7 +608,7 @@ def test_a_worker_that_took_its_gpu_too_late_says_so(
         assert worker.why_no_gpu(CUDA) == why
 
 
-def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: None) -> None:
+def test_explains_why_a_worker_does_not_time(pytester: pytest.Pytester, three_gpus: None) -> None:
     several, alone = worker_of(pytester, 0, 2), worker_of(pytester, 0, 1)
     assert several.why_not_timed(CUDA) is None
     assert alone.why_not_timed(CPU) is None
@@ -617,24 +619,24 @@ def test_what_is_not_timed_in_a_worker(pytester: pytest.Pytester, three_gpus: No
     assert on.why_not_timed(CUDA) is None
 
 
-def test_a_worker_turns_the_clock_on_for_what_it_can_time(
+def test_worker_enables_pytest_benchmark_for_points_it_can_time(
     pytester: pytest.Pytester, three_gpus: None
 ) -> None:
     worker = worker_of(pytester, 0, 2)
-    fixture = SimpleNamespace(disabled=True)  # pytest-benchmark does so in every worker
+    fixture = SimpleNamespace(disabled=True)  # pytest-benchmark sets this in every worker
     assert worker.why_not_benchmarked(Benchmark(fixture), CUDA) is None
     assert not fixture.disabled
     assert worker.why_not_benchmarked(Benchmark(fixture), CPU) == worker.why_not_timed(CPU)
     assert fixture.disabled
 
 
-def test_results_that_nobody_takes_are_not_measured(pytester: pytest.Pytester) -> None:
+def test_does_not_measure_if_the_controller_lacks_the_plugin(pytester: pytest.Pytester) -> None:
     worker = worker_of(pytester, 0, 1, has_slot=False)
     why = "the pytest-xdist controller runs without pytest-int8bench"
     assert worker.why_not_kept() == worker.why_not_timed(CUDA) == why
 
 
-def test_messages_hold_plain_values_whatever_is_in_them() -> None:
+def test_messages_contain_only_plain_values() -> None:
     message = Message(
         worker="gw0",
         host="h",

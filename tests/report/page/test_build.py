@@ -222,7 +222,7 @@ def test_a_verdict_on_random_weights_is_marked_as_a_pipeline_check() -> None:
     )
 
 
-def test_an_infinite_bound_is_shown_as_no_bound() -> None:
+def test_infinite_bound_is_shown_as_unbounded() -> None:
     judged = verdict(W8A8, 0.001, "INCONCLUSIVE", drop_high=float("inf"))
     view = view_of(Saved(GPU, [result(W8A8, 5.0)], [judged]))
     [chart] = section(view, "accuracy").charts
@@ -555,7 +555,7 @@ def test_user_texts_are_escaped_in_html() -> None:
     assert "<script>alert" not in text
     assert one_line(HOSTILE) in found.texts
     assert json.loads(found.data)["charts"]
-    text.encode()  # half a character of a file name is none
+    text.encode()  # half a character in a file name is invalid
 
 
 def test_user_texts_are_escaped_in_markdown() -> None:

@@ -46,7 +46,7 @@ def test_small_sections_are_unchanged() -> None:
     assert section.notes == ("n",)
 
 
-def test_a_long_table_says_how_many_rows_it_lacks() -> None:
+def test_long_table_reports_omitted_rows() -> None:
     grid = plain_grid(["name", "value"], [[str(i), "1"] for i in range(10_002)])
     section = fit(tables=(Titled(caption="Every point", grid=grid),))
     assert section.tables[0].grid.rows == grid.rows[:10_000]
@@ -167,7 +167,7 @@ def test_work_grows_linearly_with_points() -> None:
 
 
 @pytest.mark.parametrize("limit", [4_000, 20_000, 100_000])
-def test_markdown_that_is_too_large_says_what_is_left_out(limit: int) -> None:
+def test_oversized_markdown_says_what_it_omits(limit: int) -> None:
     view = build(sources([("a.json", saved(*points(400)))]))
     whole = markdown.render(view)
     assert len(whole.encode()) > 100_000

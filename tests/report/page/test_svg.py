@@ -47,7 +47,7 @@ def line(*points: tuple[float, float | None], **values: Any) -> Lines:
 
 
 def positions(svg: str, fill: str = "s1") -> list[tuple[float, float]]:
-    """Return where the markers of a colour are, those of the legend left out."""
+    """Return the positions of the markers of a colour, except in the legend."""
     return [
         (float(use.get("x", "nan")), float(use.get("y", "nan")))
         for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
@@ -57,7 +57,7 @@ def positions(svg: str, fill: str = "s1") -> list[tuple[float, float]]:
 
 
 def lengths(svg: str, *fills: str) -> list[float]:
-    """Return how wide the bars of the colours are, those of the legend left out."""
+    """Return the widths of the bars of the colours, except in the legend."""
     paths = [p for p in ElementTree.fromstring(svg).iter(f"{SVG}path") if "clip-path" in p.attrib]
     wanted = tuple(f"fill: var(--{fill})" for fill in fills)
     found = []
@@ -96,7 +96,7 @@ def test_a_picture_is_well_formed_and_named(chart: AnyChart) -> None:
 @pytest.mark.parametrize("chart", CHARTS[:4], ids=lambda chart: chart.id)
 def test_every_color_is_a_page_variable(chart: AnyChart) -> None:
     colors = set(re.findall(r"#[0-9a-fA-F]{6}\b", draw(chart)))
-    assert colors <= {"#000000"}  # of shapes that are used with another
+    assert colors <= {"#000000"}  # of shapes reused with another colour
 
 
 def test_markers_are_where_the_figures_say() -> None:
@@ -165,7 +165,7 @@ def test_a_missing_value_is_marked_on_the_axis_with_its_reason() -> None:
     svg = draw(line((1, 100.0), (2, 120.0), (4, None)))
     assert len(positions(svg)) == 2
     crosses = re.findall(r'x="([\d.]+)" y="[\d.]+" style="fill: var\(--bad\)', svg)
-    assert len(crosses) == 2  # the other one is the legend's
+    assert len(crosses) == 2  # the other one is in the legend
     assert float(crosses[0]) > positions(svg)[-1][0]
     assert "no value: OOM" in texts(svg)
 
