@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_int8bench.choices import mode_choices
+from pytest_int8bench.choices import SWEEPS, mode_choices
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS, Flag
-from pytest_int8bench.sweep import SWEEPS
 from pytest_int8bench.workloads.registry import (
     GROUP,
     OLMOEARTH,

@@ -793,7 +793,6 @@ IDLE = (
     "pytest_int8bench.results",
     "pytest_int8bench.results.figure",
     "pytest_int8bench.results.figures",
-    "pytest_int8bench.sweep",
     "pytest_int8bench.workloads",
     "pytest_int8bench.workloads.registry",
 )
