@@ -15,8 +15,8 @@ from typing import Any, Literal
 PLAIN = "pytest-benchmark"
 
 
-# Without eq and repr, which cost time at every start of pytest.
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+# Neither frozen nor with eq and repr, which cost time at every start of pytest.
+@dataclass(kw_only=True, eq=False, repr=False)
 class Figure:
     """One quantity of a result, or a text shown among its figures."""
 
