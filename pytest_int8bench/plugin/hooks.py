@@ -289,8 +289,11 @@ class AtTheEnd:
             return (yield)
         finally:  # even if another plugin failed
             recorder = existing_recorder(session.config)
-            is_well = recorder is None or recorder.finish()
-            if recorder is not None and not is_well and session.exitstatus == pytest.ExitCode.OK:
+            if (
+                recorder is not None
+                and not recorder.finish()
+                and session.exitstatus == pytest.ExitCode.OK
+            ):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
                 # No test failed, so pytest's last line is green: this prints a red one above it.
                 session.shouldfail = recorder.why_failed()
