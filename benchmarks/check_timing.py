@@ -24,7 +24,7 @@ from torch.utils.benchmark import Timer
 from pytest_int8bench.clock import synchronize, synchronized_perf_counter
 from pytest_int8bench.environment import describe, fingerprint
 from pytest_int8bench.measure.timing import pilot, summarize, time_block
-from pytest_int8bench.plugin.recorder import RECORDER
+from pytest_int8bench.plugin.state import recorder_of
 
 LIMIT = 0.01
 REPETITIONS = 3
@@ -40,7 +40,7 @@ class Check:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        recorder = item.config.stash[RECORDER]
+        recorder = recorder_of(item.config)
         results = recorder.journal.results if recorder.journal else []
         if not results or results[-1].nodeid != item.nodeid or results[-1].batch_time_s is None:
             return

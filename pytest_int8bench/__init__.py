@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pytest_int8bench.version import __version__ as __version__
-
 if TYPE_CHECKING:
     from pytest_int8bench.attention import FlashSDPA
     from pytest_int8bench.compiler.api import compile_for_a100
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_int8bench.results.records import Result
     from pytest_int8bench.runner import ThroughputBenchmarkRunner, ThroughputBenchmarkRunnerConfig
     from pytest_int8bench.sweep import SWEEPS
+    from pytest_int8bench.version import __version__ as __version__
     from pytest_int8bench.workloads.workload import Evaluation, Workload
 
 
@@ -47,6 +46,7 @@ _HOME = {
     "ThroughputBenchmarkRunner": "runner",
     "ThroughputBenchmarkRunnerConfig": "runner",
     "Workload": "workloads.workload",
+    "__version__": "version",
     "apply_int8_quant": "quantization.api",
     "compile_for_a100": "compiler.api",
     "coverage": "quantization.api",
@@ -61,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME})

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_int8bench.choices import ALL
 from pytest_int8bench.files import PASSING, relative, timestamp
 from pytest_int8bench.params import MEASURING_FIELDS, RunParams
 from pytest_int8bench.printing import show
@@ -36,7 +37,7 @@ from pytest_int8bench.report.terminal import render
 from pytest_int8bench.results.journal import DEFAULT_FOLDER, journal_folder
 from pytest_int8bench.results.records import Result
 from pytest_int8bench.results.sweep_files import SweepFiles
-from pytest_int8bench.sweep import ALL, axes_of, expand, unique
+from pytest_int8bench.sweep import axes_of, expand, unique
 from pytest_int8bench.workloads.registry import check_fields, check_workload_name, point_for
 
 _SUITE = Path(__file__).parent / "suite"

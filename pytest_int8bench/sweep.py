@@ -1,108 +1,20 @@
-"""Sweep keys and the points they expand to."""
+"""Expand sweep keys to points. Their table is in :mod:`.choices`, as option help needs it."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from pytest_int8bench.choices import FEEDS, SWEPT_ATTENTION, SWEPT_MODES
+from pytest_int8bench.choices import SWEEPS as SWEEPS
+from pytest_int8bench.choices import Sweep as Sweep
 
 if TYPE_CHECKING:
     from pytest_int8bench.params import RunParams
 
-#: The key of every axis together.
-ALL = "all"
 #: A session of more points would take weeks, and pytest gigabytes to collect it.
 MAX_POINTS = 100_000
-
-
-class Sweep(NamedTuple):
-    """One row of :data:`SWEEPS`."""
-
-    key: str
-    """Name of the sweep, as in ``--int8-sweep``."""
-    field: str
-    """RunParams field, or ``extra.NAME``."""
-    values: tuple[Any, ...]
-    help: str
-    """Description of what is varied, for the documentation."""
-
-
-class Sweeps(dict[str, dict[str, list[Any]]]):
-    """Sweep key -> {RunParams field: values}. ``all`` comes last and follows from the others."""
-
-    def __init__(self, rows: Iterable[Sweep]) -> None:
-        super().__init__()
-        self.help: dict[str, str] = {}
-        """Key -> what is varied."""
-        for row in rows:
-            self.add(row)
-
-    def add(self, row: Sweep) -> None:
-        """Add a sweep.
-
-        Raises:
-            ValueError: if its key is taken.
-        """
-        if row.key in (*self, ALL):
-            raise ValueError(f"sweep key {row.key!r} is taken")
-        self.help[row.key] = row.help
-        self[row.key] = {row.field: list(row.values)}
-
-    def __setitem__(self, key: str, axes: dict[str, list[Any]]) -> None:
-        super().__setitem__(key, axes)
-        self._renew_all()
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.help.pop(key, None)
-        self._renew_all()
-
-    def _renew_all(self) -> None:
-        self.pop(ALL, None)
-        every = {name: values for axes in self.values() for name, values in axes.items()}
-        super().__setitem__(ALL, every)
-
-
-_BOTH = (True, False)
-SWEEPS = Sweeps(
-    (
-        Sweep("batch", "batch_size", tuple(2**n for n in range(14)), "samples per forward"),
-        Sweep(
-            "image", "image_size", tuple(2**n for n in range(8)), "image height and width in pixels"
-        ),
-        Sweep("patch", "patch_size", (1, 2, 4, 8), "patch height and width in pixels"),
-        Sweep("time", "num_timesteps", (1, 2, 4, 6, 8, 12), "images per location"),
-        Sweep("use_s1", "use_s1", _BOTH, "Sentinel-1 as an input"),
-        Sweep("use_s2", "use_s2", _BOTH, "Sentinel-2 as an input"),
-        Sweep("use_landsat", "use_landsat", _BOTH, "Landsat as an input"),
-        Sweep("bf16", "bf16", _BOTH, "BF16 weights and activations, or FP32"),
-        Sweep(
-            "model_size",
-            "model_size",
-            ("nano", "tiny", "base", "large"),
-            "size of the OlmoEarth encoder",
-        ),
-        Sweep("int8_enabled", "int8_enabled", _BOTH, "INT8, or its baseline"),
-        Sweep("int8_mode", "int8_mode", SWEPT_MODES, "INT8 mode"),
-        Sweep("int8_smoothquant", "int8_smoothquant", _BOTH, "with SmoothQuant, or without"),
-        Sweep(
-            "compile_mode",
-            "compile_mode",
-            ("default", "reduce-overhead", "max-autotune"),
-            "mode of `torch.compile`",
-        ),
-        Sweep("attention", "attention", SWEPT_ATTENTION, "attention backend"),
-        Sweep(
-            "int8_backend", "int8_backend", ("torchao", "fused"), "where the INT8 kernels come from"
-        ),
-        Sweep("int8_attention", "int8_attention", _BOTH, "attention on INT8, or in 16 bits"),
-        Sweep("feed", "feed", FEEDS, "inputs that stay on the device, or come from the host"),
-    )
-)
-"""Sweep key -> {RunParams field: values}."""
 
 
 def axes_of(sweep_keys: Iterable[str]) -> dict[str, list[Any]]:

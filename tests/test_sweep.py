@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_int8bench.choices import Sweeps
 from pytest_int8bench.params import RunParams
 from pytest_int8bench.sweep import (
     MAX_POINTS,
     SWEEPS,
     Sweep,
-    Sweeps,
     axes_of,
     expand,
     expand_modes,

@@ -1,4 +1,4 @@
-"""The rules of a comparison. Every pytest session loads this file, so it must stay small."""
+"""The rules of a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The ``int8_*`` fixtures. All of them share one pool of models per session."""
+"""The ``int8_*`` fixtures. All of them share one pool of models per session.
+
+Every pytest session imports this file, including those without benchmarks. Whatever the fixtures
+need is therefore imported inside them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_int8bench.plugin.points import name_workload, params_of, point_of
-from pytest_int8bench.plugin.pytest_benchmark import Benchmark
-from pytest_int8bench.plugin.recorder import RECORDER, Recorder
-from pytest_int8bench.plugin.session import SESSION, Session
-from pytest_int8bench.plugin.settings import LEAN
+from pytest_int8bench.plugin.state import recorder_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from pytest_int8bench.compiler.compiled_model import CompiledModel
     from pytest_int8bench.measure.model import Model
     from pytest_int8bench.params import RunParams
+    from pytest_int8bench.plugin.pytest_benchmark import Benchmark
+    from pytest_int8bench.plugin.recorder import Recorder
+    from pytest_int8bench.plugin.session import Session
     from pytest_int8bench.results.records import Result
     from pytest_int8bench.results.verdicts import Accuracy, Sensitivity
     from pytest_int8bench.workloads.workload import Workload
 
+_NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
+
 
 def _session(request: pytest.FixtureRequest) -> Session:
-    return request.config.stash[SESSION]
+    return recorder_of(request.config).session
 
 
 def _recorder(request: pytest.FixtureRequest) -> Recorder:
-    return request.config.stash[RECORDER]
+    return recorder_of(request.config)
 
 
 @pytest.fixture
@@ -39,6 +44,8 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
         pytest.fail("int8_params has no value: parametrize it, or let the plugin do so", False)
     from pytest_int8bench.params import MEASURING_FIELDS, RunParams
     from pytest_int8bench.plugin.markers import marker_changes
+    from pytest_int8bench.plugin.points import point_of
+    from pytest_int8bench.plugin.settings import LEAN
 
     if isinstance(request.param, RunParams):
         return point_of(request.node, _session(request), request.param)
@@ -54,6 +61,7 @@ def int8_params(request: pytest.FixtureRequest) -> RunParams:
 def int8_workload(request: pytest.FixtureRequest) -> Workload:
     """The workload to measure. Override this fixture, at any scope, to measure your own model."""
     from pytest_int8bench.plugin.markers import marker_changes
+    from pytest_int8bench.plugin.points import params_of
 
     session, name = _session(request), marker_changes(request.node)[1]
     problem = None
@@ -74,6 +82,7 @@ def _int8_point(
     """The workload and the point of this test. Skips an impossible point, and fails one that cannot
     run on this machine."""
     from pytest_int8bench.measure.building import DeviceError, find_device, mode_problem
+    from pytest_int8bench.plugin.points import point_of
     from pytest_int8bench.workloads.workload import Workload
 
     if not isinstance(int8_workload, Workload):
@@ -156,6 +165,7 @@ def int8_throughput(
     """A callable that builds, compiles, warms up, measures and records this test's point and
     returns its Result."""
     from pytest_int8bench.plugin.calls import ThroughputCall
+    from pytest_int8bench.plugin.points import name_workload
 
     name_workload(request.node, _session(request), _int8_point[0], _int8_benchmark)
     return ThroughputCall(request.node.nodeid, _recorder(request), *_int8_point, _int8_benchmark)
@@ -187,3 +197,29 @@ def int8_sensitivity(
     from pytest_int8bench.plugin.calls import SensitivityCall
 
     return SensitivityCall(request.node.nodeid, _recorder(request), *_int8_point)
+
+
+class WithBenchmark:
+    """Fixtures for sessions in which pytest-benchmark is active."""
+
+    @pytest.fixture
+    def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Benchmark:
+        from pytest_int8bench.plugin.pytest_benchmark import Benchmark, session_of
+
+        # With --codspeed, pytest-codspeed turns pytest-benchmark off late and replaces its fixture.
+        if session_of(request.config) is None:
+            pytest.skip(_NOT_ACTIVE)
+        return Benchmark(benchmark)
+
+
+class WithoutBenchmark:
+    """Fixtures for sessions in which pytest-benchmark is turned off or missing."""
+
+    @pytest.fixture
+    def _int8_benchmark(self) -> Benchmark:
+        pytest.skip(_NOT_ACTIVE)
+
+
+def benchmark_fixtures(config: pytest.Config) -> WithBenchmark | WithoutBenchmark:
+    """Return the plugin that provides ``_int8_benchmark`` in this session."""
+    return WithBenchmark() if config.pluginmanager.hasplugin("benchmark") else WithoutBenchmark()

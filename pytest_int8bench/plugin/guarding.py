@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
-from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+from pytest_int8bench.plugin.state import RECORDER, recorder_of
+
+if TYPE_CHECKING:
+    from pytest_int8bench.plugin.recorder import Recorder
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 #: Exceptions with which a hook ends a session on purpose.
@@ -91,10 +94,12 @@ def _note(what: str, error: BaseException, arguments: Iterable[Any]) -> None:
 
 
 def _recorders(arguments: Iterable[Any]) -> Iterator[Recorder]:
+    from pytest_int8bench.plugin.recorder import Recorder
+
     for value in arguments:
         if isinstance(value, Recorder):
             yield value
         found = value[0] if isinstance(value, list) and value else value
         config = found if isinstance(found, pytest.Config) else getattr(found, "config", None)
         if isinstance(config, pytest.Config) and RECORDER in config.stash:
-            yield config.stash[RECORDER]
+            yield recorder_of(config)

@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_int8bench.plugin import fixtures, options
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.points import is_int8_test, is_plain, parametrize, point_of
-from pytest_int8bench.plugin.pytest_benchmark import (
-    benchmark_fixtures,
-    guard_saving,
-    merge_markers,
+from pytest_int8bench.plugin.state import (
+    RECORDER,
+    existing_recorder,
+    is_int8_test,
+    recorder_of,
 )
-from pytest_int8bench.plugin.recorder import RECORDER, Recorder
-from pytest_int8bench.plugin.session import SESSION, Session
-from pytest_int8bench.plugin.settings import Settings
+
+if TYPE_CHECKING:
+    from pytest_int8bench.plugin.recorder import Recorder
+    from pytest_int8bench.plugin.session import Session
+    from pytest_int8bench.plugin.settings import Settings
+
+#: The test whose parameters pytest is currently naming.
+_PARAMETRIZED = pytest.StashKey[pytest.Item]()
 
 _MARKER = (
     "int8(**overrides): set RunParams fields (such as batch_size=8) or the workload of the INT8 "
@@ -45,23 +50,43 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
-    session = config.stash[SESSION] = Session(config, _settings_of(config))
+    config.stash[RECORDER] = None
+    manager = config.pluginmanager
+    if _needs_recorder(config):
+        recorder = config.stash[RECORDER] = _new_recorder(config)
+        manager.register(recorder, "int8bench-recorder")
+    manager.register(fixtures, "int8bench-fixtures")
+    manager.register(fixtures.benchmark_fixtures(config), "int8bench-benchmark")
+    manager.register(AtTheEnd(), "int8bench-end")
+
+
+def _needs_recorder(config: pytest.Config) -> bool:
+    """Return whether the session needs a recorder before any test asks for one."""
+    return (
+        options.are_given(config)
+        or hasattr(config, "workerinput")
+        or getattr(config.option, "dist", "no") != "no"
+    )
+
+
+def _new_recorder(config: pytest.Config) -> Recorder:
+    from pytest_int8bench.plugin.session import Session
+
+    session = Session(config, _settings_of(config))
     try:
         session.open_gate()
     except (OSError, ValueError) as error:
         raise pytest.UsageError(f"--int8-compare: {error}") from None
-    recorder = config.stash[RECORDER] = _recorder_of(session)
+    recorder = _recorder_of(session)
     if not config.option.collectonly:
         recorder.reserve_journal()
-    manager = config.pluginmanager
-    manager.register(recorder, "int8bench-recorder")
-    manager.register(fixtures, "int8bench-fixtures")
-    manager.register(benchmark_fixtures(config), "int8bench-benchmark")
-    manager.register(AtTheEnd(), "int8bench-end")
+    return recorder
 
 
 def _settings_of(config: pytest.Config) -> Settings:
     if not options.are_given(config):
+        from pytest_int8bench.plugin.settings import Settings
+
         return Settings()
     from pytest_int8bench.plugin.reading import read_settings
 
@@ -79,6 +104,8 @@ def _recorder_of(session: Session) -> Recorder:
 
         if is_controller(session.config):
             return Controller(session)
+    from pytest_int8bench.plugin.recorder import Recorder
+
     return Recorder(session)
 
 
@@ -92,14 +119,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int,
 
 @pytest.hookimpl(wrapper=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, object]:
-    session = metafunc.config.stash[SESSION]
-    session.parametrized = metafunc.definition
+    metafunc.config.stash[_PARAMETRIZED] = metafunc.definition
     result = yield
     if "int8_params" in metafunc.fixturenames:
-        recorder = metafunc.config.stash[RECORDER]
+        from pytest_int8bench.plugin.points import parametrize
+
+        recorder = recorder_of(metafunc.config)
         with recorder.guard("looking for GPUs"):
             recorder.pin()
-        parametrize(metafunc, session)
+        parametrize(metafunc, recorder.session)
     return result
 
 
@@ -110,9 +138,11 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None
     )  # not imported yet: val cannot be a RunParams
     if params is None or not isinstance(val, params.RunParams):
         return None
-    session = config.stash[SESSION]
-    item = session.parametrized
-    return (val if item is None else point_of(item, session, val)).run_name
+    from pytest_int8bench.plugin.points import point_of
+
+    item = config.stash.get(_PARAMETRIZED, None)
+    point = val if item is None else point_of(item, recorder_of(config).session, val)
+    return point.run_name
 
 
 @pytest.hookimpl(wrapper=True)
@@ -120,13 +150,17 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
-    session = config.stash[SESSION]
-    if session.settings.lean:
-        from pytest_int8bench.plugin.collection import leave_out_other_tests
+    recorder = existing_recorder(config)
+    if recorder is not None:
+        if recorder.session.settings.lean:
+            from pytest_int8bench.plugin.collection import leave_out_other_tests
 
-        leave_out_other_tests(config, items)
-    session.collected |= {item.nodeid for item in items}
-    merge_markers(config, items)  # before -m evaluates them
+            leave_out_other_tests(config, items)
+        recorder.session.collected |= {item.nodeid for item in items}
+    if any(map(is_int8_test, items)):
+        from pytest_int8bench.plugin.pytest_benchmark import merge_markers
+
+        merge_markers(config, items)  # before -m evaluates them
     result = yield
     if any(map(is_int8_test, items)):
         from pytest_int8bench.plugin.collection import sort_by_model
@@ -138,36 +172,45 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(tryfirst=True)
 @guarded("checking the tests")
 def pytest_runtestloop(session: pytest.Session) -> None:
+    config = session.config
     has_ours = any(map(is_int8_test, session.items))
-    settings = session.config.stash[SESSION]
-    is_skipping = session.config.getoption("benchmark_skip", False)
-    if (has_ours or settings.needs_benchmarks) and not is_skipping:
-        settings.records_benchmarks = True
+    recorder = recorder_of(config) if has_ours else existing_recorder(config)
+    if recorder is None:
+        return
+    is_skipping = config.getoption("benchmark_skip", False)
+    if (has_ours or recorder.session.needs_benchmarks) and not is_skipping:
+        recorder.session.records_benchmarks = True
         from pytest_int8bench.plugin.plain import PlainBenchmarks
 
-        session.config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
+        config.pluginmanager.register(PlainBenchmarks(), "int8bench-plain")
     if has_ours:
-        session.config.stash[RECORDER].check_collection(session.items)
+        recorder.check_collection(session.items)
         from pytest_int8bench.plugin.loading import load_libraries
 
-        load_libraries(session.config, session.items)
+        load_libraries(config, session.items)
 
 
 @guarded("naming the preset")
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
-    preset = config.stash[SESSION].preset
-    return f"int8bench: {preset}" if preset is not None else None
+    recorder = existing_recorder(config)
+    preset = None if recorder is None else recorder.session.preset
+    return None if preset is None else f"int8bench: {preset}"
 
 
 @pytest.hookimpl(tryfirst=True)
 @guarded("recording")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if is_int8_test(item) or _is_recorded_plain(item):
-        item.config.stash[RECORDER].begin_attempt(item.nodeid)
+        recorder_of(item.config).begin_attempt(item.nodeid)
 
 
 def _is_recorded_plain(item: pytest.Item) -> bool:
-    return item.config.stash[SESSION].records_benchmarks and is_plain(item)
+    recorder = existing_recorder(item.config)
+    if recorder is None or not recorder.session.records_benchmarks:
+        return False
+    from pytest_int8bench.plugin.points import is_plain
+
+    return is_plain(item)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -176,20 +219,20 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    recorder = item.config.stash[RECORDER]
     # Until the errors module is imported, no exception can be one of ours.
     if is_int8_test(item) or _is_recorded_plain(item) or "pytest_int8bench.errors" in sys.modules:
         from pytest_int8bench.plugin.outcomes import record_outcome, shorten
 
+        recorder = recorder_of(item.config)
         shorten(report, call, item.config.getoption("tbstyle"))
         with recorder.guard("recording"):
             record_outcome(recorder, item, report, call.excinfo and call.excinfo.value)
         if report.when == "teardown":
             with recorder.guard("recording"):
                 recorder.end_attempt(item.nodeid)
-    if call.excinfo is not None:
-        with recorder.guard("recording"):
-            recorder.note_error(call.excinfo.value)
+    if call.excinfo is not None and (existing := existing_recorder(item.config)) is not None:
+        with existing.guard("recording"):
+            existing.note_error(call.excinfo.value)
     return report
 
 
@@ -198,15 +241,16 @@ def pytest_runtest_makereport(
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
 ) -> None:
-    recorder = config.stash[RECORDER]
-    if recorder.journal is not None:
+    recorder = existing_recorder(config)
+    if recorder is not None and recorder.journal is not None:
         output_json["int8bench"] = recorder.journal.saved().to_dict()
 
 
 @guarded("noting tests")
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    if items:
-        items[0].config.stash[SESSION].deselected |= {item.nodeid for item in items}
+    recorder = existing_recorder(items[0].config) if items else None
+    if recorder is not None:
+        recorder.session.deselected |= {item.nodeid for item in items}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -222,8 +266,10 @@ def pytest_benchmark_compare_machine_info(
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 @guarded("saving")
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
-    recorder = session.config.stash.get(RECORDER, None)
+    recorder = existing_recorder(session.config)
     if recorder is not None and recorder.has_something_to_show():
+        from pytest_int8bench.plugin.pytest_benchmark import guard_saving
+
         guard_saving(session.config, recorder.note_failure, recorder.session.handover)
         if recorder.journal is not None:
             from pytest_int8bench.plugin.benchmark_files import rename_compared
@@ -242,8 +288,12 @@ class AtTheEnd:
         try:
             return (yield)
         finally:  # even if another plugin failed
-            recorder = session.config.stash[RECORDER]
-            if not recorder.finish() and session.exitstatus == pytest.ExitCode.OK:
+            recorder = existing_recorder(session.config)
+            if (
+                recorder is not None
+                and not recorder.finish()
+                and session.exitstatus == pytest.ExitCode.OK
+            ):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
                 # No test failed, so pytest's last line is green: this prints a red one above it.
                 session.shouldfail = recorder.why_failed()
@@ -257,8 +307,8 @@ def pytest_terminal_summary(
     try:
         return (yield)
     finally:  # --benchmark-compare-fail raises in the yield
-        recorder = config.stash[RECORDER]
-        if recorder.has_something_to_show():
+        recorder = existing_recorder(config)
+        if recorder is not None and recorder.has_something_to_show():
             from pytest_int8bench.plugin.summary import show
 
             show(terminalreporter, recorder)

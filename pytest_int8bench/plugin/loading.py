@@ -10,7 +10,7 @@ import pytest
 
 from pytest_int8bench.plugin.collection import captured, uses_session_workload
 from pytest_int8bench.plugin.points import params_of
-from pytest_int8bench.plugin.session import SESSION
+from pytest_int8bench.plugin.state import recorder_of
 
 
 def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
@@ -30,7 +30,7 @@ def load_libraries(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
         from pytest_int8bench.measure import point  # noqa: F401
     if any(map(uses_session_workload, users)):  # load the libraries of the session's workload too
         with _quietly(config):
-            config.stash[SESSION].workload(None)
+            recorder_of(config).session.workload(None)
 
 
 @contextmanager

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_int8bench.choices import mode_choices
+from pytest_int8bench.choices import SWEEPS, mode_choices
 from pytest_int8bench.gate.flags import ALLOW, ALLOW_MISSING, LIMITS, Flag
-from pytest_int8bench.sweep import SWEEPS
 from pytest_int8bench.workloads.registry import (
     GROUP,
     OLMOEARTH,
@@ -26,8 +24,7 @@ from pytest_int8bench.workloads.registry import (
 FORCED_KERNEL = "INT8BENCH_PRODUCT"
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):  # made at every start of pytest, where a dataclass takes 1 ms more
     """An option: ``--int8-NAME`` on the command line, ``int8_NAME`` in the ini file."""
 
     name: str

@@ -11,7 +11,6 @@ from pytest_int8bench.plugin.plain import record_failure
 from pytest_int8bench.plugin.points import is_plain, params_of, point_of, workload_name
 from pytest_int8bench.plugin.pytest_benchmark import mark_outcome
 from pytest_int8bench.plugin.recorder import Recorder
-from pytest_int8bench.plugin.session import SESSION
 from pytest_int8bench.results.base import UNKNOWN_WORKLOAD
 
 _MAX_REASON = 500
@@ -39,7 +38,7 @@ def record_outcome(
     assertion, the result is written again as ``failed``. An UndecidedError does not change it: too
     few samples prove nothing against the measurement.
     """
-    if item.config.stash[SESSION].records_benchmarks and is_plain(item):
+    if recorder.session.records_benchmarks and is_plain(item):
         if (report.failed or report.skipped) and not hasattr(report, "wasxfail"):
             status = "failed" if report.failed else "skipped"
             record_failure(recorder, item.nodeid, status, _reason(report, error))

@@ -15,7 +15,8 @@ from pytest_int8bench.plugin.pytest_benchmark import (
     leave_out,
     timing_of,
 )
-from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+from pytest_int8bench.plugin.recorder import Recorder
+from pytest_int8bench.plugin.state import recorder_of
 from pytest_int8bench.results.base import NOT_MEASURED
 from pytest_int8bench.results.benchmarks import Benchmark
 
@@ -28,7 +29,7 @@ class PlainBenchmarks:
         # Not guarded: an error raised here fails the test.
         result = yield
         if is_plain(item):
-            _record_timing(item.config.stash[RECORDER], item)
+            _record_timing(recorder_of(item.config), item)
         return result
 
 

@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from pytest_int8bench.plugin.pytest_benchmark import Benchmark
     from pytest_int8bench.workloads.workload import Workload
 
-#: A test is an INT8 test if it uses one of these fixtures. Our other fixtures depend on them.
-_INT8_FIXTURES = frozenset({"int8_params", "int8_workload", "int8_throughput"})
-
-
-def is_int8_test(item: pytest.Item) -> bool:
-    """Return whether a test uses a fixture of this plugin."""
-    return not _INT8_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
-
 
 def is_plain(item: pytest.Item) -> bool:
     """Return whether a test uses the ``benchmark`` fixture without measuring a point."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 STORAGE = Path(".benchmarks")
 
 DISABLED = "pytest-benchmark is disabled"
-_NOT_ACTIVE = "not measured: int8_throughput needs pytest-benchmark, which is not active"
 _NOT_SAVED = pytest.StashKey[bool]()
 
 
@@ -132,30 +131,6 @@ class Benchmark:
     def leave_out(self) -> None:
         """Keep the timing out of the saved file."""
         self._fixture.has_error = True
-
-
-class WithBenchmark:
-    """Fixtures for sessions in which pytest-benchmark is active."""
-
-    @pytest.fixture
-    def _int8_benchmark(self, request: pytest.FixtureRequest, benchmark: Any) -> Benchmark:
-        # With --codspeed, pytest-codspeed turns pytest-benchmark off late and replaces its fixture.
-        if session_of(request.config) is None:
-            pytest.skip(_NOT_ACTIVE)
-        return Benchmark(benchmark)
-
-
-class WithoutBenchmark:
-    """Fixtures for sessions in which pytest-benchmark is turned off or missing."""
-
-    @pytest.fixture
-    def _int8_benchmark(self) -> Benchmark:
-        pytest.skip(_NOT_ACTIVE)
-
-
-def benchmark_fixtures(config: pytest.Config) -> WithBenchmark | WithoutBenchmark:
-    """Return the plugin that provides ``_int8_benchmark`` in this session."""
-    return WithBenchmark() if is_active(config) else WithoutBenchmark()
 
 
 def merge_markers(config: pytest.Config, items: Iterable[pytest.Item]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from pytest_int8bench.choices import ALL
 from pytest_int8bench.gate.limits import Rules
 from pytest_int8bench.plugin.option_values import READERS
 from pytest_int8bench.plugin.options import FORCED_KERNEL, OPTIONS
 from pytest_int8bench.plugin.pytest_benchmark import find_obstacle, json_target
 from pytest_int8bench.plugin.settings import Settings
 from pytest_int8bench.results.figures import METRICS
-from pytest_int8bench.sweep import ALL, check_count
+from pytest_int8bench.sweep import check_count
 
 #: Maps an option to the RunParams field that it turns on.
 _SWITCHES = {

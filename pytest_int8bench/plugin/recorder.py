@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pytest_int8bench.results.records import Result
 
 
-RECORDER = pytest.StashKey["Recorder"]()
-
-
 @dataclass(frozen=True)
 class Earlier:
     """Results of earlier attempts of a test."""

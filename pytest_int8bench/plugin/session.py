@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pytest_int8bench.workloads.workload import Workload
 
 
-SESSION = pytest.StashKey["Session"]()
 _SUITE_INI = Path(__file__).parents[1] / "suite" / "pytest.ini"
 
 
@@ -42,8 +41,6 @@ class Session:
         """Node ids of all collected tests."""
         self.deselected: set[str] = set()
         """Node ids of the collected tests that were deselected."""
-        self.parametrized: pytest.Item | None = None
-        """The test whose parameters pytest is currently naming."""
         self.records_benchmarks = False
         """Whether plain benchmarks are recorded: only with INT8 tests or options that need them."""
         self.gate: SessionGate | None = None

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pytest_int8bench.results.numbers import CHECKS
-
 #: Stands for the workload of plain benchmarks, which have none.
 PLAIN = "pytest-benchmark"
 
 
-# Without eq and repr, which cost time at every start of pytest.
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+# Neither frozen nor with eq and repr, which cost time at every start of pytest.
+@dataclass(kw_only=True, eq=False, repr=False)
 class Figure:
     """One quantity of a result, or a text shown among its figures."""
 
@@ -125,6 +123,8 @@ class Figure:
         """
         if self.check is None or self.compute is not None:
             return
+        from pytest_int8bench.results.numbers import CHECKS  # no session validates at its start
+
         value = getattr(result, self.field, None)
         rule, is_valid = CHECKS[self.check]
         if value is not None and not is_valid(value):

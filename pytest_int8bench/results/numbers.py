@@ -1,4 +1,4 @@
-"""Checks of numbers and other values of figures. pytest imports this module at every start."""
+"""Checks of numbers and other values of figures."""
 
 from __future__ import annotations
 

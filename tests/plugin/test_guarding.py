@@ -10,9 +10,10 @@ import pytest
 
 from pytest_int8bench.plugin import hooks
 from pytest_int8bench.plugin.guarding import guarded
-from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+from pytest_int8bench.plugin.recorder import Recorder
 from pytest_int8bench.plugin.session import Session
 from pytest_int8bench.plugin.settings import Settings
+from pytest_int8bench.plugin.state import RECORDER, recorder_of
 from pytest_int8bench.plugin.xdist.controller import Controller
 from pytest_int8bench.plugin.xdist.worker import Worker
 
@@ -61,8 +62,8 @@ def test_error_becomes_one_line(config: pytest.Config) -> None:
         raise KeyError("bug")
 
     hook(config)
-    assert config.stash[RECORDER].reported == [LINE]
-    assert not config.stash[RECORDER].finish()
+    assert recorder_of(config).reported == [LINE]
+    assert not recorder_of(config).finish()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -75,7 +76,7 @@ def test_failing_wrapper_keeps_the_inner_result(config: pytest.Config, when: str
         raise KeyError("bug")
 
     assert drive(hook(config), "found") == "found"
-    assert config.stash[RECORDER].reported == [LINE]
+    assert recorder_of(config).reported == [LINE]
 
 
 def test_inner_error_passes_through_a_wrapper(config: pytest.Config) -> None:
@@ -88,7 +89,7 @@ def test_inner_error_passes_through_a_wrapper(config: pytest.Config) -> None:
 
     with pytest.raises(OSError, match="inside"):
         drive(hook(config), OSError("inside"))
-    assert config.stash[RECORDER].reported == [LINE]
+    assert recorder_of(config).reported == [LINE]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +155,44 @@ def test_broken_step_does_not_end_the_session(pytester: pytest.Pytester, broken:
     found.stdout.no_fnmatch_line("*INTERNALERROR*")
     found.assert_outcomes(passed=1, skipped=1, failed=1)
     assert found.ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_an_error_in_a_session_without_our_fixtures_fails_it(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        import pytest
+
+        def fail(*args, **kwargs):
+            raise KeyError("bug")
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_configure(config):
+            patch = pytest.MonkeyPatch()
+            config.add_cleanup(patch.undo)
+            patch.setattr("pytest_int8bench.plugin.hooks.is_int8_test", fail)
+        """
+    )
+    pytester.makepyfile("def test_other(): pass")
+    found = pytester.runpytest_inprocess("-pno:randomly", "-pno:xdist")
+    found.assert_outcomes(passed=1)
+    assert found.ret == pytest.ExitCode.TESTS_FAILED
+    found.stdout.fnmatch_lines(["int8bench: ordering tests failed: KeyError: 'bug'"])
+
+
+def test_a_fixture_requested_at_run_time_finds_the_session(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        mine="""
+        from pytest_int8bench import Workload
+
+        toy = Workload(name="toy", build=lambda p: 1 / 0, inputs=lambda p, device: ())
+        """,
+        test_late="""
+        import pytest
+
+        @pytest.mark.int8(workload="mine.py:toy")
+        def test_late(request):
+            assert request.getfixturevalue("int8_workload").name == "toy"
+        """,
+    )
+    found = pytester.runpytest_inprocess("-pno:randomly", "-pno:xdist")
+    found.assert_outcomes(passed=1)

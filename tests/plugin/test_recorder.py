@@ -172,7 +172,8 @@ def test_unrecordable_result_does_not_end_the_session(pytester: pytest.Pytester)
     pytester.makeconftest(
         """
         from pytest_int8bench.params import RunParams
-        from pytest_int8bench.plugin.recorder import RECORDER, Recorder
+        from pytest_int8bench.plugin.recorder import Recorder
+        from pytest_int8bench.plugin.state import recorder_of
 
         def fail(self, record):
             raise KeyError("bug")
@@ -181,7 +182,7 @@ def test_unrecordable_result_does_not_end_the_session(pytester: pytest.Pytester)
 
         def pytest_runtest_setup(item):
             if "int8_params" in item.fixturenames:
-                item.config.stash[RECORDER].note_point(item.nodeid, RunParams(), "toy")
+                recorder_of(item.config).note_point(item.nodeid, RunParams(), "toy")
         """
     )
     pytester.makepyfile(
@@ -224,7 +225,6 @@ def test_hooks_and_fixtures_are_registered_once(pytester: pytest.Pytester) -> No
             names = [name for name, _ in manager.list_name_plugin() if "int8bench" in name]
             assert sorted(names) == [
                 "int8bench", "int8bench-benchmark", "int8bench-end", "int8bench-fixtures",
-                "int8bench-recorder",
             ]
             for name in ("int8_throughput", "int8_params", "_int8_point", "_int8_benchmark"):
                 found = request.session._fixturemanager.getfixturedefs(name, request.node)
