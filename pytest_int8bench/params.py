@@ -215,7 +215,7 @@ class RunParams:
         if mode.bf16_only and not self.bf16:
             return f"int8_mode={self.int8_mode} takes BF16 weights only, bf16=False"
         if self.int8_smoothquant and not mode.smoothquant:
-            return f"int8_smoothquant=True does not go with int8_mode={self.int8_mode}"
+            return f"int8_smoothquant must be False with int8_mode={self.int8_mode}, got True"
         if self.int8_backend == "fused":
             if not mode.fused:
                 fused = ", ".join(name for name, choice in modes.items() if choice.fused)

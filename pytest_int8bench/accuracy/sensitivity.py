@@ -228,7 +228,7 @@ def _repeatable(model: Model, batches: Sequence[Any]) -> list[list[torch.Tensor]
 
     Raises:
         OutputsError: if a second call returns different outputs, for example because the model
-            keeps state in Python. The difference would be attributed to the layers.
+            keeps state in Python. Otherwise the difference would be attributed to the layers.
     """
     model.restore()
     outputs = [_eager(model, batch) for batch in batches]

@@ -148,7 +148,7 @@ def _follow_setting(node: fx.Node, settings: dict[Any, Any]) -> None:
     Dynamo records no example value for a call that changes a setting. Some calls come in pairs,
     such as ``_enter_autocast`` and ``_exit_autocast(node)``. For others, such as
     ``_set_grad_enabled`` and ``_sdpa_kernel``, the latest call applies, and Dynamo restores the
-    setting by another call.
+    setting with another call.
     """
     if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
         return

@@ -228,7 +228,7 @@ def weights_launch(sizes: Sequence[tuple[int, ...]], device: torch.device) -> La
     for kernel in kernels_of("dequantize"):
         if kernel.runs_on(device) and kernel.accepts(sizes):
             return kernel.launch(sizes, kernel.tiles())
-    raise KernelError(f"no kernel dequantizes weights of sizes {sizes}")
+    raise KernelError(f"no kernel can dequantize weights of size {sizes}")
 
 
 def heads_launch(

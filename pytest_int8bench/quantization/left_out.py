@@ -82,7 +82,7 @@ def weights_elsewhere(model: nn.Module) -> dict[str, Any]:
 
 
 def hidden_matmuls(model: nn.Module) -> str:
-    """Return which modules other than ``nn.Linear`` hold matmul weights, such as
+    """Describe the modules other than ``nn.Linear`` that hold matmul weights, e.g.
     ``Conv1D (48 modules: h.0.attn.c_attn …)``; empty if most weights are in ``nn.Linear``."""
     return ", ".join(
         f"{kind} ({plural(len(found['layers']), 'module')}: {found['layers'][0]} …)"

@@ -205,7 +205,7 @@ def test_fp8_has_no_upper_bound() -> None:
             {"bf16": False, "attention": "efficient"},
             "int8_mode=fp8 takes BF16 weights only, bf16=False",
         ),
-        ({"int8_smoothquant": True}, "int8_smoothquant=True does not go with int8_mode=fp8"),
+        ({"int8_smoothquant": True}, "int8_smoothquant must be False with int8_mode=fp8, got True"),
         ({"int8_backend": "fused"}, "int8_backend=fused runs w8a8, int8_mode=fp8"),
         ({}, None),
         ({"int8_enabled": False, "gpu_type": "cpu", "attention": "math"}, None),
