@@ -157,11 +157,10 @@ def _fastest(
 
 
 def specialized(problem: Problem, multiprocessors: int) -> Specialized | None:
-    """Return how the warp-specialized kernel distributes a problem, or None if it does not accept
-    the problem, the problem is too small, or too many multiprocessors would be idle.
+    """Return how the warp-specialized kernel distributes a problem, or None if the problem is
+    unsuitable or too small, or if too many multiprocessors would be idle.
 
-    Of the distributions that keep enough of them busy, the one with the fewest passes is returned,
-    as it reads the rows least often.
+    The result has the fewest possible passes, and so reads the rows least often.
     """
     tile = SPECIALIZED_TILE
     if problem.n % tile or problem.out_bytes != 2:
@@ -267,8 +266,8 @@ def _hopper(problem: Problem, multiprocessors: int) -> Product:
 def _worth_timing(
     problem: Problem, candidates: tuple[Product, ...], multiprocessors: int
 ) -> list[Product]:
-    """Return the candidates that may be fastest. Timing only these saves a second or two of
-    compilation for each of the others."""
+    """Return the candidates worth timing: compiling each of the others would waste a second or
+    two."""
     wide = -(-problem.m // 128) * -(-problem.n // 128)
     if wide >= multiprocessors:
         return [tile for tile in candidates if tile.bm * tile.bn >= _MANY_FROM]
@@ -276,8 +275,7 @@ def _worth_timing(
 
 
 def _untuned(problem: Problem, candidates: tuple[Product, ...], multiprocessors: int) -> Product:
-    """Return the largest tiles of which there is one for every multiprocessor, or else the
-    smallest."""
+    """Return the largest tiles that give every multiprocessor one, or else the smallest tiles."""
     for tile in sorted(candidates, key=lambda c: -c.bm * c.bn):
         if -(-problem.m // tile.bm) * -(-problem.n // tile.bn) >= multiprocessors:
             return tile

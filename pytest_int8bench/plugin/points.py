@@ -77,9 +77,9 @@ def _workload_fixtures(item: pytest.Item) -> Sequence[Any]:
 def name_workload(
     item: pytest.Item, session: Session, workload: Workload, benchmark: Benchmark
 ) -> None:
-    """Add the workload to the name that pytest-benchmark shows. This is not needed if the test's id
-    contains the workload, or if it applies to the whole session, set by an option or by a fixture
-    in the root ``conftest.py``."""
+    """Add the workload to the name that pytest-benchmark shows, unless the test's id contains the
+    workload, or it is set for the session by an option or by a fixture in the root
+    ``conftest.py``."""
     definitions = _workload_fixtures(item)
     named = {workload.name, workload_name(item, session)}
     is_named = any(f"{start}{name}-" in item.name for name in named for start in "[-")

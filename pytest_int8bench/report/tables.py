@@ -129,8 +129,8 @@ class Grid:
         return table
 
     def _parts(self, width: int) -> list[list[str]]:
-        """Divide the columns among tables that are no wider than ``width``, if possible. Every
-        table has the name and the keys."""
+        """Divide the columns among tables no wider than ``width``, if possible; each has name and
+        keys."""
         keys = [column for column in self.columns if column in (self.name, *self.keys)]
         least = [min(self._width(key), _FOLDED) for key in keys]
         others = [column for column in self.columns if column not in keys]

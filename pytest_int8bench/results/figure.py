@@ -54,7 +54,7 @@ class Figure:
     mark: Callable[[Any], str] | None = None
     """Returns a suffix for the value in tables, such as `` (warm)``."""
     shown: Literal["always", "where measured", "where judged"] = "always"
-    """When tables have the column: always; if any result has a value; or, in comparisons, only if a
+    """When tables have the column: always; if any result has a value; or only in comparisons, if a
     limit applies to the figure."""
     leads: bool = False
     """Whether the column comes first when a table is split to fit a terminal."""

@@ -95,8 +95,7 @@ class Journal:
         """Set the fingerprint of a journal that was started before the fingerprint was known.
 
         Raises:
-            OSError: if the fingerprint cannot be written now; it is then written with the next
-                record.
+            OSError: if writing fails; the fingerprint is then written with the next record.
         """
         self.environment = dict(environment)
         if self.tell is not None:

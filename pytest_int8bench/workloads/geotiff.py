@@ -45,7 +45,7 @@ class Images:
 
     folder: Path
     classes: tuple[str, ...]
-    """Names of the class folders, sorted."""
+    """Sorted names of the class folders."""
     paths: tuple[Path, ...]
     """Files, sorted by class and name."""
     labels: NDArray[np.int64]

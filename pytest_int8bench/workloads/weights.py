@@ -57,7 +57,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_not_pointer(path: Path) -> None:
-    """Reject weights that are only a Git LFS pointer, because they were not downloaded.
+    """Reject Git LFS pointers, whose weights were not downloaded.
 
     Args:
         path: a file, or a model's folder, in which all files are checked.

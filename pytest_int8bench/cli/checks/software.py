@@ -30,8 +30,7 @@ def python(machine: Machine) -> Iterator[Line]:
 
 
 def requirements(package: str) -> dict[str, Requirement]:
-    """Return an installed package's requirements on this system, without those of its extras, by
-    name."""
+    """Map names to an installed package's requirements on this system, ignoring its extras."""
     found = map(Requirement, importlib.metadata.requires(package) or ())
     return {
         canonicalize_name(needed.name): needed

@@ -361,7 +361,7 @@ def _spot(axes: Axes, spot: Spot, key: str) -> None:
     axes.annotate(key, (spot.drop, spot.rate), **offset)
 
 
-# -- shared by all charts ------------------------------------------------------------------------
+# -- shared by all charts ---------------------------------------------------------------------
 
 
 def _ticks(axis: Any) -> None:
