@@ -173,8 +173,7 @@ def _axes(config: Any, is_text: bool) -> dict[str, Scalar]:
 
 
 def _find_config(name: str, root: Path, trusted: bool) -> tuple[Any, str | None]:
-    """Return the configuration, and the folder or repository of its weights (None if there are
-    none)."""
+    """Return the configuration, and the source of its weights or None if there are none."""
     folder = root / name
     if (folder / "config.json").is_file():
         try:
@@ -254,8 +253,7 @@ def _positions(config: Any) -> int | None:
 
 
 def _first_position(config: Any) -> int:
-    """Return the first position id that the model uses; RoBERTa's family starts after the padding
-    token's id."""
+    """Return the first position used; the RoBERTa family starts after the padding token's id."""
     if not str(config.model_type).startswith(_OFFSET_POSITIONS):
         return 0
     return int(config.pad_token_id or 0) + 1
@@ -332,8 +330,7 @@ def kept_in_fp32(model: torch.nn.Module) -> frozenset[str]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    # Interpret patterns as build_glob_alternation does in transformers 5.17 to 5.23
-    # (core_model_loading.py).
+    # Like build_glob_alternation in transformers 5.17 to 5.23 (core_model_loading.py).
     return re.search(pattern.replace("*", ".*"), name) is not None
 
 

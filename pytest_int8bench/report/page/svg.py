@@ -39,8 +39,7 @@ DARK = _style(
     "#14181d #e7ebef #a3adb8 #333b45 #1c2229 #7db8f2 #5fd39a #ff8a80 #f0c35a",
     "#aeb7c2 #56b4e9 #ff9a4d #35c79b #e58fce #e3c34a #9fd3f5 #b4a2f2",
 )
-#: Charts are drawn in the light style. Its colors are all distinct, so each identifies a CSS
-#: variable.
+#: Charts are drawn in the light style. Its colors are distinct, so each identifies a variable.
 _VARIABLES = {color: f"var(--{name})" for name, color in LIGHT.items()}
 #: Color, marker and line style of each ``Series.style``; no two series differ in color alone.
 _SERIES: list[dict[str, Any]] = list(
@@ -266,7 +265,7 @@ def _bars(axes: Axes, chart: Bars) -> None:
 
 
 def _stacks(axes: Axes, chart: Stacks) -> None:
-    """Draw the share of each part, with its number in the legend."""
+    """Draw the share of each part, numbered as in the legend."""
     styles = (1, 2, 3, 0)
     values = np.array([stack.values for stack in chart.stacks], dtype=float)
     totals = values.sum(axis=1)
